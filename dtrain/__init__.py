@@ -1,0 +1,1 @@
+"""dtrain: data-, pipeline- and layer-parallel local learning over MPI."""

@@ -1,0 +1,1 @@
+"""Tests of dtrain; a package, so that `tests.process` and `tests.cluster` mean these ones."""

@@ -1,0 +1,132 @@
+"""Starting other programs from a test, and leaving none of them behind.
+
+Invariant: a program and whatever it starts carry a mark in their environment. Ranks leave their
+launcher's process group and outlive it, so the mark is what finds them (on Linux; elsewhere the
+process group must do).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a program ended.
+
+    Parameters
+    ----------
+    code : int
+        Its exit status; negative: the signal that ended it.
+    out, err : str
+        What it wrote.
+    wall_s : float
+        How long it ran.
+    late : bool
+        It, or something that holds its output open, ran into the limit and was killed.
+    left : tuple of str
+        Command lines of processes that it left behind (if late: that were running); they were
+        killed.
+    """
+
+    code: int
+    out: str
+    err: str
+    wall_s: float
+    late: bool
+    left: tuple[str, ...]
+
+
+def start(
+    argv: Sequence[str | Path],
+    limit_s: float = 60.0,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    grace_s: float = 3.0,
+) -> Ended:
+    """Run a program to its end, or to its limit, and return how it ended.
+
+    `env` is its whole environment (None: this process's). What it started may take `grace_s`
+    seconds longer before it counts as left behind.
+    """
+    mark = f"DTRAIN_MARK={uuid.uuid4().hex}"
+    marked = dict(os.environ if env is None else env) | dict([mark.split("=")])
+    began, late = time.monotonic(), False
+    child = subprocess.Popen(
+        [str(word) for word in argv],
+        env=marked,
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        out, err = child.communicate(timeout=limit_s)
+        wall_s = time.monotonic() - began
+        left = remain(mark, grace_s)
+    except subprocess.TimeoutExpired:
+        late, wall_s = True, limit_s
+        left = remain(mark, 0.0)
+        kill(child.pid, mark)
+        out, err = child.communicate()
+    finally:
+        kill(child.pid, mark)
+    return Ended(child.returncode, out, err, wall_s, late, left)
+
+
+def carriers(mark: str) -> list[int]:
+    """Return the living processes whose environment has `mark`, this one excepted."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return [pid for pid in found if pid != os.getpid()]
+
+
+def remain(mark: str, grace_s: float) -> tuple[str, ...]:
+    """Return the command lines of the carriers that are still there after a while."""
+    deadline = time.monotonic() + grace_s
+    while (pids := carriers(mark)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return tuple(command(pid) for pid in pids)
+
+
+def command(pid: int) -> str:
+    """Return a process's command line; empty where it is gone."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+    return ""
+
+
+def kill(group: int, mark: str) -> None:
+    """Kill a process group and all carriers of a mark."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)
+    sweep(mark)
+
+
+def sweep(mark: str) -> None:
+    """Kill all carriers of a mark, those that start meanwhile included."""
+    while pids := carriers(mark):
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    # python -m tests.process KEY=VALUE: kill what an interrupted test run left behind.
+    sweep(sys.argv[1])
