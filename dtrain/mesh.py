@@ -1,0 +1,125 @@
+"""The grid of ranks: replicas x stages, pure arithmetic.
+
+Invariant: `rank(*coords(r)) == r` for every rank of either placement.
+
+Six ranks as 2 replicas x 3 stages:
+
+    stages-in-node                     replicas-in-node
+
+              stage 0  1  2                      stage 0  1  2
+    replica 0       0  1  2            replica 0       0  2  4
+    replica 1       3  4  5            replica 1       1  3  5
+
+Launchers fill a node with consecutive ranks. So `stages-in-node` keeps activations inside a node
+and `replicas-in-node` keeps gradients there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from dtrain.errors import Refusal, unknown
+
+PLACEMENTS = ("stages-in-node", "replicas-in-node")
+
+
+@final
+@dataclass(frozen=True)
+class Mesh:
+    """A grid of `replicas` x `stages` ranks.
+
+    Parameters
+    ----------
+    replicas, stages : int
+        Ranks along each axis, both at least 1.
+    placement : str
+        Which axis has consecutive ranks: "stages-in-node" or "replicas-in-node".
+
+    Raises
+    ------
+    Refusal
+        Where an axis is empty or the placement is unknown.
+    """
+
+    replicas: int
+    stages: int
+    placement: str = "stages-in-node"
+
+    def __post_init__(self) -> None:
+        if self.replicas < 1 or self.stages < 1:
+            raise Refusal(
+                f"a mesh of {self.replicas} replicas x {self.stages} stages has no ranks: "
+                "both must be at least 1"
+            )
+        if self.placement not in PLACEMENTS:
+            raise unknown("mesh placement", self.placement, PLACEMENTS)
+
+    @classmethod
+    def fit(cls, ranks: int, stages: int | None = None, placement: str = PLACEMENTS[0]) -> Mesh:
+        """Return the mesh that uses all `ranks`; without `stages`, all of them are stages.
+
+        Raises
+        ------
+        Refusal
+            Where `ranks` is no multiple of `stages`; it names the nearest choices that work.
+        """
+        stages = ranks if stages is None else stages
+        if stages < 1:
+            raise Refusal(f"mesh.stages = {stages}: set it between 1 and {ranks}, the ranks")
+        if ranks % stages:
+            raise _misfit(ranks, stages)
+        return cls(ranks // stages, stages, placement)
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks."""
+        return self.replicas * self.stages
+
+    def coords(self, rank: int) -> tuple[int, int]:
+        """Return `(replica, stage)` of a rank; `ValueError` for a rank outside the mesh."""
+        if not 0 <= rank < self.ranks:
+            raise ValueError(f"rank {rank} is outside a mesh of {self.ranks} ranks")
+        if self.placement == "stages-in-node":
+            return divmod(rank, self.stages)
+        stage, replica = divmod(rank, self.replicas)
+        return replica, stage
+
+    def rank(self, replica: int, stage: int) -> int:
+        """Return the rank at `(replica, stage)`; `ValueError` for a place outside the mesh."""
+        if not (0 <= replica < self.replicas and 0 <= stage < self.stages):
+            raise ValueError(f"replica {replica}, stage {stage} is outside {self}")
+        if self.placement == "stages-in-node":
+            return replica * self.stages + stage
+        return stage * self.replicas + replica
+
+    def along(self, axis: str, rank: int) -> tuple[int, ...]:
+        """Return the ranks of the line through `rank` along an axis, itself included, in order.
+
+        Parameters
+        ----------
+        axis : str
+            "replica" (the copies of this rank's stage) or "stage" (this rank's pipeline).
+        rank : int
+            Any rank of the line.
+        """
+        replica, stage = self.coords(rank)
+        if axis == "replica":
+            return tuple(self.rank(r, stage) for r in range(self.replicas))
+        if axis == "stage":
+            return tuple(self.rank(replica, s) for s in range(self.stages))
+        raise ValueError(f"axis '{axis}' is neither 'replica' nor 'stage'")
+
+
+def _misfit(ranks: int, stages: int) -> Refusal:
+    """Return the refusal of `ranks` that `stages` does not divide, with the nearest ways out."""
+    divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
+    fitting = min(divisors, key=lambda n: (abs(n - stages), -n))
+    below = max(1, ranks // stages)
+    replicas = min(below, ranks // stages + 1, key=lambda n: abs(n * stages - ranks))
+    noun = "replica" if replicas == 1 else "replicas"
+    return Refusal(
+        f"{ranks} ranks cannot form {replicas} {noun} x {stages} stages "
+        f"(needs {replicas * stages}): set stages = {fitting}, "
+        f"or start {replicas * stages} ranks"
+    )

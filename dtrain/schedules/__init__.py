@@ -1,0 +1,11 @@
+"""Orders of computing: plans, the messages they imply, their proof and their picture."""
+
+from dtrain.schedules.flush import FillDrain, OneFOneB
+from dtrain.schedules.schedule import Schedule
+from dtrain.schedules.stream import Stream
+
+SCHEDULES: dict[str, type[Schedule]] = {
+    "stream": Stream,
+    "fill-drain": FillDrain,
+    "1f1b": OneFOneB,
+}

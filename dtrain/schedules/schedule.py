@@ -1,0 +1,67 @@
+"""Schedules: in which order a rank computes.
+
+Invariant: a plan is pure in its arguments and complete: `F` and `B` of each own block once per
+micro-batch, `U` once per block and update, micro-batches learnt in order 0 .. M-1. Therefore all
+schedules without staleness train the same model.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+from dtrain.errors import Refusal
+from dtrain.schedules.action import Action, Route
+
+
+class Schedule(ABC):
+    """The order of one rank's actions over one segment."""
+
+    limit: ClassVar[str]
+    """Which routes it cannot run, and what to use instead; the end of a refusal."""
+
+    @abstractmethod
+    def plan(
+        self, stage: int, place: Sequence[int], sizes: Sequence[int], routes: Sequence[Route]
+    ) -> Iterator[Action]:
+        """Yield the actions of one rank.
+
+        Parameters
+        ----------
+        stage : int
+            The rank's stage.
+        place : sequence of int
+            `place[b]` is the stage of block b.
+        sizes : sequence of int
+            Micro-batches of each update of the segment, of this replica. Where an update has
+            none, its `U` remains, since an update may be collective over replicas.
+        routes : sequence of Route
+            What flows between actions.
+
+        Raises
+        ------
+        Refusal
+            Where a route cannot be run in this order.
+        """
+
+    @abstractmethod
+    def runs(self, route: Route) -> bool:
+        """Say whether this order can serve a route, wherever its blocks are placed."""
+
+    def admit(self, routes: Sequence[Route]) -> None:
+        """Raise a `Refusal` for the first route that cannot be run; it says what to use instead."""
+        for route in routes:
+            if not self.runs(route):
+                raise Refusal(f"the route {route} cannot be scheduled: {self.limit}")
+
+
+def owned(stage: int, place: Sequence[int]) -> tuple[int, ...]:
+    """Return the blocks of a stage, in order."""
+    return tuple(block for block, owner in enumerate(place) if owner == stage)
+
+
+def forward(stage: int, place: Sequence[int], micros: int) -> Iterator[Action]:
+    """Yield one rank's plan of an evaluation: `F` of every block, micro-batch by micro-batch."""
+    blocks = owned(stage, place)
+    return (Action("F", block, 0, micro) for micro in range(micros) for block in blocks)

@@ -1,0 +1,55 @@
+"""The picture of a plan, to the letter."""
+
+from __future__ import annotations
+
+from dtrain.schedules import SCHEDULES
+from dtrain.schedules.action import Point, Route
+from dtrain.schedules.check import Report, check
+from dtrain.schedules.draw import draw
+
+
+def report(name: str, stages: int, *sizes: int) -> Report:
+    """Return the report of one replica of a pipeline of single blocks."""
+    routes = [Route(Point(b, "F"), Point(b + 1, "F"), "activation") for b in range(stages - 1)]
+    if name != "stream":
+        routes += [Route(Point(b + 1, "B"), Point(b, "B"), "gradient") for b in range(stages - 1)]
+    return check(SCHEDULES[name](), range(stages), [sizes], routes)
+
+
+def test_stream() -> None:
+    assert draw(report("stream", 3, 2, 2)) == (
+        "stage 0 |0 a a 1 b U 0 a a 1 b U . .|\n"
+        "stage 1 |. 0 a a 1 b U 0 a a 1 b U .|\n"
+        "stage 2 |. . 0 a a 1 b U 0 a a 1 b U|\n"
+        "0 1 2 ... forward, a b c ... backward of micro-batch 0, 1, 2 ... (modulo 10), "
+        "U update, . idle\n"
+        "14 units (F 1, B 2), bubble 14.3%, live micro-batches 1, staleness 0"
+    )
+
+
+def test_one_forward_one_backward() -> None:
+    rows = draw(report("1f1b", 3, 4), width=40).splitlines()
+    assert rows[:3] == [
+        "stage 0 |012....aa3bb.cc.dU|",
+        "stage 1 |.01..aa2bb3cc.dU..|",
+        "stage 2 |..0aa1bb2cc3dU....|",
+    ]
+    assert rows[-1].endswith("live micro-batches 3 2 1, staleness 0")
+
+
+def test_a_full_page() -> None:
+    rows = draw(report("1f1b", 8, 16)).splitlines()
+    assert len(rows) == 10
+    assert {len(row) for row in rows[:8]} == {10 + 69}
+    assert all(len(row) <= 120 for row in rows)
+    assert rows[7].startswith("stage 7 |.......0aa1bb2cc")
+
+
+def test_beyond_the_page() -> None:
+    rows = draw(report("stream", 12, 60)).splitlines()
+    assert rows[0].startswith("stage  0 |0aa1bb2cc")
+    assert all(len(row) == 120 and row.endswith("…|") for row in rows[:12])
+
+
+def test_a_segment_without_samples() -> None:
+    assert draw(report("1f1b", 2, 0)).splitlines()[0] == "stage 0 |U|"

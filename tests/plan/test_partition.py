@@ -1,0 +1,195 @@
+"""Cuts and places: optimal against every other choice, ties as stated, wrong ones refused."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from itertools import combinations, pairwise
+
+import pytest
+
+from dtrain.errors import Refusal
+from dtrain.partition import balanced, explicit, imbalance, place, ranges
+
+NAMES = ("fc1", "fc2", "fc3", "head")
+
+
+def brute(
+    layers: int,
+    blocks: int,
+    cost: Callable[[int, int], float],
+    weights: Sequence[float] | None = None,
+    head: bool = True,
+) -> tuple[int, ...]:
+    """Return the best cuts by looking at all of them."""
+
+    def worth(cuts: tuple[int, ...]) -> tuple[float, float, tuple[int, ...]]:
+        parts = pairwise((0, *cuts, layers))
+        costs = [cost(i, j) for i, j in parts]
+        if weights is not None:
+            costs = [c / w for c, w in zip(costs, weights, strict=True)]
+        # From the end, as the program sums: floats then agree to the last bit.
+        return max(costs), sum(c * c for c in reversed(costs)), cuts
+
+    choices = combinations(range(1, layers), blocks - 1)
+    alone = head and 1 < blocks < layers
+    return min(worth(cuts) for cuts in choices if not (alone and cuts[-1] == layers - 1))[2]
+
+
+def mlp(widths: Sequence[int], classes: int) -> Callable[[int, int], int]:
+    """Return multiply-adds of a block of an MLP with a linear head on all but the last block."""
+    sizes = [*widths, classes]
+
+    def cost(i: int, j: int) -> int:
+        own = sum(a * b for a, b in pairwise(sizes[i : j + 1]))
+        return 3 * (own + (sizes[j] * classes if j < len(sizes) - 1 else 0))
+
+    return cost
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_balanced_is_the_best_of_all(seed: int) -> None:
+    draw = random.Random(seed)
+    layers = draw.randint(1, 9)
+    blocks = draw.randint(1, layers)
+    # Few distinct values, so that ties are frequent; not additive, not even monotone.
+    table = {(i, j): draw.randint(0, 6) for i in range(layers) for j in range(i + 1, layers + 1)}
+    weights = draw.choice([None, [draw.choice((1, 2, 4)) for _ in range(blocks)]])
+
+    def cost(i: int, j: int) -> int:
+        return table[i, j]
+
+    assert balanced(layers, blocks, cost, weights) == brute(layers, blocks, cost, weights)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 4, 5])
+def test_balanced_mlps(blocks: int) -> None:
+    for widths in ([3072, 1000, 1000, 1000], [64, 256, 128, 64, 32], [784, 20, 700, 20, 700]):
+        layers, cost = len(widths), mlp(widths, 10)
+        if blocks <= layers:
+            assert balanced(layers, blocks, cost) == brute(layers, blocks, cost)
+
+
+def test_the_cifar_mlp_has_its_head_in_the_last_block() -> None:
+    assert balanced(4, 3, mlp([3072, 1000, 1000, 1000], 10)) == (1, 2)
+
+
+def test_the_head_alone_is_a_block_only_where_all_layers_are() -> None:
+    def cost(i: int, j: int) -> int:
+        return 100 if j == 4 else 1  # whoever holds the head is the costliest
+
+    assert balanced(4, 4, cost) == (1, 2, 3)
+    assert balanced(4, 2, cost) == (1,)
+    assert balanced(1, 1, cost) == ()
+
+
+def test_ties_go_to_the_smallest_squares_then_to_the_earliest_cuts() -> None:
+    def cost(i: int, j: int) -> int:
+        return sum((5, 1, 1, 1, 1)[i:j])
+
+    assert balanced(5, 3, cost) == (1, 3)
+    assert balanced(4, 3, lambda i, j: 1) == (1, 2)
+
+
+def test_integers_compare_exactly() -> None:
+    # 2**60 and 2**60 + 1 are one float; as integers the second cut is better by one.
+    big = 2**60
+
+    def cost(i: int, j: int) -> int:
+        return {(0, 1): big + 1, (0, 2): big}.get((i, j), big - 1 if i else 3 * big)
+
+    assert balanced(4, 2, cost) == (2,)
+
+
+def test_weights_make_shares() -> None:
+    assert balanced(12, 3, lambda i, j: j - i, (1, 2, 3)) == (2, 6)
+
+
+def test_hundreds_of_layers_take_a_second() -> None:
+    draw = random.Random(0)
+    ends = [0]
+    for _ in range(600):
+        ends.append(ends[-1] + draw.randint(1, 1000))
+    start = time.perf_counter()
+    cuts = balanced(600, 16, lambda i, j: ends[j] - ends[i])
+    assert time.perf_counter() - start < 3
+    assert imbalance([ends[r.stop] - ends[r.start] for r in ranges(600, cuts)]) < 1.05
+
+
+def test_balanced_refuses() -> None:
+    def one(i: int, j: int) -> int:
+        return 1
+
+    with pytest.raises(Refusal, match="5 blocks cannot be cut from 4 layers"):
+        balanced(4, 5, one)
+    with pytest.raises(Refusal, match="0 blocks"):
+        balanced(4, 0, one)
+    with pytest.raises(Refusal, match="2 weights for 3 blocks"):
+        balanced(4, 3, one, (1, 2))
+    with pytest.raises(Refusal, match="weight of block 1 is 0"):
+        balanced(4, 3, one, (1, 0, 2))
+
+
+def test_explicit_cuts_by_index_and_name() -> None:
+    assert explicit(NAMES, [1, 3]) == explicit(NAMES, ["fc2", "head"]) == (1, 3)
+    assert explicit(NAMES, ["fc2", 3]) == (1, 3)
+    assert explicit(NAMES, []) == ()
+
+
+@pytest.mark.parametrize(
+    ("cuts", "text"),
+    [
+        (["fc22"], "unknown layer 'fc22': did you mean 'fc2'"),
+        (["zz"], "the layers are fc1, fc2, fc3, head"),
+        ([0], "block 0 starts at layer 0 by itself"),
+        (["fc1"], "no block can start at 'fc1'"),
+        ([4], "layers 1 to 3"),
+        ([-1], "no block can start at -1"),
+        ([3, 1], "3 (layer 3) is after 1 (layer 1)"),
+        (["fc2", 1], "'fc2' (layer 1) is the same layer as 1 (layer 1)"),
+    ],
+)
+def test_explicit_refuses(cuts: list[int | str], text: str) -> None:
+    with pytest.raises(Refusal) as refusal:
+        explicit(NAMES, cuts)
+    assert text in refusal.value.message
+
+
+def test_ranges_cover_all_layers() -> None:
+    assert ranges(5, (2, 3)) == (range(0, 2), range(2, 3), range(3, 5))
+    assert ranges(5, ()) == (range(0, 5),)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_place_is_the_best_of_all(seed: int) -> None:
+    draw = random.Random(seed)
+    blocks = draw.randint(1, 8)
+    stages = draw.randint(1, blocks)
+    costs = [draw.randint(1, 9) for _ in range(blocks)]
+    transfers = draw.choice([[], [draw.randint(0, 4) for _ in range(blocks - 1)]])
+    hops = [0, *(transfers or [0] * (blocks - 1)), 0]
+    cuts = brute(blocks, stages, lambda i, j: sum(costs[i:j]) + hops[i] + hops[j], head=False)
+    expected = tuple(stage for stage, part in enumerate(ranges(blocks, cuts)) for _ in part)
+    assert place(costs, stages, transfers) == expected
+    assert sorted(set(expected)) == list(range(stages))
+
+
+def test_place_avoids_dear_transfers() -> None:
+    assert place([2, 2, 2, 2], 2) == (0, 0, 1, 1)
+    assert place([2, 2, 2, 2], 2, [0, 9, 0]) == (0, 1, 1, 1)
+
+
+def test_place_refuses() -> None:
+    with pytest.raises(Refusal, match="2 blocks cannot fill 3 stages"):
+        place([1, 1], 3)
+    with pytest.raises(Refusal, match="0 stages"):
+        place([1, 1], 0)
+    with pytest.raises(ValueError, match="2 transfers"):
+        place([1, 1], 2, [1, 1])
+
+
+def test_imbalance() -> None:
+    assert imbalance([2, 2, 2]) == 1
+    assert imbalance([1, 3]) == 1.5
+    assert imbalance([0, 0]) == 1
