@@ -1,0 +1,67 @@
+"""Messages between ranks: floor 1, the only place that knows how bytes travel.
+
+Invariant: importing this package imports neither MPI nor torch. `world` does so when a worker
+starts, MPI first: some MPI libraries fail when torch has touched the network cards before them.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from dtrain.comm.launch import Launch, launched, mpirun
+from dtrain.errors import USAGE, Refusal
+
+if TYPE_CHECKING:
+    from dtrain.comm.comm import Comm
+
+
+def world() -> Comm:
+    """Return the group of all ranks of this run; without a launcher, of this process alone.
+
+    Collective under a launcher. Call it before anything else imports torch.
+
+    Raises
+    ------
+    Refusal
+        On the launcher's rank 0, where MPI found another number of ranks than were started; the
+        others raise `SystemExit`, so that one of them speaks.
+    """
+    launch = launched(os.environ)
+    if launch is None:
+        from dtrain.comm.comm import Comm
+        from dtrain.comm.single import SingleWire
+
+        return Comm(SingleWire())
+    from dtrain.comm import mpi
+
+    if mpi.size() != launch.size:
+        if launch.rank:
+            raise SystemExit(USAGE)
+        raise Refusal(mismatch(launch, mpi.size(), mpi.library(), mpirun(os.environ)))
+    from dtrain.comm.comm import Comm
+
+    return Comm(mpi.world())
+
+
+def mismatch(launch: Launch, found: int, library: str, owned: str | None) -> str:
+    """Return what to say, and what to type, where launcher and library count differently."""
+    if launch.launcher == "srun":
+        advice = (
+            f"start them with `srun --mpi=pmix -n {launch.size} ...`, or another type that "
+            f"`srun --mpi=list` shows"
+        )
+    else:
+        path = owned or "the mpirun of the module that has this library"
+        advice = (
+            f"start them with `{path} -n {launch.size} ...`, or on this host with "
+            f"`dtrain train RUN.toml --ranks {launch.size}`"
+        )
+    return (
+        f"{launch.launcher} started {_ranks(launch.size)}, but the MPI library ({library}) found "
+        f"a world of {_ranks(found)}: the two do not belong together; {advice}"
+    )
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank" if count == 1 else f"{count} ranks"

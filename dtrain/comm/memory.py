@@ -1,0 +1,53 @@
+"""Memory: aligned tensors, their bytes, and scratch that is kept.
+
+Invariant: what is received starts on a 64-byte boundary, because matrix products change their last
+bits with the alignment of their inputs, and n ranks must compute what one rank computes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import final
+
+import torch
+from torch import Tensor
+
+from dtrain.comm.wire import Bytes
+
+ALIGN = 64
+
+
+def aligned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return fresh, uninitialised memory on the CPU that starts on a 64-byte boundary."""
+    count = math.prod(shape) * dtype.itemsize
+    block = torch.empty(count + ALIGN - 1, dtype=torch.uint8)
+    start = -block.data_ptr() % ALIGN
+    return block[start : start + count].view(dtype).view(tuple(shape))
+
+
+def raw(tensor: Tensor) -> Bytes:
+    """Return the bytes of a contiguous tensor on the CPU: the same memory, no copy."""
+    data: Bytes = tensor.detach().view(-1).view(torch.uint8).numpy()
+    return data
+
+
+@final
+class Scratch:
+    """Buffers of one size that are used again and again: fresh pages cost as much as a copy."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self._size_bytes = size_bytes
+        self._free: list[Tensor] = []
+
+    @contextmanager
+    def lend(self, count: int, like: Tensor) -> Iterator[list[Tensor]]:
+        """Lend `count` buffers shaped and typed as the 1-D tensor `like`, until the block ends."""
+        while len(self._free) < count:
+            self._free.append(aligned((self._size_bytes,), torch.uint8))
+        blocks = [self._free.pop() for _ in range(count)]
+        try:
+            yield [block[: like.nbytes].view(like.dtype) for block in blocks]
+        finally:
+            self._free.extend(blocks)

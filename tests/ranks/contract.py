@@ -1,0 +1,458 @@
+"""The contract of Comm: what holds on any wire, for any number of ranks.
+
+Each case is called on every rank with its world. `threads`, `single` and MPI run the same list, so
+the doubles cannot drift from what they stand for.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from dtrain.comm.comm import Comm, Spec
+from dtrain.comm.wire import Stall
+from dtrain.errors import DATA, Refusal
+
+DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+]
+FLOATS = DTYPES[:4]
+SHAPES = [(), (0, 3), (1,), (5, 7), (2, 3, 4, 5)]
+
+
+def bits(tensor: Tensor) -> bytes:
+    """Return the bytes of a tensor in C order."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def noise(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:
+    """Return arbitrary bits that any dtype can hold (NaN and infinity among them)."""
+    generator = torch.Generator().manual_seed(seed)
+    count = math.prod(shape) * dtype.itemsize
+    most = 2 if dtype == torch.bool else 256
+    data = torch.randint(0, most, (count,), dtype=torch.uint8, generator=generator)
+    return data.view(dtype).view(tuple(shape))
+
+
+def normal(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:
+    """Return normal deviates."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tuple(shape), dtype=torch.float64, generator=generator).to(dtype)
+
+
+def spec(tensor: Tensor) -> Spec:
+    """Return what the receiver has to know."""
+    return tuple(tensor.shape), tensor.dtype
+
+
+def weights(size: int) -> list[float]:
+    """Return uneven weights that add up to 1."""
+    return [2.0 * (rank + 1) / (size * (size + 1)) for rank in range(size)]
+
+
+def exact(parts: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+    """Return the mean as it is promised: product and sum rounded apart, in rank order."""
+    dtype = torch.float64 if parts[0].dtype == torch.float64 else torch.float32
+    result = parts[0].to(dtype) * scales[0]
+    for part, scale in zip(parts[1:], scales[1:], strict=True):
+        result = result + part.to(dtype) * scale
+    return result.to(parts[0].dtype)
+
+
+def same(comm: Comm, tensors: Sequence[Tensor]) -> bool:
+    """Return whether all ranks hold the same bits."""
+    found = comm.exchange([bits(tensor).hex() for tensor in tensors])
+    return all(other == found[0] for other in found)
+
+
+def ring_of_all_dtypes(comm: Comm) -> None:
+    """Bits arrive as they left, whatever the shape and dtype, and start on a 64-byte boundary."""
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    kinds = [(shape, dtype) for shape in SHAPES for dtype in DTYPES]
+    comm.expect(left, 1, kinds)
+    for number, kind in enumerate(kinds):
+        comm.isend(noise(*kind, seed=100 * comm.rank + number), right, 1)
+        got = comm.recv(left, 1)
+        want = noise(*kind, seed=100 * left + number)
+        assert spec(got) == spec(want)
+        assert bits(got) == bits(want)
+        assert got.data_ptr() % 64 == 0
+    comm.flush()
+
+
+def big_both_ways(comm: Comm) -> None:
+    """Large messages cross in both directions at once, everybody sending first."""
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    big = torch.full((1 << 20,), float(comm.rank))
+    comm.expect(left, 1, [spec(big)])
+    comm.expect(right, 2, [spec(big)])
+    comm.isend(big, right, 1)
+    comm.isend(big, left, 2)
+    assert comm.recv(left, 1).eq(left).all()
+    assert comm.recv(right, 2).eq(right).all()
+    comm.flush()
+
+
+def strided_is_sent_in_order(comm: Comm) -> None:
+    """A transposed or strided tensor, or a parameter, arrives in C order."""
+    base = torch.arange(24.0).view(4, 6).requires_grad_()
+    comm.expect(comm.rank, 1, [((6, 4), torch.float32), ((4, 3), torch.float32)])
+    comm.isend(base.t(), comm.rank, 1)
+    comm.isend(base[:, ::2], comm.rank, 1)
+    assert comm.recv(comm.rank, 1).equal(base.t())
+    assert comm.recv(comm.rank, 1).equal(base[:, ::2])
+    comm.flush()
+
+
+def order_within_and_across_routes(comm: Comm) -> None:
+    """Messages of one route keep their order; routes do not wait for each other."""
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    for tag in (7, 8):
+        comm.expect(left, tag, [((1,), torch.int64)] * 2)
+    for tag in (7, 8):
+        for number in range(2):
+            comm.isend(torch.tensor([10 * tag + number]), right, tag)
+    got = [comm.recv(left, tag).item() for tag in (8, 7, 8, 7)]
+    assert got == [80, 70, 81, 71]
+    comm.flush()
+
+
+def expected_later_still_arrives(comm: Comm) -> None:
+    """A message that was sent before it was expected waits for its receive."""
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    comm.isend(torch.tensor(3), right, 5)
+    comm.exchange(None)
+    comm.expect(left, 5, [((), torch.int64)])
+    assert comm.recv(left, 5).item() == 3
+    comm.flush()
+    with pytest.raises(RuntimeError, match=r"no message is expected from rank \d"):
+        comm.recv(left, 5)
+
+
+def credits_bound_what_is_outstanding(comm: Comm) -> None:
+    """A send beyond the credits waits until the oldest was received, and not before."""
+    comm.expect(comm.rank, 1, [((1,), torch.int64)])
+    for number in range(comm.credits + 1):  # the posted one completes at once
+        comm.isend(torch.tensor([number]), comm.rank, 1)
+    taken: list[int] = []
+
+    def take() -> None:
+        if not taken:
+            taken.append(1)
+            comm.expect(comm.rank, 1, [((1,), torch.int64)] * (comm.credits + 1))
+            got.append(comm.recv(comm.rank, 1).item())
+
+    got: list[float] = []
+    comm.polls.append(take)
+    comm.isend(torch.tensor([comm.credits + 1]), comm.rank, 1)
+    comm.polls.remove(take)
+    assert taken, "the send did not wait"
+    got += [comm.recv(comm.rank, 1).item() for _ in range(comm.credits + 1)]
+    assert got == list(range(comm.credits + 2))
+    comm.flush()
+
+
+def flush_waits_for_the_receiver(comm: Comm) -> None:
+    """A send is complete only once it was received, however small it is."""
+    comm.isend(torch.tensor(1), comm.rank, 1)
+    late: list[Tensor] = []
+
+    def take() -> None:
+        if not late:
+            late.append(torch.tensor(0))
+            comm.expect(comm.rank, 1, [((), torch.int64)])
+
+    comm.polls.append(take)
+    comm.flush()
+    comm.polls.remove(take)
+    assert late, "the send was complete without a receive"
+    assert comm.recv(comm.rank, 1).item() == 1
+
+
+def chunks_are_invisible(comm: Comm) -> None:
+    """Messages and means longer than the limit travel in parts, to the same effect."""
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    comm.line.chunk_bytes = 7
+    comm.expect(left, 1, [((9, 5), torch.float64), ((0,), torch.float32), ((7,), torch.uint8)])
+    for number, kind in enumerate(
+        [((9, 5), torch.float64), ((0,), torch.float32), ((7,), torch.uint8)]
+    ):
+        comm.isend(noise(*kind, seed=comm.rank + number), right, 1)
+        assert bits(comm.recv(left, 1)) == bits(noise(*kind, seed=left + number))
+    comm.flush()
+    mean = torch.full((33,), float(comm.rank))
+    comm.mean_([mean])
+    torch.testing.assert_close(mean, torch.full_like(mean, (comm.size - 1) / 2))
+    assert comm.exchange(comm.rank) == list(range(comm.size))
+
+
+def mean_is_as_promised(comm: Comm) -> None:
+    """The weighted mean has exactly the promised bits, in every dtype, whatever the cut."""
+    sizes = [(3,), (0,), (100_001,), (), (20, 30), (300_000,), (5,)]
+    scales = weights(comm.size)
+    for dtype in FLOATS:
+        parts = [
+            [normal(shape, dtype, 1000 * rank + i) for i, shape in enumerate(sizes)]
+            for rank in range(comm.size)
+        ]
+        mine = [part.clone() for part in parts[comm.rank]]
+        comm.mean_(mine, scales[comm.rank])
+        for number, tensor in enumerate(mine):
+            want = exact([part[number] for part in parts], scales)
+            assert bits(tensor) == bits(want), (dtype, number)
+
+
+def mean_is_near_float64(comm: Comm) -> None:
+    """The default mean is the mean, to the precision of the dtype."""
+    for dtype, error in zip(FLOATS, (1e-6, 1e-15, 1e-2, 1e-3), strict=True):
+        parts = [normal((50, 7), dtype, rank) for rank in range(comm.size)]
+        mine = parts[comm.rank].clone()
+        comm.mean_([mine])
+        want = torch.stack([part.double() for part in parts]).mean(0)
+        torch.testing.assert_close(mine.double(), want, rtol=error, atol=error)
+
+
+def mean_repeats_and_agrees(comm: Comm) -> None:
+    """All ranks hold the same bits, and hold them again the next time."""
+    runs = []
+    for _ in range(3):
+        mine = [normal((70_000,), torch.float32, comm.rank), normal((9,), torch.bfloat16, 7)]
+        comm.mean_(mine, weights(comm.size)[comm.rank])
+        assert same(comm, mine)
+        runs.append([bits(tensor) for tensor in mine])
+    assert runs[0] == runs[1] == runs[2]
+
+
+def mean_of_mixed_and_strided(comm: Comm) -> None:
+    """Dtypes may be mixed; strided tensors and parameters are changed in place, too."""
+    wide = torch.full((6, 4), float(comm.rank + 1), dtype=torch.float64)
+    leaf = torch.nn.Parameter(torch.full((3,), float(comm.rank + 1)))
+    picture = torch.full((2, 3, 4, 4), float(comm.rank + 1)).to(memory_format=torch.channels_last)
+    half = torch.full((5,), float(comm.rank + 1), dtype=torch.bfloat16)
+    comm.mean_([wide.t()[1:3], leaf, half, picture])
+    for tensor in (leaf, half, picture, wide[:, 1:3]):
+        want = torch.full_like(tensor, (comm.size + 1) / 2)
+        torch.testing.assert_close(tensor.detach(), want.detach())
+    assert wide[:, 0].eq(comm.rank + 1).all()
+
+
+def mean_alone_is_the_identity(comm: Comm) -> None:
+    """In a group of one nothing changes, bit for bit; a weight scales."""
+    alone = comm.split(comm.rank)
+    for dtype in FLOATS:
+        tensor = normal((40,), dtype, 3)
+        for weight in (None, 1.0):
+            copy = tensor.clone()
+            alone.mean_([copy], weight)
+            assert bits(copy) == bits(tensor)
+        alone.mean_([copy], 0.5)
+        assert copy.equal(tensor * 0.5)
+
+
+def mean_of_nothing(comm: Comm) -> None:
+    """No tensors, or empty ones, are no reason to send or to hang."""
+    before = comm.traffic.bytes_intra + comm.traffic.bytes_inter
+    comm.mean_([])
+    comm.mean_([torch.empty(0), torch.empty(0, 3, dtype=torch.float64)])
+    assert comm.traffic.bytes_intra + comm.traffic.bytes_inter == before
+
+
+def mean_refuses_by_name(comm: Comm) -> None:
+    """Integers and booleans have no mean; the message says which tensor."""
+    for dtype in (torch.int64, torch.bool, torch.uint8):
+        with pytest.raises(TypeError, match=rf"{dtype}.*tensor 1, shape \(2,\)"):
+            comm.mean_([torch.ones(3), torch.ones(2).to(dtype)])
+
+
+def means_in_flight_do_not_mix(comm: Comm) -> None:
+    """Means started in one order and waited for in another, among messages, keep apart."""
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    first = [torch.full((3 << 18,), float(comm.rank))]
+    second = [torch.full((3 << 18,), 10.0 * comm.rank), torch.full((3,), -1.0 * comm.rank)]
+    handles = [comm.imean_(first), comm.imean_(second)]
+    comm.expect(left, 0, [((1,), torch.int64)])
+    comm.isend(torch.tensor([comm.rank]), right, 0)
+    assert comm.recv(left, 0).item() == left
+    for handle in handles if comm.rank % 2 else reversed(handles):
+        handle.wait()
+        assert handle.test()
+    mean = (comm.size - 1) / 2
+    assert first[0].eq(mean).all()
+    assert second[0].eq(10 * mean).all()
+    assert second[1].eq(-mean).all()
+    comm.flush()
+
+
+def mean_goes_on_in_waits_of_relatives(comm: Comm) -> None:
+    """A mean of one group advances while its ranks wait for something in another."""
+    other = comm.dup()
+    tensor = torch.full((1 << 19,), float(comm.rank))
+    handle = comm.imean_([tensor])
+    for _ in range(3):
+        other.exchange(None)
+    other.wait(handle.test, "a mean of a relative")
+    torch.testing.assert_close(tensor, torch.full_like(tensor, (comm.size - 1) / 2))
+
+
+def bytes_follow_the_formula(comm: Comm) -> None:
+    """Payload is counted exactly: 2 (n - 1) of a mean, n - 1 of a broadcast, each message."""
+
+    def sent(work: Callable[[], object]) -> int:
+        before = comm.traffic.bytes_intra + comm.traffic.bytes_inter
+        work()
+        after = comm.traffic.bytes_intra + comm.traffic.bytes_inter
+        return int(sum(comm.exchange(after - before)))
+
+    tensors = [torch.ones(100_003), torch.ones(7), torch.ones(12_345, dtype=torch.float64)]
+    payload = sum(tensor.nbytes for tensor in tensors)
+    n = comm.size
+    assert sent(lambda: comm.mean_(tensors, 1 / n)) == 2 * (n - 1) * payload
+    assert sent(lambda: comm.broadcast_(tensors, n - 1)) == (n - 1) * payload
+    assert sent(lambda: comm.exchange("control data is not counted")) == 0
+
+    def message() -> None:
+        comm.expect(comm.rank, 3, [((5,), torch.float64)])
+        comm.isend(torch.ones(5, dtype=torch.float64), comm.rank, 3)
+        comm.recv(comm.rank, 3)
+        comm.flush()
+
+    assert sent(message) == n * 40
+    with comm.uncounted():
+        assert sent(message) == 0
+        handle = comm.imean_(tensors)  # counted or not by where it starts
+    assert sent(handle.wait) == 0
+    assert sent(message) == n * 40
+
+
+def broadcast_from_every_root(comm: Comm) -> None:
+    """All ranks get the root's bits, in any dtype, strided ones too."""
+    for root in range(comm.size):
+        mine = [noise((3, 5), dtype, 10 * comm.rank + i) for i, dtype in enumerate(DTYPES)]
+        grid = noise((4, 6), torch.int32, comm.rank)
+        comm.broadcast_([*mine, grid.t()], root)
+        for i, (tensor, dtype) in enumerate(zip(mine, DTYPES, strict=True)):
+            assert bits(tensor) == bits(noise((3, 5), dtype, 10 * root + i))
+        assert grid.equal(noise((4, 6), torch.int32, root))
+
+
+def exchange_keeps_rank_order(comm: Comm) -> None:
+    """Items of very different sizes come back in rank order; NaN is a number like others."""
+    item = {"rank": comm.rank, "text": "ü" * 1000 * comm.rank, "loss": math.nan, "none": None}
+    found = comm.exchange(item)
+    assert [other["rank"] for other in found] == list(range(comm.size))
+    assert [len(other["text"]) for other in found] == [1000 * r for r in range(comm.size)]
+    assert all(math.isnan(other["loss"]) and other["none"] is None for other in found)
+
+
+def agree_raises_in_all_or_none(comm: Comm) -> None:
+    """All ranks raise the refusal of the lowest rank that has one, or none does."""
+    comm.agree(None)
+    last = comm.size - 1
+    with pytest.raises(Refusal, match=f"rank {last} says no") as caught:
+        comm.agree(Refusal(f"rank {last} says no", DATA) if comm.rank == last else None)
+    assert caught.value.code == DATA
+    with pytest.raises(Refusal, match="rank 0 says no"):
+        comm.agree(Refusal(f"rank {comm.rank} says no"))
+
+
+def split_orders_by_key_then_rank(comm: Comm) -> None:
+    """Groups are by colour, ordered by key, then rank; messages of two groups never meet."""
+    half = comm.split(comm.rank % 2)
+    mine = [rank for rank in range(comm.size) if rank % 2 == comm.rank % 2]
+    assert (half.rank, half.size) == (mine.index(comm.rank), len(mine))
+    assert half.exchange(comm.rank) == mine
+    back = comm.split(0, -comm.rank)
+    assert back.exchange(comm.rank) == list(reversed(range(comm.size)))
+    assert back.hosts == tuple(reversed(comm.hosts))
+    twin = comm.dup()
+    assert (twin.rank, twin.size, twin.hosts) == (comm.rank, comm.size, comm.hosts)
+    for group in (comm, twin):
+        group.expect(comm.rank, 1, [((), torch.int64)])
+    for number, group in enumerate((twin, comm)):
+        group.isend(torch.tensor(number), comm.rank, 1)
+    assert comm.recv(comm.rank, 1).item() == 1
+    assert twin.recv(comm.rank, 1).item() == 0
+    assert half.traffic is comm.traffic
+    comm.flush()
+    twin.flush()
+
+
+def nodes_follow_hosts(comm: Comm) -> None:
+    """Nodes are numbered by first appearance, and `by_node` joins the ranks of one host."""
+    local = comm.by_node()
+    assert set(local.hosts) == {comm.hosts[comm.rank]}
+    assert local.size == comm.hosts.count(comm.hosts[comm.rank])
+    assert (local.node, local.nodes) == (0, 1)
+    assert comm.nodes == len(set(comm.hosts))
+    assert comm.exchange(comm.node)[0] == 0
+
+
+def waits_end_with_a_name(comm: Comm) -> None:
+    """A wait that cannot end says what was waited for, and on which rank."""
+    hasty = comm.dup()
+    hasty.timeout_s = 0.02
+    hasty.expect(comm.rank, 9, [((2, 3), torch.float32)])
+    with pytest.raises(Stall, match=rf"rank {comm.rank}.*\(2, 3\) float32 .*tag 9"):
+        hasty.recv(comm.rank, 9)
+    hasty.timeout_s = None
+    hasty.isend(torch.ones(2, 3), comm.rank, 9)
+    assert hasty.recv(comm.rank, 9).eq(1).all(), "the message can still come"
+    hasty.flush()
+
+
+def polls_are_called_while_waiting(comm: Comm) -> None:
+    """What others append to `polls` runs in every turn of every wait of the family."""
+    calls = []
+    comm.polls.append(lambda: calls.append(time.monotonic()))
+    comm.dup().wait(lambda: len(calls) >= 2, "two calls")
+    comm.polls.pop()
+    assert len(calls) >= 2
+
+
+def tags_are_checked(comm: Comm) -> None:
+    """Tags of users end where those of collectives begin."""
+    for tag in (-1, 1 << 14):
+        with pytest.raises(ValueError, match=f"tag {tag} is not in 0"):
+            comm.isend(torch.ones(1), comm.rank, tag)
+
+
+CASES: list[Callable[[Comm], None]] = [
+    ring_of_all_dtypes,
+    big_both_ways,
+    strided_is_sent_in_order,
+    order_within_and_across_routes,
+    expected_later_still_arrives,
+    credits_bound_what_is_outstanding,
+    flush_waits_for_the_receiver,
+    chunks_are_invisible,
+    mean_is_as_promised,
+    mean_is_near_float64,
+    mean_repeats_and_agrees,
+    mean_of_mixed_and_strided,
+    mean_alone_is_the_identity,
+    mean_of_nothing,
+    mean_refuses_by_name,
+    means_in_flight_do_not_mix,
+    mean_goes_on_in_waits_of_relatives,
+    bytes_follow_the_formula,
+    broadcast_from_every_root,
+    exchange_keeps_rank_order,
+    agree_raises_in_all_or_none,
+    split_orders_by_key_then_rank,
+    nodes_follow_hosts,
+    waits_end_with_a_name,
+    polls_are_called_while_waiting,
+    tags_are_checked,
+]

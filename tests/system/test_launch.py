@@ -1,0 +1,114 @@
+"""`--ranks`: what comes back from ranks that mpirun started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.process import Ended, carriers, start
+
+STARTER = """
+import os, sys
+from dtrain.comm import launch
+sys.exit(launch.start(int(sys.argv[1]), [sys.executable, *sys.argv[2:]], os.environ))
+"""
+
+WORKER = """
+import sys, time
+from dtrain.comm import world
+comm, mode = world(), sys.argv[1]
+comm.exchange(None)
+if mode == "abort" and comm.rank == 1:
+    print("rank 1 speaks", file=sys.stderr)
+    comm.abort(4)
+if mode == "wait" and comm.rank == 0:
+    print("waiting", flush=True)
+if mode in ("abort", "wait"):
+    time.sleep(60)
+print("rank", comm.rank, "of", comm.size)
+sys.exit(int(mode))
+"""
+
+
+def ranks(folder: Path, count: int, mode: str, environ: Mapping[str, str]) -> Ended:
+    """Start ranks in a process of its own and return how it ended."""
+    worker = folder / "worker.py"
+    worker.write_text(WORKER)
+    return start([sys.executable, "-c", STARTER, str(count), worker, mode], env=environ)
+
+
+@pytest.fixture
+def root(clean: dict[str, str], mpirun: str) -> dict[str, str]:
+    """An environment that finds dtrain in this folder and does nothing else for MPI."""
+    here = {"PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.getenv("PYTHONPATH")]))}
+    mine = {n: v for n, v in clean.items() if not n.startswith(("OMPI_", "PRTE_"))}
+    return mine | here
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 3])
+def test_the_ranks_code_is_passed_on(code: int, tmp_path: Path, root: dict[str, str]) -> None:
+    ended = ranks(tmp_path, 3, str(code), root)
+    assert ended.code == code, ended.err
+    if code == 0:
+        assert sorted(ended.out.splitlines()) == [f"rank {rank} of 3" for rank in range(3)]
+    assert not ended.err
+    assert not ended.left
+
+
+def test_an_abort_ends_all_with_its_code(tmp_path: Path, root: dict[str, str]) -> None:
+    ended = ranks(tmp_path, 3, "abort", root)
+    assert (ended.code, ended.err) == (4, "rank 1 speaks\n")
+    assert not ended.left
+
+
+def test_ranks_start_inside_a_job_step(tmp_path: Path, root: dict[str, str]) -> None:
+    """An interactive shell on a compute node is a step of one rank: its traces are in the way."""
+    step = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOBID": "7",
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "1",
+        "SLURM_PROCID": "0",
+        "SLURM_NODELIST": "nowhere",
+        "PMI_RANK": "0",
+        "PMI_SIZE": "1",
+    }
+    ended = ranks(tmp_path, 2, "0", root | step)
+    assert (ended.code, ended.err) == (0, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_takes_all_ranks_down(
+    number: signal.Signals, tmp_path: Path, root: dict[str, str]
+) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER)
+    mark = f"DTRAIN_MARK={tmp_path}"
+    child = subprocess.Popen(
+        [sys.executable, "-c", STARTER, "3", worker, "wait"],
+        env=root | {"DTRAIN_MARK": str(tmp_path)},
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"waiting\n"
+        child.send_signal(number)
+        assert child.wait(timeout=10) == 128 + number
+        deadline = time.monotonic() + 5
+        while carriers(mark) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not carriers(mark)
+    finally:
+        for pid in carriers(mark):
+            os.kill(pid, signal.SIGKILL)
+        child.wait()
+        assert child.stdout is not None
+        child.stdout.close()
