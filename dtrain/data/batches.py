@@ -1,0 +1,69 @@
+"""Which samples a replica sees in an update, and in which micro-batch.
+
+Invariant: the samples of an update are pure in (seed, epoch, update); nothing need divide, and
+nothing is dropped or seen twice.
+
+::
+
+    order of the epoch   | update 0 | update 1 | ... | short last |
+    update               | replica 0    | replica 1    |
+    replica              | micro 0 | micro 1 | micro 2 |      parts differ by at most one sample
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtrain.data.order import parts
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One replica's part of one update.
+
+    Attributes
+    ----------
+    rows : int
+        Samples of the update over all replicas (n).
+    micros : tuple of arrays
+        Indices of each micro-batch that is not empty; together this replica's n_r samples.
+    """
+
+    rows: int
+    micros: tuple[Indices, ...]
+
+    @property
+    def own(self) -> int:
+        """Samples of this replica (n_r)."""
+        return sum(len(micro) for micro in self.micros)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How updates are shared out: `size` samples an update, over replicas, then micro-batches."""
+
+    size: int
+    replicas: int
+    micros: int
+
+    def batch(self, order: Indices, update: int, replica: int) -> Batch:
+        """Return the part of `replica` in the update at position `update` of an epoch's order."""
+        samples = order[update * self.size : (update + 1) * self.size]
+        own = _slice(samples, parts(len(samples), self.replicas)[replica])
+        micros = (_slice(own, part) for part in parts(len(own), self.micros))
+        return Batch(len(samples), tuple(micro for micro in micros if len(micro)))
+
+    def sizes(self, total: int, first: int, last: int) -> list[list[int]]:
+        """Return ``[replica][update]``: micro-batches in the updates first to last (excluded)."""
+        rows = [min(self.size, total - update * self.size) for update in range(first, last)]
+        shares = [[len(part) for part in parts(n, self.replicas)] for n in rows]
+        return [[min(share[r], self.micros) for share in shares] for r in range(self.replicas)]
+
+
+def _slice(samples: Indices, part: range) -> Indices:
+    return samples[part.start : part.stop]
