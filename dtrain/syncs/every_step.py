@@ -1,0 +1,54 @@
+"""Every step: the mean gradient of all replicas before each update, blocking.
+
+Sends 2 (n - 1) / n times the block's parameters per replica and update; staleness 0.
+With one replica it is the identity.
+
+Invariant: replicas that start equal stay equal bit for bit, because all apply the same sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from dtrain.syncs.sync import Clock, Sync, averaged
+
+
+@dataclass
+class EveryStep(Sync):
+    """Blocking all-reduce of gradients, weighted by samples: a mean over samples."""
+
+    apart: ClassVar[bool] = False
+
+    def before_update(self, gradients: Sequence[Tensor], weight: float, clock: Clock) -> None:
+        """Replace each gradient by ``sum over replicas of weight * gradient``."""
+        self.replicas.mean_(gradients, weight)
+
+    def after_update(self, clock: Clock) -> None:
+        """Nothing: equal gradients moved equal parameters."""
+
+    def poll(self) -> None:
+        """Nothing is ever in flight."""
+
+    def end_epoch(self, loss: float) -> None:
+        """Nothing follows from the loss."""
+
+    def settle(self) -> None:
+        """Average the buffers (batch statistics) over the replicas, in place."""
+        buffers = self.block.buffers
+        for name, mean in averaged(self.replicas, buffers).items():
+            buffers[name].copy_(mean)
+
+    def view(self) -> dict[str, Tensor]:
+        """Return the block's own tensors, not copied: all replicas hold the same."""
+        return self.block.tensors()
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing beyond the block."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing beyond the block."""

@@ -1,0 +1,83 @@
+"""How the replicas of one block agree.
+
+Invariant: a sync sees tensors and a `Comm` of its block's replicas, never the world; every replica
+calls the same methods in the same order, so all of them are collective over the replicas.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from dtrain.block import Block
+from dtrain.comm.comm import Comm
+
+
+@dataclass(frozen=True)
+class Clock:
+    """When something happens: counts from the start of the run, and the rate of this update."""
+
+    update: int
+    epoch: int
+    epochs: int
+    lr: float
+
+
+class Sync(ABC):
+    """One way of agreeing, for one block. Fields of a subclass are its keys in the run file.
+
+    Attributes
+    ----------
+    apart : bool
+        Whether replicas may differ at a segment's end; if not, one of them is checkpointed.
+    """
+
+    apart: ClassVar[bool]
+
+    def open(self, block: Block, replicas: Comm) -> None:
+        """Take the block and the communicator of its replicas; may re-parametrise the block."""
+        self.block = block
+        self.replicas = replicas
+
+    @abstractmethod
+    def before_update(self, gradients: Sequence[Tensor], weight: float, clock: Clock) -> None:
+        """Change the gradients in place; `weight` = rows of this replica / rows of the update."""
+
+    @abstractmethod
+    def after_update(self, clock: Clock) -> None:
+        """Change the parameters in place, once the optimizer has moved them."""
+
+    @abstractmethod
+    def poll(self) -> None:
+        """Progress what is in flight; called from every wait and between actions."""
+
+    @abstractmethod
+    def end_epoch(self, loss: float) -> None:
+        """Hear the training loss of an epoch, the same number on all stages and replicas."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Land what is in flight at a segment's end, and decide nothing."""
+
+    @abstractmethod
+    def view(self) -> dict[str, Tensor]:
+        """Return the parameters and buffers that are evaluated, saved and digested."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """Return by name what must survive a restart and is not the block's own."""
+
+    @abstractmethod
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state()` returned."""
+
+
+def averaged(replicas: Comm, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies of `tensors`: means over the replicas; integers are this replica's own."""
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    replicas.mean_([tensor for tensor in copies.values() if tensor.is_floating_point()])
+    return copies
