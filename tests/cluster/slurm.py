@@ -1,0 +1,134 @@
+"""Slurm daemons of a cluster: one slurmctld on this machine, one slurmd per host, one munged.
+
+Invariant: key, socket, configuration, logs and pid files are all in the cluster's own folder, so
+a Slurm or munge that the machine runs is neither used nor touched.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+from tests.cluster import net
+
+PORT, HOST_PORT = 16817, 17001
+
+
+class Lacking(Exception):
+    """This machine cannot have a cluster: something is not installed, or not allowed."""
+
+
+# SchedulerParameters: a waiting job starts within a second of another's end, not within minutes.
+# TmpFS per host: else the PMIx plugins of several slurmd collide in one folder.
+# linuxproc, task/none: no cgroups, which a container may not offer.
+CONFIGURATION = """\
+ClusterName=dtrain
+SlurmctldHost={name}({gate})
+SlurmctldPort={port}
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/socket
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+TmpFS={folder}/tmp/%n
+SlurmctldPidFile={folder}/run/slurmctld.pid
+SlurmdPidFile={folder}/run/slurmd.%n.pid
+SlurmctldLogFile={folder}/log/slurmctld.log
+SlurmdLogFile={folder}/log/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=sched_interval=1,batch_sched_delay=0
+SlurmdParameters=config_overrides
+ReturnToService=2
+MpiDefault=pmix
+JobRequeue=1
+KillWait=5
+{nodes}
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+NODE = "NodeName=n{k} NodeHostname=n{k} NodeAddr={address} Port={port} CPUs=2 RealMemory=4000"
+
+
+def taken() -> list[str]:
+    """Return what stands in the way of `start`, one phrase each."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", PORT))
+        except OSError:
+            return [f"port {PORT}"]
+    return []
+
+
+def configuration(folder: Path, hosts: int) -> str:
+    """Return the text of slurm.conf."""
+    nodes = [
+        NODE.format(k=host, address=net.address(host), port=HOST_PORT)
+        for host in range(1, hosts + 1)
+    ]
+    name = socket.gethostname().split(".")[0]
+    return CONFIGURATION.format(
+        name=name, gate=net.GATE, port=PORT, folder=folder, nodes="\n".join(nodes)
+    )
+
+
+def start(folder: Path, hosts: int) -> None:
+    """Start all daemons and wait until every host is idle.
+
+    Raises Lacking where Slurm finds no PMIx, RuntimeError where a daemon fails.
+    """
+    names = [f"n{host}" for host in range(1, hosts + 1)]
+    parts = ["state", "run", "log", "munge", *(f"spool/{n}" for n in names)]
+    for part in (*parts, *(f"tmp/{n}" for n in names)):
+        (folder / part).mkdir(parents=True)
+    conf = folder / "slurm.conf"
+    conf.write_text(configuration(folder, hosts))
+    (folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
+    munge(folder / "munge")
+    net.call("slurmctld", "-f", str(conf))
+    for host, name in enumerate(names, start=1):
+        # nsenter, not `ip netns exec`: that hides the cgroup tree, and slurmd would not start.
+        command = f'hostname {name} && exec slurmd -f "$0" -N {name}'
+        namespace = f"--net=/run/netns/{net.space(host)}"
+        net.call("nsenter", namespace, "unshare", "--uts", "sh", "-c", command, str(conf))
+    settle(conf, hosts)
+    if "can not load PMIx library" in (folder / "log/slurmd.n1.log").read_text():
+        raise Lacking("Slurm finds no PMIx library (Debian: libpmix-dev)")
+
+
+def munge(folder: Path) -> None:
+    """Start a munged with a key of its own."""
+    key = folder / "key"
+    key.write_bytes(os.urandom(128))
+    key.chmod(0o600)
+    files = {name: f"{folder}/{name}" for name in ("key", "log", "seed")}
+    options = [f"--{name}-file={path}" for name, path in files.items()]
+    pid = f"--pid-file={folder.parent}/run/munged.pid"
+    net.call("munged", *options, pid, f"--socket={folder}/socket")
+
+
+def settle(conf: Path, hosts: int, limit_s: float = 30.0) -> None:
+    """Wait until all hosts are idle."""
+    deadline = time.monotonic() + limit_s
+    while (states := survey(conf)) != ["idle"] * hosts:
+        if time.monotonic() > deadline:
+            log = (conf.parent / "log/slurmctld.log").read_text()[-2000:]
+            raise RuntimeError(f"hosts are {states} after {limit_s:.0f} s; slurmctld says:\n{log}")
+        time.sleep(0.1)
+
+
+def survey(conf: Path) -> list[str]:
+    """Return the state of every host, such as "idle" or "down*"; none where nobody answers."""
+    done = subprocess.run(
+        ("sinfo", "--noheader", "--Node", "--format=%T"),
+        env=os.environ | {"SLURM_CONF": str(conf)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return done.stdout.split()

@@ -1,0 +1,190 @@
+"""The Slurm harness itself: it starts, mends, refuses and removes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import cluster as hosts
+from tests.cluster import Cluster, Taken, net
+from tests.conftest import ROOT
+from tests.process import start
+
+HELLO = """
+from mpi4py import MPI
+world = MPI.COMM_WORLD
+node = world.Split_type(MPI.COMM_TYPE_SHARED)
+print(world.rank, world.size, node.size, MPI.Get_processor_name())
+"""
+
+
+def ip(*words: str) -> None:
+    subprocess.run(("ip", *words), check=True, timeout=30)
+
+
+def names(cluster: Cluster) -> list[str]:
+    ended = start(["srun", "-N4", "-n4", "hostname"], limit_s=60, env=cluster.env)
+    assert ended.code == 0, ended.err
+    return sorted(ended.out.split())
+
+
+@pytest.fixture
+def absent(turn: None) -> None:
+    """No cluster, for the length of a test that needs its names free."""
+    hosts.down()
+
+
+@pytest.fixture
+def bridge(absent: None) -> Iterator[str]:
+    """Somebody else's bridge that has our bridge's name."""
+    ip("link", "add", net.BRIDGE, "type", "bridge")
+    yield net.BRIDGE
+    ip("link", "del", net.BRIDGE)
+
+
+@pytest.fixture
+def namespace(absent: None) -> Iterator[str]:
+    """Somebody else's namespace that has the name of one of ours."""
+    ip("netns", "add", net.space(3))
+    yield net.space(3)
+    ip("netns", "del", net.space(3))
+
+
+@pytest.fixture
+def route(absent: None) -> Iterator[str]:
+    """Somebody else's network in our subnet."""
+    ip("link", "add", "other0", "type", "bridge")
+    ip("addr", "add", "10.77.0.129/25", "dev", "other0")
+    ip("link", "set", "other0", "up")
+    yield "10.77.0.128/25"
+    ip("link", "del", "other0")
+
+
+def test_srun_reaches_four_hosts(cluster: Cluster) -> None:
+    assert names(cluster) == ["n1", "n2", "n3", "n4"]
+
+
+def test_mpi_sees_one_world_on_four_hosts(cluster: Cluster) -> None:
+    command = ["srun", "--mpi=pmix", "-N4", "-n4", sys.executable, "-c", HELLO]
+    ended = start(command, limit_s=90, env=cluster.env)
+    assert ended.code == 0, ended.err
+    rows = sorted(line.split() for line in ended.out.splitlines())
+    assert [row[:3] for row in rows] == [[str(rank), "4", "1"] for rank in range(4)]
+    assert sorted(row[3] for row in rows) == ["n1", "n2", "n3", "n4"]
+
+
+def test_up_again_is_the_same_cluster(cluster: Cluster) -> None:
+    before = sorted(hosts.daemons())
+    assert hosts.up(4) == cluster
+    assert sorted(hosts.daemons()) == before
+    assert len(net.spaces()) == 4
+
+
+@pytest.mark.parametrize("daemon", ["slurmctld", "slurmd.n2", "munged"])
+def test_up_mends_a_crash(cluster: Cluster, daemon: str) -> None:
+    pid = int((hosts.FOLDER / "run" / f"{daemon}.pid").read_text())
+    os.kill(pid, signal.SIGKILL)
+    while hosts.command(pid):
+        time.sleep(0.01)
+    assert names(hosts.up(4)) == ["n1", "n2", "n3", "n4"]
+
+
+def test_up_mends_a_crash_in_the_middle_of_up(
+    absent: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(hosts, "down", lambda: None)  # a killed process does not clean up
+        patch.setattr(hosts.slurm, "settle", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            hosts.up(2)
+    assert len(net.spaces()) == 2
+    assert names(hosts.up(4)) == ["n1", "n2", "n3", "n4"]
+
+
+@pytest.mark.parametrize("thing", ["bridge", "namespace", "route"])
+def test_what_is_not_ours_is_refused_and_stays(thing: str, request: pytest.FixtureRequest) -> None:
+    name = request.getfixturevalue(thing)
+    with pytest.raises(Taken, match=f"not ours.*{name}"):
+        hosts.up(4)
+    hosts.down()
+    assert any(name in other for other in net.taken())
+    assert hosts.state() is None
+
+
+def test_somebody_elses_folder_is_refused_and_stays(absent: None) -> None:
+    hosts.FOLDER.mkdir()
+    try:
+        with pytest.raises(Taken, match=f"not ours.*{hosts.FOLDER}"):
+            hosts.up(4)
+        assert hosts.FOLDER.exists()
+    finally:
+        hosts.FOLDER.rmdir()
+
+
+def test_down_leaves_nothing_and_may_be_repeated(cluster: Cluster) -> None:
+    sleeper = ["srun", "-N4", "-n4", "sleep", "1000"]
+    job = subprocess.Popen(sleeper, env=cluster.env, stderr=subprocess.DEVNULL)
+    try:
+        while len(net.pids()) < 3 * 4:  # slurmd, slurmstepd and sleep on each host
+            time.sleep(0.05)
+        pids = hosts.daemons() + net.pids()
+        hosts.down()
+    finally:
+        job.kill()
+        job.wait()
+    assert not [hosts.command(pid) for pid in pids if hosts.command(pid)]
+    assert net.taken() == []
+    assert not hosts.FOLDER.exists()
+    assert not hosts.STATE.exists()
+    hosts.down()
+
+
+def test_links_are_shaped(cluster: Cluster) -> None:
+    hosts.up(4, rate="1gbit")
+    assert "rate 1Gbit" in net.call("tc", "-n", net.space(4), "qdisc", "show", "dev", "eth0")
+    hosts.up(4)
+    assert "tbf" not in net.call("tc", "-n", net.space(4), "qdisc", "show", "dev", "eth0")
+
+
+def test_users_take_turns(turn: None) -> None:
+    other = [sys.executable, "-m", "tests.cluster", "down"]
+    ended = start(other, limit_s=30, cwd=ROOT)
+    assert ended.code == 1
+    assert f"in use by process {os.getpid()}" in ended.err
+
+
+def test_env_is_for_a_shell(cluster: Cluster) -> None:
+    ended = start([sys.executable, "-m", "tests.cluster", "env"], limit_s=30, cwd=ROOT)
+    assert ended.out == f"export SLURM_CONF={hosts.FOLDER / 'slurm.conf'}\n"
+    assert Path(cluster.env["SLURM_CONF"]).exists()
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    """A stand-in for dtrain that tells what it was asked and where; it fails for bad.toml."""
+    path = tmp_path / "dtrain"
+    path.write_text('#!/bin/sh\necho "$(hostname) $OMP_NUM_THREADS $*"\n[ "$2" != bad.toml ]\n')
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize(("job", "code"), [("good.toml", 0), ("bad.toml", 1)])
+def test_the_job_script_runs(
+    cluster: Cluster, program: Path, tmp_path: Path, job: str, code: int
+) -> None:
+    sbatch = ["sbatch", "--wait", "--nodes=4", "--ntasks=4", "--cpus-per-task=2"]
+    script = [str(ROOT / "jobs" / "slurm.sh"), job, "--out", "a b"]
+    env = cluster.env | {"DTRAIN": str(program)}
+    ended = start([*sbatch, *script], limit_s=60, env=env, cwd=tmp_path)
+    assert ended.code == code, ended.err
+    (log,) = tmp_path.glob("dtrain-*.log")
+    rows = [line for line in log.read_text().splitlines() if line.startswith("n")]
+    if code == 0:
+        assert sorted(rows) == [f"n{host} 2 train {job} --out a b" for host in range(1, 5)]
