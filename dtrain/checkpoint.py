@@ -1,0 +1,222 @@
+"""Checkpoints: HDF5 shards, one per rank, and a manifest; visible only when complete.
+
+Invariant: a folder without the suffix ``.part`` is complete. Every shard is written and synced,
+then the manifest, then one rename commits them all. Keys are global names, so any rank finds what
+it holds whoever wrote it; nothing is ever unpickled.
+
+::
+
+    checkpoints/
+      update-00000072/
+        manifest.json            update, run table, counters; file, bytes, sha256 and keys per shard
+        replica-0-stage-0.h5     model/fc1.weight            what is evaluated and exported
+                                 replica/0/optimizer/fc1.weight/exp_avg
+        replica-0-stage-1.h5     ...
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import torch
+from torch import Tensor
+
+from dtrain.block import Block
+from dtrain.comm.comm import Comm
+from dtrain.errors import DATA, Refusal
+from dtrain.syncs.sync import Sync
+
+PART = ".part"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a complete checkpoint says of itself.
+
+    Attributes
+    ----------
+    folder : Path
+        Where its shards lie.
+    table : dict
+        The resolved run, as the nested tables of its run file.
+    state : dict
+        The loop's own counts (update, epoch, sums), as `save` was given them.
+    files : dict of str to str
+        The shard of every key.
+    """
+
+    folder: Path
+    table: dict[str, Any]
+    state: dict[str, Any]
+    files: dict[str, str]
+
+    def load(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """Return the tensors of `keys`, read from the shards that hold them, on the CPU."""
+        shards: dict[str, list[str]] = {}
+        for key in keys:
+            if key not in self.files:
+                raise Refusal(f"the checkpoint {self.folder} lacks '{key}'", DATA)
+            shards.setdefault(self.files[key], []).append(key)
+        found = {}
+        for name, wanted in shards.items():
+            with h5py.File(self.folder / name, "r", locking=False) as shard:
+                found.update({key: _read(shard[key]) for key in wanted})
+        return found
+
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        """Return every tensor whose key starts with `prefix`, by the rest of its key."""
+        keys = [key for key in self.files if key.startswith(prefix)]
+        return {key[len(prefix) :]: tensor for key, tensor in self.load(keys).items()}
+
+
+def latest(folder: Path) -> Manifest | None:
+    """Return the newest complete checkpoint in `folder`, None if there is none."""
+    complete = [path.parent for path in folder.glob("update-*/manifest.json")]
+    named = sorted(path for path in complete if path.suffix != PART)
+    return read(named[-1]) if named else None
+
+
+def read(folder: Path) -> Manifest:
+    """Return what the complete checkpoint in `folder` says of itself."""
+    told = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    files = {key: name for name, shard in told["shards"].items() for key in shard["keys"]}
+    return Manifest(folder, told["run"], told["state"], files)
+
+
+def save(
+    folder: Path,
+    shard: str,
+    tensors: Mapping[str, Tensor],
+    table: dict[str, Any],
+    state: dict[str, Any],
+    control: Comm,
+    keep: int,
+) -> None:
+    """Write one checkpoint; collective over all ranks of `control`.
+
+    Parameters
+    ----------
+    folder : Path
+        Where checkpoints lie; the same path on all ranks.
+    shard : str
+        This rank's file name, without suffix.
+    tensors : mapping of str to Tensor
+        What this rank writes, by global key.
+    table, state : dict
+        For the manifest; rank 0's count.
+    keep : int
+        How many complete checkpoints remain, this one included.
+    """
+    final = folder / f"update-{state['update']:08d}"
+    part = final.with_name(final.name + PART)
+    if control.rank == 0:
+        for remains in folder.glob(f"*{PART}"):
+            shutil.rmtree(remains)
+        part.mkdir(parents=True)
+    control.exchange("made")
+    row = _write(part / f"{shard}.h5", tensors)
+    rows = control.exchange(row)
+    if control.rank == 0:
+        shards = {row.pop("file"): row for row in rows}
+        _text(part / "manifest.json", json.dumps({"run": table, "state": state, "shards": shards}))
+        if final.exists():
+            shutil.rmtree(final)
+        part.rename(final)
+        _sync(folder)
+        for old in sorted(folder.glob("update-*"))[:-keep]:
+            shutil.rmtree(old)
+    control.exchange("done")
+
+
+def tensors(
+    blocks: Mapping[int, Block],
+    syncs: Mapping[int, Sync],
+    views: Mapping[int, Mapping[str, Tensor]],
+    replica: int,
+) -> dict[str, Tensor]:
+    """Return what a rank hands over: each part's state under its global name.
+
+    Replicas that are not apart hold the same, so the first writes for all. `views` are what the
+    syncs show, by block.
+    """
+    found: dict[str, Tensor] = {}
+    for index, block in blocks.items():
+        sync, own = syncs[index], f"replica/{replica}"
+        if replica == 0:
+            found |= {f"model/{name}": tensor for name, tensor in views[index].items()}
+        if replica and not sync.apart:
+            continue
+        if sync.apart:
+            found |= {f"{own}/{name}": tensor for name, tensor in block.tensors().items()}
+        found |= {f"{own}/optimizer/{name}": each for name, each in block.memory().items()}
+        found |= {f"{own}/sync/{index}/{name}": each for name, each in sync.state().items()}
+    return found
+
+
+def restore(
+    manifest: Manifest, blocks: Mapping[int, Block], syncs: Mapping[int, Sync], replica: int
+) -> None:
+    """Give every part of a rank its state back, in place; bit for bit on as many replicas.
+
+    Raises
+    ------
+    Refusal
+        The checkpoint lacks a tensor, or replicas that trained apart are not as many as now.
+    """
+    for index, block in blocks.items():
+        sync = syncs[index]
+        own = f"replica/{replica if sync.apart else 0}"
+        root = own if sync.apart else "model"
+        held = block.tensors()
+        found = manifest.load(f"{root}/{name}" for name in held)
+        for name, tensor in held.items():
+            tensor.copy_(found[f"{root}/{name}"])
+        memory: dict[str, Tensor] = {}
+        for name in block.parameters:
+            entries = manifest.under(f"{own}/optimizer/{name}/")
+            memory |= {f"{name}/{entry}": tensor for entry, tensor in entries.items()}
+        block.remember(memory)
+        sync.restore(manifest.under(f"{own}/sync/{index}/"))
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write one shard, sync it, and return its row for the manifest."""
+    with h5py.File(path, "w") as shard:
+        for key, tensor in tensors.items():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            plain = tensor.detach().cpu()
+            if tensor.dtype == torch.bfloat16:  # neither numpy nor HDF5 knows it
+                plain = plain.view(torch.uint16)
+            shard.create_dataset(key, data=plain.numpy()).attrs["dtype"] = dtype
+    _sync(path)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    size = path.stat().st_size
+    return {"file": path.name, "bytes": size, "sha256": digest, "keys": list(tensors)}
+
+
+def _read(dataset: h5py.Dataset) -> Tensor:
+    tensor = torch.as_tensor(dataset[()])
+    return tensor.view(torch.bfloat16) if dataset.attrs["dtype"] == "bfloat16" else tensor
+
+
+def _text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Make a file, or the names in a folder, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

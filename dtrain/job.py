@@ -1,0 +1,166 @@
+"""One run on one rank: everything that `train` needs, made in order and agreed upon.
+
+Invariant: nothing is written before every rank has accepted the run; each step is local work on
+what all ranks share, so that all refuse or none.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import torch
+
+from dtrain import data, models, optimizers
+from dtrain.block import Block
+from dtrain.comm.comm import Comm
+from dtrain.config import Run
+from dtrain.data import Data, updates_per_epoch
+from dtrain.data.batches import Shares
+from dtrain.engine import Engine
+from dtrain.errors import Refusal
+from dtrain.layout import Layout, settle
+from dtrain.mail import Lines, Seat
+from dtrain.schedules.check import Report
+from dtrain.seeds import seeded
+from dtrain.segments import Calendar
+
+T = TypeVar("T")
+
+EXAMINED = 8
+"""Updates at an epoch's start that the proof and the drawing look at."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that fits its data and its ranks; the same on all of them."""
+
+    run: Run
+    data: Data
+    layout: Layout
+    calendar: Calendar
+    shares: Shares
+    proof: Report
+
+
+@dataclass(frozen=True)
+class Job:
+    """A plan, and this rank's part in it."""
+
+    plan: Plan
+    engine: Engine
+    lines: Lines
+
+    @property
+    def seat(self) -> Seat:
+        """This rank's place on the mesh."""
+        return self.engine.mail.seat
+
+
+def plan(run: Run, ranks: int) -> Plan:
+    """Return the plan of `run` on a number of ranks, its order proven free of deadlock.
+
+    Raises
+    ------
+    Refusal
+        Data, model, mesh, partition or schedule do not fit each other.
+    """
+    samples = data.load(
+        run.dataset.name, run.dataset.fields, run.folder, normalise=run.data.normalise
+    )
+    shape, classes = samples.train.shape, samples.train.classes
+    model = models.load(run.model.name, run.model.fields, run.folder, shape, classes)
+    layout = settle(run, model, shape, classes, ranks)
+    top = run.top
+    calendar = Calendar.of(
+        updates_per_epoch(samples.train.size, top.batch_size),
+        top.epochs,
+        top.updates,
+        top.segment,
+        run.checkpoint.every,
+    )
+    shares = Shares(top.batch_size, layout.mesh.replicas, top.micro_batches)
+    fixed = run.fixed(len(layout.parts), layout.mesh.stages)
+    proof = layout.prove(_sample(shares, samples.train.size, calendar.per_epoch))
+    return Plan(fixed, samples, layout, calendar, shares, proof)
+
+
+def _sample(shares: Shares, size: int, updates: int) -> list[list[int]]:
+    """Return ``[replica][update]`` micro-batches of an epoch's first updates and its last."""
+    first = shares.sizes(size, 0, min(updates, EXAMINED))
+    last = shares.sizes(size, max(updates - 1, 0), updates)
+    return [head + tail for head, tail in zip(first, last, strict=True)]
+
+
+def build(plan: Plan, comm: Comm) -> Job:
+    """Make this rank's blocks, with the weights of the seed, and its communicators. Collective."""
+    layout = plan.layout
+    replica, stage = layout.mesh.coords(comm.rank)
+    seat = Seat(layout.mesh, replica, stage, layout.place)
+    lines = Lines(comm.dup(), comm.dup(), comm, comm.split(stage, replica))
+    objective, schedule = layout.objective, layout.schedule
+    blocks = together(comm, lambda: {block: _block(plan, block) for block in layout.blocks(stage)})
+    syncs = {block: plan.run.make_sync() for block in blocks}
+    for block, sync in syncs.items():
+        sync.open(blocks[block], lines.replicas)
+    epochs = plan.calendar.epochs
+    engine = Engine(seat, blocks, syncs, objective, schedule, layout.tasks, lines, epochs)
+    return Job(plan, engine, lines)
+
+
+def _block(plan: Plan, index: int) -> Block:
+    """Return one block: layers and helper drawn under the seed and their own names."""
+    run, layout = plan.run, plan.layout
+    part, seed = layout.parts[index], plan.run.top.seed
+    layers = layout.model.build(part.layers, seed, layout.dtype)
+    with seeded(seed, f"heads.{index}"):
+        helper = layout.objective.build(part.task)
+    if helper is not None:
+        helper = helper.to(layout.dtype)
+    step = partial(optimizers.make, run.optimizer.name, run.optimizer.fields)
+    return Block(index, layers, helper, step, seed)
+
+
+def together(comm: Comm, work: Callable[[], T]) -> T:
+    """Return what `work` returns, unless it refuses on any rank: then all ranks refuse.
+
+    Collective; `work` itself must not be.
+    """
+    refusal: Refusal | None = None
+    result: list[T] = []
+    try:
+        result.append(work())
+    except Refusal as error:
+        refusal = error
+    comm.agree(refusal)
+    return result[0]
+
+
+def threads(run: Run, comm: Comm) -> int:
+    """Set and return torch's threads of this rank. Collective.
+
+    ``OMP_NUM_THREADS``, where set, wins; then the run file's number; else the cores that the
+    ranks of this host may use, divided by those ranks.
+    """
+    try:
+        mine = sorted(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        mine = list(range(os.cpu_count() or 1))
+    near = [
+        cores
+        for host, cores in comm.exchange([comm.hosts[comm.rank], mine])
+        if host == comm.hosts[comm.rank]
+    ]
+    share = len({core for cores in near for core in cores}) // len(near)
+    asked = run.top.threads
+    number = max(1, min(len(mine), share)) if asked == "auto" else asked
+    told = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    number = int(told) if told.isdigit() and int(told) else number
+    torch.set_num_threads(number)
+    with suppress(RuntimeError):  # it can be set once in a process
+        torch.set_num_interop_threads(1)
+    return number

@@ -1,0 +1,229 @@
+"""What is trained and where: blocks, stages, tasks and routes of one run on a number of ranks.
+
+Invariant: pure in the run file, the data's shape and the number of ranks. Every rank computes the
+same layout without a message, and `dtrain plan` shows the one that `dtrain train` uses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dtrain import partition
+from dtrain.config import Run
+from dtrain.errors import Refusal
+from dtrain.mesh import Mesh
+from dtrain.models import Model, Spec, count, walk
+from dtrain.objectives.objective import Mode, Objective, Task
+from dtrain.schedules.action import Route
+from dtrain.schedules.check import Report, check
+from dtrain.schedules.schedule import Schedule
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One block: its layers, where it stands and what it costs.
+
+    Attributes
+    ----------
+    layers : range
+        Indices of its layers.
+    parameters, head_parameters : int
+        Elements, those of the objective's helper apart.
+    cost : int
+        Multiply-adds of one sample, forward and backward, local head included.
+    """
+
+    task: Task
+    layers: range
+    parameters: int
+    head_parameters: int
+    cost: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A run, settled on a number of ranks."""
+
+    mesh: Mesh
+    model: Model
+    dtype: torch.dtype
+    specs: tuple[Spec, ...]
+    parts: tuple[Part, ...]
+    place: tuple[int, ...]
+    objective: Objective
+    schedule: Schedule
+    routes: tuple[Route, ...]
+
+    @property
+    def tasks(self) -> list[Task]:
+        """One task per block, in order."""
+        return [part.task for part in self.parts]
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """The layers at which blocks 1, 2, ... start."""
+        return tuple(part.layers.start for part in self.parts[1:])
+
+    def blocks(self, stage: int) -> list[int]:
+        """Return the blocks of a stage."""
+        return [block for block, own in enumerate(self.place) if own == stage]
+
+    def stage_costs(self) -> list[int]:
+        """Return multiply-adds of one sample per stage."""
+        stages = range(self.mesh.stages)
+        return [sum(self.parts[b].cost for b in self.blocks(stage)) for stage in stages]
+
+    def messages(self, rows: int, mode: Mode = "train") -> Iterator[tuple[Route, int]]:
+        """Yield every route with the payload bytes that `rows` samples send along it."""
+        for route in self.objective.routes(len(self.parts), mode):
+            shape, dtype = self.objective.shape(route, self.tasks)
+            yield route, rows * math.prod(shape) * dtype.itemsize
+
+    def prove(self, sizes: list[list[int]]) -> Report:
+        """Return the report of a proof that the plans end; ``sizes[replica][update]``."""
+        return check(self.schedule, self.place, sizes, self.routes)
+
+
+def settle(run: Run, model: Model, shape: tuple[int, ...], classes: int, ranks: int) -> Layout:
+    """Return the layout of `run` on `ranks` ranks, for samples of `shape`.
+
+    Raises
+    ------
+    Refusal
+        The mesh, the partition or the schedule does not fit.
+    """
+    _stages_fit(run, ranks)
+    mesh = Mesh.fit(ranks, run.mesh.stages, run.mesh.placement)
+    dtype = DTYPES[run.top.dtype]
+    specs = walk(model, shape, dtype)
+    if specs[-1].outputs != (classes,):
+        raise Refusal(
+            f"layer '{specs[-1].name}' returns {specs[-1].outputs} for a sample, but the data has "
+            f"{classes} classes: end the model with {classes} outputs"
+        )
+    objective, schedule = run.make_objective(), run.make_schedule()
+    cuts = _cuts(run, specs, objective, classes, mesh.stages)
+    layers = partition.ranges(len(specs), cuts)
+    routes = objective.routes(len(layers), "train")
+    schedule.admit(routes)
+    parts = tuple(
+        _part(specs, block, len(layers), each, objective, classes)
+        for block, each in enumerate(layers)
+    )
+    place = partition.place([part.cost for part in parts], mesh.stages)
+    return Layout(mesh, model, dtype, specs, parts, place, objective, schedule, routes)
+
+
+def _stages_fit(run: Run, ranks: int) -> None:
+    if run.mesh.stages is None and run.partition.blocks is None and run.partition.cuts is None:
+        return
+    stages, blocks = run.mesh.stages or ranks, run.partition.blocks
+    if run.partition.cuts is not None:
+        blocks = len(run.partition.cuts) + 1
+    if blocks is not None and blocks < stages:
+        raise Refusal(
+            f"{blocks} blocks cannot fill {stages} stages: set [mesh] stages = {blocks} or less, "
+            f"or [partition] blocks = {stages} or more"
+        )
+
+
+def _cuts(
+    run: Run, specs: tuple[Spec, ...], objective: Objective, classes: int, stages: int
+) -> tuple[int, ...]:
+    """Return where blocks start: as the run file says, else balanced over analytic costs."""
+    names = [spec.name for spec in specs]
+    if run.partition.cuts is not None:
+        return partition.explicit(names, run.partition.cuts)
+    blocks = run.partition.blocks or stages
+
+    def of(start: int, stop: int, measure: Callable[[Part], int]) -> int:
+        # Which block it is matters only in whether it is the first or the last of several.
+        first, last = start == 0, stop == len(specs)
+        block = 0 if first else 2 if last else 1
+        total = 1 if first and last else block + 1 if last else 3
+        return measure(_part(specs, block, total, range(start, stop), objective, classes))
+
+    measures: dict[str, Callable[[Part], int]] = {
+        "flops": lambda part: part.cost,
+        "parameters": lambda part: part.parameters + part.head_parameters,
+        "layers": lambda part: len(part.layers),
+    }
+    measure = measures[run.partition.balance]
+    return partition.balanced(
+        len(specs), blocks, lambda i, j: of(i, j, measure), run.partition.weights
+    )
+
+
+def _part(
+    specs: tuple[Spec, ...],
+    block: int,
+    blocks: int,
+    layers: range,
+    objective: Objective,
+    classes: int,
+) -> Part:
+    """Return a block with its analytic costs."""
+    own = specs[layers.start : layers.stop]
+    task = Task(block, blocks, own[0].inputs, own[-1].outputs, own[-1].dtype, classes)
+    head = _helper(objective, task)
+    cost = sum(spec.forward + spec.weight_gradient + spec.input_gradient for spec in own)
+    routes = objective.routes(blocks, "train")
+    if not any(route.source == (block, "B") for route in routes):
+        cost -= own[0].input_gradient  # nobody waits for it
+    extra = 0
+    if head is not None:
+        spec = count(head, task.outputs, task.dtype)
+        cost += spec.forward + spec.weight_gradient + spec.input_gradient
+        extra = spec.parameters
+    return Part(task, layers, sum(spec.parameters for spec in own), extra, cost)
+
+
+def _helper(objective: Objective, task: Task) -> nn.Module | None:
+    """Return the objective's helper without memory."""
+    with torch.device("meta"):
+        helper = objective.build(task)
+    return None if helper is None else helper.to(task.dtype)
+
+
+def describe(layout: Layout, rows: int) -> dict[str, Any]:
+    """Return the layout as plain values; `rows` are the samples of one micro-batch."""
+    return {
+        "ranks": layout.mesh.ranks,
+        "replicas": layout.mesh.replicas,
+        "stages": layout.mesh.stages,
+        "placement": layout.mesh.placement,
+        "cuts": list(layout.cuts),
+        "place": list(layout.place),
+        "blocks": [
+            {
+                "block": part.task.block,
+                "stage": layout.place[part.task.block],
+                "layers": [layout.specs[i].name for i in part.layers],
+                "parameters": part.parameters,
+                "head_parameters": part.head_parameters,
+                "multiply_adds": part.cost,
+            }
+            for part in layout.parts
+        ],
+        "imbalance": partition.imbalance(layout.stage_costs()),
+        "messages": [
+            {
+                "route": route.name,
+                "from_block": route.source.block,
+                "from_stage": layout.place[route.source.block],
+                "to_block": route.target.block,
+                "to_stage": layout.place[route.target.block],
+                "bytes": size,
+                "wire": layout.place[route.source.block] != layout.place[route.target.block],
+            }
+            for route, size in layout.messages(rows)
+        ],
+    }

@@ -1,0 +1,213 @@
+"""What a person sees of a run: a bar on a terminal, one line per interval in a log.
+
+Invariant: only rank 0 speaks and records, and nothing that it says decides anything.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dtrain import folder
+from dtrain.comm.comm import Comm
+from dtrain.comm.launch import TERMINAL, launched
+from dtrain.job import Plan
+from dtrain.segments import Segment
+from dtrain.totals import Totals
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+REFRESH_S = 0.2
+
+
+class Progress:
+    """The voice of a run; silent on all ranks but the first.
+
+    Parameters
+    ----------
+    totals : Totals
+        What was done before; read again whenever something is said.
+    """
+
+    def __init__(self, plan: Plan, comm: Comm, out: Path, totals: Totals) -> None:
+        self.plan, self.comm, self.out, self.totals = plan, comm, out, totals
+        self.speaks = comm.rank == 0
+        self.first = totals.update
+        self.began = self.spoke = time.monotonic()
+        self.bar = _bar() if self.speaks else None
+
+    def hello(self, threads: int) -> None:
+        """Say what will run, and on what."""
+        if not self.speaks:
+            return
+        print("\n".join(_introduction(self.plan, self.comm, threads)))
+        if self.first:
+            total = self.plan.calendar.total
+            print(f"resumed   {self.first:,} of {total:,} updates were done before")
+        print(flush=True)
+        self._record("run", ranks=self.comm.size, resolved=self.plan.run.table())
+        self.began = self.spoke = time.monotonic()
+        if self.bar is not None and self.first < self.plan.calendar.total:
+            self.bar.start()
+            total = self.plan.calendar.total
+            self.task = self.bar.add_task("training", total=total, completed=self.first)
+
+    def show(self, update: int) -> None:
+        """Move the bar, or say how far it is once per interval."""
+        now = time.monotonic()
+        every = REFRESH_S if self.bar is not None else self.plan.run.log.every_s
+        if not self.speaks or now - self.spoke < every:
+            return
+        self.spoke = now
+        if self.bar is not None:
+            self.bar.update(self.task, completed=update + 1, refresh=True)
+            return
+        calendar = self.plan.calendar
+        epoch = f"epoch {update // calendar.per_epoch + 1:>{len(str(calendar.epochs))}}"
+        print(
+            f"{epoch}/{calendar.epochs}  update {update + 1:,} of {calendar.total:,}"
+            f"  {self._left(update + 1)}",
+            flush=True,
+        )
+
+    def close(self, segment: Segment, evaluated: bool, saved: bool) -> None:
+        """Record a segment's end, and say what an evaluation found."""
+        if not self.speaks:
+            return
+        totals, calendar = self.totals, self.plan.calendar
+        rate = totals.rate
+        self._record("train", loss=totals.losses(), samples_per_s=rate, samples=totals.samples)
+        if saved:
+            self._record("checkpoint")
+        if not evaluated:
+            return
+        self._record("eval", **totals.test)
+        done = f"epoch {segment.epoch + 1:>{len(str(calendar.epochs))}}/{calendar.epochs}"
+        loss = "-" if totals.train_loss is None else f"{totals.train_loss:.4f}"
+        told = f"{done}  loss {loss}  test {_percent(totals.test['test_accuracy'])}"
+        if sum(each is not None for each in totals.test["accuracy_per_block"]) > 1:
+            told += f"  vote {_percent(totals.test['test_accuracy_vote'])}"
+        print(f"{told}  {rate:>8,.0f} samples/s  {self._left(segment.last)}", flush=True)
+
+    def goodbye(self, summary: dict[str, Any]) -> None:
+        """Say how it ended, where it lies and what to try next."""
+        if not self.speaks:
+            return
+        if self.bar is not None and self.bar.tasks:
+            self.bar.update(self.task, completed=summary["updates"], refresh=True)
+            self.bar.stop()
+        calendar, out = self.plan.calendar, self.out.resolve()
+        if self.first >= calendar.total:
+            print(f"finished before: {self.first:,} updates are done, {calendar.total:,} asked for")
+        tested = self.plan.data.test.size
+        accuracy = summary["test_accuracy"]
+        print()
+        print(
+            f"test accuracy {_percent(accuracy)} ({round(accuracy * tested):,} of {tested:,}) "
+            f"after {_count(summary['updates'], 'update')} ({_count(summary['epochs'], 'epoch')}), "
+            f"{summary['wall_s']:.1f} s"
+        )
+        print(f"folder  {out}")
+        print(f"next    {_next(self.plan, self.comm.size, out)}", flush=True)
+
+    def _record(self, kind: str, **values: Any) -> None:
+        totals = self.totals
+        clock = {"attempt": totals.attempt, "update": totals.update}
+        epoch = totals.update // self.plan.calendar.per_epoch
+        folder.record(self.out, kind, **clock, epoch=epoch, **values)
+
+    def _left(self, done: int) -> str:
+        """Return how long the rest will take at the pace of this attempt."""
+        spent = time.monotonic() - self.began
+        rest = spent / max(done - self.first, 1) * (self.plan.calendar.total - done)
+        hours, seconds = divmod(round(rest), 3600)
+        minutes, seconds = divmod(seconds, 60)
+        return (
+            f"{hours}:{minutes:02}:{seconds:02} left" if hours else f"{minutes}:{seconds:02} left"
+        )
+
+
+def versions(comm: Comm) -> str:
+    """Return which Python, torch and MPI run here, in one line."""
+    return f"Python {platform.python_version()}, torch {torch.__version__}, {comm.library}"
+
+
+def _introduction(plan: Plan, comm: Comm, threads: int) -> list[str]:
+    """Return the lines that open a run."""
+    run, layout = plan.run, plan.layout
+    train, test, mesh = plan.data.train, plan.data.test, layout.mesh
+    heads = sum(part.head_parameters for part in layout.parts)
+    settings = " ".join(f"{key} {value}" for key, value in run.optimizer.fields.items())
+    shape = " x ".join(map(str, train.shape))
+    lines = [
+        f"dtrain {version('dtrain')}, {versions(comm)}",
+        f"ranks     {mesh.ranks} = {_count(mesh.replicas, 'replica')} x "
+        f"{_count(mesh.stages, 'stage')} on {_count(comm.nodes, 'host')}, "
+        f"{_count(threads, 'thread')} each",
+        f"data      {run.dataset.name}: {train.size:,} training and {test.size:,} test samples of "
+        f"{shape}, {train.classes} classes",
+        f"model     {run.model.name}: {sum(part.parameters for part in layout.parts):,} parameters"
+        + (f", {heads:,} more in local heads" if heads else ""),
+        f"learning  {run.objective.name}, {run.schedule.name}, {run.sync.name}, "
+        f"{run.optimizer.name} {settings}".rstrip(),
+    ]
+    for stage in range(mesh.stages):
+        held = (
+            f"block {block}: {' '.join(layout.specs[i].name for i in layout.parts[block].layers)}"
+            for block in layout.blocks(stage)
+        )
+        lines.append(f"stage {stage:<3} {', '.join(held)}")
+    return lines
+
+
+def _next(plan: Plan, ranks: int, out: Path) -> str:
+    """Return the command that goes on from here, runnable as it stands."""
+    program = Path(sys.prefix) / "bin" / "dtrain"
+    words = [str(program) if program.exists() else "dtrain", "train", str(plan.run.path)]
+    words += ["--ranks", str(ranks)] if ranks > 1 else []
+    key, length = "epochs", plan.run.top.epochs
+    if length is None:
+        key, length = "updates", plan.calendar.total
+    return shlex.join([*words, "--out", str(out), "--set", f"{key}={2 * length}"])
+
+
+def _bar() -> Bar | None:
+    """Return a bar where the output ends on a terminal and rich is installed, not started."""
+    columns = os.environ.get(TERMINAL)
+    # Launchers give ranks terminals of their own, whatever their output ends on.
+    alone = launched(os.environ) is None
+    if columns is None and not (alone and sys.stdout.isatty()):
+        return None
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+    except ImportError:
+        return None
+    width = int(columns) if columns and columns.isdigit() else None
+    console = Console(force_terminal=True, width=width)
+    return Progress(
+        "{task.description}",
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        auto_refresh=False,  # a thread of its own would take its turns from the training
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}".replace("%", " %")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

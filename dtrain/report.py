@@ -1,0 +1,135 @@
+"""What a run tells: the plan as text and as plain values, and the summary.
+
+Invariant: pure functions of a plan and of totals; what a number means stands in the contract.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from dtrain.job import Plan
+from dtrain.layout import describe
+from dtrain.schedules.draw import draw
+from dtrain.totals import Totals
+
+
+def plan_text(plan: Plan) -> str:
+    """Return partition, drawn schedule and messages of a plan, for people."""
+    told = plan_table(plan)
+    layout, top = plan.layout, plan.run.top
+    lines = [
+        f"{told['ranks']} ranks = {told['replicas']} replicas x {told['stages']} stages, "
+        f"{layout.mesh.placement}",
+        f"{told['updates']} updates, {plan.calendar.per_epoch} an epoch; {top.batch_size} samples "
+        f"an update in {top.micro_batches} micro-batches a replica",
+        "",
+        f"Blocks ({plan.run.partition.balance}; multiply-adds of one sample, forward and backward)",
+        *_blocks(told),
+        f"costliest stage over mean: {told['imbalance']:.2f}, so utilisation stays below "
+        f"{1 / told['imbalance']:.0%}",
+        "",
+        f"Schedule {plan.run.schedule.name} (the first updates of an epoch, and its last)",
+        draw(plan.proof),
+        "",
+        "Messages of a full micro-batch",
+        *_messages(told["messages"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def plan_table(plan: Plan) -> dict[str, Any]:
+    """Return the plan as plain values, for ``--json``."""
+    proof, shares = plan.proof, plan.shares
+    share = math.ceil(shares.size / shares.replicas)
+    rows = math.ceil(share / shares.micros)
+    return describe(plan.layout, rows) | {
+        "updates": plan.calendar.total,
+        "updates_per_epoch": plan.calendar.per_epoch,
+        "rows_per_micro": rows,
+        "peak_live_micros": list(proof.peak_live),
+        "staleness": list(proof.staleness),
+        "bubble": proof.bubble,
+        "run": plan.run.table(),
+    }
+
+
+def _blocks(told: dict[str, Any]) -> list[str]:
+    total = sum(block["multiply_adds"] for block in told["blocks"]) or 1
+    rows = [("block", "stage", "parameters", "head", "multiply-adds", "share", "layers")]
+    rows += [
+        (
+            str(block["block"]),
+            str(block["stage"]),
+            f"{block['parameters']:,}",
+            f"{block['head_parameters']:,}" if block["head_parameters"] else "-",
+            f"{block['multiply_adds']:,}",
+            f"{block['multiply_adds'] / total:.0%}",
+            " ".join(block["layers"]),
+        )
+        for block in told["blocks"]
+    ]
+    return _aligned(rows)
+
+
+def _messages(messages: Sequence[dict[str, Any]]) -> list[str]:
+    rows = [("route", "from", "to", "bytes", "")]
+    rows += [
+        (
+            each["route"],
+            f"block {each['from_block']} (stage {each['from_stage']})",
+            f"block {each['to_block']} (stage {each['to_stage']})",
+            f"{each['bytes']:,}",
+            "" if each["wire"] else "on the rank itself",
+        )
+        for each in messages
+    ]
+    return _aligned(rows) if messages else ["none: one block"]
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows as columns: numbers to the right, the last column and texts to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    right = [all(_number(row[i]) for row in rows[1:]) for i in range(len(widths))]
+    return [
+        "  ".join(
+            cell.rjust(width) if number else cell.ljust(width)
+            for cell, width, number in zip(row, widths, right, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _number(cell: str) -> bool:
+    return cell.strip("-0123456789,.%") == ""
+
+
+def summary(plan: Plan, totals: Totals, digest: str) -> dict[str, Any]:
+    """Return the contents of `summary.json` for a run that reached its end."""
+    layout = plan.layout
+    pairs = zip(totals.busy_s, totals.stage_s, strict=True)
+    return {
+        "status": "finished",
+        "ranks": layout.mesh.ranks,
+        "replicas": layout.mesh.replicas,
+        "stages": layout.mesh.stages,
+        "blocks": len(layout.parts),
+        "epochs": totals.update // plan.calendar.per_epoch,
+        "updates": totals.update,
+        "samples": totals.samples,
+        "attempts": totals.attempt,
+        "wall_s": totals.wall_s,
+        "samples_per_s": totals.samples_per_s,
+        "train_loss": totals.train_loss,
+        "train_loss_per_block": totals.losses(),
+        **totals.test,
+        "bytes_intra_node": totals.bytes_intra_node,
+        "bytes_inter_node": totals.bytes_inter_node,
+        "utilisation": [busy / wall if wall else None for busy, wall in pairs],
+        "peak_live_micros": totals.peak_live,
+        "peak_memory_bytes": totals.peak_bytes,
+        "rss_bytes": totals.rss_bytes,
+        "staleness": list(plan.proof.staleness),
+        "digest": digest,
+    }

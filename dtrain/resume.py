@@ -1,0 +1,83 @@
+"""Which checkpoint a run goes on from, and what may differ from the run that wrote it.
+
+Invariant: whatever decides what is trained must be the same; only the length, the mesh, the device
+and what is reported may change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dtrain.checkpoint import Manifest, latest
+from dtrain.errors import Refusal
+from dtrain.folder import OWNER
+from dtrain.tables import Table, text
+
+FREE = ("epochs", "updates", "device", "mesh.", "log.", "evaluate.", "checkpoint.keep")
+OURS = {"run.toml", "summary.json", "metrics.jsonl", "checkpoints", OWNER}
+CHECKPOINTS = "checkpoints"
+
+
+def find(out: Path, resume: str) -> Manifest | None:
+    """Return the checkpoint that a run into `out` goes on from; None: it starts afresh.
+
+    Parameters
+    ----------
+    resume : str
+        "auto": the newest in `out`; "never": none, and `out` must be empty; else the folder of a
+        run whose newest is taken.
+
+    Raises
+    ------
+    Refusal
+        A folder that is not empty, holds no run of ours, or lacks the checkpoint asked for.
+    """
+    held = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if resume == "never" and held:
+        raise Refusal(f"--resume never, but {out} is not empty: delete it or choose another --out")
+    if held and not held & OURS:
+        raise Refusal(
+            f"{out} is not empty and no run folder ({', '.join(sorted(held)[:3])}): "
+            "choose another --out"
+        )
+    if resume in ("auto", "never"):
+        return latest(out / CHECKPOINTS)
+    source = Path(resume)
+    manifest = latest(source / CHECKPOINTS)
+    if manifest is None:
+        raise Refusal(f"--resume {resume}: there is no complete checkpoint in {source}")
+    if source.resolve() != out.resolve() and latest(out / CHECKPOINTS):
+        raise Refusal(
+            f"--resume {resume}: {out} holds checkpoints of its own: choose another --out"
+        )
+    return manifest
+
+
+def refuse_changes(manifest: Manifest, table: Table) -> None:
+    """Refuse a run whose resolved `table` differs from the checkpoint's where it must not."""
+    old, new = dict(_flat(manifest.table)), dict(_flat(table))
+    changed = [
+        f"{key} (was {_text(old, key)}, is {_text(new, key)})"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(FREE)
+    ]
+    if changed:
+        raise Refusal(
+            f"the run in {manifest.folder.parent.parent} was begun with other settings: "
+            f"{', '.join(changed)}; put them back, or choose another --out"
+        )
+
+
+def _flat(table: Table, outer: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the nested tables as dotted keys; lists and tuples are the same."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{outer}{key}.")
+        else:
+            yield outer + key, list(value) if isinstance(value, tuple) else value
+
+
+def _text(table: Table, key: str) -> str:
+    return text(table[key]) if key in table else "absent"

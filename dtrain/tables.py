@@ -1,0 +1,120 @@
+"""TOML tables to dataclasses and back: keys in kebab-case there, fields in snake_case here.
+
+Invariant: what a table may hold is what the dataclass declares, names, types and defaults alike;
+everything else is a refusal that says what is legal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+from dtrain.errors import Refusal, unknown
+
+Table = dict[str, Any]
+T = TypeVar("T")
+
+
+def fill(kind: type[T], table: Mapping[str, Any], where: str, known: Sequence[str] = ()) -> T:
+    """Return the dataclass `kind` made of a kebab-case table; unknown keys are refused."""
+    hints = typing.get_type_hints(kind)
+    names = {kebab(each.name): each for each in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    values = {}
+    for key, value in table.items():
+        if key not in names:
+            raise unknown(f"key {where}".strip(), key, [*names, *known])
+        values[snake(key)] = convert(value, hints[snake(key)], f"{where}{key}")
+    for key, each in names.items():
+        lacking = each.default is dataclasses.MISSING
+        if lacking and each.default_factory is dataclasses.MISSING and key not in table:
+            raise Refusal(f"{where}{key} is missing")
+    return kind(**values)
+
+
+def convert(value: Any, hint: Any, where: str) -> Any:
+    """Return a TOML `value` as the annotated type `hint`, or refuse it."""
+    options = _options(hint)
+    for option in options:
+        done, result = _fit(value, option, where)
+        if done:
+            return result
+    wanted = " or ".join(dict.fromkeys(_words(option) for option in options))
+    raise Refusal(f"{where} = {text(value)} does not fit: give {wanted}")
+
+
+def _options(hint: Any) -> list[Any]:
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return [option for part in typing.get_args(hint) for option in _options(part)]
+    return [] if hint is type(None) else [hint]
+
+
+def _fit(value: Any, hint: Any, where: str) -> tuple[bool, Any]:
+    """Return whether `value` is of type `hint`, and the value in that type."""
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return value in typing.get_args(hint) and isinstance(value, str), value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            return False, None
+        inner = typing.get_args(hint)[0]
+        return True, tuple(convert(each, inner, f"{where}[{i}]") for i, each in enumerate(value))
+    if hint is float:
+        plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return plain, float(value) if plain else None
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool), value
+    return isinstance(value, hint), value
+
+
+def _words(hint: Any) -> str:
+    """Say in words what a type allows."""
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return " or ".join(f'"{each}"' for each in typing.get_args(hint))
+    if origin is tuple:
+        return f"a list, each {' or '.join(_words(o) for o in _options(typing.get_args(hint)[0]))}"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[hint]
+
+
+def kebab(name: str) -> str:
+    """Return a field's name as a run file's key."""
+    return name.replace("_", "-")
+
+
+def snake(key: str) -> str:
+    """Return a run file's key as a field's name."""
+    return key.replace("-", "_")
+
+
+def unfill(values: Any) -> Table:
+    """Return a dataclass as a kebab-case table, without the fields that are None."""
+    pairs = ((each.name, getattr(values, each.name)) for each in dataclasses.fields(values))
+    return {kebab(name): value for name, value in pairs if value is not None}
+
+
+def text(value: Any) -> str:
+    """Return a plain value as TOML writes it."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        return f'"{escaped}"'
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(text(each) for each in value)}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {text(each)}" for key, each in value.items()) + "}"
+    return str(value)
+
+
+def dump(table: Table) -> str:
+    """Return nested tables as the text of a run file."""
+    plain = [f"{key} = {text(value)}" for key, value in table.items() if type(value) is not dict]
+    lines = ["\n".join(plain)]
+    for name, part in table.items():
+        if type(part) is dict:
+            rows = [f"{key} = {text(value)}" for key, value in part.items()]
+            lines.append("\n".join([f"[{name}]", *rows]))
+    return "\n\n".join(lines) + "\n"

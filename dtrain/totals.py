@@ -1,0 +1,138 @@
+"""What a run has done so far, over all ranks and all attempts.
+
+Invariant: totals change at segment ends only, are the same on all ranks, and are plain values, so
+a checkpoint keeps them as JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dtrain.segments import Segment
+
+Row = Mapping[str, Any]
+
+
+@dataclass
+class Totals:
+    """Counters over all attempts, sums of the present epoch, and the latest evaluation.
+
+    Attributes
+    ----------
+    update, samples : int
+        Updates done and samples learnt from.
+    wall_s, train_s : float
+        Seconds of all attempts, and those spent in training segments, on rank 0.
+    rate : float
+        Samples per second of the latest segment.
+    loss, rows : list of float, int
+        Sum of losses per block (None: it has none) over `rows` samples of the present epoch.
+    busy_s, stage_s : list of float
+        Seconds at work and in all, per stage, summed over replicas.
+    test : dict
+        The latest evaluation.
+    """
+
+    update: int = 0
+    samples: int = 0
+    attempt: int = 1
+    wall_s: float = 0.0
+    train_s: float = 0.0
+    bytes_intra_node: int = 0
+    bytes_inter_node: int = 0
+    rate: float = 0.0
+    loss: list[float | None] = field(default_factory=list)
+    rows: int = 0
+    busy_s: list[float] = field(default_factory=list)
+    stage_s: list[float] = field(default_factory=list)
+    peak_live: list[int] = field(default_factory=list)
+    peak_bytes: list[int] = field(default_factory=list)
+    rss_bytes: list[int] = field(default_factory=list)
+    test: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._mark = time.perf_counter()
+
+    def tick(self) -> None:
+        """Add the time since the last tick to `wall_s`."""
+        now = time.perf_counter()
+        self.wall_s += now - self._mark
+        self._mark = now
+
+    @classmethod
+    def read(cls, state: Mapping[str, Any]) -> Totals:
+        """Return the totals that a checkpoint kept, for the next attempt."""
+        totals = cls(**state)
+        totals.attempt += 1
+        return totals
+
+    def state(self) -> dict[str, Any]:
+        """Return plain values for a checkpoint."""
+        return dataclasses.asdict(self)
+
+    def add(self, rows: Sequence[Row], segment: Segment, blocks: int, stages: int) -> None:
+        """Add one segment: one row per rank, as `train` gathers them."""
+        self.update = segment.last
+        if segment.offset == 0 or len(self.loss) != blocks:
+            self.loss, self.rows = [None] * blocks, 0
+        if len(self.busy_s) != stages:
+            self.busy_s, self.stage_s = [0.0] * stages, [0.0] * stages
+        self.peak_live = [0] * stages
+        self.peak_bytes = [row["peak_bytes"] for row in rows]
+        self.rss_bytes = [row["rss_bytes"] for row in rows]
+        before, spent = self.samples, max(row["wall_s"] for row in rows)
+        for row in rows:
+            self._add(row)
+        self.train_s += spent
+        self.rate = (self.samples - before) / spent if spent else 0.0
+
+    def _add(self, row: Row) -> None:
+        stage = row["stage"]
+        if stage == 0:
+            self.rows += row["rows"]
+            self.samples += row["rows"]
+        self.busy_s[stage] += row["busy_s"]
+        self.stage_s[stage] += row["wall_s"]
+        self.peak_live[stage] = max(self.peak_live[stage], row["peak_live"])
+        self.bytes_intra_node += row["bytes_intra_node"]
+        self.bytes_inter_node += row["bytes_inter_node"]
+        for block, total in row["loss"].items():
+            self.loss[int(block)] = (self.loss[int(block)] or 0.0) + total
+
+    def losses(self) -> list[float | None]:
+        """Return the mean loss of the present epoch, per block."""
+        return [None if total is None else total / self.rows for total in self.loss]
+
+    @property
+    def train_loss(self) -> float | None:
+        """Mean loss of the last block over the present epoch."""
+        return self.losses()[-1] if self.loss and self.rows else None
+
+    @property
+    def samples_per_s(self) -> float:
+        """Samples learnt from per second of training segments."""
+        return self.samples / self.train_s if self.train_s else 0.0
+
+
+def tested(rows: Sequence[Row], blocks: int) -> dict[str, Any]:
+    """Return the evaluation over all ranks' rows: means over samples, per block and by vote."""
+    samples = sum(row["rows"] for row in rows if row["stage"] == 0)
+    loss, correct = [0.0] * blocks, [0] * blocks
+    can = {int(block) for row in rows for block in row["correct"]}
+    for row in rows:
+        for block, count in row["correct"].items():
+            correct[int(block)] += count
+            loss[int(block)] += row["loss"][block]
+    accuracy = [correct[b] / samples if b in can else None for b in range(blocks)]
+    mean = loss[-1] / samples
+    return {
+        "test_loss": mean if math.isfinite(mean) else None,
+        "test_accuracy": accuracy[-1],
+        "test_accuracy_vote": sum(row["voted"] for row in rows) / samples,
+        "accuracy_per_block": accuracy,
+    }

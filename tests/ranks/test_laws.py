@@ -1,0 +1,280 @@
+"""The laws of training, over whole runs of `train()` with ranks as threads of this process."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from dtrain import data, models
+from dtrain.checkpoint import latest
+from dtrain.comm.comm import Comm
+from dtrain.comm.threads import run as ranks
+from dtrain.config import Run
+from dtrain.data import order
+from dtrain.errors import Refusal
+from dtrain.objectives import OBJECTIVES
+from dtrain.objectives.mono_forward import MonoForward
+from dtrain.objectives.objective import Task
+from dtrain.schedules import SCHEDULES
+from dtrain.seeds import seeded
+from dtrain.syncs import SYNCS
+from dtrain.train import train
+from tests import tiny
+
+Summary = dict[str, Any]
+PAIRS = [
+    (objective, schedule)
+    for objective, schedule in itertools.product(OBJECTIVES, SCHEDULES)
+    if all(SCHEDULES[schedule]().runs(r) for r in OBJECTIVES[objective]().routes(3, "train"))
+]
+
+
+def trained(run: Run, out: Path, stages: int = 1, replicas: int = 1, seed: int = 0) -> Summary:
+    """Train on `stages` x `replicas` threads and return the summary."""
+
+    def work(comm: Comm) -> Summary:
+        return train(run, comm, out)
+
+    return ranks(stages * replicas, work, seed=seed)[0]
+
+
+def model(out: Path) -> dict[str, Tensor]:
+    """Return the tensors of the newest checkpoint's model."""
+    manifest = latest(out / "checkpoints")
+    assert manifest is not None
+    return manifest.under("model/")
+
+
+def close(one: Path, other: Path, rtol: float = 1e-12) -> None:
+    """Assert that two runs ended in the same model, up to rounding."""
+    ours, theirs = model(one), model(other)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=rtol, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("objective", "schedule"), PAIRS)
+def test_any_number_of_ranks_trains_the_same_bits(
+    objective: str, schedule: str, dtype: str, tmp_path: Path
+) -> None:
+    """Law 1 over stages: 1, 2 (uneven) and 3 ranks, three micro-batches, a short last batch."""
+    told = {"objective__name": objective, "schedule__name": schedule, "dtype": dtype}
+    summaries = [
+        trained(tiny.run(**told, mesh__stages=n), tmp_path / str(n), n, seed=n) for n in (1, 2, 3)
+    ]
+    assert len({summary["digest"] for summary in summaries}) == 1
+    assert [summary["stages"] for summary in summaries] == [1, 2, 3]
+    keys = ("test_accuracy", "test_loss", "test_accuracy_vote", "train_loss", "accuracy_per_block")
+    assert all(summaries[0][key] == each[key] for key in keys for each in summaries)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_all_synchronous_schedules_train_the_same_bits(objective: str, tmp_path: Path) -> None:
+    digests = {
+        trained(
+            tiny.run(objective__name=objective, schedule__name=schedule, mesh__stages=2),
+            tmp_path / schedule,
+            2,
+        )["digest"]
+        for name, schedule in PAIRS
+        if name == objective
+    }
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_layers_that_draw_train_the_same_bits(objective: str, tmp_path: Path) -> None:
+    """Law 1 with dropout, in a user's own Sequential, on 1 to 4 ranks."""
+    told = {
+        "model": {"name": "tests.tiny:dropping"},
+        "objective__name": objective,
+        "partition__blocks": 4,
+    }
+    digests = {
+        trained(tiny.run(**told, mesh__stages=n), tmp_path / str(n), n)["digest"]
+        for n in (1, 2, 3, 4)
+    }
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("replicas", [2, 3])
+def test_replicas_train_the_same_model(objective: str, replicas: int, tmp_path: Path) -> None:
+    """Law 1 over replicas, from the same run file, the last batch too small for all of them."""
+    run = tiny.run(objective__name=objective, mesh__stages=2)
+    trained(run, tmp_path / "one", 2)
+    trained(run, tmp_path / "many", 2, replicas)
+    close(tmp_path / "one", tmp_path / "many")
+
+
+@pytest.mark.parametrize(("objective", "schedule"), PAIRS)
+def test_one_micro_batch_equals_four(objective: str, schedule: str, tmp_path: Path) -> None:
+    """Law 3."""
+    told = {"objective__name": objective, "schedule__name": schedule, "mesh__stages": 2}
+    for micros in (1, 4):
+        trained(tiny.run(**told, micro_batches=micros), tmp_path / str(micros), 2)
+    close(tmp_path / "1", tmp_path / "4")
+
+
+def test_streaming_is_sequential_local_learning(tmp_path: Path) -> None:
+    """Law 2, against an independent loop: block after block, one optimizer each."""
+    run = tiny.run(micro_batches=1, mesh__stages=3)
+    trained(run, tmp_path, 3)
+    samples = data.load(run.dataset.name, {}, run.folder)
+    net = models.load("mlp", run.model.fields, run.folder, samples.train.shape, 3)
+    layers = net.build(range(5), run.top.seed, torch.float64)
+    parts = [["fc1"], ["fc2"], ["fc3", "fc4", "head"]]
+    widths, heads, steps = [13, 11], [], []
+    for block, names in enumerate(parts):
+        parameters = [p for name in names for p in layers[name].parameters()]
+        if block < 2:
+            with seeded(run.top.seed, f"heads.{block}"):
+                task = Task(block, 3, (), (widths[block],), torch.float64, 3)
+                head = MonoForward().build(task)
+            assert head is not None
+            heads.append(head.to(torch.float64))
+            parameters += heads[-1].parameters()
+        steps.append(torch.optim.Adam(parameters, lr=0.01))
+    for epoch in range(2):
+        sequence = order(50, run.top.seed, epoch, "full")
+        for start in range(0, 50, 16):
+            batch = sequence[start : start + 16]
+            x, y = samples.train.inputs(batch), samples.train.targets(batch)
+            for block, names in enumerate(parts):
+                x = x.detach()
+                for name in names:
+                    x = layers[name](x)
+                scores = heads[block](x) if block < 2 else x
+                steps[block].zero_grad()
+                cross_entropy(scores, y).backward()
+                steps[block].step()
+    found = model(tmp_path)
+    wanted = {f"{n}.{p}": t for n, layer in layers.items() for p, t in layer.named_parameters()}
+    wanted |= {f"heads.{b}.{p}": t for b, h in enumerate(heads) for p, t in h.named_parameters()}
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_timing_changes_nothing(seed: int, tmp_path: Path) -> None:
+    """Ranks take turns in another order; the result is that of one rank."""
+    run = tiny.run(objective__name="backprop", epochs=1, mesh__stages=2)
+    one = trained(tiny.run(objective__name="backprop", epochs=1), tmp_path / "one")
+    assert trained(run, tmp_path / "two", 2, seed=seed)["digest"] == one["digest"]
+
+
+@pytest.mark.parametrize("sync", SYNCS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_resumed_is_uninterrupted(objective: str, sync: str, tmp_path: Path) -> None:
+    """Law 5: two attempts, the first cut at an epoch's end and in the middle of one, by bits."""
+    told = {"objective__name": objective, "sync__name": sync, "mesh__stages": 2}
+    whole = trained(tiny.run(**told, epochs=3), tmp_path / "whole", 2, 2)
+    trained(tiny.run(**told, epochs=1), tmp_path / "parts", 2, 2)
+    parts = trained(tiny.run(**told, epochs=3), tmp_path / "parts", 2, 2)
+    told |= {"epochs": None, "checkpoint__every": 3}
+    straight = trained(tiny.run(**told, updates=11), tmp_path / "straight", 2, 2)
+    for updates in (3, 5, 11):
+        bits = trained(tiny.run(**told, updates=updates), tmp_path / "bits", 2, 2)
+    counted = ("digest", "train_loss", "test_loss", "test_accuracy", "samples", "updates")
+    counted += ("bytes_intra_node", "bytes_inter_node")
+    for key in counted:
+        assert whole[key] == parts[key], key
+        assert straight[key] == bits[key], key
+    assert (whole["attempts"], parts["attempts"], bits["attempts"]) == (1, 2, 3)
+
+
+def test_a_run_goes_on_with_other_numbers_of_stages_and_replicas(tmp_path: Path) -> None:
+    """Law 5, second half, where replicas do not train apart: names are global."""
+    first = trained(tiny.run(epochs=1, mesh__stages=3), tmp_path / "out", 3)
+    assert trained(tiny.run(epochs=1), tmp_path / "out")["digest"] == first["digest"]
+    moved = trained(tiny.run(epochs=3), tmp_path / "out")
+    assert moved["digest"] == trained(tiny.run(epochs=3), tmp_path / "one")["digest"]
+    trained(tiny.run(epochs=4, mesh__stages=2), tmp_path / "out", 2, 2)
+    trained(tiny.run(epochs=4), tmp_path / "one")
+    close(tmp_path / "out", tmp_path / "one")
+
+
+def test_a_finished_run_says_so_and_stays_what_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = trained(tiny.run(), tmp_path)
+    capsys.readouterr()
+    again = trained(tiny.run(), tmp_path)
+    assert "finished before: 8 updates are done, 8 asked for" in capsys.readouterr().out
+    assert again["digest"] == first["digest"]
+    assert again["test_accuracy"] == first["test_accuracy"]
+
+
+def test_one_replica_is_the_identity_of_every_sync(tmp_path: Path) -> None:
+    """Law 6 for the syncs that average."""
+    digests = {trained(tiny.run(sync__name=name), tmp_path / name)["digest"] for name in SYNCS}
+    assert len(digests) == 1
+
+
+def test_replicas_that_never_agree_are_averaged_for_the_view(tmp_path: Path) -> None:
+    run = tiny.run(sync__name="never", mesh__stages=1)
+    summary = trained(run, tmp_path, 1, 2)
+    manifest = latest(tmp_path / "checkpoints")
+    assert manifest is not None
+    one, two = manifest.under("replica/0/"), manifest.under("replica/1/")
+    assert not torch.equal(one["fc1.weight"], two["fc1.weight"])
+    for name, mean in model(tmp_path).items():
+        torch.testing.assert_close(mean, (one[name] + two[name]) / 2, rtol=1e-14, atol=0)
+    assert summary["bytes_intra_node"] == summary["bytes_inter_node"] == 0
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_counted_bytes_are_the_formula(objective: str, tmp_path: Path) -> None:
+    """Activations once, gradients once more; 2 (n - 1) / n times the gradients per replica."""
+    run = tiny.run(objective__name=objective, mesh__stages=3)
+    summary = trained(run, tmp_path, 3, 2)
+    stream = 2 * 50 * (13 + 11) * 8  # epochs, samples, boundary widths, bytes
+    if objective == "backprop":
+        stream *= 2
+    elements = sum(t.numel() for t in model(tmp_path).values())
+    means = 8 * elements * 8 * 2 * (2 - 1)  # updates, elements, bytes, 2 (n - 1) / n per rank
+    assert summary["bytes_intra_node"] == stream + means
+    assert summary["bytes_inter_node"] == 0
+
+
+def test_the_summary_keeps_the_contract(tmp_path: Path) -> None:
+    summary = trained(tiny.run(mesh__stages=2), tmp_path, 2, 2)
+    assert summary == json.loads((tmp_path / "summary.json").read_text())
+    plain = "status ranks replicas stages blocks epochs updates samples wall_s samples_per_s"
+    plain += " train_loss test_loss test_accuracy test_accuracy_vote bytes_intra_node"
+    assert set((plain + " bytes_inter_node digest").split()) < set(summary)
+    lengths = {"utilisation": 2, "peak_live_micros": 2, "staleness": 2, "accuracy_per_block": 3}
+    lengths |= {"peak_memory_bytes": 4, "rss_bytes": 4}
+    assert {key: len(summary[key]) for key in lengths} == lengths
+    assert (summary["status"], summary["samples"], summary["updates"]) == ("finished", 100, 8)
+    kinds = [
+        json.loads(line)["kind"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert kinds == ["run"] + ["train", "checkpoint", "eval"] * 2
+    assert not (tmp_path / "owner.json").exists()
+
+
+def test_a_checkpoint_of_other_settings_is_refused_by_key(tmp_path: Path) -> None:
+    trained(tiny.run(), tmp_path)
+    with pytest.raises(Refusal, match=r"optimizer\.lr \(was 0\.01, is 0\.02\)"):
+        trained(tiny.run(optimizer__lr=0.02), tmp_path)
+    assert not (tmp_path / "owner.json").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_place(tmp_path: Path) -> None:
+    run = tiny.run(optimizer__name="sgd", optimizer__lr=1e200, mesh__stages=2)
+    with pytest.raises(Refusal, match=r"replica 0 stage \d \| update \d+ \| action B\d") as refusal:
+        trained(run, tmp_path, 2)
+    assert refusal.value.code == 4
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == "failed"
+    assert "loss" in summary["error"]

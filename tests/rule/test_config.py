@@ -1,0 +1,97 @@
+"""Run files: what is refused, with which words, and that the resolved text says the same run."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtrain.config import parse, read
+from dtrain.errors import Refusal
+from dtrain.tables import dump, text
+from tests import tiny
+
+WRONG = [
+    ("batchsize", 3, ["'batchsize'", "did you mean 'batch-size'", "micro-batches"]),
+    ("batch_size", 0, ["batch-size = 0", "at least 1"]),
+    ("batch_size", "many", ['batch-size = "many"', "whole number"]),
+    ("batch_size", True, ["batch-size = true", "whole number"]),
+    ("micro_batches", 0, ["micro-batches = 0", "at least 1"]),
+    ("updates", 5, ["epochs or updates", "both"]),
+    ("epochs", None, ["epochs or updates", "neither"]),
+    ("dtype", "float16", ['"float16"', '"float32" or "float64"']),
+    ("device", "gpu", ['"gpu"', '"auto" or "cpu"']),
+    ("threads", 0, ["threads = 0"]),
+    ("model", "mlp", ['[model] and name = "mlp"']),
+    ("model", {}, ["[model] needs name"]),
+    ("data__shuffle", "some", ['"full" or "chunks"']),
+    ("mesh__stages", 0, ["[mesh] stages = 0"]),
+    ("mesh__placement", "node", ['"stages-in-node" or "replicas-in-node"']),
+    ("partition__balance", "flop", ['"flops" or "parameters" or "layers"']),
+    ("partition__cuts", [1, 2.5], ["[partition] cuts[1] = 2.5", "a whole number or a text"]),
+    ("partition__cuts", [1], ["leave out blocks and weights"]),
+    ("objective__name", "mono_forward", ["did you mean 'mono-forward'", "backprop"]),
+    ("objective__depth", 3, ["'depth'", "[objective]"]),
+    ("schedule__name", "1fb1", ["did you mean '1f1b'", "fill-drain"]),
+    ("sync__name", "always", ["sync 'always'", "every-step, never"]),
+    ("sync__every", 3, ["'every'", "[sync]"]),
+    ("optimizer__name", "adamax2", ["did you mean 'adamax'"]),
+    ("optimizer__momentum", 0.9, ["'momentum'", "'adam'", "betas"]),
+    ("checkpoint__keep", 0, ["[checkpoint] keep = 0"]),
+    ("evaluate__every", 0, ["[evaluate] every = 0"]),
+    ("log__every_s", "often", ["[log] every-s", "a number"]),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "words"), WRONG)
+def test_what_is_wrong_is_named(key: str, value: Any, words: list[str]) -> None:
+    with pytest.raises(Refusal) as refusal:
+        tiny.run(**{key: value})
+    assert refusal.value.code == 2
+    for word in words:
+        assert word in refusal.value.message
+
+
+def test_the_resolved_text_is_the_same_run() -> None:
+    run = tiny.run(partition__cuts=[1, "head"], partition__blocks=None)
+    again = parse(tomllib.loads(dump(run.table())), run.path)
+    assert again == run
+    assert dump(again.table()) == dump(run.table())
+
+
+def test_defaults_depend_on_the_objective() -> None:
+    assert tiny.run(objective__name="backprop").schedule.name == "1f1b"
+    assert tiny.run().schedule.name == "stream"
+    assert tiny.run().sync.name == "every-step"
+
+
+def test_overrides_are_toml_or_text(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(dump(tiny.run().table()))
+    run = read(path, ["optimizer.lr=0.5", "sync.name=never", "partition.cuts=[1]", "seed=9"][:2])
+    assert (run.optimizer.fields["lr"], run.sync.name) == (0.5, "never")
+    assert run.folder == tmp_path
+    for wrong in ("seed", "=3", "seed.x=1"):
+        with pytest.raises(Refusal, match="--set"):
+            read(path, [wrong])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(b"seed = \n", "not valid TOML"), (b"\xff", "not valid TOML")]
+)
+def test_a_file_that_is_no_toml_is_refused(content: bytes, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_bytes(content)
+    with pytest.raises(Refusal, match=words):
+        read(path)
+    with pytest.raises(Refusal, match="cannot read"):
+        read(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    "value", [True, 3, 1e-3, 1e300, 'a "quoted" \\ text\nof two lines', [1, "b", [2.5]], {"a": 1}]
+)
+def test_values_are_written_as_toml_reads_them(value: Any) -> None:
+    assert tomllib.loads(f"v = {text(value)}")["v"] == value

@@ -1,0 +1,129 @@
+"""The calendar, the shares of an update, and the run folder's ownership."""
+
+from __future__ import annotations
+
+import json
+import os
+from itertools import pairwise, product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dtrain import folder
+from dtrain.data.batches import Shares
+from dtrain.errors import Refusal
+from dtrain.resume import find
+from dtrain.segments import Calendar
+
+
+@pytest.mark.parametrize(
+    ("per_epoch", "total", "step"), list(product((1, 4, 7), (1, 7, 20), (1, 3, 9)))
+)
+def test_segments_follow_each_other_and_never_cross_an_epoch(
+    per_epoch: int, total: int, step: int
+) -> None:
+    found = list(Calendar(per_epoch, total, step).segments())
+    assert (found[0].first, found[-1].last) == (0, total)
+    assert all(a.last == b.first for a, b in pairwise(found))
+    for each in found:
+        assert each.first == each.epoch * per_epoch + each.offset
+        assert each.offset + each.last - each.first <= per_epoch
+        assert each.offset % step == 0
+        assert each.last - each.first <= step
+        assert each.ends_epoch == (each.last % per_epoch == 0)
+    assert [each.ends_run for each in found] == [False] * (len(found) - 1) + [True]
+
+
+def test_a_longer_run_goes_on_where_the_shorter_one_ended() -> None:
+    """Resuming inside a segment of the longer run lands on the longer run's own bounds."""
+    ends = {each.last for each in Calendar(10, 30, 4).segments()}
+    later = [each.last for each in Calendar(10, 30, 4).segments(13)]
+    assert later[0] == 14
+    assert set(later) <= ends
+
+
+def test_calendar_prefers_segment_then_checkpoint_then_epoch() -> None:
+    assert Calendar.of(10, 3, None, 4, 5) == Calendar(10, 30, 4)
+    assert Calendar.of(10, 3, None, 0, 5) == Calendar(10, 30, 5)
+    assert Calendar.of(10, None, 25, 0, 0) == Calendar(10, 25, 10)
+    assert Calendar(10, 25, 10).epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("size", "replicas", "micros"), list(product((5, 16), (1, 2, 3, 7), (1, 3, 4)))
+)
+def test_every_sample_of_an_update_is_somewhere_once(size: int, replicas: int, micros: int) -> None:
+    shares, order = Shares(size, replicas, micros), np.random.default_rng(0).permutation(23)
+    updates = -(-23 // size)
+    sizes = shares.sizes(23, 0, updates)
+    seen = []
+    for update in range(updates):
+        own = [shares.batch(order, update, replica) for replica in range(replicas)]
+        assert max(each.own for each in own) - min(each.own for each in own) <= 1
+        assert {each.rows for each in own} == {sum(each.own for each in own)}
+        for replica, each in enumerate(own):
+            assert len(each.micros) == sizes[replica][update]
+            lengths = [len(micro) for micro in each.micros]
+            assert all(lengths)
+            assert not lengths or max(lengths) - min(lengths) <= 1
+            seen += [index for micro in each.micros for index in micro]
+    assert seen == list(order)
+
+
+def test_a_folder_is_taken_once(tmp_path: Path) -> None:
+    folder.take(tmp_path / "new" / "run")
+    with pytest.raises(Refusal) as refusal:
+        folder.take(tmp_path / "new" / "run")
+    told = refusal.value.message
+    assert f"process {os.getpid()}" in told
+    assert str(tmp_path / "new" / "run" / "owner.json") in told
+    folder.release(tmp_path / "new" / "run")
+    folder.take(tmp_path / "new" / "run")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"process": 2**22 + 1}, {"since": "1"}, {"job": "7", "restart": "0", "host": "elsewhere"}],
+)
+def test_a_folder_whose_owner_is_gone_is_taken_over(
+    change: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    folder.take(tmp_path)
+    owner = json.loads((tmp_path / "owner.json").read_text())
+    (tmp_path / "owner.json").write_text(json.dumps(owner | change))
+    folder.take(tmp_path)
+    assert json.loads((tmp_path / "owner.json").read_text()) == owner
+
+
+@pytest.mark.parametrize("change", [{}, {"host": "elsewhere"}, {"job": "8", "host": "elsewhere"}])
+def test_a_folder_whose_owner_may_live_is_refused(
+    change: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    folder.take(tmp_path)
+    owner = json.loads((tmp_path / "owner.json").read_text()) | change
+    (tmp_path / "owner.json").write_text(json.dumps(owner))
+    with pytest.raises(Refusal, match=str(owner["host"])):
+        folder.take(tmp_path)
+
+
+def test_a_damaged_owner_file_owns_nothing(tmp_path: Path) -> None:
+    (tmp_path / "owner.json").write_text("{")
+    folder.take(tmp_path)
+    assert json.loads((tmp_path / "owner.json").read_text())["process"] == os.getpid()
+
+
+def test_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "letters.txt").touch()
+    with pytest.raises(Refusal, match=r"no run folder \(letters.txt\)"):
+        find(tmp_path, "auto")
+    with pytest.raises(Refusal, match="not empty"):
+        find(tmp_path, "never")
+    with pytest.raises(Refusal, match="no complete checkpoint"):
+        find(tmp_path / "new", str(tmp_path))
+    with pytest.raises(Refusal, match="cannot make the run folder"):
+        folder.take(tmp_path / "letters.txt" / "run")
+    assert find(tmp_path / "new", "auto") is None

@@ -1,0 +1,88 @@
+"""User code that fails, for tests: each function is named by a run file."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+class Raising(nn.Linear):
+    """Raises in the forward of its third batch while training."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.seen = getattr(self, "seen", 0) + self.training
+        if self.seen == 3:
+            raise ArithmeticError("the user's own mistake")
+        return super().forward(input)
+
+
+class Dying(nn.Linear):
+    """Kills its process, once, in the training batch that `DTRAIN_TEST_DIE` counts."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.seen = getattr(self, "seen", 0) + self.training
+        mark = Path(os.environ.get("DTRAIN_TEST_DIED", "/nonexistent"))
+        if mark.parent.is_dir() and not mark.exists() and self.seen == 30:
+            mark.touch()
+            os.kill(os.getpid(), 9)
+        return super().forward(input)
+
+
+class Slow(nn.Linear):
+    """Takes its time."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        time.sleep(0.05)
+        return super().forward(input)
+
+
+def _net(last: type[nn.Linear]) -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), last(16, 10))
+
+
+def raising() -> nn.Sequential:
+    return _net(Raising)
+
+
+def dying() -> nn.Sequential:
+    return _net(Dying)
+
+
+def slow() -> nn.Sequential:
+    return _net(Slow)
+
+
+def failing() -> nn.Sequential:
+    raise KeyError("raised while the model is made")
+
+
+def nothing() -> int:
+    return 3
+
+
+def shared() -> nn.Sequential:
+    one = nn.Linear(64, 64)
+    return nn.Sequential(nn.Flatten(), one, nn.ReLU(), one, nn.Linear(64, 10))
+
+
+def narrow() -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Linear(8, 10))
+
+
+def few_outputs() -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+
+
+def bad_labels() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    x = np.zeros((10, 3))
+    return x, np.full(10, -1), x, np.zeros(10, dtype=np.int64)
+
+
+def infinite() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = torch.full((40, 3), torch.inf)
+    return x, torch.zeros(40, dtype=torch.int64), x, torch.zeros(40, dtype=torch.int64)
