@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from dtrain import data, models
@@ -27,6 +26,7 @@ from dtrain.seeds import seeded
 from dtrain.syncs import SYNCS
 from dtrain.train import train
 from tests import tiny
+from tests.outcome import close, model
 
 Summary = dict[str, Any]
 PAIRS = [
@@ -43,21 +43,6 @@ def trained(run: Run, out: Path, stages: int = 1, replicas: int = 1, seed: int =
         return train(run, comm, out)
 
     return ranks(stages * replicas, work, seed=seed)[0]
-
-
-def model(out: Path) -> dict[str, Tensor]:
-    """Return the tensors of the newest checkpoint's model."""
-    manifest = latest(out / "checkpoints")
-    assert manifest is not None
-    return manifest.under("model/")
-
-
-def close(one: Path, other: Path, rtol: float = 1e-12) -> None:
-    """Assert that two runs ended in the same model, up to rounding."""
-    ours, theirs = model(one), model(other)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=rtol, atol=1e-13)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

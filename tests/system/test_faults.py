@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests import outcome
 from tests.conftest import ROOT
 from tests.process import carriers, start, sweep
 
@@ -50,8 +50,7 @@ def command(run: Path, net: str, out: str = "out", ranks: int = 2) -> list[str]:
 
 
 def summary(run: Path, out: str = "out") -> dict[str, Any]:
-    told: dict[str, Any] = json.loads((run.parent / out / "summary.json").read_text())
-    return told
+    return outcome.summary(run.parent / out)
 
 
 def test_user_code_that_raises_ends_the_job_with_its_traceback_first(run: Path) -> None:
