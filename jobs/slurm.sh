@@ -29,6 +29,9 @@ DTRAIN=${DTRAIN:-$SLURM_SUBMIT_DIR/.venv/bin/dtrain}
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
 
+# The Open MPI wheel has no munge module and would say so, at length, for every rank.
+export PMIX_MCA_psec=${PMIX_MCA_psec:-native}
+
 # Without --kill-on-bad-exit the other ranks would wait for a dead one for ever. Open MPI speaks
 # pmix; MPICH and Intel MPI need pmi2: `srun --mpi=list` says what this Slurm offers.
 exec srun --mpi="${DTRAIN_PMI:-pmix}" --kill-on-bad-exit=1 "$DTRAIN" train "$@"
