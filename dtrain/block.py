@@ -101,14 +101,20 @@ class Block:
             for root, module in roots.items()
             for name, tensor in module.named_parameters()
         }
-        self.buffers = {
-            f"{root}.{name}": tensor
-            for root, module in roots.items()
-            for name, tensor in module.named_buffers()
-        }
         self.trained = [p for p in self.parameters.values() if p.requires_grad]
         self.optimizer = step(self.trained) if self.trained else None
         self.roots = roots
+        first = next(iter(self.layers.values()))
+        self.writes = any(getattr(module, "inplace", False) for module in first.modules())
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """The buffers under their global names, looked up anew: a layer may rebind its own."""
+        return {
+            f"{root}.{name}": tensor
+            for root, module in self.roots.items()
+            for name, tensor in module.named_buffers()
+        }
 
     @property
     def lr(self) -> float:
@@ -122,6 +128,8 @@ class Block:
 
     def forward(self, x: Tensor, draw: tuple[int, ...]) -> Tensor:
         """Run the layers in order on `x` (rows, ...); `draw` keys the layers' random numbers."""
+        if x.requires_grad and self.writes:
+            x = x.clone()  # a leaf may not be written to
         for name, layer in self.layers.items():
             if name in self.drawing:
                 with seeded(self.seed, name, *draw):
@@ -160,15 +168,15 @@ class Block:
     @contextmanager
     def showing(self, view: Mapping[str, Tensor]) -> Iterator[None]:
         """Hold the tensors of `view` instead of its own ones while the body runs."""
-        mine = {**self.parameters, **self.buffers}
-        own = {name: tensor.data for name, tensor in mine.items()}
-        for name, tensor in mine.items():
+        own = {**self.parameters, **self.buffers}
+        kept = [(tensor, tensor.data) for tensor in own.values()]
+        for name, tensor in own.items():
             tensor.data = view[name]
         try:
             yield
         finally:
-            for name, tensor in mine.items():
-                tensor.data = own[name]
+            for tensor, data in kept:
+                tensor.data = data
 
     def memory(self) -> dict[str, Tensor]:
         """Return the optimizer's state as ``<parameter>/<key>``: tensors, scalars as 0-dim."""
@@ -192,9 +200,15 @@ class Block:
 
 
 def _may_draw(layer: nn.Module) -> bool:
-    """Tell whether a layer might use random numbers: any module inside that is not known calm."""
-    for module in layer.modules():
-        known = isinstance(module, CALM) or type(module) is nn.Sequential
-        if not known:
-            return True
-    return False
+    """Tell whether a layer might use random numbers: any module inside that is not known calm.
+
+    A subclass may do what its parent does not, so a user's class is calm only if it says so,
+    by an attribute ``draws = False``.
+    """
+    return not all(_calm(module) for module in layer.modules())
+
+
+def _calm(module: nn.Module) -> bool:
+    own = type(module).forward.__module__.startswith("torch.nn.modules.")
+    known = own and isinstance(module, (*CALM, nn.Sequential))
+    return known or getattr(module, "draws", True) is False

@@ -51,12 +51,20 @@ class Manifest:
         The loop's own counts (update, epoch, sums), as `save` was given them.
     files : dict of str to str
         The shard of every key.
+    hashes : dict of str to str
+        SHA-256 of every shard.
     """
 
     folder: Path
     table: dict[str, Any]
     state: dict[str, Any]
     files: dict[str, str]
+    hashes: dict[str, str]
+
+    @property
+    def replicas(self) -> int:
+        """Replicas that handed over a state of their own."""
+        return 1 + max(int(key.split("/")[1]) for key in self.files if key.startswith("replica/"))
 
     def load(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """Return the tensors of `keys`, read from the shards that hold them, on the CPU."""
@@ -70,6 +78,31 @@ class Manifest:
             with h5py.File(self.folder / name, "r", locking=False) as shard:
                 found.update({key: _read(shard[key]) for key in wanted})
         return found
+
+    def verify(self, held: Mapping[str, Tensor]) -> None:
+        """Refuse a checkpoint with a damaged shard, or one that is not of the model `held`.
+
+        Parameters
+        ----------
+        held : mapping of str to Tensor
+            This rank's tensors by their keys; the shards that hold them are hashed.
+        """
+        missing = sorted(held.keys() - self.files.keys())
+        if missing:
+            raise Refusal(f"the checkpoint {self.folder} lacks '{missing[0]}'", DATA)
+        for name in sorted({self.files[key] for key in held}):
+            path = self.folder / name
+            if not path.is_file() or _hash(path) != self.hashes[name]:
+                raise Refusal(
+                    f"{path} is damaged (its content is not what the manifest says): delete the "
+                    f"folder {self.folder} to go on from the checkpoint before it",
+                    DATA,
+                )
+        for key, tensor in self.load(held).items():
+            if (tensor.shape, tensor.dtype) != (held[key].shape, held[key].dtype):
+                was = f"{tuple(tensor.shape)} {tensor.dtype}"
+                now = f"{tuple(held[key].shape)} {held[key].dtype}"
+                raise Refusal(f"'{key}' is {was} in {self.folder}, but {now} in the model", DATA)
 
     def under(self, prefix: str) -> dict[str, Tensor]:
         """Return every tensor whose key starts with `prefix`, by the rest of its key."""
@@ -86,9 +119,17 @@ def latest(folder: Path) -> Manifest | None:
 
 def read(folder: Path) -> Manifest:
     """Return what the complete checkpoint in `folder` says of itself."""
-    told = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    try:
+        told = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Refusal(
+            f"{folder / 'manifest.json'} is damaged ({error}): delete the folder {folder} to go on "
+            "from the checkpoint before it",
+            DATA,
+        ) from error
     files = {key: name for name, shard in told["shards"].items() for key in shard["keys"]}
-    return Manifest(folder, told["run"], told["state"], files)
+    hashes = {name: shard["sha256"] for name, shard in told["shards"].items()}
+    return Manifest(folder, told["run"], told["state"], files, hashes)
 
 
 def save(
@@ -127,12 +168,13 @@ def save(
     if control.rank == 0:
         shards = {row.pop("file"): row for row in rows}
         _text(part / "manifest.json", json.dumps({"run": table, "state": state, "shards": shards}))
+        _sync(part)
         if final.exists():
-            shutil.rmtree(final)
+            _remove(final)
         part.rename(final)
         _sync(folder)
         for old in sorted(folder.glob("update-*"))[:-keep]:
-            shutil.rmtree(old)
+            _remove(old)
     control.exchange("done")
 
 
@@ -166,19 +208,25 @@ def restore(
 ) -> None:
     """Give every part of a rank its state back, in place; bit for bit on as many replicas.
 
+    Replicas that trained apart and are not as many as before all start from ``model/``, their
+    optimizers and syncs afresh.
+
     Raises
     ------
     Refusal
-        The checkpoint lacks a tensor, or replicas that trained apart are not as many as now.
+        The checkpoint is damaged, or its tensors are not those of this model (code 3).
     """
     for index, block in blocks.items():
         sync = syncs[index]
+        same = not sync.apart or manifest.replicas == sync.replicas.size
         own = f"replica/{replica if sync.apart else 0}"
-        root = own if sync.apart else "model"
-        held = block.tensors()
-        found = manifest.load(f"{root}/{name}" for name in held)
-        for name, tensor in held.items():
-            tensor.copy_(found[f"{root}/{name}"])
+        root = own if sync.apart and same else "model"
+        held = {f"{root}/{name}": tensor for name, tensor in block.tensors().items()}
+        manifest.verify(held)
+        for key, tensor in manifest.load(held).items():
+            held[key].copy_(tensor)
+        if not same:
+            continue
         memory: dict[str, Tensor] = {}
         for name in block.parameters:
             entries = manifest.under(f"{own}/optimizer/{name}/")
@@ -189,7 +237,7 @@ def restore(
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Write one shard, sync it, and return its row for the manifest."""
-    with h5py.File(path, "w") as shard:
+    with h5py.File(path, "w", locking=False) as shard:
         for key, tensor in tensors.items():
             dtype = str(tensor.dtype).removeprefix("torch.")
             plain = tensor.detach().cpu()
@@ -197,10 +245,20 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
                 plain = plain.view(torch.uint16)
             shard.create_dataset(key, data=plain.numpy()).attrs["dtype"] = dtype
     _sync(path)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     size = path.stat().st_size
-    return {"file": path.name, "bytes": size, "sha256": digest, "keys": list(tensors)}
+    return {"file": path.name, "bytes": size, "sha256": _hash(path), "keys": list(tensors)}
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint; what a crash leaves of it is marked as incomplete."""
+    doomed = folder.with_name(folder.name + ".old" + PART)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def _read(dataset: h5py.Dataset) -> Tensor:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
-import time
 import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 from dtrain.comm import launch
 from dtrain.errors import Refusal
@@ -100,36 +101,36 @@ def _work(options: argparse.Namespace) -> int:
     from dtrain.comm import world
 
     comm = world()  # MPI comes before torch
-    from dtrain.config import read
-    from dtrain.job import together
-    from dtrain.train import train
-
+    signal.signal(signal.SIGTERM, _terminated)
     try:
+        from dtrain.config import read
+        from dtrain.job import together
+        from dtrain.train import train
+
         run = together(comm, lambda: read(options.run, options.set))
         _launched(run.mesh.stages, comm.size, options.run)
         train(run, comm, options.out or Path("runs") / options.run.stem, options.resume)
     except Refusal as refusal:
         if refusal.agreed and comm.rank:
             return refusal.code
-        if not refusal.agreed:
-            time.sleep(_turn(comm.rank))
         print(f"dtrain: {refusal.message}", file=sys.stderr, flush=True)
         if not refusal.agreed:
             comm.abort(refusal.code)
         return refusal.code
-    except Exception:
-        time.sleep(_turn(comm.rank))
+    except (KeyboardInterrupt, SystemExit) as stop:
+        print(f"dtrain: stopped ({type(stop).__name__} {stop})", file=sys.stderr, flush=True)
+        comm.abort(
+            stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 130
+        )
+    except BaseException:
         traceback.print_exc()
         comm.abort(1)
     return 0
 
 
-def _turn(rank: int) -> float:
-    """Return how long a rank that failed holds its tongue, in seconds.
-
-    Where several fail alike, the first that speaks ends the job, and its word is enough.
-    """
-    return min(0.5 * rank, 2.0)
+def _terminated(number: int, frame: object) -> NoReturn:
+    """Leave as on an error, so that the run folder is given back."""
+    raise SystemExit(128 + number)
 
 
 def _launched(stages: int | None, ranks: int, run: Path) -> None:

@@ -11,10 +11,11 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from dtrain import optimizers
 from dtrain.errors import Refusal, unknown
+from dtrain.keys import Checkpoint, Choice, Cut, Data, Evaluate, Grid, Log, Top
 from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.objective import Objective
 from dtrain.schedules import SCHEDULES
@@ -27,82 +28,6 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A strategy that is made later, once its surroundings are known: a name and its fields."""
-
-    name: str
-    fields: Table
-
-    def table(self) -> Table:
-        """Return the table of a run file that makes this choice."""
-        return {"name": self.name} | {kebab(key): value for key, value in self.fields.items()}
-
-
-@dataclass(frozen=True)
-class Data:
-    """``[data]``: keys that every data set has; the others belong to the named one."""
-
-    normalise: bool = True
-    shuffle: Literal["full", "chunks"] = "full"
-    augment: Literal["none"] = "none"
-
-
-@dataclass(frozen=True)
-class Grid:
-    """``[mesh]``: ranks along the model, and which axis stays inside a node."""
-
-    stages: int | None = None
-    placement: Literal["stages-in-node", "replicas-in-node"] = "stages-in-node"
-
-
-@dataclass(frozen=True)
-class Cut:
-    """``[partition]``: where blocks begin; `cuts` says it outright, else costs are balanced."""
-
-    blocks: int | None = None
-    balance: Literal["flops", "parameters", "layers"] = "flops"
-    weights: tuple[float, ...] | None = None
-    cuts: tuple[int | str, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """``[checkpoint]``: updates between two (0: every epoch), and how many are kept."""
-
-    every: int = 0
-    keep: int = 2
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """``[evaluate]``: epochs between two evaluations."""
-
-    every: int = 1
-
-
-@dataclass(frozen=True)
-class Log:
-    """``[log]``: seconds between two lines of progress."""
-
-    every_s: float = 10.0
-
-
-@dataclass(frozen=True)
-class Top:
-    """The keys outside any table."""
-
-    seed: int = 0
-    epochs: int | None = None
-    updates: int | None = None
-    batch_size: int = 128
-    micro_batches: int = 1
-    segment: int = 0
-    dtype: Literal["float32", "float64"] = "float32"
-    device: Literal["auto", "cpu"] = "auto"
-    threads: int | Literal["auto"] = "auto"
-
-
-@dataclass(frozen=True)
 class Run:
     """One checked run file.
 
@@ -110,9 +35,12 @@ class Run:
     ----------
     path : Path
         The file itself; relative paths and imports start in its folder.
+    overrides : tuple of str
+        What ``--set`` changed, as it was typed.
     """
 
     path: Path
+    overrides: tuple[str, ...]
     top: Top
     data: Data
     dataset: Choice
@@ -159,7 +87,21 @@ class Run:
             "evaluate": unfill(self.evaluate),
             "log": unfill(self.log),
         }
+        if self.partition.cuts is not None:
+            del tables["partition"]["balance"]  # nothing is balanced
         return unfill(self.top) | tables
+
+    def going_on(self, table: Table | None) -> Run:
+        """Return this run with as many blocks as a checkpoint's `table`, where it names none.
+
+        Without it another number of stages would be another training.
+        """
+        known = (table or {}).get("partition", {}).get("blocks")
+        if known is None or self.partition.blocks is not None or self.partition.cuts is not None:
+            return self
+        return dataclasses.replace(
+            self, partition=dataclasses.replace(self.partition, blocks=known)
+        )
 
     def fixed(self, blocks: int, stages: int) -> Run:
         """Return this run with the numbers of blocks and stages that were settled at its start."""
@@ -187,23 +129,26 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Run:
     for override in overrides:
         _override(table, override)
     try:
-        return parse(table, path.resolve())
+        return parse(table, path.resolve(), overrides)
     except Refusal as refusal:
         raise Refusal(f"{path}: {refusal.message}", refusal.code) from refusal
 
 
-def parse(table: Mapping[str, Any], path: Path) -> Run:
+def parse(table: Mapping[str, Any], path: Path, overrides: Sequence[str] = ()) -> Run:
     """Check the nested tables of a run file and return them as a `Run`."""
     tables = ["data", "model", "mesh", "partition", "objective", "schedule", "sync", "optimizer"]
     tables += ["checkpoint", "evaluate", "log"]
     plain = {key: value for key, value in table.items() if key not in tables}
     top = fill(Top, plain, "", known=tables)
     parts = {name: _subtable(table, name) for name in tables}
+    if {"cuts", "balance"} <= parts["partition"].keys():
+        raise Refusal("[partition] cuts say where every block starts: leave out balance")
     common = [kebab(each.name) for each in dataclasses.fields(Data)]
     objective = _choice(parts["objective"], "objective", OBJECTIVES, "mono-forward")
     default = OBJECTIVES[objective.name].schedule
     run = Run(
         path=path,
+        overrides=tuple(overrides),
         top=top,
         data=fill(Data, {k: v for k, v in parts["data"].items() if k in common}, "[data] "),
         dataset=_named({k: v for k, v in parts["data"].items() if k not in common}, "data"),
@@ -229,6 +174,7 @@ def _ranges(run: Run) -> None:
     least = {
         "batch-size": (top.batch_size, 1),
         "micro-batches": (top.micro_batches, 1),
+        "seed": (top.seed, 0),
         "segment": (top.segment, 0),
         "epochs": (top.epochs, 1),
         "updates": (top.updates, 1),
@@ -242,6 +188,8 @@ def _ranges(run: Run) -> None:
     for key, (value, low) in least.items():
         if value is not None and value < low:
             raise Refusal(f"{key} = {value} is too small: give at least {low}")
+    if top.seed >= 2**63:
+        raise Refusal(f"seed = {top.seed} is too large: give less than 2**63")
     if (top.epochs is None) == (top.updates is None):
         found = "neither stands there" if top.epochs is None else "both stand there"
         raise Refusal(f"a run has a length: give epochs or updates ({found})")
@@ -269,6 +217,9 @@ def _named(table: Table, what: str) -> Choice:
     name = table.get("name")
     if not isinstance(name, str):
         raise Refusal(f'[{what}] needs name = "..."')
+    for key in table:
+        if "_" in key:
+            raise Refusal(f"[{what}] {key}: keys are written with hyphens, as {kebab(key)}")
     return Choice(name, {snake(key): value for key, value in table.items() if key != "name"})
 
 

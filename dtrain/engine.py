@@ -28,7 +28,7 @@ from dtrain.data.source import Source
 from dtrain.errors import NUMERIC, Refusal
 from dtrain.gauge import Gauge
 from dtrain.mail import Lines, Mail, Seat
-from dtrain.objectives.objective import ACTIVATION, VOTES, Objective, Task
+from dtrain.objectives.objective import ACTIVATION, VOTE_DTYPE, VOTES, Objective, Task
 from dtrain.schedules.action import Action
 from dtrain.schedules.schedule import Schedule, forward
 from dtrain.syncs.sync import Clock, Sync
@@ -64,41 +64,52 @@ class Tally:
         self.loss[block] = self.loss.get(block, 0.0) + total
 
 
+@dataclass(frozen=True)
+class Course:
+    """What is learnt, and in which order; the same on all ranks.
+
+    Attributes
+    ----------
+    tasks : sequence of Task
+        One per block of the run.
+    dtype : torch.dtype
+        Of the weights, and so of inputs that are numbers.
+    epochs : int
+        Length of the run, for the syncs' clock.
+    """
+
+    objective: Objective
+    schedule: Schedule
+    tasks: Sequence[Task]
+    dtype: torch.dtype
+    epochs: int
+
+
 class Engine:
     """One rank's blocks and their syncs, run by plans.
 
     Parameters
     ----------
-    seat : Seat
-        This rank's place.
+    seat, lines : Seat, Lines
+        This rank's place, and its communicators.
     blocks, syncs : dict of int to Block, to Sync
         What it holds, by block.
-    objective, schedule : Objective, Schedule
-        What is learnt, and in which order.
-    tasks : sequence of Task
-        One per block of the run.
-    lines : Lines
-        The communicators.
-    epochs : int
-        Length of the run, for the syncs' clock.
+    course : Course
+        What is learnt, the same on all ranks.
     """
 
     def __init__(
         self,
         seat: Seat,
+        lines: Lines,
         blocks: dict[int, Block],
         syncs: dict[int, Sync],
-        objective: Objective,
-        schedule: Schedule,
-        tasks: Sequence[Task],
-        lines: Lines,
-        epochs: int,
+        course: Course,
     ) -> None:
-        self.seat, self.blocks, self.syncs = seat, blocks, syncs
-        self.objective, self.schedule, self.tasks = objective, schedule, tasks
-        self.lines, self.epochs = lines, epochs
-        self.mail = Mail("train", objective, tasks, seat, lines)
-        self.post = Mail("predict", objective, tasks, seat, lines)
+        self.seat, self.lines, self.blocks, self.syncs = seat, lines, blocks, syncs
+        self.course, self.objective, self.tasks = course, course.objective, course.tasks
+        self.mail = Mail("train", self.objective, self.tasks, seat, lines)
+        self.post = Mail("predict", self.objective, self.tasks, seat, lines)
         self.gauge = Gauge(t for block in blocks.values() for t in block.tensors().values())
         self.live: dict[Key, Live] = {}
         self.peak_live = 0
@@ -116,17 +127,17 @@ class Engine:
         Raises
         ------
         Refusal
-            A loss is NaN or infinite (code 4).
+            A loss, or at the end a weight, is NaN or infinite (code 4).
         """
         sizes = [len(batch.micros) for batch in batches]
         routes, seat = self.mail.routes, self.seat
-        plan = partial(self.schedule.plan, seat.stage, seat.place, sizes, routes)
+        plan = partial(self.course.schedule.plan, seat.stage, seat.place, sizes, routes)
         self.tally = Tally(rows=sum(batch.own for batch in batches))
         start, waited = time.perf_counter(), self.lines.control.waited_s
         for block in self.blocks.values():
             block.train()
         self.mail.open(plan(), lambda action: len(batches[action.update].micros[action.micro]))
-        last = max(self.blocks)
+        last, fullest = max(self.blocks), max(batch.own for batch in batches)
         for action in plan():
             batch, update = batches[action.update], first + action.update
             with self._at(action, f"update {update}"):
@@ -139,8 +150,10 @@ class Engine:
             for sync in self.syncs.values():
                 sync.poll()
             if action.kind == "U" and action.block == last:
-                self.gauge.stop()
+                if batch.own == fullest:
+                    self.gauge.stop()
                 yield update
+        self._finite()
         self.mail.close()
         self.tally.wall_s = time.perf_counter() - start
         self.tally.busy_s = self.tally.wall_s - (self.lines.control.waited_s - waited)
@@ -149,7 +162,7 @@ class Engine:
         block, indices = self.blocks[action.block], batch.micros[action.micro]
         told = self.mail.take(action)
         x = told.pop(ACTIVATION) if action.block else self._read(source, indices)
-        x.requires_grad_((action.block, "B") in self.feedback)
+        x.requires_grad_((action.block, "B") in self.feedback and x.is_floating_point())
         key = (action.block, action.update, action.micro)
         with self.gauge.saving(key):
             y = block.forward(x, (update, action.micro, self.seat.replica))
@@ -176,16 +189,24 @@ class Engine:
 
     def _update(self, index: int, batch: Batch, update: int, epoch: int) -> None:
         block, sync = self.blocks[index], self.syncs[index]
-        clock = Clock(update, epoch, self.epochs, block.lr)
+        clock = Clock(update, epoch, self.course.epochs, block.lr)
         sync.before_update(block.gradients(), batch.own / batch.rows, clock)
         # Where replicas train apart, one without a sample has nothing to learn from.
         if batch.own or not sync.apart:
             block.update()
         sync.after_update(clock)
 
+    def _finite(self) -> None:
+        """Refuse weights that the segment's last updates made NaN or infinite."""
+        for index, block in self.blocks.items():
+            for name, tensor in block.parameters.items():
+                if not torch.isfinite(tensor).all():
+                    place = f"[replica {self.seat.replica} stage {self.seat.stage}]"
+                    raise Refusal(f"'{name}' of block {index} is not finite {place}", NUMERIC)
+
     def _read(self, source: Source, indices: Indices) -> Tensor:
         x = source.inputs(indices)
-        return x.to(self.tasks[0].dtype) if x.is_floating_point() else x
+        return x.to(self.course.dtype) if x.is_floating_point() else x
 
     @torch.no_grad()
     def predict(self, source: Source, micros: Sequence[Indices]) -> Tally:
@@ -211,6 +232,7 @@ class Engine:
         live = Live(x, block.forward(x, ()), source.targets(indices), told=told)
         scores = self.objective.predict(task, block, live)
         if scores is not None:
+            scores = scores.to(VOTE_DTYPE)
             told[VOTES] = told[VOTES] + scores if VOTES in told else scores
             tally.correct[task.block] = tally.correct.get(task.block, 0) + _right(scores, live)
             loss = torch.nn.functional.cross_entropy(scores, live.targets, reduction="sum")

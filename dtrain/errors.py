@@ -42,4 +42,4 @@ def unknown(what: str, name: str, legal: Iterable[str]) -> Refusal:
     names = sorted(legal)
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
-    return Refusal(f"unknown {what} '{name}': {hint}legal are {', '.join(names)}")
+    return Refusal(f"unknown {what} '{name}': {hint}legal are {', '.join(names) or 'none'}")

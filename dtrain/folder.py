@@ -15,6 +15,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,11 @@ from dtrain.errors import Refusal
 OWNER = "owner.json"
 
 
-def take(folder: Path) -> None:
-    """Take a run folder for this process, making it if needed.
+Owner = dict[str, Any]
+
+
+def take(folder: Path) -> Owner:
+    """Take a run folder for this process, making it if needed; return the token that gives it back.
 
     Raises
     ------
@@ -33,23 +37,32 @@ def take(folder: Path) -> None:
         whose owner is gone (no such process on this host, or the same job started again) is
         taken over.
     """
+    mine = _me()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Refusal(f"cannot make the run folder {folder}: {error.strerror}") from error
-    mine = _me()
-    for _ in range(2):
+        # Linked into place when it is written: nobody ever sees half of it.
+        whole = folder / f".{OWNER}-{mine['host']}-{mine['process']}"
+        whole.write_text(json.dumps(mine), encoding="utf-8")
         try:
-            with (folder / OWNER).open("x", encoding="utf-8") as file:
-                json.dump(mine, file)
-            return
+            return _claim(folder, whole, mine)
+        finally:
+            whole.unlink()
+    except OSError as error:
+        where = f"cannot use the run folder {folder}"
+        raise Refusal(f"{where}: {error.strerror}; choose another --out") from error
+
+
+def _claim(folder: Path, whole: Path, mine: Owner) -> Owner:
+    owner: Owner | None = None
+    for _ in range(3):
+        try:
+            os.link(whole, folder / OWNER)
+            return mine
         except FileExistsError:
             owner = _owner(folder / OWNER)
             if owner is not None and not _gone(owner, mine):
                 break
             _evict(folder, owner)
-        except OSError as error:
-            raise Refusal(f"cannot write into {folder}: {error.strerror}") from error
     told = ", ".join(f"{key} {value}" for key, value in (owner or {}).items() if key != "since")
     raise Refusal(
         f"the run folder {folder} belongs to a run that is still going ({told}): choose another "
@@ -57,9 +70,28 @@ def take(folder: Path) -> None:
     )
 
 
-def release(folder: Path) -> None:
-    """Give the folder back; whoever ends the run does it, on any rank."""
-    (folder / OWNER).unlink(missing_ok=True)
+def seen(folder: Path, host: str, patience_s: float = 5.0) -> None:
+    """Refuse a run folder that a rank on `host` cannot see, though the first rank has taken it."""
+    deadline = time.monotonic() + patience_s
+    while not (folder / OWNER).exists():
+        if time.monotonic() < deadline:
+            time.sleep(0.1)  # a network file system may be a little behind
+            continue
+        raise Refusal(
+            f"the run folder {folder.absolute()} is not visible on {host}: choose an --out on a "
+            "file system that all hosts share"
+        )
+
+
+def release(folder: Path, token: Owner) -> bool:
+    """Give the folder back, if `token` still owns it; return whether this call did it."""
+    if _owner(folder / OWNER) != token:
+        return False
+    try:
+        (folder / OWNER).unlink()
+    except OSError:  # another rank was faster
+        return False
+    return True
 
 
 def summarise(folder: Path, summary: Mapping[str, Any]) -> None:
@@ -78,22 +110,31 @@ def summary(folder: Path) -> dict[str, Any] | None:
     return told if isinstance(told, dict) else None
 
 
-def fail(folder: Path, reason: str) -> None:
-    """Mark a run that was going as failed, for `reason`, and give its folder back."""
+def end(folder: Path, token: Owner, status: str, reason: str) -> bool:
+    """Note how a run ended that did not finish, and give its folder back.
+
+    Returns
+    -------
+    bool
+        Whether this call did it: of several ranks that fail, the first.
+    """
     told = summary(folder)
-    if told is not None and told.get("status") == "running":
-        summarise(folder, told | {"status": "failed", "error": reason})
-    release(folder)
+    if not release(folder, token):
+        return False
+    if told is not None:
+        summarise(folder, told | {"status": status, "error": reason})
+    return True
 
 
-def record(folder: Path, kind: str, **values: Any) -> None:
-    """Append one record to `metrics.jsonl`."""
-    line = json.dumps({"kind": kind, "time_s": round(time.time(), 3)} | values, allow_nan=False)
+def record(folder: Path, kind: str, time_s: float, **values: Any) -> None:
+    """Append one record to `metrics.jsonl`; `time_s` is the run's own time, over all attempts."""
+    told = {"kind": kind, "time_s": round(time_s, 3), "unix_s": round(time.time(), 3)} | values
+    line = json.dumps(told, allow_nan=False)
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 
-def _me() -> dict[str, Any]:
+def _me() -> Owner:
     pid = os.getpid()
     # `--ranks` hides Slurm from the ranks' MPI library, so it passes these two on.
     job = os.environ.get("SLURM_JOB_ID") or os.environ.get("DTRAIN_JOB")
@@ -102,7 +143,7 @@ def _me() -> dict[str, Any]:
     return own if job is None else {"job": job, "restart": restart or "0"} | own
 
 
-def _evict(folder: Path, owner: dict[str, Any] | None) -> None:
+def _evict(folder: Path, owner: Owner | None) -> None:
     """Remove what the owner that is gone left behind, and not what a faster process put there."""
     aside = folder / f".{OWNER}-{os.getpid()}"
     try:
@@ -110,11 +151,12 @@ def _evict(folder: Path, owner: dict[str, Any] | None) -> None:
     except FileNotFoundError:
         return
     if _owner(aside) != owner:
-        os.link(aside, folder / OWNER)
+        with suppress(FileExistsError):
+            os.link(aside, folder / OWNER)
     aside.unlink()
 
 
-def _owner(path: Path) -> dict[str, Any] | None:
+def _owner(path: Path) -> Owner | None:
     try:
         owner = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -36,13 +36,23 @@ class Gauge:
             return
         seen = self.saved.setdefault(key, {})
 
-        def pack(tensor: Tensor) -> Tensor:
+        def pack(tensor: Tensor) -> tuple[Tensor, int]:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in self.own:
                 seen[storage.data_ptr()] = storage.nbytes()
-            return tensor.detach()  # an output that keeps itself alive would never be freed
+            # Detached: an output that keeps itself alive would never be freed.
+            return tensor.detach(), tensor._version
 
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
+        def unpack(packed: tuple[Tensor, int]) -> Tensor:
+            tensor, version = packed
+            if tensor._version != version:  # with hooks, autograd does not look itself
+                raise RuntimeError(
+                    f"a tensor of shape {tuple(tensor.shape)} that is needed for the backward "
+                    "pass was changed in place"
+                )
+            return tensor
+
+        with saved_tensors_hooks(pack, unpack):
             yield
         total = sum(size for each in self.saved.values() for size in each.values())
         self.peak_bytes = max(self.peak_bytes, total)

@@ -11,8 +11,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from hashlib import blake2b
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from dtrain import data, models, optimizers
@@ -21,8 +23,8 @@ from dtrain.comm.comm import Comm
 from dtrain.config import Run
 from dtrain.data import Data, updates_per_epoch
 from dtrain.data.batches import Shares
-from dtrain.engine import Engine
-from dtrain.errors import Refusal
+from dtrain.engine import Course, Engine
+from dtrain.errors import DATA, Refusal
 from dtrain.layout import Layout, settle
 from dtrain.mail import Lines, Seat
 from dtrain.schedules.check import Report
@@ -37,7 +39,17 @@ EXAMINED = 8
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that fits its data and its ranks; the same on all of them."""
+    """A run that fits its data and its ranks; the same on all of them.
+
+    Attributes
+    ----------
+    run : Run
+        Resolved: the numbers of blocks and stages are settled.
+    blocks_assumed : bool
+        Whether the number of blocks was taken from the stages.
+    proof : Report
+        What the schedule's proof saw.
+    """
 
     run: Run
     data: Data
@@ -45,6 +57,7 @@ class Plan:
     calendar: Calendar
     shares: Shares
     proof: Report
+    blocks_assumed: bool
 
 
 @dataclass(frozen=True)
@@ -86,7 +99,8 @@ def plan(run: Run, ranks: int) -> Plan:
     shares = Shares(top.batch_size, layout.mesh.replicas, top.micro_batches)
     fixed = run.fixed(len(layout.parts), layout.mesh.stages)
     proof = layout.prove(_sample(shares, samples.train.size, calendar.per_epoch))
-    return Plan(fixed, samples, layout, calendar, shares, proof)
+    assumed = run.partition.blocks is None and run.partition.cuts is None
+    return Plan(fixed, samples, layout, calendar, shares, proof, assumed)
 
 
 def _sample(shares: Shares, size: int, updates: int) -> list[list[int]]:
@@ -102,14 +116,13 @@ def build(plan: Plan, comm: Comm) -> Job:
     replica, stage = layout.mesh.coords(comm.rank)
     seat = Seat(layout.mesh, replica, stage, layout.place)
     lines = Lines(comm.dup(), comm.dup(), comm, comm.split(stage, replica))
-    objective, schedule = layout.objective, layout.schedule
     blocks = together(comm, lambda: {block: _block(plan, block) for block in layout.blocks(stage)})
     syncs = {block: plan.run.make_sync() for block in blocks}
     for block, sync in syncs.items():
         sync.open(blocks[block], lines.replicas)
     epochs = plan.calendar.epochs
-    engine = Engine(seat, blocks, syncs, objective, schedule, layout.tasks, lines, epochs)
-    return Job(plan, engine, lines)
+    course = Course(layout.objective, layout.schedule, layout.tasks, layout.dtype, epochs)
+    return Job(plan, Engine(seat, lines, blocks, syncs, course), lines)
 
 
 def _block(plan: Plan, index: int) -> Block:
@@ -120,9 +133,41 @@ def _block(plan: Plan, index: int) -> Block:
     with seeded(seed, f"heads.{index}"):
         helper = layout.objective.build(part.task)
     if helper is not None:
-        helper = helper.to(layout.dtype)
+        helper = helper.to(part.task.dtype)
     step = partial(optimizers.make, run.optimizer.name, run.optimizer.fields)
     return Block(index, layers, helper, step, seed)
+
+
+def alike(plan: Plan, comm: Comm) -> None:
+    """Refuse data that are not the same on all ranks, as far as a sample shows. Collective.
+
+    Stages read inputs and labels apart, so a data function that draws unseeded random numbers
+    would pair the images of one rank with the labels of another.
+    """
+    rows = comm.exchange(_fingerprint(plan, comm.rank))
+    labels = {row[0] for row in rows}
+    inputs = {row[1] for row in rows if row[1] is not None}
+    if len(labels) > 1 or len(inputs) > 1:
+        what = "labels" if len(labels) > 1 else "inputs"
+        raise Refusal(
+            f"the ranks read different {what} from '{plan.run.dataset.name}': make the data the "
+            "same in every process (seed whatever is random)",
+            DATA,
+            agreed=True,
+        )
+
+
+def _fingerprint(plan: Plan, rank: int) -> tuple[str, str | None]:
+    """Return hashes of some labels, and of some inputs where this rank reads inputs."""
+    _, stage = plan.layout.mesh.coords(rank)
+    labels, inputs = blake2b(), blake2b()
+    for source in (plan.data.train, plan.data.test):
+        some = np.unique(np.linspace(0, source.size - 1, 32).astype(np.int64))
+        labels.update(str((source.size, source.shape, source.classes)).encode())
+        labels.update(source.targets(some).numpy().tobytes())
+        if stage == plan.layout.place[0]:
+            inputs.update(source.inputs(some).numpy().tobytes())
+    return labels.hexdigest(), inputs.hexdigest() if stage == plan.layout.place[0] else None
 
 
 def together(comm: Comm, work: Callable[[], T]) -> T:

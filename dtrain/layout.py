@@ -7,19 +7,19 @@ same layout without a message, and `dtrain plan` shows the one that `dtrain trai
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from dtrain import partition
 from dtrain.config import Run
 from dtrain.errors import Refusal
 from dtrain.mesh import Mesh
-from dtrain.models import Model, Spec, count, walk
+from dtrain.models import Model, Spec, walk
 from dtrain.objectives.objective import Mode, Objective, Task
+from dtrain.prices import Prices
 from dtrain.schedules.action import Route
 from dtrain.schedules.check import Report, check
 from dtrain.schedules.schedule import Schedule
@@ -109,15 +109,15 @@ def settle(run: Run, model: Model, shape: tuple[int, ...], classes: int, ranks: 
             f"layer '{specs[-1].name}' returns {specs[-1].outputs} for a sample, but the data has "
             f"{classes} classes: end the model with {classes} outputs"
         )
+    for spec in specs:
+        if not spec.dtype.is_floating_point:
+            raise Refusal(f"layer '{spec.name}' returns {spec.dtype}: a layer returns real numbers")
     objective, schedule = run.make_objective(), run.make_schedule()
-    cuts = _cuts(run, specs, objective, classes, mesh.stages)
-    layers = partition.ranges(len(specs), cuts)
+    prices = Prices(specs, objective, classes)
+    layers = partition.ranges(len(specs), _cuts(run, prices, mesh.stages))
     routes = objective.routes(len(layers), "train")
     schedule.admit(routes)
-    parts = tuple(
-        _part(specs, block, len(layers), each, objective, classes)
-        for block, each in enumerate(layers)
-    )
+    parts = tuple(_part(prices, block, layers) for block in range(len(layers)))
     place = partition.place([part.cost for part in parts], mesh.stages)
     return Layout(mesh, model, dtype, specs, parts, place, objective, schedule, routes)
 
@@ -135,62 +135,26 @@ def _stages_fit(run: Run, ranks: int) -> None:
         )
 
 
-def _cuts(
-    run: Run, specs: tuple[Spec, ...], objective: Objective, classes: int, stages: int
-) -> tuple[int, ...]:
+def _cuts(run: Run, prices: Prices, stages: int) -> tuple[int, ...]:
     """Return where blocks start: as the run file says, else balanced over analytic costs."""
-    names = [spec.name for spec in specs]
-    if run.partition.cuts is not None:
-        return partition.explicit(names, run.partition.cuts)
-    blocks = run.partition.blocks or stages
-
-    def of(start: int, stop: int, measure: Callable[[Part], int]) -> int:
-        # Which block it is matters only in whether it is the first or the last of several.
-        first, last = start == 0, stop == len(specs)
-        block = 0 if first else 2 if last else 1
-        total = 1 if first and last else block + 1 if last else 3
-        return measure(_part(specs, block, total, range(start, stop), objective, classes))
-
-    measures: dict[str, Callable[[Part], int]] = {
-        "flops": lambda part: part.cost,
-        "parameters": lambda part: part.parameters + part.head_parameters,
-        "layers": lambda part: len(part.layers),
+    cut, layers = run.partition, len(prices.specs)
+    if cut.cuts is not None:
+        return partition.explicit([spec.name for spec in prices.specs], cut.cuts)
+    costs: dict[str, Callable[[int, int], int]] = {
+        "flops": prices.flops,
+        "parameters": prices.parameters,
+        "layers": lambda i, j: j - i,
     }
-    measure = measures[run.partition.balance]
-    return partition.balanced(
-        len(specs), blocks, lambda i, j: of(i, j, measure), run.partition.weights
-    )
+    return partition.balanced(layers, cut.blocks or stages, costs[cut.balance], cut.weights)
 
 
-def _part(
-    specs: tuple[Spec, ...],
-    block: int,
-    blocks: int,
-    layers: range,
-    objective: Objective,
-    classes: int,
-) -> Part:
+def _part(prices: Prices, block: int, layers: Sequence[range]) -> Part:
     """Return a block with its analytic costs."""
-    own = specs[layers.start : layers.stop]
-    task = Task(block, blocks, own[0].inputs, own[-1].outputs, own[-1].dtype, classes)
-    head = _helper(objective, task)
-    cost = sum(spec.forward + spec.weight_gradient + spec.input_gradient for spec in own)
-    routes = objective.routes(blocks, "train")
-    if not any(route.source == (block, "B") for route in routes):
-        cost -= own[0].input_gradient  # nobody waits for it
-    extra = 0
-    if head is not None:
-        spec = count(head, task.outputs, task.dtype)
-        cost += spec.forward + spec.weight_gradient + spec.input_gradient
-        extra = spec.parameters
-    return Part(task, layers, sum(spec.parameters for spec in own), extra, cost)
-
-
-def _helper(objective: Objective, task: Task) -> nn.Module | None:
-    """Return the objective's helper without memory."""
-    with torch.device("meta"):
-        helper = objective.build(task)
-    return None if helper is None else helper.to(task.dtype)
+    i, j = layers[block].start, layers[block].stop
+    head = prices.helper_parameters(j)
+    own = prices.parameters(i, j) - head
+    task = prices.task(block, len(layers), i, j)
+    return Part(task, layers[block], own, head, prices.flops(i, j))
 
 
 def describe(layout: Layout, rows: int) -> dict[str, Any]:

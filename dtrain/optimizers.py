@@ -46,7 +46,7 @@ def make(
     """Return the optimizer `name` over `parameters`, which it updates in place."""
     try:
         return _kind(name)(parameters, **fields)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, LookupError, AssertionError) as error:
         raise Refusal(f"[optimizer] '{name}' refuses {dict(fields)}: {error}") from error
 
 

@@ -98,13 +98,17 @@ class Progress:
             told += f"  vote {_percent(totals.test['test_accuracy_vote'])}"
         print(f"{told}  {rate:>8,.0f} samples/s  {self._left(segment.last)}", flush=True)
 
+    def stop(self) -> None:
+        """Take the bar off the terminal, and give the cursor back."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
     def goodbye(self, summary: dict[str, Any]) -> None:
         """Say how it ended, where it lies and what to try next."""
         if not self.speaks:
             return
-        if self.bar is not None and self.bar.tasks:
-            self.bar.update(self.task, completed=summary["updates"], refresh=True)
-            self.bar.stop()
+        self.stop()
         calendar, out = self.plan.calendar, self.out.resolve()
         if self.first >= calendar.total:
             print(f"finished before: {self.first:,} updates are done, {calendar.total:,} asked for")
@@ -123,7 +127,8 @@ class Progress:
         totals = self.totals
         clock = {"attempt": totals.attempt, "update": totals.update}
         epoch = totals.update // self.plan.calendar.per_epoch
-        folder.record(self.out, kind, **clock, epoch=epoch, **values)
+        totals.tick()
+        folder.record(self.out, kind, totals.wall_s, **clock, epoch=epoch, **values)
 
     def _left(self, done: int) -> str:
         """Return how long the rest will take at the pace of this attempt."""
@@ -160,6 +165,9 @@ def _introduction(plan: Plan, comm: Comm, threads: int) -> list[str]:
         f"learning  {run.objective.name}, {run.schedule.name}, {run.sync.name}, "
         f"{run.optimizer.name} {settings}".rstrip(),
     ]
+    if plan.blocks_assumed:
+        count = _count(len(layout.parts), "block")
+        lines.append(f"blocks    {count}, one per stage, since the run file names no number")
     for stage in range(mesh.stages):
         held = (
             f"block {block}: {' '.join(layout.specs[i].name for i in layout.parts[block].layers)}"
@@ -177,7 +185,9 @@ def _next(plan: Plan, ranks: int, out: Path) -> str:
     key, length = "epochs", plan.run.top.epochs
     if length is None:
         key, length = "updates", plan.calendar.total
-    return shlex.join([*words, "--out", str(out), "--set", f"{key}={2 * length}"])
+    kept = [each for each in plan.run.overrides if each.partition("=")[0].strip() != key]
+    sets = [word for each in [*kept, f"{key}={2 * length}"] for word in ("--set", each)]
+    return shlex.join([*words, "--out", str(out), *sets])
 
 
 def _bar() -> Bar | None:

@@ -5,7 +5,6 @@ Invariant: pure functions of a plan and of totals; what a number means stands in
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,9 +40,7 @@ def plan_text(plan: Plan) -> str:
 
 def plan_table(plan: Plan) -> dict[str, Any]:
     """Return the plan as plain values, for ``--json``."""
-    proof, shares = plan.proof, plan.shares
-    share = math.ceil(shares.size / shares.replicas)
-    rows = math.ceil(share / shares.micros)
+    proof, rows = plan.proof, plan.shares.largest
     return describe(plan.layout, rows) | {
         "updates": plan.calendar.total,
         "updates_per_epoch": plan.calendar.per_epoch,
@@ -105,12 +102,18 @@ def _number(cell: str) -> bool:
     return cell.strip("-0123456789,.%") == ""
 
 
-def summary(plan: Plan, totals: Totals, digest: str) -> dict[str, Any]:
-    """Return the contents of `summary.json` for a run that reached its end."""
-    layout = plan.layout
+UNTESTED = ("test_loss", "test_accuracy", "test_accuracy_vote", "accuracy_per_block")
+
+
+def summary(plan: Plan, totals: Totals, status: str, digest: str | None = None) -> dict[str, Any]:
+    """Return the contents of `summary.json`; what is not known yet is None.
+
+    Lists that another layout of the same run left behind, of another length, are not known.
+    """
+    layout, stages = plan.layout, plan.layout.mesh.stages
     pairs = zip(totals.busy_s, totals.stage_s, strict=True)
     return {
-        "status": "finished",
+        "status": status,
         "ranks": layout.mesh.ranks,
         "replicas": layout.mesh.replicas,
         "stages": layout.mesh.stages,
@@ -123,13 +126,17 @@ def summary(plan: Plan, totals: Totals, digest: str) -> dict[str, Any]:
         "samples_per_s": totals.samples_per_s,
         "train_loss": totals.train_loss,
         "train_loss_per_block": totals.losses(),
-        **totals.test,
+        **(totals.test or dict.fromkeys(UNTESTED)),
         "bytes_intra_node": totals.bytes_intra_node,
         "bytes_inter_node": totals.bytes_inter_node,
-        "utilisation": [busy / wall if wall else None for busy, wall in pairs],
-        "peak_live_micros": totals.peak_live,
-        "peak_memory_bytes": totals.peak_bytes,
-        "rss_bytes": totals.rss_bytes,
+        "utilisation": _fit([busy / wall if wall else None for busy, wall in pairs], stages),
+        "peak_live_micros": _fit(totals.peak_live, stages),
+        "peak_memory_bytes": _fit(totals.peak_bytes, layout.mesh.ranks),
+        "rss_bytes": _fit(totals.rss_bytes, layout.mesh.ranks),
         "staleness": list(plan.proof.staleness),
         "digest": digest,
     }
+
+
+def _fit(values: Sequence[Any], length: int) -> list[Any]:
+    return list(values) if len(values) == length else [None] * length

@@ -15,8 +15,8 @@ from dtrain.errors import Refusal
 from dtrain.folder import OWNER
 from dtrain.tables import Table, text
 
-FREE = ("epochs", "updates", "device", "mesh.", "log.", "evaluate.", "checkpoint.keep")
-OURS = {"run.toml", "summary.json", "metrics.jsonl", "checkpoints", OWNER}
+FREE = ("epochs", "updates", "device", "threads", "mesh.", "log.", "evaluate.", "checkpoint.keep")
+OURS = {"summary.json", "checkpoints", OWNER}
 CHECKPOINTS = "checkpoints"
 
 
@@ -27,7 +27,7 @@ def find(out: Path, resume: str) -> Manifest | None:
     ----------
     resume : str
         "auto": the newest in `out`; "never": none, and `out` must be empty; else the folder of a
-        run whose newest is taken.
+        run whose newest is taken, unless `out` has gone on from there already.
 
     Raises
     ------
@@ -35,6 +35,7 @@ def find(out: Path, resume: str) -> Manifest | None:
         A folder that is not empty, holds no run of ours, or lacks the checkpoint asked for.
     """
     held = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    held -= {name for name in held if name.startswith(f".{OWNER}")}
     if resume == "never" and held:
         raise Refusal(f"--resume never, but {out} is not empty: delete it or choose another --out")
     if held and not held & OURS:
@@ -42,17 +43,19 @@ def find(out: Path, resume: str) -> Manifest | None:
             f"{out} is not empty and no run folder ({', '.join(sorted(held)[:3])}): "
             "choose another --out"
         )
-    if resume in ("auto", "never"):
-        return latest(out / CHECKPOINTS)
-    source = Path(resume)
-    manifest = latest(source / CHECKPOINTS)
+    own = latest(out / CHECKPOINTS)
+    if own is not None or resume in ("auto", "never"):
+        return own
+    manifest = latest(Path(resume) / CHECKPOINTS)
     if manifest is None:
-        raise Refusal(f"--resume {resume}: there is no complete checkpoint in {source}")
-    if source.resolve() != out.resolve() and latest(out / CHECKPOINTS):
-        raise Refusal(
-            f"--resume {resume}: {out} holds checkpoints of its own: choose another --out"
-        )
+        raise Refusal(f"--resume {resume}: there is no complete checkpoint in {resume}")
     return manifest
+
+
+def refuse_overwriting(run: Path, out: Path) -> None:
+    """Refuse a run folder in which the resolved run would be written over the run file itself."""
+    if run.resolve() == (out / "run.toml").resolve():
+        raise Refusal(f"--out {out} would overwrite the run file {run}: choose another --out")
 
 
 def refuse_changes(manifest: Manifest, table: Table) -> None:

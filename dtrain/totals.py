@@ -27,15 +27,16 @@ class Totals:
     update, samples : int
         Updates done and samples learnt from.
     wall_s, train_s : float
-        Seconds of all attempts, and those spent in training segments, on rank 0.
+        Seconds of all attempts, and those spent in training segments, each segment's
+        slowest rank deciding.
     rate : float
         Samples per second of the latest segment.
     loss, rows : list of float, int
         Sum of losses per block (None: it has none) over `rows` samples of the present epoch.
     busy_s, stage_s : list of float
         Seconds at work and in all, per stage, summed over replicas.
-    test : dict
-        The latest evaluation.
+    test, tested : dict, int
+        The latest evaluation, and the update after which it was made.
     """
 
     update: int = 0
@@ -54,6 +55,7 @@ class Totals:
     peak_bytes: list[int] = field(default_factory=list)
     rss_bytes: list[int] = field(default_factory=list)
     test: dict[str, Any] = field(default_factory=dict)
+    tested: int = -1
 
     def __post_init__(self) -> None:
         self._mark = time.perf_counter()
@@ -66,10 +68,8 @@ class Totals:
 
     @classmethod
     def read(cls, state: Mapping[str, Any]) -> Totals:
-        """Return the totals that a checkpoint kept, for the next attempt."""
-        totals = cls(**state)
-        totals.attempt += 1
-        return totals
+        """Return the totals that a checkpoint kept."""
+        return cls(**state)
 
     def state(self) -> dict[str, Any]:
         """Return plain values for a checkpoint."""

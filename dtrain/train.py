@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import resource
 import sys
+import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -19,16 +21,21 @@ import torch
 from torch import Tensor
 
 from dtrain import checkpoint, folder, report
-from dtrain.checkpoint import Manifest
 from dtrain.comm.comm import Comm
 from dtrain.config import Run
 from dtrain.data import order, parts
-from dtrain.job import Job, Plan, build, plan, threads, together
+from dtrain.errors import Refusal
+from dtrain.job import Job, Plan, alike, build, plan, threads, together
 from dtrain.progress import Progress
-from dtrain.resume import CHECKPOINTS, find, refuse_changes
+from dtrain.resume import CHECKPOINTS, find, refuse_changes, refuse_overwriting
 from dtrain.segments import Segment
-from dtrain.tables import dump
+from dtrain.tables import Table, dump
 from dtrain.totals import Totals, tested
+
+Views = Mapping[int, Mapping[str, Tensor]]
+
+PATIENCE_S = 2.0
+"""How long a rank that fails after another one waits before it speaks, too."""
 
 
 def train(run: Run, comm: Comm, out: Path, resume: str = "auto") -> dict[str, Any]:
@@ -44,13 +51,19 @@ def train(run: Run, comm: Comm, out: Path, resume: str = "auto") -> dict[str, An
         the rank that found it: then the caller has to end the others.
     """
     number = threads(run, comm)
-    agreed = together(comm, lambda: plan(run, comm.size))
-    manifest = _enter(agreed, comm, out, resume)
+    token: folder.Owner | None = None
+    progress: Progress | None = None
     try:
-        together(comm, lambda: _publish(agreed, comm, out))
+        found, table = _find(comm, out, resume)
+        agreed = together(comm, lambda: plan(run.going_on(table), comm.size))
+        alike(agreed, comm)
+        token, attempt = _take(agreed, comm, out, resume, found)
+        together(comm, lambda: folder.seen(out, comm.hosts[comm.rank]))
         job = build(agreed, comm)
-        totals = _restore(job, manifest)
+        totals = _restore(job, found)
+        totals.attempt = attempt
         progress = Progress(agreed, comm, out, totals)
+        _publish(agreed, comm, totals, out)
         progress.hello(number)
         for segment in agreed.calendar.segments(totals.update):
             _learn(job, segment, totals, progress)
@@ -59,49 +72,88 @@ def train(run: Run, comm: Comm, out: Path, resume: str = "auto") -> dict[str, An
         progress.goodbye(summary)
         return summary
     except BaseException as error:
-        folder.fail(out, f"{type(error).__name__}: {error}")
+        _fail(error, comm, out, token)
         raise
     finally:
-        if comm.rank == 0:
-            folder.release(out)
+        if progress is not None:
+            progress.stop()
+        if token is not None and comm.rank == 0:
+            folder.release(out, token)
 
 
-def _enter(agreed: Plan, comm: Comm, out: Path, resume: str) -> Manifest | None:
-    """Take the run folder and return the checkpoint to go on from. Collective."""
+def _find(comm: Comm, out: Path, resume: str) -> tuple[str | None, Table | None]:
+    """Return path and run table of the checkpoint to go on from. Collective."""
 
-    def first() -> str | None:
+    def first() -> tuple[str, Table] | None:
+        manifest = None if comm.rank else find(out, resume)
+        return None if manifest is None else (str(manifest.folder), manifest.table)
+
+    told = comm.exchange(together(comm, first))[0]
+    return (None, None) if told is None else (told[0], told[1])
+
+
+def _take(
+    agreed: Plan, comm: Comm, out: Path, resume: str, found: str | None
+) -> tuple[folder.Owner, int]:
+    """Take the run folder; return its token and the number of this attempt. Collective."""
+
+    def first() -> tuple[folder.Owner, int] | None:
         if comm.rank:
             return None
-        manifest = find(out, resume)
-        if manifest is not None:
-            refuse_changes(manifest, agreed.run.table())
-        folder.take(out)
-        return None if manifest is None else str(manifest.folder)
+        refuse_overwriting(agreed.run.path, out)
+        if found is not None:
+            refuse_changes(checkpoint.read(Path(found)), agreed.run.table())
+        token = folder.take(out)
+        newest = find(out, resume)
+        if (None if newest is None else str(newest.folder)) != found:
+            folder.release(out, token)
+            raise Refusal(f"another run has just written into {out}: start this one again")
+        return token, 1 + (folder.summary(out) or {}).get("attempts", 0)
 
-    found = comm.exchange(together(comm, first))[0]
-    return None if found is None else checkpoint.read(Path(found))
+    token, attempt = comm.exchange(together(comm, first))[0]
+    return token, attempt
 
 
-def _publish(agreed: Plan, comm: Comm, out: Path) -> None:
-    """Write what is known before training: the resolved run, the plan, that it is running."""
+def _restore(job: Job, found: str | None) -> Totals:
+    """Put every part where the checkpoint left it; return what was done so far. Collective."""
+    if found is None:
+        return Totals()
+    engine, path = job.engine, Path(found)
+
+    def work() -> Totals:
+        manifest = checkpoint.read(path)
+        checkpoint.restore(manifest, engine.blocks, engine.syncs, job.seat.replica)
+        return Totals.read(manifest.state)
+
+    return together(job.lines.control, work)
+
+
+def _publish(agreed: Plan, comm: Comm, totals: Totals, out: Path) -> None:
+    """Write what is known before training, once every rank has accepted the run."""
     if comm.rank:
         return
-    (out / "run.toml").write_text(dump(agreed.run.table()), encoding="utf-8")
+    origin = f"# resolved from {agreed.run.path}, where relative paths and imports start\n"
+    (out / "run.toml").write_text(origin + dump(agreed.run.table()), encoding="utf-8")
     (out / "plan.txt").write_text(report.plan_text(agreed), encoding="utf-8")
-    known = {"status": "running", "ranks": comm.size, "replicas": agreed.layout.mesh.replicas}
-    folder.summarise(out, known | {"stages": agreed.layout.mesh.stages})
+    folder.summarise(out, report.summary(agreed, totals, "running"))
 
 
-def _restore(job: Job, manifest: Manifest | None) -> Totals:
-    """Put every part where the checkpoint left it; return what was done so far. Collective."""
-    if manifest is None:
-        return Totals()
-    engine = job.engine
-    together(
-        job.lines.control,
-        lambda: checkpoint.restore(manifest, engine.blocks, engine.syncs, job.seat.replica),
-    )
-    return Totals.read(manifest.state)
+def _fail(error: BaseException, comm: Comm, out: Path, token: folder.Owner | None) -> None:
+    """Note how the run ended, and let one of several ranks that fail speak first.
+
+    The first that speaks ends the job, so the others hold their tongue for a while.
+    """
+    if isinstance(error, Refusal) and error.agreed:
+        if token is not None and comm.rank == 0:
+            folder.end(out, token, "failed", str(error))
+        return
+    stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
+    first = comm.rank == 0
+    if token is not None:
+        reason = f"{type(error).__name__}: {error}"
+        first = folder.end(out, token, "stopped" if stopped else "failed", reason)
+    if not first:
+        time.sleep(PATIENCE_S)
 
 
 def _learn(job: Job, segment: Segment, totals: Totals, progress: Progress) -> None:
@@ -126,31 +178,36 @@ def _learn(job: Job, segment: Segment, totals: Totals, progress: Progress) -> No
         "peak_bytes": engine.peak_bytes(),
         "rss_bytes": _rss_bytes(),
     }
-    layout = agreed.layout
-    totals.add(control.exchange(row), segment, len(layout.parts), layout.mesh.stages)
+    totals.add(control.exchange(row), segment, len(engine.tasks), agreed.layout.mesh.stages)
     if segment.ends_epoch:
         for sync in engine.syncs.values():
             sync.end_epoch(totals.train_loss or 0.0)
 
 
 def _close(job: Job, segment: Segment, totals: Totals, progress: Progress, out: Path) -> None:
-    """Evaluate and checkpoint where they are due, and record what happened. Collective."""
+    """Evaluate and checkpoint where they are due, and tell what happened. Collective."""
     run, control = job.plan.run, job.lines.control
     evaluates, saves = _due(job.plan, segment)
-    with control.uncounted(), ExitStack() as stack:
-        views = {index: sync.view() for index, sync in job.engine.syncs.items()}
+    if evaluates or saves:
+        views = _views(job)
         if evaluates:
-            for index, block in job.engine.blocks.items():
-                stack.enter_context(block.showing(views[index]))
-            totals.test = _evaluate(job)
-            stack.close()
+            _test(job, views, totals)
         totals.tick()
         if saves:
-            held = checkpoint.tensors(job.engine.blocks, job.engine.syncs, views, job.seat.replica)
-            name = f"replica-{job.seat.replica}-stage-{job.seat.stage}"
-            where, table = out / CHECKPOINTS, run.table()
-            checkpoint.save(where, name, held, table, totals.state(), control, run.checkpoint.keep)
+            replica, stage = job.seat.replica, job.seat.stage
+            held = checkpoint.tensors(job.engine.blocks, job.engine.syncs, views, replica)
+            name, state = f"replica-{replica}-stage-{stage}", totals.state()
+            where, keep = out / CHECKPOINTS, run.checkpoint.keep
+            checkpoint.save(where, name, held, run.table(), state, control, keep)
     progress.close(segment, evaluates, saves)
+    if control.rank == 0:
+        folder.summarise(out, report.summary(job.plan, totals, "running"))
+
+
+def _views(job: Job) -> Views:
+    """Return what the syncs show, by block. Collective; not counted as traffic."""
+    with job.lines.control.uncounted():
+        return {index: sync.view() for index, sync in job.engine.syncs.items()}
 
 
 def _due(agreed: Plan, segment: Segment) -> tuple[bool, bool]:
@@ -162,43 +219,42 @@ def _due(agreed: Plan, segment: Segment) -> tuple[bool, bool]:
     return turn or segment.ends_run, passed or segment.ends_epoch or segment.ends_run
 
 
-def _evaluate(job: Job) -> dict[str, Any]:
-    """Return the evaluation of the model that the blocks show now. Collective."""
-    agreed, layout = job.plan, job.plan.layout
-    source, rows = agreed.data.test, agreed.run.top.batch_size
-    own = parts(source.size, layout.mesh.replicas)[job.seat.replica]
+def _test(job: Job, views: Views, totals: Totals) -> None:
+    """Evaluate what `views` show, into the totals. Collective; not counted as traffic."""
+    agreed, engine, control = job.plan, job.engine, job.lines.control
+    source, rows = agreed.data.test, agreed.shares.largest
+    own = parts(source.size, agreed.shares.replicas)[job.seat.replica]
     starts = range(own.start, own.stop, rows)
     micros = [np.arange(start, min(start + rows, own.stop)) for start in starts]
-    tally = job.engine.predict(source, micros)
-    told = job.lines.control.exchange({"stage": job.seat.stage, **asdict(tally)})
-    return tested(told, len(layout.parts))
+    with control.uncounted(), ExitStack() as shown:
+        for index, block in engine.blocks.items():
+            shown.enter_context(block.showing(views[index]))
+        tally = engine.predict(source, micros)
+    told = control.exchange({"stage": job.seat.stage, **asdict(tally)})
+    totals.test, totals.tested = tested(told, len(engine.tasks)), totals.update
 
 
 def _finish(job: Job, totals: Totals, out: Path) -> dict[str, Any]:
     """Write the summary, with the digest of the model, and return it. Collective."""
-    control = job.lines.control
-    with control.uncounted():
-        views = [sync.view() for sync in job.engine.syncs.values()]
-    own = [] if job.seat.replica else [_line(*pair) for view in views for pair in view.items()]
-    lines = sorted((line for rank in control.exchange(own) for line in rank), key=_name)
-    digest = hashlib.sha256("".join(lines).encode()).hexdigest()
+    control, views = job.lines.control, _views(job)
+    if totals.tested != totals.update:  # the length asked for was reached, but not tested there
+        _test(job, views, totals)
+    own = [] if job.seat.replica else [_line(*pair) for v in views.values() for pair in v.items()]
+    pairs = sorted((name.encode(), line) for rank in control.exchange(own) for name, line in rank)
+    digest = hashlib.sha256("".join(line for _, line in pairs).encode()).hexdigest()
     totals.tick()
-    summary = report.summary(job.plan, totals, digest)
+    summary = report.summary(job.plan, totals, "finished", digest)
     if control.rank == 0:
         folder.summarise(out, summary)
     return summary
 
 
-def _line(name: str, tensor: Tensor) -> str:
-    """Return a tensor's line of the digest: name, dtype, shape and hash of its bytes."""
+def _line(name: str, tensor: Tensor) -> tuple[str, str]:
+    """Return a tensor's name and its line of the digest: name, dtype, shape, hash of its bytes."""
     flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
     shape = ",".join(map(str, tensor.shape))
     dtype = str(tensor.dtype).removeprefix("torch.")
-    return f"{name} {dtype} ({shape}) {hashlib.sha256(flat.numpy().data).hexdigest()}\n"
-
-
-def _name(line: str) -> bytes:
-    return line.partition(" ")[0].encode()
+    return name, f"{name} {dtype} ({shape}) {hashlib.sha256(flat.numpy().data).hexdigest()}\n"
 
 
 def _rss_bytes() -> int:

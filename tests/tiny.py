@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dtrain.config import Run, parse
 
@@ -52,6 +53,84 @@ def samples() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     y = random.integers(0, 3, 67)
     x = centres[y] + random.normal(size=(67, 2, 5))
     return x[:50], y[:50], x[50:], y[50:]
+
+
+class Rebinding(nn.Linear):
+    """Keeps a moving average in a buffer that it binds anew in every training forward."""
+
+    def __init__(self) -> None:
+        super().__init__(10, 12)
+        self.register_buffer("seen", torch.zeros(10, dtype=torch.float64))
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training:
+            self.seen = 0.9 * self.seen + 0.1 * input.detach().mean(0)
+        return super().forward(input - self.seen)
+
+
+class Noisy(nn.Linear):
+    """Draws random numbers, though its parent class never does."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        sums = super().forward(input)
+        return sums + 0.1 * torch.randn_like(sums) if self.training else sums
+
+
+def rebinding() -> nn.Sequential:
+    """Return a net with buffers that are rebound."""
+    return nn.Sequential(nn.Flatten(), Rebinding(), nn.ReLU(), nn.Linear(12, 8), nn.Linear(8, 3))
+
+
+def noisy() -> nn.Sequential:
+    """Return a net that draws in a subclass of a calm layer."""
+    return nn.Sequential(nn.Flatten(), Noisy(10, 12), nn.ReLU(), Noisy(12, 8), nn.Linear(8, 3))
+
+
+def writing() -> nn.Sequential:
+    """Return a net with layers that work in place, where cuts may fall before them."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(10, 12),
+        nn.ReLU(inplace=True),
+        nn.Linear(12, 8),
+        nn.Hardtanh(inplace=True),
+        nn.Linear(8, 3),
+    )
+
+
+def normalised() -> nn.Sequential:
+    """Return a net with batch statistics."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(10, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 3)
+    )
+
+
+class Down(nn.Module):
+    """Hands on numbers of half the size."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input.float()
+
+
+class Up(nn.Module):
+    """Hands on numbers of full size."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input.double()
+
+
+def converting() -> nn.Sequential:
+    """Return a net whose blocks hand on another dtype than that of the weights."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(10, 12), Down(), Up(), nn.ReLU(), nn.Linear(12, 3), Down()
+    )
+
+
+def unseeded() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return samples that are others in each call."""
+    random = np.random.default_rng()
+    x, y = random.normal(size=(50, 10)), random.integers(0, 3, 50)
+    return x, y, x, y
 
 
 def dropping() -> nn.Sequential:

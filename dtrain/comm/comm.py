@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dtrain.comm.line import Line
 from dtrain.comm.mean import PIECE_BYTES, Mean
-from dtrain.comm.memory import Scratch, raw
+from dtrain.comm.memory import Scratch, raw, words
 from dtrain.comm.routes import Inbox, Outbox, Spec
 from dtrain.comm.traffic import Traffic
 from dtrain.comm.tree import broadcast, finish, gather
@@ -178,7 +178,7 @@ class Comm:
         if inbox is None or inbox.posted is None:
             raise RuntimeError(f"no message is expected from rank {source} with tag {tag}")
         tensor, request = inbox.posted
-        self.wait(request.test, f"{_words(tensor)} from rank {source} with tag {tag}")
+        self.wait(request.test, f"{words(tensor)} from rank {source} with tag {tag}")
         inbox.post()
         return tensor
 
@@ -209,7 +209,9 @@ class Comm:
         TypeError
             Names the first tensor of another dtype.
         """
-        self.imean_(tensors, weight).wait()
+        mean = self.imean_(tensors, weight)
+        mean.wait()
+        self._progress()  # which lets go of it
 
     def imean_(self, tensors: Sequence[Tensor], weight: float | None = None) -> Mean:
         """Start `mean_` and return its handle (`test`, `wait`). Collective.
@@ -219,7 +221,8 @@ class Comm:
         """
         scale = 1.0 / self.size if weight is None else weight
         mean = Mean(self.line, tensors, scale, self._tags(), self._shared.scratch, self.wait)
-        self._means.append(mean)
+        if not mean.test():
+            self._means.append(mean)
         return mean
 
     def broadcast_(self, tensors: Sequence[Tensor], root: int = 0) -> None:
@@ -229,7 +232,7 @@ class Comm:
         for tensor in tensors:
             data = tensor.detach().contiguous()
             steps = broadcast(self.line, raw(data), root, tag, counted)
-            finish(steps, self.wait, f"the broadcast of {_words(tensor)} from rank {root}")
+            finish(steps, self.wait, f"the broadcast of {words(tensor)} from rank {root}")
             if data.data_ptr() != tensor.data_ptr():
                 tensor.detach().copy_(data)
 
@@ -293,7 +296,3 @@ def _legal(tag: int) -> int:
     if not 0 <= tag < TAGS:
         raise ValueError(f"tag {tag} is not in 0 … {TAGS - 1}")
     return tag
-
-
-def _words(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

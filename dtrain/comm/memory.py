@@ -33,6 +33,11 @@ def raw(tensor: Tensor) -> Bytes:
     return data
 
 
+def words(tensor: Tensor) -> str:
+    """Return shape and dtype, for messages."""
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
 @final
 class Scratch:
     """Buffers of one size that are used again and again: fresh pages cost as much as a copy."""

@@ -34,6 +34,9 @@ __all__ = [
 
 DATA = {"digits": Digits, "hdf5": Hdf5}
 
+COMMON = ("normalise", "shuffle", "augment")
+"""Keys of `[data]` that belong to no data set in particular."""
+
 
 def load(name: str, fields: Mapping[str, object], folder: Path, *, normalise: bool = True) -> Data:
     """Return the data that a run file's `[data]` table asks for.
@@ -62,8 +65,8 @@ def load(name: str, fields: Mapping[str, object], folder: Path, *, normalise: bo
 def _open(name: str, fields: Mapping[str, object], folder: Path) -> Data:
     if ":" in name:
         function = find(name, folder, "data")
-        return adopt(function(**bind("[data]", function, fields)), f"data '{name}'")
+        return adopt(function(**bind("[data]", function, fields, common=COMMON)), f"data '{name}'")
     if name not in DATA:
         raise unknown("data", name, [*DATA, PATTERN])
-    strategy: Digits | Hdf5 = DATA[name](**bind("[data]", DATA[name], fields))
+    strategy: Digits | Hdf5 = DATA[name](**bind("[data]", DATA[name], fields, common=COMMON))
     return strategy.open(folder)

@@ -12,6 +12,7 @@ nothing is dropped or seen twice.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +51,11 @@ class Shares:
     size: int
     replicas: int
     micros: int
+
+    @property
+    def largest(self) -> int:
+        """Rows of the largest micro-batch."""
+        return math.ceil(math.ceil(self.size / self.replicas) / self.micros)
 
     def batch(self, order: Indices, update: int, replica: int) -> Batch:
         """Return the part of `replica` in the update at position `update` of an epoch's order."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from dtrain.errors import Refusal, unknown
+from dtrain.tables import kebab
 
 PATTERN = "package.module:function"
 
@@ -72,6 +73,7 @@ def bind(
     function: Callable[..., Any],
     fields: Mapping[str, object],
     offered: Mapping[str, object] | None = None,
+    common: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Return keyword arguments for `function`: all fields, and of what is offered what it takes.
 
@@ -83,6 +85,8 @@ def bind(
         Keys of that table in snake_case; lists become tuples.
     offered : mapping, optional
         What the program knows (shape, classes); a run file may not set these.
+    common : iterable of str
+        Keys of the table that were taken out before; named where a key is unknown.
 
     Raises
     ------
@@ -98,7 +102,7 @@ def bind(
     legal = [each.name for each in named if each.name not in offered]
     for key in fields:
         if key in offered or not (free or key in legal):
-            raise unknown(f"key in {table}", kebab(key), map(kebab, legal))
+            raise unknown(f"key in {table}", kebab(key), [*map(kebab, legal), *common])
     needed = [each.name for each in named if each.default is each.empty]
     missing = [key for key in needed if key not in fields and key not in offered]
     if missing:
@@ -107,8 +111,3 @@ def bind(
         key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()
     }
     return given | {key: value for key, value in offered.items() if free or key in taken}
-
-
-def kebab(name: str) -> str:
-    """Return a field's name as a run file spells it."""
-    return name.replace("_", "-")

@@ -69,6 +69,8 @@ class Mlp:
 class Dense(nn.Linear):
     """Flatten, linear, activation: (n, ...) to (n, outputs)."""
 
+    draws = False
+
     def __init__(
         self, inputs: int, outputs: int, activation: Callable[[Tensor], Tensor] | None = None
     ) -> None:

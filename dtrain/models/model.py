@@ -231,6 +231,11 @@ def _names(names: Sequence[str], name: str) -> None:
     if not names:
         raise Refusal(f"model '{name}' has no layers: return at least one")
     for each in names:
+        if each == "heads":
+            raise Refusal(
+                f"model '{name}': a layer called 'heads' would share its name with the local "
+                f"heads of an objective (heads.0, ...): rename it"
+            )
         if not each or "." in each:
             raise Refusal(f"model '{name}': layer name '{each}' is empty or has a dot: rename it")
         if names.count(each) > 1:

@@ -22,6 +22,9 @@ from dtrain.schedules.action import Point, Route
 Mode = Literal["train", "predict"]
 ACTIVATION, GRADIENT, VOTES = "activation", "gradient", "votes"
 
+VOTE_DTYPE = torch.float64
+"""Votes are sums over blocks whose scores may differ in dtype."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -92,9 +95,10 @@ class Objective(ABC):
     def shape(self, route: Route, tasks: Sequence[Task]) -> tuple[tuple[int, ...], torch.dtype]:
         """Return shape of one sample and dtype of what travels on `route`."""
         if route.name == VOTES:
-            return (tasks[0].classes,), tasks[-1].dtype
-        sender = tasks[min(route.source.block, route.target.block)]
-        return sender.outputs, sender.dtype
+            return (tasks[0].classes,), VOTE_DTYPE
+        # Between neighbours, either way, travels the shape of what the lower one sends up.
+        lower = tasks[min(route.source.block, route.target.block)]
+        return lower.outputs, lower.dtype
 
 
 def onward(blocks: int, name: str = ACTIVATION) -> tuple[Route, ...]:

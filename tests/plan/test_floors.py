@@ -5,7 +5,7 @@
     floor 3   syncs
     floor 2   block  objectives  models  data  ...           no ranks, no messages
     floor 1   comm                                           mpi4py in comm/mpi.py only
-    floor 0   errors  mesh  partition  schedules  segments   standard library only
+    floor 0   errors  mesh  partition  schedules  segments  tables      standard library only
 
 A part that has no line in `FLOORS` belongs to floor 5. Only what exists is checked.
 """
@@ -23,10 +23,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "dtrain"
 FLOORS = {
-    **dict.fromkeys(("errors", "mesh", "partition", "schedules", "segments"), 0),
+    **dict.fromkeys(("errors", "mesh", "partition", "schedules", "segments", "tables"), 0),
     "comm": 1,
     **dict.fromkeys(("block", "objectives", "models", "data"), 2),
-    **dict.fromkeys(("gauge", "optimizers", "seeds"), 2),
+    **dict.fromkeys(("gauge", "optimizers", "prices", "seeds"), 2),
     "syncs": 3,
     **dict.fromkeys(("engine", "mail", "checkpoint"), 4),
 }

@@ -6,8 +6,10 @@ the doubles cannot drift from what they stand for.
 
 from __future__ import annotations
 
+import gc
 import math
 import time
+import weakref
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -276,6 +278,16 @@ def mean_refuses_by_name(comm: Comm) -> None:
             comm.mean_([torch.ones(3), torch.ones(2).to(dtype)])
 
 
+def means_are_let_go(comm: Comm) -> None:
+    """What was averaged is not kept: a run of many updates must not grow."""
+    tensor = torch.ones(1000)
+    watch = weakref.ref(tensor)
+    comm.mean_([tensor])
+    del tensor
+    gc.collect()
+    assert watch() is None
+
+
 def means_in_flight_do_not_mix(comm: Comm) -> None:
     """Means started in one order and waited for in another, among messages, keep apart."""
     right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
@@ -444,6 +456,7 @@ CASES: list[Callable[[Comm], None]] = [
     mean_alone_is_the_identity,
     mean_of_nothing,
     mean_refuses_by_name,
+    means_are_let_go,
     means_in_flight_do_not_mix,
     mean_goes_on_in_waits_of_relatives,
     bytes_follow_the_formula,

@@ -39,6 +39,8 @@ WRONG = [
     ("sync__every", 3, ["'every'", "[sync]"]),
     ("optimizer__name", "adamax2", ["did you mean 'adamax'"]),
     ("optimizer__momentum", 0.9, ["'momentum'", "'adam'", "betas"]),
+    ("optimizer__betas", [0.9], ["'adam'", "betas"]),
+    ("seed", 2**64, ["seed", "2**63"]),
     ("checkpoint__keep", 0, ["[checkpoint] keep = 0"]),
     ("evaluate__every", 0, ["[evaluate] every = 0"]),
     ("log__every_s", "often", ["[log] every-s", "a number"]),
@@ -70,8 +72,9 @@ def test_defaults_depend_on_the_objective() -> None:
 def test_overrides_are_toml_or_text(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(dump(tiny.run().table()))
-    run = read(path, ["optimizer.lr=0.5", "sync.name=never", "partition.cuts=[1]", "seed=9"][:2])
-    assert (run.optimizer.fields["lr"], run.sync.name) == (0.5, "never")
+    run = read(path, ["optimizer.lr=0.5", "sync.name=never", "seed=9"])
+    assert (run.optimizer.fields["lr"], run.sync.name, run.top.seed) == (0.5, "never", 9)
+    assert run.overrides == ("optimizer.lr=0.5", "sync.name=never", "seed=9")
     assert run.folder == tmp_path
     for wrong in ("seed", "=3", "seed.x=1"):
         with pytest.raises(Refusal, match="--set"):

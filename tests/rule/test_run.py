@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 from dtrain import folder
 from dtrain.data.batches import Shares
 from dtrain.errors import Refusal
-from dtrain.resume import find
+from dtrain.resume import find, refuse_overwriting
 from dtrain.segments import Calendar
 
 
@@ -72,14 +74,42 @@ def test_every_sample_of_an_update_is_somewhere_once(size: int, replicas: int, m
 
 
 def test_a_folder_is_taken_once(tmp_path: Path) -> None:
-    folder.take(tmp_path / "new" / "run")
+    token = folder.take(tmp_path / "new" / "run")
     with pytest.raises(Refusal) as refusal:
         folder.take(tmp_path / "new" / "run")
     told = refusal.value.message
     assert f"process {os.getpid()}" in told
     assert str(tmp_path / "new" / "run" / "owner.json") in told
-    folder.release(tmp_path / "new" / "run")
+    assert not folder.release(tmp_path / "new" / "run", token | {"process": 1})
+    assert folder.release(tmp_path / "new" / "run", token)
+    assert not folder.release(tmp_path / "new" / "run", token)
     folder.take(tmp_path / "new" / "run")
+    assert [path.name for path in (tmp_path / "new" / "run").iterdir()] == ["owner.json"]
+
+
+def test_of_many_that_want_a_folder_one_gets_it(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib; from dtrain import folder; from dtrain.errors import Refusal\n"
+        "sys.stdin.read()\n"
+        "try:\n    folder.take(pathlib.Path(sys.argv[1])); print('mine', flush=True)\n"
+        "except Refusal: print('taken', flush=True)\n"
+        "sys.stdout.close(); import time; time.sleep(1)"
+    )
+    argv = [sys.executable, "-c", code, str(tmp_path)]
+    many = [
+        subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(6)
+    ]
+    told = []
+    for each in many:
+        assert each.stdin is not None
+        each.stdin.close()
+    for each in many:
+        assert each.stdout is not None
+        told.append(each.stdout.read().strip())
+    for each in many:
+        each.wait()
+    assert sorted(told) == ["mine"] + ["taken"] * 5
 
 
 @pytest.mark.parametrize(
@@ -122,8 +152,11 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
         find(tmp_path, "auto")
     with pytest.raises(Refusal, match="not empty"):
         find(tmp_path, "never")
+    with pytest.raises(Refusal, match="overwrite the run file"):
+        refuse_overwriting(tmp_path / "run.toml", tmp_path)
+    refuse_overwriting(tmp_path / "other.toml", tmp_path)
     with pytest.raises(Refusal, match="no complete checkpoint"):
         find(tmp_path / "new", str(tmp_path))
-    with pytest.raises(Refusal, match="cannot make the run folder"):
+    with pytest.raises(Refusal, match="cannot use the run folder"):
         folder.take(tmp_path / "letters.txt" / "run")
     assert find(tmp_path / "new", "auto") is None

@@ -1,0 +1,88 @@
+"""The keys of a run file, table by table: names, types and defaults.
+
+Invariant: a field is a key, written with hyphens; what a strategy's table holds beside its name is
+declared by the strategy itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dtrain.tables import Table, kebab
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A strategy that is made later, once its surroundings are known: a name and its fields."""
+
+    name: str
+    fields: Table
+
+    def table(self) -> Table:
+        """Return the table of a run file that makes this choice."""
+        return {"name": self.name} | {kebab(key): value for key, value in self.fields.items()}
+
+
+@dataclass(frozen=True)
+class Data:
+    """``[data]``: keys that every data set has; the others belong to the named one."""
+
+    normalise: bool = True
+    shuffle: Literal["full", "chunks"] = "full"
+    augment: Literal["none"] = "none"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """``[mesh]``: ranks along the model, and which axis stays inside a node."""
+
+    stages: int | None = None
+    placement: Literal["stages-in-node", "replicas-in-node"] = "stages-in-node"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """``[partition]``: where blocks begin; `cuts` says it outright, else costs are balanced."""
+
+    blocks: int | None = None
+    balance: Literal["flops", "parameters", "layers"] = "flops"
+    weights: tuple[float, ...] | None = None
+    cuts: tuple[int | str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """``[checkpoint]``: at each epoch's end and every so many updates in it; how many are kept."""
+
+    every: int = 0
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """``[evaluate]``: epochs between two evaluations."""
+
+    every: int = 1
+
+
+@dataclass(frozen=True)
+class Log:
+    """``[log]``: seconds between two lines of progress."""
+
+    every_s: float = 10.0
+
+
+@dataclass(frozen=True)
+class Top:
+    """The keys outside any table."""
+
+    seed: int = 0
+    epochs: int | None = None
+    updates: int | None = None
+    batch_size: int = 128
+    micro_batches: int = 1
+    segment: int = 0
+    dtype: Literal["float32", "float64"] = "float32"
+    device: Literal["auto", "cpu"] = "auto"
+    threads: int | Literal["auto"] = "auto"
