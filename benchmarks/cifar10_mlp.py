@@ -1,10 +1,10 @@
 """CIFAR-10 with an MLP 3072-1000-1000-1000 in three blocks on three ranks: accuracy.
 
-`jobs/cifar10.toml` as it stands, 10 epochs, seeds 0 to 4, Mono-Forward and, from the same run file,
-backpropagation (1F1B) as the peer, in turns. `figures` and `peer` hold the medians over the seeds of
-the test accuracy after the last epoch (0-1), of the last block and of the vote. `ratio` = accuracy of
-Mono-Forward over that of backpropagation with the same seed, the median; `spread` = its largest less
-its smallest value. No figure is a time: three ranks on two cores would say nothing.
+`jobs/cifar10.toml` as it stands, 10 epochs, seeds 0 to 4, Mono-Forward and, from the same run
+file, backpropagation (1F1B) as the peer, in turns. `figures` and `peer` hold the medians over the
+seeds of the test accuracy after the last epoch (0-1), of the last block and of the vote. `ratio` =
+accuracy of Mono-Forward over that of backpropagation with the same seed, the median; `spread` =
+its largest less its smallest value. No figure is a time: three ranks on two cores say nothing.
 
     python benchmarks/cifar10_mlp.py [--quick]
 

@@ -112,9 +112,13 @@ class Manifest:
 
 def latest(folder: Path) -> Manifest | None:
     """Return the newest complete checkpoint in `folder`, None if there is none."""
-    complete = [path.parent for path in folder.glob("update-*/manifest.json")]
-    named = sorted(path for path in complete if path.suffix != PART)
-    return read(named[-1]) if named else None
+    while True:
+        complete = [path.parent for path in folder.glob("update-*/manifest.json")]
+        named = sorted(path for path in complete if path.suffix != PART)
+        try:
+            return read(named[-1]) if named else None
+        except FileNotFoundError:  # a run that still goes on has just replaced it
+            continue
 
 
 def read(folder: Path) -> Manifest:

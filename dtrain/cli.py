@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dtrain.comm import launch
-from dtrain.errors import Refusal
+from dtrain.errors import Refusal, Stopped
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,11 +117,9 @@ def _work(options: argparse.Namespace) -> int:
         if not refusal.agreed:
             comm.abort(refusal.code)
         return refusal.code
-    except (KeyboardInterrupt, SystemExit) as stop:
-        print(f"dtrain: stopped ({type(stop).__name__} {stop})", file=sys.stderr, flush=True)
-        comm.abort(
-            stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 130
-        )
+    except (KeyboardInterrupt, Stopped) as stop:
+        print(f"dtrain: {str(stop) or 'stopped by Ctrl-C'}", file=sys.stderr, flush=True)
+        comm.abort(stop.code if isinstance(stop, Stopped) else 130)
     except BaseException:
         traceback.print_exc()
         comm.abort(1)
@@ -129,8 +127,8 @@ def _work(options: argparse.Namespace) -> int:
 
 
 def _terminated(number: int, frame: object) -> NoReturn:
-    """Leave as on an error, so that the run folder is given back."""
-    raise SystemExit(128 + number)
+    """Leave as on an error, so that the run folder is given back on the way."""
+    raise Stopped(number)
 
 
 def _launched(stages: int | None, ranks: int, run: Path) -> None:

@@ -254,7 +254,7 @@ class Engine:
         """Add to whatever is raised inside where it was: replica, stage, update, action."""
         try:
             yield
-        except Exception as error:
+        except BaseException as error:
             place = (
                 f"[replica {self.seat.replica} stage {self.seat.stage} | {when} | action {action}]"
             )

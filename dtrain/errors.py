@@ -7,6 +7,7 @@ every other exception is a fault of the program (or of user code) and keeps its 
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 USAGE, DATA, NUMERIC = 2, 3, 4
@@ -35,6 +36,14 @@ class Refusal(Exception):
         """Add to the message where it happened."""
         self.message = f"{self.message} {place}"
         self.args = (self.message,)
+
+
+class Stopped(BaseException):
+    """Somebody asked this process to end, by a signal; no user code takes it for an error."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.code = 128 + number
 
 
 def unknown(what: str, name: str, legal: Iterable[str]) -> Refusal:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.checkpoint import Manifest, latest
+from dtrain.config import Run
 from dtrain.errors import Refusal
 from dtrain.folder import OWNER
 from dtrain.tables import Table, text
@@ -52,24 +53,26 @@ def find(out: Path, resume: str) -> Manifest | None:
     return manifest
 
 
-def refuse_overwriting(run: Path, out: Path) -> None:
-    """Refuse a run folder in which the resolved run would be written over the run file itself."""
-    if run.resolve() == (out / "run.toml").resolve():
-        raise Refusal(f"--out {out} would overwrite the run file {run}: choose another --out")
+def refuse_changes(out: Path, before: Table | None, run: Run) -> None:
+    """Refuse what would not be the same run, or would overwrite its run file.
 
-
-def refuse_changes(manifest: Manifest, table: Table) -> None:
-    """Refuse a run whose resolved `table` differs from the checkpoint's where it must not."""
-    old, new = dict(_flat(manifest.table)), dict(_flat(table))
+    Parameters
+    ----------
+    before : dict or None
+        The resolved run of the checkpoint to go on from.
+    """
+    if run.path == (out / "run.toml").resolve():
+        raise Refusal(f"--out {out} would overwrite the run file {run.path}: choose another --out")
+    old, new = dict(_flat(before or {})), dict(_flat(run.table()))
     changed = [
         f"{key} (was {_text(old, key)}, is {_text(new, key)})"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and not key.startswith(FREE)
     ]
-    if changed:
+    if before is not None and changed:
         raise Refusal(
-            f"the run in {manifest.folder.parent.parent} was begun with other settings: "
-            f"{', '.join(changed)}; put them back, or choose another --out"
+            f"the run to go on from was begun with other settings: {', '.join(changed)}; put them "
+            f"back, or choose another --out than {out}"
         )
 
 

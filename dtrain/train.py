@@ -24,10 +24,10 @@ from dtrain import checkpoint, folder, report
 from dtrain.comm.comm import Comm
 from dtrain.config import Run
 from dtrain.data import order, parts
-from dtrain.errors import Refusal
+from dtrain.errors import Refusal, Stopped
 from dtrain.job import Job, Plan, alike, build, plan, threads, together
 from dtrain.progress import Progress
-from dtrain.resume import CHECKPOINTS, find, refuse_changes, refuse_overwriting
+from dtrain.resume import CHECKPOINTS, find, refuse_changes
 from dtrain.segments import Segment
 from dtrain.tables import Table, dump
 from dtrain.totals import Totals, tested
@@ -57,7 +57,8 @@ def train(run: Run, comm: Comm, out: Path, resume: str = "auto") -> dict[str, An
         found, table = _find(comm, out, resume)
         agreed = together(comm, lambda: plan(run.going_on(table), comm.size))
         alike(agreed, comm)
-        token, attempt = _take(agreed, comm, out, resume, found)
+        together(comm, lambda: refuse_changes(out, table, agreed.run))
+        token, attempt = _take(comm, out, resume, found)
         together(comm, lambda: folder.seen(out, comm.hosts[comm.rank]))
         job = build(agreed, comm)
         totals = _restore(job, found)
@@ -92,17 +93,12 @@ def _find(comm: Comm, out: Path, resume: str) -> tuple[str | None, Table | None]
     return (None, None) if told is None else (told[0], told[1])
 
 
-def _take(
-    agreed: Plan, comm: Comm, out: Path, resume: str, found: str | None
-) -> tuple[folder.Owner, int]:
+def _take(comm: Comm, out: Path, resume: str, found: str | None) -> tuple[folder.Owner, int]:
     """Take the run folder; return its token and the number of this attempt. Collective."""
 
     def first() -> tuple[folder.Owner, int] | None:
         if comm.rank:
             return None
-        refuse_overwriting(agreed.run.path, out)
-        if found is not None:
-            refuse_changes(checkpoint.read(Path(found)), agreed.run.table())
         token = folder.take(out)
         newest = find(out, resume)
         if (None if newest is None else str(newest.folder)) != found:
@@ -147,7 +143,7 @@ def _fail(error: BaseException, comm: Comm, out: Path, token: folder.Owner | Non
         if token is not None and comm.rank == 0:
             folder.end(out, token, "failed", str(error))
         return
-    stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
+    stopped = isinstance(error, (KeyboardInterrupt, Stopped))
     first = comm.rank == 0
     if token is not None:
         reason = f"{type(error).__name__}: {error}"

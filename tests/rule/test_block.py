@@ -17,7 +17,7 @@ from dtrain.errors import Refusal
 from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.backprop import Backprop
 from dtrain.objectives.mono_forward import MonoForward
-from dtrain.objectives.objective import GRADIENT, Objective, Task
+from dtrain.objectives.objective import GRADIENT, Objective, Task, onward
 from dtrain.seeds import seeded
 
 D = torch.float64
@@ -139,7 +139,8 @@ def test_no_loss_reaches_into_another_block(batch: tuple[Tensor, Tensor]) -> Non
     objective, first, second = MonoForward(), task(0, 2, 5), task(1, 2, 3)
     lower = block(objective, first, nn.Linear(4, 5))
     upper = block(objective, second, nn.Linear(5, 3))
-    passed = lower.forward(x, ()).detach()
+    passed = objective.tell(onward(2)[0], live(lower, x, y))
+    assert not passed.requires_grad
     upper.learn(objective.pulls(second, upper, Live(passed, upper.forward(passed, ()), y)))
     assert all(p.grad is None for p in lower.parameters.values())
     assert all(p.grad is not None for p in upper.parameters.values())

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -15,8 +16,9 @@ import pytest
 from dtrain import folder
 from dtrain.data.batches import Shares
 from dtrain.errors import Refusal
-from dtrain.resume import find, refuse_overwriting
+from dtrain.resume import find, refuse_changes
 from dtrain.segments import Calendar
+from tests import tiny
 
 
 @pytest.mark.parametrize(
@@ -153,8 +155,8 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Refusal, match="not empty"):
         find(tmp_path, "never")
     with pytest.raises(Refusal, match="overwrite the run file"):
-        refuse_overwriting(tmp_path / "run.toml", tmp_path)
-    refuse_overwriting(tmp_path / "other.toml", tmp_path)
+        refuse_changes(tmp_path, None, replace(tiny.run(), path=tmp_path / "run.toml"))
+    refuse_changes(tmp_path, None, tiny.run())
     with pytest.raises(Refusal, match="no complete checkpoint"):
         find(tmp_path / "new", str(tmp_path))
     with pytest.raises(Refusal, match="cannot use the run folder"):
