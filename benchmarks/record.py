@@ -59,7 +59,12 @@ def publish(
 
 
 def _commit() -> str:
-    """Return the commit that ran, marked where the working tree differs from it."""
+    """Return the commit that ran, marked where the working tree differs from it.
+
+    A copy without git, on a machine of another kind, is told by ``DTRAIN_COMMIT``.
+    """
+    if "DTRAIN_COMMIT" in os.environ:
+        return os.environ["DTRAIN_COMMIT"]
 
     def git(*words: str) -> str:
         told = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
