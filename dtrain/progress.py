@@ -20,6 +20,7 @@ from dtrain import folder
 from dtrain.comm.comm import Comm
 from dtrain.comm.launch import TERMINAL, launched
 from dtrain.job import Plan
+from dtrain.report import counted
 from dtrain.segments import Segment
 from dtrain.totals import Totals
 
@@ -117,8 +118,8 @@ class Progress:
         print()
         print(
             f"test accuracy {_percent(accuracy)} ({round(accuracy * tested):,} of {tested:,}) "
-            f"after {_count(summary['updates'], 'update')} ({_count(summary['epochs'], 'epoch')}), "
-            f"{summary['wall_s']:.1f} s"
+            f"after {counted(summary['updates'], 'update')} "
+            f"({counted(summary['epochs'], 'epoch')}), {summary['wall_s']:.1f} s"
         )
         print(f"folder  {out}")
         print(f"next    {_next(self.plan, self.comm.size, out)}", flush=True)
@@ -155,9 +156,9 @@ def _introduction(plan: Plan, comm: Comm, threads: int) -> list[str]:
     shape = " x ".join(map(str, train.shape))
     lines = [
         f"dtrain {version('dtrain')}, {versions(comm)}",
-        f"ranks     {mesh.ranks} = {_count(mesh.replicas, 'replica')} x "
-        f"{_count(mesh.stages, 'stage')} on {_count(comm.nodes, 'host')}, "
-        f"{_count(threads, 'thread')} each",
+        f"ranks     {mesh.ranks} = {counted(mesh.replicas, 'replica')} x "
+        f"{counted(mesh.stages, 'stage')} on {counted(comm.nodes, 'host')}, "
+        f"{counted(threads, 'thread')} each",
         f"data      {run.dataset.name}: {train.size:,} training and {test.size:,} test samples of "
         f"{shape}, {train.classes} classes",
         f"model     {run.model.name}: {sum(part.parameters for part in layout.parts):,} parameters"
@@ -166,7 +167,7 @@ def _introduction(plan: Plan, comm: Comm, threads: int) -> list[str]:
         f"{run.optimizer.name} {settings}".rstrip(),
     ]
     if plan.blocks_assumed:
-        count = _count(len(layout.parts), "block")
+        count = counted(len(layout.parts), "block")
         lines.append(f"blocks    {count}, one per stage, since the run file names no number")
     for stage in range(mesh.stages):
         held = (
@@ -217,7 +218,3 @@ def _bar() -> Bar | None:
 
 def _percent(share: float) -> str:
     return f"{share:.1%}".replace("%", " %")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")

@@ -19,10 +19,11 @@ def plan_text(plan: Plan) -> str:
     told = plan_table(plan)
     layout, top = plan.layout, plan.run.top
     lines = [
-        f"{told['ranks']} ranks = {told['replicas']} replicas x {told['stages']} stages, "
-        f"{layout.mesh.placement}",
-        f"{told['updates']} updates, {plan.calendar.per_epoch} an epoch; {top.batch_size} samples "
-        f"an update in {top.micro_batches} micro-batches a replica",
+        f"{counted(told['ranks'], 'rank')} = {counted(told['replicas'], 'replica')} x "
+        f"{counted(told['stages'], 'stage')}, {layout.mesh.placement}",
+        f"{counted(told['updates'], 'update')}, {plan.calendar.per_epoch:,} an epoch; "
+        f"{counted(top.batch_size, 'sample')} an update in "
+        f"{counted(top.micro_batches, 'micro-batch', 'micro-batches')} a replica",
         "",
         f"Blocks ({plan.run.partition.balance}; multiply-adds of one sample, forward and backward)",
         *_blocks(told),
@@ -36,6 +37,11 @@ def plan_text(plan: Plan) -> str:
         *_messages(told["messages"]),
     ]
     return "\n".join(lines) + "\n"
+
+
+def counted(number: int, noun: str, several: str = "") -> str:
+    """Return a number with its noun, in the plural where it needs one."""
+    return f"{number:,} {noun if number == 1 else several or noun + 's'}"
 
 
 def plan_table(plan: Plan) -> dict[str, Any]:
