@@ -88,7 +88,7 @@ def plan(run: Run, ranks: int) -> Plan:
     shape, classes = samples.train.shape, samples.train.classes
     model = models.load(run.model.name, run.model.fields, run.folder, shape, classes)
     layout = settle(run, model, shape, classes, ranks)
-    top = run.top
+    top, coupling = run.top, layout.coupling
     calendar = Calendar.of(
         updates_per_epoch(samples.train.size, top.batch_size),
         top.epochs,
@@ -96,7 +96,14 @@ def plan(run: Run, ranks: int) -> Plan:
         top.segment,
         run.checkpoint.every,
     )
-    shares = Shares(top.batch_size, layout.mesh.replicas, top.micro_batches)
+    shares = Shares(top.batch_size, layout.mesh.replicas, top.micro_batches, 1 + bool(coupling))
+    last = (samples.train.size - 1) % top.batch_size + 1
+    if last < shares.least:
+        raise Refusal(
+            f"the last update of an epoch has 1 of {samples.train.size} samples, too few for the "
+            f"batch statistics of layer '{coupling[0]}': set batch-size = {top.batch_size + 1} or "
+            f"{max(top.batch_size - 1, 2)}"
+        )
     fixed = run.fixed(len(layout.parts), layout.mesh.stages)
     proof = layout.prove(_sample(shares, samples.train.size, calendar.per_epoch))
     assumed = run.partition.blocks is None and run.partition.cuts is None
@@ -120,6 +127,7 @@ def build(plan: Plan, comm: Comm) -> Job:
     syncs = {block: plan.run.make_sync() for block in blocks}
     for block, sync in syncs.items():
         sync.open(blocks[block], lines.replicas)
+        lines.control.polls.append(sync.poll)
     epochs = plan.calendar.epochs
     course = Course(layout.objective, layout.schedule, layout.tasks, layout.dtype, epochs)
     return Job(plan, Engine(seat, lines, blocks, syncs, course), lines)

@@ -72,6 +72,11 @@ class Layout:
         """The layers at which blocks 1, 2, ... start."""
         return tuple(part.layers.start for part in self.parts[1:])
 
+    @property
+    def coupling(self) -> list[str]:
+        """Layers that make the samples of a micro-batch depend on each other."""
+        return [spec.name for spec in self.specs if spec.couples]
+
     def blocks(self, stage: int) -> list[int]:
         """Return the blocks of a stage."""
         return [block for block, own in enumerate(self.place) if own == stage]

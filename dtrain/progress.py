@@ -169,6 +169,11 @@ def _introduction(plan: Plan, comm: Comm, threads: int) -> list[str]:
     if plan.blocks_assumed:
         count = counted(len(layout.parts), "block")
         lines.append(f"blocks    {count}, one per stage, since the run file names no number")
+    if layout.coupling:
+        lines.append(
+            f"note      batch statistics in {', '.join(layout.coupling)}: results depend on the "
+            "numbers of micro-batches and replicas"
+        )
     for stage in range(mesh.stages):
         held = (
             f"block {block}: {' '.join(layout.specs[i].name for i in layout.parts[block].layers)}"

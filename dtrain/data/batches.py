@@ -46,11 +46,19 @@ class Batch:
 
 @dataclass(frozen=True)
 class Shares:
-    """How updates are shared out: `size` samples an update, over replicas, then micro-batches."""
+    """How updates are shared out: `size` samples an update, over replicas, then micro-batches.
+
+    Attributes
+    ----------
+    least : int
+        Samples that a part must have, where it has any: 2 for models with batch statistics, which
+        a lone sample does not have. It joins its neighbour, and a later part stays empty.
+    """
 
     size: int
     replicas: int
     micros: int
+    least: int = 1
 
     @property
     def largest(self) -> int:
@@ -60,15 +68,23 @@ class Shares:
     def batch(self, order: Indices, update: int, replica: int) -> Batch:
         """Return the part of `replica` in the update at position `update` of an epoch's order."""
         samples = order[update * self.size : (update + 1) * self.size]
-        own = _slice(samples, parts(len(samples), self.replicas)[replica])
-        micros = (_slice(own, part) for part in parts(len(own), self.micros))
+        own = _slice(samples, self._parts(len(samples), self.replicas)[replica])
+        micros = (_slice(own, part) for part in self._parts(len(own), self.micros))
         return Batch(len(samples), tuple(micro for micro in micros if len(micro)))
 
     def sizes(self, total: int, first: int, last: int) -> list[list[int]]:
         """Return ``[replica][update]``: micro-batches in the updates first to last (excluded)."""
         rows = [min(self.size, total - update * self.size) for update in range(first, last)]
-        shares = [[len(part) for part in parts(n, self.replicas)] for n in rows]
-        return [[min(share[r], self.micros) for share in shares] for r in range(self.replicas)]
+        shares = [[len(part) for part in self._parts(n, self.replicas)] for n in rows]
+        return [[self._filled(share[r]) for share in shares] for r in range(self.replicas)]
+
+    def _filled(self, count: int) -> int:
+        return sum(len(part) > 0 for part in self._parts(count, self.micros))
+
+    def _parts(self, count: int, most: int) -> tuple[range, ...]:
+        """Return `most` parts, as many of them filled as have `least` samples each."""
+        filled = parts(count, max(1, min(most, count // self.least)))
+        return filled + (range(count, count),) * (most - len(filled))
 
 
 def _slice(samples: Indices, part: range) -> Indices:

@@ -44,6 +44,8 @@ class Spec:
         Cost of the two halves of the backward.
     parameters : int
         Number of parameters (elements).
+    couples : bool
+        Whether it has batch statistics, so that samples of a micro-batch depend on each other.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Spec:
     weight_gradient: int
     input_gradient: int
     parameters: int
+    couples: bool = False
 
 
 def walk(model: Model, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Spec, ...]:
@@ -120,6 +123,7 @@ def count(
         if not isinstance(leaving, Tensor) or leaving.shape[:1] != (SAMPLES,):
             raise _batchless(name, shape, leaving)
         weights = [each for each in layer.parameters() if each.requires_grad]
+        inside = list(layer.modules())
         return Spec(
             name=name,
             inputs=tuple(shape),
@@ -129,6 +133,7 @@ def count(
             weight_gradient=_backward(leaving, weights),
             input_gradient=_backward(leaving, entering),
             parameters=sum(each.numel() for each in layer.parameters()),
+            couples=any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in inside),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,21 @@ BROKEN: dict[str, Any] = {
 @pytest.mark.parametrize("name", MODELS)
 def test_awkward_models_keep_laws_1_and_5(name: str, objective: str, tmp_path: Path) -> None:
     told = {"model": {"name": f"tests.tiny:{name}"}, "objective__name": objective}
-    told |= {"partition__blocks": None, "partition__cuts": [2, 4], "micro_batches": 1}
+    told |= {"partition__blocks": None, "partition__cuts": [2, 4]}
     whole = trained(tiny.run(**told), tmp_path / "1")
     for stages in (2, 3):
         trained(tiny.run(**told, mesh__stages=stages, epochs=1), tmp_path / f"{stages}", stages)
         parts = trained(tiny.run(**told, mesh__stages=stages), tmp_path / f"{stages}", stages)
         for key in ("digest", "test_loss", "test_accuracy_vote", "train_loss"):
             assert parts[key] == whole[key], key
+
+
+def test_a_lone_sample_joins_its_neighbour_where_it_must(tmp_path: Path) -> None:
+    """The last update has 2 samples for 3 replicas of 3 micro-batches."""
+    run = tiny.run(model={"name": "tests.tiny:normalised"}, mesh__stages=1, partition__blocks=2)
+    assert trained(run, tmp_path, 1, 3)["samples"] == 100
+    with pytest.raises(Refusal, match=r"1 of 50 samples.*layer '2': set batch-size = 8 or 6"):
+        trained(replace(run, top=replace(run.top, batch_size=7)), tmp_path / "new")
 
 
 def test_buffers_that_are_rebound_are_saved(tmp_path: Path) -> None:

@@ -162,3 +162,18 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Refusal, match="cannot use the run folder"):
         folder.take(tmp_path / "letters.txt" / "run")
     assert find(tmp_path / "new", "auto") is None
+
+
+@pytest.mark.parametrize(("replicas", "micros"), list(product((1, 2, 3, 7), (1, 3, 4))))
+def test_no_part_is_smaller_than_it_must_be(replicas: int, micros: int) -> None:
+    shares, order = Shares(9, replicas, micros, least=2), np.arange(20)
+    sizes = shares.sizes(20, 0, 3)
+    seen = []
+    for update, rows in enumerate((9, 9, 2)):
+        own = [shares.batch(order, update, replica) for replica in range(replicas)]
+        lengths = [len(micro) for each in own for micro in each.micros]
+        assert sum(lengths) == rows
+        assert min(lengths) >= 2
+        assert [len(each.micros) for each in own] == [sizes[r][update] for r in range(replicas)]
+        seen += [index for each in own for micro in each.micros for index in micro]
+    assert seen == list(order)
