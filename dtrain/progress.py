@@ -162,7 +162,8 @@ def _introduction(plan: Plan, comm: Comm, threads: int) -> list[str]:
         f"data      {run.dataset.name}: {train.size:,} training and {test.size:,} test samples of "
         f"{shape}, {train.classes} classes",
         f"model     {run.model.name}: {sum(part.parameters for part in layout.parts):,} parameters"
-        + (f", {heads:,} more in local heads" if heads else ""),
+        + (f", {heads:,} more in local heads" if heads else "")
+        + ("; every rank builds it whole, then keeps its own" if layout.model.whole else ""),
         f"learning  {run.objective.name}, {run.schedule.name}, {run.sync.name}, "
         f"{run.optimizer.name} {settings}".rstrip(),
     ]

@@ -64,6 +64,11 @@ class Model(ABC):
             self.names[index]: layer.to(dtype) for index, layer in zip(chosen, layers, strict=True)
         }
 
+    @property
+    @abstractmethod
+    def whole(self) -> bool:
+        """Whether a rank must make all layers to get its own."""
+
     @abstractmethod
     def _make(self, indices: Sequence[int], seed: int) -> list[nn.Module]:
         """Return new layers in the order of `indices`, drawn as the class promises."""
@@ -79,6 +84,10 @@ class Listed(Model):
     """Layers that are made one by one, each by its own factory."""
 
     factories: tuple[Factory, ...] = field(repr=False)
+
+    @property
+    def whole(self) -> bool:
+        return False
 
     def _make(self, indices: Sequence[int], seed: int) -> list[nn.Module]:
         return [self._one(index, seed) for index in indices]
@@ -111,6 +120,10 @@ class Whole(Model):
     """A user's `nn.Sequential`, made again by its function whenever layers are built."""
 
     function: Function = field(repr=False)
+
+    @property
+    def whole(self) -> bool:
+        return True
 
     def _make(self, indices: Sequence[int], seed: int) -> list[nn.Module]:
         with torch.random.fork_rng(devices=[]):
