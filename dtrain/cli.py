@@ -101,7 +101,8 @@ def _work(options: argparse.Namespace) -> int:
     from dtrain.comm import world
 
     comm = world()  # MPI comes before torch
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         from dtrain.config import read
         from dtrain.job import together
@@ -117,16 +118,17 @@ def _work(options: argparse.Namespace) -> int:
         if not refusal.agreed:
             comm.abort(refusal.code)
         return refusal.code
-    except (KeyboardInterrupt, Stopped) as stop:
-        print(f"dtrain: {str(stop) or 'stopped by Ctrl-C'}", file=sys.stderr, flush=True)
-        comm.abort(stop.code if isinstance(stop, Stopped) else 130)
+    except Stopped as stop:
+        if not stop.quiet:
+            print(f"dtrain: {stop}", file=sys.stderr, flush=True)
+        comm.abort(stop.code)
     except BaseException:
         traceback.print_exc()
         comm.abort(1)
     return 0
 
 
-def _terminated(number: int, frame: object) -> NoReturn:
+def _stop(number: int, frame: object) -> NoReturn:
     """Leave as on an error, so that the run folder is given back on the way."""
     raise Stopped(number)
 

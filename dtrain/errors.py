@@ -39,11 +39,20 @@ class Refusal(Exception):
 
 
 class Stopped(BaseException):
-    """Somebody asked this process to end, by a signal; no user code takes it for an error."""
+    """Somebody asked this process to end, by a signal; no user code takes it for an error.
+
+    Attributes
+    ----------
+    code : int
+        Exit code of the program, as a shell would have it.
+    quiet : bool
+        Whether another rank has said why the job ends.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.code = 128 + number
+        self.quiet = False
 
 
 def unknown(what: str, name: str, legal: Iterable[str]) -> Refusal:

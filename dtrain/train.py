@@ -143,13 +143,18 @@ def _fail(error: BaseException, comm: Comm, out: Path, token: folder.Owner | Non
         if token is not None and comm.rank == 0:
             folder.end(out, token, "failed", str(error))
         return
-    stopped = isinstance(error, (KeyboardInterrupt, Stopped))
     first = comm.rank == 0
     if token is not None:
-        reason = f"{type(error).__name__}: {error}"
-        first = folder.end(out, token, "stopped" if stopped else "failed", reason)
-    if not first:
-        time.sleep(PATIENCE_S)
+        status = "stopped" if isinstance(error, Stopped) else "failed"
+        first = folder.end(out, token, status, f"{type(error).__name__}: {error}")
+    if isinstance(error, Stopped):
+        error.quiet = not first
+    elif not first:
+        try:
+            time.sleep(PATIENCE_S)
+        except Stopped as stop:  # the first one has spoken and ended the job
+            stop.quiet = True
+            raise
 
 
 def _learn(job: Job, segment: Segment, totals: Totals, progress: Progress) -> None:
