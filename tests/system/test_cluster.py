@@ -183,7 +183,9 @@ def test_the_job_script_runs(
     script = [str(ROOT / "jobs" / "slurm.sh"), job, "--out", "a b"]
     env = cluster.env | {"DTRAIN": str(program)}
     ended = start([*sbatch, *script], limit_s=60, env=env, cwd=tmp_path)
-    assert ended.code == code, ended.err
+    # With --kill-on-bad-exit the first rank that leaves has the others ended by SIGTERM, and Slurm
+    # tells the largest code of all.
+    assert ended.code in ((0,) if code == 0 else (code, 128 + signal.SIGTERM)), ended.err
     (log,) = tmp_path.glob("dtrain-*.log")
     rows = [line for line in log.read_text().splitlines() if line.startswith("n")]
     if code == 0:
