@@ -11,39 +11,25 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import Any, NoReturn, final
 
+import torch
 from torch import Tensor
 
+from dtrain.comm.desk import TAGS, Desk
+from dtrain.comm.dock import Host, Message, Pinned
+from dtrain.comm.family import Family
 from dtrain.comm.line import Line
-from dtrain.comm.mean import PIECE_BYTES, Mean
-from dtrain.comm.memory import Scratch, raw, words
-from dtrain.comm.routes import Inbox, Outbox, Spec
-from dtrain.comm.traffic import Traffic
-from dtrain.comm.tree import broadcast, finish, gather
-from dtrain.comm.wire import Stall, Wire
+from dtrain.comm.mean import Mean
+from dtrain.comm.routes import Specs
+from dtrain.comm.tree import finish, gather, spread
+from dtrain.comm.wire import Wire
 from dtrain.errors import Refusal
-
-TAGS = 1 << 14
-"""Tags of users end here and those of collectives begin; MPI promises only 2^15 in all."""
 
 SPAN = 64
 """Tags that one collective may use."""
-
-
-@final
-@dataclass
-class Shared:
-    """What a world and all groups split from it have in common, on one rank."""
-
-    traffic: Traffic = field(default_factory=Traffic)
-    polls: list[Callable[[], object]] = field(default_factory=list)
-    scratch: Scratch = field(default_factory=lambda: Scratch(PIECE_BYTES))
-    waited_s: float = 0.0
 
 
 @final
@@ -60,6 +46,8 @@ class Comm:
         Seconds after which a wait raises `Stall`; default: never.
     chunk_bytes : int
         Longer messages travel in parts; MPI counts must stay below 2^31.
+    name : str
+        Of the group, for people who read the flight recorder.
 
     Attributes
     ----------
@@ -73,6 +61,8 @@ class Comm:
         Index of my host, in order of first appearance, and number of hosts.
     traffic : Traffic
         What this rank has sent, over all groups split from one world.
+    flight : Flight
+        What this rank did last and waits for, over all those groups.
     polls : list of callable
         Called in every turn of every wait, in all those groups; a poll must not wait.
     """
@@ -84,21 +74,21 @@ class Comm:
         credits: int = 2,
         timeout_s: float | None = None,
         chunk_bytes: int = 1 << 30,
-        shared: Shared | None = None,
+        name: str = "world",
+        family: Family | None = None,
     ) -> None:
         self.rank, self.size, self.hosts = wire.rank, wire.size, wire.hosts
-        self.library = wire.library
+        self.library, self.name = wire.library, name
         names = list(dict.fromkeys(self.hosts))
         self.node, self.nodes = names.index(self.hosts[self.rank]), len(names)
         self.credits, self.timeout_s = credits, timeout_s
-        self._shared = shared or Shared()
-        self.traffic, self.polls = self._shared.traffic, self._shared.polls
-        self.line = Line(wire, self.traffic, chunk_bytes)
-        self._outboxes: dict[tuple[int, int], Outbox] = {}
-        self._inboxes: dict[tuple[int, int], Inbox] = {}
-        self._means: list[Mean] = []
-        self._started = 0  # collectives so far: the same number on all ranks
-        self.polls.append(self._progress)
+        self._family = family or Family(wire)
+        self.traffic, self.polls = self._family.traffic, self._family.polls
+        self.flight = self._family.flight
+        self.line = Line(wire, self.traffic, self.flight, chunk_bytes, name)
+        self._desk = Desk(self.line)
+        self._started = self._splits = 0  # collectives so far: the same numbers on all ranks
+        self._family.desks.append(self._desk)
 
     # ---- waiting
 
@@ -112,79 +102,87 @@ class Comm:
         Stall
             After `timeout_s`, or where no rank can go on (threads and self only).
         """
-        if done():
-            return
-        start, turn = time.perf_counter(), 0
-        try:
-            while not done():
-                for poll in tuple(self.polls):
-                    poll()
-                if self.timeout_s is not None and time.perf_counter() - start > self.timeout_s:
-                    raise Stall(
-                        f"rank {self.rank} of {self.size} waited {self.timeout_s:g} s for {what}"
-                    )
-                self.line.wire.idle(turn, what)
-                turn += 1
-        finally:
-            self._shared.waited_s += time.perf_counter() - start
+        if not done():
+            self._family.wait(done, what, self.line.wire, self.timeout_s)
 
     @property
     def waited_s(self) -> float:
         """Seconds that this rank has spent in waits, over all groups of the family."""
-        return self._shared.waited_s
+        return self._family.waited_s
 
-    def _progress(self) -> None:
-        for outbox in self._outboxes.values():
-            outbox.look()
-        if self._means:
-            self._means = [mean for mean in self._means if not mean.test()]
+    def progress(self) -> None:
+        """Move everything that is in flight in the whole family, both ways; never wait.
 
-    # ---- between two ranks
-
-    def isend(self, tensor: Tensor, to: int, tag: int) -> None:
-        """Send a tensor on the CPU; bytes only, the receiver states shape and dtype.
-
-        The memory is the caller's and must not change until `flush` (or until the receiver is
-        known to have the message). Where `credits` sends to the same rank and tag are under way
-        this waits for the oldest of them. Tags are 0 … `TAGS` - 1.
+        For use between computations: MPI moves large messages only inside its calls. Costs
+        microseconds where nothing is in flight, and calls no `polls`.
         """
-        if (to, tag) not in self._outboxes:
-            self._outboxes[to, tag] = Outbox(self.line, to, _legal(tag))
-        outbox = self._outboxes[to, tag]
-        self.wait(
-            lambda: len(outbox) < self.credits, f"a credit to send to rank {to} with tag {tag}"
-        )
-        outbox.send(tensor)
+        self._family.progress()
+        self._family.poke()
 
-    def expect(self, source: int, tag: int, specs: Iterable[Spec]) -> None:
-        """Declare the next messages of a route, in order: (shape, dtype) each.
+    def close(self) -> None:
+        """Leave the group: no turn looks at it any more. Local; may be called twice.
 
-        The next one is always posted, into fresh memory that starts on a 64-byte boundary.
-        Declarations add up; what is declared must come before the program ends.
-        """
-        if (source, tag) not in self._inboxes:
-            self._inboxes[source, tag] = Inbox(self.line, source, _legal(tag))
-        self._inboxes[source, tag].expect(specs)
-
-    def recv(self, source: int, tag: int) -> Tensor:
-        """Return the next message of a route that was declared by `expect`; the caller owns it.
+        The wire stays open, since freeing a communicator of MPI waits for all ranks.
 
         Raises
         ------
         RuntimeError
-            Where no message was declared.
+            Where something is in flight or was declared and has not come.
         """
-        inbox = self._inboxes.get((source, tag))
+        self._desk.look()
+        if left := list(self._desk.pending()):
+            raise RuntimeError(f"{self.name} is closed with {len(left)} in flight: {left[0][1]}")
+        if self._desk in self._family.desks:
+            self._family.desks.remove(self._desk)
+
+    def onto(self, device: torch.device) -> None:
+        """State where this rank computes: there `recv` puts messages, in the whole family.
+
+        Tensors on an accelerator are copied through memory of the host on their way to and from
+        the wire. Local; nothing may be declared or in flight.
+        """
+        self._family.dock = Host() if device.type == "cpu" else Pinned(device)
+
+    # ---- between two ranks
+
+    def isend(self, message: Message, to: int, tag: int) -> None:
+        """Send a tensor, or a tuple of tensors as one message; the receiver states what it is.
+
+        Only bytes travel, in C order, of any dtype and stride. The memory is the caller's and must
+        not change until `flush` (or until the receiver is known to have the message). Where
+        `credits` sends to the same rank and tag are under way this waits for the oldest of them.
+        Tags are 0 … `TAGS` - 1. Raises `TypeError`, by name, for a tensor without plain memory.
+        """
+        outbox = self._desk.outbox(to, tag)
+        if len(outbox) >= self.credits:
+            what = f"a credit to send to rank {to} with tag {tag}"
+            self.wait(lambda: len(outbox) < self.credits, what)
+        outbox.send(message, self._family.dock)
+
+    def expect(self, source: int, tag: int, specs: Iterable[Specs]) -> None:
+        """Declare the next messages of a route, in order: of each (shape, dtype), or a tuple of
+        such for a message of several tensors.
+
+        The next one is always posted, into fresh memory that starts on a 64-byte boundary.
+        Declarations add up; what is declared must come before the program ends.
+        """
+        self._desk.inbox(source, tag, self._family.dock).expect(specs)
+
+    def recv(self, source: int, tag: int) -> Message:
+        """Return the next message of a route, a tensor or a tuple of them as it was declared by
+        `expect`; the caller owns it. Raises `RuntimeError` where none was declared."""
+        inbox = self._desk.inboxes.get((source, tag))
         if inbox is None or inbox.posted is None:
             raise RuntimeError(f"no message is expected from rank {source} with tag {tag}")
-        tensor, request = inbox.posted
-        self.wait(request.test, f"{words(tensor)} from rank {source} with tag {tag}")
-        inbox.post()
-        return tensor
+        transfer = inbox.posted
+        if not transfer.request.test():
+            what = f"{transfer.words()} from rank {source} with tag {tag}"
+            self.wait(transfer.request.test, what)
+        return inbox.take()
 
     def flush(self) -> None:
         """Wait until every `isend` of this group is complete."""
-        for (to, tag), outbox in tuple(self._outboxes.items()):
+        for (to, tag), outbox in tuple(self._desk.outboxes.items()):
             what = f"rank {to} to take {len(outbox)} messages with tag {tag}"
             self.wait(lambda outbox=outbox: not len(outbox), what)  # type: ignore[misc]
 
@@ -193,51 +191,53 @@ class Comm:
     def mean_(self, tensors: Sequence[Tensor], weight: float | None = None) -> None:
         """Replace tensors by their weighted mean over the group, in place. Collective.
 
-        The result is w_0 t_0 + w_1 t_1 + …, every product and sum rounded, in rank order,
-        whatever the sizes: the same bits on all ranks and in every repetition. Sums of bfloat16
-        and float16 are made in float32, those of float64 in float64.
+        On one node the result is w_0 t_0 + w_1 t_1 + …, in rank order. Over nodes it is the sum of
+        the nodes' sums, in order of their first ranks: (w_0 t_0 + w_1 t_1) + (w_2 t_2 + …) + ….
+        Every product and sum is rounded, whatever the sizes: the same bits on all ranks and in
+        every repetition. Sums of bfloat16 and float16 are made in float32, those of float64 in
+        float64. What crosses between nodes is in the docstring of `dtrain.comm.mean`.
 
         Parameters
         ----------
         tensors : sequence of Tensor
-            float64, float32, bfloat16 or float16, on the CPU; the same shapes on all ranks.
+            float64, float32, bfloat16 or float16; the same shapes on all ranks.
         weight : float, optional
             This rank's weight; default: 1/size. That they add up to 1 is the caller's business.
 
         Raises
         ------
         TypeError
-            Names the first tensor of another dtype.
+            Names the first tensor of another dtype, or without plain memory.
+        ValueError
+            Names a tensor whose elements share memory, or two that do.
         """
         mean = self.imean_(tensors, weight)
         mean.wait()
-        self._progress()  # which lets go of it
+        self._desk.look()  # which lets go of it
 
     def imean_(self, tensors: Sequence[Tensor], weight: float | None = None) -> Mean:
         """Start `mean_` and return its handle (`test`, `wait`). Collective.
 
         Nobody may touch the tensors until it is complete. Every wait of the family keeps it going;
-        between waits only `test` does. Several may be in flight, to be waited for in any order.
+        between waits only `test` and `progress` do. Several may be in flight, to be waited for in
+        any order.
         """
-        scale = 1.0 / self.size if weight is None else weight
-        mean = Mean(self.line, tensors, scale, self._tags(), self._shared.scratch, self.wait)
+        family, scale = self._family, 1.0 / self.size if weight is None else weight
+        mean = Mean(self.line, tensors, scale, self._tags(), family.scratch, family.dock, self.wait)
         if not mean.test():
-            self._means.append(mean)
+            self._desk.means.append(mean)
         return mean
 
     def broadcast_(self, tensors: Sequence[Tensor], root: int = 0) -> None:
         """Overwrite tensors, of the same shapes and dtypes everywhere, by those of `root`.
-        Collective."""
-        tag, counted = self._tags(), self.traffic.on
-        for tensor in tensors:
-            data = tensor.detach().contiguous()
-            steps = broadcast(self.line, raw(data), root, tag, counted)
-            finish(steps, self.wait, f"the broadcast of {words(tensor)} from rank {root}")
-            if data.data_ptr() != tensor.data_ptr():
-                tensor.detach().copy_(data)
+        Collective. Refuses what `mean_` refuses, dtypes excepted."""
+        self.flight.note("broadcast", len(tensors), "tensors of", self.name, "from rank", root)
+        steps = spread(self.line, tensors, root, self._tags(), self._family.dock)
+        finish(steps, self.wait, f"the broadcast of {len(tensors)} tensors from rank {root}")
 
     def exchange(self, item: Any) -> list[Any]:
         """Return the items of all ranks, in rank order: whatever JSON can hold. Collective."""
+        self.flight.note("exchange", "of", self.name)
         steps = gather(self.line, json.dumps(item).encode(), self._tags())
         return list(json.loads(finish(steps, self.wait, "the control data of all ranks")))
 
@@ -251,7 +251,7 @@ class Comm:
 
     # ---- groups
 
-    def split(self, color: int, key: int = 0) -> Comm:
+    def split(self, color: int, key: int = 0, name: str = "") -> Comm:
         """Return the group of the ranks with my colour, by key, then rank. Collective.
 
         Colours are not negative. Messages of different groups never meet; traffic and polls are
@@ -260,17 +260,19 @@ class Comm:
                  rank  0  1  2  3              split(rank % 2)
                        a  b  a  b       ->     a: 0, 2 are its ranks 0, 1;  b: 1, 3 are its 0, 1
         """
+        self._splits += 1
         return Comm(
             self.line.wire.split(color, key),
             credits=self.credits,
             timeout_s=self.timeout_s,
             chunk_bytes=self.line.chunk_bytes,
-            shared=self._shared,
+            name=name or f"{self.name}.{self._splits}",
+            family=self._family,
         )
 
-    def dup(self) -> Comm:
+    def dup(self, name: str = "") -> Comm:
         """Return the same group once more, whose messages are apart. Collective."""
-        return self.split(0)
+        return self.split(0, name=name)
 
     def by_node(self) -> Comm:
         """Return the group of the ranks on my host, in rank order. Collective."""
@@ -290,9 +292,3 @@ class Comm:
         """Reserve tags in program order: fixed ones cross-match as soon as two are in flight."""
         self._started += 1
         return TAGS + SPAN * (self._started % (TAGS // SPAN))
-
-
-def _legal(tag: int) -> int:
-    if not 0 <= tag < TAGS:
-        raise ValueError(f"tag {tag} is not in 0 … {TAGS - 1}")
-    return tag

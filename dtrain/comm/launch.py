@@ -4,7 +4,7 @@ Invariant: standard library only; neither MPI nor torch is imported here, since 
 starts the ranks is not one of them.
 
     dtrain train run.toml --ranks 4
-      |                                       signals: SIGINT, SIGTERM, SIGHUP -> SIGTERM
+      |                                       signals: SIGINT, SIGTERM, SIGHUP -> SIGTERM; SIGUSR1
       +-- mpirun -n 4 (own session)  ----- stdout, exit code: passed on;  stderr: without banners
             +-- rank 0 ... rank 3
 """
@@ -130,7 +130,8 @@ def start(ranks: int, argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Run `argv` on `ranks` ranks of this host and return the launcher's exit code.
 
     Both streams are passed on as they come; stderr loses the launcher's own banners. SIGINT,
-    SIGTERM and SIGHUP take all ranks down, and the code is then 128 + the signal's number.
+    SIGTERM and SIGHUP take all ranks down, and the code is then 128 + the signal's number; SIGUSR1
+    is passed on.
 
     Raises
     ------
@@ -222,7 +223,10 @@ def _show(child: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def _forwarded(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """While inside, end the launcher and its ranks on a signal; yield the signals that came."""
+    """While inside, end the launcher and its ranks on a signal; yield the signals that came.
+
+    SIGUSR1 ends nothing: the launcher gives it to the ranks, which write what they wait for.
+    """
     caught: list[int] = []
 
     def kill() -> None:
@@ -239,6 +243,8 @@ def _forwarded(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
 
     ours = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, end) for number in ours}
+    ask = signal.signal(signal.SIGUSR1, lambda number, frame: child.send_signal(number))
+    before[signal.SIGUSR1] = ask
     try:
         yield caught
     finally:

@@ -7,6 +7,7 @@ bits with the alignment of their inputs, and n ranks must compute what one rank 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import final
@@ -34,25 +35,38 @@ def raw(tensor: Tensor) -> Bytes:
 
 
 def words(tensor: Tensor) -> str:
-    """Return shape and dtype, for messages."""
+    """Return shape and dtype, for people."""
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 @final
 class Scratch:
-    """Buffers of one size that are used again and again: fresh pages cost as much as a copy."""
+    """Buffers that are used again and again: fresh pages cost as much as a copy.
+
+    Parameters
+    ----------
+    size_bytes : int
+        Buffers are multiples of this, and kept apart by their size.
+    """
 
     def __init__(self, size_bytes: int) -> None:
         self._size_bytes = size_bytes
-        self._free: list[Tensor] = []
+        self._free: defaultdict[int, list[Tensor]] = defaultdict(list)
 
     @contextmanager
-    def lend(self, count: int, like: Tensor) -> Iterator[list[Tensor]]:
-        """Lend `count` buffers shaped and typed as the 1-D tensor `like`, until the block ends."""
-        while len(self._free) < count:
-            self._free.append(aligned((self._size_bytes,), torch.uint8))
-        blocks = [self._free.pop() for _ in range(count)]
+    def lend(
+        self, count: int, like: Tensor, dtype: torch.dtype | None = None
+    ) -> Iterator[list[Tensor]]:
+        """Lend `count` buffers shaped as the 1-D tensor `like`, and typed so unless `dtype` says
+        otherwise, until the block ends."""
+        kind = like.dtype if dtype is None else dtype
+        size_bytes = like.numel() * kind.itemsize
+        units = max(1, -(-size_bytes // self._size_bytes))
+        free = self._free[units]
+        while len(free) < count:
+            free.append(aligned((units * self._size_bytes,), torch.uint8))
+        blocks = [free.pop() for _ in range(count)]
         try:
-            yield [block[: like.nbytes].view(like.dtype) for block in blocks]
+            yield [block[:size_bytes].view(kind) for block in blocks]
         finally:
-            self._free.extend(blocks)
+            free.extend(blocks)

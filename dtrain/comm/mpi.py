@@ -70,11 +70,20 @@ class MpiWire(Wire):
         Host of each of its ranks.
     crowded : bool
         Whether the ranks of my host are more than its cores, so that waits must sleep.
+    world : sequence of int, optional
+        World rank of each of its ranks; default: it is the world.
     """
 
-    def __init__(self, comm: MPI.Intracomm, hosts: Sequence[str], crowded: bool) -> None:
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        hosts: Sequence[str],
+        crowded: bool,
+        world: Sequence[int] | None = None,
+    ) -> None:
         self.rank, self.size = comm.rank, comm.size
         self.hosts, self.library = tuple(hosts), library()
+        self.world = tuple(range(comm.size) if world is None else world)
         self._comm, self._crowded = comm, crowded
 
     def isend(self, data: Bytes, to: int, tag: int) -> Request:
@@ -95,7 +104,8 @@ class MpiWire(Wire):
         child = MPI.Intracomm(self._comm.Split(color, key))
         mine, theirs = child.Get_group(), self._comm.Get_group()
         ranks = MPI.Group.Translate_ranks(mine, list(range(child.size)), theirs)
-        return MpiWire(child, [self.hosts[rank] for rank in ranks], self._crowded)
+        hosts, world = [self.hosts[rank] for rank in ranks], [self.world[rank] for rank in ranks]
+        return MpiWire(child, hosts, self._crowded, world)
 
     def abort(self, code: int) -> NoReturn:
         """End all ranks (`MPI_Abort`)."""

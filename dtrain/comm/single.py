@@ -23,7 +23,7 @@ class SingleWire(Wire):
 
     def __init__(self, post: Post | None = None, group: Hashable = ()) -> None:
         self.rank, self.size = 0, 1
-        self.hosts = (platform.node(),)
+        self.hosts, self.world = (platform.node(),), (0,)
         self.library = "no MPI"
         self._post = post or Post()
         self._group = group

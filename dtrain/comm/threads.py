@@ -105,7 +105,7 @@ class ThreadWire(Wire):
         group: Hashable = (),
     ) -> None:
         self.rank, self.size = members.index(me), len(members)
-        self.hosts, self.library = tuple(hosts), "threads"
+        self.hosts, self.world, self.library = tuple(hosts), tuple(members), "threads"
         self._baton, self._members, self._me, self._group = baton, members, me, group
         self._splits = 0
 

@@ -12,12 +12,15 @@ Invariant: nothing here blocks; each function is a generator that yields where i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import TypeVar
 
 import numpy as np
+from torch import Tensor
 
+from dtrain.comm.dock import Dock, apart, dense, settle
 from dtrain.comm.line import Line
+from dtrain.comm.memory import raw
 from dtrain.comm.wire import Bytes, Request
 
 T = TypeVar("T")
@@ -63,6 +66,18 @@ def broadcast(line: Line, data: Bytes, root: int, tag: int, counted: bool) -> St
     if parent is not None:
         yield from until(line.pull(data, parent, tag))
     yield from until(*[line.push(data, child, tag, counted) for child in children])
+
+
+def spread(line: Line, tensors: Sequence[Tensor], root: int, tag: int, dock: Dock) -> Steps:
+    """Overwrite tensors by the root's, one after the other."""
+    for number, tensor in enumerate(tensors):
+        dense(tensor, "broadcast_", number)
+    apart(tensors, "broadcast_")
+    counted = line.traffic.on
+    for tensor in tensors:
+        data = dock.lower(tensor)
+        yield from broadcast(line, raw(data), root, tag, counted)
+        settle(tensor, data)
 
 
 def gather(line: Line, item: bytes, tag: int) -> Generator[None, None, bytes]:

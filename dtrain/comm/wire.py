@@ -15,7 +15,7 @@ any wire; a wire knows only bytes. So the doubles (`threads`, `single`) cannot d
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NoReturn, final
 
 import numpy as np
@@ -50,6 +50,11 @@ class All(Request):
         return not self._open
 
 
+def joined(requests: Sequence[Request]) -> Request:
+    """Return one request for all of them."""
+    return requests[0] if len(requests) == 1 else All(requests)
+
+
 class Wire(ABC):
     """The ranks of one group, seen by one of them.
 
@@ -62,6 +67,8 @@ class Wire(ABC):
         Position in the group, and number of its ranks.
     hosts : tuple of str
         Host of each rank of the group.
+    world : tuple of int
+        What each rank of the group is in the world that it was split from.
     library : str
         What moves the bytes, in words, with its version.
     """
@@ -69,6 +76,7 @@ class Wire(ABC):
     rank: int
     size: int
     hosts: tuple[str, ...]
+    world: tuple[int, ...]
     library: str
 
     @abstractmethod

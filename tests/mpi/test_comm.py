@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 
 from dtrain.comm.comm import Comm
+from tests.need import lack
 from tests.ranks.contract import CASES
 
 
@@ -38,3 +42,53 @@ def test_an_idle_rank_delays_but_does_not_hang(comm: Comm) -> None:
     ready.mean_([tensor])
     comm.polls.pop()
     assert tensor.eq((comm.size - 1) / 2).all()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_progress_alone_takes_a_large_message(comm: Comm) -> None:
+    """A rank that computes between turns of progress, and never waits, lets others send to it."""
+    with TemporaryDirectory() as folder:
+        gone = Path(comm.exchange(folder)[0]) / "gone"
+        if comm.rank == 0:
+            comm.isend(torch.full((1 << 21,), 3.0), 1, 1)
+            comm.flush()
+            gone.touch()
+        if comm.rank == 1:
+            comm.expect(0, 1, [((1 << 21,), torch.float32)])
+            limit = time.monotonic() + 10
+            while not gone.exists():
+                comm.progress()
+                assert time.monotonic() < limit, "nobody took the message"
+            assert comm.recv(0, 1).eq(3).all()
+        comm.exchange(None)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_message_above_two_gib(comm: Comm) -> None:
+    """Counts of MPI end at 2^31 - 1; a message does not."""
+    count = (1 << 31) + 12_345
+    room = min(comm.exchange(_available_bytes()))
+    if room < 6 * count:
+        lack("memory", f"{room >> 20} MiB are available, {6 * count >> 20} wanted")
+    if comm.size > 2:
+        pytest.skip("two ranks show it")
+    if comm.rank == 0:
+        sent = torch.empty(count, dtype=torch.uint8)  # a page in 256 is touched: that is fast
+        sent[:: 1 << 20] = torch.arange(2049, dtype=torch.int64).to(torch.uint8)
+        sent[-3:] = torch.tensor([7, 8, 9])
+        comm.isend((sent, torch.tensor(5)), 1, 1)
+        comm.flush()
+    else:
+        comm.expect(0, 1, [(((count,), torch.uint8), ((), torch.int64))])
+        got, after = comm.recv(0, 1)
+        assert after.item() == 5
+        assert got[:: 1 << 20][:-1].equal(torch.arange(2048, dtype=torch.int64).to(torch.uint8))
+        assert got[-3:].tolist() == [7, 8, 9]
+
+
+def _available_bytes() -> int:
+    words = Path("/proc/meminfo")
+    if not words.exists():
+        return 0
+    rows = dict(row.split(":") for row in words.read_text().splitlines())
+    return int(rows["MemAvailable"].split()[0]) * 1024

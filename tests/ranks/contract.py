@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import math
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -16,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain.comm.comm import Comm, Spec
+from dtrain.comm.comm import Comm
+from dtrain.comm.routes import Spec
 from dtrain.comm.wire import Stall
 from dtrain.errors import DATA, Refusal
 
@@ -27,8 +29,12 @@ DTYPES = [
     torch.float16,
     torch.int64,
     torch.int32,
+    torch.int16,
+    torch.int8,
     torch.uint8,
     torch.bool,
+    torch.complex64,
+    torch.complex128,
 ]
 FLOATS = DTYPES[:4]
 SHAPES = [(), (0, 3), (1,), (5, 7), (2, 3, 4, 5)]
@@ -64,12 +70,17 @@ def weights(size: int) -> list[float]:
     return [2.0 * (rank + 1) / (size * (size + 1)) for rank in range(size)]
 
 
-def exact(parts: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
-    """Return the mean as it is promised: product and sum rounded apart, in rank order."""
+def exact(parts: Sequence[Tensor], scales: Sequence[float], hosts: Sequence[str]) -> Tensor:
+    """Return the mean as it is promised: products and sums rounded apart, in rank order within
+    nodes, then in the order of nodes."""
     dtype = torch.float64 if parts[0].dtype == torch.float64 else torch.float32
-    result = parts[0].to(dtype) * scales[0]
-    for part, scale in zip(parts[1:], scales[1:], strict=True):
-        result = result + part.to(dtype) * scale
+    sums: dict[str, Tensor] = {}
+    for part, scale, host in zip(parts, scales, hosts, strict=True):
+        term = part.to(dtype) * scale
+        sums[host] = sums[host] + term if host in sums else term
+    result, *rest = sums.values()
+    for each in rest:
+        result = result + each
     return result.to(parts[0].dtype)
 
 
@@ -107,15 +118,199 @@ def big_both_ways(comm: Comm) -> None:
     comm.flush()
 
 
-def strided_is_sent_in_order(comm: Comm) -> None:
-    """A transposed or strided tensor, or a parameter, arrives in C order."""
-    base = torch.arange(24.0).view(4, 6).requires_grad_()
-    comm.expect(comm.rank, 1, [((6, 4), torch.float32), ((4, 3), torch.float32)])
-    comm.isend(base.t(), comm.rank, 1)
-    comm.isend(base[:, ::2], comm.rank, 1)
-    assert comm.recv(comm.rank, 1).equal(base.t())
-    assert comm.recv(comm.rank, 1).equal(base[:, ::2])
+def big_of_all_dtypes(comm: Comm) -> None:
+    """Every dtype arrives where it is too long to be buffered on the way."""
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    kinds = [((3, 50_001), dtype) for dtype in DTYPES]
+    comm.expect(left, 1, kinds)
+    for number, kind in enumerate(kinds):
+        comm.isend(noise(*kind, seed=100 * comm.rank + number), right, 1)
+        assert bits(comm.recv(left, 1)) == bits(noise(*kind, seed=100 * left + number))
     comm.flush()
+
+
+def awkward(rank: int) -> dict[str, Tensor]:
+    """Return tensors whose memory is not what a user sees, by name."""
+    base = normal((6, 8), torch.float32, rank)
+    pair = torch.complex(base, base + 1)
+    picture = normal((2, 3, 4, 5), torch.float32, rank)
+    return {
+        "transposed": base.t(),
+        "strided": base[::2, 1::3],
+        "shifted": base.view(-1)[3:],
+        "expanded": base[:, :1].expand(6, 5),
+        "channels last": picture.to(memory_format=torch.channels_last),
+        "permuted": picture.permute(3, 1, 0, 2),
+        "overlapping": base.view(-1).unfold(0, 4, 2),
+        "zero-size": base[:, :0].t(),
+        "no dimension": base[2, 3],
+        "a leaf": torch.nn.Parameter(base.clone()),
+        "a result": torch.nn.Parameter(base.clone()).t() * 2,
+        "conjugate": pair.t().conj(),
+        "negative": pair.conj().imag,
+    }
+
+
+def awkward_memory_is_sent_in_order(comm: Comm) -> None:
+    """Whatever the memory of a tensor, what its user sees arrives, in C order."""
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    mine, theirs = awkward(comm.rank), awkward(left)
+    comm.expect(left, 1, [spec(tensor) for tensor in theirs.values()])
+    for name, tensor in mine.items():
+        comm.isend(tensor, right, 1)
+        got = comm.recv(left, 1)
+        assert got.is_contiguous(), name
+        assert not got.requires_grad, name
+        assert got.equal(theirs[name].detach()), name
+    comm.flush()
+
+
+def sends_are_refused_by_name(comm: Comm) -> None:
+    """What has no plain memory is refused before anything is sent, in words."""
+    dense = torch.eye(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of prototypes and of what is deprecated
+        wrong = {
+            "sparse_coo": dense.to_sparse(),
+            "sparse_csr": dense.to_sparse_csr(),
+            "quantised": torch.quantize_per_tensor(dense, 0.1, 0, torch.qint8),
+            "meta": dense.to("meta"),
+            "nested": torch.nested.nested_tensor([dense, dense[:2]]),
+        }
+    for name, tensor in wrong.items():
+        with pytest.raises(TypeError, match=f"isend of a {name} tensor .tensor 1,.*: "):
+            comm.isend((dense, tensor), comm.rank, 1)
+        with pytest.raises(TypeError, match=f"mean_ of a {name} tensor .tensor 1,"):
+            comm.mean_([dense, tensor])
+        with pytest.raises(TypeError, match=f"broadcast_ of a {name} tensor .tensor 1,"):
+            comm.broadcast_([dense, tensor])
+    with pytest.raises(ValueError, match="an empty tuple is no message"):
+        comm.isend((), comm.rank, 1)
+    comm.flush()
+
+
+def memory_in_place_must_be_apart(comm: Comm) -> None:
+    """Verbs that write in place refuse elements, and tensors, that lie over each other."""
+    base = torch.ones(4, 6)
+    folded = (base[:, :1].expand(4, 5), base.view(-1).unfold(0, 4, 2))
+    for verb, work in (("mean_", comm.mean_), ("broadcast_", comm.broadcast_)):
+        for tensor in folded:
+            with pytest.raises(ValueError, match=rf"{verb} in place of tensor 1, .*share memory"):
+                work([torch.ones(2), tensor])
+        with pytest.raises(ValueError, match=rf"{verb} in place of tensors 0 and 2, which share"):
+            work([base, torch.ones(2), base[1:3]])
+        work([base[:2], base[2:], torch.ones(1).expand(1, 1), base[:0], base[:0]])
+    assert base.sub(1).abs().max() < 1e-6
+
+
+def tuples_are_one_message(comm: Comm) -> None:
+    """Several tensors travel as one: one credit, in order with others, given as declared."""
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    long, short = spec(torch.ones(70_000)), ((2, 3), torch.int64)
+    comm.expect(left, 1, [(long, short, ((), torch.bool)), short, (short,), (long, long)])
+    wide = torch.full((70_000,), float(comm.rank))
+    grid = torch.full((3, 2), comm.rank, dtype=torch.int64).t()
+    for message in ((wide, grid, torch.tensor(True)), grid):
+        comm.isend(message, right, 1)
+    first, second = comm.recv(left, 1), comm.recv(left, 1)
+    for message in ((grid,), (wide + 1, wide + 2)):
+        comm.isend(message, right, 1)
+    third, fourth = comm.recv(left, 1), comm.recv(left, 1)
+    assert isinstance(first, tuple)
+    assert [spec(part) for part in first] == [long, short, ((), torch.bool)]
+    assert first[0].eq(left).all()
+    assert first[1].eq(left).all()
+    assert first[2].item()
+    assert isinstance(second, Tensor)
+    assert second.eq(left).all()
+    assert isinstance(third, tuple)
+    assert third[0].eq(left).all()
+    assert fourth[0].eq(left + 1).all()
+    assert fourth[1].eq(left + 2).all()
+    assert all(part.data_ptr() % 64 == 0 for part in (*first, *fourth))
+    comm.flush()
+
+
+def a_tuple_takes_one_credit(comm: Comm) -> None:
+    """As many tuples as credits may be under way, whatever they hold."""
+    three = (torch.ones(3), torch.ones(4), torch.ones(5))
+    for _ in range(comm.credits):
+        comm.isend(three, comm.rank, 1)  # would wait for ever if it took more
+    comm.expect(comm.rank, 1, [tuple(map(spec, three))] * comm.credits)
+    for _ in range(comm.credits):
+        assert [part.numel() for part in comm.recv(comm.rank, 1)] == [3, 4, 5]
+    comm.flush()
+
+
+def outstanding(comm: Comm) -> str:
+    """Return what the flight recorder says is in flight."""
+    return comm.flight.text().partition("last events")[0]
+
+
+def progress_moves_without_waiting(comm: Comm) -> None:
+    """Large messages and means of all groups arrive although no rank waits."""
+    other = comm.dup()
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    big = torch.full((1 << 19,), float(comm.rank))
+    mean = torch.full((1 << 19,), float(comm.rank))
+    other.expect(left, 1, [spec(big)])
+    other.isend(big, right, 1)
+    handle = comm.imean_([mean])
+    comm.exchange(None)
+    waited, turns, limit = comm.waited_s, 0, time.monotonic() + 20
+    while any(word in outstanding(comm) for word in (" send (", "a mean of 1 tensors of world")):
+        comm.progress()
+        comm.line.wire.idle(turns, "its next turn")  # gives threads theirs; posts and tests nothing
+        turns += 1
+        assert time.monotonic() < limit, comm.flight.text()
+    assert comm.waited_s == waited
+    handle.wait()
+    assert other.recv(left, 1).eq(left).all()
+    assert mean.sub((comm.size - 1) / 2).abs().max() < 1e-6
+    other.flush()
+
+
+def closed_groups_are_looked_at_no_more(comm: Comm) -> None:
+    """A finished group goes; one with something in flight does not."""
+    other = comm.dup("errands")
+    other.expect(comm.rank, 1, [((), torch.int64)])
+    with pytest.raises(RuntimeError, match=r"errands is closed with 1 in flight: receive .*int64"):
+        other.close()
+    other.isend(torch.tensor(1), comm.rank, 1)
+    assert other.recv(comm.rank, 1).item() == 1
+    other.flush()
+    assert "of errands" in comm.flight.text()
+    before = len(comm._family.desks)
+    other.close()
+    other.close()
+    assert len(comm._family.desks) == before - 1
+    comm.exchange(None)
+
+
+def flight_tells_what_is_outstanding(comm: Comm) -> None:
+    """The recorder says what was posted and sent, to whom, and what a rank waits for."""
+    other = comm.dup("errands")
+    other.expect(comm.rank, 7, [((2, 3), torch.float32)] * 2)
+    comm.flight.note("action", "F3.0", "update", 17)
+    seen: list[str] = []
+    comm.polls.append(lambda: seen.append(comm.flight.text()))
+    comm.wait(lambda: bool(seen), "somebody to look")
+    comm.polls.pop()
+    host = comm.hosts[comm.rank]
+    place = f"rank {comm.rank} of errands (world rank {comm.line.wire.world[comm.rank]} on {host})"
+    assert f"receive (2, 3) float32 from {place} with tag 7 (1 more declared)" in seen[0]
+    assert "action    F3.0 update 17" in seen[0]
+    assert "s for somebody to look" in seen[0]
+    for _ in range(2):
+        other.isend(torch.ones(2, 3), comm.rank, 7)
+    for _ in range(2):
+        other.recv(comm.rank, 7)
+    other.flush()
+    text = comm.flight.text()
+    for kind, end in (("send", "to"), ("sent", "to"), ("received", "from")):
+        assert f"{kind:9} 24 bytes {end} rank {comm.rank} tag 7 of errands" in text
+    assert "outstanding: 0" in text
+    assert "is in no wait" in text
 
 
 def order_within_and_across_routes(comm: Comm) -> None:
@@ -212,7 +407,7 @@ def mean_is_as_promised(comm: Comm) -> None:
         mine = [part.clone() for part in parts[comm.rank]]
         comm.mean_(mine, scales[comm.rank])
         for number, tensor in enumerate(mine):
-            want = exact([part[number] for part in parts], scales)
+            want = exact([part[number] for part in parts], scales, comm.hosts)
             assert bits(tensor) == bits(want), (dtype, number)
 
 
@@ -443,7 +638,15 @@ def tags_are_checked(comm: Comm) -> None:
 CASES: list[Callable[[Comm], None]] = [
     ring_of_all_dtypes,
     big_both_ways,
-    strided_is_sent_in_order,
+    big_of_all_dtypes,
+    awkward_memory_is_sent_in_order,
+    sends_are_refused_by_name,
+    memory_in_place_must_be_apart,
+    tuples_are_one_message,
+    a_tuple_takes_one_credit,
+    progress_moves_without_waiting,
+    closed_groups_are_looked_at_no_more,
+    flight_tells_what_is_outstanding,
     order_within_and_across_routes,
     expected_later_still_arrives,
     credits_bound_what_is_outstanding,

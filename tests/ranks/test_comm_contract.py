@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import pytest
 import torch
+from torch import Tensor
 
 from dtrain.comm import threads
 from dtrain.comm.comm import Comm
-from dtrain.comm.mean import ENOUGH_BYTES, PIECE_BYTES, cut
+from dtrain.comm.dock import Host, Pinned
+from dtrain.comm.mean import ENOUGH_BYTES, PIECE_BYTES, SUMS, cut
 from dtrain.comm.memory import Scratch, aligned
 from dtrain.comm.single import SingleWire
+from dtrain.comm.tiers import Tiers
 from dtrain.comm.tree import family
-from dtrain.comm.wire import Stall
-from tests.ranks.contract import CASES
+from dtrain.comm.wire import Bytes, Request, Stall
+from tests.ranks.contract import CASES, FLOATS, bits, exact, normal, same, weights
 
 named = pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 
@@ -45,6 +49,181 @@ def test_a_mean_of_more_ranks_than_lanes() -> None:
 @named
 def test_self(case: Callable[[Comm], None]) -> None:
     case(Comm(SingleWire()))
+
+
+class Copies:
+    """Staging memory of a pretended accelerator: counts, and is told from other memory."""
+
+    def __init__(self) -> None:
+        self.made = 0
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        self.made += 1
+        return aligned(shape, dtype)
+
+
+@named
+@pytest.mark.parametrize("n", [1, 3])
+def test_an_accelerator_is_staged(case: Callable[[Comm], None], n: int) -> None:
+    """The contract holds where every tensor is copied on its way to and from the wire.
+
+    The accelerator is pretended: this shows where copies are made, not that a real device works.
+    """
+    staging = Copies()
+
+    def work(comm: Comm) -> None:
+        comm._family.dock = Pinned(torch.device("cpu"), staging.empty)
+        case(comm)
+
+    threads.run(n, work, hosts=["a", "b", "a"][:n])
+
+
+def test_staging_is_used_and_memory_of_the_wire_is_not_given_away() -> None:
+    staging = Copies()
+    comm = Comm(SingleWire())
+    comm._family.dock = Pinned(torch.device("cpu"), staging.empty)
+    sent, other = torch.arange(6.0).view(2, 3), torch.ones(3)
+    comm.expect(0, 1, [((2, 3), torch.float32), (((2, 3), torch.float32), ((3,), torch.float32))])
+    comm.isend(sent, 0, 1)
+    copy = sent.clone()
+    sent.zero_()  # it was copied when it was sent
+    landed = comm._desk.inboxes[0, 1].posted.tensors[0]
+    got = comm.recv(0, 1)
+    assert got.equal(copy)
+    assert got.data_ptr() != landed.data_ptr()
+    comm.isend((sent, other), 0, 1)
+    assert [part.shape for part in comm.recv(0, 1)] == [(2, 3), (3,)]
+    comm.flush()
+    assert staging.made == 1 + 1 + 2 + 2
+    comm.mean_([other], 0.5)
+    comm.broadcast_([other])
+    assert staging.made == 6 + 1 + 1
+    assert other.eq(0.5).all()
+
+
+def test_where_a_rank_computes_is_stated_once_for_the_family() -> None:
+    comm = Comm(SingleWire())
+    twin = comm.dup()
+    comm.onto(torch.device("cuda", 1))
+    dock = twin._family.dock
+    assert isinstance(dock, Pinned)
+    assert dock.device == torch.device("cuda", 1)
+    here = torch.ones(2)
+    assert dock.lower(here).data_ptr() == here.data_ptr(), "what is on the host passes as ever"
+    with pytest.raises(ValueError, match="'cuda' names no device of its kind: say 'cuda:0'"):
+        comm.onto(torch.device("cuda"))
+    comm.onto(torch.device("cpu"))
+    assert isinstance(twin._family.dock, Host)
+
+
+NODES = ["ab", "aab", "abc", "abab", "aaabb", "aaaabccc", "abcbacbaa", "aaaaaaaaab"]
+"""Hosts of the ranks: even and uneven nodes, one of them alone, in any order."""
+
+
+@pytest.mark.parametrize("nodes", NODES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_mean_over_nodes_is_as_promised(nodes: str, dtype: torch.dtype) -> None:
+    """Node by node, in rank order: these bits, on all ranks, in every repetition."""
+    n, shapes = len(nodes), [(100_003,), (7,), (300, 70), (0,)]
+    scales = weights(n)
+    parts = [[normal(shape, dtype, 9 * rank + len(shape)) for shape in shapes] for rank in range(n)]
+    want = [exact([part[i] for part in parts], scales, nodes) for i in range(len(shapes))]
+
+    def work(comm: Comm) -> None:
+        for _ in range(2):
+            mine = [part.clone() for part in parts[comm.rank]]
+            comm.mean_(mine, scales[comm.rank])
+            assert [bits(tensor) for tensor in mine] == [bits(tensor) for tensor in want]
+        assert same(comm, mine)
+
+    threads.run(n, work, hosts=list(nodes), seed=n)
+
+
+@pytest.mark.parametrize("nodes", NODES)
+def test_a_mean_over_nodes_is_the_mean_of_the_replicas(nodes: str) -> None:
+    n = len(nodes)
+    parts = [normal((50_001,), torch.float64, rank) for rank in range(n)]
+    want = torch.stack(parts).mean(0)
+
+    def work(comm: Comm) -> float:
+        mine = parts[comm.rank].clone()
+        comm.mean_([mine])
+        return float((mine - want).abs().max())
+
+    assert max(threads.run(n, work, hosts=list(nodes))) < 1e-12
+
+
+@pytest.mark.parametrize("nodes", NODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_crosses_between_nodes_does_not_depend_on_their_ranks(
+    nodes: str, dtype: torch.dtype
+) -> None:
+    """2 (m - 1) payloads between m nodes, as wide sums from nodes of several ranks; balanced."""
+    n, m = len(nodes), len(set(nodes))
+    pieces = Tiers(nodes, 0).even
+    tensor = torch.zeros(pieces * 20_000, dtype=dtype)
+    assert len(cut([tensor], pieces)) == pieces
+
+    def work(comm: Comm) -> tuple[int, int]:
+        comm.mean_([tensor.clone()])
+        return comm.traffic.bytes_intra, comm.traffic.bytes_inter
+
+    sent = threads.run(n, work, hosts=list(nodes))
+    tiers, size = Tiers(nodes, 0), tensor.nbytes // pieces
+    wide = SUMS[dtype].itemsize // dtype.itemsize
+    widths = [wide if len(ranks) > 1 else 1 for ranks in tiers.nodes]
+    up = sum(w for k in range(pieces) for i, w in enumerate(widths) if i != tiers.home(k))
+    assert sum(inter for _, inter in sent) == (up + pieces * (m - 1)) * size
+    assert sum(intra for intra, _ in sent) == 2 * (n - m) * tensor.nbytes
+    if dtype != torch.bfloat16:
+        for ranks in tiers.nodes:
+            assert sum(sent[rank][1] for rank in ranks) == 2 * (m - 1) * tensor.nbytes // m
+
+
+def test_messages_of_a_large_group_stay_few() -> None:
+    """64 ranks on 8 nodes and 40 MB: 64 pieces, 126 messages per rank, besides the weights."""
+    count = len(cut([torch.empty(10_000_000, device="meta")], Tiers([*range(8)] * 8, 0).even))
+    assert count == 64
+    counts: Counter[int] = Counter()
+
+    def work(comm: Comm) -> None:
+        push = comm.line.wire.isend
+
+        def counted(data: Bytes, to: int, tag: int) -> Request:
+            counts[data.size > 8] += 1
+            return push(data, to, tag)
+
+        comm.line.wire.isend = counted  # type: ignore[method-assign]
+        comm.mean_([torch.zeros(64 * 5000)])
+
+    threads.run(64, work, hosts=[f"n{rank % 8}" for rank in range(64)])
+    assert counts == {True: 64 * 126, False: 64 * 7}
+
+
+def test_a_group_of_one_copies_nothing() -> None:
+    comm = Comm(SingleWire())
+    strided = torch.ones(4, 6).t()
+    version = strided._version
+    handle = comm.imean_([strided])
+    assert handle.test()
+    assert strided._version == version
+    with pytest.raises(TypeError, match=r"mean_ of torch.int64 .tensor 0"):
+        comm.mean_([torch.ones(2, dtype=torch.int64)])
+
+
+@pytest.mark.parametrize("nodes", [*NODES, "a" * 5, "abcde"])
+@pytest.mark.parametrize("pieces", [1, 2, 3, 5, 16, 40])
+def test_weights_go_where_they_multiply(nodes: str, pieces: int) -> None:
+    """Who multiplies, by the drawing of a piece, is who is told; nobody else is."""
+    all_ = [Tiers(nodes, rank) for rank in range(len(nodes))]
+    for rank, tiers in enumerate(all_):
+        owners = {tiers.lead(k, tiers.home(k)) for k in range(pieces)}
+        leads = {tiers.lead(k, tiers.node) for k in range(pieces)}
+        told = owners if len(tiers.near) == 1 else leads
+        assert tiers.listeners(rank, pieces) == told - {rank}
+        for other in all_:
+            speaks = rank in other.speakers(pieces)
+            assert speaks == (other.rank in tiers.listeners(rank, pieces))
 
 
 def test_results_come_in_rank_order() -> None:

@@ -1,0 +1,96 @@
+"""Family: what a world and all groups split from it have in common, on one rank.
+
+Invariant: `wait` is the only place where a rank waits, and every turn of it moves everything that
+is in flight in any desk.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import final
+
+from dtrain.comm.desk import Desk
+from dtrain.comm.dock import Dock, Host
+from dtrain.comm.mean import PIECE_BYTES
+from dtrain.comm.memory import Scratch
+from dtrain.comm.traffic import Traffic
+from dtrain.comm.wire import Stall, Wire
+from dtrain.telemetry import Flight, Pending
+
+
+@final
+class Family:
+    """One rank's groups, and what they share.
+
+    Attributes
+    ----------
+    traffic : Traffic
+        What was sent.
+    flight : Flight
+        What happened last.
+    polls : list of callable
+        Called in every turn of every wait.
+    desks : list of Desk
+        One per group that is not closed.
+    scratch : Scratch
+        Memory of means.
+    dock : Dock
+        Where tensors meet the wire.
+    waited_s : float
+        Seconds spent in waits.
+    """
+
+    def __init__(self, wire: Wire) -> None:
+        name = f"rank {wire.rank} of {wire.size} on {wire.hosts[wire.rank]}"
+        self.flight = Flight(name, wire.rank)
+        self.flight.sources.append(self._pending)
+        self.traffic = Traffic()
+        self.polls: list[Callable[[], object]] = []
+        self.desks: list[Desk] = []
+        self.scratch = Scratch(PIECE_BYTES)
+        self.dock: Dock = Host()
+        self.waited_s = 0.0
+
+    def progress(self) -> None:
+        """Move everything that is in flight; never wait."""
+        for desk in self.desks:
+            desk.look()
+
+    def poke(self) -> None:
+        """Let the wire work on what comes, although nobody waits for it.
+
+        A library such as MPI moves large messages only inside its calls: looking at one receive
+        that is open moves all of them.
+        """
+        for desk in self.desks:
+            if desk.poke():
+                return
+
+    def wait(
+        self, done: Callable[[], bool], what: str, wire: Wire, timeout_s: float | None
+    ) -> None:
+        """Return when `done()`; raise `Stall` after `timeout_s`."""
+        start, turn = time.perf_counter(), 0
+        waits = self.flight.waits
+        waits.append((start, what))
+        try:
+            while not done():
+                self.progress()
+                for poll in tuple(self.polls):
+                    poll()
+                if timeout_s is not None and time.perf_counter() - start > timeout_s:
+                    raise Stall(
+                        f"rank {wire.rank} of {wire.size} waited {timeout_s:g} s for {what}"
+                    )
+                wire.idle(turn, what)
+                turn += 1
+        finally:
+            waits.pop()
+            seconds = time.perf_counter() - start
+            self.waited_s += seconds
+            self.flight.note("waited", seconds, "for", what)
+
+    def _pending(self) -> Iterator[Pending]:
+        for desk in self.desks:
+            yield from desk.pending()
