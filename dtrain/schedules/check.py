@@ -4,9 +4,10 @@ Invariant: what `check` accepts runs to its end under `comm`'s rule without any 
 any number of them, whatever the timing (see `simulate`).
 
 What is proved is a prefix of the segment: its first updates, until there are three of them and the
-pipeline was filled twice (2 x stages micro-batches), then the first update of every further kind
-(sizes over the replicas). Plans repeat update by update and no channel holds more than its posted
-receive, so what follows repeats what was seen.
+pipeline was filled twice (2 x stages micro-batches; where something flows back, 2 x blocks there
+and back, and the longest lag twice), then the first update of every further kind (sizes over the
+replicas). Plans repeat update by update and no channel holds more than its posted receives, so
+what follows repeats what was seen.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import final
 
-from dtrain.schedules.action import Action, Route
+from dtrain.schedules.action import Action, Point, Route
+from dtrain.schedules.cycles import feeds_back
+from dtrain.schedules.messages import passes
 from dtrain.schedules.schedule import Schedule, owned
 from dtrain.schedules.simulate import Plan, PlanError, Simulation, Span
 
-__all__ = ["PlanError", "Report", "check", "verify"]
+__all__ = ["PlanError", "Report", "Sizes", "check", "groups", "verify"]
 
 Sizes = Sequence[Sequence[int]]
 """Micro-batches by [replica][update]."""
@@ -30,14 +33,15 @@ Sizes = Sequence[Sequence[int]]
 @final
 @dataclass(frozen=True)
 class Report:
-    """What plans cost, in units: F = 1, B = 2, U = 0, hops 0.
+    """What plans cost, in units: F = I = W = 1, B = 2, U = 0, hops 0.
 
     Parameters
     ----------
     peak_live : tuple of int
-        Per stage: most micro-batches whose `F` ran in a block and whose `B` has not.
+        Per stage: most micro-batches whose first `F` ran in a block and whose `B`, or `W`, has not.
     staleness : tuple of int
-        Per stage: most updates of a block between `F` and `B` of the same micro-batch.
+        Per stage: most updates of a block between the first `F` and the `B`, or `I`, of one
+        micro-batch.
     bubble : float
         Mean idle share of the ranks: 1 - busy / (ranks x makespan).
     makespan : int
@@ -84,14 +88,12 @@ def check(
     """
     schedule.admit(routes)
     stages = max(place) + 1
-    rows: dict[tuple[int, ...], int] = {}
-    for replica, row in enumerate(_prefix(sizes, 2 * stages)):
-        rows.setdefault(row, replica)
+    rows = groups(_prefix(sizes, *_filled(place, routes)))
     plans = {
         replica: [tuple(schedule.plan(s, place, row, routes)) for s in range(stages)]
-        for row, replica in rows.items()
+        for replica, row in rows.items()
     }
-    return _prove(plans, {replica: row for row, replica in rows.items()}, place, routes)
+    return _prove(plans, rows, place, routes)
 
 
 def verify(
@@ -110,16 +112,31 @@ def verify(
     updates = 1 + max((a.update for stages in plans for plan in stages for a in plan), default=-1)
     sizes: dict[int, list[int]] = {}
     for replica, stages in enumerate(plans):
-        first = Counter(a.update for a in stages[place[0]] if a.kind == "F" and a.block == 0)
+        begun = (a for a in stages[place[0]] if (a.kind, a.block, a.pass_) == ("F", 0, 0))
+        first = Counter(action.update for action in begun)
         sizes[replica] = [first[update] for update in range(updates)]
     return _prove(dict(enumerate(plans)), sizes, place, routes)
 
 
-def _prefix(sizes: Sizes, micros: int) -> list[tuple[int, ...]]:
+def groups(sizes: Sizes) -> dict[int, tuple[int, ...]]:
+    """Return the first replica of each kind with its sizes."""
+    rows: dict[tuple[int, ...], int] = {}
+    for replica, row in enumerate(sizes):
+        rows.setdefault(tuple(row), replica)
+    return {replica: row for row, replica in rows.items()}
+
+
+def _filled(place: Sequence[int], routes: Sequence[Route]) -> tuple[int, int]:
+    """Return the micro-batches that fill the pipeline twice, and the updates of the longest lag."""
+    micros = 4 * len(place) if feeds_back(routes) else 2 * (max(place) + 1)
+    return micros, max((route.lag for route in routes), default=0)
+
+
+def _prefix(sizes: Sizes, micros: int, lag: int) -> list[tuple[int, ...]]:
     """Return the part of `sizes` that is proved: see the module."""
     columns = list(zip(*sizes, strict=True))
     filled = accumulate(max(column) for column in columns)
-    first = max(3, 1 + sum(total < micros for total in filled))
+    first = max(3, 1 + sum(total < micros for total in filled)) + 2 * lag
     kinds = dict.fromkeys(columns[:first])
     further = [column for column in dict.fromkeys(columns[first:]) if column not in kinds]
     kept = columns[:first] + further
@@ -136,8 +153,9 @@ def _prove(
     for replica, stages in plans.items():
         for stage, plan in enumerate(stages):
             where = f"stage {stage}" if len(plans) == 1 else f"replica {replica} stage {stage}"
-            _complete(where, plan, stage, place, sizes[replica])
-    course = Simulation(plans, place, routes)
+            ledger = _Ledger(owned(stage, place), sizes[replica], passes(routes), plan)
+            _complete(where, plan, ledger)
+    course = Simulation(plans, sizes, place, routes)
     course.run()
     return _report(plans, course)
 
@@ -145,7 +163,7 @@ def _prove(
 def _report(plans: Mapping[int, Sequence[Plan]], course: Simulation) -> Report:
     """Gather what plans and their simulation say."""
     spans = [span for rank in course.spans.values() for span in rank]
-    makespan = max((span.end for span in spans), default=0)
+    makespan = int(max((span.end for span in spans), default=0))
     busy = sum(span.end - span.start for span in spans)
     columns = list(zip(*plans.values(), strict=True))
     first = [course.spans[min(plans), stage] for stage in range(len(columns))]
@@ -165,10 +183,10 @@ def _live(plan: Plan) -> int:
     peak = 0
     for action in plan:
         micro = action.update, action.micro
-        if action.kind == "F":
+        if action.kind == "F" and not action.pass_:
             live[micro] += 1
             peak = max(peak, len(live))
-        elif action.kind == "B":
+        elif action.kind in "BW":
             live[micro] -= 1
             if not live[micro]:
                 del live[micro]
@@ -176,33 +194,31 @@ def _live(plan: Plan) -> int:
 
 
 def _stale(plan: Plan) -> int:
-    """Return the most updates of a block between `F` and `B` of one micro-batch."""
+    """Return the most updates of a block between first `F` and `B` (or `I`) of one micro-batch."""
     version: Counter[int] = Counter()
     seen: dict[tuple[int, int, int], int] = {}
     stale = 0
     for action in plan:
-        if action.kind == "F":
-            seen[action[1:]] = version[action.block]
-        elif action.kind == "B":
-            stale = max(stale, version[action.block] - seen.pop(action[1:]))
-        else:
-            version[action.block] += 1
+        block, micro = action.block, (action.block, action.update, action.micro)
+        if action.kind == "F" and not action.pass_:
+            seen[micro] = version[block]
+        elif action.kind in "BI":
+            stale = max(stale, version[block] - seen.pop(micro))
+        elif action.kind == "U":
+            version[block] += 1
     return stale
 
 
-def _complete(
-    where: str, plan: Plan, stage: int, place: Sequence[int], sizes: Sequence[int]
-) -> None:
+def _complete(where: str, plan: Plan, ledger: _Ledger) -> None:
     """Raise where a plan leaves something out, does it twice or in the wrong order."""
-    ledger = _Ledger(owned(stage, place), sizes)
     for position, action in enumerate(plan):
         fault = ledger.fault(action)
         if fault:
             at = f"at {action} of update {action.update} (position {position})"
             raise PlanError(f"{where} {at}: {fault}")
-        ledger.done[action.kind, action.block] += 1
-    for kind, block in ledger.done:
-        due = ledger.due(kind, block)
+        ledger.done[action.block, action.kind, action.pass_] += 1
+    for point in ledger.points:
+        due = ledger.due(point)
         if due:
             end = f"the plan ends at position {len(plan)}"
             raise PlanError(f"{where}: {due} of update {due.update} is missing, {end}")
@@ -210,32 +226,50 @@ def _complete(
 
 @final
 class _Ledger:
-    """How many actions of each kind a stage's blocks have done, out of what `sizes` asks."""
+    """How many actions of each point a stage's blocks have done, out of what `sizes` asks.
 
-    def __init__(self, blocks: Sequence[int], sizes: Sequence[int]) -> None:
-        self.done = {(kind, block): 0 for block in blocks for kind in "FBU"}
+    Every block goes through its points in order: its passes of `F`, then `B`, or `I` and `W` where
+    the plan splits it, then `U`.
+    """
+
+    def __init__(
+        self, blocks: Sequence[int], sizes: Sequence[int], passes: int, plan: Plan
+    ) -> None:
+        split = {action.block for action in plan if action.kind in "IW"}
+        self.points = [
+            Point(block, kind, pass_)
+            for block in blocks
+            for kind in ("FIWU" if block in split else "FBU")
+            for pass_ in range(passes if kind == "F" else 1)
+        ]
+        self.done: dict[tuple[int, str, int], int] = dict.fromkeys(self.points, 0)
+        self._before = dict(zip(self.points[1:], self.points, strict=False))
         self._clock = [(u, micro) for u, size in enumerate(sizes) for micro in range(size)]
         self._ends = list(accumulate(sizes))
 
-    def due(self, kind: str, block: int) -> Action | None:
-        """Return the next action of a kind in a block: micro-batches and updates in order."""
-        count = self.done[kind, block]
+    def due(self, point: Point) -> Action | None:
+        """Return the next action of a point: micro-batches and updates in order."""
+        count, (block, kind, pass_) = self.done[point], point
         if kind == "U":
             return Action(kind, block, count) if count < len(self._ends) else None
-        return Action(kind, block, *self._clock[count]) if count < len(self._clock) else None
+        clock = self._clock
+        return Action(kind, block, *clock[count], pass_) if count < len(clock) else None
 
     def fault(self, action: Action) -> str:
         """Return why an action must not come now, or an empty text."""
-        kind, block = action.kind, action.block
-        if (kind, block) not in self.done:
-            return f"block {block} has no {kind} on this stage"
-        due = self.due(kind, block)
+        point = Point(action.block, action.kind, action.pass_)
+        if point not in self.done:
+            return f"block {action.block} has no {point.kind} on this stage"
+        due = self.due(point)
         if due is None:
-            return f"every {kind}{block} is done already"
+            return f"every {point} is done already"
         if action != due:
             return f"{due} of update {due.update} comes first"
-        if kind == "B" and self.done["F", block] <= self.done["B", block]:
-            return "its F has not run"
-        if kind == "U" and self.done["B", block] < self._ends[action.update]:
-            return f"{self.due('B', block)} has not run"
+        before = self._before.get(point, point)
+        if action.kind == "U":
+            late = self.done[before] < self._ends[action.update]
+            return f"{self.due(before)} has not run" if late else ""
+        first = (action.kind, action.pass_) == ("F", 0)
+        if not first and self.done[before] <= self.done[point]:
+            return f"its {before.kind} has not run"
         return ""

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from dtrain.schedules.action import Action
 from dtrain.schedules.check import Report
 from dtrain.schedules.simulate import Span
 
-LEGEND = (
-    "0 1 2 ... forward, a b c ... backward of micro-batch 0, 1, 2 ... (modulo 10), U update, . idle"
-)
+FORWARD, AGAIN, BACKWARD, WEIGHTS = "0", "k", "a", "A"
+"""What micro-batch 0 is written as: `F`, a later pass of it, `B` or `I`, and `W`."""
 
 
 def draw(report: Report, width: int = 120) -> str:
@@ -37,17 +37,35 @@ def draw(report: Report, width: int = 120) -> str:
     rows = [["."] * report.makespan for _ in range(stages)]
     _fill(rows, report.timeline)
     lines = [name + _fit(gap.join(row), room) + "|" for name, row in zip(names, rows, strict=True)]
-    return "\n".join([*lines, LEGEND, _figures(report)])
+    return "\n".join([*lines, _legend(report), _figures(report)])
 
 
 def _fill(rows: list[list[str]], spans: Iterable[Span]) -> None:
     """Write each action into its row; an update takes no time and marks the column it ends."""
-    for stage, start, end, action in spans:
+    for span in spans:
+        start, end, action = int(span.start), int(span.end), span.action
         if action.kind == "U":
-            rows[stage][max(start - 1, 0) : start or 1] = "U"
-            continue
-        base = "0" if action.kind == "F" else "a"
-        rows[stage][start:end] = chr(ord(base) + action.micro % 10) * (end - start)
+            rows[span.stage][max(start - 1, 0) : start or 1] = "U"
+        else:
+            sign = chr(ord(_sign(action)) + action.micro % 10)
+            rows[span.stage][start:end] = sign * (end - start)
+
+
+def _sign(action: Action) -> str:
+    """Return what an action of micro-batch 0 is written as."""
+    if action.kind == "F":
+        return AGAIN if action.pass_ else FORWARD
+    return WEIGHTS if action.kind == "W" else BACKWARD
+
+
+def _legend(report: Report) -> str:
+    """Return what the signs of a timeline mean."""
+    seen = {_sign(span.action) for span in report.timeline if span.action.kind != "U"}
+    split = WEIGHTS in seen
+    words = ["0 1 2 ... forward", f"a b c ... {'gradient of the input' if split else 'backward'}"]
+    words += ["A B C ... of the weights"] if split else []
+    words += ["k l m ... further forwards"] if AGAIN in seen else []
+    return f"{', '.join(words)} of micro-batch 0, 1, 2 ... (modulo 10), U update, . idle"
 
 
 def _fit(row: str, room: int) -> str:
@@ -57,9 +75,11 @@ def _fit(row: str, room: int) -> str:
 
 def _figures(report: Report) -> str:
     """Return the figures of a report in one line."""
+    split = any(span.action.kind == "W" for span in report.timeline)
     return (
-        f"{report.makespan} units (F 1, B 2), bubble {report.bubble:.1%}, "
-        f"live micro-batches {_runs(report.peak_live)}, staleness {_runs(report.staleness)}"
+        f"{report.makespan} units (F 1, {'I 1, W 1' if split else 'B 2'}), "
+        f"bubble {report.bubble:.1%}, live micro-batches {_runs(report.peak_live)}, "
+        f"staleness {_runs(report.staleness)}"
     )
 
 

@@ -26,9 +26,11 @@ class Flush(Schedule):
     """Run `ahead` forwards, then forward and backward in turns, then the remaining backwards."""
 
     limit: ClassVar[str] = (
-        "flush schedules bring activations to later blocks and gradients to earlier ones; "
-        'for anything else that flows to later blocks set schedule.name = "stream"'
+        "flush schedules bring activations to later blocks and gradients to earlier ones, in one "
+        'pass; for anything else that flows to later blocks set schedule.name = "stream"'
     )
+
+    flushes: ClassVar[bool] = True
 
     @abstractmethod
     def ahead(self, stage: int, stages: int, micros: int) -> int:
@@ -36,6 +38,10 @@ class Flush(Schedule):
 
     def runs(self, route: Route) -> bool:
         source, target = route.source, route.target
+        if source.pass_ or target.pass_:
+            return False
+        if route.lag:  # every rank ends an update before the next
+            return True
         if source.kind == target.kind == "F":
             return source.block < target.block
         return source.kind == target.kind == "B" and source.block > target.block

@@ -1,16 +1,17 @@
 """Schedules: in which order a rank computes.
 
-Invariant: a plan is pure in its arguments and complete: `F` and `B` of each own block once per
-micro-batch, `U` once per block and update, micro-batches learnt in order 0 .. M-1. Therefore all
-schedules without staleness train the same model.
+Invariant: a plan is pure in its arguments and complete: every pass of `F`, then `B` (or `I`, then
+`W`) of each own block once per micro-batch, `U` once per block and update, micro-batches learnt in
+order 0 .. M-1. Therefore all schedules without staleness train the same model.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+from dtrain import partition
 from dtrain.errors import Refusal
 from dtrain.schedules.action import Action, Route
 
@@ -20,6 +21,34 @@ class Schedule(ABC):
 
     limit: ClassVar[str]
     """Which routes it cannot run, and what to use instead; the end of a refusal."""
+
+    weights: ClassVar[Literal["own", "current"]] = "own"
+    """What a learning computes with: the weights of its forward, which no update has changed since
+    ("own"), or those of its own moment, whatever updates came between ("current")."""
+
+    splits: ClassVar[bool] = False
+    """Whether plans hold `I` and `W` in the place of `B`."""
+
+    flushes: ClassVar[bool] = False
+    """Whether a rank has learnt all of an update before its first `U` of that update, so that the
+    gradients of the whole model can be looked at together."""
+
+    def place(
+        self, costs: Sequence[float], stages: int, transfers: Sequence[float] = ()
+    ) -> tuple[int, ...]:
+        """Return the stage of each block: a line here, while a schedule may loop or fold.
+
+        Parameters
+        ----------
+        costs, stages, transfers
+            As of `partition.place`.
+
+        Raises
+        ------
+        Refusal
+            Where the blocks cannot be placed on so many stages.
+        """
+        return partition.place(costs, stages, transfers)
 
     @abstractmethod
     def plan(

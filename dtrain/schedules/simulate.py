@@ -13,20 +13,23 @@ The rule, per route (which leads to one block of one stage):
                                                                was taken, receive 0 at start
 
 A rank serves the takes of an action in the order of the routes, computes, then makes its offers in
-the order of the routes. `U` of a block waits for the same `U` of all replicas. Time is counted in
-units (F = 1, B = 2, U = 0, hops 0). Waiting for a receive costs no time here: it is there to prove
-the order, and with the credits of a real run it is rare.
+the order of the routes. `U` of a block waits for the same `U` of all replicas. A route with a lag
+has a larger window: see `Messages.window`.
+
+Without credits the order is proved, and waiting for a receive costs no time: with the credits of a
+real run it is rare. With credits it is timed: a send that waits delays its rank. What credits allow
+under way is taken to move at once, one message after the other on each link.
 """
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict, deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple, final
 
 from dtrain.schedules.action import Action, Route
+from dtrain.schedules.costs import Costs, units
 from dtrain.schedules.messages import Messages
 
 Plan = Sequence[Action]
@@ -35,29 +38,39 @@ Rank = tuple[int, int]
 Wait = tuple[str, int, int]
 """("take" or "offer", replica, route) or ("meet", replica, block)."""
 
-UNITS = {"F": 1, "B": 2, "U": 0}
-
 
 class PlanError(ValueError):
     """Plans that do not fit each other; the message names stage, position and action."""
 
 
 class Span(NamedTuple):
-    """An action in time, `start` to `end` in units."""
+    """An action in time, `start` to `end`: units (whole numbers), or seconds where costs are."""
 
     stage: int
-    start: int
-    end: int
+    start: float
+    end: float
     action: Action
 
 
 @final
-class _Channel:
-    """The messages of one route in one replica: the spans that offered them, and how many left."""
+class Channel:
+    """The messages of one route in one replica.
+
+    Attributes
+    ----------
+    sent : list of Span
+        The actions that offered them.
+    left, came : list of float
+        When each was offered, and when it was there.
+    taken : list of float
+        When each that was taken was.
+    """
 
     def __init__(self) -> None:
         self.sent: list[Span] = []
-        self.taken = 0
+        self.left: list[float] = []
+        self.came: list[float] = []
+        self.taken: list[float] = []
 
 
 @final
@@ -68,33 +81,48 @@ class Simulation:
     ----------
     plans : mapping of int to sequence of Plan
         `plans[replica][stage]`; replicas of equal plans need only one entry.
+    sizes : mapping of int to sequence of int
+        Micro-batches by [replica][update].
     place : sequence of int
         `place[b]` is the stage of block b.
     routes : sequence of Route
         What flows between actions.
-    credits : int
-        Sends of a route that may be under way beyond the posted receive; 0 is strictest.
+    costs : Costs, optional
+        What it takes; default: units.
+    credits : int, optional
+        Sends of a route that may be under way beyond the posted receives, in a timed run;
+        default: none, and waiting for a receive costs no time, which proves the order.
 
     Attributes
     ----------
     spans : dict of (replica, stage) to list of Span
         What ran when.
-    messages : int
-        Messages between ranks, handovers on one rank not counted.
+    channels : dict of int to list of Channel
+        `channels[replica][route]`.
     """
 
     def __init__(
         self,
         plans: Mapping[int, Sequence[Plan]],
+        sizes: Mapping[int, Sequence[int]],
         place: Sequence[int],
         routes: Sequence[Route],
-        credits: int = 0,
+        costs: Costs | None = None,
+        credits: int | None = None,
     ) -> None:
         self.spans: dict[Rank, list[Span]] = {}
-        self.messages = 0
-        self._plans, self._place, self._routes, self._credits = plans, place, routes, credits
-        self._channels = {replica: [_Channel() for _ in routes] for replica in plans}
-        self._met: dict[Action, dict[int, int]] = defaultdict(dict)
+        self.channels = {replica: [Channel() for _ in routes] for replica in plans}
+        self._plans, self._place, self._routes = plans, place, routes
+        self._costs, self._credits = costs or units(len(place)), credits
+        self._mail = {
+            (replica, stage): Messages(routes, place, stage, sizes[replica])
+            for replica, stages in plans.items()
+            for stage in range(len(stages))
+        }
+        ends = [(place[route.source.block], place[route.target.block]) for route in routes]
+        self._links = [self._costs.links(*pair) for pair in ends]
+        self._free: defaultdict[tuple[int, int, int], float] = defaultdict(int)
+        self._met: dict[Action, dict[int, float]] = defaultdict(dict)
         self._ready: deque[tuple[Rank, Iterator[Wait]]] = deque()
         self._waiting: dict[Wait, tuple[Rank, Iterator[Wait]]] = {}
 
@@ -102,7 +130,7 @@ class Simulation:
         """Run all plans to their ends; `PlanError` for a deadlock or a message that misfits."""
         for replica, plans in self._plans.items():
             for stage, plan in enumerate(plans):
-                self._ready.append(((replica, stage), self._course(replica, stage, plan)))
+                self._ready.append(((replica, stage), self._course((replica, stage), plan)))
         while self._ready:
             rank, course = self._ready.popleft()
             wait = next(course, None)
@@ -112,52 +140,81 @@ class Simulation:
             raise PlanError(self._deadlock())
         self._settle()
 
-    def _course(self, replica: int, stage: int, plan: Plan) -> Iterator[Wait]:
+    @property
+    def messages(self) -> int:
+        """Messages between ranks, handovers on one rank not counted."""
+        return sum(
+            len(channel.sent)
+            for channels in self.channels.values()
+            for route, channel in zip(self._routes, channels, strict=True)
+            if self._place[route.source.block] != self._place[route.target.block]
+        )
+
+    def _course(self, rank: Rank, plan: Plan) -> Iterator[Wait]:
         """Run one rank's plan; yield whenever it must wait, go on when that may have come."""
-        messages, now = Messages(self._routes, self._place, stage), 0
-        spans = self.spans[replica, stage] = []
+        messages, prices = self._mail[rank], self._costs.blocks
+        spans = self.spans[rank] = []
+        now: float = 0
         for action in plan:
             for route in messages.takes(action):
-                now = max(now, (yield from self._take(replica, route, action)))
+                now = yield from self._take(rank, route, action, now)
             if action.kind == "U":
-                now = yield from self._meet(replica, action, now)
-            spans.append(Span(stage, now, now + UNITS[action.kind], action))
-            now = spans[-1].end
+                now = yield from self._meet(rank[0], action, now)
+            end = now + prices[action.block].seconds(action.kind)
+            spans.append(Span(rank[1], now, end, action))
+            now = end
             for route in messages.offers(action):
-                credits = math.inf if messages.local(route) else self._credits
-                yield from self._offer(replica, route, spans[-1], credits)
+                now = yield from self._offer(rank, route, spans[-1], now)
 
-    def _take(self, replica: int, route: int, action: Action) -> Generator[Wait, None, int]:
-        """Take the next message of a route, posting the receive after it; return when it came."""
-        channel = self._channels[replica][route]
-        while channel.taken == len(channel.sent):
-            yield "take", replica, route
-        span = channel.sent[channel.taken]
-        if span.action[2:] != action[2:]:
-            rank = replica, self._place[action.block]
-            raise PlanError(self._misfit(rank, route, span, action))
-        channel.taken += 1
-        self._wake(("offer", replica, route))
-        return span.end
+    def _take(
+        self, rank: Rank, route: int, action: Action, now: float
+    ) -> Generator[Wait, None, float]:
+        """Take the next message of a route, posting a receive after it; return when it is there."""
+        channel = self.channels[rank[0]][route]
+        index = len(channel.taken)
+        while index == len(channel.sent):
+            yield "take", rank[0], route
+        source = channel.sent[index].action
+        if (source.update, source.micro) != self._mail[rank].origin(route, action):
+            raise PlanError(self._misfit(rank, route, channel.sent[index], action))
+        channel.taken.append(max(now, channel.came[index]))
+        self._wake(("offer", rank[0], route))
+        return channel.taken[-1]
 
-    def _offer(self, replica: int, route: int, span: Span, credits: float) -> Iterator[Wait]:
-        """Send on a route; wait until no more than `credits` sends lack a posted receive."""
-        channel = self._channels[replica][route]
+    def _offer(
+        self, rank: Rank, route: int, span: Span, now: float
+    ) -> Generator[Wait, None, float]:
+        """Send on a route; wait until no more sends than credits lack a posted receive."""
+        messages, channel = self._mail[rank], self.channels[rank[0]][route]
+        local = messages.local(route)
         channel.sent.append(span)
-        self.messages += credits != math.inf
-        self._wake(("take", replica, route))
-        while channel.taken < len(channel.sent) - 1 - credits:
-            yield "offer", replica, route
+        channel.left.append(now)
+        channel.came.append(now if local else self._arrival(rank, route, now))
+        self._wake(("take", rank[0], route))
+        if local:
+            return now
+        posted = len(channel.sent) - messages.window(route) - (self._credits or 0)
+        while len(channel.taken) < posted:
+            yield "offer", rank[0], route
+        timed = self._credits is not None and posted > 0
+        return max(now, channel.taken[posted - 1]) if timed else now
 
-    def _meet(self, replica: int, action: Action, now: int) -> Generator[Wait, None, int]:
-        """Wait for the same update in all replicas; return when the last one came."""
+    def _arrival(self, rank: Rank, route: int, now: float) -> float:
+        """Return when a message that is sent now is there; its link is busy until it has left."""
+        link, size = self._links[route], self._costs.payload(route)
+        way = *rank, self._mail[rank].target(route)
+        self._free[way] = max(now, self._free[way]) + (size and size / link.bytes_per_s)
+        return self._free[way] + link.latency_s
+
+    def _meet(self, replica: int, action: Action, now: float) -> Generator[Wait, None, float]:
+        """Wait for the same update in all replicas; return when they have met."""
         met = self._met[action]
         met[replica] = now
         while len(met) < len(self._plans):
             yield "meet", replica, action.block
         for other in self._plans:
             self._wake(("meet", other, action.block))
-        return max(met.values())
+        return max(met.values()) + self._costs.blocks[action.block].meet_s
 
     def _wake(self, wait: Wait) -> None:
         """Let the rank go on that waits for this, if there is one."""
@@ -166,10 +223,11 @@ class Simulation:
 
     def _settle(self) -> None:
         """Raise where a message was sent and never taken."""
-        for channels in self._channels.values():
+        for channels in self.channels.values():
             for route, channel in zip(self._routes, channels, strict=True):
-                if channel.taken < len(channel.sent):
-                    raise PlanError(f"{route}: {len(channel.sent)} sent, {channel.taken} taken")
+                sent, taken = len(channel.sent), len(channel.taken)
+                if taken < sent:
+                    raise PlanError(f"{route}: {sent} sent, {taken} taken")
 
     def _misfit(self, rank: Rank, route: int, span: Span, action: Action) -> str:
         """Return what is wrong where a message of another micro-batch comes."""

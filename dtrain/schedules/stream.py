@@ -17,14 +17,13 @@ Greedy Learning of CNNs" (there with buffers and asynchronous; here in order and
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import ClassVar, final
 
 from dtrain.schedules.action import Action, Route
-from dtrain.schedules.schedule import Schedule, owned
+from dtrain.schedules.cycles import cycles, feeds_back
+from dtrain.schedules.schedule import Schedule
 
 
 @final
@@ -38,50 +37,11 @@ class Stream(Schedule):
     )
 
     def runs(self, route: Route) -> bool:
-        source, target = route.source, route.target
-        if source.kind == target.kind:
-            return source.block < target.block
-        return (source.kind, target.kind) == ("F", "B") and source.block <= target.block
+        kinds = route.source.kind + route.target.kind
+        return kinds in ("FF", "FB", "BB") and not feeds_back([route])
 
     def plan(
         self, stage: int, place: Sequence[int], sizes: Sequence[int], routes: Sequence[Route]
     ) -> Iterator[Action]:
         self.admit(routes)
-        blocks, offset = owned(stage, place), _offsets(place, routes)
-        clock = [(update, micro) for update, size in enumerate(sizes) for micro in range(size)]
-        ends = list(accumulate(sizes))
-        yield from _updates([(block, 0) for block in blocks], ends)
-        for cycle in range(len(clock) + max((offset[b] for b in blocks), default=0)):
-            live = [(b, cycle - offset[b]) for b in blocks if 0 <= cycle - offset[b] < len(clock)]
-            for kind in "FB":
-                for block, count in live:
-                    yield Action(kind, block, *clock[count])
-            yield from _updates([(block, count + 1) for block, count in live], ends)
-
-
-def _offsets(place: Sequence[int], routes: Sequence[Route]) -> list[int]:
-    """Return the first cycle of each block: the longest path over the routes, hops count 1.
-
-    Counted per block and not per action: `F` and `B` of a block stay together.
-    """
-    offset = [0] * len(place)
-    for route in sorted(routes, key=lambda r: r.target.block):
-        source, target = route.source.block, route.target.block
-        hop = place[source] != place[target]
-        offset[target] = max(offset[target], offset[source] + hop)
-    return offset
-
-
-def _updates(done: Sequence[tuple[int, int]], ends: Sequence[int]) -> Iterator[Action]:
-    """Yield the updates that are due, given (block, micro-batches done), empty ones included.
-
-    Update by update: replicas of other sizes meet here, so all must use the same order.
-    """
-    due = ((u, b) for b, count in done for u in _ending(ends, count))
-    for update, block in sorted(due):
-        yield Action("U", block, update)
-
-
-def _ending(ends: Sequence[int], count: int) -> range:
-    """Return the updates that are complete after exactly `count` micro-batches."""
-    return range(bisect_left(ends, count), bisect_right(ends, count))
+        return cycles(stage, place, sizes, routes)

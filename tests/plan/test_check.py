@@ -144,3 +144,54 @@ def test_staleness_counts_updates_between_forward_and_backward() -> None:
     plan += [Action("B", 0, 1, 0), Action("U", 0, 1)]
     report = verify([[plan]], (0,), [])
     assert (report.staleness, report.peak_live) == ((1,), (2,))
+
+
+def test_a_split_backward() -> None:
+    """I in the place of B, W after it; both in order, and U after all W."""
+    routes = [ROUTES[0], ROUTES[STAGES - 1]]
+    right = parse("F1.0 I1.0 F1.1 I1.1 W1.0 W1.1 U1")
+    first = parse("F0.0 F0.1 I0.0 W0.0 I0.1 W0.1 U0")
+    report = verify([[first, right]], range(2), routes)
+    assert (report.peak_live, report.makespan) == ((2, 2), 7)
+    for words, what in (
+        ("F1.0 W1.0 I1.0 F1.1 I1.1 W1.1 U1", "at W1.0 of update 0 (position 1): its I has not run"),
+        ("F1.0 I1.0 I1.1 F1.1 W1.0 W1.1 U1", "at I1.1 of update 0 (position 2): its F has not run"),
+        ("F1.0 I1.0 F1.1 I1.1 W1.1 W1.0 U1", "W1.0 of update 0 comes first"),
+        ("F1.0 I1.0 F1.1 I1.1 W1.0 U1 W1.1", "at U1 of update 0 (position 5): W1.1 has not run"),
+        ("F1.0 I1.0 F1.1 I1.1 W1.0 U1", "W1.1 has not run"),
+        ("F1.0 I1.0 W1.0 F1.1 B1.1 U1", "block 1 has no B on this stage"),
+    ):
+        assert what in fault([first, parse(words)], routes=routes)
+
+
+def test_every_pass_of_a_micro_batch() -> None:
+    """Pass 1 after pass 0, learning after both."""
+    again = [Action("F", 0, 0, micro, 1) for micro in range(2)]
+    (f0, f1, b0, b1, u) = parse("F0.0 F0.1 B0.0 B0.1 U0")
+    routes = [Route(Point(0, "F"), Point(0, "F", 1), "error")]
+    right = [f0, f1, again[0], b0, again[1], b1, u]
+    assert verify([[right]], (0,), routes).peak_live == (2,)
+    assert [str(action) for action in right[:3]] == ["F0.0", "F0.1", "F0.0/1"]
+    for plan, what in (
+        ([again[0], f0, f1, b0, again[1], b1, u], "F0.0/1 of update 0 (position 0): its F has not"),
+        ([f0, f1, b0, *again, b1, u], "B0.0 of update 0 (position 2): its F has not run"),
+        ([f0, f1, *again[::-1], b0, b1, u], "F0.0/1 of update 0 comes first"),
+        ([f0, f1, again[0], b0, b1, u], "B0.1 of update 0 (position 4): its F has not run"),
+    ):
+        assert what in fault([plan], routes=routes)
+
+
+def test_staleness_counts_to_the_gradient_of_the_input() -> None:
+    plan = [Action("F", 0, 0, 0), Action("F", 0, 1, 0), Action("I", 0, 0, 0), Action("W", 0, 0, 0)]
+    plan += [Action("U", 0, 0), Action("I", 0, 1, 0), Action("W", 0, 1, 0), Action("U", 0, 1)]
+    report = verify([[plan]], (0,), [])
+    assert (report.staleness, report.peak_live) == ((1,), (2,))
+
+
+def test_staleness_counts_from_the_first_forward() -> None:
+    """A second forward after an update does not make the first one fresh."""
+    plan = [Action("F", 0, 0, 0), Action("F", 0, 1, 0), Action("F", 0, 0, 0, 1)]
+    plan += [Action("B", 0, 0, 0), Action("U", 0, 0), Action("F", 0, 1, 0, 1)]
+    plan += [Action("B", 0, 1, 0), Action("U", 0, 1)]
+    routes = [Route(Point(0, "F"), Point(0, "F", 1), "error")]
+    assert verify([[plan]], (0,), routes).staleness == (1,)

@@ -6,6 +6,8 @@ from dtrain.schedules import SCHEDULES
 from dtrain.schedules.action import Point, Route
 from dtrain.schedules.check import Report, check
 from dtrain.schedules.draw import draw
+from tests.witness.pipelined import Pipelined
+from tests.witness.split import Split
 
 
 def report(name: str, stages: int, *sizes: int) -> Report:
@@ -53,3 +55,23 @@ def test_beyond_the_page() -> None:
 
 def test_a_segment_without_samples() -> None:
     assert draw(report("1f1b", 2, 0)).splitlines()[0] == "stage 0 |U|"
+
+
+def test_a_split_backward() -> None:
+    routes = [Route(Point(0, "F"), Point(1, "F"), "activation")]
+    routes += [Route(Point(1, "B"), Point(0, "B"), "gradient")]
+    rows = draw(check(Split(), range(2), [[2]], routes)).splitlines()
+    assert rows == [
+        "stage 0 |0 1 . a A b U|",
+        "stage 1 |. 0 a 1 b A U|",
+        "0 1 2 ... forward, a b c ... gradient of the input, A B C ... of the weights of "
+        "micro-batch 0, 1, 2 ... (modulo 10), U update, . idle",
+        "7 units (F 1, I 1, W 1), bubble 14.3%, live micro-batches 2, staleness 0",
+    ]
+
+
+def test_two_passes() -> None:
+    routes = [Route(Point(0, "F"), Point(0, "F", 1), "error")]
+    rows = draw(check(Pipelined(), (0,), [[1, 1]], routes)).splitlines()
+    assert rows[0] == "stage 0 |0 k a U 0 k a U|"
+    assert "k l m ... further forwards of micro-batch" in rows[1]

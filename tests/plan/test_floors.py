@@ -1,11 +1,11 @@
 """The house rules, read from the source: imports go downward, one door to MPI, nothing too long.
 
     floor 5   cli  train  config  layout  job  ...
-    floor 4   engine  mail  checkpoint
+    floor 4   engine  updates  judge  mail  checkpoint  ...
     floor 3   syncs
     floor 2   block  objectives  models  data  ...           no ranks, no messages
     floor 1   comm                                           mpi4py in comm/mpi.py only
-    floor 0   errors  mesh  partition  schedules  segments  tables      standard library only
+    floor 0   errors  mesh  partition  schedules  segments  tables  telemetry      no torch
 
 A part that has no line in `FLOORS` belongs to floor 5. Only what exists is checked.
 """
@@ -24,11 +24,12 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "dtrain"
 FLOORS = {
     **dict.fromkeys(("errors", "mesh", "partition", "schedules", "segments", "tables"), 0),
+    "telemetry": 0,
     "comm": 1,
-    **dict.fromkeys(("block", "objectives", "models", "data"), 2),
-    **dict.fromkeys(("gauge", "optimizers", "prices", "seeds"), 2),
+    **dict.fromkeys(("block", "live", "split", "saved", "objectives", "models", "data"), 2),
+    **dict.fromkeys(("device", "footprint", "optimizers", "prices", "rates", "seeds"), 2),
     "syncs": 3,
-    **dict.fromkeys(("engine", "mail", "checkpoint"), 4),
+    **dict.fromkeys(("engine", "updates", "judge", "mail", "course", "tally", "checkpoint"), 4),
 }
 TOP = 5
 FUNCTION_LINES, FILE_LINES = 60, 300
@@ -103,13 +104,14 @@ def foreign(path: Path) -> list[str]:
 def siblings(path: Path) -> list[str]:
     """Return the siblings that an objective or a sync imports; a folder's `__init__` may.
 
-    The abstract class that a folder shares is the file in the singular: `objective`, `sync`.
+    The abstract class that a folder shares is the file in the singular: `objective`, `sync`;
+    `heads` is that of all objectives with a head per block.
     """
     if part(path) not in ("objectives", "syncs") or path.stem == "__init__":
         return []
     shared = part(path).removesuffix("s")
     prefix = f"dtrain.{part(path)}."
-    strategies = {p.stem for p in path.parent.glob("*.py")} - {"__init__", shared}
+    strategies = {p.stem for p in path.parent.glob("*.py")} - {"__init__", shared, "heads"}
     near = (name.removeprefix(prefix) for name in imports(path) if name.startswith(prefix))
     return [name for name in near if name.split(".")[0] in strategies]
 

@@ -1,0 +1,225 @@
+"""Cycles: orders that follow from the routes alone, whatever flows forward or back.
+
+Invariant: an action runs in cycle (micro-batches so far) + (offset of its point), and the offsets
+are the longest path over the routes. So each block does the same things in the same order on any
+number of ranks, and messages wait for nothing that comes later.
+
+Pipelined backpropagation, three blocks, an update after every micro-batch (offsets in brackets):
+
+    cycle         0    1    2       3       4          Offsets
+    block 0       F    F    F       F       F B U      F 0 -> F 1 -> F 2
+    block 1            F    F       F B U   F B U                     |
+    block 2                 F B U   F B U   F B U      B 4 <- B 3 <- B 2
+
+*Where something flows back*, a hop between blocks takes a cycle, on one rank too: delays count
+blocks and not ranks, here 2(K-1-b) updates between `F` and `B` of block b out of K. Every update
+then takes as many cycles as the largest one: a short one ends in ghosts, which are nothing but the
+passing of a cycle. A lag of L updates allows its target to run L updates' cycles earlier.
+
+*Where nothing flows back*, a hop between ranks takes a cycle and the actions of a block stay
+together, so nothing is stale; no ghosts are needed.
+
+Drained once per update instead of once per segment, the cycles restart with each update and no
+block is updated before all have learnt, which leaves nothing stale whatever flows back.
+
+Source of the delays: Kosson et al. 2021, "Pipelined Backpropagation at Scale", section 2
+(D = 2(S-1-s) updates).
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import accumulate, count, pairwise
+from typing import Literal, NamedTuple
+
+from dtrain.errors import Refusal
+from dtrain.schedules.action import Action, Point, Route
+from dtrain.schedules.messages import passes
+from dtrain.schedules.schedule import owned
+
+Offsets = Mapping[Point, int]
+"""The first cycle of each point; of a `U`, counted from the last micro-batch of its update."""
+
+
+def cycles(
+    stage: int,
+    place: Sequence[int],
+    sizes: Sequence[int],
+    routes: Sequence[Route],
+    drain: Literal["segment", "update"] = "segment",
+) -> Iterator[Action]:
+    """Yield the actions of one rank; the arguments are those of `Schedule.plan`.
+
+    Inside a cycle: `F` by pass and block, then `B`, then `U` by update and block.
+
+    Parameters
+    ----------
+    drain : str
+        Whether cycles go on to the segment's end, or restart with every update.
+
+    Raises
+    ------
+    Refusal
+        Where routes form a circle: it names one of them and the least lag that would do.
+    """
+    rows, where = tuple(routes), tuple(place)
+    if drain == "update":
+        for update, size in enumerate(sizes):
+            first = _offsets(rows, where, max(size, 1), math.inf)
+            for action in _plan(owned(stage, where), first, (size,), max(size, 1)):
+                yield action._replace(update=update)
+        return
+    width = max([*sizes, 1]) if feeds_back(rows) else None
+    first = _offsets(rows, where, width or 1, width or 1)
+    yield from _plan(owned(stage, where), first, sizes, width)
+
+
+def feeds_back(routes: Sequence[Route]) -> bool:
+    """Say whether anything flows to an earlier block, action or cycle, or to or from a `U`."""
+    return any(_backward(route) for route in routes)
+
+
+def _backward(route: Route) -> bool:
+    source, target = route.source, route.target
+    if route.lag or "U" in (source.kind, target.kind):  # even an update without samples takes time
+        return True
+    return target.block < source.block or _order(target) <= _order(source)
+
+
+def _order(point: Point) -> tuple[int, int, int]:
+    """Return what points are sorted by inside a cycle."""
+    return "FBU".index(point.kind), point.pass_, point.block
+
+
+def _plan(
+    blocks: Sequence[int], first: Offsets, sizes: Sequence[int], width: int | None
+) -> Iterator[Action]:
+    """Yield the actions of blocks; `width` are the cycles of an update, None: its micro-batches."""
+    clock = [(u, m) for u, size in enumerate(sizes) for m in range(width or size)]
+    ends = list(accumulate(width or size for size in sizes))
+    own = sorted((point for point in first if point.block in blocks), key=_order)
+    steps = [(*point, first[point]) for point in own if point.kind != "U"]
+    closes = [(point.block, first[point]) for point in own if point.kind == "U"]
+    yield from _updates([(block, 0) for block in blocks], ends)
+    for cycle in range(len(clock) + max((first[point] for point in own), default=0)):
+        for block, kind, pass_, late in steps:
+            if 0 <= cycle - late < len(clock):
+                update, micro = clock[cycle - late]
+                if micro < sizes[update]:
+                    yield Action(kind, block, update, micro, pass_)
+        live = [(block, cycle - late) for block, late in closes if 0 <= cycle - late < len(clock)]
+        yield from _updates([(block, tick + 1) for block, tick in live], ends)
+
+
+def _updates(done: Sequence[tuple[int, int]], ends: Sequence[int]) -> Iterator[Action]:
+    """Yield the updates that are due, given (block, cycles done), empty ones included.
+
+    Update by update: replicas of other sizes meet here, so all must use the same order.
+    """
+    due = ((u, b) for b, ticks in done for u in _ending(ends, ticks))
+    for update, block in sorted(due):
+        yield Action("U", block, update)
+
+
+def _ending(ends: Sequence[int], ticks: int) -> range:
+    """Return the updates that are complete after exactly `ticks` cycles."""
+    return range(bisect_left(ends, ticks), bisect_right(ends, ticks))
+
+
+class _Edge(NamedTuple):
+    """`target` runs at least `weight` cycles after `source`; `route` is None inside a block."""
+
+    source: Point
+    target: Point
+    weight: float
+    route: Route | None
+
+
+@lru_cache(maxsize=64)
+def _offsets(routes: tuple[Route, ...], place: tuple[int, ...], width: int, span: float) -> Offsets:
+    """Return the offsets of all points: `width` micro-batches in an update of `span` cycles."""
+    edges = _edges(routes, place, width, span)
+    found = _longest(edges)
+    if isinstance(found, list):
+        raise _refusal(routes, place, (width, span), found)
+    return found
+
+
+def _edges(routes: Sequence[Route], place: Sequence[int], width: int, span: float) -> list[_Edge]:
+    """Return what must come after what: inside each block, and along the routes."""
+    back, edges = feeds_back(routes), []
+    for block in range(len(place)):
+        chain = [Point(block, "F", p) for p in range(passes(routes))]
+        for source, target in pairwise([*chain, Point(block, "B"), Point(block, "U")]):
+            edges.append(_Edge(source, target, 0, None))
+            if not back and span < math.inf:  # the actions of a block stay together
+                edges.append(_Edge(target, source, 0, None))
+    if span == math.inf:  # no update before all have learnt
+        hub = Point(-1, "U")
+        edges += [_Edge(Point(block, "B"), hub, 0, None) for block in range(len(place))]
+        edges += [_Edge(hub, Point(block, "U"), 0, None) for block in range(len(place))]
+    for route in routes:
+        source, target = route.source, route.target
+        hop = source.block != target.block if back else place[source.block] != place[target.block]
+        weight: float = hop + (width - 1) * ((source.kind == "U") - (target.kind == "U"))
+        edges.append(_Edge(source, target, weight - (route.lag and route.lag * span), route))
+    return edges
+
+
+def _longest(edges: Sequence[_Edge]) -> Offsets | list[_Edge]:
+    """Return the longest paths from a common start, or a circle that takes more than no time."""
+    leaving: dict[Point, list[_Edge]] = {}
+    for edge in edges:
+        leaving.setdefault(edge.source, []).append(edge)
+        leaving.setdefault(edge.target, [])
+    first, hops = dict.fromkeys(leaving, 0), dict.fromkeys(leaving, 0)
+    last: dict[Point, _Edge] = {}
+    todo = deque(leaving)
+    while todo:
+        source = todo.popleft()
+        for edge in leaving[source]:
+            target, arrival = edge.target, first[source] + edge.weight
+            if arrival > first[target]:
+                first[target], hops[target] = int(arrival), hops[source] + 1
+                last[target] = edge
+                todo.append(target)
+                if hops[target] > len(leaving) and (circle := _circle(last, target)):
+                    return circle
+    return first
+
+
+def _circle(last: Mapping[Point, _Edge], point: Point) -> list[_Edge]:
+    """Return the edges of the circle that leads to a point, empty where there is none."""
+    for _ in last:
+        if point not in last:
+            return []
+        point = last[point].source
+    path = [last[point]]
+    while path[-1].source != point:
+        path.append(last[path[-1].source])
+    return path[::-1]
+
+
+def _refusal(
+    routes: tuple[Route, ...],
+    place: tuple[int, ...],
+    lengths: tuple[int, float],
+    circle: Sequence[_Edge],
+) -> Refusal:
+    """Return the refusal of a circle: the route that flows back, and the least lag for it."""
+    rows = [edge.route for edge in circle if edge.route is not None]
+    culprit = next((row for row in rows if _backward(row)), rows[-1])
+    others = [row for row in routes if row != culprit]
+    for lag in count(culprit.lag + 1):
+        found = _longest(_edges([*others, culprit._replace(lag=lag)], place, *lengths))
+        if not isinstance(found, list) or all(edge.route in (None, *others) for edge in found):
+            break
+    waits = ", ".join(f"{edge.target} for {edge.source}" for edge in circle)
+    return Refusal(
+        f"the route {culprit} cannot be scheduled: it closes a circle in which each action waits "
+        f"for another ({waits}); it needs lag = {lag} or more"
+    )

@@ -1,0 +1,43 @@
+"""A V: the blocks go down the ranks and come back, so the first rank holds the loss as well.
+
+    blocks 0 1 2 3 4 5 6 7
+    place  0 1 2 3 3 2 1 0        the turn, 3 to 4, is a handover
+
+Invariant: cycles that drain with every update, so nothing is stale, whatever the place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from dtrain import partition
+from dtrain.schedules.action import Action, Route
+from dtrain.schedules.cycles import cycles
+from dtrain.schedules.schedule import Schedule
+
+
+@final
+@dataclass(frozen=True)
+class Fold(Schedule):
+    """Synchronous cycles on a V."""
+
+    limit: ClassVar[str] = "'fold' brings nothing out of an update"
+    flushes: ClassVar[bool] = True
+
+    def runs(self, route: Route) -> bool:
+        return "U" not in route.source.kind + route.target.kind
+
+    def place(
+        self, costs: Sequence[float], stages: int, transfers: Sequence[float] = ()
+    ) -> tuple[int, ...]:
+        partition.place(costs, stages, transfers)  # refuses what cannot be placed
+        line = partition.place(costs, min(len(costs), 2 * stages), transfers)
+        return tuple(part if part < stages else 2 * stages - 1 - part for part in line)
+
+    def plan(
+        self, stage: int, place: Sequence[int], sizes: Sequence[int], routes: Sequence[Route]
+    ) -> Iterator[Action]:
+        self.admit(routes)
+        return cycles(stage, place, sizes, routes, drain="update")

@@ -1,0 +1,118 @@
+"""Awkward schedules hold the seams: proved on many shapes, and as idle as their papers say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from dtrain.errors import Refusal
+from dtrain.schedules import SCHEDULES
+from dtrain.schedules.check import Report, check
+from dtrain.schedules.costs import Costs, Price
+from dtrain.schedules.forecast import forecast
+from dtrain.schedules.schedule import Schedule
+from tests.plan.test_cycles import broadcast, codes, lagged, twice
+from tests.plan.test_schedules import LAYOUTS, SIZES, Routing, backprop
+from tests.witness.fold import Fold
+from tests.witness.interleaved import Interleaved
+from tests.witness.pipelined import Pipelined
+from tests.witness.split import Split
+
+WITNESSES: list[Schedule] = [Interleaved(), Fold(), Split(), Pipelined()]
+SHAPES = [*LAYOUTS, (8, 4), (10, 4), (9, 3), (12, 3), (16, 2), (6, 5)]
+UNEVEN = [*SIZES, [[5, 3, 4]], [[9, 1]], [[1] * 9 + [0]]]
+
+every = pytest.mark.parametrize("schedule", WITNESSES, ids=lambda s: type(s).__name__)
+
+
+def prove(schedule: Schedule, blocks: int, stages: int, sizes: Sequence[Sequence[int]]) -> Report:
+    """Return the proof of a schedule over the routes of backpropagation, on its own place."""
+    if isinstance(schedule, Pipelined):
+        sizes = [[min(size, 1) for size in row] for row in sizes]
+    where = schedule.place([1] * blocks, stages)
+    assert set(where) == set(range(stages))
+    return check(schedule, where, sizes, backprop(blocks))
+
+
+@pytest.mark.parametrize("sizes", UNEVEN, ids=str)
+@every
+def test_witnesses_are_proved(schedule: Schedule, sizes: list[list[int]]) -> None:
+    for blocks, stages in SHAPES:
+        report = prove(schedule, blocks, stages, sizes)
+        if schedule.weights == "own":
+            assert report.staleness == (0,) * stages
+
+
+@pytest.mark.parametrize("schedule", [*WITNESSES, *(kind() for kind in SCHEDULES.values())])
+def test_schedules_say_what_their_plans_are(schedule: Schedule) -> None:
+    where = schedule.place([1] * 6, 3)
+    sizes = [1, 1] if isinstance(schedule, Pipelined) else [3, 2]
+    routes = backprop(6) if type(schedule) is not SCHEDULES["stream"] else backprop(6)[:5]
+    plans = [list(schedule.plan(stage, where, sizes, routes)) for stage in range(3)]
+    kinds = {action.kind for plan in plans for action in plan}
+    assert kinds == set("FIWU" if schedule.splits else "FBU")
+    texts = ("".join(a.kind for a in plan if a.update == u) for plan in plans for u in (0, 1))
+    assert not schedule.flushes or all("U" not in text.rstrip("U") for text in texts)
+
+
+@every
+def test_too_many_stages_are_refused(schedule: Schedule) -> None:
+    with pytest.raises(Refusal, match="3 blocks cannot fill 4 stages"):
+        schedule.place([1, 1, 1], 4)
+
+
+@pytest.mark.parametrize("chunks", [2, 4])
+@pytest.mark.parametrize(("stages", "micros"), [(4, 8), (4, 16), (8, 16), (8, 32)])
+@pytest.mark.parametrize("shares", [(1, 1, 1), (1, 1.5, 0.5)])
+def test_interleaving_divides_the_bubble(
+    stages: int, micros: int, chunks: int, shares: tuple[float, float, float]
+) -> None:
+    blocks, price = stages * chunks, Price(*(share / chunks for share in shares), live_bytes=1)
+    where, costs = Interleaved().place([1] * blocks, stages), Costs((price,) * blocks)
+    told = forecast(Interleaved(), where, [[micros]], backprop(blocks), costs)
+    assert told.makespan_s - 3 * micros == pytest.approx(3 * (stages - 1) / chunks)
+    assert told.bubble == pytest.approx((stages - 1) / (chunks * micros + stages - 1))
+    ahead = [2 * (stages - 1 - s) + (chunks - 1) * stages + 1 for s in range(stages)]
+    assert told.live_bytes == tuple(ahead)
+
+
+@pytest.mark.parametrize(
+    ("stages", "micros", "share"), [(4, 8, 0.111), (4, 16, 0.059), (8, 16, 0.127), (8, 32, 0.068)]
+)
+@pytest.mark.parametrize("shares", [(1, 1, 1), (1, 1.5, 0.5), (1, 1.2, 0.8)])
+def test_a_split_backward_fills_the_bubble(
+    stages: int, micros: int, share: float, shares: tuple[float, float, float]
+) -> None:
+    """ZB-H1: (P-1)(F+I-W), as live as one-forward-one-backward on the first rank."""
+    costs = Costs((Price(*shares, live_bytes=9),) * stages)
+    told = forecast(Split(), range(stages), [[micros]], backprop(stages), costs)
+    bubble = (stages - 1) * (shares[0] + shares[1] - shares[2])
+    assert told.makespan_s - micros * sum(shares) == pytest.approx(bubble)
+    assert told.live_bytes == (9 * stages,) * stages
+    report = prove(Split(), stages, stages, [[micros]])
+    assert report.peak_live == (stages,) * stages
+    assert round(report.bubble, 3) == share
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4, 7])
+def test_pipelined_delays_count_blocks_on_any_number_of_ranks(blocks: int) -> None:
+    own = [2 * (blocks - 1 - block) for block in range(blocks)]
+    for stages in range(1, blocks + 1):
+        report = prove(Pipelined(), blocks, stages, [[1] * 30])
+        where = Pipelined().place([1] * blocks, stages)
+        assert report.staleness == tuple(own[where.index(stage)] for stage in range(stages))
+    assert report.peak_live == tuple(delay + 1 for delay in own)
+
+
+def test_pipelined_updates_after_every_micro_batch() -> None:
+    with pytest.raises(Refusal, match=r"an update has 4: set micro-batches = 1"):
+        check(Pipelined(), (0, 1), [[4, 4]], backprop(2))
+
+
+@pytest.mark.parametrize("routes", [broadcast, twice, codes, lagged])
+def test_cycles_run_whatever_flows(routes: Routing) -> None:
+    for blocks, stages in SHAPES:
+        fold, line = Fold().place([1] * blocks, stages), Pipelined().place([1] * blocks, stages)
+        check(Fold(), fold, [[3, 3, 2], [3, 2, 2]], routes(blocks))
+        check(Pipelined(), line, [[1] * 9, [1] * 8 + [0]], routes(blocks))
