@@ -13,56 +13,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn, optim
 
+from dtrain.live import Live
 from dtrain.seeds import seeded
+from dtrain.split import LEAVES, Split
 
 Pull = tuple[Tensor, Tensor]
 Step = Callable[[Iterable[nn.Parameter]], optim.Optimizer]
+Grain = Literal["block", "layer"]
 
 # Layers made of these alone never draw random numbers, so they need no generator of their own.
 CALM = (
-    nn.Linear,
-    nn.modules.conv._ConvNd,
+    *LEAVES,
     nn.modules.batchnorm._NormBase,
     nn.modules.pooling._MaxPoolNd,
     nn.modules.pooling._AvgPoolNd,
     nn.modules.pooling._AdaptiveAvgPoolNd,
-    *(nn.LayerNorm, nn.GroupNorm, nn.Flatten, nn.Identity, nn.Embedding),
+    *(nn.LayerNorm, nn.GroupNorm, nn.Flatten, nn.Identity),
     *(nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.Hardtanh),
 )
-
-
-@dataclass(slots=True)
-class Live:
-    """One micro-batch on its way through one block.
-
-    Attributes
-    ----------
-    x : Tensor
-        What arrived, a leaf, (rows, ...).
-    y : Tensor
-        What the block's layers made of it, with its graph while training.
-    targets : Tensor
-        Labels of the rows, (rows,) int64.
-    share : float
-        Rows of this micro-batch over the rows of this replica in this update (n_i / n_r): where
-        a signal is born, it is scaled by it.
-    told : dict of str to Tensor
-        What the routes brought to the current action, by the route's name.
-    loss : Tensor or None
-        Mean over the rows of what a user sees as the loss; left behind by the objective.
-    """
-
-    x: Tensor
-    y: Tensor
-    targets: Tensor
-    share: float = 1.0
-    told: dict[str, Tensor] = field(default_factory=dict)
-    loss: Tensor | None = None
 
 
 class Block:
@@ -73,13 +46,18 @@ class Block:
     index : int
         Position among the run's blocks.
     layers : mapping of str to nn.Module
-        The model's own layers under their global names, in order.
+        The block's layers under their global names, in order.
     helper : nn.Module or None
         What the objective adds; its parameters are named ``heads.<index>.*``.
     step : callable
         Makes the block's optimizer from its parameters.
     seed : int
         The run's seed; with a layer's name and the clock it keys the layer's random draws.
+    grain : "block" or "layer"
+        Where the graph is cut: after the block, or after every layer too.
+    recompute : bool
+        Keep only what enters and leaves; compute the rest again when it is learnt (Chen et al.
+        2016, "Training Deep Nets with Sublinear Memory Cost").
     """
 
     def __init__(
@@ -89,23 +67,31 @@ class Block:
         helper: nn.Module | None,
         step: Step,
         seed: int = 0,
+        grain: Grain = "block",
+        recompute: bool = False,
     ) -> None:
         self.index = index
         self.layers = dict(layers)
         self.helper = helper
-        self.seed = seed
+        self.seed, self.grain, self.recompute = seed, grain, recompute
         self.drawing = {name for name, layer in self.layers.items() if _may_draw(layer)}
-        roots = {**self.layers, **({} if helper is None else {f"heads.{index}": helper})}
+        self.roots = {**self.layers, **({} if helper is None else {f"heads.{index}": helper})}
         self.parameters = {
             f"{root}.{name}": tensor
-            for root, module in roots.items()
+            for root, module in self.roots.items()
             for name, tensor in module.named_parameters()
         }
         self.trained = [p for p in self.parameters.values() if p.requires_grad]
         self.optimizer = step(self.trained) if self.trained else None
-        self.roots = roots
+        groups = self.optimizer.param_groups if self.optimizer else []
+        self.rates = [float(group["lr"]) for group in groups]
         first = next(iter(self.layers.values()))
         self.writes = any(getattr(module, "inplace", False) for module in first.modules())
+        self.outs: dict[str, Tensor] = {}
+        self.taps: dict[str, Tensor] = {}
+        self.split: Split | None = None
+
+    # ---- what it is made of
 
     @property
     def buffers(self) -> dict[str, Tensor]:
@@ -121,10 +107,30 @@ class Block:
         """The optimizer's present learning rate, 0 where there is nothing to train."""
         return float(self.optimizer.param_groups[0].get("lr", 0)) if self.optimizer else 0.0
 
+    def rate(self, factor: float) -> None:
+        """Set every group's learning rate to `factor` times the one that it was made with."""
+        if self.optimizer is not None:
+            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+                group["lr"] = rate * factor
+
     def train(self, mode: bool = True) -> None:
         """Put every module into training mode, or into evaluation mode."""
         for module in self.roots.values():
             module.train(mode)
+
+    def tap(self, names: Iterable[str]) -> None:
+        """Keep in `taps`, in every forward, what the modules of these global names make."""
+        modules = {
+            f"{root}.{name}".rstrip("."): module
+            for root, layer in self.roots.items()
+            for name, module in layer.named_modules()
+        }
+        for name in names:
+            modules[name].register_forward_hook(
+                lambda _module, _args, out, name=name: self.taps.__setitem__(name, out)
+            )
+
+    # ---- forward and learning
 
     def forward(self, x: Tensor, draw: tuple[int, ...]) -> Tensor:
         """Run the layers in order on `x` (rows, ...); `draw` keys the layers' random numbers."""
@@ -136,7 +142,45 @@ class Block:
                     x = layer(x)
             else:
                 x = layer(x)
+            if self.grain == "layer":
+                self.outs[name] = x
+                x = x.detach()
         return x
+
+    def live(self, x: Tensor, draw: tuple[int, ...], traced: bool) -> dict[str, Any]:
+        """Run a forward and return what a `Live` keeps of it, with a graph where `traced`."""
+        before = self._copies() if self.recompute else {}
+        self.outs, self.taps = {}, {}
+        with torch.set_grad_enabled(traced and not self.recompute):
+            y = self.forward(x, draw)
+        calls = self.split.taken() if self.split else []
+        kept = {"outs": self.outs, "taps": self.taps, "calls": calls}
+        return {"x": x, "y": y, "draw": draw, "buffers": before, **kept}
+
+    def recall(self, live: Live) -> None:
+        """Compute again what was not kept: the same bits, from the buffers of that moment.
+
+        The buffers themselves (batch statistics) stay what they are now.
+        """
+        now = self._hold(live.buffers)
+        self.outs, self.taps = {}, {}
+        live.y = self.forward(live.x, live.draw)
+        live.outs, live.taps = self.outs, self.taps
+        live.calls = self.split.taken() if self.split else []
+        self._hold(now)
+
+    def _copies(self) -> dict[str, Tensor]:
+        return {name: buffer.clone() for name, buffer in self.buffers.items()}
+
+    def _hold(self, others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Let buffers hold the memory of others; return what they held.
+
+        Nothing is copied: autograd may have saved a buffer and would see that it was written to.
+        """
+        held = {name: buffer.data for name, buffer in self.buffers.items()}
+        for name, buffer in self.buffers.items():
+            buffer.data = others[name]
+        return held
 
     def learn(self, pulls: Iterable[Pull]) -> None:
         """Add the gradients of ``sum <tensor, cotangent>`` to this block's parameters and to x.
@@ -147,6 +191,8 @@ class Block:
         if reached:
             tensors, cotangents = zip(*reached, strict=True)
             torch.autograd.backward(tensors, cotangents)
+
+    # ---- updates
 
     def gradients(self) -> list[Tensor]:
         """Return the gradients of all trained parameters, zeros where no sample gave one."""
@@ -160,6 +206,8 @@ class Block:
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+
+    # ---- state
 
     def tensors(self) -> dict[str, Tensor]:
         """Return parameters and buffers under their global names, detached, not copied."""

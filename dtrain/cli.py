@@ -103,6 +103,7 @@ def _work(options: argparse.Namespace) -> int:
     comm = world()  # MPI comes before torch
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
+    signal.signal(signal.SIGUSR1, lambda number, frame: comm.flight.dump("SIGUSR1", frame))
     try:
         from dtrain.config import read
         from dtrain.job import together

@@ -7,6 +7,7 @@ on the data or on the number of ranks is refused by `layout`.
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,9 +16,10 @@ from typing import Any, TypeVar
 
 from dtrain import optimizers
 from dtrain.errors import Refusal, unknown
-from dtrain.keys import Checkpoint, Choice, Cut, Data, Evaluate, Grid, Log, Top
+from dtrain.keys import Checkpoint, Choice, Clip, Cut, Data, Evaluate, Grid, Log, Top
 from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.objective import Objective
+from dtrain.rates import RATES, Rate
 from dtrain.schedules import SCHEDULES
 from dtrain.schedules.schedule import Schedule
 from dtrain.syncs import SYNCS
@@ -51,6 +53,8 @@ class Run:
     schedule: Choice
     sync: Choice
     optimizer: Choice
+    clip: Clip
+    rate: Choice
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     evaluate: Evaluate = field(default_factory=Evaluate)
     log: Log = field(default_factory=Log)
@@ -72,6 +76,10 @@ class Run:
         """Return a new sync, one for each block."""
         return make(SYNCS, self.sync, "sync")
 
+    def make_rate(self) -> Rate:
+        """Return the schedule of learning rates, made from its fields."""
+        return make(RATES, self.rate, "lr")
+
     def table(self) -> Table:
         """Return the resolved run as the nested tables of a run file, defaults included."""
         tables = {
@@ -82,7 +90,8 @@ class Run:
             "objective": self.objective.table(),
             "schedule": self.schedule.table(),
             "sync": self.sync.table(),
-            "optimizer": self.optimizer.table(),
+            "optimizer": self.optimizer.table() | self.clip.table(),
+            "lr": self.rate.table(),
             "checkpoint": unfill(self.checkpoint),
             "evaluate": unfill(self.evaluate),
             "log": unfill(self.log),
@@ -137,13 +146,14 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Run:
 def parse(table: Mapping[str, Any], path: Path, overrides: Sequence[str] = ()) -> Run:
     """Check the nested tables of a run file and return them as a `Run`."""
     tables = ["data", "model", "mesh", "partition", "objective", "schedule", "sync", "optimizer"]
-    tables += ["checkpoint", "evaluate", "log"]
+    tables += ["lr", "checkpoint", "evaluate", "log"]
     plain = {key: value for key, value in table.items() if key not in tables}
     top = fill(Top, plain, "", known=tables)
     parts = {name: _subtable(table, name) for name in tables}
     if {"cuts", "balance"} <= parts["partition"].keys():
         raise Refusal("[partition] cuts say where every block starts: leave out balance")
     common = [kebab(each.name) for each in dataclasses.fields(Data)]
+    ours = [kebab(each.name) for each in dataclasses.fields(Clip)]
     objective = _choice(parts["objective"], "objective", OBJECTIVES, "mono-forward")
     default = OBJECTIVES[objective.name].schedule
     run = Run(
@@ -158,7 +168,11 @@ def parse(table: Mapping[str, Any], path: Path, overrides: Sequence[str] = ()) -
         objective=objective,
         schedule=_choice(parts["schedule"], "schedule", SCHEDULES, default),
         sync=_choice(parts["sync"], "sync", SYNCS, "every-step"),
-        optimizer=_named(parts["optimizer"], "optimizer"),
+        optimizer=_named(
+            {k: v for k, v in parts["optimizer"].items() if k not in ours}, "optimizer"
+        ),
+        clip=_clip({k: v for k, v in parts["optimizer"].items() if k in ours}),
+        rate=_choice(parts["lr"], "lr", RATES, "constant"),
         checkpoint=fill(Checkpoint, parts["checkpoint"], "[checkpoint] "),
         evaluate=fill(Evaluate, parts["evaluate"], "[evaluate] "),
         log=fill(Log, parts["log"], "[log] "),
@@ -197,6 +211,21 @@ def _ranges(run: Run) -> None:
         raise Refusal("[partition] cuts say where every block starts: leave out blocks and weights")
 
 
+def _clip(table: Table) -> Clip:
+    """Return what is clipped; a limit that limits nothing, or of nothing, is refused."""
+    clip = fill(Clip, table, "[optimizer] ")
+    if not 0 <= clip.clip < math.inf:
+        raise Refusal(
+            f"[optimizer] clip = {clip.clip} is no norm: give a number above 0, or 0 for no limit"
+        )
+    if not clip.clip and "clip-over" in table:
+        raise Refusal(
+            f'[optimizer] clip-over = "{clip.clip_over}" without a clip: give clip, too, the '
+            "largest norm, or leave clip-over out"
+        )
+    return clip
+
+
 def make(kinds: Mapping[str, type[T]], choice: Choice, what: str) -> T:
     """Return the named strategy of `kinds`, its fields checked against its own."""
     if choice.name not in kinds:
@@ -227,7 +256,9 @@ def _choice(table: Table, what: str, kinds: Mapping[str, type[Any]], default: st
     """Return the choice a table makes among `kinds`, with all its fields spelled out."""
     choice = _named({"name": default} | table, what)
     made = make(kinds, choice, what)
-    return Choice(choice.name, {f.name: getattr(made, f.name) for f in dataclasses.fields(made)})
+    return Choice(
+        choice.name, {f.name: getattr(made, f.name) for f in dataclasses.fields(made) if f.init}
+    )
 
 
 def _override(table: Table, override: str) -> None:

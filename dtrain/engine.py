@@ -5,8 +5,9 @@ of the plan and in no other; nobody subclasses it, and no schedule or objective 
 
 ::
 
-    F   x = take      y = block.forward(x)         offer(y): sent before the update
-    B   told = take   block.learn(pulls)           offer(feedback)
+    F   x = feed(take)   y = block.forward(x)         offer(y): sent before the update
+    B   told = take      block.learn(pulls)           offer(feedback)
+    I W   the same in two halves: I takes and offers, W owes nobody
     U   sync.before_update    block.update    sync.after_update
 """
 
@@ -15,74 +16,27 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from dtrain.block import Block, Live
-from dtrain.data.batches import Batch, Indices
-from dtrain.data.source import Source
+from dtrain.block import Block
+from dtrain.course import Course, at
+from dtrain.data.batches import Batch
+from dtrain.data.reader import Reader
 from dtrain.errors import NUMERIC, Refusal
-from dtrain.gauge import Gauge
+from dtrain.live import Draws, Given, Live
 from dtrain.mail import Lines, Mail, Seat
-from dtrain.objectives.objective import ACTIVATION, VOTE_DTYPE, VOTES, Objective, Task
+from dtrain.objectives.objective import GRADIENT
+from dtrain.saved import Saved
 from dtrain.schedules.action import Action
-from dtrain.schedules.schedule import Schedule, forward
-from dtrain.syncs.sync import Clock, Sync
+from dtrain.split import Split
+from dtrain.syncs.sync import Sync
+from dtrain.tally import Tally
+from dtrain.updates import Updates
 
 Key = tuple[int, int, int]
-
-
-@dataclass
-class Tally:
-    """Sums over the rows that one rank has seen, by block where blocks differ.
-
-    Attributes
-    ----------
-    rows : int
-        Samples.
-    loss : dict of int to float
-        Sum of the losses over rows.
-    correct, voted : dict of int to int, int
-        Rows that a block, and that the vote, predicted rightly.
-    busy_s, wall_s : float
-        Seconds at work, and seconds in all; the rest was spent in waits.
-    """
-
-    rows: int = 0
-    loss: dict[int, float] = field(default_factory=dict)
-    correct: dict[int, int] = field(default_factory=dict)
-    voted: int = 0
-    busy_s: float = 0.0
-    wall_s: float = 0.0
-
-    def add_loss(self, block: int, total: float) -> None:
-        """Add a sum of losses over rows."""
-        self.loss[block] = self.loss.get(block, 0.0) + total
-
-
-@dataclass(frozen=True)
-class Course:
-    """What is learnt, and in which order; the same on all ranks.
-
-    Attributes
-    ----------
-    tasks : sequence of Task
-        One per block of the run.
-    dtype : torch.dtype
-        Of the weights, and so of inputs that are numbers.
-    epochs : int
-        Length of the run, for the syncs' clock.
-    """
-
-    objective: Objective
-    schedule: Schedule
-    tasks: Sequence[Task]
-    dtype: torch.dtype
-    epochs: int
 
 
 class Engine:
@@ -109,15 +63,21 @@ class Engine:
         self.seat, self.lines, self.blocks, self.syncs = seat, lines, blocks, syncs
         self.course, self.objective, self.tasks = course, course.objective, course.tasks
         self.mail = Mail("train", self.objective, self.tasks, seat, lines)
-        self.post = Mail("predict", self.objective, self.tasks, seat, lines)
-        self.gauge = Gauge(t for block in blocks.values() for t in block.tensors().values())
+        self.updates = Updates(blocks, syncs, course, lines.column)
+        own = (t for b in blocks.values() for t in [*b.parameters.values(), *b.buffers.values()])
+        self.saved = Saved(own, course.schedule.weights)
         self.live: dict[Key, Live] = {}
         self.peak_live = 0
         self.tally = Tally()
-        self.feedback = {(r.source.block, r.source.kind) for r in self.mail.routes}
+        self.asked = {r.source.block for r in self.mail.routes if r.name == GRADIENT}
+        self.readers = {b for b in blocks if self.objective.reads(self.tasks[b], "train")}
+        for block in blocks.values():
+            block.tap(self.objective.taps(block))
+            if course.schedule.splits:
+                block.split = Split(block.roots.values())
 
     def run(
-        self, source: Source, batches: Sequence[Batch], first: int, epoch: int
+        self, reader: Reader, batches: Sequence[Batch], first: int, epoch: int
     ) -> Iterator[int]:
         """Train on `batches`, update `first` of the run and those that follow.
 
@@ -129,72 +89,154 @@ class Engine:
         Refusal
             A loss, or at the end a weight, is NaN or infinite (code 4).
         """
-        sizes = [len(batch.micros) for batch in batches]
-        routes, seat = self.mail.routes, self.seat
-        plan = partial(self.course.schedule.plan, seat.stage, seat.place, sizes, routes)
+        sizes, seat = [len(batch.micros) for batch in batches], self.seat
+        plan = partial(self.course.schedule.plan, seat.stage, seat.place, sizes, self.mail.routes)
         self.tally = Tally(rows=sum(batch.own for batch in batches))
         start, waited = time.perf_counter(), self.lines.control.waited_s
         for block in self.blocks.values():
             block.train()
-        self.mail.open(plan(), lambda action: len(batches[action.update].micros[action.micro]))
-        last, fullest = max(self.blocks), max(batch.own for batch in batches)
-        for action in plan():
-            batch, update = batches[action.update], first + action.update
-            with self._at(action, f"update {update}"):
-                if action.kind == "F":
-                    self._forward(action, source, batch, update)
-                elif action.kind == "B":
-                    self._learn(action, batch)
-                else:
-                    self._update(action.block, batch, update, epoch)
-            for sync in self.syncs.values():
-                sync.poll()
-            if action.kind == "U" and action.block == last:
-                if batch.own == fullest:
-                    self.gauge.stop()
-                yield update
+        self.mail.open(plan(), sizes, lambda u, micro: len(batches[u].micros[micro]))
+        reader.open((batches[a.update].micros[a.micro] for a in plan() if self._reads(a)), epoch)
+        before = self._clear()
+        try:
+            yield from self._actions(plan(), reader, batches, first, epoch)
+        finally:
+            reader.close()
+        self._solve(before)
         self._finite()
         self.mail.close()
         self.tally.wall_s = time.perf_counter() - start
         self.tally.busy_s = self.tally.wall_s - (self.lines.control.waited_s - waited)
 
-    def _forward(self, action: Action, source: Source, batch: Batch, update: int) -> None:
-        block, indices = self.blocks[action.block], batch.micros[action.micro]
-        told = self.mail.take(action)
-        x = told.pop(ACTIVATION) if action.block else self._read(source, indices)
-        x.requires_grad_((action.block, "B") in self.feedback and x.is_floating_point())
-        key = (action.block, action.update, action.micro)
-        with self.gauge.saving(key):
-            y = block.forward(x, (update, action.micro, self.seat.replica))
-        live = Live(x, y, source.targets(indices), len(indices) / batch.own, told)
+    def _actions(
+        self,
+        plan: Iterator[Action],
+        reader: Reader,
+        batches: Sequence[Batch],
+        first: int,
+        epoch: int,
+    ) -> Iterator[int]:
+        last, fullest = max(self.blocks), max(batch.own for batch in batches)
+        control, flight = self.lines.control, self.lines.control.flight
+        for action in plan:
+            batch, update = batches[action.update], first + action.update
+            flight.note("action", action, "update", update)
+            with at(self.seat, action, f"update {update}"):
+                match action.kind:
+                    case "F":
+                        self._forward(action, reader, batch, update)
+                    case "B" | "I":
+                        self._learn(action, batch)
+                    case "W":
+                        Split.weights(self.live[action[1:4]])
+                        self._drop(action)
+                    case _:
+                        self._update(action, batch, update, epoch)
+            control.progress()
+            for sync in self.syncs.values():
+                sync.poll()
+            if action.kind == "U" and action.block == last:
+                if batch.own == fullest:
+                    self.saved.stop()
+                yield update
+
+    def _reads(self, action: Action) -> bool:
+        return action.kind == "F" and not action.pass_ and action.block in self.readers
+
+    def _forward(self, action: Action, reader: Reader, batch: Batch, update: int) -> None:
+        task, block, key = self.tasks[action.block], self.blocks[action.block], action[1:4]
+        before = self.live.get(key)
+        given = self._given(action, reader, batch, update, before)
+        with torch.no_grad():
+            x = self.objective.feed(task, block, given).detach()
+        x.requires_grad_(action.block in self.asked and x.is_floating_point())
+        draw = (update, action.micro, self.seat.replica)
+        with self.saved.saving(key):
+            kept = block.live(x, draw, self.objective.traced(action.pass_))
+        live = Live(
+            **kept,
+            targets=given.targets,
+            share=len(given.targets) / batch.own,
+            told=given.told,
+            draws=given.draws,
+            sample=given.sample,
+            before=before,
+        )
         self.live[key] = live
+        self.saved.keep(key, live)
         self.peak_live = max(self.peak_live, len({(u, m) for _, u, m in self.live}))
-        self.mail.offer(action, live)
+        self.mail.offer(action, block, live)
+
+    def _given(
+        self, action: Action, reader: Reader, batch: Batch, update: int, before: Live | None
+    ) -> Given:
+        """Return what a forward is given: messages, data, labels, random numbers."""
+        told = self.mail.take(action)
+        if before is not None:
+            kept = before.sample, before.draws, action.pass_, before
+            return Given(before.targets, told, *kept, learning=True)
+        indices = batch.micros[action.micro]
+        start = batch.first + sum(map(len, batch.micros[: action.micro]))
+        draws = Draws(self.course.seed, action.block, update, batch.rows, start, len(indices))
+        targets = self._here(reader.source.targets(indices))
+        sample = self._here(reader.read()) if self._reads(action) else None
+        return Given(targets, told, sample, draws, learning=True)
 
     def _learn(self, action: Action, batch: Batch) -> None:
-        block, key = self.blocks[action.block], (action.block, action.update, action.micro)
+        block, key = self.blocks[action.block], action[1:4]
         live = self.live[key]
         live.told = self.mail.take(action)
-        with self.gauge.saving(key):
+        with self.saved.saving(key):
+            if block.recompute:
+                block.recall(live)
             pulls = self.objective.pulls(self.tasks[action.block], block, live)
         if live.loss is not None:
             loss = float(live.loss)
             if not math.isfinite(loss):
                 raise Refusal(f"the loss of block {action.block} is {loss}", NUMERIC)
             self.tally.add_loss(action.block, loss * len(live.targets))
-        block.learn(pulls)
-        self.mail.offer(action, live)
-        del self.live[key]
-        self.gauge.drop(key)
+        if action.kind == "I":
+            assert block.split is not None
+            block.split.inputs(pulls, live)
+        else:
+            block.learn(pulls)
+        self.mail.offer(action, block, live)
+        if action.kind == "B":
+            self._drop(action)
 
-    def _update(self, index: int, batch: Batch, update: int, epoch: int) -> None:
-        block, sync = self.blocks[index], self.syncs[index]
-        clock = Clock(update, epoch, self.course.epochs, block.lr)
-        sync.before_update(block.gradients(), batch.own / batch.rows, clock)
-        # Where replicas train apart, one without a sample has nothing to learn from.
-        if batch.own or not sync.apart:
-            block.update()
-        sync.after_update(clock)
+    def _drop(self, action: Action) -> None:
+        """Let go of a micro-batch that is learnt."""
+        del self.live[action[1:4]]
+        self.saved.drop(action[1:4])
+
+    def _update(self, action: Action, batch: Batch, update: int, epoch: int) -> None:
+        told = self.mail.take(action)
+        self.updates.take(action.block, batch, update, epoch, told)
+        self.mail.offer(action, self.blocks[action.block], None)
+
+    def _sums(self) -> list[Tensor]:
+        """Return the buffers that add up over samples."""
+        return [
+            block.buffers[f"heads.{index}.{name}"]
+            for index, block in self.blocks.items()
+            for name in self.objective.sums
+        ]
+
+    def _clear(self) -> list[Tensor]:
+        """Return copies of all sums, and start them at zero: each replica adds its own part."""
+        before = [each.clone() for each in self._sums()]
+        for each in self._sums():
+            each.zero_()
+        return before
+
+    def _solve(self, before: Sequence[Tensor]) -> None:
+        """Add the sums over the replicas to what was before, then solve. Collective."""
+        if self.objective.sums:
+            self.lines.replicas.mean_(self._sums(), weight=1.0)
+        for total, old in zip(self._sums(), before, strict=True):
+            total.add_(old)
+        for index, block in self.blocks.items():
+            self.objective.solve(self.tasks[index], block)
 
     def _finite(self) -> None:
         """Refuse weights that the segment's last updates made NaN or infinite."""
@@ -204,42 +246,9 @@ class Engine:
                     place = f"[replica {self.seat.replica} stage {self.seat.stage}]"
                     raise Refusal(f"'{name}' of block {index} is not finite {place}", NUMERIC)
 
-    def _read(self, source: Source, indices: Indices) -> Tensor:
-        x = source.inputs(indices)
-        return x.to(self.course.dtype) if x.is_floating_point() else x
-
-    @torch.no_grad()
-    def predict(self, source: Source, micros: Sequence[Indices]) -> Tally:
-        """Return the sums over this rank's rows of losses, of right answers and of right votes.
-
-        Collective over all ranks of the replica; `micros` are this replica's, none of them empty.
-        """
-        plan = partial(forward, self.seat.stage, self.seat.place, len(micros))
-        tally = Tally(rows=sum(map(len, micros)))
-        for block in self.blocks.values():
-            block.train(False)
-        self.post.open(plan(), lambda action: len(micros[action.micro]))
-        for action in plan():
-            with self._at(action, "evaluation"):
-                self._judge(action, source, micros[action.micro], tally)
-        self.post.close()
-        return tally
-
-    def _judge(self, action: Action, source: Source, indices: Indices, tally: Tally) -> None:
-        task, block = self.tasks[action.block], self.blocks[action.block]
-        told = self.post.take(action)
-        x = told.pop(ACTIVATION) if action.block else self._read(source, indices)
-        live = Live(x, block.forward(x, ()), source.targets(indices), told=told)
-        scores = self.objective.predict(task, block, live)
-        if scores is not None:
-            scores = scores.to(VOTE_DTYPE)
-            told[VOTES] = told[VOTES] + scores if VOTES in told else scores
-            tally.correct[task.block] = tally.correct.get(task.block, 0) + _right(scores, live)
-            loss = torch.nn.functional.cross_entropy(scores, live.targets, reduction="sum")
-            tally.add_loss(task.block, float(loss))
-        if task.last:
-            tally.voted += _right(told[VOTES], live)
-        self.post.offer(action, live)
+    def _here(self, tensor: Tensor) -> Tensor:
+        """Return a tensor on the device where this rank computes."""
+        return tensor.to(self.course.device)
 
     def peak_bytes(self) -> int:
         """Return the most memory of this rank: tensors, gradients, optimizer, saved, messages."""
@@ -247,23 +256,4 @@ class Engine:
         trained = [p for block in self.blocks.values() for p in block.trained]
         memory = [t for block in self.blocks.values() for t in block.memory().values()]
         held = sum(tensor.nbytes for tensor in [*own, *trained, *memory])
-        return held + self.gauge.peak_bytes + self.lines.control.traffic.peak_held_bytes
-
-    @contextmanager
-    def _at(self, action: Action, when: str) -> Iterator[None]:
-        """Add to whatever is raised inside where it was: replica, stage, update, action."""
-        try:
-            yield
-        except BaseException as error:
-            place = (
-                f"[replica {self.seat.replica} stage {self.seat.stage} | {when} | action {action}]"
-            )
-            if isinstance(error, Refusal):
-                error.at(place)
-            else:
-                error.add_note(place)
-            raise
-
-
-def _right(scores: Tensor, live: Live) -> int:
-    return int((scores.argmax(1) == live.targets).sum())
+        return held + self.saved.peak_bytes + self.lines.control.traffic.peak_held_bytes

@@ -21,10 +21,15 @@ from dtrain import data, models, optimizers
 from dtrain.block import Block
 from dtrain.comm.comm import Comm
 from dtrain.config import Run
+from dtrain.course import Course
 from dtrain.data import Data, updates_per_epoch
+from dtrain.data import augment as augments
 from dtrain.data.batches import Shares
-from dtrain.engine import Course, Engine
+from dtrain.data.reader import Reader
+from dtrain.device import pick
+from dtrain.engine import Engine
 from dtrain.errors import DATA, Refusal
+from dtrain.judge import Judge
 from dtrain.layout import Layout, settle
 from dtrain.mail import Lines, Seat
 from dtrain.schedules.check import Report
@@ -62,10 +67,21 @@ class Plan:
 
 @dataclass(frozen=True)
 class Job:
-    """A plan, and this rank's part in it."""
+    """A plan, and this rank's part in it.
+
+    Attributes
+    ----------
+    engine, judge : Engine, Judge
+        What trains, and what evaluates.
+    train, test : Reader
+        Through which they read.
+    """
 
     plan: Plan
     engine: Engine
+    judge: Judge
+    train: Reader
+    test: Reader
     lines: Lines
 
     @property
@@ -86,6 +102,9 @@ def plan(run: Run, ranks: int) -> Plan:
         run.dataset.name, run.dataset.fields, run.folder, normalise=run.data.normalise
     )
     shape, classes = samples.train.shape, samples.train.classes
+    augment = augments.make(run.data.augment, run.top.seed)
+    if augment is not None:
+        augment.check(shape)
     model = models.load(run.model.name, run.model.fields, run.folder, shape, classes)
     layout = settle(run, model, shape, classes, ranks)
     top, coupling = run.top, layout.coupling
@@ -122,28 +141,59 @@ def build(plan: Plan, comm: Comm) -> Job:
     layout = plan.layout
     replica, stage = layout.mesh.coords(comm.rank)
     seat = Seat(layout.mesh, replica, stage, layout.place)
-    lines = Lines(comm.dup(), comm.dup(), comm, comm.split(stage, replica))
-    blocks = together(comm, lambda: {block: _block(plan, block) for block in layout.blocks(stage)})
+    replicas, column = comm.split(stage, replica, "replicas"), comm.split(replica, stage, "column")
+    lines = Lines(comm.dup("onward"), comm.dup("back"), comm, replicas, column)
+    device = together(comm, lambda: pick(plan.run.top.device, comm.rank, comm.hosts))
+    comm.onto(device)
+    own = layout.blocks(stage)
+    blocks = together(comm, lambda: {block: _block(plan, block, device) for block in own})
     syncs = {block: plan.run.make_sync() for block in blocks}
     for block, sync in syncs.items():
         sync.open(blocks[block], lines.replicas)
         lines.control.polls.append(sync.poll)
-    epochs = plan.calendar.epochs
-    course = Course(layout.objective, layout.schedule, layout.tasks, layout.dtype, epochs)
-    return Job(plan, Engine(seat, lines, blocks, syncs, course), lines)
+    course = _course(plan, device)
+    engine, judge = Engine(seat, lines, blocks, syncs, course), Judge(seat, lines, blocks, course)
+    augment = augments.make(plan.run.data.augment, plan.run.top.seed)
+    train = Reader(plan.data.train, layout.dtype, augment)
+    return Job(plan, engine, judge, train, Reader(plan.data.test, layout.dtype), lines)
 
 
-def _block(plan: Plan, index: int) -> Block:
+def _course(plan: Plan, device: torch.device) -> Course:
+    run, layout = plan.run, plan.layout
+    return Course(
+        layout.objective,
+        layout.schedule,
+        layout.tasks,
+        rate=run.make_rate(),
+        clip=run.clip.clip,
+        clips_model=run.clip.clip > 0 and run.clip.clip_over == "model",
+        device=device,
+        seed=run.top.seed,
+        per_epoch=plan.calendar.per_epoch,
+        total=plan.calendar.total,
+    )
+
+
+def _block(plan: Plan, index: int, device: torch.device) -> Block:
     """Return one block: layers and helper drawn under the seed and their own names."""
     run, layout = plan.run, plan.layout
-    part, seed = layout.parts[index], plan.run.top.seed
-    layers = layout.model.build(part.layers, seed, layout.dtype)
+    part, seed, objective = layout.parts[index], run.top.seed, layout.objective
+    if part.own is None:
+        layers = layout.model.build(part.layers, seed, layout.dtype)
+    else:
+        layers = part.own.build(range(len(part.own.names)), seed, layout.dtype)
+    for layer in layers.values():
+        layer.to(device)
+        if not objective.trains:
+            layer.requires_grad_(False)
     with seeded(seed, f"heads.{index}"):
-        helper = layout.objective.build(part.task)
+        helper = objective.build(part.task)
     if helper is not None:
-        helper = helper.to(part.task.dtype)
+        helper = helper.to(device, part.task.dtype)
     step = partial(optimizers.make, run.optimizer.name, run.optimizer.fields)
-    return Block(index, layers, helper, step, seed)
+    chosen = run.partition.recompute
+    again = chosen if isinstance(chosen, bool) else index in chosen
+    return Block(index, layers, helper, step, seed, objective.grain, again)
 
 
 def alike(plan: Plan, comm: Comm) -> None:

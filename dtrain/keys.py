@@ -30,7 +30,7 @@ class Data:
 
     normalise: bool = True
     shuffle: Literal["full", "chunks"] = "full"
-    augment: Literal["none"] = "none"
+    augment: Literal["none", "crop-flip"] = "none"
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,33 @@ class Grid:
 
 @dataclass(frozen=True)
 class Cut:
-    """``[partition]``: where blocks begin; `cuts` says it outright, else costs are balanced."""
+    """``[partition]``: where blocks begin; `cuts` says it outright, else costs are balanced.
+
+    `recompute` (of all blocks, or of those named) keeps of a micro-batch only what enters and
+    leaves, and computes the rest again when it is learnt: less memory, one more forward.
+    """
 
     blocks: int | None = None
     balance: Literal["flops", "parameters", "layers"] = "flops"
     weights: tuple[float, ...] | None = None
+    recompute: bool | tuple[int, ...] = False
     cuts: tuple[int | str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Clip:
+    """``[optimizer]``, the keys that are ours: the largest L2 norm of a gradient, and of what.
+
+    0 is no limit. Over a block is after replicas agreed upon the gradient; over the model couples
+    the blocks.
+    """
+
+    clip: float = 0.0
+    clip_over: Literal["block", "model"] = "block"
+
+    def table(self) -> Table:
+        """Return the keys as a run file has them, none where nothing is clipped."""
+        return {"clip": self.clip, "clip-over": self.clip_over} if self.clip else {}
 
 
 @dataclass(frozen=True)
@@ -84,5 +105,5 @@ class Top:
     micro_batches: int = 1
     segment: int = 0
     dtype: Literal["float32", "float64"] = "float32"
-    device: Literal["auto", "cpu"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | Literal["auto"] = "auto"

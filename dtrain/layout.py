@@ -6,6 +6,7 @@ same layout without a message, and `dtrain plan` shows the one that `dtrain trai
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from dtrain.config import Run
 from dtrain.errors import Refusal
 from dtrain.mesh import Mesh
 from dtrain.models import Model, Spec, walk
+from dtrain.models.model import Listed
 from dtrain.objectives.objective import Mode, Objective, Task
 from dtrain.prices import Prices
 from dtrain.schedules.action import Route
@@ -39,6 +41,10 @@ class Part:
         Elements, those of the objective's helper apart.
     cost : int
         Multiply-adds of one sample, forward and backward, local head included.
+    own : Model or None
+        The objective's layers, where they take the place of the model's.
+    couples : bool
+        Whether the objective's helper has batch statistics.
     """
 
     task: Task
@@ -46,6 +52,8 @@ class Part:
     parameters: int
     head_parameters: int
     cost: int
+    own: Model | None = None
+    couples: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,8 @@ class Layout:
     @property
     def coupling(self) -> list[str]:
         """Layers that make the samples of a micro-batch depend on each other."""
-        return [spec.name for spec in self.specs if spec.couples]
+        heads = (f"heads.{block}" for block, part in enumerate(self.parts) if part.couples)
+        return [*(spec.name for spec in self.specs if spec.couples), *heads]
 
     def blocks(self, stage: int) -> list[int]:
         """Return the blocks of a stage."""
@@ -89,8 +98,8 @@ class Layout:
     def messages(self, rows: int, mode: Mode = "train") -> Iterator[tuple[Route, int]]:
         """Yield every route with the payload bytes that `rows` samples send along it."""
         for route in self.objective.routes(len(self.parts), mode):
-            shape, dtype = self.objective.shape(route, self.tasks)
-            yield route, rows * math.prod(shape) * dtype.itemsize
+            shape, dtype = self.objective.shape(route, self.tasks, rows)
+            yield route, math.prod(shape) * dtype.itemsize
 
     def prove(self, sizes: list[list[int]]) -> Report:
         """Return the report of a proof that the plans end; ``sizes[replica][update]``."""
@@ -122,8 +131,9 @@ def settle(run: Run, model: Model, shape: tuple[int, ...], classes: int, ranks: 
     layers = partition.ranges(len(specs), _cuts(run, prices, mesh.stages))
     routes = objective.routes(len(layers), "train")
     schedule.admit(routes)
-    parts = tuple(_part(prices, block, layers) for block in range(len(layers)))
-    place = partition.place([part.cost for part in parts], mesh.stages)
+    _clips(run, schedule)
+    parts = _parts(prices, layers)
+    place = schedule.place([part.cost for part in parts], mesh.stages)
     return Layout(mesh, model, dtype, specs, parts, place, objective, schedule, routes)
 
 
@@ -153,13 +163,41 @@ def _cuts(run: Run, prices: Prices, stages: int) -> tuple[int, ...]:
     return partition.balanced(layers, cut.blocks or stages, costs[cut.balance], cut.weights)
 
 
-def _part(prices: Prices, block: int, layers: Sequence[range]) -> Part:
+def _clips(run: Run, schedule: Schedule) -> None:
+    """Refuse a clip over the model where its gradients are never there together."""
+    if run.clip.clip and run.clip.clip_over == "model" and not schedule.flushes:
+        raise Refusal(
+            f'[optimizer] clip-over = "model" needs the whole gradient before any update, and '
+            f"'{run.schedule.name}' updates block by block: set clip-over = \"block\", or "
+            'schedule.name = "1f1b" or "fill-drain"'
+        )
+
+
+def _parts(prices: Prices, layers: Sequence[range]) -> tuple[Part, ...]:
+    """Return the blocks, the last made first: a task knows what leaves the next block."""
+    parts: list[Part] = []
+    for block in reversed(range(len(layers))):
+        above = parts[-1].task.outputs if parts else ()
+        parts.append(_part(prices, block, layers, above))
+    return tuple(reversed(parts))
+
+
+def _part(prices: Prices, block: int, layers: Sequence[range], above: tuple[int, ...]) -> Part:
     """Return a block with its analytic costs."""
     i, j = layers[block].start, layers[block].stop
+    task = dataclasses.replace(prices.task(block, len(layers), i, j), above=above)
     head = prices.helper_parameters(j)
-    own = prices.parameters(i, j) - head
-    task = prices.task(block, len(layers), i, j)
-    return Part(task, layers[block], own, head, prices.flops(i, j))
+    couples = prices.couples(j)
+    own = prices.objective.own(task)
+    if own is None:
+        parameters = prices.parameters(i, j) - head
+        return Part(task, layers[block], parameters, head, prices.flops(i, j), None, couples)
+    model = Listed(tuple(f"blocks{block}-{n}" for n, _ in own), tuple(make for _, make in own))
+    specs = walk(model, prices.objective.fed(task), prices.specs[0].dtype)
+    task = dataclasses.replace(task, outputs=specs[-1].outputs, dtype=specs[-1].dtype)
+    parameters = sum(spec.parameters for spec in specs)
+    cost = sum(s.forward + s.weight_gradient + s.input_gradient for s in specs)
+    return Part(task, layers[block], parameters, head, cost, model, couples)
 
 
 def describe(layout: Layout, rows: int) -> dict[str, Any]:

@@ -6,16 +6,17 @@ contiguous and aligned; so it computes the same bits wherever its neighbours are
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dtrain.block import Live
+from dtrain.block import Block
 from dtrain.comm.comm import Comm
 from dtrain.comm.routes import Spec
+from dtrain.live import Live
 from dtrain.mesh import Mesh
 from dtrain.objectives.objective import Mode, Objective, Task
 from dtrain.schedules.action import Action, Route
@@ -38,12 +39,21 @@ class Seat:
 
 @dataclass(frozen=True)
 class Lines:
-    """The communicators, one per purpose, all over the same ranks but `replicas`."""
+    """The communicators, one per purpose.
+
+    Attributes
+    ----------
+    onward, back, control : Comm
+        All ranks: what goes to later blocks, what goes to earlier ones, JSON.
+    replicas, column : Comm
+        The replicas of my stage; the stages of my replica, in order.
+    """
 
     onward: Comm
     back: Comm
     control: Comm
     replicas: Comm
+    column: Comm
 
 
 class Mail:
@@ -61,42 +71,72 @@ class Mail:
         self, mode: Mode, objective: Objective, tasks: Sequence[Task], seat: Seat, lines: Lines
     ) -> None:
         self.routes = objective.routes(len(tasks), mode)
-        self.messages = Messages(self.routes, seat.place, seat.stage)
         self.objective = objective
         self.tasks = tasks
         self.seat = seat
         self.lines = lines
         self.shelf: dict[tuple[int, int, int], Tensor] = {}
+        self.standing: dict[tuple[int, str, int], dict[str, Tensor]] = {}
 
-    def open(self, plan: Iterable[Action], rows: Callable[[Action], int]) -> None:
-        """Declare every message that the plan will receive; the next of each is always posted."""
+    def open(
+        self, plan: Iterable[Action], sizes: Sequence[int], rows: Callable[[int, int], int]
+    ) -> None:
+        """Declare every message that the plan will receive; the next of each is always posted.
+
+        Parameters
+        ----------
+        sizes : sequence of int
+            Micro-batches of each update of the segment.
+        rows : callable
+            Returns the samples of (update, micro-batch).
+        """
+        seat = self.seat
+        self.messages = Messages(self.routes, seat.place, seat.stage, sizes)
         coming: defaultdict[int, list[Spec]] = defaultdict(list)
         for index, action in self.messages.receipts(plan):
-            shape, dtype = self.objective.shape(self.routes[index], self.tasks)
-            coming[index].append(((rows(action), *shape), dtype))
+            update, micro = self.messages.origin(index, action)
+            count = rows(update, micro) if micro >= 0 else 0
+            coming[index].append(self.objective.shape(self.routes[index], self.tasks, count))
+        self.sent, self.came = Counter[int](), Counter[int]()
         for index, specs in coming.items():
-            route = self.routes[index]
-            self._line(route).expect(self.seat.rank(route.source.block), index, specs)
+            route, window = self.routes[index], self.messages.window(index)
+            rank, line = seat.rank(route.source.block), self._line(route)
+            for way in range(min(window, len(specs))):
+                line.expect(rank, self._tag(index, way), specs[way::window])
 
     def take(self, action: Action) -> dict[str, Tensor]:
-        """Return by route name what the routes bring to `action`; the caller owns it."""
-        return {self.routes[i].name: self._fetch(i, action) for i in self.messages.takes(action)}
+        """Return by route name what the routes bring to `action`; the caller owns it.
 
-    def offer(self, action: Action, live: Live) -> None:
+        What comes once per update is there for all its micro-batches: it must not be written to.
+        """
+        told: dict[str, Tensor] = {}
+        for index in self.messages.takes(action):
+            route, tensor = self.routes[index], self._fetch(index, action)
+            told[route.name] = tensor
+            if route.single:
+                self._stand(action, route.name, tensor)
+        if action.micro > 0 and self.standing:
+            told |= self.standing.get(_point(action), {})
+        return told
+
+    def offer(self, action: Action, block: Block, live: Live | None) -> None:
         """Send what leaves `action`, without waiting for its arrival."""
         for index in self.messages.offers(action):
             route = self.routes[index]
-            tensor = self.objective.tell(route, live)
+            tensor = self.objective.tell(route, block, live)
             if self.messages.local(index):
                 copy = tensor.clone(memory_format=torch.contiguous_format)
                 self.shelf[index, action.update, action.micro] = copy
             else:
-                self._line(route).isend(tensor, self.seat.rank(route.target.block), index)
+                tag = self._tag(index, self.sent[index])
+                self.sent[index] += 1
+                self._line(route).isend(tensor, self.seat.rank(route.target.block), tag)
 
     def close(self) -> None:
         """Wait until everything that was sent has arrived."""
         self.lines.onward.flush()
         self.lines.back.flush()
+        self.standing.clear()
 
     def _line(self, route: Route) -> Comm:
         ahead = route.target.block >= route.source.block
@@ -105,5 +145,22 @@ class Mail:
     def _fetch(self, index: int, action: Action) -> Tensor:
         route = self.routes[index]
         if self.messages.local(index):
-            return self.shelf.pop((index, action.update, action.micro))
-        return self._line(route).recv(self.seat.rank(route.source.block), index)
+            return self.shelf.pop((index, *self.messages.origin(index, action)))
+        tag = self._tag(index, self.came[index])
+        self.came[index] += 1
+        tensor = self._line(route).recv(self.seat.rank(route.source.block), tag)
+        assert isinstance(tensor, Tensor)
+        return tensor
+
+    def _tag(self, index: int, number: int) -> int:
+        """Return the tag of a route's message: a route with a lag has as many as may be waiting."""
+        return index + len(self.routes) * (number % self.messages.window(index))
+
+    def _stand(self, action: Action, name: str, tensor: Tensor) -> None:
+        """Keep what came for a whole update, in place of what came for the one before."""
+        self.standing.setdefault(_point(action), {})[name] = tensor
+
+
+def _point(action: Action) -> tuple[int, str, int]:
+    """Return where an action stands, `I` in the place of `B`."""
+    return action.block, "B" if action.kind == "I" else action.kind, action.pass_

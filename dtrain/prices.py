@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dtrain.models import Spec, count
-from dtrain.objectives.objective import Objective, Task
+from dtrain.objectives.objective import GRADIENT, Objective, Task
 
 
 class Prices:
@@ -33,8 +33,9 @@ class Prices:
         totals = (spec.forward + spec.weight_gradient + spec.input_gradient for spec in specs)
         self._sums = [0, *accumulate(totals)]
         self._elements = [0, *accumulate(spec.parameters for spec in specs)]
+        self._counted: dict[Task, Spec | None] = {}
         self._helpers = [self._helper(j) for j in range(1, len(specs) + 1)]
-        self._feeds_back = any(r.source.kind == "B" for r in objective.routes(2, "train"))
+        self._feeds_back = any(r.name == GRADIENT for r in objective.routes(2, "train"))
 
     def flops(self, i: int, j: int) -> int:
         """Return multiply-adds, forward and backward."""
@@ -55,9 +56,17 @@ class Prices:
         return 0 if helper is None else helper.parameters
 
     def task(self, block: int, blocks: int, i: int, j: int) -> Task:
-        """Return the task of a block of the layers ``i .. j-1``."""
+        """Return the task of a block of the layers ``i .. j-1``; the next block is one layer."""
         first, last = self.specs[i], self.specs[j - 1]
-        return Task(block, blocks, first.inputs, last.outputs, last.dtype, self.classes)
+        above = self.specs[j].outputs if j < len(self.specs) else ()
+        sample = self.specs[0].inputs
+        shapes = first.inputs, last.outputs
+        return Task(block, blocks, *shapes, last.dtype, self.classes, sample, above)
+
+    def couples(self, j: int) -> bool:
+        """Say whether the helper of a block that ends before layer j has batch statistics."""
+        helper = self._helpers[j - 1]
+        return helper is not None and helper.couples
 
     def _unasked(self, i: int, j: int) -> int:
         """Return what autograd saves where nobody asks for the gradient of the block's input.
@@ -66,7 +75,7 @@ class Prices:
         """
         saved = 0
         for spec in self.specs[i:j]:
-            saved += spec.input_gradient
+            saved += spec.unasked
             if spec.parameters:
                 break
         return saved
@@ -75,8 +84,17 @@ class Prices:
         """Return the spec of the helper of a block that ends before layer j, without memory."""
         last = j == len(self.specs)
         task = self.task(1 if last else 0, 2, 0, j)
+        if task not in self._counted:
+            self._counted[task] = self._count(task)
+        return self._counted[task]
+
+    def _count(self, task: Task) -> Spec | None:
         with torch.device("meta"):
             helper: nn.Module | None = self.objective.build(task)
         if helper is None:
             return None
-        return count(helper.to(task.dtype), task.outputs, task.dtype)
+        shape = self.objective.helped(task)
+        if shape is None:
+            elements = sum(each.numel() for each in helper.parameters())
+            return Spec("", (), (), task.dtype, 0, 0, 0, elements)
+        return count(helper.to(task.dtype), shape, task.dtype)

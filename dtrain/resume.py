@@ -1,7 +1,7 @@
 """Which checkpoint a run goes on from, and what may differ from the run that wrote it.
 
 Invariant: whatever decides what is trained must be the same; only the length, the mesh, the device
-and what is reported may change.
+and what is reported may change, the length not where learning rates followed it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,18 @@ from dtrain.errors import Refusal
 from dtrain.folder import OWNER
 from dtrain.tables import Table, text
 
-FREE = ("epochs", "updates", "device", "threads", "mesh.", "log.", "evaluate.", "checkpoint.keep")
+FREE = (
+    "epochs",
+    "updates",
+    "device",
+    "threads",
+    "mesh.",
+    "log.",
+    "partition.recompute",
+    "evaluate.",
+    "checkpoint.keep",
+)
+LENGTH = ("epochs", "updates")
 OURS = {"summary.json", "checkpoints", OWNER}
 CHECKPOINTS = "checkpoints"
 
@@ -53,26 +64,36 @@ def find(out: Path, resume: str) -> Manifest | None:
     return manifest
 
 
-def refuse_changes(out: Path, before: Table | None, run: Run) -> None:
+def refuse_changes(out: Path, before: Table | None, run: Run, reached: bool = False) -> None:
     """Refuse what would not be the same run, or would overwrite its run file.
 
     Parameters
     ----------
     before : dict or None
         The resolved run of the checkpoint to go on from.
+    reached : bool
+        Whether that checkpoint holds all updates of `run`: then nothing is left to train, at
+        whatever rate.
     """
     if run.path == (out / "run.toml").resolve():
         raise Refusal(f"--out {out} would overwrite the run file {run.path}: choose another --out")
     old, new = dict(_flat(before or {})), dict(_flat(run.table()))
-    changed = [
-        f"{key} (was {_text(old, key)}, is {_text(new, key)})"
+    told = {
+        key: f"{key} (was {_text(old, key)}, is {_text(new, key)})"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(FREE)
-    ]
+        if old.get(key) != new.get(key)
+    }
+    changed = [words for key, words in told.items() if not key.startswith(FREE)]
     if before is not None and changed:
         raise Refusal(
             f"the run to go on from was begun with other settings: {', '.join(changed)}; put them "
             f"back, or choose another --out than {out}"
+        )
+    length = [told[key] for key in LENGTH if key in told]
+    if before is not None and length and not reached and run.make_rate().horizon:
+        raise Refusal(
+            f"the learning rates of '{run.rate.name}' followed the length that the run was begun "
+            f"with: {', '.join(length)}; put it back, or choose another --out than {out}"
         )
 
 

@@ -21,7 +21,8 @@ T = TypeVar("T")
 def fill(kind: type[T], table: Mapping[str, Any], where: str, known: Sequence[str] = ()) -> T:
     """Return the dataclass `kind` made of a kebab-case table; unknown keys are refused."""
     hints = typing.get_type_hints(kind)
-    names = {kebab(each.name): each for each in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    names = {kebab(each.name): each for each in fields if each.init}
     values = {}
     for key, value in table.items():
         if key not in names:

@@ -54,12 +54,15 @@ def train(run: Run, comm: Comm, out: Path, resume: str = "auto") -> dict[str, An
     token: folder.Owner | None = None
     progress: Progress | None = None
     try:
-        found, table = _find(comm, out, resume)
+        found, table, done = _find(comm, out, resume)
         agreed = together(comm, lambda: plan(run.going_on(table), comm.size))
         alike(agreed, comm)
-        together(comm, lambda: refuse_changes(out, table, agreed.run))
+        together(
+            comm, lambda: refuse_changes(out, table, agreed.run, done >= agreed.calendar.total)
+        )
         token, attempt = _take(comm, out, resume, found)
         together(comm, lambda: folder.seen(out, comm.hosts[comm.rank]))
+        comm.flight.folder = out / "flight"
         job = build(agreed, comm)
         totals = _restore(job, found)
         totals.attempt = attempt
@@ -82,15 +85,17 @@ def train(run: Run, comm: Comm, out: Path, resume: str = "auto") -> dict[str, An
             folder.release(out, token)
 
 
-def _find(comm: Comm, out: Path, resume: str) -> tuple[str | None, Table | None]:
-    """Return path and run table of the checkpoint to go on from. Collective."""
+def _find(comm: Comm, out: Path, resume: str) -> tuple[str | None, Table | None, int]:
+    """Return path, run table and updates of the checkpoint to go on from. Collective."""
 
-    def first() -> tuple[str, Table] | None:
+    def first() -> tuple[str, Table, int] | None:
         manifest = None if comm.rank else find(out, resume)
-        return None if manifest is None else (str(manifest.folder), manifest.table)
+        if manifest is None:
+            return None
+        return str(manifest.folder), manifest.table, int(manifest.state["update"])
 
     told = comm.exchange(together(comm, first))[0]
-    return (None, None) if told is None else (told[0], told[1])
+    return (None, None, 0) if told is None else (told[0], told[1], told[2])
 
 
 def _take(comm: Comm, out: Path, resume: str, found: str | None) -> tuple[folder.Owner, int]:
@@ -143,6 +148,8 @@ def _fail(error: BaseException, comm: Comm, out: Path, token: folder.Owner | Non
         if token is not None and comm.rank == 0:
             folder.end(out, token, "failed", str(error))
         return
+    if comm.flight.folder is not None:
+        comm.flight.dump(f"{type(error).__name__}: {error}", error)
     first = comm.rank == 0
     if token is not None:
         status = "stopped" if isinstance(error, Stopped) else "failed"
@@ -160,13 +167,13 @@ def _fail(error: BaseException, comm: Comm, out: Path, token: folder.Owner | Non
 def _learn(job: Job, segment: Segment, totals: Totals, progress: Progress) -> None:
     """Train one segment and add up what all ranks tell of it. Collective."""
     agreed, engine, control = job.plan, job.engine, job.lines.control
-    source, run = agreed.data.train, agreed.run
-    sequence = order(source.size, run.top.seed, segment.epoch, run.data.shuffle)
+    run = agreed.run
+    sequence = order(agreed.data.train.size, run.top.seed, segment.epoch, run.data.shuffle)
     offsets = range(segment.offset, segment.offset + segment.last - segment.first)
     batches = [agreed.shares.batch(sequence, each, job.seat.replica) for each in offsets]
     traffic = control.traffic
     intra, inter = traffic.bytes_intra, traffic.bytes_inter
-    for update in engine.run(source, batches, segment.first, segment.epoch):
+    for update in engine.run(job.train, batches, segment.first, segment.epoch):
         progress.show(update)
     for sync in engine.syncs.values():
         sync.settle()
@@ -230,7 +237,7 @@ def _test(job: Job, views: Views, totals: Totals) -> None:
     with control.uncounted(), ExitStack() as shown:
         for index, block in engine.blocks.items():
             shown.enter_context(block.showing(views[index]))
-        tally = engine.predict(source, micros)
+        tally = job.judge.predict(job.test, micros)
     told = control.exchange({"stage": job.seat.stage, **asdict(tally)})
     totals.test, totals.tested = tested(told, len(engine.tasks)), totals.update
 

@@ -8,21 +8,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from dtrain.data.augment import AUGMENTS, Augment
 from dtrain.data.custom import adopt
 from dtrain.data.digits import Digits
 from dtrain.data.hdf5 import Hdf5
 from dtrain.data.order import SHUFFLES, order, parts, updates_per_epoch
+from dtrain.data.reader import Reader
 from dtrain.data.source import Arrays, Data, Source, Standardised, standardised
 from dtrain.errors import unknown
 from dtrain.models.custom import PATTERN, bind, find
 
 __all__ = [
+    "AUGMENTS",
     "DATA",
     "SHUFFLES",
     "Arrays",
+    "Augment",
     "Data",
     "Digits",
     "Hdf5",
+    "Reader",
     "Source",
     "Standardised",
     "load",

@@ -33,10 +33,13 @@ class Batch:
         Samples of the update over all replicas (n).
     micros : tuple of arrays
         Indices of each micro-batch that is not empty; together this replica's n_r samples.
+    first : int
+        Where they begin among the samples of the update.
     """
 
     rows: int
     micros: tuple[Indices, ...]
+    first: int = 0
 
     @property
     def own(self) -> int:
@@ -68,9 +71,10 @@ class Shares:
     def batch(self, order: Indices, update: int, replica: int) -> Batch:
         """Return the part of `replica` in the update at position `update` of an epoch's order."""
         samples = order[update * self.size : (update + 1) * self.size]
-        own = _slice(samples, self._parts(len(samples), self.replicas)[replica])
+        part = self._parts(len(samples), self.replicas)[replica]
+        own = _slice(samples, part)
         micros = (_slice(own, part) for part in self._parts(len(own), self.micros))
-        return Batch(len(samples), tuple(micro for micro in micros if len(micro)))
+        return Batch(len(samples), tuple(m for m in micros if len(m)), part.start)
 
     def sizes(self, total: int, first: int, last: int) -> list[list[int]]:
         """Return ``[replica][update]``: micro-batches in the updates first to last (excluded)."""

@@ -102,9 +102,14 @@ class File(Source):
         return train.classes
 
     @cached_property
+    def slow(self) -> bool:
+        """Whether the samples do not fit into memory; found out on first need."""
+        return not fits(self.size * int(np.prod(self.shape)) * self._kind.itemsize)
+
+    @cached_property
     def _rows(self) -> Any:
         """The samples: an array, or the data set of a file that stays open."""
-        if fits(self.size * int(np.prod(self.shape)) * self._kind.itemsize):
+        if not self.slow:
             with opened(self.path) as file:
                 return file["x"][()]
         return _file(self.path)["x"]

@@ -44,6 +44,14 @@ class Source(ABC):
     shape: tuple[int, ...]
     classes: int
 
+    @property
+    def slow(self) -> bool:
+        """Whether inputs come from a disk or a network, so that they are better read ahead.
+
+        They are then read in a thread of its own; a subclass may simply say ``slow = True``.
+        """
+        return False
+
     @abstractmethod
     def inputs(self, indices: ArrayLike) -> Tensor:
         """Return samples of shape (n, *shape) in the order of `indices`.
@@ -118,6 +126,11 @@ class Standardised(Source):
     def __init__(self, source: Source, known: Callable[[], Moments]) -> None:
         self.size, self.shape, self.classes = source.size, source.shape, source.classes
         self._source, self._known = source, known
+
+    @property
+    def slow(self) -> bool:
+        """Whether the other source is."""
+        return self._source.slow
 
     @cached_property
     def _scale(self) -> tuple[Tensor, Tensor]:

@@ -5,19 +5,23 @@ Invariant: whatever the layout, a layer's initial weights depend on the seed and
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 from dtrain.errors import unknown
+from dtrain.models.cnn import Cnn
 from dtrain.models.custom import PATTERN, bind, find
 from dtrain.models.mlp import Mlp
 from dtrain.models.model import Model, adopt
+from dtrain.models.resnet import ResNet
 from dtrain.models.walk import Spec, count, walk
+from dtrain.tables import convert, kebab
 
-__all__ = ["MODELS", "Mlp", "Model", "Spec", "adopt", "count", "load", "walk"]
+__all__ = ["MODELS", "Cnn", "Mlp", "Model", "ResNet", "Spec", "adopt", "count", "load", "walk"]
 
-MODELS = {"mlp": Mlp}
+MODELS: dict[str, type[Cnn | Mlp | ResNet]] = {"cnn": Cnn, "mlp": Mlp, "resnet": ResNet}
 
 
 def load(
@@ -45,7 +49,8 @@ def load(
     Raises
     ------
     Refusal
-        Unknown name, key or function; a function that returns no legal model.
+        Unknown name, key or function; a value of another type than the key's; a function that
+        returns no legal model.
     """
     if ":" in name:
         function = find(name, folder, "model")
@@ -53,5 +58,10 @@ def load(
         return adopt(partial(function, **given), name)
     if name not in MODELS:
         raise unknown("model", name, [*MODELS, PATTERN])
-    strategy = MODELS[name](**bind("[model]", MODELS[name], fields))
-    return adopt(partial(strategy.layers, shape, classes), name)
+    kind = MODELS[name]
+    hints = typing.get_type_hints(kind)
+    given = {
+        key: convert(value, hints[key], f"[model] {kebab(key)}")
+        for key, value in bind("[model]", kind, fields).items()
+    }
+    return adopt(partial(kind(**given).layers, shape, classes), name)

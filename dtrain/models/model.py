@@ -14,8 +14,9 @@ is built in the process, and torch's own generator is left as it was.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import final
 
 import torch
@@ -64,6 +65,10 @@ class Model(ABC):
             self.names[index]: layer.to(dtype) for index, layer in zip(chosen, layers, strict=True)
         }
 
+    def kind(self, index: int) -> Hashable:
+        """Return what layers of equal structure have in common, None where that is not known."""
+        return None
+
     @property
     @abstractmethod
     def whole(self) -> bool:
@@ -84,6 +89,17 @@ class Listed(Model):
     """Layers that are made one by one, each by its own factory."""
 
     factories: tuple[Factory, ...] = field(repr=False)
+
+    def kind(self, index: int) -> Hashable:
+        factory = self.factories[index]
+        if not isinstance(factory, partial) or not isinstance(factory.func, type):
+            return None
+        kind = factory.func, factory.args, tuple(factory.keywords.items())
+        try:
+            hash(kind)
+        except TypeError:  # such as a list among the arguments
+            return None
+        return kind
 
     @property
     def whole(self) -> bool:

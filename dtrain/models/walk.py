@@ -11,8 +11,8 @@ machine and for every number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -41,7 +41,10 @@ class Spec:
     forward : int
         Cost of the forward.
     weight_gradient, input_gradient : int
-        Cost of the two halves of the backward.
+        Cost of the two halves of the backward; what leads from one module inside the layer to the
+        one before it belongs to the second.
+    unasked : int
+        What the backward saves where nobody asks for the gradient of what enters.
     parameters : int
         Number of parameters (elements).
     couples : bool
@@ -57,6 +60,7 @@ class Spec:
     input_gradient: int
     parameters: int
     couples: bool = False
+    unasked: int = 0
 
 
 def walk(model: Model, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Spec, ...]:
@@ -83,10 +87,16 @@ def walk(model: Model, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Spec
         {name: layer for name, layer in zip(model.names, layers, strict=True) if layer is not None}
     )
     specs: list[Spec] = []
+    known: dict[Hashable, Spec] = {}  # a deep net repeats itself: equal layers are counted once
     entering = dtype
     for index, layer in enumerate(layers):
-        build = _builder(model, index, dtype)
-        spec = _measure(layer, build, shape, entering, model.names[index])
+        name, kind = model.names[index], model.kind(index)
+        spec = known.get((kind, shape, entering)) if kind else None
+        if spec is None:
+            build = _builder(model, index, dtype)
+            spec = _measure(layer, build, shape, entering, name)
+            known[kind, shape, entering] = spec
+        spec = replace(spec, name=name)
         specs.append(spec)
         shape, entering = spec.outputs, spec.dtype
     return tuple(specs)
@@ -124,16 +134,19 @@ def count(
             raise _batchless(name, shape, leaving)
         weights = [each for each in layer.parameters() if each.requires_grad]
         inside = list(layer.modules())
+        # The way to weights deep inside leads through the input gradients of those behind them.
+        both, passed = _backward(leaving, weights + entering), _backward(leaving, entering)
         return Spec(
             name=name,
             inputs=tuple(shape),
             outputs=tuple(leaving.shape[1:]),
             dtype=leaving.dtype,
             forward=forward,
-            weight_gradient=_backward(leaving, weights),
-            input_gradient=_backward(leaving, entering),
+            weight_gradient=both - passed,
+            input_gradient=passed,
             parameters=sum(each.numel() for each in layer.parameters()),
             couples=any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in inside),
+            unasked=both - _backward(leaving, weights),
         )
 
 

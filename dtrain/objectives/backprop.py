@@ -13,9 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from dtrain.block import Block, Live, Pull
+from dtrain.block import Block, Pull
+from dtrain.live import Live
 from dtrain.objectives.objective import GRADIENT, Mode, Objective, Task, born, onward
 from dtrain.schedules.action import Point, Route
 
@@ -36,7 +35,3 @@ class Backprop(Objective):
     def pulls(self, task: Task, block: Block, live: Live) -> list[Pull]:
         """Pull the loss in the last block, the output along what was told in the others."""
         return [born(live, live.y)] if task.last else [(live.y, live.told[GRADIENT])]
-
-    def predict(self, task: Task, block: Block, live: Live) -> Tensor | None:
-        """Only the last block has class scores."""
-        return live.y if task.last else None

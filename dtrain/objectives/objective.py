@@ -3,12 +3,19 @@
 Invariant: an objective names pairs (tensor, cotangent) and rows of routes, and nothing else
 decides a gradient or a message. A signal is scaled once, where it is born, by the micro-batch's
 share of the update; relayed signals are passed on as they came.
+
+One micro-batch in one block, and which method speaks where (all but `pulls` have a default)::
+
+    F   feed   -> x     layers     -> y      tell on routes that leave F      (once per pass)
+    B   pulls  -> pairs (tensor, cotangent)  tell on routes that leave B
+    U   after_update                         tell on routes that leave U
+    segment's end:  sums over replicas, solve
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -16,7 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from dtrain.block import Block, Live, Pull
+from dtrain.block import Block, Grain, Pull
+from dtrain.live import Given, Live
+from dtrain.models.model import Layers
 from dtrain.schedules.action import Point, Route
 
 Mode = Literal["train", "predict"]
@@ -40,6 +49,11 @@ class Task:
         Of what leaves.
     classes : int
         Number of labels.
+    sample : tuple of int
+        Shape of one sample of the data.
+    above : tuple of int
+        Shape that leaves the next block; where cuts are still being balanced, that leaves the next
+        layer. Empty in the last block.
     """
 
     block: int
@@ -48,6 +62,8 @@ class Task:
     outputs: tuple[int, ...]
     dtype: torch.dtype
     classes: int
+    sample: tuple[int, ...] = ()
+    above: tuple[int, ...] = ()
 
     @property
     def last(self) -> bool:
@@ -62,28 +78,56 @@ class Objective(ABC):
     ----------
     schedule : str
         The schedule that a run file without ``[schedule]`` gets.
+    grain : "block" or "layer"
+        Where the graph is cut: "layer" detaches every layer from the one before it.
+    trains : bool
+        Whether the layers learn by gradients; if not they keep their first weights.
+    sums : tuple of str
+        Buffers of the helper that add up over samples; they are added over the replicas at a
+        segment's end, before `solve`.
     """
 
     schedule: ClassVar[str]
+    grain: ClassVar[Grain] = "block"
+    trains: ClassVar[bool] = True
+    sums: ClassVar[tuple[str, ...]] = ()
+
+    # ---- what a block is made of
 
     def build(self, task: Task) -> nn.Module | None:
         """Return what the objective adds to a block (a head), or None; called under its seed."""
         return None
 
-    @abstractmethod
+    def helped(self, task: Task) -> tuple[int, ...] | None:
+        """Return the shape of one sample that the helper is run on, for its cost; the output of
+        the block's layers by default, None where it is not run sample by sample."""
+        return task.outputs
+
+    def own(self, task: Task) -> Layers | None:
+        """Return (name, factory) pairs of layers that take the place of the model's, or None."""
+        return None
+
+    def fed(self, task: Task) -> tuple[int, ...]:
+        """Return the shape of one sample that `feed` gives to the block's first layer."""
+        return task.inputs
+
+    def taps(self, block: Block) -> Sequence[str]:
+        """Return the global names of modules whose outputs `pulls` needs in ``live.taps``."""
+        return ()
+
+    # ---- what travels
+
     def routes(self, blocks: int, mode: Mode) -> tuple[Route, ...]:
-        """Return every row (action of a block -> action of a block) that a tensor takes."""
+        """Return every row (action of a block -> action of a block) that a tensor takes: by
+        default activations, onward."""
+        return onward(blocks)
 
-    @abstractmethod
-    def pulls(self, task: Task, block: Block, live: Live) -> list[Pull]:
-        """Return the pairs (tensor, cotangent) that `block` learns; leave ``live.loss`` behind."""
+    def tell(self, route: Route, block: Block, live: Live | None) -> Tensor:
+        """Return the tensor that leaves on `route` after its source action.
 
-    @abstractmethod
-    def predict(self, task: Task, block: Block, live: Live) -> Tensor | None:
-        """Return the class scores (rows, classes) of this block, None where it has none."""
-
-    def tell(self, route: Route, live: Live) -> Tensor:
-        """Return the tensor that leaves on `route` after its source action."""
+        `live` is None where the source is an update, which belongs to no micro-batch.
+        """
+        assert live is not None, f"{route}: what leaves an update is the objective's to say"
         if route.name == ACTIVATION:
             return live.y.detach()
         if route.name == VOTES:
@@ -92,18 +136,56 @@ class Objective(ABC):
         # A block may ignore what arrives; those who wait for its feedback are told so.
         return torch.zeros_like(live.x) if gradient is None else gradient
 
-    def shape(self, route: Route, tasks: Sequence[Task]) -> tuple[tuple[int, ...], torch.dtype]:
-        """Return shape of one sample and dtype of what travels on `route`."""
+    def shape(
+        self, route: Route, tasks: Sequence[Task], rows: int
+    ) -> tuple[tuple[int, ...], torch.dtype]:
+        """Return shape and dtype of what travels on `route` for a micro-batch of `rows`."""
         if route.name == VOTES:
-            return (tasks[0].classes,), VOTE_DTYPE
+            return (rows, tasks[0].classes), VOTE_DTYPE
         # Between neighbours, either way, travels the shape of what the lower one sends up.
         lower = tasks[min(route.source.block, route.target.block)]
-        return lower.outputs, lower.dtype
+        return (rows, *lower.outputs), lower.dtype
+
+    # ---- what is learnt
+
+    def reads(self, task: Task, mode: Mode) -> bool:
+        """Say whether the block's first pass needs the data themselves, in ``given.sample``."""
+        return task.block == 0
+
+    def traced(self, pass_: int) -> bool:
+        """Say whether autograd must record this forward pass of a micro-batch."""
+        return True
+
+    def feed(self, task: Task, block: Block, given: Given) -> Tensor:
+        """Return what the block's first layer gets: what arrived, or the data."""
+        if ACTIVATION in given.told:
+            return given.told[ACTIVATION]
+        assert given.sample is not None
+        return given.sample
+
+    @abstractmethod
+    def pulls(self, task: Task, block: Block, live: Live) -> list[Pull]:
+        """Return the pairs (tensor, cotangent) that `block` learns; leave ``live.loss`` behind."""
+
+    def after_update(  # noqa: B027
+        self, task: Task, block: Block, told: Mapping[str, Tensor]
+    ) -> None:
+        """Do what follows an optimizer step; `told` is what routes brought to the update."""
+
+    def solve(self, task: Task, block: Block) -> None:  # noqa: B027
+        """Set weights in closed form from the `sums`, at a segment's end, alike in all replicas."""
+
+    def predict(self, task: Task, block: Block, live: Live) -> Tensor | None:
+        """Return the class scores (rows, classes) of this block, None where it has none: by
+        default the last block alone has some."""
+        return live.y if task.last else None
 
 
-def onward(blocks: int, name: str = ACTIVATION) -> tuple[Route, ...]:
+def onward(blocks: int, name: str = ACTIVATION, pass_: int = 0) -> tuple[Route, ...]:
     """Return the rows that take `name` from each forward to the next block's forward."""
-    return tuple(Route(Point(b, "F"), Point(b + 1, "F"), name) for b in range(blocks - 1))
+    return tuple(
+        Route(Point(b, "F", pass_), Point(b + 1, "F", pass_), name) for b in range(blocks - 1)
+    )
 
 
 def born(live: Live, scores: Tensor) -> Pull:

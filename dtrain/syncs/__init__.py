@@ -1,10 +1,12 @@
 """Syncs by the name that a run file gives them; one file each."""
 
 from dtrain.syncs.every_step import EveryStep
+from dtrain.syncs.local_sgd import LocalSGD
 from dtrain.syncs.never import Never
 from dtrain.syncs.sync import Sync
 
 SYNCS: dict[str, type[Sync]] = {
     "every-step": EveryStep,
+    "local-sgd": LocalSGD,
     "never": Never,
 }

@@ -25,7 +25,8 @@ class EveryStep(Sync):
 
     def before_update(self, gradients: Sequence[Tensor], weight: float, clock: Clock) -> None:
         """Replace each gradient by ``sum over replicas of weight * gradient``."""
-        self.replicas.mean_(gradients, weight)
+        if self.replicas.size > 1:
+            self.replicas.mean_(gradients, weight)
 
     def after_update(self, clock: Clock) -> None:
         """Nothing: equal gradients moved equal parameters."""

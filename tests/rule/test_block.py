@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from dtrain import optimizers
-from dtrain.block import Block, Live
+from dtrain.block import Block
 from dtrain.errors import Refusal
+from dtrain.live import Live
 from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.backprop import Backprop
 from dtrain.objectives.mono_forward import MonoForward
@@ -139,7 +140,7 @@ def test_no_loss_reaches_into_another_block(batch: tuple[Tensor, Tensor]) -> Non
     objective, first, second = MonoForward(), task(0, 2, 5), task(1, 2, 3)
     lower = block(objective, first, nn.Linear(4, 5))
     upper = block(objective, second, nn.Linear(5, 3))
-    passed = objective.tell(onward(2)[0], live(lower, x, y))
+    passed = objective.tell(onward(2)[0], lower, live(lower, x, y))
     assert not passed.requires_grad
     upper.learn(objective.pulls(second, upper, Live(passed, upper.forward(passed, ()), y)))
     assert all(p.grad is None for p in lower.parameters.values())

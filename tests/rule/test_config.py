@@ -10,6 +10,7 @@ import pytest
 
 from dtrain.config import parse, read
 from dtrain.errors import Refusal
+from dtrain.rates import Constant, Cosine
 from dtrain.tables import dump, text
 from tests import tiny
 
@@ -35,11 +36,31 @@ WRONG = [
     ("objective__name", "mono_forward", ["did you mean 'mono-forward'", "backprop"]),
     ("objective__depth", 3, ["'depth'", "[objective]"]),
     ("schedule__name", "1fb1", ["did you mean '1f1b'", "fill-drain"]),
-    ("sync__name", "always", ["sync 'always'", "every-step, never"]),
+    ("sync__name", "always", ["sync 'always'", "every-step, local-sgd, never"]),
     ("sync__every", 3, ["'every'", "[sync]"]),
     ("optimizer__name", "adamax2", ["did you mean 'adamax'"]),
     ("optimizer__momentum", 0.9, ["'momentum'", "'adam'", "betas"]),
     ("optimizer__betas", [0.9], ["'adam'", "betas"]),
+    ("optimizer__momentum", 0.9, ["'momentum'", "clip, clip-over"]),
+    ("optimizer__clip", -1.0, ["[optimizer] clip = -1.0", "above 0"]),
+    ("optimizer__clip", float("nan"), ["[optimizer] clip = nan", "above 0"]),
+    ("optimizer__clip", float("inf"), ["[optimizer] clip = inf", "above 0"]),
+    ("optimizer__clip", "1", ['[optimizer] clip = "1"', "a number"]),
+    ("optimizer__clip_over", "model", ["clip-over", "without a clip"]),
+    ("optimizer", {"name": "sgd", "clip": 1, "clip-over": "all"}, ['"block" or "model"']),
+    ("optimizer", {"name": "sgd", "clip_over": "block"}, ["as clip-over"]),
+    ("lr__name", "cosin", ["did you mean 'cosine'", "constant", "step"]),
+    ("lr__final", 0.1, ["'final'", "[lr]"]),
+    ("lr__warmup_updates", -1, ["[lr] warmup-updates = -1", "at least 0"]),
+    ("lr", {"name": "cosine", "final": 1.5}, ["[lr] final = 1.5", "0 to 1"]),
+    ("lr", {"name": "step"}, ["every-epochs or epochs", "neither"]),
+    ("lr", {"name": "step", "every-epochs": 2, "epochs": [3]}, ["every-epochs or epochs", "both"]),
+    ("lr", {"name": "step", "epochs": [0]}, ["[lr] epochs = 0", "at least 1"]),
+    ("lr", {"name": "step", "every-epochs": -1}, ["[lr] every-epochs = -1"]),
+    ("lr", {"name": "step", "every-epochs": 1, "gamma": -0.1}, ["[lr] gamma = -0.1"]),
+    ("lr", "cosine", ['[lr] and name = "cosine"']),
+    ("sync", {"name": "local-sgd", "every": 0}, ["[sync] every = 0", "at least 1"]),
+    ("sync", {"name": "local-sgd", "warmup-updates": -1}, ["[sync] warmup-updates = -1"]),
     ("seed", 2**64, ["seed", "2**63"]),
     ("checkpoint__keep", 0, ["[checkpoint] keep = 0"]),
     ("evaluate__every", 0, ["[evaluate] every = 0"]),
@@ -61,6 +82,39 @@ def test_the_resolved_text_is_the_same_run() -> None:
     again = parse(tomllib.loads(dump(run.table())), run.path)
     assert again == run
     assert dump(again.table()) == dump(run.table())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer__clip": 1},
+        {"optimizer": {"name": "sgd", "lr": 0.1, "clip": 0.5, "clip-over": "model"}},
+        {"lr": {"name": "step", "epochs": [1, 3], "gamma": 0.5, "warmup-updates": 2}},
+        {"lr": {"name": "cosine", "final": 0.1}},
+        {"sync": {"name": "local-sgd", "every": 3}},
+    ],
+)
+def test_rates_and_clips_are_written_back(changes: dict[str, Any]) -> None:
+    run = tiny.run(**changes)
+    assert run != tiny.run()
+    again = parse(tomllib.loads(dump(run.table())), run.path)
+    assert again == run
+    assert dump(again.table()) == dump(run.table())
+
+
+def test_a_clip_is_ours_and_no_field_of_the_optimizer() -> None:
+    run = tiny.run(optimizer__clip=2, optimizer__clip_over="model")
+    assert (run.clip.clip, run.clip.clip_over) == (2.0, "model")
+    assert run.optimizer.fields == tiny.run().optimizer.fields
+    assert run.table()["optimizer"]["clip"] == 2.0
+    off = tiny.run(optimizer__clip=0)
+    assert off == tiny.run()
+    assert "clip" not in off.table()["optimizer"]
+
+
+def test_rates_are_constant_unless_asked_for() -> None:
+    assert tiny.run().make_rate() == Constant()
+    assert tiny.run(lr__name="cosine", lr__final=0.5).make_rate() == Cosine(final=0.5)
 
 
 def test_defaults_depend_on_the_objective() -> None:

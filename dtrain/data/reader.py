@@ -1,0 +1,139 @@
+"""Reader: inputs in the order in which they will be wanted, read ahead where that pays.
+
+Invariant: what is read is the same bits whether ahead or in place; at most `ahead` micro-batches
+are held; after `close` no thread is left.
+
+::
+
+    thread     | read 0 | read 1 |      | read 2 | read 3 |             ahead = 2
+    caller     open  ...  read -> 0, compute  read -> 1, compute  read -> 2, compute  close
+                                 `- asks for 2         `- asks for 3
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import final
+
+import torch
+from torch import Tensor
+
+from dtrain.data.augment import Augment
+from dtrain.data.batches import Indices
+from dtrain.data.source import Source
+
+ALIGNMENT = 64
+"""Bytes: where torch lets its own tensors begin."""
+
+
+@final
+class Reader:
+    """Reads the inputs of one segment after another.
+
+    A thread of its own reads where the source is slow or samples are augmented. Elsewhere a copy
+    costs less than handing it over. Meanwhile the source's `targets` may be asked by another
+    thread than its `inputs`.
+
+    Parameters
+    ----------
+    source : Source
+        What is read.
+    dtype : torch.dtype
+        Of inputs that are floats; others stay as they are.
+    augment : Augment, optional
+        What is done to them.
+    ahead : int
+        Micro-batches that may be held before they are asked for; 0 reads in place.
+
+    Raises
+    ------
+    Refusal
+        The samples' shape cannot be augmented.
+    """
+
+    def __init__(
+        self, source: Source, dtype: torch.dtype, augment: Augment | None = None, ahead: int = 2
+    ) -> None:
+        if augment is not None:
+            augment.check(source.shape)
+        self.source, self._dtype, self._augment, self._ahead = source, dtype, augment, ahead
+        self._wanted: Iterator[Indices] = iter(())
+        self._epoch = 0
+        self._thread: ThreadPoolExecutor | None = None
+        self._asked: deque[Future[Tensor]] = deque()
+
+    def open(self, wanted: Iterable[Indices], epoch: int) -> None:
+        """Begin a segment; what an earlier one left is dropped.
+
+        Parameters
+        ----------
+        wanted : iterable of arrays
+            The samples of each micro-batch, in the order of the reads.
+        epoch : int
+            From 0; augmentation depends on it.
+        """
+        self.close()
+        self._wanted, self._epoch = iter(wanted), epoch
+        if self._ahead and (self.source.slow or self._augment is not None):
+            self._ask(self._ahead)
+
+    def read(self) -> Tensor:
+        """Return the next micro-batch, contiguous and aligned, the caller's own.
+
+        Raises
+        ------
+        Exception
+            Whatever the source raised, with its traceback.
+        RuntimeError
+            More reads than were wanted.
+        """
+        if self._asked:
+            x = self._asked.popleft().result()
+            self._ask(1)
+            return x
+        for indices in self._wanted:
+            return self._load(indices, self._epoch)
+        raise RuntimeError("nothing more is to be read: every micro-batch that was wanted is")
+
+    def close(self) -> None:
+        """End the segment, read to its end or not; waits for a read that is under way."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.shutdown(cancel_futures=True)
+        self._asked.clear()
+        self._wanted = iter(())
+
+    def _ask(self, count: int) -> None:
+        """Have the thread read so many more; where nothing is wanted, none is started."""
+        for indices in islice(self._wanted, count):
+            self._thread = self._thread or _thread()
+            self._asked.append(self._thread.submit(self._load, indices, self._epoch))
+
+    def _load(self, indices: Indices, epoch: int) -> Tensor:
+        x = self.source.inputs(indices)
+        if self._augment is not None:
+            x = self._augment(x, indices, epoch)
+        x = x.to(self._dtype) if x.is_floating_point() else x
+        good = x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0
+        return x if good else x.clone(memory_format=torch.contiguous_format)
+
+
+def _thread() -> ThreadPoolExecutor:
+    """Return a thread that reads, and in which torch works alone.
+
+    A team of its own (OpenMP) would fight with the caller's for the same cores. Setting a thread's
+    number also sets that of threads that do not exist yet, so the caller's is set once more.
+    """
+    number = torch.get_num_threads()
+    thread = ThreadPoolExecutor(1, "dtrain-reader")
+    thread.submit(_alone).result()
+    torch.set_num_threads(number)
+    return thread
+
+
+def _alone() -> None:
+    torch.get_num_threads()  # a new thread takes over the number of others on its first use
+    torch.set_num_threads(1)

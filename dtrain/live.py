@@ -1,0 +1,141 @@
+"""One micro-batch on its way through one block: what it brings, and what the block made of it.
+
+Invariant: random numbers that an objective asks for are those of the sample's row in the whole
+update, under (seed, block, update): no cut into micro-batches or replicas changes them.
+
+::
+
+    Given   sample, told, labels ---- feed ----> x
+    Live    x ---- layers ----> y, taps ---- pulls ----> gradients
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Generator, Tensor, nn
+
+from dtrain.seeds import key
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """The random numbers of some rows of one update.
+
+    Attributes
+    ----------
+    seed, block, update : int
+        What they depend on, beside their name.
+    rows : int
+        Samples of the update, over all replicas.
+    first, count : int
+        Which of them are mine.
+    """
+
+    seed: int
+    block: int
+    update: int
+    rows: int
+    first: int
+    count: int
+
+    def rows_of(self, name: str, make: Callable[[int, Generator], Tensor]) -> Tensor:
+        """Return my rows of ``make(rows, generator)``, a tensor with the samples first.
+
+        Made for the whole update, then sliced: ``draws.rows_of("noise", lambda n, g:
+        torch.randn(n, 10, generator=g))``.
+        """
+        generator = Generator().manual_seed(key(self.seed, name, self.block, self.update))
+        return make(self.rows, generator)[self.first : self.first + self.count]
+
+
+NO_DRAWS = Draws(0, 0, 0, 0, 0, 0)
+
+
+@dataclass(slots=True)
+class Given:
+    """What a forward of one micro-batch has been given.
+
+    Attributes
+    ----------
+    targets : Tensor
+        Labels of the rows, (rows,) int64.
+    told : dict of str to Tensor
+        What the routes brought to this forward, by the route's name.
+    sample : Tensor or None
+        The data themselves, (rows, ...), where the objective reads them in this block.
+    draws : Draws
+        The objective's own random numbers.
+    pass_ : int
+        Which forward pass of the micro-batch this is.
+    before : Live or None
+        What the pass before it left.
+    learning : bool
+        Whether the micro-batch will be learnt, and is not only predicted.
+    """
+
+    targets: Tensor
+    told: dict[str, Tensor] = field(default_factory=dict)
+    sample: Tensor | None = None
+    draws: Draws = NO_DRAWS
+    pass_: int = 0
+    before: Live | None = None
+    learning: bool = False
+
+
+@dataclass(slots=True)
+class Live:
+    """One micro-batch in one block, from its forward to its learning.
+
+    Attributes
+    ----------
+    x : Tensor
+        What the block was fed, a leaf, (rows, ...).
+    y : Tensor
+        What the block's layers made of it, with its graph while training.
+    targets : Tensor
+        Labels of the rows, (rows,) int64.
+    share : float
+        Rows of this micro-batch over the rows of this replica in this update (n_i / n_r): where
+        a signal is born, it is scaled by it.
+    told : dict of str to Tensor
+        What the routes brought to the current action, by the route's name.
+    loss : Tensor or None
+        Mean over the rows of what a user sees as the loss; left behind by the objective.
+    outs : dict of str to Tensor
+        What each layer made, by name, where the objective learns layer by layer.
+    taps : dict of str to Tensor
+        What the tapped modules made.
+    draws : Draws
+        The objective's own random numbers.
+    sample : Tensor or None
+        The data themselves, where the objective reads them in this block.
+    before : Live or None
+        What an earlier pass left.
+    draw : tuple of int
+        What keyed the layers' random numbers, to compute them again.
+    buffers : dict of str to Tensor
+        The block's buffers before the forward, where it will be computed again.
+    calls : list of (nn.Module, Tensor)
+        Leaf modules and what they made, where the backward is split.
+    owed : list of (Tensor, list of Parameter, Tensor)
+        Weight gradients that a split backward still owes: output of a leaf module, its
+        parameters, and the gradient of that output.
+    """
+
+    x: Tensor
+    y: Tensor
+    targets: Tensor
+    share: float = 1.0
+    told: dict[str, Tensor] = field(default_factory=dict)
+    loss: Tensor | None = None
+    outs: dict[str, Tensor] = field(default_factory=dict)
+    taps: dict[str, Tensor] = field(default_factory=dict)
+    draws: Draws = NO_DRAWS
+    sample: Tensor | None = None
+    before: Live | None = None
+    draw: tuple[int, ...] = ()
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    calls: list[tuple[nn.Module, Tensor]] = field(default_factory=list)
+    owed: list[tuple[Tensor, list[nn.Parameter], Tensor]] = field(default_factory=list)

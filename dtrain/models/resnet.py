@@ -1,0 +1,142 @@
+"""Residual networks for small images: `stem`, residual units, `head`.
+
+He et al., "Deep residual learning for image recognition", arXiv 1512.03385, section 4.2: depth
+6 n + 2, n units at each of three resolutions, with 16, 32 and 64 channels. Shortcuts are option A
+there (no parameters: every second pixel, zeros as the new channels); option B projects.
+
+Invariant: a cut may stand between any two units, and one tensor crosses it. Initialisation: see
+`images`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from dtrain.errors import Refusal
+from dtrain.models.images import Convolution, Norm, Pooled, conv, inner, norm, picture
+from dtrain.models.model import Factory, Layers
+
+Shortcut = Literal["identity", "projection"]
+RESOLUTIONS = 3
+
+
+@final
+@dataclass(frozen=True)
+class ResNet:
+    """A CIFAR ResNet of 6 n + 2 layers with weights.
+
+    Parameters
+    ----------
+    depth : int
+        14, 20, 32, 44, 56, 110 or any other 6 n + 2 with n >= 1.
+    width : int
+        Channels at the first resolution; each next one has twice as many. 16 k widens by k.
+    norm : str
+        "batch", "group" or "none"; without one a convolution has a bias.
+    groups : int
+        Groups of channels, for "group".
+    shortcut : str
+        Where the resolution falls: "identity" (option A) or "projection" (option B, 1x1
+        convolution and norm).
+    """
+
+    depth: int = 20
+    width: int = 16
+    norm: Norm = "batch"
+    groups: int = 8
+    shortcut: Shortcut = "identity"
+
+    def __post_init__(self) -> None:
+        if self.depth < 8 or (self.depth - 2) % 6:
+            below = self.depth - (self.depth - 2) % 6
+            legal = f"{below} or {below + 6}" if below >= 8 else "8 or 14"
+            raise Refusal(
+                f"[model] depth = {self.depth}: a ResNet for small images has 6 n + 2 layers, "
+                f"n >= 1: set depth = {legal}"
+            )
+        if self.width < 1:
+            raise Refusal(f"[model] width = {self.width}: give at least 1 channel")
+
+    def layers(self, shape: tuple[int, ...], classes: int) -> Layers:
+        """Return the layers for images of `shape`, as (name, factory) pairs.
+
+        ::
+
+            (C, H, W) -> stem -> unit1-1 ... unit1-n      (w, H, W)
+                              -> unit2-1 ... unit2-n      (2 w, H/2, W/2), rounded up
+                              -> unit3-1 ... unit3-n      (4 w, H/4, W/4)
+                              -> head                     (classes,)
+        """
+        inputs, *_ = picture("resnet", shape)
+        made: list[tuple[str, Factory]] = [
+            ("stem", partial(Convolution, inputs, self.width, self.norm, self.groups))
+        ]
+        inputs = self.width
+        for resolution in range(RESOLUTIONS):
+            outputs = self.width << resolution
+            for number in range((self.depth - 2) // 6):
+                falls = resolution > 0 and number == 0
+                build = partial(
+                    Unit, inputs, outputs, 2 if falls else 1, self.norm, self.groups, self.shortcut
+                )
+                made.append((f"unit{resolution + 1}-{number + 1}", build))
+                inputs = outputs
+        return [*made, ("head", partial(Pooled, inputs, classes))]
+
+
+@final
+class Unit(nn.Module):
+    """Two 3x3 convolutions beside a shortcut.
+
+    ::
+
+        x --> conv1 - norm1 - ReLU - conv2 - norm2 --(+)-- ReLU --> (n, outputs, H/s, W/s)
+          \\-------------- shortcut ------------------/
+    """
+
+    draws = False
+
+    def __init__(
+        self, inputs: int, outputs: int, stride: int, kind: Norm, groups: int, shortcut: Shortcut
+    ) -> None:
+        super().__init__()
+        bias = kind == "none"
+        self.conv1 = conv(inputs, outputs, 3, stride, bias)
+        self.norm1 = norm(kind, outputs, groups)
+        self.conv2 = conv(outputs, outputs, 3, 1, bias)
+        self.norm2 = norm(kind, outputs, groups)
+        self.shortcut: nn.Module = nn.Identity()
+        if (inputs, stride) != (outputs, 1):
+            self.shortcut = Thinned(outputs - inputs, stride)
+            if shortcut == "projection":
+                self.shortcut = nn.Sequential(
+                    conv(inputs, outputs, 1, stride, bias), norm(kind, outputs, groups)
+                )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return relu(residual(x) + shortcut(x))."""
+        input = inner(input)
+        first = torch.relu(self.norm1(self.conv1(input)))
+        return torch.relu(self.norm2(self.conv2(first)) + self.shortcut(input))
+
+
+@final
+class Thinned(nn.Module):
+    """Every `stride`-th pixel, and `more` channels of zeros behind the others (option A)."""
+
+    draws = False
+
+    def __init__(self, more: int, stride: int) -> None:
+        super().__init__()
+        self.more, self.stride = more, stride
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return (n, C + more, ceil(H / stride), ceil(W / stride))."""
+        kept = input[:, :, :: self.stride, :: self.stride]
+        return pad(kept, (0, 0, 0, 0, 0, self.more))

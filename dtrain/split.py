@@ -1,0 +1,98 @@
+"""The backward in two halves: `I`, whom others wait for, and `W`, which only this block needs.
+
+`I` is one `autograd.grad` to the block's input, to the outputs of its leaf modules (linear,
+convolution, embedding) and to the small parameters (norms); `W` visits each leaf's own node.
+A leaf that is called more than once in a forward is learnt in `I`.
+
+Invariant: after `I` and `W` of a micro-batch the gradients are, bit for bit, those of one whole
+backward.
+
+::
+
+    x ---- conv ---- norm ---- linear ---- loss
+    x.grad <----- g <-- (norm) --- g <----- pull          I
+            conv.weight           linear.weight           W
+
+Source: Qi et al. 2023, "Zero Bubble Pipeline Parallelism", arXiv 2401.10241, section 2.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from dtrain.live import Live
+
+LEAVES = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)
+
+Call = tuple[nn.Module, Tensor]
+
+
+@final
+class Split:
+    """Halves the backward of the modules that it watches.
+
+    Parameters
+    ----------
+    roots : iterable of nn.Module
+        The block's layers and helper; hooks note every call of their leaves.
+    """
+
+    def __init__(self, roots: Iterable[nn.Module]) -> None:
+        self.calls: list[Call] = []
+        self.parameters: list[nn.Parameter] = []
+        for root in roots:
+            self.parameters += [p for p in root.parameters() if p.requires_grad]
+            for module in root.modules():
+                if isinstance(module, LEAVES):
+                    module.register_forward_hook(self._note)
+
+    def _note(self, module: nn.Module, _args: Any, out: Tensor) -> None:
+        if out.requires_grad:
+            self.calls.append((module, out))
+
+    def taken(self) -> list[Call]:
+        """Return the calls since the last time, and forget them."""
+        calls, self.calls = self.calls, []
+        return calls
+
+    def inputs(self, pulls: Iterable[tuple[Tensor, Tensor]], live: Live) -> None:
+        """`I`: leave ``x.grad`` and the small gradients, and what is owed in ``live.owed``."""
+        reached = [(tensor, told) for tensor, told in pulls if tensor.requires_grad]
+        if not reached:
+            return
+        calls = [*live.calls, *self.taken()]  # those of the layers, those of the helper
+        number = Counter(id(module) for module, _ in calls)
+        leaves = [(m, out) for m, out in calls if number[id(m)] == 1 and _weights(m)]
+        later = {id(weight) for module, _ in leaves for weight in _weights(module)}
+        small: list[Tensor] = [p for p in self.parameters if id(p) not in later]
+        asked = [live.x] if live.x.requires_grad else []
+        tensors, cotangents = zip(*reached, strict=True)
+        wanted = [*asked, *small, *(out for _, out in leaves)]
+        found = torch.autograd.grad(
+            tensors, wanted, cotangents, retain_graph=True, allow_unused=True
+        )
+        for tensor, gradient in zip(asked + small, found, strict=False):
+            if gradient is not None:
+                tensor.grad = gradient if tensor.grad is None else tensor.grad.add_(gradient)
+        outs = found[len(asked) + len(small) :]
+        live.owed = [
+            (out, _weights(module), gradient)
+            for (module, out), gradient in zip(leaves, outs, strict=True)
+            if gradient is not None
+        ]
+
+    @staticmethod
+    def weights(live: Live) -> None:
+        """`W`: add the gradients that are owed."""
+        for out, parameters, gradient in reversed(live.owed):
+            torch.autograd.backward(out, gradient, inputs=parameters)
+        live.owed = []
+
+
+def _weights(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters(recurse=False) if p.requires_grad]

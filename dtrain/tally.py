@@ -1,0 +1,36 @@
+"""Sums over the rows that one rank has seen: what becomes losses and accuracies.
+
+Invariant: sums, never means, so that adding over ranks, segments and parts is exact in kind.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Tally:
+    """Sums over rows, by block where blocks differ.
+
+    Attributes
+    ----------
+    rows : int
+        Samples.
+    loss : dict of int to float
+        Sum of the losses over rows.
+    correct, voted : dict of int to int, int
+        Rows that a block, and that the vote, predicted rightly.
+    busy_s, wall_s : float
+        Seconds at work, and seconds in all; the rest was spent in waits.
+    """
+
+    rows: int = 0
+    loss: dict[int, float] = field(default_factory=dict)
+    correct: dict[int, int] = field(default_factory=dict)
+    voted: int = 0
+    busy_s: float = 0.0
+    wall_s: float = 0.0
+
+    def add_loss(self, block: int, total: float) -> None:
+        """Add a sum of losses over rows."""
+        self.loss[block] = self.loss.get(block, 0.0) + total

@@ -1,0 +1,77 @@
+"""An update of one block: what replicas agree on, clipping, the learning rate, the step.
+
+Invariant: with a clip over blocks nothing of one block depends on another; with a clip over the
+model the norm is summed block by block in order, so that it is the same on any number of stages.
+
+::
+
+    gradients -> sync.before_update -> clip -> rate -> step -> sync.after_update -> after_update
+                                        |
+              over the model: squares of all blocks, told among the stages of the replica
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from dtrain.block import Block
+from dtrain.comm.comm import Comm
+from dtrain.course import Course
+from dtrain.data.batches import Batch
+from dtrain.optimizers import clip_, squares
+from dtrain.syncs.sync import Clock, Sync
+
+
+class Updates:
+    """Updates one rank's blocks.
+
+    Parameters
+    ----------
+    column : Comm
+        The stages of this replica.
+    """
+
+    def __init__(
+        self, blocks: dict[int, Block], syncs: dict[int, Sync], course: Course, column: Comm
+    ) -> None:
+        self.blocks, self.syncs, self.course, self.column = blocks, syncs, course, column
+        self.first = min(blocks)
+        self.norm = 0.0
+
+    def take(
+        self, index: int, batch: Batch, update: int, epoch: int, told: Mapping[str, Tensor]
+    ) -> None:
+        """Update block `index`; `update` and `epoch` count from the start of the run."""
+        course, block, sync = self.course, self.blocks[index], self.syncs[index]
+        factor = course.rate.factor(update, course.per_epoch, course.total)
+        block.rate(factor)
+        clock = Clock(update, epoch, course.epochs, block.lr)
+        weight = batch.own / batch.rows
+        if course.clips_model:
+            if index == self.first:
+                self._measure(weight, clock)
+        else:
+            sync.before_update(block.gradients(), weight, clock)
+            if course.clip:
+                self.norm = squares(block.gradients()) ** 0.5
+        if course.clip:
+            clip_(block.gradients(), self.norm, course.clip)
+        # Where replicas train apart, one without a sample has nothing to learn from.
+        if batch.own or not sync.apart:
+            block.update()
+        sync.after_update(clock)
+        course.objective.after_update(course.tasks[index], block, told)
+
+    def _measure(self, weight: float, clock: Clock) -> None:
+        """Find the norm of the whole model's gradients. Collective over the stages.
+
+        All learning of the update is done before its first `U`, or the schedule is refused.
+        """
+        own = []
+        for index, block in self.blocks.items():
+            self.syncs[index].before_update(block.gradients(), weight, clock)
+            own.append((index, squares(block.gradients())))
+        told = sorted((int(b), float(s)) for rank in self.column.exchange(own) for b, s in rank)
+        self.norm = sum(square for _, square in told) ** 0.5
