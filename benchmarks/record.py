@@ -24,7 +24,7 @@ def publish(
     figures: Mapping[str, float],
     peer: Mapping[str, float],
     ratio: float,
-    spread: float,
+    spread: float | None,
     *,
     quick: bool,
     **more: Any,
@@ -38,12 +38,12 @@ def publish(
     figures, peer : mapping of str to number
         Ours and, from the same run, the peer's.
     ratio, spread : float
-        What the benchmark's docstring says, and its range over the repetitions.
+        What the benchmark's docstring says, and its range over the repetitions (None: one only).
     """
     told = {
         "name": name,
         "label": label,
-        "commit": _commit(),
+        "commit": commit(),
         "machine": _machine(),
         "figures": dict(figures),
         "peer": dict(peer),
@@ -58,7 +58,7 @@ def publish(
     print(json.dumps(told))
 
 
-def _commit() -> str:
+def commit() -> str:
     """Return the commit that ran, marked where the working tree differs from it.
 
     A copy without git, on a machine of another kind, is told by ``DTRAIN_COMMIT``.

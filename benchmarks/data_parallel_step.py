@@ -1,0 +1,63 @@
+"""Two replicas of an MLP 3072-1024x7-10 (37.8 MB): one step against torch DDP.
+
+Measured: 2 ranks, one thread each, 128 samples per rank, `backprop`, one block, gradients averaged
+in every step, SGD with momentum 0.9 on both sides. Peer: torch DDP over gloo, the fastest of its
+defaults, `gradient_as_bucket_view` and that with `static_graph`, chosen anew in every pair.
+`ratio` = seconds of our step over those of the peer's, the median of the pairs; below 1 ours is
+faster. `spread` = its range.
+
+    python benchmarks/data_parallel_step.py [--quick]
+"""
+
+from __future__ import annotations
+
+from statistics import median
+
+from bench import Bench, asked, middle, peer, spread, turns
+from record import publish
+
+from dtrain.tables import Table
+
+RANKS, ROWS, INPUTS, WIDTHS = 2, 128, 3072, [1024] * 7
+
+
+def main() -> None:
+    """Measure pairs and publish the record."""
+    quick = asked(__doc__)
+    bench, steps = Bench("data_parallel_step", quick), 10 if quick else 30
+
+    def ours() -> dict[str, float]:
+        told = bench.train(run(steps), RANKS)
+        return {"step_s": RANKS * ROWS / told.rate(), "busy": told.summary["utilisation"][0]}
+
+    mine, theirs = turns(
+        5,
+        lambda number: bench.kept(f"ours-{number}", ours),
+        lambda number: bench.kept(f"peer-{number}", lambda: peer("parallel", RANKS, ROWS, steps)),
+    )
+    ratios = [a["step_s"] / b["step_s"] for a, b in zip(mine, theirs, strict=True)]
+    own, others = middle(mine), middle(theirs)
+    publish(
+        "data_parallel_step", "measured", own, others, median(ratios), spread(ratios), quick=quick
+    )
+
+
+def run(steps: int) -> Table:
+    """Return the run file: four segments of `steps` updates, of which the first warms up."""
+    batch = RANKS * ROWS
+    data = {"rows": batch * steps * 4, "width": INPUTS}
+    return {
+        "updates": steps * 4,
+        "segment": steps,
+        "batch-size": batch,
+        "data": {"name": "user:noise", "normalise": False, **data},
+        "model": {"name": "mlp", "widths": WIDTHS},
+        "mesh": {"stages": 1},
+        "partition": {"blocks": 1},
+        "objective": {"name": "backprop"},
+        "optimizer": {"name": "sgd", "lr": 0.01, "momentum": 0.9},
+    }
+
+
+if __name__ == "__main__":
+    main()

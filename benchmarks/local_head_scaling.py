@@ -1,0 +1,65 @@
+"""ResNet-20 with DGL heads in two blocks: two ranks against one.
+
+Measured: the same run file on 2 ranks and on 1, one thread per rank, CIFAR-10, `local-head` with
+`head = "dgl"`, `stream`. The peer is dtrain itself on one rank. `ratio` = samples per second of two
+ranks over those of one, the median of the pairs; `spread` = its range. `bound` is what the cut
+allows: the sum of the blocks' multiply-adds over the largest (`dtrain plan --json`).
+
+    python benchmarks/local_head_scaling.py [--quick]
+
+The images are looked for in ``DTRAIN_DATA`` (default ``../shared/data``): `cifar10-jpeg.tar.gz`.
+"""
+
+from __future__ import annotations
+
+from statistics import median
+
+from bench import Bench, asked, cifar, middle, spread, turns
+from record import publish
+
+from dtrain.tables import Table
+
+RANKS, BATCH = 2, 128
+
+
+def main() -> None:
+    """Measure pairs and publish the record."""
+    quick = asked(__doc__)
+    bench, steps = Bench("local_head_scaling", quick), 6 if quick else 20
+    run = resnet(*cifar(), steps)
+
+    def rate(part: str, ranks: int) -> dict[str, float]:
+        def made() -> dict[str, float]:
+            told = bench.train(run, ranks)
+            busy = {f"busy_{s}": share for s, share in enumerate(told.summary["utilisation"])}
+            return {"samples_per_s": told.rate(), **busy}
+
+        return bench.kept(part, made)
+
+    ours, single = turns(5, lambda n: rate(f"two-{n}", RANKS), lambda n: rate(f"one-{n}", 1))
+    ratios = [a["samples_per_s"] / b["samples_per_s"] for a, b in zip(ours, single, strict=True)]
+    costs = [block["multiply_adds"] for block in bench.plan(run, RANKS)["blocks"]]
+    figures = middle(ours) | {"bound": sum(costs) / max(costs)}
+    publish(
+        "local_head_scaling", "measured", figures, middle(single), median(ratios), spread(ratios),
+        quick=quick,
+    )  # fmt: skip
+
+
+def resnet(train: str, test: str, steps: int) -> Table:
+    """Return the run file: two segments of `steps` updates, of which the first warms up."""
+    return {
+        "updates": steps * 2,
+        "segment": steps,
+        "batch-size": BATCH,
+        "data": {"name": "user:subset", "train": train, "test": test, "rows": 10000, "tests": 128},
+        "model": {"name": "resnet", "depth": 20},
+        "partition": {"blocks": RANKS, "balance": "flops"},
+        "objective": {"name": "local-head", "head": "dgl"},
+        "schedule": {"name": "stream"},
+        "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9},
+    }
+
+
+if __name__ == "__main__":
+    main()

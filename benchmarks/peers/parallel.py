@@ -1,0 +1,76 @@
+"""Peer: torch DDP over gloo, an MLP 3072-1024x7-10, SGD with momentum 0.9.
+
+Prints one JSON line: `step_s`, the least of `step_s_default`, `step_s_view`
+(`gradient_as_bucket_view`) and `step_s_static` (that and `static_graph`), and `step_s_alone`,
+without any exchange.
+
+    torchrun --nproc-per-node 2 parallel.py ROWS STEPS
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+WIDTHS = (3072, *[1024] * 7)
+KINDS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "view": {"gradient_as_bucket_view": True},
+    "static": {"gradient_as_bucket_view": True, "static_graph": True},
+}
+
+
+def main() -> None:
+    """Measure all kinds, and print on rank 0."""
+    rows, steps = map(int, sys.argv[1:])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    x, y = torch.randn(rows, WIDTHS[0]), torch.randint(0, 10, (rows,))
+    told = {
+        f"step_s_{name}": timed(DistributedDataParallel(net(), **kind), x, y, steps)
+        for name, kind in KINDS.items()
+    }
+    told["step_s"] = min(told.values())
+    told["step_s_alone"] = timed(net(), x, y, steps)
+    if dist.get_rank() == 0:
+        print(json.dumps(told), flush=True)
+    dist.destroy_process_group()
+
+
+def net() -> nn.Module:
+    """Return the MLP."""
+    hidden = [each for pair in pairwise(WIDTHS) for each in (nn.Linear(*pair), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Linear(WIDTHS[-1], 10))
+
+
+def timed(model: nn.Module, x: torch.Tensor, y: torch.Tensor, steps: int) -> float:
+    """Return the seconds of one step, after three to warm up, between two barriers."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        torch.autograd.backward(cross_entropy(model(x), y))
+        optimizer.step()
+
+    for _ in range(3):
+        step()
+    dist.barrier()
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    dist.barrier()
+    return (time.perf_counter() - start) / steps
+
+
+if __name__ == "__main__":
+    main()

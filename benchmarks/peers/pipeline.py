@@ -1,0 +1,76 @@
+"""Peer: torch.distributed.pipelining, 1F1B over gloo, eight layers of one width and a head.
+
+Prints one JSON line: `step_s`, `samples_per_s` and `compute_s`, the slowest stage's update computed
+alone (its micro-batches one after the other, nothing sent).
+
+    torchrun --nproc-per-node 2 pipeline.py MICROS STEPS [BATCH WIDTH LAYERS]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+
+LR = 0.01
+
+
+def main() -> None:
+    """Measure, and print on rank 0."""
+    micros, steps, *more = map(int, sys.argv[1:])
+    batch, width, count = [*more, *(256, 1024, 8)[len(more) :]]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    own = [each for _ in range(count // size) for each in (nn.Linear(width, width), nn.ReLU())]
+    module = nn.Sequential(*own, *([nn.Linear(width, 10)] if rank == size - 1 else []))
+    stage = PipelineStage(module, rank, size, torch.device("cpu"))
+    schedule = Schedule1F1B(stage, micros, loss_fn=nn.CrossEntropyLoss())
+    optimizer = torch.optim.SGD(module.parameters(), LR)
+    x, y = torch.randn(batch, width), torch.randint(0, 10, (batch,))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        if rank == 0:
+            schedule.step(x)
+        elif rank == size - 1:
+            schedule.step(target=y)
+        else:
+            schedule.step()
+        optimizer.step()
+
+    def compute() -> None:
+        optimizer.zero_grad()
+        for part in x.chunk(micros):
+            module(part.requires_grad_(rank > 0)).sum().backward()
+        optimizer.step()
+
+    spent, alone = timed(step, steps), torch.tensor(timed(compute, steps))
+    dist.all_reduce(alone, dist.ReduceOp.MAX)
+    if rank == 0:
+        told = {"step_s": spent, "samples_per_s": batch / spent, "compute_s": float(alone)}
+        print(json.dumps(told), flush=True)
+    dist.destroy_process_group()
+
+
+def timed(step: Callable[[], None], steps: int) -> float:
+    """Return the seconds of one step, after three to warm up, between two barriers."""
+    for _ in range(3):
+        step()
+    dist.barrier()
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    dist.barrier()
+    return (time.perf_counter() - start) / steps
+
+
+if __name__ == "__main__":
+    main()

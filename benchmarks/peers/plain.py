@@ -1,0 +1,50 @@
+"""Peer: a plain PyTorch loop over the CIFAR-10 MLP on one process, reading dtrain's own source.
+
+Prints one JSON line: `update_s`, the median over the segments but the first.
+
+    python plain.py TRAIN.h5 TEST.h5 BATCH STEPS SEGMENTS
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from dtrain.data import load, order
+
+WIDTHS = (3072, 1000, 1000, 1000)
+
+
+def main() -> None:
+    """Measure and print."""
+    train, test = sys.argv[1:3]
+    batch, steps, segments = map(int, sys.argv[3:])
+    torch.set_num_threads(1)
+    source = load("hdf5", {"train": train, "test": test}, Path()).train
+    sequence = order(source.size, 0, 0, "full")
+    hidden = [each for pair in pairwise(WIDTHS) for each in (nn.Linear(*pair), nn.ReLU())]
+    net = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(WIDTHS[-1], 10))
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+    spent = []
+    for segment in range(segments):
+        start = time.perf_counter()
+        for update in range(segment * steps, (segment + 1) * steps):
+            rows = sequence[update * batch : (update + 1) * batch]
+            optimizer.zero_grad()
+            loss = cross_entropy(net(source.inputs(rows)), source.targets(rows))
+            torch.autograd.backward(loss)
+            optimizer.step()
+        spent.append((time.perf_counter() - start) / steps)
+    print(json.dumps({"update_s": median(spent[1:])}))
+
+
+if __name__ == "__main__":
+    main()

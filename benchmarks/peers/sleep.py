@@ -1,0 +1,70 @@
+"""Peer: torch.distributed.pipelining, 1F1B over gloo, where a sleep stands for the device.
+
+Prints one JSON line: `efficiency` = `update_alone_s` (one stage's micro-batches, forward and
+backward, one after the other on one rank while the others wait) over `update_s`.
+
+    torchrun --nproc-per-node 8 sleep.py MICROS STEPS FORWARD_S BACKWARD_S
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from user import Sleeper
+
+ROWS, WIDTH = 4, 16
+
+
+def main() -> None:
+    """Measure, and print on rank 0."""
+    micros, steps = map(int, sys.argv[1:3])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    module = Sleeper(WIDTH, *map(float, sys.argv[3:5]))
+    stage = PipelineStage(module, rank, size, torch.device("cpu"))
+    schedule = Schedule1F1B(stage, micros, loss_fn=nn.CrossEntropyLoss())
+    x, y = torch.randn(micros * ROWS, WIDTH), torch.arange(micros * ROWS) % WIDTH
+
+    def step() -> None:
+        if rank == 0:
+            schedule.step(x)
+        elif rank == size - 1:
+            schedule.step(target=y)
+        else:
+            schedule.step()
+
+    def alone() -> None:
+        if rank == 0:
+            for part in x.chunk(micros):
+                module(part).sum().backward()
+
+    spent, own = timed(step, steps), timed(alone, steps)
+    if rank == 0:
+        print(json.dumps({"efficiency": own / spent, "update_s": spent, "update_alone_s": own}))
+    dist.destroy_process_group()
+
+
+def timed(step: Callable[[], None], steps: int) -> float:
+    """Return the seconds of one step, after one to warm up, between two barriers."""
+    step()
+    dist.barrier()
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    dist.barrier()
+    return (time.perf_counter() - start) / steps
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Two ranks, eight layers of 1024 and a head: samples per second against torch 1F1B.
+
+Measured: 2 ranks, one thread each, 256 samples an update, plain SGD on both sides, blocks of four
+layers. `ratio` = `stream` with `mono-forward` at its best number of micro-batches (1, 2, 4, 8) over
+torch 1F1B over gloo at its best of 2, 4, 8, the median of the pairs; `spread` = its range. The
+best ones are chosen in one round before the pairs. Figures beside it:
+
+    ratio_1f1b          our `1f1b` with backprop over theirs, best micro-batches each
+    bound_share         our 1f1b's efficiency over M / (M + P - 1); efficiency = its samples per
+                        second over P times those of the same blocks on one rank, updates included
+    ratio_rows          `ratio` at equal micro-batch rows: both sides at the peer's best M
+    work_factor         our backprop's seconds on one rank over those of mono-forward: what is not
+                        computed (no input gradient at a block's first layer), less the heads
+    parallel_factor     `ratio` over `work_factor`: what is not waited for
+
+    python benchmarks/pipeline_step.py [--quick]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+from bench import Bench, asked, middle, peer, spread, turns
+from record import publish
+
+from dtrain.tables import Table
+
+RANKS, BATCH, WIDTH, LAYERS = 2, 256, 1024, 8
+OURS, THEIRS = (1, 2, 4, 8), (2, 4, 8)
+LOCAL, GLOBAL = ("mono-forward", "stream"), ("backprop", "1f1b")
+Row = dict[str, float]
+
+
+def main() -> None:
+    """Choose the best settings, measure pairs and publish the record."""
+    quick = asked(__doc__)
+    bench, steps = Bench("pipeline_step", quick), 8 if quick else 30
+
+    def ours(method: tuple[str, str], micros: int, ranks: int = RANKS) -> Row:
+        told = bench.train(run(method, micros, steps), ranks)
+        return {"rate": told.rate(), "busy": max(told.summary["utilisation"])}
+
+    def theirs(micros: int) -> Row:
+        return peer("pipeline", RANKS, micros, steps, BATCH, WIDTH, LAYERS)
+
+    local = best(bench, "local", OURS, lambda m: ours(LOCAL, m)["rate"])
+    flush = best(bench, "flush", THEIRS, lambda m: ours(GLOBAL, m)["rate"])
+    other = best(bench, "peer", THEIRS, lambda m: theirs(m)["samples_per_s"])
+
+    def mine(number: int) -> Row:
+        return bench.kept(f"ours-{number}", lambda: row(ours, local, flush, other))
+
+    def peers(number: int) -> Row:
+        return bench.kept(f"theirs-{number}", lambda: theirs(other))
+
+    def factor() -> Row:
+        whole, parts = ours(GLOBAL, local, 1), ours(LOCAL, local, 1)
+        single = ours(GLOBAL, flush, 1)["rate"]
+        return {"work_factor": parts["rate"] / whole["rate"], "samples_per_s_single": single}
+
+    work = bench.kept("work", factor)
+    told = list(zip(*turns(5, mine, peers), strict=True))
+    rows = [compared(a, b, flush, work) for a, b in told]
+    ratios = [each["ratio"] for each in rows]
+    figures = middle(rows) | middle([a for a, _ in told]) | work
+    figures |= {"micros": local, "micros_1f1b": flush}
+    del figures["ratio"]
+    peer_figures = middle([b for _, b in told]) | {"micros": other}
+    publish(
+        "pipeline_step", "measured", figures, peer_figures, median(ratios), spread(ratios),
+        quick=quick,
+    )  # fmt: skip
+
+
+def best(bench: Bench, part: str, micros: tuple[int, ...], rate: Callable[[int], float]) -> int:
+    """Return the number of micro-batches that is fastest, tried once each."""
+    told = bench.kept(f"best-{part}", lambda: {str(m): rate(m) for m in micros})
+    return int(max(told, key=lambda m: told[m]))
+
+
+def row(ours: Callable[..., Row], local: int, flush: int, other: int) -> Row:
+    """Return our samples per second in one round, and the busy share of 1f1b."""
+    pipelined, equal = ours(GLOBAL, flush), ours(LOCAL, other)
+    return {
+        "samples_per_s": ours(LOCAL, local)["rate"],
+        "samples_per_s_rows": equal["rate"],
+        "samples_per_s_1f1b": pipelined["rate"],
+        "busy_1f1b": pipelined["busy"],
+    }
+
+
+def compared(ours: Row, theirs: Row, flush: int, work: Row) -> Row:
+    """Return the ratios of one pair."""
+    rate, bound = theirs["samples_per_s"], flush / (flush + RANKS - 1)
+    ratio = ours["samples_per_s"] / rate
+    return {
+        "ratio": ratio,
+        "ratio_rows": ours["samples_per_s_rows"] / rate,
+        "ratio_1f1b": ours["samples_per_s_1f1b"] / rate,
+        "bound_share": ours["samples_per_s_1f1b"] / (RANKS * work["samples_per_s_single"]) / bound,
+        "parallel_factor": ratio / work["work_factor"],
+    }
+
+
+def run(method: tuple[str, str], micros: int, steps: int) -> Table:
+    """Return the run file: four segments of `steps` updates, of which the first warms up."""
+    objective, schedule = method
+    data: dict[str, Any] = {"rows": BATCH * steps * 4, "width": WIDTH}
+    return {
+        "updates": steps * 4,
+        "segment": steps,
+        "batch-size": BATCH,
+        "micro-batches": micros,
+        "data": {"name": "user:noise", "normalise": False, **data},
+        "model": {"name": "mlp", "widths": [WIDTH] * LAYERS},
+        "partition": {"cuts": [LAYERS // RANKS]},
+        "objective": {"name": objective},
+        "schedule": {"name": schedule},
+        "optimizer": {"name": "sgd", "lr": 0.01},
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""One rank, the CIFAR-10 MLP: what does dtrain cost over a plain PyTorch loop?
+
+Measured: 3072-1000-1000-1000-10, `backprop`, one block, Adam, 128 samples an update, one thread on
+both sides. The peer reads the same file through the same source, standardised likewise, in an
+order drawn likewise, and records no loss. `ratio` = our seconds of an update over the peer's, the
+median of the pairs; `spread` = its range. The first segment of both warms up and does not count.
+
+    python benchmarks/single_rank_overhead.py [--quick]
+
+The images are looked for in ``DTRAIN_DATA`` (default ``../shared/data``): `cifar10-jpeg.tar.gz`.
+"""
+
+from __future__ import annotations
+
+from statistics import median
+
+from bench import Bench, asked, cifar, middle, peer, spread, turns
+from record import publish
+
+from dtrain.tables import Table
+
+BATCH, WIDTHS, SEGMENTS = 128, [1000] * 3, 6
+
+
+def main() -> None:
+    """Measure pairs and publish the record."""
+    quick = asked(__doc__)
+    bench, steps = Bench("single_rank_overhead", quick), 20 if quick else 60
+    train, test = cifar()
+
+    def ours() -> dict[str, float]:
+        return {"update_s": BATCH / bench.train(run(train, test, steps), 1).rate()}
+
+    def theirs() -> dict[str, float]:
+        return peer("plain", 1, train, test, BATCH, steps, SEGMENTS)
+
+    mine, others = turns(
+        5 if quick else 7,
+        lambda number: bench.kept(f"ours-{number}", ours),
+        lambda number: bench.kept(f"peer-{number}", theirs),
+    )
+    ratios = [a["update_s"] / b["update_s"] for a, b in zip(mine, others, strict=True)]
+    publish(
+        "single_rank_overhead", "measured", middle(mine), middle(others), median(ratios),
+        spread(ratios), quick=quick,
+    )  # fmt: skip
+
+
+def run(train: str, test: str, steps: int) -> Table:
+    """Return the run file."""
+    return {
+        "updates": steps * SEGMENTS,
+        "segment": steps,
+        "batch-size": BATCH,
+        "data": {"name": "hdf5", "train": train, "test": test},
+        "model": {"name": "mlp", "widths": WIDTHS},
+        "partition": {"blocks": 1},
+        "objective": {"name": "backprop"},
+        "optimizer": {"name": "adam", "lr": 1e-3},
+    }
+
+
+if __name__ == "__main__":
+    main()
