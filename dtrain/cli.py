@@ -54,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     _run(plan)
     plan.add_argument("--ranks", type=_positive, required=True, metavar="N", help="ranks planned")
     plan.add_argument("--json", action="store_true", help="print plain values")
+    plan.add_argument(
+        "--costs", type=Path, metavar="FILE.toml", help="what ranks and links cost: predict time"
+    )
     plan.set_defaults(command=_plan)
 
     data = commands.add_parser("data", help="prepare data sets")
@@ -147,15 +150,16 @@ def _launched(stages: int | None, ranks: int, run: Path) -> None:
 
 def _plan(options: argparse.Namespace) -> int:
     """Print what `train` would do."""
-    from dtrain import report
+    from dtrain import costs, report
     from dtrain.config import read
     from dtrain.job import plan
 
+    sheet = None if options.costs is None else costs.read(options.costs)
     planned = plan(read(options.run, options.set), options.ranks)
     if options.json:
-        print(json.dumps(report.plan_table(planned), indent=2))
+        print(json.dumps(report.plan_table(planned, sheet), indent=2))
     else:
-        print(report.plan_text(planned), end="")
+        print(report.plan_text(planned, sheet), end="")
     return 0
 
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dtrain.budget import Books
+from dtrain.costs import Sheet
 from dtrain.job import Plan
 from dtrain.layout import describe
+from dtrain.outlook import predict
 from dtrain.schedules.draw import draw
 from dtrain.totals import Totals
 
 
-def plan_text(plan: Plan) -> str:
-    """Return partition, drawn schedule and messages of a plan, for people."""
-    told = plan_table(plan)
+def plan_text(plan: Plan, sheet: Sheet | None = None) -> str:
+    """Return partition, schedule, messages and memory of a plan, for people; time by a `sheet`."""
+    told = plan_table(plan, sheet)
     layout, top = plan.layout, plan.run.top
     lines = [
         f"{counted(told['ranks'], 'rank')} = {counted(told['replicas'], 'replica')} x "
@@ -35,6 +38,10 @@ def plan_text(plan: Plan) -> str:
         "",
         "Messages of a full micro-batch",
         *_messages(told["messages"]),
+        "",
+        "Memory of a rank at its fullest, in bytes",
+        *_memory(told["memory"]),
+        *(_time(told["prediction"]) if sheet is not None else []),
     ]
     return "\n".join(lines) + "\n"
 
@@ -44,8 +51,10 @@ def counted(number: int, noun: str, several: str = "") -> str:
     return f"{number:,} {noun if number == 1 else several or noun + 's'}"
 
 
-def plan_table(plan: Plan) -> dict[str, Any]:
-    """Return the plan as plain values, for ``--json``."""
+def plan_table(plan: Plan, sheet: Sheet | None = None) -> dict[str, Any]:
+    """Return the plan as plain values, for ``--json``; with a `sheet`, what it predicts, too."""
+    books = Books(plan)
+    predicted = {} if sheet is None else {"prediction": predict(plan, sheet, books)}
     proof, rows = plan.proof, plan.shares.largest
     return describe(plan.layout, rows) | {
         "updates": plan.calendar.total,
@@ -54,7 +63,9 @@ def plan_table(plan: Plan) -> dict[str, Any]:
         "peak_live_micros": list(proof.peak_live),
         "staleness": list(proof.staleness),
         "bubble": proof.bubble,
+        "memory": books.table(),
         "run": plan.run.table(),
+        **predicted,
     }
 
 
@@ -89,6 +100,48 @@ def _messages(messages: Sequence[dict[str, Any]]) -> list[str]:
         for each in messages
     ]
     return _aligned(rows) if messages else ["none: one block"]
+
+
+def _memory(memory: Sequence[dict[str, Any]]) -> list[str]:
+    """Return one line per stage, of the replica that holds most."""
+    parts = ("parameters", "gradients", "optimizer", "live", "messages", "peak")
+    heads = ("stage", *parts[:3], "live activations", "messages", "together")
+    stages: dict[int, dict[str, Any]] = {}
+    for each in memory:
+        fullest = stages.get(each["stage"], each)
+        stages[each["stage"]] = max(fullest, each, key=lambda row: int(row["peak_bytes"]))
+    rows = [
+        (str(stage), *(f"{stages[stage][f'{part}_bytes']:,}" for part in parts))
+        for stage in sorted(stages)
+    ]
+    return _aligned([heads, *rows])
+
+
+def _time(told: dict[str, Any]) -> list[str]:
+    """Return what a costs file predicts."""
+    whole, span = told["updates"] == told["segment_updates"], told["makespan_s"]
+    rate = "" if told["samples_per_s"] is None else f", {told['samples_per_s']:,.0f} samples/s"
+    rows = [("stage", "busy", "waiting", "mean over replicas, an update")]
+    rows += [
+        (
+            str(each["stage"]),
+            f"{each['busy_s'] / span if span else 0:.1%}",
+            f"{each['wait_s'] / span if span else 0:.1%}",
+            f"{each['mean_s']:.3g} s",
+        )
+        for each in told["stages"]
+    ]
+    links = [("link", "messages", "bytes")]
+    links += [(k, f"{v['messages']:,}", f"{v['bytes']:,}") for k, v in told["links"].items()]
+    return [
+        "",
+        f"Time by {told['file']}",
+        f"{'a segment' if whole else 'the start of a segment'} of "
+        f"{counted(told['updates'], 'update')}: {span:.4g} s{rate}; bubble {told['bubble']:.1%}",
+        *_aligned(rows),
+        "",
+        *_aligned(links),
+    ]
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dtrain.cli import main
 from tests.conftest import ROOT
 from tests.outcome import summary
 from tests.process import Ended, start
@@ -87,6 +88,76 @@ def test_a_plan_needs_no_mpi_and_shows_what_train_does(run: Path, tmp_path: Path
     assert [block["layers"] for block in told["blocks"]] == [["fc1"], ["fc2"], ["fc3", "head"]]
     dtrain(run, tmp_path / "out", 4, "mesh.stages=2")
     assert (tmp_path / "out" / "plan.txt").read_text() == shown.out
+
+
+COSTS = """
+multiply-adds-per-s = 1e9
+ranks-per-node = 2
+update-s = 0.001
+[layers.fc1]
+forward-s = 1e-5
+backward-s = 2e-5
+[links.intra-node]
+bytes-per-s = 1e9
+[links.inter-node]
+bytes-per-s = 1e8
+latency-s = 1e-5
+"""
+
+
+def test_a_plan_predicts_time_by_a_costs_file(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "costs.toml").write_text(COSTS)
+    words = [sys.executable, "-m", "dtrain", "plan", str(run), "--ranks", "4"]
+    words += ["--costs", str(tmp_path / "costs.toml"), "--set", "mesh.stages=2"]
+    told = json.loads(start([*words, "--json"], cwd=ROOT).out)
+    found = told["prediction"]
+    assert found["links"]["intra-node"]["messages"] > 0
+    assert found["links"]["inter-node"]["messages"] == 0
+    assert 0 < found["bubble"] < 1
+    assert found["samples_per_s"] == pytest.approx(found["samples"] / found["makespan_s"])
+    # Of a rank, the mean of its gradients crosses between two nodes: 2 (n - 1) / n of the bytes.
+    for stage, each in enumerate(found["stages"]):
+        rows = [row for row in told["memory"] if row["stage"] == stage]
+        assert each["mean_s"] == pytest.approx(
+            rows[0]["gradients_bytes"] / 1e8 + 2e-5 * (1 + stage)
+        )
+    words += ["--set", "mesh.placement=replicas-in-node"]
+    shown = start(words, cwd=ROOT)
+    assert shown.code == 0, shown.err
+    for word in ("Memory of a rank", "live activations", "samples/s", "waiting"):
+        assert word in shown.out
+    apart = json.loads(start([*words, "--json"], cwd=ROOT).out)["prediction"]
+    assert apart["links"]["inter-node"] == found["links"]["intra-node"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("ranks-per-node", "rank-per-node"), "did you mean 'ranks-per-node'"),
+        (("layers.fc1", "layers.fc9"), "unknown layer in [layers.*] 'fc9'"),
+        (("intra-node", "inner-node"), "unknown table [links.*] 'inner-node'"),
+        (
+            ("multiply-adds-per-s = 1e9", ""),
+            "layer 'heads' has no seconds: give [layers.heads], or mul",
+        ),
+        (("bytes-per-s = 1e9", "bytes-per-s = 0"), "[links.intra-node] bytes-per-s = 0.0"),
+        (("[links.inter-node]", "[layers.head]"), "unknown key [layers.head]"),
+    ],
+)
+def test_a_costs_file_that_does_not_fit_is_refused(
+    change: tuple[str, str],
+    said: str,
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "costs.toml").write_text(COSTS.replace(*change))
+    words = ["plan", str(run), "--ranks", "4", "--set", "mesh.stages=2"]
+    words += ["--costs", str(tmp_path / "costs.toml")]
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert "costs.toml: " in told
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["--version"]])

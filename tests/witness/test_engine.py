@@ -76,7 +76,6 @@ def test_what_is_computed_again_is_the_same(objective: str, schedule: str, tmp_p
         two = trained(tmp_path / net / "again", 2, partition__recompute=True, **told)
         some = trained(tmp_path / net / "some", 2, partition__recompute=[1], **told)
         assert one["digest"] == two["digest"] == some["digest"]
-        assert max(two["peak_memory_bytes"]) <= max(one["peak_memory_bytes"])
 
 
 @pytest.mark.parametrize("net", ["mlp", "writing", "dropping"])

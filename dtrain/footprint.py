@@ -1,0 +1,291 @@
+"""What a block will hold in memory, found without holding it: its layers run on fake tensors.
+
+Fake tensors have shapes, strides and storages, but no memory, and every operation takes the way
+that it takes on a CPU. (Plain meta tensors take a CUDA device's: other strides, other copies.)
+
+Invariant: the same forward and the same pulls as in a run, watched by the same `Saved`; what looks
+at values is run for real on zeros, with few rows, and carried on to many.
+
+::
+
+    parameters | gradients | optimizer       there all the time
+    F   + kept                               of one micro-batch: x, y, what autograd saves
+    B         + learning                     the head; with recomputation the interior once more
+    B ends:   - both
+
+What travels is bounded from the plans, whatever the timing: a message is under way until the other
+end has posted its receive, and a rank knows of the takes that its own past depends on, no more.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import final
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dtrain.block import Block, Step
+from dtrain.live import Draws, Given, Live
+from dtrain.objectives.objective import GRADIENT, Objective, Task
+from dtrain.saved import Saved
+from dtrain.schedules.action import Action, Point, Route
+from dtrain.schedules.messages import Messages, passes
+from dtrain.schedules.simulate import Span
+
+Make = Callable[[bool], Block]
+"""Returns the block anew: for real, or of fake tensors (called in their mode)."""
+
+FEW, MORE = 2, 4
+"""Rows of the two real runs through which a line is laid, where fake tensors cannot."""
+
+CREDITS = 2
+"""Messages of a route that `comm` lets be under way."""
+
+
+@final
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one block.
+
+    Attributes
+    ----------
+    parameters : int
+        Parameters and buffers, the helper's included.
+    gradients, optimizer : int
+        Of what is trained; the optimizer's state after its first step.
+    kept : int
+        Of one micro-batch from its first forward until it is learnt.
+    learning : int
+        What learning it adds until it ends.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    kept: int
+    learning: int
+
+
+def footprint(
+    make: Make, step: Step, objective: Objective, tasks: Sequence[Task], index: int, rows: int
+) -> Footprint:
+    """Return what block `index` holds with micro-batches of `rows` samples.
+
+    Parameters
+    ----------
+    make, step : callable
+        Make the block and its optimizer.
+    tasks : sequence of Task
+        One per block of the run.
+
+    Whatever the block's layers or the objective raise on zeros is raised.
+    """
+    measure = partial(_measured, make, objective, tasks, index)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            block, kept, learning = measure(rows, real=False)
+        except Exception:  # whatever looks at values; a true fault shows again for real
+            few, (block, *more) = measure(FEW, real=True), measure(MORE, real=True)
+            steps = (rows - FEW) / (MORE - FEW)
+            kept, learning = (
+                round(a + (b - a) * steps) for a, b in zip(few[1:], more, strict=True)
+            )
+        return Footprint(
+            parameters=_nbytes(block.tensors().values()),
+            gradients=_nbytes(block.trained),
+            optimizer=_remembered(step, block.trained),
+            kept=kept,
+            learning=learning,
+        )
+
+
+def _measured(
+    make: Make, objective: Objective, tasks: Sequence[Task], index: int, rows: int, *, real: bool
+) -> tuple[Block, int, int]:
+    """Return the block, and the bytes that one micro-batch keeps and that learning it adds."""
+    mode = nullcontext() if real else FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.enable_grad(), mode:
+        block = make(real)
+        return block, *_passed(block, objective, tasks, index, rows)
+
+
+def _remembered(step: Step, trained: Iterable[Tensor]) -> int:
+    """Return the bytes of an optimizer's state after its first step; equal shapes have equal."""
+    shapes = Counter((tensor.shape, tensor.dtype) for tensor in trained)
+    try:
+        return _stepped(step, shapes, "meta")
+    except Exception:  # an optimizer that looks at values
+        return _stepped(step, shapes, "cpu")
+
+
+def _stepped(step: Step, shapes: Counter[tuple[torch.Size, torch.dtype]], device: str) -> int:
+    trained = [nn.Parameter(torch.zeros(s, dtype=d, device=device)) for s, d in shapes]
+    if not trained:
+        return 0
+    for each in trained:
+        each.grad = torch.zeros_like(each)
+    optimizer = step(trained)
+    optimizer.step()
+    return sum(
+        count * _nbytes(torch.as_tensor(v) for v in optimizer.state[each].values() if v is not None)
+        for each, count in zip(trained, shapes.values(), strict=True)
+    )
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _passed(
+    block: Block, objective: Objective, tasks: Sequence[Task], index: int, rows: int
+) -> tuple[int, int]:
+    """Return the bytes that one micro-batch keeps, and that learning it adds."""
+    task, routes = tasks[index], objective.routes(len(tasks), "train")
+    block.tap(objective.taps(block))
+    saved = Saved([*block.parameters.values(), *block.buffers.values()])
+    asked = any(r.name == GRADIENT and r.source.block == index for r in routes)
+    dtype = next((each.dtype for each in block.parameters.values()), task.dtype)
+    sample = (
+        torch.zeros(rows, *task.sample, dtype=dtype) if objective.reads(task, "train") else None
+    )
+    targets, draws = torch.zeros(rows, dtype=torch.int64), Draws(0, index, 0, rows, 0, rows)
+    live: Live | None = None
+    for pass_ in range(passes(routes)):
+        told = _told(objective, routes, tasks, Point(index, "F", pass_), rows)
+        given = Given(targets, told, sample, draws, pass_, live, learning=True)
+        with torch.no_grad():
+            x = objective.feed(task, block, given).detach()
+        x.requires_grad_(asked and x.is_floating_point())
+        with saved.saving(index):
+            made = block.live(x, (0, 0, 0), objective.traced(pass_))
+        live = Live(**made, targets=targets, told=told, draws=draws, sample=sample, before=live)
+        saved.keep(index, live)
+    assert live is not None
+    kept, live.told = saved.peak_bytes, _told(objective, routes, tasks, Point(index, "B"), rows)
+    with saved.saving(index):
+        if block.recompute:
+            block.recall(live)
+        objective.pulls(task, block, live)
+    return kept, saved.peak_bytes - kept
+
+
+def _told(
+    objective: Objective, routes: Sequence[Route], tasks: Sequence[Task], point: Point, rows: int
+) -> dict[str, Tensor]:
+    """Return zeros in place of what routes bring to a point."""
+    shapes = {r.name: objective.shape(r, tasks, rows) for r in routes if r.target == point}
+    return {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+
+
+def live_bytes(actions: Iterable[Action], blocks: Mapping[int, Footprint]) -> int:
+    """Return the most bytes of live micro-batches while one rank runs a plan."""
+    now = most = 0
+    for action in actions:
+        each = blocks[action.block] if action.kind != "U" else None
+        if each is None:
+            continue
+        match action.kind:
+            case "F":
+                now += 0 if action.pass_ else each.kept
+                most = max(most, now)
+            case "W":
+                now -= each.kept + each.learning
+            case kind:
+                most = max(most, now + each.learning)
+                now += -each.kept if kind == "B" else each.learning
+    return most
+
+
+def held_bytes(
+    timeline: Iterable[Span],
+    place: Sequence[int],
+    routes: Sequence[Route],
+    payload: Sequence[int],
+    credits: int = CREDITS,
+) -> list[int]:
+    """Return per stage the most bytes of messages under way and of posted receives.
+
+    Parameters
+    ----------
+    timeline : iterable of Span
+        What all stages of a replica do, at any timing.
+    place : sequence of int
+        `place[b]` is the stage of block b.
+    payload : sequence of int
+        Bytes of one message of each route.
+    credits : int
+        Messages under one tag that may be under way.
+    """
+    spans = sorted(timeline, key=lambda span: (span.end, span.start))
+    micros = Counter(a.update for *_, a in spans if a[:2] == ("F", 0) and not a.pass_)
+    sizes = [micros[update] for update in range(1 + max(micros, default=-1))]
+    harbour = _Harbour(place, routes, sizes, payload, credits)
+    for span in spans:
+        harbour.pass_by(span.stage, span.action)
+    return harbour.most()
+
+
+@final
+class _Harbour:
+    """Messages under way, each rank knowing as little of the others as its past allows.
+
+    ::
+
+        stage 0   F0.0 offers 0    receive 0 of stage 1 is posted from the start
+                  F0.1 offers 1    waits for its receive, for all that stage 0 knows
+                  B0.0 takes gradient 0: so stage 1 has taken 0, and receive 1 is posted
+    """
+
+    def __init__(
+        self,
+        place: Sequence[int],
+        routes: Sequence[Route],
+        sizes: Sequence[int],
+        payload: Sequence[int],
+        credits: int,
+    ) -> None:
+        stages = range(max(place) + 1)
+        self._mail = [Messages(routes, place, stage, sizes) for stage in stages]
+        self._payload, self._credits = payload, credits
+        self._sent = Counter[int]()
+        # What each stage knows to be taken, by route; a message tells what its sender knew.
+        self._known = [Counter[int]() for _ in stages]
+        self._notes: dict[int, deque[Counter[int]]] = {i: deque() for i in range(len(routes))}
+        self._most = [0 for _ in stages]
+
+    def pass_by(self, stage: int, action: Action) -> None:
+        """Take and offer what belongs to an action."""
+        mail, known = self._mail[stage], self._known[stage]
+        for route in mail.takes(action):
+            if not mail.local(route):
+                known |= self._notes[route].popleft()
+                known[route] += 1
+        for route in mail.offers(action):
+            if not mail.local(route):
+                self._sent[route] += 1
+                self._notes[route].append(known.copy())
+                under_way = (self._bytes(each, stage, each == route) for each in self._sent)
+                self._most[stage] = max(self._most[stage], sum(under_way))
+
+    def _bytes(self, route: int, stage: int, now: bool) -> int:
+        """Return the bytes of a route's messages under way; one that leaves now is among them."""
+        mail = self._mail[stage]
+        if mail.source(route) != stage:
+            return 0
+        window = mail.window(route)
+        waiting = self._sent[route] - window - self._known[stage][route]
+        return self._payload[route] * max(int(now), min(waiting, self._credits * window))
+
+    def most(self) -> list[int]:
+        """Return the most bytes per stage, with the receives that are posted."""
+        posted = Counter[int]()
+        for route, count in self._sent.items():
+            mail = self._mail[0]
+            posted[mail.target(route)] += min(count, mail.window(route)) * self._payload[route]
+        return [most + posted[stage] for stage, most in enumerate(self._most)]

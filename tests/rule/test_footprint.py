@@ -1,0 +1,136 @@
+"""Footprints against what the same block really keeps, and against plans counted by hand."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dtrain import optimizers
+from dtrain.block import Block
+from dtrain.footprint import Footprint, footprint, held_bytes, live_bytes
+from dtrain.live import Live
+from dtrain.models.images import Convolution, Pooled
+from dtrain.objectives import OBJECTIVES
+from dtrain.objectives.objective import Objective, Task
+from dtrain.saved import Saved
+from dtrain.schedules.action import Action
+from dtrain.schedules.check import check
+from dtrain.schedules.flush import FillDrain, OneFOneB
+from dtrain.schedules.stream import Stream
+
+ROWS = 8
+TASK = Task(0, 1, (3, 8, 8), (5,), torch.float32, 5, (3, 8, 8))
+STEPS = {
+    "sgd": 0,
+    "adam": 2,
+    "adagrad": 1,
+    "rmsprop": 1,
+    "adadelta": 2,
+    "adamax": 2,
+}
+"""Tensors of a parameter's shape that an optimizer keeps."""
+
+
+class Peeking(nn.Module):
+    """Looks at a value, which fake tensors do not have."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input * 2 if input.sum().item() >= 0 else input.exp()
+
+
+def layers(*more: nn.Module) -> dict[str, nn.Module]:
+    """Return a small network for images."""
+    made = [Convolution(3, 6, "batch", 1, True), *more, Pooled(6, 5)]
+    return {f"l{number}": each for number, each in enumerate(made)}
+
+
+def measured(
+    rows: int, *more: type[nn.Module], step: str = "adam", recompute: bool = False
+) -> tuple[Footprint, list[bool]]:
+    """Return a footprint, and how often the block was made for real."""
+    make = partial(optimizers.make, step, {"lr": 0.1})
+    asked: list[bool] = []
+
+    def block(real: bool) -> Block:
+        asked.append(real)
+        return Block(0, layers(*(kind() for kind in more)), None, make, recompute=recompute)
+
+    objective: Objective = OBJECTIVES["backprop"]()
+    return footprint(block, make, objective, [TASK], 0, rows), asked
+
+
+def counted(rows: int, *more: nn.Module) -> int:
+    """Return what one micro-batch of a real block keeps."""
+    block = Block(0, layers(*more), None, partial(optimizers.make, "sgd", {"lr": 0.1}))
+    saved = Saved([*block.parameters.values(), *block.buffers.values()])
+    x, y = torch.randn(rows, 3, 8, 8), torch.zeros(rows, dtype=torch.int64)
+    with saved.saving(0):
+        live = Live(**block.live(x, (0, 0, 0), True), targets=y)
+    saved.keep(0, live)
+    return saved.peak_bytes
+
+
+@pytest.mark.parametrize("more", [(), (nn.Dropout,), (nn.GELU, nn.Tanh)])
+def test_fake_tensors_keep_what_real_ones_keep(more: tuple[type[nn.Module], ...]) -> None:
+    found, asked = measured(ROWS, *more)
+    assert asked == [False]
+    assert found.kept == counted(ROWS, *(kind() for kind in more))
+
+
+def test_what_looks_at_values_is_run_with_few_rows_and_carried_on() -> None:
+    found, asked = measured(64, Peeking)
+    assert asked == [False, True, True]
+    assert found.kept == counted(64, Peeking())
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_the_state_of_any_optimizer_is_what_it_really_keeps(name: str) -> None:
+    found, _ = measured(ROWS, step=name)
+    block = Block(0, layers(), None, partial(optimizers.make, name, {"lr": 0.1}))
+    block.gradients()
+    assert block.optimizer is not None
+    block.optimizer.step()
+    assert found.optimizer == sum(tensor.nbytes for tensor in block.memory().values())
+    assert found.gradients == sum(tensor.nbytes for tensor in block.trained)
+    assert found.optimizer >= STEPS[name] * found.gradients
+    assert found.parameters == sum(tensor.nbytes for tensor in block.tensors().values())
+
+
+def test_recomputation_keeps_what_enters_and_leaves() -> None:
+    """And the buffers of that moment: two times six statistics and a count."""
+    plain, _ = measured(ROWS)
+    again, _ = measured(ROWS, recompute=True)
+    ends = ROWS * (3 * 8 * 8 + 5) * 4
+    assert again.kept == ends + 2 * 6 * 4 + 8
+    assert again.kept + again.learning >= plain.kept + plain.learning
+
+
+def test_live_micro_batches_add_up_in_the_order_of_the_plan() -> None:
+    blocks = {0: Footprint(0, 0, 0, 10, 3), 1: Footprint(0, 0, 0, 100, 30)}
+
+    def plan(words: str) -> list[Action]:
+        return [Action(word[0], int(word[1]), 0, int(word[3])) for word in words.split()]
+
+    assert live_bytes(plan("F0.0 B0.0 F0.1 B0.1"), blocks) == 13
+    assert live_bytes(plan("F0.0 F0.1 F0.2 B0.0 B0.1 B0.2"), blocks) == 33
+    assert live_bytes(plan("F0.0 F1.0 B1.0 B0.0"), blocks) == 140
+    # What `I` has computed is there until `W`.
+    assert live_bytes(plan("F0.0 F0.1 I0.0 I0.1 W0.0 W0.1"), blocks) == 26
+
+
+def test_messages_are_bounded_by_what_a_rank_may_know() -> None:
+    """One receive is posted per route; two sends may wait, and fewer where gradients came back."""
+    local, back = OBJECTIVES["mono-forward"](), OBJECTIVES["backprop"]()
+    place, sizes = (0, 1, 2), [[4, 4, 4]]
+    rows = local.routes(3, "train")
+    seen = check(Stream(), place, sizes, rows)
+    assert held_bytes(seen.timeline, place, rows, [10, 1]) == [20, 10 + 2, 1]
+    rows = back.routes(3, "train")
+    ways = [10, 10, 1, 1]  # activations 0 -> 1 -> 2, gradients 1 -> 0 and 2 -> 1
+    drained = held_bytes(check(FillDrain(), place, sizes, rows).timeline, place, rows, ways)
+    assert drained[0] == 1 + 20
+    turns = held_bytes(check(OneFOneB(), place, [[1]], rows).timeline, place, rows, ways)
+    assert turns == [1 + 10, 10 + 1 + 10, 10 + 1]
