@@ -13,10 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.functional import cross_entropy
 
-from dtrain import data, models
+from dtrain import models
 from dtrain.block import Block
-from dtrain.comm.threads import run as ranks
-from dtrain.data import order
 from dtrain.errors import Refusal
 from dtrain.live import Live
 from dtrain.models import count
@@ -25,9 +23,6 @@ from dtrain.objectives.local_head import LocalHead
 from dtrain.objectives.objective import Task
 from dtrain.prices import Prices
 from dtrain.seeds import seeded
-from dtrain.train import train
-from tests import pictures
-from tests.outcome import model as saved
 
 D = torch.float64
 DGL = LocalHead(head="dgl", norm="batch")
@@ -215,69 +210,3 @@ def test_one_block_is_ordinary_backprop(objective: LocalHead, batch: tuple[Tenso
         ours.update()
     for mine, wanted in zip(ours.trained, plain.parameters(), strict=True):
         assert torch.equal(mine, wanted)
-
-
-# The laws, over whole runs
-
-
-@pytest.mark.parametrize("norm", ["batch", "group"])
-@pytest.mark.parametrize("name", ["resnet", "cnn"])
-def test_any_number_of_ranks_trains_the_same_bits(name: str, norm: str, tmp_path: Path) -> None:
-    """Law 1 over stages, norms in layers and heads, two micro-batches, an uneven last batch."""
-    nets: dict[str, Any] = {
-        "resnet": pictures.RESNET | {"norm": norm},
-        "cnn": {"name": "cnn", "widths": [[4], [6], [8]], "norm": norm, "groups": 2},
-    }
-    objective = {"name": "local-head", "head": "dgl", "norm": norm, "groups": 2}
-    told = {"model": nets[name], "objective": objective, "micro_batches": 2}
-    summaries = [
-        ranks(
-            n,
-            lambda comm, n=n: train(pictures.run(**told, mesh__stages=n), comm, tmp_path / str(n)),
-        )[0]
-        for n in (1, 2, 3)
-    ]
-    assert len({summary["digest"] for summary in summaries}) == 1
-    assert all(
-        each["accuracy_per_block"] == summaries[0]["accuracy_per_block"] for each in summaries
-    )
-    assert None not in summaries[0]["accuracy_per_block"]
-
-
-def test_streaming_is_sequential_local_learning(tmp_path: Path) -> None:
-    """Law 2, against an independent loop with detach, batch statistics in layers and heads."""
-    run = pictures.run(
-        model__norm="batch", objective__norm="batch", optimizer={"name": "sgd", "lr": 0.1},
-        partition={"cuts": ["unit2-1", "unit3-1"]}, mesh__stages=3,
-    )  # fmt: skip
-    ranks(3, lambda comm: train(run, comm, tmp_path))
-    source = data.load(run.dataset.name, {}, run.folder).train
-    net = models.load("resnet", run.model.fields, run.folder, source.shape, 3)
-    layers = net.build(range(len(net.names)), run.top.seed, D)
-    parts = [["stem", "unit1-1"], ["unit2-1"], ["unit3-1", "head"]]
-    shapes, heads = [(4, 8, 8), (8, 4, 4)], nn.ModuleDict()
-    for block, shape in enumerate(shapes):
-        with seeded(run.top.seed, f"heads.{block}"):
-            made = DGL.build(Task(block, 3, (), shape, D, 3))
-        heads[str(block)] = made.to(D)  # type: ignore[union-attr]
-    nets = [nn.Sequential(*(layers[name] for name in names)) for names in parts]
-    steps = [
-        step([*nets[b].parameters(), *(heads[str(b)].parameters() if b < 2 else ())])
-        for b in range(3)
-    ]
-    sequence = order(22, run.top.seed, 0, "full")
-    for start in (0, 8, 16):
-        indices = sequence[start : start + 8]
-        x, y = source.inputs(indices).to(D), source.targets(indices)
-        for block in range(3):
-            x = nets[block](x.detach())
-            steps[block].zero_grad()
-            cross_entropy(heads[str(block)](x) if block < 2 else x, y).backward()
-            steps[block].step()
-    wanted = {f"heads.{name}": tensor for name, tensor in heads.state_dict().items()}
-    for name, layer in layers.items():
-        wanted |= {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
-    found = saved(tmp_path)
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert torch.equal(found[name], tensor), name

@@ -1,0 +1,270 @@
+"""Options of a run, over whole runs: learning rates, clips, augmentation, norms, recomputation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn, optim
+from torch.nn.functional import cross_entropy
+
+from dtrain import data, models
+from dtrain.config import Run
+from dtrain.data import order
+from dtrain.errors import Refusal
+from dtrain.objectives import OBJECTIVES
+from dtrain.schedules import SCHEDULES
+from tests import pictures, tiny
+from tests.outcome import close, model
+from tests.ranks.test_laws import Summary, trained
+
+Rates = Callable[[optim.Optimizer], optim.lr_scheduler.LRScheduler]
+Parts = list[list[str]]
+
+NAMES = ["fc1", "fc2", "fc3", "fc4", "head"]
+THREE: Parts = [["fc1"], ["fc2"], ["fc3", "fc4", "head"]]
+UPDATES, PER_EPOCH, RATE = 8, 4, 0.2
+SGD = {"name": "sgd", "lr": RATE, "momentum": 0.9}
+LIMIT = 0.2
+"""A norm that some gradients exceed and some do not, those of a block and those of the model."""
+
+GROUPS: dict[str, Any] = {"name": "cnn", "widths": [[4], [4, 6]], "norm": "group", "groups": 2}
+
+
+def cosine(optimizer: optim.Optimizer) -> optim.lr_scheduler.LRScheduler:
+    """Return torch's own ramp of 3 updates and the cosine behind it."""
+    ramp = optim.lr_scheduler.LinearLR(optimizer, 1 / 3, 1.0, total_iters=2)
+    wave = optim.lr_scheduler.CosineAnnealingLR(optimizer, UPDATES - 3)
+    return optim.lr_scheduler.SequentialLR(optimizer, [ramp, wave], milestones=[3])
+
+
+def step(optimizer: optim.Optimizer) -> optim.lr_scheduler.LRScheduler:
+    """Return torch's own stairs, asked after each update."""
+    return optim.lr_scheduler.StepLR(optimizer, PER_EPOCH, gamma=0.25)
+
+
+RATES: dict[str, tuple[dict[str, Any], Rates | None]] = {
+    "constant": ({"name": "constant"}, None),
+    "cosine": ({"name": "cosine", "warmup-updates": 3}, cosine),
+    "step": ({"name": "step", "every-epochs": 1, "gamma": 0.25}, step),
+}
+
+
+def plain(
+    parts: Parts, over: Iterable[Sequence[str]] = (), rates: Rates | None = None
+) -> nn.Module:
+    """Train the tiny net by backpropagation in a loop of torch's own, whole batches at once.
+
+    Parameters
+    ----------
+    parts
+        Layers that share an optimizer.
+    over
+        Layers whose gradients are clipped together, to `LIMIT`.
+    """
+    run = tiny.run()
+    samples = data.load(run.dataset.name, {}, run.folder).train
+    made = models.load("mlp", run.model.fields, run.folder, samples.shape, samples.classes)
+    net = nn.Sequential()
+    for name, layer in made.build(range(5), run.top.seed, torch.float64).items():
+        net.add_module(name, layer)
+
+    def own(names: Sequence[str]) -> list[nn.Parameter]:
+        return [p for name in names for p in net.get_submodule(name).parameters()]
+
+    steps = [optim.SGD(own(part), lr=RATE, momentum=0.9) for part in parts]
+    clocks = [rates(each) for each in steps] if rates else []
+    norms: list[float] = []
+    for epoch in range(2):
+        sequence = order(samples.size, run.top.seed, epoch, "full")
+        for start in range(0, samples.size, 16):
+            batch = sequence[start : start + 16]
+            net.zero_grad()
+            cross_entropy(net(samples.inputs(batch).double()), samples.targets(batch)).backward()
+            for names in over:
+                norms.append(float(nn.utils.clip_grad_norm_(own(names), LIMIT)))
+            for each in (*steps, *clocks):
+                each.step()
+    assert not norms or min(norms) < LIMIT < max(norms)
+    return net
+
+
+def same(out: Path, net: nn.Module) -> None:
+    """Assert that a run ended in the parameters of `net`, up to rounding."""
+    found = model(out)
+    assert found.keys() == dict(net.named_parameters()).keys()
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(found[name], parameter.detach(), rtol=1e-12, atol=1e-13)
+
+
+def laws(out: Path, make: Callable[..., Run] = tiny.run, **told: Any) -> Summary:
+    """Hold laws 1, 3 and 5 for one run; return the summary of one rank, which is in ``out/1``.
+
+    Three replicas, since no batch here divides by them.
+    """
+    epochs = told.pop("epochs", 2)
+    told = {"micro_batches": 3, **told}
+    whole = {
+        n: trained(make(**told, epochs=epochs, mesh__stages=n), out / f"{n}", n) for n in (1, 2, 3)
+    }
+    assert len({each["digest"] for each in whole.values()}) == 1
+    assert len({each["test_loss"] for each in whole.values()}) == 1
+    # Asked for the same length, since learning rates may follow it.
+    parts = {**told, "epochs": epochs, "checkpoint__every": 2, "mesh__stages": 2}
+    broken_off(make(**parts), out / "parts", 2)
+    again = trained(make(**parts), out / "parts", 2)
+    assert (again["digest"], again["attempts"]) == (whole[1]["digest"], 2)
+    for micros in (1, 4):
+        run = make(**{**told, "micro_batches": micros}, epochs=epochs, mesh__stages=2)
+        trained(run, out / f"micros-{micros}", 2)
+        close(out / "1", out / f"micros-{micros}")
+    trained(make(**told, epochs=epochs, mesh__stages=1), out / "replicas", 1, 3)
+    close(out / "1", out / "replicas")
+    return whole[1]
+
+
+def broken_off(run: Run, out: Path, stages: int) -> None:
+    """Leave what a run leaves that was ended after its first checkpoint inside an epoch."""
+    trained(run, out, stages)
+    kept = sorted((out / "checkpoints").iterdir())[:1]
+    for folder in sorted((out / "checkpoints").iterdir()):
+        if folder not in kept:
+            folder.rename(out.parent / f"{out.name}-{folder.name}")
+
+
+@pytest.mark.parametrize("name", RATES)
+@pytest.mark.parametrize("over", ["none", "block", "model"])
+def test_rates_and_clips_are_those_of_a_plain_loop(name: str, over: str, tmp_path: Path) -> None:
+    """Backpropagation in three blocks, with one optimizer, clip and schedule each."""
+    clip = {} if over == "none" else {"clip": LIMIT, "clip-over": over}
+    told = {"objective__name": "backprop", "optimizer": {**SGD, **clip}, "lr": RATES[name][0]}
+    laws(tmp_path, **told)
+    groups = {"none": [], "block": THREE, "model": [NAMES]}[over]
+    same(tmp_path / "1", plain(THREE, groups, RATES[name][1]))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "fill-drain"])
+def test_a_clip_over_the_model_knows_no_blocks(schedule: str, tmp_path: Path) -> None:
+    """Three blocks or one: the same model."""
+    clip = {**SGD, "clip": LIMIT, "clip-over": "model"}
+    told = {"objective__name": "backprop", "schedule__name": schedule, "optimizer": clip}
+    trained(tiny.run(**told, mesh__stages=3), tmp_path / "three", 3)
+    trained(tiny.run(**told, partition__blocks=1), tmp_path / "one")
+    close(tmp_path / "three", tmp_path / "one")
+
+
+@pytest.mark.parametrize("objective", ["mono-forward", "local-head"])
+@pytest.mark.parametrize("over", ["block", "model"])
+def test_clips_of_local_objectives_keep_the_laws(objective: str, over: str, tmp_path: Path) -> None:
+    """Heads are clipped with their blocks; over the model the blocks are no longer isolated."""
+    schedule = "stream" if over == "block" else "1f1b"
+    told = {"objective__name": objective, "schedule__name": schedule}
+    clipped = laws(tmp_path, **told, optimizer={**SGD, "clip": LIMIT, "clip-over": over})
+    free = trained(tiny.run(**told, optimizer=SGD), tmp_path / "free")
+    assert clipped["digest"] != free["digest"]
+    if over == "block":
+        other = {**told, "schedule__name": "1f1b", "optimizer": {**SGD, "clip": LIMIT}}
+        assert trained(tiny.run(**other), tmp_path / "other")["digest"] == clipped["digest"]
+
+
+def test_a_clip_over_the_model_needs_all_gradients_at_once(tmp_path: Path) -> None:
+    run = tiny.run(schedule__name="stream", optimizer={**SGD, "clip": 1.0, "clip-over": "model"})
+    with pytest.raises(Refusal, match="needs the whole gradient before any update"):
+        trained(run, tmp_path)
+
+
+@pytest.mark.parametrize("limit", [1e-9, 1e9])
+def test_clips_that_always_or_never_hold(limit: float, tmp_path: Path) -> None:
+    """A huge one is none, bit for bit; a tiny one lets every update move by that norm alone."""
+    told: dict[str, Any] = {"objective__name": "backprop", "epochs": None, "updates": 1}
+    optimizer = {"name": "sgd", "lr": 1.0}
+    free = trained(tiny.run(**told, optimizer=optimizer), tmp_path / "free")
+    run = tiny.run(**told, optimizer={**optimizer, "clip": limit, "clip-over": "model"})
+    clipped = trained(run, tmp_path / "clipped")
+    if limit > 1:
+        assert clipped["digest"] == free["digest"]
+        return
+    still = tiny.run(**told, optimizer={**optimizer, "lr": 0.0})
+    trained(still, tmp_path / "still")
+    start, end = model(tmp_path / "still"), model(tmp_path / "clipped")
+    moved = sum(float((end[name] - start[name]).square().sum()) for name in start) ** 0.5
+    # The norm before is about one, to which the rule of torch adds 1e-6; digits end at 1e-16.
+    assert moved == pytest.approx(limit, rel=1e-5)
+
+
+def test_a_rate_is_asked_by_the_runs_clock(tmp_path: Path) -> None:
+    """A cosine over 8 updates, broken off anywhere, drained anywhere: the same bits."""
+    told = {"lr": RATES["cosine"][0], "checkpoint__every": 3}
+    wanted = trained(tiny.run(**told), tmp_path / "whole")["digest"]
+    for segment in (1, 3):
+        out = tmp_path / f"{segment}"
+        assert trained(tiny.run(**told, segment=segment), out)["digest"] == wanted
+    with pytest.raises(Refusal, match="followed the length"):
+        trained(tiny.run(**told, epochs=3), tmp_path / "whole")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_augmented_images_keep_the_laws(objective: str, tmp_path: Path) -> None:
+    """Drawn per sample and epoch, whoever reads them, and read ahead by a thread."""
+    told = {"objective": {"name": objective}, "model": GROUPS, "data__augment": "crop-flip"}
+    told |= {"make": pictures.run, "partition__blocks": 3}
+    augmented = laws(tmp_path, **told)
+    run = pictures.run(objective=told["objective"], model=GROUPS, epochs=2, micro_batches=3)
+    assert trained(run, tmp_path / "plain")["digest"] != augmented["digest"]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_networks_for_images_keep_the_laws(objective: str, norm: str, tmp_path: Path) -> None:
+    """Batch statistics couple samples: over stages the same bits, all else is no promise."""
+    told: dict[str, Any] = {"objective": {"name": objective}, "epochs": 1, "micro_batches": 3}
+    told["model"] = {"name": "resnet", "depth": 8, "width": 4, "norm": norm}
+    told["model"] |= {"groups": 2} if norm == "group" else {}
+    if norm == "group":
+        laws(tmp_path, make=pictures.run, **told)
+        return
+    runs = (pictures.run(**told, mesh__stages=n) for n in (1, 2, 3))
+    digests = {trained(run, tmp_path / f"{n}", n)["digest"] for n, run in enumerate(runs, 1)}
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize(
+    ("objective", "schedule"), [("backprop", "1f1b"), ("local-head", "stream")]
+)
+def test_recomputation_beside_all_other_options(
+    objective: str, schedule: str, tmp_path: Path
+) -> None:
+    """Clip, ramp, augmentation, batch statistics: computed again, the same bits in less memory."""
+    told: dict[str, Any] = {"objective": {"name": objective}, "schedule__name": schedule}
+    told |= {"optimizer": {**SGD, "clip": LIMIT}, "lr": RATES["cosine"][0], "epochs": 2}
+    told |= {"data__augment": "crop-flip", "model": {"name": "resnet", "depth": 8, "width": 4}}
+    told |= {"micro_batches": 3}
+    found = {}
+    for chosen in (False, True, [1]):
+        for stages in (1, 3):
+            run = pictures.run(**told, partition__recompute=chosen, mesh__stages=stages)
+            found[str(chosen), stages] = trained(run, tmp_path / f"{chosen}-{stages}", stages)
+    assert len({each["digest"] for each in found.values()}) == 1
+    if (
+        schedule == "1f1b"
+    ):  # the first stage has three micro-batches alive, in a stream there is one
+        assert found["True", 3]["peak_memory_bytes"][0] < found["False", 3]["peak_memory_bytes"][0]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("micros", [2, 5, 16])
+def test_accumulated_gradients_are_those_of_the_batch(
+    schedule: str, micros: int, tmp_path: Path
+) -> None:
+    """One rank, parts of one sample at the least: a plain loop over whole batches."""
+    objective = "mono-forward" if schedule == "stream" else "backprop"
+    told = {"objective__name": objective, "schedule__name": schedule, "optimizer": SGD}
+    trained(tiny.run(**told, micro_batches=micros), tmp_path / "parts")
+    if objective == "backprop":
+        same(tmp_path / "parts", plain(THREE))
+        return
+    trained(tiny.run(**told, micro_batches=1), tmp_path / "whole")
+    close(tmp_path / "whole", tmp_path / "parts")

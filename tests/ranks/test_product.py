@@ -1,0 +1,170 @@
+"""The product of all objectives, schedules and syncs: laws 1 and 3 in every cell.
+
+Invariant: a cell is a whole segment walk of one run on ranks as threads, without a run folder,
+since what is written and evaluated does not depend on the strategy; a plan is made once for all
+syncs. So a cell costs some ten milliseconds, and a strategy is covered by being in its dict.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from dtrain.comm.comm import Comm
+from dtrain.comm.threads import run as ranks
+from dtrain.data import order
+from dtrain.errors import Refusal
+from dtrain.job import Plan, build, plan
+from dtrain.objectives import OBJECTIVES
+from dtrain.schedules import SCHEDULES
+from dtrain.syncs import SYNCS
+from tests import tiny
+
+NET: dict[str, Any] = {
+    "model__widths": [9, 7, 6],
+    "batch_size": 23,  # 23, 23, 4 samples, of which two replicas have 12 and 11
+    "epochs": 1,
+    "optimizer__lr": 0.02,
+}
+FIELDS: dict[str, dict[str, Any]] = {"local-sgd": {"every": 2}}
+"""What a sync needs in order to act within three updates."""
+
+
+class Trained(NamedTuple):
+    """What a cell ends with: the tensors of the view, and the losses of each replica by block."""
+
+    view: dict[str, Tensor]
+    loss: list[dict[int, float]]
+
+
+def legal(objective: str, schedule: str) -> bool:
+    """Say whether a schedule runs all that an objective sends."""
+    kind = SCHEDULES[schedule]()
+    return all(kind.runs(route) for route in OBJECTIVES[objective]().routes(3, "train"))
+
+
+ALL = list(itertools.product(OBJECTIVES, SCHEDULES))
+PAIRS = [pair for pair in ALL if legal(*pair)]
+CELLS = [(*pair, sync) for pair in PAIRS for sync in SYNCS]
+# Law 3 is for what is synchronous: nothing is learnt with weights that it did not see.
+SYNCHRONOUS = [cell for cell in CELLS if SCHEDULES[cell[1]].weights == "own"]
+
+
+@cache
+def planned(objective: str, schedule: str, stages: int, replicas: int, micros: int) -> Plan:
+    """Return the plan of a cell, whatever its sync."""
+    named = {"objective__name": objective, "schedule__name": schedule}
+    return plan(
+        tiny.run(**NET, **named, micro_batches=micros, mesh__stages=stages), stages * replicas
+    )
+
+
+@cache
+def trained(
+    objective: str, schedule: str, sync: str, stages: int, replicas: int, micros: int = 3
+) -> Trained:
+    """Train one cell, once for all the laws that look at it."""
+    agreed = planned(objective, schedule, stages, replicas, micros)
+    chosen = tiny.run(sync={"name": sync, **FIELDS.get(sync, {})}).sync
+    agreed = replace(agreed, run=replace(agreed.run, sync=chosen))
+    told = ranks(stages * replicas, lambda comm: walked(agreed, comm), seed=stages)
+    loss: list[dict[int, float]] = [{} for _ in range(replicas)]
+    for replica, _, losses in told:
+        loss[replica] |= losses
+    views = [view for replica, view, _ in told if replica == 0]
+    return Trained({name: each for view in views for name, each in view.items()}, loss)
+
+
+def walked(agreed: Plan, comm: Comm) -> tuple[int, dict[str, Tensor], Mapping[int, float]]:
+    """Train one rank; return its replica, its part of the view, and its losses."""
+    job, run = build(agreed, comm), agreed.run
+    sequence = order(agreed.data.train.size, run.top.seed, 0, run.data.shuffle)
+    offsets = range(agreed.calendar.total)
+    batches = [agreed.shares.batch(sequence, each, job.seat.replica) for each in offsets]
+    assert len(list(job.engine.run(job.train, batches, 0, 0))) == len(batches) == 3
+    view: dict[str, Tensor] = {}
+    for sync in job.engine.syncs.values():
+        sync.settle()
+        view |= sync.view()
+    return job.seat.replica, view, job.engine.tally.loss
+
+
+def equal(one: Trained, other: Trained) -> None:
+    """Assert the same bits."""
+    assert one.view.keys() == other.view.keys()
+    for name, tensor in one.view.items():
+        assert torch.equal(tensor, other.view[name]), name
+    assert one.loss == other.loss
+
+
+def close(one: Trained, other: Trained) -> None:
+    """Assert the same up to rounding."""
+    assert one.view.keys() == other.view.keys()
+    for name, tensor in one.view.items():
+        torch.testing.assert_close(tensor, other.view[name], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize(("objective", "schedule", "sync"), CELLS)
+def test_any_number_of_stages_trains_the_same_bits(
+    objective: str, schedule: str, sync: str, replicas: int
+) -> None:
+    """Law 1 over stages: 1, 2 (uneven) and 3 of them, losses included."""
+    one, two, three = (trained(objective, schedule, sync, n, replicas) for n in (1, 2, 3))
+    equal(one, two)
+    equal(one, three)
+    assert [sorted(each) for each in one.loss] == [sorted(one.loss[0])] * replicas
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize(("objective", "schedule", "sync"), SYNCHRONOUS)
+def test_one_micro_batch_equals_four(
+    objective: str, schedule: str, sync: str, replicas: int
+) -> None:
+    """Law 3: to rounding, and not by luck to the bit."""
+    one, four = (trained(objective, schedule, sync, 2, replicas, m) for m in (1, 4))
+    close(one, four)
+    assert any(not torch.equal(each, four.view[name]) for name, each in one.view.items())
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("sync", SYNCS)
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_synchronous_schedules_train_the_same_bits(
+    objective: str, sync: str, replicas: int
+) -> None:
+    """All learn in the order of micro-batches."""
+    names = [each for name, each, other in SYNCHRONOUS if (name, other) == (objective, sync)]
+    first, *others = (trained(objective, name, sync, 2, replicas) for name in names)
+    assert others
+    for other in others:
+        equal(first, other)
+
+
+@pytest.mark.parametrize(("objective", "schedule"), PAIRS)
+@pytest.mark.parametrize("sync", SYNCS)
+def test_replicas_that_always_agree_are_one(objective: str, schedule: str, sync: str) -> None:
+    """Law 1 over replicas, where they never differ; where they do, they really train apart."""
+    one, two = (trained(objective, schedule, sync, 2, replicas) for replicas in (1, 2))
+    if not SYNCS[sync].apart:
+        close(one, two)
+    else:
+        with pytest.raises(AssertionError):
+            close(one, two)
+
+
+@pytest.mark.parametrize(("objective", "schedule"), sorted(set(ALL) - set(PAIRS)))
+@pytest.mark.parametrize("stages", [1, 3])
+def test_what_a_schedule_cannot_run_is_refused_in_its_words(
+    objective: str, schedule: str, stages: int
+) -> None:
+    with pytest.raises(Refusal, match=r"the route .* cannot be scheduled") as refusal:
+        planned(objective, schedule, stages, 1, 3)
+    assert SCHEDULES[schedule].limit in refusal.value.message
