@@ -36,7 +36,7 @@ Row = dict[str, float]
 def main() -> None:
     """Choose the best settings, measure pairs and publish the record."""
     quick = asked(__doc__)
-    bench, steps = Bench("pipeline_step", quick), 8 if quick else 30
+    bench, steps = Bench("pipeline_step", quick), 8 if quick else 20
 
     def ours(method: tuple[str, str], micros: int, ranks: int = RANKS) -> Row:
         told = bench.train(run(method, micros, steps), ranks)
@@ -55,16 +55,10 @@ def main() -> None:
     def peers(number: int) -> Row:
         return bench.kept(f"theirs-{number}", lambda: theirs(other))
 
-    def factor() -> Row:
-        whole, parts = ours(GLOBAL, local, 1), ours(LOCAL, local, 1)
-        single = ours(GLOBAL, flush, 1)["rate"]
-        return {"work_factor": parts["rate"] / whole["rate"], "samples_per_s_single": single}
-
-    work = bench.kept("work", factor)
     told = list(zip(*turns(5, mine, peers), strict=True))
-    rows = [compared(a, b, flush, work) for a, b in told]
+    rows = [compared(a, b, flush) for a, b in told]
     ratios = [each["ratio"] for each in rows]
-    figures = middle(rows) | middle([a for a, _ in told]) | work
+    figures = middle(rows) | middle([a for a, _ in told])
     figures |= {"micros": local, "micros_1f1b": flush}
     del figures["ratio"]
     peer_figures = middle([b for _, b in told]) | {"micros": other}
@@ -84,6 +78,9 @@ def row(ours: Callable[..., Row], local: int, flush: int, other: int) -> Row:
     """Return our samples per second in one round, and the busy share of 1f1b."""
     pipelined, equal = ours(GLOBAL, flush), ours(LOCAL, other)
     return {
+        "single_1f1b": ours(GLOBAL, flush, 1)["rate"],
+        "single_backprop": ours(GLOBAL, local, 1)["rate"],
+        "single_local": ours(LOCAL, local, 1)["rate"],
         "samples_per_s": ours(LOCAL, local)["rate"],
         "samples_per_s_rows": equal["rate"],
         "samples_per_s_1f1b": pipelined["rate"],
@@ -91,16 +88,18 @@ def row(ours: Callable[..., Row], local: int, flush: int, other: int) -> Row:
     }
 
 
-def compared(ours: Row, theirs: Row, flush: int, work: Row) -> Row:
+def compared(ours: Row, theirs: Row, flush: int) -> Row:
     """Return the ratios of one pair."""
     rate, bound = theirs["samples_per_s"], flush / (flush + RANKS - 1)
     ratio = ours["samples_per_s"] / rate
+    work = ours["single_local"] / ours["single_backprop"]
     return {
         "ratio": ratio,
         "ratio_rows": ours["samples_per_s_rows"] / rate,
         "ratio_1f1b": ours["samples_per_s_1f1b"] / rate,
-        "bound_share": ours["samples_per_s_1f1b"] / (RANKS * work["samples_per_s_single"]) / bound,
-        "parallel_factor": ratio / work["work_factor"],
+        "bound_share": ours["samples_per_s_1f1b"] / (RANKS * ours["single_1f1b"]) / bound,
+        "work_factor": work,
+        "parallel_factor": ratio / work,
     }
 
 
