@@ -11,8 +11,9 @@ of another, because what arrives is detached from what sent it.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -85,8 +86,8 @@ class Block:
         self.optimizer = step(self.trained) if self.trained else None
         groups = self.optimizer.param_groups if self.optimizer else []
         self.rates = [float(group["lr"]) for group in groups]
-        first = next(iter(self.layers.values()))
-        self.writes = any(getattr(module, "inplace", False) for module in first.modules())
+        self.helps = helper is not None and _may_draw(helper)
+        self.writing = {name for name, layer in self.layers.items() if _writes(layer)}
         self.outs: dict[str, Tensor] = {}
         self.taps: dict[str, Tensor] = {}
         self.split: Split | None = None
@@ -134,11 +135,13 @@ class Block:
 
     def forward(self, x: Tensor, draw: tuple[int, ...]) -> Tensor:
         """Run the layers in order on `x` (rows, ...); `draw` keys the layers' random numbers."""
-        if x.requires_grad and self.writes:
-            x = x.clone()  # a leaf may not be written to
+        if self.writing and (x.requires_grad or self.recompute):
+            x = x.clone()  # neither a leaf nor what is needed again may be written to
         for name, layer in self.layers.items():
+            if self.grain == "layer" and name in self.writing:
+                x = x.clone()  # the layer before it learns from what it made
             if name in self.drawing:
-                with seeded(self.seed, name, *draw):
+                with seeded(self.seed, name, *draw, device=x.device):
                     x = layer(x)
             else:
                 x = layer(x)
@@ -147,7 +150,13 @@ class Block:
                 x = x.detach()
         return x
 
-    def live(self, x: Tensor, draw: tuple[int, ...], traced: bool) -> dict[str, Any]:
+    def helping(self, live: Live) -> AbstractContextManager[None]:
+        """Return a context in which the helper's random numbers are those of this micro-batch."""
+        if not self.helps:
+            return nullcontext()
+        return seeded(self.seed, f"heads.{self.index}", *live.draw, device=live.x.device)
+
+    def run(self, x: Tensor, draw: tuple[int, ...], traced: bool) -> dict[str, Any]:
         """Run a forward and return what a `Live` keeps of it, with a graph where `traced`."""
         before = self._copies() if self.recompute else {}
         self.outs, self.taps = {}, {}
@@ -187,10 +196,10 @@ class Block:
 
         A block without parameters whose input nobody asks about has nothing to learn.
         """
-        reached = [(tensor, told) for tensor, told in pulls if tensor.requires_grad]
+        reached = [(tensor, force) for tensor, force in pulls if tensor.requires_grad]
         if reached:
-            tensors, cotangents = zip(*reached, strict=True)
-            torch.autograd.backward(tensors, cotangents)
+            tensors, forces = zip(*reached, strict=True)
+            torch.autograd.backward(tensors, forces)
 
     # ---- updates
 
@@ -241,10 +250,19 @@ class Block:
         """Restore the optimizer's state from what `memory()` once returned."""
         if self.optimizer is None:
             return
-        self.optimizer.state.clear()
+        place = {id(parameter): number for number, parameter in enumerate(self.trained)}
+        state: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
         for name, tensor in memory.items():
             parameter, _, entry = name.rpartition("/")
-            self.optimizer.state[self.parameters[parameter]][entry] = tensor
+            state[place[id(self.parameters[parameter])]][entry] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        # torch knows which entry belongs on which device.
+        self.optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
+
+
+def _writes(layer: nn.Module) -> bool:
+    """Tell whether a layer works in place, as far as its modules say."""
+    return any(getattr(module, "inplace", False) for module in layer.modules())
 
 
 def _may_draw(layer: nn.Module) -> bool:

@@ -5,18 +5,15 @@ Invariant: plain values and strategies; nothing here knows of run files or of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from dtrain.errors import Refusal
-from dtrain.mail import Seat
 from dtrain.objectives.objective import Objective, Task
 from dtrain.rates import Rate
-from dtrain.schedules.action import Action
 from dtrain.schedules.schedule import Schedule
+from dtrain.segments import Calendar
 
 
 @dataclass(frozen=True)
@@ -35,8 +32,8 @@ class Course:
         Where this rank computes.
     seed : int
         Of the objective's own draws.
-    per_epoch, total : int
-        Updates of an epoch, and of the run: the syncs' clock and the learning rate's.
+    calendar : Calendar
+        Of the syncs' clock and of the learning rate's.
     """
 
     objective: Objective
@@ -47,24 +44,4 @@ class Course:
     clips_model: bool
     device: torch.device
     seed: int
-    per_epoch: int
-    total: int
-
-    @property
-    def epochs(self) -> int:
-        """Epochs begun when the run is done."""
-        return -(-self.total // self.per_epoch)
-
-
-@contextmanager
-def at(seat: Seat, action: Action, when: str) -> Iterator[None]:
-    """Add to whatever is raised inside where it was: replica, stage, update, action."""
-    try:
-        yield
-    except BaseException as error:
-        place = f"[replica {seat.replica} stage {seat.stage} | {when} | action {action}]"
-        if isinstance(error, Refusal):
-            error.at(place)
-        else:
-            error.add_note(place)
-        raise
+    calendar: Calendar

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dtrain.block import Block
-from dtrain.course import Course, at
+from dtrain.course import Course
 from dtrain.data.batches import Batch
 from dtrain.data.reader import Reader
 from dtrain.errors import NUMERIC, Refusal
@@ -67,7 +67,7 @@ class Engine:
         own = (t for b in blocks.values() for t in [*b.parameters.values(), *b.buffers.values()])
         self.saved = Saved(own, course.schedule.weights)
         self.live: dict[Key, Live] = {}
-        self.peak_live = 0
+        self.peak_live = self.fullest = 0
         self.tally = Tally()
         self.asked = {r.source.block for r in self.mail.routes if r.name == GRADIENT}
         self.readers = {b for b in blocks if self.objective.reads(self.tasks[b], "train")}
@@ -117,11 +117,13 @@ class Engine:
         epoch: int,
     ) -> Iterator[int]:
         last, fullest = max(self.blocks), max(batch.own for batch in batches)
+        if fullest > self.fullest:  # a larger update than any before has to be seen
+            self.fullest, self.saved.watching = fullest, True
         control, flight = self.lines.control, self.lines.control.flight
         for action in plan:
             batch, update = batches[action.update], first + action.update
             flight.note("action", action, "update", update)
-            with at(self.seat, action, f"update {update}"):
+            with self.seat.at(action, f"update {update}"):
                 match action.kind:
                     case "F":
                         self._forward(action, reader, batch, update)
@@ -136,7 +138,7 @@ class Engine:
             for sync in self.syncs.values():
                 sync.poll()
             if action.kind == "U" and action.block == last:
-                if batch.own == fullest:
+                if batch.own == self.fullest:
                     self.saved.stop()
                 yield update
 
@@ -152,7 +154,7 @@ class Engine:
         x.requires_grad_(action.block in self.asked and x.is_floating_point())
         draw = (update, action.micro, self.seat.replica)
         with self.saved.saving(key):
-            kept = block.live(x, draw, self.objective.traced(action.pass_))
+            kept = block.run(x, draw, self.objective.traced(action.pass_))
         live = Live(
             **kept,
             targets=given.targets,
@@ -186,14 +188,15 @@ class Engine:
         block, key = self.blocks[action.block], action[1:4]
         live = self.live[key]
         live.told = self.mail.take(action)
-        with self.saved.saving(key):
-            if block.recompute:
-                block.recall(live)
+        if block.recompute:
+            self._recall(block, live, key)
+        with self.saved.saving(key), block.helping(live):
             pulls = self.objective.pulls(self.tasks[action.block], block, live)
         if live.loss is not None:
             loss = float(live.loss)
             if not math.isfinite(loss):
-                raise Refusal(f"the loss of block {action.block} is {loss}", NUMERIC)
+                advice = "lower [optimizer] lr, or set clip"
+                raise Refusal(f"the loss of block {action.block} is {loss}: {advice}", NUMERIC)
             self.tally.add_loss(action.block, loss * len(live.targets))
         if action.kind == "I":
             assert block.split is not None
@@ -204,6 +207,16 @@ class Engine:
         if action.kind == "B":
             self._drop(action)
 
+    def _recall(self, block: Block, live: Live, key: Key) -> None:
+        """Compute again what the passes of a micro-batch did not keep."""
+        self.saved.drop(key)
+        with self.saved.saving(key):
+            for pass_, each in enumerate(live.passes()):
+                if self.objective.traced(pass_):
+                    block.recall(each)
+        for each in live.passes():
+            self.saved.keep(key, each)
+
     def _drop(self, action: Action) -> None:
         """Let go of a micro-batch that is learnt."""
         del self.live[action[1:4]]
@@ -211,7 +224,7 @@ class Engine:
 
     def _update(self, action: Action, batch: Batch, update: int, epoch: int) -> None:
         told = self.mail.take(action)
-        self.updates.take(action.block, batch, update, epoch, told)
+        self.updates.step(action.block, batch, update, epoch, told)
         self.mail.offer(action, self.blocks[action.block], None)
 
     def _sums(self) -> list[Tensor]:

@@ -163,16 +163,27 @@ def _passed(
             x = objective.feed(task, block, given).detach()
         x.requires_grad_(asked and x.is_floating_point())
         with saved.saving(index):
-            made = block.live(x, (0, 0, 0), objective.traced(pass_))
+            made = block.run(x, (0, 0, 0), objective.traced(pass_))
         live = Live(**made, targets=targets, told=told, draws=draws, sample=sample, before=live)
         saved.keep(index, live)
     assert live is not None
     kept, live.told = saved.peak_bytes, _told(objective, routes, tasks, Point(index, "B"), rows)
+    if block.recompute:
+        _recalled(saved, block, objective, live)
     with saved.saving(index):
-        if block.recompute:
-            block.recall(live)
         objective.pulls(task, block, live)
     return kept, saved.peak_bytes - kept
+
+
+def _recalled(saved: Saved, block: Block, objective: Objective, live: Live) -> None:
+    """Compute again what was not kept, as the engine does."""
+    saved.drop(live.draws.block)
+    with saved.saving(live.draws.block):
+        for pass_, each in enumerate(live.passes()):
+            if objective.traced(pass_):
+                block.recall(each)
+    for each in live.passes():
+        saved.keep(live.draws.block, each)
 
 
 def _told(

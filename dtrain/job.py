@@ -169,8 +169,7 @@ def _course(plan: Plan, device: torch.device) -> Course:
         clips_model=run.clip.clip > 0 and run.clip.clip_over == "model",
         device=device,
         seed=run.top.seed,
-        per_epoch=plan.calendar.per_epoch,
-        total=plan.calendar.total,
+        calendar=plan.calendar,
     )
 
 
@@ -218,14 +217,17 @@ def alike(plan: Plan, comm: Comm) -> None:
 def _fingerprint(plan: Plan, rank: int) -> tuple[str, str | None]:
     """Return hashes of some labels, and of some inputs where this rank reads inputs."""
     _, stage = plan.layout.mesh.coords(rank)
+    objective, tasks = plan.layout.objective, plan.layout.tasks
+    own = [tasks[block] for block in plan.layout.blocks(stage)]
+    reads = any(objective.reads(task, "train") or objective.reads(task, "predict") for task in own)
     labels, inputs = blake2b(), blake2b()
     for source in (plan.data.train, plan.data.test):
         some = np.unique(np.linspace(0, source.size - 1, 32).astype(np.int64))
         labels.update(str((source.size, source.shape, source.classes)).encode())
         labels.update(source.targets(some).numpy().tobytes())
-        if stage == plan.layout.place[0]:
+        if reads:
             inputs.update(source.inputs(some).numpy().tobytes())
-    return labels.hexdigest(), inputs.hexdigest() if stage == plan.layout.place[0] else None
+    return labels.hexdigest(), inputs.hexdigest() if reads else None
 
 
 def together(comm: Comm, work: Callable[[], T]) -> T:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dtrain.block import Block
-from dtrain.course import Course, at
+from dtrain.course import Course
 from dtrain.data.batches import Indices
 from dtrain.data.reader import Reader
 from dtrain.live import Given, Live
@@ -55,7 +55,7 @@ class Judge:
         reader.open((micros[a.micro] for a in plan() if a.block in self.readers), epoch=0)
         try:
             for action in plan():
-                with at(self.seat, action, "evaluation"):
+                with self.seat.at(action, "evaluation"):
                     self._judge(action, reader, micros[action.micro], tally)
         finally:
             reader.close()
@@ -69,16 +69,18 @@ class Judge:
         sample = reader.read().to(device) if action.block in self.readers else None
         given = Given(targets, told, sample)
         x = course.objective.feed(task, block, given)
-        live = Live(**block.live(x, (), False), targets=targets, told=told, sample=sample)
+        live = Live(**block.run(x, (), False), targets=targets, told=told, sample=sample)
         scores = course.objective.predict(task, block, live)
         if scores is not None:
             scores = scores.to(VOTE_DTYPE)
-            told[VOTES] = told[VOTES] + scores if VOTES in told else scores
+            live.told[VOTES] = told[VOTES] + scores if VOTES in told else scores
             tally.correct[task.block] = tally.correct.get(task.block, 0) + _right(scores, live)
             loss = torch.nn.functional.cross_entropy(scores, targets, reduction="sum")
             tally.add_loss(task.block, float(loss))
+        elif VOTES not in told:
+            live.told[VOTES] = torch.zeros(len(targets), task.classes, dtype=VOTE_DTYPE)
         if task.last:
-            tally.voted += _right(told[VOTES], live)
+            tally.voted += _right(live.told[VOTES], live)
         self.mail.offer(action, block, live)
 
 

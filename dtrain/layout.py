@@ -21,7 +21,7 @@ from dtrain.mesh import Mesh
 from dtrain.models import Model, Spec, walk
 from dtrain.models.model import Listed
 from dtrain.objectives.objective import Mode, Objective, Task
-from dtrain.prices import Prices
+from dtrain.prices import Prices, total
 from dtrain.schedules.action import Route
 from dtrain.schedules.check import Report, check
 from dtrain.schedules.schedule import Schedule
@@ -44,7 +44,7 @@ class Part:
     own : Model or None
         The objective's layers, where they take the place of the model's.
     couples : bool
-        Whether the objective's helper has batch statistics.
+        Whether the objective makes samples depend on each other, by a loss or batch statistics.
     """
 
     task: Task
@@ -129,6 +129,7 @@ def settle(run: Run, model: Model, shape: tuple[int, ...], classes: int, ranks: 
     objective, schedule = run.make_objective(), run.make_schedule()
     prices = Prices(specs, objective, classes)
     layers = partition.ranges(len(specs), _cuts(run, prices, mesh.stages))
+    _recomputes(run, len(layers))
     routes = objective.routes(len(layers), "train")
     schedule.admit(routes)
     _clips(run, schedule)
@@ -163,6 +164,17 @@ def _cuts(run: Run, prices: Prices, stages: int) -> tuple[int, ...]:
     return partition.balanced(layers, cut.blocks or stages, costs[cut.balance], cut.weights)
 
 
+def _recomputes(run: Run, blocks: int) -> None:
+    """Refuse to compute again what is not there."""
+    named = run.partition.recompute
+    for block in () if isinstance(named, bool) else named:
+        if not 0 <= block < blocks:
+            raise Refusal(
+                f"[partition] recompute names block {block}, but there are {blocks} "
+                f"(0 to {blocks - 1}): name one of those"
+            )
+
+
 def _clips(run: Run, schedule: Schedule) -> None:
     """Refuse a clip over the model where its gradients are never there together."""
     if run.clip.clip and run.clip.clip_over == "model" and not schedule.flushes:
@@ -186,18 +198,17 @@ def _part(prices: Prices, block: int, layers: Sequence[range], above: tuple[int,
     """Return a block with its analytic costs."""
     i, j = layers[block].start, layers[block].stop
     task = dataclasses.replace(prices.task(block, len(layers), i, j), above=above)
-    head = prices.helper_parameters(j)
-    couples = prices.couples(j)
-    own = prices.objective.own(task)
-    if own is None:
-        parameters = prices.parameters(i, j) - head
-        return Part(task, layers[block], parameters, head, prices.flops(i, j), None, couples)
-    model = Listed(tuple(f"blocks{block}-{n}" for n, _ in own), tuple(make for _, make in own))
-    specs = walk(model, prices.objective.fed(task), prices.specs[0].dtype)
-    task = dataclasses.replace(task, outputs=specs[-1].outputs, dtype=specs[-1].dtype)
-    parameters = sum(spec.parameters for spec in specs)
-    cost = sum(s.forward + s.weight_gradient + s.input_gradient for s in specs)
-    return Part(task, layers[block], parameters, head, cost, model, couples)
+    own, model = prices.objective.own(task), None
+    parameters, cost = prices.elements(i, j), prices.layers(i, j)
+    if own is not None:
+        model = Listed(tuple(f"blocks{block}-{n}" for n, _ in own), tuple(m for _, m in own))
+        specs = walk(model, prices.objective.fed(task), prices.specs[0].dtype)
+        task = dataclasses.replace(task, outputs=specs[-1].outputs, dtype=specs[-1].dtype)
+        parameters, cost = sum(spec.parameters for spec in specs), sum(map(total, specs))
+    helper = prices.helper(task)
+    couples = prices.objective.couples(task) or (helper is not None and helper.couples)
+    head = helper.parameters if helper else 0
+    return Part(task, layers[block], parameters, head, cost + total(helper), model, couples)
 
 
 def describe(layout: Layout, rows: int) -> dict[str, Any]:

@@ -44,8 +44,9 @@ class Draws:
         """Return my rows of ``make(rows, generator)``, a tensor with the samples first.
 
         Made for the whole update, then sliced: ``draws.rows_of("noise", lambda n, g:
-        torch.randn(n, 10, generator=g))``.
+        torch.randn(n, 10, generator=g))``. It is on the CPU.
         """
+        assert self.rows, "random numbers are of micro-batches that are learnt"
         generator = Generator().manual_seed(key(self.seed, name, self.block, self.update))
         return make(self.rows, generator)[self.first : self.first + self.count]
 
@@ -64,7 +65,8 @@ class Given:
     told : dict of str to Tensor
         What the routes brought to this forward, by the route's name.
     sample : Tensor or None
-        The data themselves, (rows, ...), where the objective reads them in this block.
+        The data themselves, (rows, ...), standardised and augmented, where the objective reads
+        them in this block; not to be written to.
     draws : Draws
         The objective's own random numbers.
     pass_ : int
@@ -93,7 +95,8 @@ class Live:
     x : Tensor
         What the block was fed, a leaf, (rows, ...).
     y : Tensor
-        What the block's layers made of it, with its graph while training.
+        What the block's layers made of it, with its graph while training; detached where the
+        graph is cut at every layer: then `outs` have the graphs.
     targets : Tensor
         Labels of the rows, (rows,) int64.
     share : float
@@ -139,3 +142,7 @@ class Live:
     buffers: dict[str, Tensor] = field(default_factory=dict)
     calls: list[tuple[nn.Module, Tensor]] = field(default_factory=list)
     owed: list[tuple[Tensor, list[nn.Parameter], Tensor]] = field(default_factory=list)
+
+    def passes(self) -> list[Live]:
+        """Return what all passes of this micro-batch left, the first one first."""
+        return [*(self.before.passes() if self.before else ()), self]

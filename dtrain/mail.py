@@ -7,7 +7,8 @@ contiguous and aligned; so it computes the same bits wherever its neighbours are
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from dtrain.block import Block
 from dtrain.comm.comm import Comm
 from dtrain.comm.routes import Spec
+from dtrain.errors import Refusal
 from dtrain.live import Live
 from dtrain.mesh import Mesh
 from dtrain.objectives.objective import Mode, Objective, Task
@@ -35,6 +37,19 @@ class Seat:
     def rank(self, block: int) -> int:
         """Return the rank that holds `block` for this replica."""
         return self.mesh.rank(self.replica, self.place[block])
+
+    @contextmanager
+    def at(self, action: Action, when: str) -> Iterator[None]:
+        """Add to whatever is raised inside where it was: replica, stage, update, action."""
+        try:
+            yield
+        except BaseException as error:
+            place = f"[replica {self.replica} stage {self.stage} | {when} | action {action}]"
+            if isinstance(error, Refusal):
+                error.at(place)
+            else:
+                error.add_note(place)
+            raise
 
 
 @dataclass(frozen=True)
@@ -98,6 +113,7 @@ class Mail:
             count = rows(update, micro) if micro >= 0 else 0
             coming[index].append(self.objective.shape(self.routes[index], self.tasks, count))
         self.sent, self.came = Counter[int](), Counter[int]()
+        self.tags = self._tags()
         for index, specs in coming.items():
             route, window = self.routes[index], self.messages.window(index)
             rank, line = seat.rank(route.source.block), self._line(route)
@@ -124,6 +140,11 @@ class Mail:
         for index in self.messages.offers(action):
             route = self.routes[index]
             tensor = self.objective.tell(route, block, live)
+            rows = 0 if live is None else len(live.targets)
+            due, found = self.objective.shape(route, self.tasks, rows), (tensor.shape, tensor.dtype)
+            assert found == due, f"{route}: `tell` gave {found}, `shape` says {due}"
+            if live is None:  # a weight, that the next update may overwrite under way
+                tensor = tensor.clone()
             if self.messages.local(index):
                 copy = tensor.clone(memory_format=torch.contiguous_format)
                 self.shelf[index, action.update, action.micro] = copy
@@ -154,7 +175,17 @@ class Mail:
 
     def _tag(self, index: int, number: int) -> int:
         """Return the tag of a route's message: a route with a lag has as many as may be waiting."""
-        return index + len(self.routes) * (number % self.messages.window(index))
+        return self.tags[index] + number % self.messages.window(index)
+
+    def _tags(self) -> list[int]:
+        """Return the first tag of each route, counted for each pair of stages by itself."""
+        used: Counter[tuple[int, int]] = Counter()
+        first = []
+        for index in range(len(self.routes)):
+            pair = self.messages.source(index), self.messages.target(index)
+            first.append(used[pair])
+            used[pair] += self.messages.window(index)
+        return first
 
     def _stand(self, action: Action, name: str, tensor: Tensor) -> None:
         """Keep what came for a whole update, in place of what came for the one before."""

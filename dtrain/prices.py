@@ -1,7 +1,7 @@
 """What any block of consecutive layers costs, its objective's helper included: analytic counts.
 
 Invariant: pure in the layers' specs and the objective, the same on every machine. What a helper
-costs depends on where its block ends alone, so each is counted once.
+costs depends on its task alone, so equal ones are counted once.
 """
 
 from __future__ import annotations
@@ -34,26 +34,25 @@ class Prices:
         self._sums = [0, *accumulate(totals)]
         self._elements = [0, *accumulate(spec.parameters for spec in specs)]
         self._counted: dict[Task, Spec | None] = {}
-        self._helpers = [self._helper(j) for j in range(1, len(specs) + 1)]
         self._feeds_back = any(r.name == GRADIENT for r in objective.routes(2, "train"))
 
     def flops(self, i: int, j: int) -> int:
-        """Return multiply-adds, forward and backward."""
-        asked = self._feeds_back and i > 0
-        cost = self._sums[j] - self._sums[i] - (0 if asked else self._unasked(i, j))
-        helper = self._helpers[j - 1]
-        if helper is not None:
-            cost += helper.forward + helper.weight_gradient + helper.input_gradient
-        return cost
+        """Return multiply-adds, forward and backward, of a block that is still being balanced."""
+        return self.layers(i, j) + total(self.helper(self._guess(j)))
 
     def parameters(self, i: int, j: int) -> int:
-        """Return elements of the layers' and the helper's parameters."""
-        return self._elements[j] - self._elements[i] + self.helper_parameters(j)
+        """Return elements of the layers' and the helper's parameters, likewise."""
+        helper = self.helper(self._guess(j))
+        return self.elements(i, j) + (helper.parameters if helper else 0)
 
-    def helper_parameters(self, j: int) -> int:
-        """Return elements of the helper of a block that ends before layer j."""
-        helper = self._helpers[j - 1]
-        return 0 if helper is None else helper.parameters
+    def layers(self, i: int, j: int) -> int:
+        """Return multiply-adds, forward and backward, of the layers alone."""
+        asked = self._feeds_back and i > 0
+        return self._sums[j] - self._sums[i] - (0 if asked else self._unasked(i, j))
+
+    def elements(self, i: int, j: int) -> int:
+        """Return elements of the layers' parameters."""
+        return self._elements[j] - self._elements[i]
 
     def task(self, block: int, blocks: int, i: int, j: int) -> Task:
         """Return the task of a block of the layers ``i .. j-1``; the next block is one layer."""
@@ -62,11 +61,6 @@ class Prices:
         sample = self.specs[0].inputs
         shapes = first.inputs, last.outputs
         return Task(block, blocks, *shapes, last.dtype, self.classes, sample, above)
-
-    def couples(self, j: int) -> bool:
-        """Say whether the helper of a block that ends before layer j has batch statistics."""
-        helper = self._helpers[j - 1]
-        return helper is not None and helper.couples
 
     def _unasked(self, i: int, j: int) -> int:
         """Return what autograd saves where nobody asks for the gradient of the block's input.
@@ -80,10 +74,12 @@ class Prices:
                 break
         return saved
 
-    def _helper(self, j: int) -> Spec | None:
-        """Return the spec of the helper of a block that ends before layer j, without memory."""
-        last = j == len(self.specs)
-        task = self.task(1 if last else 0, 2, 0, j)
+    def _guess(self, j: int) -> Task:
+        """Return a task that ends before layer j, for a helper that cuts are balanced with."""
+        return self.task(1 if j == len(self.specs) else 0, 2, 0, j)
+
+    def helper(self, task: Task) -> Spec | None:
+        """Return the spec of a block's helper, without memory; None where there is none."""
         if task not in self._counted:
             self._counted[task] = self._count(task)
         return self._counted[task]
@@ -93,8 +89,15 @@ class Prices:
             helper: nn.Module | None = self.objective.build(task)
         if helper is None:
             return None
-        shape = self.objective.helped(task)
-        if shape is None:
-            elements = sum(each.numel() for each in helper.parameters())
-            return Spec("", (), (), task.dtype, 0, 0, 0, elements)
-        return count(helper.to(task.dtype), shape, task.dtype)
+        shape, name = self.objective.helped(task), f"heads.{task.block}"
+        if shape is not None:
+            return count(helper.to(task.dtype), shape, task.dtype, name)
+        elements = sum(each.numel() for each in helper.parameters())
+        norms = nn.modules.batchnorm._BatchNorm
+        couples = any(isinstance(each, norms) for each in helper.modules())
+        return Spec(name, (), (), task.dtype, 0, 0, 0, elements, couples)
+
+
+def total(spec: Spec | None) -> int:
+    """Return a module's multiply-adds, forward and whole backward; 0 where there is none."""
+    return 0 if spec is None else spec.forward + spec.weight_gradient + spec.input_gradient

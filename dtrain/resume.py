@@ -48,7 +48,7 @@ def find(out: Path, resume: str) -> Manifest | None:
     """
     held = {path.name for path in out.iterdir()} if out.is_dir() else set()
     held -= {name for name in held if name.startswith(f".{OWNER}")}
-    if resume == "never" and held:
+    if resume == "never" and held - {OWNER}:
         raise Refusal(f"--resume never, but {out} is not empty: delete it or choose another --out")
     if held and not held & OURS:
         raise Refusal(

@@ -48,7 +48,7 @@ class Saved:
     def __init__(self, own: Iterable[Tensor], weights: Weights = "own") -> None:
         self.own = {_storage(tensor): tensor for tensor in own}
         self.weights = weights
-        self.live: dict[Hashable, dict[int, int]] = {}
+        self.sizes: dict[Hashable, dict[int, int]] = {}
         self.watching = True
         self.peak_bytes = 0
 
@@ -58,7 +58,7 @@ class Saved:
         if not self.watching and self.weights == "own":
             yield
             return
-        seen = self.live.setdefault(key, {}) if self.watching else {}
+        seen = self.sizes.setdefault(key, {}) if self.watching else {}
 
         def pack(tensor: Tensor) -> Any:
             storage = _storage(tensor)
@@ -82,7 +82,7 @@ class Saved:
         kept = [live.x, live.y, *live.outs.values(), *live.taps.values(), *live.buffers.values()]
         kept += [out for _, out in live.calls]
         kept += [] if live.sample is None else [live.sample]
-        seen = self.live.setdefault(key, {})
+        seen = self.sizes.setdefault(key, {})
         for tensor in kept:
             if _storage(tensor) not in self.own:
                 seen[_storage(tensor)] = tensor.untyped_storage().nbytes()
@@ -90,14 +90,14 @@ class Saved:
 
     def drop(self, key: Hashable) -> None:
         """Forget a micro-batch whose backward is done."""
-        self.live.pop(key, None)
+        self.sizes.pop(key, None)
 
     def stop(self) -> None:
         """Stop counting, unless a micro-batch is live: later ones repeat those that were seen."""
-        self.watching = bool(self.live)
+        self.watching = bool(self.sizes)
 
     def _count(self) -> None:
-        total = sum(size for each in self.live.values() for size in each.values())
+        total = sum(size for each in self.sizes.values() for size in each.values())
         self.peak_bytes = max(self.peak_bytes, total)
 
 

@@ -20,11 +20,20 @@ def key(*parts: int | str) -> int:
 
 
 @contextmanager
-def seeded(*parts: int | str) -> Iterator[None]:
-    """Run the body with torch's CPU generator seeded by `parts`; restore its state afterwards."""
+def seeded(*parts: int | str, device: torch.device | None = None) -> Iterator[None]:
+    """Run the body with torch's generators seeded by `parts`; restore their states afterwards.
+
+    The CPU's generator, and that of `device` where it is an accelerator (untested on hardware).
+    """
+    far = device if device is not None and device.type == "cuda" else None
     state = torch.get_rng_state()
+    held = None if far is None else torch.cuda.get_rng_state(far)
     torch.default_generator.manual_seed(key(*parts))
+    if far is not None:
+        torch.cuda.default_generators[far.index].manual_seed(key(*parts))
     try:
         yield
     finally:
         torch.set_rng_state(state)
+        if far is not None and held is not None:
+            torch.cuda.set_rng_state(held, far)

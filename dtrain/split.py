@@ -62,7 +62,7 @@ class Split:
 
     def inputs(self, pulls: Iterable[tuple[Tensor, Tensor]], live: Live) -> None:
         """`I`: leave ``x.grad`` and the small gradients, and what is owed in ``live.owed``."""
-        reached = [(tensor, told) for tensor, told in pulls if tensor.requires_grad]
+        reached = [(tensor, force) for tensor, force in pulls if tensor.requires_grad]
         if not reached:
             return
         calls = [*live.calls, *self.taken()]  # those of the layers, those of the helper
@@ -71,11 +71,9 @@ class Split:
         later = {id(weight) for module, _ in leaves for weight in _weights(module)}
         small: list[Tensor] = [p for p in self.parameters if id(p) not in later]
         asked = [live.x] if live.x.requires_grad else []
-        tensors, cotangents = zip(*reached, strict=True)
+        tensors, forces = zip(*reached, strict=True)
         wanted = [*asked, *small, *(out for _, out in leaves)]
-        found = torch.autograd.grad(
-            tensors, wanted, cotangents, retain_graph=True, allow_unused=True
-        )
+        found = torch.autograd.grad(tensors, wanted, forces, retain_graph=True, allow_unused=True)
         for tensor, gradient in zip(asked + small, found, strict=False):
             if gradient is not None:
                 tensor.grad = gradient if tensor.grad is None else tensor.grad.add_(gradient)

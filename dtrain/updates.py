@@ -1,13 +1,13 @@
-"""An update of one block: what replicas agree on, clipping, the learning rate, the step.
+"""An update of one block: the learning rate, what replicas agree on, clipping, the step.
 
 Invariant: with a clip over blocks nothing of one block depends on another; with a clip over the
 model the norm is summed block by block in order, so that it is the same on any number of stages.
 
 ::
 
-    gradients -> sync.before_update -> clip -> rate -> step -> sync.after_update -> after_update
-                                        |
-              over the model: squares of all blocks, told among the stages of the replica
+    rate -> sync.before_update -> clip -> step -> sync.after_update -> objective.after_update
+                                   |
+         over the model: squares of all blocks, told among the stages of the replica
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class Updates:
         self.first = min(blocks)
         self.norm = 0.0
 
-    def take(
+    def step(
         self, index: int, batch: Batch, update: int, epoch: int, told: Mapping[str, Tensor]
     ) -> None:
         """Update block `index`; `update` and `epoch` count from the start of the run."""
         course, block, sync = self.course, self.blocks[index], self.syncs[index]
-        factor = course.rate.factor(update, course.per_epoch, course.total)
-        block.rate(factor)
-        clock = Clock(update, epoch, course.epochs, block.lr)
+        calendar = course.calendar
+        block.rate(course.rate.factor(update, calendar.per_epoch, calendar.total))
+        clock = Clock(update, epoch, calendar.epochs, block.lr)
         weight = batch.own / batch.rows
         if course.clips_model:
             if index == self.first:
@@ -58,8 +58,7 @@ class Updates:
                 self.norm = squares(block.gradients()) ** 0.5
         if course.clip:
             clip_(block.gradients(), self.norm, course.clip)
-        # Where replicas train apart, one without a sample has nothing to learn from.
-        if batch.own or not sync.apart:
+        if sync.steps(weight, clock):
             block.update()
         sync.after_update(clock)
         course.objective.after_update(course.tasks[index], block, told)

@@ -94,6 +94,7 @@ def writing() -> nn.Sequential:
         nn.ReLU(inplace=True),
         nn.Linear(12, 8),
         nn.Hardtanh(inplace=True),
+        nn.ELU(inplace=True),
         nn.Linear(8, 3),
     )
 

@@ -12,7 +12,6 @@ nothing is dropped or seen twice.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,7 +65,7 @@ class Shares:
     @property
     def largest(self) -> int:
         """Rows of the largest micro-batch."""
-        return math.ceil(math.ceil(self.size / self.replicas) / self.micros)
+        return len(self._parts(len(self._parts(self.size, self.replicas)[0]), self.micros)[0])
 
     def batch(self, order: Indices, update: int, replica: int) -> Batch:
         """Return the part of `replica` in the update at position `update` of an epoch's order."""

@@ -87,7 +87,7 @@ class Objective(ABC):
         segment's end, before `solve`.
     """
 
-    schedule: ClassVar[str]
+    schedule: ClassVar[str] = "stream"
     grain: ClassVar[Grain] = "block"
     trains: ClassVar[bool] = True
     sums: ClassVar[tuple[str, ...]] = ()
@@ -95,12 +95,19 @@ class Objective(ABC):
     # ---- what a block is made of
 
     def build(self, task: Task) -> nn.Module | None:
-        """Return what the objective adds to a block (a head), or None; called under its seed."""
+        """Return what the objective adds to a block (a head), or None; called under its seed.
+
+        While cuts are still being balanced it is asked about blocks that may never be: block 0 or 1
+        of 2, the inputs those of the data.
+        """
         return None
 
     def helped(self, task: Task) -> tuple[int, ...] | None:
         """Return the shape of one sample that the helper is run on, for its cost; the output of
-        the block's layers by default, None where it is not run sample by sample."""
+        the block's layers by default, None where it is not run sample by sample.
+
+        It returns one tensor then; several go side by side.
+        """
         return task.outputs
 
     def own(self, task: Task) -> Layers | None:
@@ -111,6 +118,10 @@ class Objective(ABC):
         """Return the shape of one sample that `feed` gives to the block's first layer."""
         return task.inputs
 
+    def couples(self, task: Task) -> bool:
+        """Say whether the loss of a sample depends on others, batch statistics apart."""
+        return False
+
     def taps(self, block: Block) -> Sequence[str]:
         """Return the global names of modules whose outputs `pulls` needs in ``live.taps``."""
         return ()
@@ -119,19 +130,26 @@ class Objective(ABC):
 
     def routes(self, blocks: int, mode: Mode) -> tuple[Route, ...]:
         """Return every row (action of a block -> action of a block) that a tensor takes: by
-        default activations, onward."""
+        default activations, onward.
+
+        Three names mean something: "activation" (`feed` takes it, `tell` gives y), "gradient"
+        (``x.grad`` is computed, and told), "votes" (summed in prediction). All others are the
+        objective's own: it gives them `tell` and `shape`.
+        """
         return onward(blocks)
 
     def tell(self, route: Route, block: Block, live: Live | None) -> Tensor:
         """Return the tensor that leaves on `route` after its source action.
 
-        `live` is None where the source is an update, which belongs to no micro-batch.
+        `live` is None where the source is an update, which belongs to no micro-batch. Nobody may
+        write to the tensor again.
         """
         assert live is not None, f"{route}: what leaves an update is the objective's to say"
         if route.name == ACTIVATION:
             return live.y.detach()
         if route.name == VOTES:
             return live.told[VOTES]
+        assert route.name == GRADIENT, f"{route}: what travels on it is the objective's to say"
         gradient = live.x.grad
         # A block may ignore what arrives; those who wait for its feedback are told so.
         return torch.zeros_like(live.x) if gradient is None else gradient
@@ -139,9 +157,14 @@ class Objective(ABC):
     def shape(
         self, route: Route, tasks: Sequence[Task], rows: int
     ) -> tuple[tuple[int, ...], torch.dtype]:
-        """Return shape and dtype of what travels on `route` for a micro-batch of `rows`."""
+        """Return shape and dtype of what travels on `route` for a micro-batch of `rows`.
+
+        It is not told the mode: what differs in training and prediction gets two names.
+        """
         if route.name == VOTES:
             return (rows, tasks[0].classes), VOTE_DTYPE
+        known = route.name in (ACTIVATION, GRADIENT)
+        assert known, f"{route}: the shape of what travels on it is the objective's to say"
         # Between neighbours, either way, travels the shape of what the lower one sends up.
         lower = tasks[min(route.source.block, route.target.block)]
         return (rows, *lower.outputs), lower.dtype
@@ -149,7 +172,8 @@ class Objective(ABC):
     # ---- what is learnt
 
     def reads(self, task: Task, mode: Mode) -> bool:
-        """Say whether the block's first pass needs the data themselves, in ``given.sample``."""
+        """Say whether the block needs the data themselves, in ``given.sample`` of its first pass
+        and in ``live.sample``."""
         return task.block == 0
 
     def traced(self, pass_: int) -> bool:
@@ -177,7 +201,7 @@ class Objective(ABC):
 
     def predict(self, task: Task, block: Block, live: Live) -> Tensor | None:
         """Return the class scores (rows, classes) of this block, None where it has none: by
-        default the last block alone has some."""
+        default the last block alone has some, and it always does."""
         return live.y if task.last else None
 
 

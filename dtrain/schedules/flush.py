@@ -27,7 +27,8 @@ class Flush(Schedule):
 
     limit: ClassVar[str] = (
         "flush schedules bring activations to later blocks and gradients to earlier ones, in one "
-        'pass; for anything else that flows to later blocks set schedule.name = "stream"'
+        "pass; an error for all blocks leaves the last block's B, not its F; "
+        'for anything else that flows to later blocks set schedule.name = "stream"'
     )
 
     flushes: ClassVar[bool] = True

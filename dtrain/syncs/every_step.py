@@ -38,10 +38,14 @@ class EveryStep(Sync):
         """Nothing follows from the loss."""
 
     def settle(self) -> None:
-        """Average the buffers (batch statistics) over the replicas, in place."""
+        """Average the buffers (batch statistics) over replicas, in place; counts are the first's.
+
+        The counts of replicas may differ by an update that had no sample for one of them.
+        """
         buffers = self.block.buffers
         for name, mean in averaged(self.replicas, buffers).items():
             buffers[name].copy_(mean)
+        self.replicas.broadcast_([b for b in buffers.values() if not b.is_floating_point()])
 
     def view(self) -> dict[str, Tensor]:
         """Return the block's own tensors, not copied: all replicas hold the same."""

@@ -62,17 +62,18 @@ class LocalSGD(Sync):
         # Whether all replicas hold the same parameters; then they are the view, bit for bit.
         self._equal = True
 
+    def steps(self, weight: float, clock: Clock) -> bool:
+        """In the warm-up every replica steps: all have the gradient of all samples."""
+        return weight > 0 or clock.update < self.warmup_updates
+
     def before_update(self, gradients: Sequence[Tensor], weight: float, clock: Clock) -> None:
         """In the warm-up, replace each gradient by its mean over the samples of all replicas."""
-        self._idle = weight == 0
         if clock.update < self.warmup_updates:
             self.replicas.mean_(gradients, weight)
 
     def after_update(self, clock: Clock) -> None:
         """Where it is time, replace the parameters by their mean over the replicas."""
         if clock.update < self.warmup_updates:
-            if self._idle:  # nobody else steps a replica without a sample that trains apart
-                self.block.update()
             return
         self._equal = (clock.update + 1) % self.every == 0
         if self._equal:

@@ -43,6 +43,13 @@ class Sync(ABC):
         self.block = block
         self.replicas = replicas
 
+    def steps(self, weight: float, clock: Clock) -> bool:
+        """Say whether this replica's optimizer takes a step in an update.
+
+        Where replicas train apart, one without a sample has nothing to learn from.
+        """
+        return weight > 0 or not self.apart
+
     @abstractmethod
     def before_update(self, gradients: Sequence[Tensor], weight: float, clock: Clock) -> None:
         """Change the gradients in place; `weight` = rows of this replica / rows of the update."""

@@ -68,7 +68,7 @@ def counted(rows: int, *more: nn.Module) -> int:
     saved = Saved([*block.parameters.values(), *block.buffers.values()])
     x, y = torch.randn(rows, 3, 8, 8), torch.zeros(rows, dtype=torch.int64)
     with saved.saving(0):
-        live = Live(**block.live(x, (0, 0, 0), True), targets=y)
+        live = Live(**block.run(x, (0, 0, 0), True), targets=y)
     saved.keep(0, live)
     return saved.peak_bytes
 

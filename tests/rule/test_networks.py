@@ -197,7 +197,7 @@ def test_layers_neither_draw_nor_write_to_what_enters(name: str, norm: str) -> N
     layers = model.build(range(len(model.names)), 0, torch.float32)
     block = Block(0, layers, None, lambda parameters: torch.optim.SGD(parameters, 0.1))
     assert not block.drawing
-    assert not block.writes
+    assert not block.writing
     state = torch.get_rng_state()
     x = torch.randn(3, *DIGITS)
     torch.set_rng_state(state)

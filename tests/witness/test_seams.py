@@ -1,0 +1,143 @@
+"""What objectives may ask of the seams, and what a forgetful one is told."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+from dtrain import optimizers
+from dtrain.block import Block
+from dtrain.comm.comm import Comm
+from dtrain.comm.threads import run as ranks
+from dtrain.errors import Refusal
+from dtrain.layout import settle
+from dtrain.models import adopt
+from dtrain.objectives import OBJECTIVES
+from dtrain.objectives.mono_forward import MonoForward
+from dtrain.train import train
+from tests import tiny
+from tests.outcome import close
+from tests.witness.dfa import Dfa
+from tests.witness.forward import Forward
+
+WRITING = {"name": "tests.tiny:writing"}
+
+
+class Dropping(MonoForward):
+    """Its heads draw random numbers."""
+
+    def network(self, task: Any) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), super().network(task))
+
+
+class Normed(MonoForward):
+    """Its heads have batch statistics, and are not run sample by sample as far as costs know."""
+
+    def network(self, task: Any) -> nn.Module:
+        width = math.prod(task.outputs)
+        return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(width), nn.Linear(width, task.classes))
+
+    def helped(self, task: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class Forgetful(Dfa):
+    """Has a route of its own, but not what travels on it."""
+
+    tell: ClassVar[Any] = MonoForward.tell
+
+
+KINDS = {"forward": Forward, "dfa": Dfa, "dropping": Dropping, "normed": Normed}
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let run files name them."""
+    for name, kind in {**KINDS, "forgetful": Forgetful}.items():
+        monkeypatch.setitem(OBJECTIVES, name, kind)
+
+
+def trained(out: Path, stages: int = 1, replicas: int = 1, **told: Any) -> dict[str, Any]:
+    """Train the tiny run in four blocks on `stages` x `replicas` threads."""
+    run = tiny.run(**{"partition__blocks": 4, "mesh__stages": stages, **told})
+
+    def work(comm: Comm) -> dict[str, Any]:
+        return train(run, comm, out)
+
+    return ranks(stages * replicas, work, seed=stages)[0]
+
+
+@pytest.mark.parametrize("objective", KINDS)
+def test_any_number_of_ranks_trains_the_same_bits(objective: str, tmp_path: Path) -> None:
+    """Two passes that both learn, an error for all blocks, heads that draw."""
+    told = {"objective__name": objective}
+    digests = {trained(tmp_path / str(n), n, **told)["digest"] for n in (1, 2, 4)}
+    assert len(digests) == 1
+    assert trained(tmp_path / "again", 1, **told)["digest"] in digests
+
+
+@pytest.mark.parametrize("objective", ["forward", "dfa"])
+def test_replicas_and_micro_batches_train_the_same_model(objective: str, tmp_path: Path) -> None:
+    told = {"objective__name": objective}
+    trained(tmp_path / "one", 2, **told, micro_batches=1)
+    trained(tmp_path / "two", 2, 2, **told)
+    close(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("objective", [*KINDS, "mono-forward"])
+@pytest.mark.parametrize("net", [tiny.TABLE["model"], WRITING], ids=["mlp", "in-place"])
+def test_what_is_computed_again_is_the_same(
+    objective: str, net: dict[str, Any], tmp_path: Path
+) -> None:
+    """All passes are, and an input that a layer works on in place is kept as it came."""
+    told = {"objective__name": objective, "model": net}
+    kept = trained(tmp_path / "kept", 2, **told)["digest"]
+    assert trained(tmp_path / "again", 2, partition__recompute=True, **told)["digest"] == kept
+
+
+def test_batch_statistics_of_heads_are_known(tmp_path: Path) -> None:
+    """A last update of one sample is refused, as with batch statistics in layers."""
+    with pytest.raises(Refusal, match=r"batch statistics of layer 'heads\.0'"):
+        trained(tmp_path, objective__name="normed", batch_size=7)
+
+
+def test_what_an_objective_forgets_to_tell_is_no_gradient(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="is the objective's to say"):
+        trained(tmp_path, 2, objective__name="forgetful")
+
+
+def test_a_layer_in_place_leaves_the_output_before_it() -> None:
+    """With a graph that is cut at every layer, outputs are what layers made."""
+    layers = {"one": nn.Linear(4, 4), "two": nn.ReLU(inplace=True)}
+    step = lambda parameters: optimizers.make("sgd", {"lr": 0.1}, parameters)  # noqa: E731
+    block = Block(0, layers, None, step, grain="layer")
+    x = torch.randn(8, 4)
+    outs = block.run(x, (), True)["outs"]
+    assert torch.equal(outs["one"], layers["one"](x))
+    assert outs["one"].min() < 0
+
+
+def test_blocks_that_are_not_there_cannot_be_computed_again(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match=r"names block 7, but there are 4 \(0 to 3\)"):
+        trained(tmp_path, partition__recompute=[1, 7])
+
+
+def test_heads_are_priced_where_they_stand() -> None:
+    """12 channels have no 8 groups, but no block ends there."""
+    model = {"name": "cnn", "widths": [[12, 16], [16]], "norm": "none"}
+    objective = {"name": "local-head", "head": "dgl", "norm": "group", "groups": 8}
+    run = tiny.run(model=model, objective=objective, partition={"cuts": [2]}, mesh__stages=2)
+    net = adopt(lambda: _layers(run), "cnn")
+    assert settle(run, net, (3, 8, 8), 3, 2).parts[0].head_parameters > 0
+
+
+def _layers(run: Any) -> Any:
+    from dtrain.models import Cnn
+
+    return Cnn(((12, 16), (16,)), norm="none").layers((3, 8, 8), 3)
