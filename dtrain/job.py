@@ -26,7 +26,7 @@ from dtrain.data import Data, updates_per_epoch
 from dtrain.data import augment as augments
 from dtrain.data.batches import Shares
 from dtrain.data.reader import Reader
-from dtrain.device import pick
+from dtrain.device import keep_freed, pick
 from dtrain.engine import Engine
 from dtrain.errors import DATA, Refusal
 from dtrain.judge import Judge
@@ -266,6 +266,7 @@ def threads(run: Run, comm: Comm) -> int:
     told = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     number = int(told) if told.isdigit() and int(told) else number
     torch.set_num_threads(number)
+    keep_freed()
     with suppress(RuntimeError):  # it can be set once in a process
         torch.set_num_interop_threads(1)
     return number
