@@ -24,11 +24,12 @@ from torch import nn
 
 from dtrain import optimizers
 from dtrain.block import Block, Step
-from dtrain.footprint import Footprint, footprint, held_bytes, live_bytes
+from dtrain.footprint import Footprint, footprint, live_bytes
 from dtrain.job import Plan
 from dtrain.layout import Part
 from dtrain.objectives.objective import Mode, Task
 from dtrain.schedules.action import Action
+from dtrain.schedules.held import held_bytes
 from dtrain.schedules.simulate import Span
 from dtrain.split import Split
 

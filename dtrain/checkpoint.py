@@ -16,9 +16,7 @@ it holds whoever wrote it; nothing is ever unpickled.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -26,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import torch
 from torch import Tensor
 
 from dtrain.block import Block
 from dtrain.comm.comm import Comm
 from dtrain.errors import DATA, Refusal
+from dtrain.shard import fsync, hashed, loaded, store, writing
 from dtrain.syncs.sync import Sync
 
 PART = ".part"
@@ -76,11 +74,11 @@ class Manifest:
         found = {}
         for name, wanted in shards.items():
             with h5py.File(self.folder / name, "r", locking=False) as shard:
-                found.update({key: _read(shard[key]) for key in wanted})
+                found.update({key: loaded(shard[key]) for key in wanted})
         return found
 
-    def verify(self, held: Mapping[str, Tensor]) -> None:
-        """Refuse a checkpoint with a damaged shard, or one that is not of the model `held`.
+    def verified(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of the keys of `held`; refuse a damaged shard, or another model.
 
         Parameters
         ----------
@@ -92,17 +90,19 @@ class Manifest:
             raise Refusal(f"the checkpoint {self.folder} lacks '{missing[0]}'", DATA)
         for name in sorted({self.files[key] for key in held}):
             path = self.folder / name
-            if not path.is_file() or _hash(path) != self.hashes[name]:
+            if not path.is_file() or hashed(path) != self.hashes[name]:
                 raise Refusal(
                     f"{path} is damaged (its content is not what the manifest says): delete the "
                     f"folder {self.folder} to go on from the checkpoint before it",
                     DATA,
                 )
-        for key, tensor in self.load(held).items():
+        found = self.load(held)
+        for key, tensor in found.items():
             if (tensor.shape, tensor.dtype) != (held[key].shape, held[key].dtype):
                 was = f"{tuple(tensor.shape)} {tensor.dtype}"
                 now = f"{tuple(held[key].shape)} {held[key].dtype}"
                 raise Refusal(f"'{key}' is {was} in {self.folder}, but {now} in the model", DATA)
+        return found
 
     def under(self, prefix: str) -> dict[str, Tensor]:
         """Return every tensor whose key starts with `prefix`, by the rest of its key."""
@@ -145,7 +145,7 @@ def save(
     control: Comm,
     keep: int,
 ) -> None:
-    """Write one checkpoint; collective over all ranks of `control`.
+    """Write one checkpoint; collective over all ranks of `control`. Refuses on ranks that cannot.
 
     Parameters
     ----------
@@ -154,7 +154,7 @@ def save(
     shard : str
         This rank's file name, without suffix.
     tensors : mapping of str to Tensor
-        What this rank writes, by global key.
+        What this rank writes, by global key; where there are none it writes no shard.
     table, state : dict
         For the manifest; rank 0's count.
     keep : int
@@ -163,22 +163,26 @@ def save(
     final = folder / f"update-{state['update']:08d}"
     part = final.with_name(final.name + PART)
     if control.rank == 0:
-        for remains in folder.glob(f"*{PART}"):
-            shutil.rmtree(remains)
-        part.mkdir(parents=True)
+        with writing(part):
+            for remains in folder.glob(f"*{PART}"):
+                shutil.rmtree(remains)
+            part.mkdir(parents=True)
     control.exchange("made")
-    row = _write(part / f"{shard}.h5", tensors)
+    with writing(part):
+        row = store(part / f"{shard}.h5", tensors) if tensors else None
     rows = control.exchange(row)
     if control.rank == 0:
-        shards = {row.pop("file"): row for row in rows}
-        _text(part / "manifest.json", json.dumps({"run": table, "state": state, "shards": shards}))
-        _sync(part)
-        if final.exists():
-            _remove(final)
-        part.rename(final)
-        _sync(folder)
-        for old in sorted(folder.glob("update-*"))[:-keep]:
-            _remove(old)
+        shards = {row.pop("file"): row for row in rows if row is not None}
+        with writing(part):
+            told = {"run": table, "state": state, "shards": shards}
+            _text(part / "manifest.json", json.dumps(told))
+            fsync(part)
+            if final.exists():
+                _remove(final)
+            part.rename(final)
+            fsync(folder)
+            for old in sorted(folder.glob("update-*"))[:-keep]:
+                _remove(old)
     control.exchange("done")
 
 
@@ -209,53 +213,33 @@ def tensors(
 
 def restore(
     manifest: Manifest, blocks: Mapping[int, Block], syncs: Mapping[int, Sync], replica: int
-) -> None:
+) -> bool:
     """Give every part of a rank its state back, in place; bit for bit on as many replicas.
 
     Replicas that trained apart and are not as many as before all start from ``model/``, their
-    optimizers and syncs afresh.
+    optimizers and syncs afresh; then this returns False.
 
     Raises
     ------
     Refusal
         The checkpoint is damaged, or its tensors are not those of this model (code 3).
     """
-    for index, block in blocks.items():
-        sync = syncs[index]
-        same = not sync.apart or manifest.replicas == sync.replicas.size
-        own = f"replica/{replica if sync.apart else 0}"
-        root = own if sync.apart and same else "model"
-        held = {f"{root}/{name}": tensor for name, tensor in block.tensors().items()}
-        manifest.verify(held)
-        for key, tensor in manifest.load(held).items():
-            held[key].copy_(tensor)
-        if not same:
-            continue
+    one = next(iter(syncs.values()))
+    same = not one.apart or manifest.replicas == one.replicas.size
+    own = f"replica/{replica if one.apart else 0}"
+    root = own if one.apart and same else "model"
+    tensors = {name: t for block in blocks.values() for name, t in block.tensors().items()}
+    held = {f"{root}/{name}": tensor for name, tensor in tensors.items()}
+    for key, tensor in manifest.verified(held).items():
+        held[key].copy_(tensor)
+    for index, block in blocks.items() if same else ():
         memory: dict[str, Tensor] = {}
         for name in block.parameters:
             entries = manifest.under(f"{own}/optimizer/{name}/")
             memory |= {f"{name}/{entry}": tensor for entry, tensor in entries.items()}
         block.remember(memory)
-        sync.restore(manifest.under(f"{own}/sync/{index}/"))
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write one shard, sync it, and return its row for the manifest."""
-    with h5py.File(path, "w", locking=False) as shard:
-        for key, tensor in tensors.items():
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            plain = tensor.detach().cpu()
-            if tensor.dtype == torch.bfloat16:  # neither numpy nor HDF5 knows it
-                plain = plain.view(torch.uint16)
-            shard.create_dataset(key, data=plain.numpy()).attrs["dtype"] = dtype
-    _sync(path)
-    size = path.stat().st_size
-    return {"file": path.name, "bytes": size, "sha256": _hash(path), "keys": list(tensors)}
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        syncs[index].restore(manifest.under(f"{own}/sync/{index}/"))
+    return same
 
 
 def _remove(folder: Path) -> None:
@@ -265,20 +249,6 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _read(dataset: h5py.Dataset) -> Tensor:
-    tensor = torch.as_tensor(dataset[()])
-    return tensor.view(torch.bfloat16) if dataset.attrs["dtype"] == "bfloat16" else tensor
-
-
 def _text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Make a file, or the names in a folder, survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    fsync(path)

@@ -1,4 +1,4 @@
-"""The command line: `dtrain train`, `dtrain plan`, `dtrain data import`.
+"""The command line: `dtrain train`, `dtrain plan`, `dtrain flight`, `dtrain data import`.
 
 Invariant: nothing here imports torch or MPI before a command needs it, and only `train` ever
 imports MPI; a refusal is one message from one rank and its exit code, anything else a traceback.
@@ -11,18 +11,32 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
 
 from dtrain.comm import launch
 from dtrain.errors import Refusal, Stopped
+from dtrain.telemetry import attend, say
+
+if TYPE_CHECKING:
+    from dtrain.comm.comm import Comm
+
+GRACE_S = 0.5
+"""How long the rank that was stopped first lets the others write what they did; mpirun kills them
+about a second after its SIGTERM."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit code (0 done, 2 usage, 3 data, 4 numeric, 1 other)."""
+    """Run one command; return its exit code.
+
+    0 done, 2 usage, 3 data, 4 numeric, 128 + n ended by signal n, 1 other.
+    """
     options = _parser().parse_args(argv)
     try:
         code: int = options.command(options)
@@ -58,6 +72,10 @@ def _parser() -> argparse.ArgumentParser:
         "--costs", type=Path, metavar="FILE.toml", help="what ranks and links cost: predict time"
     )
     plan.set_defaults(command=_plan)
+
+    flight = commands.add_parser("flight", help="say who waits for whom in a run that hangs")
+    flight.add_argument("folder", type=Path, metavar="DIR", help="run folder")
+    flight.set_defaults(command=_flight)
 
     data = commands.add_parser("data", help="prepare data sets")
     verbs = data.add_subparsers(required=True, metavar="VERB")
@@ -103,10 +121,9 @@ def _work(options: argparse.Namespace) -> int:
     """Be one rank: refuse with all others, or train; end the job if this rank fails."""
     from dtrain.comm import world
 
+    attend(signal.SIGUSR1)  # whoever asks while ranks start ends nothing
     comm = world()  # MPI comes before torch
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
-    signal.signal(signal.SIGUSR1, lambda number, frame: comm.flight.dump("SIGUSR1", frame))
+    _listen(comm)
     try:
         from dtrain.config import read
         from dtrain.job import together
@@ -118,23 +135,38 @@ def _work(options: argparse.Namespace) -> int:
     except Refusal as refusal:
         if refusal.agreed and comm.rank:
             return refusal.code
-        print(f"dtrain: {refusal.message}", file=sys.stderr, flush=True)
+        say(f"dtrain: {refusal.message}")
         if not refusal.agreed:
             comm.abort(refusal.code)
         return refusal.code
     except Stopped as stop:
         if not stop.quiet:
-            print(f"dtrain: {stop}", file=sys.stderr, flush=True)
+            say(f"dtrain: {stop}")
+        if comm.size > 1:
+            time.sleep(GRACE_S)
         comm.abort(stop.code)
     except BaseException:
-        traceback.print_exc()
+        with suppress(OSError, ValueError):
+            traceback.print_exc()
         comm.abort(1)
     return 0
 
 
-def _stop(number: int, frame: object) -> NoReturn:
-    """Leave as on an error, so that the run folder is given back on the way."""
-    raise Stopped(number)
+def _listen(comm: Comm) -> None:
+    """Write a record on SIGUSR1; on SIGINT and SIGTERM write one, then leave as on an error, so
+    that the run folder is given back on the way."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        for each in (signal.SIGINT, signal.SIGTERM):  # launchers tell twice
+            signal.signal(each, signal.SIG_IGN)
+        stopped = Stopped(number, quiet=comm.rank > 0)
+        if comm.flight.folder is not None:  # before the waits that it tells of unwind
+            comm.flight.dump(f"Stopped: {stopped}", frame)
+        raise stopped
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    comm.flight.listen(signal.SIGUSR1)
 
 
 def _launched(stages: int | None, ranks: int, run: Path) -> None:
@@ -160,6 +192,14 @@ def _plan(options: argparse.Namespace) -> int:
         print(json.dumps(report.plan_table(planned, sheet), indent=2))
     else:
         print(report.plan_text(planned, sheet), end="")
+    return 0
+
+
+def _flight(options: argparse.Namespace) -> int:
+    """Print who waits for whom."""
+    from dtrain.flights import told
+
+    print("\n".join(told(options.folder)))
     return 0
 
 

@@ -49,10 +49,25 @@ class Stopped(BaseException):
         Whether another rank has said why the job ends.
     """
 
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}")
+    def __init__(self, number: int, quiet: bool = False) -> None:
+        asked = f"stopped by {signal.Signals(number).name}"
+        causes = "a time limit, scancel, or another rank that died: see the job's log"
+        super().__init__(f"{asked} ({causes})" if number == signal.SIGTERM else asked)
         self.code = 128 + number
-        self.quiet = False
+        self.quiet = quiet
+
+
+def sign(error: BaseException, place: str) -> None:
+    """Add to an error where it was raised."""
+    if isinstance(error, Refusal):
+        error.at(place)
+    else:
+        error.add_note(place)
+
+
+def words(error: BaseException) -> str:
+    """Return an error in one line: its type, its message, and where it was raised."""
+    return " ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
 
 
 def unknown(what: str, name: str, legal: Iterable[str]) -> Refusal:

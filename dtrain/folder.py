@@ -6,12 +6,14 @@ job, host and process; `summary.json` is there from the start and is always a wh
 ::
 
     run.toml  plan.txt  metrics.jsonl  checkpoints/  summary.json  owner.json (while it runs)
+    flight/ (records of ranks)  flight-001/ (those of the first attempt)
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Mapping
@@ -22,7 +24,7 @@ from typing import Any
 from dtrain.errors import Refusal
 
 OWNER = "owner.json"
-
+FLIGHT = "flight"
 
 Owner = dict[str, Any]
 
@@ -63,10 +65,14 @@ def _claim(folder: Path, whole: Path, mine: Owner) -> Owner:
             if owner is not None and not _gone(owner, mine):
                 break
             _evict(folder, owner)
-    told = ", ".join(f"{key} {value}" for key, value in (owner or {}).items() if key != "since")
+    owner = owner or {}
+    told = ", ".join(f"{key} {value}" for key, value in owner.items() if key != "since")
+    dead = (
+        f"if `squeue -j {owner['job']}` no longer shows it" if "job" in owner else "if it is dead"
+    )
     raise Refusal(
-        f"the run folder {folder} belongs to a run that is still going ({told}): choose another "
-        f"--out, or, if that run is dead, delete {folder / OWNER}"
+        f"the run folder {folder} belongs to a run that has not given it back ({told}): {dead}, "
+        f"delete {folder / OWNER}; else choose another --out"
     )
 
 
@@ -81,6 +87,15 @@ def seen(folder: Path, host: str, patience_s: float = 5.0) -> None:
             f"the run folder {folder.absolute()} is not visible on {host}: choose an --out on a "
             "file system that all hosts share"
         )
+
+
+def shelve(folder: Path, name: str, attempt: int) -> None:
+    """Put a folder of an earlier attempt aside, as `NAME-NNN`, in the place of an older one."""
+    aside = folder / f"{name}-{attempt:03d}"
+    with suppress(OSError):  # the run matters more
+        if (folder / name).is_dir():
+            shutil.rmtree(aside, ignore_errors=True)
+            (folder / name).rename(aside)
 
 
 def release(folder: Path, token: Owner) -> bool:
@@ -116,13 +131,15 @@ def end(folder: Path, token: Owner, status: str, reason: str) -> bool:
     Returns
     -------
     bool
-        Whether this call did it: of several ranks that fail, the first.
+        Whether this call did it: of several ranks that fail, the first. It may say so although
+        the summary could not be written: a full disk must not hide why the run ended.
     """
     told = summary(folder)
     if not release(folder, token):
         return False
     if told is not None:
-        summarise(folder, told | {"status": status, "error": reason})
+        with suppress(OSError):
+            summarise(folder, told | {"status": status, "error": reason})
     return True
 
 
@@ -136,11 +153,16 @@ def record(folder: Path, kind: str, time_s: float, **values: Any) -> None:
 
 def _me() -> Owner:
     pid = os.getpid()
-    # `--ranks` hides Slurm from the ranks' MPI library, so it passes these two on.
-    job = os.environ.get("SLURM_JOB_ID") or os.environ.get("DTRAIN_JOB")
+    number = job()
     restart = os.environ.get("SLURM_RESTART_COUNT") or os.environ.get("DTRAIN_RESTART")
     own = {"host": socket.gethostname(), "process": pid, "since": _since(pid)}
-    return own if job is None else {"job": job, "restart": restart or "0"} | own
+    return own if number is None else {"job": number, "restart": restart or "0"} | own
+
+
+def job() -> str | None:
+    """Return the number of the Slurm job that this process belongs to."""
+    # `--ranks` hides Slurm from the ranks' MPI library, so it passes this on.
+    return os.environ.get("SLURM_JOB_ID") or os.environ.get("DTRAIN_JOB")
 
 
 def _evict(folder: Path, owner: Owner | None) -> None:

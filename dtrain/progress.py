@@ -46,16 +46,28 @@ class Progress:
         self.began = self.spoke = time.monotonic()
         self.bar = _bar() if self.speaks else None
 
-    def hello(self, threads: int) -> None:
-        """Say what will run, and on what."""
+    def hello(self, threads: int, afresh: int = 0) -> None:
+        """Say what will run, and on what; `afresh` replicas had trained apart, and are one now."""
         if not self.speaks:
             return
         print("\n".join(_introduction(self.plan, self.comm, threads)))
         if self.first:
             total = self.plan.calendar.total
             print(f"resumed   {self.first:,} of {total:,} updates were done before")
+        if afresh:
+            print(
+                f"note      all start from the mean of {afresh} replicas that trained apart, "
+                "their optimizers and syncs afresh"
+            )
         print(flush=True)
-        self._record("run", ranks=self.comm.size, resolved=self.plan.run.table())
+        self._record(
+            "run",
+            ranks=self.comm.size,
+            hosts=list(self.comm.hosts),
+            versions=f"dtrain {version('dtrain')}, {versions(self.comm)}",
+            job=folder.job(),
+            resolved=self.plan.run.table(),
+        )
         self.began = self.spoke = time.monotonic()
         if self.bar is not None and self.first < self.plan.calendar.total:
             self.bar.start()
@@ -80,21 +92,26 @@ class Progress:
             flush=True,
         )
 
-    def close(self, segment: Segment, evaluated: bool, saved: bool) -> None:
-        """Record a segment's end, and say what an evaluation found."""
+    def close(self, segment: Segment, eval_s: float | None, save_s: float | None) -> None:
+        """Record a segment's end, and say what an evaluation found.
+
+        Both times are in seconds; None: there was no evaluation, or no checkpoint.
+        """
         if not self.speaks:
             return
         totals, calendar = self.totals, self.plan.calendar
         rate = totals.rate
-        self._record("train", loss=totals.losses(), samples_per_s=rate, samples=totals.samples)
-        if saved:
-            self._record("checkpoint")
-        if not evaluated:
+        done = {"loss": totals.losses(), "samples_per_s": rate, "samples": totals.samples}
+        host = self.comm.hosts[totals.latest["slowest_rank"]]
+        self._record("train", **done, **totals.latest, slowest_host=host)
+        if save_s is not None:
+            self._record("checkpoint", save_s=save_s)
+        if eval_s is None:
             return
-        self._record("eval", **totals.test)
-        done = f"epoch {segment.epoch + 1:>{len(str(calendar.epochs))}}/{calendar.epochs}"
+        self._record("eval", **totals.test, eval_s=eval_s)
+        epoch = f"epoch {segment.epoch + 1:>{len(str(calendar.epochs))}}/{calendar.epochs}"
         loss = "-" if totals.train_loss is None else f"{totals.train_loss:.4f}"
-        told = f"{done}  loss {loss}  test {_percent(totals.test['test_accuracy'])}"
+        told = f"{epoch}  loss {loss}  test {_percent(totals.test['test_accuracy'])}"
         if sum(each is not None for each in totals.test["accuracy_per_block"]) > 1:
             told += f"  vote {_percent(totals.test['test_accuracy_vote'])}"
         print(f"{told}  {rate:>8,.0f} samples/s  {self._left(segment.last)}", flush=True)

@@ -7,26 +7,45 @@ words only where somebody asks.
                      |                            |                        |
                      v                            v                        v
     ring of the last 512   [ ... | 12.310 action | 12.311 send | 12.331 waited ]  -->  text()
+
+A record is a file for people, whose second line is one JSON object, `HERE`, for programs that read
+the records of many ranks.
 """
 
 from __future__ import annotations
 
+import faulthandler
+import json
 import os
+import signal
 import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
-from typing import final
+from typing import Any, TextIO, final
 
 LENGTH = 512
 """Events that are kept."""
 
 Pending = tuple[float, str]
 """Since when (`time.perf_counter`), and what is outstanding."""
+
+Wait = tuple[float, str, Sequence[int]]
+"""Since when, for what, and for which ranks of the world."""
+
+HERE = (
+    *("rank", "size", "host", "unix_s", "why", "update", "action", "failed"),
+    *("wait_s", "what", "peers", "idle_s", "place"),
+)
+"""What the JSON line of a record tells: who and when; in which update and action; whether the rank
+has failed; the innermost wait (None: it is in none), its words, and the ranks that it is for
+("0-3,8"); the age of the last event; and the innermost line of the program outside libraries."""
 
 Place = FrameType | BaseException | None
 """What has a stack."""
@@ -40,12 +59,14 @@ class Flight:
     ----------
     name : str
         Who this is, in words.
-    number : int
-        World rank, for the name of the file.
+    number, size : int
+        World rank, for the name of the file, and the ranks of the world.
+    host : str
+        Where it runs.
 
     Attributes
     ----------
-    waits : list of (float, str)
+    waits : list of Wait
         The waits that this rank is in now, the innermost last.
     sources : list of callable
         Each tells what is outstanding: messages under way and receives that were posted.
@@ -53,16 +74,52 @@ class Flight:
         Where `dump` writes; None: to stderr.
     """
 
-    def __init__(self, name: str = "this process", number: int = 0) -> None:
-        self.name, self.number = name, number
-        self.waits: list[Pending] = []
+    def __init__(
+        self, name: str = "this process", number: int = 0, size: int = 1, host: str = ""
+    ) -> None:
+        self.name, self.number, self.size, self.host = name, number, size, host
+        self.waits: list[Wait] = []
         self.sources: list[Callable[[], Iterable[Pending]]] = []
         self.folder: Path | None = None
+        self._failed = False
+        self._signal: int | None = None
+        self._stacks: TextIO | None = None
         self._events: deque[tuple[float, str, tuple[object, ...]]] = deque(maxlen=LENGTH)
 
     def note(self, kind: str, *facts: object) -> None:
         """Record an event; `facts` must not change later, since they are put into words later."""
         self._events.append((time.perf_counter(), kind, facts))
+
+    def listen(self, number: int) -> None:
+        """Write a record on this signal, from now on. Main thread only."""
+        faulthandler.unregister(number)  # else it takes the place of a later one
+        signal.signal(number, lambda number, at: self.dump(signal.Signals(number).name, at))
+        self._signal = number
+
+    def settle(self, folder: Path) -> None:
+        """Write into `folder` from now on; never raise.
+
+        Where this rank listens to a signal, that writes its threads' stacks to `rank-NNNNN.stacks`,
+        too, from C: so a rank that does not come back to Python is seen as well.
+        """
+        self.folder = folder
+        if self._signal is None:
+            return
+        with suppress(OSError):
+            folder.mkdir(exist_ok=True)
+            self._stacks = self._path("stacks").open("w", encoding="utf-8")
+            faulthandler.register(self._signal, self._stacks, all_threads=True, chain=True)
+
+    def leave(self) -> None:
+        """Leave the folder, and nothing in it that is empty; never raise."""
+        if self._stacks is not None and self._signal is not None:
+            faulthandler.unregister(self._signal)
+            with suppress(OSError):
+                self._stacks.close()
+                if not self._path("stacks").stat().st_size:
+                    self._path("stacks").unlink()
+                self._path("stacks").parent.rmdir()  # where it is empty
+        self._stacks = None
 
     def text(self, why: str = "asked", place: Place = None) -> str:
         """Return everything in words, for a person.
@@ -76,33 +133,68 @@ class Flight:
         """
         now = time.perf_counter()
         stamp = datetime.now().astimezone().isoformat(timespec="seconds")
-        head = f"{self.name}, process {os.getpid()}, at {stamp}: {why}"
-        return "\n".join([head, "", *self._now(now), *self._past(now), *_stack(place), ""])
+        head = f"{self.name}, process {os.getpid()}, at {stamp}: {' '.join(why.split())}"
+        here = json.dumps(self._here(now, why, place))
+        told = [*self._now(now, isinstance(place, BaseException)), *self._past(now)]
+        return "\n".join([head, here, "", *told, *_stack(place), ""])
 
     def dump(self, why: str = "asked", place: Place = None) -> None:
         """Write `text` to `rank-NNNNN.txt` in `folder`, or to stderr; never raise.
 
-        A file appears whole or not at all, and replaces the one before it.
+        A file appears whole or not at all, and replaces the one before it; only the record of a
+        failure is never replaced by what comes after, when others end this rank.
         """
+        if self._failed and not isinstance(place, BaseException):
+            return
+        self._failed = isinstance(place, BaseException)
         try:
             text = self.text(why, place)
             if self.folder is None:
                 print(text, file=sys.stderr, flush=True)
                 return
             self.folder.mkdir(exist_ok=True)
-            path = self.folder / f"rank-{self.number:05d}.txt"
-            draft = path.with_suffix(".part")
+            draft = self._path("part")
             draft.write_text(text, encoding="utf-8")
-            draft.replace(path)
+            draft.replace(self._path("txt"))
         except Exception as error:  # who looks at a run must not end it
-            print(f"dtrain: no flight record of {self.name}: {error}", file=sys.stderr, flush=True)
+            say(f"dtrain: no flight record of {self.name}: {error}")
 
-    def _now(self, now: float) -> Iterator[str]:
-        for since, what in self.waits:
+    def alarm(self, seconds: float, what: str) -> None:
+        """Say that a wait has lasted for long, where there is a folder for records; end nothing."""
+        if self.folder is None:
+            return
+        self.dump(f"no message for {seconds:g} s", sys._getframe(1))
+        if self.number == 0:
+            say(
+                f"dtrain: {self.name} has waited {seconds:g} s for {what}, and waits on: see "
+                f"{self._path('txt')}; `dtrain flight {self.folder.parent}` says who waits for "
+                "whom, docs/comm.md how to ask all ranks"
+            )
+
+    def _path(self, suffix: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"rank-{self.number:05d}.{suffix}"
+
+    def _here(self, now: float, why: str, place: Place) -> dict[str, Any]:
+        """Return what `HERE` names."""
+        events = list(self._events)
+        act = next((facts for _, kind, facts in reversed(events) if kind == "action"), ())
+        since, what, peers = self.waits[-1] if self.waits else (None, None, ())
+        idle = now - events[-1][0] if events else 0.0
+        wait = None if since is None else round(now - since, 3)
+        failed, action = isinstance(place, BaseException), str(act[0]) if act else None
+        who = (self.number, self.size, self.host, round(time.time(), 3), why)
+        did = (act[2] if len(act) > 2 else None, action, failed)
+        does = (wait, what, spans(peers), round(idle, 3), _spot(place))
+        return dict(zip(HERE, (*who, *did, *does), strict=True))
+
+    def _now(self, now: float, failed: bool) -> Iterator[str]:
+        for since, what, _ in self.waits:
             yield f"waits for {now - since:.3f} s for {what}"
         if not self.waits:
             last = self._events[-1][0] if self._events else now
-            yield f"is in no wait: it is at work; its last event is {now - last:.3f} s old"
+            state = "has failed" if failed else "is in no wait: it is at work"
+            yield f"{state}; its last event is {now - last:.3f} s old"
         pending = sorted(entry for source in self.sources for entry in source())
         yield ""
         yield f"outstanding: {len(pending)}"
@@ -114,6 +206,35 @@ class Flight:
         yield f"last events: {len(self._events)}, seconds ago"
         for when, kind, facts in list(self._events):
             yield f"  {now - when:10.3f}  {kind:9} {' '.join(map(_word, facts))}".rstrip()
+
+
+def attend(number: int) -> None:
+    """Print all stacks on this signal, until a rank has a `Flight` that listens to it."""
+    signal.signal(number, signal.SIG_IGN)  # what `listen` finds for a moment
+    if sys.__stderr__ is not None:
+        faulthandler.register(number, sys.__stderr__, all_threads=True)
+
+
+def say(words: str) -> None:
+    """Print to stderr where that is possible: a full disk must not hide what is told, or done,
+    next."""
+    with suppress(OSError, ValueError):
+        print(words, file=sys.stderr, flush=True)
+
+
+def flush() -> None:
+    """Write out what was printed, where that is possible."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+
+
+def spans(ranks: Iterable[int]) -> str:
+    """Return ranks in few words: "0-3,8"."""
+    found = sorted(set(ranks))
+    breaks = [i for i, (a, b) in enumerate(pairwise(found), 1) if b != a + 1]
+    runs = [found[i:j] for i, j in pairwise([0, *breaks, len(found)])] if found else []
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _word(fact: object) -> str:
@@ -130,3 +251,15 @@ def _stack(place: Place) -> Iterator[str]:
     else:
         lines = traceback.format_stack(place)
     yield from "".join(lines).splitlines()
+
+
+def _spot(place: Place) -> str | None:
+    """Return the innermost line outside libraries: file, line, function."""
+    if place is None:
+        return None
+    if isinstance(place, BaseException):
+        stack = traceback.extract_tb(place.__traceback__)
+    else:
+        stack = traceback.extract_stack(place)
+    own = [each for each in stack if "site-packages" not in each.filename] or list(stack)
+    return f"{Path(own[-1].filename).name}:{own[-1].lineno} in {own[-1].name}" if own else None

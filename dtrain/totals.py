@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,8 +30,9 @@ class Totals:
     wall_s, train_s : float
         Seconds of all attempts, and those spent in training segments, each segment's
         slowest rank deciding.
-    rate : float
-        Samples per second of the latest segment.
+    rate, latest : float, dict
+        Samples per second of the latest segment, its seconds, and the rank that was at work
+        longest in it.
     loss, rows : list of float, int
         Sum of losses per block (None: it has none) over `rows` samples of the present epoch.
     busy_s, stage_s : list of float
@@ -47,6 +49,7 @@ class Totals:
     bytes_intra_node: int = 0
     bytes_inter_node: int = 0
     rate: float = 0.0
+    latest: dict[str, Any] = field(default_factory=dict)
     loss: list[float | None] = field(default_factory=list)
     rows: int = 0
     busy_s: list[float] = field(default_factory=list)
@@ -90,6 +93,7 @@ class Totals:
             self._add(row)
         self.train_s += spent
         self.rate = (self.samples - before) / spent if spent else 0.0
+        self.latest = {"train_s": spent, **slowest(rows)}
 
     def _add(self, row: Row) -> None:
         stage = row["stage"]
@@ -117,6 +121,22 @@ class Totals:
     def samples_per_s(self) -> float:
         """Samples learnt from per second of training segments."""
         return self.samples / self.train_s if self.train_s else 0.0
+
+
+def slowest(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return which rank was at work longest, how long, and the median of its stage.
+
+    A slow node shows as a rank far above its median; where stages are uneven the costliest has the
+    slowest rank, which then is near it.
+    """
+    rank = max(range(len(rows)), key=lambda rank: float(rows[rank]["busy_s"]))
+    row = rows[rank]
+    peers = [each["busy_s"] for each in rows if each["stage"] == row["stage"]]
+    return {
+        "slowest_rank": rank,
+        "slowest_busy_s": row["busy_s"],
+        "stage_median_busy_s": statistics.median(peers),
+    }
 
 
 def tested(rows: Sequence[Row], blocks: int) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from dtrain import checkpoint, folder, report
 from dtrain.comm.comm import Comm
 from dtrain.config import Run
 from dtrain.data import order, parts
-from dtrain.errors import Refusal, Stopped
+from dtrain.errors import Refusal, Stopped, sign, words
+from dtrain.folder import FLIGHT
 from dtrain.job import Job, Plan, alike, build, plan, threads, together
 from dtrain.progress import Progress
 from dtrain.resume import CHECKPOINTS, find, refuse_changes
@@ -62,13 +63,13 @@ def train(run: Run, comm: Comm, out: Path, resume: str = "auto") -> dict[str, An
         )
         token, attempt = _take(comm, out, resume, found)
         together(comm, lambda: folder.seen(out, comm.hosts[comm.rank]))
-        comm.flight.folder = out / "flight"
+        comm.flight.settle(out / FLIGHT)
         job = build(agreed, comm)
-        totals = _restore(job, found)
+        totals, afresh = _restore(job, found)
         totals.attempt = attempt
         progress = Progress(agreed, comm, out, totals)
         _publish(agreed, comm, totals, out)
-        progress.hello(number)
+        progress.hello(number, afresh)
         for segment in agreed.calendar.segments(totals.update):
             _learn(job, segment, totals, progress)
             _close(job, segment, totals, progress, out)
@@ -79,6 +80,7 @@ def train(run: Run, comm: Comm, out: Path, resume: str = "auto") -> dict[str, An
         _fail(error, comm, out, token)
         raise
     finally:
+        comm.flight.leave()
         if progress is not None:
             progress.stop()
         if token is not None and comm.rank == 0:
@@ -105,26 +107,35 @@ def _take(comm: Comm, out: Path, resume: str, found: str | None) -> tuple[folder
         if comm.rank:
             return None
         token = folder.take(out)
-        newest = find(out, resume)
-        if (None if newest is None else str(newest.folder)) != found:
+        try:
+            newest = find(out, resume)
+            if (None if newest is None else str(newest.folder)) != found:
+                raise Refusal(f"another run has just written into {out}: start this one again")
+        except Refusal:
             folder.release(out, token)
-            raise Refusal(f"another run has just written into {out}: start this one again")
-        return token, 1 + (folder.summary(out) or {}).get("attempts", 0)
+            raise
+        before = (folder.summary(out) or {}).get("attempts", 0)
+        folder.shelve(out, FLIGHT, before)
+        return token, 1 + before
 
     token, attempt = comm.exchange(together(comm, first))[0]
     return token, attempt
 
 
-def _restore(job: Job, found: str | None) -> Totals:
-    """Put every part where the checkpoint left it; return what was done so far. Collective."""
+def _restore(job: Job, found: str | None) -> tuple[Totals, int]:
+    """Put every part where the checkpoint left it. Collective.
+
+    Returns what was done so far, and of how many replicas that trained apart the mean was taken
+    to start from: 0 where all go on as they were.
+    """
     if found is None:
-        return Totals()
+        return Totals(), 0
     engine, path = job.engine, Path(found)
 
-    def work() -> Totals:
+    def work() -> tuple[Totals, int]:
         manifest = checkpoint.read(path)
-        checkpoint.restore(manifest, engine.blocks, engine.syncs, job.seat.replica)
-        return Totals.read(manifest.state)
+        same = checkpoint.restore(manifest, engine.blocks, engine.syncs, job.seat.replica)
+        return Totals.read(manifest.state), 0 if same else manifest.replicas
 
     return together(job.lines.control, work)
 
@@ -142,21 +153,25 @@ def _publish(agreed: Plan, comm: Comm, totals: Totals, out: Path) -> None:
 def _fail(error: BaseException, comm: Comm, out: Path, token: folder.Owner | None) -> None:
     """Note how the run ended, and let one of several ranks that fail speak first.
 
-    The first that speaks ends the job, so the others hold their tongue for a while.
+    The first that speaks ends the job, so the others hold their tongue for a while. A rank that is
+    stopped has its record already: that was written where it stood, before its waits were left.
     """
     if isinstance(error, Refusal) and error.agreed:
         if token is not None and comm.rank == 0:
             folder.end(out, token, "failed", str(error))
         return
-    if comm.flight.folder is not None:
-        comm.flight.dump(f"{type(error).__name__}: {error}", error)
+    stopped = isinstance(error, Stopped)
+    if not stopped:
+        sign(error, f"[{comm.flight.name}]")
+        if comm.flight.folder is not None:
+            comm.flight.dump(words(error), error)
     first = comm.rank == 0
     if token is not None:
-        status = "stopped" if isinstance(error, Stopped) else "failed"
-        first = folder.end(out, token, status, f"{type(error).__name__}: {error}")
+        first = folder.end(out, token, "stopped" if stopped else "failed", words(error))
+    comm.flight.leave()
     if isinstance(error, Stopped):
         error.quiet = not first
-    elif not first:
+    if not first:
         try:
             time.sleep(PATIENCE_S)
         except Stopped as stop:  # the first one has spoken and ended the job
@@ -194,22 +209,32 @@ def _learn(job: Job, segment: Segment, totals: Totals, progress: Progress) -> No
 
 def _close(job: Job, segment: Segment, totals: Totals, progress: Progress, out: Path) -> None:
     """Evaluate and checkpoint where they are due, and tell what happened. Collective."""
-    run, control = job.plan.run, job.lines.control
+    control = job.lines.control
     evaluates, saves = _due(job.plan, segment)
+    eval_s = save_s = None
     if evaluates or saves:
         views = _views(job)
         if evaluates:
+            began = time.perf_counter()
             _test(job, views, totals)
+            eval_s = time.perf_counter() - began
         totals.tick()
         if saves:
-            replica, stage = job.seat.replica, job.seat.stage
-            held = checkpoint.tensors(job.engine.blocks, job.engine.syncs, views, replica)
-            name, state = f"replica-{replica}-stage-{stage}", totals.state()
-            where, keep = out / CHECKPOINTS, run.checkpoint.keep
-            checkpoint.save(where, name, held, run.table(), state, control, keep)
-    progress.close(segment, evaluates, saves)
+            began = time.perf_counter()
+            _save(job, views, totals, out)
+            save_s = time.perf_counter() - began
+    progress.close(segment, eval_s, save_s)
     if control.rank == 0:
         folder.summarise(out, report.summary(job.plan, totals, "running"))
+
+
+def _save(job: Job, views: Views, totals: Totals, out: Path) -> None:
+    """Write a checkpoint of what `views` show, and of what this rank owns. Collective."""
+    run, replica = job.plan.run, job.seat.replica
+    held = checkpoint.tensors(job.engine.blocks, job.engine.syncs, views, replica)
+    name, state = f"replica-{replica}-stage-{job.seat.stage}", totals.state()
+    where, keep = out / CHECKPOINTS, run.checkpoint.keep
+    checkpoint.save(where, name, held, run.table(), state, job.lines.control, keep)
 
 
 def _views(job: Job) -> Views:

@@ -4,6 +4,7 @@
 # Options of sbatch win over the lines below, for example
 #     sbatch --nodes=4 --ntasks=16 --time=08:00:00 jobs/slurm.sh jobs/cifar10.toml
 # Submitted again with the same --out, a run goes on from its last checkpoint.
+# Does it hang?  scancel --signal=USR1 JOB; dtrain flight RUN_FOLDER  (docs/comm.md, docs/faults.md)
 #
 # Change here, or on the command line, what your site asks for:
 #     --account, --partition, --time, --gres (GPUs per node)

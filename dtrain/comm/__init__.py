@@ -7,6 +7,8 @@ starts, MPI first: some MPI libraries fail when torch has touched the network ca
 from __future__ import annotations
 
 import os
+import traceback
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from dtrain.comm.launch import Launch, launched, mpirun
@@ -39,9 +41,14 @@ def world() -> Comm:
         raise _alone(launch, missing(error)) from error
     if mpi.size() != launch.size:
         raise _alone(launch, mismatch(launch, mpi.size(), mpi.library(), mpirun(os.environ)))
-    from dtrain.comm.comm import Comm
+    try:
+        from dtrain.comm.comm import Comm
 
-    return Comm(mpi.world())
+        return Comm(mpi.world())
+    except BaseException:  # a rank that just leaves would let the others wait for ever
+        with suppress(OSError, ValueError):
+            traceback.print_exc()
+        mpi.abort(1)
 
 
 def _alone(launch: Launch, message: str) -> BaseException:
@@ -63,7 +70,7 @@ def mismatch(launch: Launch, found: int, library: str, owned: str | None) -> str
     if launch.launcher == "srun":
         advice = (
             f"start them with `srun --mpi=pmix -n {launch.size} ...`, or another type that "
-            f"`srun --mpi=list` shows"
+            f"`srun --mpi=list` shows (jobs/slurm.sh: DTRAIN_PMI=pmix)"
         )
     else:
         path = owned or "the mpirun of the module that has this library"

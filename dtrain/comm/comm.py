@@ -10,7 +10,6 @@ Every verb that is called collective must be called by all ranks of the group, i
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn, final
@@ -27,6 +26,7 @@ from dtrain.comm.routes import Specs
 from dtrain.comm.tree import finish, gather, spread
 from dtrain.comm.wire import Wire
 from dtrain.errors import Refusal
+from dtrain.telemetry import flush
 
 SPAN = 64
 """Tags that one collective may use."""
@@ -92,10 +92,11 @@ class Comm:
 
     # ---- waiting
 
-    def wait(self, done: Callable[[], bool], what: str) -> None:
+    def wait(self, done: Callable[[], bool], what: str, peer: int | None = None) -> None:
         """Return when `done()`: the one wait of the program.
 
         Until then everything in flight is kept going, in this group and in all its relatives.
+        `peer` is who is waited for; default: all ranks that do not wait for the same `what`.
 
         Raises
         ------
@@ -103,7 +104,9 @@ class Comm:
             After `timeout_s`, or where no rank can go on (threads and self only).
         """
         if not done():
-            self._family.wait(done, what, self.line.wire, self.timeout_s)
+            wire = self.line.wire
+            peers = wire.world if peer is None else (wire.world[peer],)
+            self._family.wait(done, what, peers, wire, self.timeout_s)
 
     @property
     def waited_s(self) -> float:
@@ -156,7 +159,7 @@ class Comm:
         outbox = self._desk.outbox(to, tag)
         if len(outbox) >= self.credits:
             what = f"a credit to send to rank {to} with tag {tag}"
-            self.wait(lambda: len(outbox) < self.credits, what)
+            self.wait(lambda: len(outbox) < self.credits, what, to)
         outbox.send(message, self._family.dock)
 
     def expect(self, source: int, tag: int, specs: Iterable[Specs]) -> None:
@@ -177,14 +180,14 @@ class Comm:
         transfer = inbox.posted
         if not transfer.request.test():
             what = f"{transfer.words()} from rank {source} with tag {tag}"
-            self.wait(transfer.request.test, what)
+            self.wait(transfer.request.test, what, source)
         return inbox.take()
 
     def flush(self) -> None:
         """Wait until every `isend` of this group is complete."""
         for (to, tag), outbox in tuple(self._desk.outboxes.items()):
             what = f"rank {to} to take {len(outbox)} messages with tag {tag}"
-            self.wait(lambda outbox=outbox: not len(outbox), what)  # type: ignore[misc]
+            self.wait(lambda outbox=outbox: not len(outbox), what, to)  # type: ignore[misc]
 
     # ---- among all ranks
 
@@ -232,14 +235,16 @@ class Comm:
         """Overwrite tensors, of the same shapes and dtypes everywhere, by those of `root`.
         Collective. Refuses what `mean_` refuses, dtypes excepted."""
         self.flight.note("broadcast", len(tensors), "tensors of", self.name, "from rank", root)
-        steps = spread(self.line, tensors, root, self._tags(), self._family.dock)
-        finish(steps, self.wait, f"the broadcast of {len(tensors)} tensors from rank {root}")
+        tag, where = self._tags(), f"from rank {root} of {self.name}"
+        what = f"the broadcast of {len(tensors)} tensors {where} with tag {tag}"
+        finish(spread(self.line, tensors, root, tag, self._family.dock), self.wait, what)
 
     def exchange(self, item: Any) -> list[Any]:
         """Return the items of all ranks, in rank order: whatever JSON can hold. Collective."""
         self.flight.note("exchange", "of", self.name)
-        steps = gather(self.line, json.dumps(item).encode(), self._tags())
-        return list(json.loads(finish(steps, self.wait, "the control data of all ranks")))
+        steps = gather(self.line, json.dumps(item).encode(), tag := self._tags())
+        what = f"the control data of all ranks of {self.name} with tag {tag}"
+        return list(json.loads(finish(steps, self.wait, what)))
 
     def agree(self, refusal: Refusal | None) -> None:
         """Raise, on all ranks, the refusal of the lowest rank that has one. Collective."""
@@ -261,8 +266,10 @@ class Comm:
                        a  b  a  b       ->     a: 0, 2 are its ranks 0, 1;  b: 1, 3 are its 0, 1
         """
         self._splits += 1
+        with self._family.noted(f"all ranks of {self.name}, to split it", self.line.wire.world):
+            wire = self.line.wire.split(color, key)
         return Comm(
-            self.line.wire.split(color, key),
+            wire,
             credits=self.credits,
             timeout_s=self.timeout_s,
             chunk_bytes=self.line.chunk_bytes,
@@ -284,8 +291,7 @@ class Comm:
 
     def abort(self, code: int) -> NoReturn:
         """End all ranks of the job with this exit code, this one included."""
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush()
         self.line.wire.abort(code)
 
     def _tags(self) -> int:

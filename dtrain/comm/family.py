@@ -6,8 +6,10 @@ is in flight in any desk.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import final
 
 from dtrain.comm.desk import Desk
@@ -17,6 +19,9 @@ from dtrain.comm.memory import Scratch
 from dtrain.comm.traffic import Traffic
 from dtrain.comm.wire import Stall, Wire
 from dtrain.telemetry import Flight, Pending
+
+SILENCE_S = 300.0
+"""After so long a wait says so, once, and waits on."""
 
 
 @final
@@ -43,7 +48,7 @@ class Family:
 
     def __init__(self, wire: Wire) -> None:
         name = f"rank {wire.rank} of {wire.size} on {wire.hosts[wire.rank]}"
-        self.flight = Flight(name, wire.rank)
+        self.flight = Flight(name, wire.rank, wire.size, wire.hosts[wire.rank])
         self.flight.sources.append(self._pending)
         self.traffic = Traffic()
         self.polls: list[Callable[[], object]] = []
@@ -68,21 +73,33 @@ class Family:
                 return
 
     def wait(
-        self, done: Callable[[], bool], what: str, wire: Wire, timeout_s: float | None
+        self,
+        done: Callable[[], bool],
+        what: str,
+        peers: Sequence[int],
+        wire: Wire,
+        timeout_s: float | None,
     ) -> None:
-        """Return when `done()`; raise `Stall` after `timeout_s`."""
+        """Return when `done()`; raise `Stall` after `timeout_s`.
+
+        `peers` are the ranks of the world that are waited for.
+        """
         start, turn = time.perf_counter(), 0
-        waits = self.flight.waits
-        waits.append((start, what))
+        waits, alarm = self.flight.waits, start + SILENCE_S
+        waits.append((start, what, peers))
         try:
             while not done():
                 self.progress()
                 for poll in tuple(self.polls):
                     poll()
-                if timeout_s is not None and time.perf_counter() - start > timeout_s:
+                now = time.perf_counter()
+                if timeout_s is not None and now - start > timeout_s:
                     raise Stall(
                         f"rank {wire.rank} of {wire.size} waited {timeout_s:g} s for {what}"
                     )
+                if now > alarm:
+                    alarm = math.inf
+                    self.flight.alarm(SILENCE_S, what)
                 wire.idle(turn, what)
                 turn += 1
         finally:
@@ -90,6 +107,15 @@ class Family:
             seconds = time.perf_counter() - start
             self.waited_s += seconds
             self.flight.note("waited", seconds, "for", what)
+
+    @contextmanager
+    def noted(self, what: str, peers: Sequence[int]) -> Iterator[None]:
+        """Note a wait that goes on inside the wire."""
+        self.flight.waits.append((time.perf_counter(), what, peers))
+        try:
+            yield
+        finally:
+            self.flight.waits.pop()
 
     def _pending(self) -> Iterator[Pending]:
         for desk in self.desks:

@@ -113,7 +113,8 @@ class Mean(Request):
     def wait(self) -> None:
         """Return when the tensors hold the mean."""
         if not self.test():
-            self._wait(self.test, self.words())
+            name, tag = self._line.name, self._tag
+            self._wait(self.test, f"{self.words()} of {name} with tag {tag}")
 
     def words(self) -> str:
         """Return what it is, for people."""

@@ -109,7 +109,7 @@ class MpiWire(Wire):
 
     def abort(self, code: int) -> NoReturn:
         """End all ranks (`MPI_Abort`)."""
-        MPI.COMM_WORLD.Abort(code)
+        abort(code)
 
 
 def size() -> int:
@@ -120,6 +120,11 @@ def size() -> int:
 def library() -> str:
     """Return name and version of the loaded MPI library."""
     return MPI.Get_library_version().splitlines()[0].split(",")[0].strip(" \0")
+
+
+def abort(code: int) -> NoReturn:
+    """End all ranks with this exit code; sends nothing."""
+    MPI.COMM_WORLD.Abort(code)
 
 
 def world() -> MpiWire:

@@ -29,7 +29,9 @@ FLOORS = {
     **dict.fromkeys(("block", "live", "split", "saved", "objectives", "models", "data"), 2),
     **dict.fromkeys(("device", "footprint", "optimizers", "prices", "rates", "seeds"), 2),
     "syncs": 3,
-    **dict.fromkeys(("engine", "updates", "judge", "mail", "course", "tally", "checkpoint"), 4),
+    **dict.fromkeys(
+        ("engine", "updates", "judge", "mail", "course", "tally", "checkpoint", "shard"), 4
+    ),
 }
 TOP = 5
 FUNCTION_LINES, FILE_LINES = 60, 300

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dtrain import optimizers
 from dtrain.block import Block
-from dtrain.footprint import Footprint, footprint, held_bytes, live_bytes
+from dtrain.footprint import Footprint, footprint, live_bytes
 from dtrain.live import Live
 from dtrain.models.images import Convolution, Pooled
 from dtrain.objectives import OBJECTIVES
@@ -19,6 +19,7 @@ from dtrain.saved import Saved
 from dtrain.schedules.action import Action
 from dtrain.schedules.check import check
 from dtrain.schedules.flush import FillDrain, OneFOneB
+from dtrain.schedules.held import held_bytes
 from dtrain.schedules.stream import Stream
 
 ROWS = 8

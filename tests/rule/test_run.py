@@ -9,16 +9,27 @@ import sys
 from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
+from typing import Any
 
+import h5py
 import numpy as np
 import pytest
+import torch
 
 from dtrain import folder
+from dtrain.comm import threads
+from dtrain.comm.comm import Comm
+from dtrain.comm.single import SingleWire
 from dtrain.data.batches import Shares
 from dtrain.errors import Refusal
 from dtrain.resume import find, refuse_changes
 from dtrain.segments import Calendar
+from dtrain.shard import loaded, store
+from dtrain.totals import slowest
+from dtrain.train import train
 from tests import tiny
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +153,104 @@ def test_a_folder_whose_owner_may_live_is_refused(
         folder.take(tmp_path)
 
 
+def test_a_refusal_names_the_job_to_look_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job on another host may live or be dead; who can ask Slurm decides."""
+    monkeypatch.setenv("SLURM_JOB_ID", "123")
+    owner = folder.take(tmp_path) | {"host": "n017"}
+    (tmp_path / "owner.json").write_text(json.dumps(owner))
+    monkeypatch.setenv("SLURM_JOB_ID", "124")
+    with pytest.raises(Refusal) as refusal:
+        folder.take(tmp_path)
+    told = refusal.value.message
+    assert "belongs to a run that has not given it back (job 123, restart 0, host n017, " in told
+    assert f"if `squeue -j 123` no longer shows it, delete {tmp_path / 'owner.json'}; else" in told
+
+
+def test_a_full_disk_does_not_hide_how_a_run_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = folder.take(tmp_path)
+    folder.summarise(tmp_path, {"status": "running"})
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folder, "summarise", full)
+    assert folder.end(tmp_path, token, "failed", "Refusal: the loss is nan")
+    assert not (tmp_path / "owner.json").exists()
+    assert not folder.end(tmp_path, token, "failed", "another")
+
+
+def test_records_of_an_earlier_attempt_are_put_aside(tmp_path: Path) -> None:
+    for attempt, word in ((1, "first"), (2, "second"), (2, "second again")):
+        (tmp_path / "flight").mkdir()
+        (tmp_path / "flight" / "rank-00000.txt").write_text(word)
+        folder.shelve(tmp_path, "flight", attempt)
+    folder.shelve(tmp_path, "flight", 3)
+    found = {path.parent.name: path.read_text() for path in tmp_path.glob("*/rank-*.txt")}
+    assert found == {"flight-001": "first", "flight-002": "second again"}
+
+
+def test_no_resume_starts_in_a_fresh_folder_and_refuses_a_used_one(tmp_path: Path) -> None:
+    run = replace(tiny.run(), path=tmp_path / "run.toml")
+    out = tmp_path / "out"
+    told = train(run, Comm(SingleWire()), out, "never")
+    assert (told["status"], told["attempts"]) == ("finished", 1)
+    before = (out / "summary.json").read_text()
+    with pytest.raises(Refusal, match="--resume never"):
+        train(run, Comm(SingleWire()), out, "never")
+    assert (out / "summary.json").read_text() == before
+    assert not (out / "owner.json").exists()
+
+
+def test_a_refusal_while_the_folder_is_taken_gives_it_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = replace(tiny.run(), path=tmp_path / "run.toml")
+
+    def take(out: Path) -> folder.Owner:
+        token = taken(out)
+        (out / "letters.txt").touch()  # somebody else's, put there meanwhile
+        return token
+
+    taken = folder.take
+    monkeypatch.setattr(folder, "take", take)
+    with pytest.raises(Refusal, match="not empty"):
+        train(run, Comm(SingleWire()), tmp_path / "out", "never")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["letters.txt"]
+
+
+def records(out: Path, kind: str) -> list[dict[str, Any]]:
+    told = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [each for each in told if each["kind"] == kind]
+
+
+def test_metrics_say_where_ranks_ran_and_which_was_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "123")
+    run = replace(tiny.run(), path=tmp_path / "run.toml")
+    hosts = ["n1", "n1", "n2"]
+    threads.run(3, lambda comm: train(run, comm, tmp_path / "out"), hosts=hosts)
+    (first,) = records(tmp_path / "out", "run")
+    assert (first["hosts"], first["job"]) == (hosts, "123")
+    assert "torch" in first["versions"]
+    for each in records(tmp_path / "out", "train"):
+        assert each["slowest_host"] == hosts[each["slowest_rank"]]
+        assert 0 < each["stage_median_busy_s"] <= each["slowest_busy_s"] <= each["train_s"]
+    assert all(each["eval_s"] > 0 for each in records(tmp_path / "out", "eval"))
+    assert all(each["save_s"] > 0 for each in records(tmp_path / "out", "checkpoint"))
+
+
+def test_the_slowest_rank_is_compared_with_its_own_stage() -> None:
+    busy = {0: 1.0, 1: 5.0, 2: 1.2, 3: 9.0, 4: 1.1, 5: 5.2}
+    rows = [{"stage": rank % 2, "busy_s": busy[rank]} for rank in range(6)]
+    told = slowest(rows)
+    assert told == {"slowest_rank": 3, "slowest_busy_s": 9.0, "stage_median_busy_s": 5.2}
+
+
 def test_a_damaged_owner_file_owns_nothing(tmp_path: Path) -> None:
     (tmp_path / "owner.json").write_text("{")
     folder.take(tmp_path)
@@ -177,3 +286,44 @@ def test_no_part_is_smaller_than_it_must_be(replicas: int, micros: int) -> None:
         assert [len(each.micros) for each in own] == [sizes[r][update] for r in range(replicas)]
         seen += [index for each in own for micro in each.micros for index in micro]
     assert seen == list(order)
+
+
+LIMITED = """
+import resource, sys, torch
+from pathlib import Path
+from dtrain.shard import store
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+try:
+    store(Path(sys.argv[1]), {f"model/{i}": torch.rand(50, 50) for i in range(20)})
+except OSError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.parametrize("limit", [50, 5_000, 100_000, 200_000])
+def test_a_full_disk_under_a_shard_raises_its_own_error(limit: int, tmp_path: Path) -> None:
+    """HDF5 would end the process by a segmentation fault."""
+    words = [sys.executable, "-c", LIMITED, str(tmp_path / "shard.h5"), str(limit)]
+    ended = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (1, "[Errno 27] File too large\n")
+
+
+def test_a_shard_holds_every_dtype(tmp_path: Path) -> None:
+    given = {str(dtype): torch.arange(6).to(dtype).view(2, 3) for dtype in DTYPES}
+    given |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3), "apart": torch.eye(3).T[::2]}
+    row = store(tmp_path / "shard.h5", given)
+    assert row["keys"] == list(given)
+    assert row["bytes"] == (tmp_path / "shard.h5").stat().st_size
+    with h5py.File(tmp_path / "shard.h5", "r") as shard:
+        for key, tensor in given.items():
+            torch.testing.assert_close(loaded(shard[key]), tensor, rtol=0, atol=0)
+
+
+def test_replicas_that_have_nothing_to_save_write_no_shard(tmp_path: Path) -> None:
+    run = replace(tiny.run(mesh__stages=1, epochs=1), path=tmp_path / "run.toml")
+    threads.run(3, lambda comm: train(run, comm, tmp_path / "out"))
+    (newest,) = (tmp_path / "out" / "checkpoints").iterdir()
+    assert {path.name for path in newest.iterdir()} == {"manifest.json", "replica-0-stage-0.h5"}
+    more = replace(tiny.run(mesh__stages=2, epochs=2), path=tmp_path / "run.toml")
+    told = threads.run(2, lambda comm: train(more, comm, tmp_path / "out"))
+    assert [each["attempts"] for each in told] == [2, 2]

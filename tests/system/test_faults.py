@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -67,7 +68,10 @@ def test_user_code_that_raises_ends_the_job_with_its_traceback_first(run: Path) 
     assert "[replica 0 stage 1 | update 2 | action F1.0]" in text
     assert 'faults.py", line' in text
     told = summary(run)
-    assert (told["status"], told["error"]) == ("failed", "ArithmeticError: the user's own mistake")
+    place = f"[replica 0 stage 1 | update 2 | action F1.0] [rank 1 of 2 on {platform.node()}]"
+    error = f"ArithmeticError: the user's own mistake {place}"
+    assert (told["status"], told["error"]) == ("failed", error)
+    assert f"[rank 1 of 2 on {platform.node()}]" in text
     assert not (run.parent / "out" / "owner.json").exists()
 
 
@@ -129,6 +133,26 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_goes_on(run: Path) -> N
     assert (summary(run)["attempts"], summary(run, "straight")["attempts"]) == (2, 1)
 
 
+def test_a_full_disk_is_named_and_ends_the_job(run: Path) -> None:
+    """A rank's files must be shorter than a shard, once a checkpoint stands."""
+    environ = os.environ | {"DTRAIN_TEST_OUT": str(run.parent / "out")}
+    ended = start(command(run, "filling"), limit_s=60, env=environ, cwd=ROOT)
+    assert not ended.late
+    assert (ended.code, ended.left) == (3, ()), ended.err
+    part = run.parent / "out" / "checkpoints" / "update-00000058.part"
+    assert f"cannot write the checkpoint {part}: " in ended.err
+    assert "make room and start again" in ended.err
+    assert ended.err.count("dtrain: cannot write") == 1
+    assert "Traceback" not in ended.err
+    told = summary(run)
+    assert told["status"] == "failed"
+    assert "cannot write the checkpoint" in told["error"]
+    environ["DTRAIN_TEST_OUT"] = str(run.parent / "elsewhere")
+    again = start(command(run, "filling"), limit_s=60, env=environ, cwd=ROOT)
+    assert again.code == 0, again.err
+    assert "resumed   29 of 58 updates were done before" in again.out
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_nothing(run: Path, number: int) -> None:
     mark = f"DTRAIN_MARK={os.getpid()}signal{number}"
@@ -168,7 +192,7 @@ def test_a_folder_in_use_is_refused_by_its_owner(run: Path) -> None:
         assert any("update " in line for line in child.stdout)
         second = start(words, limit_s=60, cwd=ROOT)
         assert second.code == 2, second.err
-        assert "belongs to a run that is still going" in second.err
+        assert "belongs to a run that has not given it back" in second.err
         assert str(run.parent / "out" / "owner.json") in second.err
         assert summary(run)["status"] == "running"
     finally:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from tests.cluster import Cluster
 from tests.conftest import ROOT
 from tests.need import lack
 from tests.outcome import summary
-from tests.process import start
+from tests.process import start, sweep
 
 RUN = """
 updates = 4
@@ -37,6 +40,41 @@ lr = 1e-3
 """
 DIGITS = RUN.replace("1000, 1000, 1000", "32, 16").replace('"hdf5"', '"digits"')
 DIGITS = "\n".join(line for line in DIGITS.splitlines() if "cifar10" not in line)
+HANGING = """
+import pathlib
+import time
+
+from torch import nn
+
+
+class Hanging(nn.Linear):
+    def forward(self, input):
+        self.seen = getattr(self, "seen", 0) + self.training
+        if self.seen == 3:
+            pathlib.Path("HUNG").touch()
+            while not pathlib.Path("GO").exists():
+                time.sleep(0.05)
+        return super().forward(input)
+
+
+def net():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), Hanging(16, 16), nn.Linear(16, 10))
+"""
+HANGS = """
+epochs = 1
+batch-size = 50
+threads = 1
+[data]
+name = "digits"
+[model]
+name = "user:net"
+[mesh]
+stages = 3
+[partition]
+cuts = [2, 3]
+[optimizer]
+name = "adam"
+"""
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +136,75 @@ def test_the_job_script_runs_and_goes_on(cluster: Cluster, tmp_path: Path) -> No
     assert summary(tmp_path / "runs" / "run")["updates"] == 6
 
 
+@pytest.fixture
+def hung(cluster: Cluster, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Three stages on three hosts, under srun; the middle one hangs, all others wait by now."""
+    code = HANGING.replace("HUNG", f"{tmp_path}/hung").replace("GO", f"{tmp_path}/go")
+    (tmp_path / "user.py").write_text(code)
+    (tmp_path / "run.toml").write_text(HANGS)
+    words = ["srun", "--mpi=pmix", "--kill-on-bad-exit=1", "-N3", "-n3", sys.executable, "-m"]
+    words += ["dtrain", "train", str(tmp_path / "run.toml"), "--out", str(tmp_path / "out")]
+    mark = f"DTRAIN_MARK={os.getpid()}slurm"
+    environ = cluster.env | dict([mark.split("=")])
+    child = subprocess.Popen(words, env=environ, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        came((tmp_path / "hung",))
+        time.sleep(1)
+        yield child
+    finally:
+        sweep(mark)
+        child.wait()
+
+
+def came(paths: Iterable[Path], limit_s: float = 30.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while missing := [path.name for path in paths if not path.exists()]:
+        assert time.monotonic() < deadline, f"{missing} never came"
+        time.sleep(0.05)
+
+
+def signalled(name: str, cluster: Cluster, out: Path) -> list[str]:
+    """Send a signal to all ranks of the one job, as its user does; return their records."""
+    job = start(["squeue", "--noheader", "-o%i"], env=cluster.env).out.strip()
+    ended = start(["scancel", f"--signal={name}", job], env=cluster.env)
+    assert ended.code == 0, ended.err
+    paths = [out / "flight" / f"rank-{rank:05d}.txt" for rank in range(3)]
+    came(paths, 20.0)
+    return [path.read_text() for path in paths]
+
+
+def test_ranks_under_srun_say_what_they_wait_for(
+    cluster: Cluster, hung: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    first, middle, last = signalled("USR1", cluster, tmp_path / "out")
+    assert "waits for " in first
+    assert "waits for " in last
+    assert "is in no wait" in middle
+    words = [sys.executable, "-m", "dtrain", "flight", str(tmp_path / "out")]
+    told = start(words, env=cluster.env, cwd=ROOT)
+    assert "3 of 3 ranks answered" in told.out
+    assert "culprit    likely rank 1 on n" in told.out
+    (tmp_path / "go").touch()
+    hung.communicate(timeout=60)
+    assert hung.returncode == 0
+    assert summary(tmp_path / "out")["status"] == "finished"
+
+
+def test_a_cancelled_step_leaves_what_its_ranks_waited_for(
+    cluster: Cluster, hung: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    first, middle, last = signalled("TERM", cluster, tmp_path / "out")
+    assert "waits for " in first
+    assert "waits for " in last
+    assert "is in no wait" in middle
+    _, err = hung.communicate(timeout=30)
+    assert hung.returncode != 0
+    assert err.count("dtrain: stopped by SIGTERM (a time limit, scancel, or another rank") == 1
+    assert "Traceback" not in err
+    assert summary(tmp_path / "out")["status"] == "stopped"
+    assert not (tmp_path / "out" / "owner.json").exists()
+
+
 def test_srun_without_pmi_is_refused_with_what_to_type(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(DIGITS)
     words = [sys.executable, "-m", "dtrain", "train", str(tmp_path / "run.toml"), "--out"]
@@ -106,7 +213,13 @@ def test_srun_without_pmi_is_refused_with_what_to_type(cluster: Cluster, tmp_pat
     assert ended.code == 2, ended.err
     told = [line for line in ended.err.splitlines() if line.startswith("dtrain: ")]
     assert len(told) == 1, ended.err
-    for word in ("srun started 2 ranks", "a world of 1 rank", "srun --mpi=pmix -n 2", "Open MPI"):
+    for word in (
+        "srun started 2 ranks",
+        "a world of 1 rank",
+        "srun --mpi=pmix -n 2",
+        "DTRAIN_PMI=pmix",
+        "Open MPI",
+    ):
         assert word in told[0]
     assert "Traceback" not in ended.err
     assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+LIMIT_BYTES = 8192
+"""More than a summary, less than a shard."""
 
 
 class Raising(nn.Linear):
@@ -52,6 +56,15 @@ class Slow(nn.Linear):
         return super().forward(input)
 
 
+class Filling(nn.Linear):
+    """Finds a disk that is full once the first checkpoint stands."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if list(Path(os.environ["DTRAIN_TEST_OUT"]).glob("checkpoints/update-*/manifest.json")):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT_BYTES, LIMIT_BYTES))
+        return super().forward(input)
+
+
 def _net(last: type[nn.Linear]) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), last(16, 10))
 
@@ -70,6 +83,10 @@ def dying() -> nn.Sequential:
 
 def slow() -> nn.Sequential:
     return _net(Slow)
+
+
+def filling() -> nn.Sequential:
+    return _net(Filling)
 
 
 def failing() -> nn.Sequential:
