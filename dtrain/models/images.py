@@ -69,8 +69,9 @@ def norm(kind: Norm, channels: int, groups: int, spatial: bool = True) -> nn.Mod
 def inner(images: Tensor) -> Tensor:
     """Return images (n, C, H, W) in the memory order in which convolutions are fastest on a CPU.
 
-    Channels last: a residual network of 20 layers takes 0.7 of the time, its layers at full
-    resolution 0.5. Weights and gradients stay as they are, so nobody else need know.
+    Channels last: a residual network of 20 layers takes 0.83 of the time, its layers at full
+    resolution 0.70 (128 images, one thread). Weights and gradients stay as they are, so nobody
+    else need know.
     """
     return images.contiguous(memory_format=torch.channels_last)
 
