@@ -27,7 +27,8 @@ from dtrain.block import Block, Step
 from dtrain.footprint import Footprint, footprint, live_bytes
 from dtrain.job import Plan
 from dtrain.layout import Part
-from dtrain.objectives.objective import Mode, Task
+from dtrain.objectives.objective import Mode
+from dtrain.objectives.task import Task
 from dtrain.schedules.action import Action
 from dtrain.schedules.held import held_bytes
 from dtrain.schedules.simulate import Span

@@ -24,7 +24,7 @@ from dtrain.schedules import SCHEDULES
 from dtrain.schedules.schedule import Schedule
 from dtrain.syncs import SYNCS
 from dtrain.syncs.sync import Sync
-from dtrain.tables import Table, fill, kebab, snake, unfill
+from dtrain.tables import Table, fill, kebab, load, snake, unfill
 
 T = TypeVar("T")
 
@@ -129,12 +129,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Run:
     Refusal
         The file is missing, is no TOML, or has an unknown key or name or an impossible value.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise Refusal(f"cannot read the run file {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise Refusal(f"{path} is not valid TOML: {error}") from error
+    table = load(path, "run file")
     for override in overrides:
         _override(table, override)
     try:
@@ -155,7 +150,7 @@ def parse(table: Mapping[str, Any], path: Path, overrides: Sequence[str] = ()) -
     common = [kebab(each.name) for each in dataclasses.fields(Data)]
     ours = [kebab(each.name) for each in dataclasses.fields(Clip)]
     objective = _choice(parts["objective"], "objective", OBJECTIVES, "mono-forward")
-    default = OBJECTIVES[objective.name].schedule
+    default = make(OBJECTIVES, objective, "objective").schedule
     run = Run(
         path=path,
         overrides=tuple(overrides),

@@ -18,14 +18,13 @@ Invariant: what is read is finite and not negative; what depends on the run is r
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, final
 
 from dtrain.errors import Refusal, unknown
-from dtrain.tables import fill
+from dtrain.tables import fill, load
 
 T = TypeVar("T")
 
@@ -76,12 +75,7 @@ class Sheet:
 
 def read(path: Path) -> Sheet:
     """Read a costs file; unknown keys and impossible numbers are refused."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise Refusal(f"cannot read the costs file {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise Refusal(f"{path} is not valid TOML: {error}") from error
+    table = load(path, "costs file")
     try:
         return _parse(table, path)
     except Refusal as refusal:

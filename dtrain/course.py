@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dtrain.objectives.objective import Objective, Task
+from dtrain.objectives.objective import Objective
+from dtrain.objectives.task import Task
 from dtrain.rates import Rate
 from dtrain.schedules.schedule import Schedule
 from dtrain.segments import Calendar

@@ -162,6 +162,8 @@ class Engine:
             told=given.told,
             draws=given.draws,
             sample=given.sample,
+            image=given.image,
+            indices=given.indices,
             before=before,
         )
         self.live[key] = live
@@ -175,14 +177,18 @@ class Engine:
         """Return what a forward is given: messages, data, labels, random numbers."""
         told = self.mail.take(action)
         if before is not None:
-            kept = before.sample, before.draws, action.pass_, before
+            kept = before.sample, before.image, before.indices, before.draws, action.pass_, before
             return Given(before.targets, told, *kept, learning=True)
         indices = batch.micros[action.micro]
         start = batch.first + sum(map(len, batch.micros[: action.micro]))
         draws = Draws(self.course.seed, action.block, update, batch.rows, start, len(indices))
         targets = self._here(reader.source.targets(indices))
         sample = self._here(reader.read()) if self._reads(action) else None
-        return Given(targets, told, sample, draws, learning=True)
+        image = None
+        if sample is not None and self.objective.raw and reader.source.span is not None:
+            image = reader.source.restored(sample)
+        which = self._here(torch.from_numpy(indices))
+        return Given(targets, told, sample, image, which, draws, learning=True)
 
     def _learn(self, action: Action, batch: Batch) -> None:
         block, key = self.blocks[action.block], action[1:4]
@@ -198,6 +204,8 @@ class Engine:
                 advice = "lower [optimizer] lr, or set clip"
                 raise Refusal(f"the loss of block {action.block} is {loss}: {advice}", NUMERIC)
             self.tally.add_loss(action.block, loss * len(live.targets))
+        for name, mean in live.figures.items():
+            self.tally.add_figure(action.block, name, float(mean) * len(live.targets))
         if action.kind == "I":
             assert block.split is not None
             block.split.inputs(pulls, live)
@@ -233,6 +241,7 @@ class Engine:
             block.buffers[f"heads.{index}.{name}"]
             for index, block in self.blocks.items()
             for name in self.objective.sums
+            if f"heads.{index}.{name}" in block.buffers
         ]
 
     def _clear(self) -> list[Tensor]:
@@ -250,6 +259,17 @@ class Engine:
             total.add_(old)
         for index, block in self.blocks.items():
             self.objective.solve(self.tasks[index], block)
+        self._spread()
+
+    def _spread(self) -> None:
+        """Give all blocks what the last one has found out. Collective over the stages."""
+        last, column = len(self.tasks) - 1, self.lines.column
+        for name in self.objective.spread:
+            own = [block.buffers[f"heads.{index}.{name}"] for index, block in self.blocks.items()]
+            whole = own[-1].clone()  # blocks are held in order: the last stage's last is the last
+            column.broadcast_([whole], self.seat.place[last])
+            for each in own:
+                each.copy_(whole)
 
     def _finite(self) -> None:
         """Refuse weights that the segment's last updates made NaN or infinite."""

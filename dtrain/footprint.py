@@ -29,7 +29,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dtrain.block import Block, Step
 from dtrain.live import Draws, Given, Live
-from dtrain.objectives.objective import GRADIENT, Objective, Task
+from dtrain.objectives.objective import GRADIENT, Objective
+from dtrain.objectives.task import Task
 from dtrain.saved import Saved
 from dtrain.schedules.action import Action, Point, Route
 from dtrain.schedules.messages import passes
@@ -150,17 +151,20 @@ def _passed(
     sample = (
         torch.zeros(rows, *task.sample, dtype=dtype) if objective.reads(task, "train") else None
     )
-    targets, draws = torch.zeros(rows, dtype=torch.int64), Draws(0, index, 0, rows, 0, rows)
+    image = None if sample is None or not (objective.raw and task.raw) else torch.zeros_like(sample)
+    which = targets = torch.zeros(rows, dtype=torch.int64)
+    draws = Draws(0, index, 0, rows, 0, rows)
     live: Live | None = None
     for pass_ in range(passes(routes)):
         told = _told(objective, routes, tasks, Point(index, "F", pass_), rows)
-        given = Given(targets, told, sample, draws, pass_, live, learning=True)
+        given = Given(targets, told, sample, image, which, draws, pass_, live, learning=True)
         with torch.no_grad():
             x = objective.feed(task, block, given).detach()
         x.requires_grad_(asked and x.is_floating_point())
         with saved.saving(index):
             made = block.run(x, (0, 0, 0), objective.traced(pass_))
         live = Live(**made, targets=targets, told=told, draws=draws, sample=sample, before=live)
+        live.image, live.indices = image, which
         saved.keep(index, live)
     assert live is not None
     kept, live.told = saved.peak_bytes, _told(objective, routes, tasks, Point(index, "B"), rows)

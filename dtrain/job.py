@@ -32,6 +32,7 @@ from dtrain.errors import DATA, Refusal
 from dtrain.judge import Judge
 from dtrain.layout import Layout, settle
 from dtrain.mail import Lines, Seat
+from dtrain.objectives.task import Task
 from dtrain.schedules.check import Report
 from dtrain.seeds import seeded
 from dtrain.segments import Calendar
@@ -105,8 +106,10 @@ def plan(run: Run, ranks: int) -> Plan:
     augment = augments.make(run.data.augment, run.top.seed)
     if augment is not None:
         augment.check(shape)
-    model = models.load(run.model.name, run.model.fields, run.folder, shape, classes)
-    layout = settle(run, model, shape, classes, ranks)
+    about = Task.about(shape, classes, samples.train.size, samples.train.span is not None)
+    seen = run.make_objective().sees(shape, classes)
+    model = models.load(run.model.name, run.model.fields, run.folder, seen, classes)
+    layout = settle(run, model, about, ranks)
     top, coupling = run.top, layout.coupling
     calendar = Calendar.of(
         updates_per_epoch(samples.train.size, top.batch_size),

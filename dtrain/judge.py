@@ -73,15 +73,20 @@ class Judge:
         scores = course.objective.predict(task, block, live)
         if scores is not None:
             scores = scores.to(VOTE_DTYPE)
-            live.told[VOTES] = told[VOTES] + scores if VOTES in told else scores
+            vote = course.objective.vote(task, scores)
+            live.told[VOTES] = told[VOTES] + vote if VOTES in told else vote
             tally.correct[task.block] = tally.correct.get(task.block, 0) + _right(scores, live)
-            loss = torch.nn.functional.cross_entropy(scores, targets, reduction="sum")
-            tally.add_loss(task.block, float(loss))
+            tally.add_loss(task.block, _loss(scores, targets))
         elif VOTES not in told:
             live.told[VOTES] = torch.zeros(len(targets), task.classes, dtype=VOTE_DTYPE)
         if task.last:
             tally.voted += _right(live.told[VOTES], live)
+            tally.voted_loss += _loss(live.told[VOTES], targets)
         self.mail.offer(action, block, live)
+
+
+def _loss(scores: Tensor, targets: Tensor) -> float:
+    return float(torch.nn.functional.cross_entropy(scores, targets, reduction="sum"))
 
 
 def _right(scores: Tensor, live: Live) -> int:

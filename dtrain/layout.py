@@ -20,7 +20,8 @@ from dtrain.errors import Refusal
 from dtrain.mesh import Mesh
 from dtrain.models import Model, Spec, walk
 from dtrain.models.model import Listed
-from dtrain.objectives.objective import Mode, Objective, Task
+from dtrain.objectives.objective import Mode, Objective
+from dtrain.objectives.task import Task
 from dtrain.prices import Prices, total
 from dtrain.schedules.action import Route
 from dtrain.schedules.check import Report, check
@@ -106,8 +107,9 @@ class Layout:
         return check(self.schedule, self.place, sizes, self.routes)
 
 
-def settle(run: Run, model: Model, shape: tuple[int, ...], classes: int, ranks: int) -> Layout:
-    """Return the layout of `run` on `ranks` ranks, for samples of `shape`.
+def settle(run: Run, model: Model, about: Task, ranks: int) -> Layout:
+    """Return the layout of `run` on `ranks` ranks; what is known of the data is the same in the
+    tasks of all blocks.
 
     Raises
     ------
@@ -117,17 +119,17 @@ def settle(run: Run, model: Model, shape: tuple[int, ...], classes: int, ranks: 
     _stages_fit(run, ranks)
     mesh = Mesh.fit(ranks, run.mesh.stages, run.mesh.placement)
     dtype = DTYPES[run.top.dtype]
-    specs = walk(model, shape, dtype)
-    if specs[-1].outputs != (classes,):
+    objective, schedule = run.make_objective(), run.make_schedule()
+    specs = walk(model, objective.sees(about.sample, about.classes), dtype)
+    if specs[-1].outputs != (about.classes,):
         raise Refusal(
             f"layer '{specs[-1].name}' returns {specs[-1].outputs} for a sample, but the data has "
-            f"{classes} classes: end the model with {classes} outputs"
+            f"{about.classes} classes: end the model with {about.classes} outputs"
         )
     for spec in specs:
         if not spec.dtype.is_floating_point:
             raise Refusal(f"layer '{spec.name}' returns {spec.dtype}: a layer returns real numbers")
-    objective, schedule = run.make_objective(), run.make_schedule()
-    prices = Prices(specs, objective, classes)
+    prices = Prices(specs, objective, model, about, run.top.seed)
     layers = partition.ranges(len(specs), _cuts(run, prices, mesh.stages))
     _recomputes(run, len(layers))
     routes = objective.routes(len(layers), "train")
@@ -208,7 +210,8 @@ def _part(prices: Prices, block: int, layers: Sequence[range], above: tuple[int,
     helper = prices.helper(task)
     couples = prices.objective.couples(task) or (helper is not None and helper.couples)
     head = helper.parameters if helper else 0
-    return Part(task, layers[block], parameters, head, cost + total(helper), model, couples)
+    cost = cost * prices.objective.copies(task) + total(helper)
+    return Part(task, layers[block], parameters, head, cost, model, couples)
 
 
 def describe(layout: Layout, rows: int) -> dict[str, Any]:

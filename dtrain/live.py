@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Generator, Tensor, nn
 
 from dtrain.seeds import key
@@ -52,6 +53,7 @@ class Draws:
 
 
 NO_DRAWS = Draws(0, 0, 0, 0, 0, 0)
+NOBODY = torch.empty(0, dtype=torch.int64)
 
 
 @dataclass(slots=True)
@@ -67,6 +69,11 @@ class Given:
     sample : Tensor or None
         The data themselves, (rows, ...), standardised and augmented, where the objective reads
         them in this block; not to be written to.
+    image : Tensor or None
+        The same as they were before they were standardised, in 0 ... 1, where the objective asks
+        for `raw` data and their range is known.
+    indices : Tensor
+        Which samples of the training split they are, (rows,) int64; empty in prediction.
     draws : Draws
         The objective's own random numbers.
     pass_ : int
@@ -80,6 +87,8 @@ class Given:
     targets: Tensor
     told: dict[str, Tensor] = field(default_factory=dict)
     sample: Tensor | None = None
+    image: Tensor | None = None
+    indices: Tensor = NOBODY
     draws: Draws = NO_DRAWS
     pass_: int = 0
     before: Live | None = None
@@ -106,6 +115,8 @@ class Live:
         What the routes brought to the current action, by the route's name.
     loss : Tensor or None
         Mean over the rows of what a user sees as the loss; left behind by the objective.
+    figures : dict of str to Tensor
+        Means over the rows of whatever else a user wants to see, likewise; they are recorded.
     outs : dict of str to Tensor
         What each layer made, by name, where the objective learns layer by layer.
     taps : dict of str to Tensor
@@ -114,6 +125,10 @@ class Live:
         The objective's own random numbers.
     sample : Tensor or None
         The data themselves, where the objective reads them in this block.
+    image : Tensor or None
+        The same, not standardised.
+    indices : Tensor
+        Which samples they are.
     before : Live or None
         What an earlier pass left.
     draw : tuple of int
@@ -133,10 +148,13 @@ class Live:
     share: float = 1.0
     told: dict[str, Tensor] = field(default_factory=dict)
     loss: Tensor | None = None
+    figures: dict[str, Tensor] = field(default_factory=dict)
     outs: dict[str, Tensor] = field(default_factory=dict)
     taps: dict[str, Tensor] = field(default_factory=dict)
     draws: Draws = NO_DRAWS
     sample: Tensor | None = None
+    image: Tensor | None = None
+    indices: Tensor = NOBODY
     before: Live | None = None
     draw: tuple[int, ...] = ()
     buffers: dict[str, Tensor] = field(default_factory=dict)

@@ -20,7 +20,8 @@ from dtrain.comm.routes import Spec
 from dtrain.errors import Refusal
 from dtrain.live import Live
 from dtrain.mesh import Mesh
-from dtrain.objectives.objective import Mode, Objective, Task
+from dtrain.objectives.objective import Mode, Objective
+from dtrain.objectives.task import Task
 from dtrain.schedules.action import Action, Route
 from dtrain.schedules.messages import Messages
 

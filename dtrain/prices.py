@@ -6,13 +6,16 @@ costs depends on its task alone, so equal ones are counted once.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 
 import torch
 from torch import nn
 
-from dtrain.models import Spec, count
-from dtrain.objectives.objective import GRADIENT, Objective, Task
+from dtrain.models import Model, Spec, count
+from dtrain.objectives.objective import GRADIENT, Objective
+from dtrain.objectives.task import Later, Task
 
 
 class Prices:
@@ -24,12 +27,24 @@ class Prices:
         The model's layers.
     objective : Objective
         Whose helpers and feedback are counted.
-    classes : int
-        Number of labels.
+    model : Model
+        Whose layers they are.
+    about : Task
+        What is the same for all blocks: classes, and what is known of the data.
+    seed : int
+        Of the layers that an objective makes anew.
     """
 
-    def __init__(self, specs: tuple[Spec, ...], objective: Objective, classes: int) -> None:
-        self.specs, self.objective, self.classes = specs, objective, classes
+    def __init__(
+        self,
+        specs: tuple[Spec, ...],
+        objective: Objective,
+        model: Model,
+        about: Task,
+        seed: int = 0,
+    ) -> None:
+        self.specs, self.objective, self.model, self.about = specs, objective, model, about
+        self.seed = seed
         totals = (spec.forward + spec.weight_gradient + spec.input_gradient for spec in specs)
         self._sums = [0, *accumulate(totals)]
         self._elements = [0, *accumulate(spec.parameters for spec in specs)]
@@ -38,7 +53,8 @@ class Prices:
 
     def flops(self, i: int, j: int) -> int:
         """Return multiply-adds, forward and backward, of a block that is still being balanced."""
-        return self.layers(i, j) + total(self.helper(self._guess(j)))
+        task = self._guess(j)
+        return self.layers(i, j) * self.objective.copies(task) + total(self.helper(task))
 
     def parameters(self, i: int, j: int) -> int:
         """Return elements of the layers' and the helper's parameters, likewise."""
@@ -58,9 +74,25 @@ class Prices:
         """Return the task of a block of the layers ``i .. j-1``; the next block is one layer."""
         first, last = self.specs[i], self.specs[j - 1]
         above = self.specs[j].outputs if j < len(self.specs) else ()
-        sample = self.specs[0].inputs
-        shapes = first.inputs, last.outputs
-        return Task(block, blocks, *shapes, last.dtype, self.classes, sample, above)
+        return replace(
+            self.about,
+            block=block,
+            blocks=blocks,
+            inputs=first.inputs,
+            outputs=last.outputs,
+            dtype=last.dtype,
+            above=above,
+            later=self._later(j) if self.objective.ahead else (),
+        )
+
+    def _later(self, j: int) -> tuple[Later, ...]:
+        """Return the layers from j on, as an objective may make them anew."""
+        layers = enumerate(self.specs[j:], start=j)
+        dtype = self.specs[0].dtype
+        return tuple(
+            Later(spec.name, spec.outputs, partial(self.model.copy, index, self.seed, dtype))
+            for index, spec in layers
+        )
 
     def _unasked(self, i: int, j: int) -> int:
         """Return what autograd saves where nobody asks for the gradient of the block's input.

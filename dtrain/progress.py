@@ -103,7 +103,8 @@ class Progress:
         rate = totals.rate
         done = {"loss": totals.losses(), "samples_per_s": rate, "samples": totals.samples}
         host = self.comm.hosts[totals.latest["slowest_rank"]]
-        self._record("train", **done, **totals.latest, slowest_host=host)
+        measured = totals.measured()
+        self._record("train", **done, **measured, **totals.latest, slowest_host=host)
         if save_s is not None:
             self._record("checkpoint", save_s=save_s)
         if eval_s is None:

@@ -185,6 +185,7 @@ def summary(plan: Plan, totals: Totals, status: str, digest: str | None = None) 
         "samples_per_s": totals.samples_per_s,
         "train_loss": totals.train_loss,
         "train_loss_per_block": totals.losses(),
+        **totals.measured(),
         **(totals.test or dict.fromkeys(UNTESTED)),
         "bytes_intra_node": totals.bytes_intra_node,
         "bytes_inter_node": totals.bytes_inter_node,

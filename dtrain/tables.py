@@ -7,15 +7,33 @@ everything else is a refusal that says what is legal.
 from __future__ import annotations
 
 import dataclasses
+import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from dtrain.errors import Refusal, unknown
 
 Table = dict[str, Any]
 T = TypeVar("T")
+
+
+def load(path: Path, what: str) -> Table:
+    """Return the nested tables of a TOML file; `what` it is says the refusal where there is none.
+
+    Raises
+    ------
+    Refusal
+        The file cannot be read, or is no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Refusal(f"cannot read the {what} {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise Refusal(f"{path} is not valid TOML: {error}") from error
 
 
 def fill(kind: type[T], table: Mapping[str, Any], where: str, known: Sequence[str] = ()) -> T:

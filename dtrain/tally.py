@@ -20,6 +20,10 @@ class Tally:
         Sum of the losses over rows.
     correct, voted : dict of int to int, int
         Rows that a block, and that the vote, predicted rightly.
+    figures : dict of int to dict of str to float
+        Sums over rows of what else objectives measure, by name.
+    voted_loss : float
+        Sum over rows of the vote's cross-entropy.
     busy_s, wall_s : float
         Seconds at work, and seconds in all; the rest was spent in waits.
     """
@@ -28,9 +32,16 @@ class Tally:
     loss: dict[int, float] = field(default_factory=dict)
     correct: dict[int, int] = field(default_factory=dict)
     voted: int = 0
+    voted_loss: float = 0.0
+    figures: dict[int, dict[str, float]] = field(default_factory=dict)
     busy_s: float = 0.0
     wall_s: float = 0.0
 
     def add_loss(self, block: int, total: float) -> None:
         """Add a sum of losses over rows."""
         self.loss[block] = self.loss.get(block, 0.0) + total
+
+    def add_figure(self, block: int, name: str, total: float) -> None:
+        """Add a sum of another measure over rows."""
+        own = self.figures.setdefault(block, {})
+        own[name] = own.get(name, 0.0) + total

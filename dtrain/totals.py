@@ -35,6 +35,8 @@ class Totals:
         longest in it.
     loss, rows : list of float, int
         Sum of losses per block (None: it has none) over `rows` samples of the present epoch.
+    figures : dict of str to list of float
+        The same of what else the objective measures, by name.
     busy_s, stage_s : list of float
         Seconds at work and in all, per stage, summed over replicas.
     test, tested : dict, int
@@ -51,6 +53,7 @@ class Totals:
     rate: float = 0.0
     latest: dict[str, Any] = field(default_factory=dict)
     loss: list[float | None] = field(default_factory=list)
+    figures: dict[str, list[float | None]] = field(default_factory=dict)
     rows: int = 0
     busy_s: list[float] = field(default_factory=list)
     stage_s: list[float] = field(default_factory=list)
@@ -82,7 +85,7 @@ class Totals:
         """Add one segment: one row per rank, as `train` gathers them."""
         self.update = segment.last
         if segment.offset == 0 or len(self.loss) != blocks:
-            self.loss, self.rows = [None] * blocks, 0
+            self.loss, self.rows, self.figures = [None] * blocks, 0, {}
         if len(self.busy_s) != stages:
             self.busy_s, self.stage_s = [0.0] * stages, [0.0] * stages
         self.peak_live = [0] * stages
@@ -107,10 +110,21 @@ class Totals:
         self.bytes_inter_node += row["bytes_inter_node"]
         for block, total in row["loss"].items():
             self.loss[int(block)] = (self.loss[int(block)] or 0.0) + total
+        for block, sums in row["figures"].items():
+            for name, total in sums.items():
+                own = self.figures.setdefault(name, [None] * len(self.loss))
+                own[int(block)] = (own[int(block)] or 0.0) + total
 
     def losses(self) -> list[float | None]:
         """Return the mean loss of the present epoch, per block."""
-        return [None if total is None else total / self.rows for total in self.loss]
+        return self._means(self.loss)
+
+    def measured(self) -> dict[str, list[float | None]]:
+        """Return the means of what else was measured in the present epoch, by name, per block."""
+        return {name: self._means(sums) for name, sums in sorted(self.figures.items())}
+
+    def _means(self, sums: Sequence[float | None]) -> list[float | None]:
+        return [None if total is None else total / self.rows for total in sums]
 
     @property
     def train_loss(self) -> float | None:
@@ -139,8 +153,11 @@ def slowest(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def tested(rows: Sequence[Row], blocks: int) -> dict[str, Any]:
-    """Return the evaluation over all ranks' rows: means over samples, per block and by vote."""
+def tested(rows: Sequence[Row], blocks: int, votes: bool) -> dict[str, Any]:
+    """Return the evaluation over all ranks' rows: means over samples, per block and by vote.
+
+    `votes` says whether the model's own prediction is the vote, not the last block's.
+    """
     samples = sum(row["rows"] for row in rows if row["stage"] == 0)
     loss, correct = [0.0] * blocks, [0] * blocks
     can = {int(block) for row in rows for block in row["correct"]}
@@ -149,10 +166,11 @@ def tested(rows: Sequence[Row], blocks: int) -> dict[str, Any]:
             correct[int(block)] += count
             loss[int(block)] += row["loss"][block]
     accuracy = [correct[b] / samples if b in can else None for b in range(blocks)]
-    mean = loss[-1] / samples
+    vote = sum(row["voted"] for row in rows) / samples
+    mean = (sum(row["voted_loss"] for row in rows) if votes else loss[-1]) / samples
     return {
         "test_loss": mean if math.isfinite(mean) else None,
-        "test_accuracy": accuracy[-1],
-        "test_accuracy_vote": sum(row["voted"] for row in rows) / samples,
+        "test_accuracy": vote if votes else accuracy[-1],
+        "test_accuracy_vote": vote,
         "accuracy_per_block": accuracy,
     }

@@ -264,7 +264,8 @@ def _test(job: Job, views: Views, totals: Totals) -> None:
             shown.enter_context(block.showing(views[index]))
         tally = job.judge.predict(job.test, micros)
     told = control.exchange({"stage": job.seat.stage, **asdict(tally)})
-    totals.test, totals.tested = tested(told, len(engine.tasks)), totals.update
+    totals.test = tested(told, len(engine.tasks), engine.objective.votes)
+    totals.tested = totals.update
 
 
 def _finish(job: Job, totals: Totals, out: Path) -> dict[str, Any]:

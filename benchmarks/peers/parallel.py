@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 import sys
-import time
+from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from peers.clock import timed
 
 WIDTHS = (3072, *[1024] * 7)
 KINDS: dict[str, dict[str, Any]] = {
@@ -37,11 +41,11 @@ def main() -> None:
     torch.manual_seed(0)
     x, y = torch.randn(rows, WIDTHS[0]), torch.randint(0, 10, (rows,))
     told = {
-        f"step_s_{name}": timed(DistributedDataParallel(net(), **kind), x, y, steps)
+        f"step_s_{name}": timed(update(DistributedDataParallel(net(), **kind), x, y), steps)
         for name, kind in KINDS.items()
     }
     told["step_s"] = min(told.values())
-    told["step_s_alone"] = timed(net(), x, y, steps)
+    told["step_s_alone"] = timed(update(net(), x, y), steps)
     if dist.get_rank() == 0:
         print(json.dumps(told), flush=True)
     dist.destroy_process_group()
@@ -53,8 +57,8 @@ def net() -> nn.Module:
     return nn.Sequential(*hidden, nn.Linear(WIDTHS[-1], 10))
 
 
-def timed(model: nn.Module, x: torch.Tensor, y: torch.Tensor, steps: int) -> float:
-    """Return the seconds of one step, after three to warm up, between two barriers."""
+def update(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
+    """Return one step of the model's training on always the same batch."""
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
 
     def step() -> None:
@@ -62,14 +66,7 @@ def timed(model: nn.Module, x: torch.Tensor, y: torch.Tensor, steps: int) -> flo
         torch.autograd.backward(cross_entropy(model(x), y))
         optimizer.step()
 
-    for _ in range(3):
-        step()
-    dist.barrier()
-    start = time.perf_counter()
-    for _ in range(steps):
-        step()
-    dist.barrier()
-    return (time.perf_counter() - start) / steps
+    return step
 
 
 if __name__ == "__main__":

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from peers.clock import timed
 
 LR = 0.01
 
@@ -58,18 +60,6 @@ def main() -> None:
         told = {"step_s": spent, "samples_per_s": batch / spent, "compute_s": float(alone)}
         print(json.dumps(told), flush=True)
     dist.destroy_process_group()
-
-
-def timed(step: Callable[[], None], steps: int) -> float:
-    """Return the seconds of one step, after three to warm up, between two barriers."""
-    for _ in range(3):
-        step()
-    dist.barrier()
-    start = time.perf_counter()
-    for _ in range(steps):
-        step()
-    dist.barrier()
-    return (time.perf_counter() - start) / steps
 
 
 if __name__ == "__main__":

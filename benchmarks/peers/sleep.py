@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,6 +18,7 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from peers.clock import timed
 from user import Sleeper
 
 ROWS, WIDTH = 4, 16
@@ -49,21 +48,10 @@ def main() -> None:
             for part in x.chunk(micros):
                 module(part).sum().backward()
 
-    spent, own = timed(step, steps), timed(alone, steps)
+    spent, own = timed(step, steps, warm=1), timed(alone, steps, warm=1)
     if rank == 0:
         print(json.dumps({"efficiency": own / spent, "update_s": spent, "update_alone_s": own}))
     dist.destroy_process_group()
-
-
-def timed(step: Callable[[], None], steps: int) -> float:
-    """Return the seconds of one step, after one to warm up, between two barriers."""
-    step()
-    dist.barrier()
-    start = time.perf_counter()
-    for _ in range(steps):
-        step()
-    dist.barrier()
-    return (time.perf_counter() - start) / steps
 
 
 if __name__ == "__main__":

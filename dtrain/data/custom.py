@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dtrain.data.source import Array, Arrays, Data, alike, below, check
+from dtrain.data.source import Array, Arrays, Data, alike, below, check, span
 from dtrain.errors import DATA, Refusal
 
 
@@ -48,7 +48,7 @@ def adopt(made: object, where: str) -> Data:
 
 
 def _arrays(x: Array, y: Array, classes: int) -> Arrays:
-    return Arrays(len(x), tuple(x.shape[1:]), classes, lambda: x, lambda: y)
+    return Arrays(len(x), tuple(x.shape[1:]), classes, lambda: x, lambda: y, span(x.dtype))
 
 
 def _array(value: Any) -> Array:

@@ -18,6 +18,7 @@ from dtrain.data.source import Array, Arrays, Data
 from dtrain.errors import DATA, Refusal
 
 TRAIN, TEST = 1437, 360
+SPAN = (0.0, 16.0)
 
 
 @final
@@ -41,8 +42,8 @@ class Digits:
             )
         parts = cache(_parts)
         return Data(
-            Arrays(TRAIN, (1, 8, 8), 10, lambda: parts()[0], lambda: parts()[2]),
-            Arrays(TEST, (1, 8, 8), 10, lambda: parts()[1], lambda: parts()[3]),
+            Arrays(TRAIN, (1, 8, 8), 10, lambda: parts()[0], lambda: parts()[2], SPAN),
+            Arrays(TEST, (1, 8, 8), 10, lambda: parts()[1], lambda: parts()[3], SPAN),
         )
 
 

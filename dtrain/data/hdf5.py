@@ -27,7 +27,18 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from dtrain.data.memory import fits
-from dtrain.data.source import Array, Data, Moments, Source, alike, below, check, floats, integers
+from dtrain.data.source import (
+    Array,
+    Data,
+    Moments,
+    Source,
+    alike,
+    below,
+    check,
+    floats,
+    integers,
+    span,
+)
 from dtrain.errors import DATA, Refusal
 
 
@@ -85,6 +96,7 @@ class File(Source):
             check(x, self._y, str(path))
             self.size, self.shape, self._kind = len(x), tuple(x.shape[1:]), x.dtype
             self.names = _names(file)
+            self.span = span(x.dtype)
             self._known = _known(file, self.shape[0], path)
         self.classes = self._classes(train)
         below(self._y, self.classes, str(path))

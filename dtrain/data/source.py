@@ -38,11 +38,14 @@ class Source(ABC):
         Shape of one sample, (C, H, W) or (features,) or another with the channels first.
     classes : int
         Number of classes.
+    span : (float, float) or None
+        The lowest and the highest value that an input can have, where that is known.
     """
 
     size: int
     shape: tuple[int, ...]
     classes: int
+    span: tuple[float, float] | None = None
 
     @property
     def slow(self) -> bool:
@@ -62,6 +65,13 @@ class Source(ABC):
     @abstractmethod
     def targets(self, indices: ArrayLike) -> Tensor:
         """Return labels of shape (n,), int64, 0 <= label < classes, without reading inputs."""
+
+    def restored(self, x: Tensor) -> Tensor:
+        """Return inputs (n, *shape) as they were before anything was done to their values, scaled
+        from the `span`, which must be known, to 0 ... 1."""
+        assert self.span is not None
+        low, high = self.span
+        return ((x - low) / (high - low)).clamp_(0, 1)
 
     def moments(self) -> Moments:
         """Return mean and standard deviation per channel; by default all inputs are read once."""
@@ -90,6 +100,8 @@ class Arrays(Source):
         Returns the samples, (size, *shape), of a dtype in `KINDS`; called on first need.
     y : callable
         Returns the labels, (size,) integers; likewise.
+    span : (float, float), optional
+        As in `Source`.
     """
 
     def __init__(
@@ -99,8 +111,9 @@ class Arrays(Source):
         classes: int,
         x: Callable[[], Array],
         y: Callable[[], Array],
+        span: tuple[float, float] | None = None,
     ) -> None:
-        self.size, self.shape, self.classes = size, shape, classes
+        self.size, self.shape, self.classes, self.span = size, shape, classes, span
         self._x, self._y = cache(x), cache(y)
 
     def inputs(self, indices: ArrayLike) -> Tensor:
@@ -125,7 +138,7 @@ class Standardised(Source):
 
     def __init__(self, source: Source, known: Callable[[], Moments]) -> None:
         self.size, self.shape, self.classes = source.size, source.shape, source.classes
-        self._source, self._known = source, known
+        self._source, self._known, self.span = source, known, source.span
 
     @property
     def slow(self) -> bool:
@@ -145,6 +158,10 @@ class Standardised(Source):
         mean, deviation = self._scale
         return (x - mean.to(x.dtype)).div_(deviation.to(x.dtype))
 
+    def restored(self, x: Tensor) -> Tensor:
+        mean, deviation = (each.to(x) for each in self._scale)
+        return self._source.restored(x * deviation + mean)
+
     def targets(self, indices: ArrayLike) -> Tensor:
         return self._source.targets(indices)
 
@@ -153,6 +170,11 @@ def standardised(data: Data) -> Data:
     """Standardise both splits with the moments of the training split, which are found once."""
     known = cache(data.train.moments)
     return Data(Standardised(data.train, known), Standardised(data.test, known))
+
+
+def span(kind: Any) -> tuple[float, float] | None:
+    """Return the span of samples of a numpy dtype as `floats` gives them: known of bytes."""
+    return (0.0, 1.0) if kind == np.uint8 else None
 
 
 def moments(batches: Iterable[Array]) -> Moments:

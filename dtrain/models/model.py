@@ -65,6 +65,11 @@ class Model(ABC):
             self.names[index]: layer.to(dtype) for index, layer in zip(chosen, layers, strict=True)
         }
 
+    def copy(self, index: int, seed: int, dtype: torch.dtype) -> nn.Module:
+        """Return one layer anew, as `build` first made it; without memory on the meta device."""
+        [layer] = self._make([index], seed)
+        return layer.to(dtype)
+
     def kind(self, index: int) -> Hashable:
         """Return what layers of equal structure have in common, None where that is not known."""
         return None

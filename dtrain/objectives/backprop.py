@@ -15,7 +15,8 @@ from typing import ClassVar
 
 from dtrain.block import Block, Pull
 from dtrain.live import Live
-from dtrain.objectives.objective import GRADIENT, Mode, Objective, Task, born, onward
+from dtrain.objectives.objective import GRADIENT, Mode, Objective, born, onward
+from dtrain.objectives.task import Task
 from dtrain.schedules.action import Point, Route
 
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from dtrain.block import Block, Pull
 from dtrain.live import Live
-from dtrain.objectives.objective import VOTES, Mode, Objective, Task, born, onward
+from dtrain.objectives.objective import VOTES, Mode, Objective, born, onward
+from dtrain.objectives.task import Task
 from dtrain.schedules.action import Route
 
 

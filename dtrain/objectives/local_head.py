@@ -25,7 +25,7 @@ from torch import nn
 from dtrain.errors import Refusal
 from dtrain.models.images import Norm, Pooled, conv, norm
 from dtrain.objectives.heads import Heads
-from dtrain.objectives.objective import Task
+from dtrain.objectives.task import Task
 
 CONVOLUTIONS = 3
 

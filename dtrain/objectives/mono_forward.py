@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from dtrain.objectives.heads import Heads
-from dtrain.objectives.objective import Task
+from dtrain.objectives.task import Task
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -26,6 +25,7 @@ from torch.nn.functional import cross_entropy
 from dtrain.block import Block, Grain, Pull
 from dtrain.live import Given, Live
 from dtrain.models.model import Layers
+from dtrain.objectives.task import Task
 from dtrain.schedules.action import Point, Route
 
 Mode = Literal["train", "predict"]
@@ -35,64 +35,51 @@ VOTE_DTYPE = torch.float64
 """Votes are sums over blocks whose scores may differ in dtype."""
 
 
-@dataclass(frozen=True)
-class Task:
-    """Where one block stands among the blocks of a run.
-
-    Attributes
-    ----------
-    block, blocks : int
-        Its position, and how many there are.
-    inputs, outputs : tuple of int
-        Shape of one sample that enters and that leaves.
-    dtype : torch.dtype
-        Of what leaves.
-    classes : int
-        Number of labels.
-    sample : tuple of int
-        Shape of one sample of the data.
-    above : tuple of int
-        Shape that leaves the next block; where cuts are still being balanced, that leaves the next
-        layer. Empty in the last block.
-    """
-
-    block: int
-    blocks: int
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    dtype: torch.dtype
-    classes: int
-    sample: tuple[int, ...] = ()
-    above: tuple[int, ...] = ()
-
-    @property
-    def last(self) -> bool:
-        """Whether this block ends in the model's own head."""
-        return self.block == self.blocks - 1
-
-
 class Objective(ABC):
     """One way for blocks to learn. Fields of a subclass are its keys in the run file.
 
     Attributes
     ----------
-    schedule : str
-        The schedule that a run file without ``[schedule]`` gets.
     grain : "block" or "layer"
         Where the graph is cut: "layer" detaches every layer from the one before it.
-    trains : bool
-        Whether the layers learn by gradients; if not they keep their first weights.
     sums : tuple of str
         Buffers of the helper that add up over samples; they are added over the replicas at a
-        segment's end, before `solve`.
+        segment's end, before `solve`. Helpers may lack them.
+    spread : tuple of str
+        Buffers that all helpers have, and that the last block's give to all others after `solve`.
+    ahead : bool
+        Whether it looks at the layers that come after a block: ``task.later``.
+    raw : bool
+        Whether it looks at data that are not standardised: ``live.image``.
     """
 
-    schedule: ClassVar[str] = "stream"
     grain: ClassVar[Grain] = "block"
-    trains: ClassVar[bool] = True
     sums: ClassVar[tuple[str, ...]] = ()
+    spread: ClassVar[tuple[str, ...]] = ()
+    ahead: ClassVar[bool] = False
+    raw: ClassVar[bool] = False
+
+    @property
+    def schedule(self) -> str:
+        """The schedule that a run file without ``[schedule]`` gets."""
+        return "stream"
+
+    @property
+    def trains(self) -> bool:
+        """Whether the layers learn by gradients; if not they keep their first weights."""
+        return True
+
+    @property
+    def votes(self) -> bool:
+        """Whether the model's prediction is the vote of all blocks, not that of the last one."""
+        return False
 
     # ---- what a block is made of
+
+    def sees(self, shape: tuple[int, ...], classes: int) -> tuple[int, ...]:
+        """Return the shape of one sample that the model is made for, given that of the data: `feed`
+        of block 0 makes such samples."""
+        return shape
 
     def build(self, task: Task) -> nn.Module | None:
         """Return what the objective adds to a block (a head), or None; called under its seed.
@@ -117,6 +104,10 @@ class Objective(ABC):
     def fed(self, task: Task) -> tuple[int, ...]:
         """Return the shape of one sample that `feed` gives to the block's first layer."""
         return task.inputs
+
+    def copies(self, task: Task) -> int:
+        """Return how often a sample passes the block's layers in training, for the costs."""
+        return 1
 
     def couples(self, task: Task) -> bool:
         """Say whether the loss of a sample depends on others, batch statistics apart."""
@@ -203,6 +194,15 @@ class Objective(ABC):
         """Return the class scores (rows, classes) of this block, None where it has none: by
         default the last block alone has some, and it always does."""
         return live.y if task.last else None
+
+    def vote(self, task: Task, scores: Tensor) -> Tensor:
+        """Return what a block's scores (rows, classes) add to the vote."""
+        return scores
+
+    def cautions(self, tasks: Sequence[Task], rows: int) -> list[str]:
+        """Return what a user should know before a run starts, each in one line, with numbers;
+        `rows` are the samples of a micro-batch."""
+        return []
 
 
 def onward(blocks: int, name: str = ACTIVATION, pass_: int = 0) -> tuple[Route, ...]:

@@ -24,7 +24,7 @@ from dtrain.schedules.messages import passes
 from dtrain.schedules.schedule import Schedule, owned
 from dtrain.schedules.simulate import Plan, PlanError, Simulation, Span
 
-__all__ = ["PlanError", "Report", "Sizes", "check", "groups", "verify"]
+__all__ = ["PlanError", "Report", "Sizes", "check", "groups", "planned", "verify"]
 
 Sizes = Sequence[Sequence[int]]
 """Micro-batches by [replica][update]."""
@@ -87,13 +87,8 @@ def check(
         Where the plans do not fit: a fault of the schedule.
     """
     schedule.admit(routes)
-    stages = max(place) + 1
     rows = groups(_prefix(sizes, *_filled(place, routes)))
-    plans = {
-        replica: [tuple(schedule.plan(s, place, row, routes)) for s in range(stages)]
-        for replica, row in rows.items()
-    }
-    return _prove(plans, rows, place, routes)
+    return _prove(planned(schedule, place, rows, routes), rows, place, routes)
 
 
 def verify(
@@ -124,6 +119,20 @@ def groups(sizes: Sizes) -> dict[int, tuple[int, ...]]:
     for replica, row in enumerate(sizes):
         rows.setdefault(tuple(row), replica)
     return {replica: row for row, replica in rows.items()}
+
+
+def planned(
+    schedule: Schedule,
+    place: Sequence[int],
+    rows: Mapping[int, Sequence[int]],
+    routes: Sequence[Route],
+) -> dict[int, list[Plan]]:
+    """Return the plans of the replicas in `rows` (sizes by replica), stage by stage."""
+    stages = range(max(place) + 1)
+    return {
+        replica: [tuple(schedule.plan(stage, place, row, routes)) for stage in stages]
+        for replica, row in rows.items()
+    }
 
 
 def _filled(place: Sequence[int], routes: Sequence[Route]) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from operator import itemgetter
 from typing import TypeVar, final
 
 from dtrain.schedules.action import Route
-from dtrain.schedules.check import Sizes, groups
+from dtrain.schedules.check import Sizes, groups, planned
 from dtrain.schedules.costs import Costs
 from dtrain.schedules.messages import Messages
 from dtrain.schedules.schedule import Schedule
@@ -90,14 +90,11 @@ def forecast(
         Where the plans do not fit: a fault of the schedule.
     """
     schedule.admit(routes)
-    rows, stages = groups(sizes), max(place) + 1
-    plans = {
-        replica: [tuple(schedule.plan(s, place, row, routes)) for s in range(stages)]
-        for replica, row in rows.items()
-    }
+    rows = groups(sizes)
+    plans = planned(schedule, place, rows, routes)
     course = Simulation(plans, rows, place, routes, costs, credits)
     course.run()
-    return _Books(course, rows, place, routes, costs).forecast(stages)
+    return _Books(course, rows, place, routes, costs).forecast(max(place) + 1)
 
 
 @final

@@ -1,7 +1,9 @@
-"""Streaming: activations flow forward, every block learns at once, nothing flows back.
+"""Streaming: activations flow forward, all blocks learn at once, nobody waits for what flows back.
 
 Invariant: a block's `F` and `B` of a micro-batch stand in the same cycle, so nothing is stale and
-the result is that of training block after block on one rank.
+the result is that of training block after block on one rank. What goes back to an earlier block
+is served if it is late enough to be there without a wait: a lag of one update, and one for each
+block that it passes.
 
 Three stages, updates of two micro-batches (U has no width here), drained once per segment:
 
@@ -32,13 +34,16 @@ class Stream(Schedule):
     """Run each block in cycle (micro-batches so far) + (hops from the first rank)."""
 
     limit: ClassVar[str] = (
-        "'stream' brings nothing back to an earlier block or into a forward; "
-        'for gradients that flow back set schedule.name = "1f1b" or "fill-drain"'
+        "'stream' brings nothing back to an earlier block, unless it is as many updates late as "
+        'it passes blocks, and one; for gradients that flow back set schedule.name = "1f1b" or '
+        '"fill-drain", for anything else "drained", or "pipelined" where it may be stale'
     )
 
     def runs(self, route: Route) -> bool:
-        kinds = route.source.kind + route.target.kind
-        return kinds in ("FF", "FB", "BB") and not feeds_back([route])
+        source, target = route.source, route.target
+        if feeds_back([route]):
+            return route.lag > max(source.block - target.block, 0)
+        return source.kind + target.kind in ("FF", "FB", "BB")
 
     def plan(
         self, stage: int, place: Sequence[int], sizes: Sequence[int], routes: Sequence[Route]

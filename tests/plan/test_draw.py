@@ -6,7 +6,7 @@ from dtrain.schedules import SCHEDULES
 from dtrain.schedules.action import Point, Route
 from dtrain.schedules.check import Report, check
 from dtrain.schedules.draw import draw
-from tests.witness.pipelined import Pipelined
+from dtrain.schedules.pipelined import Pipelined
 from tests.witness.split import Split
 
 

@@ -106,14 +106,14 @@ def foreign(path: Path) -> list[str]:
 def siblings(path: Path) -> list[str]:
     """Return the siblings that an objective or a sync imports; a folder's `__init__` may.
 
-    The abstract class that a folder shares is the file in the singular: `objective`, `sync`;
-    `heads` is that of all objectives with a head per block.
+    Strategies are what the folder's `__init__` lists, the abstract class apart; all other files
+    there are for several of them.
     """
     if part(path) not in ("objectives", "syncs") or path.stem == "__init__":
         return []
-    shared = part(path).removesuffix("s")
     prefix = f"dtrain.{part(path)}."
-    strategies = {p.stem for p in path.parent.glob("*.py")} - {"__init__", shared, "heads"}
+    listed = (name.removeprefix(prefix) for name in imports(path.parent / "__init__.py"))
+    strategies = {name.split(".")[0] for name in listed} - {part(path).removesuffix("s")}
     near = (name.removeprefix(prefix) for name in imports(path) if name.startswith(prefix))
     return [name for name in near if name.split(".")[0] in strategies]
 
@@ -208,6 +208,7 @@ def test_the_laws_find_what_is_wrong(
         source.parent.mkdir(parents=True, exist_ok=True)
         source.touch()
     path.write_text(code, encoding="utf-8")
+    path.with_name("__init__.py").write_text("from .y import Y", encoding="utf-8")
     monkeypatch.setitem(globals(), "PACKAGE", house)
     monkeypatch.setitem(globals(), "SOURCES", [path, *others])
     assert law(path) != []

@@ -20,7 +20,7 @@ from dtrain.data import order
 from dtrain.errors import Refusal
 from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.mono_forward import MonoForward
-from dtrain.objectives.objective import Task
+from dtrain.objectives.task import Task
 from dtrain.schedules import SCHEDULES
 from dtrain.seeds import seeded
 from dtrain.syncs import SYNCS

@@ -16,7 +16,7 @@ from dtrain import data, models
 from dtrain.comm.threads import run as ranks
 from dtrain.data import order
 from dtrain.objectives.local_head import LocalHead
-from dtrain.objectives.objective import Task
+from dtrain.objectives.task import Task
 from dtrain.seeds import seeded
 from dtrain.train import train
 from tests import pictures

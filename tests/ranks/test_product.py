@@ -61,6 +61,7 @@ SYNCHRONOUS = [cell for cell in CELLS if SCHEDULES[cell[1]].weights == "own"]
 def planned(objective: str, schedule: str, stages: int, replicas: int, micros: int) -> Plan:
     """Return the plan of a cell, whatever its sync."""
     named = {"objective__name": objective, "schedule__name": schedule}
+    micros = 1 if SCHEDULES[schedule].weights == "current" else micros  # it updates after each
     return plan(
         tiny.run(**NET, **named, micro_batches=micros, mesh__stages=stages), stages * replicas
     )

@@ -18,7 +18,8 @@ from dtrain.live import Live
 from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.backprop import Backprop
 from dtrain.objectives.mono_forward import MonoForward
-from dtrain.objectives.objective import GRADIENT, Objective, Task, onward
+from dtrain.objectives.objective import GRADIENT, Objective, onward
+from dtrain.objectives.task import Task
 from dtrain.seeds import seeded
 
 D = torch.float64

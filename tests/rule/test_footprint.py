@@ -14,7 +14,8 @@ from dtrain.footprint import Footprint, footprint, live_bytes
 from dtrain.live import Live
 from dtrain.models.images import Convolution, Pooled
 from dtrain.objectives import OBJECTIVES
-from dtrain.objectives.objective import Objective, Task
+from dtrain.objectives.objective import Objective
+from dtrain.objectives.task import Task
 from dtrain.saved import Saved
 from dtrain.schedules.action import Action
 from dtrain.schedules.check import check

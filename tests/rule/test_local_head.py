@@ -20,7 +20,7 @@ from dtrain.live import Live
 from dtrain.models import count
 from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.local_head import LocalHead
-from dtrain.objectives.objective import Task
+from dtrain.objectives.task import Task
 from dtrain.prices import Prices
 from dtrain.seeds import seeded
 
@@ -118,10 +118,17 @@ def test_multiply_adds_of_a_head_are_counted_by_hand() -> None:
 def test_a_cut_pays_for_the_head_that_stands_on_it() -> None:
     net = models.load("resnet", {"depth": 8}, Path(), (3, 32, 32), 10)
     specs = models.walk(net, (3, 32, 32), torch.float32)
-    alone, with_head = (Prices(specs, OBJECTIVES[n](), 10) for n in ("backprop", "local-head"))
-    assert with_head.flops(0, 2) == Prices(specs, LocalHead("greedy"), 10).flops(0, 2)
+    about = Task.about((3, 32, 32), 10)
+    alone, with_head, greedy, dgl = (
+        Prices(specs, objective, net, about)
+        for objective in (
+            *(OBJECTIVES["backprop"](), OBJECTIVES["local-head"]()),
+            *(LocalHead("greedy"), DGL),
+        )
+    )
+    assert with_head.flops(0, 2) == greedy.flops(0, 2)
     assert with_head.flops(0, 5) == alone.flops(0, 5)
-    assert Prices(specs, DGL, 10).parameters(0, 2) - alone.parameters(0, 2) == (
+    assert dgl.parameters(0, 2) - alone.parameters(0, 2) == (
         3 * (16 * 16 + 32) + 3 * (64 * 64 + 64 + 128) + 650
     )
 

@@ -16,7 +16,7 @@ from torch.nn.functional import mse_loss, one_hot
 from dtrain.block import Block, Pull
 from dtrain.live import Live
 from dtrain.objectives.heads import Heads
-from dtrain.objectives.objective import Task
+from dtrain.objectives.task import Task
 
 
 class Solved(nn.Module):

@@ -16,6 +16,7 @@ from dtrain.comm.threads import run as ranks
 from dtrain.data import order
 from dtrain.errors import Refusal
 from dtrain.schedules import SCHEDULES
+from dtrain.schedules.pipelined import Pipelined
 from dtrain.syncs import SYNCS
 from dtrain.train import train
 from tests import tiny
@@ -23,7 +24,6 @@ from tests.outcome import model
 from tests.witness.daso import Flying
 from tests.witness.fold import Fold
 from tests.witness.interleaved import Interleaved
-from tests.witness.pipelined import Pipelined
 from tests.witness.split import Split
 
 ORDERS = {"split": Split, "fold": Fold, "interleaved": Interleaved}

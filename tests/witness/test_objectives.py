@@ -17,13 +17,13 @@ from dtrain.data import order
 from dtrain.errors import Refusal
 from dtrain.objectives import OBJECTIVES
 from dtrain.schedules import SCHEDULES
+from dtrain.schedules.drained import Drained
 from dtrain.seeds import seeded
 from dtrain.train import train
 from tests import tiny
 from tests.outcome import close, model
 from tests.witness.cafo import Cafo
 from tests.witness.ccl import Ccl
-from tests.witness.drained import Drained
 from tests.witness.noprop import NoProp
 from tests.witness.pepita import Pepita
 

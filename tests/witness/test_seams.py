@@ -20,6 +20,7 @@ from dtrain.layout import settle
 from dtrain.models import adopt
 from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.mono_forward import MonoForward
+from dtrain.objectives.task import Task
 from dtrain.train import train
 from tests import tiny
 from tests.outcome import close
@@ -134,7 +135,7 @@ def test_heads_are_priced_where_they_stand() -> None:
     objective = {"name": "local-head", "head": "dgl", "norm": "group", "groups": 8}
     run = tiny.run(model=model, objective=objective, partition={"cuts": [2]}, mesh__stages=2)
     net = adopt(lambda: _layers(run), "cnn")
-    assert settle(run, net, (3, 8, 8), 3, 2).parts[0].head_parameters > 0
+    assert settle(run, net, Task.about((3, 8, 8), 3), 2).parts[0].head_parameters > 0
 
 
 def _layers(run: Any) -> Any:

@@ -1,8 +1,17 @@
-"""Pipelined backpropagation: an update after every micro-batch, and the pipeline never drains.
+"""Pipelined: an update after every micro-batch, and the pipeline never drains inside a segment.
 
-Invariant: 2(K-1-b) updates between `F` and `B` of block b out of K, on any number of ranks; `B`
-computes with the weights of its own moment.
-Source: Kosson et al. 2021, "Pipelined Backpropagation at Scale".
+Invariant: the updates between `F` and `B` of a block follow from the routes and count blocks, not
+ranks: 2(K-1-b) of K for backpropagation, K-b at most for an error that goes to all blocks at once.
+`B` computes with the weights of its own moment, and with what its forward kept.
+
+Backpropagation, three blocks:
+
+    cycle         0    1    2       3       4
+    block 0       F    F    F       F       F B U
+    block 1            F    F       F B U   F B U
+    block 2                 F B U   F B U   F B U
+
+Source: Kosson et al. 2021, "Pipelined Backpropagation at Scale", without its compensations.
 """
 
 from __future__ import annotations
@@ -20,7 +29,7 @@ from dtrain.schedules.schedule import Schedule
 @final
 @dataclass(frozen=True)
 class Pipelined(Schedule):
-    """Cycles over whatever flows, drained at the end of a segment."""
+    """Cycles over whatever flows, drained at a segment's end alone."""
 
     limit: ClassVar[str] = "'pipelined' runs every route"
     weights: ClassVar[Literal["own", "current"]] = "current"

@@ -1,0 +1,85 @@
+"""Where a block stands among the blocks of a run: all that an objective knows when it builds.
+
+Invariant: plain values, pure in the run file and in the data's shape; `later` makes layers under
+the run's own seed, the same on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Later:
+    """A layer that comes after a block.
+
+    Attributes
+    ----------
+    name : str
+        Its name in the model.
+    outputs : tuple of int
+        Shape of one sample that leaves it.
+    make : callable
+        Returns it anew, with the first weights that the run's seed gives it.
+    """
+
+    name: str
+    outputs: tuple[int, ...]
+    make: Callable[[], nn.Module] = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Where one block stands among the blocks of a run.
+
+    Attributes
+    ----------
+    block, blocks : int
+        Its position, and how many there are.
+    inputs, outputs : tuple of int
+        Shape of one sample that enters and that leaves.
+    dtype : torch.dtype
+        Of what leaves.
+    classes : int
+        Number of labels.
+    sample : tuple of int
+        Shape of one sample of the data.
+    above : tuple of int
+        Shape that leaves the next block; where cuts are still being balanced, that leaves the next
+        layer. Empty in the last block.
+    samples : int
+        Size of the training split.
+    raw : bool
+        Whether the range of the data is known, so that ``live.image`` can be had.
+    later : tuple of Later
+        All layers after the block, where the objective looks `ahead`.
+    """
+
+    block: int
+    blocks: int
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    dtype: torch.dtype
+    classes: int
+    sample: tuple[int, ...] = ()
+    above: tuple[int, ...] = ()
+    samples: int = 0
+    raw: bool = False
+    later: tuple[Later, ...] = ()
+
+    @classmethod
+    def about(
+        cls, sample: tuple[int, ...], classes: int, samples: int = 0, raw: bool = False
+    ) -> Task:
+        """Return what is known of the data, in the place of a net of one block."""
+        shapes = sample, (classes,), torch.float32
+        return cls(0, 1, *shapes, classes, sample, samples=samples, raw=raw)
+
+    @property
+    def last(self) -> bool:
+        """Whether this block ends in the model's own head."""
+        return self.block == self.blocks - 1

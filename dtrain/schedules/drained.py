@@ -1,0 +1,39 @@
+"""Drained: whatever flows, update by update; the synchronous form of every order in cycles.
+
+Invariant: no block is updated before all have learnt, so nothing is stale and micro-batches are
+learnt in order, whatever the routes are.
+
+Two forward passes, the error of the first returning into the second (PEPITA), three blocks:
+
+    cycle      0    1    2    3      4      5
+    block 0    F              F/1 B
+    block 1         F                F/1 B
+    block 2              F                  F/1 B    then U0 U1 U2, and the next update starts
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from dtrain.schedules.action import Action, Route
+from dtrain.schedules.cycles import cycles
+from dtrain.schedules.schedule import Schedule
+
+
+@final
+@dataclass(frozen=True)
+class Drained(Schedule):
+    """Cycles that restart with every update."""
+
+    limit: ClassVar[str] = "'drained' runs every route"
+    flushes: ClassVar[bool] = True
+
+    def runs(self, route: Route) -> bool:
+        return True
+
+    def plan(
+        self, stage: int, place: Sequence[int], sizes: Sequence[int], routes: Sequence[Route]
+    ) -> Iterator[Action]:
+        return cycles(stage, place, sizes, routes, "update")
