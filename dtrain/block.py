@@ -19,24 +19,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn, optim
 
+from dtrain.calm import may_draw, writes
 from dtrain.live import Live
 from dtrain.seeds import seeded
-from dtrain.split import LEAVES, Split
+from dtrain.split import Split
 
 Pull = tuple[Tensor, Tensor]
 Step = Callable[[Iterable[nn.Parameter]], optim.Optimizer]
 Grain = Literal["block", "layer"]
-
-# Layers made of these alone never draw random numbers, so they need no generator of their own.
-CALM = (
-    *LEAVES,
-    nn.modules.batchnorm._NormBase,
-    nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd,
-    *(nn.LayerNorm, nn.GroupNorm, nn.Flatten, nn.Identity),
-    *(nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.Hardtanh),
-)
 
 
 class Block:
@@ -75,7 +65,7 @@ class Block:
         self.layers = dict(layers)
         self.helper = helper
         self.seed, self.grain, self.recompute = seed, grain, recompute
-        self.drawing = {name for name, layer in self.layers.items() if _may_draw(layer)}
+        self.drawing = {name for name, layer in self.layers.items() if may_draw(layer)}
         self.roots = {**self.layers, **({} if helper is None else {f"heads.{index}": helper})}
         self.parameters = {
             f"{root}.{name}": tensor
@@ -86,8 +76,8 @@ class Block:
         self.optimizer = step(self.trained) if self.trained else None
         groups = self.optimizer.param_groups if self.optimizer else []
         self.rates = [float(group["lr"]) for group in groups]
-        self.helps = helper is not None and _may_draw(helper)
-        self.writing = {name for name, layer in self.layers.items() if _writes(layer)}
+        self.helps = helper is not None and may_draw(helper)
+        self.writing = {name for name, layer in self.layers.items() if writes(layer)}
         self.outs: dict[str, Tensor] = {}
         self.taps: dict[str, Tensor] = {}
         self.split: Split | None = None
@@ -102,6 +92,18 @@ class Block:
             for root, module in self.roots.items()
             for name, tensor in module.named_buffers()
         }
+
+    @property
+    def drifting(self) -> dict[str, Tensor]:
+        """The buffers in which replicas may differ, such as batch statistics: all but those that
+        their module names in an attribute ``alike``."""
+        alike = {
+            ".".join(filter(None, (root, path, name)))
+            for root, module in self.roots.items()
+            for path, each in module.named_modules()
+            for name in getattr(each, "alike", ())
+        }
+        return {name: buffer for name, buffer in self.buffers.items() if name not in alike}
 
     @property
     def lr(self) -> float:
@@ -132,6 +134,10 @@ class Block:
             )
 
     # ---- forward and learning
+
+    def owned(self, x: Tensor, sample: Tensor | None) -> Tensor:
+        """Return x, in memory of its own where a layer may write to the sample that others read."""
+        return x.clone() if self.writing and sample is not None else x
 
     def forward(self, x: Tensor, draw: tuple[int, ...]) -> Tensor:
         """Run the layers in order on `x` (rows, ...); `draw` keys the layers' random numbers."""
@@ -179,16 +185,20 @@ class Block:
         self._hold(now)
 
     def _copies(self) -> dict[str, Tensor]:
-        return {name: buffer.clone() for name, buffer in self.buffers.items()}
+        """Return copies of the layers' buffers; the helper is not run in a forward."""
+        helper = f"heads.{self.index}."
+        own = self.buffers.items()
+        return {name: buffer.clone() for name, buffer in own if not name.startswith(helper)}
 
     def _hold(self, others: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Let buffers hold the memory of others; return what they held.
 
         Nothing is copied: autograd may have saved a buffer and would see that it was written to.
         """
-        held = {name: buffer.data for name, buffer in self.buffers.items()}
-        for name, buffer in self.buffers.items():
-            buffer.data = others[name]
+        own = self.buffers
+        held = {name: own[name].data for name in others}
+        for name, data in others.items():
+            own[name].data = data
         return held
 
     def learn(self, pulls: Iterable[Pull]) -> None:
@@ -235,6 +245,10 @@ class Block:
             for tensor, data in kept:
                 tensor.data = data
 
+    def kept(self) -> list[Tensor]:
+        """Return what the helper keeps from update to update, beside parameters and buffers."""
+        return list(getattr(self.helper, "kept", ()))
+
     def memory(self) -> dict[str, Tensor]:
         """Return the optimizer's state as ``<parameter>/<key>``: tensors, scalars as 0-dim."""
         if self.optimizer is None:
@@ -258,23 +272,3 @@ class Block:
         groups = self.optimizer.state_dict()["param_groups"]
         # torch knows which entry belongs on which device.
         self.optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
-
-
-def _writes(layer: nn.Module) -> bool:
-    """Tell whether a layer works in place, as far as its modules say."""
-    return any(getattr(module, "inplace", False) for module in layer.modules())
-
-
-def _may_draw(layer: nn.Module) -> bool:
-    """Tell whether a layer might use random numbers: any module inside that is not known calm.
-
-    A subclass may do what its parent does not, so a user's class is calm only if it says so,
-    by an attribute ``draws = False``.
-    """
-    return not all(_calm(module) for module in layer.modules())
-
-
-def _calm(module: nn.Module) -> bool:
-    own = type(module).forward.__module__.startswith("torch.nn.modules.")
-    known = own and isinstance(module, (*CALM, nn.Sequential))
-    return known or getattr(module, "draws", True) is False

@@ -13,7 +13,7 @@ laid side by side.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from typing import Any, final
@@ -22,13 +22,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from dtrain import optimizers
-from dtrain.block import Block, Step
-from dtrain.footprint import Footprint, footprint, live_bytes
+from dtrain.assembly import assembled, drawn, origin, stepper
+from dtrain.block import Block
+from dtrain.footprint import Footprint, Make, footprint, live_bytes
 from dtrain.job import Plan
-from dtrain.layout import Part
 from dtrain.objectives.objective import Mode
-from dtrain.objectives.task import Task
 from dtrain.schedules.action import Action
 from dtrain.schedules.held import held_bytes
 from dtrain.schedules.simulate import Span
@@ -51,7 +49,7 @@ class Budget:
     parameters, gradients, optimizer : int
         Of its blocks, buffers and heads included.
     live : int
-        Micro-batches between forward and learning.
+        Micro-batches between forward and learning, and what helpers keep of earlier updates.
     messages : int
         Posted receives, and sends under way.
     """
@@ -125,11 +123,19 @@ class Books:
                     parameters=sum(each.parameters for each in own),
                     gradients=sum(each.gradients for each in own),
                     optimizer=sum(each.optimizer for each in own),
-                    live=live_bytes(actions, blocks),
+                    live=live_bytes(actions, blocks) + self._remembered(stage),
                     messages=messages,
                 )
             )
         return found
+
+    def _remembered(self, stage: int) -> int:
+        """Return what the helpers of a stage keep from update to update."""
+        plan, tasks = self.plan, self.layout.tasks
+        rows = -(-min(plan.shares.size, plan.data.train.size) // self.layout.mesh.replicas)
+        return rows * sum(
+            self.layout.objective.remembers(tasks[b]) for b in self.layout.blocks(stage)
+        )
 
     def _held(self, rows: int) -> list[int]:
         """Return the messages of every stage: the more of training and of evaluation."""
@@ -146,46 +152,39 @@ class Books:
         return [max(pair) for pair in zip(learnt, told, strict=True)]
 
     def _blocks(self, rows: int) -> list[Footprint]:
-        run, layout = self.plan.run, self.layout
+        layout, step = self.layout, stepper(self.plan.run)
         skeletons = layout.model.skeletons(layout.dtype)
-        step = partial(optimizers.make, run.optimizer.name, run.optimizer.fields)
         found = []
-        for index, part in enumerate(layout.parts):
-            own = part.own.skeletons(layout.dtype) if part.own else skeletons
-            with torch.device("meta"):
-                make = partial(self._block, part, own, self._helper(part.task), step)
-            found.append(footprint(make, step, layout.objective, layout.tasks, index, rows))
+        for index in range(len(layout.parts)):
+            real, fake = partial(self._real, index), self._fakes(index, skeletons)
+            objective, tasks = layout.objective, layout.tasks
+            found.append(footprint(real, fake, step, objective, tasks, index, rows))
         return found
 
-    def _helper(self, task: Task) -> nn.Module | None:
-        helper = self.layout.objective.build(task)
-        return None if helper is None else helper.to(task.dtype)
+    def _real(self, index: int) -> Block:
+        """Return a block as a run makes it."""
+        return self._ready(drawn(self.plan.run, self.layout, index, torch.device("cpu")))
 
-    def _block(
-        self, part: Part, made: Skeletons, helper: nn.Module | None, step: Step, real: bool
-    ) -> Block:
-        """Return a block as `build` makes it; not real, it is made of fake tensors."""
-        layout, chosen, index = self.layout, self.plan.run.partition.recompute, part.task.block
-        model = layout.model if part.own is None else part.own
-        indices = part.layers if part.own is None else range(len(model.names))
-        if real:
-            layers = model.build(indices, 0, layout.dtype)
-            helper = self._helper(part.task)
-        else:
-            layers = {model.names[i]: _faked(made[i]) for i in indices}
-            helper = None if helper is None else _faked(helper)
-        for layer in layers.values():
-            if not layout.objective.trains:
-                layer.requires_grad_(False)
-        again = chosen if isinstance(chosen, bool) else index in chosen
-        block = Block(index, layers, helper, step, 0, layout.objective.grain, again)
-        if layout.schedule.splits:
+    def _fakes(self, index: int, skeletons: Skeletons) -> Make | None:
+        """Return what makes a block of fake tensors, None where a layer has no skeleton."""
+        layout, part = self.layout, self.layout.parts[index]
+        model, indices = origin(layout, index)
+        made = skeletons if part.own is None else part.own.skeletons(layout.dtype)
+        layers = {model.names[i]: layer for i in indices if (layer := made[i]) is not None}
+        with torch.device("meta"):
+            helper = layout.objective.build(part.task)
+        if helper is not None:
+            helper = helper.to(part.task.dtype)
+        return partial(self._fake, index, layers, helper) if len(layers) == len(indices) else None
+
+    def _fake(self, index: int, layers: Mapping[str, nn.Module], helper: nn.Module | None) -> Block:
+        """Return a block of such tensors as are made now: those of a CPU, without memory."""
+        faked = {name: layer.to_empty(device="cpu") for name, layer in layers.items()}
+        helper = None if helper is None else helper.to_empty(device="cpu")
+        return self._ready(assembled(self.plan.run, self.layout, index, faked, helper))
+
+    def _ready(self, block: Block) -> Block:
+        """Return a block as the engine has it when it starts."""
+        if self.layout.schedule.splits:
             block.split = Split(block.roots.values())
         return block
-
-
-def _faked(layer: nn.Module | None) -> nn.Module:
-    """Return a layer without memory as one on the CPU; called in the mode of fake tensors."""
-    if layer is None:
-        raise NotImplementedError("a layer that cannot be made without memory")
-    return layer.to_empty(device="cpu")

@@ -1,7 +1,8 @@
-"""The command line: `dtrain train`, `dtrain plan`, `dtrain flight`, `dtrain data import`.
+"""The command line: `dtrain train`, `evaluate`, `plan`, `flight` and `data import`.
 
-Invariant: nothing here imports torch or MPI before a command needs it, and only `train` ever
-imports MPI; a refusal is one message from one rank and its exit code, anything else a traceback.
+Invariant: nothing here imports torch or MPI before a command needs it, and only `train` and
+`evaluate` ever import MPI; a refusal is one message from one rank and its exit code, anything else
+a traceback.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +27,9 @@ from dtrain.telemetry import attend, say
 
 if TYPE_CHECKING:
     from dtrain.comm.comm import Comm
+
+Words = Callable[[argparse.Namespace], list[str]]
+Work = Callable[[argparse.Namespace, "Comm"], None]
 
 GRACE_S = 0.5
 """How long the rank that was stopped first lets the others write what they did; mpirun kills them
@@ -58,11 +62,19 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train what a run file describes")
     _run(train)
     train.add_argument("--out", type=Path, metavar="DIR", help="run folder (runs/<run file>)")
-    train.add_argument("--ranks", type=_positive, metavar="N", help="start N ranks on this host")
     train.add_argument(
         "--resume", default="auto", metavar="auto|never|DIR", help="where to go on from (auto)"
     )
-    train.set_defaults(command=_train)
+    _ranks(train, _training, _train)
+
+    evaluate = commands.add_parser("evaluate", help="test the newest checkpoint of a run")
+    evaluate.add_argument("folder", type=Path, metavar="DIR", help="run folder")
+    _set(evaluate, "other data: data.test=FILE.h5")
+    evaluate.add_argument(
+        "--split", default="test", choices=("train", "test"), help="which samples (test)"
+    )
+    evaluate.add_argument("--json", action="store_true", help="print plain values")
+    _ranks(evaluate, _testing, _evaluate)
 
     plan = commands.add_parser("plan", help="show blocks, schedule and messages; trains nothing")
     _run(plan)
@@ -90,9 +102,18 @@ def _parser() -> argparse.ArgumentParser:
 def _run(parser: argparse.ArgumentParser) -> None:
     """Add what names a run to a command."""
     parser.add_argument("run", type=Path, metavar="RUN.toml")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key"
-    )
+    _set(parser, "override a key")
+
+
+def _set(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add what overrides keys of a run."""
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=what)
+
+
+def _ranks(parser: argparse.ArgumentParser, words: Words, work: Work) -> None:
+    """Make a command one of ranks: what each of them does, and the words that ask for it."""
+    parser.add_argument("--ranks", type=_positive, metavar="N", help="start N ranks on this host")
+    parser.set_defaults(command=_start, words=words, work=work)
 
 
 def _positive(word: str) -> int:
@@ -102,36 +123,39 @@ def _positive(word: str) -> int:
     return number
 
 
-def _train(options: argparse.Namespace) -> int:
-    """Train on the ranks that the launcher gave; ``--ranks`` starts them first."""
+def _start(options: argparse.Namespace) -> int:
+    """Do a command on the ranks that the launcher gave; ``--ranks`` starts them first.
+
+    ``-P`` keeps the current folder off the import path.
+    """
     if options.ranks is None:
-        return _work(options)
-    return launch.start(options.ranks, _worker(options), os.environ)
+        return _rank(options)
+    argv = [sys.executable, "-P", "-m", "dtrain", *options.words(options)]
+    argv += [word for pair in options.set for word in ("--set", pair)]
+    return launch.start(options.ranks, argv, os.environ)
 
 
-def _worker(options: argparse.Namespace) -> list[str]:
-    """Return the command of one rank; ``-P`` keeps the current folder off the import path."""
-    words = [sys.executable, "-P", "-m", "dtrain", "train", str(options.run)]
-    words += ["--resume", options.resume]
-    words += [word for pair in options.set for word in ("--set", pair)]
+def _training(options: argparse.Namespace) -> list[str]:
+    """Return the words that ask a rank to train."""
+    words = ["train", str(options.run), "--resume", options.resume]
     return words if options.out is None else [*words, "--out", str(options.out)]
 
 
-def _work(options: argparse.Namespace) -> int:
-    """Be one rank: refuse with all others, or train; end the job if this rank fails."""
+def _testing(options: argparse.Namespace) -> list[str]:
+    """Return the words that ask a rank to evaluate."""
+    words = ["evaluate", str(options.folder), "--split", options.split]
+    return [*words, "--json"] if options.json else words
+
+
+def _rank(options: argparse.Namespace) -> int:
+    """Be one rank: refuse with all others, or do the work; end the job if this rank fails."""
     from dtrain.comm import world
 
     attend(signal.SIGUSR1)  # whoever asks while ranks start ends nothing
     comm = world()  # MPI comes before torch
     _listen(comm)
     try:
-        from dtrain.config import read
-        from dtrain.job import together
-        from dtrain.train import train
-
-        run = together(comm, lambda: read(options.run, options.set))
-        _launched(run.mesh.stages, comm.size, options.run)
-        train(run, comm, options.out or Path("runs") / options.run.stem, options.resume)
+        options.work(options, comm)
     except Refusal as refusal:
         if refusal.agreed and comm.rank:
             return refusal.code
@@ -150,6 +174,27 @@ def _work(options: argparse.Namespace) -> int:
             traceback.print_exc()
         comm.abort(1)
     return 0
+
+
+def _train(options: argparse.Namespace, comm: Comm) -> None:
+    """Train, as one rank."""
+    from dtrain.config import read
+    from dtrain.job import together
+    from dtrain.train import train
+
+    run = together(comm, lambda: read(options.run, options.set))
+    _launched(run.mesh.stages, comm.size, options.run)
+    train(run, comm, options.out or Path("runs") / options.run.stem, options.resume)
+
+
+def _evaluate(options: argparse.Namespace, comm: Comm) -> None:
+    """Evaluate, as one rank; the first one tells."""
+    from dtrain.exam import examine
+    from dtrain.report import exam_text
+
+    found = examine(options.folder, comm, options.split, options.set)
+    if comm.rank == 0:
+        print(json.dumps(found, indent=2) if options.json else exam_text(found).rstrip())
 
 
 def _listen(comm: Comm) -> None:

@@ -67,7 +67,8 @@ class Engine:
         own = (t for b in blocks.values() for t in [*b.parameters.values(), *b.buffers.values()])
         self.saved = Saved(own, course.schedule.weights)
         self.live: dict[Key, Live] = {}
-        self.peak_live = self.fullest = 0
+        self.peak_live = self.fullest = self.kept = 0
+        self.late = max((route.lag for route in self.mail.routes), default=0)
         self.tally = Tally()
         self.asked = {r.source.block for r in self.mail.routes if r.name == GRADIENT}
         self.readers = {b for b in blocks if self.objective.reads(self.tasks[b], "train")}
@@ -138,7 +139,7 @@ class Engine:
             for sync in self.syncs.values():
                 sync.poll()
             if action.kind == "U" and action.block == last:
-                if batch.own == self.fullest:
+                if batch.own == self.fullest and action.update >= self.late:
                     self.saved.stop()
                 yield update
 
@@ -150,11 +151,11 @@ class Engine:
         before = self.live.get(key)
         given = self._given(action, reader, batch, update, before)
         with torch.no_grad():
-            x = self.objective.feed(task, block, given).detach()
+            x = block.owned(self.objective.feed(task, block, given), given.sample).detach()
         x.requires_grad_(action.block in self.asked and x.is_floating_point())
         draw = (update, action.micro, self.seat.replica)
         with self.saved.saving(key):
-            kept = block.run(x, draw, self.objective.traced(action.pass_))
+            kept = block.run(x, draw, self.objective.traced(task, action.pass_))
         live = Live(
             **kept,
             targets=given.targets,
@@ -193,7 +194,7 @@ class Engine:
     def _learn(self, action: Action, batch: Batch) -> None:
         block, key = self.blocks[action.block], action[1:4]
         live = self.live[key]
-        live.told = self.mail.take(action)
+        live.told = {**live.told, **self.mail.take(action)}
         if block.recompute:
             self._recall(block, live, key)
         with self.saved.saving(key), block.helping(live):
@@ -220,7 +221,7 @@ class Engine:
         self.saved.drop(key)
         with self.saved.saving(key):
             for pass_, each in enumerate(live.passes()):
-                if self.objective.traced(pass_):
+                if self.objective.traced(self.tasks[block.index], pass_):
                     block.recall(each)
         for each in live.passes():
             self.saved.keep(key, each)
@@ -234,6 +235,7 @@ class Engine:
         told = self.mail.take(action)
         self.updates.step(action.block, batch, update, epoch, told)
         self.mail.offer(action, self.blocks[action.block], None)
+        self.kept = max(self.kept, sum(t.nbytes for b in self.blocks.values() for t in b.kept()))
 
     def _sums(self) -> list[Tensor]:
         """Return the buffers that add up over samples."""
@@ -265,8 +267,13 @@ class Engine:
         """Give all blocks what the last one has found out. Collective over the stages."""
         last, column = len(self.tasks) - 1, self.lines.column
         for name in self.objective.spread:
-            own = [block.buffers[f"heads.{index}.{name}"] for index, block in self.blocks.items()]
-            whole = own[-1].clone()  # blocks are held in order: the last stage's last is the last
+            keys = [(f"heads.{index}.{name}", block) for index, block in self.blocks.items()]
+            own = [block.buffers[key] for key, block in keys if key in block.buffers]
+            if not own:
+                continue
+            # Blocks are held in order, so the last stage's last is the last.
+            kind = self.tasks[last].dtype if own[-1].is_floating_point() else own[-1].dtype
+            whole = own[-1].to(kind, copy=True)
             column.broadcast_([whole], self.seat.place[last])
             for each in own:
                 each.copy_(whole)
@@ -288,5 +295,5 @@ class Engine:
         own = [tensor for block in self.blocks.values() for tensor in block.tensors().values()]
         trained = [p for block in self.blocks.values() for p in block.trained]
         memory = [t for block in self.blocks.values() for t in block.memory().values()]
-        held = sum(tensor.nbytes for tensor in [*own, *trained, *memory])
+        held = sum(tensor.nbytes for tensor in [*own, *trained, *memory]) + self.kept
         return held + self.saved.peak_bytes + self.lines.control.traffic.peak_held_bytes

@@ -18,9 +18,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import final
 
 import torch
@@ -35,8 +35,12 @@ from dtrain.saved import Saved
 from dtrain.schedules.action import Action, Point, Route
 from dtrain.schedules.messages import passes
 
-Make = Callable[[bool], Block]
-"""Returns the block anew: for real, or of fake tensors (called in their mode)."""
+Make = Callable[[], Block]
+"""Returns the block anew."""
+
+Measure = Callable[[Make, int], tuple[Block, tuple[int, ...]]]
+"""Returns the block that is made, and what each forward and the learning of one micro-batch of so
+many rows add."""
 
 FEW, MORE = 2, 4
 """Rows of the two real runs through which a line is laid, where fake tensors cannot."""
@@ -60,6 +64,8 @@ class Footprint:
         Of one micro-batch from its first forward until it is learnt.
     learning : int
         What learning it adds until it ends.
+    later : tuple of int
+        Of `kept`, what each forward after the first one adds.
     """
 
     parameters: int
@@ -67,49 +73,68 @@ class Footprint:
     optimizer: int
     kept: int
     learning: int
+    later: tuple[int, ...] = ()
 
 
 def footprint(
-    make: Make, step: Step, objective: Objective, tasks: Sequence[Task], index: int, rows: int
+    real: Make,
+    fake: Make | None,
+    step: Step,
+    objective: Objective,
+    tasks: Sequence[Task],
+    index: int,
+    rows: int,
 ) -> Footprint:
     """Return what block `index` holds with micro-batches of `rows` samples.
 
     Parameters
     ----------
-    make, step : callable
-        Make the block and its optimizer.
+    real, fake : callable
+        Make the block: for real; of fake tensors (called in their mode), None where it cannot be.
+    step : callable
+        Makes the block's optimizer.
     tasks : sequence of Task
         One per block of the run.
 
     Whatever the block's layers or the objective raise on zeros is raised.
     """
-    measure = partial(_measured, make, objective, tasks, index)
+    measure = partial(_measured, objective, tasks, index)
     with torch.random.fork_rng(devices=[]):
-        try:
-            block, kept, learning = measure(rows, real=False)
-        except Exception:  # whatever looks at values; a true fault shows again for real
-            few, (block, *more) = measure(FEW, real=True), measure(MORE, real=True)
-            steps = (rows - FEW) / (MORE - FEW)
-            kept, learning = (
-                round(a + (b - a) * steps) for a, b in zip(few[1:], more, strict=True)
-            )
+        found = None if fake is None else _faked(measure, fake, rows)
+        block, (*passed, learning) = found or _carried(measure, real, rows)
         return Footprint(
             parameters=_nbytes(block.tensors().values()),
             gradients=_nbytes(block.trained),
             optimizer=_remembered(step, block.trained),
-            kept=kept,
+            kept=sum(passed),
             learning=learning,
+            later=tuple(passed[1:]),
         )
 
 
+def _faked(measure: Measure, make: Make, rows: int) -> tuple[Block, tuple[int, ...]] | None:
+    """Return what fake tensors tell, None where the block looks at values, which they lack."""
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return measure(make, rows)
+    except Exception:  # of any kind; a true fault shows again for real
+        return None
+
+
+def _carried(measure: Measure, make: Make, rows: int) -> tuple[Block, tuple[int, ...]]:
+    """Return what two real runs with few rows tell, carried on to `rows`."""
+    (_, few), (block, more) = measure(make, FEW), measure(make, MORE)
+    steps = (rows - FEW) / (MORE - FEW)
+    return block, tuple(round(a + (b - a) * steps) for a, b in zip(few, more, strict=True))
+
+
 def _measured(
-    make: Make, objective: Objective, tasks: Sequence[Task], index: int, rows: int, *, real: bool
-) -> tuple[Block, int, int]:
-    """Return the block, and the bytes that one micro-batch keeps and that learning it adds."""
-    mode = nullcontext() if real else FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.enable_grad(), mode:
-        block = make(real)
-        return block, *_passed(block, objective, tasks, index, rows)
+    objective: Objective, tasks: Sequence[Task], index: int, make: Make, rows: int
+) -> tuple[Block, tuple[int, ...]]:
+    """Return the block, and the bytes that forwards and learning of one micro-batch add."""
+    with torch.enable_grad():
+        block = make()
+        return block, _passed(block, objective, tasks, index, rows)
 
 
 def _remembered(step: Step, trained: Iterable[Tensor]) -> int:
@@ -141,8 +166,8 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
 
 def _passed(
     block: Block, objective: Objective, tasks: Sequence[Task], index: int, rows: int
-) -> tuple[int, int]:
-    """Return the bytes that one micro-batch keeps, and that learning it adds."""
+) -> tuple[int, ...]:
+    """Return the bytes that each forward of one micro-batch adds, and that learning it adds."""
     task, routes = tasks[index], objective.routes(len(tasks), "train")
     block.tap(objective.taps(block))
     saved = Saved([*block.parameters.values(), *block.buffers.values()])
@@ -155,32 +180,34 @@ def _passed(
     which = targets = torch.zeros(rows, dtype=torch.int64)
     draws = Draws(0, index, 0, rows, 0, rows)
     live: Live | None = None
+    peaks = [0]
     for pass_ in range(passes(routes)):
         told = _told(objective, routes, tasks, Point(index, "F", pass_), rows)
         given = Given(targets, told, sample, image, which, draws, pass_, live, learning=True)
         with torch.no_grad():
-            x = objective.feed(task, block, given).detach()
+            x = block.owned(objective.feed(task, block, given), sample).detach()
         x.requires_grad_(asked and x.is_floating_point())
         with saved.saving(index):
-            made = block.run(x, (0, 0, 0), objective.traced(pass_))
+            made = block.run(x, (0, 0, 0), objective.traced(task, pass_))
         live = Live(**made, targets=targets, told=told, draws=draws, sample=sample, before=live)
         live.image, live.indices = image, which
         saved.keep(index, live)
+        peaks.append(saved.peak_bytes)
     assert live is not None
-    kept, live.told = saved.peak_bytes, _told(objective, routes, tasks, Point(index, "B"), rows)
+    live.told = {**live.told, **_told(objective, routes, tasks, Point(index, "B"), rows)}
     if block.recompute:
-        _recalled(saved, block, objective, live)
+        _recalled(saved, block, objective, task, live)
     with saved.saving(index):
         objective.pulls(task, block, live)
-    return kept, saved.peak_bytes - kept
+    return tuple(b - a for a, b in pairwise([*peaks, saved.peak_bytes]))
 
 
-def _recalled(saved: Saved, block: Block, objective: Objective, live: Live) -> None:
+def _recalled(saved: Saved, block: Block, objective: Objective, task: Task, live: Live) -> None:
     """Compute again what was not kept, as the engine does."""
     saved.drop(live.draws.block)
     with saved.saving(live.draws.block):
         for pass_, each in enumerate(live.passes()):
-            if objective.traced(pass_):
+            if objective.traced(task, pass_):
                 block.recall(each)
     for each in live.passes():
         saved.keep(live.draws.block, each)
@@ -203,7 +230,8 @@ def live_bytes(actions: Iterable[Action], blocks: Mapping[int, Footprint]) -> in
             continue
         match action.kind:
             case "F":
-                now += 0 if action.pass_ else each.kept
+                first, later = each.kept - sum(each.later), each.later
+                now += later[action.pass_ - 1] if action.pass_ else first
                 most = max(most, now)
             case "W":
                 now -= each.kept + each.learning

@@ -10,15 +10,14 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from hashlib import blake2b
 from typing import TypeVar
 
 import numpy as np
 import torch
 
-from dtrain import data, models, optimizers
-from dtrain.block import Block
+from dtrain import data, models
+from dtrain.assembly import drawn
 from dtrain.comm.comm import Comm
 from dtrain.config import Run
 from dtrain.course import Course
@@ -34,7 +33,6 @@ from dtrain.layout import Layout, settle
 from dtrain.mail import Lines, Seat
 from dtrain.objectives.task import Task
 from dtrain.schedules.check import Report
-from dtrain.seeds import seeded
 from dtrain.segments import Calendar
 
 T = TypeVar("T")
@@ -149,7 +147,7 @@ def build(plan: Plan, comm: Comm) -> Job:
     device = together(comm, lambda: pick(plan.run.top.device, comm.rank, comm.hosts))
     comm.onto(device)
     own = layout.blocks(stage)
-    blocks = together(comm, lambda: {block: _block(plan, block, device) for block in own})
+    blocks = together(comm, lambda: {b: drawn(plan.run, layout, b, device) for b in own})
     syncs = {block: plan.run.make_sync() for block in blocks}
     for block, sync in syncs.items():
         sync.open(blocks[block], lines.replicas)
@@ -174,28 +172,6 @@ def _course(plan: Plan, device: torch.device) -> Course:
         seed=run.top.seed,
         calendar=plan.calendar,
     )
-
-
-def _block(plan: Plan, index: int, device: torch.device) -> Block:
-    """Return one block: layers and helper drawn under the seed and their own names."""
-    run, layout = plan.run, plan.layout
-    part, seed, objective = layout.parts[index], run.top.seed, layout.objective
-    if part.own is None:
-        layers = layout.model.build(part.layers, seed, layout.dtype)
-    else:
-        layers = part.own.build(range(len(part.own.names)), seed, layout.dtype)
-    for layer in layers.values():
-        layer.to(device)
-        if not objective.trains:
-            layer.requires_grad_(False)
-    with seeded(seed, f"heads.{index}"):
-        helper = objective.build(part.task)
-    if helper is not None:
-        helper = helper.to(device, part.task.dtype)
-    step = partial(optimizers.make, run.optimizer.name, run.optimizer.fields)
-    chosen = run.partition.recompute
-    again = chosen if isinstance(chosen, bool) else index in chosen
-    return Block(index, layers, helper, step, seed, objective.grain, again)
 
 
 def alike(plan: Plan, comm: Comm) -> None:

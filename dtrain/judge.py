@@ -42,13 +42,13 @@ class Judge:
         self.readers = {b for b in blocks if course.objective.reads(course.tasks[b], "predict")}
 
     @torch.no_grad()
-    def predict(self, reader: Reader, micros: Sequence[Indices]) -> Tally:
-        """Return the sums over this rank's rows of losses, of right answers and of right votes.
+    def predict(self, reader: Reader, micros: Sequence[Indices]) -> list[Tally]:
+        """Return the sums over each micro-batch of losses, of right answers and of right votes.
 
         Collective over all ranks of the replica; `micros` are this replica's, none of them empty.
         """
         plan = partial(forward, self.seat.stage, self.seat.place, len(micros))
-        tally = Tally(rows=sum(map(len, micros)))
+        tallies = [Tally(rows=len(micro)) for micro in micros]
         for block in self.blocks.values():
             block.train(False)
         self.mail.open(plan(), [len(micros)], lambda _, micro: len(micros[micro]))
@@ -56,11 +56,11 @@ class Judge:
         try:
             for action in plan():
                 with self.seat.at(action, "evaluation"):
-                    self._judge(action, reader, micros[action.micro], tally)
+                    self._judge(action, reader, micros[action.micro], tallies[action.micro])
         finally:
             reader.close()
         self.mail.close()
-        return tally
+        return tallies
 
     def _judge(self, action: Action, reader: Reader, indices: Indices, tally: Tally) -> None:
         course, block = self.course, self.blocks[action.block]
@@ -68,7 +68,7 @@ class Judge:
         targets, told = reader.source.targets(indices).to(device), self.mail.take(action)
         sample = reader.read().to(device) if action.block in self.readers else None
         given = Given(targets, told, sample)
-        x = course.objective.feed(task, block, given)
+        x = block.owned(course.objective.feed(task, block, given), sample)
         live = Live(**block.run(x, (), False), targets=targets, told=told, sample=sample)
         scores = course.objective.predict(task, block, live)
         if scores is not None:

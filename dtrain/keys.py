@@ -46,14 +46,27 @@ class Cut:
     """``[partition]``: where blocks begin; `cuts` says it outright, else costs are balanced.
 
     `recompute` (of all blocks, or of those named) keeps of a micro-batch only what enters and
-    leaves, and computes the rest again when it is learnt: less memory, one more forward.
+    leaves, and computes the rest again when it is learnt: less memory, one more forward. The layers
+    of `frozen` blocks (all but the last, or those named) keep their first weights.
     """
 
     blocks: int | None = None
     balance: Literal["flops", "parameters", "layers"] = "flops"
     weights: tuple[float, ...] | None = None
     recompute: bool | tuple[int, ...] = False
+    frozen: bool | tuple[int, ...] = False
     cuts: tuple[int | str, ...] | None = None
+
+    def named(self) -> dict[str, tuple[int, ...]]:
+        """Return the blocks that keys name by their numbers, by key."""
+        told = {"recompute": self.recompute, "frozen": self.frozen}
+        return {key: () if isinstance(each, bool) else each for key, each in told.items()}
+
+    def freezes(self, block: int, blocks: int) -> bool:
+        """Say whether the layers of a block, one of so many, keep their first weights."""
+        if isinstance(self.frozen, bool):
+            return self.frozen and block < blocks - 1
+        return block in self.frozen
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch
 from dtrain import partition
 from dtrain.config import Run
 from dtrain.errors import Refusal
+from dtrain.keys import Cut
 from dtrain.mesh import Mesh
 from dtrain.models import Model, Spec, walk
 from dtrain.models.model import Listed
@@ -46,6 +47,8 @@ class Part:
         The objective's layers, where they take the place of the model's.
     couples : bool
         Whether the objective makes samples depend on each other, by a loss or batch statistics.
+    frozen : bool
+        Whether its layers keep their first weights.
     """
 
     task: Task
@@ -55,6 +58,7 @@ class Part:
     cost: int
     own: Model | None = None
     couples: bool = False
+    frozen: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,11 +135,11 @@ def settle(run: Run, model: Model, about: Task, ranks: int) -> Layout:
             raise Refusal(f"layer '{spec.name}' returns {spec.dtype}: a layer returns real numbers")
     prices = Prices(specs, objective, model, about, run.top.seed)
     layers = partition.ranges(len(specs), _cuts(run, prices, mesh.stages))
-    _recomputes(run, len(layers))
+    _there(run, len(layers))
     routes = objective.routes(len(layers), "train")
     schedule.admit(routes)
     _clips(run, schedule)
-    parts = _parts(prices, layers)
+    parts = _parts(prices, layers, run.partition)
     place = schedule.place([part.cost for part in parts], mesh.stages)
     return Layout(mesh, model, dtype, specs, parts, place, objective, schedule, routes)
 
@@ -166,15 +170,15 @@ def _cuts(run: Run, prices: Prices, stages: int) -> tuple[int, ...]:
     return partition.balanced(layers, cut.blocks or stages, costs[cut.balance], cut.weights)
 
 
-def _recomputes(run: Run, blocks: int) -> None:
-    """Refuse to compute again what is not there."""
-    named = run.partition.recompute
-    for block in () if isinstance(named, bool) else named:
-        if not 0 <= block < blocks:
-            raise Refusal(
-                f"[partition] recompute names block {block}, but there are {blocks} "
-                f"(0 to {blocks - 1}): name one of those"
-            )
+def _there(run: Run, blocks: int) -> None:
+    """Refuse keys that name a block that is not there."""
+    for key, named in run.partition.named().items():
+        for block in named:
+            if not 0 <= block < blocks:
+                raise Refusal(
+                    f"[partition] {key} names block {block}, but there are {blocks} "
+                    f"(0 to {blocks - 1}): name one of those"
+                )
 
 
 def _clips(run: Run, schedule: Schedule) -> None:
@@ -187,12 +191,14 @@ def _clips(run: Run, schedule: Schedule) -> None:
         )
 
 
-def _parts(prices: Prices, layers: Sequence[range]) -> tuple[Part, ...]:
+def _parts(prices: Prices, layers: Sequence[range], cut: Cut) -> tuple[Part, ...]:
     """Return the blocks, the last made first: a task knows what leaves the next block."""
     parts: list[Part] = []
     for block in reversed(range(len(layers))):
         above = parts[-1].task.outputs if parts else ()
-        parts.append(_part(prices, block, layers, above))
+        part, frozen = _part(prices, block, layers, above), cut.freezes(block, len(layers))
+        task = dataclasses.replace(part.task, frozen=frozen)
+        parts.append(dataclasses.replace(part, task=task, frozen=frozen))
     return tuple(reversed(parts))
 
 
@@ -231,6 +237,7 @@ def describe(layout: Layout, rows: int) -> dict[str, Any]:
                 "parameters": part.parameters,
                 "head_parameters": part.head_parameters,
                 "multiply_adds": part.cost,
+                "frozen": part.frozen,
             }
             for part in layout.parts
         ],

@@ -112,7 +112,8 @@ class Live:
         Rows of this micro-batch over the rows of this replica in this update (n_i / n_r): where
         a signal is born, it is scaled by it.
     told : dict of str to Tensor
-        What the routes brought to the current action, by the route's name.
+        What the routes brought so far, to this forward and to its learning, by the route's name;
+        `feed` may take out what is not needed again.
     loss : Tensor or None
         Mean over the rows of what a user sees as the loss; left behind by the objective.
     figures : dict of str to Tensor

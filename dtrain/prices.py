@@ -82,6 +82,8 @@ class Prices:
             outputs=last.outputs,
             dtype=last.dtype,
             above=above,
+            features=last.inputs,
+            top=self._later(j - 1)[0] if self.objective.ahead else None,
             later=self._later(j) if self.objective.ahead else (),
         )
 
@@ -90,8 +92,13 @@ class Prices:
         layers = enumerate(self.specs[j:], start=j)
         dtype = self.specs[0].dtype
         return tuple(
-            Later(spec.name, spec.outputs, partial(self.model.copy, index, self.seed, dtype))
-            for index, spec in layers
+            Later(
+                spec.name,
+                spec.outputs,
+                spec.parameters,
+                partial(self.model.copy, i, self.seed, dtype),
+            )
+            for i, spec in layers
         )
 
     def _unasked(self, i: int, j: int) -> int:

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dtrain import folder
+from dtrain.cautions import cautions
 from dtrain.comm.comm import Comm
 from dtrain.comm.launch import TERMINAL, launched
 from dtrain.job import Plan
-from dtrain.report import counted
+from dtrain.report import counted, percent
 from dtrain.segments import Segment
 from dtrain.totals import Totals
 
@@ -112,9 +113,9 @@ class Progress:
         self._record("eval", **totals.test, eval_s=eval_s)
         epoch = f"epoch {segment.epoch + 1:>{len(str(calendar.epochs))}}/{calendar.epochs}"
         loss = "-" if totals.train_loss is None else f"{totals.train_loss:.4f}"
-        told = f"{epoch}  loss {loss}  test {_percent(totals.test['test_accuracy'])}"
+        told = f"{epoch}  loss {loss}  test {percent(totals.test['test_accuracy'])}"
         if sum(each is not None for each in totals.test["accuracy_per_block"]) > 1:
-            told += f"  vote {_percent(totals.test['test_accuracy_vote'])}"
+            told += f"  vote {percent(totals.test['test_accuracy_vote'])}"
         print(f"{told}  {rate:>8,.0f} samples/s  {self._left(segment.last)}", flush=True)
 
     def stop(self) -> None:
@@ -135,7 +136,7 @@ class Progress:
         accuracy = summary["test_accuracy"]
         print()
         print(
-            f"test accuracy {_percent(accuracy)} ({round(accuracy * tested):,} of {tested:,}) "
+            f"test accuracy {percent(accuracy)} ({round(accuracy * tested):,} of {tested:,}) "
             f"after {counted(summary['updates'], 'update')} "
             f"({counted(summary['epochs'], 'epoch')}), {summary['wall_s']:.1f} s"
         )
@@ -188,11 +189,14 @@ def _introduction(plan: Plan, comm: Comm, threads: int) -> list[str]:
     if plan.blocks_assumed:
         count = counted(len(layout.parts), "block")
         lines.append(f"blocks    {count}, one per stage, since the run file names no number")
-    if layout.coupling:
+    frozen = [part for part in layout.parts if part.frozen]
+    if frozen:
         lines.append(
-            f"note      batch statistics in {', '.join(layout.coupling)}: results depend on the "
-            "numbers of micro-batches and replicas"
+            f"frozen    {'block' if len(frozen) == 1 else 'blocks'} "
+            f"{', '.join(str(part.task.block) for part in frozen)}: "
+            f"{sum(part.parameters for part in frozen):,} of the parameters keep their first values"
         )
+    lines += [f"note      {line}" for line in cautions(plan)]
     for stage in range(mesh.stages):
         held = (
             f"block {block}: {' '.join(layout.specs[i].name for i in layout.parts[block].layers)}"
@@ -238,7 +242,3 @@ def _bar() -> Bar | None:
         transient=True,
         auto_refresh=False,  # a thread of its own would take its turns from the training
     )
-
-
-def _percent(share: float) -> str:
-    return f"{share:.1%}".replace("%", " %")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dtrain.budget import Books
+from dtrain.cautions import cautions
 from dtrain.costs import Sheet
 from dtrain.job import Plan
 from dtrain.layout import describe
@@ -41,6 +42,7 @@ def plan_text(plan: Plan, sheet: Sheet | None = None) -> str:
         "",
         "Memory of a rank at its fullest, in bytes",
         *_memory(told["memory"]),
+        *(["", "Notes", *told["cautions"]] if told["cautions"] else []),
         *(_time(told["prediction"]) if sheet is not None else []),
     ]
     return "\n".join(lines) + "\n"
@@ -64,6 +66,7 @@ def plan_table(plan: Plan, sheet: Sheet | None = None) -> dict[str, Any]:
         "staleness": list(proof.staleness),
         "bubble": proof.bubble,
         "memory": books.table(),
+        "cautions": cautions(plan),
         "run": plan.run.table(),
         **predicted,
     }
@@ -80,7 +83,7 @@ def _blocks(told: dict[str, Any]) -> list[str]:
             f"{block['head_parameters']:,}" if block["head_parameters"] else "-",
             f"{block['multiply_adds']:,}",
             f"{block['multiply_adds'] / total:.0%}",
-            " ".join(block["layers"]),
+            " ".join([*block["layers"], *(["(frozen)"] if block["frozen"] else [])]),
         )
         for block in told["blocks"]
     ]
@@ -159,6 +162,32 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _number(cell: str) -> bool:
     return cell.strip("-0123456789,.%") == ""
+
+
+def exam_text(found: dict[str, Any]) -> str:
+    """Return what `dtrain evaluate` found, for people."""
+    per_block, samples = found["accuracy_per_block"], found["samples"]
+    right = round(found["accuracy"] * samples)
+    own = "the vote's" if found["prediction"] == "vote" else "the last block's"
+    loss = "-" if found["loss"] is None else f"{found['loss']:.4f}"
+    lines = [
+        f"folder    {found['folder']}",
+        f"model     {found['objective']}, after {counted(found['updates'], 'update')} "
+        f"({counted(found['epochs'], 'epoch')}), from {found['checkpoint']}",
+        f"tested    {counted(samples, 'sample')} of the {found['split']} split, "
+        f"on {counted(found['ranks'], 'rank')}",
+        f"loss      {loss}",
+        f"accuracy  {percent(found['accuracy'])} ({right:,} of {samples:,}), {own}",
+    ]
+    if sum(each is not None for each in per_block) > 1:
+        blocks = (f"{i}: {'-' if a is None else percent(a)}" for i, a in enumerate(per_block))
+        lines += [f"vote      {percent(found['accuracy_vote'])}", f"blocks    {', '.join(blocks)}"]
+    return "\n".join(lines) + "\n"
+
+
+def percent(share: float) -> str:
+    """Return a share of 1 in words."""
+    return f"{share:.1%}".replace("%", " %")
 
 
 UNTESTED = ("test_loss", "test_accuracy", "test_accuracy_vote", "accuracy_per_block")

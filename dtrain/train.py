@@ -10,30 +10,26 @@ import hashlib
 import resource
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dtrain import checkpoint, folder, report
 from dtrain.comm.comm import Comm
 from dtrain.config import Run
-from dtrain.data import order, parts
+from dtrain.data import order
 from dtrain.errors import Refusal, Stopped, sign, words
+from dtrain.exam import Views, grade, resolved, views
 from dtrain.folder import FLIGHT
 from dtrain.job import Job, Plan, alike, build, plan, threads, together
 from dtrain.progress import Progress
 from dtrain.resume import CHECKPOINTS, find, refuse_changes
 from dtrain.segments import Segment
-from dtrain.tables import Table, dump
-from dtrain.totals import Totals, tested
-
-Views = Mapping[int, Mapping[str, Tensor]]
+from dtrain.tables import Table
+from dtrain.totals import Totals
 
 PATIENCE_S = 2.0
 """How long a rank that fails after another one waits before it speaks, too."""
@@ -144,8 +140,7 @@ def _publish(agreed: Plan, comm: Comm, totals: Totals, out: Path) -> None:
     """Write what is known before training, once every rank has accepted the run."""
     if comm.rank:
         return
-    origin = f"# resolved from {agreed.run.path}, where relative paths and imports start\n"
-    (out / "run.toml").write_text(origin + dump(agreed.run.table()), encoding="utf-8")
+    (out / "run.toml").write_text(resolved(agreed.run), encoding="utf-8")
     (out / "plan.txt").write_text(report.plan_text(agreed), encoding="utf-8")
     folder.summarise(out, report.summary(agreed, totals, "running"))
 
@@ -213,34 +208,28 @@ def _close(job: Job, segment: Segment, totals: Totals, progress: Progress, out: 
     evaluates, saves = _due(job.plan, segment)
     eval_s = save_s = None
     if evaluates or saves:
-        views = _views(job)
+        shown = views(job)
         if evaluates:
             began = time.perf_counter()
-            _test(job, views, totals)
+            _test(job, shown, totals)
             eval_s = time.perf_counter() - began
         totals.tick()
         if saves:
             began = time.perf_counter()
-            _save(job, views, totals, out)
+            _save(job, shown, totals, out)
             save_s = time.perf_counter() - began
     progress.close(segment, eval_s, save_s)
     if control.rank == 0:
         folder.summarise(out, report.summary(job.plan, totals, "running"))
 
 
-def _save(job: Job, views: Views, totals: Totals, out: Path) -> None:
-    """Write a checkpoint of what `views` show, and of what this rank owns. Collective."""
+def _save(job: Job, shown: Views, totals: Totals, out: Path) -> None:
+    """Write a checkpoint of what is shown, and of what this rank owns. Collective."""
     run, replica = job.plan.run, job.seat.replica
-    held = checkpoint.tensors(job.engine.blocks, job.engine.syncs, views, replica)
+    held = checkpoint.tensors(job.engine.blocks, job.engine.syncs, shown, replica)
     name, state = f"replica-{replica}-stage-{job.seat.stage}", totals.state()
     where, keep = out / CHECKPOINTS, run.checkpoint.keep
     checkpoint.save(where, name, held, run.table(), state, job.lines.control, keep)
-
-
-def _views(job: Job) -> Views:
-    """Return what the syncs show, by block. Collective; not counted as traffic."""
-    with job.lines.control.uncounted():
-        return {index: sync.view() for index, sync in job.engine.syncs.items()}
 
 
 def _due(agreed: Plan, segment: Segment) -> tuple[bool, bool]:
@@ -252,28 +241,18 @@ def _due(agreed: Plan, segment: Segment) -> tuple[bool, bool]:
     return turn or segment.ends_run, passed or segment.ends_epoch or segment.ends_run
 
 
-def _test(job: Job, views: Views, totals: Totals) -> None:
-    """Evaluate what `views` show, into the totals. Collective; not counted as traffic."""
-    agreed, engine, control = job.plan, job.engine, job.lines.control
-    source, rows = agreed.data.test, agreed.shares.largest
-    own = parts(source.size, agreed.shares.replicas)[job.seat.replica]
-    starts = range(own.start, own.stop, rows)
-    micros = [np.arange(start, min(start + rows, own.stop)) for start in starts]
-    with control.uncounted(), ExitStack() as shown:
-        for index, block in engine.blocks.items():
-            shown.enter_context(block.showing(views[index]))
-        tally = job.judge.predict(job.test, micros)
-    told = control.exchange({"stage": job.seat.stage, **asdict(tally)})
-    totals.test = tested(told, len(engine.tasks), engine.objective.votes)
+def _test(job: Job, shown: Views, totals: Totals) -> None:
+    """Examine what is shown, into the totals. Collective; not counted as traffic."""
+    totals.test = grade(job, shown, job.test, job.plan.shares)
     totals.tested = totals.update
 
 
 def _finish(job: Job, totals: Totals, out: Path) -> dict[str, Any]:
     """Write the summary, with the digest of the model, and return it. Collective."""
-    control, views = job.lines.control, _views(job)
+    control, shown = job.lines.control, views(job)
     if totals.tested != totals.update:  # the length asked for was reached, but not tested there
-        _test(job, views, totals)
-    own = [] if job.seat.replica else [_line(*pair) for v in views.values() for pair in v.items()]
+        _test(job, shown, totals)
+    own = [] if job.seat.replica else [_line(*pair) for v in shown.values() for pair in v.items()]
     pairs = sorted((name.encode(), line) for rank in control.exchange(own) for name, line in rank)
     digest = hashlib.sha256("".join(line for _, line in pairs).encode()).hexdigest()
     totals.tick()

@@ -31,6 +31,12 @@ TABLE: dict[str, Any] = {
     "log": {"every-s": 1000},
 }
 
+PATTERNS = ("mono-forward", "backprop", "man", "f3", "dfa", "pepita", "forward-forward")
+"""One objective for each pattern of what travels, for laws that need not be tried on all."""
+
+NEIGHBOURS = ("mono-forward", "backprop")
+"""What takes from its neighbours alone."""
+
 
 def run(**changes: Any) -> Run:
     """Return the tiny run; ``objective__name="backprop"`` changes a key of a table."""

@@ -1,7 +1,8 @@
 """Reader: inputs in the order in which they will be wanted, read ahead where that pays.
 
 Invariant: what is read is the same bits whether ahead or in place; at most `ahead` micro-batches
-are held; after `close` no thread is left.
+are held; after `close` no thread is left. A micro-batch that is wanted several times in a row, by
+several blocks of a rank, is read once, so nobody may write to what is read.
 
 ::
 
@@ -13,7 +14,7 @@ are held; after `close` no thread is left.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import final
@@ -64,6 +65,7 @@ class Reader:
         self._epoch = 0
         self._thread: ThreadPoolExecutor | None = None
         self._asked: deque[Future[Tensor]] = deque()
+        self._latest: tuple[Indices, Future[Tensor]] | None = None
 
     def open(self, wanted: Iterable[Indices], epoch: int) -> None:
         """Begin a segment; what an earlier one left is dropped.
@@ -81,7 +83,9 @@ class Reader:
             self._ask(self._ahead)
 
     def read(self) -> Tensor:
-        """Return the next micro-batch, contiguous and aligned, the caller's own.
+        """Return the next micro-batch, contiguous and aligned; not to be written to.
+
+        It is the very tensor of the read before where the same array of indices is wanted again.
 
         Raises
         ------
@@ -95,7 +99,7 @@ class Reader:
             self._ask(1)
             return x
         for indices in self._wanted:
-            return self._load(indices, self._epoch)
+            return self._once(indices, self._now).result()
         raise RuntimeError("nothing more is to be read: every micro-batch that was wanted is")
 
     def close(self) -> None:
@@ -104,13 +108,28 @@ class Reader:
         if thread is not None:
             thread.shutdown(cancel_futures=True)
         self._asked.clear()
-        self._wanted = iter(())
+        self._wanted, self._latest = iter(()), None
 
     def _ask(self, count: int) -> None:
         """Have the thread read so many more; where nothing is wanted, none is started."""
         for indices in islice(self._wanted, count):
-            self._thread = self._thread or _thread()
-            self._asked.append(self._thread.submit(self._load, indices, self._epoch))
+            self._asked.append(self._once(indices, self._later))
+
+    def _once(self, indices: Indices, begin: Callable[[Indices], Future[Tensor]]) -> Future[Tensor]:
+        """Return the read of a micro-batch, begun unless it is the one that was begun last."""
+        if self._latest is None or self._latest[0] is not indices:
+            self._latest = None  # its memory is free before the next is read
+            self._latest = indices, begin(indices)
+        return self._latest[1]
+
+    def _later(self, indices: Indices) -> Future[Tensor]:
+        self._thread = self._thread or _thread()
+        return self._thread.submit(self._load, indices, self._epoch)
+
+    def _now(self, indices: Indices) -> Future[Tensor]:
+        done: Future[Tensor] = Future()
+        done.set_result(self._load(indices, self._epoch))
+        return done
 
     def _load(self, indices: Indices, epoch: int) -> Tensor:
         x = self.source.inputs(indices)

@@ -1,28 +1,58 @@
 """Mono-Forward: every block's output classifies through a linear head, and nothing comes back.
 
 Gong, Li and Abdulla, "Mono-Forward", arXiv 2501.09238. With a = the block's output, M (C, d) its
-head and G = a M^T the goodness per class, the block learns softmax cross-entropy of G; the last
-block learns the true loss through the model's own head. One block is ordinary backpropagation.
+head and G = a M^T the goodness per class, the block learns softmax cross-entropy of G, delta =
+(softmax(G) - Y) / rows::
+
+    dM = delta^T a        da = delta M        both at once, and a goes on as it was before
+
+The last block learns the true loss through the model's own head. One block is ordinary
+backpropagation. Images of more than `features` numbers are averaged down to so many before M: the
+paper's form for convolutions is not known to us, the limit is that of LLS.
 
 Invariant: nothing is added to the stream, so the net that is exported is the net that was trained.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
-from dtrain.objectives.heads import Heads
+from dtrain.objectives.parts import pooling
+from dtrain.objectives.parts.heads import Heads
 from dtrain.objectives.task import Task
 
 
 @dataclass(frozen=True)
 class MonoForward(Heads):
-    """A linear head without bias per earlier block; prediction: last block, and the vote (sum)."""
+    """A linear head without bias per earlier block.
+
+    Parameters
+    ----------
+    prediction : str
+        "final": the last block's; "vote": the sum of the scores of all blocks. Both are recorded
+        anyway; this says which one is the model's.
+    features : int
+        The most numbers of an image that enter a head; flat outputs enter whole.
+    """
+
+    prediction: Literal["final", "vote"] = "final"
+    features: int = 2048
+
+    def __post_init__(self) -> None:
+        pooling.check(self.features)
+
+    @property
+    def votes(self) -> bool:
+        """Whether the model's prediction is the vote."""
+        return self.prediction == "vote"
 
     def network(self, task: Task) -> nn.Module:
         """Return M as a linear map from the flattened output to the classes."""
-        width = math.prod(task.outputs)
-        return nn.Sequential(nn.Flatten(), nn.Linear(width, task.classes, bias=False))
+        width = pooling.width(task.outputs, self.features)
+        return nn.Sequential(
+            pooling.pooled(task.outputs, self.features),
+            nn.Linear(width, task.classes, bias=False),
+        )

@@ -15,7 +15,7 @@ One micro-batch in one block, and which method speaks where (all but `pulls` hav
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -46,9 +46,8 @@ class Objective(ABC):
         Buffers of the helper that add up over samples; they are added over the replicas at a
         segment's end, before `solve`. Helpers may lack them.
     spread : tuple of str
-        Buffers that all helpers have, and that the last block's give to all others after `solve`.
-    ahead : bool
-        Whether it looks at the layers that come after a block: ``task.later``.
+        Buffers that all helpers have, or none, and that the last block's give to all others after
+        `solve`; numbers are rounded to the dtype of each block's output.
     raw : bool
         Whether it looks at data that are not standardised: ``live.image``.
     """
@@ -56,13 +55,18 @@ class Objective(ABC):
     grain: ClassVar[Grain] = "block"
     sums: ClassVar[tuple[str, ...]] = ()
     spread: ClassVar[tuple[str, ...]] = ()
-    ahead: ClassVar[bool] = False
     raw: ClassVar[bool] = False
 
     @property
     def schedule(self) -> str:
         """The schedule that a run file without ``[schedule]`` gets."""
         return "stream"
+
+    @property
+    def ahead(self) -> bool:
+        """Whether it looks at a block's last layer, ``task.top``, and at those that come after the
+        block, ``task.later``."""
+        return False
 
     @property
     def trains(self) -> bool:
@@ -72,6 +76,12 @@ class Objective(ABC):
     @property
     def votes(self) -> bool:
         """Whether the model's prediction is the vote of all blocks, not that of the last one."""
+        return False
+
+    @property
+    def carries(self) -> bool:
+        """Whether it was published for many blocks, more than four; if not, such runs are warned,
+        unless a gradient comes back."""
         return False
 
     # ---- what a block is made of
@@ -97,9 +107,19 @@ class Objective(ABC):
         """
         return task.outputs
 
+    def remembers(self, task: Task) -> int:
+        """Return the bytes per sample of an update that the helper has in the list `kept` from
+        update to update, beside its parameters and buffers."""
+        return 0
+
     def own(self, task: Task) -> Layers | None:
         """Return (name, factory) pairs of layers that take the place of the model's, or None."""
         return None
+
+    def freezes(self, task: Task, layers: Mapping[str, nn.Module]) -> Iterable[nn.Module]:
+        """Return those modules of the block's layers that no gradient moves: none where it
+        `trains`, else all."""
+        return () if self.trains else layers.values()
 
     def fed(self, task: Task) -> tuple[int, ...]:
         """Return the shape of one sample that `feed` gives to the block's first layer."""
@@ -167,7 +187,7 @@ class Objective(ABC):
         and in ``live.sample``."""
         return task.block == 0
 
-    def traced(self, pass_: int) -> bool:
+    def traced(self, task: Task, pass_: int) -> bool:
         """Say whether autograd must record this forward pass of a micro-batch."""
         return True
 

@@ -15,7 +15,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Later:
-    """A layer that comes after a block.
+    """A layer that comes after a block, or is its last one.
 
     Attributes
     ----------
@@ -23,12 +23,15 @@ class Later:
         Its name in the model.
     outputs : tuple of int
         Shape of one sample that leaves it.
+    parameters : int
+        Elements of its parameters.
     make : callable
         Returns it anew, with the first weights that the run's seed gives it.
     """
 
     name: str
     outputs: tuple[int, ...]
+    parameters: int
     make: Callable[[], nn.Module] = field(compare=False, repr=False)
 
 
@@ -51,10 +54,16 @@ class Task:
     above : tuple of int
         Shape that leaves the next block; where cuts are still being balanced, that leaves the next
         layer. Empty in the last block.
+    features : tuple of int
+        Shape of one sample that enters the block's last layer; in the last block, the model's head.
     samples : int
         Size of the training split.
     raw : bool
         Whether the range of the data is known, so that ``live.image`` can be had.
+    frozen : bool
+        Whether a user asked that its layers keep their first weights.
+    top : Later or None
+        The block's last layer, where the objective looks `ahead`.
     later : tuple of Later
         All layers after the block, where the objective looks `ahead`.
     """
@@ -67,8 +76,11 @@ class Task:
     classes: int
     sample: tuple[int, ...] = ()
     above: tuple[int, ...] = ()
+    features: tuple[int, ...] = ()
     samples: int = 0
     raw: bool = False
+    frozen: bool = False
+    top: Later | None = None
     later: tuple[Later, ...] = ()
 
     @classmethod

@@ -40,8 +40,18 @@ def held_bytes(
     micros = Counter(a.update for *_, a in spans if a[:2] == ("F", 0) and not a.pass_)
     sizes = [micros[update] for update in range(1 + max(micros, default=-1))]
     harbour = _Harbour(place, routes, sizes, payload, credits)
+    waiting: list[Span] = []
     for span in spans:
-        harbour.pass_by(span.stage, span.action)
+        # An update takes no time: what one takes may leave another of the same moment.
+        still: list[Span] = []
+        for each in (*waiting, span):
+            behind = any(each.stage == other.stage for other in still)
+            if behind or not harbour.ready(each.stage, each.action):
+                still.append(each)
+            else:
+                harbour.pass_by(each.stage, each.action)
+        waiting = still
+    assert not waiting, f"nobody offers what {waiting[0].action} takes"
     return harbour.most()
 
 
@@ -72,6 +82,11 @@ class _Harbour:
         self._known = [Counter[int]() for _ in stages]
         self._notes: dict[int, deque[Counter[int]]] = {i: deque() for i in range(len(routes))}
         self._most = [0 for _ in stages]
+
+    def ready(self, stage: int, action: Action) -> bool:
+        """Say whether all that an action takes from other stages was offered."""
+        mail = self._mail[stage]
+        return all(mail.local(route) or self._notes[route] for route in mail.takes(action))
 
     def pass_by(self, stage: int, action: Action) -> None:
         """Take and offer what belongs to an action."""

@@ -42,7 +42,7 @@ class EveryStep(Sync):
 
         The counts of replicas may differ by an update that had no sample for one of them.
         """
-        buffers = self.block.buffers
+        buffers = self.block.drifting
         for name, mean in averaged(self.replicas, buffers).items():
             buffers[name].copy_(mean)
         self.replicas.broadcast_([b for b in buffers.values() if not b.is_floating_point()])

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from dtrain.errors import Refusal
-from dtrain.syncs.sync import Clock, Sync, averaged
+from dtrain.syncs.sync import Clock, Sync, averaged, moving
 
 
 @final
@@ -94,7 +94,7 @@ class LocalSGD(Sync):
         Parameters that are equal anyway are not copied and keep their bits.
         """
         own = self.block.tensors()
-        names = self.block.buffers if self._equal else own
+        names = self.block.drifting if self._equal else moving(self.block)
         return own | averaged(self.replicas, {name: own[name] for name in names})
 
     def state(self) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from dtrain.syncs.sync import Clock, Sync, averaged
+from dtrain.syncs.sync import Clock, Sync, averaged, moving
 
 
 @dataclass
@@ -38,8 +38,9 @@ class Never(Sync):
         """Nothing to land."""
 
     def view(self) -> dict[str, Tensor]:
-        """Return the mean of all replicas' parameters and buffers; collective, a copy."""
-        return averaged(self.replicas, self.block.tensors())
+        """Return the mean of all replicas' parameters and buffers; collective, a copy of what
+        moves."""
+        return self.block.tensors() | averaged(self.replicas, moving(self.block))
 
     def state(self) -> dict[str, Tensor]:
         """Nothing beyond the block."""

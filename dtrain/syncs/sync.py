@@ -83,6 +83,15 @@ class Sync(ABC):
         """Take back what `state()` returned."""
 
 
+def moving(block: Block) -> dict[str, Tensor]:
+    """Return the tensors in which replicas that train apart differ, under their global names.
+
+    A mean of equal numbers is not always that number: what is frozen is in no mean.
+    """
+    trained = {name: p.detach() for name, p in block.parameters.items() if p.requires_grad}
+    return trained | block.drifting
+
+
 def averaged(replicas: Comm, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return copies of `tensors`: means over the replicas; integers are this replica's own."""
     copies = {name: tensor.clone() for name, tensor in tensors.items()}

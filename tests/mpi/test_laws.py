@@ -15,9 +15,11 @@ from dtrain.objectives import OBJECTIVES
 from dtrain.schedules import SCHEDULES
 from dtrain.syncs import SYNCS
 from dtrain.train import train
+from tests import tiny
 from tests.outcome import close, summary
 
 Cell = tuple[str, str, str, str]
+CHOSEN = tiny.PATTERNS
 
 
 def legal(cell: Cell) -> bool:
@@ -42,14 +44,16 @@ def pairwise(cells: Sequence[Cell]) -> list[Cell]:
     return chosen
 
 
-ALL = product(OBJECTIVES, SCHEDULES, SYNCS, ("float32", "float64"))
+ALL = product(CHOSEN, SCHEDULES, SYNCS, ("float32", "float64"))
 CELLS = pairwise([cell for cell in ALL if legal(cell)])
 
 
 def digits(stages: int, objective: str = "mono-forward", **top: Any) -> Run:
     """Return a run on digits: batches of 128 in three micro-batches, the last one of 29."""
-    top = {"epochs": 1, "batch-size": 128, "micro-batches": 3, "threads": 1} | top
     schedule, sync = top.pop("schedule", None), top.pop("sync", "every-step")
+    kind = SCHEDULES[schedule or OBJECTIVES[objective]().schedule]
+    micros = 3 if kind.weights == "own" else 1  # some orders update after each
+    top = {"epochs": 1, "batch-size": 128, "micro-batches": micros, "threads": 1} | top
     table = {
         **top,
         "data": {"name": "digits"},
@@ -94,7 +98,7 @@ def test_any_number_of_stages_trains_the_same_bits(
 
 
 @pytest.mark.mpi(min_size=4)
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", CHOSEN)
 def test_replicas_train_the_same_model(objective: str, comm: Comm, tmp_path: Path) -> None:
     """Law 1 over replicas, from the same run file, in float64."""
     run = digits(2, objective, dtype="float64")

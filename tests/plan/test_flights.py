@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,19 +18,24 @@ from dtrain.flights import Flights, ranks, told
 from dtrain.telemetry import HERE, Flight, spans
 
 SIZE, STAGES = 512, 16
+Hang = Callable[[Path, int], None]
+
+
+def working(rank: int) -> Flight:
+    """Return the recorder of a rank that is at work."""
+    flight = Flight(f"rank {rank} of {SIZE} on n{rank // 8:03d}", rank, SIZE, f"n{rank // 8:03d}")
+    flight.note("action", f"F{rank % STAGES}.0", "update", 117)
+    return flight
 
 
 def record(out: Path, rank: int, **more: Any) -> None:
-    """Write the record of a rank, as `Flight` does; by default it is at work."""
-    flight = Flight(f"rank {rank} of {SIZE} on n{rank // 8:03d}", rank, SIZE, f"n{rank // 8:03d}")
-    flight.folder = out / "flight"
-    flight.note("action", f"F{rank % STAGES}.0", "update", 117)
-    flight.folder.mkdir(parents=True, exist_ok=True)
-    flight.dump("SIGUSR1")
-    path = out / "flight" / f"rank-{rank:05d}.txt"
-    lines = path.read_text().splitlines()
+    """Write the record of a rank, as `Flight.dump` does; by default it is at work."""
+    lines = working(rank).text("SIGUSR1").splitlines()
     here = json.loads(lines[1])
     assert tuple(here) == HERE
+    path = out / "flight" / f"rank-{rank:05d}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # it may be a link
     path.write_text("\n".join([lines[0], json.dumps(here | more), *lines[2:]]))
 
 
@@ -42,7 +48,7 @@ def stage_of(rank: int) -> range:
     return range(rank % STAGES, SIZE, STAGES)
 
 
-def hang(out: Path, culprit: int) -> None:
+def stuck(out: Path, culprit: int) -> None:
     """Replicas x 16 stages: the culprit's stage waits in a mean, all others for a neighbour."""
     stage = culprit % STAGES
     for rank in range(SIZE):
@@ -59,7 +65,21 @@ def hang(out: Path, culprit: int) -> None:
             record(out, rank, **waits("(8, 16) float32 from rank 1 with tag 0", rank - 1))
 
 
-def test_of_512_ranks_the_one_at_work_is_named(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def hang(tmp_path_factory: pytest.TempPathFactory) -> Hang:
+    """`stuck`, written once for each culprit; who wants the records again gets links to them."""
+    made: dict[int, Path] = {}
+
+    def links(out: Path, culprit: int) -> None:
+        if culprit not in made:
+            made[culprit] = tmp_path_factory.mktemp("stuck")
+            stuck(made[culprit], culprit)
+        shutil.copytree(made[culprit], out, copy_function=os.link, dirs_exist_ok=True)
+
+    return links
+
+
+def test_of_512_ranks_the_one_at_work_is_named(tmp_path: Path, hang: Hang) -> None:
     hang(tmp_path, 217)
     record(tmp_path, 217, idle_s=611.0, place="nets.py:14 in forward")
     lines = told(tmp_path)
@@ -76,7 +96,7 @@ def test_of_512_ranks_the_one_at_work_is_named(tmp_path: Path) -> None:
     assert len(lines) < 10
 
 
-def test_512_records_are_read_in_a_moment(tmp_path: Path) -> None:
+def test_512_records_are_read_in_a_moment(tmp_path: Path, hang: Hang) -> None:
     hang(tmp_path, 217)
     began = time.perf_counter()
     told(tmp_path)
@@ -127,7 +147,9 @@ def failed(out: Path) -> str:
 
 
 @pytest.mark.parametrize("trace", [silent, late, before, damaged, compiled, failed])
-def test_a_rank_that_others_wait_for_leads(tmp_path: Path, trace: Callable[[Path], str]) -> None:
+def test_a_rank_that_others_wait_for_leads(
+    tmp_path: Path, hang: Hang, trace: Callable[[Path], str]
+) -> None:
     """Rank 5 is at work, too, and nobody waits for it."""
     hang(tmp_path, 300)
     record(tmp_path, 5)
@@ -138,7 +160,7 @@ def test_a_rank_that_others_wait_for_leads(tmp_path: Path, trace: Callable[[Path
     assert "likely rank 300" in lines[-1]
 
 
-def test_a_failure_leads_before_whoever_waits_for_nobody(tmp_path: Path) -> None:
+def test_a_failure_leads_before_whoever_waits_for_nobody(tmp_path: Path, hang: Hang) -> None:
     hang(tmp_path, 217)
     record(tmp_path, 217)
     record(tmp_path, 5, failed=True, why="KeyError: 'a'")
@@ -177,8 +199,10 @@ def test_a_folder_without_records_is_refused_with_how_to_ask(
 
 
 def test_the_command_prints_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    record(tmp_path, 0)
     record(tmp_path, 1, **waits("x", 0))
+    flight = working(0)
+    flight.folder = tmp_path / "flight"
+    flight.dump("SIGUSR1")
     assert main(["flight", str(tmp_path)]) == 0
     assert "likely rank 0 on n000" in capsys.readouterr().out
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from dtrain.checkpoint import latest
 from dtrain.comm.comm import Comm
 from dtrain.comm.threads import run as ranks
 from dtrain.errors import Refusal
-from dtrain.objectives import OBJECTIVES
 from dtrain.train import train
 from tests import tiny
 from tests.outcome import model, summary
@@ -26,7 +26,15 @@ BROKEN: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+def clipped() -> nn.Sequential:
+    """Return a net whose first layer writes to what it is fed."""
+    hidden = [nn.Linear(10, 12), nn.ReLU(inplace=True), nn.Linear(12, 8)]
+    return nn.Sequential(
+        nn.Flatten(), nn.Hardtanh(-0.5, 0.5, inplace=True), *hidden, nn.Linear(8, 3)
+    )
+
+
+@pytest.mark.parametrize("objective", tiny.NEIGHBOURS)
 @pytest.mark.parametrize("name", MODELS)
 def test_awkward_models_keep_laws_1_and_5(name: str, objective: str, tmp_path: Path) -> None:
     told = {"model": {"name": f"tests.tiny:{name}"}, "objective__name": objective}
@@ -37,6 +45,20 @@ def test_awkward_models_keep_laws_1_and_5(name: str, objective: str, tmp_path: P
         parts = trained(tiny.run(**told, mesh__stages=stages), tmp_path / f"{stages}", stages)
         for key in ("digest", "test_loss", "test_accuracy_vote", "train_loss"):
             assert parts[key] == whole[key], key
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_nobody_writes_to_samples_that_several_blocks_read(recompute: bool, tmp_path: Path) -> None:
+    """Three blocks on one rank share what is read, on three each has its own: the same bits."""
+    part = {"cuts": [2, 4], "recompute": recompute}
+    fields = {"objective__name": "infopro", "model": {"name": "tests.ranks.test_awkward:clipped"}}
+
+    def digest(stages: int) -> Any:
+        asked = tiny.run(**fields, partition=part, mesh__stages=stages)
+        folder = tmp_path / str(stages)
+        return ranks(stages, lambda comm: train(asked, comm, folder))[0]["digest"]
+
+    assert digest(1) == digest(3)
 
 
 def test_a_lone_sample_joins_its_neighbour_where_it_must(tmp_path: Path) -> None:

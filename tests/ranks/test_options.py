@@ -206,7 +206,7 @@ def test_a_rate_is_asked_by_the_runs_clock(tmp_path: Path) -> None:
         trained(tiny.run(**told, epochs=3), tmp_path / "whole")
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", [*tiny.NEIGHBOURS, "infopro"])
 def test_augmented_images_keep_the_laws(objective: str, tmp_path: Path) -> None:
     """Drawn per sample and epoch, whoever reads them, and read ahead by a thread."""
     told = {"objective": {"name": objective}, "model": GROUPS, "data__augment": "crop-flip"}
@@ -216,8 +216,10 @@ def test_augmented_images_keep_the_laws(objective: str, tmp_path: Path) -> None:
     assert trained(run, tmp_path / "plain")["digest"] != augmented["digest"]
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("norm", ["group", "batch"])
+@pytest.mark.parametrize(
+    ("objective", "norm"),
+    [*((name, "batch") for name in OBJECTIVES), *((name, "group") for name in tiny.NEIGHBOURS)],
+)
 def test_networks_for_images_keep_the_laws(objective: str, norm: str, tmp_path: Path) -> None:
     """Batch statistics couple samples: over stages the same bits, all else is no promise."""
     told: dict[str, Any] = {"objective": {"name": objective}, "epochs": 1, "micro_batches": 3}

@@ -144,7 +144,7 @@ def test_synchronous_schedules_train_the_same_bits(
     """All learn in the order of micro-batches."""
     names = [each for name, each, other in SYNCHRONOUS if (name, other) == (objective, sync)]
     first, *others = (trained(objective, name, sync, 2, replicas) for name in names)
-    assert others
+    assert others or names == ["drained"]
     for other in others:
         equal(first, other)
 
@@ -154,7 +154,8 @@ def test_synchronous_schedules_train_the_same_bits(
 def test_replicas_that_always_agree_are_one(objective: str, schedule: str, sync: str) -> None:
     """Law 1 over replicas, where they never differ; where they do, they really train apart."""
     one, two = (trained(objective, schedule, sync, 2, replicas) for replicas in (1, 2))
-    if not SYNCS[sync].apart:
+    # Closed forms of random features: their sums are added over all replicas, whatever the sync.
+    if not SYNCS[sync].apart or objective == "cafo":
         close(one, two)
     else:
         with pytest.raises(AssertionError):

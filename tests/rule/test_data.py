@@ -105,22 +105,6 @@ def test_updates_per_epoch() -> None:
 # Sources
 
 
-def test_digits() -> None:
-    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-    digits = load("digits", {}, Path())
-    assert (digits.train.size, digits.test.size) == (1437, 360)
-    assert digits.train.shape == digits.test.shape == (1, 8, 8)
-    x, y = digits.train.inputs(range(1437)), digits.train.targets(range(1437))
-    assert x.dtype == torch.float32
-    assert abs(float(x.mean())) < 1e-5
-    assert abs(float(x.std()) - 1) < 1e-3
-    share = torch.bincount(y) / 1437 - torch.bincount(digits.test.targets(range(360))) / 360
-    assert float(share.abs().max()) < 2 / 360
-    again = load("digits", {}, Path()).train.targets(range(1437))
-    assert torch.equal(y, again)
-    assert not torch.equal(y, y.sort().values)
-
-
 def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
     refused(lambda: load("digits", {}, Path()), "pip install 'dtrain[demo]'")

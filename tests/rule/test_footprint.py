@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 from dtrain import optimizers
 from dtrain.block import Block
+from dtrain.budget import Books
 from dtrain.footprint import Footprint, footprint, live_bytes
+from dtrain.job import plan as planned
 from dtrain.live import Live
 from dtrain.models.images import Convolution, Pooled
 from dtrain.objectives import OBJECTIVES
@@ -22,6 +25,7 @@ from dtrain.schedules.check import check
 from dtrain.schedules.flush import FillDrain, OneFOneB
 from dtrain.schedules.held import held_bytes
 from dtrain.schedules.stream import Stream
+from tests import tiny
 
 ROWS = 8
 TASK = Task(0, 1, (3, 8, 8), (5,), torch.float32, 5, (3, 8, 8))
@@ -43,6 +47,30 @@ class Peeking(nn.Module):
         return input * 2 if input.sum().item() >= 0 else input.exp()
 
 
+class Summed(nn.Linear):
+    """Looks at a value where it is made, so that it cannot be made without memory."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.total = self.weight.sum().item()
+
+
+def net(kind: type[nn.Linear]) -> list[tuple[str, Callable[[], nn.Module]]]:
+    """Return a model for the tiny data; without its middle layer the others would still fit."""
+    linear = [("first", partial(nn.Linear, 10, 8)), ("middle", partial(kind, 8, 8))]
+    return [("flat", nn.Flatten), *linear, ("bend", nn.ReLU), ("last", partial(nn.Linear, 8, 3))]
+
+
+def plain() -> object:
+    """Return the model of layers that need no memory."""
+    return net(nn.Linear)
+
+
+def summed() -> object:
+    """Return the same model, a layer of which does."""
+    return net(Summed)
+
+
 def layers(*more: nn.Module) -> dict[str, nn.Module]:
     """Return a small network for images."""
     made = [Convolution(3, 6, "batch", 1, True), *more, Pooled(6, 5)]
@@ -50,7 +78,11 @@ def layers(*more: nn.Module) -> dict[str, nn.Module]:
 
 
 def measured(
-    rows: int, *more: type[nn.Module], step: str = "adam", recompute: bool = False
+    rows: int,
+    *more: type[nn.Module],
+    step: str = "adam",
+    recompute: bool = False,
+    fakes: bool = True,
 ) -> tuple[Footprint, list[bool]]:
     """Return a footprint, and how often the block was made for real."""
     make = partial(optimizers.make, step, {"lr": 0.1})
@@ -61,7 +93,8 @@ def measured(
         return Block(0, layers(*(kind() for kind in more)), None, make, recompute=recompute)
 
     objective: Objective = OBJECTIVES["backprop"]()
-    return footprint(block, make, objective, [TASK], 0, rows), asked
+    real, fake = partial(block, True), partial(block, False) if fakes else None
+    return footprint(real, fake, make, objective, [TASK], 0, rows), asked
 
 
 def counted(rows: int, *more: nn.Module) -> int:
@@ -86,6 +119,22 @@ def test_what_looks_at_values_is_run_with_few_rows_and_carried_on() -> None:
     found, asked = measured(64, Peeking)
     assert asked == [False, True, True]
     assert found.kept == counted(64, Peeking())
+
+
+def test_what_cannot_be_fake_is_run_for_real_at_once() -> None:
+    found, asked = measured(64, fakes=False)
+    assert asked == [True, True]
+    assert found == measured(64)[0]
+
+
+def test_a_layer_without_skeleton_is_planned_as_one_with_it() -> None:
+    found = []
+    for model in ("plain", "summed"):
+        run = tiny.run(model={"name": f"tests.rule.test_footprint:{model}"}, mesh__stages=1)
+        made = planned(run, 1)
+        found.append((None in made.layout.model.skeletons(made.layout.dtype), Books(made).ranks()))
+    assert [lacking for lacking, _ in found] == [False, True]
+    assert found[0][1] == found[1][1]
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -121,6 +170,16 @@ def test_live_micro_batches_add_up_in_the_order_of_the_plan() -> None:
     assert live_bytes(plan("F0.0 F1.0 B1.0 B0.0"), blocks) == 140
     # What `I` has computed is there until `W`.
     assert live_bytes(plan("F0.0 F0.1 I0.0 I0.1 W0.0 W0.1"), blocks) == 26
+
+
+def test_a_later_forward_adds_its_own_part_when_it_comes() -> None:
+    """Of 10 bytes 7 are those of a second forward: a first one may leave no graph."""
+    blocks = {0: Footprint(0, 0, 0, 10, 5, (7,))}
+    first, again, learn = (Action(kind, 0, 0, 0, p) for kind, p in (("F", 0), ("F", 1), ("B", 0)))
+    other = [first._replace(micro=1), again._replace(micro=1), learn._replace(micro=1)]
+    assert live_bytes([first, again, learn, *other], blocks) == 15
+    assert live_bytes([first, other[0], again, learn, *other[1:]], blocks) == 3 + 15
+    assert live_bytes([first, other[0], again, other[1], learn, other[2]], blocks) == 25
 
 
 def test_messages_are_bounded_by_what_a_rank_may_know() -> None:

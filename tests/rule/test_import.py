@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
-from dtrain.data import load
+from dtrain.data import importing, load
 from dtrain.data.importing import import_images
 from dtrain.errors import DATA, USAGE, Refusal
 
@@ -132,9 +132,11 @@ def test_grey_stays_grey_and_mixed_becomes_rgb(tmp_path: Path) -> None:
     assert np.array_equal(x[1], PIXELS["cat/a.png"].transpose(2, 0, 1))
 
 
-def test_many_rows_in_any_order(tmp_path: Path) -> None:
-    values = RNG.integers(0, 256, (1100, 2, 2), dtype=np.uint8)
-    names = [f"{'ab'[i % 2]}/{i:04}.png" for i in range(1100)]
+def test_many_rows_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two full batches of rows and a part of one."""
+    monkeypatch.setattr(importing, "BATCH", 64)
+    values = RNG.integers(0, 256, (140, 2, 2), dtype=np.uint8)
+    names = [f"{'ab'[i % 2]}/{i:04}.png" for i in range(140)]
     draw(tmp_path / "many", dict(zip(names, values, strict=True)))
     for reverse in (False, True):
         out = tmp_path / f"{reverse}.h5"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from dtrain import models
 from dtrain.block import Block
 from dtrain.errors import Refusal
 from dtrain.live import Live
-from dtrain.models import count
+from dtrain.models import Model, count
+from dtrain.models.walk import Spec
 from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.local_head import LocalHead
 from dtrain.objectives.task import Task
@@ -33,15 +34,6 @@ ROUTES = [
     LocalHead("dgl", "none", hidden=0),
 ]
 every_head = pytest.mark.parametrize("objective", ROUTES, ids=lambda o: f"{o.head}-{o.norm}")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Compute with one thread, as the runs do: convolutions on several add up in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def task(outputs: tuple[int, ...], block: int = 0, blocks: int = 3, classes: int = 10) -> Task:
@@ -143,10 +135,15 @@ def test_wrong_heads_are_refused() -> None:
 # The laws, block by block
 
 
+@cache
+def small() -> tuple[Model, tuple[Spec, ...]]:
+    net = models.load("resnet", {"depth": 8, "width": 4}, Path(), (3, 8, 8), 3)
+    return net, models.walk(net, (3, 8, 8), D)
+
+
 def blocks(objective: LocalHead, cuts: tuple[int, ...] = (2, 3)) -> list[tuple[Task, Block]]:
     """Return a ResNet-8 of width 4 with its heads, cut at layers, in float64."""
-    net = models.load("resnet", {"depth": 8, "width": 4}, Path(), (3, 8, 8), 3)
-    specs = models.walk(net, (3, 8, 8), D)
+    net, specs = small()
     made = []
     for index, (i, j) in enumerate(itertools.pairwise((0, *cuts, len(specs)))):
         where = Task(index, len(cuts) + 1, specs[i].inputs, specs[j - 1].outputs, D, 3)

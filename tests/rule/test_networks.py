@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn import functional
 from dtrain.block import Block
 from dtrain.errors import USAGE, Refusal
 from dtrain.models import Model, load, walk
+from dtrain.models.walk import Spec
 
 CIFAR, DIGITS = (3, 32, 32), (1, 8, 8)
 VGG11 = [[64], [128], [256, 256], [512, 512], [512, 512]]
@@ -24,8 +26,14 @@ def net(name: str, shape: tuple[int, ...] = CIFAR, **fields: Any) -> Model:
     return load(name, fields, Path(), shape, 10)
 
 
-def parameters(model: Model, shape: tuple[int, ...] = CIFAR) -> int:
-    return sum(spec.parameters for spec in walk(model, shape, torch.float32))
+@cache
+def walked(name: str, **fields: Any) -> tuple[Spec, ...]:
+    """Return the specs of a network for CIFAR, which several tests read."""
+    return walk(net(name, **fields), CIFAR, torch.float32)
+
+
+def parameters(name: str, **fields: Any) -> int:
+    return sum(spec.parameters for spec in walked(name, **fields))
 
 
 # What the papers say
@@ -41,13 +49,13 @@ def test_parameters_of_residual_networks_are_the_papers(depth: int, exact: int, 
     pairs = [(3, 16), *[(16, 16)] * 2 * n, (16, 32), *[(32, 32)] * (2 * n - 1)]
     pairs += [(32, 64), *[(64, 64)] * (2 * n - 1)]
     formula = sum(9 * a * b + 2 * b for a, b in pairs) + 64 * 10 + 10
-    found = parameters(net("resnet", depth=depth))
+    found = parameters("resnet", depth=depth)
     assert found == formula == exact
     assert f"{found / 1e6:.{len(table) - 2}f}" == table
 
 
 def test_projections_add_two_small_convolutions() -> None:
-    more = parameters(net("resnet", shortcut="projection")) - parameters(net("resnet"))
+    more = parameters("resnet", shortcut="projection") - parameters("resnet")
     assert more == 16 * 32 + 2 * 32 + 32 * 64 + 2 * 64
 
 
@@ -61,7 +69,7 @@ def test_vgg_has_the_convolutions_of_the_paper() -> None:
 @pytest.mark.parametrize("name", ["resnet", "cnn"])
 def test_multiply_adds_of_a_convolution_are_the_formula(name: str) -> None:
     """k^2 * inputs * outputs * pixels, alike in the forward and both halves of the backward."""
-    spec = walk(net(name), CIFAR, torch.float32)[0]
+    spec = walked(name)[0]
     outputs = {"resnet": 16, "cnn": 32}[name]
     once = 9 * 3 * outputs * 32 * 32
     assert (spec.forward, spec.weight_gradient, spec.input_gradient) == (once, once, once)
@@ -69,7 +77,7 @@ def test_multiply_adds_of_a_convolution_are_the_formula(name: str) -> None:
 
 def test_multiply_adds_of_a_unit_are_those_of_its_convolutions() -> None:
     """The way back through the second convolution is counted once, not with the first's weights."""
-    spec = walk(net("resnet"), CIFAR, torch.float32)[1]
+    spec = walked("resnet")[1]
     once = 9 * 16 * 16 * 32 * 32
     assert (spec.forward, spec.weight_gradient, spec.input_gradient) == (2 * once,) * 3
     assert spec.unasked == once
@@ -77,7 +85,7 @@ def test_multiply_adds_of_a_unit_are_those_of_its_convolutions() -> None:
 
 def test_multiply_adds_of_resnet_20() -> None:
     """41 million: 7 convolutions of 16 channels, 6 of 32, 6 of 64, each falls with the pixels."""
-    found = walk(net("resnet"), CIFAR, torch.float32)
+    found = walked("resnet")
     wide = 9 * 16 * 16 * 1024
     wanted = 9 * 3 * 16 * 1024 + 6 * wide + 5 * wide + wide // 2 + 5 * wide + wide // 2 + 640
     assert sum(spec.forward for spec in found) == wanted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 import time
 import traceback
@@ -160,6 +161,28 @@ def test_what_cannot_be_augmented_is_refused_at_once() -> None:
     flat = Arrays(60, (108,), 2, lambda: X.reshape(60, -1), lambda: X)
     with pytest.raises(Refusal, match=r"\(108,\)"):
         Reader(flat, torch.float32, CropFlip(0))
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2, 9])
+@pytest.mark.parametrize("slow", [False, True])
+def test_what_is_wanted_again_in_a_row_is_read_once(ahead: int, slow: bool) -> None:
+    """Several blocks of a rank read the same samples: one tensor, one read."""
+    a, b = MICROS[:2]
+    source = Watched(slow)
+    reader = Reader(source, torch.float32, ahead=ahead)
+    for _ in range(2):  # nothing is remembered from one segment to the next
+        source.begun.clear()
+        wanted = [a, a, a, b, b, a, a.copy()]
+        reader.open(wanted, 0)
+        got = [reader.read() for _ in wanted]
+        for x, indices in zip(got, wanted, strict=True):
+            assert torch.equal(x, Watched().inputs(indices))
+        same = [one is other for one, other in itertools.pairwise(got)]
+        assert same == [True, True, False, True, False, False]
+        assert len(source.begun) == 4
+        with pytest.raises(RuntimeError, match="nothing more"):
+            reader.read()
+        reader.close()
 
 
 # How far ahead

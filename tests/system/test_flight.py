@@ -15,25 +15,12 @@ import pytest
 
 from tests import outcome
 from tests.conftest import ROOT
+from tests.hang import place
 from tests.process import start, sweep
 
-USER = """
+MORE = """
 import collections
 import itertools
-import pathlib
-import time
-
-from torch import nn
-
-
-class Hanging(nn.Linear):
-    def forward(self, input):
-        self.seen = getattr(self, "seen", 0) + self.training
-        if self.seen == 3:
-            pathlib.Path("HUNG").touch()
-            while not pathlib.Path("GO").exists():
-                time.sleep(0.05)
-        return super().forward(input)
 
 
 class Failing(nn.Linear):
@@ -65,34 +52,11 @@ def stuck():
     )
 
 
-def hanging():
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), Hanging(16, 16), nn.Linear(16, 10)
-    )
-
-
 def failing():
     return nn.Sequential(
         nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 16), Failing(16, 10)
     )
 """
-
-RUN = """
-epochs = 1
-batch-size = 50
-threads = 1
-[data]
-name = "digits"
-[model]
-name = "user:hanging"
-[mesh]
-stages = 3
-[partition]
-cuts = [2, 4]
-[optimizer]
-name = "adam"
-"""
-
 
 HOOK = """
 import os, signal, sys
@@ -112,11 +76,7 @@ sys.meta_path.insert(0, Finder())
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run file beside user code whose middle stage hangs in its third batch."""
-    (tmp_path / "user.py").write_text(
-        USER.replace("HUNG", f"{tmp_path}/hung").replace("GO", f"{tmp_path}/go")
-    )
-    (tmp_path / "run.toml").write_text(RUN)
-    return tmp_path / "run.toml"
+    return place(tmp_path, MORE)
 
 
 def command(run: Path, *more: str) -> list[str]:

@@ -15,6 +15,7 @@ import pytest
 from dtrain.data.importing import import_images
 from tests.cluster import Cluster
 from tests.conftest import ROOT
+from tests.hang import place
 from tests.need import lack
 from tests.outcome import summary
 from tests.process import start, sweep
@@ -40,41 +41,6 @@ lr = 1e-3
 """
 DIGITS = RUN.replace("1000, 1000, 1000", "32, 16").replace('"hdf5"', '"digits"')
 DIGITS = "\n".join(line for line in DIGITS.splitlines() if "cifar10" not in line)
-HANGING = """
-import pathlib
-import time
-
-from torch import nn
-
-
-class Hanging(nn.Linear):
-    def forward(self, input):
-        self.seen = getattr(self, "seen", 0) + self.training
-        if self.seen == 3:
-            pathlib.Path("HUNG").touch()
-            while not pathlib.Path("GO").exists():
-                time.sleep(0.05)
-        return super().forward(input)
-
-
-def net():
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), Hanging(16, 16), nn.Linear(16, 10))
-"""
-HANGS = """
-epochs = 1
-batch-size = 50
-threads = 1
-[data]
-name = "digits"
-[model]
-name = "user:net"
-[mesh]
-stages = 3
-[partition]
-cuts = [2, 3]
-[optimizer]
-name = "adam"
-"""
 
 
 @pytest.fixture(scope="module")
@@ -139,11 +105,8 @@ def test_the_job_script_runs_and_goes_on(cluster: Cluster, tmp_path: Path) -> No
 @pytest.fixture
 def hung(cluster: Cluster, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """Three stages on three hosts, under srun; the middle one hangs, all others wait by now."""
-    code = HANGING.replace("HUNG", f"{tmp_path}/hung").replace("GO", f"{tmp_path}/go")
-    (tmp_path / "user.py").write_text(code)
-    (tmp_path / "run.toml").write_text(HANGS)
     words = ["srun", "--mpi=pmix", "--kill-on-bad-exit=1", "-N3", "-n3", sys.executable, "-m"]
-    words += ["dtrain", "train", str(tmp_path / "run.toml"), "--out", str(tmp_path / "out")]
+    words += ["dtrain", "train", str(place(tmp_path)), "--out", str(tmp_path / "out")]
     mark = f"DTRAIN_MARK={os.getpid()}slurm"
     environ = cluster.env | dict([mark.split("=")])
     child = subprocess.Popen(words, env=environ, cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -163,23 +126,24 @@ def came(paths: Iterable[Path], limit_s: float = 30.0) -> None:
         time.sleep(0.05)
 
 
-def signalled(name: str, cluster: Cluster, out: Path) -> list[str]:
-    """Send a signal to all ranks of the one job, as its user does; return their records."""
+def signalled(name: str, cluster: Cluster, out: Path) -> None:
+    """Send a signal to all ranks of the one job, as its user does: the outer ones say that they
+    wait, the middle one that it does not."""
     job = start(["squeue", "--noheader", "-o%i"], env=cluster.env).out.strip()
     ended = start(["scancel", f"--signal={name}", job], env=cluster.env)
     assert ended.code == 0, ended.err
     paths = [out / "flight" / f"rank-{rank:05d}.txt" for rank in range(3)]
     came(paths, 20.0)
-    return [path.read_text() for path in paths]
+    first, middle, last = (path.read_text() for path in paths)
+    assert "waits for " in first
+    assert "waits for " in last
+    assert "is in no wait" in middle
 
 
 def test_ranks_under_srun_say_what_they_wait_for(
     cluster: Cluster, hung: subprocess.Popen[str], tmp_path: Path
 ) -> None:
-    first, middle, last = signalled("USR1", cluster, tmp_path / "out")
-    assert "waits for " in first
-    assert "waits for " in last
-    assert "is in no wait" in middle
+    signalled("USR1", cluster, tmp_path / "out")
     words = [sys.executable, "-m", "dtrain", "flight", str(tmp_path / "out")]
     told = start(words, env=cluster.env, cwd=ROOT)
     assert "3 of 3 ranks answered" in told.out
@@ -193,10 +157,7 @@ def test_ranks_under_srun_say_what_they_wait_for(
 def test_a_cancelled_step_leaves_what_its_ranks_waited_for(
     cluster: Cluster, hung: subprocess.Popen[str], tmp_path: Path
 ) -> None:
-    first, middle, last = signalled("TERM", cluster, tmp_path / "out")
-    assert "waits for " in first
-    assert "waits for " in last
-    assert "is in no wait" in middle
+    signalled("TERM", cluster, tmp_path / "out")
     _, err = hung.communicate(timeout=30)
     assert hung.returncode != 0
     assert err.count("dtrain: stopped by SIGTERM (a time limit, scancel, or another rank") == 1

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -19,13 +18,13 @@ from dtrain.errors import Refusal
 from dtrain.layout import settle
 from dtrain.models import adopt
 from dtrain.objectives import OBJECTIVES
+from dtrain.objectives.dfa import Dfa
 from dtrain.objectives.mono_forward import MonoForward
+from dtrain.objectives.objective import Objective
 from dtrain.objectives.task import Task
 from dtrain.train import train
 from tests import tiny
 from tests.outcome import close
-from tests.witness.dfa import Dfa
-from tests.witness.forward import Forward
 
 WRITING = {"name": "tests.tiny:writing"}
 
@@ -47,20 +46,24 @@ class Normed(MonoForward):
     def helped(self, task: Any) -> None: ...
 
 
-@dataclass(frozen=True)
-class Forgetful(Dfa):
-    """Has a route of its own, but not what travels on it."""
-
-    tell: ClassVar[Any] = MonoForward.tell
-
-
-KINDS = {"forward": Forward, "dfa": Dfa, "dropping": Dropping, "normed": Normed}
+KINDS = {"dropping": Dropping, "normed": Normed}
+NAMED: dict[str, dict[str, Any]] = {
+    "dfa": {"objective__name": "dfa", "schedule__name": "1f1b"},
+    "wide": {"objective__name": "forward-forward", "objective__peer": 10.0},
+    "twice": {
+        "objective": {"name": "forward-forward", "negatives": "hard"},
+        "schedule__name": "drained",
+    },
+    **{name: {"objective__name": name} for name in (*KINDS, "mono-forward")},
+}
+"""Runs by what they ask: an error for all blocks; a pass wider than its micro-batch, and means that
+a segment hands to the next; a pass that is not traced before one that is; heads of their own."""
 
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let run files name them."""
-    for name, kind in {**KINDS, "forgetful": Forgetful}.items():
+    for name, kind in KINDS.items():
         monkeypatch.setitem(OBJECTIVES, name, kind)
 
 
@@ -74,30 +77,27 @@ def trained(out: Path, stages: int = 1, replicas: int = 1, **told: Any) -> dict[
     return ranks(stages * replicas, work, seed=stages)[0]
 
 
-@pytest.mark.parametrize("objective", KINDS)
-def test_any_number_of_ranks_trains_the_same_bits(objective: str, tmp_path: Path) -> None:
-    """Two passes that both learn, an error for all blocks, heads that draw."""
-    told = {"objective__name": objective}
+@pytest.mark.parametrize("name", NAMED)
+def test_any_number_of_ranks_trains_the_same_bits(name: str, tmp_path: Path) -> None:
+    told = NAMED[name]
     digests = {trained(tmp_path / str(n), n, **told)["digest"] for n in (1, 2, 4)}
     assert len(digests) == 1
     assert trained(tmp_path / "again", 1, **told)["digest"] in digests
 
 
-@pytest.mark.parametrize("objective", ["forward", "dfa"])
-def test_replicas_and_micro_batches_train_the_same_model(objective: str, tmp_path: Path) -> None:
-    told = {"objective__name": objective}
+@pytest.mark.parametrize("name", ["dfa", "wide", "twice"])
+def test_replicas_and_micro_batches_train_the_same_model(name: str, tmp_path: Path) -> None:
+    told = NAMED[name]
     trained(tmp_path / "one", 2, **told, micro_batches=1)
     trained(tmp_path / "two", 2, 2, **told)
     close(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.parametrize("objective", [*KINDS, "mono-forward"])
+@pytest.mark.parametrize("name", NAMED)
 @pytest.mark.parametrize("net", [tiny.TABLE["model"], WRITING], ids=["mlp", "in-place"])
-def test_what_is_computed_again_is_the_same(
-    objective: str, net: dict[str, Any], tmp_path: Path
-) -> None:
+def test_what_is_computed_again_is_the_same(name: str, net: dict[str, Any], tmp_path: Path) -> None:
     """All passes are, and an input that a layer works on in place is kept as it came."""
-    told = {"objective__name": objective, "model": net}
+    told = {**NAMED[name], "model": net}
     kept = trained(tmp_path / "kept", 2, **told)["digest"]
     assert trained(tmp_path / "again", 2, partition__recompute=True, **told)["digest"] == kept
 
@@ -108,9 +108,13 @@ def test_batch_statistics_of_heads_are_known(tmp_path: Path) -> None:
         trained(tmp_path, objective__name="normed", batch_size=7)
 
 
-def test_what_an_objective_forgets_to_tell_is_no_gradient(tmp_path: Path) -> None:
+def test_what_an_objective_forgets_to_tell_is_no_gradient(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One that has a route of its own, but does not say what travels on it."""
+    monkeypatch.setattr(Dfa, "tell", Objective.tell)
     with pytest.raises(AssertionError, match="is the objective's to say"):
-        trained(tmp_path, 2, objective__name="forgetful")
+        trained(tmp_path, 2, **NAMED["dfa"])
 
 
 def test_a_layer_in_place_leaves_the_output_before_it() -> None:

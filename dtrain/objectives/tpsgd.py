@@ -1,0 +1,73 @@
+"""tpSGD: a block's output is drawn to a fixed random target of its label; nothing comes back.
+
+Lomnitz, Daniels, Zhang and Piacentino, "Learning with Local Gradients at the Edge", arXiv
+2208.08503. With Y one-hot and P_k (C, d_k) drawn once::
+
+    x --> block 0 --h--> block 1 --h--> block 2 --> own head, cross-entropy
+             |              |
+          Y P_0 - h      Y P_1 - h         residual; the slopes are those of backprop in the block
+
+    "l2"   J_k = mean over rows and units of (Y P_k - h)^2     pulls by  -2 (Y P_k - h) / (rows d)
+    "l1"   J_k = mean over rows and units of |Y P_k - h|       pulls by  -sign(Y P_k - h) / (rows d)
+
+Unlike DRTP's force the residual vanishes at the target, so it comes to rest. The paper's J is a sum
+over units; a mean is d_k times smaller, which keeps the learning rates that backprop would take
+(with 64 standardised inputs the sum diverges at lr 0.1). Adam does not see the difference. Units
+that are never negative cannot reach the negative half of a "uniform" target and rest at 0 for those
+classes; "binary" has targets that ReLU can reach, "uniform" those of tanh.
+
+Invariant: a target depends on the label and on the block's matrix alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+from torch import nn
+from torch.nn.functional import l1_loss, mse_loss
+
+from dtrain.block import Block, Pull
+from dtrain.live import Live
+from dtrain.objectives.objective import Objective, born
+from dtrain.objectives.parts.feedback import Fixed, Matrix
+from dtrain.objectives.task import Task
+
+
+@final
+@dataclass(frozen=True)
+class TpSgd(Objective):
+    """A fixed matrix of targets per earlier block; prediction: the last block's alone.
+
+    Parameters
+    ----------
+    loss : str
+        "l2" or "l1", whose gradient is the sign of the residual.
+    feedback : str
+        How the targets are drawn: see `feedback`.
+    """
+
+    loss: Literal["l2", "l1"] = "l2"
+    feedback: Matrix = "uniform"
+
+    def build(self, task: Task) -> nn.Module | None:
+        """Return the targets of an earlier block, none at the end."""
+        width = math.prod(task.outputs)
+        return None if task.last else Fixed(self.feedback, task.classes, width)
+
+    def helped(self, task: Task) -> tuple[int, ...] | None:
+        """Nothing is run: rows of a matrix are looked up."""
+        return None
+
+    def pulls(self, task: Task, block: Block, live: Live) -> list[Pull]:
+        """Pull the distance to the label's target; at the end the true loss."""
+        if task.last:
+            return [born(live, live.y)]
+        assert isinstance(block.helper, Fixed)
+        target = block.helper.feedback[live.targets]  # Y P, since Y is one-hot
+        distance = mse_loss if self.loss == "l2" else l1_loss
+        loss = distance(live.y.flatten(1), target)
+        live.loss = loss.detach()
+        return [(loss, torch.full_like(loss, live.share))]

@@ -1,0 +1,170 @@
+"""Law of frozen blocks: their layers keep their first weights, bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dtrain.assembly import drawn
+from dtrain.budget import Books
+from dtrain.comm.comm import Comm
+from dtrain.comm.threads import run as ranks
+from dtrain.config import Run
+from dtrain.errors import Refusal
+from dtrain.job import plan
+from dtrain.objectives import OBJECTIVES
+from dtrain.report import plan_table, plan_text
+from dtrain.schedules import SCHEDULES
+from dtrain.syncs import SYNCS
+from dtrain.train import train
+from tests import tiny
+from tests.outcome import model
+
+PAIRS = [
+    (objective, schedule)
+    for objective, schedule in itertools.product(OBJECTIVES, SCHEDULES)
+    if all(SCHEDULES[schedule]().runs(r) for r in OBJECTIVES[objective]().routes(3, "train"))
+]
+NORMAL = {"model": {"name": "tests.tiny:normalised"}, "micro_batches": 1}
+
+
+def asked(objective: str, schedule: str, **told: Any) -> Run:
+    """Return a run of a single epoch; what updates at once gets one micro-batch."""
+    micros = 1 if SCHEDULES[schedule].weights == "current" else 2
+    named = {"objective__name": objective, "schedule__name": schedule, "micro_batches": micros}
+    return tiny.run(**{"epochs": 1, "mesh__stages": 2} | named | told)
+
+
+def trained(run: Run, out: Path, count: int) -> dict[str, Any]:
+    """Train on `count` threads and return the summary."""
+
+    def work(comm: Comm) -> dict[str, Any]:
+        return train(run, comm, out)
+
+    return ranks(count, work)[0]
+
+
+def first(run: Run, count: int) -> list[dict[str, Tensor]]:
+    """Return the parameters of every block as the seed draws them."""
+    layout = plan(run, count).layout
+    blocks = [drawn(run, layout, b, torch.device("cpu")) for b in range(len(layout.parts))]
+    return [{name: p.detach() for name, p in block.parameters.items()} for block in blocks]
+
+
+def kept(run: Run, out: Path, count: int, frozen: set[int]) -> None:
+    """Assert that the layers of the frozen blocks are what they were, and that the last block
+    moved, unless it is one of them."""
+    found, moved, blocks = model(out), set(), first(run, count)
+    for block, before in enumerate(blocks):
+        for name, tensor in before.items():
+            if block in frozen and not name.startswith("heads."):
+                assert torch.equal(found[name], tensor), name
+            elif not torch.equal(found[name], tensor):
+                moved.add(block)
+    assert moved >= {len(blocks) - 1} - frozen
+
+
+CELLS = [
+    (*pair, sync)
+    for turn, pair in enumerate(PAIRS)
+    for sync in (SYNCS if pair[0] == "mono-forward" else [list(SYNCS)[turn % len(SYNCS)]])
+    if pair[1] == OBJECTIVES[pair[0]]().schedule
+]
+"""Every objective in its own order with, by turns, every sync; one objective with all of them."""
+
+
+@pytest.mark.parametrize(("objective", "schedule", "sync"), CELLS)
+def test_frozen_weights_never_change(
+    objective: str, schedule: str, sync: str, tmp_path: Path
+) -> None:
+    """All but the last block; three replicas that may train apart, clipped over blocks.
+
+    Thirds of three equal weights do not always add up to them.
+    """
+    told = {"sync__name": sync, "partition__frozen": True, "optimizer__clip": 0.5}
+    run = asked(objective, schedule, **told, mesh__stages=1)
+    trained(run, tmp_path, 3)
+    kept(run, tmp_path, 3, {0, 1})
+
+
+@pytest.mark.parametrize("objective", tiny.PATTERNS)
+@pytest.mark.parametrize("frozen", [[1], [0, 2], [0, 1, 2], []])
+def test_blocks_are_frozen_by_number(objective: str, frozen: list[int], tmp_path: Path) -> None:
+    """Gradients pass through a frozen block; nothing at all may be left to train."""
+    schedule = OBJECTIVES[objective]().schedule
+    run = asked(objective, schedule, partition__frozen=frozen)
+    trained(run, tmp_path, 2)
+    kept(run, tmp_path, 2, set(frozen))
+
+
+@pytest.mark.parametrize("objective", tiny.PATTERNS)
+def test_a_frozen_run_is_resumed_as_if_uninterrupted(objective: str, tmp_path: Path) -> None:
+    """Law 5, in the middle of an epoch, where a rank may own nothing that learns."""
+    sync = list(SYNCS)[list(OBJECTIVES).index(objective) % len(SYNCS)]
+    told = {"sync__name": sync, "partition__frozen": True, "epochs": None, "checkpoint__every": 3}
+    schedule = OBJECTIVES[objective]().schedule
+    whole = trained(asked(objective, schedule, **told, updates=6), tmp_path / "whole", 4)
+    for updates in (3, 6):
+        parts = trained(asked(objective, schedule, **told, updates=updates), tmp_path / "parts", 4)
+    assert parts["attempts"] == 2
+    assert whole["digest"] == parts["digest"]
+
+
+@pytest.mark.parametrize("objective", tiny.PATTERNS)
+def test_a_frozen_block_is_the_same_on_any_number_of_ranks(objective: str, tmp_path: Path) -> None:
+    schedule = OBJECTIVES[objective]().schedule
+    told = {"partition": {"blocks": 3, "frozen": [0, 1], "recompute": True}}
+    digests = {
+        trained(asked(objective, schedule, **told, mesh__stages=n), tmp_path / str(n), n)["digest"]
+        for n in (1, 2, 3)
+    }
+    assert len(digests) == 1
+
+
+def test_batch_statistics_of_a_frozen_block_go_on(tmp_path: Path) -> None:
+    told = NORMAL | {"partition": {"cuts": [3], "frozen": True}, "mesh__stages": 1}
+    run = tiny.run(**told)
+    trained(run, tmp_path, 1)
+    kept(run, tmp_path, 1, {0})
+    assert model(tmp_path)["2.running_mean"].abs().sum() > 0
+    assert model(tmp_path)["2.num_batches_tracked"] == 8
+
+
+@pytest.mark.parametrize(("frozen", "named"), [([3], 3), ([0, -1], -1), ([7, 1], 7)])
+def test_a_block_that_is_not_there_is_refused_by_name(frozen: list[int], named: int) -> None:
+    with pytest.raises(Refusal, match=rf"frozen names block {named}, but there are 3 \(0 to 2\)"):
+        plan(tiny.run(partition__frozen=frozen), 1)
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_a_plan_knows_what_is_frozen(stages: int, tmp_path: Path) -> None:
+    """No gradients and no optimizer of frozen layers; the heads' remain. And what is counted is
+    what is planned."""
+    told = {"model": {"name": "mlp", "widths": [300, 200, 100]}, "mesh__stages": stages}
+    free = plan(tiny.run(**told), stages)
+    run = tiny.run(**told, partition__frozen=[0, 1])
+    held = plan(run, stages)
+    parts = [(part.parameters, part.head_parameters) for part in free.layout.parts]
+    trains = [heads + layers * (block == 2) for block, (layers, heads) in enumerate(parts)]
+    rows = Books(held).table()
+    assert sum(row["gradients_bytes"] for row in rows) == 8 * sum(trains)
+    assert sum(row["parameters_bytes"] for row in rows) == 8 * sum(map(sum, parts))
+    before = sum(row["optimizer_bytes"] for row in Books(free).table())
+    tensors = sum(map(sum, parts))
+    after = sum(row["optimizer_bytes"] for row in rows)
+    assert after < before * (sum(trains) / tensors) * 1.1
+    counted = trained(run, tmp_path, stages)["peak_memory_bytes"]
+    for one, other in zip(Books(held).ranks(), counted, strict=True):
+        assert abs(one.peak / other - 1) < 0.1
+
+
+def test_a_plan_says_what_is_frozen() -> None:
+    held = plan(tiny.run(partition__frozen=True), 1)
+    assert [block["frozen"] for block in plan_table(held)["blocks"]] == [True, True, False]
+    assert plan_text(held).count("(frozen)") == 2
+    assert "(frozen)" not in plan_text(plan(tiny.run(), 1))

@@ -1,0 +1,107 @@
+"""What a run leaves on disk: shards, also where the disk is full, and the folder of a whole run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import pytest
+import torch
+
+from dtrain.comm import threads
+from dtrain.comm.comm import Comm
+from dtrain.comm.single import SingleWire
+from dtrain.errors import Refusal
+from dtrain.shard import loaded, store
+from dtrain.train import train
+from tests import tiny
+from tests.process import start
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool)
+LIMITS = (50, 5_000, 100_000, 200_000)
+LIMITED = """
+import gc, os, resource, sys
+from pathlib import Path
+import torch
+from dtrain.shard import store
+
+def main(limit):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        store(Path(sys.argv[1]), {f"model/{i}": torch.rand(50, 50) for i in range(20)})
+    except OSError as error:
+        sys.exit(str(error))
+
+gc.freeze()  # children need not take all of torch apart
+for limit in map(int, sys.argv[2:]):
+    child = os.fork()
+    if not child:
+        sys.exit(main(limit))
+    print(limit, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def test_a_full_disk_under_a_shard_raises_its_own_error(tmp_path: Path) -> None:
+    """HDF5 would end the process by a segmentation fault; each limit has a process, to its end."""
+    ended = start([sys.executable, "-c", LIMITED, tmp_path / "shard.h5", *map(str, LIMITS)])
+    assert ended.err == "[Errno 27] File too large\n" * len(LIMITS)
+    assert ended.out.splitlines() == [f"{limit} 1" for limit in LIMITS]
+
+
+def test_a_shard_holds_every_dtype(tmp_path: Path) -> None:
+    given = {str(dtype): torch.arange(6).to(dtype).view(2, 3) for dtype in DTYPES}
+    given |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3), "apart": torch.eye(3).T[::2]}
+    row = store(tmp_path / "shard.h5", given)
+    assert row["keys"] == list(given)
+    assert row["bytes"] == (tmp_path / "shard.h5").stat().st_size
+    with h5py.File(tmp_path / "shard.h5", "r") as shard:
+        for key, tensor in given.items():
+            torch.testing.assert_close(loaded(shard[key]), tensor, rtol=0, atol=0)
+
+
+def test_replicas_that_have_nothing_to_save_write_no_shard(tmp_path: Path) -> None:
+    run = replace(tiny.run(mesh__stages=1, epochs=1), path=tmp_path / "run.toml")
+    threads.run(3, lambda comm: train(run, comm, tmp_path / "out"))
+    (newest,) = (tmp_path / "out" / "checkpoints").iterdir()
+    assert {path.name for path in newest.iterdir()} == {"manifest.json", "replica-0-stage-0.h5"}
+    more = replace(tiny.run(mesh__stages=2, epochs=2), path=tmp_path / "run.toml")
+    told = threads.run(2, lambda comm: train(more, comm, tmp_path / "out"))
+    assert [each["attempts"] for each in told] == [2, 2]
+
+
+def test_no_resume_starts_in_a_fresh_folder_and_refuses_a_used_one(tmp_path: Path) -> None:
+    run = replace(tiny.run(), path=tmp_path / "run.toml")
+    out = tmp_path / "out"
+    told = train(run, Comm(SingleWire()), out, "never")
+    assert (told["status"], told["attempts"]) == ("finished", 1)
+    before = (out / "summary.json").read_text()
+    with pytest.raises(Refusal, match="--resume never"):
+        train(run, Comm(SingleWire()), out, "never")
+    assert (out / "summary.json").read_text() == before
+    assert not (out / "owner.json").exists()
+
+
+def records(out: Path, kind: str) -> list[dict[str, Any]]:
+    told = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [each for each in told if each["kind"] == kind]
+
+
+def test_metrics_say_where_ranks_ran_and_which_was_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "123")
+    run = replace(tiny.run(), path=tmp_path / "run.toml")
+    hosts = ["n1", "n1", "n2"]
+    threads.run(3, lambda comm: train(run, comm, tmp_path / "out"), hosts=hosts)
+    (first,) = records(tmp_path / "out", "run")
+    assert (first["hosts"], first["job"]) == (hosts, "123")
+    assert "torch" in first["versions"]
+    for each in records(tmp_path / "out", "train"):
+        assert each["slowest_host"] == hosts[each["slowest_rank"]]
+        assert 0 < each["stage_median_busy_s"] <= each["slowest_busy_s"] <= each["train_s"]
+    assert all(each["eval_s"] > 0 for each in records(tmp_path / "out", "eval"))
+    assert all(each["save_s"] > 0 for each in records(tmp_path / "out", "checkpoint"))
