@@ -90,6 +90,10 @@ class Bench:
         self.folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "benchmarks" / "user.py", self.folder)
 
+    def has(self, part: str) -> bool:
+        """Say whether a part is there from an earlier start."""
+        return (self.folder / f"{part}.json").exists()
+
     def kept(self, part: str, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """Return what `make` returns, from disk where an earlier start made it: plain values."""
         path = self.folder / f"{part}.json"
@@ -99,12 +103,14 @@ class Bench:
             path.with_suffix(".part").rename(path)
         return dict(json.loads(path.read_text(encoding="utf-8")))
 
-    def train(self, run: Table, ranks: int, threads: int = 1) -> Told:
-        """Train `run`, the tables of a run file, on `ranks` ranks of this host."""
-        out = self._write(run | {"threads": threads}) / "out"
+    def train(self, run: Table, ranks: int, threads: int = 1, where: str = ".") -> Told:
+        """Train `run`, the tables of a run file, on `ranks` ranks of this host; in the sub-folder
+        `where`, if another run goes on beside it."""
+        folder = self._write(run | {"threads": threads}, where)
+        out = folder / "out"
         shutil.rmtree(out, ignore_errors=True)
         words = [*DTRAIN, "train", "run.toml", "--out", "out", "--ranks", str(ranks)]
-        _call(words, self.folder, threads)
+        _call(words, folder, threads)
         lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         records = [json.loads(line) for line in lines]
         by = {kind: [r for r in records if r["kind"] == kind] for kind in ("train", "eval")}
@@ -117,9 +123,13 @@ class Bench:
         words = [*DTRAIN, "plan", "run.toml", "--json", "--ranks", str(ranks)]
         return dict(json.loads(_call(words, self.folder, 1, quiet=True)))
 
-    def _write(self, run: Table) -> Path:
-        (self.folder / "run.toml").write_text(dump(run), encoding="utf-8")
-        return self.folder
+    def _write(self, run: Table, where: str = ".") -> Path:
+        folder = self.folder / where
+        folder.mkdir(exist_ok=True)
+        if folder != self.folder:
+            shutil.copy(self.folder / "user.py", folder)
+        (folder / "run.toml").write_text(dump(run), encoding="utf-8")
+        return folder
 
 
 DTRAIN = [sys.executable, "-m", "dtrain"]
