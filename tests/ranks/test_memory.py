@@ -119,6 +119,12 @@ def test_planned_memory_is_counted_memory(case: tuple[Any, ...], tmp_path: Path)
         assert abs(one / other - 1) < 0.1, (planned, counted)
 
 
+def test_memory_is_planned_though_updates_of_two_ranks_end_together() -> None:
+    for stages in (2, 3):
+        asked = tiny.run(objective__name="man", mesh__stages=stages, batch_size=4)
+        assert min(each.messages for each in Books(plan(asked, stages)).ranks()) > 0
+
+
 def test_recomputation_is_planned_to_take_less() -> None:
     """What it is for: many live micro-batches of a deep block."""
     peaks = []

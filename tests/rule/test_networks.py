@@ -33,7 +33,8 @@ def walked(name: str, **fields: Any) -> tuple[Spec, ...]:
 
 
 def parameters(name: str, **fields: Any) -> int:
-    return sum(spec.parameters for spec in walked(name, **fields))
+    layers = net(name, **fields).skeletons(torch.float32)
+    return sum(p.numel() for layer in layers if layer is not None for p in layer.parameters())
 
 
 # What the papers say
