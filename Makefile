@@ -29,9 +29,9 @@ ifeq ($(filter wheel site,$(MPI)),)
 $(error MPI=$(MPI) is unknown: give MPI=wheel (Open MPI inside .venv) or MPI=site (the MPI you loaded))
 endif
 ifeq ($(MPI),wheel)
-EXTRAS = mpi,demo,images,terminal,test
+EXTRAS = mpi,demo,images,plots,terminal,test
 else
-EXTRAS = demo,images,terminal,test
+EXTRAS = demo,images,plots,terminal,test
 endif
 
 # Another choice, or a folder that was moved (scripts in .venv hold its path): start anew.
