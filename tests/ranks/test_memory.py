@@ -86,9 +86,11 @@ def run(net: str, objective: str, schedule: str, **told: Any) -> Run:
 CASES = [
     (*pair, list(NETS)[(one + two) % 4], OPTIMIZERS[(one + 2 * two) % 3], *grid)
     for (one, pair), (two, grid) in itertools.product(enumerate(PAIRS), enumerate(GRIDS))
-    if two % 3 == one % 3 or pair[0] in ("mono-forward", "backprop")
+    if pair in (("mono-forward", "stream"), ("backprop", "1f1b"))
+    or (two == one % 6 and (pair[0] in tiny.PATTERNS or pair[1] == OBJECTIVES[pair[0]]().schedule))
 ]
-"""Every pair on two of the six grids, in turns, and two objectives on all."""
+"""Two pairs on all grids; on one of them, in turns, every objective in its own order, and one for
+each pattern of messages in all orders."""
 
 
 def words(case: tuple[Any, ...]) -> str:

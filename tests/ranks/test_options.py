@@ -209,7 +209,8 @@ def test_a_rate_is_asked_by_the_runs_clock(tmp_path: Path) -> None:
 @pytest.mark.parametrize("objective", [*tiny.NEIGHBOURS, "infopro"])
 def test_augmented_images_keep_the_laws(objective: str, tmp_path: Path) -> None:
     """Drawn per sample and epoch, whoever reads them, and read ahead by a thread."""
-    told = {"objective": {"name": objective}, "model": GROUPS, "data__augment": "crop-flip"}
+    chosen = {"name": objective} | ({"norm": "none"} if objective == "infopro" else {})
+    told = {"objective": chosen, "model": GROUPS, "data__augment": "crop-flip"}
     told |= {"make": pictures.run, "partition__blocks": 3}
     augmented = laws(tmp_path, **told)
     run = pictures.run(objective=told["objective"], model=GROUPS, epochs=2, micro_batches=3)
@@ -222,14 +223,18 @@ def test_augmented_images_keep_the_laws(objective: str, tmp_path: Path) -> None:
 )
 def test_networks_for_images_keep_the_laws(objective: str, norm: str, tmp_path: Path) -> None:
     """Batch statistics couple samples: over stages the same bits, all else is no promise."""
-    told: dict[str, Any] = {"objective": {"name": objective}, "epochs": 1, "micro_batches": 3}
+    kind = SCHEDULES[OBJECTIVES[objective]().schedule]
+    micros = 3 if kind.weights == "own" else 1  # some orders update after each
+    told: dict[str, Any] = {"objective": {"name": objective}, "epochs": 1, "micro_batches": micros}
     told["model"] = {"name": "resnet", "depth": 8, "width": 4, "norm": norm}
     told["model"] |= {"groups": 2} if norm == "group" else {}
     if norm == "group":
         laws(tmp_path, make=pictures.run, **told)
         return
-    runs = (pictures.run(**told, mesh__stages=n) for n in (1, 2, 3))
-    digests = {trained(run, tmp_path / f"{n}", n)["digest"] for n, run in enumerate(runs, 1)}
+    runs = (pictures.run(**told, mesh__stages=n) for n in (1, 3))
+    digests = {
+        trained(run, tmp_path / f"{n}", n)["digest"] for n, run in zip((1, 3), runs, strict=True)
+    }
     assert len(digests) == 1
 
 
@@ -256,7 +261,7 @@ def test_recomputation_beside_all_other_options(
         assert found["True", 3]["peak_memory_bytes"][0] < found["False", 3]["peak_memory_bytes"][0]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", [n for n, each in SCHEDULES.items() if each.weights == "own"])
 @pytest.mark.parametrize("micros", [2, 5, 16])
 def test_accumulated_gradients_are_those_of_the_batch(
     schedule: str, micros: int, tmp_path: Path
