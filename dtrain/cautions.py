@@ -76,7 +76,7 @@ def _few(plan: Plan) -> Iterator[str]:
 def _many(plan: Plan) -> Iterator[str]:
     """Tell of more blocks than an objective carries that has no gradient from the next block."""
     layout, name = plan.layout, plan.run.objective.name
-    follows = any(route.name == GRADIENT for route in layout.routes)
+    follows = any(route.name == GRADIENT and not route.lag for route in layout.routes)
     if len(layout.parts) > BLOCKS and not follows and not layout.objective.carries:
         yield (
             f"{len(layout.parts)} blocks: '{name}' is not known to carry more than {BLOCKS}, and "
