@@ -110,6 +110,11 @@ class Block:
         """The optimizer's present learning rate, 0 where there is nothing to train."""
         return float(self.optimizer.param_groups[0].get("lr", 0)) if self.optimizer else 0.0
 
+    @property
+    def peak(self) -> float:
+        """The learning rate that the optimizer was made with, 0 where there is nothing to train."""
+        return self.rates[0] if self.rates else 0.0
+
     def rate(self, factor: float) -> None:
         """Set every group's learning rate to `factor` times the one that it was made with."""
         if self.optimizer is not None:

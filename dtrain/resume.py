@@ -90,11 +90,19 @@ def refuse_changes(out: Path, before: Table | None, run: Run, reached: bool = Fa
             f"back, or choose another --out than {out}"
         )
     length = [told[key] for key in LENGTH if key in told]
-    if before is not None and length and not reached and run.make_rate().horizon:
-        raise Refusal(
-            f"the learning rates of '{run.rate.name}' followed the length that the run was begun "
-            f"with: {', '.join(length)}; put it back, or choose another --out than {out}"
-        )
+    if before is not None and length and not reached:
+        for what, follows in _followers(run):
+            if follows:
+                raise Refusal(
+                    f"the {what} followed the length that the run was begun with: "
+                    f"{', '.join(length)}; put it back, or choose another --out than {out}"
+                )
+
+
+def _followers(run: Run) -> Iterator[tuple[str, bool]]:
+    """Yield what may follow the length of a run, and whether it does."""
+    yield f"learning rates of '{run.rate.name}'", run.make_rate().horizon
+    yield f"phases of '{run.sync.name}'", run.make_sync().horizon
 
 
 def _flat(table: Table, outer: str = "") -> Iterator[tuple[str, Any]]:

@@ -47,7 +47,8 @@ class Updates:
         course, block, sync = self.course, self.blocks[index], self.syncs[index]
         calendar = course.calendar
         block.rate(course.rate.factor(update, calendar.per_epoch, calendar.total))
-        clock = Clock(update, epoch, calendar.epochs, block.lr)
+        length = calendar.per_epoch, calendar.total
+        clock = Clock(update, epoch, *length, block.lr, block.peak, batch.shares)
         weight = batch.own / batch.rows
         if course.clips_model:
             if index == self.first:

@@ -28,17 +28,22 @@ class Batch:
 
     Attributes
     ----------
-    rows : int
-        Samples of the update over all replicas (n).
+    shares : tuple of int
+        Samples of each replica in the update.
     micros : tuple of arrays
         Indices of each micro-batch that is not empty; together this replica's n_r samples.
     first : int
         Where they begin among the samples of the update.
     """
 
-    rows: int
+    shares: tuple[int, ...]
     micros: tuple[Indices, ...]
     first: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Samples of the update over all replicas (n)."""
+        return sum(self.shares)
 
     @property
     def own(self) -> int:
@@ -70,10 +75,11 @@ class Shares:
     def batch(self, order: Indices, update: int, replica: int) -> Batch:
         """Return the part of `replica` in the update at position `update` of an epoch's order."""
         samples = order[update * self.size : (update + 1) * self.size]
-        part = self._parts(len(samples), self.replicas)[replica]
+        shared = self._parts(len(samples), self.replicas)
+        part = shared[replica]
         own = _slice(samples, part)
         micros = (_slice(own, part) for part in self._parts(len(own), self.micros))
-        return Batch(len(samples), tuple(m for m in micros if len(m)), part.start)
+        return Batch(tuple(map(len, shared)), tuple(m for m in micros if len(m)), part.start)
 
     def sizes(self, total: int, first: int, last: int) -> list[list[int]]:
         """Return ``[replica][update]``: micro-batches in the updates first to last (excluded)."""

@@ -59,8 +59,6 @@ class LocalSGD(Sync):
         ):
             if value < low:
                 raise Refusal(f"[sync] {key} = {value} is too small: give at least {low}")
-        # Whether all replicas hold the same parameters; then they are the view, bit for bit.
-        self._equal = True
 
     def steps(self, weight: float, clock: Clock) -> bool:
         """In the warm-up every replica steps: all have the gradient of all samples."""
@@ -75,8 +73,8 @@ class LocalSGD(Sync):
         """Where it is time, replace the parameters by their mean over the replicas."""
         if clock.update < self.warmup_updates:
             return
-        self._equal = (clock.update + 1) % self.every == 0
-        if self._equal:
+        self.equal = (clock.update + 1) % self.every == 0
+        if self.equal:
             self.replicas.mean_([each.detach() for each in self.block.trained])
 
     def poll(self) -> None:
@@ -94,13 +92,13 @@ class LocalSGD(Sync):
         Parameters that are equal anyway are not copied and keep their bits.
         """
         own = self.block.tensors()
-        names = self.block.drifting if self._equal else moving(self.block)
+        names = self.block.drifting if self.equal else moving(self.block)
         return own | averaged(self.replicas, {name: own[name] for name in names})
 
     def state(self) -> dict[str, Tensor]:
         """Return whether the replicas hold the same parameters."""
-        return {"equal": torch.tensor(int(self._equal))}
+        return {"equal": torch.tensor(int(self.equal))}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state()` returned."""
-        self._equal = bool(state["equal"])
+        self.equal = bool(state["equal"])

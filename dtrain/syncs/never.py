@@ -26,7 +26,8 @@ class Never(Sync):
         """Leave the gradients: each is already the mean over this replica's samples."""
 
     def after_update(self, clock: Clock) -> None:
-        """Leave the parameters."""
+        """Leave the parameters: from now on they are this replica's own."""
+        self.equal = self.replicas.size == 1
 
     def poll(self) -> None:
         """Nothing is ever in flight."""
@@ -47,4 +48,5 @@ class Never(Sync):
         return {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Nothing beyond the block."""
+        """Nothing beyond the block; what is restored had been updated."""
+        self.equal = self.replicas.size == 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, final
 
 from torch import Tensor
 
@@ -17,14 +17,40 @@ from dtrain.block import Block
 from dtrain.comm.comm import Comm
 
 
+@final
 @dataclass(frozen=True)
 class Clock:
-    """When something happens: counts from the start of the run, and the rate of this update."""
+    """When something happens, and how much of the run there is.
+
+    Attributes
+    ----------
+    update, epoch : int
+        Counted from the start of the run.
+    per_epoch, total : int
+        Updates in an epoch, and in the whole run.
+    lr, peak : float
+        The learning rate of this update, and the optimizer's own, which the schedule scales.
+    rows : tuple of int
+        Samples of this update in each replica.
+    """
 
     update: int
     epoch: int
-    epochs: int
+    per_epoch: int
+    total: int
     lr: float
+    peak: float
+    rows: tuple[int, ...]
+
+    @property
+    def epochs(self) -> int:
+        """Epochs begun when the run is done."""
+        return -(-self.total // self.per_epoch)
+
+    @property
+    def ends_epoch(self) -> bool:
+        """Whether this is the last update of its epoch, or of the run."""
+        return (self.update + 1) % self.per_epoch == 0 or self.update + 1 == self.total
 
 
 class Sync(ABC):
@@ -34,9 +60,15 @@ class Sync(ABC):
     ----------
     apart : bool
         Whether replicas may differ at a segment's end; if not, one of them is checkpointed.
+    horizon : bool
+        Whether what it does follows from the length of the run, which then cannot be changed.
+    equal : bool
+        Whether all replicas hold the same parameters, bit for bit, since the last update.
     """
 
     apart: ClassVar[bool]
+    horizon: ClassVar[bool] = False
+    equal: bool = True
 
     def open(self, block: Block, replicas: Comm) -> None:
         """Take the block and the communicator of its replicas; may re-parametrise the block."""
