@@ -237,6 +237,10 @@ class Block:
         """Return parameters and buffers under their global names, detached, not copied."""
         return {name: t.detach() for name, t in {**self.parameters, **self.buffers}.items()}
 
+    def values(self) -> dict[str, Tensor]:
+        """Return what of them is trained, likewise, in the order of `trained`."""
+        return {name: p.detach() for name, p in self.parameters.items() if p.requires_grad}
+
     @contextmanager
     def showing(self, view: Mapping[str, Tensor]) -> Iterator[None]:
         """Hold the tensors of `view` instead of its own ones while the body runs."""

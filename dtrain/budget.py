@@ -5,9 +5,10 @@ laid side by side.
 
 ::
 
-    rank    parameters | gradients | optimizer | live | messages
-                                                  |       `- receives posted, sends under way
-                                                  `- x, y and what autograd saves, per micro-batch
+    rank    parameters | gradients | optimizer | sync | live | messages
+                                                  |      |      `- receives posted, sends under way
+                                                  |      `- x, y, what autograd saves, per micro
+                                                  `- copies of what is trained
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ class Budget:
     ----------
     parameters, gradients, optimizer : int
         Of its blocks, buffers and heads included.
+    sync : int
+        Copies of what is trained that the sync keeps.
     live : int
         Micro-batches between forward and learning, and what helpers keep of earlier updates.
     messages : int
@@ -57,6 +60,7 @@ class Budget:
     parameters: int
     gradients: int
     optimizer: int
+    sync: int
     live: int
     messages: int
 
@@ -113,7 +117,7 @@ class Books:
     def _stages(self, rows: int) -> list[Budget]:
         """Return the budget of every stage."""
         blocks, held = dict(enumerate(self.blocks(rows))), self._held(rows)
-        timeline = self.plan.proof.timeline
+        timeline, copies = self.plan.proof.timeline, self.plan.run.make_sync().copies
         found = []
         for stage, messages in enumerate(held):
             own = [blocks[b] for b in self.layout.blocks(stage)]
@@ -123,6 +127,7 @@ class Books:
                     parameters=sum(each.parameters for each in own),
                     gradients=sum(each.gradients for each in own),
                     optimizer=sum(each.optimizer for each in own),
+                    sync=copies * sum(each.gradients for each in own),
                     live=live_bytes(actions, blocks) + self._remembered(stage),
                     messages=messages,
                 )

@@ -225,7 +225,7 @@ def make(kinds: Mapping[str, type[T]], choice: Choice, what: str) -> T:
     """Return the named strategy of `kinds`, its fields checked against its own."""
     if choice.name not in kinds:
         raise unknown(what, choice.name, kinds)
-    table = {kebab(key): value for key, value in choice.fields.items()}
+    table = {key: value for key, value in choice.table().items() if key != "name"}
     return fill(kinds[choice.name], table, f"[{what}] ")
 
 

@@ -136,8 +136,6 @@ class Engine:
                     case _:
                         self._update(action, batch, update, epoch)
             control.progress()
-            for sync in self.syncs.values():
-                sync.poll()
             if action.kind == "U" and action.block == last:
                 if batch.own == self.fullest and action.update >= self.late:
                     self.saved.stop()
@@ -292,8 +290,10 @@ class Engine:
 
     def peak_bytes(self) -> int:
         """Return the most memory of this rank: tensors, gradients, optimizer, saved, messages."""
-        own = [tensor for block in self.blocks.values() for tensor in block.tensors().values()]
-        trained = [p for block in self.blocks.values() for p in block.trained]
-        memory = [t for block in self.blocks.values() for t in block.memory().values()]
-        held = sum(tensor.nbytes for tensor in [*own, *trained, *memory]) + self.kept
+        blocks = self.blocks.values()
+        own = [tensor for block in blocks for tensor in block.tensors().values()]
+        memory = [tensor for block in blocks for tensor in block.memory().values()]
+        held = sum(tensor.nbytes for tensor in [*own, *memory]) + self.kept
+        for index, block in self.blocks.items():  # the gradient, and what the sync keeps
+            held += (1 + self.syncs[index].copies) * sum(p.nbytes for p in block.trained)
         return held + self.saved.peak_bytes + self.lines.control.traffic.peak_held_bytes

@@ -140,6 +140,8 @@ def _sample(shares: Shares, size: int, updates: int) -> list[list[int]]:
 def build(plan: Plan, comm: Comm) -> Job:
     """Make this rank's blocks, with the weights of the seed, and its communicators. Collective."""
     layout = plan.layout
+    if plan.run.top.debug:
+        comm.debug()
     replica, stage = layout.mesh.coords(comm.rank)
     seat = Seat(layout.mesh, replica, stage, layout.place)
     replicas, column = comm.split(stage, replica, "replicas"), comm.split(replica, stage, "column")
@@ -151,7 +153,6 @@ def build(plan: Plan, comm: Comm) -> Job:
     syncs = {block: plan.run.make_sync() for block in blocks}
     for block, sync in syncs.items():
         sync.open(blocks[block], lines.replicas)
-        lines.control.polls.append(sync.poll)
     course = _course(plan, device)
     engine, judge = Engine(seat, lines, blocks, syncs, course), Judge(seat, lines, blocks, course)
     augment = augments.make(plan.run.data.augment, plan.run.top.seed)

@@ -20,8 +20,9 @@ class Choice:
     fields: Table
 
     def table(self) -> Table:
-        """Return the table of a run file that makes this choice."""
-        return {"name": self.name} | {kebab(key): value for key, value in self.fields.items()}
+        """Return the table of a run file that makes this choice; what is left open is left out."""
+        told = {key: value for key, value in self.fields.items() if value is not None}
+        return {"name": self.name} | {kebab(key): value for key, value in told.items()}
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,10 @@ class Log:
 
 @dataclass(frozen=True)
 class Top:
-    """The keys outside any table."""
+    """The keys outside any table.
+
+    `debug` compares calls and replicas as the run goes on; it changes nothing in what is trained.
+    """
 
     seed: int = 0
     epochs: int | None = None
@@ -120,3 +124,4 @@ class Top:
     dtype: Literal["float32", "float64"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | Literal["auto"] = "auto"
+    debug: bool = False

@@ -198,18 +198,19 @@ class _Rates:
     def _mean_s(self, foot: Footprint, stage: int) -> float:
         """Return the seconds of a mean of a block's gradients: among the replicas of a node, then
         among nodes, each 2 (n - 1) / n of the bytes and two latencies (reduce-scatter, all-gather;
-        Thakur et al. 2005, "Optimization of Collective Communication Operations in MPICH")."""
-        sync, mesh = self.plan.run.sync, self.layout.mesh
-        if mesh.replicas == 1 or sync.name == "never":
-            return 0.0
+        nothing of it hidden; Thakur et al. 2005, "Optimization of Collective Communication
+        Operations in MPICH")."""
+        mesh, often = self.layout.mesh, self.plan.run.make_sync().means()
         nodes = Counter(mesh.rank(r, stage) // self.per_node for r in range(mesh.replicas))
         seconds = 0.0
-        for kind, n in ((NEAR, max(nodes.values())), (FAR, len(nodes))):
-            if n > 1:
+        for kind, n, means in zip(
+            (NEAR, FAR), (max(nodes.values()), len(nodes)), often, strict=True
+        ):
+            if n > 1 and means:
                 cable = self._cable(kind)
-                seconds += 2 * (n - 1) / n * foot.gradients / cable.bytes_per_s
-                seconds += 2 * cable.latency_s
-        return seconds / int(sync.fields.get("every", 1))
+                once = 2 * (n - 1) / n * foot.gradients / cable.bytes_per_s + 2 * cable.latency_s
+                seconds += means * once
+        return seconds
 
     def traffic(self, seen: Forecast) -> dict[str, dict[str, int]]:
         """Return messages and bytes of all replicas, by the kind of link."""

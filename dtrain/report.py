@@ -107,8 +107,8 @@ def _messages(messages: Sequence[dict[str, Any]]) -> list[str]:
 
 def _memory(memory: Sequence[dict[str, Any]]) -> list[str]:
     """Return one line per stage, of the replica that holds most."""
-    parts = ("parameters", "gradients", "optimizer", "live", "messages", "peak")
-    heads = ("stage", *parts[:3], "live activations", "messages", "together")
+    parts = ("parameters", "gradients", "optimizer", "sync", "live", "messages", "peak")
+    heads = ("stage", *parts[:4], "live activations", "messages", "together")
     stages: dict[int, dict[str, Any]] = {}
     for each in memory:
         fullest = stages.get(each["stage"], each)

@@ -21,6 +21,7 @@ FREE = (
     "updates",
     "device",
     "threads",
+    "debug",
     "mesh.",
     "log.",
     "partition.recompute",

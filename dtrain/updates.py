@@ -6,7 +6,8 @@ model the norm is summed block by block in order, so that it is the same on any 
 ::
 
     rate -> sync.before_update -> clip -> step -> sync.after_update -> objective.after_update
-                                   |
+                                   |                       |
+                                   |                       in debug mode: are replicas equal?
          over the model: squares of all blocks, told among the stages of the replica
 """
 
@@ -21,6 +22,7 @@ from dtrain.comm.comm import Comm
 from dtrain.course import Course
 from dtrain.data.batches import Batch
 from dtrain.optimizers import clip_, squares
+from dtrain.replicas import compare
 from dtrain.syncs.sync import Clock, Sync
 
 
@@ -48,7 +50,8 @@ class Updates:
         calendar = course.calendar
         block.rate(course.rate.factor(update, calendar.per_epoch, calendar.total))
         length = calendar.per_epoch, calendar.total
-        clock = Clock(update, epoch, *length, block.lr, block.peak, batch.shares)
+        warming = update < course.rate.warmup_updates
+        clock = Clock(update, epoch, *length, block.lr, block.peak, warming, batch.shares)
         weight = batch.own / batch.rows
         if course.clips_model:
             if index == self.first:
@@ -62,6 +65,8 @@ class Updates:
         if sync.steps(weight, clock):
             block.update()
         sync.after_update(clock)
+        if sync.equal:
+            compare(block, sync.replicas, update)
         course.objective.after_update(course.tasks[index], block, told)
 
     def _measure(self, weight: float, clock: Clock) -> None:

@@ -10,26 +10,23 @@ Every verb that is called collective must be called by all ranks of the group, i
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn, final
 
 import torch
-from torch import Tensor
 
-from dtrain.comm.desk import TAGS, Desk
+from dtrain.comm.desk import Desk
 from dtrain.comm.dock import Host, Message, Pinned
 from dtrain.comm.family import Family
 from dtrain.comm.line import Line
 from dtrain.comm.mean import Mean
+from dtrain.comm.roll import LIMIT_S, Roll, Tensors, plain
 from dtrain.comm.routes import Specs
 from dtrain.comm.tree import finish, gather, spread
 from dtrain.comm.wire import Wire
 from dtrain.errors import Refusal
 from dtrain.telemetry import flush
-
-SPAN = 64
-"""Tags that one collective may use."""
 
 
 @final
@@ -79,15 +76,14 @@ class Comm:
     ) -> None:
         self.rank, self.size, self.hosts = wire.rank, wire.size, wire.hosts
         self.library, self.name = wire.library, name
-        names = list(dict.fromkeys(self.hosts))
-        self.node, self.nodes = names.index(self.hosts[self.rank]), len(names)
         self.credits, self.timeout_s = credits, timeout_s
         self._family = family or Family(wire)
         self.traffic, self.polls = self._family.traffic, self._family.polls
         self.flight = self._family.flight
         self.line = Line(wire, self.traffic, self.flight, chunk_bytes, name)
-        self._desk = Desk(self.line)
-        self._started = self._splits = 0  # collectives so far: the same numbers on all ranks
+        self.node, self.nodes = self.line.tiers.node, len(self.line.tiers.nodes)
+        self._desk, self._roll = Desk(self.line), Roll(self.line, self._family)
+        self._splits = 0  # so far: the same number on all ranks
         self._family.desks.append(self._desk)
 
     # ---- waiting
@@ -132,11 +128,20 @@ class Comm:
         RuntimeError
             Where something is in flight or was declared and has not come.
         """
-        self._desk.look()
-        if left := list(self._desk.pending()):
-            raise RuntimeError(f"{self.name} is closed with {len(left)} in flight: {left[0][1]}")
-        if self._desk in self._family.desks:
-            self._family.desks.remove(self._desk)
+        self._family.close(self._desk)
+
+    @property
+    def debugged(self) -> bool:
+        """Whether the family is in debug mode."""
+        return self._family.limit_s is not None
+
+    def debug(self, limit_s: float = LIMIT_S) -> None:
+        """Call the roll before every collective of the whole family from now on.
+
+        `Discord` is raised by ranks that call different operations, or with different tensors, and
+        by those that wait `limit_s` seconds for a call. Local; all ranks must do so, before any.
+        """
+        self._family.limit_s = limit_s
 
     def onto(self, device: torch.device) -> None:
         """State where this rank computes: there `recv` puts messages, in the whole family.
@@ -174,10 +179,7 @@ class Comm:
     def recv(self, source: int, tag: int) -> Message:
         """Return the next message of a route, a tensor or a tuple of them as it was declared by
         `expect`; the caller owns it. Raises `RuntimeError` where none was declared."""
-        inbox = self._desk.inboxes.get((source, tag))
-        if inbox is None or inbox.posted is None:
-            raise RuntimeError(f"no message is expected from rank {source} with tag {tag}")
-        transfer = inbox.posted
+        inbox, transfer = self._desk.next(source, tag)
         if not transfer.request.test():
             what = f"{transfer.words()} from rank {source} with tag {tag}"
             self.wait(transfer.request.test, what, source)
@@ -191,7 +193,7 @@ class Comm:
 
     # ---- among all ranks
 
-    def mean_(self, tensors: Sequence[Tensor], weight: float | None = None) -> None:
+    def mean_(self, tensors: Tensors, weight: float | None = None) -> None:
         """Replace tensors by their weighted mean over the group, in place. Collective.
 
         On one node the result is w_0 t_0 + w_1 t_1 + …, in rank order. Over nodes it is the sum of
@@ -202,8 +204,9 @@ class Comm:
 
         Parameters
         ----------
-        tensors : sequence of Tensor
-            float64, float32, bfloat16 or float16; the same shapes on all ranks.
+        tensors : sequence of Tensor, or mapping of str to Tensor
+            float64, float32, bfloat16 or float16; the same shapes on all ranks. Names are for the
+            errors of the debug mode.
         weight : float, optional
             This rank's weight; default: 1/size. That they add up to 1 is the caller's business.
 
@@ -218,7 +221,7 @@ class Comm:
         mean.wait()
         self._desk.look()  # which lets go of it
 
-    def imean_(self, tensors: Sequence[Tensor], weight: float | None = None) -> Mean:
+    def imean_(self, tensors: Tensors, weight: float | None = None) -> Mean:
         """Start `mean_` and return its handle (`test`, `wait`). Collective.
 
         Nobody may touch the tensors until it is complete. Every wait of the family keeps it going;
@@ -226,23 +229,25 @@ class Comm:
         any order.
         """
         family, scale = self._family, 1.0 / self.size if weight is None else weight
-        mean = Mean(self.line, tensors, scale, self._tags(), family.scratch, family.dock, self.wait)
+        tag, line, own = self._roll.call("mean_", tensors), self.line, plain(tensors)
+        mean = Mean(line, own, scale, tag, family.scratch, family.dock, self.wait)
         if not mean.test():
             self._desk.means.append(mean)
         return mean
 
-    def broadcast_(self, tensors: Sequence[Tensor], root: int = 0) -> None:
+    def broadcast_(self, tensors: Tensors, root: int = 0) -> None:
         """Overwrite tensors, of the same shapes and dtypes everywhere, by those of `root`.
         Collective. Refuses what `mean_` refuses, dtypes excepted."""
         self.flight.note("broadcast", len(tensors), "tensors of", self.name, "from rank", root)
-        tag, where = self._tags(), f"from rank {root} of {self.name}"
-        what = f"the broadcast of {len(tensors)} tensors {where} with tag {tag}"
-        finish(spread(self.line, tensors, root, tag, self._family.dock), self.wait, what)
+        tag = self._roll.call(f"broadcast_ from rank {root}", tensors)
+        what = f"{len(tensors)} tensors from rank {root} of {self.name} with tag {tag}"
+        finish(spread(self.line, plain(tensors), root, tag, self._family.dock), self.wait, what)
 
     def exchange(self, item: Any) -> list[Any]:
         """Return the items of all ranks, in rank order: whatever JSON can hold. Collective."""
         self.flight.note("exchange", "of", self.name)
-        steps = gather(self.line, json.dumps(item).encode(), tag := self._tags())
+        tag = self._roll.call("exchange")
+        steps = gather(self.line, json.dumps(item).encode(), tag)
         what = f"the control data of all ranks of {self.name} with tag {tag}"
         return list(json.loads(finish(steps, self.wait, what)))
 
@@ -293,8 +298,3 @@ class Comm:
         """End all ranks of the job with this exit code, this one included."""
         flush()
         self.line.wire.abort(code)
-
-    def _tags(self) -> int:
-        """Reserve tags in program order: fixed ones cross-match as soon as two are in flight."""
-        self._started += 1
-        return TAGS + SPAN * (self._started % (TAGS // SPAN))

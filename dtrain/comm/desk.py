@@ -11,7 +11,7 @@ from typing import final
 from dtrain.comm.dock import Dock
 from dtrain.comm.line import Line
 from dtrain.comm.mean import Mean
-from dtrain.comm.routes import Inbox, Outbox
+from dtrain.comm.routes import Inbox, Outbox, Transfer
 from dtrain.telemetry import Pending
 
 TAGS = 1 << 14
@@ -24,6 +24,8 @@ class Desk:
 
     Attributes
     ----------
+    name : str
+        Of the group.
     outboxes, inboxes : dict of (int, int) to Outbox, to Inbox
         By the other end's rank and tag.
     means : list of Mean
@@ -31,7 +33,7 @@ class Desk:
     """
 
     def __init__(self, line: Line) -> None:
-        self._line = line
+        self._line, self.name = line, line.name
         self.outboxes: dict[tuple[int, int], Outbox] = {}
         self.inboxes: dict[tuple[int, int], Inbox] = {}
         self.means: list[Mean] = []
@@ -47,6 +49,14 @@ class Desk:
         if (source, tag) not in self.inboxes:
             self.inboxes[source, tag] = Inbox(self._line, source, _legal(tag), dock)
         return self.inboxes[source, tag]
+
+    def next(self, source: int, tag: int) -> tuple[Inbox, Transfer]:
+        """Return the next message of a route to here, and where it comes; `RuntimeError` where
+        none was declared."""
+        inbox = self.inboxes.get((source, tag))
+        if inbox is None or inbox.posted is None:
+            raise RuntimeError(f"no message is expected from rank {source} with tag {tag}")
+        return inbox, inbox.posted
 
     def look(self) -> None:
         """Take note of what has arrived elsewhere, and go on with the means."""

@@ -44,6 +44,8 @@ class Family:
         Where tensors meet the wire.
     waited_s : float
         Seconds spent in waits.
+    limit_s : float or None
+        In debug mode, how long all ranks may take to come to a collective.
     """
 
     def __init__(self, wire: Wire) -> None:
@@ -56,6 +58,7 @@ class Family:
         self.scratch = Scratch(PIECE_BYTES)
         self.dock: Dock = Host()
         self.waited_s = 0.0
+        self.limit_s: float | None = None
 
     def progress(self) -> None:
         """Move everything that is in flight; never wait."""
@@ -71,6 +74,14 @@ class Family:
         for desk in self.desks:
             if desk.poke():
                 return
+
+    def close(self, desk: Desk) -> None:
+        """Look at a desk no more; `RuntimeError` where something of it is in flight."""
+        desk.look()
+        if left := list(desk.pending()):
+            raise RuntimeError(f"{desk.name} is closed with {len(left)} in flight: {left[0][1]}")
+        if desk in self.desks:
+            self.desks.remove(desk)
 
     def wait(
         self,

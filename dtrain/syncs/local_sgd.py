@@ -1,11 +1,12 @@
 """Local SGD: replicas take `every` optimizer steps apart, then their parameters are averaged.
 
-Sends 2 (n - 1) / (n every) times the block's parameters per replica and update; until the
-warm-up is over, every update's gradients as `every-step` does. Staleness 0. With one replica it is
-the identity.
+Sends 2 (n - 1) / (n every) times the block's parameters per replica and update, of which
+2 (m - 1) / (m every) per node between m nodes; until the warm-up is over, every update's gradients
+as `every-step` does; with `within = "node"` also 2 (g - 1) / g times the gradients per update
+inside a node of g replicas. Staleness 0. With one replica it is the identity.
 
-Source: Stich 2019, "Local SGD Converges Fast and Communicates Little"; with `warmup-updates`
-Lin et al. 2020, "Don't Use Large Mini-Batches, Use Local SGD" (post-local SGD).
+Source: Stich 2019, "Local SGD Converges Fast and Communicates Little"; with `warmup-updates` and
+`within = "node"` Lin et al. 2020, "Don't Use Large Mini-Batches, Use Local SGD" (post-local SGD).
 
 Invariant: who averages when follows from the number of the update alone, counted from the start of
 the run, so neither segments nor resuming move a synchronisation.
@@ -20,20 +21,22 @@ the run, so neither segments nor resuming move a synchronisation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Literal, final
 
-import torch
 from torch import Tensor
 
-from dtrain.errors import Refusal
-from dtrain.syncs.sync import Clock, Sync, averaged, moving
+from dtrain.block import Block
+from dtrain.comm.comm import Comm
+from dtrain.syncs.parts.nodes import Nodes
+from dtrain.syncs.parts.rounds import Rounds
+from dtrain.syncs.sync import Clock, least
 
 
 @final
 @dataclass
-class LocalSGD(Sync):
+class LocalSGD(Rounds):
     """The plain mean of parameters over replicas, now and then; optimizer state stays local.
 
     The mean is over replicas, not over samples: a replica with a sample less counts as much, and
@@ -46,59 +49,46 @@ class LocalSGD(Sync):
         Updates between two means of the parameters (H).
     warmup_updates : int
         Updates at the start whose gradients are averaged instead.
+    within : "replica" or "node"
+        Who steps apart: each replica, or each node, whose replicas then average the gradients of
+        every update among themselves.
     """
 
-    apart: ClassVar[bool] = True
     every: int = 8
     warmup_updates: int = 0
+    within: Literal["replica", "node"] = "replica"
 
     def __post_init__(self) -> None:
-        for key, value, low in (
-            ("every", self.every, 1),
-            ("warmup-updates", self.warmup_updates, 0),
-        ):
-            if value < low:
-                raise Refusal(f"[sync] {key} = {value} is too small: give at least {low}")
+        least("every", self.every, 1)
+        least("warmup-updates", self.warmup_updates, 0)
+
+    def open(self, block: Block, replicas: Comm) -> None:
+        """Take the block and its replicas, by node where those of a node step together."""
+        super().open(block, replicas)
+        self._nodes = Nodes(replicas) if self.within == "node" else None
+
+    def means(self) -> tuple[float, float]:
+        """One per round; inside a node that steps together one per update."""
+        return 1.0 if self.within == "node" else 1 / self.every, 1 / self.every
 
     def steps(self, weight: float, clock: Clock) -> bool:
         """In the warm-up every replica steps: all have the gradient of all samples."""
-        return weight > 0 or clock.update < self.warmup_updates
+        if clock.update < self.warmup_updates:
+            return True
+        return weight > 0 if self._nodes is None else self._nodes.rows(clock.rows) > 0
 
     def before_update(self, gradients: Sequence[Tensor], weight: float, clock: Clock) -> None:
         """In the warm-up, replace each gradient by its mean over the samples of all replicas."""
         if clock.update < self.warmup_updates:
-            self.replicas.mean_(gradients, weight)
+            self.replicas.mean_(self.named(gradients), weight)
+        elif self._nodes is not None:
+            self._nodes.mean_(self.named(gradients), clock.rows)
 
     def after_update(self, clock: Clock) -> None:
-        """Where it is time, replace the parameters by their mean over the replicas."""
-        if clock.update < self.warmup_updates:
-            return
-        self.equal = (clock.update + 1) % self.every == 0
-        if self.equal:
-            self.replicas.mean_([each.detach() for each in self.block.trained])
+        """Meet where it is time; in the warm-up equal gradients moved equal parameters."""
+        if clock.update >= self.warmup_updates:
+            super().after_update(clock)
 
-    def poll(self) -> None:
-        """Nothing is ever in flight."""
-
-    def end_epoch(self, loss: float) -> None:
-        """Nothing follows from the loss."""
-
-    def settle(self) -> None:
-        """Nothing to land, and no mean before its time."""
-
-    def view(self) -> dict[str, Tensor]:
-        """Return the mean of all replicas' parameters and buffers; collective.
-
-        Parameters that are equal anyway are not copied and keep their bits.
-        """
-        own = self.block.tensors()
-        names = self.block.drifting if self.equal else moving(self.block)
-        return own | averaged(self.replicas, {name: own[name] for name in names})
-
-    def state(self) -> dict[str, Tensor]:
-        """Return whether the replicas hold the same parameters."""
-        return {"equal": torch.tensor(int(self.equal))}
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state()` returned."""
-        self.equal = bool(state["equal"])
+    def meets(self, clock: Clock) -> bool:
+        """Every `every` updates."""
+        return (clock.update + 1) % self.every == 0

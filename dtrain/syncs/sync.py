@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dtrain.block import Block
 from dtrain.comm.comm import Comm
+from dtrain.errors import Refusal
 
 
 @final
@@ -30,6 +31,8 @@ class Clock:
         Updates in an epoch, and in the whole run.
     lr, peak : float
         The learning rate of this update, and the optimizer's own, which the schedule scales.
+    warming : bool
+        Whether the schedule still raises the rate.
     rows : tuple of int
         Samples of this update in each replica.
     """
@@ -40,6 +43,7 @@ class Clock:
     total: int
     lr: float
     peak: float
+    warming: bool
     rows: tuple[int, ...]
 
     @property
@@ -50,7 +54,22 @@ class Clock:
     @property
     def ends_epoch(self) -> bool:
         """Whether this is the last update of its epoch, or of the run."""
-        return (self.update + 1) % self.per_epoch == 0 or self.update + 1 == self.total
+        return self.left == 0
+
+    @property
+    def ends_run(self) -> bool:
+        """Whether this is the last update of the run."""
+        return self.update + 1 == self.total
+
+    @property
+    def offset(self) -> int:
+        """Updates of this epoch before this one."""
+        return self.update % self.per_epoch
+
+    @property
+    def left(self) -> int:
+        """Updates of this epoch after this one; a run may end inside its last epoch."""
+        return min((self.epoch + 1) * self.per_epoch, self.total) - self.update - 1
 
 
 class Sync(ABC):
@@ -62,18 +81,25 @@ class Sync(ABC):
         Whether replicas may differ at a segment's end; if not, one of them is checkpointed.
     horizon : bool
         Whether what it does follows from the length of the run, which then cannot be changed.
+    copies : int
+        Copies of what is trained that it keeps, at most: for the memory planned and counted.
     equal : bool
         Whether all replicas hold the same parameters, bit for bit, since the last update.
     """
 
     apart: ClassVar[bool]
     horizon: ClassVar[bool] = False
+    copies: ClassVar[int] = 0
     equal: bool = True
 
     def open(self, block: Block, replicas: Comm) -> None:
         """Take the block and the communicator of its replicas; may re-parametrise the block."""
         self.block = block
         self.replicas = replicas
+
+    def named(self, gradients: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return gradients under the names of what they belong to, for errors of the debug mode."""
+        return dict(zip(self.block.values(), gradients, strict=True))
 
     def steps(self, weight: float, clock: Clock) -> bool:
         """Say whether this replica's optimizer takes a step in an update.
@@ -82,6 +108,13 @@ class Sync(ABC):
         """
         return weight > 0 or not self.apart
 
+    def means(self) -> tuple[float, float]:
+        """Return how many means of the block an update costs, inside nodes and between them.
+
+        For predicted times; where it varies, of the phase that most updates are in.
+        """
+        return 1.0, 1.0
+
     @abstractmethod
     def before_update(self, gradients: Sequence[Tensor], weight: float, clock: Clock) -> None:
         """Change the gradients in place; `weight` = rows of this replica / rows of the update."""
@@ -89,10 +122,6 @@ class Sync(ABC):
     @abstractmethod
     def after_update(self, clock: Clock) -> None:
         """Change the parameters in place, once the optimizer has moved them."""
-
-    @abstractmethod
-    def poll(self) -> None:
-        """Progress what is in flight; called from every wait and between actions."""
 
     @abstractmethod
     def end_epoch(self, loss: float) -> None:
@@ -115,13 +144,18 @@ class Sync(ABC):
         """Take back what `state()` returned."""
 
 
+def least(key: str, value: float, low: float) -> None:
+    """Refuse a number of a run file's ``[sync]`` that is below `low`."""
+    if value < low:
+        raise Refusal(f"[sync] {key} = {value} is too small: give at least {low}")
+
+
 def moving(block: Block) -> dict[str, Tensor]:
     """Return the tensors in which replicas that train apart differ, under their global names.
 
     A mean of equal numbers is not always that number: what is frozen is in no mean.
     """
-    trained = {name: p.detach() for name, p in block.parameters.items() if p.requires_grad}
-    return trained | block.drifting
+    return block.values() | block.drifting
 
 
 def averaged(replicas: Comm, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ FLOORS = {
     **dict.fromkeys(
         ("engine", "updates", "judge", "mail", "course", "tally", "checkpoint", "shard"), 4
     ),
+    "replicas": 4,
 }
 TOP = 5
 FUNCTION_LINES, FILE_LINES = 60, 300

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dtrain.comm.comm import Comm
+from dtrain.comm.roll import Discord
 from dtrain.comm.routes import Spec
 from dtrain.comm.wire import Stall
 from dtrain.errors import DATA, Refusal
@@ -628,6 +629,101 @@ def polls_are_called_while_waiting(comm: Comm) -> None:
     assert len(calls) >= 2
 
 
+def debugging_changes_nothing(comm: Comm) -> None:
+    """In debug mode the same calls give the same bits and count the same bytes."""
+
+    def work() -> list[object]:
+        before = comm.traffic.bytes_intra + comm.traffic.bytes_inter
+        mine = [normal((700,), torch.float32, comm.rank), normal((9, 5), torch.float64, comm.rank)]
+        comm.mean_(mine, weights(comm.size)[comm.rank])
+        names = dict(zip("ab", mine, strict=True))
+        comm.mean_(names)
+        handles = [comm.imean_(names), comm.dup().imean_([torch.ones(3)])]
+        for handle in handles:
+            handle.wait()
+        comm.broadcast_({"c": mine[0][:3]}, comm.size - 1)
+        told = comm.exchange("x" * comm.rank)
+        after = comm.traffic.bytes_intra + comm.traffic.bytes_inter
+        return [*map(bits, mine), told, after - before]
+
+    before = work()
+    assert not comm.debugged
+    comm.debug()
+    assert comm.dup().debugged
+    assert work() == before
+
+
+def debugging_names_what_differs(comm: Comm) -> None:
+    """Other shapes, dtypes, names, numbers of tensors, roots and operations: all ranks learn who
+    calls what, and may call again."""
+    last, t = comm.size - 1, torch.ones
+    comm.debug()
+    twins = comm.dup("twins")
+    odd = comm.rank == last
+
+    def wrong(what: str) -> None:
+        match what:
+            case "shape":
+                twins.mean_({"u": t(2), "v": t(3) if odd else t(4)})
+            case "dtype":
+                twins.imean_([t(2), t(3, dtype=torch.float64) if odd else t(3)])
+            case "name":
+                twins.broadcast_({"v" if odd else "u": t(2)})
+            case "number":
+                twins.mean_([t(2)] if odd else [t(2), t(3)])
+            case "root":
+                twins.broadcast_([t(2)], last if odd else 0)
+            case "operation":
+                twins.exchange(0) if odd else twins.mean_([t(2)])
+
+    place = r"\(collective {} of twins\)"
+    for number, (what, told) in enumerate(
+        {
+            "shape": r"mean_ {} with tensor 1 'v' \(3,\) float32, .* it with tensor 1 'v' \(4,\)",
+            "dtype": r"mean_ {} with tensor 1 \(3,\) float64, .* with tensor 1 \(3,\) float32",
+            "name": r"from rank 0 {} with tensor 0 'v' .* with tensor 0 'u' \(2,\)",
+            "number": r"mean_ {} with no tensor 1, .* with tensor 1 \(3,\) float32",
+            "root": rf"broadcast_ from rank {last} {{}}, .* broadcast_ from rank 0 {{}}",
+            "operation": r"exchange {}, where rank 0 calls mean_ {}",
+        }.items(),
+        1,
+    ):
+        if last:
+            who = rf"^rank {last} of twins .world rank {last}. calls .*"
+            words = told.replace("{}", place.format(number))
+            with pytest.raises(Discord, match=who + words):
+                wrong(what)
+        else:
+            wrong(what)
+        assert twins.exchange(comm.rank) == list(range(comm.size))
+
+
+def debugging_names_who_calls_elsewhere(comm: Comm) -> None:
+    """Ranks that call two groups in another order are told from each other, in time."""
+    last = comm.size - 1
+    first, second = comm.dup("first"), comm.dup("second")
+    comm.debug(0.3)
+    if not last:
+        return
+    group = second if comm.rank == last else first  # and then the other
+    absent = r"rank 0 of second" if comm.rank == last else rf"rank {last} of first"
+    told = rf"{absent} .*has not called mean_ .collective 1 of .*, as rank {comm.rank} has"
+    with pytest.raises(Discord, match=told):
+        group.imean_([torch.ones(2)])
+
+
+def debugging_names_who_calls_nothing(comm: Comm) -> None:
+    """A call that a rank leaves out is named by its number, with the last that all made."""
+    twins = comm.dup("twins")
+    comm.debug(0.3)
+    twins.mean_([torch.ones(2)])
+    if comm.rank == comm.size - 1:
+        return
+    told = rf"rank {comm.size - 1} of twins .*has not called exchange .collective 2 of twins"
+    with pytest.raises(Discord, match=told + r".*, as rank .* was mean_ .collective 1 of twins"):
+        twins.exchange(None)
+
+
 def tags_are_checked(comm: Comm) -> None:
     """Tags of users end where those of collectives begin."""
     for tag in (-1, 1 << 14):
@@ -670,5 +766,9 @@ CASES: list[Callable[[Comm], None]] = [
     nodes_follow_hosts,
     waits_end_with_a_name,
     polls_are_called_while_waiting,
+    debugging_changes_nothing,
+    debugging_names_what_differs,
+    debugging_names_who_calls_elsewhere,
+    debugging_names_who_calls_nothing,
     tags_are_checked,
 ]

@@ -154,7 +154,7 @@ def test_a_run_goes_on_with_another_number_of_replicas(tmp_path: Path) -> None:
 def test_its_state_is_whether_replicas_are_equal() -> None:
     sync, fresh = LocalSGD(every=3), LocalSGD(every=3)
     assert bool(sync.state()["equal"])
-    sync.after_update(Clock(0, 0, 4, 8, 0.1, 0.1, (1,)))
+    sync.after_update(Clock(0, 0, 4, 8, 0.1, 0.1, False, (1,)))
     assert not bool(sync.state()["equal"])
     fresh.restore(sync.state())
     assert fresh.state() == sync.state()

@@ -38,10 +38,6 @@ class Flying(Sync):
             self.stale = [own.detach().clone() for own in self.block.trained]
             self.handle, self.due = self.replicas.imean_(self.stale), clock.update + self.delay
 
-    def poll(self):
-        if self.handle is not None and self.handle.test():
-            self.handle = None
-
     def end_epoch(self, loss): ...
 
     def settle(self):

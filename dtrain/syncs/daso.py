@@ -1,0 +1,139 @@
+"""DASO: node-local means in every update, and now and then weights that nodes merge when they come.
+
+A run has a blocking warm-up, cycling, and a blocking cool-down. In the blocking phases gradients
+are averaged over all replicas, as `every-step` does. While cycling, gradients are averaged inside a
+node; every S updates one replica of each node, another one each time, sends its weights, whose mean
+over the P nodes comes while B updates go on, and is merged (k = 2 B)::
+
+    x <- (k x + sum over nodes of x_i) / (k + P)
+
+An epoch ends on a blocking mean of weights and optimizer state. After three epochs without progress
+S and B are halved; when both are 1 they start again.
+
+Sends, for n replicas on P nodes of g, N parameters: in a blocking phase 2 (n - 1) N per update in
+all, 2 (P - 1) N of it between nodes; cycling, 2 (P - 1) N / S per update between nodes, and inside
+each 2 (g - 1) N of gradients and (g - 1) N / S of merged weights. Staleness: B updates while
+cycling, else 0. One node is the identity: it is `every-step`.
+
+Source: Coquelin et al. 2022, "Accelerating neural network training with distributed asynchronous
+and selective optimization (DASO)", arXiv 2104.05588, and its code in heat.
+
+Invariant: what is sent and merged when follows from the clock and the losses of epochs, so neither
+segments nor resuming change a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, final
+
+from torch import Tensor
+
+from dtrain.block import Block
+from dtrain.comm.comm import Comm
+from dtrain.syncs.parts.apart import Apart
+from dtrain.syncs.parts.heat import Heat
+from dtrain.syncs.parts.selective import Selective
+from dtrain.syncs.parts.way import Limits, Way
+from dtrain.syncs.sync import Clock, least
+
+
+@final
+@dataclass
+class DASO(Apart):
+    """Hierarchical, asynchronous, selective. Nodes may be unequal; each counts by its replicas.
+
+    Attributes
+    ----------
+    warmup_epochs, cooldown_epochs : int, optional
+        Of the blocking phases; left out: a tenth of the run, at least 1 and at most 4 (heat's 4).
+    max_global_skips : int
+        Updates between two parcels (S) when cycling starts.
+    skip_reduction_factor : int
+        By what S and B are divided on a plateau.
+    wait_factor : int
+        Which part of S the wait B is when cycling starts; heat calls it ``local_skip_factor``.
+    stability_level : float
+        By which part of the best a training loss has to fall to be progress.
+    local_every : int
+        1: gradients are averaged inside a node in every update. More: its replicas step apart, and
+        their weights are averaged every so many updates and before they are sent.
+    downcast : "none" or "bfloat16"
+        How numbers travel between nodes in the blocking phases. Gradients lose nothing that counts;
+        heat-compatible weights do: a movement below about 1/500 of a weight is lost.
+    heat_compatible : bool
+        Go through the phases as heat's code does, batch by batch; see `dtrain.syncs.parts.heat`.
+    """
+
+    horizon: ClassVar[bool] = True
+    copies: ClassVar[int] = 1
+    warmup_epochs: int | None = None
+    cooldown_epochs: int | None = None
+    max_global_skips: int = 8
+    skip_reduction_factor: int = 2
+    wait_factor: int = 4
+    stability_level: float = 0.05
+    local_every: int = 1
+    downcast: Literal["none", "bfloat16"] = "none"
+    heat_compatible: bool = False
+
+    def __post_init__(self) -> None:
+        least("warmup-epochs", self.warmup_epochs or 0, 0)
+        least("cooldown-epochs", self.cooldown_epochs or 0, 0)
+        least("max-global-skips", self.max_global_skips, 1)
+        least("skip-reduction-factor", self.skip_reduction_factor, 2)
+        least("wait-factor", self.wait_factor, 1)
+        least("stability-level", self.stability_level, 0)
+        least("local-every", self.local_every, 1)
+
+    def open(self, block: Block, replicas: Comm) -> None:
+        """Take the block, and its replicas by node. Collective."""
+        super().open(block, replicas)
+        limits = Limits(
+            warmup_epochs=self.warmup_epochs,
+            cooldown_epochs=self.cooldown_epochs,
+            max_global_skips=self.max_global_skips,
+            skip_reduction_factor=self.skip_reduction_factor,
+            wait_factor=self.wait_factor,
+            stability_level=self.stability_level,
+            local_every=self.local_every,
+            downcast=self.downcast == "bfloat16",
+        )
+        kind: type[Way] = Heat if self.heat_compatible else Selective
+        self.way = kind(block, replicas, limits)
+
+    def means(self) -> tuple[float, float]:
+        """While cycling: one per update inside nodes, and a parcel now and then."""
+        return 1 / self.local_every, 1 / self.max_global_skips
+
+    def steps(self, weight: float, clock: Clock) -> bool:
+        """All replicas step, so that their optimizers count the same."""
+        return True
+
+    def before_update(self, gradients: Sequence[Tensor], weight: float, clock: Clock) -> None:
+        """Average gradients over the node, or in a blocking phase over all."""
+        self.way.before_update(gradients, weight, clock)
+
+    def after_update(self, clock: Clock) -> None:
+        """Merge, send or meet, where it is time."""
+        self.way.after_update(clock)
+        self.equal = self.way.equal
+
+    def end_epoch(self, loss: float) -> None:
+        """Follow the training loss: skip less where it stands still."""
+        self.way.end_epoch(loss)
+
+    def settle(self) -> None:
+        """Land what is under way; it is merged when it is due."""
+        if self.way.parcel is not None:
+            self.way.parcel.land()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return counters, and the parcel that is not merged yet."""
+        return self.way.state()
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state()` returned."""
+        self.way.restore(state)
+        self.equal = self.way.equal

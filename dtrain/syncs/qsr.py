@@ -1,0 +1,86 @@
+"""QSR: local SGD whose rounds grow with the inverse square of the learning rate.
+
+A round has H = max(every, floor((alpha / lr) ** power)) updates, lr being the rate of its first
+one; `every` while the schedule warms up, and never more than the run has left, so that it ends on a
+mean. Sends 2 (n - 1) / (n H) times the block's parameters per replica and update, of which
+2 (m - 1) / (m H) per node between m nodes. Staleness 0. With one replica it is the identity.
+
+Source: Gu et al. 2024, "A Quadratic Synchronization Rule for Distributed Deep Learning",
+arXiv 2310.14423; `power` = 2 is the rule, 1 the one with H proportional to 1 / lr.
+
+Invariant: H never changes inside a round, and is a part of the state.
+
+::
+
+    lr         1    1    1    .5   .5   .5   .5   .5         every = 1, alpha / lr = 1 and 2
+    mean       |    |    |                   |    ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import floor, pow
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from dtrain.syncs.parts.rounds import Rounds
+from dtrain.syncs.sync import Clock, least
+
+
+@final
+@dataclass
+class QSR(Rounds):
+    """The plain mean of parameters over replicas after rounds of H updates.
+
+    Attributes
+    ----------
+    every : int
+        The least H (H_base).
+    alpha_over_peak : float
+        The paper's alpha, as a multiple of the optimizer's own rate: it tuned 0.0175 for ViT-B at a
+        peak rate of 0.008. 0: every round has `every` updates.
+    power : float
+        The exponent.
+    """
+
+    horizon: ClassVar[bool] = True
+    every: int = 4
+    alpha_over_peak: float = 0.0175 / 0.008
+    power: float = 2.0
+
+    def __post_init__(self) -> None:
+        least("every", self.every, 1)
+        least("alpha-over-peak", self.alpha_over_peak, 0)
+        least("power", self.power, 0)
+        self._end = 0
+
+    def means(self) -> tuple[float, float]:
+        """One per round of the least length."""
+        return 1 / self.every, 1 / self.every
+
+    def before_update(self, gradients: Sequence[Tensor], weight: float, clock: Clock) -> None:
+        """Leave the gradients; where a round begins, find its end."""
+        if clock.update >= self._end:
+            self._end = min(clock.update + self.length(clock), clock.total)
+
+    def length(self, clock: Clock) -> int:
+        """Return the updates of a round that begins now (H)."""
+        if clock.warming or not clock.lr:
+            return self.every
+        return max(self.every, floor(pow(self.alpha_over_peak * clock.peak / clock.lr, self.power)))
+
+    def meets(self, clock: Clock) -> bool:
+        """At the round's end."""
+        return clock.update + 1 == self._end
+
+    def state(self) -> dict[str, Tensor]:
+        """Return whether the replicas hold the same parameters, and where the round ends."""
+        return super().state() | {"end": torch.tensor(self._end)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state()` returned."""
+        super().restore(state)
+        self._end = int(state["end"])

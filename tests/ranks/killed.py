@@ -1,0 +1,31 @@
+"""A run that dies: its last rank fails before an update, as a lost node would end it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtrain.comm.threads import run as ranks
+from dtrain.config import Run
+from dtrain.syncs import SYNCS
+from dtrain.syncs.sync import Clock
+from dtrain.train import train
+
+
+def killed(run: Run, out: Path, until: int, hosts: Sequence[str]) -> None:
+    """Train on one rank per host named, up to an update; what is on disk stays."""
+    kind = SYNCS[run.sync.name]
+    before = kind.before_update
+
+    def failing(self: Any, gradients: Any, weight: float, clock: Clock) -> None:
+        if clock.update == until and self.replicas.rank == self.replicas.size - 1:
+            raise ZeroDivisionError
+        before(self, gradients, weight, clock)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "before_update", failing)
+        with pytest.raises(ZeroDivisionError):
+            ranks(len(hosts), lambda comm: train(run, comm, out), hosts=hosts)
