@@ -106,11 +106,20 @@ class Bench:
     def train(self, run: Table, ranks: int, threads: int = 1, where: str = ".") -> Told:
         """Train `run`, the tables of a run file, on `ranks` ranks of this host; in the sub-folder
         `where`, if another run goes on beside it."""
-        folder = self._write(run | {"threads": threads}, where)
+
+        def start(words: list[str], folder: Path) -> None:
+            call([*words, "--ranks", str(ranks)], folder, threads)
+
+        return self.started(run | {"threads": threads}, start, where)
+
+    def started(
+        self, run: Table, start: Callable[[list[str], Path], object], where: str = "."
+    ) -> Told:
+        """Train `run` by `start(words, folder)`, which runs a command in a folder to its end."""
+        folder = self._write(run, where)
         out = folder / "out"
         shutil.rmtree(out, ignore_errors=True)
-        words = [*DTRAIN, "train", "run.toml", "--out", "out", "--ranks", str(ranks)]
-        _call(words, folder, threads)
+        start([*DTRAIN, "train", "run.toml", "--out", "out"], folder)
         lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         records = [json.loads(line) for line in lines]
         by = {kind: [r for r in records if r["kind"] == kind] for kind in ("train", "eval")}
@@ -121,7 +130,7 @@ class Bench:
         """Return what `dtrain plan --json` tells of `run`."""
         self._write(run)
         words = [*DTRAIN, "plan", "run.toml", "--json", "--ranks", str(ranks)]
-        return dict(json.loads(_call(words, self.folder, 1, quiet=True)))
+        return dict(json.loads(call(words, self.folder, 1, quiet=True)))
 
     def _write(self, run: Table, where: str = ".") -> Path:
         folder = self.folder / where
@@ -143,7 +152,7 @@ def cifar() -> tuple[str, str]:
     if not all(path.exists() for path in paths):
         folder.mkdir(parents=True, exist_ok=True)
         tar = str(source / "cifar10-jpeg.tar.gz")
-        _call([*DTRAIN, "data", "import", tar, str(paths[0])], ROOT, 1)
+        call([*DTRAIN, "data", "import", tar, str(paths[0])], ROOT, 1)
     return str(paths[0]), str(paths[1])
 
 
@@ -157,7 +166,7 @@ def peer(script: str, ranks: int, *words: object) -> dict[str, float]:
     start = [str(run), "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     program = ["env", *KEEPING, *(start or [sys.executable])]
     program += [str(PEERS / f"{script}.py"), *map(str, words)]
-    return _last(_call(program, ROOT, 1, quiet=True))
+    return _last(call(program, ROOT, 1, quiet=True))
 
 
 def ranked(ranks: int, *words: object) -> dict[str, Any]:
@@ -166,7 +175,7 @@ def ranked(ranks: int, *words: object) -> dict[str, Any]:
     if launcher is None:
         raise FileNotFoundError("no mpirun was found: make install")
     argv = command(launcher, ranks, [sys.executable, *map(str, words)])
-    return _last(_call(argv, ROOT, 1, quiet=True))
+    return _last(call(argv, ROOT, 1, quiet=True))
 
 
 def turns(
@@ -191,9 +200,16 @@ def _last(text: str) -> dict[str, Any]:
     return dict(json.loads(text.strip().splitlines()[-1]))
 
 
-def _call(words: list[str], folder: Path, threads: int, quiet: bool = False) -> str:
-    """Run a program to its end; return what it printed, or pass that on to stderr."""
-    environ = environment(os.environ) | {"OMP_NUM_THREADS": str(threads)}
+def call(
+    words: list[str],
+    folder: Path,
+    threads: int,
+    quiet: bool = False,
+    more: Mapping[str, str] | None = None,
+) -> str:
+    """Run a program to its end, with `more` variables; return what it printed, or pass that on to
+    stderr."""
+    environ = environment(os.environ) | {"OMP_NUM_THREADS": str(threads)} | dict(more or {})
     path = os.pathsep.join(filter(None, [environ.get("PYTHONPATH"), str(ROOT)]))
     out = subprocess.PIPE if quiet else sys.stderr
     told = subprocess.run(

@@ -56,6 +56,45 @@ def _bars(axis: Axes, rows: Mapping[str, Any], title: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
+def links(record: Path, out: Path) -> None:
+    """Draw the times to accuracy of `slow_link`, one panel for each rate of the links.
+
+    torch DDP is grey; a strategy that never came there has no bar, and says so.
+    """
+    told = json.loads(record.read_text(encoding="utf-8"))
+    mpl.rcParams["svg.hashsalt"] = "dtrain"
+    rates = list(told["ddp"])
+    figure = Figure(figsize=(8, 2.2 * len(rates) + 0.4), layout="constrained")
+    axes = figure.subplots(len(rates), 1, squeeze=False)[:, 0]
+    for axis, rate in zip(axes, rates, strict=True):
+        rows = told["strategies"]
+        seconds = {name: row["links"][rate]["to_accuracy_s"] for name, row in rows.items()}
+        peer = told["peer"][f"{rate} every-step to_accuracy_s"]
+        _times(axis, {"torch DDP": peer, **seconds}, rate)
+    axes[-1].set_xlabel(f"minutes to a test accuracy of {100 * told['target']:.1f} %", fontsize=8)
+    figure.savefig(out, metadata={"Date": None})
+
+
+def _times(axis: Axes, seconds: Mapping[str, float | None], rate: str) -> None:
+    """Draw one bar per strategy, with its share of the first one's time."""
+    names = [*seconds][::-1]
+    minutes = [(seconds[name] or 0.0) / 60 for name in names]
+    colours = [OURS if name != names[-1] else BASE for name in names]
+    bars = axis.barh(names, minutes, color=colours, height=0.7)
+    shares = [
+        f"{each:.1f} min, {100 * each / minutes[-1]:.0f} %" if each else "never" for each in minutes
+    ]
+    axis.bar_label(bars, shares, padding=3, fontsize=8)
+    axis.set_xmargin(0.15)
+    axis.set_title(f"links of {rate} per second", fontsize=10, loc="left")
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+DRAWN = {"objectives_cifar10": objectives, "slow_link": links}
+
 if __name__ == "__main__":
-    records = ROOT / "benchmarks" / "records"
-    objectives(records / "objectives_cifar10.json", ROOT / "docs" / "objectives_cifar10.svg")
+    for name, draw in DRAWN.items():
+        path = ROOT / "benchmarks" / "records" / f"{name}.json"
+        if path.exists():
+            draw(path, ROOT / "docs" / f"{name}.svg")

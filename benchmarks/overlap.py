@@ -1,0 +1,112 @@
+"""A mean of 37.8 MB while the block computes: between two hosts, and inside one.
+
+Measured, fixed work: 2 ranks, one thread each, on two hosts joined by 1 Gbit, then on one host. The
+work is 50 pieces of matrix products, each of as many as take 10 ms, with a turn of `Comm.progress`
+after each as the engine takes one after each action. Timed in turns, from a common start to the
+later rank's end: the work alone, the mean alone, and both, the mean started before the work and
+waited for after it. `ratio` = (work alone + mean alone - both) / mean alone between hosts: the
+share of the mean that the work hides, the median over the repetitions; `spread` = its range. Peer:
+the same one after the other. Inside one host, where both ends of a copy are the cores that
+compute, nothing is hidden: `near_over_blocking` = both / (mean, then work), at most 1 up to noise.
+
+    python benchmarks/overlap.py [--quick]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench import asked, ranked, spread
+from record import ROOT, publish
+
+from dtrain.comm import world
+
+RATE, RANKS, WORDS = "1gbit", 2, 9_450_000
+PIECES, PIECE_S, SIDE = 50, 0.01, 256
+WORKER = "--worker"
+KINDS = "work_s", "mean_s", "both_s", "blocking_s"
+
+
+def main() -> None:
+    """Start the ranks, between hosts and inside one, and publish what they tell."""
+    quick = asked(__doc__)
+    from hosts import hosts  # needs root and Slurm
+
+    times = 5 if quick else 15
+    script = Path(__file__).resolve()
+    with hosts(RANKS, 1) as pair:
+        pair.shape(RATE)
+        words = [sys.executable, str(script), WORKER, str(times)]
+        far = json.loads(pair.start(words, ROOT, quiet=True).strip().splitlines()[-1])
+    near = ranked(RANKS, script, WORKER, times)
+    hidden = [(row[0] + row[1] - row[2]) / row[1] for row in far["rows"]]
+    figures = {
+        **_figures("far", far),
+        **_figures("near", near),
+        "near_over_blocking": median(row[2] / row[3] for row in near["rows"]),
+        "far_over_blocking": median(row[2] / row[3] for row in far["rows"]),
+    }
+    peer = {key: figures.pop(key) for key in ("far_blocking_s", "near_blocking_s")}
+    publish("overlap", "measured", figures, peer, median(hidden), spread(hidden), quick=quick)
+
+
+def _figures(name: str, told: dict[str, Any]) -> dict[str, float]:
+    columns = zip(*told["rows"], strict=True)
+    return {f"{name}_{kind}": median(column) for kind, column in zip(KINDS, columns, strict=True)}
+
+
+def work(times: int) -> None:
+    """Measure on one rank; rank 0 prints."""
+    comm = world()  # MPI before torch
+    import torch
+
+    torch.set_num_threads(1)
+    matrix, product = torch.randn(SIDE, SIDE), torch.empty(SIDE, SIDE)
+    data = torch.ones(WORDS)
+
+    def multiply(count: int) -> None:
+        for _ in range(count):
+            torch.mm(matrix, matrix, out=product)
+
+    def timed(call: Callable[[], object]) -> float:
+        """Return the seconds from a common start to the later rank's end."""
+        comm.exchange(None)
+        start = time.perf_counter()
+        call()
+        return float(max(comm.exchange(time.perf_counter() - start)))
+
+    multiply(200)
+    lone = median(timed(lambda: multiply(20)) / 20 for _ in range(15))
+    count = max(1, round(PIECE_S / lone))
+
+    def compute() -> None:
+        for _ in range(PIECES):
+            multiply(count)
+            comm.progress()
+
+    def both() -> None:
+        mean = comm.imean_([data])
+        compute()
+        mean.wait()
+
+    def blocking() -> None:
+        comm.mean_([data])
+        compute()
+
+    calls = compute, lambda: comm.mean_([data]), both, blocking
+    rows = [[timed(call) for call in calls] for _ in range(times + 1)][1:]
+    if comm.rank == 0:
+        print(json.dumps({"rows": rows}), flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == [WORKER]:
+        work(int(sys.argv[2]))
+    else:
+        main()
