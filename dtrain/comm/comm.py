@@ -115,7 +115,7 @@ class Comm:
         For use between computations: MPI moves large messages only inside its calls. Costs
         microseconds where nothing is in flight, and calls no `polls`.
         """
-        self._family.progress()
+        self._family.progress(whole=True)
         self._family.poke()
 
     def close(self) -> None:

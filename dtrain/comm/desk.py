@@ -58,13 +58,13 @@ class Desk:
             raise RuntimeError(f"no message is expected from rank {source} with tag {tag}")
         return inbox, inbox.posted
 
-    def look(self) -> None:
-        """Take note of what has arrived elsewhere, and go on with the means."""
+    def look(self, whole: bool = False) -> None:
+        """Take note of what has arrived elsewhere, and go on with the means, or the whole of them."""
         for outbox in self.outboxes.values():
             if outbox:
                 outbox.look()
         if self.means:
-            self.means = [mean for mean in self.means if not mean.test()]
+            self.means = [mean for mean in self.means if not mean.test(whole)]
 
     def poke(self) -> bool:
         """Look at receives until one is open; return whether one was."""

@@ -60,10 +60,10 @@ class Family:
         self.waited_s = 0.0
         self.limit_s: float | None = None
 
-    def progress(self) -> None:
-        """Move everything that is in flight; never wait."""
+    def progress(self, whole: bool = False) -> None:
+        """Move everything that is in flight; never wait. `whole`: there is no next turn soon."""
         for desk in self.desks:
-            desk.look()
+            desk.look(whole)
 
     def poke(self) -> None:
         """Let the wire work on what comes, although nobody waits for it.
