@@ -26,9 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_finish() -> None:
-    """Spare the garbage collector, which is called often, all of torch and of the tests."""
+    """Spare the garbage collector all of torch and of the tests, and call it less often."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,13 @@ def model(out: Path) -> dict[str, Tensor]:
     manifest = latest(out / "checkpoints")
     assert manifest is not None
     return manifest.under("model/")
+
+
+def break_off(out: Path, updates: int) -> None:
+    """Leave what a run leaves that was ended at its last checkpoint of at most so many updates."""
+    for folder in (out / "checkpoints").iterdir():
+        if int(folder.name.removeprefix("update-")) > updates:
+            shutil.rmtree(folder)
 
 
 def close(one: Path, other: Path, rtol: float = 1e-12) -> None:

@@ -34,13 +34,13 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from dtrain.block import Block, Pull
 from dtrain.live import Live
-from dtrain.objectives.objective import GRADIENT, Mode, Objective, born, onward
-from dtrain.objectives.parts.feedback import Fixed, Matrix
+from dtrain.objectives.objective import GRADIENT, Mode, born, onward
+from dtrain.objectives.parts.feedback import Fixed, Matrix, Pushed
 from dtrain.objectives.task import Task
 from dtrain.schedules.action import Point, Route
 
@@ -49,7 +49,7 @@ ERROR, TRUE, ANGLE = "error", "true gradient of x", "alignment_deg"
 
 @final
 @dataclass(frozen=True)
-class Dfa(Objective):
+class Dfa(Pushed):
     """A fixed matrix per earlier block; prediction: the last block's, the others have none.
 
     Parameters
@@ -67,15 +67,6 @@ class Dfa(Objective):
     feedback: Matrix = "uniform"
     normalised: bool = True
     angles: bool = False
-
-    def build(self, task: Task) -> nn.Module | None:
-        """Return the matrix of an earlier block, none at the end."""
-        width = math.prod(task.outputs)
-        return None if task.last else Fixed(self.feedback, task.classes, width)
-
-    def helped(self, task: Task) -> tuple[int, ...] | None:
-        """Nothing is run: errors are multiplied by a matrix."""
-        return None
 
     def routes(self, blocks: int, mode: Mode) -> tuple[Route, ...]:
         """Activations go on; the error goes to all; where angles are asked for, gradients too."""

@@ -23,23 +23,20 @@ Invariant: a block's force depends on its labels and on its matrix alone.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-from torch import nn
-
 from dtrain.block import Block, Pull
 from dtrain.live import Live
-from dtrain.objectives.objective import Objective, born
-from dtrain.objectives.parts.feedback import Fixed, Matrix
+from dtrain.objectives.objective import born
+from dtrain.objectives.parts.feedback import Fixed, Matrix, Pushed
 from dtrain.objectives.task import Task
 
 
 @final
 @dataclass(frozen=True)
-class Drtp(Objective):
+class Drtp(Pushed):
     """A fixed matrix per earlier block; prediction: the last block's, the others have none.
 
     Parameters
@@ -49,15 +46,6 @@ class Drtp(Objective):
     """
 
     feedback: Matrix = "kaiming"
-
-    def build(self, task: Task) -> nn.Module | None:
-        """Return the matrix of an earlier block, none at the end."""
-        width = math.prod(task.outputs)
-        return None if task.last else Fixed(self.feedback, task.classes, width)
-
-    def helped(self, task: Task) -> tuple[int, ...] | None:
-        """Nothing is run: rows of a matrix are looked up."""
-        return None
 
     def pulls(self, task: Task, block: Block, live: Live) -> list[Pull]:
         """Push the output along the label's row of the matrix; at the end pull the true loss."""

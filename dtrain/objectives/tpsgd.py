@@ -21,24 +21,22 @@ Invariant: a target depends on the label and on the block's matrix alone.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, final
 
 import torch
-from torch import nn
 from torch.nn.functional import l1_loss, mse_loss
 
 from dtrain.block import Block, Pull
 from dtrain.live import Live
-from dtrain.objectives.objective import Objective, born
-from dtrain.objectives.parts.feedback import Fixed, Matrix
+from dtrain.objectives.objective import born
+from dtrain.objectives.parts.feedback import Fixed, Matrix, Pushed
 from dtrain.objectives.task import Task
 
 
 @final
 @dataclass(frozen=True)
-class TpSgd(Objective):
+class TpSgd(Pushed):
     """A fixed matrix of targets per earlier block; prediction: the last block's alone.
 
     Parameters
@@ -51,15 +49,6 @@ class TpSgd(Objective):
 
     loss: Literal["l2", "l1"] = "l2"
     feedback: Matrix = "uniform"
-
-    def build(self, task: Task) -> nn.Module | None:
-        """Return the targets of an earlier block, none at the end."""
-        width = math.prod(task.outputs)
-        return None if task.last else Fixed(self.feedback, task.classes, width)
-
-    def helped(self, task: Task) -> tuple[int, ...] | None:
-        """Nothing is run: rows of a matrix are looked up."""
-        return None
 
     def pulls(self, task: Task, block: Block, live: Live) -> list[Pull]:
         """Pull the distance to the label's target; at the end the true loss."""

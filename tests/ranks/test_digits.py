@@ -29,6 +29,9 @@ SIGNALS = {"f3": ("delayed_error", -1)}
 TOLD = ("dfa", "pepita")
 """What has no signal of its own in an inner block: it is told the last one's error."""
 
+LONG = {"forward-forward": 20}
+"""Epochs, where it is not enough to go over the digits eight times."""
+
 STILL = ("cafo",)
 """Whose inner layers are random and stay so: the heads are solved."""
 
@@ -51,9 +54,13 @@ def test_digits() -> None:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_learns_digits(objective: str, tmp_path: Path) -> None:
-    """Three blocks on two stages, 20 epochs: all blocks move, and their own signals improve."""
+    """Three blocks on two stages: all blocks move, and their own signals improve.
+
+    In at most 20 epochs, after which all are recorded in `docs/objectives.md`.
+    """
+    epochs = LONG.get(objective, 8)
     table: dict[str, Any] = {
-        "epochs": 20,
+        "epochs": epochs,
         "batch-size": 32,
         "threads": 1,
         "data": {"name": "digits"},
@@ -62,7 +69,7 @@ def test_every_objective_learns_digits(objective: str, tmp_path: Path) -> None:
         "partition": {"blocks": 3},
         "objective": {"name": objective},
         "optimizer": {"name": "adam", "lr": 1e-3},
-        "evaluate": {"every": 20},
+        "evaluate": {"every": epochs},
     }
     run = parse(table, tmp_path / "digits.toml")
     told = ranks(2, lambda comm: train(run, comm, tmp_path / "out"))[0]
@@ -74,10 +81,10 @@ def test_every_objective_learns_digits(objective: str, tmp_path: Path) -> None:
             if objective not in STILL and before.requires_grad:
                 assert not torch.equal(after[name], before.detach()), name
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
-    epochs = [each for each in map(json.loads, lines) if each["kind"] == "train"]
+    rows = [each for each in map(json.loads, lines) if each["kind"] == "train"]
     if objective == "dni":  # it guesses what is itself on the move; a new one knows nothing: 0
-        assert min(epochs[-1]["synthetic_cosine"][:2]) > 0.2
+        assert min(rows[-1]["synthetic_cosine"][:2]) > 0.2
         return
     key, way = SIGNALS.get(objective, ("loss", -1))
     for index in [2] if objective in (*TOLD, "backprop") else [0, 1]:
-        assert way * epochs[-1][key][index] > way * epochs[0][key][index], index
+        assert way * rows[-1][key][index] > way * rows[0][key][index], index

@@ -18,7 +18,7 @@ from dtrain.errors import Refusal
 from dtrain.objectives import OBJECTIVES
 from dtrain.schedules import SCHEDULES
 from tests import pictures, tiny
-from tests.outcome import close, model
+from tests.outcome import break_off, close, model
 from tests.ranks.test_laws import Summary, trained
 
 Rates = Callable[[optim.Optimizer], optim.lr_scheduler.LRScheduler]
@@ -114,7 +114,8 @@ def laws(out: Path, make: Callable[..., Run] = tiny.run, **told: Any) -> Summary
     assert len({each["test_loss"] for each in whole.values()}) == 1
     # Asked for the same length, since learning rates may follow it.
     parts = {**told, "epochs": epochs, "checkpoint__every": 2, "mesh__stages": 2}
-    broken_off(make(**parts), out / "parts", 2)
+    trained(make(**parts), out / "parts", 2)
+    break_off(out / "parts", 2)
     again = trained(make(**parts), out / "parts", 2)
     assert (again["digest"], again["attempts"]) == (whole[1]["digest"], 2)
     for micros in (1, 4):
@@ -124,15 +125,6 @@ def laws(out: Path, make: Callable[..., Run] = tiny.run, **told: Any) -> Summary
     trained(make(**told, epochs=epochs, mesh__stages=1), out / "replicas", 1, 3)
     close(out / "1", out / "replicas")
     return whole[1]
-
-
-def broken_off(run: Run, out: Path, stages: int) -> None:
-    """Leave what a run leaves that was ended after its first checkpoint inside an epoch."""
-    trained(run, out, stages)
-    kept = sorted((out / "checkpoints").iterdir())[:1]
-    for folder in sorted((out / "checkpoints").iterdir()):
-        if folder not in kept:
-            folder.rename(out.parent / f"{out.name}-{folder.name}")
 
 
 @pytest.mark.parametrize("name", RATES)

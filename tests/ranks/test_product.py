@@ -1,8 +1,15 @@
 """The product of all objectives, schedules and syncs: laws 1 and 3 in every cell.
 
 Invariant: a cell is a whole segment walk of one run on ranks as threads, without a run folder,
-since what is written and evaluated does not depend on the strategy; a plan is made once for all
-syncs. So a cell costs some ten milliseconds, and a strategy is covered by being in its dict.
+since what is written and evaluated does not depend on the strategy. A strategy is covered by being
+in its dict. What is compared is made once: blocks are counted once for each objective; of its
+synchronous schedules, which train the same bits, one is trained on a single stage; each cell by
+itself is trained on three alone::
+
+    stages x replicas    1 x 1          1 x 2          3 x 2
+    one schedule           o ---------------------------.         replicas that agree are one
+                                          o ----------. |         the same bits
+    each schedule                                     o o   <- a cell: some twenty milliseconds
 """
 
 from __future__ import annotations
@@ -19,9 +26,11 @@ from torch import Tensor
 
 from dtrain.comm.comm import Comm
 from dtrain.comm.threads import run as ranks
+from dtrain.config import Run
 from dtrain.data import order
 from dtrain.errors import Refusal
 from dtrain.job import Plan, build, plan
+from dtrain.mesh import Mesh
 from dtrain.objectives import OBJECTIVES
 from dtrain.schedules import SCHEDULES
 from dtrain.syncs import SYNCS
@@ -29,12 +38,16 @@ from tests import tiny
 
 NET: dict[str, Any] = {
     "model__widths": [9, 7, 6],
+    "partition": {"cuts": [1, 2]},  # named, since a balance asks for the price of every cut
     "batch_size": 23,  # 23, 23, 4 samples, of which two replicas have 12 and 11
     "epochs": 1,
     "optimizer__lr": 0.02,
 }
-FIELDS: dict[str, dict[str, Any]] = {"local-sgd": {"every": 2}}
-"""What a sync needs in order to act within three updates."""
+FIELDS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("local-sgd", "qsr", "diloco"), {"every": 2}),
+    "daso": {"warmup-epochs": 0, "cooldown-epochs": 0, "max-global-skips": 1},
+}
+"""What a sync needs in order to act within three updates. Each replica is on a node of its own."""
 
 
 class Trained(NamedTuple):
@@ -55,16 +68,33 @@ PAIRS = [pair for pair in ALL if legal(*pair)]
 CELLS = [(*pair, sync) for pair in PAIRS for sync in SYNCS]
 # Law 3 is for what is synchronous: nothing is learnt with weights that it did not see.
 SYNCHRONOUS = [cell for cell in CELLS if SCHEDULES[cell[1]].weights == "own"]
+FIRST = {objective: schedule for objective, schedule, _ in reversed(SYNCHRONOUS)}
+"""The synchronous schedule of an objective that stands for all of them on one stage."""
+
+
+def asked(objective: str, schedule: str, stages: int, micros: int) -> Run:
+    """Return the run of a cell, whatever its sync."""
+    named = {"objective__name": objective, "schedule__name": schedule}
+    micros = 1 if SCHEDULES[schedule].weights == "current" else micros  # it updates after each
+    return tiny.run(**NET, **named, micro_batches=micros, mesh__stages=stages)
+
+
+@cache
+def priced(objective: str) -> Plan:
+    """Return a plan of an objective: what its blocks are and cost is the same in all of them."""
+    return plan(asked(objective, FIRST[objective], 1, 1), 1)
 
 
 @cache
 def planned(objective: str, schedule: str, stages: int, replicas: int, micros: int) -> Plan:
-    """Return the plan of a cell, whatever its sync."""
-    named = {"objective__name": objective, "schedule__name": schedule}
-    micros = 1 if SCHEDULES[schedule].weights == "current" else micros  # it updates after each
-    return plan(
-        tiny.run(**NET, **named, micro_batches=micros, mesh__stages=stages), stages * replicas
-    )
+    """Return the plan of a cell, of blocks that were counted before."""
+    known, run = priced(objective), asked(objective, schedule, stages, micros)
+    kind, count = run.make_schedule(), run.top.micro_batches
+    place = kind.place([part.cost for part in known.layout.parts], stages)
+    mesh = Mesh.fit(stages * replicas, stages, run.mesh.placement)
+    layout = replace(known.layout, mesh=mesh, schedule=kind, place=place)
+    shares = replace(known.shares, replicas=replicas, micros=count)
+    return replace(known, run=run.fixed(3, stages), layout=layout, shares=shares)
 
 
 @cache
@@ -75,12 +105,20 @@ def trained(
     agreed = planned(objective, schedule, stages, replicas, micros)
     chosen = tiny.run(sync={"name": sync, **FIELDS.get(sync, {})}).sync
     agreed = replace(agreed, run=replace(agreed.run, sync=chosen))
-    told = ranks(stages * replicas, lambda comm: walked(agreed, comm), seed=stages)
+    hosts = [f"n{rank // stages}" for rank in range(stages * replicas)]  # each replica has a node
+    told = ranks(len(hosts), lambda comm: walked(agreed, comm), seed=stages, hosts=hosts)
     loss: list[dict[int, float]] = [{} for _ in range(replicas)]
     for replica, _, losses in told:
         loss[replica] |= losses
     views = [view for replica, view, _ in told if replica == 0]
     return Trained({name: each for view in views for name, each in view.items()}, loss)
+
+
+def alone(objective: str, schedule: str, sync: str, replicas: int = 2, micros: int = 3) -> Trained:
+    """Train on one stage, once for all the schedules that train the same bits there."""
+    if SCHEDULES[schedule].weights == "own":
+        schedule = FIRST[objective]
+    return trained(objective, schedule, sync, 1, replicas, micros)
 
 
 def walked(agreed: Plan, comm: Comm) -> tuple[int, dict[str, Tensor], Mapping[int, float]]:
@@ -112,42 +150,49 @@ def close(one: Trained, other: Trained) -> None:
         torch.testing.assert_close(tensor, other.view[name], rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize(
-    ("objective", "schedule", "sync", "replicas"),
-    [*((*cell, 2) for cell in CELLS), *((*pair, "every-step", 1) for pair in PAIRS[::3])],
-)
+@pytest.mark.parametrize(("objective", "schedule", "sync"), CELLS)
 def test_any_number_of_stages_trains_the_same_bits(
-    objective: str, schedule: str, sync: str, replicas: int
+    objective: str, schedule: str, sync: str
 ) -> None:
-    """Law 1 over stages: 1, 2 (uneven) and 3 of them, losses included."""
-    one, two, three = (trained(objective, schedule, sync, n, replicas) for n in (1, 2, 3))
+    """Law 1 over stages, losses included: three of them, and one, where all blocks are."""
+    one, three = alone(objective, schedule, sync), trained(objective, schedule, sync, 3, 2)
+    equal(one, three)
+    assert [sorted(each) for each in one.loss] == [sorted(one.loss[0])] * 2
+
+
+@pytest.mark.parametrize(("objective", "schedule"), PAIRS)
+def test_stages_may_be_uneven(objective: str, schedule: str) -> None:
+    """Three blocks on 1, 2 and 3 stages, each in the cell's own order."""
+    one, two, three = (trained(objective, schedule, "every-step", n, 2) for n in (1, 2, 3))
     equal(one, two)
     equal(one, three)
-    assert [sorted(each) for each in one.loss] == [sorted(one.loss[0])] * replicas
+
+
+@pytest.mark.parametrize(("objective", "schedule"), PAIRS[::3])
+def test_stages_train_the_same_bits_without_replicas(objective: str, schedule: str) -> None:
+    one, two, three = (trained(objective, schedule, "every-step", n, 1) for n in (1, 2, 3))
+    equal(one, two)
+    equal(one, three)
 
 
 @pytest.mark.parametrize(
-    ("objective", "schedule", "sync", "replicas"),
-    [(*cell, 2) for cell in SYNCHRONOUS if cell[2] == "every-step" or cell[0] in tiny.NEIGHBOURS],
+    ("objective", "schedule", "sync"),
+    [cell for cell in SYNCHRONOUS if cell[2] == "every-step" or cell[0] in tiny.NEIGHBOURS],
 )
-def test_one_micro_batch_equals_four(
-    objective: str, schedule: str, sync: str, replicas: int
-) -> None:
+def test_one_micro_batch_equals_four(objective: str, schedule: str, sync: str) -> None:
     """Law 3: to rounding, and not by luck to the bit."""
-    one, four = (trained(objective, schedule, sync, 2, replicas, m) for m in (1, 4))
+    one = alone(objective, schedule, sync, micros=1)
+    four = trained(objective, schedule, sync, 2, 2, 4)
     close(one, four)
     assert any(not torch.equal(each, four.view[name]) for name, each in one.view.items())
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("sync", SYNCS)
-@pytest.mark.parametrize("replicas", [2])
-def test_synchronous_schedules_train_the_same_bits(
-    objective: str, sync: str, replicas: int
-) -> None:
+def test_synchronous_schedules_train_the_same_bits(objective: str, sync: str) -> None:
     """All learn in the order of micro-batches."""
     names = [each for name, each, other in SYNCHRONOUS if (name, other) == (objective, sync)]
-    first, *others = (trained(objective, name, sync, 2, replicas) for name in names)
+    first, *others = (trained(objective, name, sync, 3, 2) for name in names)
     assert others or names == ["drained"]
     for other in others:
         equal(first, other)
@@ -157,7 +202,7 @@ def test_synchronous_schedules_train_the_same_bits(
 @pytest.mark.parametrize("sync", SYNCS)
 def test_replicas_that_always_agree_are_one(objective: str, schedule: str, sync: str) -> None:
     """Law 1 over replicas, where they never differ; where they do, they really train apart."""
-    one, two = (trained(objective, schedule, sync, 2, replicas) for replicas in (1, 2))
+    one, two = alone(objective, schedule, sync, 1), trained(objective, schedule, sync, 3, 2)
     # Closed forms of random features: their sums are added over all replicas, whatever the sync.
     if not SYNCS[sync].apart or objective == "cafo":
         close(one, two)
@@ -166,11 +211,20 @@ def test_replicas_that_always_agree_are_one(objective: str, schedule: str, sync:
             close(one, two)
 
 
+@pytest.mark.parametrize(("objective", "schedule"), PAIRS[::4])
+def test_a_cell_is_what_a_run_is_planned_as(objective: str, schedule: str) -> None:
+    made = planned(objective, schedule, 3, 2, 3)
+    whole = plan(asked(objective, schedule, 3, 3), 6)
+    assert replace(made, proof=whole.proof, data=whole.data, layout=whole.layout) == whole
+    model = whole.layout.model
+    assert replace(made.layout, model=model) == replace(whole.layout, model=model)
+
+
 @pytest.mark.parametrize(("objective", "schedule"), sorted(set(ALL) - set(PAIRS)))
 @pytest.mark.parametrize("stages", [1, 3])
 def test_what_a_schedule_cannot_run_is_refused_in_its_words(
     objective: str, schedule: str, stages: int
 ) -> None:
     with pytest.raises(Refusal, match=r"the route .* cannot be scheduled") as refusal:
-        planned(objective, schedule, stages, 1, 3)
+        plan(asked(objective, schedule, stages, 3), stages)
     assert SCHEDULES[schedule].limit in refusal.value.message

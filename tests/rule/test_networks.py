@@ -18,6 +18,9 @@ from dtrain.models import Model, load, walk
 from dtrain.models.walk import Spec
 
 CIFAR, DIGITS = (3, 32, 32), (1, 8, 8)
+LEAST: dict[str, dict[str, Any]] = {"resnet": {"depth": 8}, "cnn": {}}
+"""With one unit for each resolution."""
+
 VGG11 = [[64], [128], [256, 256], [512, 512], [512, 512]]
 VGG16 = [[64] * 2, [128] * 2, [256] * 3, [512] * 3, [512] * 3]
 
@@ -168,7 +171,7 @@ def test_layers_of_a_cnn_end_with_their_pooling() -> None:
 @pytest.mark.parametrize("name", ["resnet", "cnn"])
 @pytest.mark.parametrize("shape", [DIGITS, (3, 7, 9), CIFAR])
 def test_small_and_odd_images_pass(name: str, shape: tuple[int, ...]) -> None:
-    model = net(name, shape)
+    model = net(name, shape, **LEAST[name])
     specs = walk(model, shape, torch.float32)
     x = torch.randn(2, *shape)
     for layer, spec in zip(model.build(range(len(specs)), 0, x.dtype).values(), specs, strict=True):
@@ -190,7 +193,7 @@ def test_gradients_lie_in_memory_as_their_weights_do(name: str) -> None:
 @pytest.mark.parametrize("norm", ["batch", "group", "none"])
 @pytest.mark.parametrize("name", ["resnet", "cnn"])
 def test_batch_statistics_alone_couple_samples(name: str, norm: str) -> None:
-    model = net(name, DIGITS, norm=norm)
+    model = net(name, DIGITS, norm=norm, **LEAST[name])
     specs = walk(model, DIGITS, torch.float64)
     assert {spec.couples for spec in specs[:-1]} == {norm == "batch"}
     whole = nn.Sequential(*model.build(range(len(specs)), 0, torch.float64).values())

@@ -9,18 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.digits import HEAD
 from tests.outcome import summary
 from tests.process import Ended, start
 
-RUN = """
-epochs = 1
-threads = 1
-[data]
-name = "digits"
-[model]
-name = "mlp"
-widths = [16, 12]
-[partition]
+RUN = f"""{HEAD}[partition]
 blocks = 3
 [mesh]
 stages = 2

@@ -50,9 +50,9 @@ def run(tmp_path: Path) -> Path:
 
 def test_the_same_command_goes_on_where_it_ended(run: Path, tmp_path: Path) -> None:
     for epochs in (1, 2):
-        ended = dtrain(run, tmp_path / "out", 4, "mesh.stages=2", f"epochs={epochs}")
+        ended = dtrain(run, tmp_path / "out", 2, "mesh.stages=2", f"epochs={epochs}")
     assert "resumed   12 of 24 updates were done before" in ended.out
-    ended = dtrain(run, tmp_path / "out", 4, "mesh.stages=2", "epochs=2")
+    ended = dtrain(run, tmp_path / "out", 2, "mesh.stages=2", "epochs=2")
     assert "finished before: 24 updates are done, 24 asked for" in ended.out
     assert summary(tmp_path / "out")["attempts"] == 3
 

@@ -9,10 +9,14 @@ al. 2019); the others F3 (Flügel et al. 2023).
 
 from __future__ import annotations
 
+import math
 from typing import Literal, final
 
 import torch
 from torch import Tensor, nn
+
+from dtrain.objectives.objective import Objective
+from dtrain.objectives.task import Task
 
 Matrix = Literal["uniform", "kaiming", "ternary", "binary", "identity"]
 
@@ -52,3 +56,18 @@ class Fixed(nn.Module):
     def __init__(self, kind: Matrix, classes: int, width: int) -> None:
         super().__init__()
         self.register_buffer("feedback", matrix(kind, classes, width))
+
+
+class Pushed(Objective):
+    """A fixed matrix per earlier block, drawn as `feedback` says; the last one has none."""
+
+    feedback: Matrix
+
+    def build(self, task: Task) -> nn.Module | None:
+        """Return the matrix of an earlier block, none at the end."""
+        width = math.prod(task.outputs)
+        return None if task.last else Fixed(self.feedback, task.classes, width)
+
+    def helped(self, task: Task) -> tuple[int, ...] | None:
+        """Nothing is run: errors are multiplied by a matrix, labels look up its rows."""
+        return None

@@ -1,0 +1,65 @@
+"""What runs in these tests share is what each of them would count by itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from dtrain.budget import Books
+from dtrain.job import Plan, plan
+from dtrain.layout import Layout
+from dtrain.objectives import OBJECTIVES
+from tests import pictures, tiny
+from tests.counts import COUNTED, kinds
+
+RESNET = {"name": "resnet", "depth": 8, "width": 4}
+
+
+def planned(objective: str, **told: Any) -> Plan:
+    return plan(tiny.run(objective__name=objective, micro_batches=1, **told), 3)
+
+
+def counted(made: Layout) -> list[Any]:
+    """Return all that was counted, without the factories, which each plan makes anew."""
+    return [made.specs, made.cuts, made.place, [replace(part, own=None) for part in made.parts]]
+
+
+CHANGES: list[dict[str, Any]] = [
+    {"dtype": "float32"},
+    {"optimizer__name": "sgd"},
+    {"batch_size": 9},
+    {"partition__recompute": True},
+    {"partition__frozen": True},
+]
+
+
+@pytest.mark.parametrize(
+    ("objective", "told"),
+    [*((name, {}) for name in OBJECTIVES), *(("mono-forward", told) for told in CHANGES)],
+)
+def test_shared_counts_are_those_of_a_plan_by_itself(objective: str, told: dict[str, Any]) -> None:
+    """With heads, memory and cuts; what makes them other is told apart."""
+    assert all(getattr(place, name) is shared for place, name, shared in COUNTED)
+    planned(objective)
+    shared = planned(objective, **told)
+    table = Books(shared).table()
+    with pytest.MonkeyPatch.context() as patch:
+        for place, name, once in COUNTED:
+            patch.setattr(place, name, once.__wrapped__)
+        alone = planned(objective, **told)
+        assert counted(shared.layout) == counted(alone.layout)
+        assert Books(alone).table() == table
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "none"])
+def test_norms_are_told_apart(norm: str) -> None:
+    run = pictures.run(model=RESNET | {"norm": norm, "groups": 2}, partition__blocks=2)
+    assert bool(plan(run, 1).layout.coupling) == (norm == "batch")
+
+
+def test_what_a_user_makes_is_counted_each_time() -> None:
+    run = tiny.run(model={"name": "tests.tiny:dropping"})
+    assert kinds(plan(run, 1).layout.model) is None
+    assert kinds(plan(tiny.run(), 1).layout.model) is not None
