@@ -59,7 +59,7 @@ class Desk:
         return inbox, inbox.posted
 
     def look(self, whole: bool = False) -> None:
-        """Take note of what has arrived elsewhere, and go on with the means, or the whole of them."""
+        """Take note of what has arrived elsewhere, and go on with the means."""
         for outbox in self.outboxes.values():
             if outbox:
                 outbox.look()

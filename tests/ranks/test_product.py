@@ -44,7 +44,7 @@ NET: dict[str, Any] = {
     "optimizer__lr": 0.02,
 }
 FIELDS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("local-sgd", "qsr", "diloco"), {"every": 2}),
+    **{name: {"every": 2} for name in ("local-sgd", "qsr", "diloco")},
     "daso": {"warmup-epochs": 0, "cooldown-epochs": 0, "max-global-skips": 1},
 }
 """What a sync needs in order to act within three updates. Each replica is on a node of its own."""
