@@ -27,5 +27,6 @@ def killed(run: Run, out: Path, until: int, hosts: Sequence[str]) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kind, "before_update", failing)
+        patch.setattr("dtrain.train.PATIENCE_S", 0.0)
         with pytest.raises(ZeroDivisionError):
             ranks(len(hosts), lambda comm: train(run, comm, out), hosts=hosts)

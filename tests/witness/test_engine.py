@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,9 @@ from dtrain.data import order
 from dtrain.errors import Refusal
 from dtrain.schedules import SCHEDULES
 from dtrain.schedules.pipelined import Pipelined
-from dtrain.syncs import SYNCS
 from dtrain.train import train
 from tests import tiny
 from tests.outcome import model
-from tests.witness.daso import Flying
 from tests.witness.fold import Fold
 from tests.witness.interleaved import Interleaved
 from tests.witness.split import Split
@@ -40,7 +37,6 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let run files name the witnesses."""
     for name, kind in {**ORDERS, "pipelined": Pipelined}.items():
         monkeypatch.setitem(SCHEDULES, name, kind)
-    monkeypatch.setitem(SYNCS, "flying", Flying)
 
 
 def trained(out: Path, stages: int = 1, replicas: int = 1, **told: Any) -> dict[str, Any]:
@@ -138,28 +134,3 @@ def test_pipelined_learns_with_the_weights_of_its_moment(tmp_path: Path) -> None
 def test_pipelined_refuses_micro_batches(tmp_path: Path) -> None:
     with pytest.raises(Refusal, match="set micro-batches = 1"):
         trained(tmp_path, 2, schedule__name="pipelined", micro_batches=3)
-
-
-@pytest.mark.parametrize("segment", [1, 3, 0])
-def test_a_merge_in_flight_does_not_feel_a_segments_end(segment: int, tmp_path: Path) -> None:
-    """Updates 0 and 4 send, 2 and 6 merge; segments end in between, or do not."""
-    sync = {"name": "flying", "every": 4, "delay": 2}
-    told = {"sync": sync, "objective__name": "mono-forward"}
-    whole = trained(tmp_path / "whole", 2, 2, **told)
-    cut = trained(tmp_path / "cut", 2, 2, segment=segment, **told)
-    assert whole["digest"] == cut["digest"]
-    never = trained(tmp_path / "never", 2, 2, **{**told, "sync": {"name": "never"}})
-    assert never["digest"] != whole["digest"]
-
-
-@pytest.mark.parametrize("stop", [1, 2, 5])
-def test_a_merge_in_flight_is_in_the_checkpoint(stop: int, tmp_path: Path) -> None:
-    """Stopped between sending and merging (1, 5) and after it (2), and gone on with."""
-    sync = {"name": "flying", "every": 4, "delay": 3}
-    told = {"sync": sync, "objective__name": "mono-forward", "epochs": None}
-    whole = trained(tmp_path / "whole", 2, 2, updates=8, **told)
-    trained(tmp_path / "cut", 2, 2, updates=stop, **told)
-    again = trained(tmp_path / "cut", 2, 2, updates=8, **told)
-    assert again["updates"] == 8
-    assert math.isfinite(again["train_loss"])
-    assert whole["digest"] == again["digest"]
