@@ -22,6 +22,7 @@ from dtrain.comm.comm import Comm
 from dtrain.comm.launch import TERMINAL, launched
 from dtrain.job import Plan
 from dtrain.report import counted, percent
+from dtrain.resume import followers
 from dtrain.segments import Segment
 from dtrain.totals import Totals
 
@@ -207,9 +208,13 @@ def _introduction(plan: Plan, comm: Comm, threads: int) -> list[str]:
 
 
 def _next(plan: Plan, ranks: int, out: Path) -> str:
-    """Return the command that goes on from here, runnable as it stands."""
+    """Return the command that goes on from here, runnable as it stands; or what tests the result,
+    where the run was made for its length."""
     program = Path(sys.prefix) / "bin" / "dtrain"
-    words = [str(program) if program.exists() else "dtrain", "train", str(plan.run.path)]
+    words = [str(program) if program.exists() else "dtrain"]
+    if any(followers(plan.run)):
+        return shlex.join([*words, "evaluate", str(out)])
+    words += ["train", str(plan.run.path)]
     words += ["--ranks", str(ranks)] if ranks > 1 else []
     key, length = "epochs", plan.run.top.epochs
     if length is None:

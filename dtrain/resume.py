@@ -92,18 +92,19 @@ def refuse_changes(out: Path, before: Table | None, run: Run, reached: bool = Fa
         )
     length = [told[key] for key in LENGTH if key in told]
     if before is not None and length and not reached:
-        for what, follows in _followers(run):
-            if follows:
-                raise Refusal(
-                    f"the {what} followed the length that the run was begun with: "
-                    f"{', '.join(length)}; put it back, or choose another --out than {out}"
-                )
+        for what in followers(run):
+            raise Refusal(
+                f"the {what} followed the length that the run was begun with: "
+                f"{', '.join(length)}; put it back, or choose another --out than {out}"
+            )
 
 
-def _followers(run: Run) -> Iterator[tuple[str, bool]]:
-    """Yield what may follow the length of a run, and whether it does."""
-    yield f"learning rates of '{run.rate.name}'", run.make_rate().horizon
-    yield f"phases of '{run.sync.name}'", run.make_sync().horizon
+def followers(run: Run) -> Iterator[str]:
+    """Yield in words what follows the length of a run, which then cannot be made longer."""
+    if run.make_rate().horizon:
+        yield f"learning rates of '{run.rate.name}'"
+    if run.make_sync().horizon:
+        yield f"phases of '{run.sync.name}'"
 
 
 def _flat(table: Table, outer: str = "") -> Iterator[tuple[str, Any]]:

@@ -230,3 +230,12 @@ def test_momentum_stays_local(tmp_path: Path) -> None:
     for name in names:
         assert torch.equal(held[0][name], held[1][name])
         assert not torch.equal(held[0][name], held[2][name])
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("diloco", "evaluate"), ("local-sgd", "epochs=4")])
+def test_the_next_command_is_one_that_runs(
+    name: str, wanted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that was made for its length is not asked to go on."""
+    trained(run(name), tmp_path)
+    assert wanted in capsys.readouterr().out.splitlines()[-1]
