@@ -241,6 +241,10 @@ class Block:
         """Return what of them is trained, likewise, in the order of `trained`."""
         return {name: p.detach() for name, p in self.parameters.items() if p.requires_grad}
 
+    def named(self, gradients: Iterable[Tensor]) -> dict[str, Tensor]:
+        """Return one tensor for each of `values` under their names, such as `gradients()`."""
+        return dict(zip(self.values(), gradients, strict=True))
+
     @contextmanager
     def showing(self, view: Mapping[str, Tensor]) -> Iterator[None]:
         """Hold the tensors of `view` instead of its own ones while the body runs."""

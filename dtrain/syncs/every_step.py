@@ -26,7 +26,7 @@ class EveryStep(Sync):
     def before_update(self, gradients: Sequence[Tensor], weight: float, clock: Clock) -> None:
         """Replace each gradient by ``sum over replicas of weight * gradient``."""
         if self.replicas.size > 1:
-            self.replicas.mean_(self.named(gradients), weight)
+            self.replicas.mean_(self.block.named(gradients), weight)
 
     def after_update(self, clock: Clock) -> None:
         """Nothing: equal gradients moved equal parameters."""

@@ -80,9 +80,9 @@ class LocalSGD(Rounds):
     def before_update(self, gradients: Sequence[Tensor], weight: float, clock: Clock) -> None:
         """In the warm-up, replace each gradient by its mean over the samples of all replicas."""
         if clock.update < self.warmup_updates:
-            self.replicas.mean_(self.named(gradients), weight)
+            self.replicas.mean_(self.block.named(gradients), weight)
         elif self._nodes is not None:
-            self._nodes.mean_(self.named(gradients), clock.rows)
+            self._nodes.mean_(self.block.named(gradients), clock.rows)
 
     def after_update(self, clock: Clock) -> None:
         """Meet where it is time; in the warm-up equal gradients moved equal parameters."""

@@ -97,10 +97,6 @@ class Sync(ABC):
         self.block = block
         self.replicas = replicas
 
-    def named(self, gradients: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Return gradients under the names of what they belong to, for errors of the debug mode."""
-        return dict(zip(self.block.values(), gradients, strict=True))
-
     def steps(self, weight: float, clock: Clock) -> bool:
         """Say whether this replica's optimizer takes a step in an update.
 

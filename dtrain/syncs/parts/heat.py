@@ -52,7 +52,7 @@ class Heat(Way):
     def before_update(self, gradients: Sequence[Tensor], weight: float, clock: Clock) -> None:
         """Average inside the node, unless that is paused."""
         if self.near:
-            self.nodes.mean_(self.named(gradients), clock.rows)
+            self.nodes.mean_(self.block.named(gradients), clock.rows)
 
     def after_update(self, clock: Clock) -> None:
         """Go on by one batch."""

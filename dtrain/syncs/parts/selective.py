@@ -38,11 +38,11 @@ class Selective(Way):
         """Average over all replicas in the blocking phases, else inside the node."""
         if not self.blocks(clock):
             if self.limits.local_every == 1:
-                self.nodes.mean_(self.named(gradients), clock.rows)
+                self.nodes.mean_(self.block.named(gradients), clock.rows)
         elif self.limits.downcast and self.bridges:
             self._narrowed(gradients, clock)
         else:
-            self.replicas.mean_(self.named(gradients), weight)
+            self.replicas.mean_(self.block.named(gradients), weight)
 
     def after_update(self, clock: Clock) -> None:
         """Merge what is due, send what is due, and meet at the end of the epoch."""
@@ -105,7 +105,7 @@ class Selective(Way):
 
     def _narrowed(self, gradients: Sequence[Tensor], clock: Clock) -> None:
         """Average over all replicas, in bfloat16 between nodes; sums are made in float32."""
-        self.nodes.mean_(self.named(gradients), clock.rows)
+        self.nodes.mean_(self.block.named(gradients), clock.rows)
         if (group := self.bridge) is not None:
             narrow = [each.to(torch.bfloat16) for each in gradients]
             group.mean_(narrow, self.nodes.rows(clock.rows) / sum(clock.rows))

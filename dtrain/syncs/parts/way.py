@@ -143,10 +143,6 @@ class Way(ABC):
         """Make the next bridge the active one."""
         self.active = (self.active + 1) % len(self.bridges)
 
-    def named(self, gradients: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Return gradients under the names of what they belong to."""
-        return dict(zip(self.block.values(), gradients, strict=True))
-
     # ---- what survives a restart
 
     def numbers(self) -> dict[str, int]:
