@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from dtrain.budget import Books
 from dtrain.checkpoint import read
 from dtrain.comm.threads import run as ranks
 from dtrain.config import Run
 from dtrain.errors import Refusal
+from dtrain.job import plan
 from dtrain.syncs import SYNCS
 from dtrain.syncs.qsr import QSR
 from dtrain.syncs.sync import Clock
@@ -239,3 +241,23 @@ def test_the_next_command_is_one_that_runs(
     """A run that was made for its length is not asked to go on."""
     trained(run(name), tmp_path)
     assert wanted in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", SYNCS)
+def test_what_a_sync_keeps_is_planned_and_counted(name: str, tmp_path: Path) -> None:
+    """Beside what `every-step` needs: no copy, one or two of what is trained, in every rank."""
+    planned, counted = (
+        [made - plain for made, plain in zip(each(run(name)), each(run("every-step")), strict=True)]
+        for each in (planned_bytes, lambda asked: counted_bytes(asked, tmp_path))
+    )
+    trained_bytes = 8 * sum(tensor.numel() for tensor in model(tmp_path / name).values())
+    assert planned == counted == [SYNCS[name].copies * trained_bytes] * 2
+
+
+def planned_bytes(asked: Run) -> list[int]:
+    return [each.peak for each in Books(plan(asked, 2)).ranks()]
+
+
+def counted_bytes(asked: Run, out: Path) -> list[int]:
+    counted: list[int] = trained(asked, out / asked.sync.name)["peak_memory_bytes"]
+    return counted
