@@ -27,6 +27,7 @@ from dtrain.split import Split
 Pull = tuple[Tensor, Tensor]
 Step = Callable[[Iterable[nn.Parameter]], optim.Optimizer]
 Grain = Literal["block", "layer"]
+Heard = Callable[[Tensor], None]
 
 
 class Block:
@@ -206,15 +207,23 @@ class Block:
             own[name].data = data
         return held
 
-    def learn(self, pulls: Iterable[Pull]) -> None:
+    def learn(self, pulls: Iterable[Pull], heard: Heard | None = None) -> None:
         """Add the gradients of ``sum <tensor, cotangent>`` to this block's parameters and to x.
 
+        `heard` is called with each trained parameter that is reached, once its gradient is there.
         A block without parameters whose input nobody asks about has nothing to learn.
         """
         reached = [(tensor, force) for tensor, force in pulls if tensor.requires_grad]
-        if reached:
-            tensors, forces = zip(*reached, strict=True)
+        if not reached:
+            return
+        tensors, forces = zip(*reached, strict=True)
+        asked = self.trained if heard is not None else []
+        hooks = [each.register_post_accumulate_grad_hook(heard) for each in asked]  # type: ignore[no-untyped-call]
+        try:
             torch.autograd.backward(tensors, forces)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     # ---- updates
 

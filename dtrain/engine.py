@@ -92,6 +92,7 @@ class Engine:
         """
         sizes, seat = [len(batch.micros) for batch in batches], self.seat
         plan = partial(self.course.schedule.plan, seat.stage, seat.place, sizes, self.mail.routes)
+        self.updates.open(batches)
         self.tally = Tally(rows=sum(batch.own for batch in batches))
         start, waited = time.perf_counter(), self.lines.control.waited_s
         for block in self.blocks.values():
@@ -209,7 +210,7 @@ class Engine:
             assert block.split is not None
             block.split.inputs(pulls, live)
         else:
-            block.learn(pulls)
+            block.learn(pulls, self.updates.heard(action.block, batch))
         self.mail.offer(action, block, live)
         if action.kind == "B":
             self._drop(action)

@@ -5,6 +5,7 @@ model the norm is summed block by block in order, so that it is the same on any 
 
 ::
 
+    last backward: sync.hear of each gradient that is complete
     rate -> sync.before_update -> clip -> step -> sync.after_update -> objective.after_update
                                    |                       |
                                    |                       in debug mode: are replicas equal?
@@ -13,11 +14,12 @@ model the norm is summed block by block in order, so that it is the same on any 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from dtrain.block import Block
+from dtrain.block import Block, Heard
 from dtrain.comm.comm import Comm
 from dtrain.course import Course
 from dtrain.data.batches import Batch
@@ -41,12 +43,32 @@ class Updates:
         self.blocks, self.syncs, self.course, self.column = blocks, syncs, course, column
         self.first = min(blocks)
         self.norm = 0.0
+        self.learnt: Counter[int] = Counter()
+        self.early = False
+
+    def open(self, batches: Sequence[Batch]) -> None:
+        """Prepare for a segment's updates.
+
+        Syncs hear of gradients only where all replicas then make the same calls in one order: a
+        rank with several blocks goes through them by a plan, which follows from the shares.
+        """
+        same = len(self.blocks) == 1 or all(len(set(batch.shares)) == 1 for batch in batches)
+        self.early = same and not self.course.schedule.splits
+
+    def heard(self, index: int, batch: Batch) -> Heard | None:
+        """Return what to tell of gradients in a backward, if it is the last of block `index`."""
+        self.learnt[index] += 1
+        if not self.early or self.learnt[index] < len(batch.micros):
+            return None
+        sync, weight = self.syncs[index], batch.own / batch.rows
+        return lambda parameter: sync.hear(parameter, weight)
 
     def step(
         self, index: int, batch: Batch, update: int, epoch: int, told: Mapping[str, Tensor]
     ) -> None:
         """Update block `index`; `update` and `epoch` count from the start of the run."""
         course, block, sync = self.course, self.blocks[index], self.syncs[index]
+        self.learnt[index] = 0
         calendar = course.calendar
         block.rate(course.rate.factor(update, calendar.per_epoch, calendar.total))
         length = calendar.per_epoch, calendar.total

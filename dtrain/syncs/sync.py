@@ -111,6 +111,13 @@ class Sync(ABC):
         """
         return 1.0, 1.0
 
+    def hear(self, parameter: Tensor, weight: float) -> None:  # noqa: B027
+        """Hear, inside the last backward before an update, that a parameter's gradient is complete.
+
+        For syncs that start to send then; a replica without samples hears nothing, so what is sent
+        in which order must not follow from what is heard first. `weight` as in `before_update`.
+        """
+
     @abstractmethod
     def before_update(self, gradients: Sequence[Tensor], weight: float, clock: Clock) -> None:
         """Change the gradients in place; `weight` = rows of this replica / rows of the update."""
