@@ -63,4 +63,4 @@ def assembled(
 
 def stepper(run: Run) -> Step:
     """Return what makes a block's optimizer."""
-    return partial(optimizers.make, run.optimizer.name, run.optimizer.fields)
+    return partial(optimizers.make, run.optimizer.name, run.step_fields())

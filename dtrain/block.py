@@ -28,6 +28,7 @@ Pull = tuple[Tensor, Tensor]
 Step = Callable[[Iterable[nn.Parameter]], optim.Optimizer]
 Grain = Literal["block", "layer"]
 Heard = Callable[[Tensor], None]
+Rule = Callable[[optim.Optimizer], None]
 
 
 class Block:
@@ -234,10 +235,13 @@ class Block:
                 parameter.grad = torch.zeros_like(parameter)
         return [p.grad for p in self.trained if p.grad is not None]
 
-    def update(self) -> None:
-        """Take one optimizer step and forget the gradients."""
+    def update(self, rule: Rule | None = None) -> None:
+        """Take one optimizer step, by a `rule` where one is given; forget the gradients."""
         if self.optimizer is not None:
-            self.optimizer.step()
+            if rule is None:
+                self.optimizer.step()
+            else:
+                rule(self.optimizer)
             self.optimizer.zero_grad(set_to_none=True)
 
     # ---- state

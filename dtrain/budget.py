@@ -5,9 +5,11 @@ laid side by side.
 
 ::
 
-    rank    parameters | gradients | optimizer | sync | live | messages
-                                                  |      |      `- receives posted, sends under way
-                                                  |      `- x, y, what autograd saves, per micro
+    rank    parameters | gradients | optimizer | sync | versions | live | messages
+                                                  |      |         |      `- receives posted,
+                                                  |      |         |         sends under way
+                                                  |      |         `- x, y, what autograd saves
+                                                  |      `- of weights, for late backwards
                                                   `- copies of what is trained
 """
 
@@ -30,6 +32,7 @@ from dtrain.job import Plan
 from dtrain.objectives.objective import Mode
 from dtrain.schedules.action import Action
 from dtrain.schedules.held import held_bytes
+from dtrain.schedules.policy import copies_of
 from dtrain.schedules.simulate import Span
 from dtrain.split import Split
 
@@ -51,6 +54,8 @@ class Budget:
         Of its blocks, buffers and heads included.
     sync : int
         Copies of what is trained that the sync keeps.
+    versions : int
+        Copies of it that forwards and late backwards compute with.
     live : int
         Micro-batches between forward and learning, and what helpers keep of earlier updates.
     messages : int
@@ -61,6 +66,7 @@ class Budget:
     gradients: int
     optimizer: int
     sync: int
+    versions: int
     live: int
     messages: int
 
@@ -118,16 +124,19 @@ class Books:
         """Return the budget of every stage."""
         blocks, held = dict(enumerate(self.blocks(rows))), self._held(rows)
         timeline, copies = self.plan.proof.timeline, self.plan.run.make_sync().copies
+        policy = self.layout.schedule.policy(self.layout.place, self.layout.routes)
         found = []
         for stage, messages in enumerate(held):
             own = [blocks[b] for b in self.layout.blocks(stage)]
-            actions = (span.action for span in timeline if span.stage == stage)
+            actions = [span.action for span in timeline if span.stage == stage]
+            shelves = copies_of(actions, policy)
             found.append(
                 Budget(
                     parameters=sum(each.parameters for each in own),
                     gradients=sum(each.gradients for each in own),
                     optimizer=sum(each.optimizer for each in own),
                     sync=copies * sum(each.gradients for each in own),
+                    versions=sum(n * blocks[b].gradients for b, n in shelves.items()),
                     live=live_bytes(actions, blocks) + self._remembered(stage),
                     messages=messages,
                 )

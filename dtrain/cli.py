@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--costs", type=Path, metavar="FILE.toml", help="what ranks and links cost: predict time"
     )
+    plan.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the timeline")
     plan.set_defaults(command=_plan)
 
     flight = commands.add_parser("flight", help="say who waits for whom in a run that hangs")
@@ -233,11 +234,21 @@ def _plan(options: argparse.Namespace) -> int:
 
     sheet = None if options.costs is None else costs.read(options.costs)
     planned = plan(read(options.run, options.set), options.ranks)
+    if options.plot is not None:
+        _written(options.plot, report.plan_picture(planned, sheet))
     if options.json:
         print(json.dumps(report.plan_table(planned, sheet), indent=2))
     else:
         print(report.plan_text(planned, sheet), end="")
     return 0
+
+
+def _written(path: Path, text: str) -> None:
+    """Write a file that was asked for; refuse where that cannot be."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise Refusal(f"cannot write {path}: {error.strerror}; choose another file") from error
 
 
 def _flight(options: argparse.Namespace) -> int:

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 from dtrain import optimizers
 from dtrain.errors import Refusal, unknown
-from dtrain.keys import Checkpoint, Choice, Clip, Cut, Data, Evaluate, Grid, Log, Top
+from dtrain.foretell import scaled, suits
+from dtrain.keys import Checkpoint, Choice, Cut, Data, Evaluate, Grid, Log, Step, Top
 from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.objective import Objective
 from dtrain.rates import RATES, Rate
@@ -53,7 +54,7 @@ class Run:
     schedule: Choice
     sync: Choice
     optimizer: Choice
-    clip: Clip
+    step: Step
     rate: Choice
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     evaluate: Evaluate = field(default_factory=Evaluate)
@@ -80,6 +81,14 @@ class Run:
         """Return the schedule of learning rates, made from its fields."""
         return make(RATES, self.rate, "lr")
 
+    def step_fields(self) -> Table:
+        """Return the optimizer's fields, learning rate and momentum for the batch that there is."""
+        fields, reference = dict(self.optimizer.fields), self.step.scale_from
+        if reference:
+            given = fields.get("lr", optimizers.LR), fields["momentum"]
+            fields["lr"], fields["momentum"] = scaled(*given, self.top.batch_size, reference)
+        return fields
+
     def table(self) -> Table:
         """Return the resolved run as the nested tables of a run file, defaults included."""
         tables = {
@@ -90,7 +99,7 @@ class Run:
             "objective": self.objective.table(),
             "schedule": self.schedule.table(),
             "sync": self.sync.table(),
-            "optimizer": self.optimizer.table() | self.clip.table(),
+            "optimizer": self.optimizer.table() | self.step.table(),
             "lr": self.rate.table(),
             "checkpoint": unfill(self.checkpoint),
             "evaluate": unfill(self.evaluate),
@@ -148,7 +157,7 @@ def parse(table: Mapping[str, Any], path: Path, overrides: Sequence[str] = ()) -
     if {"cuts", "balance"} <= parts["partition"].keys():
         raise Refusal("[partition] cuts say where every block starts: leave out balance")
     common = [kebab(each.name) for each in dataclasses.fields(Data)]
-    ours = [kebab(each.name) for each in dataclasses.fields(Clip)]
+    ours = [kebab(each.name) for each in dataclasses.fields(Step)]
     objective = _choice(parts["objective"], "objective", OBJECTIVES, "mono-forward")
     default = make(OBJECTIVES, objective, "objective").schedule
     run = Run(
@@ -166,7 +175,7 @@ def parse(table: Mapping[str, Any], path: Path, overrides: Sequence[str] = ()) -
         optimizer=_named(
             {k: v for k, v in parts["optimizer"].items() if k not in ours}, "optimizer"
         ),
-        clip=_clip({k: v for k, v in parts["optimizer"].items() if k in ours}),
+        step=_step({k: v for k, v in parts["optimizer"].items() if k in ours}),
         rate=_choice(parts["lr"], "lr", RATES, "constant"),
         checkpoint=fill(Checkpoint, parts["checkpoint"], "[checkpoint] "),
         evaluate=fill(Evaluate, parts["evaluate"], "[evaluate] "),
@@ -174,6 +183,8 @@ def parse(table: Mapping[str, Any], path: Path, overrides: Sequence[str] = ()) -
     )
     _ranges(run)
     optimizers.check(run.optimizer.name, run.optimizer.fields)
+    suits(run.make_schedule().asks(), run.optimizer.name, run.optimizer.fields)
+    _scales(run)
     return run
 
 
@@ -206,9 +217,9 @@ def _ranges(run: Run) -> None:
         raise Refusal("[partition] cuts say where every block starts: leave out blocks and weights")
 
 
-def _clip(table: Table) -> Clip:
-    """Return what is clipped; a limit that limits nothing, or of nothing, is refused."""
-    clip = fill(Clip, table, "[optimizer] ")
+def _step(table: Table) -> Step:
+    """Return what is clipped and scaled; a limit that limits nothing, or of nothing, is refused."""
+    clip = fill(Step, table, "[optimizer] ")
     if not 0 <= clip.clip < math.inf:
         raise Refusal(
             f"[optimizer] clip = {clip.clip} is no norm: give a number above 0, or 0 for no limit"
@@ -219,6 +230,19 @@ def _clip(table: Table) -> Clip:
             "largest norm, or leave clip-over out"
         )
     return clip
+
+
+def _scales(run: Run) -> None:
+    """Refuse a scaling that has no formula."""
+    reference, fields = run.step.scale_from, run.optimizer.fields
+    if reference < 0:
+        raise Refusal(f"[optimizer] scale-from = {reference} is no batch: give 1 or more")
+    suited = run.optimizer.name.lower() == "sgd" and 0 < fields.get("momentum", 0) < 1
+    if reference and not suited:
+        raise Refusal(
+            "[optimizer] scale-from scales learning rate and momentum of sgd: give name = "
+            '"sgd" and a momentum between 0 and 1, or leave it out'
+        )
 
 
 def make(kinds: Mapping[str, type[T]], choice: Choice, what: str) -> T:

@@ -21,7 +21,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dtrain.block import Block
+from dtrain.block import Block, Pull
+from dtrain.closed import Closed
 from dtrain.course import Course
 from dtrain.data.batches import Batch
 from dtrain.data.reader import Reader
@@ -34,7 +35,9 @@ from dtrain.schedules.action import Action
 from dtrain.split import Split
 from dtrain.syncs.sync import Sync
 from dtrain.tally import Tally
+from dtrain.trace import Trace
 from dtrain.updates import Updates
+from dtrain.versions import Versions
 
 Key = tuple[int, int, int]
 
@@ -63,13 +66,17 @@ class Engine:
         self.seat, self.lines, self.blocks, self.syncs = seat, lines, blocks, syncs
         self.course, self.objective, self.tasks = course, course.objective, course.tasks
         self.mail = Mail("train", self.objective, self.tasks, seat, lines)
-        self.updates = Updates(blocks, syncs, course, lines.column)
+        self.closed = Closed(blocks, self.objective, self.tasks, lines, seat.place[-1])
         own = (t for b in blocks.values() for t in [*b.parameters.values(), *b.buffers.values()])
-        self.saved = Saved(own, course.schedule.weights)
+        self.saved = Saved(own, course.schedule.late)
+        policy = course.schedule.policy(seat.place, self.mail.routes)
+        self.versions = {i: Versions(b, policy, self.saved) for i, b in blocks.items()}
+        self.updates = Updates(blocks, syncs, self.versions, course, lines.column)
         self.live: dict[Key, Live] = {}
         self.peak_live = self.fullest = self.kept = 0
         self.late = max((route.lag for route in self.mail.routes), default=0)
         self.tally = Tally()
+        self.trace: Trace | None = None
         self.asked = {r.source.block for r in self.mail.routes if r.name == GRADIENT}
         self.readers = {b for b in blocks if self.objective.reads(self.tasks[b], "train")}
         for block in blocks.values():
@@ -95,16 +102,17 @@ class Engine:
         self.updates.open(batches)
         self.tally = Tally(rows=sum(batch.own for batch in batches))
         start, waited = time.perf_counter(), self.lines.control.waited_s
-        for block in self.blocks.values():
+        for index, block in self.blocks.items():
             block.train()
+            self.versions[index].open()
         self.mail.open(plan(), sizes, lambda u, micro: len(batches[u].micros[micro]))
         reader.open((batches[a.update].micros[a.micro] for a in plan() if self._reads(a)), epoch)
-        before = self._clear()
+        before = self.closed.clear()
         try:
             yield from self._actions(plan(), reader, batches, first, epoch)
         finally:
             reader.close()
-        self._solve(before)
+        self.closed.solve(before)
         self._finite()
         self.mail.close()
         self.tally.wall_s = time.perf_counter() - start
@@ -124,19 +132,22 @@ class Engine:
         control, flight = self.lines.control, self.lines.control.flight
         for action in plan:
             batch, update = batches[action.update], first + action.update
+            start = time.perf_counter()
             flight.note("action", action, "update", update)
             with self.seat.at(action, f"update {update}"):
                 match action.kind:
                     case "F":
                         self._forward(action, reader, batch, update)
                     case "B" | "I":
-                        self._learn(action, batch)
+                        self._learn(action, batch, update, epoch)
                     case "W":
                         Split.weights(self.live[action[1:4]])
                         self._drop(action)
                     case _:
                         self._update(action, batch, update, epoch)
             control.progress()
+            if self.trace is not None:
+                self.trace.note(action, update, start)
             if action.kind == "U" and action.block == last:
                 if batch.own == self.fullest and action.update >= self.late:
                     self.saved.stop()
@@ -153,7 +164,8 @@ class Engine:
             x = block.owned(self.objective.feed(task, block, given), given.sample).detach()
         x.requires_grad_(action.block in self.asked and x.is_floating_point())
         draw = (update, action.micro, self.seat.replica)
-        with self.saved.saving(key):
+        last = action.micro + 1 == len(batch.micros)
+        with self.versions[action.block].forward(action, last), self.saved.saving(key):
             kept = block.run(x, draw, self.objective.traced(task, action.pass_))
         live = Live(
             **kept,
@@ -190,30 +202,36 @@ class Engine:
         which = self._here(torch.from_numpy(indices))
         return Given(targets, told, sample, image, which, draws, learning=True)
 
-    def _learn(self, action: Action, batch: Batch) -> None:
+    def _learn(self, action: Action, batch: Batch, update: int, epoch: int) -> None:
         block, key = self.blocks[action.block], action[1:4]
         live = self.live[key]
         live.told = {**live.told, **self.mail.take(action)}
+        with self.versions[action.block].backward(action):
+            pulls = self._pulls(block, live, key)
+            if action.kind == "I":
+                assert block.split is not None
+                block.split.inputs(pulls, live)
+            else:
+                block.learn(pulls, self.updates.heard(action, batch, update, epoch))
+        self.mail.offer(action, block, live)
+        if action.kind == "B":
+            self._drop(action)
+
+    def _pulls(self, block: Block, live: Live, key: Key) -> list[Pull]:
+        """Return what the objective pulls at, and note what it measured."""
         if block.recompute:
             self._recall(block, live, key)
         with self.saved.saving(key), block.helping(live):
-            pulls = self.objective.pulls(self.tasks[action.block], block, live)
+            pulls = [*self.objective.pulls(self.tasks[block.index], block, live)]
         if live.loss is not None:
             loss = float(live.loss)
             if not math.isfinite(loss):
                 advice = "lower [optimizer] lr, or set clip"
-                raise Refusal(f"the loss of block {action.block} is {loss}: {advice}", NUMERIC)
-            self.tally.add_loss(action.block, loss * len(live.targets))
+                raise Refusal(f"the loss of block {block.index} is {loss}: {advice}", NUMERIC)
+            self.tally.add_loss(block.index, loss * len(live.targets))
         for name, mean in live.figures.items():
-            self.tally.add_figure(action.block, name, float(mean) * len(live.targets))
-        if action.kind == "I":
-            assert block.split is not None
-            block.split.inputs(pulls, live)
-        else:
-            block.learn(pulls, self.updates.heard(action.block, batch))
-        self.mail.offer(action, block, live)
-        if action.kind == "B":
-            self._drop(action)
+            self.tally.add_figure(block.index, name, float(mean) * len(live.targets))
+        return pulls
 
     def _recall(self, block: Block, live: Live, key: Key) -> None:
         """Compute again what the passes of a micro-batch did not keep."""
@@ -229,53 +247,13 @@ class Engine:
         """Let go of a micro-batch that is learnt."""
         del self.live[action[1:4]]
         self.saved.drop(action[1:4])
+        self.versions[action.block].learnt(action)
 
     def _update(self, action: Action, batch: Batch, update: int, epoch: int) -> None:
         told = self.mail.take(action)
-        self.updates.step(action.block, batch, update, epoch, told)
+        self.updates.step(action, batch, update, epoch, told)
         self.mail.offer(action, self.blocks[action.block], None)
         self.kept = max(self.kept, sum(t.nbytes for b in self.blocks.values() for t in b.kept()))
-
-    def _sums(self) -> list[Tensor]:
-        """Return the buffers that add up over samples."""
-        return [
-            block.buffers[f"heads.{index}.{name}"]
-            for index, block in self.blocks.items()
-            for name in self.objective.sums
-            if f"heads.{index}.{name}" in block.buffers
-        ]
-
-    def _clear(self) -> list[Tensor]:
-        """Return copies of all sums, and start them at zero: each replica adds its own part."""
-        before = [each.clone() for each in self._sums()]
-        for each in self._sums():
-            each.zero_()
-        return before
-
-    def _solve(self, before: Sequence[Tensor]) -> None:
-        """Add the sums over the replicas to what was before, then solve. Collective."""
-        if self.objective.sums:
-            self.lines.replicas.mean_(self._sums(), weight=1.0)
-        for total, old in zip(self._sums(), before, strict=True):
-            total.add_(old)
-        for index, block in self.blocks.items():
-            self.objective.solve(self.tasks[index], block)
-        self._spread()
-
-    def _spread(self) -> None:
-        """Give all blocks what the last one has found out. Collective over the stages."""
-        last, column = len(self.tasks) - 1, self.lines.column
-        for name in self.objective.spread:
-            keys = [(f"heads.{index}.{name}", block) for index, block in self.blocks.items()]
-            own = [block.buffers[key] for key, block in keys if key in block.buffers]
-            if not own:
-                continue
-            # Blocks are held in order, so the last stage's last is the last.
-            kind = self.tasks[last].dtype if own[-1].is_floating_point() else own[-1].dtype
-            whole = own[-1].to(kind, copy=True)
-            column.broadcast_([whole], self.seat.place[last])
-            for each in own:
-                each.copy_(whole)
 
     def _finite(self) -> None:
         """Refuse weights that the segment's last updates made NaN or infinite."""
@@ -297,4 +275,5 @@ class Engine:
         held = sum(tensor.nbytes for tensor in [*own, *memory]) + self.kept
         for index, block in self.blocks.items():  # the gradient, and what the sync keeps
             held += (1 + self.syncs[index].copies) * sum(p.nbytes for p in block.trained)
+            held += self.versions[index].peak_bytes
         return held + self.saved.peak_bytes + self.lines.control.traffic.peak_held_bytes

@@ -71,19 +71,22 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Clip:
-    """``[optimizer]``, the keys that are ours: the largest L2 norm of a gradient, and of what.
+class Step:
+    """``[optimizer]``, the keys that are ours.
 
-    0 is no limit. Over a block is after replicas agreed upon the gradient; over the model couples
-    the blocks.
+    `clip` is the largest L2 norm of a gradient, 0 for no limit, of a block, after replicas agreed
+    upon it, or of the model, which couples the blocks. `scale_from` is the batch for which lr and
+    momentum are given, where it is not `batch-size`; 0 leaves them as they are.
     """
 
     clip: float = 0.0
     clip_over: Literal["block", "model"] = "block"
+    scale_from: int = 0
 
     def table(self) -> Table:
-        """Return the keys as a run file has them, none where nothing is clipped."""
-        return {"clip": self.clip, "clip-over": self.clip_over} if self.clip else {}
+        """Return the keys as a run file has them, none where they ask for nothing."""
+        clip = {"clip": self.clip, "clip-over": self.clip_over} if self.clip else {}
+        return clip | ({"scale-from": self.scale_from} if self.scale_from else {})
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,8 @@ class Log:
 class Top:
     """The keys outside any table.
 
-    `debug` compares calls and replicas as the run goes on; it changes nothing in what is trained.
+    `debug` compares calls and replicas as the run goes on, `trace` writes down when each rank did
+    what; both change nothing in what is trained.
     """
 
     seed: int = 0
@@ -125,3 +129,4 @@ class Top:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | Literal["auto"] = "auto"
     debug: bool = False
+    trace: bool = False

@@ -183,7 +183,7 @@ def _there(run: Run, blocks: int) -> None:
 
 def _clips(run: Run, schedule: Schedule) -> None:
     """Refuse a clip over the model where its gradients are never there together."""
-    if run.clip.clip and run.clip.clip_over == "model" and not schedule.flushes:
+    if run.step.clip and run.step.clip_over == "model" and not schedule.flushes:
         raise Refusal(
             f'[optimizer] clip-over = "model" needs the whole gradient before any update, and '
             f"'{run.schedule.name}' updates block by block: set clip-over = \"block\", or "

@@ -19,8 +19,11 @@ from dtrain.errors import Refusal, unknown
 # LBFGS evaluates its loss again and again, SparseAdam needs sparse gradients.
 UNFIT = {"lbfgs", "sparseadam", "optimizer"}
 
-OURS = ("clip", "clip_over")
-"""Keys of [optimizer] that are no field of torch's; `keys.Clip` holds them."""
+OURS = ("clip", "clip_over", "scale_from")
+"""Keys of [optimizer] that are no field of torch's; `keys.Step` holds them."""
+
+LR = 1e-3
+"""Of torch's SGD, where none is given."""
 
 EPSILON = 1e-6
 """What torch adds to a norm before it divides by it."""

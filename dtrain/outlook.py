@@ -27,10 +27,15 @@ from dtrain.layout import Part
 from dtrain.models import Spec
 from dtrain.objectives.objective import GRADIENT
 from dtrain.schedules.costs import Costs, Link, Price
-from dtrain.schedules.forecast import Forecast, forecast
+from dtrain.schedules.forecast import Forecast, forecast, timeline
+from dtrain.schedules.simulate import Span
 
 MOST_ACTIONS, LEAST_UPDATES = 40_000, 8
 """What is simulated of a long segment: so many actions of a replica, and so many updates."""
+
+
+DRAWN_MICROS = 40
+"""Micro-batches of a picture, in at least three updates."""
 
 
 def predict(plan: Plan, sheet: Sheet, books: Books) -> dict[str, Any]:
@@ -71,6 +76,15 @@ def predict(plan: Plan, sheet: Sheet, books: Books) -> dict[str, Any]:
         ],
         "links": rates.traffic(seen),
     }
+
+
+def expected(plan: Plan, sheet: Sheet, books: Books) -> list[Span]:
+    """Return what the first replica does when, in the first updates of an epoch, in seconds."""
+    layout, each = plan.layout, plan.run.top.micro_batches
+    updates = min(plan.calendar.step, plan.calendar.per_epoch, max(3, DRAWN_MICROS // each))
+    sizes = plan.shares.sizes(plan.data.train.size, 0, updates)
+    costs = _Rates(plan, sheet, books).costs()
+    return timeline(layout.schedule, layout.place, sizes, layout.routes, costs)
 
 
 @final

@@ -13,8 +13,9 @@ from dtrain.cautions import cautions
 from dtrain.costs import Sheet
 from dtrain.job import Plan
 from dtrain.layout import describe
-from dtrain.outlook import predict
+from dtrain.outlook import expected, predict
 from dtrain.schedules.draw import draw
+from dtrain.schedules.picture import picture
 from dtrain.totals import Totals
 
 
@@ -46,6 +47,18 @@ def plan_text(plan: Plan, sheet: Sheet | None = None) -> str:
         *(_time(told["prediction"]) if sheet is not None else []),
     ]
     return "\n".join(lines) + "\n"
+
+
+def plan_picture(plan: Plan, sheet: Sheet | None = None) -> str:
+    """Return the planned timeline as SVG: of the updates that are proved, F = 1 and B = 2; by a
+    `sheet` in seconds, of the first updates."""
+    stages, name = plan.layout.mesh.stages, plan.run.schedule.name
+    title = f"{name}, {counted(len(plan.layout.parts), 'block')} on {counted(stages, 'stage')}"
+    if sheet is None:
+        return picture(plan.proof.timeline, stages, f"{title}; forward 1, backward 2")
+    spans = expected(plan, sheet, Books(plan))
+    shortest = min((s.end - s.start for s in spans if s.action.kind == "F"), default=1.0)
+    return picture(spans, stages, f"{title}; by {sheet.path.name}", "s", shortest or 1.0)
 
 
 def counted(number: int, noun: str, several: str = "") -> str:
@@ -107,8 +120,8 @@ def _messages(messages: Sequence[dict[str, Any]]) -> list[str]:
 
 def _memory(memory: Sequence[dict[str, Any]]) -> list[str]:
     """Return one line per stage, of the replica that holds most."""
-    parts = ("parameters", "gradients", "optimizer", "sync", "live", "messages", "peak")
-    heads = ("stage", *parts[:4], "live activations", "messages", "together")
+    parts = ("parameters", "gradients", "optimizer", "sync", "versions", "live", "messages", "peak")
+    heads = ("stage", *parts[:5], "live activations", "messages", "together")
     stages: dict[int, dict[str, Any]] = {}
     for each in memory:
         fullest = stages.get(each["stage"], each)

@@ -22,6 +22,7 @@ FREE = (
     "device",
     "threads",
     "debug",
+    "trace",
     "mesh.",
     "log.",
     "partition.recompute",

@@ -1,13 +1,14 @@
 """What autograd keeps between a forward and its backward: how much it is, and which weights.
 
-Invariant: with "current" weights, a backward that comes after updates uses the weights of its own
-moment (plain autograd would raise); everything else is what the forward saw, or an error.
+Invariant: where a learning may come `late`, a backward uses what the parameters hold at its own
+moment (plain autograd would raise), and `versions` decides what that is; everything else is what
+the forward saw, or an error.
 
 ::
 
     forward   w_t   saves activations, and of weights only their names
     updates   w_t -> w_t+D
-    backward        reads w_t+D by name: one version of the weights, D updates late
+    backward        reads w_t+D by name, or what stands in for it
 
 Source: Kosson et al. 2020, "Pipelined Backpropagation at Scale" (weight inconsistency).
 """
@@ -16,15 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from dtrain.live import Live
-
-Weights = Literal["own", "current"]
-"""Which weights a backward uses: those that its forward saw, or those of its own moment."""
 
 
 class Saved:
@@ -35,7 +33,7 @@ class Saved:
     ----------
     own : iterable of Tensor
         The model's parameters and buffers.
-    weights : "own" or "current"
+    late : bool
         Whether updates may come between a forward and its backward.
 
     Attributes
@@ -45,9 +43,9 @@ class Saved:
         micro-batch, however many operations saved it.
     """
 
-    def __init__(self, own: Iterable[Tensor], weights: Weights = "own") -> None:
+    def __init__(self, own: Iterable[Tensor], late: bool = False) -> None:
         self.own = {_storage(tensor): tensor for tensor in own}
-        self.weights = weights
+        self.late = late
         self.sizes: dict[Hashable, dict[int, int]] = {}
         self.watching = True
         self.peak_bytes = 0
@@ -55,7 +53,7 @@ class Saved:
     @contextmanager
     def saving(self, key: Hashable) -> Iterator[None]:
         """Watch what the body saves for backward, counted under `key`."""
-        if not self.watching and self.weights == "own":
+        if not self.watching and not self.late:
             yield
             return
         seen = self.sizes.setdefault(key, {}) if self.watching else {}
@@ -65,7 +63,7 @@ class Saved:
             owner = self.own.get(storage)
             if owner is None:
                 seen[storage] = tensor.untyped_storage().nbytes()
-            elif self.weights == "current" and isinstance(owner, nn.Parameter):
+            elif self.late and isinstance(owner, nn.Parameter):
                 return owner, tensor.size(), tensor.stride(), tensor.storage_offset()
             # Detached: an output that keeps itself alive would never be freed.
             return tensor.detach(), tensor._version
@@ -87,6 +85,14 @@ class Saved:
             if _storage(tensor) not in self.own:
                 seen[_storage(tensor)] = tensor.untyped_storage().nbytes()
         self._count()
+
+    def stands(self, tensor: Tensor, owner: Tensor) -> None:
+        """Hear that a tensor's memory stands in for a parameter's."""
+        self.own[_storage(tensor)] = owner
+
+    def leaves(self, tensor: Tensor) -> None:
+        """Hear that it does so no more."""
+        del self.own[_storage(tensor)]
 
     def drop(self, key: Hashable) -> None:
         """Forget a micro-batch whose backward is done."""

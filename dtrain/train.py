@@ -30,6 +30,7 @@ from dtrain.resume import CHECKPOINTS, find, refuse_changes
 from dtrain.segments import Segment
 from dtrain.tables import Table
 from dtrain.totals import Totals
+from dtrain.trace import FILE, Trace
 
 PATIENCE_S = 2.0
 """How long a rank that fails after another one waits before it speaks, too."""
@@ -65,6 +66,9 @@ def train(run: Run, comm: Comm, out: Path, resume: str = "auto") -> dict[str, An
         totals.attempt = attempt
         progress = Progress(agreed, comm, out, totals)
         _publish(agreed, comm, totals, out)
+        if agreed.run.top.trace:
+            kind, routes = agreed.layout.schedule, agreed.layout.routes
+            job.engine.trace = Trace(comm, job.seat, kind, routes, out / FILE, totals.wall_s)
         progress.hello(number, afresh)
         for segment in agreed.calendar.segments(totals.update):
             _learn(job, segment, totals, progress)
@@ -185,6 +189,9 @@ def _learn(job: Job, segment: Segment, totals: Totals, progress: Progress) -> No
     intra, inter = traffic.bytes_intra, traffic.bytes_inter
     for update in engine.run(job.train, batches, segment.first, segment.epoch):
         progress.show(update)
+    if engine.trace is not None:
+        last = segment.offset + len(offsets)
+        engine.trace.close(agreed.shares.sizes(len(sequence), segment.offset, last))
     for sync in engine.syncs.values():
         sync.settle()
     row = {

@@ -18,7 +18,7 @@ import torch
 
 from dtrain.comm.desk import Desk
 from dtrain.comm.dock import Host, Message, Pinned
-from dtrain.comm.family import Family
+from dtrain.comm.family import Family, Wait
 from dtrain.comm.line import Line
 from dtrain.comm.mean import Mean
 from dtrain.comm.roll import LIMIT_S, Roll, Tensors, plain
@@ -60,8 +60,6 @@ class Comm:
         What this rank has sent, over all groups split from one world.
     flight : Flight
         What this rank did last and waits for, over all those groups.
-    polls : list of callable
-        Called in every turn of every wait, in all those groups; a poll must not wait.
     """
 
     def __init__(
@@ -78,8 +76,7 @@ class Comm:
         self.library, self.name = wire.library, name
         self.credits, self.timeout_s = credits, timeout_s
         self._family = family or Family(wire)
-        self.traffic, self.polls = self._family.traffic, self._family.polls
-        self.flight = self._family.flight
+        self.traffic, self.flight = self._family.traffic, self._family.flight
         self.line = Line(wire, self.traffic, self.flight, chunk_bytes, name)
         self.node, self.nodes = self.line.tiers.node, len(self.line.tiers.nodes)
         self._desk, self._roll = Desk(self.line), Roll(self.line, self._family)
@@ -112,8 +109,7 @@ class Comm:
     def progress(self) -> None:
         """Move everything that is in flight in the whole family, both ways; never wait.
 
-        For use between computations: MPI moves large messages only inside its calls. Costs
-        microseconds where nothing is in flight, and calls no `polls`.
+        For use between computations: MPI moves large messages only inside its calls.
         """
         self._family.progress(whole=True)
         self._family.poke()
@@ -129,6 +125,11 @@ class Comm:
             Where something is in flight or was declared and has not come.
         """
         self._family.close(self._desk)
+
+    def trace(self, on: bool) -> list[Wait]:
+        """Note the family's waits, or no more; return, and forget, those noted so far. Local."""
+        told, self._family.waits = self._family.waits or [], [] if on else None
+        return told
 
     @property
     def debugged(self) -> bool:
@@ -208,7 +209,7 @@ class Comm:
             float64, float32, bfloat16 or float16; the same shapes on all ranks. Names are for the
             errors of the debug mode.
         weight : float, optional
-            This rank's weight; default: 1/size. That they add up to 1 is the caller's business.
+            This rank's, 1/size by default; the sum is the caller's business.
 
         Raises
         ------
@@ -264,8 +265,7 @@ class Comm:
     def split(self, color: int, key: int = 0, name: str = "") -> Comm:
         """Return the group of the ranks with my colour, by key, then rank. Collective.
 
-        Colours are not negative. Messages of different groups never meet; traffic and polls are
-        shared.
+        Colours are not negative. Messages of different groups never meet; traffic is shared.
 
                  rank  0  1  2  3              split(rank % 2)
                        a  b  a  b       ->     a: 0, 2 are its ranks 0, 1;  b: 1, 3 are its 0, 1

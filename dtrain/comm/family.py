@@ -20,6 +20,9 @@ from dtrain.comm.traffic import Traffic
 from dtrain.comm.wire import Stall, Wire
 from dtrain.telemetry import Flight, Pending
 
+Wait = tuple[float, float, str]
+"""Start and end by this rank's `perf_counter`, and what was waited for."""
+
 SILENCE_S = 300.0
 """After so long a wait says so, once, and waits on."""
 
@@ -34,8 +37,6 @@ class Family:
         What was sent.
     flight : Flight
         What happened last.
-    polls : list of callable
-        Called in every turn of every wait.
     desks : list of Desk
         One per group that is not closed.
     scratch : Scratch
@@ -46,6 +47,8 @@ class Family:
         Seconds spent in waits.
     limit_s : float or None
         In debug mode, how long all ranks may take to come to a collective.
+    waits : list of Wait, or None
+        Waits that are over, where somebody asked for them.
     """
 
     def __init__(self, wire: Wire) -> None:
@@ -53,12 +56,12 @@ class Family:
         self.flight = Flight(name, wire.rank, wire.size, wire.hosts[wire.rank])
         self.flight.sources.append(self._pending)
         self.traffic = Traffic()
-        self.polls: list[Callable[[], object]] = []
         self.desks: list[Desk] = []
         self.scratch = Scratch(PIECE_BYTES)
         self.dock: Dock = Host()
         self.waited_s = 0.0
         self.limit_s: float | None = None
+        self.waits: list[Wait] | None = None
 
     def progress(self, whole: bool = False) -> None:
         """Move everything that is in flight; never wait. `whole`: there is no next turn soon."""
@@ -101,8 +104,6 @@ class Family:
         try:
             while not done():
                 self.progress()
-                for poll in tuple(self.polls):
-                    poll()
                 now = time.perf_counter()
                 if timeout_s is not None and now - start > timeout_s:
                     raise Stall(
@@ -115,8 +116,11 @@ class Family:
                 turn += 1
         finally:
             waits.pop()
-            seconds = time.perf_counter() - start
+            end = time.perf_counter()
+            seconds = end - start
             self.waited_s += seconds
+            if self.waits is not None:
+                self.waits.append((start, end, what))
             self.flight.note("waited", seconds, "for", what)
 
     @contextmanager

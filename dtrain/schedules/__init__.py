@@ -2,6 +2,7 @@
 
 from dtrain.schedules.drained import Drained
 from dtrain.schedules.flush import FillDrain, OneFOneB
+from dtrain.schedules.pipedream import PipeDream, TwoBuffered
 from dtrain.schedules.pipelined import Pipelined
 from dtrain.schedules.schedule import Schedule
 from dtrain.schedules.stream import Stream
@@ -12,4 +13,6 @@ SCHEDULES: dict[str, type[Schedule]] = {
     "1f1b": OneFOneB,
     "drained": Drained,
     "pipelined": Pipelined,
+    "pipedream": PipeDream,
+    "pipedream-2bw": TwoBuffered,
 }

@@ -19,6 +19,15 @@ passing of a cycle. A lag of L updates allows its target to run L updates' cycle
 *Where nothing flows back*, a hop between ranks takes a cycle and the actions of a block stay
 together, so nothing is stale; no ghosts are needed.
 
+With a period of two, a micro-batch enters every other cycle, and what is learnt in the block where
+it turns back comes one cycle after its forward: one forward, one backward, in turns. The delays are
+half as long, K-1-b updates, since an update comes every other cycle too.
+
+    cycle         0    1    2    3      4    5      6
+    block 0       F         F           F    B U    F        Offsets   F 0 -> F 1 -> F 2
+    block 1            F         F      B U  F      B U                               |
+    block 2                 F    B U    F    B U    F                  B 5 <- B 4 <- B 3
+
 Drained once per update instead of once per segment, the cycles restart with each update and no
 block is updated before all have learnt, which leaves nothing stale whatever flows back.
 
@@ -39,6 +48,7 @@ from typing import Literal, NamedTuple
 from dtrain.errors import Refusal
 from dtrain.schedules.action import Action, Point, Route
 from dtrain.schedules.messages import passes
+from dtrain.schedules.policy import Lateness
 from dtrain.schedules.schedule import owned
 
 Offsets = Mapping[Point, int]
@@ -51,6 +61,7 @@ def cycles(
     sizes: Sequence[int],
     routes: Sequence[Route],
     drain: Literal["segment", "update"] = "segment",
+    period: int = 1,
 ) -> Iterator[Action]:
     """Yield the actions of one rank; the arguments are those of `Schedule.plan`.
 
@@ -60,6 +71,8 @@ def cycles(
     ----------
     drain : str
         Whether cycles go on to the segment's end, or restart with every update.
+    period : int
+        Cycles from one micro-batch to the next, where something flows back.
 
     Raises
     ------
@@ -74,8 +87,32 @@ def cycles(
                 yield action._replace(update=update)
         return
     width = max([*sizes, 1]) if feeds_back(rows) else None
-    first = _offsets(rows, where, width or 1, width or 1)
-    yield from _plan(owned(stage, where), first, sizes, width)
+    beat = period if width else 1
+    first = _offsets(rows, where, width or 1, width or 1, beat)
+    yield from _plan(owned(stage, where), first, sizes, width, beat)
+
+
+def lateness(
+    place: Sequence[int], routes: Sequence[Route], period: int = 1
+) -> tuple[Lateness, ...]:
+    """Return how late each block learns when `cycles` run with this period.
+
+    >>> from dtrain.schedules.action import Point, Route
+    >>> there = [Route(Point(b, "F"), Point(b + 1, "F"), "x") for b in range(3)]
+    >>> back = [Route(Point(b + 1, "B"), Point(b, "B"), "g") for b in range(3)]
+    >>> [each.delay for each in lateness((0, 0, 1, 2), there + back)]
+    [6, 4, 2, 0]
+    >>> [each.delay for each in lateness((0, 0, 1, 2), there + back, period=2)]
+    [3, 2, 1, 0]
+    """
+    beat = period if feeds_back(routes) else 1
+    first = _offsets(tuple(routes), tuple(place), 1, 1, beat)
+    found = []
+    for block in range(len(place)):
+        start, learn, end = (first[Point(block, kind)] for kind in "FBU")
+        gap = max(0, first[Point(0, "B")] - learn) // beat
+        found.append(Lateness((end - start) // beat, gap))
+    return tuple(found)
 
 
 def feeds_back(routes: Sequence[Route]) -> bool:
@@ -96,23 +133,32 @@ def _order(point: Point) -> tuple[int, int, int]:
 
 
 def _plan(
-    blocks: Sequence[int], first: Offsets, sizes: Sequence[int], width: int | None
+    blocks: Sequence[int],
+    first: Offsets,
+    sizes: Sequence[int],
+    width: int | None,
+    period: int = 1,
 ) -> Iterator[Action]:
-    """Yield the actions of blocks; `width` are the cycles of an update, None: its micro-batches."""
+    """Yield the actions of blocks.
+
+    `width` is how many micro-batches or ghosts an update has, None: its micro-batches.
+    """
     clock = [(u, m) for u, size in enumerate(sizes) for m in range(width or size)]
     ends = list(accumulate(width or size for size in sizes))
     own = sorted((point for point in first if point.block in blocks), key=_order)
     steps = [(*point, first[point]) for point in own if point.kind != "U"]
     closes = [(point.block, first[point]) for point in own if point.kind == "U"]
     yield from _updates([(block, 0) for block in blocks], ends)
-    for cycle in range(len(clock) + max((first[point] for point in own), default=0)):
+    for cycle in range(period * len(clock) + max((first[point] for point in own), default=0)):
         for block, kind, pass_, late in steps:
-            if 0 <= cycle - late < len(clock):
-                update, micro = clock[cycle - late]
+            tick, between = divmod(cycle - late, period)
+            if not between and 0 <= tick < len(clock):
+                update, micro = clock[tick]
                 if micro < sizes[update]:
                     yield Action(kind, block, update, micro, pass_)
-        live = [(block, cycle - late) for block, late in closes if 0 <= cycle - late < len(clock)]
-        yield from _updates([(block, tick + 1) for block, tick in live], ends)
+        ticks = [(block, *divmod(cycle - late, period)) for block, late in closes]
+        done = [(b, t + 1) for b, t, between in ticks if not between and 0 <= t < len(clock)]
+        yield from _updates(done, ends)
 
 
 def _updates(done: Sequence[tuple[int, int]], ends: Sequence[int]) -> Iterator[Action]:
@@ -140,22 +186,29 @@ class _Edge(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _offsets(routes: tuple[Route, ...], place: tuple[int, ...], width: int, span: float) -> Offsets:
-    """Return the offsets of all points: `width` micro-batches in an update of `span` cycles."""
-    edges = _edges(routes, place, width, span)
-    found = _longest(edges)
+def _offsets(
+    routes: tuple[Route, ...], place: tuple[int, ...], width: int, span: float, period: int = 1
+) -> Offsets:
+    """Return the offsets of all points.
+
+    An update has `width` micro-batches and, ghosts included, lasts as long as `span` of them.
+    """
+    found = _longest(_edges(routes, place, width, span, period))
     if isinstance(found, list):
-        raise _refusal(routes, place, (width, span), found)
+        raise _refusal(routes, place, (width, span, period), found)
     return found
 
 
-def _edges(routes: Sequence[Route], place: Sequence[int], width: int, span: float) -> list[_Edge]:
+def _edges(
+    routes: Sequence[Route], place: Sequence[int], width: int, span: float, period: int
+) -> list[_Edge]:
     """Return what must come after what: inside each block, and along the routes."""
     back, edges = feeds_back(routes), []
     for block in range(len(place)):
         chain = [Point(block, "F", p) for p in range(passes(routes))]
         for source, target in pairwise([*chain, Point(block, "B"), Point(block, "U")]):
-            edges.append(_Edge(source, target, 0, None))
+            turn = period - 1 if target.kind == "B" else 0
+            edges.append(_Edge(source, target, turn, None))
             if not back and span < math.inf:  # the actions of a block stay together
                 edges.append(_Edge(target, source, 0, None))
     if span == math.inf:  # no update before all have learnt
@@ -165,8 +218,9 @@ def _edges(routes: Sequence[Route], place: Sequence[int], width: int, span: floa
     for route in routes:
         source, target = route.source, route.target
         hop = source.block != target.block if back else place[source.block] != place[target.block]
-        weight: float = hop + (width - 1) * ((source.kind == "U") - (target.kind == "U"))
-        edges.append(_Edge(source, target, weight - (route.lag and route.lag * span), route))
+        weight: float = hop + (width - 1) * period * ((source.kind == "U") - (target.kind == "U"))
+        late = route.lag and route.lag * span * period
+        edges.append(_Edge(source, target, weight - late, route))
     return edges
 
 
@@ -207,7 +261,7 @@ def _circle(last: Mapping[Point, _Edge], point: Point) -> list[_Edge]:
 def _refusal(
     routes: tuple[Route, ...],
     place: tuple[int, ...],
-    lengths: tuple[int, float],
+    lengths: tuple[int, float, int],
     circle: Sequence[_Edge],
 ) -> Refusal:
     """Return the refusal of a circle: the route that flows back, and the least lag for it."""

@@ -91,10 +91,36 @@ def forecast(
     """
     schedule.admit(routes)
     rows = groups(sizes)
+    course = _simulated(schedule, place, rows, routes, costs, credits)
+    return _Books(course, rows, place, routes, costs).forecast(max(place) + 1)
+
+
+def timeline(
+    schedule: Schedule,
+    place: Sequence[int],
+    sizes: Sizes,
+    routes: Sequence[Route],
+    costs: Costs,
+    credits: int = CREDITS,
+) -> list[Span]:
+    """Return what the first replica does when, stage by stage; arguments as of `forecast`."""
+    rows = groups(sizes)
+    spans = _simulated(schedule, place, rows, routes, costs, credits).spans
+    return [span for stage in range(max(place) + 1) for span in spans[min(rows), stage]]
+
+
+def _simulated(
+    schedule: Schedule,
+    place: Sequence[int],
+    rows: Mapping[int, Sequence[int]],
+    routes: Sequence[Route],
+    costs: Costs,
+    credits: int,
+) -> Simulation:
     plans = planned(schedule, place, rows, routes)
     course = Simulation(plans, rows, place, routes, costs, credits)
     course.run()
-    return _Books(course, rows, place, routes, costs).forecast(max(place) + 1)
+    return course
 
 
 @final

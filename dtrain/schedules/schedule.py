@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from dtrain import partition
 from dtrain.errors import Refusal
 from dtrain.schedules.action import Action, Route
+from dtrain.schedules.policy import Policy
 
 
 class Schedule(ABC):
@@ -22,9 +23,8 @@ class Schedule(ABC):
     limit: ClassVar[str]
     """Which routes it cannot run, and what to use instead; the end of a refusal."""
 
-    weights: ClassVar[Literal["own", "current"]] = "own"
-    """What a learning computes with: the weights of its forward, which no update has changed since
-    ("own"), or those of its own moment, whatever updates came between ("current")."""
+    late: ClassVar[bool] = False
+    """Whether updates of a block may come between a forward and its learning."""
 
     splits: ClassVar[bool] = False
     """Whether plans hold `I` and `W` in the place of `B`."""
@@ -77,6 +77,18 @@ class Schedule(ABC):
     @abstractmethod
     def runs(self, route: Route) -> bool:
         """Say whether this order can serve a route, wherever its blocks are placed."""
+
+    def policy(self, place: Sequence[int], routes: Sequence[Route]) -> Policy | None:
+        """Return with which weights blocks compute; None where it is `late` never."""
+        return None
+
+    def asks(self) -> tuple[str, ...]:
+        """Return the keys that go by an optimizer's rule, as a run file has them."""
+        return ()
+
+    def serves(self, routes: Sequence[Route]) -> bool:
+        """Say whether this order can run all that an objective sends."""
+        return all(self.runs(route) for route in routes)
 
     def admit(self, routes: Sequence[Route]) -> None:
         """Raise a `Refusal` for the first route that cannot be run; it says what to use instead."""

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from dtrain.block import Block
 from dtrain.comm.comm import Comm
+from dtrain.early import Group
 from dtrain.syncs.parts.apart import Apart
 from dtrain.syncs.parts.heat import Heat
 from dtrain.syncs.parts.selective import Selective
@@ -111,8 +112,12 @@ class DASO(Apart):
         """All replicas step, so that their optimizers count the same."""
         return True
 
+    def averages(self, weight: float, clock: Clock) -> Group | None:
+        """Over the node, or in a blocking phase over all."""
+        return self.way.averages(weight, clock)
+
     def before_update(self, gradients: Sequence[Tensor], weight: float, clock: Clock) -> None:
-        """Average gradients over the node, or in a blocking phase over all."""
+        """Average gradients, where they are narrowed between nodes."""
         self.way.before_update(gradients, weight, clock)
 
     def after_update(self, clock: Clock) -> None:

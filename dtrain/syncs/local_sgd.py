@@ -21,14 +21,12 @@ the run, so neither segments nor resuming move a synchronisation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
-from torch import Tensor
-
 from dtrain.block import Block
 from dtrain.comm.comm import Comm
+from dtrain.early import Group
 from dtrain.syncs.parts.nodes import Nodes
 from dtrain.syncs.parts.rounds import Rounds
 from dtrain.syncs.sync import Clock, least
@@ -77,12 +75,11 @@ class LocalSGD(Rounds):
             return True
         return weight > 0 if self._nodes is None else self._nodes.rows(clock.rows) > 0
 
-    def before_update(self, gradients: Sequence[Tensor], weight: float, clock: Clock) -> None:
-        """In the warm-up, replace each gradient by its mean over the samples of all replicas."""
+    def averages(self, weight: float, clock: Clock) -> Group | None:
+        """In the warm-up over the samples of all replicas, then of a node, or nobody's."""
         if clock.update < self.warmup_updates:
-            self.replicas.mean_(self.block.named(gradients), weight)
-        elif self._nodes is not None:
-            self._nodes.mean_(self.block.named(gradients), clock.rows)
+            return Group(self.replicas, weight)
+        return None if self._nodes is None else self._nodes.group(clock.rows)
 
     def after_update(self, clock: Clock) -> None:
         """Meet where it is time; in the warm-up equal gradients moved equal parameters."""

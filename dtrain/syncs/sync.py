@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dtrain.block import Block
 from dtrain.comm.comm import Comm
+from dtrain.early import Group
 from dtrain.errors import Refusal
 
 
@@ -111,16 +112,17 @@ class Sync(ABC):
         """
         return 1.0, 1.0
 
-    def hear(self, parameter: Tensor, weight: float) -> None:  # noqa: B027
-        """Hear, inside the last backward before an update, that a parameter's gradient is complete.
+    def averages(self, weight: float, clock: Clock) -> Group | None:
+        """Return over whom the gradients of an update are averaged, None for nobody.
 
-        For syncs that start to send then; a replica without samples hears nothing, so what is sent
-        in which order must not follow from what is heard first. `weight` as in `before_update`.
+        Those means may begin in the last backward before the update; `weight` as in
+        `before_update`. Pure in the clock, and asked more than once.
         """
+        return None
 
-    @abstractmethod
-    def before_update(self, gradients: Sequence[Tensor], weight: float, clock: Clock) -> None:
-        """Change the gradients in place; `weight` = rows of this replica / rows of the update."""
+    def before_update(self, gradients: Sequence[Tensor], weight: float, clock: Clock) -> None:  # noqa: B027
+        """Change the gradients in place, averaged as they are now; `weight` = rows of this replica
+        / rows of the update."""
 
     @abstractmethod
     def after_update(self, clock: Clock) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from dtrain.comm.comm import Comm
 from tests.need import lack
-from tests.ranks.contract import CASES
+from tests.ranks.contract import CASES, looking
 
 
 @pytest.mark.mpi
@@ -34,13 +34,12 @@ def test_sizes_must_agree(comm: Comm) -> None:
 def test_an_idle_rank_delays_but_does_not_hang(comm: Comm) -> None:
     """Means need all ranks; one that comes late is waited for outside MPI."""
     turns: list[int] = []
-    comm.polls.append(lambda: turns.append(1))
     ready = comm.dup()
     tensor = torch.full((1 << 18,), float(comm.rank))
-    if comm.rank == 0:
-        comm.wait(lambda: len(turns) > 1000, "a thousand turns")
-    ready.mean_([tensor])
-    comm.polls.pop()
+    with looking(comm, lambda: turns.append(1)):
+        if comm.rank == 0:
+            comm.wait(lambda: len(turns) > 1000, "a thousand turns")
+        ready.mean_([tensor])
     assert tensor.eq((comm.size - 1) / 2).all()
 
 

@@ -12,6 +12,7 @@ from dtrain.partition import place
 from dtrain.schedules import SCHEDULES
 from dtrain.schedules.action import Action, Point, Route
 from dtrain.schedules.check import check
+from dtrain.schedules.late import Late
 from dtrain.schedules.messages import Messages
 from dtrain.schedules.schedule import forward
 from dtrain.schedules.simulate import Simulation
@@ -39,8 +40,8 @@ CELLS: list[tuple[str, Routing]] = [
     (name, routes)
     for name in SCHEDULES
     for routes in (local, backprop, votes)
-    # What flows back through cycles counts blocks, not ranks: test_cycles.py holds its numbers.
-    if name != "pipelined" and not (name in ("stream", "drained") and routes is backprop)
+    # What is late counts blocks, not ranks: test_late.py holds its numbers.
+    if not SCHEDULES[name].late and not (name in ("stream", "drained") and routes is backprop)
 ]
 SIZES = [
     [[1]],
@@ -162,7 +163,7 @@ def test_large_meshes_are_checked_in_time(name: str) -> None:
     """64 stages, or half of them in a quarter of the time."""
     stages = 48 if name == "1f1b" else 32
     routes = local(stages) if name == "stream" else backprop(stages)
-    micros = 1 if name == "pipelined" else stages
+    micros = 1 if issubclass(SCHEDULES[name], Late) else stages
     sizes = [[micros] * 390 + [micros - (replica > 20)] for replica in range(64)]
     start = time.process_time()
     check(SCHEDULES[name](), range(stages), sizes, routes)

@@ -11,7 +11,8 @@ import math
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -39,6 +40,23 @@ DTYPES = [
 ]
 FLOATS = DTYPES[:4]
 SHAPES = [(), (0, 3), (1,), (5, 7), (2, 3, 4, 5)]
+
+
+@contextmanager
+def looking(comm: Comm, look: Callable[[], object]) -> Iterator[None]:
+    """Call `look` in every turn of every wait of a family while the body runs."""
+    family = comm._family
+    progress = family.progress
+
+    def both(whole: bool = False) -> None:
+        progress(whole)
+        look()
+
+    family.progress = both  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del family.progress
 
 
 def bits(tensor: Tensor) -> bytes:
@@ -294,9 +312,8 @@ def flight_tells_what_is_outstanding(comm: Comm) -> None:
     other.expect(comm.rank, 7, [((2, 3), torch.float32)] * 2)
     comm.flight.note("action", "F3.0", "update", 17)
     seen: list[str] = []
-    comm.polls.append(lambda: seen.append(comm.flight.text()))
-    comm.wait(lambda: bool(seen), "somebody to look")
-    comm.polls.pop()
+    with looking(comm, lambda: seen.append(comm.flight.text())):
+        comm.wait(lambda: bool(seen), "somebody to look")
     host = comm.hosts[comm.rank]
     place = f"rank {comm.rank} of errands (world rank {comm.line.wire.world[comm.rank]} on {host})"
     assert f"receive (2, 3) float32 from {place} with tag 7 (1 more declared)" in seen[0]
@@ -353,9 +370,8 @@ def credits_bound_what_is_outstanding(comm: Comm) -> None:
             got.append(comm.recv(comm.rank, 1).item())
 
     got: list[float] = []
-    comm.polls.append(take)
-    comm.isend(torch.tensor([comm.credits + 1]), comm.rank, 1)
-    comm.polls.remove(take)
+    with looking(comm, take):
+        comm.isend(torch.tensor([comm.credits + 1]), comm.rank, 1)
     assert taken, "the send did not wait"
     got += [comm.recv(comm.rank, 1).item() for _ in range(comm.credits + 1)]
     assert got == list(range(comm.credits + 2))
@@ -372,9 +388,8 @@ def flush_waits_for_the_receiver(comm: Comm) -> None:
             late.append(torch.tensor(0))
             comm.expect(comm.rank, 1, [((), torch.int64)])
 
-    comm.polls.append(take)
-    comm.flush()
-    comm.polls.remove(take)
+    with looking(comm, take):
+        comm.flush()
     assert late, "the send was complete without a receive"
     assert comm.recv(comm.rank, 1).item() == 1
 
@@ -620,12 +635,11 @@ def waits_end_with_a_name(comm: Comm) -> None:
     hasty.flush()
 
 
-def polls_are_called_while_waiting(comm: Comm) -> None:
-    """What others append to `polls` runs in every turn of every wait of the family."""
-    calls = []
-    comm.polls.append(lambda: calls.append(time.monotonic()))
-    comm.dup().wait(lambda: len(calls) >= 2, "two calls")
-    comm.polls.pop()
+def a_wait_in_one_group_keeps_all_going(comm: Comm) -> None:
+    """Every turn of a wait moves what is in flight in the whole family."""
+    calls: list[float] = []
+    with looking(comm, lambda: calls.append(time.monotonic())):
+        comm.dup().wait(lambda: len(calls) >= 2, "two calls")
     assert len(calls) >= 2
 
 
@@ -765,7 +779,7 @@ CASES: list[Callable[[Comm], None]] = [
     split_orders_by_key_then_rank,
     nodes_follow_hosts,
     waits_end_with_a_name,
-    polls_are_called_while_waiting,
+    a_wait_in_one_group_keeps_all_going,
     debugging_changes_nothing,
     debugging_names_what_differs,
     debugging_names_who_calls_elsewhere,

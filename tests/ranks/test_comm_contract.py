@@ -19,7 +19,7 @@ from dtrain.comm.single import SingleWire
 from dtrain.comm.tiers import Tiers
 from dtrain.comm.tree import family
 from dtrain.comm.wire import Bytes, Request, Stall
-from tests.ranks.contract import CASES, FLOATS, bits, exact, normal, same, weights
+from tests.ranks.contract import CASES, FLOATS, bits, exact, looking, normal, same, weights
 
 named = pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 
@@ -235,9 +235,9 @@ def order(seed: int) -> list[int]:
     turns: list[int] = []
 
     def work(comm: Comm) -> None:
-        comm.polls.append(lambda: turns.append(comm.rank))
-        for _ in range(5):
-            comm.exchange(None)
+        with looking(comm, lambda: turns.append(comm.rank)):
+            for _ in range(5):
+                comm.exchange(None)
 
     threads.run(3, work, seed=seed)
     return turns

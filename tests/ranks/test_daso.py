@@ -15,6 +15,7 @@ from torch import Tensor, nn, optim
 from dtrain.block import Block
 from dtrain.comm.comm import Comm
 from dtrain.comm.threads import run as ranks
+from dtrain.early import Early
 from dtrain.errors import Refusal
 from dtrain.syncs.daso import DASO
 from dtrain.syncs.parts.plateau import Plateau
@@ -51,6 +52,9 @@ def walk(
     for update in range(clock.total):
         now = replace(clock, update=update, epoch=update // LENGTH)
         layer.weight.grad = pull(comm.rank, update, layer.weight.detach())
+        group = sync.averages(1 / comm.size, now)
+        if group is not None:
+            Early(block).finish(block.gradients(), group)
         sync.before_update(block.gradients(), 1 / comm.size, now)
         block.update()
         sync.after_update(now)

@@ -15,6 +15,8 @@ from dtrain.config import parse
 from dtrain.data import load
 from dtrain.job import plan
 from dtrain.objectives import OBJECTIVES
+from dtrain.schedules import SCHEDULES
+from dtrain.schedules.late import Late
 from dtrain.train import train
 from tests.outcome import model
 
@@ -50,6 +52,31 @@ def test_digits() -> None:
     again = load("digits", {}, Path()).train.targets(range(1437))
     assert torch.equal(y, again)
     assert not torch.equal(y, y.sort().values)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_trains_digits(schedule: str, tmp_path: Path) -> None:
+    """Three stages, by backpropagation where the schedule runs it."""
+    kind = SCHEDULES[schedule]
+    routes = OBJECTIVES["backprop"]().routes(3, "train")
+    global_ = kind().serves(routes)
+    table: dict[str, Any] = {
+        "epochs": 20,
+        "batch-size": 128,
+        "micro-batches": 1 if issubclass(kind, Late) else 4,
+        "threads": 1,
+        "data": {"name": "digits"},
+        "model": {"name": "mlp", "widths": [61, 47, 53]},
+        "mesh": {"stages": 3},
+        "objective": {"name": "backprop" if global_ else "mono-forward"},
+        "schedule": {"name": schedule},
+        "optimizer": {"name": "adam", "lr": 1e-3},
+        "evaluate": {"every": 20},
+    }
+    assert global_ == (schedule != "stream")
+    run = parse(table, tmp_path / "digits.toml")
+    told = ranks(3, lambda comm: train(run, comm, tmp_path / "out"))[0]
+    assert told["test_accuracy"] > 0.8
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -8,13 +8,22 @@ from typing import Any
 import pytest
 import torch
 
+from dtrain import early
 from dtrain.comm.comm import Comm
 from dtrain.config import Run
-from dtrain.syncs import every_step
-from dtrain.syncs.every_step import EveryStep, buckets
+from dtrain.early import Early, buckets
+from dtrain.schedules.action import Action
 from dtrain.updates import Updates
 from tests import tiny
 from tests.ranks.test_rounds import trained
+
+SYNCS: dict[str, dict[str, Any]] = {
+    "every-step": {"name": "every-step"},
+    "daso": {"name": "daso", "warmup-epochs": 1, "cooldown-epochs": 0},
+    "heat": {"name": "daso", "heat-compatible": True},
+    "local-sgd": {"name": "local-sgd", "within": "node", "every": 2, "warmup-updates": 3},
+}
+"""Those that average gradients, over all replicas or over those of a node."""
 
 Events = list[tuple[str, ...]]
 
@@ -22,12 +31,12 @@ Events = list[tuple[str, ...]]
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have a bucket for every parameter."""
-    monkeypatch.setattr(every_step, "BUCKET_BYTES", 1)
+    monkeypatch.setattr(early, "BUCKET_BYTES", 1)
 
 
-def run(stages: int, **told: Any) -> Run:
+def run(stages: int, sync: str = "every-step", **told: Any) -> Run:
     """Return a tiny run whose last updates of an epoch leave some replicas without a sample."""
-    return tiny.run(mesh__stages=stages, sync__name="every-step", **told)
+    return tiny.run(mesh__stages=stages, sync=SYNCS[sync], **told)
 
 
 @pytest.fixture
@@ -36,20 +45,20 @@ def events(monkeypatch: pytest.MonkeyPatch) -> Events:
     noted: Events = []
     heard, imean, step = Updates.heard, Comm.imean_, Updates.step
 
-    def learning(self: Updates, index: int, *args: Any) -> Any:
-        if self.syncs[index].replicas.rank == 0:
-            noted.append(("learn", str(index)))
-        return heard(self, index, *args)
+    def learning(self: Updates, action: Action, *args: Any) -> Any:
+        if self.syncs[action.block].replicas.rank == 0:
+            noted.append(("learn", str(action.block)))
+        return heard(self, action, *args)
 
     def meaning(self: Comm, tensors: Any, weight: float | None = None) -> Any:
         if isinstance(tensors, dict) and self.rank == 0:
             noted.append(("mean", *tensors))
         return imean(self, tensors, weight)
 
-    def stepping(self: Updates, index: int, *args: Any) -> None:
-        if self.syncs[index].replicas.rank == 0:
-            noted.append(("step", str(index)))
-        step(self, index, *args)
+    def stepping(self: Updates, action: Action, *args: Any) -> None:
+        if self.syncs[action.block].replicas.rank == 0:
+            noted.append(("step", str(action.block)))
+        step(self, action, *args)
 
     monkeypatch.setattr(Updates, "heard", learning)
     monkeypatch.setattr(Comm, "imean_", meaning)
@@ -58,19 +67,27 @@ def events(monkeypatch: pytest.MonkeyPatch) -> Events:
 
 
 @pytest.mark.parametrize("objective", ["backprop", "mono-forward", "forward-forward"])
+@pytest.mark.parametrize("sync", SYNCS)
 @pytest.mark.parametrize(("stages", "hosts"), [(1, "ab"), (1, "aabb"), (1, "abb"), (2, "aabb")])
 def test_the_bits_are_those_of_one_mean_after_the_backward(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str, stages: int, hosts: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    objective: str,
+    sync: str,
+    stages: int,
+    hosts: str,
 ) -> None:
     """Three blocks on a rank, or on two; batches that leave a replica without a sample."""
-    told = run(stages, objective__name=objective)
-    early = trained(told, tmp_path / "early", hosts)
-    monkeypatch.setattr(every_step, "BUCKET_BYTES", 1 << 30)
-    monkeypatch.setattr(EveryStep, "hear", lambda *_: None)
-    late = trained(told, tmp_path / "late", hosts)
-    assert early["digest"] == late["digest"]
+    if sync == "heat" and hosts == "abb":
+        pytest.skip("heat's code wants equal nodes")
+    told = run(stages, sync, objective__name=objective)
+    one = trained(told, tmp_path / "early", hosts)
+    monkeypatch.setattr(early, "BUCKET_BYTES", 1 << 30)
+    monkeypatch.setattr(Early, "hear", lambda *_: None)
+    two = trained(told, tmp_path / "late", hosts)
+    assert one["digest"] == two["digest"]
     for key in ("bytes_intra_node", "bytes_inter_node"):
-        assert early[key] == late[key]
+        assert one[key] == two[key]
 
 
 def test_means_begin_inside_the_last_backward_from_the_last_layer_on(
@@ -104,7 +121,7 @@ def test_blocks_on_one_rank_keep_to_the_plan_where_shares_differ(
 
 
 def test_buckets_hold_their_least_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(every_step, "BUCKET_BYTES", 24)
+    monkeypatch.setattr(early, "BUCKET_BYTES", 24)
     values = {name: torch.empty(size) for name, size in zip("abcde", (9, 1, 4, 3, 2), strict=True)}
     assert buckets(values) == [["e", "d", "c"], ["b", "a"]]
     assert buckets({}) == []

@@ -20,6 +20,7 @@ from dtrain.job import plan
 from dtrain.objectives import OBJECTIVES
 from dtrain.report import plan_table, plan_text
 from dtrain.schedules import SCHEDULES
+from dtrain.schedules.late import Late
 from dtrain.syncs import SYNCS
 from dtrain.train import train
 from tests import tiny
@@ -28,14 +29,14 @@ from tests.outcome import break_off, model
 PAIRS = [
     (objective, schedule)
     for objective, schedule in itertools.product(OBJECTIVES, SCHEDULES)
-    if all(SCHEDULES[schedule]().runs(r) for r in OBJECTIVES[objective]().routes(3, "train"))
+    if SCHEDULES[schedule]().serves(OBJECTIVES[objective]().routes(3, "train"))
 ]
 NORMAL = {"model": {"name": "tests.tiny:normalised"}, "micro_batches": 1}
 
 
 def asked(objective: str, schedule: str, **told: Any) -> Run:
     """Return a run of a single epoch; what updates at once gets one micro-batch."""
-    micros = 1 if SCHEDULES[schedule].weights == "current" else 2
+    micros = 1 if issubclass(SCHEDULES[schedule], Late) else 2
     named = {"objective__name": objective, "schedule__name": schedule, "micro_batches": micros}
     return tiny.run(**{"epochs": 1, "mesh__stages": 2} | named | told)
 

@@ -79,7 +79,7 @@ def watch(blocks: dict[int, Block], own: int, act: str, moved: set[tuple[int, st
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_learning_of_a_block_moves_no_other(objective: str) -> None:
     """Law 7: neither gradients nor weights, in no action of a whole epoch."""
-    stale = SCHEDULES[OBJECTIVES[objective]().schedule].weights == "current"
+    stale = SCHEDULES[OBJECTIVES[objective]().schedule].late
     made = job(objective, micro_batches=1 if stale else 2)
     blocks, moved = made.engine.blocks, set[tuple[int, str]]()
     for own in blocks:

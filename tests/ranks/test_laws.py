@@ -32,7 +32,7 @@ from tests.outcome import break_off, close, model
 Summary = dict[str, Any]
 LATE = {name for name, kind in OBJECTIVES.items() if any(r.lag for r in kind().routes(3, "train"))}
 SUMMED = {name for name, kind in OBJECTIVES.items() if kind().sums}
-STALE = {n for n, kind in OBJECTIVES.items() if SCHEDULES[kind().schedule].weights == "current"}
+STALE = {n for n, kind in OBJECTIVES.items() if SCHEDULES[kind().schedule].late}
 """Whose feedback comes updates late: a segment's end drains it, so it is a part of the training."""
 
 PLAIN = ("mono-forward", "backprop")
@@ -42,7 +42,7 @@ PLAIN = ("mono-forward", "backprop")
 def runs(objective: str, schedule: str) -> bool:
     """Say whether a schedule runs all that an objective sends."""
     routes = OBJECTIVES[objective]().routes(3, "train")
-    return all(SCHEDULES[schedule]().runs(route) for route in routes)
+    return SCHEDULES[schedule]().serves(routes)
 
 
 def asked(objective: str, **told: Any) -> Run:

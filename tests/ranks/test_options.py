@@ -17,6 +17,7 @@ from dtrain.data import order
 from dtrain.errors import Refusal
 from dtrain.objectives import OBJECTIVES
 from dtrain.schedules import SCHEDULES
+from dtrain.schedules.late import Late
 from tests import pictures, tiny
 from tests.outcome import break_off, close, model
 from tests.ranks.test_laws import Summary, trained
@@ -216,7 +217,7 @@ def test_augmented_images_keep_the_laws(objective: str, tmp_path: Path) -> None:
 def test_networks_for_images_keep_the_laws(objective: str, norm: str, tmp_path: Path) -> None:
     """Batch statistics couple samples: over stages the same bits, all else is no promise."""
     kind = SCHEDULES[OBJECTIVES[objective]().schedule]
-    micros = 3 if kind.weights == "own" else 1  # some orders update after each
+    micros = 1 if issubclass(kind, Late) else 3  # some update after each
     told: dict[str, Any] = {"objective": {"name": objective}, "epochs": 1, "micro_batches": micros}
     told["model"] = {"name": "resnet", "depth": 8, "width": 4, "norm": norm}
     told["model"] |= {"groups": 2} if norm == "group" else {}
@@ -253,7 +254,7 @@ def test_recomputation_beside_all_other_options(
         assert found["True", 3]["peak_memory_bytes"][0] < found["False", 3]["peak_memory_bytes"][0]
 
 
-@pytest.mark.parametrize("schedule", [n for n, each in SCHEDULES.items() if each.weights == "own"])
+@pytest.mark.parametrize("schedule", [n for n, each in SCHEDULES.items() if not each.late])
 @pytest.mark.parametrize("micros", [2, 5, 16])
 def test_accumulated_gradients_are_those_of_the_batch(
     schedule: str, micros: int, tmp_path: Path

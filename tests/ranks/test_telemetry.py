@@ -19,6 +19,7 @@ from dtrain.comm import family, threads
 from dtrain.comm.comm import Comm
 from dtrain.comm.single import SingleWire
 from dtrain.telemetry import HERE, LENGTH, Flight, attend
+from tests.ranks.contract import looking
 
 
 def test_the_last_events_are_kept_in_order() -> None:
@@ -167,39 +168,47 @@ def linger(comm: Comm) -> None:
         comm.line.wire.idle(0, "the others")
 
 
+def talk(comm: Comm, group: Comm, now: list[str]) -> None:
+    """Call one verb after the other in a group of two, the second rank always first."""
+    tensor = torch.zeros(3)
+    for verb in ("recv", "exchange", "broadcast", "mean", "flush"):
+        now.append(verb)
+        if group.rank == 0:
+            linger(comm)
+        match verb:
+            case "recv" if group.rank == 0:
+                group.isend(tensor, 1, 4)
+            case "recv":
+                group.expect(0, 4, [((3,), torch.float32)])
+                group.recv(0, 4)
+            case "exchange":
+                group.exchange(None)
+            case "broadcast":
+                group.broadcast_([tensor])
+            case "mean":
+                group.mean_([tensor])
+            case "flush" if group.rank == 0:
+                group.expect(1, 5, [((3,), torch.float32)])
+                group.recv(1, 5)
+            case "flush":
+                group.isend(tensor, 0, 5)
+                group.flush()
+
+
 def test_what_each_verb_waits_for_is_told_by_ranks_of_the_world() -> None:
     """The odd ranks of the world are a group; its rank 0, world rank 1, comes later to all."""
     seen: dict[str, dict[str, Any]] = {}
+    now: list[str] = []
 
     def work(comm: Comm) -> None:
         group = comm.split(comm.rank % 2, name="odd")
         if comm.rank % 2 == 0:
             return
-        tensor = torch.zeros(3)
         if group.rank:
-            comm.polls.append(lambda: seen.update({verb: here(comm.flight.text())}))
-        for verb in ("recv", "exchange", "broadcast", "mean", "flush"):
-            if group.rank == 0:
-                linger(comm)
-            match verb:
-                case "recv" if group.rank == 0:
-                    group.isend(tensor, 1, 4)
-                case "recv":
-                    group.expect(0, 4, [((3,), torch.float32)])
-                    group.recv(0, 4)
-                case "exchange":
-                    group.exchange(None)
-                case "broadcast":
-                    group.broadcast_([tensor])
-                case "mean":
-                    group.mean_([tensor])
-                case "flush" if group.rank == 0:
-                    group.expect(1, 5, [((3,), torch.float32)])
-                    group.recv(1, 5)
-                case "flush":
-                    group.isend(tensor, 0, 5)
-                    group.flush()
-        comm.polls.clear()
+            with looking(comm, lambda: seen.update({now[-1]: here(comm.flight.text())})):
+                talk(comm, group, now)
+        else:
+            talk(comm, group, [])
 
     threads.run(4, work)
     peers = {verb: each["peers"] for verb, each in seen.items()}

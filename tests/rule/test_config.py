@@ -104,7 +104,7 @@ def test_rates_and_clips_are_written_back(changes: dict[str, Any]) -> None:
 
 def test_a_clip_is_ours_and_no_field_of_the_optimizer() -> None:
     run = tiny.run(optimizer__clip=2, optimizer__clip_over="model")
-    assert (run.clip.clip, run.clip.clip_over) == (2.0, "model")
+    assert (run.step.clip, run.step.clip_over) == (2.0, "model")
     assert run.optimizer.fields == tiny.run().optimizer.fields
     assert run.table()["optimizer"]["clip"] == 2.0
     off = tiny.run(optimizer__clip=0)

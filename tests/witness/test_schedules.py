@@ -11,6 +11,7 @@ from dtrain.schedules import SCHEDULES
 from dtrain.schedules.check import Report, check
 from dtrain.schedules.costs import Costs, Price
 from dtrain.schedules.forecast import forecast
+from dtrain.schedules.late import Late
 from dtrain.schedules.pipelined import Pipelined
 from dtrain.schedules.schedule import Schedule
 from tests.plan.test_cycles import broadcast, codes, lagged, twice
@@ -40,14 +41,14 @@ def prove(schedule: Schedule, blocks: int, stages: int, sizes: Sequence[Sequence
 def test_witnesses_are_proved(schedule: Schedule, sizes: list[list[int]]) -> None:
     for blocks, stages in SHAPES:
         report = prove(schedule, blocks, stages, sizes)
-        if schedule.weights == "own":
+        if not schedule.late:
             assert report.staleness == (0,) * stages
 
 
 @pytest.mark.parametrize("schedule", [*WITNESSES[:-1], *(kind() for kind in SCHEDULES.values())])
 def test_schedules_say_what_their_plans_are(schedule: Schedule) -> None:
     where = schedule.place([1] * 6, 3)
-    sizes = [1, 1] if isinstance(schedule, Pipelined) else [3, 2]
+    sizes = [1, 1] if isinstance(schedule, Late) else [6, 5]
     routes = backprop(6) if type(schedule) is not SCHEDULES["stream"] else backprop(6)[:5]
     plans = [list(schedule.plan(stage, where, sizes, routes)) for stage in range(3)]
     kinds = {action.kind for plan in plans for action in plan}
@@ -93,21 +94,6 @@ def test_a_split_backward_fills_the_bubble(
     report = prove(Split(), stages, stages, [[micros]])
     assert report.peak_live == (stages,) * stages
     assert round(report.bubble, 3) == share
-
-
-@pytest.mark.parametrize("blocks", [1, 2, 4, 7])
-def test_pipelined_delays_count_blocks_on_any_number_of_ranks(blocks: int) -> None:
-    own = [2 * (blocks - 1 - block) for block in range(blocks)]
-    for stages in range(1, blocks + 1):
-        report = prove(Pipelined(), blocks, stages, [[1] * 30])
-        where = Pipelined().place([1] * blocks, stages)
-        assert report.staleness == tuple(own[where.index(stage)] for stage in range(stages))
-    assert report.peak_live == tuple(delay + 1 for delay in own)
-
-
-def test_pipelined_updates_after_every_micro_batch() -> None:
-    with pytest.raises(Refusal, match=r"an update has 4: set micro-batches = 1"):
-        check(Pipelined(), (0, 1), [[4, 4]], backprop(2))
 
 
 @pytest.mark.parametrize("routes", [broadcast, twice, codes, lagged])

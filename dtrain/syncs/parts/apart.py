@@ -7,7 +7,7 @@ over replicas is, since a mean of equal numbers need not be that number.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -23,9 +23,6 @@ class Apart(Sync):
     """
 
     apart: ClassVar[bool] = True
-
-    def before_update(self, gradients: Sequence[Tensor], weight: float, clock: Clock) -> None:
-        """Leave the gradients: each is already the mean over this replica's samples."""
 
     @abstractmethod
     def after_update(self, clock: Clock) -> None:

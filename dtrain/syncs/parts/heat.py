@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dtrain.block import Block
 from dtrain.comm.comm import Comm
+from dtrain.early import Group
 from dtrain.errors import Refusal
 from dtrain.syncs.parts.way import Limits, Way
 from dtrain.syncs.sync import Clock
@@ -49,10 +50,12 @@ class Heat(Way):
             )
         self.local, self.before, self.near = 0, -1, True
 
+    def averages(self, weight: float, clock: Clock) -> Group | None:
+        """Inside the node, unless that is paused."""
+        return self.nodes.group(clock.rows) if self.near else None
+
     def before_update(self, gradients: Sequence[Tensor], weight: float, clock: Clock) -> None:
-        """Average inside the node, unless that is paused."""
-        if self.near:
-            self.nodes.mean_(self.block.named(gradients), clock.rows)
+        """Nothing more."""
 
     def after_update(self, clock: Clock) -> None:
         """Go on by one batch."""

@@ -10,12 +10,11 @@ every rank is on some bridge.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import final
 
-from torch import Tensor
-
 from dtrain.comm.comm import Comm
+from dtrain.early import Group
 
 
 @final
@@ -52,10 +51,11 @@ class Nodes:
         """Return the samples of my node, of those of each replica."""
         return sum(rows[rank] for rank in self.mine)
 
-    def mean_(self, gradients: Mapping[str, Tensor], rows: Sequence[int]) -> None:
-        """Replace means over my samples by the mean over my node's, in place. Collective on it."""
-        if len(self.mine) > 1 and (total := self.rows(rows)):
-            self.near.mean_(gradients, rows[self.rank] / total)
+    def group(self, rows: Sequence[int]) -> Group | None:
+        """Return my node as a group whose means are over samples; None where nobody has any, or
+        nobody else is there."""
+        total = self.rows(rows)
+        return Group(self.near, rows[self.rank] / total) if len(self.mine) > 1 and total else None
 
 
 def bridged(replicas: Comm, nodes: Nodes) -> list[Comm | None]:

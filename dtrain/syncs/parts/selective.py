@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dtrain.block import Block
 from dtrain.comm.comm import Comm
+from dtrain.early import Group
 from dtrain.syncs.parts.way import Limits, Way
 from dtrain.syncs.sync import Clock
 
@@ -34,15 +35,16 @@ class Selective(Way):
         super().__init__(block, replicas, limits)
         self._restart()
 
+    def averages(self, weight: float, clock: Clock) -> Group | None:
+        """Over all replicas in the blocking phases, else inside the node."""
+        if self.blocks(clock):
+            return None if self._narrows else Group(self.replicas, weight)
+        return self.nodes.group(clock.rows) if self.limits.local_every == 1 else None
+
     def before_update(self, gradients: Sequence[Tensor], weight: float, clock: Clock) -> None:
-        """Average over all replicas in the blocking phases, else inside the node."""
-        if not self.blocks(clock):
-            if self.limits.local_every == 1:
-                self.nodes.mean_(self.block.named(gradients), clock.rows)
-        elif self.limits.downcast and self.bridges:
+        """Average in the blocking phases, where less is sent between nodes than is added up."""
+        if self.blocks(clock) and self._narrows:
             self._narrowed(gradients, clock)
-        else:
-            self.replicas.mean_(self.block.named(gradients), weight)
 
     def after_update(self, clock: Clock) -> None:
         """Merge what is due, send what is due, and meet at the end of the epoch."""
@@ -78,6 +80,10 @@ class Selective(Way):
         cooldown = self._long(self.limits.cooldown_epochs, clock)
         return clock.epoch < self._warmup(clock) or clock.epoch >= clock.epochs - cooldown
 
+    @property
+    def _narrows(self) -> bool:
+        return self.limits.downcast and bool(self.bridges)
+
     def _warmup(self, clock: Clock) -> int:
         return self._long(self.limits.warmup_epochs, clock)
 
@@ -105,7 +111,9 @@ class Selective(Way):
 
     def _narrowed(self, gradients: Sequence[Tensor], clock: Clock) -> None:
         """Average over all replicas, in bfloat16 between nodes; sums are made in float32."""
-        self.nodes.mean_(self.block.named(gradients), clock.rows)
+        near = self.nodes.group(clock.rows)
+        if near is not None:
+            near.comm.mean_(self.block.named(gradients), near.weight)
         if (group := self.bridge) is not None:
             narrow = [each.to(torch.bfloat16) for each in gradients]
             group.mean_(narrow, self.nodes.rows(clock.rows) / sum(clock.rows))

@@ -26,6 +26,7 @@ from torch import Tensor
 from dtrain.block import Block
 from dtrain.comm.comm import Comm
 from dtrain.comm.mean import Mean
+from dtrain.early import Group
 from dtrain.syncs.parts.nodes import Nodes, bridged
 from dtrain.syncs.parts.plateau import Plateau
 from dtrain.syncs.sync import Clock
@@ -101,6 +102,10 @@ class Way(ABC):
         self.clock: Clock | None = None
         self.equal = True
         self.active = self.skips = self.wait = 0
+
+    @abstractmethod
+    def averages(self, weight: float, clock: Clock) -> Group | None:
+        """Return over whom gradients are averaged."""
 
     @abstractmethod
     def before_update(self, gradients: Sequence[Tensor], weight: float, clock: Clock) -> None:

@@ -1,0 +1,88 @@
+"""Early: means of gradients that begin while the backward still computes others.
+
+Invariant: buckets begin in one order on all replicas, whoever hears of which gradient first; no sum
+follows from how the gradients are cut into buckets, so nothing changes but time.
+
+The gradients of the last layers come first, so buckets go from the last parameters to the first::
+
+    backward   |  layer 3  |  layer 2  |  layer 1  |
+    means                  |   bucket of 3   |   bucket of 2 and 1   |  update
+
+Source: Li et al. 2020, "PyTorch Distributed", arXiv 2006.15704, section 3.2.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, final
+
+from torch import Tensor
+
+from dtrain.block import Block
+from dtrain.comm.comm import Comm
+from dtrain.comm.mean import Mean
+
+BUCKET_BYTES = 4 << 20
+"""Least size of a bucket, the last excepted: pieces of a mean are at most 1 MiB."""
+
+
+class Group(NamedTuple):
+    """Over which replicas gradients are averaged, and the weight of mine."""
+
+    comm: Comm
+    weight: float
+
+
+@final
+class Early:
+    """The means of one block's gradients, update by update."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self._buckets = buckets(block.values())
+        self._heard: set[int] = set()
+        self._means: list[Mean] = []
+
+    def hear(self, parameter: Tensor, group: Group) -> None:
+        """Hear, inside a backward, that a gradient is complete: start the means that can be."""
+        if parameter.device.type != "cpu":
+            return  # an accelerator's hooks run in threads of their own, and MPI in one alone
+        self._heard.add(id(parameter))
+        own = self.block.parameters
+        for names in self._buckets[len(self._means) :]:
+            if not all(id(own[name]) in self._heard for name in names):
+                break
+            self._start({name: own[name].grad for name in names}, group)
+        if self._means:
+            group.comm.progress()
+
+    def finish(self, gradients: Sequence[Tensor], group: Group) -> None:
+        """Start the others; return when all gradients are ``sum of weight * gradient``."""
+        named = self.block.named(gradients)
+        for names in self._buckets[len(self._means) :]:
+            self._start({name: named[name] for name in names}, group)
+        for mean in self._means:
+            mean.wait()
+        self._means, self._heard = [], set()
+
+    def _start(self, gradients: Mapping[str, Tensor | None], group: Group) -> None:
+        whole = {name: each for name, each in gradients.items() if each is not None}
+        self._means.append(group.comm.imean_(whole, group.weight))
+
+
+def buckets(values: Mapping[str, Tensor]) -> list[list[str]]:
+    """Return the names of `values` from the last to the first, in buckets of `BUCKET_BYTES`.
+
+    >>> import torch
+    >>> buckets({name: torch.empty(1 << 19) for name in "abc"})
+    [['c', 'b'], ['a']]
+    """
+    found: list[list[str]] = []
+    room = 0
+    for name, value in reversed([*values.items()]):
+        if room <= 0:
+            found.append([])
+            room = BUCKET_BYTES
+        found[-1].append(name)
+        room -= value.nbytes
+    return found

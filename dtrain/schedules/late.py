@@ -1,0 +1,86 @@
+"""Late: schedules that never drain inside a segment, and what they do about stale weights.
+
+Invariant: the fields say with which weights blocks compute and how late gradients are applied,
+never the order; so they combine freely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from dtrain.errors import Refusal
+from dtrain.schedules.action import Action, Route
+from dtrain.schedules.cycles import cycles, lateness
+from dtrain.schedules.policy import Policy, Prediction
+from dtrain.schedules.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Late(Schedule):
+    """An update after every micro-batch, in cycles of whatever flows.
+
+    Attributes
+    ----------
+    weights : "current" or "stash"
+        With which a backward computes: those of its own moment, or those of its forward (weight
+        stashing: Narayanan et al. 2019, "PipeDream").
+    prediction : str
+        How a forward foretells the weights of T updates later. "velocity" w - lr T v and
+        "difference" w + T (w - w of one update before): Kosson et al. 2021, linear weight
+        prediction; "coasting" w - lr v (m - m^(T+1)) / (1 - m): what the velocity alone will do
+        (FTPipe); "optimizer": the present step of SGD, Adam or AdamW, T times (PipeOptim, Guan et
+        al. 2023); "spectrain": velocity in backwards too, to the moment at which the first block
+        learns the micro-batch (Chen et al. 2018, SpecTrain).
+    horizon : float
+        T in delays of the block: 1 is T = D.
+    compensation : "none" or "spike"
+        "spike": a gradient that is D updates late is applied as the sum of what it would have moved
+        meanwhile: w <- w - lr (m^D v + (1 - m^D) / (1 - m) g).
+    """
+
+    late: ClassVar[bool] = True
+    name: ClassVar[str]
+    period: ClassVar[int] = 1
+    weights: Literal["current", "stash"] = "current"
+    prediction: Prediction = "none"
+    horizon: float = 1.0
+    compensation: Literal["none", "spike"] = "none"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.horizon < float("inf"):
+            raise Refusal(
+                f"[schedule] horizon = {self.horizon} is no number of delays: give 0 or more"
+            )
+        if self.horizon != 1 and self.prediction == "none":
+            raise Refusal("[schedule] horizon without a prediction: set prediction, too")
+        if self.prediction == "spectrain" and self.weights == "stash":
+            raise Refusal(
+                '[schedule] prediction = "spectrain" foretells the weights of backwards too, and '
+                'weights = "stash" gives them those of their forwards: choose one of them'
+            )
+
+    def plan(
+        self, stage: int, place: Sequence[int], sizes: Sequence[int], routes: Sequence[Route]
+    ) -> Iterator[Action]:
+        self.admit(routes)
+        if max(sizes, default=0) > 1:
+            raise Refusal(
+                f"'{self.name}' updates after every micro-batch, but an update has {max(sizes)}: "
+                f"set micro-batches = 1, and batch-size to 1/{max(sizes)} of it for the same step"
+            )
+        return cycles(stage, place, sizes, routes, period=self.period)
+
+    def policy(self, place: Sequence[int], routes: Sequence[Route]) -> Policy:
+        return Policy(
+            lateness(place, routes, self.period),
+            stash=self.weights == "stash",
+            prediction=self.prediction,
+            horizon=self.horizon,
+            spikes=self.compensation == "spike",
+        )
+
+    def asks(self) -> tuple[str, ...]:
+        keys = (("prediction", self.prediction), ("compensation", self.compensation))
+        return tuple(f'{key} = "{value}"' for key, value in keys if value != "none")

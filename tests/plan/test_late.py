@@ -1,0 +1,119 @@
+"""Schedules that never drain: delays, live micro-batches and versions of the reference's table."""
+
+from __future__ import annotations
+
+import pytest
+
+from dtrain.errors import Refusal
+from dtrain.partition import place
+from dtrain.schedules.action import Action
+from dtrain.schedules.check import PlanError, check, verify
+from dtrain.schedules.costs import units
+from dtrain.schedules.forecast import forecast
+from dtrain.schedules.pipedream import PipeDream, TwoBuffered
+from dtrain.schedules.pipelined import Pipelined
+from dtrain.schedules.policy import copies_of
+from dtrain.schedules.schedule import Schedule
+from tests.plan.test_schedules import backprop
+
+BLOCKS = range(1, 17)
+ONES = [[1] * 70]
+
+
+def versions(schedule: Schedule, blocks: int, sizes: list[int]) -> list[int]:
+    """Return by block how many versions of its weights a run holds, the present one included."""
+    where, routes = range(blocks), backprop(blocks)
+    policy = schedule.policy(where, routes)
+    plans = (list(schedule.plan(stage, where, sizes, routes)) for stage in where)
+    return [1 + copies_of(plan, policy)[block] for block, plan in enumerate(plans)]
+
+
+def shares(blocks: int) -> list[int]:
+    """Return numbers of ranks for so many blocks: one, all, and some between."""
+    return sorted({1, 2, 3, blocks // 2, blocks - 1, blocks} & set(range(1, blocks + 1)))
+
+
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_pipelined(blocks: int) -> None:
+    """Delay 2(K-1-b), one more live, one version; stashed as many versions as are live."""
+    own = [2 * (blocks - 1 - b) for b in range(blocks)]
+    for stages in shares(blocks):
+        where = place([1] * blocks, stages)
+        report = check(Pipelined(), where, ONES, backprop(blocks))
+        assert report.staleness == tuple(own[where.index(s)] for s in range(stages))
+        assert report.peak_live == tuple(1 + own[where.index(s)] for s in range(stages))
+        policy = Pipelined().policy(where, backprop(blocks))
+        assert [each.delay for each in policy.lateness] == own
+        assert [each.gap for each in policy.lateness] == list(range(blocks))
+    assert versions(Pipelined(), blocks, ONES[0]) == [1] * blocks
+    assert versions(Pipelined(weights="stash"), blocks, ONES[0]) == [1 + each for each in own]
+
+
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_pipedream(blocks: int) -> None:
+    """Delay K-1-b, K-b live, as many versions; with vertical sync K-1 and K everywhere."""
+    own = [blocks - 1 - b for b in range(blocks)]
+    for stages in shares(blocks):
+        where = place([1] * blocks, stages)
+        report = check(PipeDream(), where, ONES, backprop(blocks))
+        assert report.staleness == tuple(own[where.index(s)] for s in range(stages))
+        if stages == blocks:
+            assert report.peak_live == tuple(1 + each for each in own)
+        policy = PipeDream().policy(where, backprop(blocks))
+        assert [each.delay for each in policy.lateness] == own
+        # SpecTrain: backward floor(k/2), forward floor(k/2) + N - k - 1.
+        spectrain = PipeDream(weights="current", prediction="spectrain")
+        ahead = spectrain.policy(where, backprop(blocks)).ahead
+        assert [ahead(k, 99, "B") for k in range(blocks)] == [k // 2 for k in range(blocks)]
+        assert [ahead(k, 99, "F") for k in range(blocks)] == [
+            k // 2 + blocks - k - 1 for k in range(blocks)
+        ]
+    assert versions(PipeDream(), blocks, ONES[0]) == [1 + each for each in own]
+    assert versions(PipeDream(vertical_sync=True), blocks, ONES[0]) == [blocks] * blocks
+    assert versions(PipeDream(weights="current"), blocks, ONES[0]) == [1] * blocks
+
+
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_two_buffers(blocks: int) -> None:
+    """One update late in every block, K-b live, two versions and never more."""
+    for micros in {max(1, blocks - 1), blocks, blocks + 3}:
+        sizes = [micros] * 6
+        for stages in shares(blocks):
+            where = place([1] * blocks, stages)
+            check(TwoBuffered(), where, [sizes], backprop(blocks))
+        report = check(TwoBuffered(), range(blocks), [sizes], backprop(blocks))
+        assert report.peak_live == tuple(min(6 * micros, blocks - b) for b in range(blocks))
+        assert versions(TwoBuffered(), blocks, sizes) == [2] * blocks
+
+
+@pytest.mark.parametrize("blocks", [2, 5, 16])
+@pytest.mark.parametrize("schedule", [Pipelined(), PipeDream()])
+def test_nobody_is_idle_once_the_pipeline_is_full(schedule: Schedule, blocks: int) -> None:
+    """The makespan is that of the work, and of one fill and drain per segment."""
+    few, many = (
+        forecast(schedule, range(blocks), [[1] * n], backprop(blocks), units(blocks)).makespan_s
+        for n in (8 * blocks, 12 * blocks)
+    )
+    assert many - few == 3 * 4 * blocks
+
+
+def test_unequal_replicas_fit() -> None:
+    for schedule in (Pipelined(), PipeDream()):
+        check(schedule, (0, 1, 1, 2), [[1] * 9, [1] * 8 + [0]], backprop(4))
+    check(TwoBuffered(), (0, 1, 1, 2), [[3, 3, 3, 2], [3, 3, 3, 0]], backprop(4))
+
+
+def test_what_they_do_not_run_is_refused() -> None:
+    with pytest.raises(Refusal, match=r"'pipedream' updates after every micro-batch.*set micro"):
+        check(PipeDream(), (0, 1), [[4]], backprop(2))
+    with pytest.raises(Refusal, match=r"5 blocks needs 4 micro-batches or more.*found 3"):
+        check(TwoBuffered(), range(5), [[3, 3]], backprop(5))
+
+
+def test_an_order_that_leaves_out_the_first_forward_is_rejected_with_its_place() -> None:
+    """As the order that torch 2.13 gives the last stage of 1F1B: F1 ... FM for F0 ... FM-1."""
+    first = [Action("F", 0, 0, m) for m in range(3)]
+    first += [Action("B", 0, 0, m) for m in range(3)] + [Action("U", 0, 0)]
+    last = [Action(kind, 1, 0, m + (kind == "F")) for m in range(3) for kind in "FB"]
+    with pytest.raises(PlanError, match=r"stage 1 at F1.1 of update 0 \(position 0\): F1.0 of upd"):
+        verify([[first, [*last, Action("U", 1, 0)]]], (0, 1), backprop(2))
