@@ -39,6 +39,30 @@ def subset(train: str, test: str, rows: int, tests: int) -> tuple[Any, Any, Any,
     return parts[0], parts[1], parts[2], parts[3]
 
 
+def deep(inputs: int, width: int, depth: int, classes: int) -> Layers:
+    """Return a perceptron of residual units with LayerNorm, one layer each, a stem and a head."""
+    units = [(f"unit{number}", lambda: Unit(width)) for number in range(depth)]
+    return [
+        ("stem", lambda: nn.Sequential(nn.Flatten(), nn.Linear(inputs, width))),
+        *units,
+        ("head", lambda: nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes))),
+    ]
+
+
+class Unit(nn.Module):
+    """Adds what one linear layer makes of its normalised input."""
+
+    draws = False
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x + relu(linear(norm(x)))``."""
+        return x + torch.relu(self.linear(self.norm(x)))
+
+
 def sleepers(layers: int, width: int, forward_s: float, backward_s: float) -> Layers:
     """Return linear layers (width to width) that sleep as a device would compute."""
     return [

@@ -10,7 +10,7 @@ unit in the same column of every row.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from dtrain.schedules.action import Action
 from dtrain.schedules.check import Report
@@ -40,14 +40,22 @@ def draw(report: Report, width: int = 120) -> str:
     return "\n".join([*lines, _legend(report), _figures(report)])
 
 
-def _fill(rows: list[list[str]], spans: Iterable[Span]) -> None:
+def numbered(spans: Iterable[Span]) -> tuple[str, Callable[[Action], int]]:
+    """Return what actions are numbered by, and how: micro-batches, or updates of one each."""
+    if all(span.action.micro <= 0 for span in spans):
+        return "update", lambda action: action.update
+    return "micro-batch", lambda action: action.micro
+
+
+def _fill(rows: list[list[str]], spans: Sequence[Span]) -> None:
     """Write each action into its row; an update takes no time and marks the column it ends."""
+    _, number = numbered(spans)
     for span in spans:
         start, end, action = int(span.start), int(span.end), span.action
         if action.kind == "U":
             rows[span.stage][max(start - 1, 0) : start or 1] = "U"
         else:
-            sign = chr(ord(_sign(action)) + action.micro % 10)
+            sign = chr(ord(_sign(action)) + number(action) % 10)
             rows[span.stage][start:end] = sign * (end - start)
 
 
@@ -65,7 +73,8 @@ def _legend(report: Report) -> str:
     words = ["0 1 2 ... forward", f"a b c ... {'gradient of the input' if split else 'backward'}"]
     words += ["A B C ... of the weights"] if split else []
     words += ["k l m ... further forwards"] if AGAIN in seen else []
-    return f"{', '.join(words)} of micro-batch 0, 1, 2 ... (modulo 10), U update, . idle"
+    what, _ = numbered(report.timeline)
+    return f"{', '.join(words)} of {what} 0, 1, 2 ... (modulo 10), U update, . idle"
 
 
 def _fit(row: str, room: int) -> str:

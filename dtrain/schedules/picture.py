@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from html import escape
 
 from dtrain.schedules.action import Action
+from dtrain.schedules.draw import numbered
 from dtrain.schedules.simulate import Span
 
 COLOURS = {"F": "#a9cfe5", "again": "#cfe5a9", "B": "#2a6f97", "I": "#2a6f97", "W": "#7fb069"}
@@ -58,14 +59,17 @@ def picture(
         y = TOP + ROW * stage
         lines.append(f'<text x="8" y="{y + 16}">stage {stage}</text>')
         lines.append(f'<rect x="{LEFT}" y="{y}" width="{wide:.1f}" height="{BAR}" fill="#f2f2f2"/>')
-    lines += [line for span in timeline if span.action.kind != "U" for line in _bar(span, scale)]
+    what, number = numbered(timeline)
+    for span in timeline:
+        if span.action.kind != "U":
+            lines += _bar(span, scale, str(number(span.action)))
     lines += [_mark(span, scale) for span in timeline if span.action.kind == "U"]
     lines += _axis(end, scale, below, unit)
-    lines += _legend(timeline, below)
+    lines += _legend(timeline, below, what)
     return "\n".join([*lines, "</svg>"]) + "\n"
 
 
-def _bar(span: Span, scale: float) -> list[str]:
+def _bar(span: Span, scale: float, number: str) -> list[str]:
     """Return one action as a bar, with its words for who points at it."""
     action, (x, y) = span.action, _corner(span, scale)
     width = scale * (span.end - span.start)
@@ -75,7 +79,6 @@ def _bar(span: Span, scale: float) -> list[str]:
         f'fill="{COLOURS[_kind(action)]}" stroke="white" stroke-width="0.5">'
         f"<title>{escape(told)}</title></rect>"
     ]
-    number = str(action.micro)
     if width >= 8 * len(number):
         colour = "white" if action.kind in "BI" else "black"
         lines.append(
@@ -108,13 +111,14 @@ def _axis(end: float, scale: float, below: int, unit: str) -> list[str]:
     for tick in (number * step for number in range(math.floor(end / step) + 1)):
         x = LEFT + scale * tick
         lines.append(
-            f'<line x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{below}" stroke="#00000018"/>'
+            f'<line x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{below}" '
+            'stroke="black" stroke-opacity="0.1"/>'
         )
         lines.append(f'<text x="{x:.1f}" y="{below + 14}" text-anchor="middle">{tick:g}</text>')
     return [*lines, f'<text x="8" y="{below + 14}">{escape(unit)}</text>']
 
 
-def _legend(timeline: Sequence[Span], below: int) -> list[str]:
+def _legend(timeline: Sequence[Span], below: int, what: str) -> list[str]:
     """Return what the colours mean, of those that are there."""
     seen = {_kind(span.action) for span in timeline if span.action.kind != "U"}
     split = "W" in seen
@@ -125,7 +129,7 @@ def _legend(timeline: Sequence[Span], below: int) -> list[str]:
         lines.append(f'<text x="{x + 20}" y="{y + 12}">{word}</text>')
         x += 40 + 7 * len(word)
     lines.append(f'<rect x="{x}" y="{y}" width="3" height="14" fill="#c1121f"/>')
-    return [*lines, f'<text x="{x + 10}" y="{y + 12}">update (numbers: micro-batches)</text>']
+    return [*lines, f'<text x="{x + 10}" y="{y + 12}">update (numbers: {what})</text>']
 
 
 def _kind(action: Action) -> str:

@@ -6,9 +6,9 @@ K-1-b updates late. A backward uses the weights of its forward, so each gradient
 Three blocks on three ranks, as `draw` shows them: `pipedream`, and `pipedream-2bw` with four
 micro-batches an update, where the forwards of an update begin before the last one is learnt.
 
-    stage 0 |0 0 0 . . . . a U 0 a U 0 a U    stage 0 |0 1 2 . . . . a a 3 b b 0 c c 1 d U
-    stage 1 |. 0 0 . . a U 0 a U 0 a U 0 a    stage 1 |. 0 1 . . a a 2 b b 3 c c 0 d U 1 a
-    stage 2 |. . 0 a U 0 a U 0 a U 0 a U 0    stage 2 |. . 0 a a 1 b b 2 c c 3 d U 0 a a 1
+    stage 0 |0 1 2 . . . . a U 3 b U 4 c U    stage 0 |0 1 2 . . . . a a 3 b b 0 c c 1 d U
+    stage 1 |. 0 1 . . a U 2 b U 3 c U 4 d    stage 1 |. 0 1 . . a a 2 b b 3 c c 0 d U 1 a
+    stage 2 |. . 0 a U 1 b U 2 c U 3 d U 4    stage 2 |. . 0 a a 1 b b 2 c c 3 d U 0 a a 1
 
 Sources: Narayanan et al. 2019, "PipeDream: Generalized Pipeline Parallelism for DNN Training";
 Narayanan et al. 2021, "Memory-Efficient Pipeline-Parallel DNN Training", arXiv 2006.09503 (2BW).

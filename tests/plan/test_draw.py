@@ -73,5 +73,5 @@ def test_a_split_backward() -> None:
 def test_two_passes() -> None:
     routes = [Route(Point(0, "F"), Point(0, "F", 1), "error")]
     rows = draw(check(Pipelined(), (0,), [[1, 1]], routes)).splitlines()
-    assert rows[0] == "stage 0 |0 k a U 0 k a U|"
-    assert "k l m ... further forwards of micro-batch" in rows[1]
+    assert rows[0] == "stage 0 |0 k a U 1 l b U|"
+    assert "k l m ... further forwards of update" in rows[1]
