@@ -27,6 +27,23 @@ def ticked(cell: str) -> list[str]:
     return re.findall(r"`([^`]+)`", cell)
 
 
+def rows(docs: Path, head: str) -> Iterator[list[str]]:
+    """Yield the cells of the rows of the table whose head starts so."""
+    lines = docs.read_text(encoding="utf-8").splitlines()
+    start = next(n for n, line in enumerate(lines) if line.startswith(head))
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            return
+        yield cells(line)
+
+
+def section(docs: Path, name: str) -> str:
+    """Return the section whose title is a name in ticks."""
+    parts = re.split(r"^##+ ", docs.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    [told] = [part for part in parts if part.startswith(f"`{name}`\n")]
+    return told
+
+
 def cells(line: str) -> list[str]:
     """Return the cells of a row of a table."""
     return [each.strip() for each in line.strip().strip("|").split(" | ")]
