@@ -120,7 +120,7 @@ def run(variant: str, seed: int, lr: float, epochs: int) -> Table:
         "epochs": epochs,
         "batch-size": BATCH,
         "data": {"name": "digits"},
-        "model": {"name": "user:deep", "inputs": 64, "width": WIDTH, "depth": DEPTH, "classes": 10},
+        "model": {"name": "user:deep", "inputs": 64, "width": WIDTH, "depth": DEPTH},
         "partition": {"blocks": DEPTH + 2},
         "objective": {"name": "backprop"},
         "schedule": VARIANTS[variant],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,10 @@ def events(monkeypatch: pytest.MonkeyPatch) -> Events:
     return noted
 
 
-@pytest.mark.parametrize("objective", ["backprop", "mono-forward", "forward-forward"])
-@pytest.mark.parametrize("sync", SYNCS)
+@pytest.mark.parametrize(
+    ("objective", "sync"),
+    [*product(["backprop", "forward-forward"], ["every-step"]), *product(["mono-forward"], SYNCS)],
+)
 @pytest.mark.parametrize(("stages", "hosts"), [(1, "ab"), (1, "aabb"), (1, "abb"), (2, "aabb")])
 def test_the_bits_are_those_of_one_mean_after_the_backward(
     tmp_path: Path,
