@@ -41,7 +41,7 @@ from record import publish
 from dtrain.tables import Table
 
 DEPTH, WIDTH, BATCH, EPOCHS = 10, 32, 4, 3
-MOMENTUM, LR = 0.99, 0.002
+MOMENTUM, LR = 0.99, 0.001
 RATES = (0.0005, 0.001, 0.002, 0.004)
 SEEDS, TUNED = range(20), range(100, 106)
 BUDGET_S = 35 * 60
