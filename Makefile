@@ -13,6 +13,7 @@
 unexport PYTHONPATH PYTHONHOME
 
 VENV = .venv/bin
+BESIDE = $(VENV)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 READY = .venv/ready
 CHOICE = .venv/choice.mk
 
@@ -29,9 +30,9 @@ ifeq ($(filter wheel site,$(MPI)),)
 $(error MPI=$(MPI) is unknown: give MPI=wheel (Open MPI inside .venv) or MPI=site (the MPI you loaded))
 endif
 ifeq ($(MPI),wheel)
-EXTRAS = mpi,demo,images,plots,terminal,test
+EXTRAS = mpi,demo,export,images,plots,terminal,test
 else
-EXTRAS = demo,images,plots,terminal,test
+EXTRAS = demo,export,images,plots,terminal,test
 endif
 
 # Another choice, or a folder that was moved (scripts in .venv hold its path): start anew.
@@ -56,14 +57,16 @@ demo: $(READY)
 	@rm -rf runs/demo
 	@$(VENV)/dtrain train jobs/demo.toml --ranks 4 --out runs/demo
 
+# What starts no programs goes side by side on two cores; whole programs have the machine alone.
 test: $(READY)
-	$(VENV)/python -m pytest
+	$(BESIDE) tests/plan tests/rule tests/ranks tests/witness
+	$(VENV)/python -m pytest tests/system
 
 check: $(READY)
 	$(VENV)/ruff format --check .
 	$(VENV)/ruff check .
 	$(VENV)/mypy
-	$(VENV)/python -m pytest -q tests/plan tests/rule
+	$(BESIDE) tests/plan tests/rule
 
 # -- Set-up -------------------------------------------------------------------------------------
 

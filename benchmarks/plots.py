@@ -75,6 +75,9 @@ def links(record: Path, out: Path) -> None:
     figure.savefig(out, metadata={"Date": None})
 
 
+RATES = {"1gbit": "1 Gbit/s", "100mbit": "100 Mbit/s"}
+
+
 def _times(axis: Axes, seconds: Mapping[str, float | None], rate: str) -> None:
     """Draw one bar per strategy, with its share of the first one's time."""
     names = [*seconds][::-1]
@@ -86,7 +89,7 @@ def _times(axis: Axes, seconds: Mapping[str, float | None], rate: str) -> None:
     ]
     axis.bar_label(bars, shares, padding=3, fontsize=8)
     axis.set_xmargin(0.15)
-    axis.set_title(f"links of {rate} per second", fontsize=10, loc="left")
+    axis.set_title(f"links of {RATES[rate]}", fontsize=10, loc="left")
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
 

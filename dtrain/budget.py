@@ -123,7 +123,7 @@ class Books:
     def _stages(self, rows: int) -> list[Budget]:
         """Return the budget of every stage."""
         blocks, held = dict(enumerate(self.blocks(rows))), self._held(rows)
-        timeline, copies = self.plan.proof.timeline, self.plan.run.make_sync().copies
+        timeline, sync = self.plan.proof.timeline, self.plan.run.make_sync()
         policy = self.layout.schedule.policy(self.layout.place, self.layout.routes)
         found = []
         for stage, messages in enumerate(held):
@@ -134,8 +134,8 @@ class Books:
                 Budget(
                     parameters=sum(each.parameters for each in own),
                     gradients=sum(each.gradients for each in own),
-                    optimizer=sum(each.optimizer for each in own),
-                    sync=copies * sum(each.gradients for each in own),
+                    optimizer=0 if sync.idles else sum(each.optimizer for each in own),
+                    sync=sync.copies * sum(each.gradients for each in own),
                     versions=sum(n * blocks[b].gradients for b, n in shelves.items()),
                     live=live_bytes(actions, blocks) + self._remembered(stage),
                     messages=messages,

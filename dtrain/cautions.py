@@ -32,7 +32,8 @@ def cautions(plan: Plan) -> list[str]:
     """Return what a user should know before a run starts, each in one line."""
     layout, rows = plan.layout, plan.shares.largest
     own = layout.objective.cautions(layout.tasks, rows)
-    return [*_coupled(layout), *_few(plan), *_many(plan), *_heads(layout), *own]
+    found = [*_coupled(layout), *_few(plan), *_many(plan), *_heads(layout)]
+    return [*found, *_ruled(plan), *own]
 
 
 def _coupled(layout: Layout) -> Iterator[str]:
@@ -99,6 +100,16 @@ def _heads(layout: Layout) -> Iterator[str]:
         f"local heads above 10 % of their blocks' parameters: {told}; such a head may learn in its "
         "block's place: cut fewer and larger blocks, or take a smaller head"
     )
+
+
+def _ruled(plan: Plan) -> Iterator[str]:
+    """Tell of an optimizer whose rule is not used."""
+    run = plan.run
+    if run.make_sync().ruled:
+        yield (
+            f"the sync '{run.sync.name}' steps by a rule of its own: of [optimizer] "
+            f"'{run.optimizer.name}' the learning rate and the weight decay count, nothing else"
+        )
 
 
 def _share(part: Part) -> float:

@@ -88,14 +88,7 @@ class Manifest:
         missing = sorted(held.keys() - self.files.keys())
         if missing:
             raise Refusal(f"the checkpoint {self.folder} lacks '{missing[0]}'", DATA)
-        for name in sorted({self.files[key] for key in held}):
-            path = self.folder / name
-            if not path.is_file() or hashed(path) != self.hashes[name]:
-                raise Refusal(
-                    f"{path} is damaged (its content is not what the manifest says): delete the "
-                    f"folder {self.folder} to go on from the checkpoint before it",
-                    DATA,
-                )
+        self.intact(held)
         found = self.load(held)
         for key, tensor in found.items():
             if (tensor.shape, tensor.dtype) != (held[key].shape, held[key].dtype):
@@ -103,6 +96,17 @@ class Manifest:
                 now = f"{tuple(held[key].shape)} {held[key].dtype}"
                 raise Refusal(f"'{key}' is {was} in {self.folder}, but {now} in the model", DATA)
         return found
+
+    def intact(self, keys: Iterable[str]) -> None:
+        """Refuse damage in the shards that hold `keys`."""
+        for name in sorted({self.files[key] for key in keys}):
+            path = self.folder / name
+            if not path.is_file() or hashed(path) != self.hashes[name]:
+                raise Refusal(
+                    f"{path} is damaged (its content is not what the manifest says): delete the "
+                    f"folder {self.folder} to go on from the checkpoint before it",
+                    DATA,
+                )
 
     def under(self, prefix: str) -> dict[str, Tensor]:
         """Return every tensor whose key starts with `prefix`, by the rest of its key."""

@@ -1,4 +1,4 @@
-"""The command line: `dtrain train`, `evaluate`, `plan`, `flight` and `data import`.
+"""The command line: `dtrain train`, `evaluate`, `export`, `plan`, `flight` and `data import`.
 
 Invariant: nothing here imports torch or MPI before a command needs it, and only `train` and
 `evaluate` ever import MPI; a refusal is one message from one rank and its exit code, anything else
@@ -89,6 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     flight = commands.add_parser("flight", help="say who waits for whom in a run that hangs")
     flight.add_argument("folder", type=Path, metavar="DIR", help="run folder")
     flight.set_defaults(command=_flight)
+
+    export = commands.add_parser("export", help="write what a run has learnt as one state dict")
+    export.add_argument("folder", type=Path, metavar="DIR", help="run folder")
+    export.add_argument("out", type=Path, metavar="OUT", help="file.pt or file.safetensors")
+    export.add_argument("--heads", action="store_true", help="the objective's own modules, too")
+    export.set_defaults(command=_export)
 
     data = commands.add_parser("data", help="prepare data sets")
     verbs = data.add_subparsers(required=True, metavar="VERB")
@@ -256,6 +262,16 @@ def _flight(options: argparse.Namespace) -> int:
     from dtrain.flights import told
 
     print("\n".join(told(options.folder)))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    """Write a state dict and say what is in it."""
+    from dtrain.export import export
+
+    state = export(options.folder, options.out, options.heads)
+    count = sum(tensor.numel() for tensor in state.values())
+    print(f"{options.out}: {len(state)} tensors, {count:,} numbers")
     return 0
 
 

@@ -12,10 +12,10 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from dtrain import optimizers
-from dtrain.errors import Refusal, unknown
+from dtrain.errors import Refusal
 from dtrain.foretell import scaled, suits
 from dtrain.keys import Checkpoint, Choice, Cut, Data, Evaluate, Grid, Log, Step, Top
 from dtrain.objectives import OBJECTIVES
@@ -25,9 +25,7 @@ from dtrain.schedules import SCHEDULES
 from dtrain.schedules.schedule import Schedule
 from dtrain.syncs import SYNCS
 from dtrain.syncs.sync import Sync
-from dtrain.tables import Table, fill, kebab, load, snake, unfill
-
-T = TypeVar("T")
+from dtrain.tables import Table, fill, kebab, load, make, snake, unfill
 
 
 @dataclass(frozen=True)
@@ -67,19 +65,19 @@ class Run:
 
     def make_objective(self) -> Objective:
         """Return the objective, made from its fields."""
-        return make(OBJECTIVES, self.objective, "objective")
+        return make(OBJECTIVES, self.objective.table(), "objective")
 
     def make_schedule(self) -> Schedule:
         """Return the schedule, made from its fields."""
-        return make(SCHEDULES, self.schedule, "schedule")
+        return make(SCHEDULES, self.schedule.table(), "schedule")
 
     def make_sync(self) -> Sync:
         """Return a new sync, one for each block."""
-        return make(SYNCS, self.sync, "sync")
+        return make(SYNCS, self.sync.table(), "sync")
 
     def make_rate(self) -> Rate:
         """Return the schedule of learning rates, made from its fields."""
-        return make(RATES, self.rate, "lr")
+        return make(RATES, self.rate.table(), "lr")
 
     def step_fields(self) -> Table:
         """Return the optimizer's fields, learning rate and momentum for the batch that there is."""
@@ -159,7 +157,7 @@ def parse(table: Mapping[str, Any], path: Path, overrides: Sequence[str] = ()) -
     common = [kebab(each.name) for each in dataclasses.fields(Data)]
     ours = [kebab(each.name) for each in dataclasses.fields(Step)]
     objective = _choice(parts["objective"], "objective", OBJECTIVES, "mono-forward")
-    default = make(OBJECTIVES, objective, "objective").schedule
+    default = make(OBJECTIVES, objective.table(), "objective").schedule
     run = Run(
         path=path,
         overrides=tuple(overrides),
@@ -185,6 +183,7 @@ def parse(table: Mapping[str, Any], path: Path, overrides: Sequence[str] = ()) -
     optimizers.check(run.optimizer.name, run.optimizer.fields)
     suits(run.make_schedule().asks(), run.optimizer.name, run.optimizer.fields)
     _scales(run)
+    _ruled(run)
     return run
 
 
@@ -245,12 +244,14 @@ def _scales(run: Run) -> None:
         )
 
 
-def make(kinds: Mapping[str, type[T]], choice: Choice, what: str) -> T:
-    """Return the named strategy of `kinds`, its fields checked against its own."""
-    if choice.name not in kinds:
-        raise unknown(what, choice.name, kinds)
-    table = {key: value for key, value in choice.table().items() if key != "name"}
-    return fill(kinds[choice.name], table, f"[{what}] ")
+def _ruled(run: Run) -> None:
+    """Refuse a schedule that goes by an optimizer's rule where the sync has one of its own."""
+    asked = run.make_schedule().asks()
+    if asked and run.make_sync().ruled:
+        raise Refusal(
+            f"[schedule] {asked[0]} goes by the rule of the optimizer, and [sync] "
+            f"'{run.sync.name}' steps by its own: leave one of them out"
+        )
 
 
 def _subtable(table: Mapping[str, Any], name: str) -> Table:
@@ -274,7 +275,7 @@ def _named(table: Table, what: str) -> Choice:
 def _choice(table: Table, what: str, kinds: Mapping[str, type[Any]], default: str) -> Choice:
     """Return the choice a table makes among `kinds`, with all its fields spelled out."""
     choice = _named({"name": default} | table, what)
-    made = make(kinds, choice, what)
+    made = make(kinds, choice.table(), what)
     return Choice(
         choice.name, {f.name: getattr(made, f.name) for f in dataclasses.fields(made) if f.init}
     )

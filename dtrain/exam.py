@@ -160,13 +160,8 @@ def _asked(folder: Path, overrides: Sequence[str]) -> Run:
                 f"{' and '.join(SETTABLE)}"
             )
     path = folder / "run.toml"
-    if not folder.is_dir():
-        raise Refusal(f"there is no run folder {folder}: give the one that `dtrain train` named")
-    if not path.is_file():
-        raise Refusal(f"{folder} holds no run.toml: give a folder that `dtrain train` named")
-    run = replace(read(path, overrides), path=_origin(path))
-    _newest(folder)
-    return run
+    newest(folder)
+    return replace(read(path, overrides), path=_origin(path))
 
 
 def _origin(path: Path) -> Path:
@@ -181,7 +176,12 @@ def _origin(path: Path) -> Path:
     return Path(line.removeprefix(head).removesuffix(tail))
 
 
-def _newest(folder: Path) -> Manifest:
+def newest(folder: Path) -> Manifest:
+    """Return the newest complete checkpoint of a run; refuse where there is none."""
+    if not folder.is_dir():
+        raise Refusal(f"there is no run folder {folder}: give the one that `dtrain train` named")
+    if not (folder / "run.toml").is_file():
+        raise Refusal(f"{folder} holds no run.toml: give a folder that `dtrain train` named")
     where = folder / CHECKPOINTS
     manifest = checkpoint.latest(where)
     if manifest is None:
@@ -209,7 +209,7 @@ def _load(job: Job, folder: Path) -> Manifest:
     """Load the newest checkpoint, or the one that has taken its place meanwhile. Collective."""
     control = job.lines.control
     for _ in range(TURNS):
-        first = together(control, lambda: None if control.rank else str(_newest(folder).folder))
+        first = together(control, lambda: None if control.rank else str(newest(folder).folder))
         path = Path(control.exchange(first)[0])
         manifest = together(control, partial(_loaded, job, path))
         if all(control.exchange(manifest is not None)):

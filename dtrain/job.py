@@ -141,7 +141,7 @@ def build(plan: Plan, comm: Comm) -> Job:
     """Make this rank's blocks, with the weights of the seed, and its communicators. Collective."""
     layout = plan.layout
     if plan.run.top.debug:
-        comm.debug()
+        comm.family.debug()
     replica, stage = layout.mesh.coords(comm.rank)
     seat = Seat(layout.mesh, replica, stage, layout.place)
     replicas, column = comm.split(stage, replica, "replicas"), comm.split(replica, stage, "column")

@@ -35,7 +35,7 @@ def compare(block: Block, replicas: Comm, update: int) -> None:
     Refusal
         On all replicas, with code 4: names the first replica and tensor, the block and the update.
     """
-    if not replicas.debugged or replicas.size == 1:
+    if not replicas.family.debugged or replicas.size == 1:
         return
     trained = {name: p for name, p in block.parameters.items() if p.requires_grad}
     first, *others = replicas.exchange([checksum(each) for each in trained.values()])

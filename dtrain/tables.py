@@ -36,6 +36,23 @@ def load(path: Path, what: str) -> Table:
         raise Refusal(f"{path} is not valid TOML: {error}") from error
 
 
+def make(kinds: Mapping[str, type[T]], table: Mapping[str, Any], where: str) -> T:
+    """Return the strategy of `kinds` that a table names, its fields checked against its own.
+
+    Raises
+    ------
+    Refusal
+        For a name or a key that there is not, or a value that does not fit.
+    """
+    name = table.get("name")
+    if not isinstance(name, str):
+        raise Refusal(f'[{where}] needs name = "..."')
+    if name not in kinds:
+        raise unknown(where, name, kinds)
+    rest = {key: value for key, value in table.items() if key != "name"}
+    return fill(kinds[name], rest, f"[{where}] ")
+
+
 def fill(kind: type[T], table: Mapping[str, Any], where: str, known: Sequence[str] = ()) -> T:
     """Return the dataclass `kind` made of a kebab-case table; unknown keys are refused."""
     hints = typing.get_type_hints(kind)
@@ -80,6 +97,8 @@ def _fit(value: Any, hint: Any, where: str) -> tuple[bool, Any]:
             return False, None
         inner = typing.get_args(hint)[0]
         return True, tuple(convert(each, inner, f"{where}[{i}]") for i, each in enumerate(value))
+    if origin is dict:
+        return isinstance(value, dict), value
     if hint is float:
         plain = isinstance(value, (int, float)) and not isinstance(value, bool)
         return plain, float(value) if plain else None
@@ -93,6 +112,8 @@ def _words(hint: Any) -> str:
     origin = typing.get_origin(hint)
     if origin is Literal:
         return " or ".join(f'"{each}"' for each in typing.get_args(hint))
+    if origin is dict:
+        return "a table"
     if origin is tuple:
         return f"a list, each {' or '.join(_words(o) for o in _options(typing.get_args(hint)[0]))}"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[hint]

@@ -85,7 +85,7 @@ class Trace:
         self.done: list[Done] = []
         self.clock = self.clocks.ask()
         self.zero = time.perf_counter() - since_s
-        comm.trace(True)
+        comm.family.trace(True)
         if comm.rank == 0 and not since_s:
             path.unlink(missing_ok=True)
         names = comm.exchange([seat.replica, seat.stage, comm.hosts[comm.rank]])
@@ -105,7 +105,7 @@ class Trace:
             Micro-batches by [replica][update] of the segment.
         """
         before, self.clock = self.clock, self.clocks.ask()
-        waits = self.comm.trace(True)
+        waits = self.comm.family.trace(True)
         rows = [[*each.action, each.update, each.start, each.end] for each in self.done]
         told = {"done": rows, "waits": waits, "clocks": [before, self.clock]}
         self.done = []
@@ -213,8 +213,12 @@ def _busy(told: dict[str, Any]) -> list[tuple[Action, float]]:
 
 
 def _event(name: str, kind: str, start: float, end: float, place: Event, args: Event) -> Event:
-    """Return a span as Chrome's trace format has it: times in microseconds."""
-    times = {"ts": round(1e6 * start, 1), "dur": round(1e6 * (end - start), 1)}
+    """Return a span as Chrome's trace format has it: times in microseconds.
+
+    Both ends are rounded, since a viewer drops spans that overlap by less than it shows.
+    """
+    first, last = round(1e6 * start, 1), round(1e6 * end, 1)
+    times = {"ts": first, "dur": round(last - first, 1)}
     return {"name": name, "cat": kind, "ph": "X", **times, **place, "args": args}
 
 

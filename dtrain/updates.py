@@ -93,7 +93,8 @@ class Updates:
                 self.norm = squares(block.gradients()) ** 0.5
         if course.clip:
             clip_(block.gradients(), self.norm, course.clip)
-        self.versions[index].step(action.update, sync.steps(weight, clock))
+        moves, rule = sync.steps(weight, clock), sync.rule(clock)
+        self.versions[index].step(action.update, moves, rule)
         sync.after_update(clock)
         if sync.equal:
             compare(block, sync.replicas, update)

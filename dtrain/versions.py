@@ -18,7 +18,7 @@ from typing import final
 
 from torch import Tensor
 
-from dtrain.block import Block
+from dtrain.block import Block, Rule
 from dtrain.foretell import foretold, spiked
 from dtrain.saved import Saved
 from dtrain.schedules.action import Action
@@ -95,12 +95,13 @@ class Versions:
             self._foretold.pop(key, None)
             self._sweep()
 
-    def step(self, update: int, moves: bool) -> None:
-        """Go on to the next version: update the block, where it `moves` at all."""
+    def step(self, update: int, moves: bool, rule: Rule | None = None) -> None:
+        """Go on to the next version: update the block, where it `moves` at all, by a `rule` if
+        one is given."""
         policy, shelf, block = self.policy, self._shelf, self.block
         if policy is None or shelf is None or block.optimizer is None:
             if moves:
-                block.update()
+                block.update(rule)
             return
         now = shelf.now
         if shelf.update():
@@ -113,7 +114,7 @@ class Versions:
         if moves and delay:
             block.update(lambda optimizer: spiked(optimizer, delay))
         elif moves:
-            block.update()
+            block.update(rule)
 
     @property
     def peak_bytes(self) -> int:

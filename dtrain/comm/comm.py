@@ -10,19 +10,21 @@ Every verb that is called collective must be called by all ranks of the group, i
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn, final
 
 import torch
+from torch import Tensor
 
 from dtrain.comm.desk import Desk
 from dtrain.comm.dock import Host, Message, Pinned
-from dtrain.comm.family import Family, Wait
+from dtrain.comm.family import Family
 from dtrain.comm.line import Line
 from dtrain.comm.mean import Mean
-from dtrain.comm.roll import LIMIT_S, Roll, Tensors, plain
+from dtrain.comm.roll import Roll, Tensors, plain
 from dtrain.comm.routes import Specs
+from dtrain.comm.trade import Trade
 from dtrain.comm.tree import finish, gather, spread
 from dtrain.comm.wire import Wire
 from dtrain.errors import Refusal
@@ -60,6 +62,8 @@ class Comm:
         What this rank has sent, over all groups split from one world.
     flight : Flight
         What this rank did last and waits for, over all those groups.
+    family : Family
+        What all those groups share: its debug mode, its notes of waits.
     """
 
     def __init__(
@@ -75,13 +79,13 @@ class Comm:
         self.rank, self.size, self.hosts = wire.rank, wire.size, wire.hosts
         self.library, self.name = wire.library, name
         self.credits, self.timeout_s = credits, timeout_s
-        self._family = family or Family(wire)
-        self.traffic, self.flight = self._family.traffic, self._family.flight
+        self.family = family or Family(wire)
+        self.traffic, self.flight = self.family.traffic, self.family.flight
         self.line = Line(wire, self.traffic, self.flight, chunk_bytes, name)
         self.node, self.nodes = self.line.tiers.node, len(self.line.tiers.nodes)
-        self._desk, self._roll = Desk(self.line), Roll(self.line, self._family)
+        self._desk, self._roll = Desk(self.line), Roll(self.line, self.family)
         self._splits = 0  # so far: the same number on all ranks
-        self._family.desks.append(self._desk)
+        self.family.desks.append(self._desk)
 
     # ---- waiting
 
@@ -99,20 +103,20 @@ class Comm:
         if not done():
             wire = self.line.wire
             peers = wire.world if peer is None else (wire.world[peer],)
-            self._family.wait(done, what, peers, wire, self.timeout_s)
+            self.family.wait(done, what, peers, wire, self.timeout_s)
 
     @property
     def waited_s(self) -> float:
         """Seconds that this rank has spent in waits, over all groups of the family."""
-        return self._family.waited_s
+        return self.family.waited_s
 
     def progress(self) -> None:
         """Move everything that is in flight in the whole family, both ways; never wait.
 
         For use between computations: MPI moves large messages only inside its calls.
         """
-        self._family.progress(whole=True)
-        self._family.poke()
+        self.family.progress(whole=True)
+        self.family.poke()
 
     def close(self) -> None:
         """Leave the group: no turn looks at it any more. Local; may be called twice.
@@ -124,25 +128,7 @@ class Comm:
         RuntimeError
             Where something is in flight or was declared and has not come.
         """
-        self._family.close(self._desk)
-
-    def trace(self, on: bool) -> list[Wait]:
-        """Note the family's waits, or no more; return, and forget, those noted so far. Local."""
-        told, self._family.waits = self._family.waits or [], [] if on else None
-        return told
-
-    @property
-    def debugged(self) -> bool:
-        """Whether the family is in debug mode."""
-        return self._family.limit_s is not None
-
-    def debug(self, limit_s: float = LIMIT_S) -> None:
-        """Call the roll before every collective of the whole family from now on.
-
-        `Discord` is raised by ranks that call different operations, or with different tensors, and
-        by those that wait `limit_s` seconds for a call. Local; all ranks must do so, before any.
-        """
-        self._family.limit_s = limit_s
+        self.family.close(self._desk)
 
     def onto(self, device: torch.device) -> None:
         """State where this rank computes: there `recv` puts messages, in the whole family.
@@ -150,7 +136,7 @@ class Comm:
         Tensors on an accelerator are copied through memory of the host on their way to and from
         the wire. Local; nothing may be declared or in flight.
         """
-        self._family.dock = Host() if device.type == "cpu" else Pinned(device)
+        self.family.dock = Host() if device.type == "cpu" else Pinned(device)
 
     # ---- between two ranks
 
@@ -166,7 +152,7 @@ class Comm:
         if len(outbox) >= self.credits:
             what = f"a credit to send to rank {to} with tag {tag}"
             self.wait(lambda: len(outbox) < self.credits, what, to)
-        outbox.send(message, self._family.dock)
+        outbox.send(message, self.family.dock)
 
     def expect(self, source: int, tag: int, specs: Iterable[Specs]) -> None:
         """Declare the next messages of a route, in order: of each (shape, dtype), or a tuple of
@@ -175,7 +161,7 @@ class Comm:
         The next one is always posted, into fresh memory that starts on a 64-byte boundary.
         Declarations add up; what is declared must come before the program ends.
         """
-        self._desk.inbox(source, tag, self._family.dock).expect(specs)
+        self._desk.inbox(source, tag, self.family.dock).expect(specs)
 
     def recv(self, source: int, tag: int) -> Message:
         """Return the next message of a route, a tensor or a tuple of them as it was declared by
@@ -229,11 +215,11 @@ class Comm:
         between waits only `test` and `progress` do. Several may be in flight, to be waited for in
         any order.
         """
-        family, scale = self._family, 1.0 / self.size if weight is None else weight
+        family, scale = self.family, 1.0 / self.size if weight is None else weight
         tag, line, own = self._roll.call("mean_", tensors), self.line, plain(tensors)
         mean = Mean(line, own, scale, tag, family.scratch, family.dock, self.wait)
         if not mean.test():
-            self._desk.means.append(mean)
+            self._desk.running.append(mean)
         return mean
 
     def broadcast_(self, tensors: Tensors, root: int = 0) -> None:
@@ -242,7 +228,21 @@ class Comm:
         self.flight.note("broadcast", len(tensors), "tensors of", self.name, "from rank", root)
         tag = self._roll.call(f"broadcast_ from rank {root}", tensors)
         what = f"{len(tensors)} tensors from rank {root} of {self.name} with tag {tag}"
-        finish(spread(self.line, plain(tensors), root, tag, self._family.dock), self.wait, what)
+        finish(spread(self.line, plain(tensors), root, tag, self.family.dock), self.wait, what)
+
+    def iall_to_all(self, parts: Sequence[Tensor]) -> Trade:
+        """Start to give each rank r ``parts[r]``; return a handle (`test`, `wait`). Collective.
+
+        ``wait()`` returns by rank what was given to me; each part has the shape and dtype of my own
+        ``parts[rank]``. Nobody may touch the parts before. A gather is n times the same part.
+        Raises `TypeError`, by number, for a tensor without plain memory.
+        """
+        tag = self._roll.call("all_to_all", parts)
+        self.flight.note("all-to-all", len(parts), "parts of", self.name)
+        trade = Trade(self.line, parts, tag, self.family.dock, self.wait)
+        if not trade.test():
+            self._desk.running.append(trade)
+        return trade
 
     def exchange(self, item: Any) -> list[Any]:
         """Return the items of all ranks, in rank order: whatever JSON can hold. Collective."""
@@ -271,7 +271,7 @@ class Comm:
                        a  b  a  b       ->     a: 0, 2 are its ranks 0, 1;  b: 1, 3 are its 0, 1
         """
         self._splits += 1
-        with self._family.noted(f"all ranks of {self.name}, to split it", self.line.wire.world):
+        with self.family.noted(f"all ranks of {self.name}, to split it", self.line.wire.world):
             wire = self.line.wire.split(color, key)
         return Comm(
             wire,
@@ -279,7 +279,7 @@ class Comm:
             timeout_s=self.timeout_s,
             chunk_bytes=self.line.chunk_bytes,
             name=name or f"{self.name}.{self._splits}",
-            family=self._family,
+            family=self.family,
         )
 
     def dup(self, name: str = "") -> Comm:

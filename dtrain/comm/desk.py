@@ -12,6 +12,7 @@ from dtrain.comm.dock import Dock
 from dtrain.comm.line import Line
 from dtrain.comm.mean import Mean
 from dtrain.comm.routes import Inbox, Outbox, Transfer
+from dtrain.comm.trade import Trade
 from dtrain.telemetry import Pending
 
 TAGS = 1 << 14
@@ -20,7 +21,7 @@ TAGS = 1 << 14
 
 @final
 class Desk:
-    """The routes and the means of one group.
+    """The routes and the collectives of one group.
 
     Attributes
     ----------
@@ -28,15 +29,15 @@ class Desk:
         Of the group.
     outboxes, inboxes : dict of (int, int) to Outbox, to Inbox
         By the other end's rank and tag.
-    means : list of Mean
-        Those that were not complete at the last look.
+    running : list of (Mean or Trade)
+        Collectives that were not complete at the last look.
     """
 
     def __init__(self, line: Line) -> None:
         self._line, self.name = line, line.name
         self.outboxes: dict[tuple[int, int], Outbox] = {}
         self.inboxes: dict[tuple[int, int], Inbox] = {}
-        self.means: list[Mean] = []
+        self.running: list[Mean | Trade] = []
 
     def outbox(self, to: int, tag: int) -> Outbox:
         """Return the messages from here to a rank."""
@@ -59,12 +60,12 @@ class Desk:
         return inbox, inbox.posted
 
     def look(self, whole: bool = False) -> None:
-        """Take note of what has arrived elsewhere, and go on with the means."""
+        """Take note of what has arrived elsewhere, and go on with the collectives."""
         for outbox in self.outboxes.values():
             if outbox:
                 outbox.look()
-        if self.means:
-            self.means = [mean for mean in self.means if not mean.test(whole)]
+        if self.running:
+            self.running = [each for each in self.running if not each.test(whole)]
 
     def poke(self) -> bool:
         """Look at receives until one is open; return whether one was."""
@@ -79,8 +80,8 @@ class Desk:
             yield from outbox.pending()
         for inbox in self.inboxes.values():
             yield from inbox.pending()
-        for mean in self.means:
-            yield mean.since, f"{mean.words()} of {self._line.name}"
+        for each in self.running:
+            yield each.since, f"{each.words()} of {self._line.name}"
 
 
 def _legal(tag: int) -> int:

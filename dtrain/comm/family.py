@@ -23,6 +23,9 @@ from dtrain.telemetry import Flight, Pending
 Wait = tuple[float, float, str]
 """Start and end by this rank's `perf_counter`, and what was waited for."""
 
+LIMIT_S = 60.0
+"""How long all ranks may take to come to a collective, in debug mode."""
+
 SILENCE_S = 300.0
 """After so long a wait says so, once, and waits on."""
 
@@ -62,6 +65,24 @@ class Family:
         self.waited_s = 0.0
         self.limit_s: float | None = None
         self.waits: list[Wait] | None = None
+
+    @property
+    def debugged(self) -> bool:
+        """Whether the family is in debug mode."""
+        return self.limit_s is not None
+
+    def debug(self, limit_s: float = LIMIT_S) -> None:
+        """Call the roll before every collective of the whole family from now on.
+
+        `Discord` is raised by ranks that call different operations, or with different tensors, and
+        by those that wait `limit_s` seconds for a call. Local; all ranks must do so, before any.
+        """
+        self.limit_s = limit_s
+
+    def trace(self, on: bool) -> list[Wait]:
+        """Note the family's waits, or no more; return, and forget, those noted so far. Local."""
+        told, self.waits = self.waits or [], [] if on else None
+        return told
 
     def progress(self, whole: bool = False) -> None:
         """Move everything that is in flight; never wait. `whole`: there is no next turn soon."""

@@ -31,9 +31,6 @@ from dtrain.comm.wire import Bytes, Stall
 SPAN = 64
 """Tags that one collective may use; the last of them is the roll's."""
 
-LIMIT_S = 60.0
-"""How long all ranks may take to come to a call, in debug mode."""
-
 Tensors = Sequence[Tensor] | Mapping[str, Tensor]
 """What a collective is given: with names, those stand in the errors of the debug mode."""
 

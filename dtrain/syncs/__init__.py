@@ -1,18 +1,30 @@
 """Syncs by the name that a run file gives them; one file each."""
 
 from dtrain.syncs.daso import DASO
+from dtrain.syncs.demo import DeMo
 from dtrain.syncs.diloco import DiLoCo
 from dtrain.syncs.every_step import EveryStep
+from dtrain.syncs.int8 import Int8
 from dtrain.syncs.local_sgd import LocalSGD
 from dtrain.syncs.never import Never
+from dtrain.syncs.only_large import OnlyLarge
+from dtrain.syncs.powersgd import PowerSGD
 from dtrain.syncs.qsr import QSR
 from dtrain.syncs.sync import Sync
+from dtrain.syncs.terngrad import TernGrad
+from dtrain.syncs.warmup import Warmup
 
 SYNCS: dict[str, type[Sync]] = {
     "daso": DASO,
+    "demo": DeMo,
     "diloco": DiLoCo,
     "every-step": EveryStep,
+    "int8": Int8,
     "local-sgd": LocalSGD,
     "never": Never,
+    "only-large": OnlyLarge,
+    "powersgd": PowerSGD,
     "qsr": QSR,
+    "terngrad": TernGrad,
+    "warmup": Warmup,
 }

@@ -26,18 +26,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import Literal, final
 
 from torch import Tensor
 
-from dtrain.block import Block
 from dtrain.comm.comm import Comm
 from dtrain.early import Group
 from dtrain.syncs.parts.apart import Apart
 from dtrain.syncs.parts.heat import Heat
 from dtrain.syncs.parts.selective import Selective
 from dtrain.syncs.parts.way import Limits, Way
-from dtrain.syncs.sync import Clock, least
+from dtrain.syncs.sync import Clock, Held, least
 
 
 @final
@@ -67,8 +66,8 @@ class DASO(Apart):
         Go through the phases as heat's code does, batch by batch; see `dtrain.syncs.parts.heat`.
     """
 
-    horizon: ClassVar[bool] = True
-    copies: ClassVar[int] = 1
+    horizon = True
+    copies = 1
     warmup_epochs: int | None = None
     cooldown_epochs: int | None = None
     max_global_skips: int = 8
@@ -88,7 +87,7 @@ class DASO(Apart):
         least("stability-level", self.stability_level, 0)
         least("local-every", self.local_every, 1)
 
-    def open(self, block: Block, replicas: Comm) -> None:
+    def open(self, block: Held, replicas: Comm) -> None:
         """Take the block, and its replicas by node. Collective."""
         super().open(block, replicas)
         limits = Limits(
@@ -101,8 +100,8 @@ class DASO(Apart):
             local_every=self.local_every,
             downcast=self.downcast == "bfloat16",
         )
-        kind: type[Way] = Heat if self.heat_compatible else Selective
-        self.way = kind(block, replicas, limits)
+        kind = Heat if self.heat_compatible else Selective
+        self.way: Way = kind(block, replicas, limits, self.carrier)
 
     def means(self) -> tuple[float, float]:
         """While cycling: one per update inside nodes, and a parcel now and then."""

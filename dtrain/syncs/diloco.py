@@ -20,12 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import final
 
 from torch import Tensor
 
 from dtrain.syncs.parts.rounds import Rounds
-from dtrain.syncs.sync import Clock, averaged, least
+from dtrain.syncs.sync import Clock, averaged, least, under
 
 
 @final
@@ -41,13 +41,14 @@ class DiLoCo(Rounds):
         Of the outer optimizer.
     """
 
-    horizon: ClassVar[bool] = True
-    copies: ClassVar[int] = 2
+    horizon = True
+    copies = 2
     every: int = 50
     outer_lr: float = 0.7
     outer_momentum: float = 0.9
 
     def __post_init__(self) -> None:
+        super().__init__()
         least("every", self.every, 1)
         least("outer-lr", self.outer_lr, 0)
         least("outer-momentum", self.outer_momentum, 0)
@@ -68,11 +69,11 @@ class DiLoCo(Rounds):
         """Every `every` updates, and at the end of the run."""
         return (clock.update + 1) % self.every == 0 or clock.ends_run
 
-    def meet(self) -> None:
+    def meet(self, clock: Clock) -> None:
         """Take the outer step, and start from where it leads. Collective."""
         own, momentum = self.block.values(), self.outer_momentum
         moved = {name: self._outer[name] - own[name] for name in own}
-        self.replicas.mean_(moved)
+        self.carrier.mean_(self.replicas, moved, 1 / self.replicas.size, clock.update)
         for name, delta in moved.items():
             velocity = self._velocity[name].mul_(momentum).add_(delta)
             self._outer[name].sub_(delta.add_(velocity, alpha=momentum), alpha=self.outer_lr)
@@ -92,5 +93,4 @@ class DiLoCo(Rounds):
         """Take back what `state()` returned."""
         super().restore(state)
         for held, root in ((self._outer, "outer/"), (self._velocity, "velocity/")):
-            names = [name for name in state if name.startswith(root)]
-            held |= {name.removeprefix(root): state[name].clone() for name in names}
+            held |= {name: each.clone() for name, each in under(state, root).items()}

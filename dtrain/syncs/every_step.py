@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from dtrain.syncs.sync import Clock, Sync, averaged
 class EveryStep(Sync):
     """All-reduce of gradients, weighted by samples: a mean over samples."""
 
-    apart: ClassVar[bool] = False
+    apart = False
 
     def averages(self, weight: float, clock: Clock) -> Group | None:
         """Over all replicas, in every update."""

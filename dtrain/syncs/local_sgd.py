@@ -24,12 +24,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, final
 
-from dtrain.block import Block
 from dtrain.comm.comm import Comm
 from dtrain.early import Group
 from dtrain.syncs.parts.nodes import Nodes
 from dtrain.syncs.parts.rounds import Rounds
-from dtrain.syncs.sync import Clock, least
+from dtrain.syncs.sync import Clock, Held, least
 
 
 @final
@@ -57,10 +56,11 @@ class LocalSGD(Rounds):
     within: Literal["replica", "node"] = "replica"
 
     def __post_init__(self) -> None:
+        super().__init__()
         least("every", self.every, 1)
         least("warmup-updates", self.warmup_updates, 0)
 
-    def open(self, block: Block, replicas: Comm) -> None:
+    def open(self, block: Held, replicas: Comm) -> None:
         """Take the block and its replicas, by node where those of a node step together."""
         super().open(block, replicas)
         self._nodes = Nodes(replicas) if self.within == "node" else None

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import floor, pow
-from typing import ClassVar, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -46,12 +46,13 @@ class QSR(Rounds):
         The exponent.
     """
 
-    horizon: ClassVar[bool] = True
+    horizon = True
     every: int = 4
     alpha_over_peak: float = 0.0175 / 0.008
     power: float = 2.0
 
     def __post_init__(self) -> None:
+        super().__init__()
         least("every", self.every, 1)
         least("alpha-over-peak", self.alpha_over_peak, 0)
         least("power", self.power, 0)
@@ -63,6 +64,7 @@ class QSR(Rounds):
 
     def before_update(self, gradients: Sequence[Tensor], weight: float, clock: Clock) -> None:
         """Leave the gradients; where a round begins, find its end."""
+        super().before_update(gradients, weight, clock)
         if clock.update >= self._end:
             self._end = min(clock.update + self.length(clock), clock.total)
 

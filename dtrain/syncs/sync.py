@@ -7,16 +7,17 @@ calls the same methods in the same order, so all of them are collective over the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Protocol, final
 
 from torch import Tensor
 
-from dtrain.block import Block
+from dtrain.block import Rule
 from dtrain.comm.comm import Comm
 from dtrain.early import Group
 from dtrain.errors import Refusal
+from dtrain.syncs.parts.carrier import EXACT, Carrier
 
 
 @final
@@ -73,6 +74,29 @@ class Clock:
         return min((self.epoch + 1) * self.per_epoch, self.total) - self.update - 1
 
 
+class Held(Protocol):
+    """What a sync sees of a block, or of a part of it; see `dtrain.block.Block`."""
+
+    index: int
+    seed: int
+
+    @property
+    def drifting(self) -> dict[str, Tensor]:
+        """The buffers in which replicas may differ."""
+
+    def values(self) -> dict[str, Tensor]:
+        """Return what is trained, by name."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return parameters and buffers, by name."""
+
+    def memory(self) -> dict[str, Tensor]:
+        """Return the optimizer's state as ``<parameter>/<key>``."""
+
+    def named(self, gradients: Iterable[Tensor]) -> dict[str, Tensor]:
+        """Return one tensor for each of `values`, under their names."""
+
+
 class Sync(ABC):
     """One way of agreeing, for one block. Fields of a subclass are its keys in the run file.
 
@@ -84,16 +108,28 @@ class Sync(ABC):
         Whether what it does follows from the length of the run, which then cannot be changed.
     copies : int
         Copies of what is trained that it keeps, at most: for the memory planned and counted.
+    lossy : bool
+        Whether what replicas are told of each other is less than what there is to tell.
+    ruled : bool
+        Whether `rule` replaces the optimizer's own, in some updates at least.
+    idles : bool
+        Whether it does so in all of them, so that the optimizer keeps nothing.
+    carrier : Carrier
+        What takes movements of weights from node to node.
     equal : bool
         Whether all replicas hold the same parameters, bit for bit, since the last update.
     """
 
-    apart: ClassVar[bool]
-    horizon: ClassVar[bool] = False
-    copies: ClassVar[int] = 0
-    equal: bool = True
+    apart: bool
+    horizon = False
+    copies = 0
+    lossy = False
+    ruled = False
+    idles = False
+    equal = True
+    carrier: Carrier = EXACT
 
-    def open(self, block: Block, replicas: Comm) -> None:
+    def open(self, block: Held, replicas: Comm) -> None:
         """Take the block and the communicator of its replicas; may re-parametrise the block."""
         self.block = block
         self.replicas = replicas
@@ -123,6 +159,10 @@ class Sync(ABC):
     def before_update(self, gradients: Sequence[Tensor], weight: float, clock: Clock) -> None:  # noqa: B027
         """Change the gradients in place, averaged as they are now; `weight` = rows of this replica
         / rows of the update."""
+
+    def rule(self, clock: Clock) -> Rule | None:
+        """Return what takes the optimizer's step in its place, None for nothing."""
+        return None
 
     @abstractmethod
     def after_update(self, clock: Clock) -> None:
@@ -155,7 +195,7 @@ def least(key: str, value: float, low: float) -> None:
         raise Refusal(f"[sync] {key} = {value} is too small: give at least {low}")
 
 
-def moving(block: Block) -> dict[str, Tensor]:
+def moving(block: Held) -> dict[str, Tensor]:
     """Return the tensors in which replicas that train apart differ, under their global names.
 
     A mean of equal numbers is not always that number: what is frozen is in no mean.
@@ -168,3 +208,9 @@ def averaged(replicas: Comm, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
     copies = {name: tensor.clone() for name, tensor in tensors.items()}
     replicas.mean_([tensor for tensor in copies.values() if tensor.is_floating_point()])
     return copies
+
+
+def under(state: Mapping[str, Tensor], root: str) -> dict[str, Tensor]:
+    """Return the part of a state whose names begin with `root`, without that beginning."""
+    own = {name: each for name, each in state.items() if name.startswith(root)}
+    return {name.removeprefix(root): each for name, each in own.items()}

@@ -45,7 +45,7 @@ SHAPES = [(), (0, 3), (1,), (5, 7), (2, 3, 4, 5)]
 @contextmanager
 def looking(comm: Comm, look: Callable[[], object]) -> Iterator[None]:
     """Call `look` in every turn of every wait of a family while the body runs."""
-    family = comm._family
+    family = comm.family
     progress = family.progress
 
     def both(whole: bool = False) -> None:
@@ -299,10 +299,10 @@ def closed_groups_are_looked_at_no_more(comm: Comm) -> None:
     assert other.recv(comm.rank, 1).item() == 1
     other.flush()
     assert "of errands" in comm.flight.text()
-    before = len(comm._family.desks)
+    before = len(comm.family.desks)
     other.close()
     other.close()
-    assert len(comm._family.desks) == before - 1
+    assert len(comm.family.desks) == before - 1
     comm.exchange(None)
 
 
@@ -643,6 +643,32 @@ def a_wait_in_one_group_keeps_all_going(comm: Comm) -> None:
     assert len(calls) >= 2
 
 
+def parts_reach_whom_they_are_for(comm: Comm) -> None:
+    """All-to-all: of any dtype, beside a mean, with something else to do meanwhile; counted."""
+    size, rank = comm.size, comm.rank
+
+    def part(source: int, target: int) -> Tensor:
+        return torch.full((target + 2, 3), 10 * source + target, dtype=torch.uint8)
+
+    before = comm.traffic.bytes_intra + comm.traffic.bytes_inter
+    trade = comm.iall_to_all([part(rank, each) for each in range(size)])
+    with comm.uncounted():
+        mean = comm.imean_([torch.ones(5)])
+    found = trade.wait()
+    mean.wait()
+    for source, each in enumerate(found):
+        assert torch.equal(each, part(source, rank))
+    sent = sum(part(0, each).nbytes for each in range(size) if each != rank)
+    with comm.uncounted():
+        same = comm.iall_to_all([torch.tensor(float(rank))] * size).wait()
+    assert [float(each) for each in same] == [float(each) for each in range(size)]
+    assert comm.traffic.bytes_intra + comm.traffic.bytes_inter == before + sent
+    with pytest.raises(ValueError, match=rf"{size + 1} parts among {size} ranks"):
+        comm.iall_to_all([torch.ones(1)] * (size + 1))
+    with pytest.raises(TypeError, match="all_to_all of a meta tensor"):
+        comm.iall_to_all([torch.ones(1, device="meta")] * size)
+
+
 def debugging_changes_nothing(comm: Comm) -> None:
     """In debug mode the same calls give the same bits and count the same bytes."""
 
@@ -656,14 +682,15 @@ def debugging_changes_nothing(comm: Comm) -> None:
         for handle in handles:
             handle.wait()
         comm.broadcast_({"c": mine[0][:3]}, comm.size - 1)
+        comm.iall_to_all([mine[0]] * comm.size).wait()
         told = comm.exchange("x" * comm.rank)
         after = comm.traffic.bytes_intra + comm.traffic.bytes_inter
         return [*map(bits, mine), told, after - before]
 
     before = work()
-    assert not comm.debugged
-    comm.debug()
-    assert comm.dup().debugged
+    assert not comm.family.debugged
+    comm.family.debug()
+    assert comm.dup().family.debugged
     assert work() == before
 
 
@@ -671,7 +698,7 @@ def debugging_names_what_differs(comm: Comm) -> None:
     """Other shapes, dtypes, names, numbers of tensors, roots and operations: all ranks learn who
     calls what, and may call again."""
     last, t = comm.size - 1, torch.ones
-    comm.debug()
+    comm.family.debug()
     twins = comm.dup("twins")
     odd = comm.rank == last
 
@@ -716,7 +743,7 @@ def debugging_names_who_calls_elsewhere(comm: Comm) -> None:
     """Ranks that call two groups in another order are told from each other, in time."""
     last = comm.size - 1
     first, second = comm.dup("first"), comm.dup("second")
-    comm.debug(0.3)
+    comm.family.debug(0.3)
     if not last:
         return
     group = second if comm.rank == last else first  # and then the other
@@ -729,7 +756,7 @@ def debugging_names_who_calls_elsewhere(comm: Comm) -> None:
 def debugging_names_who_calls_nothing(comm: Comm) -> None:
     """A call that a rank leaves out is named by its number, with the last that all made."""
     twins = comm.dup("twins")
-    comm.debug(0.3)
+    comm.family.debug(0.3)
     twins.mean_([torch.ones(2)])
     if comm.rank == comm.size - 1:
         return
@@ -780,6 +807,7 @@ CASES: list[Callable[[Comm], None]] = [
     nodes_follow_hosts,
     waits_end_with_a_name,
     a_wait_in_one_group_keeps_all_going,
+    parts_reach_whom_they_are_for,
     debugging_changes_nothing,
     debugging_names_what_differs,
     debugging_names_who_calls_elsewhere,

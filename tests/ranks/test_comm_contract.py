@@ -72,7 +72,7 @@ def test_an_accelerator_is_staged(case: Callable[[Comm], None], n: int) -> None:
     staging = Copies()
 
     def work(comm: Comm) -> None:
-        comm._family.dock = Pinned(torch.device("cpu"), staging.empty)
+        comm.family.dock = Pinned(torch.device("cpu"), staging.empty)
         case(comm)
 
     threads.run(n, work, hosts=["a", "b", "a"][:n])
@@ -81,7 +81,7 @@ def test_an_accelerator_is_staged(case: Callable[[Comm], None], n: int) -> None:
 def test_staging_is_used_and_memory_of_the_wire_is_not_given_away() -> None:
     staging = Copies()
     comm = Comm(SingleWire())
-    comm._family.dock = Pinned(torch.device("cpu"), staging.empty)
+    comm.family.dock = Pinned(torch.device("cpu"), staging.empty)
     sent, other = torch.arange(6.0).view(2, 3), torch.ones(3)
     comm.expect(0, 1, [((2, 3), torch.float32), (((2, 3), torch.float32), ((3,), torch.float32))])
     comm.isend(sent, 0, 1)
@@ -105,7 +105,7 @@ def test_where_a_rank_computes_is_stated_once_for_the_family() -> None:
     comm = Comm(SingleWire())
     twin = comm.dup()
     comm.onto(torch.device("cuda", 1))
-    dock = twin._family.dock
+    dock = twin.family.dock
     assert isinstance(dock, Pinned)
     assert dock.device == torch.device("cuda", 1)
     here = torch.ones(2)
@@ -113,7 +113,7 @@ def test_where_a_rank_computes_is_stated_once_for_the_family() -> None:
     with pytest.raises(ValueError, match="'cuda' names no device of its kind: say 'cuda:0'"):
         comm.onto(torch.device("cuda"))
     comm.onto(torch.device("cpu"))
-    assert isinstance(twin._family.dock, Host)
+    assert isinstance(twin.family.dock, Host)
 
 
 NODES = ["ab", "aab", "abc", "abab", "aaabb", "aaaabccc", "abcbacbaa", "aaaaaaaaab"]

@@ -35,6 +35,7 @@ from dtrain.objectives import OBJECTIVES
 from dtrain.schedules import SCHEDULES
 from dtrain.schedules.late import Late
 from dtrain.syncs import SYNCS
+from dtrain.syncs.parts.wrapper import Wrapper
 from tests import tiny
 
 NET: dict[str, Any] = {
@@ -47,8 +48,11 @@ NET: dict[str, Any] = {
 FIELDS: dict[str, dict[str, Any]] = {
     **{name: {"every": 2} for name in ("local-sgd", "qsr", "diloco")},
     "daso": {"warmup-epochs": 0, "cooldown-epochs": 0, "max-global-skips": 1},
+    "warmup": {"updates": 1, "inner": {"name": "local-sgd", "every": 2}},
+    "only-large": {"elements": 50, "inner": {"name": "int8"}},
 }
 """What a sync needs in order to act within three updates. Each replica is on a node of its own."""
+MADE = {name: tiny.run(sync={"name": name, **FIELDS.get(name, {})}).make_sync() for name in SYNCS}
 
 
 class Trained(NamedTuple):
@@ -65,7 +69,14 @@ def legal(objective: str, schedule: str) -> bool:
 
 ALL = list(itertools.product(OBJECTIVES, SCHEDULES))
 PAIRS = [pair for pair in ALL if legal(*pair)]
-CELLS = [(*pair, sync) for pair in PAIRS for sync in SYNCS]
+WRAPPERS = {name for name, kind in SYNCS.items() if issubclass(kind, Wrapper)}
+"""They see no more than what others send: one objective of each pattern is enough."""
+CELLS = [
+    (*pair, sync)
+    for pair in PAIRS
+    for sync in SYNCS
+    if sync not in WRAPPERS or pair[0] in tiny.PATTERNS
+]
 # Law 3 is for what is synchronous: nothing is learnt with weights that it did not see.
 SYNCHRONOUS = [cell for cell in CELLS if not SCHEDULES[cell[1]].late]
 FIRST = {objective: schedule for objective, schedule, _ in reversed(SYNCHRONOUS)}
@@ -177,18 +188,21 @@ def test_stages_train_the_same_bits_without_replicas(objective: str, schedule: s
 
 @pytest.mark.parametrize(
     ("objective", "schedule", "sync"),
-    [cell for cell in SYNCHRONOUS if cell[2] == "every-step" or cell[0] in tiny.NEIGHBOURS],
+    [
+        cell
+        for cell in SYNCHRONOUS
+        if cell[2] == "every-step" or (cell[0] in tiny.NEIGHBOURS and not MADE[cell[2]].lossy)
+    ],
 )
 def test_one_micro_batch_equals_four(objective: str, schedule: str, sync: str) -> None:
-    """Law 3: to rounding, and not by luck to the bit."""
+    """Law 3: to rounding, and not by luck to the bit; a code may round either way."""
     one = alone(objective, schedule, sync, micros=1)
     four = trained(objective, schedule, sync, 2, 2, 4)
     close(one, four)
     assert any(not torch.equal(each, four.view[name]) for name, each in one.view.items())
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("sync", SYNCS)
+@pytest.mark.parametrize(("objective", "sync"), sorted({(a, c) for a, _, c in SYNCHRONOUS}))
 def test_synchronous_schedules_train_the_same_bits(objective: str, sync: str) -> None:
     """All learn in the order of micro-batches."""
     names = [each for name, each, other in SYNCHRONOUS if (name, other) == (objective, sync)]
@@ -198,13 +212,13 @@ def test_synchronous_schedules_train_the_same_bits(objective: str, sync: str) ->
         equal(first, other)
 
 
-@pytest.mark.parametrize(("objective", "schedule"), PAIRS)
-@pytest.mark.parametrize("sync", SYNCS)
+@pytest.mark.parametrize(("objective", "schedule", "sync"), CELLS)
 def test_replicas_that_always_agree_are_one(objective: str, schedule: str, sync: str) -> None:
     """Law 1 over replicas, where they never differ; where they do, they really train apart."""
     one, two = alone(objective, schedule, sync, 1), trained(objective, schedule, sync, 3, 2)
     # Closed forms of random features: their sums are added over all replicas, whatever the sync.
-    if not SYNCS[sync].apart or objective == "cafo":
+    made = MADE[sync]
+    if not (made.apart or made.lossy) or objective == "cafo":
         close(one, two)
     else:
         with pytest.raises(AssertionError):

@@ -245,13 +245,16 @@ def test_the_next_command_is_one_that_runs(
 
 @pytest.mark.parametrize("name", SYNCS)
 def test_what_a_sync_keeps_is_planned_and_counted(name: str, tmp_path: Path) -> None:
-    """Beside what `every-step` needs: no copy, one or two of what is trained, in every rank."""
+    """Beside what `every-step` needs: no copy, one or two of what is trained, in every rank; less
+    what an optimizer would keep that never steps."""
     planned, counted = (
         [made - plain for made, plain in zip(each(run(name)), each(run("every-step")), strict=True)]
         for each in (planned_bytes, lambda asked: counted_bytes(asked, tmp_path))
     )
     trained_bytes = 8 * sum(tensor.numel() for tensor in model(tmp_path / name).values())
-    assert planned == counted == [SYNCS[name].copies * trained_bytes] * 2
+    kind, steps = SYNCS[name](), 4 * len(model(tmp_path / name))
+    wanted = kind.copies * trained_bytes - (2 * trained_bytes + steps if kind.idles else 0)
+    assert planned == counted == [wanted] * 2
 
 
 def planned_bytes(asked: Run) -> list[int]:

@@ -34,7 +34,7 @@ def rolls(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     seen: list[object] = []
 
     def counted(block: Block, replicas: Comm, update: int) -> None:
-        if replicas.debugged:
+        if replicas.family.debugged:
             seen.append((block.index, update))
         compare(block, replicas, update)
 
@@ -144,7 +144,7 @@ def test_without_debug_a_collective_sends_no_more_messages() -> None:
 
             comm.line.wire.isend = counted  # type: ignore[method-assign]
             if debug:
-                comm.debug()
+                comm.family.debug()
             comm.exchange(None)
 
         threads.run(3, work)

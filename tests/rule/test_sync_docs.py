@@ -30,8 +30,7 @@ def test_every_key_is_told_with_its_default(name: str) -> None:
     assert keys == [kebab(each.name) for each in fields(SYNCS[name])]  # type: ignore[arg-type]
     lines = [cells(line) for line in section(DOCS, name).splitlines() if line.startswith("| `")]
     told = {ticked(row[0])[0]: row[1] for row in lines}
-    wanted = {
-        kebab(each.name): "left out" if each.default is None else f"`{text(each.default)}`"
-        for each in fields(SYNCS[name])  # type: ignore[arg-type]
-    }
+    made = SYNCS[name]()
+    defaults = {kebab(each.name): getattr(made, each.name) for each in fields(made)}  # type: ignore[arg-type]
+    wanted = {k: "left out" if v is None else f"`{text(v)}`" for k, v in defaults.items()}
     assert told == wanted

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dtrain.block import Block
+from dtrain.block import Block, Rule
 from dtrain.comm.comm import Comm
 from dtrain.comm.single import SingleWire
 from dtrain.data import order
@@ -77,7 +77,7 @@ def updated(begin: Callable[[Job], None] = lambda job: None, **told: Any) -> Upd
     return Updated(job, samples.inputs(chosen).double(), samples.targets(chosen), found)
 
 
-def _kept(block: Block, found: dict[str, Tensor]) -> None:
+def _kept(block: Block, found: dict[str, Tensor], rule: Rule | None = None) -> None:
     for name, parameter in block.parameters.items():
         if parameter.grad is not None:
             found[name] = parameter.grad.clone()

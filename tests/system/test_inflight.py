@@ -105,7 +105,7 @@ def test_a_stopped_run_leaves_nothing(run: Path) -> None:
 
 def lent(comm: Comm) -> int:
     """Return how many buffers of the family's scratch memory nobody holds."""
-    return sum(map(len, comm._family.scratch._free.values()))
+    return sum(map(len, comm.family.scratch._free.values()))
 
 
 def test_scratch_is_given_back_when_a_mean_lands() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ class Apart(Sync):
     A replica without a sample in an update takes no step in it, but takes part in every mean.
     """
 
-    apart: ClassVar[bool] = True
+    apart = True
 
     @abstractmethod
     def after_update(self, clock: Clock) -> None:

@@ -23,12 +23,12 @@ from typing import final
 import torch
 from torch import Tensor
 
-from dtrain.block import Block
 from dtrain.comm.comm import Comm
 from dtrain.early import Group
 from dtrain.errors import Refusal
+from dtrain.syncs.parts.carrier import Carrier
 from dtrain.syncs.parts.way import Limits, Way
-from dtrain.syncs.sync import Clock
+from dtrain.syncs.sync import Clock, Held
 
 PHASE = 4
 """Epochs of the blocking phases, and S at the start of cycling, where heat's defaults hold."""
@@ -38,8 +38,14 @@ PHASE = 4
 class Heat(Way):
     """heat's own order of things. Raises `Refusal` where nodes have unequal numbers of replicas."""
 
-    def __init__(self, block: Block, replicas: Comm, limits: Limits) -> None:
+    def __init__(self, block: Held, replicas: Comm, limits: Limits, carrier: Carrier) -> None:
         super().__init__(block, replicas, limits, alone=True)
+        if not carrier.exact:
+            raise Refusal(
+                "[sync.inner] heat-compatible sends weights, of which nothing may be lost: leave "
+                "it out, or what makes them smaller",
+                agreed=True,
+            )
         sizes = [len(ranks) for ranks in self.nodes.ranks]
         if len(set(sizes)) > 1:
             counts = ", ".join(map(str, sizes))
@@ -107,8 +113,9 @@ class Heat(Way):
         if last or not self.wait:
             for each in filter(None, (earlier, parcel)):
                 each.land()
-            for own, mean in zip(self.block.values().values(), parcel.mean, strict=False):
-                own.copy_(mean)
+            own = self.block.values()
+            for name, mean in parcel.mean.items():
+                own[name].copy_(mean)
             self.share(self.active)
             self.equal, self.parcel, self.before = True, None, -1
         else:

@@ -17,11 +17,11 @@ from typing import final
 import torch
 from torch import Tensor
 
-from dtrain.block import Block
 from dtrain.comm.comm import Comm
 from dtrain.early import Group
+from dtrain.syncs.parts.carrier import Carrier
 from dtrain.syncs.parts.way import Limits, Way
-from dtrain.syncs.sync import Clock
+from dtrain.syncs.sync import Clock, Held
 
 LONGEST = 4
 """Epochs of a blocking phase that the run file leaves open, at most; else a tenth of the run."""
@@ -31,8 +31,8 @@ LONGEST = 4
 class Selective(Way):
     """Blocking phases average gradients, as `every-step` does; in between parcels fly."""
 
-    def __init__(self, block: Block, replicas: Comm, limits: Limits) -> None:
-        super().__init__(block, replicas, limits)
+    def __init__(self, block: Held, replicas: Comm, limits: Limits, carrier: Carrier) -> None:
+        super().__init__(block, replicas, limits, carrier)
         self._restart()
 
     def averages(self, weight: float, clock: Clock) -> Group | None:
@@ -42,9 +42,13 @@ class Selective(Way):
         return self.nodes.group(clock.rows) if self.limits.local_every == 1 else None
 
     def before_update(self, gradients: Sequence[Tensor], weight: float, clock: Clock) -> None:
-        """Average in the blocking phases, where less is sent between nodes than is added up."""
-        if self.blocks(clock) and self._narrows:
-            self._narrowed(gradients, clock)
+        """Average in the blocking phases, where less is sent between nodes than is added up; note
+        from where parcels depart."""
+        if self.blocks(clock):
+            if self._narrows:
+                self._narrowed(gradients, clock)
+        elif self.equal:
+            self.depart()
 
     def after_update(self, clock: Clock) -> None:
         """Merge what is due, send what is due, and meet at the end of the epoch."""

@@ -23,13 +23,12 @@ from typing import final
 import torch
 from torch import Tensor
 
-from dtrain.block import Block
 from dtrain.comm.comm import Comm
-from dtrain.comm.mean import Mean
 from dtrain.early import Group
+from dtrain.syncs.parts.carrier import EXACT, Carrier, Land
 from dtrain.syncs.parts.nodes import Nodes, bridged
 from dtrain.syncs.parts.plateau import Plateau
-from dtrain.syncs.sync import Clock
+from dtrain.syncs.sync import Clock, Held, under
 
 
 @final
@@ -60,21 +59,22 @@ class Parcel:
         Updates from sending to merging (B).
     due : int
         The update after which it is merged.
-    mean : list of Tensor
-        The nodes' weights, averaged once `land` returns; empty where I am not on the bridge.
+    mean : dict of str to Tensor
+        The nodes' weights, or what they moved by, averaged once `land` returns; empty where I am
+        not on the bridge.
     """
 
     bridge: int
     wait: int
     due: int
-    mean: list[Tensor] = field(default_factory=list)
-    handle: Mean | None = None
+    mean: dict[str, Tensor] = field(default_factory=dict)
+    coming: Land | None = None
 
     def land(self) -> None:
         """Wait until the mean is here."""
-        if self.handle is not None:
-            self.handle.wait()
-            self.handle = None
+        if self.coming is not None:
+            self.coming()
+            self.coming = None
 
 
 class Way(ABC):
@@ -93,8 +93,17 @@ class Way(ABC):
         merging it (B).
     """
 
-    def __init__(self, block: Block, replicas: Comm, limits: Limits, alone: bool = False) -> None:
+    def __init__(
+        self,
+        block: Held,
+        replicas: Comm,
+        limits: Limits,
+        carrier: Carrier = EXACT,
+        alone: bool = False,
+    ) -> None:
         self.block, self.replicas, self.limits = block, replicas, limits
+        self.carrier = carrier
+        self.base: dict[str, Tensor] = {}
         self.nodes = Nodes(replicas)
         self.bridges = bridged(replicas, self.nodes) if alone or len(self.nodes.ranks) > 1 else []
         self.plateau = Plateau(limits.stability_level)
@@ -123,17 +132,26 @@ class Way(ABC):
         """Start the mean of the weights on the active bridge, each node by its replicas."""
         parcel, group = Parcel(self.active, wait, clock.update + wait), self.bridge
         if group is not None:
-            values = self.block.values().values()
-            parcel.mean = [own.to(dtype or own.dtype, copy=True) for own in values]
-            parcel.handle = group.imean_(parcel.mean, self.nodes.share)
+            for name, own in self.block.values().items():
+                gone = own - self.base[name] if self.base else own.to(dtype or own.dtype, copy=True)
+                parcel.mean[name] = gone
+            carried = parcel.mean, self.nodes.share, clock.update
+            parcel.coming = self.carrier.begin(group, *carried)
         return parcel
+
+    def depart(self) -> None:
+        """Keep the weights that all nodes hold now, where what moves from here is to travel."""
+        if not self.carrier.exact:
+            self.base = {name: own.clone() for name, own in self.block.values().items()}
 
     def merge(self, parcel: Parcel) -> None:
         """Merge a parcel into the weights of its bridge; then see `share`."""
         parcel.land()
         nodes, local = len(self.nodes.ranks), 2 * parcel.wait or 1
-        for own, mean in zip(self.block.values().values(), parcel.mean, strict=False):
-            own.mul_(local / (local + nodes)).add_(mean, alpha=nodes / (local + nodes))
+        own = self.block.values()
+        for name, mean in parcel.mean.items():
+            there = mean + self.base[name] if self.base else mean
+            own[name].mul_(local / (local + nodes)).add_(there, alpha=nodes / (local + nodes))
 
     def share(self, bridge: int) -> None:
         """Give all replicas of the node the weights of the one on a bridge."""
@@ -166,15 +184,15 @@ class Way(ABC):
         told["best"] = torch.tensor(self.plateau.best, dtype=torch.float64)
         if (parcel := self.parcel) is not None:
             told["parcel"] = torch.tensor([parcel.bridge, parcel.wait, parcel.due])
-            told |= {f"stale/{number}": each for number, each in enumerate(parcel.mean)}
-        return told
+            told |= {f"stale/{name}": each for name, each in parcel.mean.items()}
+        return told | {f"base/{name}": each for name, each in self.base.items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state()` returned."""
         self.count({name: int(state[name]) for name in self.numbers()})
         self.plateau.best = float(state["best"])
         if "parcel" in state:
-            held = sum(name.startswith("stale/") for name in state)
-            mean = [state[f"stale/{number}"].clone() for number in range(held)]
+            mean = {name: each.clone() for name, each in under(state, "stale/").items()}
             bridge, wait, due = map(int, state["parcel"].tolist())
             self.parcel = Parcel(bridge, wait, due, mean)
+        self.base = {name: each.clone() for name, each in under(state, "base/").items()}

@@ -1,0 +1,123 @@
+"""Codes of what crosses between nodes: the identities of the papers, byte by byte."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dtrain.syncs.demo import Chunks, cosines
+from dtrain.syncs.parts.coded import Code
+from dtrain.syncs.parts.eight import Eight, table
+from dtrain.syncs.parts.ternary import Ternary
+
+CODES = [Ternary(0.0), Ternary(2.5), Eight("dynamic"), Eight("linear")]
+
+
+def normal(count: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, generator=torch.Generator().manual_seed(seed))
+
+
+def through(code: Code, values: Tensor, *key: int | str) -> Tensor:
+    """Return what comes out at the other end."""
+    data = code.encode(values, key)
+    assert data.dtype == torch.uint8
+    assert len(data) == code.size(len(values))
+    return code.decode(data, len(values))
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 1000])
+def test_zeros_and_constants_are_exact(code: Code, count: int) -> None:
+    assert torch.equal(through(code, torch.zeros(count), count), torch.zeros(count))
+    if count > 1:  # whatever the clipping: the deviation of a constant of one sign is zero
+        signs = torch.tensor([1.0, -1.0]).repeat(count)[:count]
+        assert torch.equal(through(code, 0.7 * signs, count), 0.7 * signs)
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_float64_comes_as_float32(code: Code) -> None:
+    values = normal(33)
+    assert torch.equal(through(code, values.double(), "a"), through(code, values, "a"))
+
+
+# ---- TernGrad
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.5, 2.5])
+def test_ternary_numbers_are_right_in_the_mean(clip: float) -> None:
+    """The clipped number, within five standard errors of its draws."""
+    values, draws = normal(200) + 0.3, 1000
+    code = Ternary(clip)
+    found = torch.stack([through(code, values, draw) for draw in range(draws)])
+    limit = clip * values.std(correction=0) if clip else torch.inf
+    clipped = values.clamp(-limit, limit)
+    scale = clipped.abs().max()
+    assert {round(float(each), 5) for each in found.unique()} <= {
+        round(float(each), 5) for each in (-scale, 0 * scale, scale)
+    }
+    error = (clipped.abs() * (scale - clipped.abs()) / draws).sqrt()
+    assert ((found.mean(0) - clipped).abs() <= 5 * error + 1e-6).all()
+    if clip:
+        assert (clipped != values).any()
+
+
+def test_ternary_draws_follow_from_their_key() -> None:
+    values, code = normal(50), Ternary(2.5)
+    assert torch.equal(code.encode(values, ("a", 1)), code.encode(values, ("a", 1)))
+    assert not torch.equal(code.encode(values, ("a", 1)), code.encode(values, ("a", 2)))
+
+
+def test_four_ternary_digits_fill_a_byte() -> None:
+    values = torch.tensor([1.0, -1.0, 0.0, 1.0, -1.0])
+    data = Ternary(0.0).encode(values, ("a",))
+    assert data[:2].tolist() == [2 | 0 << 2 | 1 << 4 | 2 << 6, 0]
+
+
+# ---- eight bits
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "linear"])
+def test_eight_bits_are_the_nearest_value(kind: str) -> None:
+    """Idempotent, the extremes exact, the error at most half the distance of two values."""
+    code, values = Eight(kind), normal(5000) ** 3  # type: ignore[arg-type]
+    most = values.abs().max()
+    found, known = through(code, values), table(kind) * most  # type: ignore[arg-type]
+    assert torch.equal(through(code, found), found)
+    assert found.abs().max() == most
+    right = torch.bucketize(values, known).clamp(1, len(known) - 1)
+    low, high = known[right - 1], known[right]
+    assert ((found - values).abs() <= (high - low) / 2 * (1 + 1e-5)).all()
+
+
+def test_dynamic_values_are_a_tree() -> None:
+    """Sign, zeros, marker, fraction: seven powers of ten, half as many steps in each."""
+    values = table("dynamic")
+    assert len(values) == 255
+    assert torch.equal(values, -values.flip(0))
+    assert values.diff().min() > 0
+    for zeros in range(6):
+        low, high = 10.0 ** -(zeros + 1), 10.0**-zeros
+        inside = (values > low) & (values < high)
+        assert int(inside.sum()) == 1 << (6 - zeros)
+
+
+# ---- DeMo
+
+
+@pytest.mark.parametrize("shape", [(6,), (1,), (64, 10), (7, 3, 3, 3), (128, 100), (67,)])
+def test_a_cosine_transform_and_back_is_the_identity(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, dtype=torch.float64)
+    chunks = Chunks(shape, 64)
+    waves = chunks.waves(x)
+    assert waves.shape == (chunks.count, chunks.size)
+    assert waves.square().sum() == pytest.approx(float(x.square().sum()))
+    torch.testing.assert_close(chunks.whole(waves), x, rtol=1e-12, atol=1e-13)
+
+
+def test_the_transform_is_that_of_scipy() -> None:
+    fft = pytest.importorskip("scipy.fft")
+    x = torch.randn(12, 10, dtype=torch.float64)
+    wanted = torch.from_numpy(fft.dctn(x.numpy(), type=2, norm="ortho"))
+    torch.testing.assert_close(Chunks((12, 10), 64).waves(x).view(12, 10), wanted)
+    assert cosines(5).shape == (5, 5)
