@@ -19,11 +19,12 @@ import torch
 from torch import nn
 
 from dtrain import optimizers
-from dtrain.block import Block, Step
+from dtrain.block import Block
 from dtrain.config import Run
 from dtrain.layout import Layout
 from dtrain.models import Model
 from dtrain.seeds import seeded
+from dtrain.weights import Step
 
 
 def drawn(run: Run, layout: Layout, index: int, device: torch.device) -> Block:
@@ -58,7 +59,9 @@ def assembled(
     for kept in layers.values() if part.frozen else objective.freezes(part.task, layers):
         kept.requires_grad_(False)
     again = chosen if isinstance(chosen, bool) else index in chosen
-    return Block(index, layers, helper, stepper(run), run.top.seed, objective.grain, again)
+    ends = index == 0, index + 1 == len(layout.parts)
+    made = layers, helper, stepper(run), run.top.seed
+    return Block(index, *made, objective.grain, again, ends)
 
 
 def stepper(run: Run) -> Step:

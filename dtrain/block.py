@@ -11,9 +11,8 @@ of another, because what arrives is detached from what sent it.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -23,15 +22,15 @@ from dtrain.calm import may_draw, writes
 from dtrain.live import Live
 from dtrain.seeds import seeded
 from dtrain.split import Split
+from dtrain.weights import Step, Weights
 
 Pull = tuple[Tensor, Tensor]
-Step = Callable[[Iterable[nn.Parameter]], optim.Optimizer]
 Grain = Literal["block", "layer"]
 Heard = Callable[[Tensor], None]
 Rule = Callable[[optim.Optimizer], None]
 
 
-class Block:
+class Block(Weights):
     """Layers, helpers and optimizer of one block.
 
     Parameters
@@ -48,6 +47,8 @@ class Block:
         The run's seed; with a layer's name and the clock it keys the layer's random draws.
     grain : "block" or "layer"
         Where the graph is cut: after the block, or after every layer too.
+    ends : (bool, bool)
+        Whether it holds the first layer of the model, and the last.
     recompute : bool
         Keep only what enters and leaves; compute the rest again when it is learnt (Chen et al.
         2016, "Training Deep Nets with Sublinear Memory Cost").
@@ -62,66 +63,18 @@ class Block:
         seed: int = 0,
         grain: Grain = "block",
         recompute: bool = False,
+        ends: tuple[bool, bool] = (False, False),
     ) -> None:
-        self.index = index
-        self.layers = dict(layers)
-        self.helper = helper
+        self.index, self.layers, self.helper = index, dict(layers), helper
+        roots = {**self.layers, **({} if helper is None else {f"heads.{index}": helper})}
+        super().__init__(roots, step, ends)
         self.seed, self.grain, self.recompute = seed, grain, recompute
         self.drawing = {name for name, layer in self.layers.items() if may_draw(layer)}
-        self.roots = {**self.layers, **({} if helper is None else {f"heads.{index}": helper})}
-        self.parameters = {
-            f"{root}.{name}": tensor
-            for root, module in self.roots.items()
-            for name, tensor in module.named_parameters()
-        }
-        self.trained = [p for p in self.parameters.values() if p.requires_grad]
-        self.optimizer = step(self.trained) if self.trained else None
-        groups = self.optimizer.param_groups if self.optimizer else []
-        self.rates = [float(group["lr"]) for group in groups]
         self.helps = helper is not None and may_draw(helper)
         self.writing = {name for name, layer in self.layers.items() if writes(layer)}
         self.outs: dict[str, Tensor] = {}
         self.taps: dict[str, Tensor] = {}
         self.split: Split | None = None
-
-    # ---- what it is made of
-
-    @property
-    def buffers(self) -> dict[str, Tensor]:
-        """The buffers under their global names, looked up anew: a layer may rebind its own."""
-        return {
-            f"{root}.{name}": tensor
-            for root, module in self.roots.items()
-            for name, tensor in module.named_buffers()
-        }
-
-    @property
-    def drifting(self) -> dict[str, Tensor]:
-        """The buffers in which replicas may differ, such as batch statistics: all but those that
-        their module names in an attribute ``alike``."""
-        alike = {
-            ".".join(filter(None, (root, path, name)))
-            for root, module in self.roots.items()
-            for path, each in module.named_modules()
-            for name in getattr(each, "alike", ())
-        }
-        return {name: buffer for name, buffer in self.buffers.items() if name not in alike}
-
-    @property
-    def lr(self) -> float:
-        """The optimizer's present learning rate, 0 where there is nothing to train."""
-        return float(self.optimizer.param_groups[0].get("lr", 0)) if self.optimizer else 0.0
-
-    @property
-    def peak(self) -> float:
-        """The learning rate that the optimizer was made with, 0 where there is nothing to train."""
-        return self.rates[0] if self.rates else 0.0
-
-    def rate(self, factor: float) -> None:
-        """Set every group's learning rate to `factor` times the one that it was made with."""
-        if self.optimizer is not None:
-            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-                group["lr"] = rate * factor
 
     def train(self, mode: bool = True) -> None:
         """Put every module into training mode, or into evaluation mode."""
@@ -130,11 +83,7 @@ class Block:
 
     def tap(self, names: Iterable[str]) -> None:
         """Keep in `taps`, in every forward, what the modules of these global names make."""
-        modules = {
-            f"{root}.{name}".rstrip("."): module
-            for root, layer in self.roots.items()
-            for name, module in layer.named_modules()
-        }
+        modules = self.modules()
         for name in names:
             modules[name].register_forward_hook(
                 lambda _module, _args, out, name=name: self.taps.__setitem__(name, out)
@@ -228,13 +177,6 @@ class Block:
 
     # ---- updates
 
-    def gradients(self) -> list[Tensor]:
-        """Return the gradients of all trained parameters, zeros where no sample gave one."""
-        for parameter in self.trained:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        return [p.grad for p in self.trained if p.grad is not None]
-
     def update(self, rule: Rule | None = None) -> None:
         """Take one optimizer step, by a `rule` where one is given; forget the gradients."""
         if self.optimizer is not None:
@@ -244,57 +186,6 @@ class Block:
                 rule(self.optimizer)
             self.optimizer.zero_grad(set_to_none=True)
 
-    # ---- state
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return parameters and buffers under their global names, detached, not copied."""
-        return {name: t.detach() for name, t in {**self.parameters, **self.buffers}.items()}
-
-    def values(self) -> dict[str, Tensor]:
-        """Return what of them is trained, likewise, in the order of `trained`."""
-        return {name: p.detach() for name, p in self.parameters.items() if p.requires_grad}
-
-    def named(self, gradients: Iterable[Tensor]) -> dict[str, Tensor]:
-        """Return one tensor for each of `values` under their names, such as `gradients()`."""
-        return dict(zip(self.values(), gradients, strict=True))
-
-    @contextmanager
-    def showing(self, view: Mapping[str, Tensor]) -> Iterator[None]:
-        """Hold the tensors of `view` instead of its own ones while the body runs."""
-        own = {**self.parameters, **self.buffers}
-        kept = [(tensor, tensor.data) for tensor in own.values()]
-        for name, tensor in own.items():
-            tensor.data = view[name]
-        try:
-            yield
-        finally:
-            for tensor, data in kept:
-                tensor.data = data
-
     def kept(self) -> list[Tensor]:
         """Return what the helper keeps from update to update, beside parameters and buffers."""
         return list(getattr(self.helper, "kept", ()))
-
-    def memory(self) -> dict[str, Tensor]:
-        """Return the optimizer's state as ``<parameter>/<key>``: tensors, scalars as 0-dim."""
-        if self.optimizer is None:
-            return {}
-        return {
-            f"{name}/{entry}": torch.as_tensor(value)
-            for name, parameter in self.parameters.items()
-            for entry, value in self.optimizer.state.get(parameter, {}).items()
-            if value is not None
-        }
-
-    def remember(self, memory: Mapping[str, Tensor]) -> None:
-        """Restore the optimizer's state from what `memory()` once returned."""
-        if self.optimizer is None:
-            return
-        place = {id(parameter): number for number, parameter in enumerate(self.trained)}
-        state: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
-        for name, tensor in memory.items():
-            parameter, _, entry = name.rpartition("/")
-            state[place[id(self.parameters[parameter])]][entry] = tensor
-        groups = self.optimizer.state_dict()["param_groups"]
-        # torch knows which entry belongs on which device.
-        self.optimizer.load_state_dict({"state": dict(state), "param_groups": groups})

@@ -232,6 +232,8 @@ def restore(
     same = not one.apart or manifest.replicas == one.replicas.size
     own = f"replica/{replica if one.apart else 0}"
     root = own if one.apart and same else "model"
+    for index, sync in syncs.items() if same else ():
+        sync.reshape(manifest.under(f"{own}/sync/{index}/"))
     tensors = {name: t for block in blocks.values() for name, t in block.tensors().items()}
     held = {f"{root}/{name}": tensor for name, tensor in tensors.items()}
     for key, tensor in manifest.verified(held).items():

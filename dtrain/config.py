@@ -16,11 +16,12 @@ from typing import Any
 
 from dtrain import optimizers
 from dtrain.errors import Refusal
-from dtrain.foretell import scaled, suits
+from dtrain.foretell import scaled
 from dtrain.keys import Checkpoint, Choice, Cut, Data, Evaluate, Grid, Log, Step, Top
 from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.objective import Objective
 from dtrain.rates import RATES, Rate
+from dtrain.sanity import check
 from dtrain.schedules import SCHEDULES
 from dtrain.schedules.schedule import Schedule
 from dtrain.syncs import SYNCS
@@ -179,41 +180,8 @@ def parse(table: Mapping[str, Any], path: Path, overrides: Sequence[str] = ()) -
         evaluate=fill(Evaluate, parts["evaluate"], "[evaluate] "),
         log=fill(Log, parts["log"], "[log] "),
     )
-    _ranges(run)
-    optimizers.check(run.optimizer.name, run.optimizer.fields)
-    suits(run.make_schedule().asks(), run.optimizer.name, run.optimizer.fields)
-    _scales(run)
-    _ruled(run)
+    check(run)
     return run
-
-
-def _ranges(run: Run) -> None:
-    """Refuse numbers that are out of range and keys that exclude each other."""
-    top, cut = run.top, run.partition
-    least = {
-        "batch-size": (top.batch_size, 1),
-        "micro-batches": (top.micro_batches, 1),
-        "seed": (top.seed, 0),
-        "segment": (top.segment, 0),
-        "epochs": (top.epochs, 1),
-        "updates": (top.updates, 1),
-        "threads": (None if top.threads == "auto" else top.threads, 1),
-        "[mesh] stages": (run.mesh.stages, 1),
-        "[partition] blocks": (cut.blocks, 1),
-        "[checkpoint] every": (run.checkpoint.every, 0),
-        "[checkpoint] keep": (run.checkpoint.keep, 1),
-        "[evaluate] every": (run.evaluate.every, 1),
-    }
-    for key, (value, low) in least.items():
-        if value is not None and value < low:
-            raise Refusal(f"{key} = {value} is too small: give at least {low}")
-    if top.seed >= 2**63:
-        raise Refusal(f"seed = {top.seed} is too large: give less than 2**63")
-    if (top.epochs is None) == (top.updates is None):
-        found = "neither stands there" if top.epochs is None else "both stand there"
-        raise Refusal(f"a run has a length: give epochs or updates ({found})")
-    if cut.cuts is not None and (cut.blocks is not None or cut.weights is not None):
-        raise Refusal("[partition] cuts say where every block starts: leave out blocks and weights")
 
 
 def _step(table: Table) -> Step:
@@ -229,29 +197,6 @@ def _step(table: Table) -> Step:
             "largest norm, or leave clip-over out"
         )
     return clip
-
-
-def _scales(run: Run) -> None:
-    """Refuse a scaling that has no formula."""
-    reference, fields = run.step.scale_from, run.optimizer.fields
-    if reference < 0:
-        raise Refusal(f"[optimizer] scale-from = {reference} is no batch: give 1 or more")
-    suited = run.optimizer.name.lower() == "sgd" and 0 < fields.get("momentum", 0) < 1
-    if reference and not suited:
-        raise Refusal(
-            "[optimizer] scale-from scales learning rate and momentum of sgd: give name = "
-            '"sgd" and a momentum between 0 and 1, or leave it out'
-        )
-
-
-def _ruled(run: Run) -> None:
-    """Refuse a schedule that goes by an optimizer's rule where the sync has one of its own."""
-    asked = run.make_schedule().asks()
-    if asked and run.make_sync().ruled:
-        raise Refusal(
-            f"[schedule] {asked[0]} goes by the rule of the optimizer, and [sync] "
-            f"'{run.sync.name}' steps by its own: leave one of them out"
-        )
 
 
 def _subtable(table: Mapping[str, Any], name: str) -> Table:

@@ -38,8 +38,8 @@ class Early:
     """The means of one block's gradients, update by update."""
 
     def __init__(self, block: Block) -> None:
-        self.block = block
-        self._buckets = buckets(block.values())
+        self.block, self._form = block, -1
+        self._buckets: list[list[str]] = []
         self._heard: set[int] = set()
         self._means: list[Mean] = []
 
@@ -49,7 +49,7 @@ class Early:
             return  # an accelerator's hooks run in threads of their own, and MPI in one alone
         self._heard.add(id(parameter))
         own = self.block.parameters
-        for names in self._buckets[len(self._means) :]:
+        for names in self._cut()[len(self._means) :]:
             if not all(id(own[name]) in self._heard for name in names):
                 break
             self._start({name: own[name].grad for name in names}, group)
@@ -59,11 +59,17 @@ class Early:
     def finish(self, gradients: Sequence[Tensor], group: Group) -> None:
         """Start the others; return when all gradients are ``sum of weight * gradient``."""
         named = self.block.named(gradients)
-        for names in self._buckets[len(self._means) :]:
+        for names in self._cut()[len(self._means) :]:
             self._start({name: named[name] for name in names}, group)
         for mean in self._means:
             mean.wait()
         self._means, self._heard = [], set()
+
+    def _cut(self) -> list[list[str]]:
+        """Return the buckets of what the block trains now."""
+        if self._form != self.block.form:
+            self._buckets, self._form = buckets(self.block.values()), self.block.form
+        return self._buckets
 
     def _start(self, gradients: Mapping[str, Tensor | None], group: Group) -> None:
         whole = {name: each for name, each in gradients.items() if each is not None}

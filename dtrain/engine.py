@@ -67,8 +67,7 @@ class Engine:
         self.course, self.objective, self.tasks = course, course.objective, course.tasks
         self.mail = Mail("train", self.objective, self.tasks, seat, lines)
         self.closed = Closed(blocks, self.objective, self.tasks, lines, seat.place[-1])
-        own = (t for b in blocks.values() for t in [*b.parameters.values(), *b.buffers.values()])
-        self.saved = Saved(own, course.schedule.late)
+        self.saved, self.forms = Saved(self._own(), course.schedule.late), 0
         policy = course.schedule.policy(seat.place, self.mail.routes)
         self.versions = {i: Versions(b, policy, self.saved) for i, b in blocks.items()}
         self.updates = Updates(blocks, syncs, self.versions, course, lines.column)
@@ -253,7 +252,16 @@ class Engine:
         told = self.mail.take(action)
         self.updates.step(action, batch, update, epoch, told)
         self.mail.offer(action, self.blocks[action.block], None)
+        forms = sum(block.form for block in self.blocks.values())
+        if forms != self.forms:
+            self.forms = forms
+            self.saved.renew(self._own())
         self.kept = max(self.kept, sum(t.nbytes for b in self.blocks.values() for t in b.kept()))
+
+    def _own(self) -> Iterator[Tensor]:
+        """Yield the parameters and buffers of all blocks."""
+        for block in self.blocks.values():
+            yield from (*block.parameters.values(), *block.buffers.values())
 
     def _finite(self) -> None:
         """Refuse weights that the segment's last updates made NaN or infinite."""

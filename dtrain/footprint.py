@@ -27,13 +27,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dtrain.block import Block, Step
+from dtrain.block import Block
 from dtrain.live import Draws, Given, Live
 from dtrain.objectives.objective import GRADIENT, Objective
 from dtrain.objectives.task import Task
 from dtrain.saved import Saved
 from dtrain.schedules.action import Action, Point, Route
 from dtrain.schedules.messages import passes
+from dtrain.weights import Step
 
 Make = Callable[[], Block]
 """Returns the block anew."""

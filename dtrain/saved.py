@@ -44,11 +44,15 @@ class Saved:
     """
 
     def __init__(self, own: Iterable[Tensor], late: bool = False) -> None:
-        self.own = {_storage(tensor): tensor for tensor in own}
+        self.renew(own)
         self.late = late
         self.sizes: dict[Hashable, dict[int, int]] = {}
         self.watching = True
         self.peak_bytes = 0
+
+    def renew(self, own: Iterable[Tensor]) -> None:
+        """Hear that these are the model's own tensors now."""
+        self.own = {_storage(tensor): tensor for tensor in own}
 
     @contextmanager
     def saving(self, key: Hashable) -> Iterator[None]:

@@ -44,9 +44,8 @@ class Split:
 
     def __init__(self, roots: Iterable[nn.Module]) -> None:
         self.calls: list[Call] = []
-        self.parameters: list[nn.Parameter] = []
-        for root in roots:
-            self.parameters += [p for p in root.parameters() if p.requires_grad]
+        self.roots = list(roots)
+        for root in self.roots:
             for module in root.modules():
                 if isinstance(module, LEAVES):
                     module.register_forward_hook(self._note)
@@ -69,7 +68,8 @@ class Split:
         number = Counter(id(module) for module, _ in calls)
         leaves = [(m, out) for m, out in calls if number[id(m)] == 1 and _weights(m)]
         later = {id(weight) for module, _ in leaves for weight in _weights(module)}
-        small: list[Tensor] = [p for p in self.parameters if id(p) not in later]
+        own = [p for root in self.roots for p in root.parameters() if p.requires_grad]
+        small: list[Tensor] = [p for p in own if id(p) not in later]
         asked = [live.x] if live.x.requires_grad else []
         tensors, forces = zip(*reached, strict=True)
         wanted = [*asked, *small, *(out for _, out in leaves)]

@@ -83,7 +83,7 @@ class Updates:
         block, sync = self.blocks[index], self.syncs[index]
         self.learnt[index] = 0
         clock, weight = self._clock(index, batch, update, epoch), batch.own / batch.rows
-        block.rate(self._factor(update))
+        block.rate(self._factor(update) * sync.rate(clock))
         if course.clips_model:
             if index == self.first:
                 self._measure(batch, clock)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.config import Run, parse
+from dtrain.schedules import SCHEDULES
+from dtrain.syncs import SYNCS
 
 TABLE: dict[str, Any] = {
     "seed": 3,
@@ -36,6 +38,12 @@ PATTERNS = ("mono-forward", "backprop", "man", "f3", "dfa", "pepita", "forward-f
 
 NEIGHBOURS = ("mono-forward", "backprop")
 """What takes from its neighbours alone."""
+
+
+def suited(schedule: str) -> list[str]:
+    """Return the syncs that a schedule can run with."""
+    late = SCHEDULES[schedule].late
+    return [name for name, kind in SYNCS.items() if not (late and kind().reforms)]
 
 
 def run(**changes: Any) -> Run:

@@ -1,5 +1,6 @@
 """Syncs by the name that a run file gives them; one file each."""
 
+from dtrain.syncs.ab import AB
 from dtrain.syncs.daso import DASO
 from dtrain.syncs.demo import DeMo
 from dtrain.syncs.diloco import DiLoCo
@@ -15,6 +16,7 @@ from dtrain.syncs.terngrad import TernGrad
 from dtrain.syncs.warmup import Warmup
 
 SYNCS: dict[str, type[Sync]] = {
+    "ab": AB,
     "daso": DASO,
     "demo": DeMo,
     "diloco": DiLoCo,

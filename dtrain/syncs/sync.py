@@ -114,6 +114,8 @@ class Sync(ABC):
         Whether `rule` replaces the optimizer's own, in some updates at least.
     idles : bool
         Whether it does so in all of them, so that the optimizer keeps nothing.
+    reforms : bool
+        Whether it puts others in the place of a block's parameters.
     carrier : Carrier
         What takes movements of weights from node to node.
     equal : bool
@@ -126,6 +128,7 @@ class Sync(ABC):
     lossy = False
     ruled = False
     idles = False
+    reforms = False
     equal = True
     carrier: Carrier = EXACT
 
@@ -160,6 +163,10 @@ class Sync(ABC):
         """Change the gradients in place, averaged as they are now; `weight` = rows of this replica
         / rows of the update."""
 
+    def rate(self, clock: Clock) -> float:
+        """Return by what the learning rate of an update is multiplied."""
+        return 1.0
+
     def rule(self, clock: Clock) -> Rule | None:
         """Return what takes the optimizer's step in its place, None for nothing."""
         return None
@@ -183,6 +190,10 @@ class Sync(ABC):
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
         """Return by name what must survive a restart and is not the block's own."""
+
+    def reshape(self, state: Mapping[str, Tensor]) -> None:
+        """Give the block's parameters the shapes that they had with a state; before `restore`."""
+        return None
 
     @abstractmethod
     def restore(self, state: Mapping[str, Tensor]) -> None:

@@ -58,6 +58,10 @@ class Warmup(Wrapper):
         if not self.warms(clock):
             super().before_update(gradients, weight, clock)
 
+    def rate(self, clock: Clock) -> float:
+        """At first the schedule's own."""
+        return 1.0 if self.warms(clock) else super().rate(clock)
+
     def rule(self, clock: Clock) -> Rule | None:
         """At first the optimizer's own."""
         return None if self.warms(clock) else super().rule(clock)

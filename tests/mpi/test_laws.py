@@ -16,6 +16,7 @@ from dtrain.schedules import SCHEDULES
 from dtrain.schedules.late import Late
 from dtrain.syncs import SYNCS
 from dtrain.train import train
+from tests import tiny
 from tests.outcome import close, summary
 
 Cell = tuple[str, str, str, str]
@@ -23,21 +24,22 @@ CHOSEN = ("mono-forward", "backprop", "dfa", "f3")
 
 
 def legal(cell: Cell) -> bool:
-    """Say whether the schedule runs all that the objective sends."""
+    """Say whether the schedule runs all that the objective sends, and with this sync."""
     routes = OBJECTIVES[cell[0]]().routes(3, "train")
-    return SCHEDULES[cell[1]]().serves(routes)
+    return SCHEDULES[cell[1]]().serves(routes) and cell[2] in tiny.suited(cell[1])
 
 
 def pairwise(cells: Sequence[Cell]) -> list[Cell]:
     """Return cells in which any two choices that occur together in `cells` do so, too.
 
-    A schedule and a sync excepted: both have files of their own, so there are ever more of them,
-    and the whole product runs in process. The cell that brings most that is new comes next.
+    A sync with an objective or a schedule excepted: all three have files of their own, so there are
+    ever more of them, and the whole product runs in process. The cell that brings most that is new
+    comes next.
     """
 
     def pairs(cell: Cell) -> set[tuple[tuple[int, str], ...]]:
         found = combinations(enumerate(cell), 2)
-        return {(one, other) for one, other in found if (one[0], other[0]) != (1, 2)}
+        return {(one, other) for one, other in found if other[0] != 2}
 
     missing, chosen = set().union(*map(pairs, cells)), []
     while missing:

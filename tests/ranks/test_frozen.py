@@ -73,7 +73,8 @@ def kept(run: Run, out: Path, count: int, frozen: set[int]) -> None:
 CELLS = [
     (*pair, sync)
     for turn, pair in enumerate(PAIRS)
-    for sync in (SYNCS if pair[0] == "mono-forward" else [list(SYNCS)[turn % len(SYNCS)]])
+    for suited in [tiny.suited(pair[1])]
+    for sync in (suited if pair[0] == "mono-forward" else [suited[turn % len(suited)]])
     if pair[1] == OBJECTIVES[pair[0]]().schedule
 ]
 """Every objective in its own order with, by turns, every sync; one objective with all of them."""
@@ -106,7 +107,8 @@ def test_blocks_are_frozen_by_number(objective: str, frozen: list[int], tmp_path
 @pytest.mark.parametrize("objective", tiny.PATTERNS)
 def test_a_frozen_run_is_resumed_as_if_uninterrupted(objective: str, tmp_path: Path) -> None:
     """Law 5, in the middle of an epoch, where a rank may own nothing that learns."""
-    sync = list(SYNCS)[list(OBJECTIVES).index(objective) % len(SYNCS)]
+    suited = tiny.suited(OBJECTIVES[objective]().schedule)
+    sync = suited[list(OBJECTIVES).index(objective) % len(suited)]
     told = {"sync__name": sync, "partition__frozen": True, "epochs": None, "checkpoint__every": 3}
     schedule = OBJECTIVES[objective]().schedule
     whole = trained(asked(objective, schedule, **told, updates=6), tmp_path / "whole", 4)

@@ -148,8 +148,9 @@ def test_timing_changes_nothing(seed: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("objective", "sync"),
     [
-        (name, [*SYNCS][(number + turn) % len(SYNCS)])
+        (name, suited[(number + turn) % len(suited)])
         for number, name in enumerate([*tiny.PATTERNS, "cafo", "dni"])
+        for suited in [tiny.suited(OBJECTIVES[name]().schedule)]
         for turn in range(1 + 2 * (name in PLAIN))
     ],
 )

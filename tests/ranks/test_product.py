@@ -48,6 +48,7 @@ NET: dict[str, Any] = {
 FIELDS: dict[str, dict[str, Any]] = {
     **{name: {"every": 2} for name in ("local-sgd", "qsr", "diloco")},
     "daso": {"warmup-epochs": 0, "cooldown-epochs": 0, "max-global-skips": 1},
+    "ab": {"warmup-updates": 1, "every": 9},
     "warmup": {"updates": 1, "inner": {"name": "local-sgd", "every": 2}},
     "only-large": {"elements": 50, "inner": {"name": "int8"}},
 }
@@ -76,6 +77,7 @@ CELLS = [
     for pair in PAIRS
     for sync in SYNCS
     if sync not in WRAPPERS or pair[0] in tiny.PATTERNS
+    if not (MADE[sync].reforms and SCHEDULES[pair[1]].late)
 ]
 # Law 3 is for what is synchronous: nothing is learnt with weights that it did not see.
 SYNCHRONOUS = [cell for cell in CELLS if not SCHEDULES[cell[1]].late]

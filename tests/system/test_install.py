@@ -85,7 +85,7 @@ def test_the_newest_python_that_works_is_taken(desk: Desk) -> None:
     assert desk.log("venv") == [f"{desk.folder}/bin/python3.12"]
     (command,) = desk.log("pip")
     assert command.startswith("constraints.txt -m pip install")
-    assert "-e .[mpi,demo,images,plots,terminal,test]" in command
+    assert "-e .[mpi,demo,export,images,plots,terminal,test]" in command
 
 
 def test_a_shim_does_not_hide_the_same_name_later_on_path(desk: Desk) -> None:
@@ -115,7 +115,7 @@ def test_the_choice_of_mpi_is_kept_and_another_starts_anew(desk: Desk) -> None:
     desk.make("install", "MPI=site", "PIP_ARGS=--no-index --find-links wheels")
     desk.make("install")
     (command,) = desk.log("pip")
-    assert "-e .[demo,images,plots,terminal,test]" in command
+    assert "-e .[demo,export,images,plots,terminal,test]" in command
     assert "--no-index --find-links wheels" in command
     desk.make("install", "MPI=wheel")
     assert len(desk.log("venv")) == 2

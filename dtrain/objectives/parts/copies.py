@@ -17,6 +17,8 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from dtrain.factors import plain
+
 NOTHING = torch.empty(0, dtype=torch.float32)
 """All parameters of a layer without any."""
 
@@ -58,7 +60,7 @@ class Pair(nn.Module):
 
 def flat(layer: nn.Module) -> Tensor:
     """Return all parameters of a layer in one row, in new memory."""
-    parts = [each.detach().flatten() for each in layer.parameters()]
+    parts = [each.flatten() for each in plain(layer)]
     return torch.cat(parts) if parts else NOTHING
 
 

@@ -52,6 +52,7 @@ class Wrapper(Sync):
         self.apart, self.horizon = self.inside.apart, self.inside.horizon
         self.copies, self.lossy = self.inside.copies, self.inside.lossy
         self.ruled, self.idles = self.inside.ruled, self.inside.idles
+        self.reforms = self.inside.reforms
 
     @property
     def equal(self) -> bool:  # type: ignore[override]
@@ -79,6 +80,10 @@ class Wrapper(Sync):
         """Hand the gradients on."""
         self.inside.before_update(gradients, weight, clock)
 
+    def rate(self, clock: Clock) -> float:
+        """As the inner sync."""
+        return self.inside.rate(clock)
+
     def rule(self, clock: Clock) -> Rule | None:
         """As the inner sync."""
         return self.inside.rule(clock)
@@ -102,6 +107,10 @@ class Wrapper(Sync):
     def state(self) -> dict[str, Tensor]:
         """Return the inner sync's state."""
         return {f"inner/{name}": each for name, each in self.inside.state().items()}
+
+    def reshape(self, state: Mapping[str, Tensor]) -> None:
+        """Let the inner sync give the block its shapes."""
+        self.inside.reshape(under(state, "inner/"))
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state()` returned."""

@@ -1,0 +1,160 @@
+"""Factors: the matrix of a linear map or a convolution as a product of two, in its place.
+
+Invariant: the layer computes what it would with the product as its weight, up to rounding; whoever
+asks for its weight is given the product.
+
+::
+
+    weight (a, ...)  =  left (a, k) @ right (k, b)        b: all dimensions behind the first
+
+    linear, convolution    x -- right --> k numbers -- left --> y      where that is less work,
+                           x -- left @ right --> y                     else
+
+A convolution's right factor is one of k channels, its left one of one pixel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, cast, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.nn.utils import parametrize
+
+
+@final
+class Product(nn.Module):
+    """What torch's parametrisation calls for the weight."""
+
+    def __init__(self, shape: torch.Size, left: Tensor, right: Tensor) -> None:
+        super().__init__()
+        self.shape, self.shown = shape, None
+        self._first = left, right
+
+    shown: Tensor | None
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return the product, or the weight that is shown instead."""
+        return (left @ right).view(self.shape) if self.shown is None else self.shown
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the factors to begin with."""
+        return self._first
+
+
+@final
+class Factors:
+    """A layer whose weight is a product, until it is dissolved.
+
+    Parameters
+    ----------
+    module : nn.Module
+        One of `THIN`, or derived from one.
+    left, right : Tensor
+        Of shapes (a, k) and (k, b); they become parameters.
+    """
+
+    def __init__(self, module: nn.Module, left: Tensor, right: Tensor) -> None:
+        self.module = module
+        shape = module.weight.shape
+        assert isinstance(shape, torch.Size)
+        self.product = Product(shape, left, right)
+        parametrize.register_parametrization(module, "weight", self.product, unsafe=True)
+        # Behind the layer's own class, so that what this makes of a map stays as it is.
+        kind = next(thin for base, thin in THIN.items() if isinstance(module, base))
+        module.__class__ = type(type(module).__name__, (type(module), kind), {})
+        module.__dict__["thin"] = self.thin
+
+    @property
+    def left(self) -> nn.Parameter:
+        """The left factor."""
+        return cast(nn.Parameter, self._own.original0)
+
+    @property
+    def right(self) -> nn.Parameter:
+        """The right factor."""
+        return cast(nn.Parameter, self._own.original1)
+
+    @property
+    def rank(self) -> int:
+        """Columns of the left factor (k)."""
+        return len(self.right)
+
+    def put(self, left: Tensor, right: Tensor) -> None:
+        """Replace both, by others of any rank; they are new parameters."""
+        self._own.original0, self._own.original1 = nn.Parameter(left), nn.Parameter(right)
+
+    def dissolve(self) -> None:
+        """Give the layer its weight back: the product, a new parameter."""
+        self.left.requires_grad_(True)  # torch makes a parameter of what can learn alone
+        del self.module.__dict__["thin"]
+        self.module.__class__ = type(self.module).__bases__[0]
+        parametrize.remove_parametrizations(self.module, "weight", leave_parametrized=True)
+        own = self.module._parameters  # where the weight came first, and shall again
+        for name in [each for each in own if each != "weight"]:
+            own[name] = own.pop(name)
+
+    @property
+    def _own(self) -> Any:
+        return self.module.parametrizations.weight  # type: ignore[union-attr]
+
+    def thin(self, x: Tensor) -> Tensor | None:
+        """Return the map of `x` by two thin ones, None where one whole map is less work."""
+        module, shape = self.module, self.product.shape
+        if self.product.shown is not None or not self._thinner(x):
+            return None
+        if isinstance(module, nn.Linear):
+            return linear(linear(x, self.right), self.left, module.bias)
+        assert isinstance(module, nn.modules.conv._ConvNd)
+        right = self.right.view(self.rank, *shape[1:])
+        between = module._conv_forward(x, right, None)
+        ones = [1] * (len(shape) - 2)
+        call = getattr(nn.functional, f"conv{len(shape) - 2}d")
+        made: Tensor = call(between, self.left.view(shape[0], self.rank, *ones), module.bias)
+        return made
+
+    def _thinner(self, x: Tensor) -> bool:
+        """Say whether two thin maps of `x` are less work than the product and one whole map."""
+        module, shape = self.module, self.product.shape
+        a, b, k = shape[0], math.prod(shape[1:]), self.rank
+        count = x.numel() // x.shape[-1]
+        if isinstance(module, nn.modules.conv._ConvNd):
+            if module.groups > 1:
+                return False
+            count = x.numel() // shape[1] // math.prod(module.stride)
+        return count * k * (a + b) < a * b * (k + count)
+
+
+def _thin(base: Any) -> type[nn.Module]:
+    """Return a class that stands behind a layer's own and maps by factors where those are thin."""
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        made: Tensor | None = self.thin(input)
+        whole: Tensor = base.forward(self, input) if made is None else made
+        return whole
+
+    return type(f"Thin{base.__name__}", (base,), {"forward": forward})
+
+
+THIN = {base: _thin(base) for base in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+"""What can have factors, and what it then maps by."""
+
+
+def plain(layer: nn.Module) -> Iterator[Tensor]:
+    """Yield the parameters of a layer, detached, in their order; products for factors."""
+    for name, module in layer.named_modules():
+        if "parametrizations" in name.split("."):
+            continue
+        if parametrize.is_parametrized(module, "weight"):
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            yield weight.detach()
+        yield from (each.detach() for each in module._parameters.values() if each is not None)
+
+
+def eligible(module: nn.Module) -> bool:
+    """Say whether a layer is of a kind that can have factors, and is not one of others already."""
+    return isinstance(module, tuple(THIN)) and not parametrize.is_parametrized(module)

@@ -1,0 +1,293 @@
+"""AB: replicas in two halves, each training one of two factors of every matrix, apart.
+
+A run has a full-rank warm-up, and then periods: full rank for some updates, then low rank. For low
+rank a matrix W (a x b) is split by its singular values, W = A B with A = U sqrt(S), B = sqrt(S) V',
+those below `cutoff` times the largest cut away. Groups of replicas train A or B, the other factor
+resting; nothing crosses between groups until they agree again::
+
+    update    0 ... warm-up | low rank, nothing cut ... | full | low rank, cut ... | full | low ...
+    gradients   all           inside each group           all    inside each group
+                            split                     merge  split              merge
+
+What a merge makes of W, by `mode`::
+
+    full           mean of A B over replicas
+    with-stale     (mean of A) (mean of B), those that rested included
+    only-learned   (mean of A over those who trained it) (the same of B)
+    only-b         A (mean of B): nobody trains A
+
+First and last weights of the model, heads, and all that is no matrix stay as they are and are
+averaged inside groups, and over all replicas at a merge. So do moments of the optimizer, which are
+cut or filled up with zeros to the shapes of what they belong to. After each change the learning
+rate starts at a 300th and comes back over `rebound-updates`.
+
+Sends, for n replicas on m nodes, N bytes of parameters, F of those that cross at a merge (in
+`full` N, else the factors with the rest): in full rank 2 (m - 1) N per update between nodes, in low
+rank nothing where groups stay inside nodes; a merge 2 (m - 1) (F + moments). Staleness: a period.
+One replica is the identity.
+
+Source: Coquelin et al. 2024, "AB-Training: A Communication-Efficient Approach for Distributed
+Low-Rank Learning", arXiv 2405.01067, and its code. Not kept: its rebound adds up over parameter
+groups, so that later ones rise too steeply.
+
+Invariant: in full rank all replicas are equal, optimizers included; ranks of a group always are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from dtrain.comm.comm import Comm
+from dtrain.early import Group
+from dtrain.errors import Refusal
+from dtrain.syncs.parts.apart import Apart
+from dtrain.syncs.parts.lowrank import matrix, reformed, split
+from dtrain.syncs.sync import Clock, Held, averaged, least
+from dtrain.weights import Weights
+
+LOWEST = 1 / 300
+"""The learning rate after a change, as a part of what it would be: 1e-5 of the paper's 3e-3."""
+
+
+class Phases(NamedTuple):
+    """The lengths of a run's phases, in updates."""
+
+    warmup: int
+    every: int
+    full: int
+    rebound: int
+
+    def low(self, update: int) -> bool:
+        """Say whether an update is one of low rank."""
+        since = update % self.every
+        first = update - since <= self.warmup
+        return update >= self.warmup and (first or since >= self.full)
+
+    def cuts(self, update: int) -> bool:
+        """Say whether a split before this update cuts; the first one after the warm-up does not."""
+        return update - update % self.every > self.warmup
+
+
+@final
+@dataclass
+class AB(Apart):
+    """Low-rank training in groups.
+
+    Attributes
+    ----------
+    mode : str
+        What a merge makes of the factors.
+    warmup_updates : int, optional
+        Of full rank at the start; left out: a fifth of the run.
+    every : int, optional
+        Updates of a period; left out: a fifteenth of the run.
+    full_updates : int, optional
+        Of full rank at the start of a period; left out: a tenth of it.
+    rebound_updates : int, optional
+        Over which the learning rate comes back; left out: a quarter of a period.
+    cutoff : float
+        Singular values up to this part of the largest are cut.
+    group_size : int
+        Replicas of a group; 0: half of them, with `only-b` all.
+    """
+
+    horizon = True
+    copies = 3
+    reforms = True
+    mode: Literal["with-stale", "only-learned", "full", "only-b"] = "with-stale"
+    warmup_updates: int | None = None
+    every: int | None = None
+    full_updates: int | None = None
+    rebound_updates: int | None = None
+    cutoff: float = 0.15
+    group_size: int = 0
+
+    def __post_init__(self) -> None:
+        for key, low in (("warmup", 0), ("full", 1), ("rebound", 0)):
+            least(f"{key}-updates", getattr(self, f"{key}_updates") or low, low)
+        least("every", self.every or 2, 2)
+        least("cutoff", self.cutoff, 0)
+        least("group-size", self.group_size, 0)
+        self.low, self._changed = False, -1
+
+    def open(self, block: Held, replicas: Comm) -> None:
+        """Take the block, find its matrices, and join a group. Collective."""
+        super().open(block, replicas)
+        if not isinstance(block, Weights):
+            raise Refusal(
+                "[sync] 'ab' needs whole blocks: take it out of 'only-large'", agreed=True
+            )
+        self.weights, self._names = block, block.matrices()
+        size, count = self._size(replicas.size), replicas.size
+        groups = -(-count // size)
+        own = replicas.rank // size
+        self._members = range(own * size, min((own + 1) * size, count))
+        self.learns_a = self.mode != "only-b" and own < groups / 2
+        self._group = replicas.split(own, name=f"group {own}")
+        self._learners = sum(rank // size < groups / 2 for rank in range(count))
+
+    def _size(self, count: int) -> int:
+        """Return the replicas of a group."""
+        if count == 1:
+            return 1
+        size = self.group_size or (count if self.mode == "only-b" else -(-count // 2))
+        if self.mode != "only-b" and size >= count:
+            raise Refusal(
+                f"[sync] group-size = {size} puts all {count} replicas into one group: give at "
+                f'most {count - 1}, or mode = "only-b"',
+                agreed=True,
+            )
+        return size
+
+    def phases(self, clock: Clock) -> Phases:
+        """Return the lengths of phases, those that are left out by the length of the run."""
+        every = self.every or max(clock.total // 15, 2)
+        warmup = clock.total // 5 if self.warmup_updates is None else self.warmup_updates
+        rebound = every // 4 if self.rebound_updates is None else self.rebound_updates
+        return Phases(warmup, every, self.full_updates or max(every // 10, 1), rebound)
+
+    def means(self) -> tuple[float, float]:
+        """One per update inside nodes; between them those of full rank, a fifth and a tenth."""
+        return 1.0, 0.3
+
+    def rate(self, clock: Clock) -> float:
+        """By what the learning rate is multiplied: it rises again after a change."""
+        since, rebound = clock.update - self._changed, self.phases(clock).rebound
+        if self._changed < 0 or since >= rebound:
+            return 1.0
+        return LOWEST + (1 - LOWEST) * since / rebound
+
+    def steps(self, weight: float, clock: Clock) -> bool:
+        """A group without a sample rests."""
+        return not self.low or self._rows(clock) > 0
+
+    def averages(self, weight: float, clock: Clock) -> Group | None:
+        """Over all replicas in full rank, else inside the group."""
+        if not self.low:
+            return Group(self.replicas, weight)
+        rows = self._rows(clock)
+        return Group(self._group, clock.rows[self.replicas.rank] / rows) if rows else None
+
+    def _rows(self, clock: Clock) -> int:
+        return sum(clock.rows[rank] for rank in self._members)
+
+    def after_update(self, clock: Clock) -> None:
+        """Split or merge, where the next update is of the other kind. Collective."""
+        if self.replicas.size == 1:
+            return
+        following, phases = clock.update + 1, self.phases(clock)
+        low = phases.low(following) and not clock.ends_run
+        if low != self.low:
+            if low:
+                self._split(phases.cuts(following))
+            else:
+                self._merge()
+            self._changed = following
+
+    def _a_is_left(self, name: str) -> bool:
+        """Say whether the tall factor stands left."""
+        rows, columns = self.weights.shape(name)
+        return rows >= columns
+
+    def _learns_left(self, name: str) -> bool:
+        return self.learns_a == self._a_is_left(name)
+
+    def _split(self, cuts: bool) -> None:
+        """Put factors in the place of matrices. All replicas agree on their ranks."""
+        own, memory = self.weights, self.weights.memory()
+        parts = {name: split(own.parameters[name]) for name in self._names}
+        limit = self.cutoff if cuts else -1.0
+        counts = [int((s > limit * s[0]).nonzero().max()) + 1 for _, s, _ in parts.values()]
+        agreed = [max(each) for each in zip(*self.replicas.exchange(counts), strict=True)]
+        for (name, (u, s, v)), rank in zip(parts.items(), agreed, strict=True):
+            root = s[:rank].sqrt()
+            self._factor(name, u[:, :rank] * root, root[:, None] * v[:rank])
+        own.reform(reformed(memory, own.values()))
+        self.low, self.equal = True, False
+
+    def _factor(self, name: str, left: Tensor, right: Tensor) -> None:
+        """Let a matrix be a product of which one factor rests."""
+        self.weights.factor(name, left.contiguous(), right.contiguous())
+        made = self.weights.factors[name]
+        made.left.requires_grad_(self._learns_left(name))
+        made.right.requires_grad_(not self._learns_left(name))
+
+    def _merge(self) -> None:
+        """Put matrices back in the place of factors; make optimizers equal. Collective."""
+        own, memory = self.weights, self.weights.memory()
+        merged = self._merged()
+        for name in self._names:
+            own.whole(name)
+        for name, each in own.values().items():
+            each.copy_(merged[name])
+        state = reformed(memory, own.values())
+        self.replicas.mean_({n: m for n, m in state.items() if m.dim()})
+        self.replicas.broadcast_({n: count for n, count in state.items() if not count.dim()})
+        own.reform(state)
+        self.low, self.equal = False, True
+
+    def _merged(self) -> dict[str, Tensor]:
+        """Return all that is trained, and what rests, as a merge makes it. Collective."""
+        own = self.weights
+        pairs = {name: own.factors[name] for name in self._names}
+        known = {f"{name}.{side}" for name in pairs for side in ("left", "right")}
+        found = averaged(self.replicas, {n: t for n, t in own.values().items() if n not in known})
+        if self.mode == "full":
+            whole = {n: (f.left @ f.right).detach() for n, f in pairs.items()}
+            return found | self._shaped(averaged(self.replicas, whole))
+        tall = {n: f.left if self._a_is_left(n) else f.right for n, f in pairs.items()}
+        flat = {n: f.right if self._a_is_left(n) else f.left for n, f in pairs.items()}
+        a = {name: each.detach().clone() for name, each in tall.items()}
+        b = {name: each.detach().clone() for name, each in flat.items()}
+        if self.mode == "only-learned":
+            others = self.replicas.size - self._learners
+            self.replicas.mean_(a, 1 / self._learners if self.learns_a else 0.0)
+            self.replicas.mean_(b, 0.0 if self.learns_a else 1 / others)
+        else:
+            if self.mode == "with-stale":
+                self.replicas.mean_(a)
+            self.replicas.mean_(b)
+        product = {n: a[n] @ b[n] if self._a_is_left(n) else b[n] @ a[n] for n in pairs}
+        return found | self._shaped(product)
+
+    def _shaped(self, products: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {n: each.view(self.weights.factors[n].product.shape) for n, each in products.items()}
+
+    def view(self) -> dict[str, Tensor]:
+        """Return what a merge would make; collective."""
+        if not self.low:
+            return super().view()
+        rest = self.block.tensors()
+        for name in self._names:
+            del rest[f"{name}.left"], rest[f"{name}.right"]
+        return rest | self._merged() | averaged(self.replicas, self.block.drifting)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the phase, when it began, and the ranks of factors."""
+        told = {"low": torch.tensor(int(self.low)), "changed": torch.tensor(self._changed)}
+        ranks = {f"rank/{n}": torch.tensor(f.rank) for n, f in self.weights.factors.items()}
+        return super().state() | told | ranks
+
+    def reshape(self, state: Mapping[str, Tensor]) -> None:
+        """Give the block the shapes that a state was saved with."""
+        if not int(state["low"]):
+            return
+        for name in self._names:
+            weight, rank = matrix(self.weights.parameters[name]), int(state[f"rank/{name}"])
+            left, right = (
+                weight.new_zeros(len(weight), rank),
+                weight.new_zeros(rank, weight.shape[1]),
+            )
+            self._factor(name, left, right)
+        self.weights.reform({})
+        self.low = True
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state()` returned."""
+        super().restore(state)
+        self._changed = int(state["changed"])

@@ -1,0 +1,67 @@
+"""Low rank: matrices split by their singular values, and optimizer state that follows.
+
+Invariant: an uncut split multiplied together is the matrix, up to rounding; what is cut off an
+optimizer's moments is lost, what they lack is zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dtrain.weights import whole
+
+Parts = tuple[Tensor, Tensor, Tensor]
+"""U (a, k), the singular values (k,), V' (k, b)."""
+
+
+def matrix(weight: Tensor) -> Tensor:
+    """Return a weight (a, ...) as a matrix (a, b), detached; the same memory."""
+    return weight.detach().reshape(len(weight), -1)
+
+
+def split(weight: Tensor) -> Parts:
+    """Return the singular value decomposition of a weight seen as a matrix, in its dtype.
+
+    Narrower numbers than float32 are split as float32. The largest element of a column of U is
+    positive: without that its sign would follow from rounding.
+    """
+    own = matrix(weight)
+    wide = own if own.dtype == torch.float64 else own.float()
+    u, s, v = torch.linalg.svd(wide, full_matrices=False)
+    signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
+    return (u * signs).to(own), s.to(own), (v * signs.T).to(own)
+
+
+def fitted(old: Tensor, shape: torch.Size) -> Tensor:
+    """Return `old` in another shape: what overlaps, and zeros.
+
+    A factor's moments (a, k) fill the first columns of the matrix, and the other way round.
+    """
+    new = old.new_zeros(shape)
+    seen = new.view(len(new), -1)
+    flat = old.reshape(len(old), -1)
+    rows, columns = (min(pair) for pair in zip(seen.shape, flat.shape, strict=True))
+    seen[:rows, :columns] = flat[:rows, :columns]
+    return new
+
+
+def reformed(memory: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return optimizer state for what is trained now, out of the state of what was.
+
+    A factor (`<weight>.left`, `<weight>.right`) takes over from its matrix, and the matrix from the
+    factor that was trained.
+    """
+    found = {}
+    for key, old in memory.items():
+        name, _, entry = key.rpartition("/")
+        plain = whole(name)
+        for heir in (name, plain, f"{plain}.left", f"{plain}.right"):
+            if heir in values:
+                new = values[heir]
+                same = not old.dim() or old.shape == new.shape
+                found[f"{heir}/{entry}"] = old.clone() if same else fitted(old, new.shape)
+                break
+    return found

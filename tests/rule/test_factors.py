@@ -1,0 +1,173 @@
+"""Factors in the place of a matrix: the same maps, the same gradients, names, and back again."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn, optim
+from torch.func import functional_call
+
+from dtrain.factors import Factors, Product
+from dtrain.models.mlp import Dense
+from dtrain.syncs.parts.lowrank import fitted, matrix, reformed, split
+from dtrain.weights import Weights
+
+
+class Twice(nn.Linear):
+    """A layer that goes by its weight, not by its parent's forward."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ (2 * self.weight).T
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(7, 5), (6, 7)),
+    "no bias": (lambda: nn.Linear(5, 9, bias=False), (4, 3, 5)),
+    "conv2d": (lambda: nn.Conv2d(3, 8, 3, padding=1), (2, 3, 6, 5)),
+    "stride": (
+        lambda: nn.Conv2d(4, 6, 3, stride=2, padding_mode="reflect", padding=1),
+        (2, 4, 7, 7),
+    ),
+    "groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), (2, 4, 5, 5)),
+    "conv1d": (lambda: nn.Conv1d(3, 4, 2, dilation=2), (2, 3, 9)),
+    "own class": (lambda: Dense(7, 5, torch.tanh), (6, 7)),
+    "own weight": (lambda: Twice(7, 5), (6, 7)),
+    "conv3d": (lambda: nn.Conv3d(2, 3, 2), (2, 2, 4, 4, 4)),
+}
+
+
+def drawn(name: str) -> tuple[nn.Module, Tensor]:
+    """Return a layer and an input."""
+    make, shape = LAYERS[name]
+    torch.manual_seed(0)
+    return make().double(), torch.randn(shape, dtype=torch.float64)
+
+
+def factors(layer: nn.Module, rank: int) -> tuple[Tensor, Tensor]:
+    u, s, v = split(layer.weight)
+    return u[:, :rank] * s[:rank], v[:rank]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("rank", [1, 2, 99])
+def test_a_layer_of_factors_is_that_of_their_product(name: str, rank: int) -> None:
+    """Outputs, and the gradients of input and of both factors; whichever way is less work."""
+    layer, x = drawn(name)
+    left, right = factors(layer, rank)
+    left, right = left.requires_grad_(), right.requires_grad_()
+    x.requires_grad_()
+    product = (left @ right).view(layer.weight.shape)
+    rest = {key: each for key, each in layer.named_parameters() if key != "weight"}
+    wanted = functional_call(layer, {"weight": product, **rest}, (x,))
+    told = torch.autograd.grad(wanted.square().sum(), [x, left, right])
+    made = Factors(layer, left.detach(), right.detach())
+    found = layer(x)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    own = torch.autograd.grad(found.square().sum(), [x, made.left, made.right])
+    for mine, theirs in zip(own, told, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
+    names, kind = [*rest], type(drawn(name)[0])
+    made.dissolve()
+    assert type(layer) is kind
+    assert [key for key, _ in layer.named_parameters()] == ["weight", *names]
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_thin_factors_of_few_rows_are_not_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product is made where that is less work, and then alone."""
+    layer = nn.Linear(40, 30)
+    made = Factors(layer, *factors(layer, 2))
+    calls: list[int] = []
+    whole = Product.forward
+    monkeypatch.setattr(
+        Product, "forward", lambda self, *both: calls.append(1) or whole(self, *both)
+    )
+    layer(torch.randn(8, 40))
+    assert not calls
+    made.put(*factors(layer, 30))
+    calls.clear()
+    layer(torch.randn(800, 40))
+    assert calls
+
+
+def test_what_is_shown_is_what_computes() -> None:
+    layer, x = drawn("linear")
+    plain = layer(x)
+    weight = layer.weight.detach().clone()
+    made = Factors(layer, *factors(layer, 1))
+    assert not torch.allclose(layer(x), plain)
+    made.product.shown = weight
+    assert torch.equal(layer(x), plain)
+    assert torch.equal(layer.weight, weight)
+
+
+def block(ends: tuple[bool, bool] = (False, False)) -> Weights:
+    """Three linear layers, the last in a module of its own, a norm, and a head."""
+    torch.manual_seed(1)
+    roots = {
+        "a": nn.Linear(6, 5),
+        "b": nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.ReLU()),
+        "c": nn.Linear(4, 8),
+        "heads.0": nn.Linear(8, 3),
+    }
+    return Weights(roots, partial(optim.Adam, lr=0.1), ends)
+
+
+def test_first_and_last_matrices_and_heads_stay_whole() -> None:
+    assert block().matrices() == ["a.weight", "b.0.weight", "c.weight"]
+    assert block((True, False)).matrices() == ["b.0.weight", "c.weight"]
+    assert block((True, True)).matrices() == ["b.0.weight"]
+
+
+def test_factors_have_names_beside_their_matrix_and_it_comes_back() -> None:
+    own = block()
+    names, before = list(own.parameters), own.parameters["b.0.weight"].detach().clone()
+    assert list(own.parameters) == names
+    own.factor("b.0.weight", *factors(own.roots["b"][0], 2))  # type: ignore[index]
+    own.factors["b.0.weight"].right.requires_grad_(False)
+    own.reform({})
+    found = list(own.parameters)
+    place = names.index("b.0.weight")
+    assert found == [*names[:place], "b.0.weight.left", "b.0.weight.right", *names[place + 1 :]]
+    assert "b.0.weight.right" not in own.values()
+    assert own.shape("b.0.weight") == (4, 5)
+    assert len(own.trained) == len(own.values()) == len(names)
+    view = {
+        name: torch.zeros(4, 5) if name == "b.0.weight" else t for name, t in own.tensors().items()
+    }
+    view["b.0.weight"] = torch.zeros(4, 5)
+    with own.showing(view):
+        assert torch.equal(own.roots["b"][0].weight, torch.zeros(4, 5))  # type: ignore[index]
+    own.whole("b.0.weight")
+    own.reform({})
+    assert list(own.parameters) == names
+    assert own.form == 2
+    u, s, v = split(before)
+    torch.testing.assert_close(own.parameters["b.0.weight"], (u[:, :2] * s[:2]) @ v[:2])
+    assert own.parameters["b.0.weight"].requires_grad
+
+
+def test_an_uncut_split_is_the_matrix() -> None:
+    for name in ("linear", "conv2d"):
+        layer, _ = drawn(name)
+        u, s, v = split(layer.weight)
+        torch.testing.assert_close((u * s) @ v, matrix(layer.weight), rtol=1e-12, atol=1e-12)
+        assert (s.diff() <= 0).all()
+
+
+def test_optimizer_state_follows_shapes() -> None:
+    """What overlaps stays, the rest is zero; counts stay; what rests has none."""
+    old = torch.arange(12.0).view(3, 4)
+    assert fitted(old, torch.Size([3, 2])).tolist() == [[0, 1], [4, 5], [8, 9]]
+    assert fitted(old, torch.Size([3, 2, 3])).flatten(1)[:, 4:].eq(0).all()
+    memory = {"w/m": old, "w/step": torch.tensor(3.0), "b/m": torch.ones(3)}
+    values = {"w.right": torch.empty(2, 4), "b": torch.empty(3)}
+    found = reformed(memory, values)
+    assert found.keys() == {"w.right/m", "w.right/step", "b/m"}
+    assert torch.equal(found["w.right/m"], old[:2])
+    back = reformed(found, {"w": torch.empty(3, 2, 2), "b": torch.empty(3)})
+    assert back["w/m"].shape == (3, 2, 2)
+    assert torch.equal(back["w/m"].flatten(1), torch.cat([old[:2], torch.zeros(1, 4)]))
+    assert back["w/step"] == 3
