@@ -83,10 +83,6 @@ class Factors:
         """Columns of the left factor (k)."""
         return len(self.right)
 
-    def put(self, left: Tensor, right: Tensor) -> None:
-        """Replace both, by others of any rank; they are new parameters."""
-        self._own.original0, self._own.original1 = nn.Parameter(left), nn.Parameter(right)
-
     def dissolve(self) -> None:
         """Give the layer its weight back: the product, a new parameter."""
         self.left.requires_grad_(True)  # torch makes a parameter of what can learn alone

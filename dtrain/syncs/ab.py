@@ -46,7 +46,7 @@ from dtrain.comm.comm import Comm
 from dtrain.early import Group
 from dtrain.errors import Refusal
 from dtrain.syncs.parts.apart import Apart
-from dtrain.syncs.parts.lowrank import matrix, reformed, split
+from dtrain.syncs.parts.lowrank import kept, matrix, reformed, split
 from dtrain.syncs.sync import Clock, Held, averaged, least
 from dtrain.weights import Weights
 
@@ -202,7 +202,7 @@ class AB(Apart):
         own, memory = self.weights, self.weights.memory()
         parts = {name: split(own.parameters[name]) for name in self._names}
         limit = self.cutoff if cuts else -1.0
-        counts = [int((s > limit * s[0]).nonzero().max()) + 1 for _, s, _ in parts.values()]
+        counts = [kept(s, limit) for _, s, _ in parts.values()]
         agreed = [max(each) for each in zip(*self.replicas.exchange(counts), strict=True)]
         for (name, (u, s, v)), rank in zip(parts.items(), agreed, strict=True):
             root = s[:rank].sqrt()

@@ -57,6 +57,7 @@ class DeMo(Apart):
     lossy = True
     copies = 1
     ruled = idles = True
+    shrinks = False
     decay: float = 0.999
     keep: int = 32
     chunk: int = 64

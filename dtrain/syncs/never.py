@@ -19,6 +19,8 @@ from dtrain.syncs.sync import Clock
 class Never(Apart):
     """No agreement at all: the baseline of every other sync, and an ensemble averaged late."""
 
+    shrinks = False
+
     def means(self) -> tuple[float, float]:
         """None."""
         return 0.0, 0.0

@@ -35,6 +35,7 @@ class OnlyLarge(Wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.shrinks = False
         least("elements", self.elements, 1)
 
     def open(self, block: Held, replicas: Comm) -> None:

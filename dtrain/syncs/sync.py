@@ -116,6 +116,8 @@ class Sync(ABC):
         Whether it does so in all of them, so that the optimizer keeps nothing.
     reforms : bool
         Whether it puts others in the place of a block's parameters.
+    shrinks : bool
+        Whether what it sends between nodes can be made smaller by a wrapper around it.
     carrier : Carrier
         What takes movements of weights from node to node.
     equal : bool
@@ -129,6 +131,7 @@ class Sync(ABC):
     ruled = False
     idles = False
     reforms = False
+    shrinks = True
     equal = True
     carrier: Carrier = EXACT
 
@@ -136,6 +139,10 @@ class Sync(ABC):
         """Take the block and the communicator of its replicas; may re-parametrise the block."""
         self.block = block
         self.replicas = replicas
+
+    def carry(self, carrier: Carrier) -> None:
+        """Let movements of weights travel by a carrier; before `open`."""
+        self.carrier = carrier
 
     def steps(self, weight: float, clock: Clock) -> bool:
         """Say whether this replica's optimizer takes a step in an update.

@@ -328,3 +328,31 @@ def test_heat_sends_weights_which_are_not_made_smaller(tmp_path: Path) -> None:
     inner = {"name": "daso", "heat-compatible": True}
     with pytest.raises(Refusal, match="heat-compatible sends weights"):
         trained(run("int8", sync={"inner": inner}), tmp_path, FOUR)
+
+
+@pytest.mark.parametrize("inner", ["demo", "never", "int8", "only-large"])
+def test_what_could_not_be_made_smaller_is_refused(inner: str) -> None:
+    """It would change nothing, and nobody would know."""
+    for name in SMALLER:
+        with pytest.raises(Refusal, match=rf"'{inner}' sends nothing that another sync can make"):
+            run(name, sync={"inner": {"name": inner}})
+
+
+def test_movements_are_smaller_inside_a_warm_up(tmp_path: Path) -> None:
+    """Whichever of the two stands around the other: three means, of one byte per element."""
+    local = {"name": "local-sgd", "every": 2}
+    whole = {"inner": {"name": "warmup", "updates": 2, "inner": local}}
+    told = trained(run("int8", sync=whole, **WIDE), tmp_path, FOUR)
+    gradients, means = 2, 3
+    assert told["bytes_inter_node"] == (gradients + means) * 2 * coded(tmp_path, 1)
+
+
+@pytest.mark.parametrize("name", SMALLER)
+def test_factors_of_changing_rank_are_carried(name: str, tmp_path: Path) -> None:
+    """AB inside, in groups that span nodes: what was kept of other shapes is let go."""
+    fields = {"warmup-updates": 1, "every": 3, "full-updates": 1, "cutoff": 0.6}
+    told = {"sync": {"inner": {"name": "ab", **fields}}, "epochs": 4, **WIDE}
+    smaller = trained(run(name, **told), tmp_path / name, "abab")
+    plain = trained(run("ab", sync=fields, epochs=4, **WIDE), tmp_path / "ab", "abab")
+    assert smaller["bytes_inter_node"] < plain["bytes_inter_node"]
+    assert smaller["updates"] == plain["updates"] == 16

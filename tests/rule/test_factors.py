@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn, optim
 from torch.func import functional_call
 
+from dtrain.errors import Refusal
 from dtrain.factors import Factors, Product
 from dtrain.models.mlp import Dense
-from dtrain.syncs.parts.lowrank import fitted, matrix, reformed, split
+from dtrain.syncs.parts.lowrank import fitted, kept, matrix, reformed, split
 from dtrain.weights import Weights
 
 
@@ -86,7 +87,8 @@ def test_thin_factors_of_few_rows_are_not_multiplied(monkeypatch: pytest.MonkeyP
     )
     layer(torch.randn(8, 40))
     assert not calls
-    made.put(*factors(layer, 30))
+    made.dissolve()
+    Factors(layer, *factors(layer, 30))
     calls.clear()
     layer(torch.randn(800, 40))
     assert calls
@@ -155,6 +157,14 @@ def test_an_uncut_split_is_the_matrix() -> None:
         u, s, v = split(layer.weight)
         torch.testing.assert_close((u * s) @ v, matrix(layer.weight), rtol=1e-12, atol=1e-12)
         assert (s.diff() <= 0).all()
+
+
+def test_a_cut_keeps_up_to_the_last_large_value_and_one_at_least() -> None:
+    s = torch.tensor([4.0, 2.0, 0.3, 0.1])
+    assert [kept(s, cutoff) for cutoff in (-1.0, 0.0, 0.05, 0.15, 0.5, 1.0)] == [4, 4, 3, 2, 1, 1]
+    assert kept(torch.zeros(3), 0.15) == 1
+    with pytest.raises(Refusal, match=r"a weight of \(2, 2\) is not finite"):
+        split(torch.tensor([[1.0, torch.nan], [0.0, 1.0]]))
 
 
 def test_optimizer_state_follows_shapes() -> None:

@@ -51,13 +51,13 @@ class Coded(Carrier):
 
     def __init__(self, code: Code, own: tuple[int | str, ...]) -> None:
         self.code, self.own = code, own
-        self._hubs: dict[int, Hub] = {}
+        self._hubs: dict[Comm, Hub] = {}
 
     def begin(self, group: Comm, tensors: Mapping[str, Tensor], weight: float, update: int) -> Land:
         """Add up inside nodes, encode, and start to send to all leads."""
         if group.nodes == 1 or not tensors:
             return group.imean_(tensors, weight).wait
-        hub = self._hubs.get(id(group)) or self._hubs.setdefault(id(group), Hub(group))
+        hub = self._hubs.get(group) or self._hubs.setdefault(group, Hub(group))
         if hub.near.size > 1:
             hub.near.mean_(tensors, weight)
         else:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from dtrain.errors import NUMERIC, Refusal
 from dtrain.weights import whole
 
 Parts = tuple[Tensor, Tensor, Tensor]
@@ -27,12 +28,27 @@ def split(weight: Tensor) -> Parts:
 
     Narrower numbers than float32 are split as float32. The largest element of a column of U is
     positive: without that its sign would follow from rounding.
+
+    Raises
+    ------
+    Refusal
+        The weight is NaN or infinite (code 4).
     """
     own = matrix(weight)
+    if not own.isfinite().all():
+        advice = "lower [optimizer] lr, or set clip"
+        raise Refusal(f"a weight of {tuple(weight.shape)} is not finite: {advice}", NUMERIC)
     wide = own if own.dtype == torch.float64 else own.float()
     u, s, v = torch.linalg.svd(wide, full_matrices=False)
     signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
     return (u * signs).to(own), s.to(own), (v * signs.T).to(own)
+
+
+def kept(s: Tensor, cutoff: float) -> int:
+    """Return how many singular values stay: up to the last above `cutoff` times the first, and
+    one at least."""
+    above = (s > cutoff * s[0]).nonzero()
+    return int(above.max()) + 1 if len(above) else 1
 
 
 def fitted(old: Tensor, shape: torch.Size) -> Tensor:

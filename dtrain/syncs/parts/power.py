@@ -83,13 +83,15 @@ class Power(Carrier):
     def _missed(self, name: str, tensor: Tensor) -> Tensor:
         """Return a difference as a matrix, with what was not carried before."""
         matrix = tensor.reshape(len(tensor), -1).clone()
-        return matrix.add_(self._errors[name]) if name in self._errors else matrix
+        error = self._errors.get(name)
+        fits = error is not None and error.shape == matrix.shape  # the sync inside may reshape
+        return matrix.add_(error) if fits and error is not None else matrix
 
     def _start(self, name: str, matrix: Tensor) -> Tensor:
         """Return the Q of the last mean, or a random one."""
-        if name not in self._starts:
+        shape = matrix.shape[1], min(self.rank, *matrix.shape)
+        if name not in self._starts or self._starts[name].shape != shape:
             drawn = torch.Generator().manual_seed(key(*self.own, name))
-            shape = matrix.shape[1], min(self.rank, *matrix.shape)
             first = torch.randn(shape, generator=drawn, dtype=torch.float64)
             self._starts[name] = first.to(matrix)
         return self._starts[name]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dtrain.comm.comm import Comm
 from dtrain.early import Group
+from dtrain.errors import Refusal
 from dtrain.syncs.parts.carrier import Carrier
 from dtrain.syncs.parts.wrapper import Wrapper
 from dtrain.syncs.sync import Clock, Held, under
@@ -34,7 +35,12 @@ class Smaller(Wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.lossy = True
+        if not self.inside.shrinks:
+            raise Refusal(
+                f"[sync.inner] '{self.inner['name']}' sends nothing that another sync can make "
+                "smaller: leave one of the two out, or put this one inside 'only-large'"
+            )
+        self.lossy, self.shrinks = True, False
         own = self.remembers * (1 + self.apart)  # one memory per carrier
         self.copies = self.inside.copies + own + self.apart  # and where all were last equal
         self.apart = self.apart or self.remembers
@@ -50,7 +56,8 @@ class Smaller(Wrapper):
     def open(self, block: Held, replicas: Comm) -> None:
         """Open the inner sync, whose transfers are carried smaller from now on."""
         self.block, self.replicas = block, replicas
-        self.gradients, self.inside.carrier = self.carries("gradients"), self.carries("movements")
+        self.gradients, self.movements = self.carries("gradients"), self.carries("movements")
+        self.inside.carry(self.movements)
         super().open(block, replicas)
 
     def means(self) -> tuple[float, float]:
@@ -73,7 +80,7 @@ class Smaller(Wrapper):
 
     def state(self) -> dict[str, Tensor]:
         """Return the states of both carriers and of the inner sync."""
-        carriers = {"gradients": self.gradients, "movements": self.inside.carrier}
+        carriers = {"gradients": self.gradients, "movements": self.movements}
         own = {f"{k}/{name}": t for k, each in carriers.items() for name, t in each.state().items()}
         return super().state() | own
 
@@ -81,4 +88,4 @@ class Smaller(Wrapper):
         """Take back what `state()` returned."""
         super().restore(state)
         self.gradients.restore(under(state, "gradients/"))
-        self.inside.carrier.restore(under(state, "movements/"))
+        self.movements.restore(under(state, "movements/"))

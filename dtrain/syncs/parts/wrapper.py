@@ -23,6 +23,7 @@ from torch import Tensor
 from dtrain.block import Rule
 from dtrain.comm.comm import Comm
 from dtrain.early import Group
+from dtrain.syncs.parts.carrier import Carrier
 from dtrain.syncs.sync import Clock, Held, Sync, under
 from dtrain.tables import Table, make, unfill
 
@@ -52,7 +53,7 @@ class Wrapper(Sync):
         self.apart, self.horizon = self.inside.apart, self.inside.horizon
         self.copies, self.lossy = self.inside.copies, self.inside.lossy
         self.ruled, self.idles = self.inside.ruled, self.inside.idles
-        self.reforms = self.inside.reforms
+        self.reforms, self.shrinks = self.inside.reforms, self.inside.shrinks
 
     @property
     def equal(self) -> bool:  # type: ignore[override]
@@ -63,6 +64,11 @@ class Wrapper(Sync):
         """Open the inner sync with the same block and replicas."""
         super().open(block, replicas)
         self.inside.open(block, replicas)
+
+    def carry(self, carrier: Carrier) -> None:
+        """Hand the carrier on to who sends."""
+        self.carrier = carrier
+        self.inside.carry(carrier)
 
     def steps(self, weight: float, clock: Clock) -> bool:
         """As the inner sync."""
