@@ -36,9 +36,10 @@ class Smaller(Wrapper):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.inside.shrinks:
+            name = self.inner["name"]
+            advice = "put it around this one" if name == "only-large" else "leave one of them out"
             raise Refusal(
-                f"[sync.inner] '{self.inner['name']}' sends nothing that another sync can make "
-                "smaller: leave one of the two out, or put this one inside 'only-large'"
+                f"[sync.inner] '{name}' sends nothing that another sync can make smaller: {advice}"
             )
         self.lossy, self.shrinks = True, False
         own = self.remembers * (1 + self.apart)  # one memory per carrier
