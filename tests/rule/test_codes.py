@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dtrain.syncs.demo import Chunks, cosines
 from dtrain.syncs.parts.coded import Code
-from dtrain.syncs.parts.eight import Eight, table
+from dtrain.syncs.parts.eight import Eight, Kind, borders, encoded, table
 from dtrain.syncs.parts.ternary import Ternary
 
 CODES = [Ternary(0.0), Ternary(2.5), Eight("dynamic"), Eight("linear")]
@@ -121,3 +121,18 @@ def test_the_transform_is_that_of_scipy() -> None:
     wanted = torch.from_numpy(fft.dctn(x.numpy(), type=2, norm="ortho"))
     torch.testing.assert_close(Chunks((12, 10), 64).waves(x).view(12, 10), wanted)
     assert cosines(5).shape == (5, 5)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "linear"])
+def test_codes_by_the_upper_half_are_those_of_a_search(kind: Kind) -> None:
+    """At every border, next to it, and for numbers of all sizes."""
+    edges = borders(kind)
+    up, down = edges.new_tensor(2.0), edges.new_tensor(-2.0)
+    sizes = normal(100_000).clamp(-4, 4) * 10 ** -(normal(100_000, 1).abs() * 6)
+    every = torch.cat([edges, edges.nextafter(up), edges.nextafter(down), sizes / 4, -edges])
+    assert torch.equal(encoded(every, kind), torch.bucketize(every, edges).to(torch.uint8))
+
+
+def test_a_number_that_is_none_stays_none() -> None:
+    values = torch.tensor([1.0, float("nan"), 2.0])
+    assert through(Eight("dynamic"), values).isnan().any()

@@ -23,12 +23,17 @@ from torch import Tensor
 
 from dtrain.syncs.parts.coded import Code
 
+Kind = Literal["dynamic", "linear"]
+
+PIECE = 1 << 16
+"""Elements at once: what is made in between stays in the cache."""
+
 
 @final
 class Eight(Code):
     """`kind` says which 255 values there are."""
 
-    def __init__(self, kind: Literal["dynamic", "linear"]) -> None:
+    def __init__(self, kind: Kind) -> None:
         self.kind = kind
 
     def size(self, count: int) -> int:
@@ -38,19 +43,47 @@ class Eight(Code):
     def encode(self, values: Tensor, key: tuple[int | str, ...] = ()) -> Tensor:
         """Return codes and largest magnitude."""
         x = values.to(torch.float32)
-        most = x.abs().max() if x.numel() else x.new_zeros(())
-        unit = x / most if most > 0 else torch.zeros_like(x)
-        codes = torch.bucketize(unit, borders(self.kind)).to(torch.uint8)
+        most = magnitude(x) if x.numel() else x.new_zeros(())
+        codes = encoded(x / most if most > 0 else torch.zeros_like(x), self.kind)
         return torch.cat([codes, most.view(1).view(torch.uint8)])
 
     def decode(self, data: Tensor, count: int) -> Tensor:
         """Return the values that codes stand for."""
-        codes, most = data[:count], data[-4:].clone().view(torch.float32)
-        return table(self.kind)[codes.to(torch.int32)] * most
+        most = data[-4:].clone().view(torch.float32)
+        return decoded(data[:count], self.kind, most)
+
+
+def magnitude(x: Tensor) -> Tensor:
+    """Return the largest magnitude, 0-dim; NaN where one is."""
+    low, high = x.aminmax()
+    return torch.maximum(-low, high)
+
+
+def encoded(unit: Tensor, kind: Kind) -> Tensor:
+    """Return the codes (uint8) of the nearest values of numbers in -1 ... 1, 1-D float32.
+
+    The upper half of a number's bits tells all but one comparison: between two numbers that share
+    it lies one border at most.
+    """
+    low, border = (each.to(unit.device) for each in cells(kind))
+    codes = torch.empty(unit.shape, dtype=torch.uint8, device=unit.device)
+    for part, out in zip(unit.split(PIECE), codes.split(PIECE), strict=True):
+        cell = (part.view(torch.int32) >> 16) & 0xFFFF
+        torch.add(low.index_select(0, cell), part > border.index_select(0, cell), out=out)
+    return codes
+
+
+def decoded(codes: Tensor, kind: Kind, most: Tensor) -> Tensor:
+    """Return the values (float32) that codes stand for, times `most`, one number."""
+    values = table(kind).to(codes.device) * most
+    found = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+    for part, out in zip(codes.split(PIECE), found.split(PIECE), strict=True):
+        torch.index_select(values, 0, part.to(torch.int32), out=out)
+    return found
 
 
 @cache
-def table(kind: Literal["dynamic", "linear"]) -> Tensor:
+def table(kind: Kind) -> Tensor:
     """Return the 255 values, ascending, from -1 to 1."""
     if kind == "linear":
         return torch.arange(-127, 128, dtype=torch.float64).div(127).to(torch.float32)
@@ -65,7 +98,19 @@ def table(kind: Literal["dynamic", "linear"]) -> Tensor:
 
 
 @cache
-def borders(kind: Literal["dynamic", "linear"]) -> Tensor:
+def borders(kind: Kind) -> Tensor:
     """Return where one value's numbers end and the next one's begin."""
     values = table(kind).to(torch.float64)
     return ((values[1:] + values[:-1]) / 2).to(torch.float32)
+
+
+@cache
+def cells(kind: Kind) -> tuple[Tensor, Tensor]:
+    """Return, for all upper halves of a float32, the lowest code (uint8) of numbers in -1 ... 1
+    that begin with it, and above which number the next code begins."""
+    upper = torch.arange(1 << 16, dtype=torch.int32) << 16
+    ends = torch.stack([upper, upper | 0xFFFF]).view(torch.float32).nan_to_num(0)
+    codes = torch.bucketize(ends, borders(kind))
+    low, high = codes.aminmax(dim=0)
+    border = borders(kind)[low.clamp(max=len(borders(kind)) - 1)]
+    return low.to(torch.uint8), torch.where(high > low, border, torch.inf)

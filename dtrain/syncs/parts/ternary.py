@@ -13,6 +13,7 @@ Learning", and its code: the deviation is around the mean, clipping about zero.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import final
 
 import torch
@@ -42,17 +43,25 @@ class Ternary(Code):
         if self.clip and x.numel() > 1:
             limit = self.clip * float(x.std(correction=0))
             x = x.clamp(-limit, limit)
-        scale = x.abs().max() if x.numel() else x.new_zeros(())
+        size = x.abs()
+        scale = size.max() if x.numel() else x.new_zeros(())
         drawn = torch.rand(x.shape, generator=torch.Generator(x.device).manual_seed(seed(*key)))
-        code = (drawn * scale < x.abs()).to(torch.int8) * x.sign().to(torch.int8)
-        digits = pad((code + 1).to(torch.uint8), (0, -len(code) % 4)).view(-1, 4)
-        packed = digits[:, 0].clone()
+        code = drawn.mul_(scale).lt(size).to(torch.int8) * x.sign().to(torch.int8)
+        quads = pad((code + 1).to(torch.uint8), (0, -len(code) % 4)).view(-1, 4)
+        packed = quads[:, 0].clone()
         for place, shift in enumerate(SHIFTS[1:], 1):
-            packed |= digits[:, place] << shift
+            packed |= quads[:, place] << shift
         return torch.cat([packed, scale.view(1).view(torch.uint8)])
 
     def decode(self, data: Tensor, count: int) -> Tensor:
         """Return -s, 0 and s."""
         packed, scale = data[:-4], data[-4:].clone().view(torch.float32)
-        digits = torch.stack([(packed >> shift) & 3 for shift in SHIFTS], 1).view(-1)[:count]
-        return (digits.to(torch.float32) - 1) * scale
+        four = digits().to(packed.device).index_select(0, packed.to(torch.int32))
+        return four.view(torch.int8)[:count].to(torch.float32).mul_(scale)
+
+
+@cache
+def digits() -> Tensor:
+    """Return, for every byte, its four digits -1, 0 or 1 (int8), seen as one int32."""
+    table = [[(byte >> shift & 3) - 1 for shift in SHIFTS] for byte in range(256)]
+    return torch.tensor(table, dtype=torch.int8).view(torch.int32).view(-1)
