@@ -208,7 +208,7 @@ def tensors(
             found |= {f"model/{name}": tensor for name, tensor in views[index].items()}
         if replica and not sync.apart:
             continue
-        if sync.apart:
+        if sync.apart or sync.reforms:
             found |= {f"{own}/{name}": tensor for name, tensor in block.tensors().items()}
         found |= {f"{own}/optimizer/{name}": each for name, each in block.memory().items()}
         found |= {f"{own}/sync/{index}/{name}": each for name, each in sync.state().items()}
@@ -231,7 +231,7 @@ def restore(
     one = next(iter(syncs.values()))
     same = not one.apart or manifest.replicas == one.replicas.size
     own = f"replica/{replica if one.apart else 0}"
-    root = own if one.apart and same else "model"
+    root = own if same and (one.apart or one.reforms) else "model"
     for index, sync in syncs.items() if same else ():
         sync.reshape(manifest.under(f"{own}/sync/{index}/"))
     tensors = {name: t for block in blocks.values() for name, t in block.tensors().items()}

@@ -94,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("folder", type=Path, metavar="DIR", help="run folder")
     export.add_argument("out", type=Path, metavar="OUT", help="file.pt or file.safetensors")
     export.add_argument("--heads", action="store_true", help="the objective's own modules, too")
+    export.add_argument("--factors", action="store_true", help="products of low rank as factors")
     export.set_defaults(command=_export)
 
     data = commands.add_parser("data", help="prepare data sets")
@@ -269,7 +270,7 @@ def _export(options: argparse.Namespace) -> int:
     """Write a state dict and say what is in it."""
     from dtrain.export import export
 
-    state = export(options.folder, options.out, options.heads)
+    state = export(options.folder, options.out, options.heads, options.factors)
     count = sum(tensor.numel() for tensor in state.values())
     print(f"{options.out}: {len(state)} tensors, {count:,} numbers")
     return 0

@@ -17,11 +17,14 @@ from torch import Tensor
 
 from dtrain.errors import Refusal
 from dtrain.exam import newest
+from dtrain.syncs.parts.lowrank import factored
 
 KINDS = (".pt", ".safetensors")
 
 
-def export(folder: Path, out: Path, heads: bool = False) -> dict[str, Tensor]:
+def export(
+    folder: Path, out: Path, heads: bool = False, factors: bool = False
+) -> dict[str, Tensor]:
     """Write the newest complete checkpoint's model; return the state dict.
 
     Parameters
@@ -33,15 +36,20 @@ def export(folder: Path, out: Path, heads: bool = False) -> dict[str, Tensor]:
         installed. A file there is replaced.
     heads : bool
         The modules that the objective added, too, as ``heads.<block>.*``.
+    factors : bool
+        Matrices (a, ...) that were trained in low rank as ``<name>.left`` (a, k) and
+        ``<name>.right`` (k, b), where those are fewer numbers: ``(left @ right).view(a, ...)``.
 
     Raises
     ------
     Refusal
         No run, no checkpoint, a damaged one (code 3), another suffix, a path that cannot be
-        written.
+        written; factors of a run that has none.
     """
     write = _writer(out)
-    state = _read(folder)
+    state, thin = _read(folder)
+    if factors:
+        state = _factored(state, thin)
     if not heads:
         state = {name: each for name, each in state.items() if not name.startswith("heads.")}
     part = out.with_name(out.name + ".part")
@@ -54,13 +62,30 @@ def export(folder: Path, out: Path, heads: bool = False) -> dict[str, Tensor]:
     return state
 
 
-def _read(folder: Path) -> dict[str, Tensor]:
-    """Return the model of the newest checkpoint, or of the one that has taken its place."""
+def _factored(state: dict[str, Tensor], thin: set[str]) -> dict[str, Tensor]:
+    """Return the state dict with two factors in the place of each matrix that has few ranks."""
+    if not thin:
+        raise Refusal("no weight of this run was trained in low rank: leave --factors out")
+    found: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        left, right = factored(tensor) if name in thin else (tensor, tensor)
+        if name in thin and left.numel() + right.numel() < tensor.numel():
+            found |= {f"{name}.left": left, f"{name}.right": right}
+        else:
+            found[name] = tensor
+    return found
+
+
+def _read(folder: Path) -> tuple[dict[str, Tensor], set[str]]:
+    """Return the model of the newest checkpoint, or of the one that has taken its place, and the
+    names of what was trained in low rank."""
     while True:
         manifest = newest(folder)
         try:
             manifest.intact(key for key in manifest.files if key.startswith("model/"))
-            return manifest.under("model/")
+            weights = manifest.state.get("weights", {})
+            thin = {name for name, each in weights.items() if each["rank"] is not None}
+            return manifest.under("model/"), thin
         except (Refusal, OSError):
             if manifest.folder.is_dir():
                 raise

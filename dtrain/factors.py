@@ -1,4 +1,4 @@
-"""Factors: the matrix of a linear map or a convolution as a product of two, in its place.
+"""Factors: the matrix of a linear map or a convolution as a product of two or three, in its place.
 
 Invariant: the layer computes what it would with the product as its weight, up to rounding; whoever
 asks for its weight is given the product.
@@ -6,41 +6,47 @@ asks for its weight is given the product.
 ::
 
     weight (a, ...)  =  left (a, k) @ right (k, b)        b: all dimensions behind the first
+                     =  left (a, k) @ core (k, k) @ right (k, b)
 
     linear, convolution    x -- right --> k numbers -- left --> y      where that is less work,
                            x -- left @ right --> y                     else
 
-A convolution's right factor is one of k channels, its left one of one pixel.
+A convolution's right factor is one of k channels, its left one of one pixel. With a core, `left`
+stands for left @ core here.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, cast, final
+from functools import reduce
+from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, matmul, nn
 from torch.nn.functional import linear
 from torch.nn.utils import parametrize
+
+NAMES = {2: ("left", "right"), 3: ("left", "core", "right")}
+"""What factors are called, by how many there are."""
 
 
 @final
 class Product(nn.Module):
     """What torch's parametrisation calls for the weight."""
 
-    def __init__(self, shape: torch.Size, left: Tensor, right: Tensor) -> None:
+    def __init__(self, shape: torch.Size, first: tuple[Tensor, ...]) -> None:
         super().__init__()
         self.shape, self.shown = shape, None
-        self._first = left, right
+        self._first = first
 
     shown: Tensor | None
 
-    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+    def forward(self, *sides: Tensor) -> Tensor:
         """Return the product, or the weight that is shown instead."""
-        return (left @ right).view(self.shape) if self.shown is None else self.shown
+        return reduce(matmul, sides).view(self.shape) if self.shown is None else self.shown
 
-    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
         """Return the factors to begin with."""
         return self._first
 
@@ -53,15 +59,21 @@ class Factors:
     ----------
     module : nn.Module
         One of `THIN`, or derived from one.
-    left, right : Tensor
-        Of shapes (a, k) and (k, b); they become parameters.
+    sides : Tensor
+        Of shapes (a, k) and (k, b), between them one of (k, k) if there are three; they become
+        parameters.
+
+    Attributes
+    ----------
+    names : tuple of str
+        What each is called: left, right; left, core, right.
     """
 
-    def __init__(self, module: nn.Module, left: Tensor, right: Tensor) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, *sides: Tensor) -> None:
+        self.module, self.names = module, NAMES[len(sides)]
         shape = module.weight.shape
         assert isinstance(shape, torch.Size)
-        self.product = Product(shape, left, right)
+        self.product = Product(shape, sides)
         parametrize.register_parametrization(module, "weight", self.product, unsafe=True)
         # Behind the layer's own class, so that what this makes of a map stays as it is.
         kind = next(thin for base, thin in THIN.items() if isinstance(module, base))
@@ -69,19 +81,36 @@ class Factors:
         module.__dict__["thin"] = self.thin
 
     @property
+    def sides(self) -> list[nn.Parameter]:
+        """The factors, from left to right."""
+        own: Any = self.module.parametrizations.weight  # type: ignore[union-attr]
+        return [getattr(own, f"original{place}") for place in range(len(self.names))]
+
+    @property
     def left(self) -> nn.Parameter:
         """The left factor."""
-        return cast(nn.Parameter, self._own.original0)
+        return self.sides[0]
 
     @property
     def right(self) -> nn.Parameter:
         """The right factor."""
-        return cast(nn.Parameter, self._own.original1)
+        return self.sides[-1]
 
     @property
     def rank(self) -> int:
         """Columns of the left factor (k)."""
         return len(self.right)
+
+    def put(self, *sides: Tensor) -> None:
+        """Take others, of another rank, say; what rested rests."""
+        own: Any = self.module.parametrizations.weight  # type: ignore[union-attr]
+        for place, (old, new) in enumerate(zip(self.sides, sides, strict=True)):
+            setattr(own, f"original{place}", nn.Parameter(new, requires_grad=old.requires_grad))
+
+    def train(self, *names: str) -> None:
+        """Let these factors learn, and no others."""
+        for name, side in zip(self.names, self.sides, strict=True):
+            side.requires_grad_(name in names)
 
     def dissolve(self) -> None:
         """Give the layer its weight back: the product, a new parameter."""
@@ -93,23 +122,20 @@ class Factors:
         for name in [each for each in own if each != "weight"]:
             own[name] = own.pop(name)
 
-    @property
-    def _own(self) -> Any:
-        return self.module.parametrizations.weight  # type: ignore[union-attr]
-
     def thin(self, x: Tensor) -> Tensor | None:
         """Return the map of `x` by two thin ones, None where one whole map is less work."""
         module, shape = self.module, self.product.shape
         if self.product.shown is not None or not self._thinner(x):
             return None
+        *outer, right = self.sides
+        left: Tensor = outer[0] if len(outer) == 1 else outer[0] @ outer[1]
         if isinstance(module, nn.Linear):
-            return linear(linear(x, self.right), self.left, module.bias)
+            return linear(linear(x, right), left, module.bias)
         assert isinstance(module, nn.modules.conv._ConvNd)
-        right = self.right.view(self.rank, *shape[1:])
-        between = module._conv_forward(x, right, None)
+        between = module._conv_forward(x, right.view(self.rank, *shape[1:]), None)
         ones = [1] * (len(shape) - 2)
         call = getattr(nn.functional, f"conv{len(shape) - 2}d")
-        made: Tensor = call(between, self.left.view(shape[0], self.rank, *ones), module.bias)
+        made: Tensor = call(between, left.view(shape[0], self.rank, *ones), module.bias)
         return made
 
     def _thinner(self, x: Tensor) -> bool:

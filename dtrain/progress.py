@@ -141,6 +141,13 @@ class Progress:
             f"after {counted(summary['updates'], 'update')} "
             f"({counted(summary['epochs'], 'epoch')}), {summary['wall_s']:.1f} s"
         )
+        if summary["low_rank"]:
+            saved = summary["traffic_saved"]
+            print(
+                f"low rank {summary['compression']:.2f} : 1, "
+                f"{counted(len(summary['low_rank']), 'matrix', 'matrices')} as factors"
+                + ("" if saved is None else f"; {percent(saved)} of the means' traffic saved")
+            )
         print(f"folder  {out}")
         print(f"next    {_next(self.plan, self.comm.size, out)}", flush=True)
 

@@ -39,6 +39,8 @@ class Totals:
         The same of what else the objective measures, by name.
     busy_s, stage_s : list of float
         Seconds at work and in all, per stage, summed over replicas.
+    weights : dict of str to dict
+        Rank and traffic of each weight by its name, where a sync makes products of some.
     test, tested : dict, int
         The latest evaluation, and the update after which it was made.
     """
@@ -60,6 +62,7 @@ class Totals:
     peak_live: list[int] = field(default_factory=list)
     peak_bytes: list[int] = field(default_factory=list)
     rss_bytes: list[int] = field(default_factory=list)
+    weights: dict[str, Any] = field(default_factory=dict)
     test: dict[str, Any] = field(default_factory=dict)
     tested: int = -1
 
@@ -91,6 +94,7 @@ class Totals:
         self.peak_live = [0] * stages
         self.peak_bytes = [row["peak_bytes"] for row in rows]
         self.rss_bytes = [row["rss_bytes"] for row in rows]
+        self.weights = {name: each for row in rows for name, each in row["weights"].items()}
         before, spent = self.samples, max(row["wall_s"] for row in rows)
         for row in rows:
             self._add(row)

@@ -10,6 +10,7 @@ import hashlib
 import resource
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from dtrain.job import Job, Plan, alike, build, plan, threads, together
 from dtrain.progress import Progress
 from dtrain.resume import CHECKPOINTS, find, refuse_changes
 from dtrain.segments import Segment
+from dtrain.syncs.sync import Entry, Sync
 from dtrain.tables import Table
 from dtrain.totals import Totals
 from dtrain.trace import FILE, Trace
@@ -202,6 +204,7 @@ def _learn(job: Job, segment: Segment, totals: Totals, progress: Progress) -> No
         "peak_live": engine.peak_live,
         "peak_bytes": engine.peak_bytes(),
         "rss_bytes": _rss_bytes(),
+        "weights": {} if job.seat.replica else _entries(engine.syncs.values()),
     }
     totals.add(control.exchange(row), segment, len(engine.tasks), agreed.layout.mesh.stages)
     if segment.ends_epoch:
@@ -275,6 +278,11 @@ def _line(name: str, tensor: Tensor) -> tuple[str, str]:
     shape = ",".join(map(str, tensor.shape))
     dtype = str(tensor.dtype).removeprefix("torch.")
     return name, f"{name} {dtype} ({shape}) {hashlib.sha256(flat.numpy().data).hexdigest()}\n"
+
+
+def _entries(syncs: Iterable[Sync]) -> dict[str, Entry]:
+    """Return what syncs know of weights that may be products."""
+    return {name: entry for sync in syncs for name, entry in sync.entries().items()}
 
 
 def _rss_bytes() -> int:

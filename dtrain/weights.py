@@ -1,7 +1,8 @@
 """What a block holds: parameters, buffers and optimizer state, all by global names.
 
 Invariant: a name says what a tensor is in every rank and every file; a matrix that is a product for
-a while is shown under its own name, its factors under ``<name>.left`` and ``<name>.right``.
+a while is shown under its own name, its factors under ``<name>.left`` and ``<name>.right``, and
+``<name>.core`` where there are three.
 """
 
 from __future__ import annotations
@@ -13,15 +14,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn, optim
 
-from dtrain.factors import Factors, eligible
+from dtrain.factors import NAMES, Factors, eligible
 
 Step = Callable[[Iterable[nn.Parameter]], optim.Optimizer]
 
-SIDES = {
-    "parametrizations.weight.original0": "weight.left",
-    "parametrizations.weight.original1": "weight.right",
-}
-"""What torch calls factors, and what they are called here."""
+ORIGINAL = ".parametrizations.weight.original"
+"""What torch calls a factor: this in the place of ``.weight``, and its place."""
 
 
 class Weights:
@@ -65,13 +63,19 @@ class Weights:
     def _name(self) -> None:
         """Find the parameters, in the order that they had at first."""
         found = {
-            _named(f"{root}.{name}"): tensor
+            self._named(f"{root}.{name}"): tensor
             for root, module in self.roots.items()
             for name, tensor in module.named_parameters()
         }
         self._order = self._order or {name: place for place, name in enumerate(found)}
         names = sorted(found, key=lambda name: (self._order[whole(name)], name))
         self.parameters = {name: found[name] for name in names}
+
+    def _named(self, name: str) -> str:
+        """Return the global name of a parameter that torch calls so."""
+        root, _, place = name.partition(ORIGINAL)
+        own = self.factors.get(f"{root}.weight")
+        return name if own is None or not place else f"{root}.weight.{own.names[int(place)]}"
 
     def _take(self) -> None:
         self._name()
@@ -128,17 +132,17 @@ class Weights:
 
     # ---- matrices that are products
 
-    def matrices(self) -> list[str]:
+    def matrices(self, first: bool = False) -> list[str]:
         """Return the names of the weights that learn and may become products: those of linear maps
-        and convolutions, heads and the first and last of the model excepted."""
+        and convolutions, heads and the last of the model excepted, and its first unless asked."""
         found = [
             f"{name}.weight"
             for name, module in self.modules().items()
             if eligible(module) and self.parameters[f"{name}.weight"].requires_grad
         ]
         own = [name for name in found if not name.startswith("heads.")]
-        first, last = self.ends
-        return own[first : len(own) - last]
+        begins, ends = self.ends
+        return own[begins and not first : len(own) - ends]
 
     def shape(self, name: str) -> tuple[int, int]:
         """Return rows and columns of a weight seen as a matrix."""
@@ -146,11 +150,18 @@ class Weights:
         shape = self.parameters[name].shape if own is None else own.product.shape
         return shape[0], shape[1:].numel()
 
-    def factor(self, name: str, left: Tensor, right: Tensor) -> None:
-        """Put a product in the place of a weight; `reform` must follow."""
-        module = self.modules()[name.removesuffix(".weight")]
-        self.factors[name] = Factors(module, left, right)
+    def factor(self, name: str, *sides: Tensor) -> Factors:
+        """Put a product in the place of a weight, or of another; `reform` must follow.
+
+        Its factors are `sides`, from left to right; see `Factors`.
+        """
+        if name in self.factors:
+            self.factors[name].put(*sides)
+        else:
+            module = self.modules()[name.removesuffix(".weight")]
+            self.factors[name] = Factors(module, *sides)
         self._name()
+        return self.factors[name]
 
     def whole(self, name: str) -> None:
         """Put a weight, the product, in the place of its factors; `reform` must follow."""
@@ -172,6 +183,11 @@ class Weights:
     def values(self) -> dict[str, Tensor]:
         """Return what of them is trained, likewise, in the order of `trained`."""
         return {name: p.detach() for name, p in self.parameters.items() if p.requires_grad}
+
+    def wholes(self) -> dict[str, Tensor]:
+        """Return parameters and buffers, products in the place of factors; detached."""
+        own = {name: t for name, t in self.tensors().items() if whole(name) not in self.factors}
+        return own | {n: f.product(*f.sides).detach() for n, f in self.factors.items()}
 
     def named(self, gradients: Iterable[Tensor]) -> dict[str, Tensor]:
         """Return one tensor for each of `values` under their names, such as `gradients()`."""
@@ -229,11 +245,5 @@ class Weights:
 
 def whole(name: str) -> str:
     """Return the name of the matrix that a factor is of, other names as they are."""
-    return name.removesuffix(".left").removesuffix(".right")
-
-
-def _named(name: str) -> str:
-    """Return the global name of a parameter that torch calls so."""
-    for theirs, ours in SIDES.items():
-        name = name.replace(theirs, ours)
-    return name
+    root, _, side = name.rpartition(".")
+    return root if root.endswith(".weight") and side in NAMES[3] else name

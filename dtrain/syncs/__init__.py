@@ -8,6 +8,7 @@ from dtrain.syncs.every_step import EveryStep
 from dtrain.syncs.int8 import Int8
 from dtrain.syncs.local_sgd import LocalSGD
 from dtrain.syncs.never import Never
+from dtrain.syncs.oialr import OIALR
 from dtrain.syncs.only_large import OnlyLarge
 from dtrain.syncs.powersgd import PowerSGD
 from dtrain.syncs.qsr import QSR
@@ -24,6 +25,7 @@ SYNCS: dict[str, type[Sync]] = {
     "int8": Int8,
     "local-sgd": LocalSGD,
     "never": Never,
+    "oialr": OIALR,
     "only-large": OnlyLarge,
     "powersgd": PowerSGD,
     "qsr": QSR,

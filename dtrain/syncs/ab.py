@@ -35,9 +35,10 @@ Invariant: in full rank all replicas are equal, optimizers included; ranks of a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -46,31 +47,12 @@ from dtrain.comm.comm import Comm
 from dtrain.early import Group
 from dtrain.errors import Refusal
 from dtrain.syncs.parts.apart import Apart
-from dtrain.syncs.parts.lowrank import kept, matrix, reformed, split
-from dtrain.syncs.sync import Clock, Held, averaged, least
-from dtrain.weights import Weights
-
-LOWEST = 1 / 300
-"""The learning rate after a change, as a part of what it would be: 1e-5 of the paper's 3e-3."""
-
-
-class Phases(NamedTuple):
-    """The lengths of a run's phases, in updates."""
-
-    warmup: int
-    every: int
-    full: int
-    rebound: int
-
-    def low(self, update: int) -> bool:
-        """Say whether an update is one of low rank."""
-        since = update % self.every
-        first = update - since <= self.warmup
-        return update >= self.warmup and (first or since >= self.full)
-
-    def cuts(self, update: int) -> bool:
-        """Say whether a split before this update cuts; the first one after the warm-up does not."""
-        return update - update % self.every > self.warmup
+from dtrain.syncs.parts.groups import Groups, Mode
+from dtrain.syncs.parts.ledger import Ledger
+from dtrain.syncs.parts.lowrank import hollow, kept, reformed, split
+from dtrain.syncs.parts.phases import Phases
+from dtrain.syncs.sync import Clock, Entry, Held, averaged, least, under
+from dtrain.weights import Weights, whole
 
 
 @final
@@ -99,7 +81,7 @@ class AB(Apart):
     horizon = True
     copies = 3
     reforms = True
-    mode: Literal["with-stale", "only-learned", "full", "only-b"] = "with-stale"
+    mode: Mode = "with-stale"
     warmup_updates: int | None = None
     every: int | None = None
     full_updates: int | None = None
@@ -123,26 +105,11 @@ class AB(Apart):
                 "[sync] 'ab' needs whole blocks: take it out of 'only-large'", agreed=True
             )
         self.weights, self._names = block, block.matrices()
-        size, count = self._size(replicas.size), replicas.size
-        groups = -(-count // size)
-        own = replicas.rank // size
-        self._members = range(own * size, min((own + 1) * size, count))
-        self.learns_a = self.mode != "only-b" and own < groups / 2
+        self._groups = Groups.of(replicas.size, self.group_size, self.mode)
+        own = self._groups.of_rank(replicas.rank)
+        self._members, self.learns_a = self._groups.members[own], self._groups.takes_a(own)
         self._group = replicas.split(own, name=f"group {own}")
-        self._learners = sum(rank // size < groups / 2 for rank in range(count))
-
-    def _size(self, count: int) -> int:
-        """Return the replicas of a group."""
-        if count == 1:
-            return 1
-        size = self.group_size or (count if self.mode == "only-b" else -(-count // 2))
-        if self.mode != "only-b" and size >= count:
-            raise Refusal(
-                f"[sync] group-size = {size} puts all {count} replicas into one group: give at "
-                f'most {count - 1}, or mode = "only-b"',
-                agreed=True,
-            )
-        return size
+        self._ledger = Ledger(block, replicas.hosts)
 
     def phases(self, clock: Clock) -> Phases:
         """Return the lengths of phases, those that are left out by the length of the run."""
@@ -157,10 +124,8 @@ class AB(Apart):
 
     def rate(self, clock: Clock) -> float:
         """By what the learning rate is multiplied: it rises again after a change."""
-        since, rebound = clock.update - self._changed, self.phases(clock).rebound
-        if self._changed < 0 or since >= rebound:
-            return 1.0
-        return LOWEST + (1 - LOWEST) * since / rebound
+        since = clock.update - self._changed
+        return 1.0 if self._changed < 0 else self.phases(clock).rate(since)
 
     def steps(self, weight: float, clock: Clock) -> bool:
         """A group without a sample rests."""
@@ -178,6 +143,7 @@ class AB(Apart):
 
     def after_update(self, clock: Clock) -> None:
         """Split or merge, where the next update is of the other kind. Collective."""
+        self._count()
         if self.replicas.size == 1:
             return
         following, phases = clock.update + 1, self.phases(clock)
@@ -189,13 +155,37 @@ class AB(Apart):
                 self._merge()
             self._changed = following
 
+    def _count(self) -> None:
+        """Count the means of an update, those of other groups, too."""
+        self._ledger.update()
+        values = self.weights.values()
+        if not self.low:
+            self._ledger.mean(values)
+            return
+        for group, members in enumerate(self._groups.members):
+            learns_b = not self._groups.takes_a(group)
+            sides = {name: self._sides(name)[learns_b] for name in self._names}
+            self._ledger.mean(self._rest(values), members)
+            self._ledger.add(sides, members)
+
+    def _sides(self, name: str) -> tuple[int, int]:
+        """Return the numbers of A and of B."""
+        tall, flat = sorted(self.weights.shape(name), reverse=True)
+        rank = self.weights.factors[name].rank
+        return tall * rank, flat * rank
+
+    def _rest(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what is part of no product."""
+        return {name: each for name, each in values.items() if whole(name) not in self._names}
+
     def _a_is_left(self, name: str) -> bool:
         """Say whether the tall factor stands left."""
         rows, columns = self.weights.shape(name)
         return rows >= columns
 
-    def _learns_left(self, name: str) -> bool:
-        return self.learns_a == self._a_is_left(name)
+    def _learnt(self, name: str) -> str:
+        """Return which factor learns here."""
+        return "left" if self.learns_a == self._a_is_left(name) else "right"
 
     def _split(self, cuts: bool) -> None:
         """Put factors in the place of matrices. All replicas agree on their ranks."""
@@ -207,36 +197,45 @@ class AB(Apart):
         for (name, (u, s, v)), rank in zip(parts.items(), agreed, strict=True):
             root = s[:rank].sqrt()
             self._factor(name, u[:, :rank] * root, root[:, None] * v[:rank])
+        self._ledger.ranks({name: each.rank for name, each in own.factors.items()})
         own.reform(reformed(memory, own.values()))
         self.low, self.equal = True, False
 
     def _factor(self, name: str, left: Tensor, right: Tensor) -> None:
         """Let a matrix be a product of which one factor rests."""
-        self.weights.factor(name, left.contiguous(), right.contiguous())
-        made = self.weights.factors[name]
-        made.left.requires_grad_(self._learns_left(name))
-        made.right.requires_grad_(not self._learns_left(name))
+        made = self.weights.factor(name, left.contiguous(), right.contiguous())
+        made.train(self._learnt(name))
 
     def _merge(self) -> None:
         """Put matrices back in the place of factors; make optimizers equal. Collective."""
         own, memory = self.weights, self.weights.memory()
+        self._ledger.mean(self._rest(own.values()))
+        self._ledger.add({name: self._told(name) for name in self._names})
         merged = self._merged()
         for name in self._names:
             own.whole(name)
         for name, each in own.values().items():
             each.copy_(merged[name])
         state = reformed(memory, own.values())
-        self.replicas.mean_({n: m for n, m in state.items() if m.dim()})
+        moments = {name: each for name, each in state.items() if each.dim()}
+        self.replicas.mean_(moments)
+        for key, each in moments.items():
+            self._ledger.mean({key.rpartition("/")[0]: each})
         self.replicas.broadcast_({n: count for n, count in state.items() if not count.dim()})
         own.reform(state)
         self.low, self.equal = False, True
+
+    def _told(self, name: str) -> int:
+        """Return how many numbers of a matrix a merge averages."""
+        a, b = self._sides(name)
+        kinds = {"full": math.prod(self.weights.shape(name)), "only-b": b}
+        return kinds.get(self.mode, a + b)
 
     def _merged(self) -> dict[str, Tensor]:
         """Return all that is trained, and what rests, as a merge makes it. Collective."""
         own = self.weights
         pairs = {name: own.factors[name] for name in self._names}
-        known = {f"{name}.{side}" for name in pairs for side in ("left", "right")}
-        found = averaged(self.replicas, {n: t for n, t in own.values().items() if n not in known})
+        found = averaged(self.replicas, self._rest(own.values()))
         if self.mode == "full":
             whole = {n: (f.left @ f.right).detach() for n, f in pairs.items()}
             return found | self._shaped(averaged(self.replicas, whole))
@@ -245,8 +244,9 @@ class AB(Apart):
         a = {name: each.detach().clone() for name, each in tall.items()}
         b = {name: each.detach().clone() for name, each in flat.items()}
         if self.mode == "only-learned":
-            others = self.replicas.size - self._learners
-            self.replicas.mean_(a, 1 / self._learners if self.learns_a else 0.0)
+            learners = self._groups.learners()
+            others = self.replicas.size - learners
+            self.replicas.mean_(a, 1 / learners if self.learns_a else 0.0)
             self.replicas.mean_(b, 0.0 if self.learns_a else 1 / others)
         else:
             if self.mode == "with-stale":
@@ -262,28 +262,22 @@ class AB(Apart):
         """Return what a merge would make; collective."""
         if not self.low:
             return super().view()
-        rest = self.block.tensors()
-        for name in self._names:
-            del rest[f"{name}.left"], rest[f"{name}.right"]
-        return rest | self._merged() | averaged(self.replicas, self.block.drifting)
+        drifting = averaged(self.replicas, self.block.drifting)
+        return self.weights.wholes() | self._merged() | drifting
 
     def state(self) -> dict[str, Tensor]:
-        """Return the phase, when it began, and the ranks of factors."""
+        """Return the phase, when it began, ranks and counts."""
         told = {"low": torch.tensor(int(self.low)), "changed": torch.tensor(self._changed)}
-        ranks = {f"rank/{n}": torch.tensor(f.rank) for n, f in self.weights.factors.items()}
-        return super().state() | told | ranks
+        ledger = {f"ledger/{name}": each for name, each in self._ledger.state().items()}
+        return super().state() | told | ledger
 
     def reshape(self, state: Mapping[str, Tensor]) -> None:
         """Give the block the shapes that a state was saved with."""
         if not int(state["low"]):
             return
         for name in self._names:
-            weight, rank = matrix(self.weights.parameters[name]), int(state[f"rank/{name}"])
-            left, right = (
-                weight.new_zeros(len(weight), rank),
-                weight.new_zeros(rank, weight.shape[1]),
-            )
-            self._factor(name, left, right)
+            made = hollow(self.weights, name, int(state[f"ledger/rank/{name}"]))
+            made.train(self._learnt(name))
         self.weights.reform({})
         self.low = True
 
@@ -291,3 +285,8 @@ class AB(Apart):
         """Take back what `state()` returned."""
         super().restore(state)
         self._changed = int(state["changed"])
+        self._ledger.restore(under(state, "ledger/"))
+
+    def entries(self) -> dict[str, Entry]:
+        """Return rank and traffic of every weight."""
+        return self._ledger.entries()

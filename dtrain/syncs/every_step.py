@@ -8,48 +8,17 @@ Invariant: replicas that start equal stay equal bit for bit, because all apply t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import final
 
-from torch import Tensor
-
-from dtrain.early import Group
-from dtrain.syncs.sync import Clock, Sync, averaged
+from dtrain.syncs.parts.alike import Alike
+from dtrain.syncs.sync import Clock
 
 
+@final
 @dataclass
-class EveryStep(Sync):
+class EveryStep(Alike):
     """All-reduce of gradients, weighted by samples: a mean over samples."""
-
-    apart = False
-
-    def averages(self, weight: float, clock: Clock) -> Group | None:
-        """Over all replicas, in every update."""
-        return Group(self.replicas, weight)
 
     def after_update(self, clock: Clock) -> None:
         """Nothing: equal gradients moved equal parameters."""
-
-    def end_epoch(self, loss: float) -> None:
-        """Nothing follows from the loss."""
-
-    def settle(self) -> None:
-        """Average the buffers (batch statistics) over replicas, in place; counts are the first's.
-
-        The counts of replicas may differ by an update that had no sample for one of them.
-        """
-        buffers = self.block.drifting
-        for name, mean in averaged(self.replicas, buffers).items():
-            buffers[name].copy_(mean)
-        self.replicas.broadcast_([b for b in buffers.values() if not b.is_floating_point()])
-
-    def view(self) -> dict[str, Tensor]:
-        """Return the block's own tensors, not copied: all replicas hold the same."""
-        return self.block.tensors()
-
-    def state(self) -> dict[str, Tensor]:
-        """Nothing beyond the block."""
-        return {}
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Nothing beyond the block."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, final
+from typing import Protocol, TypedDict, final
 
 from torch import Tensor
 
@@ -72,6 +72,20 @@ class Clock:
     def left(self) -> int:
         """Updates of this epoch after this one; a run may end inside its last epoch."""
         return min((self.epoch + 1) * self.per_epoch, self.total) - self.update - 1
+
+
+class Entry(TypedDict):
+    """What is known of a weight that may be a product for a while.
+
+    `numbers` are those it has, `held` those of its factors; `sent` those that have crossed between
+    nodes, `plain` those that `every-step` would have sent. `rank` is None where it stays whole.
+    """
+
+    rank: int | None
+    numbers: int
+    held: int
+    sent: float
+    plain: float
 
 
 class Held(Protocol):
@@ -193,6 +207,10 @@ class Sync(ABC):
     @abstractmethod
     def view(self) -> dict[str, Tensor]:
         """Return the parameters and buffers that are evaluated, saved and digested."""
+
+    def entries(self) -> dict[str, Entry]:
+        """Return rank and traffic of every weight, where there are products."""
+        return {}
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:

@@ -15,7 +15,8 @@ from dtrain.block import Block
 from dtrain.comm.comm import Comm
 from dtrain.comm.threads import run as ranks
 from dtrain.errors import Refusal
-from dtrain.syncs.ab import AB, LOWEST, Phases
+from dtrain.syncs.ab import AB
+from dtrain.syncs.parts.phases import LOWEST, Phases
 from dtrain.syncs.sync import Clock
 from tests import tiny
 from tests.outcome import close, model

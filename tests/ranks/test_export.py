@@ -138,3 +138,28 @@ def test_the_command_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "net.pt")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'net.pt'}: 10 tensors, 450 numbers\n"
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "net.bin")]) == 2
+
+
+def test_factors_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their products are the weights, and there are fewer numbers."""
+    sync = {"name": "oialr", "delay-updates": 1, "every": 1, "cutoff": 0.9, "share": 1.0}
+    told = trained(tiny.run(sync=sync, model__widths=[40, 30, 20]), tmp_path / "run", 2)
+    plain = export(tmp_path / "run", tmp_path / "net.pt", heads=True)
+    thin = export(tmp_path / "run", tmp_path / "thin.pt", heads=True, factors=True)
+    assert set(told["low_rank"]) == {"fc2.weight", "fc3.weight"} == plain.keys() - thin.keys()
+    for name, row in told["low_rank"].items():
+        left, right = thin[f"{name}.left"], thin[f"{name}.right"]
+        assert left.shape[1] == len(right) == row["rank"]
+        torch.testing.assert_close(left @ right, plain[name], rtol=1e-10, atol=1e-12)
+    sizes = [sum(each.numel() for each in state.values()) for state in (plain, thin)]
+    assert sizes[0] / sizes[1] == pytest.approx(told["compression"])
+    capsys.readouterr()
+    where = str(tmp_path / "thin.pt")
+    assert main(["export", str(tmp_path / "run"), where, "--heads", "--factors"]) == 0
+    assert f"{len(thin)} tensors, {sizes[1]:,} numbers" in capsys.readouterr().out
+
+
+def test_factors_of_a_run_without_are_refused(tmp_path: Path) -> None:
+    trained(tiny.run(epochs=1), tmp_path / "run", 1)
+    with pytest.raises(Refusal, match="no weight of this run was trained in low rank: leave"):
+        export(tmp_path / "run", tmp_path / "net.pt", factors=True)

@@ -49,6 +49,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     **{name: {"every": 2} for name in ("local-sgd", "qsr", "diloco")},
     "daso": {"warmup-epochs": 0, "cooldown-epochs": 0, "max-global-skips": 1},
     "ab": {"warmup-updates": 1, "every": 9},
+    "oialr": {"delay-updates": 1, "every": 1, "cutoff": 0.7, "share": 1.0},
     "warmup": {"updates": 1, "inner": {"name": "local-sgd", "every": 2}},
     "only-large": {"elements": 50, "inner": {"name": "int8"}},
 }

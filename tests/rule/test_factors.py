@@ -172,12 +172,12 @@ def test_optimizer_state_follows_shapes() -> None:
     old = torch.arange(12.0).view(3, 4)
     assert fitted(old, torch.Size([3, 2])).tolist() == [[0, 1], [4, 5], [8, 9]]
     assert fitted(old, torch.Size([3, 2, 3])).flatten(1)[:, 4:].eq(0).all()
-    memory = {"w/m": old, "w/step": torch.tensor(3.0), "b/m": torch.ones(3)}
-    values = {"w.right": torch.empty(2, 4), "b": torch.empty(3)}
+    memory = {"w.weight/m": old, "w.weight/step": torch.tensor(3.0), "b/m": torch.ones(3)}
+    values = {"w.weight.right": torch.empty(2, 4), "b": torch.empty(3)}
     found = reformed(memory, values)
-    assert found.keys() == {"w.right/m", "w.right/step", "b/m"}
-    assert torch.equal(found["w.right/m"], old[:2])
-    back = reformed(found, {"w": torch.empty(3, 2, 2), "b": torch.empty(3)})
-    assert back["w/m"].shape == (3, 2, 2)
-    assert torch.equal(back["w/m"].flatten(1), torch.cat([old[:2], torch.zeros(1, 4)]))
-    assert back["w/step"] == 3
+    assert found.keys() == {"w.weight.right/m", "w.weight.right/step", "b/m"}
+    assert torch.equal(found["w.weight.right/m"], old[:2])
+    back = reformed(found, {"w.weight": torch.empty(3, 2, 2), "b": torch.empty(3)})
+    assert back["w.weight/m"].shape == (3, 2, 2)
+    assert torch.equal(back["w.weight/m"].flatten(1), torch.cat([old[:2], torch.zeros(1, 4)]))
+    assert back["w.weight/step"] == 3

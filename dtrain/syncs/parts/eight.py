@@ -67,7 +67,7 @@ def encoded(unit: Tensor, kind: Kind) -> Tensor:
     """
     low, border = (each.to(unit.device) for each in cells(kind))
     codes = torch.empty(unit.shape, dtype=torch.uint8, device=unit.device)
-    for part, out in zip(unit.split(PIECE), codes.split(PIECE), strict=True):
+    for part, out in zip(torch.split(unit, PIECE), torch.split(codes, PIECE), strict=True):
         cell = (part.view(torch.int32) >> 16) & 0xFFFF
         torch.add(low.index_select(0, cell), part > border.index_select(0, cell), out=out)
     return codes
@@ -77,7 +77,7 @@ def decoded(codes: Tensor, kind: Kind, most: Tensor) -> Tensor:
     """Return the values (float32) that codes stand for, times `most`, one number."""
     values = table(kind).to(codes.device) * most
     found = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
-    for part, out in zip(codes.split(PIECE), found.split(PIECE), strict=True):
+    for part, out in zip(torch.split(codes, PIECE), torch.split(found, PIECE), strict=True):
         torch.index_select(values, 0, part.to(torch.int32), out=out)
     return found
 

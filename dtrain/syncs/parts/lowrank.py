@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dtrain.errors import NUMERIC, Refusal
-from dtrain.weights import whole
+from dtrain.factors import Factors
+from dtrain.weights import Weights, whole
 
 Parts = tuple[Tensor, Tensor, Tensor]
 """U (a, k), the singular values (k,), V' (k, b)."""
@@ -51,6 +52,16 @@ def kept(s: Tensor, cutoff: float) -> int:
     return int(above.max()) + 1 if len(above) else 1
 
 
+def factored(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors (a, k) and (k, b) of a weight, k being its rank up to the rounding of its
+    dtype; the square roots of singular values are shared."""
+    u, s, v = split(weight.double())
+    rank = kept(s, max(len(u), v.shape[1]) * torch.finfo(weight.dtype).eps)
+    root = s[:rank].sqrt()
+    parts = u[:, :rank] * root, root[:, None] * v[:rank]
+    return parts[0].to(weight.dtype), parts[1].to(weight.dtype)
+
+
 def fitted(old: Tensor, shape: torch.Size) -> Tensor:
     """Return `old` in another shape: what overlaps, and zeros.
 
@@ -67,8 +78,8 @@ def fitted(old: Tensor, shape: torch.Size) -> Tensor:
 def reformed(memory: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return optimizer state for what is trained now, out of the state of what was.
 
-    A factor (`<weight>.left`, `<weight>.right`) takes over from its matrix, and the matrix from the
-    factor that was trained.
+    A factor (`<weight>.left`, `<weight>.right`) takes over from its matrix, the matrix from the
+    factor that was trained, and a core of another size from the one before.
     """
     found = {}
     for key, old in memory.items():
@@ -81,3 +92,11 @@ def reformed(memory: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> dict
                 found[f"{heir}/{entry}"] = old.clone() if same else fitted(old, new.shape)
                 break
     return found
+
+
+def hollow(weights: Weights, name: str, rank: int, core: bool = False) -> Factors:
+    """Put zeros of a rank in the place of a matrix; what was saved fills them."""
+    rows, columns = weights.shape(name)
+    like = weights.parameters[name].detach()
+    sides = [like.new_zeros(rows, rank), like.new_zeros(rank, columns)]
+    return weights.factor(name, sides[0], *[like.new_zeros(rank, rank)] * core, sides[1])

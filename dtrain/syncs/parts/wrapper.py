@@ -24,7 +24,7 @@ from dtrain.block import Rule
 from dtrain.comm.comm import Comm
 from dtrain.early import Group
 from dtrain.syncs.parts.carrier import Carrier
-from dtrain.syncs.sync import Clock, Held, Sync, under
+from dtrain.syncs.sync import Clock, Entry, Held, Sync, under
 from dtrain.tables import Table, make, unfill
 
 
@@ -109,6 +109,10 @@ class Wrapper(Sync):
     def view(self) -> dict[str, Tensor]:
         """Show what the inner sync shows."""
         return self.inside.view()
+
+    def entries(self) -> dict[str, Entry]:
+        """As the inner sync; what it sends is counted before it is made smaller."""
+        return self.inside.entries()
 
     def state(self) -> dict[str, Tensor]:
         """Return the inner sync's state."""
