@@ -12,6 +12,7 @@ import torch
 
 from dtrain.objectives.objective import Objective
 from dtrain.objectives.task import Task
+from dtrain.parcel import Parcel
 from dtrain.rates import Rate
 from dtrain.schedules.schedule import Schedule
 from dtrain.segments import Calendar
@@ -35,6 +36,8 @@ class Course:
         Of the objective's own draws.
     calendar : Calendar
         Of the syncs' clock and of the learning rate's.
+    parcel : Parcel
+        How tensors travel between blocks in training.
     """
 
     objective: Objective
@@ -46,3 +49,4 @@ class Course:
     device: torch.device
     seed: int
     calendar: Calendar
+    parcel: Parcel

@@ -65,7 +65,7 @@ class Engine:
     ) -> None:
         self.seat, self.lines, self.blocks, self.syncs = seat, lines, blocks, syncs
         self.course, self.objective, self.tasks = course, course.objective, course.tasks
-        self.mail = Mail("train", self.objective, self.tasks, seat, lines)
+        self.mail = Mail("train", self.objective, self.tasks, seat, lines, course.parcel)
         self.closed = Closed(blocks, self.objective, self.tasks, lines, seat.place[-1])
         self.saved, self.forms = Saved(self._own(), course.schedule.late), 0
         policy = course.schedule.policy(seat.place, self.mail.routes)

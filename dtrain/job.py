@@ -172,6 +172,7 @@ def _course(plan: Plan, device: torch.device) -> Course:
         device=device,
         seed=run.top.seed,
         calendar=plan.calendar,
+        parcel=layout.parcel,
     )
 
 

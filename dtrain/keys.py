@@ -48,7 +48,8 @@ class Cut:
 
     `recompute` (of all blocks, or of those named) keeps of a micro-batch only what enters and
     leaves, and computes the rest again when it is learnt: less memory, one more forward. The layers
-    of `frozen` blocks (all but the last, or those named) keep their first weights.
+    of `frozen` blocks (all but the last, or those named) keep their first weights. `wire` says how
+    what blocks tell each other of samples travels in training.
     """
 
     blocks: int | None = None
@@ -56,6 +57,7 @@ class Cut:
     weights: tuple[float, ...] | None = None
     recompute: bool | tuple[int, ...] = False
     frozen: bool | tuple[int, ...] = False
+    wire: Literal["exact", "int8"] = "exact"
     cuts: tuple[int | str, ...] | None = None
 
     def named(self) -> dict[str, tuple[int, ...]]:

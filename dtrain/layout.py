@@ -23,6 +23,7 @@ from dtrain.models import Model, Spec, walk
 from dtrain.models.model import Listed
 from dtrain.objectives.objective import Mode, Objective
 from dtrain.objectives.task import Task
+from dtrain.parcel import Parcel
 from dtrain.prices import Prices, total
 from dtrain.schedules.action import Route
 from dtrain.schedules.check import Report, check
@@ -74,6 +75,7 @@ class Layout:
     objective: Objective
     schedule: Schedule
     routes: tuple[Route, ...]
+    parcel: Parcel
 
     @property
     def tasks(self) -> list[Task]:
@@ -103,7 +105,8 @@ class Layout:
     def messages(self, rows: int, mode: Mode = "train") -> Iterator[tuple[Route, int]]:
         """Yield every route with the payload bytes that `rows` samples send along it."""
         for route in self.objective.routes(len(self.parts), mode):
-            shape, dtype = self.objective.shape(route, self.tasks, rows)
+            spec = self.objective.shape(route, self.tasks, rows)
+            shape, dtype = self.parcel.spec(route, spec) if mode == "train" else spec
             yield route, math.prod(shape) * dtype.itemsize
 
     def prove(self, sizes: list[list[int]]) -> Report:
@@ -141,7 +144,8 @@ def settle(run: Run, model: Model, about: Task, ranks: int) -> Layout:
     _clips(run, schedule)
     parts = _parts(prices, layers, run.partition)
     place = schedule.place([part.cost for part in parts], mesh.stages)
-    return Layout(mesh, model, dtype, specs, parts, place, objective, schedule, routes)
+    parcel = Parcel(run.partition.wire)
+    return Layout(mesh, model, dtype, specs, parts, place, objective, schedule, routes, parcel)
 
 
 def _stages_fit(run: Run, ranks: int) -> None:

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from dtrain.block import Block
 from dtrain.comm.comm import Comm
-from dtrain.comm.routes import Spec
 from dtrain.errors import Refusal
 from dtrain.live import Live
 from dtrain.mesh import Mesh
 from dtrain.objectives.objective import Mode, Objective
 from dtrain.objectives.task import Task
+from dtrain.parcel import EXACT, Parcel, Spec
 from dtrain.schedules.action import Action, Route
 from dtrain.schedules.messages import Messages
 
@@ -81,16 +81,25 @@ class Mail:
         "train" or "predict": which routes of the objective are used.
     tasks : sequence of Task
         One per block of the run.
+    parcel : Parcel
+        How tensors travel in training; in prediction they do as they are.
     """
 
     def __init__(
-        self, mode: Mode, objective: Objective, tasks: Sequence[Task], seat: Seat, lines: Lines
+        self,
+        mode: Mode,
+        objective: Objective,
+        tasks: Sequence[Task],
+        seat: Seat,
+        lines: Lines,
+        parcel: Parcel = EXACT,
     ) -> None:
         self.routes = objective.routes(len(tasks), mode)
         self.objective = objective
         self.tasks = tasks
         self.seat = seat
         self.lines = lines
+        self.parcel = parcel
         self.shelf: dict[tuple[int, int, int], Tensor] = {}
         self.standing: dict[tuple[int, str, int], dict[str, Tensor]] = {}
 
@@ -106,13 +115,14 @@ class Mail:
         rows : callable
             Returns the samples of (update, micro-batch).
         """
-        seat = self.seat
+        seat, self.rows = self.seat, rows
         self.messages = Messages(self.routes, seat.place, seat.stage, sizes)
         coming: defaultdict[int, list[Spec]] = defaultdict(list)
         for index, action in self.messages.receipts(plan):
             update, micro = self.messages.origin(index, action)
-            count = rows(update, micro) if micro >= 0 else 0
-            coming[index].append(self.objective.shape(self.routes[index], self.tasks, count))
+            count = self._count(update, micro)
+            route = self.routes[index]
+            coming[index].append(self.parcel.spec(route, self._spec(route, count)))
         self.sent, self.came = Counter[int](), Counter[int]()
         self.tags = self._tags()
         for index, specs in coming.items():
@@ -142,8 +152,9 @@ class Mail:
             route = self.routes[index]
             tensor = self.objective.tell(route, block, live)
             rows = 0 if live is None else len(live.targets)
-            due, found = self.objective.shape(route, self.tasks, rows), (tensor.shape, tensor.dtype)
+            due, found = self._spec(route, rows), (tensor.shape, tensor.dtype)
             assert found == due, f"{route}: `tell` gave {found}, `shape` says {due}"
+            tensor = self.parcel.packed(route, tensor)
             if live is None:  # a weight, that the next update may overwrite under way
                 tensor = tensor.clone()
             if self.messages.local(index):
@@ -165,14 +176,23 @@ class Mail:
         return self.lines.onward if ahead else self.lines.back
 
     def _fetch(self, index: int, action: Action) -> Tensor:
-        route = self.routes[index]
+        route, origin = self.routes[index], self.messages.origin(index, action)
         if self.messages.local(index):
-            return self.shelf.pop((index, *self.messages.origin(index, action)))
-        tag = self._tag(index, self.came[index])
-        self.came[index] += 1
-        tensor = self._line(route).recv(self.seat.rank(route.source.block), tag)
-        assert isinstance(tensor, Tensor)
-        return tensor
+            tensor = self.shelf.pop((index, *origin))
+        else:
+            tag = self._tag(index, self.came[index])
+            self.came[index] += 1
+            came = self._line(route).recv(self.seat.rank(route.source.block), tag)
+            assert isinstance(came, Tensor)
+            tensor = came
+        return self.parcel.unpacked(route, tensor, self._spec(route, self._count(*origin)))
+
+    def _spec(self, route: Route, rows: int) -> Spec:
+        return self.objective.shape(route, self.tasks, rows)
+
+    def _count(self, update: int, micro: int) -> int:
+        """Return the samples of a micro-batch, 0 of a message that belongs to none."""
+        return self.rows(update, micro) if micro >= 0 else 0
 
     def _tag(self, index: int, number: int) -> int:
         """Return the tag of a route's message: a route with a lag has as many as may be waiting."""

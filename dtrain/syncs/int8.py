@@ -14,12 +14,39 @@ Invariant: the error of a number is at most half the distance of two values.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import final
 
+import torch
+from torch import Tensor
+
+from dtrain.eight import Kind, decoded, encoded, magnitude
 from dtrain.syncs.parts.carrier import Carrier
-from dtrain.syncs.parts.coded import Coded
-from dtrain.syncs.parts.eight import Eight
+from dtrain.syncs.parts.coded import Code, Coded
 from dtrain.syncs.parts.smaller import Smaller
+
+
+@final
+class Eight(Code):
+    """`kind` says which 255 values there are."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind = kind
+
+    def size(self, count: int) -> int:
+        """A byte per element, and the largest magnitude."""
+        return count + 4
+
+    def encode(self, values: Tensor, key: tuple[int | str, ...] = ()) -> Tensor:
+        """Return codes and largest magnitude."""
+        x = values.to(torch.float32)
+        most = magnitude(x) if x.numel() else x.new_zeros(())
+        codes = encoded(x / most if most > 0 else torch.zeros_like(x), self.kind)
+        return torch.cat([codes, most.view(1).view(torch.uint8)])
+
+    def decode(self, data: Tensor, count: int) -> Tensor:
+        """Return the values that codes stand for."""
+        most = data[-4:].clone().view(torch.float32)
+        return decoded(data[:count], self.kind, most)
 
 
 @final
@@ -33,7 +60,7 @@ class Int8(Smaller):
         Which values there are: near together at zero (seven powers of ten), or evenly.
     """
 
-    values: Literal["dynamic", "linear"] = "dynamic"
+    values: Kind = "dynamic"
 
     def carries(self, what: str) -> Carrier:
         """Return a carrier; nothing in it is random."""

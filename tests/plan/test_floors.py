@@ -28,7 +28,7 @@ FLOORS = {
     "comm": 1,
     **dict.fromkeys(("block", "calm", "live", "split", "saved", "objectives", "models", "data"), 2),
     **dict.fromkeys(("device", "footprint", "optimizers", "prices", "rates", "seeds"), 2),
-    **dict.fromkeys(("factors", "foretell", "versions", "weights"), 2),
+    **dict.fromkeys(("eight", "factors", "foretell", "parcel", "versions", "weights"), 2),
     **dict.fromkeys(("syncs", "early"), 3),
     **dict.fromkeys(("engine", "updates", "judge", "mail", "course", "tally", "checkpoint"), 4),
     **dict.fromkeys(("closed", "clocks", "replicas", "shard", "trace"), 4),

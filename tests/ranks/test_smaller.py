@@ -14,8 +14,8 @@ from dtrain.comm.comm import Comm
 from dtrain.comm.threads import run as ranks
 from dtrain.errors import Refusal
 from dtrain.syncs.demo import Chunks
+from dtrain.syncs.int8 import Eight
 from dtrain.syncs.parts.coded import Coded
-from dtrain.syncs.parts.eight import Eight
 from dtrain.syncs.parts.hub import Hub
 from dtrain.syncs.parts.power import Power
 from dtrain.syncs.parts.ternary import Ternary

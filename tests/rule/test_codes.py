@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dtrain.eight import Kind, borders, encoded, table
 from dtrain.syncs.demo import Chunks, cosines
+from dtrain.syncs.int8 import Eight
 from dtrain.syncs.parts.coded import Code
-from dtrain.syncs.parts.eight import Eight, Kind, borders, encoded, table
 from dtrain.syncs.parts.ternary import Ternary
 
 CODES = [Ternary(0.0), Ternary(2.5), Eight("dynamic"), Eight("linear")]

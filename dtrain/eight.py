@@ -16,41 +16,15 @@ from __future__ import annotations
 
 from functools import cache
 from itertools import pairwise
-from typing import Literal, final
+from typing import Literal
 
 import torch
 from torch import Tensor
-
-from dtrain.syncs.parts.coded import Code
 
 Kind = Literal["dynamic", "linear"]
 
 PIECE = 1 << 16
 """Elements at once: what is made in between stays in the cache."""
-
-
-@final
-class Eight(Code):
-    """`kind` says which 255 values there are."""
-
-    def __init__(self, kind: Kind) -> None:
-        self.kind = kind
-
-    def size(self, count: int) -> int:
-        """A byte per element, and the largest magnitude."""
-        return count + 4
-
-    def encode(self, values: Tensor, key: tuple[int | str, ...] = ()) -> Tensor:
-        """Return codes and largest magnitude."""
-        x = values.to(torch.float32)
-        most = magnitude(x) if x.numel() else x.new_zeros(())
-        codes = encoded(x / most if most > 0 else torch.zeros_like(x), self.kind)
-        return torch.cat([codes, most.view(1).view(torch.uint8)])
-
-    def decode(self, data: Tensor, count: int) -> Tensor:
-        """Return the values that codes stand for."""
-        most = data[-4:].clone().view(torch.float32)
-        return decoded(data[:count], self.kind, most)
 
 
 def magnitude(x: Tensor) -> Tensor:
@@ -73,8 +47,8 @@ def encoded(unit: Tensor, kind: Kind) -> Tensor:
     return codes
 
 
-def decoded(codes: Tensor, kind: Kind, most: Tensor) -> Tensor:
-    """Return the values (float32) that codes stand for, times `most`, one number."""
+def decoded(codes: Tensor, kind: Kind, most: Tensor | float = 1.0) -> Tensor:
+    """Return the values (float32) that codes (1-D) stand for, times `most`, one number."""
     values = table(kind).to(codes.device) * most
     found = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
     for part, out in zip(torch.split(codes, PIECE), torch.split(found, PIECE), strict=True):
