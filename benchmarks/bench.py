@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -111,6 +111,15 @@ class Bench:
             call([*words, "--ranks", str(ranks)], folder, threads)
 
         return self.started(run | {"threads": threads}, start, where)
+
+    def inside(self, run: Table, hosts: Sequence[str], where: str = ".") -> Told:
+        """Train `run` on threads of one process, one per host named; for what is no time."""
+        program = [sys.executable, str(ROOT / "benchmarks" / "inside.py"), "run.toml", "out"]
+
+        def start(_: list[str], folder: Path) -> None:
+            call([*program, *hosts], folder, 1)
+
+        return self.started(run | {"threads": 1}, start, where)
 
     def started(
         self, run: Table, start: Callable[[list[str], Path], object], where: str = "."

@@ -124,16 +124,16 @@ def main() -> None:
         cells += [cell for seed in seeds for cell in resnet(paths, seed)]
     speeds = [cell for cell in cells if cell.name.endswith("-0")]
     until = time.monotonic() + BUDGET_S
-    told = _all(bench, [(cell.name, partial(cell.accuracy, bench)) for cell in cells], 2, until)
+    told = trained(bench, [(cell.name, partial(cell.accuracy, bench)) for cell in cells], 2, until)
     # Only what is measured runs: the accuracy cells are all there before a speed is taken.
     if len(told) == len(cells):
         jobs = [(f"speed-{cell.name}", partial(cell.speed, bench)) for cell in speeds]
-        told |= _all(bench, jobs, 1, until)
+        told |= trained(bench, jobs, 1, until)
     left = len(cells) + len(speeds) - len(told)
     if left:
         print(f"{left} cells are left: start again to go on", file=sys.stderr)
         sys.exit(0)
-    rows = {label: _row(own, told) for label, own in _grouped(cells).items()}
+    rows = {label: _row(own, told) for label, own in grouped(cells).items()}
     _compare(rows)
     figures = {label: row["test_accuracy"] for label, row in rows.items()}
     peer = {label: rows[_baseline(label)]["test_accuracy"] for label in rows}
@@ -192,7 +192,7 @@ def resnet(paths: tuple[str, str], seed: int) -> Iterator[Cell]:
             yield Cell(stem, f"resnet k{blocks} {label}", base)
 
 
-def _all(
+def trained(
     bench: Bench, jobs: Sequence[tuple[str, Callable[[], Row]]], beside: int, until: float
 ) -> dict[str, Row]:
     """Return what the jobs returned, some beside each other; none starts after `until`."""
@@ -210,7 +210,7 @@ def _sent(told: Told) -> int:
     return int(told.summary["bytes_intra_node"] + told.summary["bytes_inter_node"])
 
 
-def _grouped(cells: list[Cell]) -> dict[str, list[Cell]]:
+def grouped(cells: list[Cell]) -> dict[str, list[Cell]]:
     """Return the cells of each label, seed by seed."""
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
@@ -224,7 +224,7 @@ def _row(own: list[Cell], told: Mapping[str, Row]) -> Row:
     votes = [told[cell.name]["test_accuracy_vote"] for cell in own]
     return {
         "test_accuracy": mean(seeds),
-        "standard_error": _error(seeds),
+        "standard_error": error(seeds),
         "seeds": seeds,
         "vote": mean(votes),
         **told[f"speed-{own[0].name}"],
@@ -239,15 +239,19 @@ def _baseline(label: str) -> str:
 def _compare(rows: Mapping[str, Row]) -> None:
     """Add the paired difference to backpropagation, and an order where it is beyond doubt."""
     for label, row in rows.items():
-        base = rows[_baseline(label)]["seeds"]
-        differences = [ours - theirs for ours, theirs in zip(row["seeds"], base, strict=True)]
-        gap, error = mean(differences), _error(differences)
-        row["difference"], row["difference_error"] = gap, error
-        sure = error is not None and abs(gap) > 2 * error
-        row["order"] = ("above" if gap > 0 else "below") if sure else None
+        row |= difference(row["seeds"], rows[_baseline(label)]["seeds"])
 
 
-def _error(values: list[float]) -> float | None:
+def difference(own: Sequence[float], base: Sequence[float]) -> Row:
+    """Return the mean difference of pairs, its standard error and, beyond two of them, an order."""
+    differences = [ours - theirs for ours, theirs in zip(own, base, strict=True)]
+    gap, off = mean(differences), error(differences)
+    sure = off is not None and abs(gap) > 2 * off
+    order = ("above" if gap > 0 else "below") if sure else None
+    return {"difference": gap, "difference_error": off, "order": order}
+
+
+def error(values: list[float]) -> float | None:
     """Return the standard error of a mean, None of one value."""
     return stdev(values) / sqrt(len(values)) if len(values) > 1 else None
 
