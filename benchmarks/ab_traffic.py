@@ -10,10 +10,11 @@ are threads of one process on hosts with names: neither accuracy nor bytes depen
   that the hosts' interfaces send, headers included, stand beside those that were counted.
 
 `figures` has, per net, the mean test accuracy (0-1), the gigabytes between nodes and the
-compression of the trained model; `peer` those of `every-step`. `ratio` = bytes of `ab` between nodes over those
-of `every-step`, the worse net; `spread` = its range over seeds. `nets` has all: seeds, the paired
-difference in accuracy with its standard error, ranks, traffic saved by weight. Beside the
-compression stands the paper's 44.14 for VGG-16 after 150 epochs (*abstract*, arXiv 2405.01067).
+compression of the trained model; `peer` those of `every-step`. `ratio` = bytes of `ab` between
+nodes over those of `every-step`, the worse net; `spread` = its range over seeds. `nets` has all:
+seeds, the paired difference in accuracy with its standard error, ranks, traffic saved by weight.
+Beside the compression stands the paper's 44.14 for VGG-16 after 150 epochs (*abstract*, arXiv
+2405.01067).
 
     python benchmarks/ab_traffic.py [--quick]
 

@@ -1,99 +1,70 @@
-"""What `slow_link` runs, and what follows from it: run files, phases, time to accuracy.
+"""What follows from the runs of `slow_link`: seconds of a step by phase, time to accuracy.
 
-Invariant: pure; a segment of the timing part is whole rounds of its strategy, after which nothing
-is in flight, so that its length over its updates is what an update costs.
-
-::
-
-    daso    | warm-up, blocking | cycling, S = 8, B = 2 | cool-down, blocking |
-    qsr     | short: H = 4      | long: H = 24          |
-    others  | steady            |                                             an epoch each
+Invariant: pure; a segment of the timing part has nothing in flight at its end, so that its length
+over its updates is what an update costs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import sqrt
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
 from bench import Told
+from strategies import CHANGES, LONG, SEGMENTS, SHORT, STRATEGIES, rounds
 
-from dtrain.tables import Table
+from dtrain.syncs.ab import AB
+from dtrain.syncs.oialr import OIALR
+from dtrain.syncs.sync import Clock
 
-NODES, EACH, ROWS = 2, 2, 32
-"""Hosts, ranks of each, samples of a rank in an update."""
-BATCH = NODES * EACH * ROWS
-SYNCS: dict[str, Table] = {
-    "every-step": {"name": "every-step"},
-    "daso": {"name": "daso", "warmup-epochs": 1, "cooldown-epochs": 1},
-    "local-sgd": {"name": "local-sgd"},
-    "qsr": {"name": "qsr"},
-    "diloco": {"name": "diloco"},
-}
-PHASES = {"daso": ("warm-up", "cycling", "cool-down"), "qsr": ("short", "long")}
-STEADY = ("steady",)
-SHORT, LONG = 4, 24
-"""Updates of a round of `qsr` at the peak rate, and at that of the second epoch of its timing."""
-ROUNDS = {"qsr": LONG, "diloco": 50}
-SEGMENTS = 4
-"""Segments of an epoch of the timing part; the last, which has the epoch's end, is not timed."""
 POINT = 0.01
 SENT = "bytes_inter_node_per_update"
 
 Row = dict[str, Any]
 
 
-def rounds(name: str) -> int:
-    """Return the updates of a segment of the timing part: whole rounds, 24 in three of them."""
-    return ROUNDS.get(name, 8)
-
-
-def base(name: str, lr: float) -> Table:
-    """Return what the run files of all parts share."""
-    return {
-        "threads": 1,
-        "batch-size": BATCH,
-        "model": {"name": "mlp", "widths": [1024] * 7},
-        "mesh": {"stages": 1, "placement": "replicas-in-node"},
-        "partition": {"blocks": 1},
-        "objective": {"name": "backprop"},
-        "sync": SYNCS[name],
-        "optimizer": {"name": "sgd", "lr": lr, "momentum": 0.9},
-        "lr": {"name": "cosine"},
-    }
-
-
-def timed(name: str) -> Table:
-    """Return the run file of the timing part: an epoch of noise for each phase."""
-    per_epoch = SEGMENTS * rounds(name)
-    data = {"name": "user:noise", "normalise": False, "rows": per_epoch * BATCH, "width": 3072}
-    # H = floor((alpha / lr)^2) with alpha = 0.0175 / 0.008 of the peak rate.
-    low = 0.0175 / 0.008 / sqrt(LONG + 0.5)
-    return base(name, 0.01) | {
-        "epochs": len(PHASES.get(name, STEADY)),
-        "segment": rounds(name),
-        "data": data,
-        "lr": {"name": "step", "epochs": [1], "gamma": low} if name == "qsr" else {},
-    }
-
-
 def steps(name: str, told: Told) -> dict[str, list[float]]:
     """Return, by phase, the seconds of a step in each segment that does not end an epoch."""
-    found: dict[str, list[float]] = {each: [] for each in PHASES.get(name, STEADY)}
+    phases = STRATEGIES[name].phases
+    found: dict[str, list[float]] = {each: [] for each in phases}
+    for epoch, last, record in _segments(name, told):
+        if not last:
+            found[phases[epoch]].append(record["train_s"] / rounds(name))
+    return found
+
+
+def changes(name: str, told: Told) -> dict[str, float]:
+    """Return the seconds by which segments that end an epoch are longer than their steps, where a
+    change of rank lies in them."""
+    if name not in CHANGES:
+        return {}
+    own, phases = steps(name, told), STRATEGIES[name].phases
+    return {
+        CHANGES[name][epoch]: record["train_s"] - rounds(name) * median(own[phases[epoch]])
+        for epoch, last, record in _segments(name, told)
+        if last
+    }
+
+
+def _segments(name: str, told: Told) -> list[tuple[int, bool, Row]]:
+    """Return epoch, whether it is the last of it, and the record of each segment."""
+    found = []
     for record in told.trained:
-        epoch, offset = divmod(record["update"], SEGMENTS * rounds(name))
-        if offset:
-            found[[*found][epoch]].append(record["train_s"] / rounds(name))
+        epoch, place = divmod(record["update"] // rounds(name) - 1, SEGMENTS)
+        found.append((epoch, place == SEGMENTS - 1, record))
     return found
 
 
 def middles(rows: Sequence[Row]) -> dict[str, float]:
-    """Return, by phase, the median seconds of a step over all segments of all turns."""
-    return {
+    """Return, by phase, the median seconds of a step over all segments of all turns, and those of
+    changes over the turns."""
+    found = {
         name: median(value for row in rows for value in row["step_s"][name])
         for name in rows[0]["step_s"]
     }
+    changed = {name: [row["changes_s"][name] for row in rows] for name in rows[0]["changes_s"]}
+    return found | {name: median(values) for name, values in changed.items()}
 
 
 def reached(curve: Sequence[float], target: float) -> int | None:
@@ -105,29 +76,68 @@ def reached(curve: Sequence[float], target: float) -> int | None:
     return next((n for n, each in enumerate(curve, 1) if each >= target), None)
 
 
+def counts(name: str, epochs: int, whole: int, per_epoch: int) -> dict[str, int]:
+    """Return how many updates of each phase, and changes, are in the first `epochs` of `whole`.
+
+    >>> counts("daso", 3, 8, 10), counts("diloco", 3, 8, 10)
+    ({'warm-up': 10, 'cycling': 20, 'cool-down': 0}, {'steady': 30})
+    >>> counts("ab", 2, 3, 100)
+    {'full': 72, 'low': 128, 'split': 7, 'merge': 7}
+    >>> counts("oialr", 2, 3, 100)
+    {'full': 30, 'low': 170, 'split': 1, 'round': 28}
+    """
+    updates, total = epochs * per_epoch, whole * per_epoch
+    clock = Clock(0, 0, per_epoch, total, 1.0, 1.0, False, ())
+    match STRATEGIES[name].phases, name:
+        case ("steady",), _:
+            return {"steady": updates}
+        case ("warm-up", *_), _:
+            cooling = per_epoch * (epochs == whole)
+            return {
+                "warm-up": per_epoch,
+                "cycling": updates - per_epoch - cooling,
+                "cool-down": cooling,
+            }
+        case _, "ab":
+            phases = AB().phases(clock)
+            low = [phases.low(update) for update in range(updates + 1)]
+            turned = [b - a for a, b in pairwise(low)]
+            split, merge = turned.count(1), turned.count(-1) + (low[-1] and epochs == whole)
+            return {
+                "full": updates - sum(low[:-1]),
+                "low": sum(low[:-1]),
+                "split": split,
+                "merge": int(merge),
+            }
+        case _, "oialr":
+            delay, every = OIALR().lengths(clock)
+            low_ = updates - delay
+            return {"full": delay, "low": low_, "split": 1, "round": low_ // every}
+    raise AssertionError(name)
+
+
 def spent(
-    step_s: Mapping[str, float], epochs: int, whole: int, per_epoch: int, means: float
+    name: str, step_s: Mapping[str, float], epochs: int, whole: int, per_epoch: int, means: float
 ) -> float:
     """Return the seconds of the first `epochs` of a run of `whole` epochs.
 
-    `step_s` holds the seconds of a step by phase; `means` are those of the whole run, and count
-    for `qsr` alone, whose rounds grow with each: an upper bound, where the run does not go to its
-    end. From t = work + mean / H at two H follow the seconds of the work and of a mean.
+    `step_s` holds the seconds of a step by phase, and of changes; `means` are those of the whole
+    run, and count for `qsr` alone, whose rounds grow with each: an upper bound, where the run does
+    not go to its end. From t = work + mean / H at two H follow the seconds of the work and of a
+    mean.
 
-    >>> spent({"warm-up": 1.0, "cycling": 0.2, "cool-down": 1.0}, 3, 8, 10, 0)
+    >>> spent("daso", {"warm-up": 1.0, "cycling": 0.2, "cool-down": 1.0}, 3, 8, 10, 0)
     14.0
-    >>> spent({"steady": 0.5}, 3, 8, 10, 0)
+    >>> spent("diloco", {"steady": 0.5}, 3, 8, 10, 0)
     15.0
-    >>> round(spent({"short": 1.0 + 0.6 / 4, "long": 1.0 + 0.6 / 24}, 2, 8, 10, 5), 6)
+    >>> round(spent("qsr", {"short": 1.0 + 0.6 / 4, "long": 1.0 + 0.6 / 24}, 2, 8, 10, 5), 6)
     23.0
     """
     if "short" in step_s:
         mean = (step_s["short"] - step_s["long"]) / (1 / SHORT - 1 / LONG)
         return (step_s["long"] - mean / LONG) * epochs * per_epoch + mean * means
-    if "cycling" in step_s:
-        ends = [step_s["warm-up"]] + [step_s["cycling"]] * (whole - 2) + [step_s["cool-down"]]
-        return per_epoch * sum(ends[:epochs])
-    return per_epoch * epochs * step_s["steady"]
+    found = counts(name, epochs, whole, per_epoch)
+    return sum(count * step_s[each] for each, count in found.items())
 
 
 def summed(learnt: Mapping[str, Row], times: Mapping[str, Mapping[str, list[Row]]]) -> Row:
@@ -150,17 +160,18 @@ def summed(learnt: Mapping[str, Row], times: Mapping[str, Mapping[str, list[Row]
         ddp = median(row["step_s"] for row in rows["ddp"])
         for name, row in table.items():
             own, count = middles(rows[name]), reached(row["curve"], target)
-            labels = {f"{link} {name} {each} step_s": value for each, value in own.items()}
+            labels = {f"{link} {name} {each} step_s": own[each] for each in STRATEGIES[name].phases}
             figures |= labels
             peer |= dict.fromkeys(labels, ddp)
             # A mean of `every-step` is one per update, and all means are of the same bytes.
-            row["means_per_update"] = row[SENT] / base[SENT]
+            row["means_per_update"] = row[SENT] / base[SENT] / STRATEGIES[name].part
             row["epochs"] = count
+            row["bytes_to_accuracy"] = None if count is None else row[SENT] * count * per_epoch
             row["links"][link] = {"step_s": own, **traffic(rows[name]), "to_accuracy_s": None}
             if count is not None:
                 means = row["means_per_update"] * row["updates"]
-                ours = spent(own, count, epochs, per_epoch, means)
-                theirs = spent({"steady": ddp}, whole, epochs, per_epoch, 0)
+                ours = spent(name, own, count, epochs, per_epoch, means)
+                theirs = ddp * whole * per_epoch
                 figures[f"{link} {name} to_accuracy_s"] = ours
                 peer[f"{link} {name} to_accuracy_s"] = theirs
                 row["links"][link] |= {"to_accuracy_s": ours, "of_peer": ours / theirs}

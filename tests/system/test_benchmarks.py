@@ -59,7 +59,27 @@ def test_a_segment_that_ends_an_epoch_is_not_timed(
     assert phases.steps(name, phases.Told({}, records)) == told
 
 
-SENT = {"bytes_inter_node": 100.0, "interface_bytes": 103.0}
+def test_what_a_change_costs_is_what_its_segment_takes_beside_steps(phases: ModuleType) -> None:
+    """Segments of 8 updates: steps of 1 s in full rank and 0.5 s in low, and a change in each."""
+    seconds = [8.0, 8.0, 8.0, 8.0 + 3.0, 4.0, 4.0, 4.0, 4.0 + 1.5]
+    records = [{"update": 8 * n, "train_s": each} for n, each in enumerate(seconds, 1)]
+    told = phases.Told({}, records)
+    assert phases.steps("ab", told) == {"full": [1.0] * 3, "low": [0.5] * 3}
+    assert phases.changes("ab", told) == {"split": 3.0, "merge": 1.5}
+    assert phases.changes("oialr", told) == {"split": 3.0, "round": 1.5}
+    assert phases.changes("daso", phases.Told({}, records)) == {}
+
+
+@pytest.mark.parametrize("name", ["ab", "oialr"])
+def test_the_whole_run_of_low_rank_adds_up(phases: ModuleType, name: str) -> None:
+    """All updates are of one phase; a run of `ab` ends on a merge."""
+    found = phases.counts(name, 8, 8, 391)
+    assert found["full"] + found["low"] == 8 * 391
+    if name == "ab":
+        assert found["split"] == found["merge"]
+
+
+SENT = {"bytes_inter_node": 100.0, "interface_bytes": 103.0, "changes_s": {}}
 WHOLE = {"curve": [0.3, 0.495, 0.49, 0.5], "updates": 40}
 STEPS = {
     # by phase; the first segment of all warms up
