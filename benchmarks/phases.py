@@ -166,7 +166,6 @@ def summed(learnt: Mapping[str, Row], times: Mapping[str, Mapping[str, list[Row]
             # A mean of `every-step` is one per update, and all means are of the same bytes.
             row["means_per_update"] = row[SENT] / base[SENT] / STRATEGIES[name].part
             row["epochs"] = count
-            row["bytes_to_accuracy"] = None if count is None else row[SENT] * count * per_epoch
             row["links"][link] = {"step_s": own, **traffic(rows[name]), "to_accuracy_s": None}
             if count is not None:
                 means = row["means_per_update"] * row["updates"]

@@ -57,40 +57,68 @@ def _bars(axis: Axes, rows: Mapping[str, Any], title: str) -> None:
 
 
 def links(record: Path, out: Path) -> None:
-    """Draw the times to accuracy of `slow_link`, one panel for each rate of the links.
+    """Draw the times to accuracy of `slow_link`, one panel for each rate of the links, and beside
+    it over the bytes between nodes that were sent until then.
 
     torch DDP is grey; a strategy that never came there has no bar, and says so.
     """
     told = json.loads(record.read_text(encoding="utf-8"))
     mpl.rcParams["svg.hashsalt"] = "dtrain"
-    rates = list(told["ddp"])
-    figure = Figure(figsize=(8, 2.2 * len(rates) + 0.4), layout="constrained")
-    axes = figure.subplots(len(rates), 1, squeeze=False)[:, 0]
-    for axis, rate in zip(axes, rates, strict=True):
-        rows = told["strategies"]
+    rates, rows = list(told["ddp"]), told["strategies"]
+    figure = Figure(figsize=(11, (0.24 * len(rows) + 0.9) * len(rates)), layout="constrained")
+    axes = figure.subplots(len(rates), 2, squeeze=False, width_ratios=[3, 2])
+    sent = {name: _sent(row) for name, row in rows.items()}
+    for (left, right), rate in zip(axes, rates, strict=True):
         seconds = {name: row["links"][rate]["to_accuracy_s"] for name, row in rows.items()}
         peer = told["peer"][f"{rate} every-step to_accuracy_s"]
-        _times(axis, {"torch DDP": peer, **seconds}, rate)
-    axes[-1].set_xlabel(f"minutes to a test accuracy of {100 * told['target']:.1f} %", fontsize=8)
+        _times(left, {"torch DDP": peer, **seconds}, rate)
+        points = {name: (sent[name], seconds[name]) for name in rows}
+        _clouds(right, {"torch DDP": (sent["every-step"], peer), **points})
+    words = f"to a test accuracy of {100 * told['target']:.1f} %"
+    axes[-1, 0].set_xlabel(f"minutes {words}", fontsize=8)
+    axes[-1, 1].set_xlabel(f"gigabytes between nodes {words}", fontsize=8)
     figure.savefig(out, metadata={"Date": None})
 
 
-RATES = {"1gbit": "1 Gbit/s", "100mbit": "100 Mbit/s"}
+def _sent(row: Mapping[str, Any]) -> float | None:
+    """Return the bytes between nodes of a run's epochs up to the accuracy."""
+    if row["epochs"] is None:
+        return None
+    updates = row["updates"] / len(row["curve"]) * row["epochs"]
+    return float(row["bytes_inter_node_per_update"] * updates)
+
+
+RATES = {"1gbit": "1 Gbit/s", "100mbit": "100 Mbit/s", "unshaped": "memory, without a bound"}
 
 
 def _times(axis: Axes, seconds: Mapping[str, float | None], rate: str) -> None:
-    """Draw one bar per strategy, with its share of the first one's time."""
-    names = [*seconds][::-1]
+    """Draw one bar per strategy, the fastest on top, with its share of the first one's time."""
+    whole = next(iter(seconds.values())) or 1.0
+    names = sorted(seconds, key=lambda name: -(seconds[name] or float("inf")))
     minutes = [(seconds[name] or 0.0) / 60 for name in names]
-    colours = [OURS if name != names[-1] else BASE for name in names]
+    colours = [BASE if name == next(iter(seconds)) else OURS for name in names]
     bars = axis.barh(names, minutes, color=colours, height=0.7)
     shares = [
-        f"{each:.1f} min, {100 * each / minutes[-1]:.0f} %" if each else "never" for each in minutes
+        f"{each:.1f} min, {6000 * each / whole:.0f} %" if each else "never" for each in minutes
     ]
     axis.bar_label(bars, shares, padding=3, fontsize=8)
-    axis.set_xmargin(0.15)
+    axis.set_xmargin(0.25)
     axis.set_title(f"links of {RATES[rate]}", fontsize=10, loc="left")
     axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _clouds(axis: Axes, points: Mapping[str, tuple[float | None, float | None]]) -> None:
+    """Draw minutes over gigabytes, both logarithmic, each with its name."""
+    there = {name: (x / 1e9, y / 60) for name, (x, y) in points.items() if x and y}
+    for number, (name, (x, y)) in enumerate(sorted(there.items(), key=lambda each: each[1])):
+        axis.plot(x, y, "o", color=BASE if name == "torch DDP" else OURS, markersize=4)
+        shift = (4, 5 if number % 2 else -10)  # names side by side do not cover each other
+        axis.annotate(name, (x, y), shift, textcoords="offset points", fontsize=6)
+    axis.set(xscale="log", yscale="log")
+    axis.set_ylabel("minutes", fontsize=8)
+    axis.margins(x=0.25, y=0.15)
+    axis.tick_params(labelsize=7, which="both")
     axis.spines[["top", "right"]].set_visible(False)
 
 

@@ -19,11 +19,11 @@ Time to accuracy = the seconds of all updates up to the first epoch after which 
 most one point below the final one of `every-step`. The peer takes the updates of `every-step`.
 
 `ratio` = DDP's step time over that of `daso` while it cycles, at 1 Gbit, the median of the pairs;
-`spread` = its range. `figures` has step times and times to accuracy, `peer` DDP's for each of
-them. `strategies` has accuracy per epoch, bytes per update and until the accuracy is reached, and
-of the timing part the counted bytes between the hosts beside those that their interfaces sent,
-headers and all else included. The time of `oialr` is that at its first ranks: an upper bound.
-`tuning` has the accuracy at each learning rate, `ddp` all that was measured of the peer.
+`spread` = its range. `figures` has step times and times to accuracy, `peer` DDP's for each of them.
+`strategies` has accuracy per epoch, bytes per update, and of the timing part the counted bytes
+between the hosts beside those that their interfaces sent, headers and all else included. The time
+of `oialr` is that at its first ranks: an upper bound. `tuning` has the accuracy at each learning
+rate, `ddp` all that was measured of the peer.
 
     python benchmarks/slow_link.py [--quick]
 
