@@ -3,18 +3,19 @@
 Gradients (or, around another sync, movements of weights) are divided by the largest magnitude of
 their tensor and sent as the nearest of 255 values. Inside a node means are exact.
 
-Sends between m nodes, per mean of N elements in T tensors, m (m - 1) (N + 4 T) bytes; inside nodes
-as the inner sync. Staleness: that of the inner sync. On one node it is the inner sync.
+Sends between m nodes, per mean of N elements, 2 (m - 1) N bytes and 4 for every part of a tensor:
+two nodes tell each other all; more of them each add up a slice, and code the sum again.
+Inside nodes as the inner sync. Staleness: that of the inner sync. On one node it is the inner sync.
 
 Source: Dettmers 2016, "8-Bit Approximations for Parallelism in Deep Learning", arXiv 1511.04561.
 
-Invariant: the error of a number is at most half the distance of two values.
+Invariant: each coding moves a number by at most half the distance of two values.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ from dtrain.syncs.parts.smaller import Smaller
 @final
 class Eight(Code):
     """`kind` says which 255 values there are."""
+
+    again: ClassVar[bool] = True
 
     def __init__(self, kind: Kind) -> None:
         self.kind = kind

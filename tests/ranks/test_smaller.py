@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from dtrain.comm.threads import run as ranks
 from dtrain.errors import Refusal
 from dtrain.syncs.demo import Chunks
 from dtrain.syncs.int8 import Eight
-from dtrain.syncs.parts.coded import Coded
+from dtrain.syncs.parts.coded import Coded, slices
 from dtrain.syncs.parts.hub import Hub
 from dtrain.syncs.parts.power import Power
 from dtrain.syncs.parts.ternary import Ternary
@@ -180,7 +181,49 @@ def test_codes_of_nodes_add_up_to_the_mean(code: Any, hosts: str) -> None:
             node = sum((share[r] * normals(shape, first + r).float() for r in members), wanted * 0)
             data = code.encode(node.reshape(-1), (name, 4))
             wanted += code.decode(data, node.numel()).view(shape)
-        torch.testing.assert_close(found[0][name], wanted, rtol=1e-5, atol=1e-6)
+        if code.again and len(set(hosts)) > 2:  # the parts of a tensor have scales of their own
+            assert (found[0][name] - wanted).abs().max() < 0.02 * wanted.abs().max()
+        else:
+            torch.testing.assert_close(found[0][name], wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("hosts", ["abc", "aabbcd", "abcdefgh"])
+@pytest.mark.parametrize("sizes", [{"a": (5, 7), "b": (3,)}, {"a": (1,)}, {"a": (2, 40)}])
+def test_slices_send_as_little_as_a_mean(hosts: str, sizes: dict[str, tuple[int, ...]]) -> None:
+    """2 (m - 1) bytes per number, and four for each part of a tensor; twice within half a step."""
+    nodes = len(set(hosts))
+
+    def work(comm: Comm) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+        own = {n: normals(s, 9 * comm.rank + len(n)).float() for n, s in sizes.items()}
+        exact = {name: each.clone() for name, each in own.items()}
+        before = comm.traffic.bytes_inter
+        Coded(Eight("linear"), ()).mean_(comm, own, 1 / comm.size, 4)
+        sent = comm.traffic.bytes_inter - before
+        comm.mean_(exact)
+        return own, exact, sent
+
+    found = ranks(len(hosts), work, hosts=list(hosts))
+    for own, exact, _ in found:
+        for name, each in own.items():
+            assert torch.equal(each, found[0][0][name])
+            largest = max(float(t.abs().max()) for _, e, _ in found for t in e.values())
+            assert (each - exact[name]).abs().max() <= (nodes + largest) / 127
+    cut = slices({n: math.prod(s) for n, s in sizes.items()}, nodes)
+    coded = [sum(b - a + 4 for _, a, b in own) for own in cut]
+    back = nodes * max(coded)  # of one length
+    assert sum(sent for _, _, sent in found) == (nodes - 1) * (sum(coded) + back)
+
+
+def test_slices_are_all_there_is() -> None:
+    sizes = {"a": 7, "b": 1, "c": 30}
+    for count in (1, 2, 3, 8, 50):
+        cut = slices(sizes, count)
+        assert len(cut) == count
+        for name, size in sizes.items():
+            own = [chunk for part in cut for chunk in part if chunk.name == name]
+            assert [i for _, a, b in own for i in range(a, b)] == [*range(size)]
+        lengths = [sum(b - a for _, a, b in part) for part in cut]
+        assert max(lengths) - min(lengths) <= 1
 
 
 @pytest.mark.parametrize("hosts", ["a", "aa", "ab", "aab", "abbbc"])
