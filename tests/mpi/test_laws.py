@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,27 +29,26 @@ def legal(cell: Cell) -> bool:
     return SCHEDULES[cell[1]]().serves(routes) and cell[2] in tiny.suited(cell[1])
 
 
-def pairwise(cells: Sequence[Cell]) -> list[Cell]:
-    """Return cells in which any two choices that occur together in `cells` do so, too.
+def cover(cells: Sequence[Cell]) -> list[Cell]:
+    """Return cells in which every choice occurs, and every schedule with every dtype.
 
-    A sync with an objective or a schedule excepted: all three have files of their own, so there are
-    ever more of them, and the whole product runs in process. The cell that brings most that is new
-    comes next.
+    A start costs seconds and there are ever more strategies: the whole product runs in process. The
+    cell that brings most that is new comes next.
     """
 
-    def pairs(cell: Cell) -> set[tuple[tuple[int, str], ...]]:
-        found = combinations(enumerate(cell), 2)
-        return {(one, other) for one, other in found if other[0] != 2}
+    def marks(cell: Cell) -> set[tuple[str, ...]]:
+        objective, schedule, sync, dtype = cell
+        return {("objective", objective), ("sync", sync), ("schedule", schedule, dtype)}
 
-    missing, chosen = set().union(*map(pairs, cells)), []
+    missing, chosen = set().union(*map(marks, cells)), []
     while missing:
-        chosen.append(max(cells, key=lambda cell: len(pairs(cell) & missing)))
-        missing -= pairs(chosen[-1])
+        chosen.append(max(cells, key=lambda cell: len(marks(cell) & missing)))
+        missing -= marks(chosen[-1])
     return chosen
 
 
 ALL = product(CHOSEN, SCHEDULES, SYNCS, ("float32", "float64"))
-CELLS = pairwise([cell for cell in ALL if legal(cell)])
+CELLS = cover([cell for cell in ALL if legal(cell)])
 
 
 def digits(stages: int, objective: str = "mono-forward", **top: Any) -> Run:
