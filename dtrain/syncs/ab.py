@@ -45,14 +45,13 @@ from torch import Tensor
 
 from dtrain.comm.comm import Comm
 from dtrain.early import Group
-from dtrain.errors import Refusal
 from dtrain.syncs.parts.apart import Apart
 from dtrain.syncs.parts.groups import Groups, Mode
 from dtrain.syncs.parts.ledger import Ledger
-from dtrain.syncs.parts.lowrank import hollow, kept, reformed, split
+from dtrain.syncs.parts.lowrank import entire, hollow, kept, reformed, split
 from dtrain.syncs.parts.phases import Phases
 from dtrain.syncs.sync import Clock, Entry, Held, averaged, least, under
-from dtrain.weights import Weights, whole
+from dtrain.weights import whole
 
 
 @final
@@ -91,8 +90,8 @@ class AB(Apart):
 
     def __post_init__(self) -> None:
         for key, low in (("warmup", 0), ("full", 1), ("rebound", 0)):
-            least(f"{key}-updates", getattr(self, f"{key}_updates") or low, low)
-        least("every", self.every or 2, 2)
+            least(f"{key}-updates", getattr(self, f"{key}_updates"), low)
+        least("every", self.every, 2)
         least("cutoff", self.cutoff, 0)
         least("group-size", self.group_size, 0)
         self.low, self._changed = False, -1
@@ -100,16 +99,13 @@ class AB(Apart):
     def open(self, block: Held, replicas: Comm) -> None:
         """Take the block, find its matrices, and join a group. Collective."""
         super().open(block, replicas)
-        if not isinstance(block, Weights):
-            raise Refusal(
-                "[sync] 'ab' needs whole blocks: take it out of 'only-large'", agreed=True
-            )
-        self.weights, self._names = block, block.matrices()
+        self.weights = entire(block, "ab")
+        self._names = self.weights.matrices()
         self._groups = Groups.of(replicas.size, self.group_size, self.mode)
         own = self._groups.of_rank(replicas.rank)
         self._members, self.learns_a = self._groups.members[own], self._groups.takes_a(own)
         self._group = replicas.split(own, name=f"group {own}")
-        self._ledger = Ledger(block, replicas.hosts)
+        self._ledger = Ledger(self.weights, replicas.hosts)
 
     def phases(self, clock: Clock) -> Phases:
         """Return the lengths of phases, those that are left out by the length of the run."""

@@ -18,7 +18,8 @@ k^2 of a matrix; a split (m - 1) k (a + b + 1). Staleness 0. With one replica it
 
 Source: Coquelin et al. 2024, "Harnessing Orthogonality to Train Low-Rank Neural Networks", arXiv
 2401.08505, and its code. Not kept: an optimizer's moments of W are not taken for those of S, which
-begin at zero; a matrix that is not cut is not sent.
+begin at zero; a matrix that is not cut is not sent; how similar bases are from round to round,
+which decides nothing there, is not measured.
 
 Invariant: all replicas hold the same U, S and V', since one has worked them out for all.
 """
@@ -37,9 +38,8 @@ from dtrain.comm.comm import Comm
 from dtrain.errors import Refusal
 from dtrain.syncs.parts.alike import Alike
 from dtrain.syncs.parts.ledger import Ledger
-from dtrain.syncs.parts.lowrank import hollow, reformed, split
+from dtrain.syncs.parts.lowrank import entire, hollow, reformed, split
 from dtrain.syncs.sync import Clock, Entry, Held, least, under
-from dtrain.weights import Weights
 
 FLOOR = 0.01
 """The part of its first rank that a matrix keeps."""
@@ -81,23 +81,22 @@ class OIALR(Alike):
     keep_first: bool = True
 
     def __post_init__(self) -> None:
-        least("delay-updates", self.delay_updates or 1, 1)
-        least("every", self.every or 1, 1)
+        least("delay-updates", self.delay_updates, 1)
+        least("every", self.every, 1)
         for key in ("cutoff", "share", "first_rank", "rest_rounds"):
             least(key.replace("_", "-"), getattr(self, key), 0)
+        if self.first_rank > 1:
+            raise Refusal(f"[sync] first-rank = {self.first_rank} is no part: give at most 1")
         self.horizon = self.delay_updates is None or self.every is None
         self.begun, self._rests = -1, dict[str, int]()
 
     def open(self, block: Held, replicas: Comm) -> None:
         """Take the block, and find its matrices."""
         super().open(block, replicas)
-        if not isinstance(block, Weights):
-            raise Refusal(
-                "[sync] 'oialr' needs whole blocks: take it out of 'only-large'", agreed=True
-            )
-        self.weights = block
-        self._names = [n for n in block.matrices(first=not self.keep_first) if self._wide(n)]
-        self._ledger = Ledger(block, replicas.hosts)
+        self.weights = entire(block, "oialr")
+        names = self.weights.matrices(first=not self.keep_first)
+        self._names = [name for name in names if self._wide(name)]
+        self._ledger = Ledger(self.weights, replicas.hosts)
         self._first = {name: self._count(name) for name in self._names}
 
     def _wide(self, name: str) -> bool:

@@ -225,9 +225,9 @@ class Sync(ABC):
         """Take back what `state()` returned."""
 
 
-def least(key: str, value: float, low: float) -> None:
-    """Refuse a number of a run file's ``[sync]`` that is below `low`."""
-    if value < low:
+def least(key: str, value: float | None, low: float) -> None:
+    """Refuse a number of a run file's ``[sync]`` that is below `low`; None is left out."""
+    if value is not None and value < low:
         raise Refusal(f"[sync] {key} = {value} is too small: give at least {low}")
 
 

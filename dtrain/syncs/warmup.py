@@ -37,7 +37,7 @@ class Warmup(Wrapper):
         super().__post_init__()
         self.idles = False
         self.horizon = self.horizon or self.updates is None
-        least("updates", self.updates or 0, 0)
+        least("updates", self.updates, 0)
 
     def warms(self, clock: Clock) -> bool:
         """Say whether the inner sync waits yet."""

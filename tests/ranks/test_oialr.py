@@ -252,8 +252,38 @@ def test_what_it_cannot_do_is_refused(tmp_path: Path) -> None:
         run("oialr", **late)
     with pytest.raises(Refusal, match="'oialr' needs whole blocks"):
         trained(run("only-large", sync={"inner": {"name": "oialr"}}), tmp_path)
-    with pytest.raises(Refusal, match="delay-updates = -3 is too small: give at least 1"):
-        run("oialr", sync={"delay-updates": -3})
+    for key in ("delay-updates", "every"):
+        with pytest.raises(Refusal, match=f"{key} = 0 is too small: give at least 1"):
+            run("oialr", sync={key: 0})
+    with pytest.raises(Refusal, match=r"first-rank = 1\.5 is no part: give at most 1"):
+        run("oialr", sync={"first-rank": 1.5})
+    for key, low in {"every": 2, "full-updates": 1}.items():
+        with pytest.raises(Refusal, match=f"{key} = 0 is too small: give at least {low}"):
+            run("ab", sync={key: 0})
+
+
+class Scaled(nn.Module):
+    """A layer with a parameter that has no dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+        self.linear = nn.Linear(6, 6, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.scale * x)
+
+
+def test_a_parameter_without_dimension_stays_as_it_is() -> None:
+    def work(comm: Comm) -> list[str]:
+        block = Block(0, {"one": Scaled()}, None, partial(optim.Adam, lr=0.1))
+        sync = OIALR(delay_updates=1, every=1)
+        sync.open(block, comm)
+        stepped(sync, block, 0)
+        assert sync.entries()["one.scale"]["held"] == 1
+        return [*block.factors]
+
+    assert ranks(2, work) == [["one.linear.weight"]] * 2
 
 
 def test_debug_mode_changes_no_bit_and_codes_go_around_it(tmp_path: Path) -> None:

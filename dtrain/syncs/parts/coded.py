@@ -157,11 +157,9 @@ class Coded(Carrier):
         """Put numbers where they belong."""
         for (name, a, b), part in zip(chunks, parts, strict=True):
             own = tensors[name]
-            if b - a == own.numel():
-                own.copy_(part.view(own.shape))
-            else:
-                flat = own.reshape(-1)
-                flat[a:b] = part
+            flat = own.reshape(-1)
+            flat[a:b] = part
+            if not own.is_contiguous():  # then that was a copy
                 own.copy_(flat.view(own.shape))
 
 

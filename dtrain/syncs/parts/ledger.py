@@ -32,9 +32,9 @@ class Ledger:
     def __init__(self, weights: Weights, hosts: Sequence[str]) -> None:
         places = range(len(hosts)) if len(set(hosts)) == 1 else hosts
         self._places: list[int | str] = list(places)
-        self._shapes = {name: weights.shape(name) for name in weights.values()}
-        self._ranks: dict[str, int] = {}
-        self._sent = dict.fromkeys(self._shapes, 0.0)
+        self._weights, self._ranks = weights, dict[str, int]()
+        self._numbers = {name: each.numel() for name, each in weights.values().items()}
+        self._sent = dict.fromkeys(self._numbers, 0.0)
         self._updates = 0
 
     def ranks(self, ranks: Mapping[str, int]) -> None:
@@ -62,9 +62,10 @@ class Ledger:
         """Return what is known of each weight."""
         every = 2 * self._crossings() * self._updates
         found: dict[str, Entry] = {}
-        for name, (rows, columns) in self._shapes.items():
-            rank, numbers = self._ranks.get(name), rows * columns
-            held = numbers if rank is None else min(numbers, rank * (rows + columns))
+        for name, numbers in self._numbers.items():
+            rank, held = self._ranks.get(name), numbers
+            if rank is not None:
+                held = min(numbers, rank * sum(self._weights.shape(name)))
             sent = self._sent[name]
             found[name] = Entry(
                 rank=rank, numbers=numbers, held=held, sent=sent, plain=every * numbers

@@ -19,6 +19,15 @@ Parts = tuple[Tensor, Tensor, Tensor]
 """U (a, k), the singular values (k,), V' (k, b)."""
 
 
+def entire(block: object, name: str) -> Weights:
+    """Return a block whose matrices can become products; refuse a part of one, for a sync."""
+    if not isinstance(block, Weights):
+        raise Refusal(
+            f"[sync] '{name}' needs whole blocks: take it out of 'only-large'", agreed=True
+        )
+    return block
+
+
 def matrix(weight: Tensor) -> Tensor:
     """Return a weight (a, ...) as a matrix (a, b), detached; the same memory."""
     return weight.detach().reshape(len(weight), -1)
