@@ -11,14 +11,14 @@ asks for its weight is given the product.
     linear, convolution    x -- right --> k numbers -- left --> y      where that is less work,
                            x -- left @ right --> y                     else
 
-A convolution's right factor is one of k channels, its left one of one pixel. With a core, `left`
-stands for left @ core here.
+A convolution's right factor is one of k channels, its left one of one pixel. A core stands between
+them where few rows come, else it is multiplied into `left` first.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import reduce
 from typing import Any, final
 
@@ -123,31 +123,42 @@ class Factors:
             own[name] = own.pop(name)
 
     def thin(self, x: Tensor) -> Tensor | None:
-        """Return the map of `x` by two thin ones, None where one whole map is less work."""
+        """Return the map of `x` by thin ones in turn, None where one whole map is less work."""
         module, shape = self.module, self.product.shape
-        if self.product.shown is not None or not self._thinner(x):
+        if self.product.shown is not None or (sides := self._thinnest(x)) is None:
             return None
-        *outer, right = self.sides
-        left: Tensor = outer[0] if len(outer) == 1 else outer[0] @ outer[1]
+        *outer, right = sides
+        biases: list[Any] = [None] * len(outer[1:]) + [module.bias]
         if isinstance(module, nn.Linear):
-            return linear(linear(x, right), left, module.bias)
+            made = linear(x, right)
+            for side, bias in zip(reversed(outer), biases, strict=True):
+                made = linear(made, side, bias)
+            return made
         assert isinstance(module, nn.modules.conv._ConvNd)
-        between = module._conv_forward(x, right.view(self.rank, *shape[1:]), None)
-        ones = [1] * (len(shape) - 2)
+        made = module._conv_forward(x, right.view(self.rank, *shape[1:]), None)
         call = getattr(nn.functional, f"conv{len(shape) - 2}d")
-        made: Tensor = call(between, left.view(shape[0], self.rank, *ones), module.bias)
+        for side, bias in zip(reversed(outer), biases, strict=True):
+            made = call(made, side.view(*side.shape, *[1] * (len(shape) - 2)), bias)
         return made
 
-    def _thinner(self, x: Tensor) -> bool:
-        """Say whether two thin maps of `x` are less work than the product and one whole map."""
+    def _thinnest(self, x: Tensor) -> Sequence[Tensor] | None:
+        """Return by what to map `x` in turn, the last first, None for the whole weight at once.
+
+        By the least number of products. A core is a map of its own, or part of the left factor.
+        """
         module, shape = self.module, self.product.shape
+        sides: list[Tensor] = [*self.sides]
         a, b, k = shape[0], math.prod(shape[1:]), self.rank
         count = x.numel() // x.shape[-1]
         if isinstance(module, nn.modules.conv._ConvNd):
             if module.groups > 1:
-                return False
+                return None
             count = x.numel() // shape[1] // math.prod(module.stride)
-        return count * k * (a + b) < a * b * (k + count)
+        core = k * k * (len(sides) - 2)
+        thin = count * k * (a + b) + min(a, count) * core
+        if thin >= a * (core + k * b) + count * a * b:
+            return None
+        return sides if count < a else [reduce(matmul, sides[:-1]), sides[-1]]
 
 
 def _thin(base: Any) -> type[nn.Module]:

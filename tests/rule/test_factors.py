@@ -76,6 +76,43 @@ def test_a_layer_of_factors_is_that_of_their_product(name: str, rank: int) -> No
     torch.testing.assert_close(layer(x), wanted, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("rank", [1, 2, 5])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_a_core_stands_between_factors(name: str, rank: int, rows: int) -> None:
+    """Outputs, and the gradient of the core: a map of its own for few rows, joined for many."""
+    layer, x = drawn(name)
+    x = x.repeat(rows, *[1] * (x.dim() - 1))
+    left, right = factors(layer, rank)
+    core = torch.randn(len(right), len(right), dtype=torch.float64, requires_grad=True)
+    product = (left @ core @ right).view(layer.weight.shape)
+    rest = {key: each for key, each in layer.named_parameters() if key != "weight"}
+    wanted = functional_call(layer, {"weight": product, **rest}, (x,))
+    (told,) = torch.autograd.grad(wanted.square().sum(), [core])
+    made = Factors(layer, left.detach(), core.detach(), right.detach())
+    found = layer(x)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    (own,) = torch.autograd.grad(found.square().sum(), [made.sides[1]])
+    torch.testing.assert_close(own, told, rtol=1e-11, atol=1e-11)
+
+
+def test_of_few_rows_a_core_is_multiplied_with_nothing_but_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Left and core are made one where rows are as many as outputs."""
+    layer = nn.Linear(40, 30)
+    left, right = factors(layer, 20)
+    Factors(layer, left, torch.eye(20), right)
+    joined: list[int] = []
+    monkeypatch.setattr(
+        "dtrain.factors.matmul", lambda a, b: joined.append(len(a)) or torch.matmul(a, b)
+    )
+    layer(torch.randn(8, 40))
+    assert not joined
+    layer(torch.randn(30, 40))
+    assert joined
+
+
 def test_thin_factors_of_few_rows_are_not_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
     """The product is made where that is less work, and then alone."""
     layer = nn.Linear(40, 30)
