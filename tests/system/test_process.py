@@ -28,7 +28,7 @@ def test_a_program_beyond_its_limit_is_killed() -> None:
 
 @linux
 def test_a_stray_that_left_its_group_is_told_and_killed() -> None:
-    ended = start(["sh", "-c", "setsid sleep 99 >/dev/null 2>&1 &"], grace_s=0.2)
+    ended = start(["sh", "-c", "setsid sleep 99 >/dev/null 2>&1 & sleep 0.2"], grace_s=0.2)
     assert ended.left == ("sleep 99",)
     assert not ended.late
 
