@@ -22,6 +22,9 @@ UNFIT = {"lbfgs", "sparseadam", "optimizer"}
 OURS = ("clip", "clip_over", "scale_from")
 """Keys of [optimizer] that are no field of torch's; `keys.Step` holds them."""
 
+CHOICES = {"fused", "foreach", "capturable", "differentiable"}
+"""Fields that choose how torch steps; with any of them it is asked for no other way."""
+
 LR = 1e-3
 """Of torch's SGD, where none is given."""
 
@@ -53,11 +56,44 @@ def check(name: str, fields: Mapping[str, Any]) -> None:
 def make(
     name: str, fields: Mapping[str, Any], parameters: Iterable[nn.Parameter]
 ) -> optim.Optimizer:
-    """Return the optimizer `name` over `parameters`, which it updates in place."""
+    """Return the optimizer `name` over `parameters`, which it updates in place.
+
+    Where torch has a fused step for them on the CPU, it is taken, unless a field chooses another:
+    the same rule up to rounding, in one pass over memory.
+    """
+    own = list(parameters)
     try:
-        return _kind(name)(parameters, **fields)
+        made = _kind(name)(own, **fields, **_fused(_kind(name), fields, own))
     except (TypeError, ValueError, RuntimeError, LookupError, AssertionError) as error:
         raise Refusal(f"[optimizer] '{name}' refuses {dict(fields)}: {error}") from error
+    if made.defaults.get("fused"):
+        made.register_step_pre_hook(_align)
+    return made
+
+
+def _fused(
+    kind: type[optim.Optimizer], fields: Mapping[str, Any], parameters: Sequence[Tensor]
+) -> dict[str, Any]:
+    """Return the field that asks for torch's fused step, where there is one and it is exact.
+
+    In bfloat16 it rounds otherwise than the plain one; memory with gaps it reads as if it had none.
+    """
+    legal = inspect.signature(kind).parameters
+    fit = all(
+        each.device.type == "cpu"
+        and each.dtype in (torch.float32, torch.float64)
+        and each.is_contiguous()
+        for each in parameters
+    )
+    return {"fused": True} if fit and "fused" in legal and not CHOICES & {*fields} else {}
+
+
+def _align(optimizer: optim.Optimizer, *_: Any) -> None:
+    """Lay gradients out as their parameters, since a fused step goes through both in one order."""
+    for group in optimizer.param_groups:
+        for each in group["params"]:
+            if each.grad is not None and each.grad.stride() != each.stride():
+                each.grad = torch.empty_like(each).copy_(each.grad)
 
 
 def squares(gradients: Sequence[Tensor]) -> float:

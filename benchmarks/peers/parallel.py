@@ -59,7 +59,7 @@ def net() -> nn.Module:
 
 def update(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
     """Return one step of the model's training on always the same batch."""
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, fused=True)
 
     def step() -> None:
         optimizer.zero_grad()

@@ -35,7 +35,7 @@ def main() -> None:
     module = nn.Sequential(*own, *([nn.Linear(width, 10)] if rank == size - 1 else []))
     stage = PipelineStage(module, rank, size, torch.device("cpu"))
     schedule = Schedule1F1B(stage, micros, loss_fn=nn.CrossEntropyLoss())
-    optimizer = torch.optim.SGD(module.parameters(), LR)
+    optimizer = torch.optim.SGD(module.parameters(), LR, fused=True)
     x, y = torch.randn(batch, width), torch.randint(0, 10, (batch,))
 
     def step() -> None:

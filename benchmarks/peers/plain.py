@@ -32,7 +32,7 @@ def main() -> None:
     sequence = order(source.size, 0, 0, "full")
     hidden = [each for pair in pairwise(WIDTHS) for each in (nn.Linear(*pair), nn.ReLU())]
     net = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(WIDTHS[-1], 10))
-    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3, fused=True)
     spent = []
     for segment in range(segments):
         start = time.perf_counter()

@@ -100,7 +100,7 @@ def differs(objective: str) -> bool:
     made = job(objective, partition={"blocks": 1}, micro_batches=1)
     layers = made.plan.layout.model.build(range(5), made.plan.run.top.seed, torch.float64)
     net = nn.Sequential(*layers.values())
-    optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.02, fused=True)
     samples = made.plan.data.train
     sequence = order(samples.size, made.plan.run.top.seed, 0, "full")
     for start in range(0, 50, 16):

@@ -115,7 +115,7 @@ def test_streaming_is_sequential_local_learning(tmp_path: Path) -> None:
             assert head is not None
             heads.append(head.to(torch.float64))
             parameters += heads[-1].parameters()
-        steps.append(torch.optim.Adam(parameters, lr=0.01))
+        steps.append(torch.optim.Adam(parameters, lr=0.01, fused=True))
     for epoch in range(2):
         sequence = order(50, run.top.seed, epoch, "full")
         for start in range(0, 50, 16):

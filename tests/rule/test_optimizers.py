@@ -1,0 +1,60 @@
+"""Optimizers: torch's rules, fused where the memory of their tensors allows it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn, optim
+
+from dtrain.optimizers import make
+
+RULES: dict[str, tuple[type[optim.Optimizer], dict[str, Any]]] = {
+    "sgd": (optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    "adam": (optim.Adam, {"lr": 0.01, "amsgrad": True}),
+    "adamw": (optim.AdamW, {"lr": 0.01}),
+    "adagrad": (optim.Adagrad, {"lr": 0.01}),
+    "rmsprop": (optim.RMSprop, {"lr": 0.01}),
+}
+
+
+def drawn(number: int, transposed: bool) -> Tensor:
+    """Return numbers (5, 3), in rows or in columns."""
+    source = torch.Generator().manual_seed(number)
+    shape = (3, 5) if transposed else (5, 3)
+    found = torch.randn(shape, generator=source, dtype=torch.float64)
+    return found.T if transposed else found
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("gradient", ["rows", "columns"])
+@pytest.mark.parametrize("parameter", ["rows", "columns"])
+def test_a_step_is_torchs_however_tensors_lie_in_memory(
+    name: str, gradient: str, parameter: str
+) -> None:
+    kind, fields = RULES[name]
+    ours, theirs = (nn.Parameter(drawn(0, parameter == "columns").clone()) for _ in range(2))
+    assert ours.is_contiguous() == (parameter == "rows")
+    optimizers = make(name, fields, [ours]), kind([theirs], **fields, foreach=False)
+    for update in range(1, 4):
+        for each, optimizer in zip((ours, theirs), optimizers, strict=True):
+            each.grad = drawn(update, gradient == "columns").clone()
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("fields", "dtype", "fused"),
+    [
+        ({}, torch.float32, True),
+        ({}, torch.bfloat16, None),
+        ({"foreach": True}, torch.float32, None),
+        ({"fused": False}, torch.float32, False),
+    ],
+)
+def test_fused_where_it_is_exact_and_nothing_else_is_chosen(
+    fields: dict[str, Any], dtype: torch.dtype, fused: bool | None
+) -> None:
+    made = make("adam", fields, [nn.Parameter(torch.zeros(3, dtype=dtype))])
+    assert made.defaults["fused"] is fused
