@@ -67,7 +67,7 @@ def make(
     except (TypeError, ValueError, RuntimeError, LookupError, AssertionError) as error:
         raise Refusal(f"[optimizer] '{name}' refuses {dict(fields)}: {error}") from error
     if made.defaults.get("fused"):
-        made.register_step_pre_hook(_align)
+        made.register_step_pre_hook(_prepare)
     return made
 
 
@@ -76,7 +76,8 @@ def _fused(
 ) -> dict[str, Any]:
     """Return the field that asks for torch's fused step, where there is one and it is exact.
 
-    In bfloat16 it rounds otherwise than the plain one; memory with gaps it reads as if it had none.
+    In bfloat16 it rounds otherwise than the plain one; memory with gaps it reads as if it had none;
+    with dampening it cannot begin a momentum beside others (`_prepare`).
     """
     legal = inspect.signature(kind).parameters
     fit = all(
@@ -85,15 +86,27 @@ def _fused(
         and each.is_contiguous()
         for each in parameters
     )
-    return {"fused": True} if fit and "fused" in legal and not CHOICES & {*fields} else {}
+    chosen = CHOICES & {*fields} or fields.get("dampening")
+    return {"fused": True} if fit and "fused" in legal and not chosen else {}
 
 
-def _align(optimizer: optim.Optimizer, *_: Any) -> None:
-    """Lay gradients out as their parameters, since a fused step goes through both in one order."""
+def _prepare(optimizer: optim.Optimizer, *_: Any) -> None:
+    """Lay gradients out as their parameters, since a fused step goes through both in one order.
+
+    And give those that learn for the first time, beside others that have one, a momentum of zero:
+    fused SGD wants all or none. Without dampening the first step from zero is that of torch.
+    """
     for group in optimizer.param_groups:
-        for each in group["params"]:
-            if each.grad is not None and each.grad.stride() != each.stride():
+        learning = [each for each in group["params"] if each.grad is not None]
+        for each in learning:
+            if each.grad.stride() != each.stride():
                 each.grad = torch.empty_like(each).copy_(each.grad)
+        if not group.get("momentum"):
+            continue
+        new = [p for p in learning if optimizer.state[p].get("momentum_buffer") is None]
+        if len(new) < len(learning):
+            for each in new:
+                optimizer.state[each]["momentum_buffer"] = torch.zeros_like(each)
 
 
 def squares(gradients: Sequence[Tensor]) -> float:

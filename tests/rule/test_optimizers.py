@@ -12,6 +12,7 @@ from dtrain.optimizers import make
 
 RULES: dict[str, tuple[type[optim.Optimizer], dict[str, Any]]] = {
     "sgd": (optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    "sgd, damped": (optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.3}),
     "adam": (optim.Adam, {"lr": 0.01, "amsgrad": True}),
     "adamw": (optim.AdamW, {"lr": 0.01}),
     "adagrad": (optim.Adagrad, {"lr": 0.01}),
@@ -27,6 +28,10 @@ def drawn(number: int, transposed: bool) -> Tensor:
     return found.T if transposed else found
 
 
+def torchs(name: str) -> str:
+    return name.partition(",")[0]
+
+
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("gradient", ["rows", "columns"])
 @pytest.mark.parametrize("parameter", ["rows", "columns"])
@@ -36,12 +41,27 @@ def test_a_step_is_torchs_however_tensors_lie_in_memory(
     kind, fields = RULES[name]
     ours, theirs = (nn.Parameter(drawn(0, parameter == "columns").clone()) for _ in range(2))
     assert ours.is_contiguous() == (parameter == "rows")
-    optimizers = make(name, fields, [ours]), kind([theirs], **fields, foreach=False)
+    optimizers = make(torchs(name), fields, [ours]), kind([theirs], **fields, foreach=False)
     for update in range(1, 4):
         for each, optimizer in zip((ours, theirs), optimizers, strict=True):
             each.grad = drawn(update, gradient == "columns").clone()
             optimizer.step()
     torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_parameter_may_learn_later_than_others(name: str) -> None:
+    """So does one that takes the place of another, as factors do."""
+    kind, fields = RULES[name]
+    ours, theirs = ([nn.Parameter(drawn(n, False)) for n in range(2)] for _ in range(2))
+    optimizers = make(torchs(name), fields, ours), kind(theirs, **fields, foreach=False)
+    for update in range(1, 5):
+        for both, optimizer in zip((ours, theirs), optimizers, strict=True):
+            both[0].grad = drawn(update, False)
+            both[1].grad = drawn(9 + update, False) if update > 2 else None
+            optimizer.step()
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize(
