@@ -65,16 +65,18 @@ def test_a_parameter_may_learn_later_than_others(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "dtype", "fused"),
+    ("name", "fields", "dtype", "fused"),
     [
-        ({}, torch.float32, True),
-        ({}, torch.bfloat16, None),
-        ({"foreach": True}, torch.float32, None),
-        ({"fused": False}, torch.float32, False),
+        ("adam", {}, torch.float32, True),
+        ("adam", {}, torch.bfloat16, None),
+        ("adam", {"foreach": True}, torch.float32, None),
+        ("adam", {"fused": False}, torch.float32, False),
+        ("sgd", {"momentum": 0.9}, torch.float64, True),
+        ("sgd", {"momentum": 0.9, "dampening": 0.3}, torch.float64, None),
     ],
 )
 def test_fused_where_it_is_exact_and_nothing_else_is_chosen(
-    fields: dict[str, Any], dtype: torch.dtype, fused: bool | None
+    name: str, fields: dict[str, Any], dtype: torch.dtype, fused: bool | None
 ) -> None:
-    made = make("adam", fields, [nn.Parameter(torch.zeros(3, dtype=dtype))])
+    made = make(name, fields, [nn.Parameter(torch.zeros(3, dtype=dtype))])
     assert made.defaults["fused"] is fused
