@@ -205,6 +205,13 @@ def spread(values: list[float]) -> float:
     return max(values) - min(values)
 
 
+def complete(left: int) -> None:
+    """End this start, and say how many cells are left, where some are."""
+    if left:
+        print(f"{left} cells are left: start again to go on", file=sys.stderr)
+        sys.exit(0)
+
+
 def _last(text: str) -> dict[str, Any]:
     return dict(json.loads(text.strip().splitlines()[-1]))
 

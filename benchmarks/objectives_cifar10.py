@@ -26,7 +26,6 @@ backpropagation (the same seeds) with its standard error and, beyond two of them
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +35,7 @@ from math import sqrt
 from statistics import mean, median, stdev
 from typing import Any, final
 
-from bench import Bench, Told, asked, cifar
+from bench import Bench, Told, asked, cifar, complete
 from record import publish
 
 from dtrain.tables import Table
@@ -130,9 +129,7 @@ def main() -> None:
         jobs = [(f"speed-{cell.name}", partial(cell.speed, bench)) for cell in speeds]
         told |= trained(bench, jobs, 1, until)
     left = len(cells) + len(speeds) - len(told)
-    if left:
-        print(f"{left} cells are left: start again to go on", file=sys.stderr)
-        sys.exit(0)
+    complete(left)
     rows = {label: _row(own, told) for label, own in grouped(cells).items()}
     _compare(rows)
     figures = {label: row["test_accuracy"] for label, row in rows.items()}

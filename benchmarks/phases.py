@@ -1,4 +1,4 @@
-"""What follows from the runs of `slow_link`: seconds of a step by phase, time to accuracy.
+"""What follows from the runs of `slow_link` and `slow_link_accuracy`: times of steps and targets.
 
 Invariant: pure; a segment of the timing part has nothing in flight at its end, so that its length
 over its updates is what an update costs.
@@ -82,7 +82,7 @@ def counts(name: str, epochs: int, whole: int, per_epoch: int) -> dict[str, int]
     >>> counts("daso", 3, 8, 10), counts("diloco", 3, 8, 10)
     ({'warm-up': 10, 'cycling': 20, 'cool-down': 0}, {'steady': 30})
     >>> counts("ab", 2, 3, 100)
-    {'full': 72, 'low': 128, 'split': 7, 'merge': 7}
+    {'full': 126, 'low': 74, 'split': 4, 'merge': 4}
     >>> counts("oialr", 2, 3, 100)
     {'full': 30, 'low': 170, 'split': 1, 'round': 28}
     """
@@ -140,49 +140,75 @@ def spent(
     return sum(count * step_s[each] for each, count in found.items())
 
 
-def summed(learnt: Mapping[str, Row], times: Mapping[str, Mapping[str, list[Row]]]) -> Row:
-    """Return figures, the peer's and the tables that follow from all cells.
+def timings(times: Mapping[str, Mapping[str, list[Row]]]) -> Row:
+    """Return figures, the peer's and the tables of the timing part.
+
+    Parameters
+    ----------
+    times : mapping
+        Rows by rate of the links and strategy, `ddp` among them, turn by turn.
+    """
+    figures: dict[str, float] = {}
+    peer: dict[str, float] = {}
+    links: dict[str, dict[str, Row]] = {}
+    for link, rows in times.items():
+        links[link] = {}
+        for name in [each for each in rows if each != "ddp"]:
+            own, phases = middles(rows[name]), STRATEGIES[name].phases
+            labels = {f"{link} {name} {each} step_s": own[each] for each in phases}
+            figures |= labels
+            peer |= dict.fromkeys(labels, median(row["step_s"] for row in rows["ddp"]))
+            links[link][name] = {"step_s": own, **traffic(rows[name])}
+    ddp = {link: rows["ddp"] for link, rows in times.items()}
+    return {"figures": figures, "peer": peer, "links": links, "ddp": ddp}
+
+
+def joined(learnt: Mapping[str, Row], steps: Row) -> Row:
+    """Return the times to accuracy, the peer's, and the tables that follow from both parts.
 
     Parameters
     ----------
     learnt : mapping
         Rows of the accuracy part by strategy: curve, updates, bytes per update.
-    times : mapping
-        Rows of the timing part by rate of the links and strategy, `ddp` among them, turn by turn.
+    steps : mapping
+        The record of the timing part.
     """
-    base, epochs = learnt["every-step"], len(learnt["every-step"]["curve"])
-    target, per_epoch = base["curve"][-1] - POINT, base["updates"] // epochs
-    whole = reached(base["curve"], target) or epochs
+    first, epochs = learnt["every-step"], len(learnt["every-step"]["curve"])
+    target, per_epoch = first["curve"][-1] - POINT, first["updates"] // epochs
+    whole = reached(first["curve"], target) or epochs
     figures: dict[str, float] = {}
     peer: dict[str, float] = {}
     table: dict[str, Row] = {name: {**row, "links": {}} for name, row in learnt.items()}
-    for link, rows in times.items():
-        ddp = median(row["step_s"] for row in rows["ddp"])
+    for name, row in table.items():
+        # A mean of `every-step` is one per update, and all means are of the same bytes.
+        row["means_per_update"] = row[SENT] / first[SENT] / STRATEGIES[name].part
+        row["epochs"] = reached(row["curve"], target)
+    for link, rows in steps["links"].items():
+        theirs = median(row["step_s"] for row in steps["ddp"][link]) * whole * per_epoch
         for name, row in table.items():
-            own, count = middles(rows[name]), reached(row["curve"], target)
-            labels = {f"{link} {name} {each} step_s": own[each] for each in STRATEGIES[name].phases}
-            figures |= labels
-            peer |= dict.fromkeys(labels, ddp)
-            # A mean of `every-step` is one per update, and all means are of the same bytes.
-            row["means_per_update"] = row[SENT] / base[SENT] / STRATEGIES[name].part
-            row["epochs"] = count
-            row["links"][link] = {"step_s": own, **traffic(rows[name]), "to_accuracy_s": None}
-            if count is not None:
-                means = row["means_per_update"] * row["updates"]
-                ours = spent(name, own, count, epochs, per_epoch, means)
-                theirs = ddp * whole * per_epoch
-                figures[f"{link} {name} to_accuracy_s"] = ours
-                peer[f"{link} {name} to_accuracy_s"] = theirs
-                row["links"][link] |= {"to_accuracy_s": ours, "of_peer": ours / theirs}
-    return {"figures": figures, "peer": peer, "target": target, "strategies": table}
+            if row["epochs"] is None:
+                row["links"][link] = {"to_accuracy_s": None}
+                continue
+            means = row["means_per_update"] * row["updates"]
+            ours = spent(name, rows[name]["step_s"], row["epochs"], epochs, per_epoch, means)
+            figures[f"{link} {name} to_accuracy_s"] = ours
+            peer[f"{link} {name} to_accuracy_s"] = theirs
+            row["links"][link] = {"to_accuracy_s": ours, "of_peer": ours / theirs}
+    tables = {"target": target, "strategies": table, "steps": steps["commit"]}
+    return {"figures": figures, "peer": peer, **tables}
+
+
+def counted(told: Told) -> dict[str, float]:
+    """Return the counted bytes of a run, inside nodes and between them."""
+    return {key: told.summary[key] for key in ("bytes_intra_node", "bytes_inter_node")}
 
 
 def traffic(rows: Sequence[Row]) -> Row:
     """Return counted bytes between the hosts, those of their interfaces, and these over those."""
-    counted = sum(row["bytes_inter_node"] for row in rows)
+    ours = sum(row["bytes_inter_node"] for row in rows)
     interface = sum(row["interface_bytes"] for row in rows)
     return {
-        "bytes_inter_node": counted,
+        "bytes_inter_node": ours,
         "interface_bytes": interface,
-        "interface_over_counted": interface / counted,
+        "interface_over_counted": interface / ours,
     }

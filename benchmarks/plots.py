@@ -57,14 +57,15 @@ def _bars(axis: Axes, rows: Mapping[str, Any], title: str) -> None:
 
 
 def links(record: Path, out: Path) -> None:
-    """Draw the times to accuracy of `slow_link`, one panel for each rate of the links, and beside
+    """Draw the times of `slow_link_accuracy`, one panel for each rate of the links, and beside
     it over the bytes between nodes that were sent until then.
 
     torch DDP is grey; a strategy that never came there has no bar, and says so.
     """
     told = json.loads(record.read_text(encoding="utf-8"))
     mpl.rcParams["svg.hashsalt"] = "dtrain"
-    rates, rows = list(told["ddp"]), told["strategies"]
+    rows = told["strategies"]
+    rates = list(rows["every-step"]["links"])
     figure = Figure(figsize=(11, (0.24 * len(rows) + 0.9) * len(rates)), layout="constrained")
     axes = figure.subplots(len(rates), 2, squeeze=False, width_ratios=[3, 2])
     sent = {name: _sent(row) for name, row in rows.items()}
@@ -122,7 +123,7 @@ def _clouds(axis: Axes, points: Mapping[str, tuple[float | None, float | None]])
     axis.spines[["top", "right"]].set_visible(False)
 
 
-DRAWN = {"objectives_cifar10": objectives, "slow_link": links}
+DRAWN = {"objectives_cifar10": objectives, "slow_link_accuracy": links}
 
 if __name__ == "__main__":
     for name, draw in DRAWN.items():

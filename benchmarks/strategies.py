@@ -1,6 +1,6 @@
-"""The syncs that `slow_link` measures, and the run files of its parts.
+"""The syncs that `slow_link` and `slow_link_accuracy` measure, and their run files.
 
-Invariant: pure; an epoch of the timing part is one phase of a strategy, in segments of whole rounds
+Invariant: pure; an epoch of a timed run is one phase of a strategy, in segments of whole rounds
 of it, after which nothing is in flight.
 
 ::

@@ -17,18 +17,20 @@ What a merge makes of W, by `mode`::
     only-b         A (mean of B): nobody trains A
 
 First and last weights of the model, heads, and all that is no matrix stay as they are and are
-averaged inside groups, and over all replicas at a merge. So do moments of the optimizer, which are
-cut or filled up with zeros to the shapes of what they belong to. After each change the learning
-rate starts at a 300th and comes back over `rebound-updates`.
+averaged inside groups, and over all replicas at a merge; so are their moments of the optimizer. A
+factor begins with the moments that its matrix has by the chain rule; those of the matrix rest
+meanwhile, and go on after the merge. After each change the learning rate starts at a 300th and
+comes back over `rebound-updates`.
 
 Sends, for n replicas on m nodes, N bytes of parameters, F of those that cross at a merge (in
 `full` N, else the factors with the rest): in full rank 2 (m - 1) N per update between nodes, in low
-rank nothing where groups stay inside nodes; a merge 2 (m - 1) (F + moments). Staleness: a period.
-One replica is the identity.
+rank nothing where groups stay inside nodes; a merge 2 (m - 1) (F + moments of what is no matrix).
+Staleness: a period. One replica is the identity.
 
 Source: Coquelin et al. 2024, "AB-Training: A Communication-Efficient Approach for Distributed
 Low-Rank Learning", arXiv 2405.01067, and its code. Not kept: its rebound adds up over parameter
-groups, so that later ones rise too steeply.
+groups, so that later ones rise too steeply; its moments are cut or filled up with zeros to each
+new shape, so that those of an element of W become those of an element of A.
 
 Invariant: in full rank all replicas are equal, optimizers included; ranks of a group always are.
 """
@@ -48,7 +50,7 @@ from dtrain.early import Group
 from dtrain.syncs.parts.apart import Apart
 from dtrain.syncs.parts.groups import Groups, Mode
 from dtrain.syncs.parts.ledger import Ledger
-from dtrain.syncs.parts.lowrank import entire, hollow, kept, reformed, split
+from dtrain.syncs.parts.lowrank import entire, followed, hollow, kept, parted, split
 from dtrain.syncs.parts.phases import Phases
 from dtrain.syncs.sync import Clock, Entry, Held, averaged, least, under
 from dtrain.weights import whole
@@ -59,18 +61,20 @@ from dtrain.weights import whole
 class AB(Apart):
     """Low-rank training in groups.
 
+    The defaults are those that cost little accuracy in short runs (benchmark `ab_traffic`).
+
     Attributes
     ----------
     mode : str
         What a merge makes of the factors.
     warmup_updates : int, optional
-        Of full rank at the start; left out: a fifth of the run.
+        Of full rank at the start; left out: two fifths of the run.
     every : int, optional
         Updates of a period; left out: a fifteenth of the run.
     full_updates : int, optional
         Of full rank at the start of a period; left out: a tenth of it.
     rebound_updates : int, optional
-        Over which the learning rate comes back; left out: a quarter of a period.
+        Over which the learning rate comes back; left out: a tenth of a period.
     cutoff : float
         Singular values up to this part of the largest are cut.
     group_size : int
@@ -78,9 +82,9 @@ class AB(Apart):
     """
 
     horizon = True
-    copies = 3
+    copies = 5
     reforms = True
-    mode: Mode = "with-stale"
+    mode: Mode = "only-learned"
     warmup_updates: int | None = None
     every: int | None = None
     full_updates: int | None = None
@@ -95,6 +99,7 @@ class AB(Apart):
         least("cutoff", self.cutoff, 0)
         least("group-size", self.group_size, 0)
         self.low, self._changed = False, -1
+        self._resting = dict[str, Tensor]()  # the optimizer's state of matrices that are products
 
     def open(self, block: Held, replicas: Comm) -> None:
         """Take the block, find its matrices, and join a group. Collective."""
@@ -110,13 +115,13 @@ class AB(Apart):
     def phases(self, clock: Clock) -> Phases:
         """Return the lengths of phases, those that are left out by the length of the run."""
         every = self.every or max(clock.total // 15, 2)
-        warmup = clock.total // 5 if self.warmup_updates is None else self.warmup_updates
-        rebound = every // 4 if self.rebound_updates is None else self.rebound_updates
+        warmup = 2 * clock.total // 5 if self.warmup_updates is None else self.warmup_updates
+        rebound = every // 10 if self.rebound_updates is None else self.rebound_updates
         return Phases(warmup, every, self.full_updates or max(every // 10, 1), rebound)
 
     def means(self) -> tuple[float, float]:
-        """One per update inside nodes; between them those of full rank, a fifth and a tenth."""
-        return 1.0, 0.3
+        """One per update inside nodes; between them two fifths, and a tenth of the rest."""
+        return 1.0, 0.46
 
     def rate(self, clock: Clock) -> float:
         """By what the learning rate is multiplied: it rises again after a change."""
@@ -194,7 +199,10 @@ class AB(Apart):
             root = s[:rank].sqrt()
             self._factor(name, u[:, :rank] * root, root[:, None] * v[:rank])
         self._ledger.ranks({name: each.rank for name, each in own.factors.items()})
-        own.reform(reformed(memory, own.values()))
+        state, self._resting = parted(memory, self._names)
+        for name in self._names:
+            state |= followed(self._resting, name, own.factors[name])
+        own.reform(state)
         self.low, self.equal = True, False
 
     def _factor(self, name: str, left: Tensor, right: Tensor) -> None:
@@ -212,13 +220,14 @@ class AB(Apart):
             own.whole(name)
         for name, each in own.values().items():
             each.copy_(merged[name])
-        state = reformed(memory, own.values())
+        state, _ = parted(memory, self._names)
         moments = {name: each for name, each in state.items() if each.dim()}
         self.replicas.mean_(moments)
         for key, each in moments.items():
             self._ledger.mean({key.rpartition("/")[0]: each})
         self.replicas.broadcast_({n: count for n, count in state.items() if not count.dim()})
-        own.reform(state)
+        own.reform(state | self._resting)
+        self._resting = {}
         self.low, self.equal = False, True
 
     def _told(self, name: str) -> int:
@@ -262,10 +271,11 @@ class AB(Apart):
         return self.weights.wholes() | self._merged() | drifting
 
     def state(self) -> dict[str, Tensor]:
-        """Return the phase, when it began, ranks and counts."""
+        """Return the phase, when it began, ranks and counts, and moments that rest."""
         told = {"low": torch.tensor(int(self.low)), "changed": torch.tensor(self._changed)}
         ledger = {f"ledger/{name}": each for name, each in self._ledger.state().items()}
-        return super().state() | told | ledger
+        resting = {f"resting/{key}": each for key, each in self._resting.items()}
+        return super().state() | told | ledger | resting
 
     def reshape(self, state: Mapping[str, Tensor]) -> None:
         """Give the block the shapes that a state was saved with."""
@@ -282,6 +292,7 @@ class AB(Apart):
         super().restore(state)
         self._changed = int(state["changed"])
         self._ledger.restore(under(state, "ledger/"))
+        self._resting = under(state, "resting/")
 
     def entries(self) -> dict[str, Entry]:
         """Return rank and traffic of every weight."""

@@ -46,8 +46,8 @@ def test_phases_are_those_of_the_paper() -> None:
 
 def test_phases_scale_with_the_run() -> None:
     sync = AB()
-    assert sync.phases(replace(CLOCK, total=300)) == Phases(60, 20, 2, 5)
-    assert sync.phases(replace(CLOCK, total=30000)) == Phases(6000, 2000, 200, 500)
+    assert sync.phases(replace(CLOCK, total=300)) == Phases(120, 20, 2, 2)
+    assert sync.phases(replace(CLOCK, total=30000)) == Phases(12000, 2000, 200, 200)
     assert AB(warmup_updates=0, every=9, full_updates=2, rebound_updates=1).phases(CLOCK) == (
         Phases(0, 9, 2, 1)
     )
@@ -210,6 +210,31 @@ def test_full_rank_is_equal_everywhere_optimizers_included() -> None:
     assert memory["tall.weight/exp_avg"].abs().max() > 0
 
 
+def test_moments_of_a_matrix_rest_while_it_is_a_product() -> None:
+    """A merge gives them back, bit for bit, whatever the factors' own became; no others."""
+
+    def work(comm: Comm) -> list[dict[str, Tensor]]:
+        sync, block = made(comm, "with-stale")
+        whole, told = block.update, list[dict[str, Tensor]]()
+
+        def update() -> None:
+            whole()
+            told.append({name: each.clone() for name, each in block.memory().items()})
+
+        block.update = update  # type: ignore[method-assign]
+        for number in range(4):
+            stepped(sync, block, number)
+        return [told[0], told[3], {n: each.clone() for n, each in block.memory().items()}]
+
+    for before, low, after in ranks(2, work):
+        assert before.keys() == after.keys()
+        assert {"tall.weight/step", "tall.weight/exp_avg", "wide.bias/exp_avg_sq"} <= after.keys()
+        for name, each in before.items():
+            assert torch.equal(each, after[name]) == (".weight/" in name)
+        sides = {name.rpartition("/")[0] for name in low}
+        assert len(sides & {"tall.weight.left", "tall.weight.right"}) == 1
+
+
 # ---- whole runs
 
 
@@ -229,7 +254,8 @@ def test_a_warm_up_without_end_is_every_step(tmp_path: Path) -> None:
 
 
 def test_nothing_crosses_between_nodes_in_low_rank(tmp_path: Path) -> None:
-    """Two groups, a node each: of eight updates one is full, and the end merges, moments too."""
+    """Two groups, a node each: of eight updates one is full; the end merges, and moments of what
+    stayed whole."""
     sync = FIELDS | {"every": 99, "mode": "with-stale"}
     told = trained(run("ab", sync=sync, **WIDE), tmp_path, FOUR)
     shapes = {name: each.shape for name, each in model(tmp_path).items()}
@@ -243,9 +269,9 @@ def test_nothing_crosses_between_nodes_in_low_rank(tmp_path: Path) -> None:
     whole = sum(shape.numel() for shape in matrices)
     factors = sum(min(shape) * sum(shape) for shape in matrices)
     merged = total - whole + factors
-    # One full update; the merge; two moments of everything, one step count each from the first.
-    counts = 4 * len(shapes)
-    assert told["bytes_inter_node"] == 2 * 8 * (total + merged + 2 * total) + counts
+    # One full update; the merge; two moments, and one step count each from the first.
+    counts = 4 * (len(shapes) - len(matrices))
+    assert told["bytes_inter_node"] == 2 * 8 * (total + merged + 2 * (total - whole)) + counts
     assert whole < total
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.func import functional_call
 from dtrain.errors import Refusal
 from dtrain.factors import Factors, Product
 from dtrain.models.mlp import Dense
-from dtrain.syncs.parts.lowrank import fitted, kept, matrix, reformed, split
+from dtrain.syncs.parts.lowrank import fitted, followed, kept, matrix, reformed, split
 from dtrain.weights import Weights
 
 
@@ -204,17 +205,42 @@ def test_a_cut_keeps_up_to_the_last_large_value_and_one_at_least() -> None:
         split(torch.tensor([[1.0, torch.nan], [0.0, 1.0]]))
 
 
-def test_optimizer_state_follows_shapes() -> None:
-    """What overlaps stays, the rest is zero; counts stay; what rests has none."""
+def test_the_state_of_a_factor_is_that_of_its_matrix_by_the_chain_rule() -> None:
+    """Sums of gradients exactly; squares as their mean over the signs of a gradient's elements."""
+    for side in ("left", "right"):
+        layer = nn.Conv2d(3, 2, (1, 2), dtype=torch.float64)
+        count, step = layer.weight.numel(), torch.tensor(3.0)
+        size = torch.rand(layer.weight.shape, dtype=torch.float64)
+        signs = torch.tensor(list(product((-1.0, 1.0), repeat=count)), dtype=torch.float64)
+        gradients = [size * each.view_as(size) for each in signs]
+        u, s, v = split(layer.weight)
+        pair = Factors(layer, u * s, v)
+        pair.train(side)
+        learns = getattr(pair, side)
+        true = []
+        for gradient in gradients:
+            weight = layer.weight
+            assert isinstance(weight, Tensor)
+            true += torch.autograd.grad((gradient * weight).sum(), learns)
+        memory = {"exp_avg": gradients[5], "exp_avg_sq": size.square(), "step": step}
+        own = {f"c.weight/{entry}": each for entry, each in memory.items()}
+        found = followed({**own, "b/exp_avg": step}, "c.weight", pair)
+        keys = {f"c.weight.{side}/{entry}" for entry in memory}
+        assert found.keys() == keys
+        torch.testing.assert_close(found[f"c.weight.{side}/exp_avg"], true[5])
+        wanted = torch.stack([each.square() for each in true]).mean(0)
+        torch.testing.assert_close(found[f"c.weight.{side}/exp_avg_sq"], wanted)
+        assert found[f"c.weight.{side}/step"] == 3
+        # What is neither cannot be known: all begins anew.
+        assert followed({**own, "c.weight/exp_inf": size}, "c.weight", pair) == {}
+
+
+def test_the_state_of_a_core_is_cut_with_it() -> None:
     old = torch.arange(12.0).view(3, 4)
     assert fitted(old, torch.Size([3, 2])).tolist() == [[0, 1], [4, 5], [8, 9]]
-    assert fitted(old, torch.Size([3, 2, 3])).flatten(1)[:, 4:].eq(0).all()
-    memory = {"w.weight/m": old, "w.weight/step": torch.tensor(3.0), "b/m": torch.ones(3)}
-    values = {"w.weight.right": torch.empty(2, 4), "b": torch.empty(3)}
-    found = reformed(memory, values)
-    assert found.keys() == {"w.weight.right/m", "w.weight.right/step", "b/m"}
-    assert torch.equal(found["w.weight.right/m"], old[:2])
-    back = reformed(found, {"w.weight": torch.empty(3, 2, 2), "b": torch.empty(3)})
-    assert back["w.weight/m"].shape == (3, 2, 2)
-    assert torch.equal(back["w.weight/m"].flatten(1), torch.cat([old[:2], torch.zeros(1, 4)]))
-    assert back["w.weight/step"] == 3
+    memory = {"w.core/m": old, "w.core/step": torch.tensor(3.0), "b/m": torch.ones(3)}
+    found = reformed(memory, {"w.core": torch.empty(2, 2), "b": torch.empty(3)})
+    assert found.keys() == memory.keys()
+    assert found["w.core/m"].tolist() == [[0, 1], [4, 5]]
+    assert torch.equal(found["b/m"], torch.ones(3))
+    assert found["w.core/step"] == 3

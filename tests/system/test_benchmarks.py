@@ -98,14 +98,19 @@ def test_times_to_accuracy_follow_from_phases_and_curves(phases: ModuleType) -> 
     }
     rows = {name: [{"step_s": each, **SENT}] * 2 for name, each in STEPS.items()}
     link = {**rows, "ddp": [{"step_s": 4.0}, {"step_s": 5.0}]}
-    told = phases.summed(learnt, {"1gbit": link})
+    steps = phases.timings({"1gbit": link}) | {"commit": "abc"}
+    assert steps["figures"]["1gbit daso cycling step_s"] == 0.5
+    assert steps["peer"].keys() == steps["figures"].keys()
+    assert set(steps["peer"].values()) == {4.5}
+    assert steps["links"]["1gbit"]["daso"]["interface_over_counted"] == 1.03
+    told = phases.joined(learnt, steps)
     assert told["target"] == pytest.approx(0.49)
     seconds = {n: row["links"]["1gbit"]["to_accuracy_s"] for n, row in told["strategies"].items()}
     # Two epochs; one at 2 s and two at 0.5 s; all four with one mean of 2.4 s per 8 updates.
     assert seconds == pytest.approx({"every-step": 40.0, "daso": 30.0, "qsr": 40.0 + 5 * 2.4})
     assert told["peer"]["1gbit daso to_accuracy_s"] == 2 * 10 * 4.5
     assert told["peer"].keys() == told["figures"].keys()
-    assert told["strategies"]["daso"]["links"]["1gbit"]["interface_over_counted"] == 1.03
+    assert told["steps"] == "abc"
 
 
 def test_a_strategy_that_never_gets_there_has_no_time(phases: ModuleType) -> None:
@@ -114,6 +119,7 @@ def test_a_strategy_that_never_gets_there_has_no_time(phases: ModuleType) -> Non
     }
     learnt["daso"]["curve"] = [0.1] * 4
     rows = {name: [{"step_s": STEPS[name], **SENT}] for name in learnt}
-    told = phases.summed(learnt, {"1gbit": {**rows, "ddp": [{"step_s": 4.0}]}})
+    steps = phases.timings({"1gbit": {**rows, "ddp": [{"step_s": 4.0}]}})
+    told = phases.joined(learnt, steps | {"commit": ""})
     assert told["strategies"]["daso"]["links"]["1gbit"]["to_accuracy_s"] is None
     assert "1gbit daso to_accuracy_s" not in told["figures"]

@@ -1,12 +1,12 @@
 """Low rank: matrices split by their singular values, and optimizer state that follows.
 
-Invariant: an uncut split multiplied together is the matrix, up to rounding; what is cut off an
-optimizer's moments is lost, what they lack is zero.
+Invariant: an uncut split multiplied together is the matrix, up to rounding. The optimizer state of
+a factor is that of its matrix by the chain rule; what is cut off that of a core is lost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 from torch import Tensor
@@ -17,6 +17,11 @@ from dtrain.weights import Weights, whole
 
 Parts = tuple[Tensor, Tensor, Tensor]
 """U (a, k), the singular values (k,), V' (k, b)."""
+
+SUMS = frozenset({"momentum_buffer", "exp_avg", "grad_avg"})
+"""What torch's optimizers keep that is linear in gradients."""
+SQUARES = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
+"""What they keep that is linear in squares of gradients."""
 
 
 def entire(block: object, name: str) -> Weights:
@@ -71,35 +76,61 @@ def factored(weight: Tensor) -> tuple[Tensor, Tensor]:
     return parts[0].to(weight.dtype), parts[1].to(weight.dtype)
 
 
-def fitted(old: Tensor, shape: torch.Size) -> Tensor:
-    """Return `old` in another shape: what overlaps, and zeros.
+def followed(memory: Mapping[str, Tensor], name: str, product: Factors) -> dict[str, Tensor]:
+    """Return the optimizer state of the factor of a weight that learns, out of the weight's own.
 
-    A factor's moments (a, k) fill the first columns of the matrix, and the other way round.
+    Sums of gradients G follow by the chain rule, G R' for the left factor of L R and L' G for the
+    right one. Of squares follows what G had if the signs of its elements were independent,
+    (G * G) (R * R)' and (L * L)' (G * G). Where an optimizer keeps something else (see `SUMS` and
+    `SQUARES`), the factor begins anew.
+
+    Parameters
+    ----------
+    memory : mapping
+        Of the weight, as `Weights.memory` tells it: ``<name>/<entry>``.
+    name : str
+        Of the weight.
+    product : Factors
+        Two, one of which learns.
     """
+    own = {key.rpartition("/")[2]: e for key, e in parted(memory, [name])[1].items()}
+    if not {entry for entry, each in own.items() if each.dim()} <= SUMS | SQUARES:
+        return {}
+    left, right = product.left.detach(), product.right.detach()
+    side = "left" if product.left.requires_grad else "right"
+    found = {}
+    for entry, each in own.items():
+        new = each.clone()
+        if each.dim():
+            by = (right if side == "left" else left).to(each)
+            by = by.square() if entry in SQUARES else by
+            new = matrix(each) @ by.T if side == "left" else by.T @ matrix(each)
+        found[f"{name}.{side}/{entry}"] = new
+    return found
+
+
+def parted(
+    memory: Mapping[str, Tensor], names: Container[str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the optimizer state of all else, and that of these weights or their factors."""
+    own = {k: each for k, each in memory.items() if whole(k.rpartition("/")[0]) in names}
+    return {key: each for key, each in memory.items() if key not in own}, own
+
+
+def fitted(old: Tensor, shape: torch.Size) -> Tensor:
+    """Return a core's moments (k, k) in another size: what overlaps, and zeros."""
     new = old.new_zeros(shape)
-    seen = new.view(len(new), -1)
-    flat = old.reshape(len(old), -1)
-    rows, columns = (min(pair) for pair in zip(seen.shape, flat.shape, strict=True))
-    seen[:rows, :columns] = flat[:rows, :columns]
+    rows, columns = (min(pair) for pair in zip(shape, old.shape, strict=True))
+    new[:rows, :columns] = old[:rows, :columns]
     return new
 
 
 def reformed(memory: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return optimizer state for what is trained now, out of the state of what was.
-
-    A factor (`<weight>.left`, `<weight>.right`) takes over from its matrix, the matrix from the
-    factor that was trained, and a core of another size from the one before.
-    """
+    """Return optimizer state for cores of another size, and of the rest as it was."""
     found = {}
     for key, old in memory.items():
-        name, _, entry = key.rpartition("/")
-        plain = whole(name)
-        for heir in (name, plain, f"{plain}.left", f"{plain}.right"):
-            if heir in values:
-                new = values[heir]
-                same = not old.dim() or old.shape == new.shape
-                found[f"{heir}/{entry}"] = old.clone() if same else fitted(old, new.shape)
-                break
+        shape = values[key.rpartition("/")[0]].shape
+        found[key] = old if not old.dim() or old.shape == shape else fitted(old, shape)
     return found
 
 
