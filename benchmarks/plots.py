@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from record import ROOT
 
 OURS, BASE = "#2a6f97", "#9a9a9a"
@@ -89,7 +90,9 @@ def _sent(row: Mapping[str, Any]) -> float | None:
     return float(row["bytes_inter_node_per_update"] * updates)
 
 
-RATES = {"1gbit": "1 Gbit/s", "100mbit": "100 Mbit/s", "unshaped": "memory, without a bound"}
+NEAR = 1.6
+"""The factor in minutes and gigabytes within which names of points would cover each other."""
+RATES = {"1gbit": "of 1 Gbit/s", "100mbit": "of 100 Mbit/s", "unshaped": "without a bound"}
 
 
 def _times(axis: Axes, seconds: Mapping[str, float | None], rate: str) -> None:
@@ -104,7 +107,7 @@ def _times(axis: Axes, seconds: Mapping[str, float | None], rate: str) -> None:
     ]
     axis.bar_label(bars, shares, padding=3, fontsize=8)
     axis.set_xmargin(0.25)
-    axis.set_title(f"links of {RATES[rate]}", fontsize=10, loc="left")
+    axis.set_title(f"links {RATES[rate]}", fontsize=10, loc="left")
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
 
@@ -112,11 +115,16 @@ def _times(axis: Axes, seconds: Mapping[str, float | None], rate: str) -> None:
 def _clouds(axis: Axes, points: Mapping[str, tuple[float | None, float | None]]) -> None:
     """Draw minutes over gigabytes, both logarithmic, each with its name."""
     there = {name: (x / 1e9, y / 60) for name, (x, y) in points.items() if x and y}
-    for number, (name, (x, y)) in enumerate(sorted(there.items(), key=lambda each: each[1])):
+    for name, (x, y) in there.items():
         axis.plot(x, y, "o", color=BASE if name == "torch DDP" else OURS, markersize=4)
-        shift = (4, 5 if number % 2 else -10)  # names side by side do not cover each other
+        covered = any(y < b < NEAR * y and x / NEAR < a < NEAR * x for a, b in there.values())
+        shift = (4, -10 if covered else 4)  # the upper one of two has its name above it
         axis.annotate(name, (x, y), shift, textcoords="offset points", fontsize=6)
     axis.set(xscale="log", yscale="log")
+    for each in (axis.xaxis, axis.yaxis):
+        each.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        each.set_major_formatter("{x:g}")
+        each.set_minor_formatter(NullFormatter())
     axis.set_ylabel("minutes", fontsize=8)
     axis.margins(x=0.25, y=0.15)
     axis.tick_params(labelsize=7, which="both")
