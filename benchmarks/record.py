@@ -59,7 +59,8 @@ def publish(
 
 
 def commit() -> str:
-    """Return the commit that ran, marked where the working tree differs from it.
+    """Return the commit that ran, marked where the working tree differs from it in more than
+    records.
 
     A copy without git, on a machine of another kind, is told by ``DTRAIN_COMMIT``.
     """
@@ -70,7 +71,7 @@ def commit() -> str:
         told = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
         return told.stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no")
+    changed = git("status", "--porcelain", "--untracked-files=no", ".", ":!benchmarks/records")
     return git("rev-parse", "HEAD") + ("-changed" if changed else "")
 
 
