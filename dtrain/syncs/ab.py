@@ -50,7 +50,7 @@ from dtrain.early import Group
 from dtrain.syncs.parts.apart import Apart
 from dtrain.syncs.parts.groups import Groups, Mode
 from dtrain.syncs.parts.ledger import Ledger
-from dtrain.syncs.parts.lowrank import entire, followed, hollow, kept, parted, split
+from dtrain.syncs.parts.lowrank import entire, followed, halves, hollow, kept, parted, split
 from dtrain.syncs.parts.phases import Phases
 from dtrain.syncs.sync import Clock, Entry, Held, averaged, least, under
 from dtrain.weights import whole
@@ -110,6 +110,7 @@ class AB(Apart):
         own = self._groups.of_rank(replicas.rank)
         self._members, self.learns_a = self._groups.members[own], self._groups.takes_a(own)
         self._group = replicas.split(own, name=f"group {own}")
+        self._near = replicas.by_node()
         self._ledger = Ledger(self.weights, replicas.hosts)
 
     def phases(self, clock: Clock) -> Phases:
@@ -189,26 +190,26 @@ class AB(Apart):
         return "left" if self.learns_a == self._a_is_left(name) else "right"
 
     def _split(self, cuts: bool) -> None:
-        """Put factors in the place of matrices. All replicas agree on their ranks."""
-        own, memory = self.weights, self.weights.memory()
-        parts = {name: split(own.parameters[name]) for name in self._names}
+        """Put factors in the place of matrices. All replicas agree on their ranks. Collective.
+
+        Matrix i is split by replica i of a node, modulo their number, which tells the others.
+        """
+        own, memory, near = self.weights, self.weights.memory(), self._near
+        mine = self._names[near.rank :: near.size]
+        parts = {name: split(own.parameters[name]) for name in mine}
         limit = self.cutoff if cuts else -1.0
-        counts = [kept(s, limit) for _, s, _ in parts.values()]
-        agreed = [max(each) for each in zip(*self.replicas.exchange(counts), strict=True)]
-        for (name, (u, s, v)), rank in zip(parts.items(), agreed, strict=True):
-            root = s[:rank].sqrt()
-            self._factor(name, u[:, :rank] * root, root[:, None] * v[:rank])
-        self._ledger.ranks({name: each.rank for name, each in own.factors.items()})
+        told = self.replicas.exchange({name: kept(s, limit) for name, (_, s, _) in parts.items()})
+        ranks = {name: max(each.get(name, 0) for each in told) for name in self._names}
+        for number, (name, rank) in enumerate(ranks.items()):
+            sides = halves(own.parameters[name], rank, parts.pop(name, None))
+            near.broadcast_(sides, number % near.size)
+            own.factor(name, *sides).train(self._learnt(name))
+        self._ledger.ranks(ranks)
         state, self._resting = parted(memory, self._names)
         for name in self._names:
             state |= followed(self._resting, name, own.factors[name])
         own.reform(state)
         self.low, self.equal = True, False
-
-    def _factor(self, name: str, left: Tensor, right: Tensor) -> None:
-        """Let a matrix be a product of which one factor rests."""
-        made = self.weights.factor(name, left.contiguous(), right.contiguous())
-        made.train(self._learnt(name))
 
     def _merge(self) -> None:
         """Put matrices back in the place of factors; make optimizers equal. Collective."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import local
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from dtrain.comm.comm import Comm
 from dtrain.comm.threads import run as ranks
 from dtrain.errors import Refusal
 from dtrain.syncs.ab import AB
+from dtrain.syncs.parts.lowrank import Parts, split
 from dtrain.syncs.parts.phases import LOWEST, Phases
 from dtrain.syncs.sync import Clock
 from tests import tiny
@@ -233,6 +236,36 @@ def test_moments_of_a_matrix_rest_while_it_is_a_product() -> None:
             assert torch.equal(each, after[name]) == (".weight/" in name)
         sides = {name.rpartition("/")[0] for name in low}
         assert len(sides & {"tall.weight.left", "tall.weight.right"}) == 1
+
+
+def test_the_replicas_of_a_node_share_its_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each matrix is split once per node; factors are equal there even where SVDs are not."""
+    made_by = defaultdict[int, list[tuple[int, ...]]](list)
+    here = local()
+
+    def counted(weight: Tensor) -> Parts:
+        made_by[here.rank].append(tuple(weight.shape))
+        u, s, v = split(weight)
+        return u * (1 + here.rank), s, v
+
+    def work(comm: Comm) -> tuple[dict[str, Tensor], int]:
+        here.rank = comm.rank
+        sync, block = made(comm, "full")
+        before = comm.traffic.bytes_intra
+        sync.after_update(replace(CLOCK, update=0))
+        sides = {n: f.left.detach().clone() for n, f in block.factors.items()}
+        return sides, comm.traffic.bytes_intra - before
+
+    monkeypatch.setattr("dtrain.syncs.ab.split", counted)
+    found = ranks(4, work, hosts=["a", "b", "a", "b"])
+    tall, wide, conv = (9, 5), (4, 9), (6, 2, 3, 3)
+    assert dict(made_by) == {0: [tall, conv], 1: [tall, conv], 2: [wide], 3: [wide]}
+    for one, other in ((0, 2), (1, 3)):
+        for name, left in found[one][0].items():
+            assert torch.equal(left, found[other][0][name])
+    assert not torch.equal(found[0][0]["tall.weight"], found[1][0]["tall.weight"])
+    first, second = 8 * (5 * (9 + 5) + 6 * (6 + 18)), 8 * 4 * (4 + 9)
+    assert [sent for _, sent in found] == [first, first, second, second]
 
 
 # ---- whole runs

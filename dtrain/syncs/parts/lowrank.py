@@ -66,14 +66,26 @@ def kept(s: Tensor, cutoff: float) -> int:
     return int(above.max()) + 1 if len(above) else 1
 
 
+def halves(weight: Tensor, rank: int, parts: Parts | None) -> list[Tensor]:
+    """Return factors (a, rank) and (rank, b) of a weight; the roots of singular values are shared.
+
+    Without what `split` made of it, they are room for what another rank found.
+    """
+    own = matrix(weight)
+    if parts is None:
+        return [own.new_empty(len(own), rank), own.new_empty(rank, own.shape[1])]
+    u, s, v = parts
+    root = s[:rank].sqrt()
+    return [(u[:, :rank] * root).contiguous(), (root[:, None] * v[:rank]).contiguous()]
+
+
 def factored(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return factors (a, k) and (k, b) of a weight, k being its rank up to the rounding of its
-    dtype; the square roots of singular values are shared."""
+    dtype; the roots of singular values are shared."""
     u, s, v = split(weight.double())
     rank = kept(s, max(len(u), v.shape[1]) * torch.finfo(weight.dtype).eps)
-    root = s[:rank].sqrt()
-    parts = u[:, :rank] * root, root[:, None] * v[:rank]
-    return parts[0].to(weight.dtype), parts[1].to(weight.dtype)
+    left, right = halves(weight, rank, (u, s, v))
+    return left.to(weight.dtype), right.to(weight.dtype)
 
 
 def followed(memory: Mapping[str, Tensor], name: str, product: Factors) -> dict[str, Tensor]:
