@@ -186,14 +186,15 @@ def joined(learnt: Mapping[str, Row], steps: Row) -> Row:
     for link, rows in steps["links"].items():
         theirs = median(row["step_s"] for row in steps["ddp"][link]) * whole * per_epoch
         for name, row in table.items():
+            means, own = row["means_per_update"] * row["updates"], rows[name]["step_s"]
+            run_s = spent(name, own, epochs, epochs, per_epoch, means)
+            row["links"][link] = {"run_s": run_s, "to_accuracy_s": None}
             if row["epochs"] is None:
-                row["links"][link] = {"to_accuracy_s": None}
                 continue
-            means = row["means_per_update"] * row["updates"]
-            ours = spent(name, rows[name]["step_s"], row["epochs"], epochs, per_epoch, means)
+            ours = spent(name, own, row["epochs"], epochs, per_epoch, means)
             figures[f"{link} {name} to_accuracy_s"] = ours
             peer[f"{link} {name} to_accuracy_s"] = theirs
-            row["links"][link] = {"to_accuracy_s": ours, "of_peer": ours / theirs}
+            row["links"][link] |= {"to_accuracy_s": ours, "of_peer": ours / theirs}
     tables = {"target": target, "strategies": table, "steps": steps["commit"]}
     return {"figures": figures, "peer": peer, **tables}
 

@@ -61,7 +61,8 @@ def links(record: Path, out: Path) -> None:
     """Draw the times of `slow_link_accuracy`, one panel for each rate of the links, and beside
     it over the bytes between nodes that were sent until then.
 
-    torch DDP is grey; a strategy that never came there has no bar, and says so.
+    torch DDP is grey; a strategy that never came there is hollow, with all its epochs, and says how
+    far it came.
     """
     told = json.loads(record.read_text(encoding="utf-8"))
     mpl.rcParams["svg.hashsalt"] = "dtrain"
@@ -69,24 +70,20 @@ def links(record: Path, out: Path) -> None:
     rates = list(rows["every-step"]["links"])
     figure = Figure(figsize=(11, (0.24 * len(rows) + 0.9) * len(rates)), layout="constrained")
     axes = figure.subplots(len(rates), 2, squeeze=False, width_ratios=[3, 2])
-    sent = {name: _sent(row) for name, row in rows.items()}
     for (left, right), rate in zip(axes, rates, strict=True):
-        seconds = {name: row["links"][rate]["to_accuracy_s"] for name, row in rows.items()}
         peer = told["peer"][f"{rate} every-step to_accuracy_s"]
-        _times(left, {"torch DDP": peer, **seconds}, rate)
-        points = {name: (sent[name], seconds[name]) for name in rows}
-        _clouds(right, {"torch DDP": (sent["every-step"], peer), **points})
-    words = f"to a test accuracy of {100 * told['target']:.1f} %"
+        _times(left, rows, rate, peer)
+        _clouds(right, rows, rate, peer)
+    words = f"to a test accuracy of {100 * told['target']:.1f} % (hollow: of all epochs)"
     axes[-1, 0].set_xlabel(f"minutes {words}", fontsize=8)
     axes[-1, 1].set_xlabel(f"gigabytes between nodes {words}", fontsize=8)
     figure.savefig(out, metadata={"Date": None})
 
 
-def _sent(row: Mapping[str, Any]) -> float | None:
-    """Return the bytes between nodes of a run's epochs up to the accuracy."""
-    if row["epochs"] is None:
-        return None
-    updates = row["updates"] / len(row["curve"]) * row["epochs"]
+def _sent(row: Mapping[str, Any]) -> float:
+    """Return the bytes between nodes up to the accuracy, or of all epochs."""
+    epochs = len(row["curve"])
+    updates = row["updates"] / epochs * (row["epochs"] or epochs)
     return float(row["bytes_inter_node_per_update"] * updates)
 
 
@@ -95,28 +92,40 @@ NEAR = 1.6
 RATES = {"1gbit": "of 1 Gbit/s", "100mbit": "of 100 Mbit/s", "unshaped": "without a bound"}
 
 
-def _times(axis: Axes, seconds: Mapping[str, float | None], rate: str) -> None:
-    """Draw one bar per strategy, the fastest on top, with its share of the first one's time."""
-    whole = next(iter(seconds.values())) or 1.0
-    names = sorted(seconds, key=lambda name: -(seconds[name] or float("inf")))
-    minutes = [(seconds[name] or 0.0) / 60 for name in names]
-    colours = [BASE if name == next(iter(seconds)) else OURS for name in names]
-    bars = axis.barh(names, minutes, color=colours, height=0.7)
-    shares = [
-        f"{each:.1f} min, {6000 * each / whole:.0f} %" if each else "never" for each in minutes
-    ]
-    axis.bar_label(bars, shares, padding=3, fontsize=8)
-    axis.set_xmargin(0.25)
+def _times(axis: Axes, rows: Mapping[str, Any], rate: str, peer: float) -> None:
+    """Draw one bar per strategy and the peer's, the fastest on top, with its share of that one."""
+    bars = [(peer, "torch DDP", f"{peer / 60:.1f} min", BASE, BASE)]
+    never: list[tuple[float, str, str, str, str]] = []
+    for name, row in rows.items():
+        own = row["links"][rate]
+        if seconds := own["to_accuracy_s"]:
+            words = f"{seconds / 60:.1f} min, {100 * seconds / peer:.0f} %"
+            bars.append((seconds, name, words, OURS, OURS))
+        else:
+            run_s, last = own["run_s"], row["curve"][-1]
+            words = f"never: {100 * last:.1f} % after {run_s / 60:.1f} min"
+            never.append((run_s, name, words, "none", OURS))
+    told = sorted(never, reverse=True) + sorted(bars, reverse=True)
+    minutes = [bar[0] / 60 for bar in told]
+    _, names, labels, faces, edges = zip(*told, strict=True)
+    drawn = axis.barh(names, minutes, color=faces, edgecolor=edges, height=0.7)
+    axis.bar_label(drawn, labels, padding=3, fontsize=8)
+    axis.set_xmargin(0.4)
     axis.set_title(f"links {RATES[rate]}", fontsize=10, loc="left")
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _clouds(axis: Axes, points: Mapping[str, tuple[float | None, float | None]]) -> None:
+def _clouds(axis: Axes, rows: Mapping[str, Any], rate: str, peer: float) -> None:
     """Draw minutes over gigabytes, both logarithmic, each with its name."""
-    there = {name: (x / 1e9, y / 60) for name, (x, y) in points.items() if x and y}
+    there = {"torch DDP": (_sent(rows["every-step"]) / 1e9, peer / 60)}
+    for name, row in rows.items():
+        own = row["links"][rate]
+        there[name] = _sent(row) / 1e9, (own["to_accuracy_s"] or own["run_s"]) / 60
     for name, (x, y) in there.items():
-        axis.plot(x, y, "o", color=BASE if name == "torch DDP" else OURS, markersize=4)
+        colour = BASE if name == "torch DDP" else OURS
+        came = name == "torch DDP" or rows[name]["epochs"]
+        axis.plot(x, y, "o", color=colour, markerfacecolor=colour if came else "none", markersize=4)
         covered = any(y < b < NEAR * y and x / NEAR < a < NEAR * x for a, b in there.values())
         shift = (4, -10 if covered else 4)  # the upper one of two has its name above it
         axis.annotate(name, (x, y), shift, textcoords="offset points", fontsize=6)

@@ -15,8 +15,8 @@ most one point below the final one of `every-step` (`target`). The peer takes th
 
 `ratio` = DDP's time over that of `daso` at 1 Gbit, 0 where `daso` does not come there; one seed, so
 no `spread`. `figures` has times to accuracy by link and strategy, `peer` DDP's for each of them.
-`strategies` has accuracy (0-1) per epoch, bytes per update, and times; `tuning` the accuracies at
-each learning rate.
+`strategies` has accuracy (0-1) per epoch, bytes per update, and times, that of all epochs (`run_s`)
+too; `tuning` the accuracies at each learning rate.
 
     python benchmarks/slow_link_accuracy.py [--quick]
 
