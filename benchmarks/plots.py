@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,9 @@ def links(record: Path, out: Path) -> None:
         peer = told["peer"][f"{rate} every-step to_accuracy_s"]
         _times(left, rows, rate, peer)
         _clouds(right, rows, rate, peer)
-    words = f"to a test accuracy of {100 * told['target']:.1f} % (hollow: of all epochs)"
-    axes[-1, 0].set_xlabel(f"minutes {words}", fontsize=8)
-    axes[-1, 1].set_xlabel(f"gigabytes between nodes {words}", fontsize=8)
+    words = f"minutes to a test accuracy of {100 * told['target']:.1f} % (hollow: of all epochs)"
+    axes[-1, 0].set_xlabel(words, fontsize=8)
+    axes[-1, 1].set_xlabel("gigabytes between nodes until then", fontsize=8)
     figure.savefig(out, metadata={"Date": None})
 
 
@@ -89,6 +90,8 @@ def _sent(row: Mapping[str, Any]) -> float:
 
 NEAR = 1.6
 """The factor in minutes and gigabytes within which names of points would cover each other."""
+WIDE, LEVEL = 5, 0.15
+"""The factor in gigabytes that a name takes, and the logarithm of minutes that is one line."""
 RATES = {"1gbit": "of 1 Gbit/s", "100mbit": "of 100 Mbit/s", "unshaped": "without a bound"}
 
 
@@ -127,8 +130,15 @@ def _clouds(axis: Axes, rows: Mapping[str, Any], rate: str, peer: float) -> None
         came = name == "torch DDP" or rows[name]["epochs"]
         axis.plot(x, y, "o", color=colour, markerfacecolor=colour if came else "none", markersize=4)
         covered = any(y < b < NEAR * y and x / NEAR < a < NEAR * x for a, b in there.values())
-        shift = (4, -10 if covered else 4)  # the upper one of two has its name above it
-        axis.annotate(name, (x, y), shift, textcoords="offset points", fontsize=6)
+        level = [a for a, b in there.values() if abs(log(b / y)) < LEVEL]
+        more, less = any(x < a < WIDE * x for a in level), any(x / WIDE < a < x for a in level)
+        side = "center" if more and less else "right" if more else "left"
+        # The upper one of two has its name above it; one between two has it below.
+        shift = (
+            {"left": 4, "center": 0, "right": -4}[side],
+            -10 if covered or (more and less) else 4,
+        )
+        axis.annotate(name, (x, y), shift, textcoords="offset points", fontsize=6, ha=side)
     axis.set(xscale="log", yscale="log")
     for each in (axis.xaxis, axis.yaxis):
         each.set_major_locator(LogLocator(subs=(1, 2, 5)))
