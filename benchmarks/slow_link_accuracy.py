@@ -20,9 +20,9 @@ too; `tuning` the accuracies at each learning rate.
 
     python benchmarks/slow_link_accuracy.py [--quick]
 
-Cells are kept, two are measured beside each other: a start begins none after 28 minutes, then says
-how many are left; the record is written by the start that finds none. `--quick`: two learning
-rates, three epochs of 4,000 images.
+Cells are kept, two are measured beside each other, each 5 to 18 minutes long, that of `demo` 48: a
+start begins none after 28 minutes, then says how many are left; the record is written by the start
+that finds none. `--quick`: two learning rates, three epochs of 4,000 images.
 """
 
 from __future__ import annotations
