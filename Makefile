@@ -57,10 +57,11 @@ demo: $(READY)
 	@rm -rf runs/demo
 	@$(VENV)/dtrain train jobs/demo.toml --ranks 4 --out runs/demo
 
-# What starts no programs goes side by side on two cores; whole programs have the machine alone.
+# What starts no programs goes side by side on two cores; of whole programs, which wait as much as
+# they compute, two files at a time do.
 test: $(READY)
 	$(BESIDE) tests/plan tests/rule tests/ranks tests/witness
-	$(VENV)/python -m pytest tests/system
+	$(VENV)/python -m pytest -n 2 --dist loadfile tests/system
 
 check: $(READY)
 	$(VENV)/ruff format --check .
