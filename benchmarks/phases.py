@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from bench import Told
@@ -161,6 +161,19 @@ def timings(times: Mapping[str, Mapping[str, list[Row]]]) -> Row:
             links[link][name] = {"step_s": own, **traffic(rows[name])}
     ddp = {link: rows["ddp"] for link, rows in times.items()}
     return {"figures": figures, "peer": peer, "links": links, "ddp": ddp}
+
+
+def together(rows: Sequence[Row]) -> Row:
+    """Return the row of several seeds: the mean accuracy per epoch, and `curves` seed by seed.
+
+    >>> together([{"curve": [0.5], "updates": 9}, {"curve": [0.25], "updates": 9}])
+    {'curve': [0.375], 'updates': 9, 'curves': [[0.5], [0.25]]}
+    """
+    curves = [row["curve"] for row in rows]
+    return rows[0] | {
+        "curve": [fmean(each) for each in zip(*curves, strict=True)],
+        "curves": curves,
+    }
 
 
 def joined(learnt: Mapping[str, Row], steps: Row) -> Row:

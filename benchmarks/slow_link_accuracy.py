@@ -2,21 +2,23 @@
 
 Measured accuracies, times what `slow_link` measured of steps (its record; `steps` names its
 commit): eight epochs of CIFAR-10 with the model, the replicas and the strategies of `slow_link`,
-once each, one seed. The curve depends neither on the link nor on the transport, so replicas are
-threads of one process on hosts with names.
+one seed, and three of the strategies on which the target and the ratio hang or which end near it
+(`SEVERAL`). The curve depends neither on the link nor on the transport, so replicas are threads of
+one process on hosts with names.
 
 * Tuning: the learning rate of `every-step`, by its accuracy after the last epoch. All strategies
   use it, along a cosine, but `demo`, whose steps are signs. One rank does the tuning, since no
   layout changes what is learnt.
 
-Time to accuracy = the seconds of all updates up to the first epoch after which the accuracy is at
-most one point below the final one of `every-step` (`target`). The peer takes the updates of
-`every-step`.
+Time to accuracy = the seconds of all updates up to the first epoch after which the accuracy, the
+mean over seeds, is at most one point below the final one of `every-step` (`target`). The peer takes
+the updates of `every-step`.
 
-`ratio` = DDP's time over that of `daso` at 1 Gbit, 0 where `daso` does not come there; one seed, so
-no `spread`. `figures` has times to accuracy by link and strategy, `peer` DDP's for each of them.
-`strategies` has accuracy (0-1) per epoch, bytes per update, and times, that of all epochs (`run_s`)
-too; `tuning` the accuracies at each learning rate.
+`ratio` = DDP's time over that of `daso` at 1 Gbit, 0 where `daso` does not come there; `spread` =
+the range of this over the seeds (`ratios`), each with its own target. `figures` has times to
+accuracy by link and strategy, `peer` DDP's for each of them. `strategies` has accuracy (0-1) per
+epoch, the mean and seed by seed (`curves`), bytes per update, and times, that of all epochs
+(`run_s`) too; `tuning` the accuracies at each learning rate.
 
     python benchmarks/slow_link_accuracy.py [--quick]
 
@@ -33,7 +35,7 @@ from functools import partial
 
 from bench import Bench, Told, asked, cifar, complete
 from objectives_cifar10 import trained
-from phases import Row, counted, joined
+from phases import Row, counted, joined, together
 from record import ROOT, publish
 from strategies import PLACES, STRATEGIES, base
 
@@ -41,6 +43,8 @@ from dtrain.tables import Table
 
 BUDGET_S = 28 * 60
 RATES = (0.025, 0.05, 0.1, 0.2)
+SEEDS = 3
+SEVERAL = ("every-step", "daso", "local-sgd", "qsr")
 
 
 def main() -> None:
@@ -50,26 +54,38 @@ def main() -> None:
     steps = json.loads(path.read_text(encoding="utf-8"))
     bench, until = Bench("slow_link_accuracy", quick), time.monotonic() + BUDGET_S
     rates = RATES[1:3] if quick else RATES
+    seeds = {name: range(SEEDS if name in SEVERAL and not quick else 1) for name in STRATEGIES}
+    cells = [(name, seed) for name, own in seeds.items() for seed in own]
     jobs = [(f"rate-{lr}", partial(tuned, bench, quick, lr)) for lr in rates]
     told = trained(bench, jobs, 2, until)
     left = len(jobs) - len(told)
-    complete(left + len(STRATEGIES) if left else 0)
+    complete(left + len(cells) if left else 0)
     tuning = {lr: told[f"rate-{lr}"]["curve"] for lr in rates}
     best = max(rates, key=lambda lr: float(tuning[lr][-1]))
-    jobs = [(cell(name), partial(learnt, bench, quick, name, best)) for name in STRATEGIES]
+    jobs = [(cell(*each), partial(learnt, bench, quick, *each, best)) for each in cells]
     told = trained(bench, jobs, 2, until)
     complete(len(jobs) - len(told))
-    tables = joined({name: told[cell(name)] for name in STRATEGIES}, steps)
+    rows = {name: [told[cell(name, seed)] for seed in own] for name, own in seeds.items()}
+    tables = joined({name: together(own) for name, own in rows.items()}, steps)
+    ratios = [
+        over(joined({name: rows[name][seed] for name in SEVERAL}, steps))
+        for seed in seeds["every-step"]
+    ]
     tables |= {"lr": best, "tuning": {str(lr): curve for lr, curve in tuning.items()}}
-    times, peer = tables["figures"], tables["peer"]
+    tables |= {"ratio": over(tables), "ratios": ratios, "spread": max(ratios) - min(ratios)}
+    publish("slow_link_accuracy", "measured", quick=quick, **tables)
+
+
+def over(tables: Row) -> float:
+    """Return DDP's time to the accuracy over that of `daso`, 0 where it does not come there."""
     key = "1gbit daso to_accuracy_s"
-    ratio = peer[key] / times[key] if key in times else 0.0
-    publish("slow_link_accuracy", "measured", ratio=ratio, spread=None, quick=quick, **tables)
+    times, peer = tables["figures"], tables["peer"]
+    return float(peer[key] / times[key]) if key in times else 0.0
 
 
-def cell(name: str) -> str:
+def cell(name: str, seed: int) -> str:
     """Return the name of a strategy's cell."""
-    return name.replace(" ", "-")
+    return name.replace(" ", "-") + (f"-seed-{seed}" if seed else "")
 
 
 def tuned(bench: Bench, quick: bool, lr: float) -> Row:
@@ -77,9 +93,10 @@ def tuned(bench: Bench, quick: bool, lr: float) -> Row:
     return {"curve": curve(bench.train(run(quick, "every-step", lr), 1, where=f"rate-{lr}"))}
 
 
-def learnt(bench: Bench, quick: bool, name: str, lr: float) -> Row:
+def learnt(bench: Bench, quick: bool, name: str, seed: int, lr: float) -> Row:
     """Return the accuracy per epoch of a strategy, and its bytes per update."""
-    told = bench.inside(run(quick, name, lr), PLACES, where=cell(name))
+    asked_for = run(quick, name, lr) | {"seed": seed}
+    told = bench.inside(asked_for, PLACES, where=cell(name, seed))
     updates = told.summary["updates"]
     per_update = {f"{key}_per_update": value / updates for key, value in counted(told).items()}
     return {"curve": curve(told), "updates": updates, **per_update}
