@@ -75,7 +75,7 @@ def links(record: Path, out: Path) -> None:
         peer = told["peer"][f"{rate} every-step to_accuracy_s"]
         _times(left, rows, rate, peer)
         _clouds(right, rows, rate, peer)
-    words = f"minutes to a test accuracy of {100 * told['target']:.1f} % (hollow: of all epochs)"
+    words = f"minutes to a test accuracy of {100 * told['target']:.2f} % (hollow: of all epochs)"
     axes[-1, 0].set_xlabel(words, fontsize=8)
     axes[-1, 1].set_xlabel("gigabytes between nodes until then", fontsize=8)
     figure.savefig(out, metadata={"Date": None})
@@ -106,7 +106,7 @@ def _times(axis: Axes, rows: Mapping[str, Any], rate: str, peer: float) -> None:
             bars.append((seconds, name, words, OURS, OURS))
         else:
             run_s, last = own["run_s"], row["curve"][-1]
-            words = f"never: {100 * last:.1f} % after {run_s / 60:.1f} min"
+            words = f"never: {100 * last:.2f} % after {run_s / 60:.1f} min"
             never.append((run_s, name, words, "none", OURS))
     told = sorted(never, reverse=True) + sorted(bars, reverse=True)
     minutes = [bar[0] / 60 for bar in told]
