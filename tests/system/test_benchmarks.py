@@ -113,6 +113,14 @@ def test_times_to_accuracy_follow_from_phases_and_curves(phases: ModuleType) -> 
     assert told["steps"] == "abc"
 
 
+def test_the_row_of_several_seeds_is_their_mean_epoch_by_epoch(phases: ModuleType) -> None:
+    rows = [{"curve": [0.25, 0.5], "updates": 9}, {"curve": [0.75, 1.0], "updates": 9}]
+    curves = [row["curve"] for row in rows]
+    assert phases.together(rows) == {"curve": [0.5, 0.75], "updates": 9, "curves": curves}
+    with pytest.raises(ValueError, match="shorter"):
+        phases.together([*rows, {"curve": [0.5], "updates": 9}])
+
+
 def test_a_strategy_that_never_gets_there_has_no_time(phases: ModuleType) -> None:
     learnt = {
         name: {**WHOLE, "bytes_inter_node_per_update": 8.0} for name in ("every-step", "daso")
