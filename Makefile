@@ -57,11 +57,10 @@ demo: $(READY)
 	@rm -rf runs/demo
 	@$(VENV)/dtrain train jobs/demo.toml --ranks 4 --out runs/demo
 
-# What starts no programs goes side by side on two cores; of whole programs, which wait as much as
-# they compute, two files at a time do.
+# What starts no programs goes side by side on two cores; whole programs have the machine alone.
 test: $(READY)
 	$(BESIDE) tests/plan tests/rule tests/ranks tests/witness
-	$(VENV)/python -m pytest -n 2 --dist loadfile tests/system
+	$(VENV)/python -m pytest tests/system
 
 check: $(READY)
 	$(VENV)/ruff format --check .

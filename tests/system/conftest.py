@@ -6,9 +6,8 @@
         def test_names(cluster):
             ended = start(["srun", "-N4", "-n4", "hostname"], env=cluster.env)
 
-    It is started for the first test of a file that asks, mended for each test that asks later
-    (which costs a tenth of a second where nothing was broken), and removed at the end of the file.
-    Files that run beside each other wait for their turn.
+    It is started for the first test that asks, mended for each test that asks later (which costs
+    a tenth of a second where nothing was broken), and removed at the end of the session.
 `clean`
     An environment without the variables of any MPI launcher or Slurm, in which root may start
     Open MPI and ranks may outnumber cores.
@@ -32,9 +31,9 @@ from tests.need import lack
 LAUNCHERS = ("OMPI_", "PMI", "PRTE_", "SLURM_", "MPI_LOCAL", "HYDRA_", "MPIR_")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def turn() -> Iterator[None]:
-    """Have the machine's cluster to this file, once a test asks for it."""
+    """Have the machine's cluster to this session, once a test asks for it."""
     try:
         hosts.check()
     except hosts.Lacking as why:
