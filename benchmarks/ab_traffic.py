@@ -37,7 +37,7 @@ from hosts import Hosts, hosts
 from objectives_cifar10 import BUDGET_S, SEEDS, difference, error, trained
 from record import publish
 
-from dtrain.tables import Table
+from dtrain.schema import Table
 
 PLACES = ("a", "a", "b", "b")
 PAPER = 44.14

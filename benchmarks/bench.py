@@ -25,8 +25,8 @@ from typing import Any, TypeVar, final
 
 from record import ROOT, commit
 
-from dtrain.comm.launch import command, environment, mpirun
-from dtrain.tables import Table, dump
+from dtrain.comm.launcher import find_mpirun, launch_command, rank_environment
+from dtrain.schema import Table, dump_toml
 
 T = TypeVar("T")
 PEERS = ROOT / "benchmarks" / "peers"
@@ -146,7 +146,7 @@ class Bench:
         folder.mkdir(exist_ok=True)
         if folder != self.folder:
             shutil.copy(self.folder / "user.py", folder)
-        (folder / "run.toml").write_text(dump(run), encoding="utf-8")
+        (folder / "run.toml").write_text(dump_toml(run), encoding="utf-8")
         return folder
 
 
@@ -180,10 +180,10 @@ def peer(script: str, ranks: int, *words: object) -> dict[str, float]:
 
 def ranked(ranks: int, *words: object) -> dict[str, Any]:
     """Return the last line that a program of ours prints, started on MPI ranks of this host."""
-    launcher = mpirun(os.environ)
+    launcher = find_mpirun(os.environ)
     if launcher is None:
         raise FileNotFoundError("no mpirun was found: make install")
-    argv = command(launcher, ranks, [sys.executable, *map(str, words)])
+    argv = launch_command(launcher, ranks, [sys.executable, *map(str, words)])
     return _last(call(argv, ROOT, 1, quiet=True))
 
 
@@ -225,7 +225,7 @@ def call(
 ) -> str:
     """Run a program to its end, with `more` variables; return what it printed, or pass that on to
     stderr."""
-    environ = environment(os.environ) | {"OMP_NUM_THREADS": str(threads)} | dict(more or {})
+    environ = rank_environment(os.environ) | {"OMP_NUM_THREADS": str(threads)} | dict(more or {})
     path = os.pathsep.join(filter(None, [environ.get("PYTHONPATH"), str(ROOT)]))
     out = subprocess.PIPE if quiet else sys.stderr
     told = subprocess.run(

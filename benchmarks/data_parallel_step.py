@@ -16,7 +16,7 @@ from statistics import median
 from bench import Bench, asked, middle, peer, spread, turns
 from record import publish
 
-from dtrain.tables import Table
+from dtrain.schema import Table
 
 RANKS, ROWS, INPUTS, WIDTHS = 2, 128, 3072, [1024] * 7
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from dtrain.comm.threads import run as ranks
-from dtrain.config import read
+from dtrain.comm.backends.threads import run_ranks as ranks
+from dtrain.config.parse import read_run
 from dtrain.train import train
 
 LIMIT_S = 7200.0
@@ -21,7 +21,7 @@ LIMIT_S = 7200.0
 def main() -> None:
     """Train."""
     path, out, *hosts = sys.argv[1:]
-    run = read(Path(path))
+    run = read_run(Path(path))
     ranks(len(hosts), lambda comm: train(run, comm, Path(out)), hosts=hosts, timeout_s=LIMIT_S)
 
 

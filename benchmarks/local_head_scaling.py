@@ -17,7 +17,7 @@ from statistics import median
 from bench import Bench, asked, cifar, middle, spread, turns
 from record import publish
 
-from dtrain.tables import Table
+from dtrain.schema import Table
 
 RANKS, BATCH = 2, 128
 

@@ -38,7 +38,7 @@ from typing import Any, final
 from bench import Bench, Told, asked, cifar, complete
 from record import publish
 
-from dtrain.tables import Table
+from dtrain.schema import Table
 
 BUDGET_S = 35 * 60
 SEEDS = 3

@@ -36,7 +36,7 @@ from bench import Bench, spread
 from record import ROOT, publish
 
 from dtrain.objectives import OBJECTIVES
-from dtrain.tables import Table
+from dtrain.schema import Table
 
 EPOCHS, SEEDS = 20, 3
 QUICK = ("backprop", "mono-forward", "drtp")

@@ -38,7 +38,7 @@ import numpy as np
 from bench import Bench, asked, complete
 from record import publish
 
-from dtrain.tables import Table
+from dtrain.schema import Table
 
 DEPTH, WIDTH, BATCH, EPOCHS = 10, 32, 4, 3
 MOMENTUM, LR = 0.99, 0.001

@@ -15,8 +15,8 @@ from bench import Told
 from strategies import CHANGES, LONG, SEGMENTS, SHORT, STRATEGIES, rounds
 
 from dtrain.syncs.ab import AB
+from dtrain.syncs.base import UpdateClock
 from dtrain.syncs.oialr import OIALR
-from dtrain.syncs.sync import Clock
 
 POINT = 0.01
 SENT = "bytes_inter_node_per_update"
@@ -87,7 +87,7 @@ def counts(name: str, epochs: int, whole: int, per_epoch: int) -> dict[str, int]
     {'full': 30, 'low': 170, 'split': 1, 'round': 28}
     """
     updates, total = epochs * per_epoch, whole * per_epoch
-    clock = Clock(0, 0, per_epoch, total, 1.0, 1.0, False, ())
+    clock = UpdateClock(0, 0, per_epoch, total, 1.0, 1.0, False, ())
     match STRATEGIES[name].phases, name:
         case ("steady",), _:
             return {"steady": updates}
@@ -100,7 +100,7 @@ def counts(name: str, epochs: int, whole: int, per_epoch: int) -> dict[str, int]
             }
         case _, "ab":
             phases = AB().phases(clock)
-            low = [phases.low(update) for update in range(updates + 1)]
+            low = [phases.is_low_rank(update) for update in range(updates + 1)]
             turned = [b - a for a, b in pairwise(low)]
             split, merge = turned.count(1), turned.count(-1) + (low[-1] and epochs == whole)
             return {
@@ -110,7 +110,7 @@ def counts(name: str, epochs: int, whole: int, per_epoch: int) -> dict[str, int]
                 "merge": int(merge),
             }
         case _, "oialr":
-            delay, every = OIALR().lengths(clock)
+            delay, every = OIALR().phase_lengths(clock)
             low_ = updates - delay
             return {"full": delay, "low": low_, "split": 1, "round": low_ // every}
     raise AssertionError(name)

@@ -25,7 +25,7 @@ from typing import Any
 from bench import Bench, asked, middle, peer, spread, turns
 from record import publish
 
-from dtrain.tables import Table
+from dtrain.schema import Table
 
 RANKS, BATCH, WIDTH, LAYERS = 2, 256, 1024, 8
 OURS, THEIRS = (1, 2, 4, 8), (2, 4, 8)

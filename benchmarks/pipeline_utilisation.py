@@ -30,7 +30,7 @@ from typing import Any
 from bench import Bench, Told, asked, middle, peer, spread, turns
 from record import publish
 
-from dtrain.tables import Table
+from dtrain.schema import Table
 
 RANKS, MICROS, PAIRS = (4, 8), (8, 32), 3
 ROWS, WIDTH = 4, 16

@@ -18,7 +18,7 @@ from typing import Any
 from bench import Bench, asked, cifar
 from record import publish
 
-from dtrain.tables import Table
+from dtrain.schema import Table
 
 METHODS: dict[str, tuple[Table, int, int, int]] = {
     # objective, blocks, ranks, threads

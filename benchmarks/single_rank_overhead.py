@@ -17,7 +17,7 @@ from statistics import median
 from bench import Bench, asked, cifar, middle, peer, spread, turns
 from record import publish
 
-from dtrain.tables import Table
+from dtrain.schema import Table
 
 BATCH, WIDTHS, SEGMENTS = 128, [1000] * 3, 6
 

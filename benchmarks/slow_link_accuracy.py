@@ -39,7 +39,7 @@ from phases import Row, counted, joined, together
 from record import ROOT, publish
 from strategies import PLACES, STRATEGIES, base
 
-from dtrain.tables import Table
+from dtrain.schema import Table
 
 BUDGET_S = 28 * 60
 RATES = (0.025, 0.05, 0.1, 0.2)

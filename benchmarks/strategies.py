@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from math import sqrt
 from typing import final
 
-from dtrain.tables import Table
+from dtrain.schema import Table
 
 NODES, EACH, ROWS = 2, 2, 32
 """Hosts, ranks of each, samples of a rank in an update."""

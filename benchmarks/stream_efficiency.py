@@ -22,7 +22,7 @@ from statistics import median
 from bench import Bench, Told, asked, middle, peer, spread, turns
 from record import publish
 
-from dtrain.tables import Table
+from dtrain.schema import Table
 
 STAGES, MICROS, ROWS, WIDTH = 8, 8, 4, 16
 FORWARD_S, BACKWARD_S = 0.02, 0.04

@@ -52,7 +52,7 @@ def deep(inputs: int, width: int, depth: int, classes: int) -> Layers:
 class Unit(nn.Module):
     """Adds what one linear layer makes of its normalised input."""
 
-    draws = False
+    uses_rng = False
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def sleepers(layers: int, width: int, forward_s: float, backward_s: float) -> La
 class Sleeper(nn.Module):
     """A small linear layer, then a device that takes its time in both directions."""
 
-    draws = False
+    uses_rng = False
 
     def __init__(self, width: int, forward_s: float, backward_s: float) -> None:
         super().__init__()

@@ -21,17 +21,21 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from dtrain.comm import launch
-from dtrain.errors import Refusal, Stopped
-from dtrain.telemetry import attend, say
+from dtrain.comm import launcher as launch
+from dtrain.comm.flight_recorder import dump_stacks_on, print_error
+from dtrain.errors import ConfigError, DtrainError, Interrupted
 
 if TYPE_CHECKING:
-    from dtrain.comm.comm import Comm
+    from dtrain.comm.communicator import Comm
 
-Words = Callable[[argparse.Namespace], list[str]]
-Work = Callable[[argparse.Namespace, "Comm"], None]
 
-GRACE_S = 0.5
+ArgvBuilder = Callable[[argparse.Namespace], list[str]]
+
+
+RankWork = Callable[[argparse.Namespace, "Comm"], None]
+
+
+ABORT_DELAY_S = 0.5
 """How long the rank that was stopped first lets the others write what they did; mpirun kills them
 about a second after its SIGTERM."""
 
@@ -45,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = options.command(options)
         return code
-    except Refusal as refusal:
+    except DtrainError as refusal:
         print(f"dtrain: {refusal.message}", file=sys.stderr)
         return refusal.code
     except KeyboardInterrupt:
@@ -60,25 +64,27 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train what a run file describes")
-    _run(train)
+    _add_run_arguments(train)
     train.add_argument("--out", type=Path, metavar="DIR", help="run folder (runs/<run file>)")
     train.add_argument(
         "--resume", default="auto", metavar="auto|never|DIR", help="where to go on from (auto)"
     )
-    _ranks(train, _training, _train)
+    _add_rank_arguments(train, _train_argv, _train)
 
     evaluate = commands.add_parser("evaluate", help="test the newest checkpoint of a run")
     evaluate.add_argument("folder", type=Path, metavar="DIR", help="run folder")
-    _set(evaluate, "other data: data.test=FILE.h5")
+    _add_overrides(evaluate, "other data: data.test=FILE.h5")
     evaluate.add_argument(
         "--split", default="test", choices=("train", "test"), help="which samples (test)"
     )
     evaluate.add_argument("--json", action="store_true", help="print plain values")
-    _ranks(evaluate, _testing, _evaluate)
+    _add_rank_arguments(evaluate, _evaluate_argv, _evaluate)
 
     plan = commands.add_parser("plan", help="show blocks, schedule and messages; trains nothing")
-    _run(plan)
-    plan.add_argument("--ranks", type=_positive, required=True, metavar="N", help="ranks planned")
+    _add_run_arguments(plan)
+    plan.add_argument(
+        "--ranks", type=_positive_int, required=True, metavar="N", help="ranks planned"
+    )
     plan.add_argument("--json", action="store_true", help="print plain values")
     plan.add_argument(
         "--costs", type=Path, metavar="FILE.toml", help="what ranks and links cost: predict time"
@@ -107,75 +113,79 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(parser: argparse.ArgumentParser) -> None:
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what names a run to a command."""
     parser.add_argument("run", type=Path, metavar="RUN.toml")
-    _set(parser, "override a key")
+    _add_overrides(parser, "override a key")
 
 
-def _set(parser: argparse.ArgumentParser, what: str) -> None:
+def _add_overrides(parser: argparse.ArgumentParser, help_text: str) -> None:
     """Add what overrides keys of a run."""
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=what)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=help_text)
 
 
-def _ranks(parser: argparse.ArgumentParser, words: Words, work: Work) -> None:
+def _add_rank_arguments(
+    parser: argparse.ArgumentParser, build_argv: ArgvBuilder, work: RankWork
+) -> None:
     """Make a command one of ranks: what each of them does, and the words that ask for it."""
-    parser.add_argument("--ranks", type=_positive, metavar="N", help="start N ranks on this host")
-    parser.set_defaults(command=_start, words=words, work=work)
+    parser.add_argument(
+        "--ranks", type=_positive_int, metavar="N", help="start N ranks on this host"
+    )
+    parser.set_defaults(command=_run_on_ranks, words=build_argv, work=work)
 
 
-def _positive(word: str) -> int:
-    number = int(word)
+def _positive_int(text: str) -> int:
+    number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{word} is not at least 1")
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return number
 
 
-def _start(options: argparse.Namespace) -> int:
+def _run_on_ranks(options: argparse.Namespace) -> int:
     """Do a command on the ranks that the launcher gave; ``--ranks`` starts them first.
 
     ``-P`` keeps the current folder off the import path.
     """
     if options.ranks is None:
-        return _rank(options)
+        return _run_rank(options)
     argv = [sys.executable, "-P", "-m", "dtrain", *options.words(options)]
     argv += [word for pair in options.set for word in ("--set", pair)]
-    return launch.start(options.ranks, argv, os.environ)
+    return launch.start_ranks(options.ranks, argv, os.environ)
 
 
-def _training(options: argparse.Namespace) -> list[str]:
+def _train_argv(options: argparse.Namespace) -> list[str]:
     """Return the words that ask a rank to train."""
     words = ["train", str(options.run), "--resume", options.resume]
     return words if options.out is None else [*words, "--out", str(options.out)]
 
 
-def _testing(options: argparse.Namespace) -> list[str]:
+def _evaluate_argv(options: argparse.Namespace) -> list[str]:
     """Return the words that ask a rank to evaluate."""
     words = ["evaluate", str(options.folder), "--split", options.split]
     return [*words, "--json"] if options.json else words
 
 
-def _rank(options: argparse.Namespace) -> int:
+def _run_rank(options: argparse.Namespace) -> int:
     """Be one rank: refuse with all others, or do the work; end the job if this rank fails."""
     from dtrain.comm import world
 
-    attend(signal.SIGUSR1)  # whoever asks while ranks start ends nothing
+    dump_stacks_on(signal.SIGUSR1)  # whoever asks while ranks start ends nothing
     comm = world()  # MPI comes before torch
-    _listen(comm)
+    _install_signal_handlers(comm)
     try:
         options.work(options, comm)
-    except Refusal as refusal:
+    except DtrainError as refusal:
         if refusal.agreed and comm.rank:
             return refusal.code
-        say(f"dtrain: {refusal.message}")
+        print_error(f"dtrain: {refusal.message}")
         if not refusal.agreed:
             comm.abort(refusal.code)
         return refusal.code
-    except Stopped as stop:
+    except Interrupted as stop:
         if not stop.quiet:
-            say(f"dtrain: {stop}")
+            print_error(f"dtrain: {stop}")
         if comm.size > 1:
-            time.sleep(GRACE_S)
+            time.sleep(ABORT_DELAY_S)
         comm.abort(stop.code)
     except BaseException:
         with suppress(OSError, ValueError):
@@ -186,63 +196,70 @@ def _rank(options: argparse.Namespace) -> int:
 
 def _train(options: argparse.Namespace, comm: Comm) -> None:
     """Train, as one rank."""
-    from dtrain.config import read
-    from dtrain.job import together
+    from dtrain.comm.agree import all_or_none
+    from dtrain.config.parse import read_run
     from dtrain.train import train
 
-    run = together(comm, lambda: read(options.run, options.set))
-    _launched(run.mesh.stages, comm.size, options.run)
+    run = all_or_none(comm, lambda: read_run(options.run, options.set))
+    _check_launcher(run.mesh.stages, comm.size, options.run)
     train(run, comm, options.out or Path("runs") / options.run.stem, options.resume)
 
 
 def _evaluate(options: argparse.Namespace, comm: Comm) -> None:
     """Evaluate, as one rank; the first one tells."""
-    from dtrain.exam import examine
-    from dtrain.report import exam_text
+    from dtrain.evaluate import evaluate_run
+    from dtrain.monitoring.summary import evaluation_text
 
-    found = examine(options.folder, comm, options.split, options.set)
+    found = evaluate_run(options.folder, comm, options.split, options.set)
     if comm.rank == 0:
-        print(json.dumps(found, indent=2) if options.json else exam_text(found).rstrip())
+        print(json.dumps(found, indent=2) if options.json else evaluation_text(found).rstrip())
 
 
-def _listen(comm: Comm) -> None:
+def _install_signal_handlers(comm: Comm) -> None:
     """Write a record on SIGUSR1; on SIGINT and SIGTERM write one, then leave as on an error, so
     that the run folder is given back on the way."""
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         for each in (signal.SIGINT, signal.SIGTERM):  # launchers tell twice
             signal.signal(each, signal.SIG_IGN)
-        stopped = Stopped(number, quiet=comm.rank > 0)
+        stopped = Interrupted(number, quiet=comm.rank > 0)
         if comm.flight.folder is not None:  # before the waits that it tells of unwind
             comm.flight.dump(f"Stopped: {stopped}", frame)
         raise stopped
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    comm.flight.listen(signal.SIGUSR1)
+    comm.flight.dump_on_signal(signal.SIGUSR1)
 
 
-def _launched(stages: int | None, ranks: int, run: Path) -> None:
+def _check_launcher(stages: int | None, ranks: int, run_file: Path) -> None:
     """Refuse several stages where nobody started several ranks."""
-    if ranks == 1 and stages is not None and stages > 1 and launch.launched(os.environ) is None:
-        raise Refusal(
-            f"{run} asks for {stages} stages, and no launcher started ranks; on this host type\n"
-            f"    dtrain train {run} --ranks {stages}\n"
+    if (
+        ranks == 1
+        and stages is not None
+        and stages > 1
+        and launch.detect_launcher(os.environ) is None
+    ):
+        raise ConfigError(
+            "todo.key",
+            f"{run_file} asks for {stages} stages, and no launcher started ranks; on this host type\n"
+            f"    dtrain train {run_file} --ranks {stages}\n"
             f"or in a Slurm job\n"
-            f"    srun --mpi=pmix -n {stages} dtrain train {run}"
+            f"    srun --mpi=pmix -n {stages} dtrain train {run_file}",
         )
 
 
 def _plan(options: argparse.Namespace) -> int:
     """Print what `train` would do."""
-    from dtrain import costs, report
-    from dtrain.config import read
-    from dtrain.job import plan
+    from dtrain.config.parse import read_run
+    from dtrain.planning import cost_file as costs
+    from dtrain.planning import report
+    from dtrain.planning.plan import make_plan
 
-    sheet = None if options.costs is None else costs.read(options.costs)
-    planned = plan(read(options.run, options.set), options.ranks)
+    sheet = None if options.costs is None else costs.read_cost_file(options.costs)
+    planned = make_plan(read_run(options.run, options.set), options.ranks)
     if options.plot is not None:
-        _written(options.plot, report.plan_picture(planned, sheet))
+        _write_file(options.plot, report.plan_svg(planned, sheet))
     if options.json:
         print(json.dumps(report.plan_table(planned, sheet), indent=2))
     else:
@@ -250,25 +267,27 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
-def _written(path: Path, text: str) -> None:
+def _write_file(path: Path, text: str) -> None:
     """Write a file that was asked for; refuse where that cannot be."""
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise Refusal(f"cannot write {path}: {error.strerror}; choose another file") from error
+        raise ConfigError(
+            "todo.key", f"cannot write {path}: {error.strerror}; choose another file"
+        ) from error
 
 
 def _flight(options: argparse.Namespace) -> int:
     """Print who waits for whom."""
-    from dtrain.flights import told
+    from dtrain.monitoring.hang_report import hang_report
 
-    print("\n".join(told(options.folder)))
+    print("\n".join(hang_report(options.folder)))
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
     """Write a state dict and say what is in it."""
-    from dtrain.export import export
+    from dtrain.checkpoint.export import export
 
     state = export(options.folder, options.out, options.heads, options.factors)
     count = sum(tensor.numel() for tensor in state.values())
@@ -278,7 +297,7 @@ def _export(options: argparse.Namespace) -> int:
 
 def _import(options: argparse.Namespace) -> int:
     """Turn images into HDF5 and say where they lie."""
-    from dtrain.data.importing import import_images
+    from dtrain.data.import_images import import_images
 
     for path in import_images(options.source, options.out, options.split):
         print(path)

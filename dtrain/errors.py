@@ -1,78 +1,154 @@
-"""Refusals: errors in what was asked, told in one message without a traceback.
+"""Exceptions with an exit code and a stable key; the command line prints them without a traceback.
 
-Invariant: whatever a user can get wrong in a run file, a mesh or a data set ends in a `Refusal`;
-every other exception is a fault of the program (or of user code) and keeps its traceback.
+Invariant: every mistake that a user can make in a run file, a mesh or a data set raises a
+`DtrainError`. Any other exception is a fault of the program or of user code and keeps its
+traceback.
 """
 
 from __future__ import annotations
 
 import difflib
 import signal
-from collections.abc import Iterable
-
-USAGE, DATA, NUMERIC = 2, 3, 4
+from collections.abc import Iterable, Sequence
 
 
-class Refusal(Exception):
-    """What was asked cannot be done; the message says what was found and what to do.
+class DtrainError(Exception):
+    """Base class of the errors that dtrain raises on purpose.
 
     Parameters
     ----------
+    key : str
+        Stable name of the mistake, "area.what" in kebab-case, for programs and tests.
     message : str
-        What was asked; what was found, with numbers; what to do.
-    code : int
-        Exit code of the program: 2 usage, run file or mesh; 3 data; 4 numeric failure.
+        The text for people: first the wrong value, then the fix.
     agreed : bool
-        Whether every rank raises it; else the one that does has to end the others.
-    """
-
-    def __init__(self, message: str, code: int = USAGE, agreed: bool = False) -> None:
-        super().__init__(message)
-        self.message = message
-        self.code = code
-        self.agreed = agreed
-
-    def at(self, place: str) -> None:
-        """Add to the message where it happened."""
-        self.message = f"{self.message} {place}"
-        self.args = (self.message,)
-
-
-class Stopped(BaseException):
-    """Somebody asked this process to end, by a signal; no user code takes it for an error.
+        Whether every rank raises it. Otherwise the rank that raises it has to end the others.
 
     Attributes
     ----------
     code : int
-        Exit code of the program, as a shell would have it.
-    quiet : bool
-        Whether another rank has said why the job ends.
+        Exit code of the program.
     """
 
-    def __init__(self, number: int, quiet: bool = False) -> None:
-        asked = f"stopped by {signal.Signals(number).name}"
+    code: int = 1
+
+    def __init__(self, key: str, message: str, *, agreed: bool = False) -> None:
+        super().__init__(message)
+        self.key = key
+        self.message = message
+        self.agreed = agreed
+
+    def with_prefix(self, prefix: str) -> DtrainError:
+        """Return a copy of the error whose message begins with `prefix` and a colon."""
+        return type(self)(self.key, f"{prefix}: {self.message}", agreed=self.agreed)
+
+    def to_record(self) -> tuple[str, str, str]:
+        """Return class name, key and message, which JSON can hold."""
+        kind = next(kind for kind in type(self).__mro__ if kind.__name__ in _kinds())
+        return kind.__name__, self.key, self.message
+
+    @staticmethod
+    def from_record(record: Sequence[str]) -> DtrainError:
+        """Return the error of a record, as one that every rank raises."""
+        name, key, message = record
+        return _kinds()[name](key, message, agreed=True)
+
+    def at(self, location: str) -> None:
+        """Append the place of the error to its message."""
+        self.message = f"{self.message} {location}"
+        self.args = (self.message,)
+
+
+class ConfigError(DtrainError):
+    """A command, a run file, a mesh, a partition or a strategy is invalid."""
+
+    code = 2
+
+
+class DataError(DtrainError):
+    """A data set is missing, damaged or unsuitable."""
+
+    code = 3
+
+
+class NumericalError(DtrainError):
+    """A loss or a weight is NaN or infinite, or replicas differ that must be equal."""
+
+    code = 4
+
+
+class CheckpointError(DtrainError):
+    """A checkpoint is damaged or incomplete."""
+
+    code = 5
+
+
+class HangError(DtrainError):
+    """Ranks wait for each other, or a wait exceeds its time limit."""
+
+    code = 6
+
+
+class RankLostError(DtrainError):
+    """Another rank of the run has ended."""
+
+    code = 7
+
+
+def _kinds() -> dict[str, type[DtrainError]]:
+    """Return the classes of this module by name; ranks share no others."""
+    kinds = (DtrainError, *DtrainError.__subclasses__())
+    return {kind.__name__: kind for kind in kinds if kind.__module__ == __name__}
+
+
+class Interrupted(BaseException):
+    """A signal asked this process to end.
+
+    It derives from `BaseException`, as `KeyboardInterrupt` does, so that an `except Exception` in
+    user code does not swallow it.
+
+    Attributes
+    ----------
+    code : int
+        Exit code of the program: 128 + the signal's number.
+    key : str
+        "interrupted.sigterm" and the like.
+    quiet : bool
+        Whether another rank prints the reason.
+    """
+
+    def __init__(self, signal_number: int, quiet: bool = False) -> None:
+        name = signal.Signals(signal_number).name
+        reason = f"stopped by {name}"
         causes = "a time limit, scancel, or another rank that died: see the job's log"
-        super().__init__(f"{asked} ({causes})" if number == signal.SIGTERM else asked)
-        self.code = 128 + number
+        super().__init__(f"{reason} ({causes})" if signal_number == signal.SIGTERM else reason)
+        self.code = 128 + signal_number
+        self.key = f"interrupted.{name.lower()}"
         self.quiet = quiet
 
 
-def sign(error: BaseException, place: str) -> None:
-    """Add to an error where it was raised."""
-    if isinstance(error, Refusal):
-        error.at(place)
+def add_location(error: BaseException, location: str) -> None:
+    """Append the place of an error to it."""
+    if isinstance(error, DtrainError):
+        error.at(location)
     else:
-        error.add_note(place)
+        error.add_note(location)
 
 
-def words(error: BaseException) -> str:
-    """Return an error in one line: its type, its message, and where it was raised."""
+def one_line(error: BaseException) -> str:
+    """Return an error in one line: type, message and place."""
     return " ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
 
 
-def unknown(what: str, name: str, legal: Iterable[str]) -> Refusal:
-    """Return the refusal of an unknown name: it lists the legal ones and the closest match."""
-    names = sorted(legal)
+def unknown_name(kind: str, name: str, legal_names: Iterable[str]) -> ConfigError:
+    """Return the error for an unknown name, with the legal names and the closest match.
+
+    Its key is "<kind>.unknown", with hyphens for spaces.
+    """
+    names = sorted(legal_names)
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
-    return Refusal(f"unknown {what} '{name}': {hint}legal are {', '.join(names) or 'none'}")
+    return ConfigError(
+        f"{kind.replace(' ', '-')}.unknown",
+        f"unknown {kind} '{name}': {hint}legal are {', '.join(names) or 'none'}",
+    )

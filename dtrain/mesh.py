@@ -16,10 +16,40 @@ and `replicas-in-node` keeps gradients there.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import final
 
-from dtrain.errors import Refusal, unknown
+from dtrain.errors import ConfigError, DtrainError, unknown_name
+
+
+@dataclass(frozen=True)
+class RankPosition:
+    """One rank's place: its coordinates on the mesh, and the stage of every block."""
+
+    mesh: Mesh
+    replica: int
+    stage: int
+    place: tuple[int, ...]
+
+    def rank(self, block: int) -> int:
+        """Return the rank that holds `block` for this replica."""
+        return self.mesh.rank(self.replica, self.place[block])
+
+    @contextmanager
+    def error_context(self, action: object, when: str) -> Iterator[None]:
+        """Add to whatever is raised inside where it was: replica, stage, update, action."""
+        try:
+            yield
+        except BaseException as error:
+            place = f"[replica {self.replica} stage {self.stage} | {when} | action {action}]"
+            if isinstance(error, DtrainError):
+                error.at(place)
+            else:
+                error.add_note(place)
+            raise
+
 
 PLACEMENTS = ("stages-in-node", "replicas-in-node")
 
@@ -38,7 +68,7 @@ class Mesh:
 
     Raises
     ------
-    Refusal
+    DtrainError
         Where an axis is empty or the placement is unknown.
     """
 
@@ -48,27 +78,32 @@ class Mesh:
 
     def __post_init__(self) -> None:
         if self.replicas < 1 or self.stages < 1:
-            raise Refusal(
+            raise ConfigError(
+                "todo.key",
                 f"a mesh of {self.replicas} replicas x {self.stages} stages has no ranks: "
-                "both must be at least 1"
+                "both must be at least 1",
             )
         if self.placement not in PLACEMENTS:
-            raise unknown("mesh placement", self.placement, PLACEMENTS)
+            raise unknown_name("mesh placement", self.placement, PLACEMENTS)
 
     @classmethod
-    def fit(cls, ranks: int, stages: int | None = None, placement: str = PLACEMENTS[0]) -> Mesh:
+    def for_ranks(
+        cls, ranks: int, stages: int | None = None, placement: str = PLACEMENTS[0]
+    ) -> Mesh:
         """Return the mesh that uses all `ranks`; without `stages`, all of them are stages.
 
         Raises
         ------
-        Refusal
+        DtrainError
             Where `ranks` is no multiple of `stages`; it names the nearest choices that work.
         """
         stages = ranks if stages is None else stages
         if stages < 1:
-            raise Refusal(f"mesh.stages = {stages}: set it between 1 and {ranks}, the ranks")
+            raise ConfigError(
+                "todo.key", f"mesh.stages = {stages}: set it between 1 and {ranks}, the ranks"
+            )
         if ranks % stages:
-            raise _misfit(ranks, stages)
+            raise _indivisible_error(ranks, stages)
         return cls(ranks // stages, stages, placement)
 
     @property
@@ -93,7 +128,7 @@ class Mesh:
             return replica * self.stages + stage
         return stage * self.replicas + replica
 
-    def along(self, axis: str, rank: int) -> tuple[int, ...]:
+    def ranks_along(self, axis: str, rank: int) -> tuple[int, ...]:
         """Return the ranks of the line through `rank` along an axis, itself included, in order.
 
         Parameters
@@ -111,15 +146,16 @@ class Mesh:
         raise ValueError(f"axis '{axis}' is neither 'replica' nor 'stage'")
 
 
-def _misfit(ranks: int, stages: int) -> Refusal:
+def _indivisible_error(ranks: int, stages: int) -> DtrainError:
     """Return the refusal of `ranks` that `stages` does not divide, with the nearest ways out."""
     divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
     fitting = min(divisors, key=lambda n: (abs(n - stages), -n))
     below = max(1, ranks // stages)
     replicas = min(below, ranks // stages + 1, key=lambda n: abs(n * stages - ranks))
     noun = "replica" if replicas == 1 else "replicas"
-    return Refusal(
+    return ConfigError(
+        "todo.key",
         f"{ranks} ranks cannot form {replicas} {noun} x {stages} stages "
         f"(needs {replicas * stages}): set stages = {fitting}, "
-        f"or start {replicas * stages} ranks"
+        f"or start {replicas * stages} ranks",
     )

@@ -22,16 +22,20 @@ from functools import lru_cache
 from itertools import accumulate, pairwise
 from operator import add
 
-from dtrain.errors import Refusal
+from dtrain.errors import ConfigError
 
 # rows[i][j - i - 1] is the cost of the part that holds i .. j-1
-Rows = list[list[float]]
+CostRows = list[list[float]]
+
+
 # one share (weight) per part, and the rows under a share; None: unweighted
-Shares = tuple[float | None, ...]
-Table = Callable[[float | None], Rows]
+BlockWeights = tuple[float | None, ...]
 
 
-def explicit(names: Sequence[str], cuts: Sequence[int | str]) -> tuple[int, ...]:
+CostTable = Callable[[float | None], CostRows]
+
+
+def cuts_from_names(names: Sequence[str], cuts: Sequence[int | str]) -> tuple[int, ...]:
     """Return the cuts that a user wrote, as layer indices.
 
     Parameters
@@ -43,27 +47,29 @@ def explicit(names: Sequence[str], cuts: Sequence[int | str]) -> tuple[int, ...]
 
     Raises
     ------
-    Refusal
+    DtrainError
         For an unknown name, an index that is 0 or out of range, and cuts that do not ascend.
     """
     found = tuple(_index(names, cut) for cut in cuts)
     for cut, index in zip(cuts, found, strict=True):
         if not 0 < index < len(names):
-            raise Refusal(
+            raise ConfigError(
+                "todo.key",
                 f"partition.cuts: no block can start at {cut!r}: block 0 starts at layer 0 by "
-                f"itself, the others at layers 1 to {len(names) - 1}"
+                f"itself, the others at layers 1 to {len(names) - 1}",
             )
     for (cut, left), (other, right) in pairwise(zip(cuts, found, strict=True)):
         if left >= right:
             what = "the same layer as" if left == right else "after"
-            raise Refusal(
+            raise ConfigError(
+                "todo.key",
                 f"partition.cuts: {cut!r} (layer {left}) is {what} {other!r} (layer {right}): "
-                "list each cut once, in the order of the layers"
+                "list each cut once, in the order of the layers",
             )
     return found
 
 
-def balanced(
+def balanced_cuts(
     layers: int,
     blocks: int,
     cost: Callable[[int, int], float],
@@ -86,27 +92,30 @@ def balanced(
 
     Raises
     ------
-    Refusal
+    DtrainError
         For fewer blocks than 1 or more than layers, and for weights that are not as many as
         blocks or not positive.
     """
     if not 1 <= blocks <= layers:
-        raise Refusal(
-            f"{blocks} blocks cannot be cut from {layers} layers: set blocks between 1 and {layers}"
+        raise ConfigError(
+            "todo.key",
+            f"{blocks} blocks cannot be cut from {layers} layers: set blocks between 1 and {layers}",
         )
-    _weigh(blocks, weights)
+    _check_weights(blocks, weights)
     rows = [[cost(i, j) for j in range(i + 1, layers + 1)] for i in range(layers)]
     if blocks < layers:
         rows[-1] = [math.inf]
-    return _split(rows, blocks, weights)
+    return _optimal_cuts(rows, blocks, weights)
 
 
-def ranges(layers: int, cuts: Sequence[int]) -> tuple[range, ...]:
+def layer_ranges(layers: int, cuts: Sequence[int]) -> tuple[range, ...]:
     """Return the layers of each block as ranges."""
     return tuple(range(i, j) for i, j in pairwise((0, *cuts, layers)))
 
 
-def place(costs: Sequence[float], stages: int, transfers: Sequence[float] = ()) -> tuple[int, ...]:
+def assign_stages(
+    costs: Sequence[float], stages: int, transfers: Sequence[float] = ()
+) -> tuple[int, ...]:
     """Return the stage of each block: contiguous, no stage empty, the costliest stage cheapest.
 
     Parameters
@@ -121,14 +130,15 @@ def place(costs: Sequence[float], stages: int, transfers: Sequence[float] = ()) 
 
     Raises
     ------
-    Refusal
+    DtrainError
         Where there are more stages than blocks.
     """
     blocks = len(costs)
     if not 1 <= stages <= blocks:
-        raise Refusal(
+        raise ConfigError(
+            "todo.key",
             f"{blocks} blocks cannot fill {stages} stages: "
-            f"set stages between 1 and {blocks}, or blocks = {max(stages, 1)} or more"
+            f"set stages between 1 and {blocks}, or blocks = {max(stages, 1)} or more",
         )
     if transfers and len(transfers) != blocks - 1:
         raise ValueError(f"{len(transfers)} transfers for the {blocks - 1} bounds of the blocks")
@@ -137,7 +147,7 @@ def place(costs: Sequence[float], stages: int, transfers: Sequence[float] = ()) 
         [total + hops[i] + hops[j] for j, total in enumerate(accumulate(costs[i:]), i + 1)]
         for i in range(blocks)
     ]
-    parts = ranges(blocks, _split(rows, stages, None))
+    parts = layer_ranges(blocks, _optimal_cuts(rows, stages, None))
     return tuple(stage for stage, part in enumerate(parts) for _ in part)
 
 
@@ -155,40 +165,47 @@ def _index(names: Sequence[str], cut: int | str) -> int:
         return list(names).index(cut)
     close = get_close_matches(cut, names, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
-    raise Refusal(f"partition.cuts: unknown layer '{cut}': {hint}the layers are {', '.join(names)}")
+    raise ConfigError(
+        "todo.key",
+        f"partition.cuts: unknown layer '{cut}': {hint}the layers are {', '.join(names)}",
+    )
 
 
-def _weigh(blocks: int, weights: Sequence[float] | None) -> None:
+def _check_weights(blocks: int, weights: Sequence[float] | None) -> None:
     """Refuse weights that are not one positive number per block."""
     if weights is None:
         return
     if len(weights) != blocks:
-        raise Refusal(f"{len(weights)} weights for {blocks} blocks: give one weight per block")
+        raise ConfigError(
+            "todo.key", f"{len(weights)} weights for {blocks} blocks: give one weight per block"
+        )
     for block, weight in enumerate(weights):
         if not 0 < weight < math.inf:
-            raise Refusal(f"the weight of block {block} is {weight}: weights must be positive")
+            raise ConfigError(
+                "todo.key", f"the weight of block {block} is {weight}: weights must be positive"
+            )
 
 
-def _split(rows: Rows, parts: int, weights: Sequence[float] | None) -> tuple[int, ...]:
+def _optimal_cuts(rows: CostRows, count: int, weights: Sequence[float] | None) -> tuple[int, ...]:
     """Return the best cuts of a line into `parts`: min max, then min squares, then earliest."""
-    shares = (None,) * parts if weights is None else tuple(weights)
+    shares = (None,) * count if weights is None else tuple(weights)
 
     # One table is kept, since a table is large and equal shares mostly stand side by side.
     @lru_cache(maxsize=1)
-    def weighed(share: float | None) -> Rows:
+    def weighed(share: float | None) -> CostRows:
         # Without weights the costs stay what they are: integers compare exactly.
         return rows if share is None else [[c / share for c in row] for row in rows]
 
     @lru_cache(maxsize=1)
-    def squares(share: float | None) -> Rows:
+    def squares(share: float | None) -> CostRows:
         return [[c * c if c <= cap else math.inf for c in row] for row in weighed(share)]
 
-    cap = _tails(weighed, shares, len(rows), max)[parts][0]
-    return _earliest(squares, shares, _tails(squares, shares, len(rows), add))
+    cap = _tails(weighed, shares, len(rows), max)[count][0]
+    return _earliest_cuts(squares, shares, _tails(squares, shares, len(rows), add))
 
 
 def _tails(
-    table: Table, shares: Shares, length: int, join: Callable[[float, float], float]
+    table: CostTable, weights: BlockWeights, length: int, join: Callable[[float, float], float]
 ) -> list[list[float]]:
     """Return `tails[k][i]`: the best value of i .. length-1 in the last k parts.
 
@@ -196,17 +213,19 @@ def _tails(
     beginning, so that the earliest cuts can be read off from the front.
     """
     tails: list[list[float]] = [[*[math.inf] * length, 0]]
-    for share in reversed(shares):
+    for share in reversed(weights):
         rows, rest = table(share), tails[-1]
         best = [min(map(join, rows[i], rest[i + 1 :])) for i in range(length)]
         tails.append([*best, math.inf])
     return tails
 
 
-def _earliest(table: Table, shares: Shares, tails: list[list[float]]) -> tuple[int, ...]:
+def _earliest_cuts(
+    table: CostTable, weights: BlockWeights, tails: list[list[float]]
+) -> tuple[int, ...]:
     """Return the lexicographically smallest cuts that reach the optimum of `tails`."""
     cuts = [0]
-    for share, best, rest in zip(shares, tails[:0:-1], tails[-2::-1], strict=True):
+    for share, best, rest in zip(weights, tails[:0:-1], tails[-2::-1], strict=True):
         i = cuts[-1]
         sums = list(map(add, table(share)[i], rest[i + 1 :]))
         cuts.append(i + 1 + sums.index(best[i]))

@@ -18,27 +18,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtrain import checkpoint, folder, report
-from dtrain.comm.comm import Comm
-from dtrain.config import Run
-from dtrain.data import order
-from dtrain.errors import Refusal, Stopped, sign, words
-from dtrain.exam import Views, grade, resolved, views
-from dtrain.folder import FLIGHT
-from dtrain.job import Job, Plan, alike, build, plan, threads, together
-from dtrain.progress import Progress
-from dtrain.resume import CHECKPOINTS, find, refuse_changes
-from dtrain.segments import Segment
-from dtrain.syncs.sync import Entry, Sync
-from dtrain.tables import Table
-from dtrain.totals import Totals
-from dtrain.trace import FILE, Trace
+from dtrain.build import RankJob, build_rank, check_same_data, set_threads
+from dtrain.checkpoint import run_folder as folder
+from dtrain.checkpoint import store as checkpoint
+from dtrain.checkpoint.manifest import read_manifest
+from dtrain.checkpoint.resume import CHECKPOINT_FOLDER, check_same_run, find_checkpoint
+from dtrain.checkpoint.run_folder import FLIGHT_FOLDER
+from dtrain.comm.agree import all_or_none
+from dtrain.comm.communicator import Comm
+from dtrain.config.run import RunConfig
+from dtrain.data import epoch_order
+from dtrain.engine.trace import TRACE_FILE, Trace
+from dtrain.errors import ConfigError, DtrainError, Interrupted, add_location, one_line
+from dtrain.evaluate import EvalWeights, evaluate_weights, evaluation_weights, run_file_text
+from dtrain.monitoring.progress import Progress
+from dtrain.monitoring.run_totals import RunTotals
+from dtrain.monitoring.summary import make_summary as summary_of
+from dtrain.planning import report
+from dtrain.planning.plan import Plan, make_plan
+from dtrain.schedules.segments import Segment
+from dtrain.schema import Table
+from dtrain.syncs.base import LowRankStats, Sync
 
-PATIENCE_S = 2.0
+REPORT_DELAY_S = 2.0
 """How long a rank that fails after another one waits before it speaks, too."""
 
 
-def train(run: Run, comm: Comm, out: Path, resume: str = "auto") -> dict[str, Any]:
+def train(run: RunConfig, comm: Comm, out: Path, resume: str = "auto") -> dict[str, Any]:
     """Train `run` on the ranks of `comm`, into the folder `out`; return the summary.
 
     Collective. `resume` is "auto" (go on where `out` holds a checkpoint), "never" (`out` must be
@@ -46,233 +52,262 @@ def train(run: Run, comm: Comm, out: Path, resume: str = "auto") -> dict[str, An
 
     Raises
     ------
-    Refusal
+    DtrainError
         On all ranks alike before training begins. Later (a loss that is not finite, code 4) on
         the rank that found it: then the caller has to end the others.
     """
-    number = threads(run, comm)
+    number = set_threads(run, comm)
     token: folder.Owner | None = None
     progress: Progress | None = None
     try:
-        found, table, done = _find(comm, out, resume)
-        agreed = together(comm, lambda: plan(run.going_on(table), comm.size))
-        alike(agreed, comm)
-        together(
-            comm, lambda: refuse_changes(out, table, agreed.run, done >= agreed.calendar.total)
+        found, table, done = _find_checkpoint(comm, out, resume)
+        agreed = all_or_none(comm, lambda: make_plan(run.with_checkpoint_blocks(table), comm.size))
+        check_same_data(agreed, comm)
+        all_or_none(
+            comm,
+            lambda: check_same_run(
+                out, table, agreed.run, done >= agreed.training_length.total_updates
+            ),
         )
-        token, attempt = _take(comm, out, resume, found)
-        together(comm, lambda: folder.seen(out, comm.hosts[comm.rank]))
-        comm.flight.settle(out / FLIGHT)
-        job = build(agreed, comm)
+        token, attempt = _acquire_folder(comm, out, resume, found)
+        all_or_none(comm, lambda: folder.check_visible(out, comm.hosts[comm.rank]))
+        comm.flight.set_folder(out / FLIGHT_FOLDER)
+        job = build_rank(agreed, comm)
         totals, afresh = _restore(job, found)
         totals.attempt = attempt
         progress = Progress(agreed, comm, out, totals)
         _publish(agreed, comm, totals, out)
-        if agreed.run.top.trace:
+        if agreed.run.settings.trace:
             kind, routes = agreed.layout.schedule, agreed.layout.routes
-            job.engine.trace = Trace(comm, job.seat, kind, routes, out / FILE, totals.wall_s)
-        progress.hello(number, afresh)
-        for segment in agreed.calendar.segments(totals.update):
-            _learn(job, segment, totals, progress)
-            _close(job, segment, totals, progress, out)
-        summary = _finish(job, totals, out)
-        progress.goodbye(summary)
+            job.engine.trace = Trace(
+                comm, job.position, kind, routes, out / TRACE_FILE, totals.wall_s
+            )
+        progress.start(number, afresh)
+        for segment in agreed.training_length.segments(totals.update):
+            _train_segment(job, segment, totals, progress)
+            _finish_segment(job, segment, totals, progress, out)
+        summary = _finish_run(job, totals, out)
+        progress.finish(summary)
         return summary
     except BaseException as error:
-        _fail(error, comm, out, token)
+        _report_failure(error, comm, out, token)
         raise
     finally:
-        comm.flight.leave()
+        comm.flight.close()
         if progress is not None:
             progress.stop()
         if token is not None and comm.rank == 0:
             folder.release(out, token)
 
 
-def _find(comm: Comm, out: Path, resume: str) -> tuple[str | None, Table | None, int]:
+def _find_checkpoint(comm: Comm, out: Path, resume: str) -> tuple[str | None, Table | None, int]:
     """Return path, run table and updates of the checkpoint to go on from. Collective."""
 
     def first() -> tuple[str, Table, int] | None:
-        manifest = None if comm.rank else find(out, resume)
+        manifest = None if comm.rank else find_checkpoint(out, resume)
         if manifest is None:
             return None
-        return str(manifest.folder), manifest.table, int(manifest.state["update"])
+        return str(manifest.folder), manifest.run_table, int(manifest.state["update"])
 
-    told = comm.exchange(together(comm, first))[0]
+    told = comm.allgather_object(all_or_none(comm, first))[0]
     return (None, None, 0) if told is None else (told[0], told[1], told[2])
 
 
-def _take(comm: Comm, out: Path, resume: str, found: str | None) -> tuple[folder.Owner, int]:
+def _acquire_folder(
+    comm: Comm, out: Path, resume: str, checkpoint_path: str | None
+) -> tuple[folder.Owner, int]:
     """Take the run folder; return its token and the number of this attempt. Collective."""
 
     def first() -> tuple[folder.Owner, int] | None:
         if comm.rank:
             return None
-        token = folder.take(out)
+        token = folder.acquire(out)
         try:
-            newest = find(out, resume)
-            if (None if newest is None else str(newest.folder)) != found:
-                raise Refusal(f"another run has just written into {out}: start this one again")
-        except Refusal:
+            newest = find_checkpoint(out, resume)
+            if (None if newest is None else str(newest.folder)) != checkpoint_path:
+                raise ConfigError(
+                    "todo.key", f"another run has just written into {out}: start this one again"
+                )
+        except DtrainError:
             folder.release(out, token)
             raise
-        before = (folder.summary(out) or {}).get("attempts", 0)
-        folder.shelve(out, FLIGHT, before)
+        before = (folder.read_summary(out) or {}).get("attempts", 0)
+        folder.archive(out, FLIGHT_FOLDER, before)
         return token, 1 + before
 
-    token, attempt = comm.exchange(together(comm, first))[0]
+    token, attempt = comm.allgather_object(all_or_none(comm, first))[0]
     return token, attempt
 
 
-def _restore(job: Job, found: str | None) -> tuple[Totals, int]:
+def _restore(job: RankJob, checkpoint_path: str | None) -> tuple[RunTotals, int]:
     """Put every part where the checkpoint left it. Collective.
 
     Returns what was done so far, and of how many replicas that trained apart the mean was taken
     to start from: 0 where all go on as they were.
     """
-    if found is None:
-        return Totals(), 0
-    engine, path = job.engine, Path(found)
+    if checkpoint_path is None:
+        return RunTotals(), 0
+    engine, path = job.engine, Path(checkpoint_path)
 
-    def work() -> tuple[Totals, int]:
-        manifest = checkpoint.read(path)
-        same = checkpoint.restore(manifest, engine.blocks, engine.syncs, job.seat.replica)
-        return Totals.read(manifest.state), 0 if same else manifest.replicas
+    def work() -> tuple[RunTotals, int]:
+        manifest = read_manifest(path)
+        same = checkpoint.restore(manifest, engine.blocks, engine.syncs, job.position.replica)
+        return RunTotals.from_state(manifest.state), 0 if same else manifest.replicas
 
-    return together(job.lines.control, work)
+    return all_or_none(job.groups.control, work)
 
 
-def _publish(agreed: Plan, comm: Comm, totals: Totals, out: Path) -> None:
+def _publish(plan: Plan, comm: Comm, totals: RunTotals, out: Path) -> None:
     """Write what is known before training, once every rank has accepted the run."""
     if comm.rank:
         return
-    (out / "run.toml").write_text(resolved(agreed.run), encoding="utf-8")
-    (out / "plan.txt").write_text(report.plan_text(agreed), encoding="utf-8")
-    folder.summarise(out, report.summary(agreed, totals, "running"))
+    (out / "run.toml").write_text(run_file_text(plan.run), encoding="utf-8")
+    (out / "plan.txt").write_text(report.plan_text(plan), encoding="utf-8")
+    folder.write_summary(out, summary_of(plan, totals, "running"))
 
 
-def _fail(error: BaseException, comm: Comm, out: Path, token: folder.Owner | None) -> None:
+def _report_failure(
+    error: BaseException, comm: Comm, out: Path, token: folder.Owner | None
+) -> None:
     """Note how the run ended, and let one of several ranks that fail speak first.
 
     The first that speaks ends the job, so the others hold their tongue for a while. A rank that is
     stopped has its record already: that was written where it stood, before its waits were left.
     """
-    if isinstance(error, Refusal) and error.agreed:
+    if isinstance(error, DtrainError) and error.agreed:
         if token is not None and comm.rank == 0:
-            folder.end(out, token, "failed", str(error))
+            folder.release_unfinished(out, token, "failed", str(error))
         return
-    stopped = isinstance(error, Stopped)
+    stopped = isinstance(error, Interrupted)
     if not stopped:
-        sign(error, f"[{comm.flight.name}]")
+        add_location(error, f"[{comm.flight.name}]")
         if comm.flight.folder is not None:
-            comm.flight.dump(words(error), error)
+            comm.flight.dump(one_line(error), error)
     first = comm.rank == 0
     if token is not None:
-        first = folder.end(out, token, "stopped" if stopped else "failed", words(error))
-    comm.flight.leave()
-    if isinstance(error, Stopped):
+        first = folder.release_unfinished(
+            out, token, "stopped" if stopped else "failed", one_line(error)
+        )
+    comm.flight.close()
+    if isinstance(error, Interrupted):
         error.quiet = not first
     if not first:
         try:
-            time.sleep(PATIENCE_S)
-        except Stopped as stop:  # the first one has spoken and ended the job
+            time.sleep(REPORT_DELAY_S)
+        except Interrupted as stop:  # the first one has spoken and ended the job
             stop.quiet = True
             raise
 
 
-def _learn(job: Job, segment: Segment, totals: Totals, progress: Progress) -> None:
+def _train_segment(job: RankJob, segment: Segment, totals: RunTotals, progress: Progress) -> None:
     """Train one segment and add up what all ranks tell of it. Collective."""
-    agreed, engine, control = job.plan, job.engine, job.lines.control
+    agreed, engine, control = job.plan, job.engine, job.groups.control
     run = agreed.run
-    sequence = order(agreed.data.train.size, run.top.seed, segment.epoch, run.data.shuffle)
-    offsets = range(segment.offset, segment.offset + segment.last - segment.first)
-    batches = [agreed.shares.batch(sequence, each, job.seat.replica) for each in offsets]
+    sequence = epoch_order(
+        agreed.data.train.size, run.settings.seed, segment.epoch, run.data.shuffle
+    )
+    offsets = range(segment.offset, segment.offset + segment.stop - segment.start)
+    batches = [
+        agreed.batch_splitter.batch(sequence, each, job.position.replica) for each in offsets
+    ]
     traffic = control.traffic
     intra, inter = traffic.bytes_intra, traffic.bytes_inter
-    for update in engine.run(job.train, batches, segment.first, segment.epoch):
+    for update in engine.run(job.train_loader, batches, segment.start, segment.epoch):
         progress.show(update)
     if engine.trace is not None:
         last = segment.offset + len(offsets)
-        engine.trace.close(agreed.shares.sizes(len(sequence), segment.offset, last))
+        engine.trace.write_segment(
+            agreed.batch_splitter.count_micro_batches(len(sequence), segment.offset, last)
+        )
     for sync in engine.syncs.values():
-        sync.settle()
+        sync.finish_pending()
     row = {
-        "stage": job.seat.stage,
-        **asdict(engine.tally),
+        "stage": job.position.stage,
+        **asdict(engine.metric_sums),
         "bytes_intra_node": traffic.bytes_intra - intra,
         "bytes_inter_node": traffic.bytes_inter - inter,
         "peak_live": engine.peak_live,
         "peak_bytes": engine.peak_bytes(),
         "rss_bytes": _rss_bytes(),
-        "weights": {} if job.seat.replica else _entries(engine.syncs.values()),
+        "weights": {} if job.position.replica else _low_rank_stats(engine.syncs.values()),
     }
-    totals.add(control.exchange(row), segment, len(engine.tasks), agreed.layout.mesh.stages)
+    totals.add_segment(
+        control.allgather_object(row), segment, len(engine.block_specs), agreed.layout.mesh.stages
+    )
     if segment.ends_epoch:
         for sync in engine.syncs.values():
             sync.end_epoch(totals.train_loss or 0.0)
 
 
-def _close(job: Job, segment: Segment, totals: Totals, progress: Progress, out: Path) -> None:
+def _finish_segment(
+    job: RankJob, segment: Segment, totals: RunTotals, progress: Progress, out: Path
+) -> None:
     """Evaluate and checkpoint where they are due, and tell what happened. Collective."""
-    control = job.lines.control
-    evaluates, saves = _due(job.plan, segment)
+    control = job.groups.control
+    evaluates, saves = _due_work(job.plan, segment)
     eval_s = save_s = None
     if evaluates or saves:
-        shown = views(job)
+        shown = evaluation_weights(job)
         if evaluates:
             began = time.perf_counter()
-            _test(job, shown, totals)
+            _evaluate(job, shown, totals)
             eval_s = time.perf_counter() - began
         totals.tick()
         if saves:
             began = time.perf_counter()
-            _save(job, shown, totals, out)
+            _save_checkpoint(job, shown, totals, out)
             save_s = time.perf_counter() - began
-    progress.close(segment, eval_s, save_s)
+    progress.end_segment(segment, eval_s, save_s)
     if control.rank == 0:
-        folder.summarise(out, report.summary(job.plan, totals, "running"))
+        folder.write_summary(out, summary_of(job.plan, totals, "running"))
 
 
-def _save(job: Job, shown: Views, totals: Totals, out: Path) -> None:
+def _save_checkpoint(job: RankJob, eval_weights: EvalWeights, totals: RunTotals, out: Path) -> None:
     """Write a checkpoint of what is shown, and of what this rank owns. Collective."""
-    run, replica = job.plan.run, job.seat.replica
-    held = checkpoint.tensors(job.engine.blocks, job.engine.syncs, shown, replica)
-    name, state = f"replica-{replica}-stage-{job.seat.stage}", totals.state()
-    where, keep = out / CHECKPOINTS, run.checkpoint.keep
-    checkpoint.save(where, name, held, run.table(), state, job.lines.control, keep)
+    run, replica = job.plan.run, job.position.replica
+    held = checkpoint.collect_tensors(job.engine.blocks, job.engine.syncs, eval_weights, replica)
+    name, state = f"replica-{replica}-stage-{job.position.stage}", totals.state()
+    where, keep = out / CHECKPOINT_FOLDER, run.checkpoint.keep
+    checkpoint.save(where, name, held, run.to_table(), state, job.groups.control, keep)
 
 
-def _due(agreed: Plan, segment: Segment) -> tuple[bool, bool]:
+def _due_work(plan: Plan, segment: Segment) -> tuple[bool, bool]:
     """Return whether a segment's end is due for an evaluation, and for a checkpoint."""
-    run, end = agreed.run, segment.offset + segment.last - segment.first
+    run, end = plan.run, segment.offset + segment.stop - segment.start
     interval = run.checkpoint.every
     passed = interval > 0 and end // interval > segment.offset // interval
     turn = segment.ends_epoch and (segment.epoch + 1) % run.evaluate.every == 0
     return turn or segment.ends_run, passed or segment.ends_epoch or segment.ends_run
 
 
-def _test(job: Job, shown: Views, totals: Totals) -> None:
+def _evaluate(job: RankJob, eval_weights: EvalWeights, totals: RunTotals) -> None:
     """Examine what is shown, into the totals. Collective; not counted as traffic."""
-    totals.test = grade(job, shown, job.test, job.plan.shares)
+    totals.test = evaluate_weights(job, eval_weights, job.test_loader, job.plan.batch_splitter)
     totals.tested = totals.update
 
 
-def _finish(job: Job, totals: Totals, out: Path) -> dict[str, Any]:
+def _finish_run(job: RankJob, totals: RunTotals, out: Path) -> dict[str, Any]:
     """Write the summary, with the digest of the model, and return it. Collective."""
-    control, shown = job.lines.control, views(job)
+    control, shown = job.groups.control, evaluation_weights(job)
     if totals.tested != totals.update:  # the length asked for was reached, but not tested there
-        _test(job, shown, totals)
-    own = [] if job.seat.replica else [_line(*pair) for v in shown.values() for pair in v.items()]
-    pairs = sorted((name.encode(), line) for rank in control.exchange(own) for name, line in rank)
+        _evaluate(job, shown, totals)
+    own = (
+        []
+        if job.position.replica
+        else [_digest_line(*pair) for v in shown.values() for pair in v.items()]
+    )
+    pairs = sorted(
+        (name.encode(), line) for rank in control.allgather_object(own) for name, line in rank
+    )
     digest = hashlib.sha256("".join(line for _, line in pairs).encode()).hexdigest()
     totals.tick()
-    summary = report.summary(job.plan, totals, "finished", digest)
+    summary = summary_of(job.plan, totals, "finished", digest)
     if control.rank == 0:
-        folder.summarise(out, summary)
+        folder.write_summary(out, summary)
     return summary
 
 
-def _line(name: str, tensor: Tensor) -> tuple[str, str]:
+def _digest_line(name: str, tensor: Tensor) -> tuple[str, str]:
     """Return a tensor's name and its line of the digest: name, dtype, shape, hash of its bytes."""
     flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
     shape = ",".join(map(str, tensor.shape))
@@ -280,9 +315,9 @@ def _line(name: str, tensor: Tensor) -> tuple[str, str]:
     return name, f"{name} {dtype} ({shape}) {hashlib.sha256(flat.numpy().data).hexdigest()}\n"
 
 
-def _entries(syncs: Iterable[Sync]) -> dict[str, Entry]:
+def _low_rank_stats(syncs: Iterable[Sync]) -> dict[str, LowRankStats]:
     """Return what syncs know of weights that may be products."""
-    return {name: entry for sync in syncs for name, entry in sync.entries().items()}
+    return {name: entry for sync in syncs for name, entry in sync.low_rank_stats().items()}
 
 
 def _rss_bytes() -> int:

@@ -17,17 +17,17 @@ from typing import Any
 
 import pytest
 
-from dtrain import layout
-from dtrain.budget import Books
-from dtrain.models import Model, walk
-from dtrain.prices import Prices
+from dtrain.models import LayerStack, infer_layers
+from dtrain.planning import layout
+from dtrain.planning.block_costs import BlockCosts
+from dtrain.planning.memory import MemoryPlan
 
 Count = Callable[..., Any]
 
 
-def kinds(model: Model) -> Hashable:
+def kinds(model: LayerStack) -> Hashable:
     """Return what models of equal structure have in common, None where that is not known."""
-    found = tuple((name, model.kind(index)) for index, name in enumerate(model.names))
+    found = tuple((name, model.structure_key(index)) for index, name in enumerate(model.names))
     return None if any(kind is None for _, kind in found) else found
 
 
@@ -47,21 +47,25 @@ def once(work: Count, key: Callable[..., tuple[Hashable, ...]]) -> Count:
     return shared
 
 
-def block_key(books: Books, rows: int) -> tuple[Hashable, ...]:
+def block_key(books: MemoryPlan, rows: int) -> tuple[Hashable, ...]:
     """Return all that the memory of a plan's blocks depends on."""
     run, made = books.plan.run, books.layout
-    told = (kinds(made.model), made.dtype, made.parts, made.objective, made.routes)
+    told = (kinds(made.model), made.dtype, made.block_layouts, made.objective, made.routes)
     return (*told, repr(run.optimizer), repr(run.partition), rows)
 
 
 COUNTED: list[tuple[Any, str, Count]] = [
-    (layout, "walk", once(walk, lambda model, shape, dtype: (kinds(model), shape, dtype))),
     (
-        Prices,
-        "_count",
-        once(Prices._count, lambda own, task: (kinds(own.model), own.objective, task)),
+        layout,
+        "infer_layers",
+        once(infer_layers, lambda model, shape, dtype: (kinds(model), shape, dtype)),
     ),
-    (Books, "_blocks", once(Books._blocks, block_key)),
+    (
+        BlockCosts,
+        "_profile_head",
+        once(BlockCosts._profile_head, lambda own, task: (kinds(own.model), own.objective, task)),
+    ),
+    (MemoryPlan, "_measure_blocks", once(MemoryPlan._measure_blocks, block_key)),
 ]
 """Where it is looked up, under which name, and what counts once."""
 

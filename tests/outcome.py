@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtrain.checkpoint import latest
+from dtrain.checkpoint.manifest import latest_checkpoint
 
 
 def summary(out: Path) -> dict[str, Any]:
@@ -21,9 +21,9 @@ def summary(out: Path) -> dict[str, Any]:
 
 def model(out: Path) -> dict[str, Tensor]:
     """Return the tensors of the newest checkpoint's model."""
-    manifest = latest(out / "checkpoints")
+    manifest = latest_checkpoint(out / "checkpoints")
     assert manifest is not None
-    return manifest.under("model/")
+    return manifest.load_prefix("model/")
 
 
 def break_off(out: Path, updates: int) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dtrain.config import Run
+from dtrain.config.run import RunConfig
 from tests import tiny
 
 RESNET: dict[str, Any] = {"name": "resnet", "depth": 8, "width": 4, "norm": "group", "groups": 2}
@@ -21,7 +21,7 @@ def samples() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     return x[:22], y[:22], x[22:], y[22:]
 
 
-def run(**changes: Any) -> Run:
+def run(**changes: Any) -> RunConfig:
     """Return the tiny run on these images, three blocks of a ResNet with dgl heads."""
     told: dict[str, Any] = {
         "data__name": "tests.pictures:samples",

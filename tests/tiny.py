@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dtrain.config import Run, parse
+from dtrain.config.parse import parse_run
+from dtrain.config.run import RunConfig
 from dtrain.schedules import SCHEDULES
 from dtrain.syncs import SYNCS
 
@@ -42,11 +43,11 @@ NEIGHBOURS = ("mono-forward", "backprop")
 
 def suited(schedule: str) -> list[str]:
     """Return the syncs that a schedule can run with."""
-    late = SCHEDULES[schedule].late
-    return [name for name, kind in SYNCS.items() if not (late and kind().reforms)]
+    late = SCHEDULES[schedule].asynchronous
+    return [name for name, kind in SYNCS.items() if not (late and kind().reparametrises)]
 
 
-def run(**changes: Any) -> Run:
+def run(**changes: Any) -> RunConfig:
     """Return the tiny run; ``objective__name="backprop"`` changes a key of a table."""
     table = copy.deepcopy(TABLE)
     for name, value in changes.items():
@@ -57,7 +58,7 @@ def run(**changes: Any) -> Run:
         inner[key] = value
         if value is None:
             del inner[key]
-    return parse(table, Path(__file__).parent / "tiny.toml")
+    return parse_run(table, Path(__file__).parent / "tiny.toml")
 
 
 def samples() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

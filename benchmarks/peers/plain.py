@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from dtrain.data import load, order
+from dtrain.data import epoch_order, load
 
 WIDTHS = (3072, 1000, 1000, 1000)
 
@@ -29,7 +29,7 @@ def main() -> None:
     batch, steps, segments = map(int, sys.argv[3:])
     torch.set_num_threads(1)
     source = load("hdf5", {"train": train, "test": test}, Path()).train
-    sequence = order(source.size, 0, 0, "full")
+    sequence = epoch_order(source.size, 0, 0, "full")
     hidden = [each for pair in pairwise(WIDTHS) for each in (nn.Linear(*pair), nn.ReLU())]
     net = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(WIDTHS[-1], 10))
     optimizer = torch.optim.Adam(net.parameters(), 1e-3, fused=True)

@@ -11,11 +11,11 @@ import traceback
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from dtrain.comm.launch import Launch, launched, mpirun
-from dtrain.errors import USAGE, Refusal
+from dtrain.comm.launcher import Launch, detect_launcher, find_mpirun
+from dtrain.errors import ConfigError, DtrainError
 
 if TYPE_CHECKING:
-    from dtrain.comm.comm import Comm
+    from dtrain.comm.communicator import Comm
 
 
 def world() -> Comm:
@@ -25,38 +25,43 @@ def world() -> Comm:
 
     Raises
     ------
-    Refusal
+    DtrainError
         On the launcher's rank 0, where no MPI library can be loaded, or where it found another
         number of ranks than were started; the others raise `SystemExit`, so that one speaks.
     """
-    launch = launched(os.environ)
+    launch = detect_launcher(os.environ)
     if launch is None:
-        from dtrain.comm.comm import Comm
-        from dtrain.comm.single import SingleWire
+        from dtrain.comm.backends.single import SingleBackend
+        from dtrain.comm.communicator import Comm
 
-        return Comm(SingleWire())
+        return Comm(SingleBackend())
     try:
-        from dtrain.comm import mpi
+        from dtrain.comm.backends import mpi
     except (ImportError, RuntimeError) as error:
-        raise _alone(launch, missing(error)) from error
-    if mpi.size() != launch.size:
-        raise _alone(launch, mismatch(launch, mpi.size(), mpi.library(), mpirun(os.environ)))
+        raise _error_on_rank_zero(launch, missing_mpi_message(error)) from error
+    if mpi.world_size() != launch.size:
+        raise _error_on_rank_zero(
+            launch,
+            size_mismatch_message(
+                launch, mpi.world_size(), mpi.library_version(), find_mpirun(os.environ)
+            ),
+        )
     try:
-        from dtrain.comm.comm import Comm
+        from dtrain.comm.communicator import Comm
 
-        return Comm(mpi.world())
+        return Comm(mpi.world_backend())
     except BaseException:  # a rank that just leaves would let the others wait for ever
         with suppress(OSError, ValueError):
             traceback.print_exc()
         mpi.abort(1)
 
 
-def _alone(launch: Launch, message: str) -> BaseException:
+def _error_on_rank_zero(launch: Launch, message: str) -> BaseException:
     """Return what this process raises, so that of all that were started the first one speaks."""
-    return SystemExit(USAGE) if launch.rank else Refusal(message)
+    return SystemExit(ConfigError.code) if launch.rank else ConfigError("todo.key", message)
 
 
-def missing(error: Exception) -> str:
+def missing_mpi_message(error: Exception) -> str:
     """Return what to say where mpi4py finds no MPI library to load."""
     reason = str(error).splitlines()[0]
     return (
@@ -65,7 +70,9 @@ def missing(error: Exception) -> str:
     )
 
 
-def mismatch(launch: Launch, found: int, library: str, owned: str | None) -> str:
+def size_mismatch_message(
+    launch: Launch, world_size: int, library: str, mpirun_path: str | None
+) -> str:
     """Return what to say, and what to type, where launcher and library count differently."""
     if launch.launcher == "srun":
         advice = (
@@ -73,16 +80,16 @@ def mismatch(launch: Launch, found: int, library: str, owned: str | None) -> str
             f"`srun --mpi=list` shows (jobs/slurm.sh: DTRAIN_PMI=pmix)"
         )
     else:
-        path = owned or "the mpirun of the module that has this library"
+        path = mpirun_path or "the mpirun of the module that has this library"
         advice = (
             f"start them with `{path} -n {launch.size} ...`, or on this host with "
             f"`dtrain train RUN.toml --ranks {launch.size}`"
         )
     return (
-        f"{launch.launcher} started {_ranks(launch.size)}, but the MPI library ({library}) found "
-        f"a world of {_ranks(found)}: the two do not belong together; {advice}"
+        f"{launch.launcher} started {_format_rank_count(launch.size)}, but the MPI library ({library}) found "
+        f"a world of {_format_rank_count(world_size)}: the two do not belong together; {advice}"
     )
 
 
-def _ranks(count: int) -> str:
+def _format_rank_count(count: int) -> str:
     return f"{count} rank" if count == 1 else f"{count} ranks"

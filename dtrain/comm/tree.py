@@ -18,24 +18,28 @@ from typing import TypeVar
 import numpy as np
 from torch import Tensor
 
-from dtrain.comm.dock import Dock, apart, dense, settle
-from dtrain.comm.line import Line
-from dtrain.comm.memory import raw
-from dtrain.comm.wire import Bytes, Request
+from dtrain.comm.backends.base import Bytes, Request
+from dtrain.comm.buffers import as_bytes
+from dtrain.comm.staging import Staging, copy_back, require_dense, require_disjoint
+from dtrain.comm.transport import Transport
 
 T = TypeVar("T")
+
+
 Steps = Generator[None, None, None]
 
 
-def until(*requests: Request) -> Steps:
+def wait_all(*requests: Request) -> Steps:
     """Yield until all requests are complete."""
     for request in requests:
         while not request.test():
             yield
 
 
-def finish(
-    steps: Generator[None, None, T], wait: Callable[[Callable[[], bool], str], None], what: str
+def run_steps(
+    steps: Generator[None, None, T],
+    wait: Callable[[Callable[[], bool], str], None],
+    description: str,
 ) -> T:
     """Run such a generator to its end, inside one wait, and return its result."""
     result: list[T] = []
@@ -47,11 +51,11 @@ def finish(
             result.append(stop.value)
         return bool(result)
 
-    wait(done, what)
+    wait(done, description)
     return result[0]
 
 
-def family(rank: int, size: int, root: int) -> tuple[int | None, list[int]]:
+def tree_neighbours(rank: int, size: int, root: int) -> tuple[int | None, list[int]]:
     """Return a rank's parent (None at the root) and its children, the largest subtree first."""
     me = (rank - root) % size
     low = me & -me if me else 1 << size.bit_length()  # the lowest set bit spans my subtree
@@ -60,54 +64,61 @@ def family(rank: int, size: int, root: int) -> tuple[int | None, list[int]]:
     return parent, [(me + span + root) % size for span in spans if me + span < size]
 
 
-def broadcast(line: Line, data: Bytes, root: int, tag: int, counted: bool) -> Steps:
+def broadcast_bytes(
+    transport: Transport, data: Bytes, root: int, tag: int, count_bytes: bool
+) -> Steps:
     """Overwrite `data` by the root's, of the same size, down a binomial tree."""
-    parent, children = family(line.rank, line.size, root)
+    parent, children = tree_neighbours(transport.rank, transport.size, root)
     if parent is not None:
-        yield from until(line.pull(data, parent, tag))
-    yield from until(*[line.push(data, child, tag, counted) for child in children])
+        yield from wait_all(transport.irecv(data, parent, tag))
+    yield from wait_all(*[transport.isend(data, child, tag, count_bytes) for child in children])
 
 
-def spread(line: Line, tensors: Sequence[Tensor], root: int, tag: int, dock: Dock) -> Steps:
+def broadcast_tensors(
+    transport: Transport, tensors: Sequence[Tensor], root: int, tag: int, staging: Staging
+) -> Steps:
     """Overwrite tensors by the root's, one after the other."""
     for number, tensor in enumerate(tensors):
-        dense(tensor, "broadcast_", number)
-    apart(tensors, "broadcast_")
-    counted = line.traffic.on
+        require_dense(tensor, "broadcast_", number)
+    require_disjoint(tensors, "broadcast_")
+    counted = transport.traffic.enabled
     for tensor in tensors:
-        data = dock.lower(tensor)
-        yield from broadcast(line, raw(data), root, tag, counted)
-        settle(tensor, data)
+        data = staging.to_host(tensor)
+        yield from broadcast_bytes(transport, as_bytes(data), root, tag, counted)
+        copy_back(tensor, data)
 
 
-def gather(line: Line, item: bytes, tag: int) -> Generator[None, None, bytes]:
+def allgather_bytes(transport: Transport, item: bytes, tag: int) -> Generator[None, None, bytes]:
     """Return the JSON items of all ranks as one JSON list, collected and dealt out by rank 0.
 
     Sizes are unknown, so each message has a header of eight bytes: first its size, then itself.
     """
     mine = np.frombuffer(item, dtype=np.uint8)
     size = np.array([len(item)], dtype=np.int64)
-    if line.rank:
-        yield from until(
-            line.push(size.view(np.uint8), 0, tag, False), line.push(mine, 0, tag, False)
+    if transport.rank:
+        yield from wait_all(
+            transport.isend(size.view(np.uint8), 0, tag, False),
+            transport.isend(mine, 0, tag, False),
         )
         joined = b""
     else:
-        others = yield from _collect(line, tag)
+        others = yield from _gather_bytes(transport, tag)
         joined = b"[" + b",".join([item, *others]) + b"]"
     size[0] = len(joined)
-    yield from broadcast(line, size.view(np.uint8), 0, tag, False)
+    yield from broadcast_bytes(transport, size.view(np.uint8), 0, tag, False)
     everything = np.frombuffer(joined, np.uint8) if joined else np.empty(size[0], np.uint8)
-    yield from broadcast(line, everything, 0, tag, False)
+    yield from broadcast_bytes(transport, everything, 0, tag, False)
     return everything.tobytes()
 
 
-def _collect(line: Line, tag: int) -> Generator[None, None, list[bytes]]:
-    sizes = np.zeros((line.size, 1), dtype=np.int64)
-    others = line.others()
-    yield from until(*[line.pull(sizes[rank].view(np.uint8), rank, tag) for rank in others])
+def _gather_bytes(transport: Transport, tag: int) -> Generator[None, None, list[bytes]]:
+    sizes = np.zeros((transport.size, 1), dtype=np.int64)
+    others = transport.other_ranks()
+    yield from wait_all(
+        *[transport.irecv(sizes[rank].view(np.uint8), rank, tag) for rank in others]
+    )
     items = [np.empty(sizes[rank, 0], np.uint8) for rank in others]
-    yield from until(
-        *[line.pull(item, rank, tag) for rank, item in zip(others, items, strict=True)]
+    yield from wait_all(
+        *[transport.irecv(item, rank, tag) for rank, item in zip(others, items, strict=True)]
     )
     return [item.tobytes() for item in items]

@@ -9,41 +9,45 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dtrain.data.augment import AUGMENTS, Augment
-from dtrain.data.custom import adopt
+from dtrain.data.dataset import ArrayDataset, Dataset, DatasetSplits, Standardised, standardise
 from dtrain.data.digits import Digits
 from dtrain.data.hdf5 import Hdf5
-from dtrain.data.order import SHUFFLES, order, parts, updates_per_epoch
-from dtrain.data.reader import Reader
-from dtrain.data.source import Arrays, Data, Source, Standardised, standardised
-from dtrain.errors import unknown
-from dtrain.models.custom import PATTERN, bind, find
+from dtrain.data.loader import Loader
+from dtrain.data.sampler import SHUFFLES, epoch_order, even_ranges, updates_per_epoch
+from dtrain.data.user import as_splits
+from dtrain.errors import DtrainError, unknown_name
+from dtrain.user_code import PATTERN, bind_arguments, import_object
 
 __all__ = [
     "AUGMENTS",
-    "DATA",
+    "DATASETS",
     "SHUFFLES",
-    "Arrays",
+    "ArrayDataset",
     "Augment",
-    "Data",
+    "Dataset",
+    "DatasetSplits",
     "Digits",
     "Hdf5",
-    "Reader",
-    "Source",
+    "Loader",
     "Standardised",
+    "epoch_order",
+    "even_ranges",
     "load",
-    "order",
-    "parts",
-    "standardised",
+    "standardise",
     "updates_per_epoch",
 ]
 
-DATA = {"digits": Digits, "hdf5": Hdf5}
 
-COMMON = ("normalise", "shuffle", "augment")
+DATASETS = {"digits": Digits, "hdf5": Hdf5}
+
+
+COMMON_KEYS = ("normalise", "shuffle", "augment")
 """Keys of `[data]` that belong to no data set in particular."""
 
 
-def load(name: str, fields: Mapping[str, object], folder: Path, *, normalise: bool = True) -> Data:
+def load(
+    name: str, fields: Mapping[str, object], folder: Path, *, normalise: bool = True
+) -> DatasetSplits:
     """Return the data that a run file's `[data]` table asks for.
 
     Parameters
@@ -60,18 +64,23 @@ def load(name: str, fields: Mapping[str, object], folder: Path, *, normalise: bo
 
     Raises
     ------
-    Refusal
+    DtrainError
         Unknown names and keys; with code 3, whatever is wrong with the data.
     """
     data = _open(name, fields, folder)
-    return standardised(data) if normalise else data
+    return standardise(data) if normalise else data
 
 
-def _open(name: str, fields: Mapping[str, object], folder: Path) -> Data:
+def _open(name: str, fields: Mapping[str, object], folder: Path) -> DatasetSplits:
     if ":" in name:
-        function = find(name, folder, "data")
-        return adopt(function(**bind("[data]", function, fields, common=COMMON)), f"data '{name}'")
-    if name not in DATA:
-        raise unknown("data", name, [*DATA, PATTERN])
-    strategy: Digits | Hdf5 = DATA[name](**bind("[data]", DATA[name], fields, common=COMMON))
+        function = import_object(name, folder, "data")
+        return as_splits(
+            function(**bind_arguments("[data]", function, fields, common_keys=COMMON_KEYS)),
+            f"data '{name}'",
+        )
+    if name not in DATASETS:
+        raise unknown_name("data", name, [*DATASETS, PATTERN])
+    strategy: Digits | Hdf5 = DATASETS[name](
+        **bind_arguments("[data]", DATASETS[name], fields, common_keys=COMMON_KEYS)
+    )
     return strategy.open(folder)

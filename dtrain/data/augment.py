@@ -25,14 +25,17 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dtrain.data.batches import Indices
-from dtrain.errors import Refusal, unknown
-from dtrain.seeds import key
+from dtrain.data.sampler import Indices
+from dtrain.errors import ConfigError, unknown_name
+from dtrain.rng import derive_seed
 
 PAD = 4
 """Pixels of zero around an image before it is cropped."""
 
+
 GOLDEN = 0x9E3779B97F4A7C15
+
+
 MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
 
@@ -49,12 +52,12 @@ class Augment(ABC):
         self.seed = seed
 
     @abstractmethod
-    def check(self, shape: tuple[int, ...]) -> None:
+    def check_shape(self, shape: tuple[int, ...]) -> None:
         """Refuse samples of a shape that this cannot be done to.
 
         Raises
         ------
-        Refusal
+        DtrainError
             Says the shape.
         """
 
@@ -81,9 +84,10 @@ class CropFlip(Augment):
     standardisation, so the border has the training split's mean colour; without it, it is black.
     """
 
-    def check(self, shape: tuple[int, ...]) -> None:
+    def check_shape(self, shape: tuple[int, ...]) -> None:
         if len(shape) != 3:
-            raise Refusal(
+            raise ConfigError(
+                "todo.key",
                 f'[data] augment = "crop-flip" is for images (channels, height, width): these '
                 f'samples have shape {shape}: give augment = "none"',
             )
@@ -105,7 +109,7 @@ class CropFlip(Augment):
         self, indices: Indices, epoch: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
         """Return first row and column of each crop, 0 ... 2 * PAD, and whether it is mirrored."""
-        bits = noise(indices, key("augment", self.seed, epoch))
+        bits = random_bits(indices, derive_seed("augment", self.seed, epoch))
         places = 2 * PAD + 1
         # A product's upper half is uniform to 2e-8; the mirror has bits of its own.
         place = ((bits >> np.uint64(32)) * np.uint64(places**2) >> np.uint64(32)).astype(np.int64)
@@ -115,27 +119,27 @@ class CropFlip(Augment):
 AUGMENTS: dict[str, type[Augment] | None] = {"none": None, "crop-flip": CropFlip}
 
 
-def make(name: str, seed: int) -> Augment | None:
+def build_augment(name: str, seed: int) -> Augment | None:
     """Return the named augmentation, or None for "none".
 
     Raises
     ------
-    Refusal
+    DtrainError
         An unknown name.
     """
     if name not in AUGMENTS:
-        raise unknown("augment", name, AUGMENTS)
+        raise unknown_name("augment", name, AUGMENTS)
     kind = AUGMENTS[name]
     return None if kind is None else kind(seed)
 
 
-def noise(indices: Indices, start: int) -> NDArray[np.uint64]:
+def random_bits(indices: Indices, seed: int) -> NDArray[np.uint64]:
     """Return 64 random bits for each index, the same in whatever company it is drawn.
 
     SplitMix64 (Steele, Lea & Flood 2014), which can jump: output number i of the seed `start`.
     """
     bits = indices.astype(np.uint64) + np.uint64(1)
-    bits = bits * np.uint64(GOLDEN) + np.uint64(start)  # arrays of uint64 wrap around
+    bits = bits * np.uint64(GOLDEN) + np.uint64(seed)  # arrays of uint64 wrap around
     for shift, factor in MIX:
         bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)
     return bits ^ (bits >> np.uint64(31))

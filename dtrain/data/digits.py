@@ -14,11 +14,13 @@ from typing import final
 
 import numpy as np
 
-from dtrain.data.source import Array, Arrays, Data
-from dtrain.errors import DATA, Refusal
+from dtrain.data.dataset import Array, ArrayDataset, DatasetSplits
+from dtrain.errors import DataError
 
-TRAIN, TEST = 1437, 360
-SPAN = (0.0, 16.0)
+TRAIN_SIZE, TEST_SIZE = 1437, 360
+
+
+VALUE_RANGE = (0.0, 16.0)
 
 
 @final
@@ -26,28 +28,32 @@ SPAN = (0.0, 16.0)
 class Digits:
     """The digits; nothing can be chosen."""
 
-    def open(self, folder: Path) -> Data:
+    def open(self, folder: Path) -> DatasetSplits:
         """Return both splits: one channel of 8x8, 0 ... 16 as float32; read on first need.
 
         Raises
         ------
-        Refusal
+        DtrainError
             With code 3, where scikit-learn is not installed.
         """
         if find_spec("sklearn") is None:
-            raise Refusal(
+            raise DataError(
+                "todo.key",
                 "data 'digits' come with scikit-learn, which is not installed: "
                 "pip install 'dtrain[demo]'",
-                DATA,
             )
-        parts = cache(_parts)
-        return Data(
-            Arrays(TRAIN, (1, 8, 8), 10, lambda: parts()[0], lambda: parts()[2], SPAN),
-            Arrays(TEST, (1, 8, 8), 10, lambda: parts()[1], lambda: parts()[3], SPAN),
+        parts = cache(_load_arrays)
+        return DatasetSplits(
+            ArrayDataset(
+                TRAIN_SIZE, (1, 8, 8), 10, lambda: parts()[0], lambda: parts()[2], VALUE_RANGE
+            ),
+            ArrayDataset(
+                TEST_SIZE, (1, 8, 8), 10, lambda: parts()[1], lambda: parts()[3], VALUE_RANGE
+            ),
         )
 
 
-def _parts() -> tuple[Array, Array, Array, Array]:
+def _load_arrays() -> tuple[Array, Array, Array, Array]:
     """Return x and y of both splits: train x, test x, train y, test y."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -55,6 +61,6 @@ def _parts() -> tuple[Array, Array, Array, Array]:
     x, y = load_digits(return_X_y=True)
     x = x.astype(np.float32).reshape(-1, 1, 8, 8)
     train_x, test_x, train_y, test_y = train_test_split(
-        x, y, train_size=TRAIN, test_size=TEST, stratify=y, random_state=0
+        x, y, train_size=TRAIN_SIZE, test_size=TEST_SIZE, stratify=y, random_state=0
     )
     return train_x, test_x, train_y, test_y

@@ -14,6 +14,7 @@ read-only and without locks, which parallel file systems often lack.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,20 +27,19 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from dtrain.data.memory import fits
-from dtrain.data.source import (
+from dtrain.data.dataset import (
     Array,
-    Data,
+    Dataset,
+    DatasetSplits,
     Moments,
-    Source,
-    alike,
-    below,
-    check,
-    floats,
-    integers,
-    span,
+    check_arrays,
+    check_labels,
+    check_splits,
+    to_float_tensor,
+    to_int_tensor,
+    value_range,
 )
-from dtrain.errors import DATA, Refusal
+from dtrain.errors import ConfigError, DataError, DtrainError
 
 
 @final
@@ -59,23 +59,25 @@ class Hdf5:
     def __post_init__(self) -> None:
         for key, value in (("train", self.train), ("test", self.test)):
             if not isinstance(value, str) or not value:
-                raise Refusal(f"[data] {key} = {value!r}: give the path of an HDF5 file")
+                raise ConfigError(
+                    "todo.key", f"[data] {key} = {value!r}: give the path of an HDF5 file"
+                )
 
-    def open(self, folder: Path) -> Data:
+    def open(self, folder: Path) -> DatasetSplits:
         """Return both splits; no image is read.
 
         Raises
         ------
-        Refusal
+        DtrainError
             With code 3, for whatever is wrong with the files.
         """
-        train = File(folder / self.train)
-        test = File(folder / self.test, train)
-        return alike(Data(train, test), f"{train.path} and {test.path}")
+        train = Hdf5Dataset(folder / self.train)
+        test = Hdf5Dataset(folder / self.test, train)
+        return check_splits(DatasetSplits(train, test), f"{train.path} and {test.path}")
 
 
 @final
-class File(Source):
+class Hdf5Dataset(Dataset):
     """One split in one file: in memory where it fits (see `memory`), else read piece by piece.
 
     Parameters
@@ -86,72 +88,74 @@ class File(Source):
         The training split, whose classes count for this one too.
     """
 
-    def __init__(self, path: Path, train: File | None = None) -> None:
+    def __init__(self, path: Path, train: Hdf5Dataset | None = None) -> None:
         self.path = path
-        with opened(path) as file:
+        with open_file(path) as file:
             for key in ("x", "y"):
                 if not isinstance(file.get(key), h5py.Dataset):
-                    raise Refusal(f"{path}: no data set '{key}': found {list(file)}", DATA)
+                    raise DataError("todo.key", f"{path}: no data set '{key}': found {list(file)}")
             x, self._y = file["x"], np.asarray(file["y"][()])
-            check(x, self._y, str(path))
-            self.size, self.shape, self._kind = len(x), tuple(x.shape[1:]), x.dtype
-            self.names = _names(file)
-            self.span = span(x.dtype)
-            self._known = _known(file, self.shape[0], path)
-        self.classes = self._classes(train)
-        below(self._y, self.classes, str(path))
+            check_arrays(x, self._y, str(path))
+            self.size, self.shape, self._dtype = len(x), tuple(x.shape[1:]), x.dtype
+            self.class_names = _class_names(file)
+            self.value_range = value_range(x.dtype)
+            self._file_moments = _read_moments(file, self.shape[0], path)
+        self.classes = self._count_classes(train)
+        check_labels(self._y, self.classes, str(path))
 
-    def _classes(self, train: File | None) -> int:
+    def _count_classes(self, train: Hdf5Dataset | None) -> int:
         if train is None:
-            return len(self.names) or int(self._y.max()) + 1
-        if train.names and self.names and self.names != train.names:
-            raise Refusal(
-                f"{self.path} has the {len(self.names)} classes {_some(self.names)} and "
-                f"{train.path} the {len(train.names)} classes {_some(train.names)}: import both "
+            return len(self.class_names) or int(self._y.max()) + 1
+        if train.class_names and self.class_names and self.class_names != train.class_names:
+            raise DataError(
+                "todo.key",
+                f"{self.path} has the {len(self.class_names)} classes {_shorten(self.class_names)} and "
+                f"{train.path} the {len(train.class_names)} classes {_shorten(train.class_names)}: import both "
                 f"from the same classes",
-                DATA,
             )
         return train.classes
 
     @cached_property
     def slow(self) -> bool:
         """Whether the samples do not fit into memory; found out on first need."""
-        return not fits(self.size * int(np.prod(self.shape)) * self._kind.itemsize)
+        return not fits_in_memory(self.size * int(np.prod(self.shape)) * self._dtype.itemsize)
 
     @cached_property
     def _rows(self) -> Any:
         """The samples: an array, or the data set of a file that stays open."""
         if not self.slow:
-            with opened(self.path) as file:
+            with open_file(self.path) as file:
                 return file["x"][()]
-        return _file(self.path)["x"]
+        return _open_unlocked(self.path)["x"]
 
     def inputs(self, indices: ArrayLike) -> Tensor:
         wanted = np.asarray(indices)
         try:
             rows = self._rows
-            return floats(rows[wanted] if isinstance(rows, np.ndarray) else gather(rows, wanted))
+            return to_float_tensor(
+                rows[wanted] if isinstance(rows, np.ndarray) else gather(rows, wanted)
+            )
         except (OSError, RuntimeError) as error:
-            raise _damaged(self.path, error) from error
+            raise _read_error(self.path, error) from error
 
     def targets(self, indices: ArrayLike) -> Tensor:
-        return integers(self._y[np.asarray(indices)])
+        return to_int_tensor(self._y[np.asarray(indices)])
 
     def moments(self) -> Moments:
-        if self._known is None:
+        if self._file_moments is None:
             return super().moments()
-        scale = 255.0 if self._kind == np.uint8 else 1.0
-        return self._known[0] / scale, self._known[1] / scale
+        scale = 255.0 if self._dtype == np.uint8 else 1.0
+        return self._file_moments[0] / scale, self._file_moments[1] / scale
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[h5py.File]:
+def open_file(path: Path) -> Iterator[h5py.File]:
     """Open a file to read; a missing or damaged one is a refusal."""
     try:
-        with _file(path) as file:
+        with _open_unlocked(path) as file:
             yield file
     except (OSError, RuntimeError) as error:
-        raise _damaged(path, error) from error
+        raise _read_error(path, error) from error
 
 
 def gather(rows: h5py.Dataset, indices: Array) -> Array:
@@ -170,11 +174,11 @@ def gather(rows: h5py.Dataset, indices: Array) -> Array:
     return result
 
 
-def _file(path: Path) -> h5py.File:
+def _open_unlocked(path: Path) -> h5py.File:
     return h5py.File(path, "r", locking=False)
 
 
-def _names(file: h5py.File) -> tuple[str, ...]:
+def _class_names(file: h5py.File) -> tuple[str, ...]:
     """Return the names of the classes; numbers where only their count is known, () if not even."""
     found = np.asarray(file.attrs.get("classes", ()))
     if found.ndim == 0 and found.dtype.kind in "iu":
@@ -182,37 +186,64 @@ def _names(file: h5py.File) -> tuple[str, ...]:
     return tuple(each.decode() if isinstance(each, bytes) else str(each) for each in found.flat)
 
 
-def _known(file: h5py.File, channels: int, path: Path) -> Moments | None:
+def _read_moments(file: h5py.File, channels: int, path: Path) -> Moments | None:
     """Return the moments that the file states, or None."""
     if "mean" not in file.attrs or "std" not in file.attrs:
         return None
     mean, deviation = (np.asarray(file.attrs[key]) for key in ("mean", "std"))
     if any(each.shape != (channels,) or each.dtype.kind not in "iuf" for each in (mean, deviation)):
-        raise Refusal(
+        raise DataError(
+            "todo.key",
             f"{path}: attributes mean and std have shapes {mean.shape} and "
             f"{deviation.shape}: give {channels} numbers each, one per channel",
-            DATA,
         )
     mean, deviation = mean.astype(np.float64), deviation.astype(np.float64)
     if not np.isfinite([mean, deviation]).all() or (deviation < 0).any():
-        raise Refusal(
+        raise DataError(
+            "todo.key",
             f"{path}: attributes mean = {mean} and std = {deviation} are no statistics: "
             f"delete them, and they will be computed",
-            DATA,
         )
     return mean, deviation
 
 
-def _some(names: tuple[str, ...]) -> str:
+def _shorten(names: tuple[str, ...]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _damaged(path: Path, error: Exception) -> Refusal:
+def _read_error(path: Path, error: Exception) -> DtrainError:
     if not path.is_file():
-        return Refusal(
+        return DataError(
+            "todo.key",
             f"{path}: no such file (looked for HDF5 with x and y): make it with "
             f"'dtrain data import'",
-            DATA,
         )
     text = str(error).strip().splitlines()[0]
-    return Refusal(f"{path}: cannot be read as HDF5, {path.stat().st_size} bytes: {text}", DATA)
+    return DataError(
+        "todo.key", f"{path}: cannot be read as HDF5, {path.stat().st_size} bytes: {text}"
+    )
+
+
+MEMORY_FRACTION = 1 / 8
+
+
+MAX_BYTES = 4 * 2**30
+
+
+def fits_in_memory(size_bytes: int) -> bool:
+    """Say whether `size_bytes` are at most an eighth of the available memory, and at most 4 GiB.
+
+    An eighth, since several ranks on a host each hold their own copy; 4 GiB, since batch systems
+    grant a job less than the host shows.
+    """
+    return size_bytes <= min(MEMORY_FRACTION * available_bytes(), MAX_BYTES)
+
+
+def available_bytes() -> int:
+    """Return the memory that new data can have, by the kernel's estimate; else all there is."""
+    table = Path("/proc/meminfo")
+    if table.is_file():
+        for line in table.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -10,16 +10,28 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from dtrain.errors import unknown
+from dtrain.errors import DtrainError, unknown_name
 from dtrain.models.cnn import Cnn
-from dtrain.models.custom import PATTERN, bind, find
+from dtrain.models.layers import LayerStack, as_layers
 from dtrain.models.mlp import Mlp
-from dtrain.models.model import Model, adopt
 from dtrain.models.resnet import ResNet
-from dtrain.models.walk import Spec, count, walk
-from dtrain.tables import convert, kebab
+from dtrain.models.shape_inference import LayerSpec, infer_layers, profile_module
+from dtrain.schema import convert, kebab
+from dtrain.user_code import PATTERN, bind_arguments, import_object
 
-__all__ = ["MODELS", "Cnn", "Mlp", "Model", "ResNet", "Spec", "adopt", "count", "load", "walk"]
+__all__ = [
+    "MODELS",
+    "Cnn",
+    "LayerSpec",
+    "LayerStack",
+    "Mlp",
+    "ResNet",
+    "as_layers",
+    "infer_layers",
+    "load",
+    "profile_module",
+]
+
 
 MODELS: dict[str, type[Cnn | Mlp | ResNet]] = {"cnn": Cnn, "mlp": Mlp, "resnet": ResNet}
 
@@ -30,7 +42,7 @@ def load(
     folder: Path,
     shape: tuple[int, ...],
     classes: int,
-) -> Model:
+) -> LayerStack:
     """Return the model that a run file's `[model]` table asks for.
 
     Parameters
@@ -48,20 +60,20 @@ def load(
 
     Raises
     ------
-    Refusal
+    DtrainError
         Unknown name, key or function; a value of another type than the key's; a function that
         returns no legal model.
     """
     if ":" in name:
-        function = find(name, folder, "model")
-        given = bind("[model]", function, fields, {"shape": shape, "classes": classes})
-        return adopt(partial(function, **given), name)
+        function = import_object(name, folder, "model")
+        given = bind_arguments("[model]", function, fields, {"shape": shape, "classes": classes})
+        return as_layers(partial(function, **given), name)
     if name not in MODELS:
-        raise unknown("model", name, [*MODELS, PATTERN])
+        raise unknown_name("model", name, [*MODELS, PATTERN])
     kind = MODELS[name]
     hints = typing.get_type_hints(kind)
     given = {
         key: convert(value, hints[key], f"[model] {kebab(key)}")
-        for key, value in bind("[model]", kind, fields).items()
+        for key, value in bind_arguments("[model]", kind, fields).items()
     }
-    return adopt(partial(kind(**given).layers, shape, classes), name)
+    return as_layers(partial(kind(**given).layers, shape, classes), name)

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import final
 
-from dtrain.errors import Refusal
-from dtrain.models.images import Convolution, Norm, Pooled, picture
-from dtrain.models.model import Layers
+from dtrain.errors import ConfigError
+from dtrain.models.image_layers import Convolution, Norm, PooledLinear, image_shape
+from dtrain.models.layers import NamedFactories
 
 
 @final
@@ -42,12 +42,13 @@ class Cnn:
 
     def __post_init__(self) -> None:
         if not self.widths or not all(part and min(part) >= 1 for part in self.widths):
-            raise Refusal(
+            raise ConfigError(
+                "todo.key",
                 "[model] widths: give one list per resolution, each with the channels of its "
-                "convolutions, as in widths = [[64], [128], [256, 256]]"
+                "convolutions, as in widths = [[64], [128], [256, 256]]",
             )
 
-    def layers(self, shape: tuple[int, ...], classes: int) -> Layers:
+    def layers(self, shape: tuple[int, ...], classes: int) -> NamedFactories:
         """Return the layers for images of `shape`, as (name, factory) pairs.
 
         ::
@@ -56,20 +57,21 @@ class Cnn:
                                     -> conv2 -> (b, H/2, W/2) -> conv3 -> (c, H/2, W/2)
                                     -> head -> (classes,)
         """
-        inputs, *size = picture("cnn", shape)
+        inputs, *size = image_shape("cnn", shape)
         most = min(size).bit_length()
         if len(self.widths) > most:
-            raise Refusal(
+            raise ConfigError(
+                "todo.key",
                 f"[model] widths has {len(self.widths)} resolutions, but an image of "
                 f"{size[0]}x{size[1]} pixels can be halved {most - 1} times: give at most {most} "
-                f"lists"
+                f"lists",
             )
         made = []
         for number, (outputs, pools) in enumerate(self._convolutions(), start=1):
             build = partial(Convolution, inputs, outputs, self.norm, self.groups, pools)
             made.append((f"conv{number}", build))
             inputs = outputs
-        return [*made, ("head", partial(Pooled, inputs, classes))]
+        return [*made, ("head", partial(PooledLinear, inputs, classes))]
 
     def _convolutions(self) -> Iterator[tuple[int, bool]]:
         """Yield channels of each convolution, and whether the resolution falls behind it."""

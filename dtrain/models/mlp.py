@@ -16,8 +16,8 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from dtrain.errors import Refusal, unknown
-from dtrain.models.model import Layers
+from dtrain.errors import ConfigError, unknown_name
+from dtrain.models.layers import NamedFactories
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -45,12 +45,16 @@ class Mlp:
     activation: str = "relu"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.widths, tuple) or not all(_counts(each) for each in self.widths):
-            raise Refusal(f"[model] widths = {self.widths!r}: give a list of whole numbers >= 1")
+        if not isinstance(self.widths, tuple) or not all(
+            _is_positive_int(each) for each in self.widths
+        ):
+            raise ConfigError(
+                "todo.key", f"[model] widths = {self.widths!r}: give a list of whole numbers >= 1"
+            )
         if self.activation not in ACTIVATIONS:
-            raise unknown("activation", str(self.activation), ACTIVATIONS)
+            raise unknown_name("activation", str(self.activation), ACTIVATIONS)
 
-    def layers(self, shape: tuple[int, ...], classes: int) -> Layers:
+    def layers(self, shape: tuple[int, ...], classes: int) -> NamedFactories:
         """Return the layers for samples of `shape`, as (name, factory) pairs.
 
         ::
@@ -69,7 +73,7 @@ class Mlp:
 class Dense(nn.Linear):
     """Flatten, linear, activation: (n, ...) to (n, outputs)."""
 
-    draws = False
+    uses_rng = False
 
     def __init__(
         self, inputs: int, outputs: int, activation: Callable[[Tensor], Tensor] | None = None
@@ -84,5 +88,5 @@ class Dense(nn.Linear):
         return sums if self.activation is None else self.activation(sums)
 
 
-def _counts(value: object) -> bool:
+def _is_positive_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1

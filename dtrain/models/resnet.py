@@ -18,11 +18,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from dtrain.errors import Refusal
-from dtrain.models.images import Convolution, Norm, Pooled, conv, inner, norm, picture
-from dtrain.models.model import Factory, Layers
+from dtrain.errors import ConfigError
+from dtrain.models.image_layers import (
+    Convolution,
+    Norm,
+    PooledLinear,
+    channels_last,
+    conv,
+    image_shape,
+    norm,
+)
+from dtrain.models.layers import Factory, NamedFactories
 
 Shortcut = Literal["identity", "projection"]
+
+
 RESOLUTIONS = 3
 
 
@@ -56,14 +66,15 @@ class ResNet:
         if self.depth < 8 or (self.depth - 2) % 6:
             below = self.depth - (self.depth - 2) % 6
             legal = f"{below} or {below + 6}" if below >= 8 else "8 or 14"
-            raise Refusal(
+            raise ConfigError(
+                "todo.key",
                 f"[model] depth = {self.depth}: a ResNet for small images has 6 n + 2 layers, "
-                f"n >= 1: set depth = {legal}"
+                f"n >= 1: set depth = {legal}",
             )
         if self.width < 1:
-            raise Refusal(f"[model] width = {self.width}: give at least 1 channel")
+            raise ConfigError("todo.key", f"[model] width = {self.width}: give at least 1 channel")
 
-    def layers(self, shape: tuple[int, ...], classes: int) -> Layers:
+    def layers(self, shape: tuple[int, ...], classes: int) -> NamedFactories:
         """Return the layers for images of `shape`, as (name, factory) pairs.
 
         ::
@@ -73,7 +84,7 @@ class ResNet:
                               -> unit3-1 ... unit3-n      (4 w, H/4, W/4)
                               -> head                     (classes,)
         """
-        inputs, *_ = picture("resnet", shape)
+        inputs, *_ = image_shape("resnet", shape)
         made: list[tuple[str, Factory]] = [
             ("stem", partial(Convolution, inputs, self.width, self.norm, self.groups))
         ]
@@ -83,15 +94,21 @@ class ResNet:
             for number in range((self.depth - 2) // 6):
                 falls = resolution > 0 and number == 0
                 build = partial(
-                    Unit, inputs, outputs, 2 if falls else 1, self.norm, self.groups, self.shortcut
+                    ResidualUnit,
+                    inputs,
+                    outputs,
+                    2 if falls else 1,
+                    self.norm,
+                    self.groups,
+                    self.shortcut,
                 )
                 made.append((f"unit{resolution + 1}-{number + 1}", build))
                 inputs = outputs
-        return [*made, ("head", partial(Pooled, inputs, classes))]
+        return [*made, ("head", partial(PooledLinear, inputs, classes))]
 
 
 @final
-class Unit(nn.Module):
+class ResidualUnit(nn.Module):
     """Two 3x3 convolutions beside a shortcut.
 
     ::
@@ -100,7 +117,7 @@ class Unit(nn.Module):
           \\-------------- shortcut ------------------/
     """
 
-    draws = False
+    uses_rng = False
 
     def __init__(
         self, inputs: int, outputs: int, stride: int, kind: Norm, groups: int, shortcut: Shortcut
@@ -113,7 +130,7 @@ class Unit(nn.Module):
         self.norm2 = norm(kind, outputs, groups)
         self.shortcut: nn.Module = nn.Identity()
         if (inputs, stride) != (outputs, 1):
-            self.shortcut = Thinned(outputs - inputs, stride)
+            self.shortcut = ZeroPadShortcut(outputs - inputs, stride)
             if shortcut == "projection":
                 self.shortcut = nn.Sequential(
                     conv(inputs, outputs, 1, stride, bias), norm(kind, outputs, groups)
@@ -121,22 +138,22 @@ class Unit(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return relu(residual(x) + shortcut(x))."""
-        input = inner(input)
+        input = channels_last(input)
         first = torch.relu(self.norm1(self.conv1(input)))
         return torch.relu(self.norm2(self.conv2(first)) + self.shortcut(input))
 
 
 @final
-class Thinned(nn.Module):
+class ZeroPadShortcut(nn.Module):
     """Every `stride`-th pixel, and `more` channels of zeros behind the others (option A)."""
 
-    draws = False
+    uses_rng = False
 
-    def __init__(self, more: int, stride: int) -> None:
+    def __init__(self, extra_channels: int, stride: int) -> None:
         super().__init__()
-        self.more, self.stride = more, stride
+        self.extra_channels, self.stride = extra_channels, stride
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (n, C + more, ceil(H / stride), ceil(W / stride))."""
         kept = input[:, :, :: self.stride, :: self.stride]
-        return pad(kept, (0, 0, 0, 0, 0, self.more))
+        return pad(kept, (0, 0, 0, 0, 0, self.extra_channels))

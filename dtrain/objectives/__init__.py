@@ -1,6 +1,7 @@
 """Objectives by the name that a run file gives them; one file each."""
 
 from dtrain.objectives.backprop import Backprop
+from dtrain.objectives.base import Objective
 from dtrain.objectives.cafo import Cafo
 from dtrain.objectives.ccl import Ccl
 from dtrain.objectives.deep_supervision import DeepSupervision
@@ -15,7 +16,6 @@ from dtrain.objectives.lls import Lls, LlsM, LlsMxM
 from dtrain.objectives.local_head import LocalHead
 from dtrain.objectives.man import Man
 from dtrain.objectives.mono_forward import MonoForward
-from dtrain.objectives.objective import Objective
 from dtrain.objectives.pepita import Pepita
 from dtrain.objectives.scalable_ff import ScalableFf
 from dtrain.objectives.tpsgd import TpSgd

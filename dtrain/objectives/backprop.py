@@ -13,26 +13,38 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dtrain.block import Block, Pull
-from dtrain.live import Live
-from dtrain.objectives.objective import GRADIENT, Mode, Objective, born, onward
-from dtrain.objectives.task import Task
-from dtrain.schedules.action import Point, Route
+from dtrain.block.block import BackwardPair, Block
+from dtrain.block.micro_batch import MicroBatch
+from dtrain.objectives.base import (
+    GRADIENT,
+    ExecutionMode,
+    Objective,
+    forward_routes,
+    scaled_loss_pair,
+)
+from dtrain.objectives.block_spec import BlockSpec
+from dtrain.schedules.actions import Point, Route
 
 
 @dataclass(frozen=True)
 class Backprop(Objective):
     """The global gradient, pipelined: staleness 0 under every synchronous schedule."""
 
-    schedule: ClassVar[str] = "1f1b"
+    default_schedule: ClassVar[str] = "1f1b"
 
-    def routes(self, blocks: int, mode: Mode) -> tuple[Route, ...]:
+    def routes(self, blocks: int, mode: ExecutionMode) -> tuple[Route, ...]:
         """Activations go on; in training gradients (rows, ...) come back."""
         if mode == "predict":
-            return onward(blocks)
+            return forward_routes(blocks)
         back = (Route(Point(b + 1, "B"), Point(b, "B"), GRADIENT) for b in range(blocks - 1))
-        return (*onward(blocks), *back)
+        return (*forward_routes(blocks), *back)
 
-    def pulls(self, task: Task, block: Block, live: Live) -> list[Pull]:
+    def backward_pairs(
+        self, spec: BlockSpec, block: Block, micro_batch: MicroBatch
+    ) -> list[BackwardPair]:
         """Pull the loss in the last block, the output along what was told in the others."""
-        return [born(live, live.y)] if task.last else [(live.y, live.told[GRADIENT])]
+        return (
+            [scaled_loss_pair(micro_batch, micro_batch.y)]
+            if spec.is_last
+            else [(micro_batch.y, micro_batch.received[GRADIENT])]
+        )

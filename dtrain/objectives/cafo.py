@@ -34,16 +34,43 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from dtrain.block import Block, Pull
-from dtrain.live import Live
-from dtrain.objectives.parts import pooling
-from dtrain.objectives.parts.heads import Heads
-from dtrain.objectives.parts.readout import Readout, above, features, head, squares, tap, warnings
-from dtrain.objectives.parts.sparsemax import sparsemax, sparsemax_loss
-from dtrain.objectives.task import Task
+from dtrain.block.block import BackwardPair, Block
+from dtrain.block.micro_batch import MicroBatch
+from dtrain.objectives.block_spec import BlockSpec
+from dtrain.objectives.common import pooling
+from dtrain.objectives.common.aux_heads import AuxHead
+from dtrain.objectives.common.least_squares import (
+    Readout,
+    head_features,
+    last_linear,
+    mean_squared_error,
+    model_head_linear,
+    tap_head_input,
+    width_warnings,
+)
+
+
+def sparsemax(scores: Tensor) -> Tensor:
+    """Return the probabilities (rows, classes) nearest to `scores` (algorithm 1)."""
+    ordered = scores.sort(dim=1, descending=True).values
+    counts = torch.arange(1, scores.shape[1] + 1, dtype=scores.dtype, device=scores.device)
+    taus = (ordered.cumsum(1) - 1) / counts
+    size = (ordered > taus).sum(1, keepdim=True)  # those are the first ones
+    return (scores - taus.gather(1, size - 1)).clamp(min=0)
+
+
+def sparsemax_loss(scores: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean loss of `scores` (rows, classes) for labels (rows,).
+
+    It is the largest value of <p, z> - |p|^2 / 2 over all p, so p need not be differentiated.
+    """
+    p = sparsemax(scores.detach())
+    right = scores.gather(1, targets[:, None])[:, 0]
+    return ((p * scores).sum(1) - p.square().sum(1) / 2 + 0.5 - right).mean()
+
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "least-squares": squares,
+    "least-squares": mean_squared_error,
     "ce": cross_entropy,
     "sparsemax": sparsemax_loss,
 }
@@ -51,7 +78,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @final
 @dataclass(frozen=True)
-class Cafo(Heads):
+class Cafo(AuxHead):
     """A linear head per block, and the vote of all.
 
     Parameters
@@ -64,85 +91,103 @@ class Cafo(Heads):
         The most numbers of an image that enter a head; flat outputs enter whole.
     """
 
-    sums: ClassVar[tuple[str, ...]] = ("gram", "cross")
+    accumulated_buffers: ClassVar[tuple[str, ...]] = ("gram", "cross")
     head: Literal["least-squares", "ce", "sparsemax"] = "least-squares"
     blocks: Literal["random", "trained"] = "random"
     features: int = 2048
 
     def __post_init__(self) -> None:
-        pooling.check(self.features)
+        pooling.check_limit(self.features)
 
     @property
-    def solved(self) -> bool:
+    def closed_form(self) -> bool:
         """Whether heads are solved in closed form."""
         return self.head == "least-squares"
 
     @property
-    def ahead(self) -> bool:
+    def needs_downstream_layers(self) -> bool:
         """Whether it looks at the layer that is the model's head: its sums are as wide."""
-        return self.solved
+        return self.closed_form
 
     @property
-    def trains(self) -> bool:
+    def trains_layers(self) -> bool:
         """Whether the layers learn; if not they keep their first weights, the head apart."""
         return self.blocks == "trained"
 
     @property
-    def votes(self) -> bool:
+    def predicts_by_vote(self) -> bool:
         """The prediction is that of all blocks."""
         return True
 
-    def freezes(self, task: Task, layers: Mapping[str, nn.Module]) -> Iterable[nn.Module]:
+    def frozen_modules(
+        self, spec: BlockSpec, layers: Mapping[str, nn.Module]
+    ) -> Iterable[nn.Module]:
         """All layers that are random, but not a head that learns; a head that is solved."""
         *below, last = layers.values()
-        random = [] if self.trains else below if task.last else [*below, last]
-        return [*random, head(last)] if task.last and self.solved else random
+        random = [] if self.trains_layers else below if spec.is_last else [*below, last]
+        return [*random, last_linear(last)] if spec.is_last and self.closed_form else random
 
-    def width(self, task: Task) -> int:
+    def width(self, spec: BlockSpec) -> int:
         """Return how many features of a sample enter the head."""
-        own = task.last and self.solved
-        return above(task).in_features if own else pooling.width(task.outputs, self.features)
+        own = spec.is_last and self.closed_form
+        return (
+            model_head_linear(spec).in_features
+            if own
+            else pooling.width(spec.output_shape, self.features)
+        )
 
-    def network(self, task: Task) -> Readout:
+    def head_network(self, spec: BlockSpec) -> Readout:
         """Return the head of an earlier block; in the last one the sums for the model's own."""
-        pool = nn.Identity() if task.last else pooling.pooled(task.outputs, self.features)
-        return Readout(pool, self.width(task), task.classes, self.solved, scores=not task.last)
+        pool = (
+            nn.Identity() if spec.is_last else pooling.make_pool(spec.output_shape, self.features)
+        )
+        return Readout(
+            pool, self.width(spec), spec.classes, self.closed_form, with_linear=not spec.is_last
+        )
 
-    def build(self, task: Task) -> nn.Module | None:
+    def build_head(self, spec: BlockSpec) -> nn.Module | None:
         """Return the head, none where the model's own learns."""
-        return self.network(task) if self.solved or not task.last else None
+        return self.head_network(spec) if self.closed_form or not spec.is_last else None
 
-    def helped(self, task: Task) -> tuple[int, ...] | None:
+    def head_input_shape(self, spec: BlockSpec) -> tuple[int, ...] | None:
         """Return the shape of the output, in the last block that of the features."""
-        return (self.width(task),) if task.last else task.outputs
+        return (self.width(spec),) if spec.is_last else spec.output_shape
 
     def taps(self, block: Block) -> Sequence[str]:
         """Keep what enters the map that is solved in the last block."""
-        tap(block)
+        tap_head_input(block)
         return ()
 
-    def pulls(self, task: Task, block: Block, live: Live) -> list[Pull]:
+    def backward_pairs(
+        self, spec: BlockSpec, block: Block, micro_batch: MicroBatch
+    ) -> list[BackwardPair]:
         """Add the samples up, where heads are solved, and pull the loss of the head."""
-        made = None if block.helper is None else block.helper(features(block, live), live.targets)
-        loss = LOSSES[self.head](live.y if task.last or made is None else made, live.targets)
-        live.loss = loss.detach()
-        return [(loss, torch.full_like(loss, live.share))]
+        made = (
+            None
+            if block.head is None
+            else block.head(head_features(block, micro_batch), micro_batch.targets)
+        )
+        loss = LOSSES[self.head](
+            micro_batch.y if spec.is_last or made is None else made, micro_batch.targets
+        )
+        micro_batch.loss = loss.detach()
+        return [(loss, torch.full_like(loss, micro_batch.loss_scale))]
 
-    def solve(self, task: Task, block: Block) -> None:
+    def solve(self, spec: BlockSpec, block: Block) -> None:
         """Solve the head from the sums, but the model's own where a user froze the last block."""
-        if not self.solved or (task.last and task.frozen):
+        if not self.closed_form or (spec.is_last and spec.frozen):
             return
-        assert isinstance(block.helper, Readout)
+        assert isinstance(block.head, Readout)
         *_, last = block.layers.values()
-        block.helper.solve(block.helper.linear or head(last))
-        if self.trains and block.helper.rows >= task.samples:
-            block.helper.forget()
+        block.head.solve(block.head.linear or last_linear(last))
+        if self.trains_layers and block.head.sample_count >= spec.train_samples:
+            block.head.reset_sums()
 
-    def vote(self, task: Task, scores: Tensor) -> Tensor:
+    def vote(self, spec: BlockSpec, scores: Tensor) -> Tensor:
         """Return probabilities (rows, classes)."""
         return sparsemax(scores) if self.head == "sparsemax" else scores.softmax(1)
 
-    def cautions(self, tasks: Sequence[Task], rows: int) -> list[str]:
+    def warnings(self, specs: Sequence[BlockSpec], rows: int) -> list[str]:
         """Tell what wide sums take, and of more features than samples."""
-        widths = [self.width(task) for task in tasks] if self.solved else []
-        return warnings(widths, tasks[0].samples)
+        widths = [self.width(task) for task in specs] if self.closed_form else []
+        return width_warnings(widths, specs[0].train_samples)

@@ -26,22 +26,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss, one_hot
+from torch.nn.functional import elu, mse_loss, one_hot
 
-from dtrain.block import Block, Pull
-from dtrain.errors import Refusal
-from dtrain.live import Live
-from dtrain.objectives.objective import Mode, Objective, born, onward
-from dtrain.objectives.parts import pooling
-from dtrain.objectives.parts.mirror import Mirror, Psi
-from dtrain.objectives.task import Task
-from dtrain.schedules.action import Point, Route
+from dtrain.block.block import BackwardPair, Block
+from dtrain.block.micro_batch import MicroBatch
+from dtrain.errors import ConfigError
+from dtrain.objectives.base import ExecutionMode, Objective, forward_routes, scaled_loss_pair
+from dtrain.objectives.block_spec import BlockSpec
+from dtrain.objectives.common import pooling
+from dtrain.schedules.actions import Point, Route
 
-CODES, UNITS = "codes", 256  # the width at which the loss is `scale` times the squared error
+CODES, REFERENCE_WIDTH = (
+    "codes",
+    256,
+)  # the width at which the loss is `scale` times the squared error
 
 
 @final
@@ -71,69 +73,103 @@ class Ccl(Objective):
     features: int = 256
 
     def __post_init__(self) -> None:
-        pooling.check(self.features)
+        pooling.check_limit(self.features)
         if min(self.lag, self.filter) < 0:
             found = f"lag = {self.lag}, filter = {self.filter}"
-            raise Refusal(f"[objective] {found}: give at least 0 for both")
+            raise ConfigError("todo.key", f"[objective] {found}: give at least 0 for both")
         if self.scale <= 0:
-            raise Refusal(f"[objective] scale = {self.scale}: give more than 0 (default 0.5)")
+            raise ConfigError(
+                "todo.key", f"[objective] scale = {self.scale}: give more than 0 (default 0.5)"
+            )
 
     @property
-    def schedule(self) -> str:
+    def default_schedule(self) -> str:
         """Stream where the codes come late enough for it."""
         return "stream" if self.lag > 1 else "drained"
 
-    def build(self, task: Task) -> nn.Module | None:
+    def build_head(self, spec: BlockSpec) -> nn.Module | None:
         """Return the feedback layer of an earlier block; the one below the last has its codes."""
-        if task.last:
+        if spec.is_last:
             return None
-        shape = task.classes, pooling.width(task.above, self.features)
-        codes = torch.eye(*shape) if task.block == task.blocks - 2 else torch.zeros(shape)
-        return Mirror(codes, task.outputs, self.features, self.psi)
+        shape = spec.classes, pooling.width(spec.next_output_shape, self.features)
+        codes = torch.eye(*shape) if spec.index == spec.blocks - 2 else torch.zeros(shape)
+        return FeedbackLayer(codes, spec.output_shape, self.features, self.psi)
 
-    def helped(self, task: Task) -> None:
+    def head_input_shape(self, spec: BlockSpec) -> None:
         """The feedback layer sees classes, once per micro-batch, and no samples."""
 
-    def routes(self, blocks: int, mode: Mode) -> tuple[Route, ...]:
+    def routes(self, blocks: int, mode: ExecutionMode) -> tuple[Route, ...]:
         """Activations go on; in training codes come back, but from the last block's."""
         down = reversed(range(blocks - 2)) if mode == "train" else ()
         back = (Route(Point(b + 1, "U"), Point(b, "U"), CODES, self.lag) for b in down)
-        return (*onward(blocks), *back)
+        return (*forward_routes(blocks), *back)
 
-    def shape(
-        self, route: Route, tasks: Sequence[Task], rows: int
+    def message_spec(
+        self, route: Route, specs: Sequence[BlockSpec], rows: int
     ) -> tuple[tuple[int, ...], torch.dtype]:
         """Return (classes, d_{k+1}) for codes."""
-        above = tasks[route.source.block]
-        wide = (above.classes, pooling.width(above.outputs, self.features)), above.dtype
-        return wide if route.name == CODES else super().shape(route, tasks, rows)
+        above = specs[route.source.block]
+        wide = (above.classes, pooling.width(above.output_shape, self.features)), above.dtype
+        return wide if route.name == CODES else super().message_spec(route, specs, rows)
 
-    def tell(self, route: Route, block: Block, live: Live | None) -> Tensor:
+    def make_message(self, route: Route, block: Block, micro_batch: MicroBatch | None) -> Tensor:
         """Give the codes that the block will learn with next."""
         if route.name != CODES:
-            return super().tell(route, block, live)
-        assert isinstance(block.helper, Mirror)
-        return block.helper.made().detach()
+            return super().make_message(route, block, micro_batch)
+        assert isinstance(block.head, FeedbackLayer)
+        return block.head.make_codes().detach()
 
-    def after_update(self, task: Task, block: Block, told: Mapping[str, Tensor]) -> None:
+    def after_update(self, spec: BlockSpec, block: Block, received: Mapping[str, Tensor]) -> None:
         """Keep the codes that have come."""
-        if CODES in told:
-            assert isinstance(block.helper, Mirror)
-            block.helper.codes.copy_(told[CODES])
+        if CODES in received:
+            assert isinstance(block.head, FeedbackLayer)
+            block.head.codes.copy_(received[CODES])
 
-    def pulls(self, task: Task, block: Block, live: Live) -> list[Pull]:
+    def backward_pairs(
+        self, spec: BlockSpec, block: Block, micro_batch: MicroBatch
+    ) -> list[BackwardPair]:
         """Pull the scores against the codes, which teaches the layers and the feedback layer."""
-        if block.helper is None:
-            return [born(live, live.y)]
-        scores, wanted = block.helper(live.y), one_hot(live.targets, task.classes)
+        if block.head is None:
+            return [scaled_loss_pair(micro_batch, micro_batch.y)]
+        scores, wanted = block.head(micro_batch.y), one_hot(micro_batch.targets, spec.classes)
         if self.filter:
             left = (scores.detach() - wanted).abs().mul(wanted).sum(1, keepdim=True)
             scores = scores * (left >= self.filter)
-        units = UNITS / pooling.width(task.outputs, self.features)
+        units = REFERENCE_WIDTH / pooling.width(spec.output_shape, self.features)
         loss = self.scale * units * mse_loss(scores, wanted.to(scores.dtype))
-        live.loss = loss.detach()
-        return [(loss, torch.full_like(loss, live.share))]
+        micro_batch.loss = loss.detach()
+        return [(loss, torch.full_like(loss, micro_batch.loss_scale))]
 
-    def predict(self, task: Task, block: Block, live: Live) -> Tensor:
+    def predict(self, spec: BlockSpec, block: Block, micro_batch: MicroBatch) -> Tensor:
         """Return the scores against the class codes, in the last block the model's."""
-        return live.y if block.helper is None else block.helper(live.y)
+        return micro_batch.y if block.head is None else block.head(micro_batch.y)
+
+
+Psi = Literal["elu", "none"]
+
+
+@final
+class FeedbackLayer(nn.Module):
+    """A feedback layer (d_k, d_{k+1}), and the codes (classes, d_{k+1}) that came last."""
+
+    uses_rng = False
+    codes: Tensor
+
+    def __init__(
+        self, codes: Tensor, output_shape: tuple[int, ...], features: int, psi: Psi
+    ) -> None:
+        super().__init__()
+        self.layer = nn.Linear(codes.shape[1], pooling.width(output_shape, features), bias=False)
+        self.flat, self.psi = pooling.make_pool(output_shape, features), psi
+        self.register_buffer("codes", codes)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Return the scores (rows, classes) of a block's output."""
+        made: Tensor = self.flat(y) @ self.make_codes().T
+        return made
+
+    def make_codes(self) -> Tensor:
+        """Return the block's own codes (classes, d_k)."""
+        # What comes next must not change what is still to be learnt from.
+        made: Tensor = self.layer(self.codes.clone())
+        return elu(made) if self.psi == "elu" else made

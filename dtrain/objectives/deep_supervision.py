@@ -20,18 +20,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from dtrain.block import Block, Pull
-from dtrain.errors import Refusal
-from dtrain.live import Live
-from dtrain.objectives.objective import GRADIENT, Mode, born
-from dtrain.objectives.parts.networked import Networked
-from dtrain.objectives.task import Task
-from dtrain.schedules.action import Point, Route
+from dtrain.block.block import BackwardPair, Block
+from dtrain.block.micro_batch import MicroBatch
+from dtrain.errors import ConfigError
+from dtrain.objectives.base import GRADIENT, ExecutionMode, scaled_loss_pair
+from dtrain.objectives.block_spec import BlockSpec
+from dtrain.objectives.common.aux_heads import NetworkHead
+from dtrain.schedules.actions import Point, Route
 
 
 @final
 @dataclass(frozen=True)
-class DeepSupervision(Networked):
+class DeepSupervision(NetworkHead):
     """Local heads whose gradient goes on to earlier blocks; prediction: last block, and the vote.
 
     Parameters
@@ -40,28 +40,31 @@ class DeepSupervision(Networked):
         Of the heads' losses beside the last block's.
     """
 
-    schedule: ClassVar[str] = "1f1b"
+    default_schedule: ClassVar[str] = "1f1b"
 
     weight: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.weight > 0:
-            raise Refusal(
+            raise ConfigError(
+                "todo.key",
                 f"[objective] weight = {self.weight}: give more than 0, or name "
-                '= "backprop" for no heads'
+                '= "backprop" for no heads',
             )
 
-    def routes(self, blocks: int, mode: Mode) -> tuple[Route, ...]:
+    def routes(self, blocks: int, mode: ExecutionMode) -> tuple[Route, ...]:
         """Activations go on; in training gradients (rows, ...) come back."""
         if mode == "predict":
             return super().routes(blocks, mode)
         back = (Route(Point(b + 1, "B"), Point(b, "B"), GRADIENT) for b in range(blocks - 1))
         return (*super().routes(blocks, mode), *back)
 
-    def pulls(self, task: Task, block: Block, live: Live) -> list[Pull]:
+    def backward_pairs(
+        self, spec: BlockSpec, block: Block, micro_batch: MicroBatch
+    ) -> list[BackwardPair]:
         """Pull the head's loss, and the output along what was told."""
-        loss, force = born(live, self.predict(task, block, live))
-        if task.last:
+        loss, force = scaled_loss_pair(micro_batch, self.predict(spec, block, micro_batch))
+        if spec.is_last:
             return [(loss, force)]
-        return [(loss, self.weight * force), (live.y, live.told[GRADIENT])]
+        return [(loss, self.weight * force), (micro_batch.y, micro_batch.received[GRADIENT])]

@@ -37,19 +37,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from dtrain.block import Block, Pull
-from dtrain.live import Live
-from dtrain.objectives.objective import GRADIENT, Mode, born, onward
-from dtrain.objectives.parts.feedback import Fixed, Matrix, Pushed
-from dtrain.objectives.task import Task
-from dtrain.schedules.action import Point, Route
+from dtrain.block.block import BackwardPair, Block
+from dtrain.block.micro_batch import MicroBatch
+from dtrain.objectives.base import GRADIENT, ExecutionMode, forward_routes, scaled_loss_pair
+from dtrain.objectives.block_spec import BlockSpec
+from dtrain.objectives.common.random_feedback import FixedMatrix, MatrixKind, RandomFeedback
+from dtrain.schedules.actions import Point, Route
 
-ERROR, TRUE, ANGLE = "error", "true gradient of x", "alignment_deg"
+ERROR, TRUE_GRADIENT, ANGLE = "error", "true gradient of x", "alignment_deg"
 
 
 @final
 @dataclass(frozen=True)
-class Dfa(Pushed):
+class Dfa(RandomFeedback):
     """A fixed matrix per earlier block; prediction: the last block's, the others have none.
 
     Parameters
@@ -62,78 +62,89 @@ class Dfa(Pushed):
         Whether the angles between the forces and the true gradients are recorded.
     """
 
-    schedule: ClassVar[str] = "pipelined"
+    default_schedule: ClassVar[str] = "pipelined"
 
-    feedback: Matrix = "uniform"
+    feedback: MatrixKind = "uniform"
     normalised: bool = True
     angles: bool = False
 
-    def routes(self, blocks: int, mode: Mode) -> tuple[Route, ...]:
+    def routes(self, blocks: int, mode: ExecutionMode) -> tuple[Route, ...]:
         """Activations go on; the error goes to all; where angles are asked for, gradients too."""
         inner = range(blocks - 1) if mode == "train" else ()
         if not self.angles:
             error = (Route(Point(blocks - 1, "B"), Point(b, "B"), ERROR) for b in inner)
-            return (*onward(blocks), *error)
+            return (*forward_routes(blocks), *error)
         # Block by block, beside the gradient: it would wait for that, and others for its receipt.
         hops = [(Point(b + 1, "B"), Point(b, "B")) for b in inner]
-        return (*onward(blocks), *(Route(*hop, name) for hop in hops for name in (ERROR, GRADIENT)))
+        return (
+            *forward_routes(blocks),
+            *(Route(*hop, name) for hop in hops for name in (ERROR, GRADIENT)),
+        )
 
-    def shape(
-        self, route: Route, tasks: Sequence[Task], rows: int
+    def message_spec(
+        self, route: Route, specs: Sequence[BlockSpec], rows: int
     ) -> tuple[tuple[int, ...], torch.dtype]:
         """Return (rows, classes) for the error."""
-        wide = (rows, tasks[-1].classes), tasks[-1].dtype
-        return wide if route.name == ERROR else super().shape(route, tasks, rows)
+        wide = (rows, specs[-1].classes), specs[-1].dtype
+        return wide if route.name == ERROR else super().message_spec(route, specs, rows)
 
-    def tell(self, route: Route, block: Block, live: Live | None) -> Tensor:
+    def make_message(self, route: Route, block: Block, micro_batch: MicroBatch | None) -> Tensor:
         """Give the error, and the true gradient, which in an inner block ``x.grad`` is not."""
-        assert live is not None
-        if route.name == ERROR and ERROR in live.told:
-            return live.told[ERROR]
+        assert micro_batch is not None
+        if route.name == ERROR and ERROR in micro_batch.received:
+            return micro_batch.received[ERROR]
         if route.name == ERROR:
-            error = live.y.detach().softmax(1) - one_hot(live.targets, live.y.shape[1])
-            return live.share / len(error) * error
-        if route.name == GRADIENT and TRUE in live.told:
-            return live.told[TRUE]
-        return super().tell(route, block, live)
+            error = micro_batch.y.detach().softmax(1) - one_hot(
+                micro_batch.targets, micro_batch.y.shape[1]
+            )
+            return micro_batch.loss_scale / len(error) * error
+        if route.name == GRADIENT and TRUE_GRADIENT in micro_batch.received:
+            return micro_batch.received[TRUE_GRADIENT]
+        return super().make_message(route, block, micro_batch)
 
-    def pulls(self, task: Task, block: Block, live: Live) -> list[Pull]:
+    def backward_pairs(
+        self, spec: BlockSpec, block: Block, micro_batch: MicroBatch
+    ) -> list[BackwardPair]:
         """Pull the output along the error; at the end the true loss."""
-        if task.last:
-            return [born(live, live.y)]
-        assert isinstance(block.helper, Fixed)
-        matrix = block.helper.feedback
-        force = live.told[ERROR].to(matrix.dtype) @ matrix
+        if spec.is_last:
+            return [scaled_loss_pair(micro_batch, micro_batch.y)]
+        assert isinstance(block.head, FixedMatrix)
+        matrix = block.head.feedback
+        force = micro_batch.received[ERROR].to(matrix.dtype) @ matrix
         if self.angles:
-            live.figures[ANGLE] = angle(force, live.told[GRADIENT].flatten(1))
-            if live.x.requires_grad:  # else nobody asks for it
-                live.told[TRUE] = passed(live)
+            micro_batch.metrics[ANGLE] = mean_angle_deg(
+                force, micro_batch.received[GRADIENT].flatten(1)
+            )
+            if micro_batch.x.requires_grad:  # else nobody asks for it
+                micro_batch.received[TRUE_GRADIENT] = input_gradient(micro_batch)
         if self.normalised:
             force = force / math.sqrt(matrix.shape[1])
-        return [(live.y, force.view_as(live.y))]
+        return [(micro_batch.y, force.view_as(micro_batch.y))]
 
-    def cautions(self, tasks: Sequence[Task], rows: int) -> list[str]:
+    def warnings(self, specs: Sequence[BlockSpec], rows: int) -> list[str]:
         """Say that convolutions are not for it."""
-        images = [str(task.block) for task in tasks[:-1] if len(task.outputs) == 3]
+        images = [str(task.index) for task in specs[:-1] if len(task.output_shape) == 3]
         if not images:
             return []
         return [
-            f"the outputs of {len(images)} of {len(tasks) - 1} blocks that 'dfa' pushes are images "
+            f"the outputs of {len(images)} of {len(specs) - 1} blocks that 'dfa' pushes are images "
             f"(block {', '.join(images)}): it is known to fail on convolutions, suspected to be "
             "too narrow to align; 'local-head' trains them"
         ]
 
 
-def angle(one: Tensor, other: Tensor) -> Tensor:
+def mean_angle_deg(left: Tensor, right: Tensor) -> Tensor:
     """Return the mean over rows of the angle in degrees between the vectors (rows, width)."""
     # The least norm is far below that of any error; torch's own cosine starts at 1e-8.
-    a, b = (normalize(each.double(), eps=1e-100) for each in (one, other))
+    a, b = (normalize(each.double(), eps=1e-100) for each in (left, right))
     # By the half angle: an arc cosine near 1 would lose half of the digits.
     return torch.rad2deg(2 * torch.atan2((a - b).norm(dim=1), (a + b).norm(dim=1))).mean()
 
 
-def passed(live: Live) -> Tensor:
+def input_gradient(micro_batch: MicroBatch) -> Tensor:
     """Return the true gradient at x, given that at y; the graph remains for what is learnt."""
-    told = live.told[GRADIENT]
-    (found,) = torch.autograd.grad(live.y, live.x, told, retain_graph=True, allow_unused=True)
-    return torch.zeros_like(live.x) if found is None else found
+    told = micro_batch.received[GRADIENT]
+    (found,) = torch.autograd.grad(
+        micro_batch.y, micro_batch.x, told, retain_graph=True, allow_unused=True
+    )
+    return torch.zeros_like(micro_batch.x) if found is None else found

@@ -27,16 +27,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-from dtrain.block import Block, Pull
-from dtrain.live import Live
-from dtrain.objectives.objective import born
-from dtrain.objectives.parts.feedback import Fixed, Matrix, Pushed
-from dtrain.objectives.task import Task
+from dtrain.block.block import BackwardPair, Block
+from dtrain.block.micro_batch import MicroBatch
+from dtrain.objectives.base import scaled_loss_pair
+from dtrain.objectives.block_spec import BlockSpec
+from dtrain.objectives.common.random_feedback import FixedMatrix, MatrixKind, RandomFeedback
 
 
 @final
 @dataclass(frozen=True)
-class Drtp(Pushed):
+class Drtp(RandomFeedback):
     """A fixed matrix per earlier block; prediction: the last block's, the others have none.
 
     Parameters
@@ -45,25 +45,29 @@ class Drtp(Pushed):
         How the matrices are drawn: see `feedback`.
     """
 
-    feedback: Matrix = "kaiming"
+    feedback: MatrixKind = "kaiming"
 
-    def pulls(self, task: Task, block: Block, live: Live) -> list[Pull]:
+    def backward_pairs(
+        self, spec: BlockSpec, block: Block, micro_batch: MicroBatch
+    ) -> list[BackwardPair]:
         """Push the output along the label's row of the matrix; at the end pull the true loss."""
-        if task.last:
-            return [born(live, live.y)]
-        assert isinstance(block.helper, Fixed)
-        force = block.helper.feedback[live.targets]  # Y B, since Y is one-hot
-        live.loss = (live.y.detach().flatten(1) * force).sum(1).mean()
-        return [(live.y, (live.share / len(force) * force).view_as(live.y))]
+        if spec.is_last:
+            return [scaled_loss_pair(micro_batch, micro_batch.y)]
+        assert isinstance(block.head, FixedMatrix)
+        force = block.head.feedback[micro_batch.targets]  # Y B, since Y is one-hot
+        micro_batch.loss = (micro_batch.y.detach().flatten(1) * force).sum(1).mean()
+        return [
+            (micro_batch.y, (micro_batch.loss_scale / len(force) * force).view_as(micro_batch.y))
+        ]
 
-    def cautions(self, tasks: Sequence[Task], rows: int) -> list[str]:
+    def warnings(self, specs: Sequence[BlockSpec], rows: int) -> list[str]:
         """Say that it never stops, and that convolutions are not for it."""
-        inner = tasks[:-1]
-        images = [str(task.block) for task in inner if len(task.outputs) == 3]
+        inner = specs[:-1]
+        images = [str(task.index) for task in inner if len(task.output_shape) == 3]
         told = []
         if inner:
             told.append(
-                f"'drtp' pushes the outputs of {len(inner)} of {len(tasks)} blocks without an "
+                f"'drtp' pushes the outputs of {len(inner)} of {len(specs)} blocks without an "
                 "error that would say when to stop: use an activation that saturates (tanh), "
                 "weight decay, or few epochs"
             )

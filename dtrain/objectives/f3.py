@@ -33,24 +33,26 @@ Invariant: p is what the net answered when it saw the sample last; nobody's grad
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from dtrain.block import Block, Pull
-from dtrain.live import Live
-from dtrain.objectives.objective import Objective, born
-from dtrain.objectives.parts.answers import Answers
-from dtrain.objectives.parts.feedback import Matrix
-from dtrain.objectives.task import Task
+from dtrain.block.block import BackwardPair, Block
+from dtrain.block.micro_batch import MicroBatch
+from dtrain.objectives.base import Objective, scaled_loss_pair
+from dtrain.objectives.block_spec import BlockSpec
+from dtrain.objectives.common.random_feedback import MatrixKind, random_matrix
 
-LARGE = 2**28
+LARGE_TABLE_BYTES = 2**28
 """Bytes of a block's table from which on a user is told."""
 
-FIGURE = "delayed_error"
+
+METRIC = "delayed_error"
 
 
 @final
@@ -69,51 +71,53 @@ class F3(Objective):
         How the matrices are drawn: see `feedback`.
     """
 
-    sums: ClassVar[tuple[str, ...]] = ("fresh", "seen")
-    spread: ClassVar[tuple[str, ...]] = ("answers",)
+    accumulated_buffers: ClassVar[tuple[str, ...]] = ("fresh", "seen")
+    broadcast_buffers: ClassVar[tuple[str, ...]] = ("answers",)
 
     error: Literal["softmax", "output"] = "softmax"
     one_hot: bool = False
-    feedback: Matrix = "kaiming"
+    feedback: MatrixKind = "kaiming"
 
-    def build(self, task: Task) -> nn.Module | None:
+    def build_head(self, spec: BlockSpec) -> nn.Module | None:
         """Return the matrix and the table; none where one block learns by backpropagation."""
-        return None if task.blocks == 1 else Answers(self.feedback, task, self.one_hot)
+        return None if spec.blocks == 1 else AnswerTable(self.feedback, spec, self.one_hot)
 
-    def helped(self, task: Task) -> tuple[int, ...] | None:
+    def head_input_shape(self, spec: BlockSpec) -> tuple[int, ...] | None:
         """Nothing is run: rows of a table are looked up."""
         return None
 
-    def pulls(self, task: Task, block: Block, live: Live) -> list[Pull]:
+    def backward_pairs(
+        self, spec: BlockSpec, block: Block, micro_batch: MicroBatch
+    ) -> list[BackwardPair]:
         """Pull the output along the sample's last error; at the end the true loss."""
-        helper = block.helper
-        if task.last:
-            if isinstance(helper, Answers):
-                helper.fresh[live.indices] = self.answered(live)
-                helper.seen[live.indices] = 1
-            return [born(live, live.y)]
-        assert isinstance(helper, Answers)
-        wanted = one_hot(live.targets, task.classes)
-        known = helper.answers[live.indices]
+        helper = block.head
+        if spec.is_last:
+            if isinstance(helper, AnswerTable):
+                helper.fresh[micro_batch.indices] = self.current_answers(micro_batch)
+                helper.seen[micro_batch.indices] = 1
+            return [scaled_loss_pair(micro_batch, micro_batch.y)]
+        assert isinstance(helper, AnswerTable)
+        wanted = one_hot(micro_batch.targets, spec.classes)
+        known = helper.answers[micro_batch.indices]
         error = wanted * (1 - known)[:, None] if self.one_hot else wanted - known
-        live.figures[FIGURE] = error.norm(dim=1).mean()
-        force = live.share / len(error) * error @ helper.feedback
-        return [(live.y, force.view_as(live.y))]
+        micro_batch.metrics[METRIC] = error.norm(dim=1).mean()
+        force = micro_batch.loss_scale / len(error) * error @ helper.feedback
+        return [(micro_batch.y, force.view_as(micro_batch.y))]
 
-    def answered(self, live: Live) -> Tensor:
+    def current_answers(self, micro_batch: MicroBatch) -> Tensor:
         """Return what the last block answers: (rows, classes), or (rows,) of the true class."""
-        scores = live.y.detach()
+        scores = micro_batch.y.detach()
         answers = scores.softmax(1) if self.error == "softmax" else scores
-        return answers.gather(1, live.targets[:, None])[:, 0] if self.one_hot else answers
+        return answers.gather(1, micro_batch.targets[:, None])[:, 0] if self.one_hot else answers
 
-    def solve(self, task: Task, block: Block) -> None:
+    def solve(self, spec: BlockSpec, block: Block) -> None:
         """Let what was answered in this segment be what is known."""
-        if task.last and isinstance(block.helper, Answers):
-            block.helper.take_over()
+        if spec.is_last and isinstance(block.head, AnswerTable):
+            block.head.commit()
 
-    def cautions(self, tasks: Sequence[Task], rows: int) -> list[str]:
+    def warnings(self, specs: Sequence[BlockSpec], rows: int) -> list[str]:
         """Tell of raw outputs, and of large tables."""
-        if len(tasks) == 1:
+        if len(specs) == 1:
             return []
         told = []
         if self.error == "output":
@@ -122,14 +126,52 @@ class F3(Objective):
                 "of 0 and 1 under the last block's cross-entropy, and the force with them: set "
                 'error = "softmax"'
             )
-        samples, classes = tasks[-1].samples, 1 if self.one_hot else tasks[-1].classes
-        size = samples * classes * tasks[-1].dtype.itemsize
-        if size < LARGE:
+        samples, classes = specs[-1].train_samples, 1 if self.one_hot else specs[-1].classes
+        size = samples * classes * specs[-1].dtype.itemsize
+        if size < LARGE_TABLE_BYTES:
             return told
         smaller = "" if self.one_hot else f"; one-hot = true keeps {samples:,} numbers instead"
         return [
             *told,
             f"'f3' keeps {samples:,} x {classes} errors of {size / 1e9:.1f} GB in each of "
-            f"{len(tasks)} blocks and twice more in the last, and sends them to all at every "
+            f"{len(specs)} blocks and twice more in the last, and sends them to all at every "
             f"segment's end{smaller}",
         ]
+
+
+@final
+class AnswerTable(nn.Module):
+    """What the net answered to each sample; the last block also holds what it answers now.
+
+    Attributes
+    ----------
+    answers, fresh : Tensor
+        (samples, classes), or (samples,) for the true class alone.
+    seen : Tensor
+        (samples,): 1 where `fresh` has been written since the last segment's end.
+    """
+
+    identical_buffers = ("feedback", "answers", "fresh", "seen")
+    feedback: Tensor
+    answers: Tensor
+    fresh: Tensor
+    seen: Tensor
+
+    def __init__(self, kind: MatrixKind, spec: BlockSpec, one_hot: bool) -> None:
+        super().__init__()
+        if not spec.is_last:
+            drawn = random_matrix(kind, spec.classes, math.prod(spec.output_shape))
+            self.register_buffer("feedback", drawn)
+        wide = (spec.train_samples,) if one_hot else (spec.train_samples, spec.classes)
+        self.register_buffer("answers", torch.zeros(wide))
+        if spec.is_last:
+            self.register_buffer("fresh", torch.zeros(wide))
+            self.register_buffer("seen", torch.zeros(spec.train_samples))
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Answer as was seen, and forget that."""
+        was = self.seen.view(-1, *[1] * (self.fresh.dim() - 1)) > 0
+        self.answers.copy_(torch.where(was, self.fresh, self.answers))
+        self.fresh.zero_()
+        self.seen.zero_()

@@ -27,23 +27,24 @@ Invariant: what is drawn is the sample's, whatever the cut into micro-batches an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from dtrain.block import Block, Pull
-from dtrain.errors import Refusal
-from dtrain.live import Given, Live
-from dtrain.objectives.objective import Mode, onward
-from dtrain.objectives.parts import negatives, summit
-from dtrain.objectives.parts.goodness import PAIRS, SCORES, Goodness
-from dtrain.objectives.parts.peers import Peers
-from dtrain.objectives.task import Task
-from dtrain.schedules.action import Point, Route
+from dtrain.block.block import BackwardPair, Block
+from dtrain.block.micro_batch import Given, MicroBatch
+from dtrain.errors import ConfigError
+from dtrain.objectives.base import ExecutionMode, forward_routes
+from dtrain.objectives.block_spec import BlockSpec
+from dtrain.objectives.common import negatives
+from dtrain.objectives.common import probe_head as summit
+from dtrain.objectives.common.goodness import PAIRS, SCORES, Goodness
+from dtrain.schedules.actions import Point, Route
 
 
 @final
@@ -60,90 +61,145 @@ class ForwardForward(Goodness):
 
     negatives: Literal["random", "hard", "hybrid"] = "random"
     peer: float = 0.03
-    sums: ClassVar[tuple[str, ...]] = ("recent",)
+    accumulated_buffers: ClassVar[tuple[str, ...]] = ("recent",)
 
     def __post_init__(self) -> None:
         if self.negatives == "hybrid" and self.prediction == "classes":
-            raise Refusal(
+            raise ConfigError(
+                "todo.key",
                 '[objective] negatives = "hybrid" learns without labels, so no goodness tells one: '
-                'set prediction = "probe"'
+                'set prediction = "probe"',
             )
 
     @property
-    def schedule(self) -> str:
+    def default_schedule(self) -> str:
         """Nothing comes back to block 0 but the scores of hard negatives; they do not block."""
         return "pipelined" if self.negatives == "hard" else "stream"
 
     @property
-    def labels(self) -> bool:
+    def embeds_labels(self) -> bool:
         """Mixed samples need none."""
         return self.negatives != "hybrid"
 
     @property
-    def parts(self) -> int:
+    def row_groups(self) -> int:
         """Neutral samples have a pass of their own, or are the positives."""
         return 3 if self.negatives == "random" else 2
 
-    def build(self, task: Task) -> Peers | None:
+    def build_head(self, spec: BlockSpec) -> PeerNormalisation | None:
         """Return the mean activities of the units."""
-        return Peers(task.features if task.last else task.outputs) if self.peer else None
+        return (
+            PeerNormalisation(spec.feature_shape if spec.is_last else spec.output_shape)
+            if self.peer
+            else None
+        )
 
-    def helped(self, task: Task) -> None:
+    def head_input_shape(self, spec: BlockSpec) -> None:
         """It is not run."""
 
-    def copies(self, task: Task) -> int:
+    def forward_passes(self, spec: BlockSpec) -> int:
         """Return how often a sample passes the block, the neutral pass included."""
         return 2 if self.negatives == "hybrid" else 3
 
-    def couples(self, task: Task) -> bool:
+    def couples_samples(self, spec: BlockSpec) -> bool:
         """Mixed samples depend on each other."""
-        return self.negatives == "hybrid" and task.block == 0
+        return self.negatives == "hybrid" and spec.index == 0
 
-    def traced(self, task: Task, pass_: int) -> bool:
+    def needs_graph(self, spec: BlockSpec, pass_: int) -> bool:
         """The neutral pass is for the probe, which learns on detached features."""
         return self.negatives != "hard" or pass_ == 1
 
-    def learnt(self, task: Task, given: Given, sample: Tensor) -> Tensor:
+    def training_input(self, spec: BlockSpec, micro_batch: Given, sample: Tensor) -> Tensor:
         """Return [positives; negatives; neutral], the last not where they come apart."""
         if self.negatives == "hybrid":
-            return torch.cat([sample, negatives.mixed(given, sample)])
+            return torch.cat([sample, negatives.mixed_samples(micro_batch, sample)])
         if self.negatives == "random":
-            return super().learnt(task, given, sample)
-        if not given.pass_:
-            return self.neutral(task, sample)
-        pair = (given.targets, negatives.hard(given, given.told[SCORES]))
-        return torch.cat([self.marked(sample, one_hot(each, task.classes)) for each in pair])
+            return super().training_input(spec, micro_batch, sample)
+        if not micro_batch.pass_:
+            return self.neutral_samples(spec, sample)
+        pair = (
+            micro_batch.targets,
+            negatives.hard_labels(micro_batch, micro_batch.received[SCORES]),
+        )
+        return torch.cat([self.embed_label(sample, one_hot(each, spec.classes)) for each in pair])
 
-    def routes(self, blocks: int, mode: Mode) -> tuple[Route, ...]:
+    def routes(self, blocks: int, mode: ExecutionMode) -> tuple[Route, ...]:
         """Return the way onward; with hard negatives after a pass that asks for scores."""
         if mode == "predict" or self.negatives != "hard":
             return super().routes(blocks, mode)
         asked = Route(Point(blocks - 1, "F"), Point(0, "F", 1), SCORES)
-        return (*onward(blocks), *onward(blocks, PAIRS, 1), asked)
+        return (*forward_routes(blocks), *forward_routes(blocks, PAIRS, 1), asked)
 
-    def taught(self, task: Task, block: Block, live: Live, out: Tensor) -> list[Pull]:
+    def goodness_pairs(
+        self, spec: BlockSpec, block: Block, micro_batch: MicroBatch, output: Tensor
+    ) -> list[BackwardPair]:
         """Add the force of peer normalisation to that of the goodness."""
-        pulls = super().taught(task, block, live, out)
-        if isinstance(block.helper, Peers):
-            positives = out[: len(live.targets)]
-            block.helper.seen(positives, live.draws.rows)
-            pulls.append((positives, self.peer * live.share * block.helper.force(positives)))
+        pulls = super().goodness_pairs(spec, block, micro_batch, output)
+        if isinstance(block.head, PeerNormalisation):
+            positives = output[: len(micro_batch.targets)]
+            block.head.accumulate(positives, micro_batch.row_random.total_rows)
+            pulls.append(
+                (positives, self.peer * micro_batch.loss_scale * block.head.cotangent(positives))
+            )
         return pulls
 
-    def probing(self, block: Block, live: Live) -> Tensor:
+    def probe_features(self, block: Block, micro_batch: MicroBatch) -> Tensor:
         """Return features of neutral samples: the last rows, a pass before, or the positives."""
         if self.negatives == "random":
-            return super().probing(block, live)
-        asked = live.before if self.negatives == "hard" else live
+            return super().probe_features(block, micro_batch)
+        asked = micro_batch.previous_pass if self.negatives == "hard" else micro_batch
         assert asked is not None
-        return summit.features(block, asked)[: len(live.targets)]
+        return summit.features(block, asked)[: len(micro_batch.targets)]
 
-    def after_update(self, task: Task, block: Block, told: Mapping[str, Tensor]) -> None:
+    def after_update(self, spec: BlockSpec, block: Block, received: Mapping[str, Tensor]) -> None:
         """Let the mean activities grow older."""
-        if isinstance(block.helper, Peers):
-            block.helper.aged()
+        if isinstance(block.head, PeerNormalisation):
+            block.head.apply_decay()
 
-    def solve(self, task: Task, block: Block) -> None:
+    def solve(self, spec: BlockSpec, block: Block) -> None:
         """Bring the mean activities up to date."""
-        if isinstance(block.helper, Peers):
-            block.helper.settled()
+        if isinstance(block.head, PeerNormalisation):
+            block.head.finish_segment()
+
+
+MOMENTUM = 0.9
+
+
+@final
+class PeerNormalisation(nn.Module):
+    """Running mean activities of the units of a block whose samples have `shape`; no forward."""
+
+    identical_buffers = ("mean", "recent", "decay")
+    mean: Tensor
+    recent: Tensor
+    decay: Tensor
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        units = shape[0] if len(shape) == 3 else math.prod(shape)
+        self.register_buffer("mean", torch.full((units,), 0.5))
+        self.register_buffer("recent", torch.zeros(units))
+        self.register_buffer("decay", torch.ones(()))
+
+    def accumulate(self, positives: Tensor, update_rows: int) -> None:
+        """Add the activity of positives (n, ...), of `rows` in the whole update."""
+        activity = positives.detach().view(len(positives), len(self.mean), -1).mean(2).sum(0)
+        self.recent.add_(activity.to(self.recent), alpha=(1 - MOMENTUM) / MOMENTUM / update_rows)
+
+    def cotangent(self, positives: Tensor) -> Tensor:
+        """Return d(penalty)/d(out) for positives (n, ...), for a mean over n and coefficient 1."""
+        units, numbers = len(self.mean), math.prod(positives.shape[1:])
+        gap = 2 * (1 - MOMENTUM) / units * (self.mean - self.mean.mean())
+        spread = gap.repeat_interleave(numbers // units) * (units / numbers / len(positives))
+        return spread.view(1, *positives.shape[1:]).expand_as(positives).to(positives.dtype)
+
+    def apply_decay(self) -> None:
+        """Follow an update."""
+        self.recent.mul_(MOMENTUM)
+        self.decay.mul_(MOMENTUM)
+
+    def finish_segment(self) -> None:
+        """End a segment."""
+        self.mean.mul_(self.decay).add_(self.recent)
+        self.recent.zero_()
+        self.decay.fill_(1.0)

@@ -31,19 +31,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from dtrain.block import Block
-from dtrain.errors import Refusal
-from dtrain.live import Live
-from dtrain.objectives.parts.informed import Informed
-from dtrain.objectives.task import Task
+from dtrain.block.block import Block
+from dtrain.block.micro_batch import MicroBatch
+from dtrain.errors import ConfigError
+from dtrain.objectives.block_spec import BlockSpec
+from dtrain.objectives.common.reconstruction import Reconstruction
 
-PARTNERS = 4
+MIN_SAMPLES_PER_CLASS = 4
 """Samples of a class in a micro-batch below which contrasts teach little."""
 
 
 @final
 @dataclass(frozen=True)
-class InfoPro(Informed):
+class InfoPro(Reconstruction):
     """Reconstruction and a loss of the label; prediction: last block, and the vote (sum).
 
     Parameters
@@ -64,49 +64,57 @@ class InfoPro(Informed):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.temperature <= 0:
-            raise Refusal(f"[objective] temperature = {self.temperature}: give more than 0")
+            raise ConfigError(
+                "todo.key", f"[objective] temperature = {self.temperature}: give more than 0"
+            )
         if self.features < 1:
-            raise Refusal(f"[objective] features = {self.features}: give at least 1")
+            raise ConfigError(
+                "todo.key", f"[objective] features = {self.features}: give at least 1"
+            )
 
-    def path(self, task: Task) -> tuple[nn.Module, tuple[int, ...]]:
+    def feature_path(self, spec: BlockSpec) -> tuple[nn.Module, tuple[int, ...]]:
         """Features are what leaves the block."""
-        return nn.Identity(), task.outputs
+        return nn.Identity(), spec.output_shape
 
-    def scores(self, task: Task) -> int:
+    def head_width(self, spec: BlockSpec) -> int:
         """Return the classes, or the length of what is contrasted."""
-        return task.classes if self.loss == "ce" else self.features
+        return spec.classes if self.loss == "ce" else self.features
 
-    def classification(self, task: Task, made: Tensor, live: Live) -> tuple[str, Tensor]:
+    def classification_loss(
+        self, spec: BlockSpec, head_output: Tensor, micro_batch: MicroBatch
+    ) -> tuple[str, Tensor]:
         """Return L_y."""
         if self.loss == "ce":
-            return super().classification(task, made, live)
-        return "contrast", contrast(normalize(made), live.targets, self.temperature)
+            return super().classification_loss(spec, head_output, micro_batch)
+        return "contrast", contrastive_loss(
+            normalize(head_output), micro_batch.targets, self.temperature
+        )
 
-    def couples(self, task: Task) -> bool:
+    def couples_samples(self, spec: BlockSpec) -> bool:
         """Contrasts are between samples."""
-        return self._contrasts(task)
+        return self._is_contrastive(spec)
 
-    def predict(self, task: Task, block: Block, live: Live) -> Tensor | None:
+    def predict(self, spec: BlockSpec, block: Block, micro_batch: MicroBatch) -> Tensor | None:
         """Return the class scores (rows, classes), None where there are contrasts instead."""
-        return None if self._contrasts(task) else super().predict(task, block, live)
+        return None if self._is_contrastive(spec) else super().predict(spec, block, micro_batch)
 
-    def cautions(self, tasks: Sequence[Task], rows: int) -> list[str]:
+    def warnings(self, specs: Sequence[BlockSpec], rows: int) -> list[str]:
         """Tell of classes with too few samples to be contrasted."""
-        contrasted = [task.block for task in tasks if self._contrasts(task)]
-        expected = rows / tasks[0].classes
-        if not contrasted or expected >= PARTNERS:
+        contrasted = [task.index for task in specs if self._is_contrastive(task)]
+        expected = rows / specs[0].classes
+        if not contrasted or expected >= MIN_SAMPLES_PER_CLASS:
             return []
         return [
-            f"contrasts between {rows} samples of {tasks[0].classes} classes: {expected:.1f} of a "
-            f"class expected in a micro-batch, {PARTNERS} or more teach better: give micro-batches "
-            f'of {PARTNERS * tasks[0].classes} samples, or loss = "ce"'
+            f"contrasts between {rows} samples of {specs[0].classes} classes: {expected:.1f} of a "
+            f"class expected in a micro-batch, {MIN_SAMPLES_PER_CLASS} or more teach better: give micro-batches "
+            f'of {MIN_SAMPLES_PER_CLASS * specs[0].classes} samples, or loss = "ce"'
         ]
 
-    def _contrasts(self, task: Task) -> bool:
-        return self.loss == "contrast" and not task.last and self.lambdas(task)[1] > 0
+    def _is_contrastive(self, spec: BlockSpec) -> bool:
+        return self.loss == "contrast" and not spec.is_last and self.lambdas(spec)[1] > 0
 
 
-def contrast(z: Tensor, targets: Tensor, temperature: float) -> Tensor:
+def contrastive_loss(z: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """Return the supervised contrastive loss of z (rows, features), each of length 1."""
     alone = torch.eye(len(z), dtype=torch.bool, device=z.device)
     logits = (z @ z.T / temperature).masked_fill(alone, -torch.inf)

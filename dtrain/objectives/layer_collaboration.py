@@ -32,14 +32,14 @@ from typing import final
 import torch
 from torch import Tensor
 
-from dtrain.block import Block
-from dtrain.live import Live
-from dtrain.objectives.objective import Mode, onward
-from dtrain.objectives.parts.goodness import Goodness
-from dtrain.objectives.task import Task
-from dtrain.schedules.action import Point, Route
+from dtrain.block.block import Block
+from dtrain.block.micro_batch import MicroBatch
+from dtrain.objectives.base import ExecutionMode, forward_routes
+from dtrain.objectives.block_spec import BlockSpec
+from dtrain.objectives.common.goodness import Goodness
+from dtrain.schedules.actions import Point, Route
 
-SUM, TOTAL = "sum", "total"
+PARTIAL_SUM, TOTAL = "sum", "total"
 
 
 @final
@@ -57,53 +57,64 @@ class LayerCollaboration(Goodness):
     first: bool = True
 
     @property
-    def schedule(self) -> str:
+    def default_schedule(self) -> str:
         """Nothing waits."""
         return "pipelined"
 
-    def routes(self, blocks: int, mode: Mode) -> tuple[Route, ...]:
+    def routes(self, blocks: int, mode: ExecutionMode) -> tuple[Route, ...]:
         """Return the sum so far, beside the activations, and the total that comes back."""
         routes = super().routes(blocks, mode)
         if mode == "predict":
             return routes
         last = Point(blocks - 1, "B")
         back = (Route(last, Point(b, "B"), TOTAL) for b in reversed(range(blocks - 1)))
-        return (*routes, *onward(blocks, SUM), *back)
+        return (*routes, *forward_routes(blocks, PARTIAL_SUM), *back)
 
-    def shape(
-        self, route: Route, tasks: Sequence[Task], rows: int
+    def message_spec(
+        self, route: Route, specs: Sequence[BlockSpec], rows: int
     ) -> tuple[tuple[int, ...], torch.dtype]:
         """Return that of a number per positive and per negative."""
-        if route.name in (SUM, TOTAL):
+        if route.name in (PARTIAL_SUM, TOTAL):
             return (2 * rows,), torch.float64
-        return super().shape(route, tasks, rows)
+        return super().message_spec(route, specs, rows)
 
-    def tell(self, route: Route, block: Block, live: Live | None) -> Tensor:
+    def make_message(self, route: Route, block: Block, micro_batch: MicroBatch | None) -> Tensor:
         """Return the sum so far, or what the last block found it to be."""
-        if route.name not in (SUM, TOTAL):
-            return super().tell(route, block, live)
-        assert live is not None
+        if route.name not in (PARTIAL_SUM, TOTAL):
+            return super().make_message(route, block, micro_batch)
+        assert micro_batch is not None
         if route.name == TOTAL:
-            return live.told[TOTAL]
-        return self._summed(live, self.good(live.y.detach()[: 2 * len(live.targets)]))
+            return micro_batch.received[TOTAL]
+        return self._partial_sum(
+            micro_batch,
+            self.compute_goodness(micro_batch.y.detach()[: 2 * len(micro_batch.targets)]),
+        )
 
-    def _summed(self, live: Live, good: Tensor) -> Tensor:
+    def _partial_sum(self, micro_batch: MicroBatch, goodness: Tensor) -> Tensor:
         """Return the goodness of all blocks up to this one."""
-        own = good.detach().double()
-        return live.told[SUM] + own if SUM in live.told else own
+        own = goodness.detach().double()
+        return (
+            micro_batch.received[PARTIAL_SUM] + own if PARTIAL_SUM in micro_batch.received else own
+        )
 
-    def pulls(self, task: Task, block: Block, live: Live) -> list[tuple[Tensor, Tensor]]:
+    def backward_pairs(
+        self, spec: BlockSpec, block: Block, micro_batch: MicroBatch
+    ) -> list[tuple[Tensor, Tensor]]:
         """Pull as forward-forward; the last block knows the total from here on."""
-        if task.last:
-            out = self.output(task, block, live)
+        if spec.is_last:
+            out = self.goodness_input(spec, block, micro_batch)
             if out is not None:
-                live.told[TOTAL] = self._summed(live, self.good(out[: 2 * len(live.targets)]))
-            elif task.blocks > 1:
-                live.told[TOTAL] = live.told[SUM]
-        return super().pulls(task, block, live)
+                micro_batch.received[TOTAL] = self._partial_sum(
+                    micro_batch, self.compute_goodness(out[: 2 * len(micro_batch.targets)])
+                )
+            elif spec.blocks > 1:
+                micro_batch.received[TOTAL] = micro_batch.received[PARTIAL_SUM]
+        return super().backward_pairs(spec, block, micro_batch)
 
-    def joined(self, task: Task, live: Live, good: Tensor) -> Tensor:
+    def effective_goodness(
+        self, spec: BlockSpec, micro_batch: MicroBatch, goodness: Tensor
+    ) -> Tensor:
         """Return (rows,) g_k + gamma (G - g_k): exactly G where gamma is 1, g_k where it is 0."""
-        own = good.detach()
-        value = self.gamma * live.told[TOTAL].to(own) + (1 - self.gamma) * own
-        return value + (good - own)
+        own = goodness.detach()
+        value = self.gamma * micro_batch.received[TOTAL].to(own) + (1 - self.gamma) * own
+        return value + (goodness - own)

@@ -34,29 +34,33 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from dtrain.errors import Refusal
-from dtrain.objectives.parts import pooling
-from dtrain.objectives.parts.heads import Heads
-from dtrain.objectives.task import Task
+from dtrain.errors import ConfigError
+from dtrain.objectives.block_spec import BlockSpec
+from dtrain.objectives.common import pooling
+from dtrain.objectives.common.aux_heads import AuxHead
 
 Basis = Literal["sine", "square"]
-SLOWEST, FASTEST, SMALL = 50.0, 512.0, 0.01
-ALIKE = 0.5  # correlation of two classes' waves from which on a user is told
+
+
+MIN_FREQUENCY, MAX_FREQUENCY, INIT_STD = 50.0, 512.0, 0.01
+
+
+WARN_CORRELATION = 0.5  # correlation of two classes' waves from which on a user is told
 
 
 def waves(kind: Basis, classes: int, width: int) -> Tensor:
     """Return S (classes, width) in float64; "square" is the sign of "sine"."""
-    frequencies = torch.linspace(SLOWEST, FASTEST, classes, dtype=torch.float64)
+    frequencies = torch.linspace(MIN_FREQUENCY, MAX_FREQUENCY, classes, dtype=torch.float64)
     sines = torch.sin(torch.outer(frequencies, torch.arange(width, dtype=torch.float64)))
     return sines if kind == "sine" else sines.sign()
 
 
 @final
-class Waves(nn.Module):
+class WaveHead(nn.Module):
     """From an output (rows, ...) to f S^T, modulated, over the temperature: (rows, classes)."""
 
-    draws = False
-    alike = ("basis",)
+    uses_rng = False
+    identical_buffers = ("basis",)
     basis: Tensor
 
     def __init__(
@@ -77,7 +81,7 @@ class Waves(nn.Module):
 
 
 @dataclass(frozen=True)
-class Synchronised(Heads):
+class LlsBase(AuxHead):
     """What the three have in common; prediction: last block, and the vote (sum).
 
     Parameters
@@ -95,30 +99,32 @@ class Synchronised(Heads):
     features: int = 2048
 
     def __post_init__(self) -> None:
-        pooling.check(self.features)
+        pooling.check_limit(self.features)
         if not self.temperature > 0:
-            raise Refusal(f"[objective] temperature = {self.temperature}: give a number above 0")
+            raise ConfigError(
+                "todo.key", f"[objective] temperature = {self.temperature}: give a number above 0"
+            )
 
     @abstractmethod
-    def modulation(self, classes: int) -> Tensor | None:
+    def initial_modulation(self, classes: int) -> Tensor | None:
         """Return what multiplies the scores as it starts, drawn anew, or None."""
 
-    def network(self, task: Task) -> nn.Module:
+    def head_network(self, spec: BlockSpec) -> nn.Module:
         """Return the comparison with the waves."""
-        basis = waves(self.basis, task.classes, pooling.width(task.outputs, self.features))
-        pool = pooling.pooled(task.outputs, self.features)
-        return Waves(pool, basis, self.temperature, self.modulation(task.classes))
+        basis = waves(self.basis, spec.classes, pooling.width(spec.output_shape, self.features))
+        pool = pooling.make_pool(spec.output_shape, self.features)
+        return WaveHead(pool, basis, self.temperature, self.initial_modulation(spec.classes))
 
-    def cautions(self, tasks: Sequence[Task], rows: int) -> list[str]:
+    def warnings(self, specs: Sequence[BlockSpec], rows: int) -> list[str]:
         """Tell of blocks so narrow that two classes' waves are much alike."""
         told = []
-        for task in tasks[:-1]:
-            width = pooling.width(task.outputs, self.features)
+        for task in specs[:-1]:
+            width = pooling.width(task.output_shape, self.features)
             unit = normalize(waves(self.basis, task.classes, width))
             most = float((unit @ unit.T).fill_diagonal_(0).abs().max())
-            if most > ALIKE:
+            if most > WARN_CORRELATION:
                 told.append(
-                    f"block {task.block} tells {task.classes} classes apart by waves of {width} "
+                    f"block {task.index} tells {task.classes} classes apart by waves of {width} "
                     f"numbers, two of which correlate by {most:.2f}: widen it, or use mono-forward"
                 )
         return told
@@ -126,26 +132,26 @@ class Synchronised(Heads):
 
 @final
 @dataclass(frozen=True)
-class Lls(Synchronised):
+class Lls(LlsBase):
     """Fixed waves alone: no parameters but the block's."""
 
-    def modulation(self, classes: int) -> Tensor | None:
+    def initial_modulation(self, classes: int) -> Tensor | None:
         return None
 
 
 @final
 @dataclass(frozen=True)
-class LlsM(Synchronised):
+class LlsM(LlsBase):
     """A learned factor per class."""
 
-    def modulation(self, classes: int) -> Tensor | None:
-        return SMALL * torch.randn(classes)
+    def initial_modulation(self, classes: int) -> Tensor | None:
+        return INIT_STD * torch.randn(classes)
 
 
 @final
 @dataclass(frozen=True)
-class LlsMxM(Synchronised):
+class LlsMxM(LlsBase):
     """A learned matrix between waves and classes."""
 
-    def modulation(self, classes: int) -> Tensor | None:
-        return SMALL * torch.randn(classes, classes)
+    def initial_modulation(self, classes: int) -> Tensor | None:
+        return INIT_STD * torch.randn(classes, classes)

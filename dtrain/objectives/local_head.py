@@ -13,10 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-from dtrain.objectives.parts.networked import Networked
+from dtrain.objectives.common.aux_heads import NetworkHead
 
 
 @final
 @dataclass(frozen=True)
-class LocalHead(Networked):
+class LocalHead(NetworkHead):
     """A learned network per earlier block; prediction: last block, and the vote (sum)."""

@@ -20,13 +20,13 @@ from typing import Literal
 
 from torch import nn
 
-from dtrain.objectives.parts import pooling
-from dtrain.objectives.parts.heads import Heads
-from dtrain.objectives.task import Task
+from dtrain.objectives.block_spec import BlockSpec
+from dtrain.objectives.common import pooling
+from dtrain.objectives.common.aux_heads import AuxHead
 
 
 @dataclass(frozen=True)
-class MonoForward(Heads):
+class MonoForward(AuxHead):
     """A linear head without bias per earlier block.
 
     Parameters
@@ -42,17 +42,17 @@ class MonoForward(Heads):
     features: int = 2048
 
     def __post_init__(self) -> None:
-        pooling.check(self.features)
+        pooling.check_limit(self.features)
 
     @property
-    def votes(self) -> bool:
+    def predicts_by_vote(self) -> bool:
         """Whether the model's prediction is the vote."""
         return self.prediction == "vote"
 
-    def network(self, task: Task) -> nn.Module:
+    def head_network(self, spec: BlockSpec) -> nn.Module:
         """Return M as a linear map from the flattened output to the classes."""
-        width = pooling.width(task.outputs, self.features)
+        width = pooling.width(spec.output_shape, self.features)
         return nn.Sequential(
-            pooling.pooled(task.outputs, self.features),
-            nn.Linear(width, task.classes, bias=False),
+            pooling.make_pool(spec.output_shape, self.features),
+            nn.Linear(width, spec.classes, bias=False),
         )

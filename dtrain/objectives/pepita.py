@@ -40,15 +40,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
-from dtrain.block import Block, Pull
-from dtrain.errors import Refusal
-from dtrain.live import Given, Live
-from dtrain.objectives.objective import Mode, Objective, born, onward
-from dtrain.objectives.parts.feedback import Fixed
-from dtrain.objectives.task import Task
-from dtrain.schedules.action import Point, Route
+from dtrain.block.block import BackwardPair, Block
+from dtrain.block.micro_batch import Given, MicroBatch
+from dtrain.errors import ConfigError
+from dtrain.objectives.base import ExecutionMode, Objective, forward_routes, scaled_loss_pair
+from dtrain.objectives.block_spec import BlockSpec
+from dtrain.objectives.common.random_feedback import FixedMatrix
+from dtrain.schedules.actions import Point, Route
 
-ERROR, BLOCKS = "error", 3
+ERROR, USUAL_BLOCKS = "error", 3
 
 
 @final
@@ -64,87 +64,100 @@ class Pepita(Objective):
         Which pass's error the last block learns from: "first" or "second".
     """
 
-    schedule: ClassVar[str] = "drained"
+    default_schedule: ClassVar[str] = "drained"
 
     scale: float = 0.05
     error: Literal["first", "second"] = "first"
 
     def __post_init__(self) -> None:
         if not 0 < self.scale < math.inf:
-            raise Refusal(f"[objective] scale = {self.scale}: give more than 0 (default 0.05)")
+            raise ConfigError(
+                "todo.key", f"[objective] scale = {self.scale}: give more than 0 (default 0.05)"
+            )
 
-    def build(self, task: Task) -> nn.Module | None:
+    def build_head(self, spec: BlockSpec) -> nn.Module | None:
         """Return the matrix at the first of several blocks."""
-        first, width = task.block == 0 and task.blocks > 1, math.prod(task.sample)
-        return Fixed("kaiming", task.classes, width) if first else None
+        first, width = spec.index == 0 and spec.blocks > 1, math.prod(spec.sample_shape)
+        return FixedMatrix("kaiming", spec.classes, width) if first else None
 
-    def helped(self, task: Task) -> None:
+    def head_input_shape(self, spec: BlockSpec) -> None:
         """Nothing is run: errors are multiplied by a matrix."""
 
-    def copies(self, task: Task) -> int:
+    def forward_passes(self, spec: BlockSpec) -> int:
         """Return 2 passes; the costs count both as learnt."""
-        return 2 if task.blocks > 1 else 1
+        return 2 if spec.blocks > 1 else 1
 
     def taps(self, block: Block) -> Sequence[str]:
         """Return the pre-activation of the block's last layer, where it can be tapped."""
         name, layer = list(block.layers.items())[-1]
         return [f"{name}.sums"] if isinstance(getattr(layer, "sums", None), nn.Module) else []
 
-    def routes(self, blocks: int, mode: Mode) -> tuple[Route, ...]:
+    def routes(self, blocks: int, mode: ExecutionMode) -> tuple[Route, ...]:
         """Activations go on, in training twice; between the passes the error goes to the input."""
         if mode == "predict" or blocks == 1:
-            return onward(blocks)
+            return forward_routes(blocks)
         back = Route(Point(blocks - 1, "F"), Point(0, "F", 1), ERROR)
-        return (*onward(blocks), *onward(blocks, pass_=1), back)
+        return (*forward_routes(blocks), *forward_routes(blocks, pass_=1), back)
 
-    def shape(
-        self, route: Route, tasks: Sequence[Task], rows: int
+    def message_spec(
+        self, route: Route, specs: Sequence[BlockSpec], rows: int
     ) -> tuple[tuple[int, ...], torch.dtype]:
         """Return (rows, classes) for the error."""
-        wide = (rows, tasks[-1].classes), tasks[-1].dtype
-        return wide if route.name == ERROR else super().shape(route, tasks, rows)
+        wide = (rows, specs[-1].classes), specs[-1].dtype
+        return wide if route.name == ERROR else super().message_spec(route, specs, rows)
 
-    def tell(self, route: Route, block: Block, live: Live | None) -> Tensor:
+    def make_message(self, route: Route, block: Block, micro_batch: MicroBatch | None) -> Tensor:
         """Give the error of each sample's own loss."""
-        assert live is not None
-        return missed(live) if route.name == ERROR else super().tell(route, block, live)
+        assert micro_batch is not None
+        return (
+            output_error(micro_batch)
+            if route.name == ERROR
+            else super().make_message(route, block, micro_batch)
+        )
 
-    def traced(self, task: Task, pass_: int) -> bool:
+    def needs_graph(self, spec: BlockSpec, pass_: int) -> bool:
         """The second pass is learnt; the first is the only one where one block learns alone."""
-        return pass_ == 1 or task.blocks == 1
+        return pass_ == 1 or spec.blocks == 1
 
-    def feed(self, task: Task, block: Block, given: Given) -> Tensor:
+    def make_input(self, spec: BlockSpec, block: Block, micro_batch: Given) -> Tensor:
         """Return what arrived, or the data; in the second pass modulated."""
-        x = super().feed(task, block, given)
-        if ERROR not in given.told:
+        x = super().make_input(spec, block, micro_batch)
+        if ERROR not in micro_batch.received:
             return x
-        assert isinstance(block.helper, Fixed)
-        matrix = self.scale * block.helper.feedback
-        added = given.told[ERROR].to(matrix.dtype) @ matrix
+        assert isinstance(block.head, FixedMatrix)
+        matrix = self.scale * block.head.feedback
+        added = micro_batch.received[ERROR].to(matrix.dtype) @ matrix
         return x + added.view_as(x).to(x.dtype)
 
-    def pulls(self, task: Task, block: Block, live: Live) -> list[Pull]:
+    def backward_pairs(
+        self, spec: BlockSpec, block: Block, micro_batch: MicroBatch
+    ) -> list[BackwardPair]:
         """Pull the second pass back to where the first was; the last block along the error."""
-        first = live.before
+        first = micro_batch.previous_pass
         if first is None:
-            return [born(live, live.y)]
-        share = live.share / len(live.targets)
-        if task.last:
-            live.loss = cross_entropy(first.y, live.targets)
-            return [(live.y, share * missed(first if self.error == "first" else live))]
-        end = next((live.taps[name] for name in self.taps(block)), live.y)
-        return [(end, share * (first.y - live.y.detach()))]
+            return [scaled_loss_pair(micro_batch, micro_batch.y)]
+        share = micro_batch.loss_scale / len(micro_batch.targets)
+        if spec.is_last:
+            micro_batch.loss = cross_entropy(first.y, micro_batch.targets)
+            return [
+                (
+                    micro_batch.y,
+                    share * output_error(first if self.error == "first" else micro_batch),
+                )
+            ]
+        end = next((micro_batch.taps[name] for name in self.taps(block)), micro_batch.y)
+        return [(end, share * (first.y - micro_batch.y.detach()))]
 
-    def cautions(self, tasks: Sequence[Task], rows: int) -> list[str]:
+    def warnings(self, specs: Sequence[BlockSpec], rows: int) -> list[str]:
         """Say that it is for few blocks."""
-        if len(tasks) <= BLOCKS:
+        if len(specs) <= USUAL_BLOCKS:
             return []
         return [
-            f"'pepita' modulates the input alone, and its effect fades with depth: {len(tasks)} "
-            f"blocks, while 2 or {BLOCKS} layers are usual; set [partition] blocks = {BLOCKS}"
+            f"'pepita' modulates the input alone, and its effect fades with depth: {len(specs)} "
+            f"blocks, while 2 or {USUAL_BLOCKS} layers are usual; set [partition] blocks = {USUAL_BLOCKS}"
         ]
 
 
-def missed(live: Live) -> Tensor:
+def output_error(micro_batch: MicroBatch) -> Tensor:
     """Return softmax(y) - onehot (rows, classes)."""
-    return live.y.detach().softmax(1) - one_hot(live.targets, live.y.shape[1])
+    return micro_batch.y.detach().softmax(1) - one_hot(micro_batch.targets, micro_batch.y.shape[1])

@@ -32,20 +32,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, layer_norm, one_hot, softplus
 
-from dtrain.block import Block, Pull
-from dtrain.live import Given, Live
-from dtrain.objectives.objective import ACTIVATION, VOTES, Mode, Objective, onward
-from dtrain.objectives.parts import summit
-from dtrain.objectives.parts.goodness import wide
-from dtrain.objectives.task import Task
-from dtrain.schedules.action import Route
+from dtrain.block.block import BackwardPair, Block
+from dtrain.block.micro_batch import Given, MicroBatch
+from dtrain.objectives.base import ACTIVATION, VOTES, ExecutionMode, Objective, forward_routes
+from dtrain.objectives.block_spec import BlockSpec
+from dtrain.objectives.common import probe_head as summit
+from dtrain.objectives.common.goodness import at_least_float32
+from dtrain.schedules.actions import Route
 
 
 @final
-class Channels(nn.Module):
+class ChannelGoodness(nn.Module):
     """Goodness per class (rows, C) of samples of `shape`."""
 
-    draws = False
+    uses_rng = False
 
     def __init__(self, shape: tuple[int, ...], classes: int) -> None:
         super().__init__()
@@ -56,7 +56,11 @@ class Channels(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Return the mean of the squares of each channel."""
         made = self.map(input if input.dim() == 4 else input.flatten(1))
-        return wide(made).square().flatten(2).mean(2) if made.dim() == 4 else wide(made).square()
+        return (
+            at_least_float32(made).square().flatten(2).mean(2)
+            if made.dim() == 4
+            else at_least_float32(made).square()
+        )
 
 
 @final
@@ -76,69 +80,76 @@ class ScalableFf(Objective):
     prediction: Literal["mean", "last", "probe"] = "mean"
 
     @property
-    def votes(self) -> bool:
+    def predicts_by_vote(self) -> bool:
         """With "mean" the prediction is that of all blocks."""
         return self.prediction == "mean"
 
-    def build(self, task: Task) -> nn.Module:
+    def build_head(self, spec: BlockSpec) -> nn.Module:
         """Return the channels of every block, the last one included."""
-        return Channels(self._seen(task), task.classes)
+        return ChannelGoodness(self._goodness_shape(spec), spec.classes)
 
-    def helped(self, task: Task) -> tuple[int, ...]:
+    def head_input_shape(self, spec: BlockSpec) -> tuple[int, ...]:
         """Return the shape of what has goodness."""
-        return self._seen(task)
+        return self._goodness_shape(spec)
 
-    def _seen(self, task: Task) -> tuple[int, ...]:
-        return task.features if task.last else task.outputs
+    def _goodness_shape(self, spec: BlockSpec) -> tuple[int, ...]:
+        return spec.feature_shape if spec.is_last else spec.output_shape
 
     def taps(self, block: Block) -> Sequence[str]:
         """Return what enters the last layer."""
-        return summit.below(block)
+        return summit.feature_taps(block)
 
-    def routes(self, blocks: int, mode: Mode) -> tuple[Route, ...]:
+    def routes(self, blocks: int, mode: ExecutionMode) -> tuple[Route, ...]:
         """Activations go on; in prediction the sum of the goodness so far rides beside them."""
-        return (*onward(blocks), *(onward(blocks, VOTES) if mode == "predict" else ()))
+        return (
+            *forward_routes(blocks),
+            *(forward_routes(blocks, VOTES) if mode == "predict" else ()),
+        )
 
-    def feed(self, task: Task, block: Block, given: Given) -> Tensor:
+    def make_input(self, spec: BlockSpec, block: Block, micro_batch: Given) -> Tensor:
         """Return what arrived, normed sample by sample, or the data."""
-        if ACTIVATION not in given.told:
-            return super().feed(task, block, given)
-        made = given.told.pop(ACTIVATION)  # what is not needed again goes
+        if ACTIVATION not in micro_batch.received:
+            return super().make_input(spec, block, micro_batch)
+        made = micro_batch.received.pop(ACTIVATION)  # what is not needed again goes
         return layer_norm(made, made.shape[1:])
 
-    def _good(self, task: Task, block: Block, live: Live) -> Tensor:
+    def _goodness(self, spec: BlockSpec, block: Block, micro_batch: MicroBatch) -> Tensor:
         """Return the goodness (rows, C)."""
-        assert block.helper is not None
-        made: Tensor = block.helper(summit.features(block, live) if task.last else live.y)
+        assert block.head is not None
+        made: Tensor = block.head(
+            summit.features(block, micro_batch) if spec.is_last else micro_batch.y
+        )
         return made
 
-    def pulls(self, task: Task, block: Block, live: Live) -> list[Pull]:
+    def backward_pairs(
+        self, spec: BlockSpec, block: Block, micro_batch: MicroBatch
+    ) -> list[BackwardPair]:
         """Pull the loss of the goodness, and in the last block that of the probe too."""
-        good = self._good(task, block, live)
-        true = one_hot(live.targets, task.classes).to(good)
+        good = self._goodness(spec, block, micro_batch)
+        true = one_hot(micro_batch.targets, spec.classes).to(good)
         positive = (good * true).sum(1)
-        others = (1 - true) / (task.classes - 1)
+        others = (1 - true) / (spec.classes - 1)
         negative = (softplus(good - self.theta) * others).sum(1)
         loss = (softplus(self.theta - positive) + negative).mean()
-        live.loss = loss.detach()
-        live.figures["goodness_positive"] = positive.detach().mean()
-        live.figures["goodness_negative"] = (good.detach() * others).sum(1).mean()
-        pulls = [(loss, torch.full_like(loss, live.share))]
-        return [*pulls, self._probed(block, live)] if task.last else pulls
+        micro_batch.loss = loss.detach()
+        micro_batch.metrics["goodness_positive"] = positive.detach().mean()
+        micro_batch.metrics["goodness_negative"] = (good.detach() * others).sum(1).mean()
+        pulls = [(loss, torch.full_like(loss, micro_batch.loss_scale))]
+        return [*pulls, self._probe_pair(block, micro_batch)] if spec.is_last else pulls
 
-    def _probed(self, block: Block, live: Live) -> Pull:
+    def _probe_pair(self, block: Block, micro_batch: MicroBatch) -> BackwardPair:
         """Return the pull of the model's head, which teaches nobody."""
-        scores = summit.scores(block, summit.features(block, live).detach())
-        loss = cross_entropy(scores, live.targets)
-        live.figures["probe_loss"] = loss.detach()
-        return loss, torch.full_like(loss, live.share)
+        scores = summit.scores(block, summit.features(block, micro_batch).detach())
+        loss = cross_entropy(scores, micro_batch.targets)
+        micro_batch.metrics["probe_loss"] = loss.detach()
+        return loss, torch.full_like(loss, micro_batch.loss_scale)
 
-    def predict(self, task: Task, block: Block, live: Live) -> Tensor:
+    def predict(self, spec: BlockSpec, block: Block, micro_batch: MicroBatch) -> Tensor:
         """Return the goodness (rows, C), or in the last block what the probe says."""
-        if task.last and self.prediction == "probe":
-            return live.y
-        return self._good(task, block, live)
+        if spec.is_last and self.prediction == "probe":
+            return micro_batch.y
+        return self._goodness(spec, block, micro_batch)
 
-    def vote(self, task: Task, scores: Tensor) -> Tensor:
+    def vote(self, spec: BlockSpec, scores: Tensor) -> Tensor:
         """Return the block's part of the mean."""
-        return scores / task.blocks
+        return scores / spec.blocks

@@ -27,16 +27,16 @@ from typing import Literal, final
 import torch
 from torch.nn.functional import l1_loss, mse_loss
 
-from dtrain.block import Block, Pull
-from dtrain.live import Live
-from dtrain.objectives.objective import born
-from dtrain.objectives.parts.feedback import Fixed, Matrix, Pushed
-from dtrain.objectives.task import Task
+from dtrain.block.block import BackwardPair, Block
+from dtrain.block.micro_batch import MicroBatch
+from dtrain.objectives.base import scaled_loss_pair
+from dtrain.objectives.block_spec import BlockSpec
+from dtrain.objectives.common.random_feedback import FixedMatrix, MatrixKind, RandomFeedback
 
 
 @final
 @dataclass(frozen=True)
-class TpSgd(Pushed):
+class TpSgd(RandomFeedback):
     """A fixed matrix of targets per earlier block; prediction: the last block's alone.
 
     Parameters
@@ -48,15 +48,17 @@ class TpSgd(Pushed):
     """
 
     loss: Literal["l2", "l1"] = "l2"
-    feedback: Matrix = "uniform"
+    feedback: MatrixKind = "uniform"
 
-    def pulls(self, task: Task, block: Block, live: Live) -> list[Pull]:
+    def backward_pairs(
+        self, spec: BlockSpec, block: Block, micro_batch: MicroBatch
+    ) -> list[BackwardPair]:
         """Pull the distance to the label's target; at the end the true loss."""
-        if task.last:
-            return [born(live, live.y)]
-        assert isinstance(block.helper, Fixed)
-        target = block.helper.feedback[live.targets]  # Y P, since Y is one-hot
+        if spec.is_last:
+            return [scaled_loss_pair(micro_batch, micro_batch.y)]
+        assert isinstance(block.head, FixedMatrix)
+        target = block.head.feedback[micro_batch.targets]  # Y P, since Y is one-hot
         distance = mse_loss if self.loss == "l2" else l1_loss
-        loss = distance(live.y.flatten(1), target)
-        live.loss = loss.detach()
-        return [(loss, torch.full_like(loss, live.share))]
+        loss = distance(micro_batch.y.flatten(1), target)
+        micro_batch.loss = loss.detach()
+        return [(loss, torch.full_like(loss, micro_batch.loss_scale))]

@@ -1,10 +1,10 @@
 """Orders of computing: plans, the messages they imply, their proof and their picture."""
 
+from dtrain.schedules.base import Schedule
 from dtrain.schedules.drained import Drained
-from dtrain.schedules.flush import FillDrain, OneFOneB
-from dtrain.schedules.pipedream import PipeDream, TwoBuffered
+from dtrain.schedules.gpipe_1f1b import FillDrain, OneFOneB
+from dtrain.schedules.pipedream import PipeDream, PipeDream2BW
 from dtrain.schedules.pipelined import Pipelined
-from dtrain.schedules.schedule import Schedule
 from dtrain.schedules.stream import Stream
 
 SCHEDULES: dict[str, type[Schedule]] = {
@@ -14,5 +14,5 @@ SCHEDULES: dict[str, type[Schedule]] = {
     "drained": Drained,
     "pipelined": Pipelined,
     "pipedream": PipeDream,
-    "pipedream-2bw": TwoBuffered,
+    "pipedream-2bw": PipeDream2BW,
 }

@@ -17,9 +17,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from dtrain.schedules.action import Action, Route
-from dtrain.schedules.cycles import cycles
-from dtrain.schedules.schedule import Schedule
+from dtrain.schedules.actions import Action, Route
+from dtrain.schedules.base import Schedule
+from dtrain.schedules.cyclic import cyclic_order
 
 
 @final
@@ -27,13 +27,17 @@ from dtrain.schedules.schedule import Schedule
 class Drained(Schedule):
     """Cycles that restart with every update."""
 
-    limit: ClassVar[str] = "'drained' runs every route"
+    unsupported_routes: ClassVar[str] = "'drained' runs every route"
     flushes: ClassVar[bool] = True
 
-    def runs(self, route: Route) -> bool:
+    def supports(self, route: Route) -> bool:
         return True
 
     def plan(
-        self, stage: int, place: Sequence[int], sizes: Sequence[int], routes: Sequence[Route]
+        self,
+        stage: int,
+        place: Sequence[int],
+        micro_batches: Sequence[int],
+        routes: Sequence[Route],
     ) -> Iterator[Action]:
-        return cycles(stage, place, sizes, routes, "update")
+        return cyclic_order(stage, place, micro_batches, routes, "update")

@@ -17,15 +17,16 @@ from itertools import accumulate, pairwise
 from operator import itemgetter
 from typing import TypeVar, final
 
-from dtrain.schedules.action import Route
-from dtrain.schedules.check import Sizes, groups, planned
-from dtrain.schedules.costs import Costs
-from dtrain.schedules.messages import Messages
-from dtrain.schedules.schedule import Schedule
-from dtrain.schedules.simulate import Rank, Simulation, Span
+from dtrain.schedules.actions import Route
+from dtrain.schedules.base import Schedule
+from dtrain.schedules.cost_model import CostModel
+from dtrain.schedules.messages import MessageTable
+from dtrain.schedules.simulator import RankCoords, Simulator, Span
+from dtrain.schedules.verify import MicroBatchCounts, distinct_replicas, segment_plans
 
 CREDITS = 2
 """Messages of a route that `comm` lets be under way."""
+
 
 Number = TypeVar("Number", int, float)
 
@@ -55,7 +56,7 @@ class Forecast:
     busy_s: tuple[float, ...]
     wait_s: tuple[float, ...]
     live_bytes: tuple[int, ...]
-    held_bytes: tuple[int, ...]
+    peak_message_bytes: tuple[int, ...]
     peak_bytes: tuple[int, ...]
     messages: Mapping[str, int]
     message_bytes: Mapping[str, int]
@@ -64,9 +65,9 @@ class Forecast:
 def forecast(
     schedule: Schedule,
     place: Sequence[int],
-    sizes: Sizes,
+    micro_batches: MicroBatchCounts,
     routes: Sequence[Route],
-    costs: Costs,
+    costs: CostModel,
     credits: int = CREDITS,
 ) -> Forecast:
     """Simulate all updates of `sizes` by given costs.
@@ -84,89 +85,99 @@ def forecast(
 
     Raises
     ------
-    Refusal
+    DtrainError
         Where the schedule cannot run a route.
     PlanError
         Where the plans do not fit: a fault of the schedule.
     """
-    schedule.admit(routes)
-    rows = groups(sizes)
-    course = _simulated(schedule, place, rows, routes, costs, credits)
-    return _Books(course, rows, place, routes, costs).forecast(max(place) + 1)
+    schedule.check_routes(routes)
+    rows = distinct_replicas(micro_batches)
+    course = _simulate(schedule, place, rows, routes, costs, credits)
+    return _ForecastBuilder(course, rows, place, routes, costs).build(max(place) + 1)
 
 
 def timeline(
     schedule: Schedule,
     place: Sequence[int],
-    sizes: Sizes,
+    micro_batches: MicroBatchCounts,
     routes: Sequence[Route],
-    costs: Costs,
+    costs: CostModel,
     credits: int = CREDITS,
 ) -> list[Span]:
     """Return what the first replica does when, stage by stage; arguments as of `forecast`."""
-    rows = groups(sizes)
-    spans = _simulated(schedule, place, rows, routes, costs, credits).spans
+    rows = distinct_replicas(micro_batches)
+    spans = _simulate(schedule, place, rows, routes, costs, credits).spans
     return [span for stage in range(max(place) + 1) for span in spans[min(rows), stage]]
 
 
-def _simulated(
+def _simulate(
     schedule: Schedule,
     place: Sequence[int],
-    rows: Mapping[int, Sequence[int]],
+    micro_batches: Mapping[int, Sequence[int]],
     routes: Sequence[Route],
-    costs: Costs,
+    costs: CostModel,
     credits: int,
-) -> Simulation:
-    plans = planned(schedule, place, rows, routes)
-    course = Simulation(plans, rows, place, routes, costs, credits)
+) -> Simulator:
+    plans = segment_plans(schedule, place, micro_batches, routes)
+    course = Simulator(plans, micro_batches, place, routes, costs, credits)
     course.run()
     return course
 
 
 @final
-class _Books:
+class _ForecastBuilder:
     """The accounts of a simulation that has run."""
 
     def __init__(
         self,
-        course: Simulation,
-        sizes: Mapping[int, Sequence[int]],
+        simulator: Simulator,
+        micro_batches: Mapping[int, Sequence[int]],
         place: Sequence[int],
         routes: Sequence[Route],
-        costs: Costs,
+        costs: CostModel,
     ) -> None:
-        self._course, self._place, self._routes, self._costs = course, place, routes, costs
-        self._mail = {r: Messages(routes, place, 0, row) for r, row in sizes.items()}
+        self._simulator, self._place, self._routes, self._costs = simulator, place, routes, costs
+        self._message_tables = {
+            r: MessageTable(routes, place, 0, row) for r, row in micro_batches.items()
+        }
 
-    def forecast(self, stages: int) -> Forecast:
+    def build(self, stages: int) -> Forecast:
         """Return what the course took."""
-        spans = self._course.spans
+        spans = self._simulator.spans
         makespan = max((spans[rank][-1].end for rank in spans if spans[rank]), default=0)
         busy = {rank: sum(s.end - s.start for s in spans[rank]) for rank in spans}
-        idle = {rank: _gaps(spans[rank]) for rank in spans}
-        live = self._most({rank: _peak(self._live(spans[rank])) for rank in spans}, stages)
-        held = self._most({rank: _peak(self._held(*rank)) for rank in spans}, stages)
+        idle = {rank: _idle_time(spans[rank]) for rank in spans}
+        live = self._max_over_replicas(
+            {rank: _peak(self._live_changes(spans[rank])) for rank in spans}, stages
+        )
+        held = self._max_over_replicas(
+            {rank: _peak(self._message_changes(*rank)) for rank in spans}, stages
+        )
         fixed: Counter[int] = Counter()
         for block, stage in enumerate(self._place):
             fixed[stage] += self._costs.blocks[block].fixed_bytes
-        count, size = max(map(self._traffic, self._mail), key=lambda both: both[0].total())
+        count, size = max(
+            map(self._traffic, self._message_tables), key=lambda both: both[0].total()
+        )
         return Forecast(
             makespan_s=makespan,
             bubble=1 - sum(busy.values()) / (len(spans) * makespan) if makespan else 0.0,
-            busy_s=self._most(busy, stages),
-            wait_s=self._most(idle, stages),
+            busy_s=self._max_over_replicas(busy, stages),
+            wait_s=self._max_over_replicas(idle, stages),
             live_bytes=live,
-            held_bytes=held,
+            peak_message_bytes=held,
             peak_bytes=tuple(fixed[s] + live[s] + held[s] for s in range(stages)),
             messages=count,
             message_bytes=size,
         )
 
-    def _most(self, values: Mapping[Rank, Number], stages: int) -> tuple[Number, ...]:
+    def _max_over_replicas(
+        self, values: Mapping[RankCoords, Number], stages: int
+    ) -> tuple[Number, ...]:
         """Return the largest value over replicas, per stage."""
-        return tuple(max(values[r, stage] for r in self._mail) for stage in range(stages))
+        return tuple(max(values[r, stage] for r in self._message_tables) for stage in range(stages))
 
-    def _live(self, spans: Sequence[Span]) -> Iterator[tuple[float, int]]:
+    def _live_changes(self, spans: Sequence[Span]) -> Iterator[tuple[float, int]]:
         """Yield when a stage's live micro-batches take bytes and give them back."""
         for span in spans:
             size = self._costs.blocks[span.action.block].live_bytes
@@ -175,34 +186,34 @@ class _Books:
             elif span.action.kind in "BW":
                 yield span.end, -size
 
-    def _held(self, replica: int, stage: int) -> Iterator[tuple[float, int]]:
+    def _message_changes(self, replica: int, stage: int) -> Iterator[tuple[float, int]]:
         """Yield when a rank's messages take bytes and give them back."""
-        mail = self._mail[replica]
-        for route, channel in enumerate(self._course.channels[replica]):
+        mail = self._message_tables[replica]
+        for route, channel in enumerate(self._simulator.channels[replica]):
             size = self._costs.payload(route)
-            if mail.source(route) == stage:
+            if mail.source_stage(route) == stage:
                 # A handover is kept until it is taken, a message until it has arrived.
-                ends = channel.taken if mail.local(route) else channel.came
-                for start, end in zip(channel.left, ends, strict=True):
+                ends = channel.receive_times if mail.is_local(route) else channel.arrival_times
+                for start, end in zip(channel.send_times, ends, strict=True):
                     yield start, size
                     yield end, -size
-            elif mail.target(route) == stage and channel.sent:
-                yield 0, size * min(mail.window(route), len(channel.sent))
+            elif mail.target_stage(route) == stage and channel.send_spans:
+                yield 0, size * min(mail.window(route), len(channel.send_spans))
 
     def _traffic(self, replica: int) -> tuple[Counter[str], Counter[str]]:
         """Return the messages, and their bytes, of a replica by the name of their link."""
         count: Counter[str] = Counter()
         total: Counter[str] = Counter()
-        mail = self._mail[replica]
-        for route, channel in enumerate(self._course.channels[replica]):
-            if not mail.local(route):
-                name = self._costs.links(mail.source(route), mail.target(route)).name
-                count[name] += len(channel.sent)
-                total[name] += len(channel.sent) * self._costs.payload(route)
+        mail = self._message_tables[replica]
+        for route, channel in enumerate(self._simulator.channels[replica]):
+            if not mail.is_local(route):
+                name = self._costs.links(mail.source_stage(route), mail.target_stage(route)).name
+                count[name] += len(channel.send_spans)
+                total[name] += len(channel.send_spans) * self._costs.payload(route)
         return count, total
 
 
-def _gaps(spans: Sequence[Span]) -> float:
+def _idle_time(spans: Sequence[Span]) -> float:
     """Return the time between a rank's actions."""
     return sum(later.start - earlier.end for earlier, later in pairwise(spans))
 

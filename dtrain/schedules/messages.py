@@ -20,20 +20,20 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import final
 
-from dtrain.schedules.action import Action, Point, Route
+from dtrain.schedules.actions import Action, Point, Route
 
-_Key = tuple[int, str, int]
+_PointKey = tuple[int, str, int]
 """Block, kind and pass."""
 
 
-def passes(routes: Iterable[Route]) -> int:
+def count_forward_passes(routes: Iterable[Route]) -> int:
     """Return how many forwards each micro-batch has: the objective's routes say so."""
     points = (point for route in routes for point in (route.source, route.target))
     return 1 + max((point.pass_ for point in points if point.kind == "F"), default=0)
 
 
 @final
-class Messages:
+class MessageTable:
     """What routes bring to a stage's actions and take from them; routes are named by index.
 
     Parameters
@@ -49,46 +49,58 @@ class Messages:
     """
 
     def __init__(
-        self, routes: Sequence[Route], place: Sequence[int], stage: int, sizes: Sequence[int]
+        self,
+        routes: Sequence[Route],
+        place: Sequence[int],
+        stage: int,
+        micro_batches: Sequence[int],
     ) -> None:
-        self._routes, self._sizes = tuple(routes), tuple(sizes)
-        self._sources = tuple(place[route.source.block] for route in routes)
-        self._targets = tuple(place[route.target.block] for route in routes)
-        self._takes = _table([route.target for route in routes], self._targets, stage)
-        self._offers = _table([route.source for route in routes], self._sources, stage)
-        self._plain = not any(route.lag or route.single for route in routes)
-        most = max(self._sizes, default=0)
-        self._windows = tuple(1 + r.lag * (1 if r.single else most) for r in routes)
+        self._routes, self._micro_batches = tuple(routes), tuple(micro_batches)
+        self._source_stages = tuple(place[route.source.block] for route in routes)
+        self._target_stages = tuple(place[route.target.block] for route in routes)
+        self._incoming = _routes_by_point(
+            [route.target for route in routes], self._target_stages, stage
+        )
+        self._outgoing = _routes_by_point(
+            [route.source for route in routes], self._source_stages, stage
+        )
+        self._always_sent = not any(route.lag or route.once_per_update for route in routes)
+        most = max(self._micro_batches, default=0)
+        self._windows = tuple(1 + r.lag * (1 if r.once_per_update else most) for r in routes)
 
-    def takes(self, action: Action) -> tuple[int, ...]:
+    def incoming(self, action: Action) -> tuple[int, ...]:
         """Return the routes that bring something to an action, this rank's own included."""
-        found = self._takes.get((action.block, action.kind, action.pass_), ())
-        return found if self._plain else tuple(r for r in found if self._comes(r, action))
+        found = self._incoming.get((action.block, action.kind, action.pass_), ())
+        return (
+            found if self._always_sent else tuple(r for r in found if self._has_source(r, action))
+        )
 
-    def offers(self, action: Action) -> tuple[int, ...]:
+    def outgoing(self, action: Action) -> tuple[int, ...]:
         """Return the routes that take something from an action, to this rank itself included."""
-        found = self._offers.get((action.block, action.kind, action.pass_), ())
-        return found if self._plain else tuple(r for r in found if self._goes(r, action))
+        found = self._outgoing.get((action.block, action.kind, action.pass_), ())
+        return (
+            found if self._always_sent else tuple(r for r in found if self._has_target(r, action))
+        )
 
-    def origin(self, route: int, action: Action) -> tuple[int, int]:
+    def source_micro_batch(self, route: int, action: Action) -> tuple[int, int]:
         """Return update and micro-batch (-1: a `U`) of the source whose message an action takes."""
-        if self._plain:
+        if self._always_sent:
             return action.update, action.micro
         row = self._routes[route]
-        micro = -1 if row.source.kind == "U" else 0 if row.single else action.micro
+        micro = -1 if row.source.kind == "U" else 0 if row.once_per_update else action.micro
         return action.update - row.lag, micro
 
-    def source(self, route: int) -> int:
+    def source_stage(self, route: int) -> int:
         """Return the stage that a route comes from."""
-        return self._sources[route]
+        return self._source_stages[route]
 
-    def target(self, route: int) -> int:
+    def target_stage(self, route: int) -> int:
         """Return the stage that a route leads to."""
-        return self._targets[route]
+        return self._target_stages[route]
 
-    def local(self, route: int) -> bool:
+    def is_local(self, route: int) -> bool:
         """Say whether a route stays on one rank: a handover and no message."""
-        return self._sources[route] == self._targets[route]
+        return self._source_stages[route] == self._target_stages[route]
 
     def window(self, route: int) -> int:
         """Return how many receives of a route are posted at a time: the next one, and a lag's.
@@ -98,38 +110,38 @@ class Messages:
         """
         return self._windows[route]
 
-    def receipts(self, plan: Iterable[Action]) -> Iterator[tuple[int, Action]]:
+    def remote_receives(self, plan: Iterable[Action]) -> Iterator[tuple[int, Action]]:
         """Yield the messages that a plan receives from other ranks: (route, action), in order."""
         for action in plan:
-            for route in self.takes(action):
-                if not self.local(route):
+            for route in self.incoming(action):
+                if not self.is_local(route):
                     yield route, action
 
-    def _comes(self, route: int, action: Action) -> bool:
+    def _has_source(self, route: int, action: Action) -> bool:
         """Say whether the source of what a route would bring to an action exists."""
-        first = action.micro <= 0 or not self._routes[route].single
-        return first and self._exists(*self.origin(route, action))
+        first = action.micro <= 0 or not self._routes[route].once_per_update
+        return first and self._exists(*self.source_micro_batch(route, action))
 
-    def _goes(self, route: int, action: Action) -> bool:
+    def _has_target(self, route: int, action: Action) -> bool:
         """Say whether the target of what a route would take from an action exists."""
         row = self._routes[route]
-        micro = -1 if row.target.kind == "U" else 0 if row.single else action.micro
-        first = action.micro <= 0 or not row.single
+        micro = -1 if row.target.kind == "U" else 0 if row.once_per_update else action.micro
+        first = action.micro <= 0 or not row.once_per_update
         return first and self._exists(action.update + row.lag, micro)
 
     def _exists(self, update: int, micro: int) -> bool:
         """Say whether a micro-batch is in the segment; the `U` (-1) of an empty update is."""
-        return 0 <= update < len(self._sizes) and micro < self._sizes[update]
+        return 0 <= update < len(self._micro_batches) and micro < self._micro_batches[update]
 
 
-def _table(
+def _routes_by_point(
     points: Sequence[Point], stages: Sequence[int], stage: int
-) -> dict[_Key, tuple[int, ...]]:
+) -> dict[_PointKey, tuple[int, ...]]:
     """Return point -> indices of the routes that touch it, for the points of one stage.
 
     In a split plan the `I` of a block has the routes of its `B`.
     """
-    table: defaultdict[_Key, list[int]] = defaultdict(list)
+    table: defaultdict[_PointKey, list[int]] = defaultdict(list)
     for route, (point, owner) in enumerate(zip(points, stages, strict=True)):
         if owner == stage:
             for kind in "BI" if point.kind == "B" else point.kind:

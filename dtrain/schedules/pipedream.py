@@ -20,48 +20,49 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, final
 
-from dtrain.errors import Refusal
-from dtrain.schedules.action import Action, Route
-from dtrain.schedules.cycles import cycles, feeds_back, lateness
-from dtrain.schedules.late import Late
-from dtrain.schedules.policy import Policy
-from dtrain.schedules.schedule import Schedule
+from dtrain.errors import ConfigError
+from dtrain.schedules.actions import Action, Route
+from dtrain.schedules.asynchronous import AsyncSchedule
+from dtrain.schedules.base import Schedule
+from dtrain.schedules.cyclic import block_delays, cyclic_order, feeds_back
+from dtrain.schedules.weight_policy import WeightPolicy
 
 PERIOD = 2
 """Cycles from one micro-batch to the next: one of its forward, one of its backward."""
 
 
 @dataclass(frozen=True)
-class _Line(Schedule):
+class _LinearPipeline(Schedule):
     """A schedule of what goes down the line of blocks forward, and comes back up."""
 
-    limit: ClassVar[str] = (
+    unsupported_routes: ClassVar[str] = (
         "it brings activations to later blocks and gradients to earlier ones, in one pass; for "
         'anything else set schedule.name = "pipelined"'
     )
 
-    def runs(self, route: Route) -> bool:
+    def supports(self, route: Route) -> bool:
         source, target = route.source, route.target
         if route.lag or source.pass_ or target.pass_ or source.kind != target.kind:
             return False
         forward, back = source.block < target.block, source.block > target.block
         return forward if source.kind == "F" else source.kind == "B" and back
 
-    def serves(self, routes: Sequence[Route]) -> bool:
-        return super().serves(routes) and (feeds_back(routes) or not routes)
+    def supports_all(self, routes: Sequence[Route]) -> bool:
+        return super().supports_all(routes) and (feeds_back(routes) or not routes)
 
-    def admit(self, routes: Sequence[Route]) -> None:
-        super().admit(routes)
-        if not self.serves(routes):
-            raise Refusal(
+    def check_routes(self, routes: Sequence[Route]) -> None:
+        super().check_routes(routes)
+        if not self.supports_all(routes):
+            raise ConfigError(
+                "todo.key",
                 "nothing comes back to earlier blocks here, so there is no pipeline to keep full: "
-                'set schedule.name = "stream", which is never late'
+                'set schedule.name = "stream", which is never late',
             )
 
 
 @final
 @dataclass(frozen=True)
-class PipeDream(_Line, Late):
+class PipeDream(_LinearPipeline, AsyncSchedule):
     """PipeDream with weight stashing: K-b versions of block b; the newest goes forward.
 
     Attributes
@@ -79,42 +80,48 @@ class PipeDream(_Line, Late):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.vertical_sync and (self.weights != "stash" or self.prediction != "none"):
-            raise Refusal(
+            raise ConfigError(
+                "todo.key",
                 "[schedule] vertical-sync chooses the weights of forwards and backwards: leave out "
-                "weights and prediction"
+                "weights and prediction",
             )
 
-    def policy(self, place: Sequence[int], routes: Sequence[Route]) -> Policy:
+    def policy(self, place: Sequence[int], routes: Sequence[Route]) -> WeightPolicy:
         plain = super().policy(place, routes)
         if not self.vertical_sync:
             return plain
-        lag = max(each.delay for each in plain.lateness)
-        late = tuple(each._replace(delay=lag) for each in plain.lateness)
-        return replace(plain, lag=lag, lateness=late)
+        lag = max(each.updates for each in plain.delays)
+        late = tuple(each._replace(updates=lag) for each in plain.delays)
+        return replace(plain, lag=lag, delays=late)
 
 
 @final
 @dataclass(frozen=True)
-class TwoBuffered(_Line):
+class PipeDream2BW(_LinearPipeline):
     """PipeDream-2BW: gradients of an update's micro-batches add up; all are one update late.
 
     w(t+1) = w(t) - step of the gradient at w(t-1), in every block: two versions of the weights.
     """
 
-    late: ClassVar[bool] = True
+    asynchronous: ClassVar[bool] = True
 
     def plan(
-        self, stage: int, place: Sequence[int], sizes: Sequence[int], routes: Sequence[Route]
+        self,
+        stage: int,
+        place: Sequence[int],
+        micro_batches: Sequence[int],
+        routes: Sequence[Route],
     ) -> Iterator[Action]:
-        self.admit(routes)
-        most, least = max(sizes, default=0), len(place) - 1
+        self.check_routes(routes)
+        most, least = max(micro_batches, default=0), len(place) - 1
         if 0 < most < least:
-            raise Refusal(
+            raise ConfigError(
+                "todo.key",
                 f"'pipedream-2bw' with {len(place)} blocks needs {least} micro-batches or more in "
-                f"an update, or two versions are not enough; found {most}: set micro-batches"
+                f"an update, or two versions are not enough; found {most}: set micro-batches",
             )
-        return cycles(stage, place, sizes, routes, period=PERIOD)
+        return cyclic_order(stage, place, micro_batches, routes, period=PERIOD)
 
-    def policy(self, place: Sequence[int], routes: Sequence[Route]) -> Policy:
-        late = tuple(each._replace(delay=1) for each in lateness(place, routes, PERIOD))
-        return Policy(late, stash=True, lag=1)
+    def policy(self, place: Sequence[int], routes: Sequence[Route]) -> WeightPolicy:
+        late = tuple(each._replace(updates=1) for each in block_delays(place, routes, PERIOD))
+        return WeightPolicy(late, stash=True, lag=1)

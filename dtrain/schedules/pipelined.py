@@ -18,17 +18,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from dtrain.schedules.action import Route
-from dtrain.schedules.late import Late
+from dtrain.schedules.actions import Route
+from dtrain.schedules.asynchronous import AsyncSchedule
 
 
 @final
 @dataclass(frozen=True)
-class Pipelined(Late):
+class Pipelined(AsyncSchedule):
     """One forward and one backward of every block per cycle, over whatever flows."""
 
     name: ClassVar[str] = "pipelined"
-    limit: ClassVar[str] = "'pipelined' runs every route"
+    unsupported_routes: ClassVar[str] = "'pipelined' runs every route"
 
-    def runs(self, route: Route) -> bool:
+    def supports(self, route: Route) -> bool:
         return True

@@ -23,9 +23,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from dtrain.schedules.action import Action, Route
-from dtrain.schedules.cycles import cycles, feeds_back
-from dtrain.schedules.schedule import Schedule
+from dtrain.schedules.actions import Action, Route
+from dtrain.schedules.base import Schedule
+from dtrain.schedules.cyclic import cyclic_order, feeds_back
 
 
 @final
@@ -33,20 +33,24 @@ from dtrain.schedules.schedule import Schedule
 class Stream(Schedule):
     """Run each block in cycle (micro-batches so far) + (hops from the first rank)."""
 
-    limit: ClassVar[str] = (
+    unsupported_routes: ClassVar[str] = (
         "'stream' brings nothing back to an earlier block, unless it is as many updates late as "
         'it passes blocks, and one; for gradients that flow back set schedule.name = "1f1b" or '
         '"fill-drain", for anything else "drained", or "pipelined" where it may be stale'
     )
 
-    def runs(self, route: Route) -> bool:
+    def supports(self, route: Route) -> bool:
         source, target = route.source, route.target
         if feeds_back([route]):
             return route.lag > max(source.block - target.block, 0)
         return source.kind + target.kind in ("FF", "FB", "BB")
 
     def plan(
-        self, stage: int, place: Sequence[int], sizes: Sequence[int], routes: Sequence[Route]
+        self,
+        stage: int,
+        place: Sequence[int],
+        micro_batches: Sequence[int],
+        routes: Sequence[Route],
     ) -> Iterator[Action]:
-        self.admit(routes)
-        return cycles(stage, place, sizes, routes)
+        self.check_routes(routes)
+        return cyclic_order(stage, place, micro_batches, routes)

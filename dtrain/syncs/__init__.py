@@ -1,6 +1,7 @@
 """Syncs by the name that a run file gives them; one file each."""
 
 from dtrain.syncs.ab import AB
+from dtrain.syncs.base import Sync
 from dtrain.syncs.daso import DASO
 from dtrain.syncs.demo import DeMo
 from dtrain.syncs.diloco import DiLoCo
@@ -12,7 +13,6 @@ from dtrain.syncs.oialr import OIALR
 from dtrain.syncs.only_large import OnlyLarge
 from dtrain.syncs.powersgd import PowerSGD
 from dtrain.syncs.qsr import QSR
-from dtrain.syncs.sync import Sync
 from dtrain.syncs.terngrad import TernGrad
 from dtrain.syncs.warmup import Warmup
 

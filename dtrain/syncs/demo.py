@@ -29,19 +29,19 @@ from typing import final
 import torch
 from torch import Tensor, optim
 
-from dtrain.block import Rule
-from dtrain.comm.comm import Comm
-from dtrain.syncs.parts.apart import Apart
-from dtrain.syncs.parts.hub import Hub
-from dtrain.syncs.sync import Clock, Held, least, under
+from dtrain.block.block import OptimizerStep
+from dtrain.comm.communicator import Comm
+from dtrain.syncs.base import SyncTarget, UpdateClock, require_at_least, select_prefix
+from dtrain.syncs.common.local_updates import LocalUpdates
+from dtrain.syncs.common.node_groups import NodeLeaders
 
-INDEX = torch.int16
+INDEX_DTYPE = torch.int16
 """A chunk has 64 x 64 elements at most."""
 
 
 @final
 @dataclass
-class DeMo(Apart):
+class DeMo(LocalUpdates):
     """Decoupled momentum; it replaces the optimizer's rule.
 
     Attributes
@@ -55,83 +55,88 @@ class DeMo(Apart):
     """
 
     lossy = True
-    copies = 1
-    ruled = idles = True
-    shrinks = False
+    parameter_copies = 1
+    replaces_optimizer = keeps_no_optimizer_state = True
+    compressible = False
     decay: float = 0.999
     keep: int = 32
     chunk: int = 64
 
     def __post_init__(self) -> None:
-        least("decay", self.decay, 0)
-        least("keep", self.keep, 1)
-        least("chunk", self.chunk, 1)
+        require_at_least("decay", self.decay, 0)
+        require_at_least("keep", self.keep, 1)
+        require_at_least("chunk", self.chunk, 1)
         self._momenta: dict[str, Tensor] = {}
 
-    def open(self, block: Held, replicas: Comm) -> None:
+    def setup(self, block: SyncTarget, replicas: Comm) -> None:
         """Take the block and its replicas, by node. Collective."""
-        super().open(block, replicas)
-        self._hub = Hub(replicas)
+        super().setup(block, replicas)
+        self._node_leaders = NodeLeaders(replicas)
 
-    def steps(self, weight: float, clock: Clock) -> bool:
+    def takes_step(self, weight: float, clock: UpdateClock) -> bool:
         """Every replica steps, by what all have told."""
         return True
 
-    def means(self) -> tuple[float, float]:
+    def communication_cost(self) -> tuple[float, float]:
         """A chunk of 64 x 64 in 6 bytes per coefficient, where a mean needs 16 kB, twice a half."""
         part = 6 * self.keep / (4 * self.chunk**2)
         return part, part
 
-    def before_update(self, gradients: Sequence[Tensor], weight: float, clock: Clock) -> None:
+    def before_update(self, gradients: Sequence[Tensor], weight: float, clock: UpdateClock) -> None:
         """Replace the gradients by the signs of what all told. Collective."""
-        named = self.block.named(gradients)
+        named = self.block.name_gradients(gradients)
         if not named:
             return
         told = []
         for name, each in named.items():
             momentum = self._momenta.setdefault(name, torch.zeros_like(each))
             momentum.mul_(self.decay).add_(each, alpha=clock.lr)
-            told.append(self._tell(Chunks(each.shape, self.chunk), momentum))
-        found = self._hub.gather(torch.cat([part.view(torch.uint8) for p in told for part in p]))
+            told.append(self._extract_top_k(ChunkedDCT(each.shape, self.chunk), momentum))
+        found = self._node_leaders.allgather_bytes(
+            torch.cat([part.view(torch.uint8) for p in told for part in p])
+        )
         start = 0
         for (places, values), each in zip(told, named.values(), strict=True):
             middle = start + places.nbytes
             end = middle + values.nbytes
             parts = [
-                (d[start:middle].clone().view(INDEX), d[middle:end].clone().view(torch.float32))
+                (
+                    d[start:middle].clone().view(INDEX_DTYPE),
+                    d[middle:end].clone().view(torch.float32),
+                )
                 for d in found
             ]
-            chunks = Chunks(each.shape, self.chunk)
-            each.copy_(chunks.whole(self._merged(chunks, parts, each)).sign())
+            chunks = ChunkedDCT(each.shape, self.chunk)
+            each.copy_(chunks.inverse_dct(self._mean_coefficients(chunks, parts, each)).sign())
             start = end
 
-    def _tell(self, chunks: Chunks, momentum: Tensor) -> tuple[Tensor, Tensor]:
+    def _extract_top_k(self, chunks: ChunkedDCT, momentum: Tensor) -> tuple[Tensor, Tensor]:
         """Take the largest coefficients out of a momentum; return places and values, flat."""
-        waves = chunks.waves(momentum)
+        waves = chunks.dct(momentum)
         count = min(self.keep, waves.shape[1])
         places = waves.abs().topk(count, dim=1, sorted=False).indices
         values = waves.gather(1, places).to(torch.float32)
         kept = torch.zeros_like(waves).scatter_(1, places, values.to(waves.dtype))
-        momentum.sub_(chunks.whole(kept))
-        return places.to(INDEX).view(-1), values.view(-1)
+        momentum.sub_(chunks.inverse_dct(kept))
+        return places.to(INDEX_DTYPE).view(-1), values.view(-1)
 
-    def _merged(
-        self, chunks: Chunks, parts: Sequence[tuple[Tensor, Tensor]], like: Tensor
+    def _mean_coefficients(
+        self, chunks: ChunkedDCT, contributions: Sequence[tuple[Tensor, Tensor]], like: Tensor
     ) -> Tensor:
         """Return the coefficients that replicas told, averaged over those who told them."""
         total = like.new_zeros(chunks.count, chunks.size)
         tellers = torch.zeros_like(total)
-        for places, values in parts:
+        for places, values in contributions:
             rows = places.view(chunks.count, -1).long()
             total.scatter_add_(1, rows, values.view(rows.shape).to(total.dtype))
             tellers.scatter_add_(1, rows, tellers.new_ones(rows.shape))
         return total.div_(tellers.clamp_(min=1))
 
-    def rule(self, clock: Clock) -> Rule | None:
+    def optimizer_step(self, clock: UpdateClock) -> OptimizerStep | None:
         """Its own, always."""
-        return descend
+        return sign_sgd_step
 
-    def after_update(self, clock: Clock) -> None:
+    def after_update(self, clock: UpdateClock) -> None:
         """Nothing: equal signs moved equal parameters."""
 
     def state(self) -> dict[str, Tensor]:
@@ -141,10 +146,10 @@ class DeMo(Apart):
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state()` returned."""
         super().restore(state)
-        self._momenta = {name: t.clone() for name, t in under(state, "momentum/").items()}
+        self._momenta = {name: t.clone() for name, t in select_prefix(state, "momentum/").items()}
 
 
-def descend(optimizer: optim.Optimizer) -> None:
+def sign_sgd_step(optimizer: optim.Optimizer) -> None:
     """Move against the signs; weight decay as the optimizer's groups have it."""
     with torch.no_grad():
         for group in optimizer.param_groups:
@@ -155,7 +160,7 @@ def descend(optimizer: optim.Optimizer) -> None:
 
 
 @final
-class Chunks:
+class ChunkedDCT:
     """How a tensor of a shape is cut into chunks of at most `side` by `side`.
 
     Attributes
@@ -168,34 +173,38 @@ class Chunks:
         self.shape = tuple(shape)
         rows = shape[0] if len(shape) > 1 else 1
         columns = math.prod(shape[1:] if len(shape) > 1 else shape)
-        self.sides = divisor(rows, side), divisor(columns, side)
+        self.sides = largest_divisor(rows, side), largest_divisor(columns, side)
         self.grid = rows // self.sides[0], columns // self.sides[1]
         self.count, self.size = math.prod(self.grid), math.prod(self.sides)
 
-    def waves(self, tensor: Tensor) -> Tensor:
+    def dct(self, tensor: Tensor) -> Tensor:
         """Return the coefficients (count, size) of the type II cosine transform of each chunk."""
         (a, b), (rows, columns) = self.sides, self.grid
         cut = tensor.reshape(rows, a, columns, b).transpose(1, 2)
-        return (cosines(a).to(tensor) @ cut @ cosines(b).to(tensor).T).reshape(self.count, -1)
+        return (dct_matrix(a).to(tensor) @ cut @ dct_matrix(b).to(tensor).T).reshape(self.count, -1)
 
-    def whole(self, waves: Tensor) -> Tensor:
+    def inverse_dct(self, coefficients: Tensor) -> Tensor:
         """Return the tensor of which these are the coefficients."""
         (a, b), (rows, columns) = self.sides, self.grid
-        cut = cosines(a).to(waves).T @ waves.view(rows, columns, a, b) @ cosines(b).to(waves)
+        cut = (
+            dct_matrix(a).to(coefficients).T
+            @ coefficients.view(rows, columns, a, b)
+            @ dct_matrix(b).to(coefficients)
+        )
         return cut.transpose(1, 2).reshape(self.shape)
 
 
-def divisor(number: int, most: int) -> int:
+def largest_divisor(number: int, limit: int) -> int:
     """Return the largest divisor up to `most`.
 
     >>> [divisor(number, 64) for number in (64, 1000, 61, 67, 3072)]
     [64, 50, 61, 1, 64]
     """
-    return next(each for each in range(min(number, most), 0, -1) if number % each == 0)
+    return next(each for each in range(min(number, limit), 0, -1) if number % each == 0)
 
 
 @cache
-def cosines(size: int) -> Tensor:
+def dct_matrix(size: int) -> Tensor:
     """Return the orthonormal matrix of the type II discrete cosine transform, in float64."""
     row, column = torch.meshgrid(*[torch.arange(size, dtype=torch.float64)] * 2, indexing="ij")
     matrix = torch.cos(math.pi * (2 * column + 1) * row / (2 * size)) * math.sqrt(2 / size)

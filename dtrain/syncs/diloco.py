@@ -24,13 +24,13 @@ from typing import final
 
 from torch import Tensor
 
-from dtrain.syncs.parts.rounds import Rounds
-from dtrain.syncs.sync import Clock, averaged, least, under
+from dtrain.syncs.base import UpdateClock, replica_mean, require_at_least, select_prefix
+from dtrain.syncs.common.local_updates import PeriodicSync
 
 
 @final
 @dataclass
-class DiLoCo(Rounds):
+class DiLoCo(PeriodicSync):
     """An outer step per round; the outer weights are what is evaluated. A run ends on one.
 
     Attributes
@@ -41,56 +41,66 @@ class DiLoCo(Rounds):
         Of the outer optimizer.
     """
 
-    horizon = True
-    copies = 2
+    depends_on_run_length = True
+    parameter_copies = 2
     every: int = 50
     outer_lr: float = 0.7
     outer_momentum: float = 0.9
 
     def __post_init__(self) -> None:
         super().__init__()
-        least("every", self.every, 1)
-        least("outer-lr", self.outer_lr, 0)
-        least("outer-momentum", self.outer_momentum, 0)
-        self._outer: dict[str, Tensor] = {}
+        require_at_least("every", self.every, 1)
+        require_at_least("outer-lr", self.outer_lr, 0)
+        require_at_least("outer-momentum", self.outer_momentum, 0)
+        self._outer_weights: dict[str, Tensor] = {}
         self._velocity: dict[str, Tensor] = {}
 
-    def means(self) -> tuple[float, float]:
+    def communication_cost(self) -> tuple[float, float]:
         """One per round."""
         return 1 / self.every, 1 / self.every
 
-    def before_update(self, gradients: Sequence[Tensor], weight: float, clock: Clock) -> None:
+    def before_update(self, gradients: Sequence[Tensor], weight: float, clock: UpdateClock) -> None:
         """Leave the gradients; keep the weights with which the first round begins."""
-        if not self._outer:
-            self._outer = {name: own.clone() for name, own in self.block.values().items()}
-            self._velocity = {name: own.new_zeros(own.shape) for name, own in self._outer.items()}
+        if not self._outer_weights:
+            self._outer_weights = {
+                name: own.clone() for name, own in self.block.trainable_tensors().items()
+            }
+            self._velocity = {
+                name: own.new_zeros(own.shape) for name, own in self._outer_weights.items()
+            }
 
-    def meets(self, clock: Clock) -> bool:
+    def is_due(self, clock: UpdateClock) -> bool:
         """Every `every` updates, and at the end of the run."""
         return (clock.update + 1) % self.every == 0 or clock.ends_run
 
-    def meet(self, clock: Clock) -> None:
+    def synchronise(self, clock: UpdateClock) -> None:
         """Take the outer step, and start from where it leads. Collective."""
-        own, momentum = self.block.values(), self.outer_momentum
-        moved = {name: self._outer[name] - own[name] for name in own}
-        self.carrier.mean_(self.replicas, moved, 1 / self.replicas.size, clock.update)
+        own, momentum = self.block.trainable_tensors(), self.outer_momentum
+        moved = {name: self._outer_weights[name] - own[name] for name in own}
+        self.compressor.mean_(self.replicas, moved, 1 / self.replicas.size, clock.update)
         for name, delta in moved.items():
             velocity = self._velocity[name].mul_(momentum).add_(delta)
-            self._outer[name].sub_(delta.add_(velocity, alpha=momentum), alpha=self.outer_lr)
-            own[name].copy_(self._outer[name])
+            self._outer_weights[name].sub_(
+                delta.add_(velocity, alpha=momentum), alpha=self.outer_lr
+            )
+            own[name].copy_(self._outer_weights[name])
 
-    def view(self) -> dict[str, Tensor]:
+    def evaluation_weights(self) -> dict[str, Tensor]:
         """Return the outer weights, and the mean of all replicas' buffers; collective."""
-        return self.block.tensors() | self._outer | averaged(self.replicas, self.block.drifting)
+        return (
+            self.block.tensors()
+            | self._outer_weights
+            | replica_mean(self.replicas, self.block.unsynced_buffers)
+        )
 
     def state(self) -> dict[str, Tensor]:
         """Return the outer weights and their velocity."""
-        outer = {f"outer/{name}": each for name, each in self._outer.items()}
+        outer = {f"outer/{name}": each for name, each in self._outer_weights.items()}
         velocity = {f"velocity/{name}": each for name, each in self._velocity.items()}
         return super().state() | outer | velocity
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state()` returned."""
         super().restore(state)
-        for held, root in ((self._outer, "outer/"), (self._velocity, "velocity/")):
-            held |= {name: each.clone() for name, each in under(state, root).items()}
+        for held, root in ((self._outer_weights, "outer/"), (self._velocity, "velocity/")):
+            held |= {name: each.clone() for name, each in select_prefix(state, root).items()}

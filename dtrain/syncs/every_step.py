@@ -11,14 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-from dtrain.syncs.parts.alike import Alike
-from dtrain.syncs.sync import Clock
+from dtrain.syncs.base import UpdateClock
+from dtrain.syncs.common.synchronous import SynchronousSync
 
 
 @final
 @dataclass
-class EveryStep(Alike):
+class EveryStep(SynchronousSync):
     """All-reduce of gradients, weighted by samples: a mean over samples."""
 
-    def after_update(self, clock: Clock) -> None:
+    def after_update(self, clock: UpdateClock) -> None:
         """Nothing: equal gradients moved equal parameters."""

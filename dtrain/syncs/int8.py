@@ -20,41 +20,40 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from dtrain.eight import Kind, decoded, encoded, magnitude
-from dtrain.syncs.parts.carrier import Carrier
-from dtrain.syncs.parts.coded import Code, Coded
-from dtrain.syncs.parts.smaller import Smaller
+from dtrain.comm.quantize import QuantizationKind, dequantize, max_abs, quantize
+from dtrain.syncs.common.compressed import CompressedSync
+from dtrain.syncs.common.compressor import Codec, Compressor, QuantizedMean
 
 
 @final
-class Eight(Code):
+class Int8Codec(Codec):
     """`kind` says which 255 values there are."""
 
-    again: ClassVar[bool] = True
+    can_reencode: ClassVar[bool] = True
 
-    def __init__(self, kind: Kind) -> None:
+    def __init__(self, kind: QuantizationKind) -> None:
         self.kind = kind
 
-    def size(self, count: int) -> int:
+    def encoded_bytes(self, count: int) -> int:
         """A byte per element, and the largest magnitude."""
         return count + 4
 
     def encode(self, values: Tensor, key: tuple[int | str, ...] = ()) -> Tensor:
         """Return codes and largest magnitude."""
         x = values.to(torch.float32)
-        most = magnitude(x) if x.numel() else x.new_zeros(())
-        codes = encoded(x / most if most > 0 else torch.zeros_like(x), self.kind)
+        most = max_abs(x) if x.numel() else x.new_zeros(())
+        codes = quantize(x / most if most > 0 else torch.zeros_like(x), self.kind)
         return torch.cat([codes, most.view(1).view(torch.uint8)])
 
     def decode(self, data: Tensor, count: int) -> Tensor:
         """Return the values that codes stand for."""
         most = data[-4:].clone().view(torch.float32)
-        return decoded(data[:count], self.kind, most)
+        return dequantize(data[:count], self.kind, most)
 
 
 @final
 @dataclass
-class Int8(Smaller):
+class Int8(CompressedSync):
     """Transfers of a byte per number between nodes.
 
     Attributes
@@ -63,12 +62,12 @@ class Int8(Smaller):
         Which values there are: near together at zero (seven powers of ten), or evenly.
     """
 
-    values: Kind = "dynamic"
+    values: QuantizationKind = "dynamic"
 
-    def carries(self, what: str) -> Carrier:
+    def make_compressor(self, payload: str) -> Compressor:
         """Return a carrier; nothing in it is random."""
-        return Coded(Eight(self.values), ())
+        return QuantizedMean(Int8Codec(self.values), ())
 
-    def share(self) -> float:
+    def sent_fraction(self) -> float:
         """Eight bits of 32, sent once where a mean sends twice a half."""
         return 1 / 4

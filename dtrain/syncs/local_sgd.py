@@ -24,16 +24,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, final
 
-from dtrain.comm.comm import Comm
-from dtrain.early import Group
-from dtrain.syncs.parts.nodes import Nodes
-from dtrain.syncs.parts.rounds import Rounds
-from dtrain.syncs.sync import Clock, Held, least
+from dtrain.comm.communicator import Comm
+from dtrain.syncs.base import SyncTarget, UpdateClock, require_at_least
+from dtrain.syncs.common.local_updates import PeriodicSync
+from dtrain.syncs.common.node_groups import NodeGroups
+from dtrain.syncs.gradient_reducer import WeightedGroup
 
 
 @final
 @dataclass
-class LocalSGD(Rounds):
+class LocalSGD(PeriodicSync):
     """The plain mean of parameters over replicas, now and then; optimizer state stays local.
 
     The mean is over replicas, not over samples: a replica with a sample less counts as much, and
@@ -57,35 +57,37 @@ class LocalSGD(Rounds):
 
     def __post_init__(self) -> None:
         super().__init__()
-        least("every", self.every, 1)
-        least("warmup-updates", self.warmup_updates, 0)
+        require_at_least("every", self.every, 1)
+        require_at_least("warmup-updates", self.warmup_updates, 0)
 
-    def open(self, block: Held, replicas: Comm) -> None:
+    def setup(self, block: SyncTarget, replicas: Comm) -> None:
         """Take the block and its replicas, by node where those of a node step together."""
-        super().open(block, replicas)
-        self._nodes = Nodes(replicas) if self.within == "node" else None
+        super().setup(block, replicas)
+        self._nodes = NodeGroups(replicas) if self.within == "node" else None
 
-    def means(self) -> tuple[float, float]:
+    def communication_cost(self) -> tuple[float, float]:
         """One per round; inside a node that steps together one per update."""
         return 1.0 if self.within == "node" else 1 / self.every, 1 / self.every
 
-    def steps(self, weight: float, clock: Clock) -> bool:
+    def takes_step(self, weight: float, clock: UpdateClock) -> bool:
         """In the warm-up every replica steps: all have the gradient of all samples."""
         if clock.update < self.warmup_updates:
             return True
-        return weight > 0 if self._nodes is None else self._nodes.rows(clock.rows) > 0
+        return (
+            weight > 0 if self._nodes is None else self._nodes.node_rows(clock.rows_per_replica) > 0
+        )
 
-    def averages(self, weight: float, clock: Clock) -> Group | None:
+    def gradient_group(self, weight: float, clock: UpdateClock) -> WeightedGroup | None:
         """In the warm-up over the samples of all replicas, then of a node, or nobody's."""
         if clock.update < self.warmup_updates:
-            return Group(self.replicas, weight)
-        return None if self._nodes is None else self._nodes.group(clock.rows)
+            return WeightedGroup(self.replicas, weight)
+        return None if self._nodes is None else self._nodes.weighted_group(clock.rows_per_replica)
 
-    def after_update(self, clock: Clock) -> None:
+    def after_update(self, clock: UpdateClock) -> None:
         """Meet where it is time; in the warm-up equal gradients moved equal parameters."""
         if clock.update >= self.warmup_updates:
             super().after_update(clock)
 
-    def meets(self, clock: Clock) -> bool:
+    def is_due(self, clock: UpdateClock) -> bool:
         """Every `every` updates."""
         return (clock.update + 1) % self.every == 0

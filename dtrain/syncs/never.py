@@ -10,21 +10,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-from dtrain.syncs.parts.apart import Apart
-from dtrain.syncs.sync import Clock
+from dtrain.syncs.base import UpdateClock
+from dtrain.syncs.common.local_updates import LocalUpdates
 
 
 @final
 @dataclass
-class Never(Apart):
+class Never(LocalUpdates):
     """No agreement at all: the baseline of every other sync, and an ensemble averaged late."""
 
-    shrinks = False
+    compressible = False
 
-    def means(self) -> tuple[float, float]:
+    def communication_cost(self) -> tuple[float, float]:
         """None."""
         return 0.0, 0.0
 
-    def after_update(self, clock: Clock) -> None:
+    def after_update(self, clock: UpdateClock) -> None:
         """Leave the parameters: from now on they are this replica's own."""
-        self.equal = self.replicas.size == 1
+        self.in_sync = self.replicas.size == 1

@@ -34,22 +34,29 @@ from typing import final
 import torch
 from torch import Tensor
 
-from dtrain.comm.comm import Comm
-from dtrain.errors import Refusal
-from dtrain.syncs.parts.alike import Alike
-from dtrain.syncs.parts.ledger import Ledger
-from dtrain.syncs.parts.lowrank import entire, hollow, reformed, split
-from dtrain.syncs.sync import Clock, Entry, Held, least, under
+from dtrain.comm.communicator import Comm
+from dtrain.errors import ConfigError
+from dtrain.syncs.base import LowRankStats, SyncTarget, UpdateClock, require_at_least, select_prefix
+from dtrain.syncs.common.low_rank import (
+    TrafficLedger,
+    factorize_with_zeros,
+    require_whole_block,
+    resize_optimizer_state,
+    svd,
+)
+from dtrain.syncs.common.synchronous import SynchronousSync
 
-FLOOR = 0.01
+MIN_RANK_FRACTION = 0.01
 """The part of its first rank that a matrix keeps."""
-THIN = 10
+
+
+MAX_ASPECT_RATIO = 10
 """Linear maps with one side so many times the other stay whole."""
 
 
 @final
 @dataclass
-class OIALR(Alike):
+class OIALR(SynchronousSync):
     """Low rank in a basis that was learnt first.
 
     Attributes
@@ -70,8 +77,8 @@ class OIALR(Alike):
         Whether the first weight of the model stays whole.
     """
 
-    copies = 2
-    reforms = True
+    parameter_copies = 2
+    reparametrises = True
     delay_updates: int | None = None
     every: int | None = None
     cutoff: float = 0.1
@@ -81,146 +88,169 @@ class OIALR(Alike):
     keep_first: bool = True
 
     def __post_init__(self) -> None:
-        least("delay-updates", self.delay_updates, 1)
-        least("every", self.every, 1)
+        require_at_least("delay-updates", self.delay_updates, 1)
+        require_at_least("every", self.every, 1)
         for key in ("cutoff", "share", "first_rank", "rest_rounds"):
-            least(key.replace("_", "-"), getattr(self, key), 0)
+            require_at_least(key.replace("_", "-"), getattr(self, key), 0)
         if self.first_rank > 1:
-            raise Refusal(f"[sync] first-rank = {self.first_rank} is no part: give at most 1")
-        self.horizon = self.delay_updates is None or self.every is None
-        self.begun, self._rests = -1, dict[str, int]()
+            raise ConfigError(
+                "todo.key", f"[sync] first-rank = {self.first_rank} is no part: give at most 1"
+            )
+        self.depends_on_run_length = self.delay_updates is None or self.every is None
+        self.low_rank_start, self._rounds_to_skip = -1, dict[str, int]()
 
-    def open(self, block: Held, replicas: Comm) -> None:
+    def setup(self, block: SyncTarget, replicas: Comm) -> None:
         """Take the block, and find its matrices."""
-        super().open(block, replicas)
-        self.weights = entire(block, "oialr")
-        names = self.weights.matrices(first=not self.keep_first)
-        self._names = [name for name in names if self._wide(name)]
-        self._ledger = Ledger(self.weights, replicas.hosts)
-        self._first = {name: self._count(name) for name in self._names}
+        super().setup(block, replicas)
+        self.weights = require_whole_block(block, "oialr")
+        names = self.weights.factorizable_weights(include_first=not self.keep_first)
+        self._matrix_names = [name for name in names if self._is_worth_factorizing(name)]
+        self._ledger = TrafficLedger(self.weights, replicas.hosts)
+        self._initial_ranks = {name: self._initial_rank(name) for name in self._matrix_names}
 
-    def _wide(self, name: str) -> bool:
+    def _is_worth_factorizing(self, name: str) -> bool:
         """Say whether a matrix is worth it; convolutions are, whatever their shape."""
-        short, long = sorted(self.weights.shape(name))
+        short, long = sorted(self.weights.matrix_shape(name))
         linear = self.weights.parameters[name].dim() == 2
-        return not linear or short * THIN > long
+        return not linear or short * MAX_ASPECT_RATIO > long
 
-    def _count(self, name: str) -> int:
+    def _initial_rank(self, name: str) -> int:
         """Return the singular values with which a matrix begins."""
-        return max(1, math.ceil(self.first_rank * min(self.weights.shape(name))))
+        return max(1, math.ceil(self.first_rank * min(self.weights.matrix_shape(name))))
 
-    def lengths(self, clock: Clock) -> tuple[int, int]:
+    def phase_lengths(self, clock: UpdateClock) -> tuple[int, int]:
         """Return updates of full rank, and of a round."""
-        delay = clock.total // 10 if self.delay_updates is None else self.delay_updates
-        return max(delay, 1), self.every or max(clock.total // 50, 1)
+        delay = clock.total_updates // 10 if self.delay_updates is None else self.delay_updates
+        return max(delay, 1), self.every or max(clock.total_updates // 50, 1)
 
-    def means(self) -> tuple[float, float]:
+    def communication_cost(self) -> tuple[float, float]:
         """As if each matrix were at a quarter of its rank."""
         return 1 / 16, 1 / 16
 
-    def after_update(self, clock: Clock) -> None:
+    def after_update(self, clock: UpdateClock) -> None:
         """Split matrices where it is time, all or those of a round. Collective."""
-        self._ledger.mean(self.block.values())
-        self._ledger.update()
-        following, (delay, every) = clock.update + 1, self.lengths(clock)
+        self._ledger.count_mean(self.block.trainable_tensors())
+        self._ledger.count_update()
+        following, (delay, every) = clock.update + 1, self.phase_lengths(clock)
         if clock.ends_run:
             return
-        if self.begun < 0 and following >= delay:
-            self._begin()
-            self.begun = following
-        elif self.begun >= 0 and (following - self.begun) % every == 0:
-            self._round((following - self.begun) // every)
+        if self.low_rank_start < 0 and following >= delay:
+            self._factorize_all()
+            self.low_rank_start = following
+        elif self.low_rank_start >= 0 and (following - self.low_rank_start) % every == 0:
+            self._truncate_round((following - self.low_rank_start) // every)
 
-    def _begin(self) -> None:
+    def _factorize_all(self) -> None:
         """Put U, S and V' in the place of every matrix; its moments begin anew. Collective."""
-        own, memory = self.weights, self.weights.memory()
-        for number, name in enumerate(self._names):
-            shape, rank = own.shape(name), self._first[name]
+        own, memory = self.weights, self.weights.optimizer_state()
+        for number, name in enumerate(self._matrix_names):
+            shape, rank = own.matrix_shape(name), self._initial_ranks[name]
             mine = number % self.replicas.size == self.replicas.rank
-            parts = [each.contiguous() for each in self._parts(name, rank)] if mine else None
-            self._take(name, parts, shape, rank, number)
-        gone = tuple(f"{name}/" for name in self._names)
+            parts = (
+                [each.contiguous() for each in self._truncated_svd(name, rank)] if mine else None
+            )
+            self._set_factors(name, parts, shape, rank, number)
+        gone = tuple(f"{name}/" for name in self._matrix_names)
         rest = {key: each for key, each in memory.items() if not key.startswith(gone)}
-        own.reform(reformed(rest, own.values()))
+        own.rebuild_optimizer(resize_optimizer_state(rest, own.trainable_tensors()))
 
-    def _parts(self, name: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _truncated_svd(self, name: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the first `rank` columns of U, singular values, and rows of V' of a matrix."""
-        u, s, v = split(self.weights.parameters[name])
+        u, s, v = svd(self.weights.parameters[name])
         return u[:, :rank], s[:rank], v[:rank]
 
-    def _round(self, number: int) -> None:
+    def _truncate_round(self, round_index: int) -> None:
         """Test the matrices whose turn it is, and cut those that can be. Collective."""
-        due = min(math.ceil(number * self.share * len(self._names)), len(self._names))
-        tested = [n for n in reversed(self._names[len(self._names) - due :]) if self._awake(n)]
-        own, memory = self.weights, self.weights.memory()
+        due = min(
+            math.ceil(round_index * self.share * len(self._matrix_names)), len(self._matrix_names)
+        )
+        tested = [
+            n
+            for n in reversed(self._matrix_names[len(self._matrix_names) - due :])
+            if self._is_due_for_test(n)
+        ]
+        own, memory = self.weights, self.weights.optimizer_state()
         size, rank = self.replicas.size, self.replicas.rank
         mine = {
-            name: self._rotated(name) for number, name in enumerate(tested) if number % size == rank
+            name: self._rotated_svd(name)
+            for number, name in enumerate(tested)
+            if number % size == rank
         }
-        told = self.replicas.exchange({name: len(parts[1]) for name, parts in mine.items()})
+        told = self.replicas.allgather_object({name: len(parts[1]) for name, parts in mine.items()})
         ranks = {name: int(count) for each in told for name, count in each.items()}
-        cut = [name for name in tested if ranks[name] < own.factors[name].rank]
+        cut = [name for name in tested if ranks[name] < own.low_rank_weights[name].rank]
         for name in cut:
-            self._take(name, mine.get(name), own.shape(name), ranks[name], tested.index(name))
-            self._rests[name] = self.rest_rounds
+            self._set_factors(
+                name, mine.get(name), own.matrix_shape(name), ranks[name], tested.index(name)
+            )
+            self._rounds_to_skip[name] = self.rest_rounds
         if cut:
-            own.reform(reformed(memory, own.values()))
+            own.rebuild_optimizer(resize_optimizer_state(memory, own.trainable_tensors()))
 
-    def _awake(self, name: str) -> bool:
+    def _is_due_for_test(self, name: str) -> bool:
         """Say whether a matrix is to be tested; it rests one round less from now on."""
-        left = self._rests.get(name, 0)
-        self._rests[name] = max(left - 1, 0)
+        left = self._rounds_to_skip.get(name, 0)
+        self._rounds_to_skip[name] = max(left - 1, 0)
         return left == 0
 
-    def _rotated(self, name: str) -> list[Tensor]:
+    def _rotated_svd(self, name: str) -> list[Tensor]:
         """Return U, s and V' in the basis of S's own singular vectors, cut."""
-        outer, core, inner = (each.detach() for each in self.weights.factors[name].sides)
-        u, s, v = split(core)
-        least_rank = max(math.ceil(len(s) / 2), int(FLOOR * self._first[name]), 1)
+        outer, core, inner = (each.detach() for each in self.weights.low_rank_weights[name].factors)
+        u, s, v = svd(core)
+        least_rank = max(
+            math.ceil(len(s) / 2), int(MIN_RANK_FRACTION * self._initial_ranks[name]), 1
+        )
         rank = max(int((s >= self.cutoff * s[0]).sum()), least_rank)
         parts = outer @ u[:, :rank], s[:rank], v[:rank] @ inner
         return [each.contiguous() for each in parts]
 
-    def _take(
-        self, name: str, parts: list[Tensor] | None, shape: tuple[int, int], rank: int, number: int
+    def _set_factors(
+        self,
+        name: str,
+        factors: list[Tensor] | None,
+        shape: tuple[int, int],
+        rank: int,
+        matrix_index: int,
     ) -> None:
         """Let a matrix be U diag(s) V', as the replica of this number found. Collective."""
-        like = next(iter(self.block.values().values()))
-        if parts is None:
+        like = next(iter(self.block.trainable_tensors().values()))
+        if factors is None:
             sizes = (shape[0], rank), (rank,), (rank, shape[1])
-            parts = [like.new_empty(size) for size in sizes]
-        self.replicas.broadcast_(parts, number % self.replicas.size)
-        outer, s, inner = parts
-        self.weights.factor(name, outer, s.diag(), inner).train("core")
-        self._ledger.add({name: rank * (sum(shape) + 1) / 2})
-        self._ledger.ranks({name: rank})
+            factors = [like.new_empty(size) for size in sizes]
+        self.replicas.broadcast_(factors, matrix_index % self.replicas.size)
+        outer, s, inner = factors
+        self.weights.factorize(name, outer, s.diag(), inner).set_trainable("core")
+        self._ledger.count_elements({name: rank * (sum(shape) + 1) / 2})
+        self._ledger.set_ranks({name: rank})
 
-    def view(self) -> dict[str, Tensor]:
+    def evaluation_weights(self) -> dict[str, Tensor]:
         """Return the block's tensors, products in the place of factors."""
-        return self.weights.wholes()
+        return self.weights.merged_tensors()
 
-    def entries(self) -> dict[str, Entry]:
+    def low_rank_stats(self) -> dict[str, LowRankStats]:
         """Return rank and traffic of every weight."""
-        return self._ledger.entries()
+        return self._ledger.low_rank_stats()
 
     def state(self) -> dict[str, Tensor]:
         """Return when low rank began, ranks, counts, and who rests."""
-        rests = {f"rests/{name}": torch.tensor(each) for name, each in self._rests.items()}
+        rests = {f"rests/{name}": torch.tensor(each) for name, each in self._rounds_to_skip.items()}
         ledger = {f"ledger/{name}": each for name, each in self._ledger.state().items()}
-        return super().state() | {"begun": torch.tensor(self.begun)} | rests | ledger
+        return super().state() | {"begun": torch.tensor(self.low_rank_start)} | rests | ledger
 
-    def reshape(self, state: Mapping[str, Tensor]) -> None:
+    def restore_shapes(self, state: Mapping[str, Tensor]) -> None:
         """Give the block the shapes that a state was saved with."""
         if int(state["begun"]) < 0:
             return
-        for name in self._names:
+        for name in self._matrix_names:
             rank = int(state[f"ledger/rank/{name}"])
-            hollow(self.weights, name, rank, core=True).train("core")
-        self.weights.reform({})
+            factorize_with_zeros(self.weights, name, rank, with_core=True).set_trainable("core")
+        self.weights.rebuild_optimizer({})
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state()` returned."""
         super().restore(state)
-        self.begun = int(state["begun"])
-        self._rests = {name: int(each) for name, each in under(state, "rests/").items()}
-        self._ledger.restore(under(state, "ledger/"))
+        self.low_rank_start = int(state["begun"])
+        self._rounds_to_skip = {
+            name: int(each) for name, each in select_prefix(state, "rests/").items()
+        }
+        self._ledger.restore(select_prefix(state, "ledger/"))

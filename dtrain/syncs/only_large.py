@@ -14,10 +14,10 @@ from typing import final
 
 from torch import Tensor
 
-from dtrain.comm.comm import Comm
-from dtrain.early import Group
-from dtrain.syncs.parts.wrapper import Wrapper
-from dtrain.syncs.sync import Clock, Held, least
+from dtrain.comm.communicator import Comm
+from dtrain.syncs.base import SyncTarget, UpdateClock, require_at_least
+from dtrain.syncs.common.wrapper import Wrapper
+from dtrain.syncs.gradient_reducer import WeightedGroup
 
 
 @final
@@ -35,61 +35,69 @@ class OnlyLarge(Wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.shrinks = False
-        least("elements", self.elements, 1)
+        self.compressible = False
+        require_at_least("elements", self.elements, 1)
 
-    def open(self, block: Held, replicas: Comm) -> None:
+    def setup(self, block: SyncTarget, replicas: Comm) -> None:
         """Open the inner sync with the large tensors."""
         self.block, self.replicas = block, replicas
-        large = {name for name, each in block.values().items() if each.numel() >= self.elements}
-        self.large = Part(block, large)
-        self.inside.open(self.large, replicas)
+        large = {
+            name
+            for name, each in block.trainable_tensors().items()
+            if each.numel() >= self.elements
+        }
+        self.large_tensors = TensorSubset(block, large)
+        self.inner_sync.setup(self.large_tensors, replicas)
 
-    def steps(self, weight: float, clock: Clock) -> bool:
+    def takes_step(self, weight: float, clock: UpdateClock) -> bool:
         """Every replica steps: small tensors have the gradient of all samples."""
         return True
 
-    def averages(self, weight: float, clock: Clock) -> Group | None:
+    def gradient_group(self, weight: float, clock: UpdateClock) -> WeightedGroup | None:
         """All of it is done before the update."""
         return None
 
-    def before_update(self, gradients: Sequence[Tensor], weight: float, clock: Clock) -> None:
+    def before_update(self, gradients: Sequence[Tensor], weight: float, clock: UpdateClock) -> None:
         """Average the small ones, and the large ones where the inner sync does."""
-        named, large = self.block.named(gradients), self.large.values()
+        named, large = self.block.name_gradients(gradients), self.large_tensors.trainable_tensors()
         self.replicas.mean_({n: each for n, each in named.items() if n not in large}, weight)
         inner = {name: named[name] for name in large}
-        group = self.inside.averages(weight, clock)
+        group = self.inner_sync.gradient_group(weight, clock)
         if group is not None:
             group.comm.mean_(inner, group.weight)
-        self.inside.before_update(list(inner.values()), weight, clock)
+        self.inner_sync.before_update(list(inner.values()), weight, clock)
 
 
 @final
-class Part:
+class TensorSubset:
     """Some of a block's trained tensors, for a sync that is to see no others."""
 
-    def __init__(self, block: Held, names: set[str]) -> None:
+    def __init__(self, block: SyncTarget, names: set[str]) -> None:
         self.block, self.names = block, names
         self.index, self.seed = block.index, block.seed
 
     @property
-    def drifting(self) -> dict[str, Tensor]:
+    def unsynced_buffers(self) -> dict[str, Tensor]:
         """The buffers, all of them."""
-        return self.block.drifting
+        return self.block.unsynced_buffers
 
-    def values(self) -> dict[str, Tensor]:
+    def trainable_tensors(self) -> dict[str, Tensor]:
         """Return those that are trained."""
-        return {name: each for name, each in self.block.values().items() if name in self.names}
+        return {
+            name: each
+            for name, each in self.block.trainable_tensors().items()
+            if name in self.names
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all parameters and buffers, which a view needs."""
         return self.block.tensors()
 
-    def memory(self) -> dict[str, Tensor]:
+    def optimizer_state(self) -> dict[str, Tensor]:
         """Return the optimizer's state of the part."""
-        own = self.block.memory().items()
+        own = self.block.optimizer_state().items()
         return {name: each for name, each in own if name.rpartition("/")[0] in self.names}
 
-    def named(self, gradients: Iterable[Tensor]) -> dict[str, Tensor]:
+    def name_gradients(self, gradients: Iterable[Tensor]) -> dict[str, Tensor]:
         """Return one tensor for each of `values`, under their names."""
-        return dict(zip(self.values(), gradients, strict=True))
+        return dict(zip(self.trainable_tensors(), gradients, strict=True))

@@ -26,13 +26,13 @@ from typing import final
 import torch
 from torch import Tensor
 
-from dtrain.syncs.parts.rounds import Rounds
-from dtrain.syncs.sync import Clock, least
+from dtrain.syncs.base import UpdateClock, require_at_least
+from dtrain.syncs.common.local_updates import PeriodicSync
 
 
 @final
 @dataclass
-class QSR(Rounds):
+class QSR(PeriodicSync):
     """The plain mean of parameters over replicas after rounds of H updates.
 
     Attributes
@@ -46,43 +46,45 @@ class QSR(Rounds):
         The exponent.
     """
 
-    horizon = True
+    depends_on_run_length = True
     every: int = 4
     alpha_over_peak: float = 0.0175 / 0.008
     power: float = 2.0
 
     def __post_init__(self) -> None:
         super().__init__()
-        least("every", self.every, 1)
-        least("alpha-over-peak", self.alpha_over_peak, 0)
-        least("power", self.power, 0)
-        self._end = 0
+        require_at_least("every", self.every, 1)
+        require_at_least("alpha-over-peak", self.alpha_over_peak, 0)
+        require_at_least("power", self.power, 0)
+        self._round_end = 0
 
-    def means(self) -> tuple[float, float]:
+    def communication_cost(self) -> tuple[float, float]:
         """One per round of the least length."""
         return 1 / self.every, 1 / self.every
 
-    def before_update(self, gradients: Sequence[Tensor], weight: float, clock: Clock) -> None:
+    def before_update(self, gradients: Sequence[Tensor], weight: float, clock: UpdateClock) -> None:
         """Leave the gradients; where a round begins, find its end."""
         super().before_update(gradients, weight, clock)
-        if clock.update >= self._end:
-            self._end = min(clock.update + self.length(clock), clock.total)
+        if clock.update >= self._round_end:
+            self._round_end = min(clock.update + self.round_length(clock), clock.total_updates)
 
-    def length(self, clock: Clock) -> int:
+    def round_length(self, clock: UpdateClock) -> int:
         """Return the updates of a round that begins now (H)."""
-        if clock.warming or not clock.lr:
+        if clock.in_lr_warmup or not clock.lr:
             return self.every
-        return max(self.every, floor(pow(self.alpha_over_peak * clock.peak / clock.lr, self.power)))
+        return max(
+            self.every, floor(pow(self.alpha_over_peak * clock.base_lr / clock.lr, self.power))
+        )
 
-    def meets(self, clock: Clock) -> bool:
+    def is_due(self, clock: UpdateClock) -> bool:
         """At the round's end."""
-        return clock.update + 1 == self._end
+        return clock.update + 1 == self._round_end
 
     def state(self) -> dict[str, Tensor]:
         """Return whether the replicas hold the same parameters, and where the round ends."""
-        return super().state() | {"end": torch.tensor(self._end)}
+        return super().state() | {"end": torch.tensor(self._round_end)}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state()` returned."""
         super().restore(state)
-        self._end = int(state["end"])
+        self._round_end = int(state["end"])

@@ -14,10 +14,10 @@ from typing import final
 
 from torch import Tensor
 
-from dtrain.block import Rule
-from dtrain.early import Group
-from dtrain.syncs.parts.wrapper import Wrapper
-from dtrain.syncs.sync import Clock, least
+from dtrain.block.block import OptimizerStep
+from dtrain.syncs.base import UpdateClock, require_at_least
+from dtrain.syncs.common.wrapper import Wrapper
+from dtrain.syncs.gradient_reducer import WeightedGroup
 
 
 @final
@@ -35,38 +35,38 @@ class Warmup(Wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.idles = False
-        self.horizon = self.horizon or self.updates is None
-        least("updates", self.updates, 0)
+        self.keeps_no_optimizer_state = False
+        self.depends_on_run_length = self.depends_on_run_length or self.updates is None
+        require_at_least("updates", self.updates, 0)
 
-    def warms(self, clock: Clock) -> bool:
+    def in_warmup(self, clock: UpdateClock) -> bool:
         """Say whether the inner sync waits yet."""
-        return clock.update < (clock.total // 10 if self.updates is None else self.updates)
+        return clock.update < (clock.total_updates // 10 if self.updates is None else self.updates)
 
-    def steps(self, weight: float, clock: Clock) -> bool:
+    def takes_step(self, weight: float, clock: UpdateClock) -> bool:
         """At first every replica steps: all have the gradient of all samples."""
-        return self.warms(clock) or super().steps(weight, clock)
+        return self.in_warmup(clock) or super().takes_step(weight, clock)
 
-    def averages(self, weight: float, clock: Clock) -> Group | None:
+    def gradient_group(self, weight: float, clock: UpdateClock) -> WeightedGroup | None:
         """At first over all replicas."""
-        if self.warms(clock):
-            return Group(self.replicas, weight)
-        return super().averages(weight, clock)
+        if self.in_warmup(clock):
+            return WeightedGroup(self.replicas, weight)
+        return super().gradient_group(weight, clock)
 
-    def before_update(self, gradients: Sequence[Tensor], weight: float, clock: Clock) -> None:
+    def before_update(self, gradients: Sequence[Tensor], weight: float, clock: UpdateClock) -> None:
         """Hand the gradients on, once it is time."""
-        if not self.warms(clock):
+        if not self.in_warmup(clock):
             super().before_update(gradients, weight, clock)
 
-    def rate(self, clock: Clock) -> float:
+    def lr_factor(self, clock: UpdateClock) -> float:
         """At first the schedule's own."""
-        return 1.0 if self.warms(clock) else super().rate(clock)
+        return 1.0 if self.in_warmup(clock) else super().lr_factor(clock)
 
-    def rule(self, clock: Clock) -> Rule | None:
+    def optimizer_step(self, clock: UpdateClock) -> OptimizerStep | None:
         """At first the optimizer's own."""
-        return None if self.warms(clock) else super().rule(clock)
+        return None if self.in_warmup(clock) else super().optimizer_step(clock)
 
-    def after_update(self, clock: Clock) -> None:
+    def after_update(self, clock: UpdateClock) -> None:
         """Let the inner sync agree, once it is time."""
-        if not self.warms(clock):
+        if not self.in_warmup(clock):
             super().after_update(clock)

@@ -13,8 +13,8 @@ from collections.abc import Generator, Iterator
 
 import pytest
 
-from dtrain.comm import mpi  # before torch
-from dtrain.comm.comm import Comm
+from dtrain.comm.backends import mpi  # before torch
+from dtrain.comm.communicator import Comm
 from tests.counts import counted_once
 
 __all__ = ["counted_once"]
@@ -22,7 +22,7 @@ __all__ = ["counted_once"]
 GRACE_S = 2.0
 LIMIT_S = 90.0
 
-WORLD = mpi.world()
+WORLD = mpi.world_backend()
 SCREEN = pytest.StashKey[int]()
 
 

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
-from dtrain.comm.comm import Comm
+from dtrain.comm.communicator import Comm
 from tests.need import lack
 from tests.ranks.contract import CASES, looking
 
@@ -23,7 +23,7 @@ def test_contract(case: Callable[[Comm], None], comm: Comm) -> None:
 
 @pytest.mark.mpi
 def test_sizes_must_agree(comm: Comm) -> None:
-    comm.expect(comm.rank, 1, [((3,), torch.float32)])
+    comm.post_recv(comm.rank, 1, [((3,), torch.float32)])
     comm.isend(torch.ones(2), comm.rank, 1)
     with pytest.raises(RuntimeError, match=r"message of 8 bytes from rank .* receive of 12 bytes"):
         comm.recv(comm.rank, 1)
@@ -47,26 +47,26 @@ def test_an_idle_rank_delays_but_does_not_hang(comm: Comm) -> None:
 def test_progress_alone_takes_a_large_message(comm: Comm) -> None:
     """A rank that computes between turns of progress, and never waits, lets others send to it."""
     with TemporaryDirectory() as folder:
-        gone = Path(comm.exchange(folder)[0]) / "gone"
+        gone = Path(comm.allgather_object(folder)[0]) / "gone"
         if comm.rank == 0:
             comm.isend(torch.full((1 << 21,), 3.0), 1, 1)
             comm.flush()
             gone.touch()
         if comm.rank == 1:
-            comm.expect(0, 1, [((1 << 21,), torch.float32)])
+            comm.post_recv(0, 1, [((1 << 21,), torch.float32)])
             limit = time.monotonic() + 10
             while not gone.exists():
                 comm.progress()
                 assert time.monotonic() < limit, "nobody took the message"
             assert comm.recv(0, 1).eq(3).all()
-        comm.exchange(None)
+        comm.allgather_object(None)
 
 
 @pytest.mark.mpi(min_size=2)
 def test_a_message_above_two_gib(comm: Comm) -> None:
     """Counts of MPI end at 2^31 - 1; a message does not."""
     count = (1 << 31) + 12_345
-    room = min(comm.exchange(_available_bytes()))
+    room = min(comm.allgather_object(_available_bytes()))
     if room < 6 * count:
         lack("memory", f"{room >> 20} MiB are available, {6 * count >> 20} wanted")
     if comm.size > 2:
@@ -78,7 +78,7 @@ def test_a_message_above_two_gib(comm: Comm) -> None:
         comm.isend((sent, torch.tensor(5)), 1, 1)
         comm.flush()
     else:
-        comm.expect(0, 1, [(((count,), torch.uint8), ((), torch.int64))])
+        comm.post_recv(0, 1, [(((count,), torch.uint8), ((), torch.int64))])
         got, after = comm.recv(0, 1)
         assert after.item() == 5
         assert got[:: 1 << 20][:-1].equal(torch.arange(2048, dtype=torch.int64).to(torch.uint8))

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from dtrain.comm.comm import Comm
-from dtrain.config import Run, parse
+from dtrain.comm.communicator import Comm
+from dtrain.config.parse import parse_run
+from dtrain.config.run import RunConfig
 from dtrain.objectives import OBJECTIVES
 from dtrain.schedules import SCHEDULES
-from dtrain.schedules.late import Late
+from dtrain.schedules.asynchronous import AsyncSchedule
 from dtrain.syncs import SYNCS
 from dtrain.train import train
 from tests import tiny
@@ -26,7 +27,7 @@ CHOSEN = ("mono-forward", "backprop", "dfa", "f3")
 def legal(cell: Cell) -> bool:
     """Say whether the schedule runs all that the objective sends, and with this sync."""
     routes = OBJECTIVES[cell[0]]().routes(3, "train")
-    return SCHEDULES[cell[1]]().serves(routes) and cell[2] in tiny.suited(cell[1])
+    return SCHEDULES[cell[1]]().supports_all(routes) and cell[2] in tiny.suited(cell[1])
 
 
 def cover(cells: Sequence[Cell]) -> list[Cell]:
@@ -51,11 +52,11 @@ ALL = product(CHOSEN, SCHEDULES, SYNCS, ("float32", "float64"))
 CELLS = cover([cell for cell in ALL if legal(cell)])
 
 
-def digits(stages: int, objective: str = "mono-forward", **top: Any) -> Run:
+def digits(stages: int, objective: str = "mono-forward", **top: Any) -> RunConfig:
     """Return a run on digits: batches of 256 in three micro-batches, the last one of 157."""
     schedule, sync = top.pop("schedule", None), top.pop("sync", "every-step")
-    kind = SCHEDULES[schedule or OBJECTIVES[objective]().schedule]
-    micros = 1 if issubclass(kind, Late) else 3  # some update after each
+    kind = SCHEDULES[schedule or OBJECTIVES[objective]().default_schedule]
+    micros = 1 if issubclass(kind, AsyncSchedule) else 3  # some update after each
     top = {"epochs": 1, "batch-size": 256, "micro-batches": micros, "threads": 1} | top
     table = {
         **top,
@@ -68,16 +69,16 @@ def digits(stages: int, objective: str = "mono-forward", **top: Any) -> Run:
         "sync": {"name": sync},
         "optimizer": {"name": "adam", "lr": 1e-3},
     }
-    return parse(table, Path(__file__))
+    return parse_run(table, Path(__file__))
 
 
-def trained(comm: Comm, ranks: int, run: Run, out: Path) -> dict[str, Any]:
+def trained(comm: Comm, ranks: int, run: RunConfig, out: Path) -> dict[str, Any]:
     """Train on the first `ranks` of `comm`, into rank 0's `out`; return the summary on all."""
-    out = Path(comm.exchange(str(out))[0])
+    out = Path(comm.allgather_object(str(out))[0])
     part = comm.split(int(comm.rank >= ranks), comm.rank)
     if comm.rank < ranks:
         train(run, part, out)
-    comm.exchange("trained")
+    comm.allgather_object("trained")
     return summary(out)
 
 
@@ -105,7 +106,7 @@ def test_any_number_of_stages_trains_the_same_bits(
 def test_replicas_train_the_same_model(objective: str, comm: Comm, tmp_path: Path) -> None:
     """Law 1 over replicas, from the same run file, in float64."""
     run = digits(2, objective, dtype="float64")
-    outs = [Path(comm.exchange(str(tmp_path / f"{ranks}"))[0]) for ranks in (2, 4)]
+    outs = [Path(comm.allgather_object(str(tmp_path / f"{ranks}"))[0]) for ranks in (2, 4)]
     for ranks, out in zip((2, 4), outs, strict=True):
         trained(comm, ranks, run, out)
     close(*outs)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dtrain.schedules import SCHEDULES
-from dtrain.schedules.action import Action, Point, Route
-from dtrain.schedules.check import PlanError, verify
+from dtrain.schedules.actions import Action, Point, Route
+from dtrain.schedules.verify import PlanError, verify_plans
 
 STAGES, MICROS = 4, 6
 ROUTES = [Route(Point(b, "F"), Point(b + 1, "F"), "activation") for b in range(STAGES - 1)]
@@ -32,12 +32,12 @@ def fault(*replicas: list[list[Action]], routes: list[Route] = ROUTES) -> str:
     """Return what `verify` says of wrong plans."""
     place = range(len(replicas[0]))
     with pytest.raises(PlanError) as error:
-        verify(replicas, place, routes)
+        verify_plans(replicas, place, routes)
     return str(error.value)
 
 
 def test_right_plans_pass() -> None:
-    report = verify([good(), good()], range(STAGES), ROUTES)
+    report = verify_plans([good(), good()], range(STAGES), ROUTES)
     assert report.peak_live == (4, 3, 2, 1)
     assert report.bubble == pytest.approx(3 / 9)
 
@@ -87,7 +87,7 @@ def test_what_is_done_twice_or_elsewhere() -> None:
     plans[0].append(Action("U", 1, 0))
     assert "block 1 has no U on this stage" in fault(plans)
     with pytest.raises(PlanError, match="3 plans for 4 stages"):
-        verify([good()[:3]], range(STAGES), ROUTES)
+        verify_plans([good()[:3]], range(STAGES), ROUTES)
 
 
 def test_a_circle_is_spelt_out() -> None:
@@ -109,7 +109,7 @@ def test_a_send_needs_its_receive() -> None:
         parse("F1.0 F1.1 F1.2 B1.0 B1.1 B1.2 U1"),
     ]
     late = Route(Point(0, "F"), Point(1, "B"), "hint")
-    assert verify([plans], range(2), [ROUTES[0]]).peak_live == (3, 3)
+    assert verify_plans([plans], range(2), [ROUTES[0]]).peak_live == (3, 3)
     assert fault(plans, routes=[ROUTES[0], late]) == (
         "deadlock: stage 0 waits at F0.1 of update 0 (position 1) for stage 1 to take hint, "
         "which waits at F1.2 of update 0 (position 2) for activation 2 from stage 0"
@@ -121,28 +121,28 @@ def test_replicas_meet_in_updates() -> None:
     place = (0, 0)
     one = [parse("F0.0 F1.0 B0.0 B1.0 U0 U1")]
     other = [parse("F0.0 F1.0 B0.0 B1.0 U1 U0")]
-    verify([one, one], place, ROUTES[:1])
+    verify_plans([one, one], place, ROUTES[:1])
     with pytest.raises(PlanError, match=r"replica 0 stage 0 waits at U0 .* replica 1 stage 0"):
-        verify([one, other], place, ROUTES[:1])
+        verify_plans([one, other], place, ROUTES[:1])
 
 
 def test_replicas_of_unequal_updates_are_rejected() -> None:
     plans = [parse("F0.0 B0.0 U0") + parse("F0.0 B0.0 U0", update=1)]
     text = "replica 1 stage 0: U0 of update 1 is missing"
     with pytest.raises(PlanError, match=text):
-        verify([plans, [plans[0][:3]]], (0,), [])
+        verify_plans([plans, [plans[0][:3]]], (0,), [])
 
 
 def test_handovers_on_one_stage_are_in_order() -> None:
     plans = [parse("F1.0 F0.0 B0.0 B1.0 U0 U1")]
     with pytest.raises(PlanError, match=r"waits at F1.0 .* for activation 0 from stage 0"):
-        verify([plans], (0, 0), ROUTES[:1])
+        verify_plans([plans], (0, 0), ROUTES[:1])
 
 
 def test_staleness_counts_updates_between_forward_and_backward() -> None:
     plan = [Action("F", 0, 0, 0), Action("F", 0, 1, 0), Action("B", 0, 0, 0), Action("U", 0, 0)]
     plan += [Action("B", 0, 1, 0), Action("U", 0, 1)]
-    report = verify([[plan]], (0,), [])
+    report = verify_plans([[plan]], (0,), [])
     assert (report.staleness, report.peak_live) == ((1,), (2,))
 
 
@@ -151,7 +151,7 @@ def test_a_split_backward() -> None:
     routes = [ROUTES[0], ROUTES[STAGES - 1]]
     right = parse("F1.0 I1.0 F1.1 I1.1 W1.0 W1.1 U1")
     first = parse("F0.0 F0.1 I0.0 W0.0 I0.1 W0.1 U0")
-    report = verify([[first, right]], range(2), routes)
+    report = verify_plans([[first, right]], range(2), routes)
     assert (report.peak_live, report.makespan) == ((2, 2), 7)
     for words, what in (
         ("F1.0 W1.0 I1.0 F1.1 I1.1 W1.1 U1", "at W1.0 of update 0 (position 1): its I has not run"),
@@ -170,7 +170,7 @@ def test_every_pass_of_a_micro_batch() -> None:
     (f0, f1, b0, b1, u) = parse("F0.0 F0.1 B0.0 B0.1 U0")
     routes = [Route(Point(0, "F"), Point(0, "F", 1), "error")]
     right = [f0, f1, again[0], b0, again[1], b1, u]
-    assert verify([[right]], (0,), routes).peak_live == (2,)
+    assert verify_plans([[right]], (0,), routes).peak_live == (2,)
     assert [str(action) for action in right[:3]] == ["F0.0", "F0.1", "F0.0/1"]
     for plan, what in (
         ([again[0], f0, f1, b0, again[1], b1, u], "F0.0/1 of update 0 (position 0): its F has not"),
@@ -184,7 +184,7 @@ def test_every_pass_of_a_micro_batch() -> None:
 def test_staleness_counts_to_the_gradient_of_the_input() -> None:
     plan = [Action("F", 0, 0, 0), Action("F", 0, 1, 0), Action("I", 0, 0, 0), Action("W", 0, 0, 0)]
     plan += [Action("U", 0, 0), Action("I", 0, 1, 0), Action("W", 0, 1, 0), Action("U", 0, 1)]
-    report = verify([[plan]], (0,), [])
+    report = verify_plans([[plan]], (0,), [])
     assert (report.staleness, report.peak_live) == ((1,), (2,))
 
 
@@ -194,4 +194,4 @@ def test_staleness_counts_from_the_first_forward() -> None:
     plan += [Action("B", 0, 0, 0), Action("U", 0, 0), Action("F", 0, 1, 0, 1)]
     plan += [Action("B", 0, 1, 0), Action("U", 0, 1)]
     routes = [Route(Point(0, "F"), Point(0, "F", 1), "error")]
-    assert verify([[plan]], (0,), routes).staleness == (1,)
+    assert verify_plans([[plan]], (0,), routes).staleness == (1,)

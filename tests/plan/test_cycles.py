@@ -7,12 +7,12 @@ from typing import Literal
 
 import pytest
 
-from dtrain.errors import Refusal
-from dtrain.partition import place
-from dtrain.schedules.action import Action, Point, Route
-from dtrain.schedules.check import PlanError, Report, verify
-from dtrain.schedules.cycles import cycles, feeds_back
-from dtrain.schedules.messages import Messages, passes
+from dtrain.errors import DtrainError
+from dtrain.partition import assign_stages
+from dtrain.schedules.actions import Action, Point, Route
+from dtrain.schedules.cyclic import cyclic_order, feeds_back
+from dtrain.schedules.messages import MessageTable, count_forward_passes
+from dtrain.schedules.verify import PlanError, ScheduleReport, verify_plans
 from tests.plan.test_schedules import LAYOUTS, Routing, backprop, local
 
 Drain = Literal["segment", "update"]
@@ -52,9 +52,11 @@ SIZES = [[1] * 6, [3, 3, 3], [2, 2, 1], [0, 1, 1, 0], [3, 0, 2, 1], [0]]
 
 def prove(
     where: tuple[int, ...], sizes: list[int], routes: list[Route], drain: Drain = "segment"
-) -> Report:
+) -> ScheduleReport:
     stages = range(max(where) + 1)
-    return verify([[tuple(cycles(s, where, sizes, routes, drain)) for s in stages]], where, routes)
+    return verify_plans(
+        [[tuple(cyclic_order(s, where, sizes, routes, drain)) for s in stages]], where, routes
+    )
 
 
 def staleness(routes: list[Route], blocks: int, drain: Drain = "segment") -> tuple[int, ...]:
@@ -85,7 +87,7 @@ def test_plans_are_proved_and_places_change_nothing(
 ) -> None:
     for blocks in (1, 2, 3, 7):
         routes = routing(blocks)
-        places = {place([1] * blocks, stages) for b, stages in LAYOUTS if b == blocks}
+        places = {assign_stages([1] * blocks, stages) for b, stages in LAYOUTS if b == blocks}
         fold = (*range(-(-blocks // 2)), *reversed(range(blocks // 2)))
         for where in {(0,) * blocks, tuple(range(blocks)), fold} | places:
             prove(where, sizes, routes, drain)
@@ -100,14 +102,14 @@ def orders(
     """Return what each block does, in order."""
     found = defaultdict(list)
     for stage in range(max(where) + 1):
-        for action in cycles(stage, where, sizes, routes, drain):
+        for action in cyclic_order(stage, where, sizes, routes, drain):
             found[action.block].append(action)
     return found
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_all_have_learnt_before_a_drained_update(routing: Routing) -> None:
-    plan = list(cycles(0, (0, 0, 0, 0), [3, 2, 0], routing(4), "update"))
+    plan = list(cyclic_order(0, (0, 0, 0, 0), [3, 2, 0], routing(4), "update"))
     kinds = ["".join(a.kind for a in plan if a.update == update) for update in range(3)]
     assert all(text.endswith("UUUU") and text.count("U") == 4 for text in kinds)
 
@@ -115,7 +117,7 @@ def test_all_have_learnt_before_a_drained_update(routing: Routing) -> None:
 def test_replicas_of_other_sizes_update_in_one_order() -> None:
     """A replica without samples waits in the cycles of those that have some."""
     for sizes in ([1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]):
-        plan = cycles(0, (0, 0, 0), sizes, backprop(3))
+        plan = cyclic_order(0, (0, 0, 0), sizes, backprop(3))
         assert " ".join(f"{a}@{a.update}" for a in plan if a.kind == "U") == (
             "U2@0 U1@0 U2@1 U0@0 U1@1 U2@2 U0@1 U1@2 U2@3 U0@2 U1@3 U0@3"
         )
@@ -124,14 +126,14 @@ def test_replicas_of_other_sizes_update_in_one_order() -> None:
 def test_a_circle_is_refused_with_the_least_lag() -> None:
     up = Route(Point(2, "B"), Point(0, "F"), "code")
     words = r"code B2 -> F0 .* F1 for F0.* it needs lag = 1 or more"
-    with pytest.raises(Refusal, match=words):
+    with pytest.raises(DtrainError, match=words):
         prove((0, 1, 2), [3] * 4, [*local(3), up])
-    with pytest.raises(Refusal, match=r"code B2 -> F0 .*lag = 3 or more"):
+    with pytest.raises(DtrainError, match=r"code B2 -> F0 .*lag = 3 or more"):
         prove((0, 1, 2), [1] * 9, [*local(3), up])
-    with pytest.raises(Refusal, match=r"code B2 -> F0 \(lag 2\) .*lag = 3 or more"):
+    with pytest.raises(DtrainError, match=r"code B2 -> F0 \(lag 2\) .*lag = 3 or more"):
         prove((0, 0, 0), [1] * 9, [*local(3), up._replace(lag=2)])
     assert prove((0, 1, 2), [1] * 9, [*local(3), up._replace(lag=3)]).staleness == (0, 0, 0)
-    with pytest.raises(Refusal, match=r"lag = 1 or more"):
+    with pytest.raises(DtrainError, match=r"lag = 1 or more"):
         prove((0, 1, 2), [1] * 9, [*local(3), up], "update")
     prove((0, 1, 2), [1] * 9, [*local(3), up._replace(lag=1)], "update")
 
@@ -145,7 +147,7 @@ def test_what_flows_back() -> None:
 
 
 def test_passes_are_counted_from_the_routes() -> None:
-    assert [passes(routes) for routes in ([], local(3), twice(3))] == [1, 1, 2]
+    assert [count_forward_passes(routes) for routes in ([], local(3), twice(3))] == [1, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -165,12 +167,12 @@ def test_messages_exist_where_both_ends_do(route: Route, words: str) -> None:
     sizes, where, routes = [2, 2, 1, 0, 1], (0, 1), [*local(2), route]
     sent, came = [], []
     for stage in (0, 1):
-        messages = Messages(routes, where, stage, sizes)
-        for action in cycles(stage, where, sizes, routes):
-            if 1 in messages.takes(action):
-                update, micro = messages.origin(1, action)
+        messages = MessageTable(routes, where, stage, sizes)
+        for action in cyclic_order(stage, where, sizes, routes):
+            if 1 in messages.incoming(action):
+                update, micro = messages.source_micro_batch(1, action)
                 came.append(f"{action.update}.{action.micro}<{update}.{micro}")
-            if 1 in messages.offers(action):
+            if 1 in messages.outgoing(action):
                 sent.append(f"{action.update}.{action.micro}")
     assert " ".join(came) == words
     assert sent == [word.partition("<")[2] for word in came]
@@ -178,26 +180,28 @@ def test_messages_exist_where_both_ends_do(route: Route, words: str) -> None:
 
 
 def test_a_split_plan_serves_the_routes_of_learning_in_its_first_half() -> None:
-    messages = Messages(backprop(2), (0, 0), 0, [1])
-    assert messages.offers(Action("I", 1, 0, 0)) == messages.takes(Action("I", 0, 0, 0)) == (1,)
-    assert messages.offers(Action("W", 1, 0, 0)) == messages.takes(Action("W", 0, 0, 0)) == ()
+    messages = MessageTable(backprop(2), (0, 0), 0, [1])
+    assert (
+        messages.outgoing(Action("I", 1, 0, 0)) == messages.incoming(Action("I", 0, 0, 0)) == (1,)
+    )
+    assert messages.outgoing(Action("W", 1, 0, 0)) == messages.incoming(Action("W", 0, 0, 0)) == ()
 
 
 def test_a_lag_needs_a_larger_window() -> None:
     """As many receives are posted as are sent before the first is taken, else all would wait."""
     routes, sizes = lagged(2), [4, 4, 2]
-    assert [Messages(routes, (0, 1), 0, sizes).window(r) for r in (0, 1)] == [1, 5]
+    assert [MessageTable(routes, (0, 1), 0, sizes).window(r) for r in (0, 1)] == [1, 5]
     once = [route._replace(once=True) for route in routes]
-    assert Messages(once, (0, 1), 0, sizes).window(1) == 2
+    assert MessageTable(once, (0, 1), 0, sizes).window(1) == 2
     prove((0, 1), sizes, routes)
 
 
 def test_a_window_of_one_deadlocks_under_a_lag(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Messages, "window", lambda self, route: 1)
+    monkeypatch.setattr(MessageTable, "window", lambda self, route: 1)
     with pytest.raises(PlanError, match=r"deadlock: stage 0 waits at .* for stage 1 to take"):
         prove((0, 1), [4, 4, 4], lagged(2))
 
 
 def test_many_blocks_are_ordered_in_time() -> None:
-    plan = list(cycles(0, (0,) * 256, [1] * 4, backprop(256)))
+    plan = list(cyclic_order(0, (0,) * 256, [1] * 4, backprop(256)))
     assert len(plan) == 4 * 3 * 256

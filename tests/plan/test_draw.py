@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from dtrain.schedules import SCHEDULES
-from dtrain.schedules.action import Point, Route
-from dtrain.schedules.check import Report, check
-from dtrain.schedules.draw import draw
+from dtrain.schedules.actions import Point, Route
 from dtrain.schedules.pipelined import Pipelined
+from dtrain.schedules.render_text import timeline_text
+from dtrain.schedules.verify import ScheduleReport, verify_schedule
 from tests.witness.split import Split
 
 
-def report(name: str, stages: int, *sizes: int) -> Report:
+def report(name: str, stages: int, *sizes: int) -> ScheduleReport:
     """Return the report of one replica of a pipeline of single blocks."""
     routes = [Route(Point(b, "F"), Point(b + 1, "F"), "activation") for b in range(stages - 1)]
     if name != "stream":
         routes += [Route(Point(b + 1, "B"), Point(b, "B"), "gradient") for b in range(stages - 1)]
-    return check(SCHEDULES[name](), range(stages), [sizes], routes)
+    return verify_schedule(SCHEDULES[name](), range(stages), [sizes], routes)
 
 
 def test_stream() -> None:
-    assert draw(report("stream", 3, 2, 2)) == (
+    assert timeline_text(report("stream", 3, 2, 2)) == (
         "stage 0 |0 a a 1 b U 0 a a 1 b U . .|\n"
         "stage 1 |. 0 a a 1 b U 0 a a 1 b U .|\n"
         "stage 2 |. . 0 a a 1 b U 0 a a 1 b U|\n"
@@ -30,7 +30,7 @@ def test_stream() -> None:
 
 
 def test_one_forward_one_backward() -> None:
-    rows = draw(report("1f1b", 3, 4), width=40).splitlines()
+    rows = timeline_text(report("1f1b", 3, 4), width=40).splitlines()
     assert rows[:3] == [
         "stage 0 |012....aa3bb.cc.dU|",
         "stage 1 |.01..aa2bb3cc.dU..|",
@@ -40,7 +40,7 @@ def test_one_forward_one_backward() -> None:
 
 
 def test_a_full_page() -> None:
-    rows = draw(report("1f1b", 8, 16)).splitlines()
+    rows = timeline_text(report("1f1b", 8, 16)).splitlines()
     assert len(rows) == 10
     assert {len(row) for row in rows[:8]} == {10 + 69}
     assert all(len(row) <= 120 for row in rows)
@@ -48,19 +48,19 @@ def test_a_full_page() -> None:
 
 
 def test_beyond_the_page() -> None:
-    rows = draw(report("stream", 12, 60)).splitlines()
+    rows = timeline_text(report("stream", 12, 60)).splitlines()
     assert rows[0].startswith("stage  0 |0aa1bb2cc")
     assert all(len(row) == 120 and row.endswith("…|") for row in rows[:12])
 
 
 def test_a_segment_without_samples() -> None:
-    assert draw(report("1f1b", 2, 0)).splitlines()[0] == "stage 0 |U|"
+    assert timeline_text(report("1f1b", 2, 0)).splitlines()[0] == "stage 0 |U|"
 
 
 def test_a_split_backward() -> None:
     routes = [Route(Point(0, "F"), Point(1, "F"), "activation")]
     routes += [Route(Point(1, "B"), Point(0, "B"), "gradient")]
-    rows = draw(check(Split(), range(2), [[2]], routes)).splitlines()
+    rows = timeline_text(verify_schedule(Split(), range(2), [[2]], routes)).splitlines()
     assert rows == [
         "stage 0 |0 1 . a A b U|",
         "stage 1 |. 0 a 1 b A U|",
@@ -72,6 +72,6 @@ def test_a_split_backward() -> None:
 
 def test_two_passes() -> None:
     routes = [Route(Point(0, "F"), Point(0, "F", 1), "error")]
-    rows = draw(check(Pipelined(), (0,), [[1, 1]], routes)).splitlines()
+    rows = timeline_text(verify_schedule(Pipelined(), (0,), [[1, 1]], routes)).splitlines()
     assert rows[0] == "stage 0 |0 k a U 1 l b U|"
     assert "k l m ... further forwards of update" in rows[1]

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from dtrain.errors import Refusal
-from dtrain.partition import place
-from dtrain.schedules.action import Action
-from dtrain.schedules.check import PlanError, check, verify
-from dtrain.schedules.costs import units
+from dtrain.errors import DtrainError
+from dtrain.partition import assign_stages
+from dtrain.schedules.actions import Action
+from dtrain.schedules.base import Schedule
+from dtrain.schedules.cost_model import unit_costs
 from dtrain.schedules.forecast import forecast
-from dtrain.schedules.pipedream import PipeDream, TwoBuffered
+from dtrain.schedules.pipedream import PipeDream, PipeDream2BW
 from dtrain.schedules.pipelined import Pipelined
-from dtrain.schedules.policy import copies_of
-from dtrain.schedules.schedule import Schedule
+from dtrain.schedules.verify import PlanError, verify_plans, verify_schedule
+from dtrain.schedules.weight_policy import peak_weight_copies
 from tests.plan.test_schedules import backprop
 
 BLOCKS = (*range(1, 9), 12, 16)
@@ -29,7 +29,7 @@ def versions(schedule: Schedule, blocks: int, sizes: list[int]) -> list[int]:
     where, routes = range(blocks), backprop(blocks)
     policy = schedule.policy(where, routes)
     plans = (list(schedule.plan(stage, where, sizes, routes)) for stage in where)
-    return [1 + copies_of(plan, policy)[block] for block, plan in enumerate(plans)]
+    return [1 + peak_weight_copies(plan, policy)[block] for block, plan in enumerate(plans)]
 
 
 def shares(blocks: int) -> list[int]:
@@ -42,13 +42,13 @@ def test_pipelined(blocks: int) -> None:
     """Delay 2(K-1-b), one more live, one version; stashed as many versions as are live."""
     own = [2 * (blocks - 1 - b) for b in range(blocks)]
     for stages in shares(blocks):
-        where = place([1] * blocks, stages)
-        report = check(Pipelined(), where, [ones(blocks)], backprop(blocks))
+        where = assign_stages([1] * blocks, stages)
+        report = verify_schedule(Pipelined(), where, [ones(blocks)], backprop(blocks))
         assert report.staleness == tuple(own[where.index(s)] for s in range(stages))
         assert report.peak_live == tuple(1 + own[where.index(s)] for s in range(stages))
         policy = Pipelined().policy(where, backprop(blocks))
-        assert [each.delay for each in policy.lateness] == own
-        assert [each.gap for each in policy.lateness] == list(range(blocks))
+        assert [each.updates for each in policy.delays] == own
+        assert [each.first_block_gap for each in policy.delays] == list(range(blocks))
     assert versions(Pipelined(), blocks, ones(blocks)) == [1] * blocks
     assert versions(Pipelined(weights="stash"), blocks, ones(blocks)) == [1 + each for each in own]
 
@@ -58,16 +58,16 @@ def test_pipedream(blocks: int) -> None:
     """Delay K-1-b, K-b live, as many versions; with vertical sync K-1 and K everywhere."""
     own = [blocks - 1 - b for b in range(blocks)]
     for stages in shares(blocks):
-        where = place([1] * blocks, stages)
-        report = check(PipeDream(), where, [ones(blocks)], backprop(blocks))
+        where = assign_stages([1] * blocks, stages)
+        report = verify_schedule(PipeDream(), where, [ones(blocks)], backprop(blocks))
         assert report.staleness == tuple(own[where.index(s)] for s in range(stages))
         if stages == blocks:
             assert report.peak_live == tuple(1 + each for each in own)
         policy = PipeDream().policy(where, backprop(blocks))
-        assert [each.delay for each in policy.lateness] == own
+        assert [each.updates for each in policy.delays] == own
         # SpecTrain: backward floor(k/2), forward floor(k/2) + N - k - 1.
         spectrain = PipeDream(weights="current", prediction="spectrain")
-        ahead = spectrain.policy(where, backprop(blocks)).ahead
+        ahead = spectrain.policy(where, backprop(blocks)).prediction_steps
         assert [ahead(k, 99, "B") for k in range(blocks)] == [k // 2 for k in range(blocks)]
         assert [ahead(k, 99, "F") for k in range(blocks)] == [
             k // 2 + blocks - k - 1 for k in range(blocks)
@@ -83,11 +83,11 @@ def test_two_buffers(blocks: int) -> None:
     for micros in {max(1, blocks - 1), blocks, blocks + 3}:
         sizes = [micros] * 4
         for stages in shares(blocks) if micros == blocks else {1, blocks}:
-            where = place([1] * blocks, stages)
-            check(TwoBuffered(), where, [sizes], backprop(blocks))
-        report = check(TwoBuffered(), range(blocks), [sizes], backprop(blocks))
+            where = assign_stages([1] * blocks, stages)
+            verify_schedule(PipeDream2BW(), where, [sizes], backprop(blocks))
+        report = verify_schedule(PipeDream2BW(), range(blocks), [sizes], backprop(blocks))
         assert report.peak_live == tuple(min(4 * micros, blocks - b) for b in range(blocks))
-        assert versions(TwoBuffered(), blocks, sizes) == [2] * blocks
+        assert versions(PipeDream2BW(), blocks, sizes) == [2] * blocks
 
 
 @pytest.mark.parametrize("blocks", [2, 5, 16])
@@ -95,7 +95,9 @@ def test_two_buffers(blocks: int) -> None:
 def test_nobody_is_idle_once_the_pipeline_is_full(schedule: Schedule, blocks: int) -> None:
     """The makespan is that of the work, and of one fill and drain per segment."""
     few, many = (
-        forecast(schedule, range(blocks), [[1] * n], backprop(blocks), units(blocks)).makespan_s
+        forecast(
+            schedule, range(blocks), [[1] * n], backprop(blocks), unit_costs(blocks)
+        ).makespan_s
         for n in (8 * blocks, 12 * blocks)
     )
     assert many - few == 3 * 4 * blocks
@@ -103,15 +105,17 @@ def test_nobody_is_idle_once_the_pipeline_is_full(schedule: Schedule, blocks: in
 
 def test_unequal_replicas_fit() -> None:
     for schedule in (Pipelined(), PipeDream()):
-        check(schedule, (0, 1, 1, 2), [[1] * 9, [1] * 8 + [0]], backprop(4))
-    check(TwoBuffered(), (0, 1, 1, 2), [[3, 3, 3, 2], [3, 3, 3, 0]], backprop(4))
+        verify_schedule(schedule, (0, 1, 1, 2), [[1] * 9, [1] * 8 + [0]], backprop(4))
+    verify_schedule(PipeDream2BW(), (0, 1, 1, 2), [[3, 3, 3, 2], [3, 3, 3, 0]], backprop(4))
 
 
 def test_what_they_do_not_run_is_refused() -> None:
-    with pytest.raises(Refusal, match=r"'pipedream' updates after every micro-batch.*set micro"):
-        check(PipeDream(), (0, 1), [[4]], backprop(2))
-    with pytest.raises(Refusal, match=r"5 blocks needs 4 micro-batches or more.*found 3"):
-        check(TwoBuffered(), range(5), [[3, 3]], backprop(5))
+    with pytest.raises(
+        DtrainError, match=r"'pipedream' updates after every micro-batch.*set micro"
+    ):
+        verify_schedule(PipeDream(), (0, 1), [[4]], backprop(2))
+    with pytest.raises(DtrainError, match=r"5 blocks needs 4 micro-batches or more.*found 3"):
+        verify_schedule(PipeDream2BW(), range(5), [[3, 3]], backprop(5))
 
 
 def test_an_order_that_leaves_out_the_first_forward_is_rejected_with_its_place() -> None:
@@ -120,4 +124,4 @@ def test_an_order_that_leaves_out_the_first_forward_is_rejected_with_its_place()
     first += [Action("B", 0, 0, m) for m in range(3)] + [Action("U", 0, 0)]
     last = [Action(kind, 1, 0, m + (kind == "F")) for m in range(3) for kind in "FB"]
     with pytest.raises(PlanError, match=r"stage 1 at F1.1 of update 0 \(position 0\): F1.0 of upd"):
-        verify([[first, [*last, Action("U", 1, 0)]]], (0, 1), backprop(2))
+        verify_plans([[first, [*last, Action("U", 1, 0)]]], (0, 1), backprop(2))

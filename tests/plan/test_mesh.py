@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dtrain.errors import Refusal
+from dtrain.errors import DtrainError
 from dtrain.mesh import PLACEMENTS, Mesh
 
 
@@ -18,25 +18,25 @@ def test_coords_and_rank_are_inverse(replicas: int, stages: int, placement: str)
 
 
 def test_placements_are_those_of_the_picture() -> None:
-    assert Mesh(2, 3).along("stage", 4) == (3, 4, 5)
-    assert Mesh(2, 3).along("replica", 4) == (1, 4)
+    assert Mesh(2, 3).ranks_along("stage", 4) == (3, 4, 5)
+    assert Mesh(2, 3).ranks_along("replica", 4) == (1, 4)
     other = Mesh(2, 3, "replicas-in-node")
-    assert other.along("stage", 2) == (0, 2, 4)
-    assert other.along("replica", 2) == (2, 3)
+    assert other.ranks_along("stage", 2) == (0, 2, 4)
+    assert other.ranks_along("replica", 2) == (2, 3)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_lines_partition_the_mesh(placement: str) -> None:
     mesh = Mesh(3, 4, placement)
     for axis in ("replica", "stage"):
-        lines = {mesh.along(axis, rank) for rank in range(mesh.ranks)}
+        lines = {mesh.ranks_along(axis, rank) for rank in range(mesh.ranks)}
         assert sorted(rank for line in lines for rank in line) == list(range(12))
-        assert all(rank in mesh.along(axis, rank) for rank in range(12))
+        assert all(rank in mesh.ranks_along(axis, rank) for rank in range(12))
 
 
 def test_fit() -> None:
-    assert Mesh.fit(6) == Mesh(1, 6)
-    assert Mesh.fit(6, 2, "replicas-in-node") == Mesh(3, 2, "replicas-in-node")
+    assert Mesh.for_ranks(6) == Mesh(1, 6)
+    assert Mesh.for_ranks(6, 2, "replicas-in-node") == Mesh(3, 2, "replicas-in-node")
 
 
 @pytest.mark.parametrize(
@@ -49,22 +49,22 @@ def test_fit() -> None:
     ],
 )
 def test_misfits_name_the_nearest_ways_out(ranks: int, stages: int, text: str) -> None:
-    with pytest.raises(Refusal) as refusal:
-        Mesh.fit(ranks, stages)
+    with pytest.raises(DtrainError) as refusal:
+        Mesh.for_ranks(ranks, stages)
     assert refusal.value.message == f"{ranks} ranks cannot form {text}"
     assert refusal.value.code == 2
 
 
 def test_nonsense_is_refused() -> None:
-    with pytest.raises(Refusal, match="stages = 0"):
-        Mesh.fit(4, 0)
-    with pytest.raises(Refusal, match="at least 1"):
+    with pytest.raises(DtrainError, match="stages = 0"):
+        Mesh.for_ranks(4, 0)
+    with pytest.raises(DtrainError, match="at least 1"):
         Mesh(0, 3)
-    with pytest.raises(Refusal, match="did you mean 'replicas-in-node'"):
-        Mesh.fit(4, 2, "replica-in-node")
+    with pytest.raises(DtrainError, match="did you mean 'replicas-in-node'"):
+        Mesh.for_ranks(4, 2, "replica-in-node")
     with pytest.raises(ValueError, match="rank 6 is outside"):
         Mesh(2, 3).coords(6)
     with pytest.raises(ValueError, match="replica 2"):
         Mesh(2, 3).rank(2, 0)
     with pytest.raises(ValueError, match="neither"):
-        Mesh(2, 3).along("block", 0)
+        Mesh(2, 3).ranks_along("block", 0)

@@ -9,8 +9,8 @@ from itertools import combinations, pairwise
 
 import pytest
 
-from dtrain.errors import Refusal
-from dtrain.partition import balanced, explicit, imbalance, place, ranges
+from dtrain.errors import DtrainError
+from dtrain.partition import assign_stages, balanced_cuts, cuts_from_names, imbalance, layer_ranges
 
 NAMES = ("fc1", "fc2", "fc3", "head")
 
@@ -60,7 +60,7 @@ def test_balanced_is_the_best_of_all(seed: int) -> None:
     def cost(i: int, j: int) -> int:
         return table[i, j]
 
-    assert balanced(layers, blocks, cost, weights) == brute(layers, blocks, cost, weights)
+    assert balanced_cuts(layers, blocks, cost, weights) == brute(layers, blocks, cost, weights)
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 4, 5])
@@ -68,28 +68,28 @@ def test_balanced_mlps(blocks: int) -> None:
     for widths in ([3072, 1000, 1000, 1000], [64, 256, 128, 64, 32], [784, 20, 700, 20, 700]):
         layers, cost = len(widths), mlp(widths, 10)
         if blocks <= layers:
-            assert balanced(layers, blocks, cost) == brute(layers, blocks, cost)
+            assert balanced_cuts(layers, blocks, cost) == brute(layers, blocks, cost)
 
 
 def test_the_cifar_mlp_has_its_head_in_the_last_block() -> None:
-    assert balanced(4, 3, mlp([3072, 1000, 1000, 1000], 10)) == (1, 2)
+    assert balanced_cuts(4, 3, mlp([3072, 1000, 1000, 1000], 10)) == (1, 2)
 
 
 def test_the_head_alone_is_a_block_only_where_all_layers_are() -> None:
     def cost(i: int, j: int) -> int:
         return 100 if j == 4 else 1  # whoever holds the head is the costliest
 
-    assert balanced(4, 4, cost) == (1, 2, 3)
-    assert balanced(4, 2, cost) == (1,)
-    assert balanced(1, 1, cost) == ()
+    assert balanced_cuts(4, 4, cost) == (1, 2, 3)
+    assert balanced_cuts(4, 2, cost) == (1,)
+    assert balanced_cuts(1, 1, cost) == ()
 
 
 def test_ties_go_to_the_smallest_squares_then_to_the_earliest_cuts() -> None:
     def cost(i: int, j: int) -> int:
         return sum((5, 1, 1, 1, 1)[i:j])
 
-    assert balanced(5, 3, cost) == (1, 3)
-    assert balanced(4, 3, lambda i, j: 1) == (1, 2)
+    assert balanced_cuts(5, 3, cost) == (1, 3)
+    assert balanced_cuts(4, 3, lambda i, j: 1) == (1, 2)
 
 
 def test_integers_compare_exactly() -> None:
@@ -99,11 +99,11 @@ def test_integers_compare_exactly() -> None:
     def cost(i: int, j: int) -> int:
         return {(0, 1): big + 1, (0, 2): big}.get((i, j), big - 1 if i else 3 * big)
 
-    assert balanced(4, 2, cost) == (2,)
+    assert balanced_cuts(4, 2, cost) == (2,)
 
 
 def test_weights_make_shares() -> None:
-    assert balanced(12, 3, lambda i, j: j - i, (1, 2, 3)) == (2, 6)
+    assert balanced_cuts(12, 3, lambda i, j: j - i, (1, 2, 3)) == (2, 6)
 
 
 def test_hundreds_of_layers_take_a_second() -> None:
@@ -112,29 +112,29 @@ def test_hundreds_of_layers_take_a_second() -> None:
     for _ in range(600):
         ends.append(ends[-1] + draw.randint(1, 1000))
     start = time.perf_counter()
-    cuts = balanced(600, 16, lambda i, j: ends[j] - ends[i])
+    cuts = balanced_cuts(600, 16, lambda i, j: ends[j] - ends[i])
     assert time.perf_counter() - start < 3
-    assert imbalance([ends[r.stop] - ends[r.start] for r in ranges(600, cuts)]) < 1.05
+    assert imbalance([ends[r.stop] - ends[r.start] for r in layer_ranges(600, cuts)]) < 1.05
 
 
 def test_balanced_refuses() -> None:
     def one(i: int, j: int) -> int:
         return 1
 
-    with pytest.raises(Refusal, match="5 blocks cannot be cut from 4 layers"):
-        balanced(4, 5, one)
-    with pytest.raises(Refusal, match="0 blocks"):
-        balanced(4, 0, one)
-    with pytest.raises(Refusal, match="2 weights for 3 blocks"):
-        balanced(4, 3, one, (1, 2))
-    with pytest.raises(Refusal, match="weight of block 1 is 0"):
-        balanced(4, 3, one, (1, 0, 2))
+    with pytest.raises(DtrainError, match="5 blocks cannot be cut from 4 layers"):
+        balanced_cuts(4, 5, one)
+    with pytest.raises(DtrainError, match="0 blocks"):
+        balanced_cuts(4, 0, one)
+    with pytest.raises(DtrainError, match="2 weights for 3 blocks"):
+        balanced_cuts(4, 3, one, (1, 2))
+    with pytest.raises(DtrainError, match="weight of block 1 is 0"):
+        balanced_cuts(4, 3, one, (1, 0, 2))
 
 
 def test_explicit_cuts_by_index_and_name() -> None:
-    assert explicit(NAMES, [1, 3]) == explicit(NAMES, ["fc2", "head"]) == (1, 3)
-    assert explicit(NAMES, ["fc2", 3]) == (1, 3)
-    assert explicit(NAMES, []) == ()
+    assert cuts_from_names(NAMES, [1, 3]) == cuts_from_names(NAMES, ["fc2", "head"]) == (1, 3)
+    assert cuts_from_names(NAMES, ["fc2", 3]) == (1, 3)
+    assert cuts_from_names(NAMES, []) == ()
 
 
 @pytest.mark.parametrize(
@@ -151,14 +151,14 @@ def test_explicit_cuts_by_index_and_name() -> None:
     ],
 )
 def test_explicit_refuses(cuts: list[int | str], text: str) -> None:
-    with pytest.raises(Refusal) as refusal:
-        explicit(NAMES, cuts)
+    with pytest.raises(DtrainError) as refusal:
+        cuts_from_names(NAMES, cuts)
     assert text in refusal.value.message
 
 
 def test_ranges_cover_all_layers() -> None:
-    assert ranges(5, (2, 3)) == (range(0, 2), range(2, 3), range(3, 5))
-    assert ranges(5, ()) == (range(0, 5),)
+    assert layer_ranges(5, (2, 3)) == (range(0, 2), range(2, 3), range(3, 5))
+    assert layer_ranges(5, ()) == (range(0, 5),)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -170,23 +170,23 @@ def test_place_is_the_best_of_all(seed: int) -> None:
     transfers = draw.choice([[], [draw.randint(0, 4) for _ in range(blocks - 1)]])
     hops = [0, *(transfers or [0] * (blocks - 1)), 0]
     cuts = brute(blocks, stages, lambda i, j: sum(costs[i:j]) + hops[i] + hops[j], head=False)
-    expected = tuple(stage for stage, part in enumerate(ranges(blocks, cuts)) for _ in part)
-    assert place(costs, stages, transfers) == expected
+    expected = tuple(stage for stage, part in enumerate(layer_ranges(blocks, cuts)) for _ in part)
+    assert assign_stages(costs, stages, transfers) == expected
     assert sorted(set(expected)) == list(range(stages))
 
 
 def test_place_avoids_dear_transfers() -> None:
-    assert place([2, 2, 2, 2], 2) == (0, 0, 1, 1)
-    assert place([2, 2, 2, 2], 2, [0, 9, 0]) == (0, 1, 1, 1)
+    assert assign_stages([2, 2, 2, 2], 2) == (0, 0, 1, 1)
+    assert assign_stages([2, 2, 2, 2], 2, [0, 9, 0]) == (0, 1, 1, 1)
 
 
 def test_place_refuses() -> None:
-    with pytest.raises(Refusal, match="2 blocks cannot fill 3 stages"):
-        place([1, 1], 3)
-    with pytest.raises(Refusal, match="0 stages"):
-        place([1, 1], 0)
+    with pytest.raises(DtrainError, match="2 blocks cannot fill 3 stages"):
+        assign_stages([1, 1], 3)
+    with pytest.raises(DtrainError, match="0 stages"):
+        assign_stages([1, 1], 0)
     with pytest.raises(ValueError, match="2 transfers"):
-        place([1, 1], 2, [1, 1])
+        assign_stages([1, 1], 2, [1, 1])
 
 
 def test_imbalance() -> None:

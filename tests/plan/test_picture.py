@@ -8,11 +8,11 @@ from xml.etree import ElementTree
 import pytest
 
 from dtrain.cli import main
-from dtrain.schedules.check import check
-from dtrain.schedules.flush import OneFOneB
-from dtrain.schedules.picture import COLOURS, LEFT, picture
+from dtrain.schedules.base import Schedule
+from dtrain.schedules.gpipe_1f1b import OneFOneB
 from dtrain.schedules.pipedream import PipeDream
-from dtrain.schedules.schedule import Schedule
+from dtrain.schedules.render_svg import COLOURS, LEFT, timeline_svg
+from dtrain.schedules.verify import verify_schedule
 from tests.plan.test_schedules import backprop
 from tests.witness.split import Split
 
@@ -22,8 +22,8 @@ SVG = "{http://www.w3.org/2000/svg}"
 @pytest.mark.parametrize("schedule", [OneFOneB(), PipeDream(), Split()])
 def test_every_action_is_drawn_as_long_as_it_takes(schedule: Schedule) -> None:
     sizes = [1] * 9 if isinstance(schedule, PipeDream) else [4, 4]
-    report = check(schedule, range(3), [sizes], backprop(3))
-    text = picture(report.timeline, 3, "a & b")
+    report = verify_schedule(schedule, range(3), [sizes], backprop(3))
+    text = timeline_svg(report.timeline, 3, "a & b")
     root = ElementTree.fromstring(text)
     bars = [each for each in root.iter(f"{SVG}rect") if each.find(f"{SVG}title") is not None]
     assert len(bars) == len(report.timeline)
@@ -37,13 +37,13 @@ def test_every_action_is_drawn_as_long_as_it_takes(schedule: Schedule) -> None:
     words = [each.text for each in root.iter(f"{SVG}text")]
     assert "a & b" in words
     assert [f"stage {stage}" for stage in range(3)] == [w for w in words if w and w[:5] == "stage"]
-    assert ("of the weights" in words) == schedule.splits
+    assert ("of the weights" in words) == schedule.splits_backward
 
 
 def test_the_axis_has_round_numbers() -> None:
     for micros in (1, 3, 30, 300):
-        report = check(OneFOneB(), range(2), [[micros]], backprop(2))
-        root = ElementTree.fromstring(picture(report.timeline, 2, ""))
+        report = verify_schedule(OneFOneB(), range(2), [[micros]], backprop(2))
+        root = ElementTree.fromstring(timeline_svg(report.timeline, 2, ""))
         lines = list(root.iter(f"{SVG}line"))
         assert 4 <= len(lines) <= 11
 

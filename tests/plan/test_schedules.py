@@ -7,15 +7,15 @@ from collections.abc import Callable
 
 import pytest
 
-from dtrain.errors import Refusal
-from dtrain.partition import place
+from dtrain.errors import DtrainError
+from dtrain.partition import assign_stages
 from dtrain.schedules import SCHEDULES
-from dtrain.schedules.action import Action, Point, Route
-from dtrain.schedules.check import check
-from dtrain.schedules.late import Late
-from dtrain.schedules.messages import Messages
-from dtrain.schedules.schedule import forward
-from dtrain.schedules.simulate import Simulation
+from dtrain.schedules.actions import Action, Point, Route
+from dtrain.schedules.asynchronous import AsyncSchedule
+from dtrain.schedules.base import evaluation_plan
+from dtrain.schedules.messages import MessageTable
+from dtrain.schedules.simulator import Simulator
+from dtrain.schedules.verify import verify_schedule
 
 
 def local(blocks: int) -> list[Route]:
@@ -41,7 +41,8 @@ CELLS: list[tuple[str, Routing]] = [
     for name in SCHEDULES
     for routes in (local, backprop, votes)
     # What is late counts blocks, not ranks: test_late.py holds its numbers.
-    if not SCHEDULES[name].late and not (name in ("stream", "drained") and routes is backprop)
+    if not SCHEDULES[name].asynchronous
+    and not (name in ("stream", "drained") and routes is backprop)
 ]
 SIZES = [
     [[1]],
@@ -62,7 +63,9 @@ LAYOUTS = [(1, 1), (3, 1), (2, 2), (5, 2), (3, 3), (7, 3), (8, 8)]
 def test_plans_are_proved(name: str, routes: Routing, sizes: list[list[int]]) -> None:
     most = max(max(row) for row in sizes)
     for blocks, stages in LAYOUTS:
-        report = check(SCHEDULES[name](), place([1] * blocks, stages), sizes, routes(blocks))
+        report = verify_schedule(
+            SCHEDULES[name](), assign_stages([1] * blocks, stages), sizes, routes(blocks)
+        )
         assert report.staleness == (0,) * stages
         once = [1] * stages
         ahead = {"stream": once, "drained": once, "fill-drain": [most] * stages}.get(
@@ -119,7 +122,7 @@ def test_stream_delays_blocks_by_hops_only() -> None:
     assert " ".join(a.kind + str(a.block) for a in plan) == (
         "F0 B0 F0 B0 F0 F2 B0 B2 U0 F2 B2 F2 B2 U2"
     )
-    check(SCHEDULES["stream"](), (0, 1, 0), [[3, 3]], local(3))
+    verify_schedule(SCHEDULES["stream"](), (0, 1, 0), [[3, 3]], local(3))
 
 
 def test_an_empty_update_is_still_updated_in_order() -> None:
@@ -135,7 +138,7 @@ def test_an_empty_update_is_still_updated_in_order() -> None:
     [(4, 8, 0.273), (4, 16, 0.158), (8, 16, 0.304), (8, 32, 0.179)],
 )
 def test_bubbles_of_flush_schedules(name: str, stages: int, micros: int, bubble: float) -> None:
-    report = check(SCHEDULES[name](), range(stages), [[micros]], backprop(stages))
+    report = verify_schedule(SCHEDULES[name](), range(stages), [[micros]], backprop(stages))
     assert report.bubble == pytest.approx((stages - 1) / (micros + stages - 1))
     assert round(report.bubble, 3) == bubble
     assert report.makespan == 3 * (micros + stages - 1)
@@ -147,14 +150,14 @@ def test_bubbles_of_flush_schedules(name: str, stages: int, micros: int, bubble:
     [(4, 8, 0.111), (4, 16, 0.059), (8, 16, 0.127), (8, 32, 0.068), (4, 1000, 0.001)],
 )
 def test_bubbles_of_streaming(stages: int, micros: int, bubble: float) -> None:
-    report = check(SCHEDULES["stream"](), range(stages), [[micros]], local(stages))
+    report = verify_schedule(SCHEDULES["stream"](), range(stages), [[micros]], local(stages))
     assert round(report.bubble, 3) == bubble
     assert report.makespan == 3 * micros + stages - 1
     assert report.messages == micros * (stages - 1)
 
 
 def test_streaming_fills_once_per_segment() -> None:
-    report = check(SCHEDULES["stream"](), range(4), [[8, 8, 8]], local(4))
+    report = verify_schedule(SCHEDULES["stream"](), range(4), [[8, 8, 8]], local(4))
     assert report.makespan == 3 * 24 + 3
 
 
@@ -163,22 +166,22 @@ def test_large_meshes_are_checked_in_time(name: str) -> None:
     """64 stages, or half of them in a quarter of the time."""
     stages = 48 if name == "1f1b" else 32
     routes = local(stages) if name == "stream" else backprop(stages)
-    micros = 1 if issubclass(SCHEDULES[name], Late) else stages
+    micros = 1 if issubclass(SCHEDULES[name], AsyncSchedule) else stages
     sizes = [[micros] * 390 + [micros - (replica > 20)] for replica in range(64)]
     start = time.process_time()
-    check(SCHEDULES[name](), range(stages), sizes, routes)
+    verify_schedule(SCHEDULES[name](), range(stages), sizes, routes)
     assert time.process_time() - start < 2 * (stages / 64) ** 2
 
 
 def test_routes_that_do_not_fit_are_refused_whatever_the_place() -> None:
-    with pytest.raises(Refusal, match=r"gradient B1 -> B0 .*1f1b.*fill-drain"):
-        check(SCHEDULES["stream"](), (0, 0), [[2]], backprop(2))
-    with pytest.raises(Refusal, match="gradient"):
+    with pytest.raises(DtrainError, match=r"gradient B1 -> B0 .*1f1b.*fill-drain"):
+        verify_schedule(SCHEDULES["stream"](), (0, 0), [[2]], backprop(2))
+    with pytest.raises(DtrainError, match="gradient"):
         next(SCHEDULES["stream"]().plan(0, (0, 0), (2,), backprop(2)))
     upward = [Route(Point(0, "B"), Point(1, "F"), "updated")]
     for name in ("stream", "fill-drain", "1f1b"):
-        with pytest.raises(Refusal, match="updated B0 -> F1"):
-            SCHEDULES[name]().admit(upward)
+        with pytest.raises(DtrainError, match="updated B0 -> F1"):
+            SCHEDULES[name]().check_routes(upward)
 
 
 @pytest.mark.parametrize("kinds", ["BB", "UU", "BF", "UF"])
@@ -194,10 +197,10 @@ def test_streaming_serves_what_comes_back_late_enough(
         back = [Route(Point(b + distance, source), Point(b, target), "late", lag) for b in earlier]
         routes, where = [*local(blocks), *back], tuple(range(blocks))
         if lag == distance:
-            with pytest.raises(Refusal, match="as many updates late as"):
-                stream.admit(routes)
+            with pytest.raises(DtrainError, match="as many updates late as"):
+                stream.check_routes(routes)
             continue
-        report = check(stream, where, [sizes], routes)
+        report = verify_schedule(stream, where, [sizes], routes)
         assert report.staleness == (0,) * blocks
         assert report.peak_live == (1,) * blocks
         # The whole takes no longer than without: as many cycles, and one for each hop.
@@ -208,25 +211,25 @@ def test_streaming_serves_what_comes_back_late_enough(
 @pytest.mark.parametrize("where", [(0,), (0, 0, 0), (0, 1, 2), (0, 0, 1, 1, 2), (0, 1, 0)])
 def test_evaluations_flow(where: tuple[int, ...]) -> None:
     routes = votes(len(where))
-    plans = [tuple(forward(stage, where, 5)) for stage in range(max(where) + 1)]
-    course = Simulation({0: plans}, {0: [5]}, where, routes)
+    plans = [tuple(evaluation_plan(stage, where, 5)) for stage in range(max(where) + 1)]
+    course = Simulator({0: plans}, {0: [5]}, where, routes)
     course.run()
     assert sum(map(len, course.spans.values())) == 5 * len(where)
 
 
 def test_messages_follow_from_the_own_plan() -> None:
     where, routes = (0, 0, 1), backprop(3)
-    messages = Messages(routes, where, 0, (3,))
-    names = [routes[r].name for r in messages.takes(Action("B", 1, 0, 0))]
+    messages = MessageTable(routes, where, 0, (3,))
+    names = [routes[r].name for r in messages.incoming(Action("B", 1, 0, 0))]
     assert names == ["gradient"]
-    assert messages.takes(Action("F", 0, 0, 0)) == ()
-    assert messages.takes(Action("F", 2, 0, 0)) == ()  # another stage's
-    assert messages.takes(Action("U", 1, 0)) == ()
-    assert messages.offers(Action("F", 1, 0, 0)) == (1,)
-    assert [messages.local(r) for r in range(4)] == [True, False, True, False]
-    assert (messages.source(3), messages.target(3)) == (1, 0)
+    assert messages.incoming(Action("F", 0, 0, 0)) == ()
+    assert messages.incoming(Action("F", 2, 0, 0)) == ()  # another stage's
+    assert messages.incoming(Action("U", 1, 0)) == ()
+    assert messages.outgoing(Action("F", 1, 0, 0)) == (1,)
+    assert [messages.is_local(r) for r in range(4)] == [True, False, True, False]
+    assert (messages.source_stage(3), messages.target_stage(3)) == (1, 0)
     plan = SCHEDULES["1f1b"]().plan(0, where, (3,), routes)
-    assert [(r, str(a)) for r, a in messages.receipts(plan)] == [
+    assert [(r, str(a)) for r, a in messages.remote_receives(plan)] == [
         (3, "B1.0"),
         (3, "B1.1"),
         (3, "B1.2"),
@@ -239,20 +242,20 @@ def test_what_is_sent_is_what_is_received(name: str, routes: Routing) -> None:
     sent: dict[int, list[tuple[int, int]]] = {}
     came: dict[int, list[tuple[int, int]]] = {}
     for stage in range(3):
-        messages = Messages(rows, where, stage, (3, 2))
+        messages = MessageTable(rows, where, stage, (3, 2))
         plan = list(SCHEDULES[name]().plan(stage, where, (3, 2), rows))
         for action in plan:
-            for route in messages.offers(action):
-                if not messages.local(route):
+            for route in messages.outgoing(action):
+                if not messages.is_local(route):
                     sent.setdefault(route, []).append((action.update, action.micro))
-        for route, action in messages.receipts(plan):
+        for route, action in messages.remote_receives(plan):
             came.setdefault(route, []).append((action.update, action.micro))
     assert sent == came
 
 
 def proved(*sizes: int) -> list[int]:
     """Return the sizes of the updates that are proved of one replica on 8 stages."""
-    report = check(SCHEDULES["stream"](), range(8), [list(sizes)], local(8))
+    report = verify_schedule(SCHEDULES["stream"](), range(8), [list(sizes)], local(8))
     first = [span.action for span in report.timeline if span.stage == 0]
     updates = [action.update for action in first if action.kind == "U"]
     return [sum(a.kind == "F" and a.update == update for a in first) for update in updates]
@@ -266,7 +269,7 @@ def test_the_proof_covers_a_full_pipeline_and_every_kind_of_update() -> None:
 
 
 def test_an_update_waits_for_the_slowest_replica() -> None:
-    report = check(SCHEDULES["stream"](), (0,), [[1, 1], [3, 3]], [])
+    report = verify_schedule(SCHEDULES["stream"](), (0,), [[1, 1], [3, 3]], [])
     assert [(str(s.action), s.start, s.end) for s in report.timeline] == [
         ("F0.0", 0, 1),
         ("B0.0", 1, 3),

@@ -18,11 +18,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain.comm.comm import Comm
-from dtrain.comm.roll import Discord
-from dtrain.comm.routes import Spec
-from dtrain.comm.wire import Stall
-from dtrain.errors import DATA, Refusal
+from dtrain.comm.backends.base import CommTimeout
+from dtrain.comm.call_order import CollectiveMismatch
+from dtrain.comm.channels import TensorSpec
+from dtrain.comm.communicator import Comm
+from dtrain.errors import ConfigError, DataError, DtrainError
 
 DTYPES = [
     torch.float32,
@@ -45,7 +45,7 @@ SHAPES = [(), (0, 3), (1,), (5, 7), (2, 3, 4, 5)]
 @contextmanager
 def looking(comm: Comm, look: Callable[[], object]) -> Iterator[None]:
     """Call `look` in every turn of every wait of a family while the body runs."""
-    family = comm.family
+    family = comm.context
     progress = family.progress
 
     def both(whole: bool = False) -> None:
@@ -79,7 +79,7 @@ def normal(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:
     return torch.randn(tuple(shape), dtype=torch.float64, generator=generator).to(dtype)
 
 
-def spec(tensor: Tensor) -> Spec:
+def spec(tensor: Tensor) -> TensorSpec:
     """Return what the receiver has to know."""
     return tuple(tensor.shape), tensor.dtype
 
@@ -105,7 +105,7 @@ def exact(parts: Sequence[Tensor], scales: Sequence[float], hosts: Sequence[str]
 
 def same(comm: Comm, tensors: Sequence[Tensor]) -> bool:
     """Return whether all ranks hold the same bits."""
-    found = comm.exchange([bits(tensor).hex() for tensor in tensors])
+    found = comm.allgather_object([bits(tensor).hex() for tensor in tensors])
     return all(other == found[0] for other in found)
 
 
@@ -113,7 +113,7 @@ def ring_of_all_dtypes(comm: Comm) -> None:
     """Bits arrive as they left, whatever the shape and dtype, and start on a 64-byte boundary."""
     right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
     kinds = [(shape, dtype) for shape in SHAPES for dtype in DTYPES]
-    comm.expect(left, 1, kinds)
+    comm.post_recv(left, 1, kinds)
     for number, kind in enumerate(kinds):
         comm.isend(noise(*kind, seed=100 * comm.rank + number), right, 1)
         got = comm.recv(left, 1)
@@ -128,8 +128,8 @@ def big_both_ways(comm: Comm) -> None:
     """Large messages cross in both directions at once, everybody sending first."""
     right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
     big = torch.full((1 << 20,), float(comm.rank))
-    comm.expect(left, 1, [spec(big)])
-    comm.expect(right, 2, [spec(big)])
+    comm.post_recv(left, 1, [spec(big)])
+    comm.post_recv(right, 2, [spec(big)])
     comm.isend(big, right, 1)
     comm.isend(big, left, 2)
     assert comm.recv(left, 1).eq(left).all()
@@ -141,7 +141,7 @@ def big_of_all_dtypes(comm: Comm) -> None:
     """Every dtype arrives where it is too long to be buffered on the way."""
     right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
     kinds = [((3, 50_001), dtype) for dtype in DTYPES]
-    comm.expect(left, 1, kinds)
+    comm.post_recv(left, 1, kinds)
     for number, kind in enumerate(kinds):
         comm.isend(noise(*kind, seed=100 * comm.rank + number), right, 1)
         assert bits(comm.recv(left, 1)) == bits(noise(*kind, seed=100 * left + number))
@@ -174,7 +174,7 @@ def awkward_memory_is_sent_in_order(comm: Comm) -> None:
     """Whatever the memory of a tensor, what its user sees arrives, in C order."""
     right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
     mine, theirs = awkward(comm.rank), awkward(left)
-    comm.expect(left, 1, [spec(tensor) for tensor in theirs.values()])
+    comm.post_recv(left, 1, [spec(tensor) for tensor in theirs.values()])
     for name, tensor in mine.items():
         comm.isend(tensor, right, 1)
         got = comm.recv(left, 1)
@@ -226,7 +226,7 @@ def tuples_are_one_message(comm: Comm) -> None:
     """Several tensors travel as one: one credit, in order with others, given as declared."""
     right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
     long, short = spec(torch.ones(70_000)), ((2, 3), torch.int64)
-    comm.expect(left, 1, [(long, short, ((), torch.bool)), short, (short,), (long, long)])
+    comm.post_recv(left, 1, [(long, short, ((), torch.bool)), short, (short,), (long, long)])
     wide = torch.full((70_000,), float(comm.rank))
     grid = torch.full((3, 2), comm.rank, dtype=torch.int64).t()
     for message in ((wide, grid, torch.tensor(True)), grid):
@@ -255,7 +255,7 @@ def a_tuple_takes_one_credit(comm: Comm) -> None:
     three = (torch.ones(3), torch.ones(4), torch.ones(5))
     for _ in range(comm.credits):
         comm.isend(three, comm.rank, 1)  # would wait for ever if it took more
-    comm.expect(comm.rank, 1, [tuple(map(spec, three))] * comm.credits)
+    comm.post_recv(comm.rank, 1, [tuple(map(spec, three))] * comm.credits)
     for _ in range(comm.credits):
         assert [part.numel() for part in comm.recv(comm.rank, 1)] == [3, 4, 5]
     comm.flush()
@@ -272,17 +272,19 @@ def progress_moves_without_waiting(comm: Comm) -> None:
     right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
     big = torch.full((1 << 19,), float(comm.rank))
     mean = torch.full((1 << 19,), float(comm.rank))
-    other.expect(left, 1, [spec(big)])
+    other.post_recv(left, 1, [spec(big)])
     other.isend(big, right, 1)
     handle = comm.imean_([mean])
-    comm.exchange(None)
-    waited, turns, limit = comm.waited_s, 0, time.monotonic() + 20
+    comm.allgather_object(None)
+    waited, turns, limit = comm.wait_s, 0, time.monotonic() + 20
     while any(word in outstanding(comm) for word in (" send (", "a mean of 1 tensors of world")):
         comm.progress()
-        comm.line.wire.idle(turns, "its next turn")  # gives threads theirs; posts and tests nothing
+        comm.transport.backend.idle(
+            turns, "its next turn"
+        )  # gives threads theirs; posts and tests nothing
         turns += 1
         assert time.monotonic() < limit, comm.flight.text()
-    assert comm.waited_s == waited
+    assert comm.wait_s == waited
     handle.wait()
     assert other.recv(left, 1).eq(left).all()
     assert mean.sub((comm.size - 1) / 2).abs().max() < 1e-6
@@ -292,30 +294,30 @@ def progress_moves_without_waiting(comm: Comm) -> None:
 def closed_groups_are_looked_at_no_more(comm: Comm) -> None:
     """A finished group goes; one with something in flight does not."""
     other = comm.dup("errands")
-    other.expect(comm.rank, 1, [((), torch.int64)])
+    other.post_recv(comm.rank, 1, [((), torch.int64)])
     with pytest.raises(RuntimeError, match=r"errands is closed with 1 in flight: receive .*int64"):
         other.close()
     other.isend(torch.tensor(1), comm.rank, 1)
     assert other.recv(comm.rank, 1).item() == 1
     other.flush()
     assert "of errands" in comm.flight.text()
-    before = len(comm.family.desks)
+    before = len(comm.context.group_channels)
     other.close()
     other.close()
-    assert len(comm.family.desks) == before - 1
-    comm.exchange(None)
+    assert len(comm.context.group_channels) == before - 1
+    comm.allgather_object(None)
 
 
 def flight_tells_what_is_outstanding(comm: Comm) -> None:
     """The recorder says what was posted and sent, to whom, and what a rank waits for."""
     other = comm.dup("errands")
-    other.expect(comm.rank, 7, [((2, 3), torch.float32)] * 2)
+    other.post_recv(comm.rank, 7, [((2, 3), torch.float32)] * 2)
     comm.flight.note("action", "F3.0", "update", 17)
     seen: list[str] = []
     with looking(comm, lambda: seen.append(comm.flight.text())):
         comm.wait(lambda: bool(seen), "somebody to look")
     host = comm.hosts[comm.rank]
-    place = f"rank {comm.rank} of errands (world rank {comm.line.wire.world[comm.rank]} on {host})"
+    place = f"rank {comm.rank} of errands (world rank {comm.transport.backend.world_ranks[comm.rank]} on {host})"
     assert f"receive (2, 3) float32 from {place} with tag 7 (1 more declared)" in seen[0]
     assert "action    F3.0 update 17" in seen[0]
     assert "s for somebody to look" in seen[0]
@@ -335,7 +337,7 @@ def order_within_and_across_routes(comm: Comm) -> None:
     """Messages of one route keep their order; routes do not wait for each other."""
     right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
     for tag in (7, 8):
-        comm.expect(left, tag, [((1,), torch.int64)] * 2)
+        comm.post_recv(left, tag, [((1,), torch.int64)] * 2)
     for tag in (7, 8):
         for number in range(2):
             comm.isend(torch.tensor([10 * tag + number]), right, tag)
@@ -348,8 +350,8 @@ def expected_later_still_arrives(comm: Comm) -> None:
     """A message that was sent before it was expected waits for its receive."""
     right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
     comm.isend(torch.tensor(3), right, 5)
-    comm.exchange(None)
-    comm.expect(left, 5, [((), torch.int64)])
+    comm.allgather_object(None)
+    comm.post_recv(left, 5, [((), torch.int64)])
     assert comm.recv(left, 5).item() == 3
     comm.flush()
     with pytest.raises(RuntimeError, match=r"no message is expected from rank \d"):
@@ -358,7 +360,7 @@ def expected_later_still_arrives(comm: Comm) -> None:
 
 def credits_bound_what_is_outstanding(comm: Comm) -> None:
     """A send beyond the credits waits until the oldest was received, and not before."""
-    comm.expect(comm.rank, 1, [((1,), torch.int64)])
+    comm.post_recv(comm.rank, 1, [((1,), torch.int64)])
     for number in range(comm.credits + 1):  # the posted one completes at once
         comm.isend(torch.tensor([number]), comm.rank, 1)
     taken: list[int] = []
@@ -366,7 +368,7 @@ def credits_bound_what_is_outstanding(comm: Comm) -> None:
     def take() -> None:
         if not taken:
             taken.append(1)
-            comm.expect(comm.rank, 1, [((1,), torch.int64)] * (comm.credits + 1))
+            comm.post_recv(comm.rank, 1, [((1,), torch.int64)] * (comm.credits + 1))
             got.append(comm.recv(comm.rank, 1).item())
 
     got: list[float] = []
@@ -386,7 +388,7 @@ def flush_waits_for_the_receiver(comm: Comm) -> None:
     def take() -> None:
         if not late:
             late.append(torch.tensor(0))
-            comm.expect(comm.rank, 1, [((), torch.int64)])
+            comm.post_recv(comm.rank, 1, [((), torch.int64)])
 
     with looking(comm, take):
         comm.flush()
@@ -397,8 +399,8 @@ def flush_waits_for_the_receiver(comm: Comm) -> None:
 def chunks_are_invisible(comm: Comm) -> None:
     """Messages and means longer than the limit travel in parts, to the same effect."""
     right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
-    comm.line.chunk_bytes = 7
-    comm.expect(left, 1, [((9, 5), torch.float64), ((0,), torch.float32), ((7,), torch.uint8)])
+    comm.transport.chunk_bytes = 7
+    comm.post_recv(left, 1, [((9, 5), torch.float64), ((0,), torch.float32), ((7,), torch.uint8)])
     for number, kind in enumerate(
         [((9, 5), torch.float64), ((0,), torch.float32), ((7,), torch.uint8)]
     ):
@@ -408,7 +410,7 @@ def chunks_are_invisible(comm: Comm) -> None:
     mean = torch.full((33,), float(comm.rank))
     comm.mean_([mean])
     torch.testing.assert_close(mean, torch.full_like(mean, (comm.size - 1) / 2))
-    assert comm.exchange(comm.rank) == list(range(comm.size))
+    assert comm.allgather_object(comm.rank) == list(range(comm.size))
 
 
 def mean_is_as_promised(comm: Comm) -> None:
@@ -505,7 +507,7 @@ def means_in_flight_do_not_mix(comm: Comm) -> None:
     first = [torch.full((3 << 18,), float(comm.rank))]
     second = [torch.full((3 << 18,), 10.0 * comm.rank), torch.full((3,), -1.0 * comm.rank)]
     handles = [comm.imean_(first), comm.imean_(second)]
-    comm.expect(left, 0, [((1,), torch.int64)])
+    comm.post_recv(left, 0, [((1,), torch.int64)])
     comm.isend(torch.tensor([comm.rank]), right, 0)
     assert comm.recv(left, 0).item() == left
     for handle in handles if comm.rank % 2 else reversed(handles):
@@ -524,7 +526,7 @@ def mean_goes_on_in_waits_of_relatives(comm: Comm) -> None:
     tensor = torch.full((1 << 19,), float(comm.rank))
     handle = comm.imean_([tensor])
     for _ in range(3):
-        other.exchange(None)
+        other.allgather_object(None)
     other.wait(handle.test, "a mean of a relative")
     torch.testing.assert_close(tensor, torch.full_like(tensor, (comm.size - 1) / 2))
 
@@ -536,23 +538,23 @@ def bytes_follow_the_formula(comm: Comm) -> None:
         before = comm.traffic.bytes_intra + comm.traffic.bytes_inter
         work()
         after = comm.traffic.bytes_intra + comm.traffic.bytes_inter
-        return int(sum(comm.exchange(after - before)))
+        return int(sum(comm.allgather_object(after - before)))
 
     tensors = [torch.ones(100_003), torch.ones(7), torch.ones(12_345, dtype=torch.float64)]
     payload = sum(tensor.nbytes for tensor in tensors)
     n = comm.size
     assert sent(lambda: comm.mean_(tensors, 1 / n)) == 2 * (n - 1) * payload
     assert sent(lambda: comm.broadcast_(tensors, n - 1)) == (n - 1) * payload
-    assert sent(lambda: comm.exchange("control data is not counted")) == 0
+    assert sent(lambda: comm.allgather_object("control data is not counted")) == 0
 
     def message() -> None:
-        comm.expect(comm.rank, 3, [((5,), torch.float64)])
+        comm.post_recv(comm.rank, 3, [((5,), torch.float64)])
         comm.isend(torch.ones(5, dtype=torch.float64), comm.rank, 3)
         comm.recv(comm.rank, 3)
         comm.flush()
 
     assert sent(message) == n * 40
-    with comm.uncounted():
+    with comm.without_counting():
         assert sent(message) == 0
         handle = comm.imean_(tensors)  # counted or not by where it starts
     assert sent(handle.wait) == 0
@@ -573,7 +575,7 @@ def broadcast_from_every_root(comm: Comm) -> None:
 def exchange_keeps_rank_order(comm: Comm) -> None:
     """Items of very different sizes come back in rank order; NaN is a number like others."""
     item = {"rank": comm.rank, "text": "ü" * 1000 * comm.rank, "loss": math.nan, "none": None}
-    found = comm.exchange(item)
+    found = comm.allgather_object(item)
     assert [other["rank"] for other in found] == list(range(comm.size))
     assert [len(other["text"]) for other in found] == [1000 * r for r in range(comm.size)]
     assert all(math.isnan(other["loss"]) and other["none"] is None for other in found)
@@ -581,13 +583,15 @@ def exchange_keeps_rank_order(comm: Comm) -> None:
 
 def agree_raises_in_all_or_none(comm: Comm) -> None:
     """All ranks raise the refusal of the lowest rank that has one, or none does."""
-    comm.agree(None)
+    comm.raise_together(None)
     last = comm.size - 1
-    with pytest.raises(Refusal, match=f"rank {last} says no") as caught:
-        comm.agree(Refusal(f"rank {last} says no", DATA) if comm.rank == last else None)
-    assert caught.value.code == DATA
-    with pytest.raises(Refusal, match="rank 0 says no"):
-        comm.agree(Refusal(f"rank {comm.rank} says no"))
+    with pytest.raises(DtrainError, match=f"rank {last} says no") as caught:
+        comm.raise_together(
+            DataError("todo.key", f"rank {last} says no") if comm.rank == last else None
+        )
+    assert caught.value.code == DataError.code
+    with pytest.raises(DtrainError, match="rank 0 says no"):
+        comm.raise_together(ConfigError("todo.key", f"rank {comm.rank} says no"))
 
 
 def split_orders_by_key_then_rank(comm: Comm) -> None:
@@ -595,14 +599,14 @@ def split_orders_by_key_then_rank(comm: Comm) -> None:
     half = comm.split(comm.rank % 2)
     mine = [rank for rank in range(comm.size) if rank % 2 == comm.rank % 2]
     assert (half.rank, half.size) == (mine.index(comm.rank), len(mine))
-    assert half.exchange(comm.rank) == mine
+    assert half.allgather_object(comm.rank) == mine
     back = comm.split(0, -comm.rank)
-    assert back.exchange(comm.rank) == list(reversed(range(comm.size)))
+    assert back.allgather_object(comm.rank) == list(reversed(range(comm.size)))
     assert back.hosts == tuple(reversed(comm.hosts))
     twin = comm.dup()
     assert (twin.rank, twin.size, twin.hosts) == (comm.rank, comm.size, comm.hosts)
     for group in (comm, twin):
-        group.expect(comm.rank, 1, [((), torch.int64)])
+        group.post_recv(comm.rank, 1, [((), torch.int64)])
     for number, group in enumerate((twin, comm)):
         group.isend(torch.tensor(number), comm.rank, 1)
     assert comm.recv(comm.rank, 1).item() == 1
@@ -614,20 +618,20 @@ def split_orders_by_key_then_rank(comm: Comm) -> None:
 
 def nodes_follow_hosts(comm: Comm) -> None:
     """Nodes are numbered by first appearance, and `by_node` joins the ranks of one host."""
-    local = comm.by_node()
+    local = comm.split_by_node()
     assert set(local.hosts) == {comm.hosts[comm.rank]}
     assert local.size == comm.hosts.count(comm.hosts[comm.rank])
-    assert (local.node, local.nodes) == (0, 1)
-    assert comm.nodes == len(set(comm.hosts))
-    assert comm.exchange(comm.node)[0] == 0
+    assert (local.node_index, local.node_count) == (0, 1)
+    assert comm.node_count == len(set(comm.hosts))
+    assert comm.allgather_object(comm.node_index)[0] == 0
 
 
 def waits_end_with_a_name(comm: Comm) -> None:
     """A wait that cannot end says what was waited for, and on which rank."""
     hasty = comm.dup()
     hasty.timeout_s = 0.02
-    hasty.expect(comm.rank, 9, [((2, 3), torch.float32)])
-    with pytest.raises(Stall, match=rf"rank {comm.rank}.*\(2, 3\) float32 .*tag 9"):
+    hasty.post_recv(comm.rank, 9, [((2, 3), torch.float32)])
+    with pytest.raises(CommTimeout, match=rf"rank {comm.rank}.*\(2, 3\) float32 .*tag 9"):
         hasty.recv(comm.rank, 9)
     hasty.timeout_s = None
     hasty.isend(torch.ones(2, 3), comm.rank, 9)
@@ -651,22 +655,22 @@ def parts_reach_whom_they_are_for(comm: Comm) -> None:
         return torch.full((target + 2, 3), 10 * source + target, dtype=torch.uint8)
 
     before = comm.traffic.bytes_intra + comm.traffic.bytes_inter
-    trade = comm.iall_to_all([part(rank, each) for each in range(size)])
-    with comm.uncounted():
+    trade = comm.ialltoall([part(rank, each) for each in range(size)])
+    with comm.without_counting():
         mean = comm.imean_([torch.ones(5)])
     found = trade.wait()
     mean.wait()
     for source, each in enumerate(found):
         assert torch.equal(each, part(source, rank))
     sent = sum(part(0, each).nbytes for each in range(size) if each != rank)
-    with comm.uncounted():
-        same = comm.iall_to_all([torch.tensor(float(rank))] * size).wait()
+    with comm.without_counting():
+        same = comm.ialltoall([torch.tensor(float(rank))] * size).wait()
     assert [float(each) for each in same] == [float(each) for each in range(size)]
     assert comm.traffic.bytes_intra + comm.traffic.bytes_inter == before + sent
     with pytest.raises(ValueError, match=rf"{size + 1} parts among {size} ranks"):
-        comm.iall_to_all([torch.ones(1)] * (size + 1))
+        comm.ialltoall([torch.ones(1)] * (size + 1))
     with pytest.raises(TypeError, match="all_to_all of a meta tensor"):
-        comm.iall_to_all([torch.ones(1, device="meta")] * size)
+        comm.ialltoall([torch.ones(1, device="meta")] * size)
 
 
 def debugging_changes_nothing(comm: Comm) -> None:
@@ -682,15 +686,15 @@ def debugging_changes_nothing(comm: Comm) -> None:
         for handle in handles:
             handle.wait()
         comm.broadcast_({"c": mine[0][:3]}, comm.size - 1)
-        comm.iall_to_all([mine[0]] * comm.size).wait()
-        told = comm.exchange("x" * comm.rank)
+        comm.ialltoall([mine[0]] * comm.size).wait()
+        told = comm.allgather_object("x" * comm.rank)
         after = comm.traffic.bytes_intra + comm.traffic.bytes_inter
         return [*map(bits, mine), told, after - before]
 
     before = work()
-    assert not comm.family.debugged
-    comm.family.debug()
-    assert comm.dup().family.debugged
+    assert not comm.context.debug_mode
+    comm.context.debug()
+    assert comm.dup().context.debug_mode
     assert work() == before
 
 
@@ -698,7 +702,7 @@ def debugging_names_what_differs(comm: Comm) -> None:
     """Other shapes, dtypes, names, numbers of tensors, roots and operations: all ranks learn who
     calls what, and may call again."""
     last, t = comm.size - 1, torch.ones
-    comm.family.debug()
+    comm.context.debug()
     twins = comm.dup("twins")
     odd = comm.rank == last
 
@@ -715,7 +719,7 @@ def debugging_names_what_differs(comm: Comm) -> None:
             case "root":
                 twins.broadcast_([t(2)], last if odd else 0)
             case "operation":
-                twins.exchange(0) if odd else twins.mean_([t(2)])
+                twins.allgather_object(0) if odd else twins.mean_([t(2)])
 
     place = r"\(collective {} of twins\)"
     for number, (what, told) in enumerate(
@@ -732,37 +736,39 @@ def debugging_names_what_differs(comm: Comm) -> None:
         if last:
             who = rf"^rank {last} of twins .world rank {last}. calls .*"
             words = told.replace("{}", place.format(number))
-            with pytest.raises(Discord, match=who + words):
+            with pytest.raises(CollectiveMismatch, match=who + words):
                 wrong(what)
         else:
             wrong(what)
-        assert twins.exchange(comm.rank) == list(range(comm.size))
+        assert twins.allgather_object(comm.rank) == list(range(comm.size))
 
 
 def debugging_names_who_calls_elsewhere(comm: Comm) -> None:
     """Ranks that call two groups in another order are told from each other, in time."""
     last = comm.size - 1
     first, second = comm.dup("first"), comm.dup("second")
-    comm.family.debug(0.3)
+    comm.context.debug(0.3)
     if not last:
         return
     group = second if comm.rank == last else first  # and then the other
     absent = r"rank 0 of second" if comm.rank == last else rf"rank {last} of first"
     told = rf"{absent} .*has not called mean_ .collective 1 of .*, as rank {comm.rank} has"
-    with pytest.raises(Discord, match=told):
+    with pytest.raises(CollectiveMismatch, match=told):
         group.imean_([torch.ones(2)])
 
 
 def debugging_names_who_calls_nothing(comm: Comm) -> None:
     """A call that a rank leaves out is named by its number, with the last that all made."""
     twins = comm.dup("twins")
-    comm.family.debug(0.3)
+    comm.context.debug(0.3)
     twins.mean_([torch.ones(2)])
     if comm.rank == comm.size - 1:
         return
     told = rf"rank {comm.size - 1} of twins .*has not called exchange .collective 2 of twins"
-    with pytest.raises(Discord, match=told + r".*, as rank .* was mean_ .collective 1 of twins"):
-        twins.exchange(None)
+    with pytest.raises(
+        CollectiveMismatch, match=told + r".*, as rank .* was mean_ .collective 1 of twins"
+    ):
+        twins.allgather_object(None)
 
 
 def tags_are_checked(comm: Comm) -> None:

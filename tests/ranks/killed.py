@@ -8,25 +8,25 @@ from typing import Any
 
 import pytest
 
-from dtrain.comm.threads import run as ranks
-from dtrain.config import Run
+from dtrain.comm.backends.threads import run_ranks as ranks
+from dtrain.config.run import RunConfig
 from dtrain.syncs import SYNCS
-from dtrain.syncs.sync import Clock
+from dtrain.syncs.base import UpdateClock
 from dtrain.train import train
 
 
-def killed(run: Run, out: Path, until: int, hosts: Sequence[str]) -> None:
+def killed(run: RunConfig, out: Path, until: int, hosts: Sequence[str]) -> None:
     """Train on one rank per host named, up to an update; what is on disk stays."""
     kind = SYNCS[run.sync.name]
     before = kind.before_update
 
-    def failing(self: Any, gradients: Any, weight: float, clock: Clock) -> None:
+    def failing(self: Any, gradients: Any, weight: float, clock: UpdateClock) -> None:
         if clock.update == until and self.replicas.rank == self.replicas.size - 1:
             raise ZeroDivisionError
         before(self, gradients, weight, clock)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kind, "before_update", failing)
-        patch.setattr("dtrain.train.PATIENCE_S", 0.0)
+        patch.setattr("dtrain.train.REPORT_DELAY_S", 0.0)
         with pytest.raises(ZeroDivisionError):
             ranks(len(hosts), lambda comm: train(run, comm, out), hosts=hosts)

@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import Tensor, nn, optim
 
-from dtrain.block import Block
-from dtrain.comm.comm import Comm
-from dtrain.comm.threads import run as ranks
-from dtrain.errors import Refusal
+from dtrain.block.block import Block
+from dtrain.comm.backends.threads import run_ranks as ranks
+from dtrain.comm.communicator import Comm
+from dtrain.errors import DtrainError
 from dtrain.syncs.ab import AB
-from dtrain.syncs.parts.lowrank import Parts, split
-from dtrain.syncs.parts.phases import LOWEST, Phases
-from dtrain.syncs.sync import Clock
+from dtrain.syncs.ab.phases import LOWEST_LR_FACTOR, Phases
+from dtrain.syncs.base import UpdateClock
+from dtrain.syncs.common.low_rank import SVD, svd
 from tests import tiny
 from tests.outcome import close, model
 from tests.ranks.killed import killed
@@ -32,7 +32,7 @@ def mean(parts: list[Tensor]) -> Tensor:
     return torch.stack(parts).mean(0)
 
 
-CLOCK = Clock(0, 0, 100, 100, 0.1, 0.1, False, (1, 1, 1, 1))
+CLOCK = UpdateClock(0, 0, 100, 100, 0.1, 0.1, False, (1, 1, 1, 1))
 WIDE: dict[str, Any] = {"model__widths": [40, 30, 20]}
 FIELDS: dict[str, Any] = {"warmup-updates": 1, "every": 4, "full-updates": 1, "rebound-updates": 2}
 MODES = ("with-stale", "only-learned", "full", "only-b")
@@ -40,17 +40,19 @@ MODES = ("with-stale", "only-learned", "full", "only-b")
 
 def test_phases_are_those_of_the_paper() -> None:
     """Warm-up, low rank up to the next period, then full and low in turns."""
-    kinds = "".join("l" if Phases(6, 5, 2, 0).low(update) else "f" for update in range(25))
+    kinds = "".join("l" if Phases(6, 5, 2, 0).is_low_rank(update) else "f" for update in range(25))
     assert kinds == "ffffff" + "llll" + "fflll" + "fflll" + "fflll"
-    assert next(update for update in range(25) if Phases(6, 5, 2, 0).cuts(update)) == 10
-    aligned = "".join("l" if Phases(5, 5, 2, 0).low(update) else "f" for update in range(15))
+    assert next(update for update in range(25) if Phases(6, 5, 2, 0).truncates(update)) == 10
+    aligned = "".join(
+        "l" if Phases(5, 5, 2, 0).is_low_rank(update) else "f" for update in range(15)
+    )
     assert aligned == "fffff" + "lllll" + "fflll"
 
 
 def test_phases_scale_with_the_run() -> None:
     sync = AB()
-    assert sync.phases(replace(CLOCK, total=300)) == Phases(120, 20, 2, 2)
-    assert sync.phases(replace(CLOCK, total=30000)) == Phases(12000, 2000, 200, 200)
+    assert sync.phases(replace(CLOCK, total_updates=300)) == Phases(120, 20, 2, 2)
+    assert sync.phases(replace(CLOCK, total_updates=30000)) == Phases(12000, 2000, 200, 200)
     assert AB(warmup_updates=0, every=9, full_updates=2, rebound_updates=1).phases(CLOCK) == (
         Phases(0, 9, 2, 1)
     )
@@ -58,10 +60,12 @@ def test_phases_scale_with_the_run() -> None:
 
 def test_the_rate_comes_back() -> None:
     sync = AB(every=20, rebound_updates=4)
-    assert sync.rate(CLOCK) == 1
-    sync._changed = 7
-    found = [sync.rate(replace(CLOCK, update=update)) for update in range(7, 13)]
-    assert found == pytest.approx([LOWEST + (1 - LOWEST) * j / 4 for j in range(4)] + [1, 1])
+    assert sync.lr_factor(CLOCK) == 1
+    sync._last_change = 7
+    found = [sync.lr_factor(replace(CLOCK, update=update)) for update in range(7, 13)]
+    assert found == pytest.approx(
+        [LOWEST_LR_FACTOR + (1 - LOWEST_LR_FACTOR) * j / 4 for j in range(4)] + [1, 1]
+    )
 
 
 def made(comm: Comm, mode: str, **fields: Any) -> tuple[AB, Block]:
@@ -74,18 +78,18 @@ def made(comm: Comm, mode: str, **fields: Any) -> tuple[AB, Block]:
     }
     block = Block(0, {n: m.double() for n, m in layers.items()}, None, partial(optim.Adam, lr=0.1))
     sync = AB(mode=mode, warmup_updates=1, every=4, full_updates=1, **fields)  # type: ignore[arg-type]
-    sync.open(block, comm)
+    sync.setup(block, comm)
     return sync, block
 
 
 def stepped(sync: AB, block: Block, update: int) -> None:
     """Take a step with a gradient of each replica's own, averaged where it is to be."""
-    clock = replace(CLOCK, update=update, rows=(1,) * sync.replicas.size)
-    for number, parameter in enumerate(block.trained):
+    clock = replace(CLOCK, update=update, rows_per_replica=(1,) * sync.replicas.size)
+    for number, parameter in enumerate(block.trainable_parameters):
         seed = 1000 * update + 10 * number + sync.replicas.rank
         generator = torch.Generator().manual_seed(seed)
         parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    group = sync.averages(1 / sync.replicas.size, clock)
+    group = sync.gradient_group(1 / sync.replicas.size, clock)
     if group is not None:
         group.comm.mean_(block.gradients(), group.weight)
     block.update()
@@ -102,23 +106,28 @@ def test_groups_train_one_factor_each_and_merge_as_the_mode_says(mode: str, size
     def work(comm: Comm) -> dict[str, Any]:
         sync, block = made(comm, mode)
         stepped(sync, block, 0)  # full rank; then split, uncut
-        whole = {n: product(f.left, f.right, f.product.shape) for n, f in block.factors.items()}
+        whole = {
+            n: product(f.left, f.right, f.product.shape) for n, f in block.low_rank_weights.items()
+        }
         start = {
-            n: (f.left.detach().clone(), f.right.detach().clone()) for n, f in block.factors.items()
+            n: (f.left.detach().clone(), f.right.detach().clone())
+            for n, f in block.low_rank_weights.items()
         }
         learns = {
-            n: (f.left.requires_grad, f.right.requires_grad) for n, f in block.factors.items()
+            n: (f.left.requires_grad, f.right.requires_grad)
+            for n, f in block.low_rank_weights.items()
         }
         for update in (1, 2):
             stepped(sync, block, update)
         end = {
-            n: (f.left.detach().clone(), f.right.detach().clone()) for n, f in block.factors.items()
+            n: (f.left.detach().clone(), f.right.detach().clone())
+            for n, f in block.low_rank_weights.items()
         }
-        shown = sync.view()
+        shown = sync.evaluation_weights()
         stepped(sync, block, 3)
         return {
             "whole": whole, "start": start, "end": end, "learns": learns, "shown": shown,
-            "a": sync.learns_a, "low": sync.low, "names": list(block.parameters),
+            "a": sync.trains_a, "low": sync.in_low_rank, "names": list(block.parameters),
         }  # fmt: skip
 
     found = ranks(size, work, hosts=list("aabb"[:size]))
@@ -162,11 +171,11 @@ def test_two_equal_groups_with_stale_move_half_way() -> None:
     def work(comm: Comm) -> tuple[Tensor, Tensor, Tensor]:
         sync, block = made(comm, "with-stale")
         stepped(sync, block, 0)
-        begun = block.factors["tall.weight"].left.detach().clone()
+        begun = block.low_rank_weights["tall.weight"].left.detach().clone()
         stepped(sync, block, 1)
-        moved = block.factors["tall.weight"].left.detach().clone()
-        right = block.factors["tall.weight"].right.detach().clone()
-        return begun, moved, right, sync.view()["tall.weight"]  # type: ignore[return-value]
+        moved = block.low_rank_weights["tall.weight"].left.detach().clone()
+        right = block.low_rank_weights["tall.weight"].right.detach().clone()
+        return begun, moved, right, sync.evaluation_weights()["tall.weight"]  # type: ignore[return-value]
 
     (a0, a1, b0, shown), (rested, same, b1, _) = ranks(2, work)  # type: ignore[misc]
     assert torch.equal(rested, same)
@@ -182,7 +191,7 @@ def test_all_replicas_cut_at_the_same_rank(cutoff: float) -> None:
         told = []
         for update in range(6):
             stepped(sync, block, update)
-            told.append([each.rank for each in block.factors.values()])
+            told.append([each.rank for each in block.low_rank_weights.values()])
         return told
 
     found = ranks(4, work)
@@ -199,9 +208,9 @@ def test_full_rank_is_equal_everywhere_optimizers_included() -> None:
         sync, block = made(comm, "with-stale")
         for update in range(4):
             stepped(sync, block, update)
-        assert sync.equal
+        assert sync.in_sync
         tensors = {name: each.clone() for name, each in block.tensors().items()}
-        return tensors, {name: each.clone() for name, each in block.memory().items()}
+        return tensors, {name: each.clone() for name, each in block.optimizer_state().items()}
 
     found = ranks(4, work, hosts=list("aabb"))
     for each in found[1:]:
@@ -222,12 +231,12 @@ def test_moments_of_a_matrix_rest_while_it_is_a_product() -> None:
 
         def update() -> None:
             whole()
-            told.append({name: each.clone() for name, each in block.memory().items()})
+            told.append({name: each.clone() for name, each in block.optimizer_state().items()})
 
         block.update = update  # type: ignore[method-assign]
         for number in range(4):
             stepped(sync, block, number)
-        return [told[0], told[3], {n: each.clone() for n, each in block.memory().items()}]
+        return [told[0], told[3], {n: each.clone() for n, each in block.optimizer_state().items()}]
 
     for before, low, after in ranks(2, work):
         assert before.keys() == after.keys()
@@ -243,9 +252,9 @@ def test_the_replicas_of_a_node_share_its_splits(monkeypatch: pytest.MonkeyPatch
     made_by = defaultdict[int, list[tuple[int, ...]]](list)
     here = local()
 
-    def counted(weight: Tensor) -> Parts:
+    def counted(weight: Tensor) -> SVD:
         made_by[here.rank].append(tuple(weight.shape))
-        u, s, v = split(weight)
+        u, s, v = svd(weight)
         return u * (1 + here.rank), s, v
 
     def work(comm: Comm) -> tuple[dict[str, Tensor], int]:
@@ -253,10 +262,10 @@ def test_the_replicas_of_a_node_share_its_splits(monkeypatch: pytest.MonkeyPatch
         sync, block = made(comm, "full")
         before = comm.traffic.bytes_intra
         sync.after_update(replace(CLOCK, update=0))
-        sides = {n: f.left.detach().clone() for n, f in block.factors.items()}
+        sides = {n: f.left.detach().clone() for n, f in block.low_rank_weights.items()}
         return sides, comm.traffic.bytes_intra - before
 
-    monkeypatch.setattr("dtrain.syncs.ab.split", counted)
+    monkeypatch.setattr("dtrain.syncs.ab.svd", counted)
     found = ranks(4, work, hosts=["a", "b", "a", "b"])
     tall, wide, conv = (9, 5), (4, 9), (6, 2, 3, 3)
     assert dict(made_by) == {0: [tall, conv], 1: [tall, conv], 2: [wide], 3: [wide]}
@@ -275,7 +284,7 @@ def test_one_replica_is_the_identity_and_groups_need_two(tmp_path: Path) -> None
     told = trained(run("ab", sync=FIELDS), tmp_path / "ab", "a")
     plain = trained(run("every-step"), tmp_path / "plain", "a")
     assert told["digest"] == plain["digest"]
-    with pytest.raises(Refusal, match=r"group-size = 4 puts all 4 replicas into one group"):
+    with pytest.raises(DtrainError, match=r"group-size = 4 puts all 4 replicas into one group"):
         trained(run("ab", sync=FIELDS | {"group-size": 4}), tmp_path / "one", FOUR)
 
 
@@ -340,12 +349,14 @@ def test_any_number_of_stages_trains_the_same_bits(tmp_path: Path) -> None:
 
 def test_a_late_schedule_is_refused() -> None:
     late = {"objective__name": "backprop", "schedule__name": "pipelined", "micro_batches": 1}
-    with pytest.raises(Refusal, match=r"'pipelined' learns late with weights that \[sync\] 'ab'"):
+    with pytest.raises(
+        DtrainError, match=r"'pipelined' learns late with weights that \[sync\] 'ab'"
+    ):
         run("ab", **late)
 
 
 def test_parts_of_a_block_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="'ab' needs whole blocks"):
+    with pytest.raises(DtrainError, match="'ab' needs whole blocks"):
         trained(run("only-large", sync={"inner": {"name": "ab"}}), tmp_path)
 
 

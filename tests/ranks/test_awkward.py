@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from torch import nn
 
-from dtrain.checkpoint import latest
-from dtrain.comm.comm import Comm
-from dtrain.comm.threads import run as ranks
-from dtrain.errors import Refusal
+from dtrain.checkpoint.manifest import latest_checkpoint
+from dtrain.comm.backends.threads import run_ranks as ranks
+from dtrain.comm.communicator import Comm
+from dtrain.errors import DtrainError
 from dtrain.train import train
 from tests import tiny
 from tests.outcome import model, summary
@@ -65,8 +65,8 @@ def test_a_lone_sample_joins_its_neighbour_where_it_must(tmp_path: Path) -> None
     """The last update has 2 samples for 3 replicas of 3 micro-batches."""
     run = tiny.run(model={"name": "tests.tiny:normalised"}, mesh__stages=1, partition__blocks=2)
     assert trained(run, tmp_path, 1, 3)["samples"] == 100
-    with pytest.raises(Refusal, match=r"1 of 50 samples.*layer '2': set batch-size = 8 or 6"):
-        trained(replace(run, top=replace(run.top, batch_size=7)), tmp_path / "new")
+    with pytest.raises(DtrainError, match=r"1 of 50 samples.*layer '2': set batch-size = 8 or 6"):
+        trained(replace(run, settings=replace(run.settings, batch_size=7)), tmp_path / "new")
 
 
 def test_buffers_that_are_rebound_are_saved(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_buffers_that_are_rebound_are_saved(tmp_path: Path) -> None:
 
 def test_data_that_differ_between_ranks_are_refused(tmp_path: Path) -> None:
     run = tiny.run(data={"name": "tests.tiny:unseeded"}, mesh__stages=2)
-    with pytest.raises(Refusal, match="the ranks read different labels") as refusal:
+    with pytest.raises(DtrainError, match="the ranks read different labels") as refusal:
         trained(run, tmp_path / "out", 2)
     assert refusal.value.code == 3
     assert not (tmp_path / "out").exists()
@@ -84,10 +84,10 @@ def test_data_that_differ_between_ranks_are_refused(tmp_path: Path) -> None:
 
 def test_weights_that_the_last_update_broke_end_the_run(tmp_path: Path) -> None:
     run = tiny.run(**BROKEN, epochs=None, updates=1)
-    with pytest.raises(Refusal, match=r"is not finite \[replica 0 stage 0\]") as refusal:
+    with pytest.raises(DtrainError, match=r"is not finite \[replica 0 stage 0\]") as refusal:
         trained(run, tmp_path)
     assert refusal.value.code == 4
-    assert latest(tmp_path / "checkpoints") is None
+    assert latest_checkpoint(tmp_path / "checkpoints") is None
     assert summary(tmp_path)["status"] == "failed"
 
 
@@ -130,38 +130,38 @@ def test_other_numbers_of_replicas_start_from_the_view(replicas: int, tmp_path: 
 
 def test_a_damaged_shard_is_refused(tmp_path: Path) -> None:
     trained(tiny.run(), tmp_path)
-    manifest = latest(tmp_path / "checkpoints")
+    manifest = latest_checkpoint(tmp_path / "checkpoints")
     assert manifest is not None
     before = summary(tmp_path)
     shard = manifest.folder / "replica-0-stage-0.h5"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(Refusal, match=r"replica-0-stage-0\.h5 is damaged") as refusal:
+    with pytest.raises(DtrainError, match=r"replica-0-stage-0\.h5 is damaged") as refusal:
         trained(tiny.run(epochs=3), tmp_path)
     assert refusal.value.code == 3
     kept = {key: value for key, value in summary(tmp_path).items() if key in before}
     assert kept | {"status": "finished"} == before
     (manifest.folder / "manifest.json").write_text("{")
-    with pytest.raises(Refusal, match=r"manifest\.json is damaged"):
+    with pytest.raises(DtrainError, match=r"manifest\.json is damaged"):
         trained(tiny.run(epochs=3), tmp_path)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     trained(tiny.run(), tmp_path)
-    manifest = latest(tmp_path / "checkpoints")
+    manifest = latest_checkpoint(tmp_path / "checkpoints")
     assert manifest is not None
     path = manifest.folder / "manifest.json"
     told = json.loads(path.read_text())
     told["run"]["model"]["widths"] = [12, 11, 7, 6]
     path.write_text(json.dumps(told))
-    with pytest.raises(Refusal, match=r"'model/fc1.weight' is \(13, 10\) torch.float64"):
+    with pytest.raises(DtrainError, match=r"'model/fc1.weight' is \(13, 10\) torch.float64"):
         trained(tiny.run(model__widths=[12, 11, 7, 6]), tmp_path)
 
 
 def test_attempts_that_died_early_are_counted(tmp_path: Path) -> None:
     for _ in range(2):
-        with pytest.raises(Refusal, match=r"not finite|loss of block"):
+        with pytest.raises(DtrainError, match=r"not finite|loss of block"):
             trained(tiny.run(**BROKEN), tmp_path)
     assert trained(tiny.run(), tmp_path)["attempts"] == 3
 

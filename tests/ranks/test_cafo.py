@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain.assembly import drawn
-from dtrain.comm.comm import Comm
-from dtrain.comm.threads import run as ranks
-from dtrain.job import plan
+from dtrain.comm.backends.threads import run_ranks as ranks
+from dtrain.comm.communicator import Comm
+from dtrain.planning.block_factory import make_block
+from dtrain.planning.plan import make_plan
 from dtrain.train import train
 from tests import pictures, tiny
 from tests.outcome import close, model
@@ -37,8 +37,10 @@ def trained(run: Any, out: Path, count: int = 1) -> dict[str, Any]:
 
 def random(run: Any) -> dict[str, Tensor]:
     """Return the layers' parameters as the seed draws them, the model's head apart."""
-    layout = plan(run, 1).layout
-    blocks = [drawn(run, layout, b, torch.device("cpu")) for b in range(len(layout.parts))]
+    layout = make_plan(run, 1).layout
+    blocks = [
+        make_block(run, layout, b, torch.device("cpu")) for b in range(len(layout.block_layouts))
+    ]
     own = {name: each for block in blocks for name, each in block.parameters.items()}
     return {name: each.detach() for name, each in own.items() if not name.startswith("head")}
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from dtrain.cautions import cautions
 from dtrain.cli import main
-from dtrain.comm.comm import Comm
-from dtrain.comm.single import SingleWire
-from dtrain.job import Plan, plan
+from dtrain.comm.backends.single import SingleBackend
+from dtrain.comm.communicator import Comm
 from dtrain.objectives.local_head import LocalHead
 from dtrain.objectives.mono_forward import MonoForward
+from dtrain.planning.plan import Plan, make_plan
+from dtrain.planning.warnings import plan_warnings
 from dtrain.train import train
 from tests import tiny
 
@@ -28,12 +28,12 @@ PICTURES: dict[str, Any] = {
 
 def planned(ranks: int = 1, **told: Any) -> Plan:
     """Return the plan of a tiny run."""
-    return plan(tiny.run(**told), ranks)
+    return make_plan(tiny.run(**told), ranks)
 
 
 def found(words: str, ranks: int = 1, **told: Any) -> list[str]:
     """Return the warnings that have `words` in them; all are single lines."""
-    lines = cautions(planned(ranks, **told))
+    lines = plan_warnings(planned(ranks, **told))
     assert all(line and "\n" not in line for line in lines)
     return [line for line in lines if words in line]
 
@@ -50,8 +50,8 @@ def test_more_blocks_than_an_objective_carries(blocks: int) -> None:
 
 
 def test_an_objective_may_say_that_it_carries_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not MonoForward().carries
-    monkeypatch.setattr(MonoForward, "carries", True)
+    assert not MonoForward().scales_to_many_blocks
+    monkeypatch.setattr(MonoForward, "scales_to_many_blocks", True)
     assert found("[partition] blocks = 4", **DEEP, partition__blocks=6) == []
 
 
@@ -101,7 +101,7 @@ def test_samples_that_depend_on_each_other(monkeypatch: pytest.MonkeyPatch) -> N
     (line,) = found("batch statistics in", **deep)
     assert "conv1 ... conv7 (7 of them)" in line
     assert found("results depend") == []
-    monkeypatch.setattr(LocalHead, "couples", lambda self, task: task.block == 1)
+    monkeypatch.setattr(LocalHead, "couples_samples", lambda self, task: task.index == 1)
     (line,) = found("results depend", objective={"name": "local-head"})
     assert line.startswith("the loss of block 1 ")
 
@@ -110,8 +110,8 @@ def test_an_objective_has_its_own_warnings(monkeypatch: pytest.MonkeyPatch) -> N
     def own(self: MonoForward, tasks: list[object], rows: int) -> list[str]:
         return [f"{len(tasks)} blocks of {rows} rows"]
 
-    monkeypatch.setattr(MonoForward, "cautions", own)
-    assert cautions(planned())[-1] == "3 blocks of 6 rows"
+    monkeypatch.setattr(MonoForward, "warnings", own)
+    assert plan_warnings(planned())[-1] == "3 blocks of 6 rows"
 
 
 def test_a_run_and_its_plan_say_all_of_it(
@@ -119,9 +119,9 @@ def test_a_run_and_its_plan_say_all_of_it(
 ) -> None:
     """As lines that begin with a word to look for, at the start and in `plan.txt`; as values."""
     told: dict[str, Any] = {"epochs": 1, "partition__frozen": [1], "partition__blocks": 5}
-    wanted = cautions(planned(**told))
+    wanted = plan_warnings(planned(**told))
     assert len(wanted) >= 2
-    train(tiny.run(**told), Comm(SingleWire()), tmp_path)
+    train(tiny.run(**told), Comm(SingleBackend()), tmp_path)
     printed = capsys.readouterr().out.splitlines()
     assert [line[10:] for line in printed if line.startswith("note ")] == wanted
     assert "frozen    block 1: 154 of the parameters keep their first values" in printed
@@ -132,6 +132,6 @@ def test_a_run_and_its_plan_say_all_of_it(
     assert main(["plan", "again.toml", "--ranks", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["cautions"] == wanted
     quiet = tmp_path / "quiet"
-    train(tiny.run(epochs=1, objective__name="backprop"), Comm(SingleWire()), quiet)
+    train(tiny.run(epochs=1, objective__name="backprop"), Comm(SingleBackend()), quiet)
     assert "note " not in capsys.readouterr().out
     assert "Notes" not in (quiet / "plan.txt").read_text()

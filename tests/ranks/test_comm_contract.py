@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain.comm import threads
-from dtrain.comm.comm import Comm
-from dtrain.comm.dock import Host, Pinned
-from dtrain.comm.mean import ENOUGH_BYTES, PIECE_BYTES, SUMS, cut
-from dtrain.comm.memory import Scratch, aligned
-from dtrain.comm.single import SingleWire
-from dtrain.comm.tiers import Tiers
-from dtrain.comm.tree import family
-from dtrain.comm.wire import Bytes, Request, Stall
+from dtrain.comm.allreduce import MIN_PIECE_BYTES, PIECE_BYTES, SUM_DTYPES, cut_pieces
+from dtrain.comm.backends import threads
+from dtrain.comm.backends.base import Bytes, CommTimeout, Request
+from dtrain.comm.backends.single import SingleBackend
+from dtrain.comm.buffers import BufferPool, aligned_empty
+from dtrain.comm.communicator import Comm
+from dtrain.comm.node_topology import NodeTopology
+from dtrain.comm.staging import Host, Pinned
+from dtrain.comm.tree import tree_neighbours
 from tests.ranks.contract import CASES, FLOATS, bits, exact, looking, normal, same, weights
 
 named = pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
@@ -29,12 +29,12 @@ named = pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_threads(case: Callable[[Comm], None], n: int, seed: int) -> None:
     hosts = [f"node{rank // 2}" for rank in range(n)]
-    threads.run(n, case, seed=seed, hosts=hosts, timeout_s=30)
+    threads.run_ranks(n, case, seed=seed, hosts=hosts, timeout_s=30)
 
 
 @named
 def test_seven_ranks(case: Callable[[Comm], None]) -> None:
-    threads.run(7, case, hosts=list("abcabca"), timeout_s=60)
+    threads.run_ranks(7, case, hosts=list("abcabca"), timeout_s=60)
 
 
 def test_a_mean_of_more_ranks_than_lanes() -> None:
@@ -43,12 +43,12 @@ def test_a_mean_of_more_ranks_than_lanes() -> None:
         comm.mean_([tensor])
         return bool(tensor.sub(34.5).abs().max() < 1e-4)
 
-    assert all(threads.run(70, work, timeout_s=60))
+    assert all(threads.run_ranks(70, work, timeout_s=60))
 
 
 @named
 def test_self(case: Callable[[Comm], None]) -> None:
-    case(Comm(SingleWire()))
+    case(Comm(SingleBackend()))
 
 
 class Copies:
@@ -59,7 +59,7 @@ class Copies:
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         self.made += 1
-        return aligned(shape, dtype)
+        return aligned_empty(shape, dtype)
 
 
 @named
@@ -72,22 +72,24 @@ def test_an_accelerator_is_staged(case: Callable[[Comm], None], n: int) -> None:
     staging = Copies()
 
     def work(comm: Comm) -> None:
-        comm.family.dock = Pinned(torch.device("cpu"), staging.empty)
+        comm.context.staging = Pinned(torch.device("cpu"), staging.empty)
         case(comm)
 
-    threads.run(n, work, hosts=["a", "b", "a"][:n])
+    threads.run_ranks(n, work, hosts=["a", "b", "a"][:n])
 
 
 def test_staging_is_used_and_memory_of_the_wire_is_not_given_away() -> None:
     staging = Copies()
-    comm = Comm(SingleWire())
-    comm.family.dock = Pinned(torch.device("cpu"), staging.empty)
+    comm = Comm(SingleBackend())
+    comm.context.staging = Pinned(torch.device("cpu"), staging.empty)
     sent, other = torch.arange(6.0).view(2, 3), torch.ones(3)
-    comm.expect(0, 1, [((2, 3), torch.float32), (((2, 3), torch.float32), ((3,), torch.float32))])
+    comm.post_recv(
+        0, 1, [((2, 3), torch.float32), (((2, 3), torch.float32), ((3,), torch.float32))]
+    )
     comm.isend(sent, 0, 1)
     copy = sent.clone()
     sent.zero_()  # it was copied when it was sent
-    landed = comm._desk.inboxes[0, 1].posted.tensors[0]
+    landed = comm._channels.recv_channels[0, 1].posted_recv.tensors[0]
     got = comm.recv(0, 1)
     assert got.equal(copy)
     assert got.data_ptr() != landed.data_ptr()
@@ -102,18 +104,18 @@ def test_staging_is_used_and_memory_of_the_wire_is_not_given_away() -> None:
 
 
 def test_where_a_rank_computes_is_stated_once_for_the_family() -> None:
-    comm = Comm(SingleWire())
+    comm = Comm(SingleBackend())
     twin = comm.dup()
-    comm.onto(torch.device("cuda", 1))
-    dock = twin.family.dock
+    comm.set_device(torch.device("cuda", 1))
+    dock = twin.context.staging
     assert isinstance(dock, Pinned)
     assert dock.device == torch.device("cuda", 1)
     here = torch.ones(2)
-    assert dock.lower(here).data_ptr() == here.data_ptr(), "what is on the host passes as ever"
+    assert dock.to_host(here).data_ptr() == here.data_ptr(), "what is on the host passes as ever"
     with pytest.raises(ValueError, match="'cuda' names no device of its kind: say 'cuda:0'"):
-        comm.onto(torch.device("cuda"))
-    comm.onto(torch.device("cpu"))
-    assert isinstance(twin.family.dock, Host)
+        comm.set_device(torch.device("cuda"))
+    comm.set_device(torch.device("cpu"))
+    assert isinstance(twin.context.staging, Host)
 
 
 NODES = ["ab", "aab", "abc", "abab", "aaabb", "aaaabccc", "abcbacbaa", "aaaaaaaaab"]
@@ -136,7 +138,7 @@ def test_a_mean_over_nodes_is_as_promised(nodes: str, dtype: torch.dtype) -> Non
             assert [bits(tensor) for tensor in mine] == [bits(tensor) for tensor in want]
         assert same(comm, mine)
 
-    threads.run(n, work, hosts=list(nodes), seed=n)
+    threads.run_ranks(n, work, hosts=list(nodes), seed=n)
 
 
 @pytest.mark.parametrize("nodes", NODES)
@@ -150,7 +152,7 @@ def test_a_mean_over_nodes_is_the_mean_of_the_replicas(nodes: str) -> None:
         comm.mean_([mine])
         return float((mine - want).abs().max())
 
-    assert max(threads.run(n, work, hosts=list(nodes))) < 1e-12
+    assert max(threads.run_ranks(n, work, hosts=list(nodes))) < 1e-12
 
 
 @pytest.mark.parametrize("nodes", NODES)
@@ -160,19 +162,19 @@ def test_what_crosses_between_nodes_does_not_depend_on_their_ranks(
 ) -> None:
     """2 (m - 1) payloads between m nodes, as wide sums from nodes of several ranks; balanced."""
     n, m = len(nodes), len(set(nodes))
-    pieces = Tiers(nodes, 0).even
+    pieces = NodeTopology(nodes, 0).pieces_per_round
     tensor = torch.zeros(pieces * 20_000, dtype=dtype)
-    assert len(cut([tensor], pieces)) == pieces
+    assert len(cut_pieces([tensor], pieces)) == pieces
 
     def work(comm: Comm) -> tuple[int, int]:
         comm.mean_([tensor.clone()])
         return comm.traffic.bytes_intra, comm.traffic.bytes_inter
 
-    sent = threads.run(n, work, hosts=list(nodes))
-    tiers, size = Tiers(nodes, 0), tensor.nbytes // pieces
-    wide = SUMS[dtype].itemsize // dtype.itemsize
+    sent = threads.run_ranks(n, work, hosts=list(nodes))
+    tiers, size = NodeTopology(nodes, 0), tensor.nbytes // pieces
+    wide = SUM_DTYPES[dtype].itemsize // dtype.itemsize
     widths = [wide if len(ranks) > 1 else 1 for ranks in tiers.nodes]
-    up = sum(w for k in range(pieces) for i, w in enumerate(widths) if i != tiers.home(k))
+    up = sum(w for k in range(pieces) for i, w in enumerate(widths) if i != tiers.owner_node(k))
     assert sum(inter for _, inter in sent) == (up + pieces * (m - 1)) * size
     assert sum(intra for intra, _ in sent) == 2 * (n - m) * tensor.nbytes
     if dtype != torch.bfloat16:
@@ -182,26 +184,31 @@ def test_what_crosses_between_nodes_does_not_depend_on_their_ranks(
 
 def test_messages_of_a_large_group_stay_few() -> None:
     """64 ranks on 8 nodes and 40 MB: 64 pieces, 126 messages per rank, besides the weights."""
-    count = len(cut([torch.empty(10_000_000, device="meta")], Tiers([*range(8)] * 8, 0).even))
+    count = len(
+        cut_pieces(
+            [torch.empty(10_000_000, device="meta")],
+            NodeTopology([*range(8)] * 8, 0).pieces_per_round,
+        )
+    )
     assert count == 64
     counts: Counter[int] = Counter()
 
     def work(comm: Comm) -> None:
-        push = comm.line.wire.isend
+        push = comm.transport.backend.isend
 
         def counted(data: Bytes, to: int, tag: int) -> Request:
             counts[data.size > 8] += 1
             return push(data, to, tag)
 
-        comm.line.wire.isend = counted  # type: ignore[method-assign]
+        comm.transport.backend.isend = counted  # type: ignore[method-assign]
         comm.mean_([torch.zeros(64 * 5000)])
 
-    threads.run(64, work, hosts=[f"n{rank % 8}" for rank in range(64)])
+    threads.run_ranks(64, work, hosts=[f"n{rank % 8}" for rank in range(64)])
     assert counts == {True: 64 * 126, False: 64 * 7}
 
 
 def test_a_group_of_one_copies_nothing() -> None:
-    comm = Comm(SingleWire())
+    comm = Comm(SingleBackend())
     strided = torch.ones(4, 6).t()
     version = strided._version
     handle = comm.imean_([strided])
@@ -215,19 +222,19 @@ def test_a_group_of_one_copies_nothing() -> None:
 @pytest.mark.parametrize("pieces", [1, 2, 3, 5, 16, 40])
 def test_weights_go_where_they_multiply(nodes: str, pieces: int) -> None:
     """Who multiplies, by the drawing of a piece, is who is told; nobody else is."""
-    all_ = [Tiers(nodes, rank) for rank in range(len(nodes))]
+    all_ = [NodeTopology(nodes, rank) for rank in range(len(nodes))]
     for rank, tiers in enumerate(all_):
-        owners = {tiers.lead(k, tiers.home(k)) for k in range(pieces)}
-        leads = {tiers.lead(k, tiers.node) for k in range(pieces)}
-        told = owners if len(tiers.near) == 1 else leads
-        assert tiers.listeners(rank, pieces) == told - {rank}
+        owners = {tiers.leader(k, tiers.owner_node(k)) for k in range(pieces)}
+        leads = {tiers.leader(k, tiers.node_index) for k in range(pieces)}
+        told = owners if len(tiers.node_ranks) == 1 else leads
+        assert tiers.weight_receivers(rank, pieces) == told - {rank}
         for other in all_:
-            speaks = rank in other.speakers(pieces)
-            assert speaks == (other.rank in tiers.listeners(rank, pieces))
+            speaks = rank in other.weight_senders(pieces)
+            assert speaks == (other.rank in tiers.weight_receivers(rank, pieces))
 
 
 def test_results_come_in_rank_order() -> None:
-    assert threads.run(5, lambda comm: (comm.rank, comm.size)) == [(r, 5) for r in range(5)]
+    assert threads.run_ranks(5, lambda comm: (comm.rank, comm.size)) == [(r, 5) for r in range(5)]
 
 
 def order(seed: int) -> list[int]:
@@ -237,9 +244,9 @@ def order(seed: int) -> list[int]:
     def work(comm: Comm) -> None:
         with looking(comm, lambda: turns.append(comm.rank)):
             for _ in range(5):
-                comm.exchange(None)
+                comm.allgather_object(None)
 
-    threads.run(3, work, seed=seed)
+    threads.run_ranks(3, work, seed=seed)
     return turns
 
 
@@ -254,10 +261,10 @@ def test_one_rank_runs_at_a_time() -> None:
     def work(comm: Comm) -> list[float]:
         torch.manual_seed(comm.rank)
         drawn = [torch.rand(1).item() for _ in range(100)]
-        comm.exchange(None)
+        comm.allgather_object(None)
         return drawn
 
-    for rank, drawn in enumerate(threads.run(4, work)):
+    for rank, drawn in enumerate(threads.run_ranks(4, work)):
         torch.manual_seed(rank)
         assert drawn == [torch.rand(1).item() for _ in range(100)]
 
@@ -266,15 +273,15 @@ def test_deadlock_names_what_each_rank_waits_for() -> None:
     seen = []
 
     def work(comm: Comm) -> None:
-        comm.expect(1 - comm.rank, 4, [((2,), torch.int64)])
+        comm.post_recv(1 - comm.rank, 4, [((2,), torch.int64)])
         try:
             comm.recv(1 - comm.rank, 4)
-        except Stall as stall:
+        except CommTimeout as stall:
             seen.append(str(stall))
             raise
 
-    with pytest.raises(Stall, match="deadlock"):
-        threads.run(2, work)
+    with pytest.raises(CommTimeout, match="deadlock"):
+        threads.run_ranks(2, work)
     assert len(seen) == 2
     for words in seen:
         assert "rank 0 waits for (2,) int64 from rank 1 with tag 4" in words
@@ -288,13 +295,13 @@ def test_all_sending_without_receives_is_a_deadlock() -> None:
         comm.isend(torch.tensor(1), 1 - comm.rank, 0)
         comm.flush()
 
-    with pytest.raises(Stall, match=r"rank 0 waits for rank 1 to take 1 messages with tag 0"):
-        threads.run(2, work)
+    with pytest.raises(CommTimeout, match=r"rank 0 waits for rank 1 to take 1 messages with tag 0"):
+        threads.run_ranks(2, work)
 
 
 def test_waiting_for_a_rank_that_has_left_is_a_deadlock() -> None:
-    with pytest.raises(Stall, match="rank 1 waits for the control data of all ranks"):
-        threads.run(2, lambda comm: comm.exchange(0) if comm.rank else None)
+    with pytest.raises(CommTimeout, match="rank 1 waits for the control data of all ranks"):
+        threads.run_ranks(2, lambda comm: comm.allgather_object(0) if comm.rank else None)
 
 
 def test_the_first_error_ends_all_ranks() -> None:
@@ -304,12 +311,12 @@ def test_the_first_error_ends_all_ranks() -> None:
         try:
             if comm.rank == 2:
                 raise ZeroDivisionError("of rank 2")
-            comm.exchange(None)
+            comm.allgather_object(None)
         finally:
             ended.append(comm.rank)
 
     with pytest.raises(ZeroDivisionError, match="of rank 2"):
-        threads.run(4, work)
+        threads.run_ranks(4, work)
     assert set(ended) >= {2}
     assert all(first != second for first, second in pairwise(sorted(ended)))
 
@@ -318,10 +325,10 @@ def test_abort_ends_all_ranks_with_the_code() -> None:
     def work(comm: Comm) -> None:
         if comm.rank == 1:
             comm.abort(4)
-        comm.exchange(None)
+        comm.allgather_object(None)
 
     with pytest.raises(SystemExit) as caught:
-        threads.run(3, work)
+        threads.run_ranks(3, work)
     assert caught.value.code == 4
 
 
@@ -332,15 +339,15 @@ def test_a_rank_that_never_waits_runs_into_the_limit() -> None:
         while going[0]:
             pass
 
-    with pytest.raises(Stall, match=r"0\.2 s are over"):
-        threads.run(1, work, timeout_s=0.2)
+    with pytest.raises(CommTimeout, match=r"0\.2 s are over"):
+        threads.run_ranks(1, work, timeout_s=0.2)
     going.clear()
     going.append(False)
 
 
 def test_sizes_must_agree() -> None:
-    comm = Comm(SingleWire())
-    comm.expect(0, 1, [((3,), torch.float32)])
+    comm = Comm(SingleBackend())
+    comm.post_recv(0, 1, [((3,), torch.float32)])
     with pytest.raises(RuntimeError, match="message of 8 bytes met a receive of 12 bytes"):
         comm.isend(torch.ones(2), 0, 1)
 
@@ -348,7 +355,7 @@ def test_sizes_must_agree() -> None:
 def test_traffic_is_told_apart_by_hosts() -> None:
     def work(comm: Comm) -> tuple[int, int]:
         for to in range(comm.size):
-            comm.expect(to, 1, [((5,), torch.float32)])
+            comm.post_recv(to, 1, [((5,), torch.float32)])
         for to in range(comm.size):
             comm.isend(torch.ones(5), to, 1)
         for source in range(comm.size):
@@ -356,34 +363,34 @@ def test_traffic_is_told_apart_by_hosts() -> None:
         comm.flush()
         return comm.traffic.bytes_intra, comm.traffic.bytes_inter
 
-    assert threads.run(3, work, hosts=["a", "b", "a"]) == [(40, 20), (20, 40), (40, 20)]
+    assert threads.run_ranks(3, work, hosts=["a", "b", "a"]) == [(40, 20), (20, 40), (40, 20)]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 @pytest.mark.parametrize("numbers", [(7,), (100_000, 3, 400_001), (1 << 20, 5, 5), (4096,) * 50])
 def test_pieces_cover_the_tensors_once(numbers: tuple[int, ...], size: int) -> None:
     flats = [torch.zeros(number) for number in numbers]
-    pieces = cut(flats, size)
+    pieces = cut_pieces(flats, size)
     for piece in pieces:
         assert sum(span.nbytes for span in piece) <= PIECE_BYTES
         for span in piece:
             span.add_(1)  # spans are views, not copies
     assert all(flat.eq(1).all() for flat in flats)
     payload = sum(flat.nbytes for flat in flats)
-    if payload >= size * ENOUGH_BYTES:
+    if payload >= size * MIN_PIECE_BYTES:
         assert len(pieces) >= size, "each rank owns some"
 
 
 def test_pieces_have_one_dtype() -> None:
     flats = [torch.zeros(5), torch.zeros(5, dtype=torch.float64), torch.zeros(5)]
-    pieces = cut(flats, 2)
+    pieces = cut_pieces(flats, 2)
     assert [len({span.dtype for span in piece}) for piece in pieces] == [1, 1]
 
 
 @pytest.mark.parametrize("size", range(1, 18))
 def test_the_tree_reaches_every_rank_once(size: int) -> None:
     for root in {0, size - 1, size // 2}:
-        links = {rank: family(rank, size, root) for rank in range(size)}
+        links = {rank: tree_neighbours(rank, size, root) for rank in range(size)}
         children = [child for _, below in links.values() for child in below]
         assert sorted([*children, root]) == list(range(size))
         for rank, (_, below) in links.items():
@@ -391,8 +398,8 @@ def test_the_tree_reaches_every_rank_once(size: int) -> None:
 
 
 def test_memory_is_aligned_and_kept() -> None:
-    assert all(aligned((n, 3), torch.float64).data_ptr() % 64 == 0 for n in range(20))
-    scratch, like = Scratch(1024), torch.empty(100)
+    assert all(aligned_empty((n, 3), torch.float64).data_ptr() % 64 == 0 for n in range(20))
+    scratch, like = BufferPool(1024), torch.empty(100)
     with scratch.lend(2, like) as first:
         addresses = {buffer.data_ptr() for buffer in first}
         assert all(buffer.shape == like.shape and buffer.dtype == like.dtype for buffer in first)

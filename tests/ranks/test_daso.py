@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn, optim
 
-from dtrain.block import Block
-from dtrain.comm.comm import Comm
-from dtrain.comm.threads import run as ranks
-from dtrain.early import Early
-from dtrain.errors import Refusal
+from dtrain.block.block import Block
+from dtrain.comm.backends.threads import run_ranks as ranks
+from dtrain.comm.communicator import Comm
+from dtrain.errors import DtrainError
+from dtrain.syncs.base import Sync, UpdateClock
 from dtrain.syncs.daso import DASO
-from dtrain.syncs.parts.plateau import Plateau
-from dtrain.syncs.parts.selective import Selective
-from dtrain.syncs.sync import Clock, Sync
+from dtrain.syncs.daso.base import PlateauDetector
+from dtrain.syncs.daso.selective import SelectiveDaso
+from dtrain.syncs.gradient_reducer import GradientReducer
 from dtrain.train import train
 from tests import tiny
 from tests.outcome import close, model
@@ -46,21 +46,21 @@ def walk(
     layer = nn.Linear(2, 1, bias=False).double()
     nn.init.ones_(layer.weight)
     block = Block(0, {"fc1": layer}, None, partial(optim.SGD, lr=0.1, momentum=0.5))
-    sync.open(block, comm)
-    clock = Clock(0, 0, LENGTH, epochs * LENGTH, 0.1, 0.1, False, (1,) * comm.size)
+    sync.setup(block, comm)
+    clock = UpdateClock(0, 0, LENGTH, epochs * LENGTH, 0.1, 0.1, False, (1,) * comm.size)
     seen = []
-    for update in range(clock.total):
+    for update in range(clock.total_updates):
         now = replace(clock, update=update, epoch=update // LENGTH)
         layer.weight.grad = pull(comm.rank, update, layer.weight.detach())
-        group = sync.averages(1 / comm.size, now)
+        group = sync.gradient_group(1 / comm.size, now)
         if group is not None:
-            Early(block).finish(block.gradients(), group)
+            GradientReducer(block).finish(block.gradients(), group)
         sync.before_update(block.gradients(), 1 / comm.size, now)
         block.update()
         sync.after_update(now)
         seen.append(layer.weight.detach().clone())
         if now.ends_epoch:
-            sync.settle()
+            sync.finish_pending()
             sync.end_epoch(losses[now.epoch] if losses else 1.0 / (1 + now.epoch))
     return seen
 
@@ -220,13 +220,13 @@ def test_heat_compatible_is_heat_batch_by_batch(most: int) -> None:
 
 
 def test_the_plateau_fires_on_the_third_epoch_that_does_not_improve() -> None:
-    plateau = Plateau(0.05)
+    plateau = PlateauDetector(0.05)
     heard = [2.0, 1.95, 1.91, 1.89, 1.89, 1.89, 1.89, 1.89, 1.7, 1.7, 1.7, 1.7]
-    fired = [plateau.fires(loss) for loss in heard]
+    fired = [plateau.observe(loss) for loss in heard]
     assert [n for n, each in enumerate(fired) if each] == [6, 11]
-    negative = Plateau(0.05)
-    assert not any(negative.fires(loss) for loss in (-1.0, -1.06, -1.12))
-    assert [negative.fires(loss) for loss in (-1.13, -1.14, -1.15)] == [False, False, True]
+    negative = PlateauDetector(0.05)
+    assert not any(negative.observe(loss) for loss in (-1.0, -1.06, -1.12))
+    assert [negative.observe(loss) for loss in (-1.13, -1.14, -1.15)] == [False, False, True]
 
 
 # ---- the default's own schedule and merges
@@ -455,29 +455,29 @@ def test_downcast_halves_what_crosses_in_blocking_phases(tmp_path: Path) -> None
 
 def test_heat_refuses_unequal_nodes_by_name(tmp_path: Path) -> None:
     hosts = ("a", "a", "b")
-    with pytest.raises(Refusal, match="as many replicas on every node, and they have 2, 1"):
+    with pytest.raises(DtrainError, match="as many replicas on every node, and they have 2, 1"):
         trained(run(heat_compatible=True), tmp_path / "heat", hosts)
     assert trained(run(**CYCLING), tmp_path / "default", hosts)["status"] == "finished"
 
 
 def test_more_epochs_than_the_phases_were_made_for_are_refused(tmp_path: Path) -> None:
     trained(run(2), tmp_path)
-    with pytest.raises(Refusal, match="the phases of 'daso' followed the length"):
+    with pytest.raises(DtrainError, match="the phases of 'daso' followed the length"):
         trained(run(3), tmp_path)
 
 
 def test_left_out_phases_are_a_tenth_of_the_run() -> None:
-    clock = Clock(0, 0, 5, 5, 0.1, 0.1, False, (1, 1))
+    clock = UpdateClock(0, 0, 5, 5, 0.1, 0.1, False, (1, 1))
     told: dict[int, list[int]] = {}
 
     def work(comm: Comm) -> None:
         sync = DASO()
         layer = nn.Linear(1, 1)
-        sync.open(Block(0, {"fc1": layer}, None, partial(optim.SGD, lr=0.1)), comm)
-        assert isinstance(sync.way, Selective)
+        sync.setup(Block(0, {"fc1": layer}, None, partial(optim.SGD, lr=0.1)), comm)
+        assert isinstance(sync.variant, SelectiveDaso)
         for epochs in (1, 3, 8, 20, 90):
-            clocks = [replace(clock, epoch=e, total=5 * epochs) for e in range(epochs)]
-            told[epochs] = [c.epoch for c in clocks if not sync.way.blocks(c)]
+            clocks = [replace(clock, epoch=e, total_updates=5 * epochs) for e in range(epochs)]
+            told[epochs] = [c.epoch for c in clocks if not sync.variant.is_blocking(c)]
 
     ranks(2, work, hosts="ab")
     assert told[1] == []

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from dtrain.assembly import drawn
-from dtrain.comm.threads import run as ranks
-from dtrain.config import parse
+from dtrain.comm.backends.threads import run_ranks as ranks
+from dtrain.config.parse import parse_run
 from dtrain.data import load
-from dtrain.job import plan
 from dtrain.objectives import OBJECTIVES
+from dtrain.planning.block_factory import make_block
+from dtrain.planning.plan import make_plan
 from dtrain.schedules import SCHEDULES
-from dtrain.schedules.late import Late
+from dtrain.schedules.asynchronous import AsyncSchedule
 from dtrain.train import train
 from tests.outcome import model
 
@@ -59,11 +59,11 @@ def test_every_schedule_trains_digits(schedule: str, tmp_path: Path) -> None:
     """Three stages, by backpropagation where the schedule runs it."""
     kind = SCHEDULES[schedule]
     routes = OBJECTIVES["backprop"]().routes(3, "train")
-    global_ = kind().serves(routes)
+    global_ = kind().supports_all(routes)
     table: dict[str, Any] = {
         "epochs": 20,
         "batch-size": 128,
-        "micro-batches": 1 if issubclass(kind, Late) else 4,
+        "micro-batches": 1 if issubclass(kind, AsyncSchedule) else 4,
         "threads": 1,
         "data": {"name": "digits"},
         "model": {"name": "mlp", "widths": [61, 47, 53]},
@@ -74,7 +74,7 @@ def test_every_schedule_trains_digits(schedule: str, tmp_path: Path) -> None:
         "evaluate": {"every": 20},
     }
     assert global_ == (schedule != "stream")
-    run = parse(table, tmp_path / "digits.toml")
+    run = parse_run(table, tmp_path / "digits.toml")
     told = ranks(3, lambda comm: train(run, comm, tmp_path / "out"))[0]
     assert told["test_accuracy"] > 0.8
 
@@ -98,12 +98,12 @@ def test_every_objective_learns_digits(objective: str, tmp_path: Path) -> None:
         "optimizer": {"name": "adam", "lr": 1e-3},
         "evaluate": {"every": epochs},
     }
-    run = parse(table, tmp_path / "digits.toml")
+    run = parse_run(table, tmp_path / "digits.toml")
     told = ranks(2, lambda comm: train(run, comm, tmp_path / "out"))[0]
     assert told["test_accuracy"] > LEAST.get(objective, 0.5)
-    layout, after = plan(run, 2).layout, model(tmp_path / "out")
+    layout, after = make_plan(run, 2).layout, model(tmp_path / "out")
     for index in range(3):
-        block = drawn(run, layout, index, torch.device("cpu"))
+        block = make_block(run, layout, index, torch.device("cpu"))
         for name, before in block.parameters.items():
             if objective not in STILL and before.requires_grad:
                 assert not torch.equal(after[name], before.detach()), name

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from dtrain.errors import Refusal
+from dtrain.errors import DtrainError
 from dtrain.objectives import OBJECTIVES
-from dtrain.objectives.objective import Objective
+from dtrain.objectives.base import Objective
 from tests import tiny
 from tests.outcome import close, model
 from tests.ranks.test_isolation import test_one_block_is_ordinary_backprop as law_4
@@ -85,7 +85,7 @@ def test_the_laws_hold_by_its_being_in_the_dict() -> None:
 
 
 def test_a_wrong_key_is_refused() -> None:
-    with pytest.raises(Refusal, match=r"margin = 0\.0: give more than 0"):
+    with pytest.raises(DtrainError, match=r"margin = 0\.0: give more than 0"):
         tiny.run(objective={"name": "margin", "margin": 0}).make_objective()
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from dtrain import early
-from dtrain.comm.comm import Comm
-from dtrain.config import Run
-from dtrain.early import Early, buckets
-from dtrain.schedules.action import Action
-from dtrain.updates import Updates
+from dtrain.comm.communicator import Comm
+from dtrain.config.run import RunConfig
+from dtrain.engine.update import UpdateStep
+from dtrain.schedules.actions import Action
+from dtrain.syncs import gradient_reducer as early
+from dtrain.syncs.gradient_reducer import GradientReducer, buckets
 from tests import tiny
 from tests.ranks.test_rounds import trained
 
@@ -35,7 +35,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(early, "BUCKET_BYTES", 1)
 
 
-def run(stages: int, sync: str = "every-step", **told: Any) -> Run:
+def run(stages: int, sync: str = "every-step", **told: Any) -> RunConfig:
     """Return a tiny run whose last updates of an epoch leave some replicas without a sample."""
     return tiny.run(mesh__stages=stages, sync=SYNCS[sync], **told)
 
@@ -44,9 +44,9 @@ def run(stages: int, sync: str = "every-step", **told: Any) -> Run:
 def events(monkeypatch: pytest.MonkeyPatch) -> Events:
     """Note of replica 0 what begins: backwards, means of gradients, updates."""
     noted: Events = []
-    heard, imean, step = Updates.heard, Comm.imean_, Updates.step
+    heard, imean, step = UpdateStep.gradient_hook, Comm.imean_, UpdateStep.step
 
-    def learning(self: Updates, action: Action, *args: Any) -> Any:
+    def learning(self: UpdateStep, action: Action, *args: Any) -> Any:
         if self.syncs[action.block].replicas.rank == 0:
             noted.append(("learn", str(action.block)))
         return heard(self, action, *args)
@@ -56,14 +56,14 @@ def events(monkeypatch: pytest.MonkeyPatch) -> Events:
             noted.append(("mean", *tensors))
         return imean(self, tensors, weight)
 
-    def stepping(self: Updates, action: Action, *args: Any) -> None:
+    def stepping(self: UpdateStep, action: Action, *args: Any) -> None:
         if self.syncs[action.block].replicas.rank == 0:
             noted.append(("step", str(action.block)))
         step(self, action, *args)
 
-    monkeypatch.setattr(Updates, "heard", learning)
+    monkeypatch.setattr(UpdateStep, "gradient_hook", learning)
     monkeypatch.setattr(Comm, "imean_", meaning)
-    monkeypatch.setattr(Updates, "step", stepping)
+    monkeypatch.setattr(UpdateStep, "step", stepping)
     return noted
 
 
@@ -86,7 +86,7 @@ def test_the_bits_are_those_of_one_mean_after_the_backward(
     told = run(stages, sync, objective__name=objective)
     one = trained(told, tmp_path / "early", hosts)
     monkeypatch.setattr(early, "BUCKET_BYTES", 1 << 30)
-    monkeypatch.setattr(Early, "hear", lambda *_: None)
+    monkeypatch.setattr(GradientReducer, "on_gradient_ready", lambda *_: None)
     two = trained(told, tmp_path / "late", hosts)
     assert one["digest"] == two["digest"]
     for key in ("bytes_intra_node", "bytes_inter_node"):

@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dtrain import checkpoint, folder
-from dtrain.comm.comm import Comm
-from dtrain.comm.threads import run as ranks
-from dtrain.config import Run
-from dtrain.data.batches import Shares
-from dtrain.errors import Refusal
-from dtrain.exam import examine, sheets
+from dtrain.checkpoint import run_folder as folder
+from dtrain.checkpoint import store as checkpoint
+from dtrain.checkpoint.manifest import latest_checkpoint, read_manifest
+from dtrain.comm.backends.threads import run_ranks as ranks
+from dtrain.comm.communicator import Comm
+from dtrain.config.run import RunConfig
+from dtrain.data.sampler import BatchSplitter
+from dtrain.errors import DtrainError
+from dtrain.evaluate import evaluate_run, evaluation_batches
+from dtrain.monitoring.summary import evaluation_text
 from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.mono_forward import MonoForward
-from dtrain.report import exam_text
 from dtrain.train import train
 from tests import tiny
 from tests.outcome import summary
@@ -56,7 +58,7 @@ def more() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     return x, y, x[:9] + 1, y[:9]
 
 
-def trained(run: Run, out: Path, stages: int, replicas: int = 1) -> dict[str, Any]:
+def trained(run: RunConfig, out: Path, stages: int, replicas: int = 1) -> dict[str, Any]:
     """Train on threads and return the summary."""
 
     def work(comm: Comm) -> dict[str, Any]:
@@ -69,7 +71,7 @@ def examined(out: Path, count: int = 1, *told: Any) -> dict[str, Any]:
     """Examine the run in `out` on threads; all ranks find the same."""
 
     def work(comm: Comm) -> dict[str, Any]:
-        return examine(out, comm, *told)
+        return evaluate_run(out, comm, *told)
 
     found = ranks(count, work)
     assert all(each == found[0] for each in found)
@@ -122,12 +124,12 @@ def test_what_is_examined_is_the_mean_of_replicas_apart(sync: str, tmp_path: Pat
 def test_the_prediction_is_the_objectives_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(MonoForward, "votes", True)
+    monkeypatch.setattr(MonoForward, "predicts_by_vote", True)
     told = trained(tiny.run(), tmp_path, 1)
     found = examined(tmp_path, 2)
     assert found["accuracy"] == told["test_accuracy"] == found["accuracy_vote"]
     assert found["prediction"] == "vote"
-    assert "the vote's" in exam_text(found)
+    assert "the vote's" in evaluation_text(found)
 
 
 def test_the_training_split_and_other_data(tmp_path: Path) -> None:
@@ -140,15 +142,15 @@ def test_the_training_split_and_other_data(tmp_path: Path) -> None:
     assert other["samples"] == 9
     assert other["loss"] != examined(tmp_path)["loss"]
     with pytest.raises(
-        Refusal, match=r"--set optimizer\.lr=1: .*takes data\.\*, device and threads"
+        DtrainError, match=r"--set optimizer\.lr=1: .*takes data\.\*, device and threads"
     ):
         examined(tmp_path, 1, "test", ["optimizer.lr=1"])
 
 
 def test_a_run_that_is_going_on_is_examined_at_its_newest_checkpoint(tmp_path: Path) -> None:
     trained(tiny.run(), tmp_path, 1)
-    token = folder.take(tmp_path)
-    newest = checkpoint.latest(tmp_path / "checkpoints")
+    token = folder.acquire(tmp_path)
+    newest = latest_checkpoint(tmp_path / "checkpoints")
     assert newest is not None
     shutil.copytree(newest.folder, newest.folder.with_name("update-00000012.part"))
     assert examined(tmp_path)["updates"] == 8
@@ -162,7 +164,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read_is_left_for_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained(tiny.run(), tmp_path, 1)
-    newest, read = tmp_path / "checkpoints" / "update-00000008", checkpoint.read
+    newest, read = tmp_path / "checkpoints" / "update-00000008", read_manifest
 
     def late(path: Path) -> checkpoint.Manifest:
         manifest = read(path)
@@ -170,7 +172,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read_is_left_for_the_next(
             newest.rename(newest.with_name("update-00000009"))
         return manifest
 
-    monkeypatch.setattr(checkpoint, "read", late)
+    monkeypatch.setattr("dtrain.evaluate.read_manifest", late)
     assert examined(tmp_path, 2)["checkpoint"] == "update-00000009"
 
 
@@ -200,7 +202,7 @@ def test_what_cannot_be_examined_is_refused_by_all_ranks(fault: str, tmp_path: P
             text = (out / "run.toml").read_text().partition("\n")[2]
             (out / "run.toml").write_text(text)
             words, code = "first line .* where relative paths and imports start", 2
-    with pytest.raises(Refusal, match=words) as refusal:
+    with pytest.raises(DtrainError, match=words) as refusal:
         examined(out, 2)
     assert (refusal.value.code, refusal.value.agreed) == (code, True)
 
@@ -209,15 +211,15 @@ def test_what_cannot_be_examined_is_refused_by_all_ranks(fault: str, tmp_path: P
 def test_micro_batches_of_an_exam_are_those_of_the_run(
     size: int, replicas: int, batch: int, micros: int
 ) -> None:
-    shares = Shares(batch, replicas, micros)
-    found = sheets(size, shares)
+    shares = BatchSplitter(batch, replicas, micros)
+    found = evaluation_batches(size, shares)
     assert [index for micro in found for index in micro] == list(range(size))
-    assert all(0 < len(micro) <= shares.largest for micro in found)
+    assert all(0 < len(micro) <= shares.largest_micro_batch for micro in found)
 
 
 def test_what_a_person_reads(tmp_path: Path) -> None:
     told = trained(tiny.run(mesh__stages=1), tmp_path, 1)
-    text = exam_text(examined(tmp_path))
+    text = evaluation_text(examined(tmp_path))
     right = round(told["test_accuracy"] * 17)
     for words in (
         f"folder    {tmp_path}",

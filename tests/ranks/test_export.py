@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dtrain import checkpoint
+from dtrain.checkpoint import store as checkpoint
+from dtrain.checkpoint.export import export
+from dtrain.checkpoint.manifest import latest_checkpoint
 from dtrain.cli import main
-from dtrain.errors import Refusal
-from dtrain.export import export
+from dtrain.errors import DtrainError
 from tests import tiny
 from tests.outcome import model, summary
 from tests.ranks.test_evaluate import trained
@@ -94,23 +95,23 @@ def test_safetensors_hold_the_same(tmp_path: Path) -> None:
 def test_without_the_package_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(Refusal, match=r"'safetensors' is not installed: pip install it"):
+    with pytest.raises(DtrainError, match=r"'safetensors' is not installed: pip install it"):
         export(tmp_path, tmp_path / "net.safetensors")
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match=r"net\.h5: its suffix must be \.pt or \.safetensors"):
+    with pytest.raises(DtrainError, match=r"net\.h5: its suffix must be \.pt or \.safetensors"):
         export(tmp_path, tmp_path / "net.h5")
-    with pytest.raises(Refusal, match="there is no run folder"):
+    with pytest.raises(DtrainError, match="there is no run folder"):
         export(tmp_path / "none", tmp_path / "net.pt")
     trained(tiny.run(epochs=1), tmp_path / "run", 1)
-    with pytest.raises(Refusal, match=r"cannot write .*No such file or directory"):
+    with pytest.raises(DtrainError, match=r"cannot write .*No such file or directory"):
         export(tmp_path / "run", tmp_path / "none" / "net.pt")
-    manifest = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    manifest = latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert manifest is not None
     [shard] = manifest.folder.glob("*.h5")
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
-    with pytest.raises(Refusal, match="is damaged") as refusal:
+    with pytest.raises(DtrainError, match="is damaged") as refusal:
         export(tmp_path / "run", tmp_path / "net.pt")
     assert refusal.value.code == 3
     assert not (tmp_path / "net.pt").exists()
@@ -119,7 +120,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
 def test_a_run_that_goes_on_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its checkpoint is replaced while it is read."""
     trained(tiny.run(), tmp_path / "run", 1)
-    under, gone = checkpoint.Manifest.under, []
+    under, gone = checkpoint.Manifest.load_prefix, []
 
     def late(self: checkpoint.Manifest, prefix: str) -> dict[str, Tensor]:
         if not gone:
@@ -127,7 +128,7 @@ def test_a_run_that_goes_on_is_read_again(tmp_path: Path, monkeypatch: pytest.Mo
             raise FileNotFoundError
         return under(self, prefix)
 
-    monkeypatch.setattr(checkpoint.Manifest, "under", late)
+    monkeypatch.setattr(checkpoint.Manifest, "load_prefix", late)
     assert export(tmp_path / "run", tmp_path / "net.pt")
     assert gone
 
@@ -161,5 +162,5 @@ def test_factors_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_factors_of_a_run_without_are_refused(tmp_path: Path) -> None:
     trained(tiny.run(epochs=1), tmp_path / "run", 1)
-    with pytest.raises(Refusal, match="no weight of this run was trained in low rank: leave"):
+    with pytest.raises(DtrainError, match="no weight of this run was trained in low rank: leave"):
         export(tmp_path / "run", tmp_path / "net.pt", factors=True)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dtrain.errors import Refusal
+from dtrain.errors import DtrainError
 from tests import tiny
 from tests.outcome import close, model
 from tests.ranks.test_laws import trained
@@ -102,5 +102,5 @@ def test_tables_pass_between_blocks_of_other_dtypes(tmp_path: Path) -> None:
 
 
 def test_an_unknown_error_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="softmax"):
+    with pytest.raises(DtrainError, match="softmax"):
         trained(asked({"error": "raw"}), tmp_path)

@@ -13,17 +13,19 @@ from typing import Any
 import pytest
 
 from dtrain.cli import main
-from dtrain.errors import Refusal
-from dtrain.flights import Flights, ranks, told
-from dtrain.telemetry import HERE, Flight, spans
+from dtrain.comm.flight_recorder import RECORD_KEYS, FlightRecorder, format_ranks
+from dtrain.errors import DtrainError
+from dtrain.monitoring.hang_report import HangAnalysis, hang_report, parse_ranks
 
 SIZE, STAGES = 512, 16
 Hang = Callable[[Path, int], None]
 
 
-def working(rank: int) -> Flight:
+def working(rank: int) -> FlightRecorder:
     """Return the recorder of a rank that is at work."""
-    flight = Flight(f"rank {rank} of {SIZE} on n{rank // 8:03d}", rank, SIZE, f"n{rank // 8:03d}")
+    flight = FlightRecorder(
+        f"rank {rank} of {SIZE} on n{rank // 8:03d}", rank, SIZE, f"n{rank // 8:03d}"
+    )
     flight.note("action", f"F{rank % STAGES}.0", "update", 117)
     return flight
 
@@ -32,7 +34,7 @@ def record(out: Path, rank: int, **more: Any) -> None:
     """Write the record of a rank, as `Flight.dump` does; by default it is at work."""
     lines = working(rank).text("SIGUSR1").splitlines()
     here = json.loads(lines[1])
-    assert tuple(here) == HERE
+    assert tuple(here) == RECORD_KEYS
     path = out / "flight" / f"rank-{rank:05d}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)  # it may be a link
@@ -40,7 +42,7 @@ def record(out: Path, rank: int, **more: Any) -> None:
 
 
 def waits(what: str, *peers: int) -> dict[str, Any]:
-    return {"wait_s": 600.0, "what": what, "peers": spans(peers)}
+    return {"wait_s": 600.0, "what": what, "peers": format_ranks(peers)}
 
 
 def stage_of(rank: int) -> range:
@@ -82,7 +84,7 @@ def hang(tmp_path_factory: pytest.TempPathFactory) -> Hang:
 def test_of_512_ranks_the_one_at_work_is_named(tmp_path: Path, hang: Hang) -> None:
     hang(tmp_path, 217)
     record(tmp_path, 217, idle_s=611.0, place="nets.py:14 in forward")
-    lines = told(tmp_path)
+    lines = hang_report(tmp_path)
     assert "(SIGUSR1): 512 of 512 ranks answered" in lines[0]
     work = "at work    rank 217 on n027: F9.0 of update 117 for 611 s, at nets.py:14 in forward"
     assert lines[1] == work
@@ -99,7 +101,7 @@ def test_of_512_ranks_the_one_at_work_is_named(tmp_path: Path, hang: Hang) -> No
 def test_512_records_are_read_in_a_moment(tmp_path: Path, hang: Hang) -> None:
     hang(tmp_path, 217)
     began = time.perf_counter()
-    told(tmp_path)
+    hang_report(tmp_path)
     assert time.perf_counter() - began < 2.0
 
 
@@ -154,7 +156,7 @@ def test_a_rank_that_others_wait_for_leads(
     hang(tmp_path, 300)
     record(tmp_path, 5)
     expected = trace(tmp_path)
-    lines = told(tmp_path)
+    lines = hang_report(tmp_path)
     assert lines[1].startswith(expected), lines[1]
     assert lines[2].startswith("at work    rank 5 on n000")
     assert "likely rank 300" in lines[-1]
@@ -164,13 +166,13 @@ def test_a_failure_leads_before_whoever_waits_for_nobody(tmp_path: Path, hang: H
     hang(tmp_path, 217)
     record(tmp_path, 217)
     record(tmp_path, 5, failed=True, why="KeyError: 'a'")
-    assert told(tmp_path)[1].startswith("failed     rank 5 on n000: KeyError")
+    assert hang_report(tmp_path)[1].startswith("failed     rank 5 on n000: KeyError")
 
 
 def test_a_circle_is_told(tmp_path: Path) -> None:
     for rank in range(SIZE):
         record(tmp_path, rank, **waits("(8, 16) float32", rank ^ 1))
-    lines = told(tmp_path)
+    lines = hang_report(tmp_path)
     assert "circle     ranks 0-511 wait for each other" in lines[-1]
     assert not any("culprit" in line for line in lines)
 
@@ -178,13 +180,13 @@ def test_a_circle_is_told(tmp_path: Path) -> None:
 def test_a_mean_that_all_have_joined_is_no_ranks_fault(tmp_path: Path) -> None:
     for rank in range(SIZE):
         record(tmp_path, rank, **waits("a mean", *range(SIZE)))
-    assert "messages that the network does not bring" in told(tmp_path)[-1]
+    assert "messages that the network does not bring" in hang_report(tmp_path)[-1]
 
 
 def test_many_at_work_are_told_in_few_lines(tmp_path: Path) -> None:
     for rank in range(SIZE):
         record(tmp_path, rank)
-    lines = told(tmp_path)
+    lines = hang_report(tmp_path)
     assert len(lines) < 12
     assert "and 504 more that wait for nobody" in lines[-1]
 
@@ -192,8 +194,8 @@ def test_many_at_work_are_told_in_few_lines(tmp_path: Path) -> None:
 def test_a_folder_without_records_is_refused_with_how_to_ask(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(Refusal, match="kill -USR1"):
-        Flights(tmp_path)
+    with pytest.raises(DtrainError, match="kill -USR1"):
+        HangAnalysis(tmp_path)
     assert main(["flight", str(tmp_path)]) == 2
     assert "holds no record of a rank" in capsys.readouterr().err
 
@@ -209,10 +211,10 @@ def test_the_command_prints_it(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize("words", ["", "3", "0-3", "0-3,8", "0,2,4-511"])
 def test_spans_and_ranks_are_each_others_inverse(words: str) -> None:
-    assert spans(ranks(words)) == words
+    assert format_ranks(parse_ranks(words)) == words
 
 
 def test_spans_of_many_are_few_words() -> None:
-    assert spans(range(SIZE)) == "0-511"
-    assert spans([8, 1, 0, 3, 2, 3]) == "0-3,8"
-    assert os.linesep not in spans(range(0, SIZE, 2))
+    assert format_ranks(range(SIZE)) == "0-511"
+    assert format_ranks([8, 1, 0, 3, 2, 3]) == "0-3,8"
+    assert os.linesep not in format_ranks(range(0, SIZE, 2))

@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain.assembly import drawn
-from dtrain.budget import Books
-from dtrain.comm.comm import Comm
-from dtrain.comm.threads import run as ranks
-from dtrain.config import Run
-from dtrain.errors import Refusal
-from dtrain.job import plan
+from dtrain.comm.backends.threads import run_ranks as ranks
+from dtrain.comm.communicator import Comm
+from dtrain.config.run import RunConfig
+from dtrain.errors import DtrainError
 from dtrain.objectives import OBJECTIVES
-from dtrain.report import plan_table, plan_text
+from dtrain.planning.block_factory import make_block
+from dtrain.planning.memory import MemoryPlan
+from dtrain.planning.plan import make_plan
+from dtrain.planning.report import plan_table, plan_text
 from dtrain.schedules import SCHEDULES
-from dtrain.schedules.late import Late
+from dtrain.schedules.asynchronous import AsyncSchedule
 from dtrain.syncs import SYNCS
 from dtrain.train import train
 from tests import tiny
@@ -29,19 +29,19 @@ from tests.outcome import break_off, model
 PAIRS = [
     (objective, schedule)
     for objective, schedule in itertools.product(OBJECTIVES, SCHEDULES)
-    if SCHEDULES[schedule]().serves(OBJECTIVES[objective]().routes(3, "train"))
+    if SCHEDULES[schedule]().supports_all(OBJECTIVES[objective]().routes(3, "train"))
 ]
 NORMAL = {"model": {"name": "tests.tiny:normalised"}, "micro_batches": 1}
 
 
-def asked(objective: str, schedule: str, **told: Any) -> Run:
+def asked(objective: str, schedule: str, **told: Any) -> RunConfig:
     """Return a run of a single epoch; what updates at once gets one micro-batch."""
-    micros = 1 if issubclass(SCHEDULES[schedule], Late) else 2
+    micros = 1 if issubclass(SCHEDULES[schedule], AsyncSchedule) else 2
     named = {"objective__name": objective, "schedule__name": schedule, "micro_batches": micros}
     return tiny.run(**{"epochs": 1, "mesh__stages": 2} | named | told)
 
 
-def trained(run: Run, out: Path, count: int) -> dict[str, Any]:
+def trained(run: RunConfig, out: Path, count: int) -> dict[str, Any]:
     """Train on `count` threads and return the summary."""
 
     def work(comm: Comm) -> dict[str, Any]:
@@ -50,14 +50,16 @@ def trained(run: Run, out: Path, count: int) -> dict[str, Any]:
     return ranks(count, work)[0]
 
 
-def first(run: Run, count: int) -> list[dict[str, Tensor]]:
+def first(run: RunConfig, count: int) -> list[dict[str, Tensor]]:
     """Return the parameters of every block as the seed draws them."""
-    layout = plan(run, count).layout
-    blocks = [drawn(run, layout, b, torch.device("cpu")) for b in range(len(layout.parts))]
+    layout = make_plan(run, count).layout
+    blocks = [
+        make_block(run, layout, b, torch.device("cpu")) for b in range(len(layout.block_layouts))
+    ]
     return [{name: p.detach() for name, p in block.parameters.items()} for block in blocks]
 
 
-def kept(run: Run, out: Path, count: int, frozen: set[int]) -> None:
+def kept(run: RunConfig, out: Path, count: int, frozen: set[int]) -> None:
     """Assert that the layers of the frozen blocks are what they were, and that the last block
     moved, unless it is one of them."""
     found, moved, blocks = model(out), set(), first(run, count)
@@ -75,7 +77,7 @@ CELLS = [
     for turn, pair in enumerate(PAIRS)
     for suited in [tiny.suited(pair[1])]
     for sync in (suited if pair[0] == "mono-forward" else [suited[turn % len(suited)]])
-    if pair[1] == OBJECTIVES[pair[0]]().schedule
+    if pair[1] == OBJECTIVES[pair[0]]().default_schedule
 ]
 """Every objective in its own order with, by turns, every sync; one objective with all of them."""
 
@@ -98,7 +100,7 @@ def test_frozen_weights_never_change(
 @pytest.mark.parametrize("frozen", [[1], [0, 1, 2]])
 def test_blocks_are_frozen_by_number(objective: str, frozen: list[int], tmp_path: Path) -> None:
     """Gradients pass through a frozen block; nothing at all may be left to train."""
-    schedule = OBJECTIVES[objective]().schedule
+    schedule = OBJECTIVES[objective]().default_schedule
     run = asked(objective, schedule, partition__frozen=frozen)
     trained(run, tmp_path, 2)
     kept(run, tmp_path, 2, set(frozen))
@@ -107,13 +109,13 @@ def test_blocks_are_frozen_by_number(objective: str, frozen: list[int], tmp_path
 @pytest.mark.parametrize("objective", tiny.PATTERNS)
 def test_a_frozen_run_is_resumed_as_if_uninterrupted(objective: str, tmp_path: Path) -> None:
     """Law 5, in the middle of an epoch, where a rank may own nothing that learns."""
-    suited = tiny.suited(OBJECTIVES[objective]().schedule)
+    suited = tiny.suited(OBJECTIVES[objective]().default_schedule)
     sync = suited[list(OBJECTIVES).index(objective) % len(suited)]
     told = {"sync__name": sync, "partition__frozen": True, "epochs": None, "checkpoint__every": 3}
-    schedule = OBJECTIVES[objective]().schedule
+    schedule = OBJECTIVES[objective]().default_schedule
     whole = trained(asked(objective, schedule, **told, updates=6), tmp_path / "whole", 4)
     for updates in (3, 6):
-        length = 6 if SYNCS[sync]().horizon else updates  # its phases follow it
+        length = 6 if SYNCS[sync]().depends_on_run_length else updates  # its phases follow it
         parts = trained(asked(objective, schedule, **told, updates=length), tmp_path / "parts", 4)
         if updates < 6:
             break_off(tmp_path / "parts", updates)
@@ -123,7 +125,7 @@ def test_a_frozen_run_is_resumed_as_if_uninterrupted(objective: str, tmp_path: P
 
 @pytest.mark.parametrize("objective", tiny.PATTERNS)
 def test_a_frozen_block_is_the_same_on_any_number_of_ranks(objective: str, tmp_path: Path) -> None:
-    schedule = OBJECTIVES[objective]().schedule
+    schedule = OBJECTIVES[objective]().default_schedule
     told = {"partition": {"blocks": 3, "frozen": [0, 1], "recompute": True}}
     digests = {
         trained(asked(objective, schedule, **told, mesh__stages=n), tmp_path / str(n), n)["digest"]
@@ -143,8 +145,10 @@ def test_batch_statistics_of_a_frozen_block_go_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("frozen", "named"), [([3], 3), ([0, -1], -1), ([7, 1], 7)])
 def test_a_block_that_is_not_there_is_refused_by_name(frozen: list[int], named: int) -> None:
-    with pytest.raises(Refusal, match=rf"frozen names block {named}, but there are 3 \(0 to 2\)"):
-        plan(tiny.run(partition__frozen=frozen), 1)
+    with pytest.raises(
+        DtrainError, match=rf"frozen names block {named}, but there are 3 \(0 to 2\)"
+    ):
+        make_plan(tiny.run(partition__frozen=frozen), 1)
 
 
 @pytest.mark.parametrize("stages", [1, 3])
@@ -152,25 +156,25 @@ def test_a_plan_knows_what_is_frozen(stages: int, tmp_path: Path) -> None:
     """No gradients and no optimizer of frozen layers; the heads' remain. And what is counted is
     what is planned."""
     told = {"model": {"name": "mlp", "widths": [300, 200, 100]}, "mesh__stages": stages}
-    free = plan(tiny.run(**told), stages)
+    free = make_plan(tiny.run(**told), stages)
     run = tiny.run(**told, partition__frozen=[0, 1])
-    held = plan(run, stages)
-    parts = [(part.parameters, part.head_parameters) for part in free.layout.parts]
+    held = make_plan(run, stages)
+    parts = [(part.parameters, part.head_parameters) for part in free.layout.block_layouts]
     trains = [heads + layers * (block == 2) for block, (layers, heads) in enumerate(parts)]
-    rows = Books(held).table()
+    rows = MemoryPlan(held).to_dicts()
     assert sum(row["gradients_bytes"] for row in rows) == 8 * sum(trains)
     assert sum(row["parameters_bytes"] for row in rows) == 8 * sum(map(sum, parts))
-    before = sum(row["optimizer_bytes"] for row in Books(free).table())
+    before = sum(row["optimizer_bytes"] for row in MemoryPlan(free).to_dicts())
     tensors = sum(map(sum, parts))
     after = sum(row["optimizer_bytes"] for row in rows)
     assert after < before * (sum(trains) / tensors) * 1.1
     counted = trained(run, tmp_path, stages)["peak_memory_bytes"]
-    for one, other in zip(Books(held).ranks(), counted, strict=True):
+    for one, other in zip(MemoryPlan(held).rank_memory(), counted, strict=True):
         assert abs(one.peak / other - 1) < 0.1
 
 
 def test_a_plan_says_what_is_frozen() -> None:
-    held = plan(tiny.run(partition__frozen=True), 1)
+    held = make_plan(tiny.run(partition__frozen=True), 1)
     assert [block["frozen"] for block in plan_table(held)["blocks"]] == [True, True, False]
     assert plan_text(held).count("(frozen)") == 2
-    assert "(frozen)" not in plan_text(plan(tiny.run(), 1))
+    assert "(frozen)" not in plan_text(make_plan(tiny.run(), 1))

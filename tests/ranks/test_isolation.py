@@ -14,12 +14,13 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from dtrain.block import Block
-from dtrain.comm.comm import Comm
-from dtrain.comm.single import SingleWire
-from dtrain.data import order
-from dtrain.job import Job, build, plan
+from dtrain.block.block import Block
+from dtrain.build import RankJob, build_rank
+from dtrain.comm.backends.single import SingleBackend
+from dtrain.comm.communicator import Comm
+from dtrain.data import epoch_order
 from dtrain.objectives import OBJECTIVES
+from dtrain.planning.plan import make_plan
 from dtrain.schedules import SCHEDULES
 from tests import tiny
 
@@ -34,19 +35,21 @@ OWN = {
 Marks = dict[tuple[int, str], tuple[int, int, int]]
 
 
-def job(objective: str, **told: Any) -> Job:
+def job(objective: str, **told: Any) -> RankJob:
     """Return a run on one rank, ready to train."""
     run = tiny.run(objective__name=objective, epochs=1, optimizer__lr=0.02, **told)
-    return build(plan(run, 1), Comm(SingleWire()))
+    return build_rank(make_plan(run, 1), Comm(SingleBackend()))
 
 
-def walk(job: Job) -> None:
+def walk(job: RankJob) -> None:
     """Train an epoch of four updates."""
     agreed = job.plan
-    sequence = order(agreed.data.train.size, agreed.run.top.seed, 0, agreed.run.data.shuffle)
-    offsets = range(agreed.calendar.total)
-    batches = [agreed.shares.batch(sequence, each, 0) for each in offsets]
-    assert len(list(job.engine.run(job.train, batches, 0, 0))) == 4
+    sequence = epoch_order(
+        agreed.data.train.size, agreed.run.settings.seed, 0, agreed.run.data.shuffle
+    )
+    offsets = range(agreed.training_length.total_updates)
+    batches = [agreed.batch_splitter.batch(sequence, each, 0) for each in offsets]
+    assert len(list(job.engine.run(job.train_loader, batches, 0, 0))) == 4
 
 
 def marks(blocks: dict[int, Block]) -> Marks:
@@ -79,11 +82,11 @@ def watch(blocks: dict[int, Block], own: int, act: str, moved: set[tuple[int, st
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_learning_of_a_block_moves_no_other(objective: str) -> None:
     """Law 7: neither gradients nor weights, in no action of a whole epoch."""
-    stale = SCHEDULES[OBJECTIVES[objective]().schedule].late
+    stale = SCHEDULES[OBJECTIVES[objective]().default_schedule].asynchronous
     made = job(objective, micro_batches=1 if stale else 2)
     blocks, moved = made.engine.blocks, set[tuple[int, str]]()
     for own in blocks:
-        for act in ("learn", "update"):
+        for act in ("backward", "update"):
             watch(blocks, own, act, moved)
     walk(made)
     trained = {
@@ -98,11 +101,11 @@ def test_the_learning_of_a_block_moves_no_other(objective: str) -> None:
 def differs(objective: str) -> bool:
     """Say whether one block trains to other weights than an independent loop of backpropagation."""
     made = job(objective, partition={"blocks": 1}, micro_batches=1)
-    layers = made.plan.layout.model.build(range(5), made.plan.run.top.seed, torch.float64)
+    layers = made.plan.layout.model.build(range(5), made.plan.run.settings.seed, torch.float64)
     net = nn.Sequential(*layers.values())
     optimizer = torch.optim.Adam(net.parameters(), lr=0.02, fused=True)
     samples = made.plan.data.train
-    sequence = order(samples.size, made.plan.run.top.seed, 0, "full")
+    sequence = epoch_order(samples.size, made.plan.run.settings.seed, 0, "full")
     for start in range(0, 50, 16):
         batch = sequence[start : start + 16]
         optimizer.zero_grad()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dtrain.comm.threads import run as ranks
+from dtrain.comm.backends.threads import run_ranks as ranks
 from dtrain.train import train
 from tests import tiny
 from tests.outcome import close, model

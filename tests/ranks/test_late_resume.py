@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from dtrain.comm.threads import run as ranks
-from dtrain.config import Run
+from dtrain.comm.backends.threads import run_ranks as ranks
+from dtrain.config.run import RunConfig
 from dtrain.train import train
 from tests import tiny
 from tests.outcome import break_off, close
@@ -25,7 +25,7 @@ ALL: dict[str, dict[str, Any]] = {
 }
 
 
-def run(name: str, **told: Any) -> Run:
+def run(name: str, **told: Any) -> RunConfig:
     """Return a tiny run of four blocks; 2bw has three micro-batches an update."""
     micros = 3 if name == "2bw" else 1
     return tiny.run(
@@ -42,7 +42,7 @@ def run(name: str, **told: Any) -> Run:
     )
 
 
-def trained(told: Run, out: Path, count: int = 2) -> dict[str, Any]:
+def trained(told: RunConfig, out: Path, count: int = 2) -> dict[str, Any]:
     return ranks(count, lambda comm: train(told, comm, out))[0]
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from dtrain import data
-from dtrain.comm.threads import run as ranks
-from dtrain.data import order
-from dtrain.errors import Refusal
+from dtrain.comm.backends.threads import run_ranks as ranks
+from dtrain.data import epoch_order
+from dtrain.errors import DtrainError
 from dtrain.train import train
 from tests import stale, tiny
 from tests.outcome import close, model
@@ -148,8 +148,8 @@ def test_runs_are_those_of_the_simulator(case: str, net: str, tmp_path: Path) ->
     blocks = [flat(part) for part in (layers[0], layers[1], layers[2], layers[3:])]
     run = told(case, net, 1)
     samples = data.load(run.dataset.name, {}, run.folder).train
-    rows = order(50, 3, 0, "full")
-    size, micros = run.top.batch_size, run.top.micro_batches
+    rows = epoch_order(50, 3, 0, "full")
+    size, micros = run.settings.batch_size, run.settings.micro_batches
     updates = [
         [(samples.inputs(part), samples.targets(part)) for part in parts(batch, micros)]
         for batch in (rows[i : i + size] for i in range(0, 50, size))
@@ -190,7 +190,7 @@ def test_both_forms_of_the_velocity_agree_but_not_with_spikes(tmp_path: Path) ->
     ],
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(Refusal, match=message):
+    with pytest.raises(DtrainError, match=message):
         tiny.run(schedule={"name": "pipelined"} | changes, optimizer=SGD).make_schedule()
 
 
@@ -207,12 +207,12 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> 
 def test_what_the_optimizer_has_no_rule_for_is_refused(
     changes: dict[str, Any], optimizer: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(Refusal, match=message):
+    with pytest.raises(DtrainError, match=message):
         tiny.run(schedule={"name": "pipelined"} | changes, optimizer=optimizer)
 
 
 def test_two_buffers_need_enough_micro_batches(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="needs 3 micro-batches or more"):
+    with pytest.raises(DtrainError, match="needs 3 micro-batches or more"):
         trained(told("2bw", "mlp", 1, micro_batches=2), tmp_path, 1)
 
 

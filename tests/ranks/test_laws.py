@@ -11,19 +11,19 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from dtrain import data, models
-from dtrain.assembly import drawn
-from dtrain.checkpoint import latest
-from dtrain.comm.comm import Comm
-from dtrain.comm.threads import run as ranks
-from dtrain.config import Run
-from dtrain.data import order
-from dtrain.errors import Refusal
-from dtrain.job import plan
+from dtrain.checkpoint.manifest import latest_checkpoint
+from dtrain.comm.backends.threads import run_ranks as ranks
+from dtrain.comm.communicator import Comm
+from dtrain.config.run import RunConfig
+from dtrain.data import epoch_order
+from dtrain.errors import DtrainError
 from dtrain.objectives import OBJECTIVES
+from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.mono_forward import MonoForward
-from dtrain.objectives.task import Task
+from dtrain.planning.block_factory import make_block
+from dtrain.planning.plan import make_plan
+from dtrain.rng import seeded
 from dtrain.schedules import SCHEDULES
-from dtrain.seeds import seeded
 from dtrain.syncs import SYNCS
 from dtrain.train import train
 from tests import tiny
@@ -31,8 +31,8 @@ from tests.outcome import break_off, close, model
 
 Summary = dict[str, Any]
 LATE = {name for name, kind in OBJECTIVES.items() if any(r.lag for r in kind().routes(3, "train"))}
-SUMMED = {name for name, kind in OBJECTIVES.items() if kind().sums}
-STALE = {n for n, kind in OBJECTIVES.items() if SCHEDULES[kind().schedule].late}
+SUMMED = {name for name, kind in OBJECTIVES.items() if kind().accumulated_buffers}
+STALE = {n for n, kind in OBJECTIVES.items() if SCHEDULES[kind().default_schedule].asynchronous}
 """Whose feedback comes updates late: a segment's end drains it, so it is a part of the training."""
 
 PLAIN = ("mono-forward", "backprop")
@@ -42,17 +42,19 @@ PLAIN = ("mono-forward", "backprop")
 def runs(objective: str, schedule: str) -> bool:
     """Say whether a schedule runs all that an objective sends."""
     routes = OBJECTIVES[objective]().routes(3, "train")
-    return SCHEDULES[schedule]().serves(routes)
+    return SCHEDULES[schedule]().supports_all(routes)
 
 
-def asked(objective: str, **told: Any) -> Run:
+def asked(objective: str, **told: Any) -> RunConfig:
     """Return the tiny run of an objective, in one micro-batch where its order asks for that."""
     if objective in STALE:
         told["micro_batches"] = 1
     return tiny.run(objective__name=objective, **told)
 
 
-def trained(run: Run, out: Path, stages: int = 1, replicas: int = 1, seed: int = 0) -> Summary:
+def trained(
+    run: RunConfig, out: Path, stages: int = 1, replicas: int = 1, seed: int = 0
+) -> Summary:
     """Train on `stages` x `replicas` threads and return the summary."""
 
     def work(comm: Comm) -> Summary:
@@ -103,21 +105,21 @@ def test_streaming_is_sequential_local_learning(tmp_path: Path) -> None:
     trained(run, tmp_path, 3)
     samples = data.load(run.dataset.name, {}, run.folder)
     net = models.load("mlp", run.model.fields, run.folder, samples.train.shape, 3)
-    layers = net.build(range(5), run.top.seed, torch.float64)
+    layers = net.build(range(5), run.settings.seed, torch.float64)
     parts = [["fc1"], ["fc2"], ["fc3", "fc4", "head"]]
     widths, heads, steps = [13, 11], [], []
     for block, names in enumerate(parts):
         parameters = [p for name in names for p in layers[name].parameters()]
         if block < 2:
-            with seeded(run.top.seed, f"heads.{block}"):
-                task = Task(block, 3, (), (widths[block],), torch.float64, 3)
-                head = MonoForward().build(task)
+            with seeded(run.settings.seed, f"heads.{block}"):
+                task = BlockSpec(block, 3, (), (widths[block],), torch.float64, 3)
+                head = MonoForward().build_head(task)
             assert head is not None
             heads.append(head.to(torch.float64))
             parameters += heads[-1].parameters()
         steps.append(torch.optim.Adam(parameters, lr=0.01, fused=True))
     for epoch in range(2):
-        sequence = order(50, run.top.seed, epoch, "full")
+        sequence = epoch_order(50, run.settings.seed, epoch, "full")
         for start in range(0, 50, 16):
             batch = sequence[start : start + 16]
             x, y = samples.train.inputs(batch), samples.train.targets(batch)
@@ -150,7 +152,7 @@ def test_timing_changes_nothing(seed: int, tmp_path: Path) -> None:
     [
         (name, suited[(number + turn) % len(suited)])
         for number, name in enumerate([*tiny.PATTERNS, "cafo", "dni"])
-        for suited in [tiny.suited(OBJECTIVES[name]().schedule)]
+        for suited in [tiny.suited(OBJECTIVES[name]().default_schedule)]
         for turn in range(1 + 2 * (name in PLAIN))
     ],
 )
@@ -164,7 +166,7 @@ def test_resumed_is_uninterrupted(objective: str, sync: str, tmp_path: Path) -> 
     told: dict[str, Any] = {"sync__name": sync, "mesh__stages": 2}
     told |= {"epochs": None, "checkpoint__every": 3}
     whole = trained(asked(objective, **told, updates=9), tmp_path / "whole", 2, 2)
-    horizon, ends = SYNCS[sync]().horizon, objective in LATE | STALE | SUMMED
+    horizon, ends = SYNCS[sync]().depends_on_run_length, objective in LATE | STALE | SUMMED
     for updates in (3, 4, 7, 9) if horizon or ends else (3, 4, 6, 9):
         run = asked(objective, **told, updates=9 if horizon else updates)
         parts = trained(run, tmp_path / "parts", 2, 2)
@@ -221,7 +223,9 @@ OUTER: dict[str, dict[str, Any]] = {
 def test_one_replica_is_the_identity_of_every_sync(tmp_path: Path) -> None:
     """Law 6 for the syncs that average, to the bit; up to rounding for those that add it up."""
     digests = {}
-    averaging = [name for name in SYNCS if not SYNCS[name]().ruled and name not in ALONE]
+    averaging = [
+        name for name in SYNCS if not SYNCS[name]().replaces_optimizer and name not in ALONE
+    ]
     for name in averaging:
         run = tiny.run(sync={"name": name, **OUTER.get(name, {})})
         digests[name] = trained(run, tmp_path / name)["digest"]
@@ -233,9 +237,9 @@ def test_one_replica_is_the_identity_of_every_sync(tmp_path: Path) -> None:
 def test_replicas_that_never_agree_are_averaged_for_the_view(tmp_path: Path) -> None:
     run = tiny.run(sync__name="never", mesh__stages=1)
     summary = trained(run, tmp_path, 1, 2)
-    manifest = latest(tmp_path / "checkpoints")
+    manifest = latest_checkpoint(tmp_path / "checkpoints")
     assert manifest is not None
-    one, two = manifest.under("replica/0/"), manifest.under("replica/1/")
+    one, two = manifest.load_prefix("replica/0/"), manifest.load_prefix("replica/1/")
     assert not torch.equal(one["fc1.weight"], two["fc1.weight"])
     for name, mean in model(tmp_path).items():
         torch.testing.assert_close(mean, (one[name] + two[name]) / 2, rtol=1e-14, atol=0)
@@ -271,9 +275,9 @@ def test_counted_bytes_are_the_formula(objective: str, tmp_path: Path) -> None:
     """Activations once, what else flows, and 2 (n - 1) / n times the gradients per replica."""
     run = asked(objective, mesh__stages=3, partition={"cuts": [1, 2]})
     summary = trained(run, tmp_path, 3, 2)
-    layout = plan(run, 6).layout
-    blocks = [drawn(run, layout, b, torch.device("cpu")) for b in range(3)]
-    elements = sum(p.numel() for block in blocks for p in block.trained)
+    layout = make_plan(run, 6).layout
+    blocks = [make_block(run, layout, b, torch.device("cpu")) for b in range(3)]
+    elements = sum(p.numel() for block in blocks for p in block.trainable_parameters)
     means = 8 * elements * 2 * (2 - 1)  # updates, 2 (n - 1) / n per rank, in two ranks
     numbers = SENT.get(objective, 24 * ROWS) + SPREAD.get(objective, 0) + means
     assert summary["bytes_intra_node"] == 8 * numbers
@@ -299,14 +303,16 @@ def test_the_summary_keeps_the_contract(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_other_settings_is_refused_by_key(tmp_path: Path) -> None:
     trained(tiny.run(), tmp_path)
-    with pytest.raises(Refusal, match=r"optimizer\.lr \(was 0\.01, is 0\.02\)"):
+    with pytest.raises(DtrainError, match=r"optimizer\.lr \(was 0\.01, is 0\.02\)"):
         trained(tiny.run(optimizer__lr=0.02), tmp_path)
     assert not (tmp_path / "owner.json").exists()
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_place(tmp_path: Path) -> None:
     run = tiny.run(optimizer__name="sgd", optimizer__lr=1e200, mesh__stages=2)
-    with pytest.raises(Refusal, match=r"replica 0 stage \d \| update \d+ \| action B\d") as refusal:
+    with pytest.raises(
+        DtrainError, match=r"replica 0 stage \d \| update \d+ \| action B\d"
+    ) as refusal:
         trained(run, tmp_path, 2)
     assert refusal.value.code == 4
     summary = json.loads((tmp_path / "summary.json").read_text())

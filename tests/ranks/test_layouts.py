@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from dtrain import data
-from dtrain.config import Run
-from dtrain.data import order
+from dtrain.config.run import RunConfig
+from dtrain.data import epoch_order
 from tests import tiny
 from tests.outcome import close, model
 from tests.ranks.test_laws import Summary, trained
@@ -55,7 +55,7 @@ def walk(out: Path, stops: Sequence[tuple[int, Layout]], **told: Any) -> Summary
     """Train to each number of updates on its layout, stages x replicas; return the last summary."""
     summaries = []
     for updates, (stages, replicas) in stops:
-        run: Run = tiny.run(
+        run: RunConfig = tiny.run(
             **{"epochs": None, "checkpoint__every": 3, **told},
             updates=updates,
             mesh__stages=stages,
@@ -203,7 +203,7 @@ def gone_on(view: dict[str, Tensor]) -> dict[str, Tensor]:
     samples = data.load(run.dataset.name, {}, run.folder).train
     held = {name: tensor.clone().requires_grad_() for name, tensor in view.items()}
     step = torch.optim.SGD(held.values(), lr=0.1, momentum=0.9)
-    sequence = order(samples.size, run.top.seed, 1, "full")
+    sequence = epoch_order(samples.size, run.settings.seed, 1, "full")
     for start in (16, 32):
         batch = sequence[start : start + 16]
         x = samples.inputs(batch).double().flatten(1)

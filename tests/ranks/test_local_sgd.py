@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain.checkpoint import latest
-from dtrain.config import Run
+from dtrain.checkpoint.manifest import latest_checkpoint
+from dtrain.config.run import RunConfig
+from dtrain.syncs.base import UpdateClock
 from dtrain.syncs.local_sgd import LocalSGD
-from dtrain.syncs.sync import Clock
 from tests import tiny
 from tests.outcome import close, model
 from tests.ranks.test_laws import trained
@@ -22,21 +22,21 @@ MOMENTUM: dict[str, Any] = {"optimizer": {"name": "sgd", "lr": 0.05, "momentum":
 FOREVER = 1000
 
 
-def run(**told: Any) -> Run:
+def run(**told: Any) -> RunConfig:
     """Return a tiny run whose ranks are all replicas."""
     return tiny.run(mesh__stages=1, **told)
 
 
-def local(every: int, warmup: int = 0, **told: Any) -> Run:
+def local(every: int, warmup: int = 0, **told: Any) -> RunConfig:
     """Return a tiny run with local SGD, whose ranks are all replicas."""
     return run(sync={"name": "local-sgd", "every": every, "warmup-updates": warmup}, **told)
 
 
 def replicas(out: Path, count: int) -> list[dict[str, Tensor]]:
     """Return what each replica holds in the newest checkpoint."""
-    manifest = latest(out / "checkpoints")
+    manifest = latest_checkpoint(out / "checkpoints")
     assert manifest is not None
-    return [manifest.under(f"replica/{replica}/") for replica in range(count)]
+    return [manifest.load_prefix(f"replica/{replica}/") for replica in range(count)]
 
 
 @pytest.mark.parametrize("objective", ["backprop", "mono-forward"])
@@ -154,7 +154,7 @@ def test_a_run_goes_on_with_another_number_of_replicas(tmp_path: Path) -> None:
 def test_its_state_is_whether_replicas_are_equal() -> None:
     sync, fresh = LocalSGD(every=3), LocalSGD(every=3)
     assert bool(sync.state()["equal"])
-    sync.after_update(Clock(0, 0, 4, 8, 0.1, 0.1, False, (1,)))
+    sync.after_update(UpdateClock(0, 0, 4, 8, 0.1, 0.1, False, (1,)))
     assert not bool(sync.state()["equal"])
     fresh.restore(sync.state())
     assert fresh.state() == sync.state()

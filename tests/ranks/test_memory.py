@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 from torch import nn
 
-from dtrain.budget import Books
-from dtrain.comm.comm import Comm
-from dtrain.comm.single import SingleWire
-from dtrain.comm.threads import run as ranks
-from dtrain.config import Run
-from dtrain.job import build, plan
+from dtrain.build import build_rank
+from dtrain.comm.backends.single import SingleBackend
+from dtrain.comm.backends.threads import run_ranks as ranks
+from dtrain.comm.communicator import Comm
+from dtrain.config.run import RunConfig
 from dtrain.objectives import OBJECTIVES
+from dtrain.planning.memory import MemoryPlan
+from dtrain.planning.plan import make_plan
 from dtrain.schedules import SCHEDULES
-from dtrain.schedules.late import Late
+from dtrain.schedules.asynchronous import AsyncSchedule
 from dtrain.train import train
 from tests import tiny
 
@@ -38,7 +39,7 @@ OPTIMIZERS: list[dict[str, Any]] = [
 PAIRS = [
     (objective, schedule)
     for objective, schedule in itertools.product(OBJECTIVES, SCHEDULES)
-    if SCHEDULES[schedule]().serves(OBJECTIVES[objective]().routes(3, "train"))
+    if SCHEDULES[schedule]().supports_all(OBJECTIVES[objective]().routes(3, "train"))
 ]
 # stages, replicas, recompute
 GRIDS = [(1, 1, False), (2, 1, False), (3, 1, False), (2, 2, False), (1, 2, True), (3, 1, True)]
@@ -67,11 +68,11 @@ def dropping() -> nn.Sequential:
     )
 
 
-def run(net: str, objective: str, schedule: str, **told: Any) -> Run:
+def run(net: str, objective: str, schedule: str, **told: Any) -> RunConfig:
     """Return a run whose activations are a good part of its memory."""
     # Where micro-batches of several updates live together, a plan takes all for full ones, and
     # two messages of a route for under way: so all are full here, and small.
-    stale = issubclass(SCHEDULES[schedule], Late)
+    stale = issubclass(SCHEDULES[schedule], AsyncSchedule)
     rows = {"batch_size": 16 if stale else 32, "micro_batches": 1 if stale else 4}
     return tiny.run(
         data={"name": f"{HERE}:pictures"},
@@ -88,7 +89,10 @@ CASES = [
     (*pair, list(NETS)[(one + two) % 4], OPTIMIZERS[(one + 2 * two) % 3], *grid)
     for (one, pair), (two, grid) in itertools.product(enumerate(PAIRS), enumerate(GRIDS))
     if pair in (("mono-forward", "stream"), ("backprop", "1f1b"))
-    or (two == one % 6 and (pair[0] in tiny.PATTERNS or pair[1] == OBJECTIVES[pair[0]]().schedule))
+    or (
+        two == one % 6
+        and (pair[0] in tiny.PATTERNS or pair[1] == OBJECTIVES[pair[0]]().default_schedule)
+    )
 ]
 """Two pairs on all grids; on one of them, in turns, every objective in its own order, and one for
 each pattern of messages in all orders."""
@@ -112,7 +116,7 @@ def test_planned_memory_is_counted_memory(case: tuple[Any, ...], tmp_path: Path)
     part = {"blocks": 3, "balance": "layers", "recompute": recompute}
     told = {"optimizer": optimizer, "partition": part, "mesh__stages": stages}
     asked = run(net, objective, schedule, **told)
-    planned = [each.peak for each in Books(plan(asked, stages * replicas)).ranks()]
+    planned = [each.peak for each in MemoryPlan(make_plan(asked, stages * replicas)).rank_memory()]
 
     def work(comm: Comm) -> Any:
         return train(asked, comm, tmp_path)
@@ -125,7 +129,7 @@ def test_planned_memory_is_counted_memory(case: tuple[Any, ...], tmp_path: Path)
 def test_memory_is_planned_though_updates_of_two_ranks_end_together() -> None:
     for stages in (2, 3):
         asked = tiny.run(objective__name="man", mesh__stages=stages, batch_size=4)
-        assert min(each.messages for each in Books(plan(asked, stages)).ranks()) > 0
+        assert min(each.messages for each in MemoryPlan(make_plan(asked, stages)).rank_memory()) > 0
 
 
 def test_recomputation_is_planned_to_take_less() -> None:
@@ -134,7 +138,7 @@ def test_recomputation_is_planned_to_take_less() -> None:
     for recompute in (False, True):
         told = {"partition": {"blocks": 3, "recompute": recompute}, "mesh__stages": 1}
         asked = run("resnet", "backprop", "fill-drain", **told)
-        peaks.append(Books(plan(asked, 1)).ranks()[0].live)
+        peaks.append(MemoryPlan(make_plan(asked, 1)).rank_memory()[0].live)
     assert peaks[1] < peaks[0] / 2
 
 
@@ -145,14 +149,14 @@ def test_a_rank_holds_no_weights_of_another_stage(net: str) -> None:
     Without the cycle collector, so that what a rank let go of does not linger in a run either.
     """
     asked = run(net, "mono-forward", "stream", mesh__stages=2, partition={"blocks": 2})
-    comm = Comm(SingleWire())
+    comm = Comm(SingleBackend())
     comm.rank = 1  # of two stages: all that `build` asks its world
     gc.collect()
     before = weights()
     known = {id(each) for each in before}
     gc.disable()
     try:
-        job = build(plan(asked, 2), comm)
+        job = build_rank(make_plan(asked, 2), comm)
         found = [each for each in weights() if id(each) not in known]
     finally:
         gc.enable()

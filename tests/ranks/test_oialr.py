@@ -12,19 +12,19 @@ import pytest
 import torch
 from torch import Tensor, nn, optim
 
-from dtrain.block import Block
-from dtrain.comm.comm import Comm
-from dtrain.comm.threads import run as ranks
-from dtrain.errors import Refusal
+from dtrain.block.block import Block
+from dtrain.comm.backends.threads import run_ranks as ranks
+from dtrain.comm.communicator import Comm
+from dtrain.errors import DtrainError
+from dtrain.syncs.base import UpdateClock
 from dtrain.syncs.oialr import OIALR
-from dtrain.syncs.sync import Clock
 from tests import tiny
 from tests.outcome import close, model
 from tests.ranks.killed import killed
 from tests.ranks.test_laws import trained as laid
 from tests.ranks.test_rounds import FOUR, run, trained
 
-CLOCK = Clock(0, 0, 100, 100, 0.1, 0.1, False, (1,))
+CLOCK = UpdateClock(0, 0, 100, 100, 0.1, 0.1, False, (1,))
 WIDE: dict[str, Any] = {"model__widths": [40, 30, 20]}
 FIELDS: dict[str, Any] = {"delay-updates": 1, "every": 2, "cutoff": 0.3, "share": 0.5}
 NAMES = ("tall.weight", "wide.weight", "conv.weight")
@@ -37,18 +37,18 @@ def made(comm: Comm, **fields: Any) -> tuple[OIALR, Block]:
     block = Block(0, {n: m.double() for n, m in layers.items()}, None, partial(optim.Adam, lr=0.1))
     told: dict[str, Any] = {"delay_updates": 1, "every": 1, "share": 1.0}
     sync = OIALR(**told | fields)
-    sync.open(block, comm)
+    sync.setup(block, comm)
     return sync, block
 
 
 def stepped(sync: OIALR, block: Block, update: int) -> None:
     """Take a step with a mean gradient of draws of each replica's own."""
     size = sync.replicas.size
-    clock = replace(CLOCK, update=update, rows=(1,) * size)
-    for number, parameter in enumerate(block.trained):
+    clock = replace(CLOCK, update=update, rows_per_replica=(1,) * size)
+    for number, parameter in enumerate(block.trainable_parameters):
         generator = torch.Generator().manual_seed(1000 * update + 10 * number + sync.replicas.rank)
         parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    group = sync.averages(1 / size, clock)
+    group = sync.gradient_group(1 / size, clock)
     assert group is not None
     group.comm.mean_(block.gradients(), group.weight)
     block.update()
@@ -65,11 +65,13 @@ def test_only_the_core_learns_in_orthonormal_bases_that_are_equal_everywhere(siz
         sync, block = made(comm, every=9)
         before = copied(block.tensors())
         stepped(sync, block, 0)
-        after = copied(sync.view())
-        sides = {n: [s.detach().clone() for s in f.sides] for n, f in block.factors.items()}
+        after = copied(sync.evaluation_weights())
+        sides = {
+            n: [s.detach().clone() for s in f.factors] for n, f in block.low_rank_weights.items()
+        }
         stepped(sync, block, 1)
         for name, (left, core, right) in sides.items():
-            own = block.factors[name].sides
+            own = block.low_rank_weights[name].factors
             assert torch.equal(own[0], left)
             assert torch.equal(own[2], right)
             assert not torch.equal(own[1], core)
@@ -91,18 +93,22 @@ def test_a_split_and_a_cut_of_nothing_keep_the_matrix() -> None:
     def work(comm: Comm) -> None:
         sync, block = made(comm, cutoff=1e-9)
         weights = {name: block.parameters[name].detach().clone() for name in NAMES}
-        sync._begin()
+        sync._factorize_all()
         for name, weight in weights.items():
-            torch.testing.assert_close(sync.view()[name], weight, rtol=1e-12, atol=1e-13)
-        made_of = block.factors["wide.weight"]
-        core = made_of.sides[1]
+            torch.testing.assert_close(
+                sync.evaluation_weights()[name], weight, rtol=1e-12, atol=1e-13
+            )
+        made_of = block.low_rank_weights["wide.weight"]
+        core = made_of.factors[1]
         drawn = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(0)).double()
         core.data = drawn[0, :, :2] @ drawn[1, :2]  # of rank 2, in no basis of its own
-        shown = sync.view()["wide.weight"].clone()
-        sync._round(1)
+        shown = sync.evaluation_weights()["wide.weight"].clone()
+        sync._truncate_round(1)
         assert made_of.rank == 2
-        assert torch.equal(made_of.sides[1], made_of.sides[1].diag().diag())
-        torch.testing.assert_close(sync.view()["wide.weight"], shown, rtol=1e-10, atol=1e-12)
+        assert torch.equal(made_of.factors[1], made_of.factors[1].diag().diag())
+        torch.testing.assert_close(
+            sync.evaluation_weights()["wide.weight"], shown, rtol=1e-10, atol=1e-12
+        )
 
     ranks(2, work)
 
@@ -116,7 +122,7 @@ def test_ranks_fall_by_half_at_most_and_stop_at_a_hundredth(cutoff: float) -> No
         told = []
         for update in range(8):
             stepped(sync, block, update)
-            told.append([block.factors[name].rank for name in NAMES])
+            told.append([block.low_rank_weights[name].rank for name in NAMES])
         return told
 
     told, *others = ranks(2, work)
@@ -136,7 +142,7 @@ def test_the_last_matrices_are_tested_first_and_rest_after_a_cut() -> None:
         told = []
         for update in range(6):
             stepped(sync, block, update)
-            told.append([block.factors[name].rank for name in NAMES])
+            told.append([block.low_rank_weights[name].rank for name in NAMES])
         return told
 
     told = ranks(2, work)[0]
@@ -147,7 +153,7 @@ def test_a_start_at_a_part_of_the_rank() -> None:
     def work(comm: Comm) -> list[int]:
         sync, block = made(comm, first_rank=0.5)
         stepped(sync, block, 0)
-        return [each.rank for each in block.factors.values()]
+        return [each.rank for each in block.low_rank_weights.values()]
 
     assert ranks(2, work)[0] == [3, 2, 3]
 
@@ -156,11 +162,11 @@ def test_moments_of_the_core_begin_anew_and_those_of_others_go_on() -> None:
     def work(comm: Comm) -> None:
         sync, block = made(comm, cutoff=5.0)
         stepped(sync, block, 0)
-        memory = block.memory()
+        memory = block.optimizer_state()
         assert not any(key.startswith("tall.weight") for key in memory)
         assert memory["tall.bias/exp_avg"].abs().max() > 0
         stepped(sync, block, 1)
-        assert block.memory()["tall.weight.core/exp_avg"].shape == (3, 3)
+        assert block.optimizer_state()["tall.weight.core/exp_avg"].shape == (3, 3)
 
     ranks(2, work)
 
@@ -248,17 +254,17 @@ def test_any_number_of_stages_trains_the_same_bits(tmp_path: Path) -> None:
 
 def test_what_it_cannot_do_is_refused(tmp_path: Path) -> None:
     late = {"objective__name": "backprop", "schedule__name": "pipelined", "micro_batches": 1}
-    with pytest.raises(Refusal, match=r"'pipelined' learns late with weights that \[sync\]"):
+    with pytest.raises(DtrainError, match=r"'pipelined' learns late with weights that \[sync\]"):
         run("oialr", **late)
-    with pytest.raises(Refusal, match="'oialr' needs whole blocks"):
+    with pytest.raises(DtrainError, match="'oialr' needs whole blocks"):
         trained(run("only-large", sync={"inner": {"name": "oialr"}}), tmp_path)
     for key in ("delay-updates", "every"):
-        with pytest.raises(Refusal, match=f"{key} = 0 is too small: give at least 1"):
+        with pytest.raises(DtrainError, match=f"{key} = 0 is too small: give at least 1"):
             run("oialr", sync={key: 0})
-    with pytest.raises(Refusal, match=r"first-rank = 1\.5 is no part: give at most 1"):
+    with pytest.raises(DtrainError, match=r"first-rank = 1\.5 is no part: give at most 1"):
         run("oialr", sync={"first-rank": 1.5})
     for key, low in {"every": 2, "full-updates": 1}.items():
-        with pytest.raises(Refusal, match=f"{key} = 0 is too small: give at least {low}"):
+        with pytest.raises(DtrainError, match=f"{key} = 0 is too small: give at least {low}"):
             run("ab", sync={key: 0})
 
 
@@ -278,10 +284,10 @@ def test_a_parameter_without_dimension_stays_as_it_is() -> None:
     def work(comm: Comm) -> list[str]:
         block = Block(0, {"one": Scaled()}, None, partial(optim.Adam, lr=0.1))
         sync = OIALR(delay_updates=1, every=1)
-        sync.open(block, comm)
+        sync.setup(block, comm)
         stepped(sync, block, 0)
-        assert sync.entries()["one.scale"]["held"] == 1
-        return [*block.factors]
+        assert sync.low_rank_stats()["one.scale"]["held"] == 1
+        return [*block.low_rank_weights]
 
     assert ranks(2, work) == [["one.linear.weight"]] * 2
 

@@ -12,12 +12,12 @@ from torch import nn, optim
 from torch.nn.functional import cross_entropy
 
 from dtrain import data, models
-from dtrain.config import Run
-from dtrain.data import order
-from dtrain.errors import Refusal
+from dtrain.config.run import RunConfig
+from dtrain.data import epoch_order
+from dtrain.errors import DtrainError
 from dtrain.objectives import OBJECTIVES
 from dtrain.schedules import SCHEDULES
-from dtrain.schedules.late import Late
+from dtrain.schedules.asynchronous import AsyncSchedule
 from tests import pictures, tiny
 from tests.outcome import break_off, close, model
 from tests.ranks.test_laws import Summary, trained
@@ -70,7 +70,7 @@ def plain(
     samples = data.load(run.dataset.name, {}, run.folder).train
     made = models.load("mlp", run.model.fields, run.folder, samples.shape, samples.classes)
     net = nn.Sequential()
-    for name, layer in made.build(range(5), run.top.seed, torch.float64).items():
+    for name, layer in made.build(range(5), run.settings.seed, torch.float64).items():
         net.add_module(name, layer)
 
     def own(names: Sequence[str]) -> list[nn.Parameter]:
@@ -80,7 +80,7 @@ def plain(
     clocks = [rates(each) for each in steps] if rates else []
     norms: list[float] = []
     for epoch in range(2):
-        sequence = order(samples.size, run.top.seed, epoch, "full")
+        sequence = epoch_order(samples.size, run.settings.seed, epoch, "full")
         for start in range(0, samples.size, 16):
             batch = sequence[start : start + 16]
             net.zero_grad()
@@ -101,7 +101,7 @@ def same(out: Path, net: nn.Module) -> None:
         torch.testing.assert_close(found[name], parameter.detach(), rtol=1e-12, atol=1e-13)
 
 
-def laws(out: Path, make: Callable[..., Run] = tiny.run, **told: Any) -> Summary:
+def laws(out: Path, make: Callable[..., RunConfig] = tiny.run, **told: Any) -> Summary:
     """Hold laws 1, 3 and 5 for one run; return the summary of one rank, which is in ``out/1``.
 
     Three replicas, since no batch here divides by them.
@@ -165,7 +165,7 @@ def test_clips_of_local_objectives_keep_the_laws(objective: str, over: str, tmp_
 
 def test_a_clip_over_the_model_needs_all_gradients_at_once(tmp_path: Path) -> None:
     run = tiny.run(schedule__name="stream", optimizer={**SGD, "clip": 1.0, "clip-over": "model"})
-    with pytest.raises(Refusal, match="needs the whole gradient before any update"):
+    with pytest.raises(DtrainError, match="needs the whole gradient before any update"):
         trained(run, tmp_path)
 
 
@@ -195,7 +195,7 @@ def test_a_rate_is_asked_by_the_runs_clock(tmp_path: Path) -> None:
     for segment in (1, 3):
         out = tmp_path / f"{segment}"
         assert trained(tiny.run(**told, segment=segment), out)["digest"] == wanted
-    with pytest.raises(Refusal, match="followed the length"):
+    with pytest.raises(DtrainError, match="followed the length"):
         trained(tiny.run(**told, epochs=3), tmp_path / "whole")
 
 
@@ -216,8 +216,8 @@ def test_augmented_images_keep_the_laws(objective: str, tmp_path: Path) -> None:
 )
 def test_networks_for_images_keep_the_laws(objective: str, norm: str, tmp_path: Path) -> None:
     """Batch statistics couple samples: over stages the same bits, all else is no promise."""
-    kind = SCHEDULES[OBJECTIVES[objective]().schedule]
-    micros = 1 if issubclass(kind, Late) else 3  # some update after each
+    kind = SCHEDULES[OBJECTIVES[objective]().default_schedule]
+    micros = 1 if issubclass(kind, AsyncSchedule) else 3  # some update after each
     told: dict[str, Any] = {"objective": {"name": objective}, "epochs": 1, "micro_batches": micros}
     told["model"] = {"name": "resnet", "depth": 8, "width": 4, "norm": norm}
     told["model"] |= {"groups": 2} if norm == "group" else {}
@@ -254,7 +254,7 @@ def test_recomputation_beside_all_other_options(
         assert found["True", 3]["peak_memory_bytes"][0] < found["False", 3]["peak_memory_bytes"][0]
 
 
-@pytest.mark.parametrize("schedule", [n for n, each in SCHEDULES.items() if not each.late])
+@pytest.mark.parametrize("schedule", [n for n, each in SCHEDULES.items() if not each.asynchronous])
 @pytest.mark.parametrize("micros", [2, 5, 16])
 def test_accumulated_gradients_are_those_of_the_batch(
     schedule: str, micros: int, tmp_path: Path

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from dtrain.comm.threads import run as ranks
-from dtrain.config import Run
-from dtrain.job import plan
-from dtrain.parcel import EXACT, Parcel
-from dtrain.report import plan_table
-from dtrain.schedules.action import Point, Route
+from dtrain.comm.backends.threads import run_ranks as ranks
+from dtrain.comm.wire_format import EXACT, WireFormat
+from dtrain.config.run import RunConfig
+from dtrain.planning.plan import make_plan
+from dtrain.planning.report import plan_table
+from dtrain.schedules.actions import Point, Route
 from dtrain.train import train
 from tests import tiny
 from tests.outcome import close
@@ -21,15 +21,17 @@ from tests.ranks.killed import killed
 from tests.ranks.test_rounds import trained
 
 ROUTE = Route(Point(0, "F"), Point(1, "F"), "activation")
-CODED = Parcel("int8")
+CODED = WireFormat("int8")
 
 
-def run(objective: str = "mono-forward", wire: str = "int8", **told: Any) -> Run:
+def run(objective: str = "mono-forward", wire: str = "int8", **told: Any) -> RunConfig:
     """Return a run of four blocks whose messages are coded."""
-    return tiny.run(objective__name=objective, partition={"blocks": 4, "wire": wire}, **told)
+    return tiny.run(
+        objective__name=objective, partition={"blocks": 4, "activation-compression": wire}, **told
+    )
 
 
-def on(run: Run, out: Path, count: int) -> dict[str, Any]:
+def on(run: RunConfig, out: Path, count: int) -> dict[str, Any]:
     return ranks(count, lambda comm: train(run, comm, out))[0]
 
 
@@ -40,9 +42,13 @@ def test_a_row_comes_as_near_as_a_byte_can_be(dtype: torch.dtype) -> None:
     x[1], x[2, 0, :7] = 0, 0
     x[3] *= 1e-3
     spec = tuple(x.shape), dtype
-    data = CODED.packed(ROUTE, x)
-    assert (tuple(data.shape), data.dtype) == CODED.spec(ROUTE, spec) == ((5, 124), torch.uint8)
-    found = CODED.unpacked(ROUTE, data, spec)
+    data = CODED.encode(ROUTE, x)
+    assert (
+        (tuple(data.shape), data.dtype)
+        == CODED.encoded_spec(ROUTE, spec)
+        == ((5, 124), torch.uint8)
+    )
+    found = CODED.decode(ROUTE, data, spec)
     assert (found.shape, found.dtype) == (x.shape, dtype)
     most = x.abs().flatten(1).amax(1).view(-1, 1, 1)
     assert ((found - x).abs() <= 0.0075 * most).all()
@@ -50,14 +56,14 @@ def test_a_row_comes_as_near_as_a_byte_can_be(dtype: torch.dtype) -> None:
     assert found[2, 0, :7].eq(0).all()
     largest = x.abs() == most
     torch.testing.assert_close(found[largest], x[largest], rtol=1e-6, atol=0)
-    again = CODED.unpacked(ROUTE, CODED.packed(ROUTE, found), spec)
+    again = CODED.decode(ROUTE, CODED.encode(ROUTE, found), spec)
     assert torch.equal(again, found)
 
 
 def test_a_row_is_coded_by_itself() -> None:
     x = torch.randn(6, 17, generator=torch.Generator().manual_seed(1))
-    whole = CODED.packed(ROUTE, x)
-    assert torch.equal(whole, torch.cat([CODED.packed(ROUTE, part) for part in x.split(2)]))
+    whole = CODED.encode(ROUTE, x)
+    assert torch.equal(whole, torch.cat([CODED.encode(ROUTE, part) for part in x.split(2)]))
 
 
 def test_labels_weights_and_exact_messages_travel_as_they_are() -> None:
@@ -70,9 +76,9 @@ def test_labels_weights_and_exact_messages_travel_as_they_are() -> None:
         (EXACT, ROUTE, x),
     ):
         spec = tuple(tensor.shape), tensor.dtype
-        assert parcel.packed(route, tensor) is tensor
-        assert parcel.unpacked(route, tensor, spec) is tensor
-        assert parcel.spec(route, spec) == spec
+        assert parcel.encode(route, tensor) is tensor
+        assert parcel.decode(route, tensor, spec) is tensor
+        assert parcel.encoded_spec(route, spec) == spec
 
 
 @pytest.mark.parametrize("objective", tiny.PATTERNS)
@@ -97,11 +103,11 @@ def test_bytes_are_one_per_number_and_four_per_sample(objective: str, tmp_path: 
     """As counted, and as planned; the blocks' outputs cross three borders, gradients too."""
     asked = run(objective, mesh__stages=4)
     told = on(asked, tmp_path, 4)
-    layout = plan(asked, 4).layout
-    widths = [part.task.outputs[0] for part in layout.parts[:-1]]
+    layout = make_plan(asked, 4).layout
+    widths = [part.spec.output_shape[0] for part in layout.block_layouts[:-1]]
     ways = 2 if objective == "backprop" else 1
     assert told["bytes_intra_node"] == ways * told["samples"] * sum(w + 4 for w in widths)
-    table = plan_table(plan(asked, 4))
+    table = plan_table(make_plan(asked, 4))
     assert [each["bytes"] for each in table["messages"]] == [
         table["rows_per_micro"] * (w + 4) for w in [*widths, *widths[: len(widths) * (ways - 1)]]
     ]

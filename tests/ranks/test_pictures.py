@@ -13,11 +13,11 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 
 from dtrain import data, models
-from dtrain.comm.threads import run as ranks
-from dtrain.data import order
+from dtrain.comm.backends.threads import run_ranks as ranks
+from dtrain.data import epoch_order
+from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.local_head import LocalHead
-from dtrain.objectives.task import Task
-from dtrain.seeds import seeded
+from dtrain.rng import seeded
 from dtrain.train import train
 from tests import pictures
 from tests.outcome import model as saved
@@ -68,19 +68,19 @@ def test_streaming_is_sequential_local_learning(tmp_path: Path) -> None:
     ranks(3, lambda comm: train(run, comm, tmp_path))
     source = data.load(run.dataset.name, {}, run.folder).train
     net = models.load("resnet", run.model.fields, run.folder, source.shape, 3)
-    layers = net.build(range(len(net.names)), run.top.seed, D)
+    layers = net.build(range(len(net.names)), run.settings.seed, D)
     parts = [["stem", "unit1-1"], ["unit2-1"], ["unit3-1", "head"]]
     shapes, heads = [(4, 8, 8), (8, 4, 4)], nn.ModuleDict()
     for block, shape in enumerate(shapes):
-        with seeded(run.top.seed, f"heads.{block}"):
-            made = DGL.build(Task(block, 3, (), shape, D, 3))
+        with seeded(run.settings.seed, f"heads.{block}"):
+            made = DGL.build_head(BlockSpec(block, 3, (), shape, D, 3))
         heads[str(block)] = made.to(D)  # type: ignore[union-attr]
     nets = [nn.Sequential(*(layers[name] for name in names)) for names in parts]
     steps = [
         SGD([*nets[b].parameters(), *(heads[str(b)].parameters() if b < 2 else ())], lr=0.1)
         for b in range(3)
     ]
-    sequence = order(22, run.top.seed, 0, "full")
+    sequence = epoch_order(22, run.settings.seed, 0, "full")
     for start in (0, 8, 16):
         indices = sequence[start : start + 8]
         x, y = source.inputs(indices).to(D), source.targets(indices)

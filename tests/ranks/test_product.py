@@ -24,18 +24,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain.comm.comm import Comm
-from dtrain.comm.threads import run as ranks
-from dtrain.config import Run
-from dtrain.data import order
-from dtrain.errors import Refusal
-from dtrain.job import Plan, build, plan
+from dtrain.build import build_rank
+from dtrain.comm.backends.threads import run_ranks as ranks
+from dtrain.comm.communicator import Comm
+from dtrain.config.run import RunConfig
+from dtrain.data import epoch_order
+from dtrain.errors import DtrainError
 from dtrain.mesh import Mesh
 from dtrain.objectives import OBJECTIVES
+from dtrain.planning.plan import Plan, make_plan
 from dtrain.schedules import SCHEDULES
-from dtrain.schedules.late import Late
+from dtrain.schedules.asynchronous import AsyncSchedule
 from dtrain.syncs import SYNCS
-from dtrain.syncs.parts.wrapper import Wrapper
+from dtrain.syncs.common.wrapper import Wrapper
 from tests import tiny
 
 NET: dict[str, Any] = {
@@ -66,7 +67,7 @@ class Trained(NamedTuple):
 
 def legal(objective: str, schedule: str) -> bool:
     """Say whether a schedule runs all that an objective sends."""
-    return SCHEDULES[schedule]().serves(OBJECTIVES[objective]().routes(3, "train"))
+    return SCHEDULES[schedule]().supports_all(OBJECTIVES[objective]().routes(3, "train"))
 
 
 ALL = list(itertools.product(OBJECTIVES, SCHEDULES))
@@ -78,37 +79,39 @@ CELLS = [
     for pair in PAIRS
     for sync in SYNCS
     if sync not in WRAPPERS or pair[0] in tiny.PATTERNS
-    if not (MADE[sync].reforms and SCHEDULES[pair[1]].late)
+    if not (MADE[sync].reparametrises and SCHEDULES[pair[1]].asynchronous)
 ]
 # Law 3 is for what is synchronous: nothing is learnt with weights that it did not see.
-SYNCHRONOUS = [cell for cell in CELLS if not SCHEDULES[cell[1]].late]
+SYNCHRONOUS = [cell for cell in CELLS if not SCHEDULES[cell[1]].asynchronous]
 FIRST = {objective: schedule for objective, schedule, _ in reversed(SYNCHRONOUS)}
 """The synchronous schedule of an objective that stands for all of them on one stage."""
 
 
-def asked(objective: str, schedule: str, stages: int, micros: int) -> Run:
+def asked(objective: str, schedule: str, stages: int, micros: int) -> RunConfig:
     """Return the run of a cell, whatever its sync."""
     named = {"objective__name": objective, "schedule__name": schedule}
-    micros = 1 if issubclass(SCHEDULES[schedule], Late) else micros  # it updates after each
+    micros = (
+        1 if issubclass(SCHEDULES[schedule], AsyncSchedule) else micros
+    )  # it updates after each
     return tiny.run(**NET, **named, micro_batches=micros, mesh__stages=stages)
 
 
 @cache
 def priced(objective: str) -> Plan:
     """Return a plan of an objective: what its blocks are and cost is the same in all of them."""
-    return plan(asked(objective, FIRST[objective], 1, 1), 1)
+    return make_plan(asked(objective, FIRST[objective], 1, 1), 1)
 
 
 @cache
 def planned(objective: str, schedule: str, stages: int, replicas: int, micros: int) -> Plan:
     """Return the plan of a cell, of blocks that were counted before."""
     known, run = priced(objective), asked(objective, schedule, stages, micros)
-    kind, count = run.make_schedule(), run.top.micro_batches
-    place = kind.place([part.cost for part in known.layout.parts], stages)
-    mesh = Mesh.fit(stages * replicas, stages, run.mesh.placement)
+    kind, count = run.make_schedule(), run.settings.micro_batches
+    place = kind.assign_stages([part.cost for part in known.layout.block_layouts], stages)
+    mesh = Mesh.for_ranks(stages * replicas, stages, run.mesh.placement)
     layout = replace(known.layout, mesh=mesh, schedule=kind, place=place)
-    shares = replace(known.shares, replicas=replicas, micros=count)
-    return replace(known, run=run.fixed(3, stages), layout=layout, shares=shares)
+    shares = replace(known.batch_splitter, replicas=replicas, micro_batches=count)
+    return replace(known, run=run.resolve(3, stages), layout=layout, shares=shares)
 
 
 @cache
@@ -130,23 +133,25 @@ def trained(
 
 def alone(objective: str, schedule: str, sync: str, replicas: int = 2, micros: int = 3) -> Trained:
     """Train on one stage, once for all the schedules that train the same bits there."""
-    if not SCHEDULES[schedule].late:
+    if not SCHEDULES[schedule].asynchronous:
         schedule = FIRST[objective]
     return trained(objective, schedule, sync, 1, replicas, micros)
 
 
 def walked(agreed: Plan, comm: Comm) -> tuple[int, dict[str, Tensor], Mapping[int, float]]:
     """Train one rank; return its replica, its part of the view, and its losses."""
-    job, run = build(agreed, comm), agreed.run
-    sequence = order(agreed.data.train.size, run.top.seed, 0, run.data.shuffle)
-    offsets = range(agreed.calendar.total)
-    batches = [agreed.shares.batch(sequence, each, job.seat.replica) for each in offsets]
-    assert len(list(job.engine.run(job.train, batches, 0, 0))) == len(batches) == 3
+    job, run = build_rank(agreed, comm), agreed.run
+    sequence = epoch_order(agreed.data.train.size, run.settings.seed, 0, run.data.shuffle)
+    offsets = range(agreed.training_length.total_updates)
+    batches = [
+        agreed.batch_splitter.batch(sequence, each, job.position.replica) for each in offsets
+    ]
+    assert len(list(job.engine.run(job.train_loader, batches, 0, 0))) == len(batches) == 3
     view: dict[str, Tensor] = {}
     for sync in job.engine.syncs.values():
-        sync.settle()
-        view |= sync.view()
-    return job.seat.replica, view, job.engine.tally.loss
+        sync.finish_pending()
+        view |= sync.evaluation_weights()
+    return job.position.replica, view, job.engine.metric_sums.loss
 
 
 def equal(one: Trained, other: Trained) -> None:
@@ -221,7 +226,7 @@ def test_replicas_that_always_agree_are_one(objective: str, schedule: str, sync:
     one, two = alone(objective, schedule, sync, 1), trained(objective, schedule, sync, 3, 2)
     # Closed forms of random features: their sums are added over all replicas, whatever the sync.
     made = MADE[sync]
-    if not (made.apart or made.lossy) or objective == "cafo":
+    if not (made.replicas_diverge or made.lossy) or objective == "cafo":
         close(one, two)
     else:
         with pytest.raises(AssertionError):
@@ -231,7 +236,7 @@ def test_replicas_that_always_agree_are_one(objective: str, schedule: str, sync:
 @pytest.mark.parametrize(("objective", "schedule"), PAIRS[::4])
 def test_a_cell_is_what_a_run_is_planned_as(objective: str, schedule: str) -> None:
     made = planned(objective, schedule, 3, 2, 3)
-    whole = plan(asked(objective, schedule, 3, 3), 6)
+    whole = make_plan(asked(objective, schedule, 3, 3), 6)
     assert replace(made, proof=whole.proof, data=whole.data, layout=whole.layout) == whole
     model = whole.layout.model
     assert replace(made.layout, model=model) == replace(whole.layout, model=model)
@@ -243,8 +248,8 @@ def test_what_a_schedule_cannot_run_is_refused_in_its_words(
     objective: str, schedule: str, stages: int
 ) -> None:
     kind, routes = SCHEDULES[schedule], OBJECTIVES[objective]().routes(3, "train")
-    bad = any(not kind().runs(route) for route in routes)
+    bad = any(not kind().supports(route) for route in routes)
     told = r"the route .* cannot be scheduled" if bad else "nothing comes back .* never late"
-    with pytest.raises(Refusal, match=told) as refusal:
-        plan(asked(objective, schedule, stages, 3), stages)
-    assert not bad or kind.limit in refusal.value.message
+    with pytest.raises(DtrainError, match=told) as refusal:
+        make_plan(asked(objective, schedule, stages, 3), stages)
+    assert not bad or kind.unsupported_routes in refusal.value.message

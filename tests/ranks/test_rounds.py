@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from dtrain.budget import Books
-from dtrain.checkpoint import read
-from dtrain.comm.threads import run as ranks
-from dtrain.config import Run
-from dtrain.errors import Refusal
-from dtrain.job import plan
+from dtrain.checkpoint.manifest import read_manifest
+from dtrain.comm.backends.threads import run_ranks as ranks
+from dtrain.config.run import RunConfig
+from dtrain.errors import DtrainError
+from dtrain.planning.memory import MemoryPlan
+from dtrain.planning.plan import make_plan
 from dtrain.syncs import SYNCS
+from dtrain.syncs.base import UpdateClock
 from dtrain.syncs.qsr import QSR
-from dtrain.syncs.sync import Clock
 from dtrain.train import train
 from tests import tiny
 from tests.outcome import close, model
@@ -26,16 +26,16 @@ from tests.ranks.killed import killed
 from tests.ranks.test_local_sgd import MOMENTUM, SGD, replicas
 
 FOUR = ("a", "a", "b", "b")
-CLOCK = Clock(0, 0, 100, 1000, 0.1, 0.1, False, (1, 1))
+CLOCK = UpdateClock(0, 0, 100, 1000, 0.1, 0.1, False, (1, 1))
 
 
-def run(name: str, **told: Any) -> Run:
+def run(name: str, **told: Any) -> RunConfig:
     """Return a tiny run under a sync, whose ranks are all replicas; `sync` has its fields."""
     fields = {"name": name, **told.pop("sync", {})}
     return tiny.run(mesh__stages=1, sync=fields, **told)
 
 
-def trained(run: Run, out: Path, hosts: Any = "ab") -> dict[str, Any]:
+def trained(run: RunConfig, out: Path, hosts: Any = "ab") -> dict[str, Any]:
     """Train on one rank per host named and return the summary."""
     return ranks(len(hosts), lambda comm: train(run, comm, out), hosts=list(hosts))[0]
 
@@ -52,31 +52,31 @@ def test_rounds_are_as_long_as_the_rule_says(rate: float, wanted: int) -> None:
     """max(H_base, floor((alpha / lr) ** 2))."""
     sync = QSR(every=4, alpha_over_peak=0.0175 / 0.008)
     # A quotient in the neighbourhood of a whole number may round either way.
-    assert sync.length(replace(CLOCK, peak=0.008, lr=rate)) in (wanted, wanted - 1)
+    assert sync.round_length(replace(CLOCK, base_lr=0.008, lr=rate)) in (wanted, wanted - 1)
     assert wanted == max(4, floor((0.0175 / rate) ** 2 + 1e-9))
 
 
 def test_half_the_rate_makes_four_times_the_round() -> None:
     sync = QSR(every=1, alpha_over_peak=3.0)
-    lengths = [sync.length(replace(CLOCK, lr=0.1 / 2**n)) for n in range(5)]
+    lengths = [sync.round_length(replace(CLOCK, lr=0.1 / 2**n)) for n in range(5)]
     assert lengths == [9, 36, 144, 576, 2304]
     linear = QSR(every=1, alpha_over_peak=3.0, power=1.0)
-    assert [linear.length(replace(CLOCK, lr=0.1 / 2**n)) for n in range(4)] == [3, 6, 12, 24]
+    assert [linear.round_length(replace(CLOCK, lr=0.1 / 2**n)) for n in range(4)] == [3, 6, 12, 24]
 
 
 def test_in_the_warm_up_and_without_alpha_rounds_have_the_base_length() -> None:
-    assert QSR().length(replace(CLOCK, lr=1e-6, warming=True)) == 4
-    assert QSR(every=7, alpha_over_peak=0.0).length(replace(CLOCK, lr=1e-6)) == 7
+    assert QSR().round_length(replace(CLOCK, lr=1e-6, in_lr_warmup=True)) == 4
+    assert QSR(every=7, alpha_over_peak=0.0).round_length(replace(CLOCK, lr=1e-6)) == 7
 
 
 def test_a_round_keeps_its_length_and_the_last_ends_the_run() -> None:
     """The rate falls in every update; only the one at a round's start counts."""
     sync, total, met, lengths = QSR(every=2, alpha_over_peak=1.5), 60, [], []
     for update in range(total):
-        clock = replace(CLOCK, update=update, total=total, lr=0.1 * (1 - update / total))
-        lengths.append(sync.length(clock))
+        clock = replace(CLOCK, update=update, total_updates=total, lr=0.1 * (1 - update / total))
+        lengths.append(sync.round_length(clock))
         sync.before_update([], 1.0, clock)
-        if sync.meets(clock):
+        if sync.is_due(clock):
             met.append(update)
     starts = [0, *(update + 1 for update in met[:-1])]
     wanted = [min(lengths[start], total - start) for start in starts]
@@ -138,11 +138,11 @@ def test_outer_weights_are_shown_between_rounds(tmp_path: Path) -> None:
     told = {"epochs": None, "sync": {"every": 4}, "checkpoint__every": 3}
     trained(run("diloco", **told, updates=8, checkpoint__keep=9), tmp_path)
     folders = sorted((tmp_path / "checkpoints").iterdir())
-    shown = {folder.name: read(folder) for folder in folders}
-    middle = shown["update-00000007"].under("model/")
-    start = shown["update-00000004"].under("model/")
+    shown = {folder.name: read_manifest(folder) for folder in folders}
+    middle = shown["update-00000007"].load_prefix("model/")
+    start = shown["update-00000004"].load_prefix("model/")
     assert all(torch.equal(middle[name], start[name]) for name in start)
-    one, two = (shown["update-00000007"].under(f"replica/{r}/") for r in (0, 1))
+    one, two = (shown["update-00000007"].load_prefix(f"replica/{r}/") for r in (0, 1))
     assert not torch.equal(one["fc1.weight"], two["fc1.weight"])
 
 
@@ -198,7 +198,7 @@ def test_killed_in_a_round_and_resumed_is_uninterrupted(name: str, tmp_path: Pat
 @pytest.mark.parametrize("name", ["qsr", "diloco"])
 def test_another_length_is_refused(name: str, tmp_path: Path) -> None:
     trained(run(name, epochs=1), tmp_path)
-    with pytest.raises(Refusal, match=f"the phases of '{name}' followed the length"):
+    with pytest.raises(DtrainError, match=f"the phases of '{name}' followed the length"):
         trained(run(name, epochs=2), tmp_path)
 
 
@@ -253,16 +253,18 @@ def test_what_a_sync_keeps_is_planned_and_counted(name: str, tmp_path: Path) -> 
     )
     trained_bytes = 8 * sum(tensor.numel() for tensor in model(tmp_path / name).values())
     kind, steps = SYNCS[name](), 4 * len(model(tmp_path / name))
-    wanted = kind.copies * trained_bytes - (2 * trained_bytes + steps if kind.idles else 0)
+    wanted = kind.parameter_copies * trained_bytes - (
+        2 * trained_bytes + steps if kind.keeps_no_optimizer_state else 0
+    )
     assert planned == [wanted] * 2
     # What is counted in bases that rest, and in small matrices, is less than at first.
     assert counted == planned or (name == "oialr" and counted < planned)
 
 
-def planned_bytes(asked: Run) -> list[int]:
-    return [each.peak for each in Books(plan(asked, 2)).ranks()]
+def planned_bytes(asked: RunConfig) -> list[int]:
+    return [each.peak for each in MemoryPlan(make_plan(asked, 2)).rank_memory()]
 
 
-def counted_bytes(asked: Run, out: Path) -> list[int]:
+def counted_bytes(asked: RunConfig, out: Path) -> list[int]:
     counted: list[int] = trained(asked, out / asked.sync.name)["peak_memory_bytes"]
     return counted

@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from dtrain.block import Block
-from dtrain.comm import threads
-from dtrain.comm.comm import Comm
-from dtrain.comm.roll import Call, Discord
-from dtrain.comm.wire import Bytes, Request
-from dtrain.config import Run
-from dtrain.errors import NUMERIC, Refusal
-from dtrain.replicas import checksum, compare
+from dtrain.block.block import Block
+from dtrain.comm.backends import threads
+from dtrain.comm.backends.base import Bytes, Request
+from dtrain.comm.call_order import Call, CollectiveMismatch
+from dtrain.comm.communicator import Comm
+from dtrain.config.run import RunConfig
+from dtrain.errors import DtrainError, NumericalError
 from dtrain.syncs import SYNCS
+from dtrain.syncs.base import Sync, UpdateClock
 from dtrain.syncs.every_step import EveryStep
 from dtrain.syncs.local_sgd import LocalSGD
-from dtrain.syncs.sync import Clock, Sync
+from dtrain.syncs.replica_check import check_replicas_equal, checksum
 from tests import tiny
 from tests.ranks.test_laws import trained
 
@@ -34,11 +34,11 @@ def rolls(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     seen: list[object] = []
 
     def counted(block: Block, replicas: Comm, update: int) -> None:
-        if replicas.family.debugged:
+        if replicas.context.debug_mode:
             seen.append((block.index, update))
-        compare(block, replicas, update)
+        check_replicas_equal(block, replicas, update)
 
-    monkeypatch.setattr("dtrain.updates.compare", counted)
+    monkeypatch.setattr("dtrain.engine.update.check_replicas_equal", counted)
     return seen
 
 
@@ -71,9 +71,9 @@ def test_it_may_change_when_a_run_goes_on(tmp_path: Path) -> None:
 
 def planted(kind: type[Sync], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the last replica of the block that has a parameter move it after one update."""
-    after: Callable[[Any, Clock], None] = kind.after_update
+    after: Callable[[Any, UpdateClock], None] = kind.after_update
 
-    def moved(self: Sync, clock: Clock) -> None:
+    def moved(self: Sync, clock: UpdateClock) -> None:
         after(self, clock)
         last = self.replicas.rank == self.replicas.size - 1
         if last and clock.update == UPDATE and name in self.block.parameters:
@@ -94,15 +94,15 @@ def test_a_replica_that_strays_is_named_at_once(
     planted(SYNCED[sync], name, monkeypatch)
     fields = {"every": UPDATE + 1} if sync == "local-sgd" else {}
 
-    def run(debug: bool) -> Run:
+    def run(debug: bool) -> RunConfig:
         return tiny.run(sync={"name": sync, **fields}, mesh__stages=1, debug=debug)
 
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(DtrainError) as caught:
         trained(run(True), tmp_path / "debug", 1, 3)
     told = rf"replica 2 holds another '{name}' than replica 0 after update {UPDATE} (block {block};"
     assert told in caught.value.message
     assert f"| update {UPDATE} | action U{block}" in caught.value.message
-    assert caught.value.code == NUMERIC
+    assert caught.value.code == NumericalError.code
     assert trained(run(False), tmp_path / "plain", 1, 3)["status"] == "finished"
 
 
@@ -111,14 +111,18 @@ def test_a_replica_that_averages_something_else_is_named(
 ) -> None:
     """Not a hang, and not numbers that belong to something else."""
 
-    def wrong(self: EveryStep, gradients: list[torch.Tensor], weight: float, clock: Clock) -> None:
+    def wrong(
+        self: EveryStep, gradients: list[torch.Tensor], weight: float, clock: UpdateClock
+    ) -> None:
         some = gradients[1:] if self.replicas.rank and clock.update == 2 else gradients
         self.replicas.mean_(some, weight)
 
-    monkeypatch.setattr(EveryStep, "averages", lambda *_: None)
+    monkeypatch.setattr(EveryStep, "gradient_group", lambda *_: None)
     monkeypatch.setattr(EveryStep, "before_update", wrong)
     told = r"rank 1 of replicas .world rank 1. calls mean_ .collective \d+ of replicas. with tensor"
-    with pytest.raises(Discord, match=told + r" 0 \(13,\) float64, .* 0 \(13, 10\) float64"):
+    with pytest.raises(
+        CollectiveMismatch, match=told + r" 0 \(13,\) float64, .* 0 \(13, 10\) float64"
+    ):
         trained(tiny.run(mesh__stages=1, debug=True), tmp_path, 1, 2)
 
 
@@ -136,18 +140,18 @@ def test_without_debug_a_collective_sends_no_more_messages() -> None:
         counts: list[int] = []
 
         def work(comm: Comm) -> None:
-            push = comm.line.wire.isend
+            push = comm.transport.backend.isend
 
             def counted(data: Bytes, to: int, tag: int) -> Request:
                 counts.append(to)
                 return push(data, to, tag)
 
-            comm.line.wire.isend = counted  # type: ignore[method-assign]
+            comm.transport.backend.isend = counted  # type: ignore[method-assign]
             if debug:
-                comm.family.debug()
-            comm.exchange(None)
+                comm.context.debug()
+            comm.allgather_object(None)
 
-        threads.run(3, work)
+        threads.run_ranks(3, work)
         return len(counts)
 
     assert sent(False) == 2 * 2 + 2 * 2, "two to rank 0, then two down the tree"
@@ -158,6 +162,9 @@ def test_the_first_difference_is_told() -> None:
     mine = Call(3, "mean_", ["tensor 0 (2,) float32", "tensor 1 (3,) float32"])
     other = mine._replace(tensors=mine.tensors[:1])
     place = "mean_ (collective 3 of g)"
-    assert mine.against(other, "g") == (f"{place} with {mine.tensors[1]}", "it with no tensor 1")
+    assert mine.describe_mismatch(other, "g") == (
+        f"{place} with {mine.tensors[1]}",
+        "it with no tensor 1",
+    )
     other = mine._replace(number=4)
-    assert mine.against(other, "g") == (place, "mean_ (collective 4 of g)")
+    assert mine.describe_mismatch(other, "g") == (place, "mean_ (collective 4 of g)")

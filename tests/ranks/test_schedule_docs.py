@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.errors import Refusal
+from dtrain.errors import DtrainError
 from dtrain.schedules import SCHEDULES
-from dtrain.schedules.schedule import Schedule
+from dtrain.schedules.base import Schedule
 from tests import tiny
 from tests.ranks.test_docs import module
 from tests.ranks.test_rounds import trained
@@ -42,7 +42,7 @@ def test_it_trains_as_1f1b_does(live: int, tmp_path: Path) -> None:
 
 
 def test_a_wrong_key_is_refused() -> None:
-    with pytest.raises(Refusal, match=r"\[schedule\] live = 0 is too small: give at least 1"):
+    with pytest.raises(DtrainError, match=r"\[schedule\] live = 0 is too small: give at least 1"):
         tiny.run(schedule={"name": "capped", "live": 0})
 
 

@@ -12,11 +12,11 @@ import h5py
 import pytest
 import torch
 
-from dtrain.comm import threads
-from dtrain.comm.comm import Comm
-from dtrain.comm.single import SingleWire
-from dtrain.errors import Refusal
-from dtrain.shard import loaded, store
+from dtrain.checkpoint.shard import read_tensor, write_shard
+from dtrain.comm.backends import threads
+from dtrain.comm.backends.single import SingleBackend
+from dtrain.comm.communicator import Comm
+from dtrain.errors import DtrainError
 from dtrain.train import train
 from tests import tiny
 from tests.process import start
@@ -27,7 +27,7 @@ LIMITED = """
 import gc, os, resource, sys
 from pathlib import Path
 import torch
-from dtrain.shard import store
+from dtrain.checkpoint.shard import write_shard as store
 
 def main(limit):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -55,32 +55,32 @@ def test_a_full_disk_under_a_shard_raises_its_own_error(tmp_path: Path) -> None:
 def test_a_shard_holds_every_dtype(tmp_path: Path) -> None:
     given = {str(dtype): torch.arange(6).to(dtype).view(2, 3) for dtype in DTYPES}
     given |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3), "apart": torch.eye(3).T[::2]}
-    row = store(tmp_path / "shard.h5", given)
+    row = write_shard(tmp_path / "shard.h5", given)
     assert row["keys"] == list(given)
     assert row["bytes"] == (tmp_path / "shard.h5").stat().st_size
     with h5py.File(tmp_path / "shard.h5", "r") as shard:
         for key, tensor in given.items():
-            torch.testing.assert_close(loaded(shard[key]), tensor, rtol=0, atol=0)
+            torch.testing.assert_close(read_tensor(shard[key]), tensor, rtol=0, atol=0)
 
 
 def test_replicas_that_have_nothing_to_save_write_no_shard(tmp_path: Path) -> None:
     run = replace(tiny.run(mesh__stages=1, epochs=1), path=tmp_path / "run.toml")
-    threads.run(3, lambda comm: train(run, comm, tmp_path / "out"))
+    threads.run_ranks(3, lambda comm: train(run, comm, tmp_path / "out"))
     (newest,) = (tmp_path / "out" / "checkpoints").iterdir()
     assert {path.name for path in newest.iterdir()} == {"manifest.json", "replica-0-stage-0.h5"}
     more = replace(tiny.run(mesh__stages=2, epochs=2), path=tmp_path / "run.toml")
-    told = threads.run(2, lambda comm: train(more, comm, tmp_path / "out"))
+    told = threads.run_ranks(2, lambda comm: train(more, comm, tmp_path / "out"))
     assert [each["attempts"] for each in told] == [2, 2]
 
 
 def test_no_resume_starts_in_a_fresh_folder_and_refuses_a_used_one(tmp_path: Path) -> None:
     run = replace(tiny.run(), path=tmp_path / "run.toml")
     out = tmp_path / "out"
-    told = train(run, Comm(SingleWire()), out, "never")
+    told = train(run, Comm(SingleBackend()), out, "never")
     assert (told["status"], told["attempts"]) == ("finished", 1)
     before = (out / "summary.json").read_text()
-    with pytest.raises(Refusal, match="--resume never"):
-        train(run, Comm(SingleWire()), out, "never")
+    with pytest.raises(DtrainError, match="--resume never"):
+        train(run, Comm(SingleBackend()), out, "never")
     assert (out / "summary.json").read_text() == before
     assert not (out / "owner.json").exists()
 
@@ -96,7 +96,7 @@ def test_metrics_say_where_ranks_ran_and_which_was_slow(
     monkeypatch.setenv("SLURM_JOB_ID", "123")
     run = replace(tiny.run(), path=tmp_path / "run.toml")
     hosts = ["n1", "n1", "n2"]
-    threads.run(3, lambda comm: train(run, comm, tmp_path / "out"), hosts=hosts)
+    threads.run_ranks(3, lambda comm: train(run, comm, tmp_path / "out"), hosts=hosts)
     (first,) = records(tmp_path / "out", "run")
     assert (first["hosts"], first["job"]) == (hosts, "123")
     assert "torch" in first["versions"]

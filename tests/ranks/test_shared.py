@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from dtrain.budget import Books
-from dtrain.job import Plan, plan
-from dtrain.layout import Layout
 from dtrain.objectives import OBJECTIVES
+from dtrain.planning.layout import Layout
+from dtrain.planning.memory import MemoryPlan
+from dtrain.planning.plan import Plan, make_plan
 from tests import pictures, tiny
 from tests.counts import COUNTED, kinds
 
@@ -18,12 +18,17 @@ RESNET = {"name": "resnet", "depth": 8, "width": 4}
 
 
 def planned(objective: str, **told: Any) -> Plan:
-    return plan(tiny.run(objective__name=objective, micro_batches=1, **told), 3)
+    return make_plan(tiny.run(objective__name=objective, micro_batches=1, **told), 3)
 
 
 def counted(made: Layout) -> list[Any]:
     """Return all that was counted, without the factories, which each plan makes anew."""
-    return [made.specs, made.cuts, made.place, [replace(part, own=None) for part in made.parts]]
+    return [
+        made.layer_specs,
+        made.cuts,
+        made.place,
+        [replace(part, replacement_layers=None) for part in made.block_layouts],
+    ]
 
 
 CHANGES: list[dict[str, Any]] = [
@@ -44,22 +49,22 @@ def test_shared_counts_are_those_of_a_plan_by_itself(objective: str, told: dict[
     assert all(getattr(place, name) is shared for place, name, shared in COUNTED)
     planned(objective)
     shared = planned(objective, **told)
-    table = Books(shared).table()
+    table = MemoryPlan(shared).to_dicts()
     with pytest.MonkeyPatch.context() as patch:
         for place, name, once in COUNTED:
             patch.setattr(place, name, once.__wrapped__)
         alone = planned(objective, **told)
         assert counted(shared.layout) == counted(alone.layout)
-        assert Books(alone).table() == table
+        assert MemoryPlan(alone).to_dicts() == table
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "none"])
 def test_norms_are_told_apart(norm: str) -> None:
     run = pictures.run(model=RESNET | {"norm": norm, "groups": 2}, partition__blocks=2)
-    assert bool(plan(run, 1).layout.coupling) == (norm == "batch")
+    assert bool(make_plan(run, 1).layout.coupling_layers) == (norm == "batch")
 
 
 def test_what_a_user_makes_is_counted_each_time() -> None:
     run = tiny.run(model={"name": "tests.tiny:dropping"})
-    assert kinds(plan(run, 1).layout.model) is None
-    assert kinds(plan(tiny.run(), 1).layout.model) is not None
+    assert kinds(make_plan(run, 1).layout.model) is None
+    assert kinds(make_plan(tiny.run(), 1).layout.model) is not None

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.errors import Refusal
+from dtrain.errors import DtrainError
 from dtrain.syncs import SYNCS
-from dtrain.syncs.sync import Sync
+from dtrain.syncs.base import Sync
 from tests import tiny
 from tests.ranks.killed import killed
 from tests.ranks.test_docs import LINES, module
@@ -48,7 +48,7 @@ def test_killed_between_meetings_and_resumed_is_uninterrupted(tmp_path: Path) ->
 
 
 def test_a_wrong_key_is_refused() -> None:
-    with pytest.raises(Refusal, match=r"\[sync\] every = 0 is too small: give at least 1"):
+    with pytest.raises(DtrainError, match=r"\[sync\] every = 0 is too small: give at least 1"):
         tiny.run(sync={"name": "elastic", "every": 0}).make_sync()
 
 
@@ -65,7 +65,7 @@ def test_its_own_test_passes_and_can_fail(
 
 def _slack(self: Sync, clock: object) -> None:
     """Meet never."""
-    self.equal = False
+    self.in_sync = False
 
 
 def test_it_is_short() -> None:

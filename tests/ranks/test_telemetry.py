@@ -15,19 +15,20 @@ from typing import Any
 import pytest
 import torch
 
-from dtrain.comm import family, threads
-from dtrain.comm.comm import Comm
-from dtrain.comm.single import SingleWire
-from dtrain.telemetry import HERE, LENGTH, Flight, attend
+from dtrain.comm import context as family
+from dtrain.comm.backends import threads
+from dtrain.comm.backends.single import SingleBackend
+from dtrain.comm.communicator import Comm
+from dtrain.comm.flight_recorder import MAX_EVENTS, RECORD_KEYS, FlightRecorder, dump_stacks_on
 from tests.ranks.contract import looking
 
 
 def test_the_last_events_are_kept_in_order() -> None:
-    flight = Flight()
-    for number in range(LENGTH + 10):
+    flight = FlightRecorder()
+    for number in range(MAX_EVENTS + 10):
         flight.note("action", number)
     lines = [line.split()[1:] for line in flight.text().splitlines() if " action " in line]
-    assert lines == [["action", str(number)] for number in range(10, LENGTH + 10)]
+    assert lines == [["action", str(number)] for number in range(10, MAX_EVENTS + 10)]
 
 
 def test_words_are_made_where_somebody_asks() -> None:
@@ -39,7 +40,7 @@ def test_words_are_made_where_somebody_asks() -> None:
             asked.append(1)
             return "F3.0"
 
-    flight = Flight()
+    flight = FlightRecorder()
     flight.note("action", Fact(), "took", 0.25)
     assert not asked
     assert "action    F3.0 took 0.250000 s" in flight.text()
@@ -48,7 +49,7 @@ def test_words_are_made_where_somebody_asks() -> None:
 
 def test_an_event_is_cheap() -> None:
     """Under a microsecond on a quiet machine; the best of many, with room for a busy one."""
-    flight, best = Flight(), 1.0
+    flight, best = FlightRecorder(), 1.0
     for _ in range(50):
         start = time.perf_counter()
         for number in range(200):
@@ -58,10 +59,10 @@ def test_an_event_is_cheap() -> None:
 
 
 def test_ages_waits_and_stacks_are_told() -> None:
-    flight = Flight("rank 3 of 4 on n1", 3)
+    flight = FlightRecorder("rank 3 of 4 on n1", 3)
     now = time.perf_counter()
-    flight.waits += [(now - 5, "the outer thing", (1, 2)), (now - 2, "the inner thing", (0,))]
-    flight.sources.append(lambda: [(now - 1, "send b"), (now - 4, "receive a")])
+    flight.open_waits += [(now - 5, "the outer thing", (1, 2)), (now - 2, "the inner thing", (0,))]
+    flight.pending_sources.append(lambda: [(now - 1, "send b"), (now - 4, "receive a")])
     text = flight.text("SIGUSR1", sys._getframe())
     assert text.startswith("rank 3 of 4 on n1, process ")
     assert ": SIGUSR1\n" in text
@@ -74,7 +75,7 @@ def test_ages_waits_and_stacks_are_told() -> None:
 
 
 def test_a_dump_replaces_the_one_before(tmp_path: Path) -> None:
-    flight = Flight("rank 12", 12)
+    flight = FlightRecorder("rank 12", 12)
     flight.folder = tmp_path / "flight"
     flight.dump("first")
     try:
@@ -88,7 +89,7 @@ def test_a_dump_replaces_the_one_before(tmp_path: Path) -> None:
 
 
 def test_a_dump_never_raises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flight = Flight("rank 1")
+    flight = FlightRecorder("rank 1")
     flight.folder = tmp_path / "missing" / "flight"
     flight.dump()
     assert "no flight record of rank 1" in capsys.readouterr().err
@@ -104,14 +105,14 @@ def test_a_deadlock_leaves_what_each_rank_waited_for() -> None:
     def work(comm: Comm) -> None:
         ring = comm.dup("ring")
         assert ring.flight is comm.flight
-        ring.expect((comm.rank + 1) % 3, 2, [((4,), torch.int64)])
+        ring.post_recv((comm.rank + 1) % 3, 2, [((4,), torch.int64)])
         try:
             ring.recv((comm.rank + 1) % 3, 2)
         finally:
             texts[comm.rank] = comm.flight.text()
 
     with pytest.raises(RuntimeError, match="deadlock"):
-        threads.run(3, work, hosts=["a", "b", "c"])
+        threads.run_ranks(3, work, hosts=["a", "b", "c"])
     for rank, text in texts.items():
         peer = (rank + 1) % 3
         assert f"for (4,) int64 from rank {peer} with tag 2" in text
@@ -126,11 +127,11 @@ def here(text: str) -> dict[str, Any]:
 
 
 def test_a_record_tells_programs_who_waits_for_whom() -> None:
-    flight = Flight("rank 3 of 8 on n1", 3, 8, "n1")
+    flight = FlightRecorder("rank 3 of 8 on n1", 3, 8, "n1")
     flight.note("action", "F3.0", "update", 17)
-    flight.waits.append((time.perf_counter() - 5, "a mean", (0, 1, 2, 7)))
+    flight.open_waits.append((time.perf_counter() - 5, "a mean", (0, 1, 2, 7)))
     told = here(flight.text("SIGUSR1\nof somebody", sys._getframe()))
-    assert tuple(told) == HERE
+    assert tuple(told) == RECORD_KEYS
     assert 5 <= told.pop("wait_s") < 6
     assert abs(told.pop("unix_s") - time.time()) < 5
     assert 0 <= told.pop("idle_s") < 1
@@ -142,13 +143,13 @@ def test_a_record_tells_programs_who_waits_for_whom() -> None:
 
 
 def test_a_record_that_nothing_happened_before_is_whole() -> None:
-    told = here(Flight("rank 0").text())
+    told = here(FlightRecorder("rank 0").text())
     absent = {key for key, value in told.items() if value is None}
     assert absent == {"update", "action", "wait_s", "what", "place"}
 
 
 def test_the_record_of_a_failure_is_not_replaced_by_what_it_caused(tmp_path: Path) -> None:
-    flight = Flight("rank 1", 1)
+    flight = FlightRecorder("rank 1", 1)
     flight.folder = tmp_path
     flight.dump("ZeroDivisionError: none", ZeroDivisionError("none"))
     flight.dump("Stopped: stopped by SIGTERM", sys._getframe())
@@ -162,10 +163,10 @@ def test_the_record_of_a_failure_is_not_replaced_by_what_it_caused(tmp_path: Pat
 def linger(comm: Comm) -> None:
     """Let the others come to their next wait; messages to itself show that this rank lives."""
     for _ in range(20):
-        comm.expect(comm.rank, 1, [((3,), torch.float32)])
+        comm.post_recv(comm.rank, 1, [((3,), torch.float32)])
         comm.isend(torch.zeros(3), comm.rank, 1)
         comm.recv(comm.rank, 1)
-        comm.line.wire.idle(0, "the others")
+        comm.transport.backend.idle(0, "the others")
 
 
 def talk(comm: Comm, group: Comm, now: list[str]) -> None:
@@ -179,16 +180,16 @@ def talk(comm: Comm, group: Comm, now: list[str]) -> None:
             case "recv" if group.rank == 0:
                 group.isend(tensor, 1, 4)
             case "recv":
-                group.expect(0, 4, [((3,), torch.float32)])
+                group.post_recv(0, 4, [((3,), torch.float32)])
                 group.recv(0, 4)
             case "exchange":
-                group.exchange(None)
+                group.allgather_object(None)
             case "broadcast":
                 group.broadcast_([tensor])
             case "mean":
                 group.mean_([tensor])
             case "flush" if group.rank == 0:
-                group.expect(1, 5, [((3,), torch.float32)])
+                group.post_recv(1, 5, [((3,), torch.float32)])
                 group.recv(1, 5)
             case "flush":
                 group.isend(tensor, 0, 5)
@@ -210,7 +211,7 @@ def test_what_each_verb_waits_for_is_told_by_ranks_of_the_world() -> None:
         else:
             talk(comm, group, [])
 
-    threads.run(4, work)
+    threads.run_ranks(4, work)
     peers = {verb: each["peers"] for verb, each in seen.items()}
     both = dict.fromkeys(("exchange", "broadcast", "mean"), "1,3")
     assert peers == {"recv": "1", "flush": "1"} | both
@@ -230,8 +231,8 @@ def test_a_split_is_a_wait() -> None:
             flights.append(comm.flight)
         comm.split(0)
 
-    flights: list[Flight] = []
-    threads.run(2, work)
+    flights: list[FlightRecorder] = []
+    threads.run_ranks(2, work)
     assert told[0]["peers"] == "0-1"
     assert "all ranks of world, to split it" in told[0]["what"]
 
@@ -239,16 +240,16 @@ def test_a_split_is_a_wait() -> None:
 def test_a_long_wait_says_so_once_and_waits_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(family, "SILENCE_S", 0.05)
+    monkeypatch.setattr(family, "SLOW_WAIT_S", 0.05)
 
     def work(comm: Comm) -> None:
         comm.flight.folder = tmp_path / "flight"
         end = time.perf_counter() + (0.2 if comm.rank == 2 else 0.0)
         while time.perf_counter() < end:
             linger(comm)
-        comm.exchange(None)
+        comm.allgather_object(None)
 
-    threads.run(3, work)
+    threads.run_ranks(3, work)
     told = [(tmp_path / "flight" / f"rank-0000{rank}.txt").read_text() for rank in range(2)]
     assert all(": no message for 0.05 s" in text.splitlines()[0] for text in told)
     assert "waits for 0.0" in told[0]
@@ -273,12 +274,12 @@ def test_nothing_that_cannot_be_told_is_raised(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(sys, "stderr", Full())
     monkeypatch.setattr(sys, "stdout", Full())
-    flight = Flight("rank 1")
+    flight = FlightRecorder("rank 1")
     flight.dump("to stderr")
     flight.folder = Path("/dev/null")
     flight.dump("to a folder that is none")
     with pytest.raises(SystemExit) as end:
-        Comm(SingleWire()).abort(4)
+        Comm(SingleBackend()).abort(4)
     assert end.value.code == 4
     assert tried[-2:] == ["flush", "flush"]
     assert "to stderr" in tried[0]
@@ -286,18 +287,18 @@ def test_nothing_that_cannot_be_told_is_raised(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture
-def listening(tmp_path: Path) -> Iterator[Flight]:
+def listening(tmp_path: Path) -> Iterator[FlightRecorder]:
     before = signal.getsignal(signal.SIGUSR1)
-    flight = Flight("rank 2", 2)
-    attend(signal.SIGUSR1)  # as every rank does before
-    flight.listen(signal.SIGUSR1)
-    flight.settle(tmp_path / "flight")
+    flight = FlightRecorder("rank 2", 2)
+    dump_stacks_on(signal.SIGUSR1)  # as every rank does before
+    flight.dump_on_signal(signal.SIGUSR1)
+    flight.set_folder(tmp_path / "flight")
     yield flight
     faulthandler.unregister(signal.SIGUSR1)
     signal.signal(signal.SIGUSR1, before)
 
 
-def test_stacks_are_written_from_c_too(listening: Flight) -> None:
+def test_stacks_are_written_from_c_too(listening: FlightRecorder) -> None:
     assert listening.folder is not None
     os.kill(os.getpid(), signal.SIGUSR1)
     stacks = (listening.folder / "rank-00002.stacks").read_text()
@@ -305,12 +306,12 @@ def test_stacks_are_written_from_c_too(listening: Flight) -> None:
     assert "in test_stacks_are_written_from_c_too" in stacks
     record = (listening.folder / "rank-00002.txt").read_text()
     assert ": SIGUSR1" in record.splitlines()[0]
-    listening.leave()
+    listening.close()
     assert (listening.folder / "rank-00002.stacks").exists(), "somebody may still read it"
 
 
-def test_a_rank_that_nobody_asked_leaves_nothing(listening: Flight) -> None:
+def test_a_rank_that_nobody_asked_leaves_nothing(listening: FlightRecorder) -> None:
     assert listening.folder is not None
     assert (listening.folder / "rank-00002.stacks").exists()
-    listening.leave()
+    listening.close()
     assert not listening.folder.exists()

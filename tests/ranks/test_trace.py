@@ -8,26 +8,26 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from dtrain import trace
-from dtrain.clocks import Ahead, Clocks
-from dtrain.comm.comm import Comm
-from dtrain.comm.threads import run as ranks
-from dtrain.config import Run
+from dtrain.comm.backends.threads import run_ranks as ranks
+from dtrain.comm.communicator import Comm
+from dtrain.config.run import RunConfig
+from dtrain.engine import trace
+from dtrain.engine.clock_sync import ClockOffset, ClockSync
 from dtrain.train import train
 from tests import tiny
 from tests.outcome import break_off
 
 
-def run(**told: Any) -> Run:
+def run(**told: Any) -> RunConfig:
     return tiny.run(mesh__stages=2, objective__name="backprop", **{"trace": True, **told})
 
 
-def trained(told: Run, out: Path, count: int = 4) -> dict[str, Any]:
+def trained(told: RunConfig, out: Path, count: int = 4) -> dict[str, Any]:
     return ranks(count, lambda comm: train(told, comm, out))[0]
 
 
 def events(out: Path) -> list[dict[str, Any]]:
-    return list(json.loads((out / trace.FILE).read_text(encoding="utf-8")))
+    return list(json.loads((out / trace.TRACE_FILE).read_text(encoding="utf-8")))
 
 
 def tenths(event: dict[str, Any]) -> tuple[int, int]:
@@ -88,7 +88,7 @@ def test_it_changes_nothing_and_costs_nothing_that_is_counted(tmp_path: Path) ->
     one, two = trained(run(), tmp_path / "on"), trained(run(trace=False), tmp_path / "off")
     for key in ("digest", "bytes_intra_node", "bytes_inter_node"):
         assert one[key] == two[key]
-    assert not (tmp_path / "off" / trace.FILE).exists()
+    assert not (tmp_path / "off" / trace.TRACE_FILE).exists()
 
 
 def test_a_resumed_run_goes_on_after_what_is_there(tmp_path: Path) -> None:
@@ -106,10 +106,10 @@ def test_a_resumed_run_goes_on_after_what_is_there(tmp_path: Path) -> None:
 def test_clocks_that_differ_are_found_out() -> None:
     """Each rank's clock is an hour ahead of the one before."""
 
-    def work(comm: Comm) -> Ahead:
+    def work(comm: Comm) -> ClockOffset:
         ahead = 3600.0 * comm.rank
-        return Clocks(comm.dup(), lambda: time.perf_counter() + ahead).ask()
+        return ClockSync(comm.dup(), lambda: time.perf_counter() + ahead).measure_offset()
 
     for rank, told in enumerate(ranks(3, work)):
-        assert abs(told.ahead - 3600.0 * rank) <= told.error + 1e-6
+        assert abs(told.offset - 3600.0 * rank) <= told.error + 1e-6
         assert told.error < 0.5

@@ -14,22 +14,22 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from dtrain import models
-from dtrain.block import Block
-from dtrain.errors import Refusal
-from dtrain.live import Live
-from dtrain.models.resnet import Unit
+from dtrain.block.block import Block
+from dtrain.block.micro_batch import MicroBatch
+from dtrain.errors import DtrainError
+from dtrain.models.resnet import ResidualUnit
+from dtrain.objectives.block_spec import BlockSpec
+from dtrain.objectives.common.head_networks import auglocal, sample_shapes
 from dtrain.objectives.local_head import LocalHead
-from dtrain.objectives.parts.networks import auglocal, sampled
-from dtrain.objectives.task import Task
-from dtrain.prices import Prices, total
-from dtrain.seeds import seeded
+from dtrain.planning.block_costs import BlockCosts, total_macs
+from dtrain.rng import seeded
 
 D = torch.float64
 AUG = LocalHead("auglocal")
 
 
-def at(block: int, blocks: int) -> Task:
-    return Task(block, blocks, (3, 8, 8), (4, 8, 8), D, 10)
+def at(block: int, blocks: int) -> BlockSpec:
+    return BlockSpec(block, blocks, (3, 8, 8), (4, 8, 8), D, 10)
 
 
 # How many units
@@ -41,7 +41,7 @@ def at(block: int, blocks: int) -> Task:
 def test_units_over_all_blocks(blocks: int, depth: int, aux: int) -> None:
     """The published sums; beside them three blocks (4 and 2) and two (4), counted by hand."""
     objective = LocalHead("auglocal", depth=depth)
-    units = [objective.units(at(block, blocks)) for block in range(blocks - 1)]
+    units = [objective.unit_count(at(block, blocks)) for block in range(blocks - 1)]
     assert sum(units) == aux
     assert units == sorted(units, reverse=True)
 
@@ -49,12 +49,12 @@ def test_units_over_all_blocks(blocks: int, depth: int, aux: int) -> None:
 @pytest.mark.parametrize(("pyramid", "units"), [(0.0, [4, 4, 4]), (0.5, [4, 3, 2]), (1, [4, 2, 1])])
 def test_a_pyramid_ends_where_it_says(pyramid: float, units: list[int]) -> None:
     objective = LocalHead("auglocal", depth=4, pyramid=pyramid)
-    assert [objective.units(at(block, 4)) for block in range(3)] == units
+    assert [objective.unit_count(at(block, 4)) for block in range(3)] == units
 
 
 def test_wrong_numbers_are_refused() -> None:
     for fields, text in (({"depth": 0}, "depth = 0.*greedy"), ({"pyramid": 1.5}, "pyramid = 1.5")):
-        with pytest.raises(Refusal, match=text):
+        with pytest.raises(DtrainError, match=text):
             LocalHead("auglocal", **fields)
 
 
@@ -65,37 +65,43 @@ def test_samples_are_evenly_spread_and_end_with_the_last_layer() -> None:
     """Layers k + 1 ... n - 1 of n = 14, with k = 4: round(k + (n - k - 1) i / d), i = 1 ... d."""
     later = [(each,) for each in range(5, 14)]
     for count in (1, 3, 4, 5, 7, 8):  # none of them falls between two layers
-        assert sampled(later, count) == [(round(4 + 9 * i / count),) for i in range(1, count + 1)]
-    assert sampled(later, 3) == [(7,), (10,), (13,)]
-    assert sampled(later, 9) == sampled(later, 20) == later
-    assert sampled([], 2) == []
+        assert sample_shapes(later, count) == [
+            (round(4 + 9 * i / count),) for i in range(1, count + 1)
+        ]
+    assert sample_shapes(later, 3) == [(7,), (10,), (13,)]
+    assert sample_shapes(later, 9) == sample_shapes(later, 20) == later
+    assert sample_shapes([], 2) == []
 
 
 @cache
 def walked() -> Any:
     """Return ResNet-20 and what is known of its layers."""
     net = models.load("resnet", {"depth": 20}, Path(), (3, 32, 32), 10)
-    return net, models.walk(net, (3, 32, 32), torch.float32)
+    return net, models.infer_layers(net, (3, 32, 32), torch.float32)
 
 
-def priced(objective: Any) -> tuple[Prices, Any]:
+def priced(objective: Any) -> tuple[BlockCosts, Any]:
     net, specs = walked()
-    return Prices(specs, objective, net, Task.about((3, 32, 32), 10), 7), specs
+    return BlockCosts(specs, objective, net, BlockSpec.from_data((3, 32, 32), 10), 7), specs
 
 
 def test_only_this_head_looks_ahead() -> None:
-    assert (AUG.ahead, LocalHead().ahead, LocalHead("dgl").ahead) == (True, False, False)
-    assert priced(LocalHead())[0].task(0, 2, 0, 3).later == ()
+    assert (
+        AUG.needs_downstream_layers,
+        LocalHead().needs_downstream_layers,
+        LocalHead("dgl").needs_downstream_layers,
+    ) == (True, False, False)
+    assert priced(LocalHead())[0].block_spec(0, 2, 0, 3).downstream_layers == ()
 
 
 def test_the_shapes_of_a_resnets_head() -> None:
     """ResNet-20 cut behind unit1-2: seven units come later, of which d = 2 are 4 and 7."""
     prices, _ = priced(AUG)
-    task = prices.task(0, 2, 0, 3)
-    assert [each.name for each in task.later][3::3] == ["unit2-3", "unit3-3"]
+    task = prices.block_spec(0, 2, 0, 3)
+    assert [each.name for each in task.downstream_layers][3::3] == ["unit2-3", "unit3-3"]
     with torch.device("meta"):
-        head = AUG.network(task)
-    units = [each for each in head.modules() if isinstance(each, Unit)]
+        head = AUG.head_network(task)
+    units = [each for each in head.modules() if isinstance(each, ResidualUnit)]
     shapes, x = [], torch.zeros(2, 16, 32, 32, device="meta")
     for unit in units:
         x = unit(x)
@@ -106,10 +112,10 @@ def test_the_shapes_of_a_resnets_head() -> None:
 
 def test_a_head_before_the_models_own_is_greedy() -> None:
     prices, specs = priced(AUG)
-    task = prices.task(0, 2, 0, len(specs) - 1)
-    assert [each.name for each in task.later] == ["head"]
+    task = prices.block_spec(0, 2, 0, len(specs) - 1)
+    assert [each.name for each in task.downstream_layers] == ["head"]
     with torch.device("meta"):
-        assert [tuple(p.shape) for p in AUG.network(task).parameters()] == [(10, 64), (10,)]
+        assert [tuple(p.shape) for p in AUG.head_network(task).parameters()] == [(10, 64), (10,)]
 
 
 def test_heads_are_part_of_what_is_balanced() -> None:
@@ -118,13 +124,13 @@ def test_heads_are_part_of_what_is_balanced() -> None:
     j = 3
     first, second = 9 * 16 * 32 + 9 * 32 * 32 + 16 * 32, 9 * 32 * 64 + 9 * 64 * 64 + 32 * 64
     forward = 256 * first + 64 * second + 640
-    found = prices.helper(prices.task(0, 2, 0, j))
+    found = prices.head_spec(prices.block_spec(0, 2, 0, j))
     assert found is not None
-    assert (found.forward, found.couples) == (forward, True)
-    greedy = plain.helper(plain.task(0, 2, 0, j))
-    assert prices.flops(0, j) - plain.flops(0, j) == total(found) - total(greedy)
+    assert (found.forward_macs, found.couples_samples) == (forward, True)
+    greedy = plain.head_spec(plain.block_spec(0, 2, 0, j))
+    assert prices.flops(0, j) - plain.flops(0, j) == total_macs(found) - total_macs(greedy)
 
-    def cut(own: Prices) -> int:
+    def cut(own: BlockCosts) -> int:
         return min((2, 4, 5, 6), key=lambda j: max(own.flops(0, j), own.flops(j, 10)))
 
     assert cut(prices) < cut(plain)
@@ -174,16 +180,16 @@ def test_flat_heads_are_linear_and_relu() -> None:
 # The laws
 
 
-def blocks(cuts: tuple[int, ...]) -> list[tuple[Task, Block]]:
+def blocks(cuts: tuple[int, ...]) -> list[tuple[BlockSpec, Block]]:
     """Return a ResNet-8 of width 4 with its heads, cut at layers, in float64."""
     net = models.load("resnet", {"depth": 8, "width": 4}, Path(), (3, 8, 8), 3)
-    specs = models.walk(net, (3, 8, 8), D)
-    prices = Prices(specs, AUG, net, Task.about((3, 8, 8), 3), 1)
+    specs = models.infer_layers(net, (3, 8, 8), D)
+    prices = BlockCosts(specs, AUG, net, BlockSpec.from_data((3, 8, 8), 3), 1)
     made = []
     for index, (i, j) in enumerate(itertools.pairwise((0, *cuts, len(specs)))):
-        task = prices.task(index, len(cuts) + 1, i, j)
+        task = prices.block_spec(index, len(cuts) + 1, i, j)
         with seeded("heads", index):
-            helper = AUG.build(task)
+            helper = AUG.build_head(task)
         layers = net.build(range(i, j), 1, D)
         made.append((task, Block(index, layers, helper and helper.to(D), step)))
     return made
@@ -203,11 +209,11 @@ def test_the_loss_of_a_block_moves_no_other(batch: tuple[Tensor, Tensor]) -> Non
     x, y = batch
     made = blocks((2, 3))
     for own, (task, learner) in enumerate(made):
-        live = Live(x.detach(), learner.forward(x.detach(), ()), y)
-        learner.learn(AUG.pulls(task, learner, live))
+        live = MicroBatch(x.detach(), learner.forward(x.detach(), ()), y)
+        learner.backward(AUG.backward_pairs(task, learner, live))
         for other, (_, each) in enumerate(made):
-            assert all((p.grad is not None) == (own == other) for p in each.trained)
-            for parameter in each.trained:
+            assert all((p.grad is not None) == (own == other) for p in each.trainable_parameters)
+            for parameter in each.trainable_parameters:
                 parameter.grad = None
         x = live.y
 
@@ -215,6 +221,6 @@ def test_the_loss_of_a_block_moves_no_other(batch: tuple[Tensor, Tensor]) -> Non
 def test_one_block_is_backprop(batch: tuple[Tensor, Tensor]) -> None:
     x, y = batch
     [(task, ours)], [(_, theirs)] = blocks(()), blocks(())
-    ours.learn(AUG.pulls(task, ours, Live(x, ours.forward(x, ()), y)))
+    ours.backward(AUG.backward_pairs(task, ours, MicroBatch(x, ours.forward(x, ()), y)))
     cross_entropy(nn.Sequential(*theirs.layers.values())(x), y).backward()
     assert all(map(torch.equal, ours.gradients(), theirs.gradients()))

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain import keys
-from dtrain.data.augment import AUGMENTS, PAD, CropFlip, make, noise
-from dtrain.errors import USAGE, Refusal
+from dtrain.config import sections as keys
+from dtrain.data.augment import AUGMENTS, PAD, CropFlip, build_augment, random_bits
+from dtrain.errors import ConfigError, DtrainError
 
 PLACES = 2 * PAD + 1
 CELLS = PLACES**2 * 2
@@ -101,7 +101,7 @@ def test_a_draw_is_the_same_for_ever() -> None:
 def test_noise_is_splitmix64() -> None:
     """The first numbers of seed 1234567, as published with several implementations."""
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    assert noise(np.arange(3), 1234567).tolist() == expected
+    assert random_bits(np.arange(3), 1234567).tolist() == expected
 
 
 @pytest.mark.parametrize("other", [(1, 0), (0, 1), (1, 1)])
@@ -146,18 +146,18 @@ def test_row_column_and_mirror_are_independent_of_the_epoch_before() -> None:
 
 @pytest.mark.parametrize("shape", [(64,), (3, 32), (1, 4, 8, 8)])
 def test_only_images(shape: tuple[int, ...]) -> None:
-    CropFlip(0).check((1, 8, 8))
-    with pytest.raises(Refusal, match="augment") as caught:
-        CropFlip(0).check(shape)
-    assert caught.value.code == USAGE
+    CropFlip(0).check_shape((1, 8, 8))
+    with pytest.raises(DtrainError, match="augment") as caught:
+        CropFlip(0).check_shape(shape)
+    assert caught.value.code == ConfigError.code
     assert str(shape) in caught.value.message
 
 
 def test_names() -> None:
-    assert make("none", 0) is None
-    made = make("crop-flip", 3)
+    assert build_augment("none", 0) is None
+    made = build_augment("crop-flip", 3)
     assert isinstance(made, CropFlip)
     assert made.seed == 3
-    with pytest.raises(Refusal, match="did you mean 'crop-flip'"):
-        make("crop-flop", 0)
-    assert set(get_args(get_type_hints(keys.Data)["augment"])) == set(AUGMENTS)
+    with pytest.raises(DtrainError, match="did you mean 'crop-flip'"):
+        build_augment("crop-flop", 0)
+    assert set(get_args(get_type_hints(keys.DataSection)["augment"])) == set(AUGMENTS)

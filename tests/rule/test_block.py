@@ -11,33 +11,33 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from dtrain import optimizers
-from dtrain.block import Block
-from dtrain.errors import Refusal
-from dtrain.live import Live
+from dtrain.block import optimizer as optimizers
+from dtrain.block.block import Block
+from dtrain.block.micro_batch import MicroBatch
+from dtrain.errors import DtrainError
 from dtrain.objectives.backprop import Backprop
+from dtrain.objectives.base import GRADIENT, Objective, forward_routes
+from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.mono_forward import MonoForward
-from dtrain.objectives.objective import GRADIENT, Objective, onward
-from dtrain.objectives.task import Task
-from dtrain.seeds import seeded
+from dtrain.rng import seeded
 
 D = torch.float64
-sgd = partial(optimizers.make, "sgd", {"lr": 0.1})
+sgd = partial(optimizers.make_optimizer, "sgd", {"lr": 0.1})
 
 
-def task(block: int, blocks: int, outputs: int) -> Task:
-    return Task(block, blocks, (4,), (outputs,), D, 3)
+def task(block: int, blocks: int, outputs: int) -> BlockSpec:
+    return BlockSpec(block, blocks, (4,), (outputs,), D, 3)
 
 
-def block(objective: Objective, where: Task, *layers: nn.Module) -> Block:
-    helper = objective.build(where)
-    named = {f"l{where.block}{i}": layer.to(D) for i, layer in enumerate(layers)}
-    return Block(where.block, named, None if helper is None else helper.to(D), sgd)
+def block(objective: Objective, where: BlockSpec, *layers: nn.Module) -> Block:
+    helper = objective.build_head(where)
+    named = {f"l{where.index}{i}": layer.to(D) for i, layer in enumerate(layers)}
+    return Block(where.index, named, None if helper is None else helper.to(D), sgd)
 
 
-def live(of: Block, x: Tensor, y: Tensor, share: float = 1.0) -> Live:
+def live(of: Block, x: Tensor, y: Tensor, share: float = 1.0) -> MicroBatch:
     x = x.detach().requires_grad_()
-    return Live(x, of.forward(x, (0, 0, 0)), y, share)
+    return MicroBatch(x, of.forward(x, (0, 0, 0)), y, share)
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_one_block_is_ordinary_backprop(
         step.zero_grad()
         cross_entropy(net(x), y).backward()
         step.step()
-        alone.learn(objective.pulls(where, alone, live(alone, x, y)))
+        alone.backward(objective.backward_pairs(where, alone, live(alone, x, y)))
         alone.update()
     for theirs, ours in zip(net.parameters(), alone.parameters.values(), strict=True):
         assert torch.equal(theirs, ours)
@@ -74,7 +74,7 @@ def test_the_gradients_of_mono_forward_are_the_closed_form(batch: tuple[Tensor, 
     x, y = batch
     objective, where = MonoForward(), task(0, 2, 5)
     inner = block(objective, where, nn.Linear(4, 5), nn.Tanh())
-    inner.learn(objective.pulls(where, inner, live(inner, x, y)))
+    inner.backward(objective.backward_pairs(where, inner, live(inner, x, y)))
     weight, bias, head = (t.detach() for t in inner.parameters.values())
     a = torch.tanh(x @ weight.T + bias)
     delta = ((a @ head.T).softmax(1) - torch.eye(3, dtype=D)[y]) / len(x)
@@ -99,13 +99,13 @@ def test_blocks_of_backprop_have_the_gradients_of_the_whole_net(
     tasks = [task(0, 3, 5), task(1, 3, 4), task(2, 3, 3)]
     parts = [layers[:2], layers[2:4], layers[4:]]
     blocks = [block(objective, t, *part) for t, part in zip(tasks, parts, strict=True)]
-    lives: list[Live] = []
+    lives: list[MicroBatch] = []
     for each in blocks:
         lives.append(live(each, lives[-1].y if lives else x, y))
     told: Tensor | None = None
     for where, each, at in reversed(list(zip(tasks, blocks, lives, strict=True))):
-        at.told = {} if told is None else {GRADIENT: told}
-        each.learn(objective.pulls(where, each, at))
+        at.received = {} if told is None else {GRADIENT: told}
+        each.backward(objective.backward_pairs(where, each, at))
         told = at.x.grad
     found = [gradient for each in blocks for gradient in each.gradients()]
     for theirs, ours in zip(wanted, found, strict=True):
@@ -120,7 +120,7 @@ def test_a_signal_is_scaled_once_where_it_is_born(
     x, y = batch
     objective, where = kind(), task(1, 2, 3)
     one = block(objective, where, nn.Linear(4, 3))
-    one.learn(objective.pulls(where, one, live(one, x, y)))
+    one.backward(objective.backward_pairs(where, one, live(one, x, y)))
     wanted = [gradient.clone() for gradient in one.gradients()]
     one.update()
     many = block(objective, where, *one.layers.values())
@@ -129,7 +129,7 @@ def test_a_signal_is_scaled_once_where_it_is_born(
             parameter += 0.1 * gradient
     for part in (slice(0, 4), slice(4, 5), slice(5, 9)):
         at = live(many, x[part], y[part], len(x[part]) / len(x))
-        many.learn(objective.pulls(where, many, at))
+        many.backward(objective.backward_pairs(where, many, at))
     for theirs, ours in zip(wanted, many.gradients(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)
 
@@ -140,9 +140,11 @@ def test_no_loss_reaches_into_another_block(batch: tuple[Tensor, Tensor]) -> Non
     objective, first, second = MonoForward(), task(0, 2, 5), task(1, 2, 3)
     lower = block(objective, first, nn.Linear(4, 5))
     upper = block(objective, second, nn.Linear(5, 3))
-    passed = objective.tell(onward(2)[0], lower, live(lower, x, y))
+    passed = objective.make_message(forward_routes(2)[0], lower, live(lower, x, y))
     assert not passed.requires_grad
-    upper.learn(objective.pulls(second, upper, Live(passed, upper.forward(passed, ()), y)))
+    upper.backward(
+        objective.backward_pairs(second, upper, MicroBatch(passed, upper.forward(passed, ()), y))
+    )
     assert all(p.grad is None for p in lower.parameters.values())
     assert all(p.grad is not None for p in upper.parameters.values())
 
@@ -174,7 +176,7 @@ def test_only_layers_that_may_draw_pay_for_it() -> None:
         "nested": nn.Sequential(nn.Sequential(nn.Dropout())),
         "own": Own(),
     }
-    assert Block(0, layers, None, sgd).drawing == {"nested", "own"}
+    assert Block(0, layers, None, sgd).rng_layers == {"nested", "own"}
 
 
 def test_an_optimizer_remembers_bit_for_bit(batch: tuple[Tensor, Tensor]) -> None:
@@ -187,20 +189,22 @@ def test_an_optimizer_remembers_bit_for_bit(batch: tuple[Tensor, Tensor]) -> Non
                 0,
                 {"l": nn.Linear(4, 3).to(D)},
                 None,
-                partial(optimizers.make, "adam", {"lr": 0.1}),
+                partial(optimizers.make_optimizer, "adam", {"lr": 0.1}),
             )
         if start is not None:
             for name, tensor in new.tensors().items():
                 tensor.copy_(start.tensors()[name])
-            new.remember({name: tensor.clone() for name, tensor in start.memory().items()})
+            new.load_optimizer_state(
+                {name: tensor.clone() for name, tensor in start.optimizer_state().items()}
+            )
         for _ in updates:
-            new.learn(objective.pulls(where, new, live(new, x, y)))
+            new.backward(objective.backward_pairs(where, new, live(new, x, y)))
             new.update()
         return new
 
     straight, resumed = trained(range(5)), trained(range(3), trained(range(2)))
-    for name, tensor in {**straight.tensors(), **straight.memory()}.items():
-        assert torch.equal(tensor, {**resumed.tensors(), **resumed.memory()}[name]), name
+    for name, tensor in {**straight.tensors(), **straight.optimizer_state()}.items():
+        assert torch.equal(tensor, {**resumed.tensors(), **resumed.optimizer_state()}[name]), name
 
 
 def test_a_view_is_shown_and_put_back() -> None:
@@ -208,16 +212,16 @@ def test_a_view_is_shown_and_put_back() -> None:
     view = {name: torch.full_like(tensor, 7) for name, tensor in shown.tensors().items()}
     before = {name: tensor.clone() for name, tensor in shown.tensors().items()}
 
-    with contextlib.suppress(RuntimeError), shown.showing(view):
+    with contextlib.suppress(RuntimeError), shown.swap_tensors(view):
         assert all((tensor == 7).all() for tensor in shown.tensors().values())
         raise RuntimeError
     assert all(torch.equal(shown.tensors()[name], tensor) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("name", sorted(optimizers.names()))
+@pytest.mark.parametrize("name", sorted(optimizers.optimizer_classes()))
 def test_every_optimizer_of_torch_steps(name: str) -> None:
     parameter = nn.Parameter(torch.ones(4, 3))
-    optimizer = optimizers.make(name, {}, [parameter])
+    optimizer = optimizers.make_optimizer(name, {}, [parameter])
     parameter.square().sum().backward()
     optimizer.step()
     assert not torch.equal(parameter, torch.ones(4, 3))
@@ -235,6 +239,6 @@ def test_every_optimizer_of_torch_steps(name: str) -> None:
 def test_wrong_optimizers_are_refused(
     name: str, fields: dict[str, float], words: list[str]
 ) -> None:
-    with pytest.raises(Refusal) as refusal:
-        optimizers.check(name, fields)
+    with pytest.raises(DtrainError) as refusal:
+        optimizers.check_optimizer(name, fields)
     assert all(word in refusal.value.message for word in words)

@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 from torch.nn.functional import cross_entropy, one_hot
 
-from dtrain.block import Block
-from dtrain.comm.comm import Comm
-from dtrain.comm.single import SingleWire
-from dtrain.errors import Refusal
-from dtrain.job import build, plan
-from dtrain.live import Live
-from dtrain.models.images import Pooled
+from dtrain.block.block import Block
+from dtrain.block.micro_batch import MicroBatch
+from dtrain.build import build_rank
+from dtrain.comm.backends.single import SingleBackend
+from dtrain.comm.communicator import Comm
+from dtrain.errors import DtrainError
+from dtrain.models.image_layers import PooledLinear
 from dtrain.models.mlp import Dense
-from dtrain.objectives.cafo import Cafo
-from dtrain.objectives.parts.readout import Readout, least
-from dtrain.objectives.parts.sparsemax import sparsemax, sparsemax_loss
-from dtrain.objectives.task import Later, Task
-from dtrain.seeds import seeded
+from dtrain.objectives.block_spec import BlockSpec, DownstreamLayer
+from dtrain.objectives.cafo import Cafo, sparsemax, sparsemax_loss
+from dtrain.objectives.common.least_squares import Readout, solve_least_squares
+from dtrain.planning.plan import make_plan
+from dtrain.rng import seeded
 from tests import tiny
 
 D = torch.float64
@@ -52,7 +52,7 @@ def data() -> tuple[Tensor, Tensor]:
 def test_what_is_left_over_is_orthogonal_to_the_features(data: tuple[Tensor, Tensor]) -> None:
     """The normal equations X^T (X W - Y) = 0, to rounding."""
     x, y = data
-    left = x @ least(*sums(x, y)) - one_hot(y, 3)
+    left = x @ solve_least_squares(*sums(x, y)) - one_hot(y, 3)
     assert (x.T @ left).norm() < 5e-15 * x.norm() * left.norm()
 
 
@@ -63,7 +63,7 @@ def test_features_that_depend_on_each_other_get_the_shortest_weights(
     x, y = data
     x = torch.cat([x, x[:, :2] - 3 * x[:, 2:4]], 1)
     wanted = torch.linalg.pinv(x) @ one_hot(y, 3).to(D)
-    torch.testing.assert_close(least(*sums(x, y)), wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(solve_least_squares(*sums(x, y)), wanted, rtol=0, atol=1e-12)
 
 
 def test_idle_features_get_no_weight_and_cost_no_eigenvalues(
@@ -74,7 +74,7 @@ def test_idle_features_get_no_weight_and_cost_no_eigenvalues(
     wide[:, [0, 2, 3, 4, 6, 7]] = x
     wanted = torch.linalg.pinv(wide) @ one_hot(y, 3).to(D)
     monkeypatch.delattr(torch.linalg, "pinv")
-    found = least(*sums(wide, y))
+    found = solve_least_squares(*sums(wide, y))
     assert not found[[1, 5]].any()
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-13)
 
@@ -84,10 +84,10 @@ def test_a_head_is_solved_from_all_samples_with_a_bias(
     parts: int, data: tuple[Tensor, Tensor]
 ) -> None:
     x, y = data
-    objective, where = Cafo(), Task(0, 2, (6,), (6,), D, 3, samples=40)
+    objective, where = Cafo(), BlockSpec(0, 2, (6,), (6,), D, 3, train_samples=40)
     block = made(objective, where, {"one": nn.Identity()})
     for rows, labels in zip(x.tensor_split(parts), y.tensor_split(parts), strict=True):
-        objective.pulls(where, block, Live(rows, rows, labels))
+        objective.backward_pairs(where, block, MicroBatch(rows, rows, labels))
     objective.solve(where, block)
     weight, bias = block.parameters.values()
     wanted = torch.linalg.lstsq(torch.cat([x, ONES], 1), one_hot(y, 3).to(D)).solution
@@ -97,13 +97,13 @@ def test_a_head_is_solved_from_all_samples_with_a_bias(
 
 
 def test_sums_are_in_float64_whatever_the_weights_are() -> None:
-    head = Readout(nn.Flatten(), 5, 3, solved=True).to(torch.float32)
+    head = Readout(nn.Flatten(), 5, 3, closed_form=True).to(torch.float32)
     assert {name: each.dtype for name, each in head.named_buffers()} == {"gram": D, "cross": D}
     assert head(torch.randn(2, 5), torch.tensor([0, 1])).dtype == torch.float32
-    assert head.rows == 2
+    assert head.sample_count == 2
     head.eval()
     head(torch.randn(2, 5))
-    assert head.rows == 2  # to predict is not to learn
+    assert head.sample_count == 2  # to predict is not to learn
 
 
 # The model's own head
@@ -117,7 +117,7 @@ HEADS: dict[str, tuple[Any, tuple[int, ...], Any]] = {
     "linear": (partial(nn.Linear, 6, 3), (6,), lambda x: x),
     "no bias": (partial(nn.Linear, 6, 3, bias=False), (6,), lambda x: x),
     "dense": (partial(Dense, 24, 3), (6, 2, 2), lambda x: x.flatten(1)),
-    "pooled": (partial(Pooled, 6, 3), (6, 4, 4), lambda x: x.mean((2, 3))),
+    "pooled": (partial(PooledLinear, 6, 3), (6, 4, 4), lambda x: x.mean((2, 3))),
     "sequential": (
         lambda: nn.Sequential(nn.Flatten(), nn.Tanh(), nn.Linear(24, 3)),
         (6, 2, 2),
@@ -126,19 +126,19 @@ HEADS: dict[str, tuple[Any, tuple[int, ...], Any]] = {
 }
 
 
-def made(objective: Cafo, where: Task, layers: dict[str, nn.Module]) -> Block:
+def made(objective: Cafo, where: BlockSpec, layers: dict[str, nn.Module]) -> Block:
     """Return a block as a run puts it together."""
-    helper = objective.build(where)
-    for each in objective.freezes(where, layers):
+    helper = objective.build_head(where)
+    for each in objective.frozen_modules(where, layers):
         each.requires_grad_(False)
-    block = Block(where.block, layers, None if helper is None else helper.to(D), step)
-    block.tap(objective.taps(block))
+    block = Block(where.index, layers, None if helper is None else helper.to(D), step)
+    block.register_taps(objective.taps(block))
     return block
 
 
-def topped(head: Any, entering: tuple[int, ...], block: int = 1, samples: int = 40) -> Task:
-    top = Later("head", (3,), 0, head)
-    return Task(block, block + 1, entering, (3,), D, 3, samples=samples, top=top)
+def topped(head: Any, entering: tuple[int, ...], block: int = 1, samples: int = 40) -> BlockSpec:
+    top = DownstreamLayer("head", (3,), 0, head)
+    return BlockSpec(block, block + 1, entering, (3,), D, 3, train_samples=samples, last_layer=top)
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -150,9 +150,12 @@ def test_the_models_own_head_is_solved_in_place(kind: str, data: tuple[Tensor, T
     objective, where, y = Cafo(), topped(head, shape), data[1]
     block = made(objective, where, {"body": nn.Identity(), "head": layer})
     own = dict(layer.named_parameters())
-    first = [Live(**block.run(part, (), True), targets=y[i : i + 20]) for i, part in parts(x)]
+    first = [
+        MicroBatch(**block.run_forward(part, (), True), targets=y[i : i + 20])
+        for i, part in parts(x)
+    ]
     for live in first:  # all forwards before any learning: taps are those of the micro-batch
-        block.learn(objective.pulls(where, block, live))
+        block.backward(objective.backward_pairs(where, block, live))
     objective.solve(where, block)
     features = seen(x) if "no bias" in kind else torch.cat([seen(x), ONES], 1)
     wanted = torch.linalg.lstsq(features, one_hot(y, 3).to(D)).solution
@@ -168,16 +171,18 @@ def parts(x: Tensor) -> list[tuple[int, Tensor]]:
 def test_heads_that_cannot_be_solved_are_refused_by_name() -> None:
     conv = partial(nn.Sequential, nn.Conv2d(4, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     ending = r"layer 'head' has none: end the model with torch\.nn\.Linear"
-    with pytest.raises(Refusal, match=ending):
-        Cafo().build(topped(conv, (4, 2, 2)))
-    with pytest.raises(Refusal, match=r"layer 'head' ends in 5 numbers.* head = \"ce\""):
-        Cafo().build(topped(partial(nn.Linear, 4, 5), (4,)))
-    assert Cafo("ce").build(topped(conv, (4, 2, 2))) is None
+    with pytest.raises(DtrainError, match=ending):
+        Cafo().build_head(topped(conv, (4, 2, 2)))
+    with pytest.raises(DtrainError, match=r"layer 'head' ends in 5 numbers.* head = \"ce\""):
+        Cafo().build_head(topped(partial(nn.Linear, 4, 5), (4,)))
+    assert Cafo("ce").build_head(topped(conv, (4, 2, 2))) is None
 
 
 def test_a_run_refuses_such_a_head_before_it_starts() -> None:
-    with pytest.raises(Refusal, match="layer '3' has none"):
-        plan(tiny.run(objective__name="cafo", model={"name": "tests.rule.test_cafo:softened"}), 1)
+    with pytest.raises(DtrainError, match="layer '3' has none"):
+        make_plan(
+            tiny.run(objective__name="cafo", model={"name": "tests.rule.test_cafo:softened"}), 1
+        )
 
 
 def softened() -> nn.Sequential:
@@ -234,16 +239,18 @@ def test_of_random_blocks_heads_alone_learn(head: Any, data: tuple[Tensor, Tenso
     inner, where = made(objective, inside(5), {"one": body}), topped(None, (5,))
     last = made(objective, where, {"two": nn.Linear(5, 5).to(D), "head": own})
     assert [*inner.parameters][2:] == ["heads.0.linear.weight", "heads.0.linear.bias"]
-    assert [id(each) for each in inner.trained] == [id(inner.parameters[n]) for n in HEAD]
-    assert [id(each) for each in last.trained] == [id(own.weight), id(own.bias)]
-    live = Live(**inner.run(x, (), True), targets=y)
-    inner.learn(objective.pulls(inside(5), inner, live))
+    assert [id(each) for each in inner.trainable_parameters] == [
+        id(inner.parameters[n]) for n in HEAD
+    ]
+    assert [id(each) for each in last.trainable_parameters] == [id(own.weight), id(own.bias)]
+    live = MicroBatch(**inner.run_forward(x, (), True), targets=y)
+    inner.backward(objective.backward_pairs(inside(5), inner, live))
     weight, bias = (inner.parameters[n] for n in HEAD)
     h = body(x).detach()
     wanted = torch.autograd.grad(loss(h @ weight.T + bias, y), [weight, bias])
     torch.testing.assert_close([weight.grad, bias.grad], list(wanted))
-    after = Live(**last.run(h, (), True), targets=y)
-    last.learn(objective.pulls(where, last, after))
+    after = MicroBatch(**last.run_forward(h, (), True), targets=y)
+    last.backward(objective.backward_pairs(where, last, after))
     assert own.weight.grad is not None
     assert all(each.grad is None for each in last.layers["two"].parameters())
 
@@ -251,8 +258,8 @@ def test_of_random_blocks_heads_alone_learn(head: Any, data: tuple[Tensor, Tenso
 HEAD = ["heads.0.linear.weight", "heads.0.linear.bias"]
 
 
-def inside(width: int) -> Task:
-    return Task(0, 2, (6,), (width,), D, 3, samples=40)
+def inside(width: int) -> BlockSpec:
+    return BlockSpec(0, 2, (6,), (width,), D, 3, train_samples=40)
 
 
 @pytest.mark.parametrize("head", ["least-squares", "ce", "sparsemax"])
@@ -260,8 +267,8 @@ def test_trained_blocks_learn_from_their_own_head(head: Any, data: tuple[Tensor,
     x, y = data
     objective, body = Cafo(head, "trained"), nn.Linear(6, 5).to(D)
     block = made(objective, inside(5), {"one": body})
-    live = Live(**block.run(x, (), True), targets=y)
-    block.learn(objective.pulls(inside(5), block, live))
+    live = MicroBatch(**block.run_forward(x, (), True), targets=y)
+    block.backward(objective.backward_pairs(inside(5), block, live))
     weight, bias = (block.parameters[n].detach() for n in HEAD)
     scores = body(x) @ weight.T + bias
     loss = {
@@ -280,8 +287,14 @@ def test_trained_with_cross_entropy_one_block_is_ordinary_backprop(
     x, y = data
     objective, where = Cafo("ce", "trained"), topped(None, (6,), 0)
     block = made(objective, where, {"head": nn.Linear(6, 3).to(D)})
-    block.learn(objective.pulls(where, block, Live(**block.run(x, (), True), targets=y)))
-    wanted = torch.autograd.grad(cross_entropy(block.layers["head"](x), y), block.trained)
+    block.backward(
+        objective.backward_pairs(
+            where, block, MicroBatch(**block.run_forward(x, (), True), targets=y)
+        )
+    )
+    wanted = torch.autograd.grad(
+        cross_entropy(block.layers["head"](x), y), block.trainable_parameters
+    )
     assert all(torch.equal(w, g) for w, g in zip(wanted, block.gradients(), strict=True))
 
 
@@ -296,20 +309,20 @@ def test_sums_of_blocks_that_move_start_anew_with_an_epoch(
     x, y = data
     objective, where = Cafo(blocks=blocks), inside(6)
     block = made(objective, where, {"one": nn.Identity()})
-    assert isinstance(block.helper, Readout)
+    assert isinstance(block.head, Readout)
     for _ in range(2):
         for i, part in parts(x):
-            objective.pulls(where, block, Live(part, part, y[i : i + 20]))
-            seen = block.helper.rows
+            objective.backward_pairs(where, block, MicroBatch(part, part, y[i : i + 20]))
+            seen = block.head.sample_count
             objective.solve(where, block)
-            assert block.helper.rows in (seen, 0)
+            assert block.head.sample_count in (seen, 0)
         torch.testing.assert_close(
-            block.helper.linear.weight if block.helper.linear else None,
+            block.head.linear.weight if block.head.linear else None,
             torch.linalg.lstsq(torch.cat([x, ONES], 1), one_hot(y, 3).to(D)).solution[:-1].T,
             rtol=0,
             atol=1e-13,
         )
-    assert block.helper.rows == left
+    assert block.head.sample_count == left
 
 
 # Prediction, warnings
@@ -320,17 +333,20 @@ def test_the_vote_is_a_sum_of_probabilities() -> None:
     for head in ("least-squares", "ce"):
         assert torch.equal(Cafo(head).vote(where, z), z.softmax(1))
     assert torch.equal(Cafo("sparsemax").vote(where, z), sparsemax(z))
-    assert Cafo().votes
+    assert Cafo().predicts_by_vote
 
 
 def test_large_sums_are_told_of() -> None:
-    tasks = [Task(0, 2, (6,), (8192,), D, 3, samples=50000), topped(partial(nn.Linear, 6, 3), (6,))]
-    [wide] = Cafo().cautions(tasks, 32)
+    tasks = [
+        BlockSpec(0, 2, (6,), (8192,), D, 3, train_samples=50000),
+        topped(partial(nn.Linear, 6, 3), (6,)),
+    ]
+    [wide] = Cafo().warnings(tasks, 32)
     assert "0.5 GB in block 0" in wide
-    tasks[0] = Task(0, 2, (6,), (48, 12, 12), D, 3, samples=1000)
-    [short] = Cafo().cautions(tasks, 32)
+    tasks[0] = BlockSpec(0, 2, (6,), (48, 12, 12), D, 3, train_samples=1000)
+    [short] = Cafo().warnings(tasks, 32)
     assert "1000 samples do not determine as many weights per class (1728 in block 0)" in short
-    assert Cafo("ce").cautions(tasks, 32) == []
+    assert Cafo("ce").warnings(tasks, 32) == []
 
 
 @pytest.mark.parametrize("model", ["cnn", "resnet"])
@@ -342,7 +358,7 @@ def test_networks_for_images_are_put_together(model: str, tmp_path: Path) -> Non
         model={"name": model, **net},
         objective={"name": "cafo", "features": 40},
     )
-    job = build(plan(run, 1), Comm(SingleWire()))
-    widths = [each.helper.gram.shape[0] - 1 for each in job.engine.blocks.values() if each.helper]
+    job = build_rank(make_plan(run, 1), Comm(SingleBackend()))
+    widths = [each.head.gram.shape[0] - 1 for each in job.engine.blocks.values() if each.head]
     assert all(width <= 40 for width in widths)
     assert widths[-1] == {"cnn": 8, "resnet": 16}[model]

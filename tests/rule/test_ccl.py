@@ -10,33 +10,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, elu, one_hot
 
-from dtrain.block import Block
-from dtrain.errors import Refusal
-from dtrain.live import Live
-from dtrain.objectives.ccl import Ccl
-from dtrain.objectives.parts.mirror import Mirror
-from dtrain.objectives.task import Task
-from dtrain.schedules.action import Point, Route
+from dtrain.block.block import Block
+from dtrain.block.micro_batch import MicroBatch
+from dtrain.errors import DtrainError
+from dtrain.objectives.block_spec import BlockSpec
+from dtrain.objectives.ccl import Ccl, FeedbackLayer
+from dtrain.rng import seeded
+from dtrain.schedules.actions import Point, Route
 from dtrain.schedules.stream import Stream
-from dtrain.seeds import seeded
 
 D = torch.float64
 WIDTHS = (5, 8, 7, 6, 3)
 ROWS = 6
 
 
-def task(block: int, blocks: int = 4) -> Task:
+def task(block: int, blocks: int = 4) -> BlockSpec:
     above = WIDTHS[block + 2 : block + 3]
-    return Task(block, blocks, WIDTHS[block : block + 1], WIDTHS[block + 1 : block + 2], D, 3,
-                above=above)  # fmt: skip
+    return BlockSpec(block, blocks, WIDTHS[block : block + 1], WIDTHS[block + 1 : block + 2], D, 3,
+                next_output_shape=above)  # fmt: skip
 
 
 def made(objective: Ccl, block: int) -> Block:
     """Return a block of one layer; the codes of all but the top are drawn."""
     with seeded("layer", block):
         layer = nn.Linear(WIDTHS[block], WIDTHS[block + 1]).to(D)
-        helper = objective.build(task(block))
-        if isinstance(helper, Mirror) and block < 2:
+        helper = objective.build_head(task(block))
+        if isinstance(helper, FeedbackLayer) and block < 2:
             helper.codes.normal_()
     helper = None if helper is None else helper.to(D)
     return Block(block, {f"fc{block}": layer}, helper, partial(torch.optim.SGD, lr=0.1))
@@ -52,12 +51,12 @@ def test_the_product_of_both_nets_has_bilinear_gradients(batch: tuple[Tensor, Te
     """With the error delta = d loss / d scores: d a = delta c, d c = delta^T a."""
     objective, (x, y) = Ccl(scale=0.25, psi="elu"), batch
     block = made(objective, 0)
-    mirror = block.helper
-    assert isinstance(mirror, Mirror)
+    mirror = block.head
+    assert isinstance(mirror, FeedbackLayer)
     codes = mirror.codes.clone()
-    live = Live(x, block.forward(x, ()), y, share=0.5)
+    live = MicroBatch(x, block.forward(x, ()), y, loss_scale=0.5)
     live.y.retain_grad()
-    block.learn(objective.pulls(task(0), block, live))
+    block.backward(objective.backward_pairs(task(0), block, live))
     a, sums = live.y.detach(), codes @ mirror.layer.weight.detach().T
     c = elu(sums)
     error = a @ c.T - one_hot(y, 3)
@@ -77,8 +76,8 @@ def test_both_nets_learn_in_their_own_block_alone(batch: tuple[Tensor, Tensor]) 
     objective, (x, y) = Ccl(), batch
     blocks = [made(objective, b) for b in range(4)]
     for own, learner in enumerate(blocks):
-        live = Live(x.detach(), learner.forward(x.detach(), ()), y)
-        learner.learn(objective.pulls(task(own), learner, live))
+        live = MicroBatch(x.detach(), learner.forward(x.detach(), ()), y)
+        learner.backward(objective.backward_pairs(task(own), learner, live))
         for other, each in enumerate(blocks):
             for name, parameter in each.parameters.items():
                 assert (parameter.grad is not None) == (own == other), name
@@ -86,42 +85,42 @@ def test_both_nets_learn_in_their_own_block_alone(batch: tuple[Tensor, Tensor]) 
         x = live.y
     route = objective.routes(4, "train")[-1]
     above = blocks[route.source.block]
-    codes = objective.tell(route, above, None)
+    codes = objective.make_message(route, above, None)
     assert not codes.requires_grad
-    assert codes.shape == objective.shape(route, [task(b) for b in range(4)], 0)[0]
+    assert codes.shape == objective.message_spec(route, [task(b) for b in range(4)], 0)[0]
     below = blocks[route.target.block]
     objective.after_update(task(route.target.block), below, {"codes": codes})
-    assert isinstance(below.helper, Mirror)
-    assert torch.equal(below.helper.codes, codes)
-    assert below.helper.codes.data_ptr() != codes.data_ptr()
+    assert isinstance(below.head, FeedbackLayer)
+    assert torch.equal(below.head.codes, codes)
+    assert below.head.codes.data_ptr() != codes.data_ptr()
 
 
 def test_a_code_is_the_feedback_layers_of_all_blocks_above() -> None:
     """c_k = psi(V_k psi(V_{k+1} ... onehot)), as it is handed down."""
     objective = Ccl()
-    mirrors = [made(objective, b).helper for b in range(3)]
+    mirrors = [made(objective, b).head for b in range(3)]
     wanted = torch.eye(3, dtype=D)
     for below, above in ((1, 2), (0, 1)):
         lower, upper = mirrors[below], mirrors[above]
-        assert isinstance(lower, Mirror)
-        assert isinstance(upper, Mirror)
+        assert isinstance(lower, FeedbackLayer)
+        assert isinstance(upper, FeedbackLayer)
         wanted = elu(wanted @ upper.layer.weight.T)
-        torch.testing.assert_close(upper.made(), wanted)
-        lower.codes.copy_(upper.made().detach())
+        torch.testing.assert_close(upper.make_codes(), wanted)
+        lower.codes.copy_(upper.make_codes().detach())
 
 
 def test_no_codes_teach_nothing_but_the_top_has_its_own(batch: tuple[Tensor, Tensor]) -> None:
     objective, (x, y) = Ccl(), batch
-    helpers = [objective.build(task(b)) for b in range(4)]
+    helpers = [objective.build_head(task(b)) for b in range(4)]
     assert helpers[3] is None
-    zeros = [m.codes for m in helpers if isinstance(m, Mirror)]
+    zeros = [m.codes for m in helpers if isinstance(m, FeedbackLayer)]
     assert [bool(codes.any()) for codes in zeros] == [False, False, True]
     assert torch.equal(zeros[2], torch.eye(3))
     block = made(objective, 0)
-    assert isinstance(block.helper, Mirror)
-    block.helper.codes.zero_()
-    live = Live(x, block.forward(x, ()), y)
-    block.learn(objective.pulls(task(0), block, live))
+    assert isinstance(block.head, FeedbackLayer)
+    block.head.codes.zero_()
+    live = MicroBatch(x, block.forward(x, ()), y)
+    block.backward(objective.backward_pairs(task(0), block, live))
     assert not any(each.any() for each in block.gradients())
 
 
@@ -129,12 +128,12 @@ def test_samples_near_their_target_are_not_learnt(batch: tuple[Tensor, Tensor]) 
     """Where a sample's own score is within `filter` of 1 nothing pulls it."""
     x, y = batch
     block = made(Ccl(), 0)
-    assert block.helper is not None
-    near = (block.helper(block.forward(x, ())).detach()[range(ROWS), y] - 1).abs()
+    assert block.head is not None
+    near = (block.head(block.forward(x, ())).detach()[range(ROWS), y] - 1).abs()
     limit = float(near.median()) + 1e-9
-    live = Live(x, block.forward(x, ()), y)
+    live = MicroBatch(x, block.forward(x, ()), y)
     live.y.retain_grad()
-    block.learn(Ccl(filter=limit).pulls(task(0), block, live))
+    block.backward(Ccl(filter=limit).backward_pairs(task(0), block, live))
     assert live.y.grad is not None
     assert torch.equal(live.y.grad.abs().sum(1) > 0, near >= limit)
 
@@ -142,12 +141,12 @@ def test_samples_near_their_target_are_not_learnt(batch: tuple[Tensor, Tensor]) 
 def test_one_block_is_ordinary_backprop(batch: tuple[Tensor, Tensor]) -> None:
     """Law 4, bit for bit."""
     x, y = batch[0], batch[1]
-    alone = Task(0, 1, (5,), (8,), D, 8)
-    assert Ccl().build(alone) is None
+    alone = BlockSpec(0, 1, (5,), (8,), D, 8)
+    assert Ccl().build_head(alone) is None
     with seeded("alone"):
         layer = nn.Linear(5, 8).to(D)
     block = Block(0, {"fc": layer}, None, partial(torch.optim.SGD, lr=0.1))
-    block.learn(Ccl().pulls(alone, block, Live(x, block.forward(x, ()), y)))
+    block.backward(Ccl().backward_pairs(alone, block, MicroBatch(x, block.forward(x, ()), y)))
     found = [each.clone() for each in block.gradients()]
     layer.zero_grad()
     cross_entropy(layer(x), y).backward()
@@ -155,9 +154,11 @@ def test_one_block_is_ordinary_backprop(batch: tuple[Tensor, Tensor]) -> None:
 
 
 def test_codes_are_late_enough_to_stream() -> None:
-    assert [Ccl(lag=lag).schedule for lag in (0, 1, 2, 3)] == ["drained"] * 2 + ["stream"] * 2
-    assert all(map(Stream().runs, Ccl().routes(5, "train")))
-    assert not all(map(Stream().runs, Ccl(lag=1).routes(5, "train")))
+    assert [Ccl(lag=lag).default_schedule for lag in (0, 1, 2, 3)] == ["drained"] * 2 + [
+        "stream"
+    ] * 2
+    assert all(map(Stream().supports, Ccl().routes(5, "train")))
+    assert not all(map(Stream().supports, Ccl(lag=1).routes(5, "train")))
     back = [Route(Point(b + 1, "U"), Point(b, "U"), "codes", 2) for b in (1, 0)]
     assert list(Ccl().routes(4, "train")[3:]) == back
     assert not any(route.name == "codes" for route in Ccl().routes(4, "predict"))
@@ -165,17 +166,17 @@ def test_codes_are_late_enough_to_stream() -> None:
 
 def test_images_are_averaged_to_few_numbers() -> None:
     """16 x 32 x 32 numbers become 16 x 4 x 4, 64 x 8 x 8 become 64 x 2 x 2."""
-    where = Task(0, 3, (3, 32, 32), (16, 32, 32), D, 10, above=(64, 8, 8))
-    helper = Ccl().build(where)
-    assert isinstance(helper, Mirror)
+    where = BlockSpec(0, 3, (3, 32, 32), (16, 32, 32), D, 10, next_output_shape=(64, 8, 8))
+    helper = Ccl().build_head(where)
+    assert isinstance(helper, FeedbackLayer)
     assert helper.layer.weight.shape == (256, 256)
     y = torch.randn(2, 16, 32, 32)
     flat = y.view(2, 16, 4, 8, 4, 8).mean((3, 5)).flatten(1)
     helper.codes.normal_()
-    torch.testing.assert_close(helper(y), flat @ helper.made().T)
+    torch.testing.assert_close(helper(y), flat @ helper.make_codes().T)
 
 
 @pytest.mark.parametrize("wrong", [{"lag": -1}, {"scale": 0}, {"filter": -0.1}, {"features": 0}])
 def test_wrong_fields_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(Refusal, match=f"{next(iter(wrong))} = "):
+    with pytest.raises(DtrainError, match=f"{next(iter(wrong))} = "):
         Ccl(**wrong)

@@ -6,30 +6,30 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain.eight import Kind, borders, encoded, table
-from dtrain.syncs.demo import Chunks, cosines
-from dtrain.syncs.int8 import Eight
-from dtrain.syncs.parts.coded import Code
-from dtrain.syncs.parts.ternary import Ternary
+from dtrain.comm.quantize import QuantizationKind, boundaries, code_values, quantize
+from dtrain.syncs.common.compressor import Codec
+from dtrain.syncs.demo import ChunkedDCT, dct_matrix
+from dtrain.syncs.int8 import Int8Codec
+from dtrain.syncs.terngrad import TernaryCodec
 
-CODES = [Ternary(0.0), Ternary(2.5), Eight("dynamic"), Eight("linear")]
+CODES = [TernaryCodec(0.0), TernaryCodec(2.5), Int8Codec("dynamic"), Int8Codec("linear")]
 
 
 def normal(count: int, seed: int = 0) -> Tensor:
     return torch.randn(count, generator=torch.Generator().manual_seed(seed))
 
 
-def through(code: Code, values: Tensor, *key: int | str) -> Tensor:
+def through(code: Codec, values: Tensor, *key: int | str) -> Tensor:
     """Return what comes out at the other end."""
     data = code.encode(values, key)
     assert data.dtype == torch.uint8
-    assert len(data) == code.size(len(values))
+    assert len(data) == code.encoded_bytes(len(values))
     return code.decode(data, len(values))
 
 
 @pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 1000])
-def test_zeros_and_constants_are_exact(code: Code, count: int) -> None:
+def test_zeros_and_constants_are_exact(code: Codec, count: int) -> None:
     assert torch.equal(through(code, torch.zeros(count), count), torch.zeros(count))
     if count > 1:  # whatever the clipping: the deviation of a constant of one sign is zero
         signs = torch.tensor([1.0, -1.0]).repeat(count)[:count]
@@ -37,7 +37,7 @@ def test_zeros_and_constants_are_exact(code: Code, count: int) -> None:
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_float64_comes_as_float32(code: Code) -> None:
+def test_float64_comes_as_float32(code: Codec) -> None:
     values = normal(33)
     assert torch.equal(through(code, values.double(), "a"), through(code, values, "a"))
 
@@ -49,7 +49,7 @@ def test_float64_comes_as_float32(code: Code) -> None:
 def test_ternary_numbers_are_right_in_the_mean(clip: float) -> None:
     """The clipped number, within five standard errors of its draws."""
     values, draws = normal(200) + 0.3, 1000
-    code = Ternary(clip)
+    code = TernaryCodec(clip)
     found = torch.stack([through(code, values, draw) for draw in range(draws)])
     limit = clip * values.std(correction=0) if clip else torch.inf
     clipped = values.clamp(-limit, limit)
@@ -64,14 +64,14 @@ def test_ternary_numbers_are_right_in_the_mean(clip: float) -> None:
 
 
 def test_ternary_draws_follow_from_their_key() -> None:
-    values, code = normal(50), Ternary(2.5)
+    values, code = normal(50), TernaryCodec(2.5)
     assert torch.equal(code.encode(values, ("a", 1)), code.encode(values, ("a", 1)))
     assert not torch.equal(code.encode(values, ("a", 1)), code.encode(values, ("a", 2)))
 
 
 def test_four_ternary_digits_fill_a_byte() -> None:
     values = torch.tensor([1.0, -1.0, 0.0, 1.0, -1.0])
-    data = Ternary(0.0).encode(values, ("a",))
+    data = TernaryCodec(0.0).encode(values, ("a",))
     assert data[:2].tolist() == [2 | 0 << 2 | 1 << 4 | 2 << 6, 0]
 
 
@@ -81,9 +81,9 @@ def test_four_ternary_digits_fill_a_byte() -> None:
 @pytest.mark.parametrize("kind", ["dynamic", "linear"])
 def test_eight_bits_are_the_nearest_value(kind: str) -> None:
     """Idempotent, the extremes exact, the error at most half the distance of two values."""
-    code, values = Eight(kind), normal(5000) ** 3  # type: ignore[arg-type]
+    code, values = Int8Codec(kind), normal(5000) ** 3  # type: ignore[arg-type]
     most = values.abs().max()
-    found, known = through(code, values), table(kind) * most  # type: ignore[arg-type]
+    found, known = through(code, values), code_values(kind) * most  # type: ignore[arg-type]
     assert torch.equal(through(code, found), found)
     assert found.abs().max() == most
     right = torch.bucketize(values, known).clamp(1, len(known) - 1)
@@ -93,7 +93,7 @@ def test_eight_bits_are_the_nearest_value(kind: str) -> None:
 
 def test_dynamic_values_are_a_tree() -> None:
     """Sign, zeros, marker, fraction: seven powers of ten, half as many steps in each."""
-    values = table("dynamic")
+    values = code_values("dynamic")
     assert len(values) == 255
     assert torch.equal(values, -values.flip(0))
     assert values.diff().min() > 0
@@ -109,31 +109,31 @@ def test_dynamic_values_are_a_tree() -> None:
 @pytest.mark.parametrize("shape", [(6,), (1,), (64, 10), (7, 3, 3, 3), (128, 100), (67,)])
 def test_a_cosine_transform_and_back_is_the_identity(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, dtype=torch.float64)
-    chunks = Chunks(shape, 64)
-    waves = chunks.waves(x)
+    chunks = ChunkedDCT(shape, 64)
+    waves = chunks.dct(x)
     assert waves.shape == (chunks.count, chunks.size)
     assert waves.square().sum() == pytest.approx(float(x.square().sum()))
-    torch.testing.assert_close(chunks.whole(waves), x, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(chunks.inverse_dct(waves), x, rtol=1e-12, atol=1e-13)
 
 
 def test_the_transform_is_that_of_scipy() -> None:
     fft = pytest.importorskip("scipy.fft")
     x = torch.randn(12, 10, dtype=torch.float64)
     wanted = torch.from_numpy(fft.dctn(x.numpy(), type=2, norm="ortho"))
-    torch.testing.assert_close(Chunks((12, 10), 64).waves(x).view(12, 10), wanted)
-    assert cosines(5).shape == (5, 5)
+    torch.testing.assert_close(ChunkedDCT((12, 10), 64).dct(x).view(12, 10), wanted)
+    assert dct_matrix(5).shape == (5, 5)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "linear"])
-def test_codes_by_the_upper_half_are_those_of_a_search(kind: Kind) -> None:
+def test_codes_by_the_upper_half_are_those_of_a_search(kind: QuantizationKind) -> None:
     """At every border, next to it, and for numbers of all sizes."""
-    edges = borders(kind)
+    edges = boundaries(kind)
     up, down = edges.new_tensor(2.0), edges.new_tensor(-2.0)
     sizes = normal(100_000).clamp(-4, 4) * 10 ** -(normal(100_000, 1).abs() * 6)
     every = torch.cat([edges, edges.nextafter(up), edges.nextafter(down), sizes / 4, -edges])
-    assert torch.equal(encoded(every, kind), torch.bucketize(every, edges).to(torch.uint8))
+    assert torch.equal(quantize(every, kind), torch.bucketize(every, edges).to(torch.uint8))
 
 
 def test_a_number_that_is_none_stays_none() -> None:
     values = torch.tensor([1.0, float("nan"), 2.0])
-    assert through(Eight("dynamic"), values).isnan().any()
+    assert through(Int8Codec("dynamic"), values).isnan().any()

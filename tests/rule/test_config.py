@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from dtrain.config import parse, read
-from dtrain.errors import Refusal
-from dtrain.rates import Constant, Cosine
-from dtrain.tables import dump, text
+from dtrain.block.lr_schedule import ConstantLR, CosineLR
+from dtrain.config.parse import parse_run, read_run
+from dtrain.errors import DtrainError
+from dtrain.schema import dump_toml, toml_text
 from tests import tiny
 
 WRONG = [
@@ -73,7 +73,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("key", "value", "words"), WRONG)
 def test_what_is_wrong_is_named(key: str, value: Any, words: list[str]) -> None:
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(DtrainError) as refusal:
         tiny.run(**{key: value})
     assert refusal.value.code == 2
     for word in words:
@@ -82,9 +82,9 @@ def test_what_is_wrong_is_named(key: str, value: Any, words: list[str]) -> None:
 
 def test_the_resolved_text_is_the_same_run() -> None:
     run = tiny.run(partition__cuts=[1, "head"], partition__blocks=None)
-    again = parse(tomllib.loads(dump(run.table())), run.path)
+    again = parse_run(tomllib.loads(dump_toml(run.to_table())), run.path)
     assert again == run
-    assert dump(again.table()) == dump(run.table())
+    assert dump_toml(again.to_table()) == dump_toml(run.to_table())
 
 
 @pytest.mark.parametrize(
@@ -100,24 +100,24 @@ def test_the_resolved_text_is_the_same_run() -> None:
 def test_rates_and_clips_are_written_back(changes: dict[str, Any]) -> None:
     run = tiny.run(**changes)
     assert run != tiny.run()
-    again = parse(tomllib.loads(dump(run.table())), run.path)
+    again = parse_run(tomllib.loads(dump_toml(run.to_table())), run.path)
     assert again == run
-    assert dump(again.table()) == dump(run.table())
+    assert dump_toml(again.to_table()) == dump_toml(run.to_table())
 
 
 def test_a_clip_is_ours_and_no_field_of_the_optimizer() -> None:
     run = tiny.run(optimizer__clip=2, optimizer__clip_over="model")
-    assert (run.step.clip, run.step.clip_over) == (2.0, "model")
+    assert (run.optimizer_options.clip, run.optimizer_options.clip_over) == (2.0, "model")
     assert run.optimizer.fields == tiny.run().optimizer.fields
-    assert run.table()["optimizer"]["clip"] == 2.0
+    assert run.to_table()["optimizer"]["clip"] == 2.0
     off = tiny.run(optimizer__clip=0)
     assert off == tiny.run()
-    assert "clip" not in off.table()["optimizer"]
+    assert "clip" not in off.to_table()["optimizer"]
 
 
 def test_rates_are_constant_unless_asked_for() -> None:
-    assert tiny.run().make_rate() == Constant()
-    assert tiny.run(lr__name="cosine", lr__final=0.5).make_rate() == Cosine(final=0.5)
+    assert tiny.run().make_lr_schedule() == ConstantLR()
+    assert tiny.run(lr__name="cosine", lr__final=0.5).make_lr_schedule() == CosineLR(final=0.5)
 
 
 def test_defaults_depend_on_the_objective() -> None:
@@ -128,14 +128,14 @@ def test_defaults_depend_on_the_objective() -> None:
 
 def test_overrides_are_toml_or_text(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
-    path.write_text(dump(tiny.run().table()))
-    run = read(path, ["optimizer.lr=0.5", "sync.name=never", "seed=9"])
-    assert (run.optimizer.fields["lr"], run.sync.name, run.top.seed) == (0.5, "never", 9)
+    path.write_text(dump_toml(tiny.run().to_table()))
+    run = read_run(path, ["optimizer.lr=0.5", "sync.name=never", "seed=9"])
+    assert (run.optimizer.fields["lr"], run.sync.name, run.settings.seed) == (0.5, "never", 9)
     assert run.overrides == ("optimizer.lr=0.5", "sync.name=never", "seed=9")
     assert run.folder == tmp_path
     for wrong in ("seed", "=3", "seed.x=1"):
-        with pytest.raises(Refusal, match="--set"):
-            read(path, [wrong])
+        with pytest.raises(DtrainError, match="--set"):
+            read_run(path, [wrong])
 
 
 @pytest.mark.parametrize(
@@ -144,14 +144,14 @@ def test_overrides_are_toml_or_text(tmp_path: Path) -> None:
 def test_a_file_that_is_no_toml_is_refused(content: bytes, words: str, tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_bytes(content)
-    with pytest.raises(Refusal, match=words):
-        read(path)
-    with pytest.raises(Refusal, match="cannot read"):
-        read(tmp_path / "none.toml")
+    with pytest.raises(DtrainError, match=words):
+        read_run(path)
+    with pytest.raises(DtrainError, match="cannot read"):
+        read_run(tmp_path / "none.toml")
 
 
 @pytest.mark.parametrize(
     "value", [True, 3, 1e-3, 1e300, 'a "quoted" \\ text\nof two lines', [1, "b", [2.5]], {"a": 1}]
 )
 def test_values_are_written_as_toml_reads_them(value: Any) -> None:
-    assert tomllib.loads(f"v = {text(value)}")["v"] == value
+    assert tomllib.loads(f"v = {toml_text(value)}")["v"] == value

@@ -14,9 +14,19 @@ import torch
 from torch import Tensor
 
 from dtrain import data
-from dtrain.data import Arrays, Data, Source, hdf5, load, memory, order, parts, updates_per_epoch
-from dtrain.data.source import floats, moments
-from dtrain.errors import DATA, USAGE, Refusal
+from dtrain.data import (
+    ArrayDataset,
+    Dataset,
+    DatasetSplits,
+    epoch_order,
+    even_ranges,
+    hdf5,
+    load,
+    updates_per_epoch,
+)
+from dtrain.data import hdf5 as memory
+from dtrain.data.dataset import moments, to_float_tensor
+from dtrain.errors import ConfigError, DataError, DtrainError
 
 RNG = np.random.default_rng(0)
 X = RNG.integers(0, 256, (300, 3, 4, 5), dtype=np.uint8)
@@ -44,8 +54,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def refused(call: Callable[[], object], *words: str, code: int = DATA) -> None:
-    with pytest.raises(Refusal) as caught:
+def refused(call: Callable[[], object], *words: str, code: int = DataError.code) -> None:
+    with pytest.raises(DtrainError) as caught:
         call()
     assert caught.value.code == code
     for word in words:
@@ -58,25 +68,25 @@ def refused(call: Callable[[], object], *words: str, code: int = DATA) -> None:
 @pytest.mark.parametrize("shuffle", data.SHUFFLES)
 @pytest.mark.parametrize("size", [1, 2, 255, 256, 257, 10_000])
 def test_an_order_holds_every_sample_once(shuffle: str, size: int) -> None:
-    assert np.array_equal(np.sort(order(size, 0, 0, shuffle)), np.arange(size))
+    assert np.array_equal(np.sort(epoch_order(size, 0, 0, shuffle)), np.arange(size))
 
 
 @pytest.mark.parametrize("shuffle", data.SHUFFLES)
 def test_an_order_is_pure_in_seed_and_epoch(shuffle: str) -> None:
-    first = order(10_000, 1, 2, shuffle)
+    first = epoch_order(10_000, 1, 2, shuffle)
     np.random.default_rng().random(3)
-    assert np.array_equal(first, order(10_000, 1, 2, shuffle))
-    for other in (order(10_000, 2, 1, shuffle), order(10_000, 1, 3, shuffle)):
+    assert np.array_equal(first, epoch_order(10_000, 1, 2, shuffle))
+    for other in (epoch_order(10_000, 2, 1, shuffle), epoch_order(10_000, 1, 3, shuffle)):
         assert np.count_nonzero(first == other) < 50
 
 
 def test_an_order_is_the_same_for_ever() -> None:
     """A resumed run under another numpy sees the same samples."""
-    assert order(10, 0, 0).tolist() == [4, 2, 0, 9, 7, 1, 6, 5, 3, 8]
+    assert epoch_order(10, 0, 0).tolist() == [4, 2, 0, 9, 7, 1, 6, 5, 3, 8]
 
 
 def test_chunks_are_read_in_long_runs() -> None:
-    got = order(10_000, 0, 0, "chunks", chunk=100, window=4)
+    got = epoch_order(10_000, 0, 0, "chunks", chunk=100, window=4)
     for start in range(0, 10_000, 400):
         runs = np.unique(got[start : start + 400] // 100)
         assert len(runs) == 4
@@ -84,13 +94,13 @@ def test_chunks_are_read_in_long_runs() -> None:
 
 
 def test_unknown_shuffle() -> None:
-    refused(lambda: order(10, 0, 0, "ful"), "did you mean 'full'", code=USAGE)
+    refused(lambda: epoch_order(10, 0, 0, "ful"), "did you mean 'full'", code=ConfigError.code)
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 6, 7, 128])
 @pytest.mark.parametrize("n", [1, 2, 3, 7])
 def test_parts(count: int, n: int) -> None:
-    got = parts(count, n)
+    got = even_ranges(count, n)
     assert [i for part in got for i in part] == list(range(count))
     sizes = [len(part) for part in got]
     assert len(sizes) == n
@@ -114,7 +124,7 @@ def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_hdf5_gives_what_was_written(
     folder: Path, whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hdf5, "fits", lambda size: whole)
+    monkeypatch.setattr(hdf5, "fits_in_memory", lambda size: whole)
     train = load("hdf5", FILES, folder, normalise=False).train
     assert (train.size, train.shape, train.classes) == (300, (3, 4, 5), 7)
     for indices in (RNG.permutation(300)[:128], np.array([5]), np.array([299, 0, 299]), []):
@@ -145,7 +155,7 @@ def test_labels_and_shape_are_known_without_images(
     def never(*_: object) -> Tensor:
         raise AssertionError("images were read")
 
-    monkeypatch.setattr(hdf5, "floats", never)
+    monkeypatch.setattr(hdf5, "to_float_tensor", never)
     both = load("hdf5", FILES, folder)
     assert (both.train.shape, both.test.classes) == ((3, 4, 5), 7)
     assert both.train.targets([8, 0]).tolist() == [1, 0]
@@ -155,7 +165,7 @@ def test_labels_and_shape_are_known_without_images(
 
 def test_batches_are_the_callers_own() -> None:
     x = np.ones((4, 3), np.float32)
-    source = Arrays(4, (3,), 2, lambda: x, lambda: np.zeros(4, np.int64))
+    source = ArrayDataset(4, (3,), 2, lambda: x, lambda: np.zeros(4, np.int64))
     for indices in (range(4), [1, 2]):
         got = source.inputs(indices)
         assert got.data_ptr() % 64 == 0
@@ -181,7 +191,7 @@ def test_stated_statistics_are_used_and_nothing_is_read(
 ) -> None:
     write(folder / "train.h5", mean=[10.0, 20.0, 30.0], std=[2.0, 4.0, 0.0])
     both = load("hdf5", FILES, folder)
-    monkeypatch.setattr(Source, "moments", None)
+    monkeypatch.setattr(Dataset, "moments", None)
     expected = (X[[1]].astype(float) - np.reshape([10, 20, 30], (1, 3, 1, 1))) / np.reshape(
         [2, 4, 255], (1, 3, 1, 1)
     )
@@ -202,13 +212,15 @@ def test_moments_of_constant_and_of_shifted_channels() -> None:
 
 def test_constant_channels_do_not_explode() -> None:
     x = np.full((10, 2), 0.1, np.float32)
-    source = Arrays(10, (2,), 2, lambda: x, lambda: np.zeros(10, np.int64))
-    both = data.standardised(Data(source, source))
+    source = ArrayDataset(10, (2,), 2, lambda: x, lambda: np.zeros(10, np.int64))
+    both = data.standardise(DatasetSplits(source, source))
     assert float(both.train.inputs(range(10)).abs().max()) < 1e-6
 
 
 def test_bytes_become_shares() -> None:
-    assert floats(np.array([[0, 51, 255]], np.uint8)).tolist() == [[0.0, pytest.approx(0.2), 1.0]]
+    assert to_float_tensor(np.array([[0, 51, 255]], np.uint8)).tolist() == [
+        [0.0, pytest.approx(0.2), 1.0]
+    ]
 
 
 # Damage
@@ -266,18 +278,24 @@ def test_files_that_are_not_hdf5(folder: Path) -> None:
 
 
 def test_keys_of_hdf5(folder: Path) -> None:
-    refused(lambda: load("hdf5", {"train": "a"}, folder), "test", code=USAGE)
-    refused(lambda: load("hdf5", {"train": "", "test": "b"}, folder), "train = ''", code=USAGE)
-    refused(lambda: load("hdf5", FILES | {"tset": 1}, folder), "'tset'", "'test'", code=USAGE)
-    refused(lambda: load("hdf6", FILES, folder), "did you mean 'hdf5'", code=USAGE)
+    refused(lambda: load("hdf5", {"train": "a"}, folder), "test", code=ConfigError.code)
+    refused(
+        lambda: load("hdf5", {"train": "", "test": "b"}, folder),
+        "train = ''",
+        code=ConfigError.code,
+    )
+    refused(
+        lambda: load("hdf5", FILES | {"tset": 1}, folder), "'tset'", "'test'", code=ConfigError.code
+    )
+    refused(lambda: load("hdf6", FILES, folder), "did you mean 'hdf5'", code=ConfigError.code)
 
 
 def test_memory_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda: 8000)
-    assert memory.fits(1000)
-    assert not memory.fits(1001)
+    assert memory.fits_in_memory(1000)
+    assert not memory.fits_in_memory(1001)
     monkeypatch.setattr(memory, "available_bytes", lambda: 2**50)
-    assert not memory.fits(2**33)
+    assert not memory.fits_in_memory(2**33)
 
 
 # A user's own data
@@ -285,7 +303,7 @@ def test_memory_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
 
 CODE = """
 import numpy as np, torch
-from dtrain.data import Arrays, Data
+from dtrain.data import ArrayDataset, DatasetSplits
 
 def arrays(size=8):
     x = torch.arange(size * 3.0).reshape(size, 3)
@@ -293,8 +311,8 @@ def arrays(size=8):
 
 def own():
     x, y, *_ = arrays()
-    source = Arrays(8, (3,), 2, x.numpy, y.numpy)
-    return Data(source, source)
+    source = ArrayDataset(8, (3,), 2, x.numpy, y.numpy)
+    return DatasetSplits(source, source)
 
 def three(): return arrays()[:3]
 def nothing(): return None
@@ -329,6 +347,6 @@ def test_wrong_custom_data(folder: Path) -> None:
     refused(asked("nothing"), "NoneType")
     refused(asked("uneven"), "8 samples", "7 labels", "train")
     refused(asked("strange"), "label 1", "test")
-    refused(asked("arrays", sizes=3), "did you mean 'size'", code=USAGE)
+    refused(asked("arrays", sizes=3), "did you mean 'size'", code=ConfigError.code)
     with pytest.raises(KeyError, match="my own"):
         load("wrongdata:raises", {}, folder)

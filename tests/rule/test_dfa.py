@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
-from dtrain.block import Block
-from dtrain.job import plan
+from dtrain.block.block import Block
+from dtrain.objectives.base import GRADIENT, forward_routes
+from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.dfa import ANGLE, Dfa
-from dtrain.objectives.objective import GRADIENT, onward
-from dtrain.objectives.task import Task
-from dtrain.seeds import seeded
+from dtrain.planning.plan import make_plan
+from dtrain.rng import seeded
 from tests import tiny
 from tests.rule.walked import D, learnt, made
 
 Net = list[list[nn.Module]]
-Blocks = list[tuple[Task, Block]]
+Blocks = list[tuple[BlockSpec, Block]]
 
 
 def deep(phi: Callable[[], nn.Module]) -> Net:
@@ -38,7 +38,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 def matrices(blocks: Blocks) -> list[Tensor]:
     """Return B_k of every block that has one."""
-    return [block.helper.feedback for _, block in blocks if block.helper is not None]
+    return [block.head.feedback for _, block in blocks if block.head is not None]
 
 
 def found(blocks: Blocks) -> list[Tensor]:
@@ -109,9 +109,9 @@ def test_images_are_pushed_as_flat_outputs_are() -> None:
     error = (last.y.detach().softmax(1) - one_hot(y, 4)) / 5
     force = (error @ matrices(blocks)[0] / 8**0.5).view(5, 2, 2, 2)
     torch.testing.assert_close(conv.bias.grad, force.sum((0, 2, 3)), rtol=1e-12, atol=1e-16)
-    assert any("convolutions" in told for told in Dfa().cautions([t for t, _ in blocks], 5))
+    assert any("convolutions" in told for told in Dfa().warnings([t for t, _ in blocks], 5))
     assert (
-        Dfa().cautions([made(Dfa(), deep(nn.Tanh), torch.zeros(2, 6, dtype=D), 4)[0][0]], 5) == []
+        Dfa().warnings([made(Dfa(), deep(nn.Tanh), torch.zeros(2, 6, dtype=D), 4)[0][0]], 5) == []
     )
 
 
@@ -135,8 +135,8 @@ def test_angles_are_those_between_the_force_and_the_true_gradient(
         force = error @ matrix
         cosine = (force * gradient).sum(1) / force.norm(dim=1) / gradient.norm(dim=1)
         angle = torch.rad2deg(torch.acos(cosine)).mean()
-        torch.testing.assert_close(live.figures[ANGLE], angle, rtol=1e-12, atol=0)
-    assert lives[-1].figures == {}
+        torch.testing.assert_close(live.metrics[ANGLE], angle, rtol=1e-12, atol=0)
+    assert lives[-1].metrics == {}
 
 
 def test_angles_change_nothing_that_is_learnt(batch: tuple[Tensor, Tensor]) -> None:
@@ -154,10 +154,10 @@ def test_the_true_gradient_has_no_angle_however_small(batch: tuple[Tensor, Tenso
     blocks = made(objective, net, batch[0], 4)
     matrices(blocks)[1].copy_(net[2][0].weight.detach())
     lives = learnt(objective, blocks, *batch, share=1e-12)
-    assert float(lives[1].figures[ANGLE]) < 1e-4
+    assert float(lives[1].metrics[ANGLE]) < 1e-4
     matrices(blocks)[1].neg_()
     lives = learnt(objective, blocks, *batch, share=1e-12)
-    assert float(lives[1].figures[ANGLE]) > 180 - 1e-4
+    assert float(lives[1].metrics[ANGLE]) > 180 - 1e-4
 
 
 # What travels
@@ -175,7 +175,7 @@ def test_errors_go_to_all_blocks_and_gradients_only_where_asked() -> None:
     chain = [(1, 0, 0), (2, 1, 0), (3, 2, 0)]
     assert rows(Dfa(angles=True), "error") == rows(Dfa(angles=True), GRADIENT) == chain
     for objective in (Dfa(), Dfa(angles=True)):
-        assert objective.routes(4, "predict") == onward(4)
+        assert objective.routes(4, "predict") == forward_routes(4)
 
 
 @pytest.mark.parametrize("angles", [False, True])
@@ -183,7 +183,7 @@ def test_errors_go_to_all_blocks_and_gradients_only_where_asked() -> None:
 def test_no_layout_deadlocks(angles: bool, blocks: int, stages: int) -> None:
     """The plan's own proof, in the default schedule."""
     told = {"partition__blocks": blocks, "mesh__stages": stages, "objective__angles": angles}
-    assert plan(tiny.run(objective__name="dfa", micro_batches=1, **told), stages).proof
+    assert make_plan(tiny.run(objective__name="dfa", micro_batches=1, **told), stages).proof
 
 
 @pytest.mark.parametrize(
@@ -198,4 +198,4 @@ def test_no_layout_deadlocks(angles: bool, blocks: int, stages: int) -> None:
 def test_the_delay_is_declared(told: dict[str, object], staleness: list[int]) -> None:
     """By default K - b updates, which nobody waits for; with the angles, that of gradients."""
     run = tiny.run(objective__name="dfa", micro_batches=1, mesh__stages=3, **told)
-    assert list(plan(run, 3).proof.staleness) == staleness
+    assert list(make_plan(run, 3).proof.staleness) == staleness

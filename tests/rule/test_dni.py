@@ -9,16 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy, mse_loss, one_hot
 
-from dtrain.block import Block
-from dtrain.errors import Refusal
-from dtrain.live import Draws, Live
-from dtrain.objectives.dni import Dni
-from dtrain.objectives.objective import GRADIENT
-from dtrain.objectives.parts.synthesiser import Synthesiser
-from dtrain.objectives.task import Task
-from dtrain.schedules.action import Point, Route
+from dtrain.block.block import Block
+from dtrain.block.micro_batch import MicroBatch, RowRandom
+from dtrain.errors import DtrainError
+from dtrain.objectives.base import GRADIENT
+from dtrain.objectives.block_spec import BlockSpec
+from dtrain.objectives.dni import Dni, Synthesiser
+from dtrain.rng import seeded
+from dtrain.schedules.actions import Point, Route
 from dtrain.schedules.stream import Stream
-from dtrain.seeds import seeded
 
 D = torch.float64
 WIDTHS = (5, 8, 7, 3)
@@ -26,8 +25,8 @@ ROWS = 6
 BACK = [Route(Point(b + 1, "B"), Point(b, "B"), GRADIENT, 2) for b in range(2)]
 
 
-def task(block: int) -> Task:
-    return Task(block, 3, WIDTHS[block : block + 1], WIDTHS[block + 1 : block + 2], D, 3)
+def task(block: int) -> BlockSpec:
+    return BlockSpec(block, 3, WIDTHS[block : block + 1], WIDTHS[block + 1 : block + 2], D, 3)
 
 
 def chain(objective: Dni) -> list[Block]:
@@ -35,7 +34,7 @@ def chain(objective: Dni) -> list[Block]:
     blocks = []
     for b in range(3):
         with seeded("layer", b):
-            layer, helper = nn.Linear(WIDTHS[b], WIDTHS[b + 1]), objective.build(task(b))
+            layer, helper = nn.Linear(WIDTHS[b], WIDTHS[b + 1]), objective.build_head(task(b))
             for each in [] if helper is None else helper.parameters():
                 nn.init.normal_(each)
         layers = {f"fc{b}": nn.Sequential(layer, nn.Tanh()).to(D)}
@@ -49,11 +48,11 @@ def batch(update: int = 0) -> tuple[Tensor, Tensor]:
         return torch.randn(ROWS, WIDTHS[0], dtype=D), torch.tensor([0, 1, 2, 0, 1, 1])
 
 
-def live(block: Block, x: Tensor, y: Tensor, update: int = 0, rows: int = ROWS) -> Live:
+def live(block: Block, x: Tensor, y: Tensor, update: int = 0, rows: int = ROWS) -> MicroBatch:
     """Return a micro-batch that is half of an update of one replica."""
     x = x.detach().requires_grad_()
-    draws, draw = Draws(0, block.index, update, 2 * rows, 0, rows), (update, 0, 0)
-    return Live(x, block.forward(x, ()), y, share=0.5, draws=draws, draw=draw)
+    draws, draw = RowRandom(0, block.index, update, 2 * rows, 0, rows), (update, 0, 0)
+    return MicroBatch(x, block.forward(x, ()), y, loss_scale=0.5, row_random=draws, rng_key=draw)
 
 
 class Known(nn.Module):
@@ -78,16 +77,16 @@ def test_a_perfect_synthesiser_is_backpropagation() -> None:
     (0.5 * cross_entropy(outs[-1], y)).backward()
     h = x
     for b, block in enumerate(ours):
-        if isinstance(block.helper, Synthesiser):
+        if isinstance(block.head, Synthesiser):
             assert outs[b + 1].grad is not None
-            block.helper.layers = nn.Sequential(Known(outs[b + 1].grad * 2 * ROWS))
+            block.head.layers = nn.Sequential(Known(outs[b + 1].grad * 2 * ROWS))
         each = live(block, h, y)
-        block.learn(objective.pulls(task(b), block, each))
+        block.backward(objective.backward_pairs(task(b), block, each))
         for mine, wanted in zip(*(list(z[b].layers.values()) for z in (ours, theirs)), strict=True):
             for p, q in zip(mine.parameters(), wanted.parameters(), strict=True):
                 torch.testing.assert_close(p.grad, q.grad, rtol=1e-13, atol=1e-16)
         if b:  # and what it tells is what the block below should have guessed
-            told = objective.tell(BACK[b - 1], block, each)
+            told = objective.make_message(BACK[b - 1], block, each)
             below = outs[b].grad
             assert below is not None
             torch.testing.assert_close(told, below * 2 * ROWS, rtol=1e-13, atol=1e-15)
@@ -100,31 +99,31 @@ def test_a_synthesiser_learns_the_squared_error_of_its_guess(lag: int, condition
     """Of the output and the labels of `lag` updates ago, and of nothing else."""
     objective = Dni(conditional=conditional, lag=lag, hidden=1)
     block = chain(objective)[0]
-    helper = block.helper
+    helper = block.head
     assert isinstance(helper, Synthesiser)
     seen = []
     for update in range(3):
         x, y = batch(update)
         each = live(block, x, (y + update) % 3, update)
         if update == 2 or not lag:
-            each.told[GRADIENT] = torch.randn(ROWS, 8, dtype=D)
+            each.received[GRADIENT] = torch.randn(ROWS, 8, dtype=D)
         seen.append((each.y.detach(), each.targets))
-        for parameter in block.trained:
+        for parameter in block.trainable_parameters:
             parameter.grad = None
-        block.learn(objective.pulls(task(0), block, each))
-        assert len(helper.kept) == min(update + 1, lag)
+        block.backward(objective.backward_pairs(task(0), block, each))
+        assert len(helper.cached_tensors) == min(update + 1, lag)
     h, labels = seen[2 - lag]
     grads = [p.grad for p in helper.parameters()]
     inputs = torch.cat([h, one_hot(labels, 3).to(D)], 1) if conditional else h
     guess = helper.layers(inputs)
-    loss = mse_loss(guess, each.told[GRADIENT])
+    loss = mse_loss(guess, each.received[GRADIENT])
     wanted = torch.autograd.grad(0.5 * loss, list(helper.parameters()))
     for mine, theirs in zip(grads, wanted, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-13, atol=1e-16)
     assert each.loss is not None
     torch.testing.assert_close(each.loss, loss.detach())
-    cosine = cosine_similarity(guess, each.told[GRADIENT]).mean().detach()
-    torch.testing.assert_close(each.figures["synthetic_cosine"], cosine)
+    cosine = cosine_similarity(guess, each.received[GRADIENT]).mean().detach()
+    torch.testing.assert_close(each.metrics["synthetic_cosine"], cosine)
 
 
 def test_what_comes_to_a_much_shorter_update_is_not_learnt() -> None:
@@ -134,13 +133,13 @@ def test_what_comes_to_a_much_shorter_update_is_not_learnt() -> None:
     for rows in (6, 3, 2):
         block = chain(objective)[0]
         x, y = batch()
-        block.learn(objective.pulls(task(0), block, live(block, x, y)))
-        assert block.helper is not None
-        assert all(p.grad is None for p in block.helper.parameters())
+        block.backward(objective.backward_pairs(task(0), block, live(block, x, y)))
+        assert block.head is not None
+        assert all(p.grad is None for p in block.head.parameters())
         each = live(block, x[:rows], y[:rows], 1, rows)
-        each.told[GRADIENT] = torch.ones(ROWS, 8, dtype=D)
-        block.learn(objective.pulls(task(0), block, each))
-        found.append([p.grad for p in block.helper.parameters()])
+        each.received[GRADIENT] = torch.ones(ROWS, 8, dtype=D)
+        block.backward(objective.backward_pairs(task(0), block, each))
+        found.append([p.grad for p in block.head.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True))
     assert all(each is None for each in found[2])
 
@@ -151,15 +150,15 @@ def test_a_block_moves_no_other_and_its_guess_is_not_its_regression() -> None:
     blocks = chain(objective)
     for own, learner in enumerate(blocks):
         each = live(learner, x, y)
-        each.told[GRADIENT] = torch.ones_like(each.y)
-        pulls = objective.pulls(task(own), learner, each)
-        learner.learn(pulls[1:])
+        each.received[GRADIENT] = torch.ones_like(each.y)
+        pulls = objective.backward_pairs(task(own), learner, each)
+        learner.backward(pulls[1:])
         assert all(p.grad is None for layer in learner.layers.values() for p in layer.parameters())
         assert own == 2 or each.x.grad is None
-        learner.learn(pulls[:1])
+        learner.backward(pulls[:1])
         for other, block in enumerate(blocks):
-            assert all((p.grad is not None) == (own == other) for p in block.trained)
-            for parameter in block.trained:
+            assert all((p.grad is not None) == (own == other) for p in block.trainable_parameters)
+            for parameter in block.trainable_parameters:
                 parameter.grad = None
         x = each.y
 
@@ -167,12 +166,12 @@ def test_a_block_moves_no_other_and_its_guess_is_not_its_regression() -> None:
 def test_one_block_is_ordinary_backprop() -> None:
     """Law 4, bit for bit."""
     x, y = batch()
-    alone = Task(0, 1, (5,), (8,), D, 8)
-    assert Dni().build(alone) is None
+    alone = BlockSpec(0, 1, (5,), (8,), D, 8)
+    assert Dni().build_head(alone) is None
     with seeded("alone"):
         layer = nn.Linear(5, 8).to(D)
     block = Block(0, {"fc": layer}, None, partial(torch.optim.SGD, lr=0.1))
-    block.learn(Dni().pulls(alone, block, Live(x, block.forward(x, ()), y)))
+    block.backward(Dni().backward_pairs(alone, block, MicroBatch(x, block.forward(x, ()), y)))
     found = [each.clone() for each in block.gradients()]
     layer.zero_grad()
     cross_entropy(layer(x), y).backward()
@@ -184,7 +183,7 @@ def test_one_block_is_ordinary_backprop() -> None:
 def test_guesses_start_at_zero_and_have_the_outputs_shape(
     outputs: tuple[int, ...], hidden: int
 ) -> None:
-    helper = Dni(hidden=hidden).build(Task(0, 2, (5,), outputs, D, 3))
+    helper = Dni(hidden=hidden).build_head(BlockSpec(0, 2, (5,), outputs, D, 3))
     assert isinstance(helper, Synthesiser)
     y, labels = torch.randn(2, *outputs), torch.tensor([2, 0])
     assert torch.equal(helper(y, labels), torch.zeros(2, *outputs))
@@ -196,14 +195,14 @@ def test_guesses_start_at_zero_and_have_the_outputs_shape(
 
 
 def test_gradients_are_late_enough_to_stream() -> None:
-    assert [Dni(lag=lag).schedule for lag in (0, 1, 2, 3)] == ["1f1b"] * 2 + ["stream"] * 2
-    assert all(map(Stream().runs, Dni().routes(5, "train")))
-    assert not all(map(Stream().runs, Dni(lag=1).routes(5, "train")))
+    assert [Dni(lag=lag).default_schedule for lag in (0, 1, 2, 3)] == ["1f1b"] * 2 + ["stream"] * 2
+    assert all(map(Stream().supports, Dni().routes(5, "train")))
+    assert not all(map(Stream().supports, Dni(lag=1).routes(5, "train")))
     assert list(Dni().routes(3, "train")[2:]) == BACK
     assert not any(route.name == GRADIENT for route in Dni().routes(3, "predict"))
 
 
 @pytest.mark.parametrize("wrong", ["lag", "hidden"])
 def test_wrong_fields_are_refused(wrong: str) -> None:
-    with pytest.raises(Refusal, match=f"{wrong} = -1"):
+    with pytest.raises(DtrainError, match=f"{wrong} = -1"):
         Dni(**{wrong: -1})

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.objectives import OBJECTIVES
-from dtrain.tables import kebab, text
+from dtrain.schema import kebab, toml_text
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs" / "objectives.md"
@@ -84,8 +84,8 @@ def test_every_objective_has_a_row_and_a_section() -> None:
 def test_the_row_says_what_the_code_does(name: str) -> None:
     kind, row = OBJECTIVES[name], listed()[name]
     assert ticked(row["keys"]) == [kebab(each.name) for each in fields(kind)]
-    assert ticked(row["default schedule"]) == [kind().schedule]
-    assert row["prediction"] == ("vote" if kind().votes else "last")
+    assert ticked(row["default schedule"]) == [kind().default_schedule]
+    assert row["prediction"] == ("vote" if kind().predicts_by_vote else "last")
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -96,7 +96,7 @@ def test_every_key_is_told_with_its_default(name: str) -> None:
         for key, default in defaults(told).items():
             others[key].add(default)
     for each in fields(OBJECTIVES[name]):
-        key, wanted = kebab(each.name), text(each.default)
+        key, wanted = kebab(each.name), toml_text(each.default)
         assert own[key] == wanted if key in own else wanted in others[key], key
 
 

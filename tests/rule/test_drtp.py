@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
-from dtrain.block import Block
-from dtrain.live import Live
+from dtrain.block.block import Block
+from dtrain.block.micro_batch import MicroBatch
+from dtrain.objectives.block_spec import BlockSpec
+from dtrain.objectives.common.random_feedback import MatrixKind
 from dtrain.objectives.drtp import Drtp
-from dtrain.objectives.parts.feedback import Matrix
-from dtrain.objectives.task import Task
-from dtrain.seeds import seeded
+from dtrain.rng import seeded
 
 D = torch.float64
 CLASSES = 5
@@ -25,23 +25,23 @@ def step(parameters: Iterable[Any]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1)
 
 
-def task(outputs: tuple[int, ...], block: int = 0, blocks: int = 3) -> Task:
-    return Task(block, blocks, (8,), outputs, D, CLASSES)
+def task(outputs: tuple[int, ...], block: int = 0, blocks: int = 3) -> BlockSpec:
+    return BlockSpec(block, blocks, (8,), outputs, D, CLASSES)
 
 
 def learnt(
-    layer: nn.Module, where: Task, share: float = 1.0, **told: Any
-) -> tuple[Tensor, Tensor, Tensor, Live, Block]:
+    layer: nn.Module, where: BlockSpec, share: float = 1.0, **told: Any
+) -> tuple[Tensor, Tensor, Tensor, MicroBatch, Block]:
     """Return data, labels, the matrix, and a block of one layer that has learnt them."""
     with seeded("drtp"):
         x, y = torch.randn(40, 8, dtype=D), torch.randint(0, CLASSES, (40,))
         objective = Drtp(**told)
-        helper = objective.build(where)
+        helper = objective.build_head(where)
     assert helper is not None
-    block = Block(where.block, {"one": layer}, helper.to(D), step)
-    live = Live(x, block.forward(x, ()), y, share)
-    block.learn(objective.pulls(where, block, live))
-    return x, y, block.buffers[f"heads.{where.block}.feedback"], live, block
+    block = Block(where.index, {"one": layer}, helper.to(D), step)
+    live = MicroBatch(x, block.forward(x, ()), y, share)
+    block.backward(objective.backward_pairs(where, block, live))
+    return x, y, block.buffers[f"heads.{where.index}.feedback"], live, block
 
 
 def test_a_linear_layer_learns_sums_of_inputs_by_class_through_the_matrix() -> None:
@@ -81,7 +81,7 @@ def test_images_are_pushed_as_they_lie() -> None:
     torch.testing.assert_close(layer[1].bias.grad, force.sum((0, 2, 3)), rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("kind", get_args(Matrix))
+@pytest.mark.parametrize("kind", get_args(MatrixKind))
 def test_every_kind_of_matrix_is_fixed(kind: str) -> None:
     *_, block = learnt(nn.Linear(8, 12).to(D), task((12,)), feedback=kind)
     assert [name for name in block.parameters if name.startswith("heads")] == []
@@ -93,10 +93,10 @@ def test_every_kind_of_matrix_is_fixed(kind: str) -> None:
 
 def test_the_last_block_learns_the_true_loss() -> None:
     where, layer = task((CLASSES,), 2), nn.Linear(8, CLASSES).to(D)
-    assert Drtp().build(where) is None
+    assert Drtp().build_head(where) is None
     x, y = torch.randn(6, 8, dtype=D), torch.randint(0, CLASSES, (6,))
     block = Block(2, {"head": layer}, None, step)
-    block.learn(Drtp().pulls(where, block, Live(x, block.forward(x, ()), y)))
+    block.backward(Drtp().backward_pairs(where, block, MicroBatch(x, block.forward(x, ()), y)))
     [wanted] = torch.autograd.grad(cross_entropy(layer(x), y), [layer.weight])
     assert layer.weight.grad is not None
     assert torch.equal(layer.weight.grad, wanted)
@@ -104,10 +104,10 @@ def test_the_last_block_learns_the_true_loss() -> None:
 
 def test_a_user_is_told_what_it_cannot_do() -> None:
     flat = [task((12,), 0), task((12,), 1), task((CLASSES,), 2)]
-    [stop] = Drtp().cautions(flat, 32)
+    [stop] = Drtp().warnings(flat, 32)
     assert "2 of 3 blocks" in stop
     images = [task((3, 4, 4), 0), task((12,), 1), task((CLASSES,), 2)]
-    _, convolutions = Drtp().cautions(images, 32)
+    _, convolutions = Drtp().warnings(images, 32)
     assert "1 of 2 blocks" in convolutions
     assert "(block 0)" in convolutions
-    assert Drtp().cautions([task((CLASSES,), 0, 1)], 32) == []
+    assert Drtp().warnings([task((CLASSES,), 0, 1)], 32) == []

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from dtrain.block import Block
+from dtrain.block.block import Block
+from dtrain.objectives.base import Objective
+from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.dfa import Dfa
 from dtrain.objectives.drtp import Drtp
-from dtrain.objectives.f3 import F3, FIGURE
-from dtrain.objectives.objective import Objective
-from dtrain.objectives.task import Task
-from dtrain.seeds import seeded
+from dtrain.objectives.f3 import F3, METRIC
+from dtrain.rng import seeded
 from tests.rule.walked import SAMPLES, D, learnt, made
 
-Blocks = list[tuple[Task, Block]]
+Blocks = list[tuple[BlockSpec, Block]]
 every_kind = pytest.mark.parametrize(
     "told", [{}, {"error": "output"}, {"one_hot": True}, {"error": "output", "one_hot": True}]
 )
@@ -45,14 +45,14 @@ def turn(objective: Objective, blocks: Blocks) -> None:
     for task, block in blocks:
         objective.solve(task, block)
     for _, block in blocks:
-        block.helper.answers.copy_(blocks[-1][1].helper.answers)
+        block.head.answers.copy_(blocks[-1][1].head.answers)
 
 
 def gradients(blocks: Blocks) -> list[Tensor]:
     """Return the gradients of one learning, and forget them."""
     found = [g.clone() for _, block in blocks for g in block.gradients()]
     for _, block in blocks:
-        for parameter in block.trained:
+        for parameter in block.trainable_parameters:
             parameter.grad = None
     return found
 
@@ -69,7 +69,7 @@ def test_the_first_epoch_is_drtp(told: dict[str, Any], batch: tuple[Tensor, ...]
     lives = learnt(F3(**told), blocks, x, y, indices=which)
     learnt(Drtp(), others, x, y, indices=which)
     close(gradients(blocks), gradients(others))
-    assert [float(live.figures[FIGURE]) for live in lives[:-1]] == [1, 1]
+    assert [float(live.metrics[METRIC]) for live in lives[:-1]] == [1, 1]
 
 
 def test_with_weights_that_stand_still_it_is_dfa_with_the_negative_matrix(
@@ -80,7 +80,7 @@ def test_with_weights_that_stand_still_it_is_dfa_with_the_negative_matrix(
     objective, direct = F3(), Dfa(normalised=False)
     blocks, others = deep(objective, x, 9, 7), deep(direct, x, 9, 7)
     for (_, block), (_, other) in zip(blocks[:-1], others[:-1], strict=True):
-        other.helper.feedback.copy_(-block.helper.feedback)
+        other.head.feedback.copy_(-block.head.feedback)
     learnt(objective, blocks, x, y, indices=which)
     first = gradients(blocks)
     turn(objective, blocks)
@@ -111,10 +111,10 @@ def test_the_force_is_the_error_of_the_epoch_before(
     error = (one_hot(y, 4) - p)[again]
     if told.get("one_hot"):
         error = error * one_hot(y, 4)[again]
-    delta = 0.3 / 5 * error @ blocks[0][1].helper.feedback * (1 - first.y.detach() ** 2)
+    delta = 0.3 / 5 * error @ blocks[0][1].head.feedback * (1 - first.y.detach() ** 2)
     weight, bias, *_ = gradients(blocks)
     close([weight, bias], [delta.T @ x[again], delta.sum(0)])
-    torch.testing.assert_close(first.figures[FIGURE], error.norm(dim=1).mean())
+    torch.testing.assert_close(first.metrics[METRIC], error.norm(dim=1).mean())
 
 
 def test_answers_are_used_at_the_segments_end_and_not_before(batch: tuple[Tensor, ...]) -> None:
@@ -123,17 +123,17 @@ def test_answers_are_used_at_the_segments_end_and_not_before(batch: tuple[Tensor
     blocks = deep(objective, x, 9)
     (_, lower), (_, upper) = blocks
     last = learnt(objective, blocks, x, y, indices=which)[-1]
-    assert torch.equal(upper.helper.answers, torch.zeros(SAMPLES, 4, dtype=D))
-    assert torch.equal(upper.helper.seen.nonzero()[:, 0], which.sort().values)
+    assert torch.equal(upper.head.answers, torch.zeros(SAMPLES, 4, dtype=D))
+    assert torch.equal(upper.head.seen.nonzero()[:, 0], which.sort().values)
     turn(objective, blocks)
-    held = upper.helper.answers.clone()
+    held = upper.head.answers.clone()
     assert torch.equal(held[which], last.y.detach().softmax(1))
-    assert torch.equal(lower.helper.answers, held)
+    assert torch.equal(lower.head.answers, held)
     assert held.any(1).sum() == 12
-    assert not upper.helper.fresh.any()
-    assert not upper.helper.seen.any()
+    assert not upper.head.fresh.any()
+    assert not upper.head.seen.any()
     turn(objective, blocks)
-    assert torch.equal(upper.helper.answers, held), "who was not seen keeps his answer"
+    assert torch.equal(upper.head.answers, held), "who was not seen keeps his answer"
 
 
 def test_an_answer_of_zero_is_an_answer(batch: tuple[Tensor, ...]) -> None:
@@ -143,12 +143,12 @@ def test_an_answer_of_zero_is_an_answer(batch: tuple[Tensor, ...]) -> None:
     learnt(objective, blocks, *batch[:2], indices=batch[2])
     turn(objective, blocks)
     with torch.no_grad():
-        for parameter in blocks[1][1].trained:
+        for parameter in blocks[1][1].trainable_parameters:
             parameter.zero_()
     learnt(objective, blocks, *batch[:2], indices=batch[2])
-    assert blocks[1][1].helper.answers.any()
+    assert blocks[1][1].head.answers.any()
     turn(objective, blocks)
-    assert not blocks[1][1].helper.answers.any()
+    assert not blocks[1][1].head.answers.any()
 
 
 @pytest.mark.parametrize(("one", "wide"), [(False, (SAMPLES, 4)), (True, (SAMPLES,))])
@@ -166,20 +166,23 @@ def test_the_table_is_small_with_the_true_class_alone(one: bool, wide: tuple[int
 
 
 def test_one_block_has_no_table() -> None:
-    assert F3().build(Task(0, 1, (6,), (4,), D, 4, samples=10**12)) is None
+    assert F3().build_head(BlockSpec(0, 1, (6,), (4,), D, 4, train_samples=10**12)) is None
 
 
 def test_large_tables_are_told() -> None:
     """1,281,167 x 1000 numbers of 4 bytes, as of ImageNet."""
-    tasks = [Task(b, 3, (9,), (1000,), torch.float32, 1000, samples=1_281_167) for b in range(3)]
-    (told,) = F3().cautions(tasks, 32)
+    tasks = [
+        BlockSpec(b, 3, (9,), (1000,), torch.float32, 1000, train_samples=1_281_167)
+        for b in range(3)
+    ]
+    (told,) = F3().warnings(tasks, 32)
     assert "5.1 GB in each of 3 blocks" in told
     assert "one-hot = true keeps 1,281,167 numbers" in told
-    assert F3(one_hot=True).cautions(tasks, 32) == []
-    assert F3(error="output").cautions(tasks[-1:], 32) == []
+    assert F3(one_hot=True).warnings(tasks, 32) == []
+    assert F3(error="output").warnings(tasks[-1:], 32) == []
 
 
 def test_raw_outputs_are_told() -> None:
-    tasks = [Task(b, 2, (9,), (4,), D, 4, samples=50) for b in range(2)]
-    assert ['error = "softmax"' in told for told in F3(error="output").cautions(tasks, 8)] == [True]
-    assert F3().cautions(tasks, 8) == []
+    tasks = [BlockSpec(b, 2, (9,), (4,), D, 4, train_samples=50) for b in range(2)]
+    assert ['error = "softmax"' in told for told in F3(error="output").warnings(tasks, 8)] == [True]
+    assert F3().warnings(tasks, 8) == []

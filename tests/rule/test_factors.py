@@ -10,11 +10,18 @@ import torch
 from torch import Tensor, nn, optim
 from torch.func import functional_call
 
-from dtrain.errors import Refusal
-from dtrain.factors import Factors, Product
+from dtrain.block.low_rank import LowRankWeight, ProductParametrization
+from dtrain.block.parameters import BlockParameters
+from dtrain.errors import DtrainError
 from dtrain.models.mlp import Dense
-from dtrain.syncs.parts.lowrank import fitted, followed, kept, matrix, reformed, split
-from dtrain.weights import Weights
+from dtrain.syncs.common.low_rank import (
+    as_matrix,
+    factor_optimizer_state,
+    kept_rank,
+    resize_core_moments,
+    resize_optimizer_state,
+    svd,
+)
 
 
 class Twice(nn.Linear):
@@ -48,7 +55,7 @@ def drawn(name: str) -> tuple[nn.Module, Tensor]:
 
 
 def factors(layer: nn.Module, rank: int) -> tuple[Tensor, Tensor]:
-    u, s, v = split(layer.weight)
+    u, s, v = svd(layer.weight)
     return u[:, :rank] * s[:rank], v[:rank]
 
 
@@ -64,14 +71,14 @@ def test_a_layer_of_factors_is_that_of_their_product(name: str, rank: int) -> No
     rest = {key: each for key, each in layer.named_parameters() if key != "weight"}
     wanted = functional_call(layer, {"weight": product, **rest}, (x,))
     told = torch.autograd.grad(wanted.square().sum(), [x, left, right])
-    made = Factors(layer, left.detach(), right.detach())
+    made = LowRankWeight(layer, left.detach(), right.detach())
     found = layer(x)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     own = torch.autograd.grad(found.square().sum(), [x, made.left, made.right])
     for mine, theirs in zip(own, told, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
     names, kind = [*rest], type(drawn(name)[0])
-    made.dissolve()
+    made.merge()
     assert type(layer) is kind
     assert [key for key, _ in layer.named_parameters()] == ["weight", *names]
     torch.testing.assert_close(layer(x), wanted, rtol=1e-12, atol=1e-12)
@@ -90,10 +97,10 @@ def test_a_core_stands_between_factors(name: str, rank: int, rows: int) -> None:
     rest = {key: each for key, each in layer.named_parameters() if key != "weight"}
     wanted = functional_call(layer, {"weight": product, **rest}, (x,))
     (told,) = torch.autograd.grad(wanted.square().sum(), [core])
-    made = Factors(layer, left.detach(), core.detach(), right.detach())
+    made = LowRankWeight(layer, left.detach(), core.detach(), right.detach())
     found = layer(x)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
-    (own,) = torch.autograd.grad(found.square().sum(), [made.sides[1]])
+    (own,) = torch.autograd.grad(found.square().sum(), [made.factors[1]])
     torch.testing.assert_close(own, told, rtol=1e-11, atol=1e-11)
 
 
@@ -103,10 +110,10 @@ def test_of_few_rows_a_core_is_multiplied_with_nothing_but_them(
     """Left and core are made one where rows are as many as outputs."""
     layer = nn.Linear(40, 30)
     left, right = factors(layer, 20)
-    Factors(layer, left, torch.eye(20), right)
+    LowRankWeight(layer, left, torch.eye(20), right)
     joined: list[int] = []
     monkeypatch.setattr(
-        "dtrain.factors.matmul", lambda a, b: joined.append(len(a)) or torch.matmul(a, b)
+        "dtrain.block.low_rank.matmul", lambda a, b: joined.append(len(a)) or torch.matmul(a, b)
     )
     layer(torch.randn(8, 40))
     assert not joined
@@ -117,16 +124,16 @@ def test_of_few_rows_a_core_is_multiplied_with_nothing_but_them(
 def test_thin_factors_of_few_rows_are_not_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
     """The product is made where that is less work, and then alone."""
     layer = nn.Linear(40, 30)
-    made = Factors(layer, *factors(layer, 2))
+    made = LowRankWeight(layer, *factors(layer, 2))
     calls: list[int] = []
-    whole = Product.forward
+    whole = ProductParametrization.forward
     monkeypatch.setattr(
-        Product, "forward", lambda self, *both: calls.append(1) or whole(self, *both)
+        ProductParametrization, "forward", lambda self, *both: calls.append(1) or whole(self, *both)
     )
     layer(torch.randn(8, 40))
     assert not calls
-    made.dissolve()
-    Factors(layer, *factors(layer, 30))
+    made.merge()
+    LowRankWeight(layer, *factors(layer, 30))
     calls.clear()
     layer(torch.randn(800, 40))
     assert calls
@@ -136,14 +143,14 @@ def test_what_is_shown_is_what_computes() -> None:
     layer, x = drawn("linear")
     plain = layer(x)
     weight = layer.weight.detach().clone()
-    made = Factors(layer, *factors(layer, 1))
+    made = LowRankWeight(layer, *factors(layer, 1))
     assert not torch.allclose(layer(x), plain)
-    made.product.shown = weight
+    made.product.weight_override = weight
     assert torch.equal(layer(x), plain)
     assert torch.equal(layer.weight, weight)
 
 
-def block(ends: tuple[bool, bool] = (False, False)) -> Weights:
+def block(ends: tuple[bool, bool] = (False, False)) -> BlockParameters:
     """Three linear layers, the last in a module of its own, a norm, and a head."""
     torch.manual_seed(1)
     roots = {
@@ -152,39 +159,39 @@ def block(ends: tuple[bool, bool] = (False, False)) -> Weights:
         "c": nn.Linear(4, 8),
         "heads.0": nn.Linear(8, 3),
     }
-    return Weights(roots, partial(optim.Adam, lr=0.1), ends)
+    return BlockParameters(roots, partial(optim.Adam, lr=0.1), ends)
 
 
 def test_first_and_last_matrices_and_heads_stay_whole() -> None:
-    assert block().matrices() == ["a.weight", "b.0.weight", "c.weight"]
-    assert block((True, False)).matrices() == ["b.0.weight", "c.weight"]
-    assert block((True, True)).matrices() == ["b.0.weight"]
+    assert block().factorizable_weights() == ["a.weight", "b.0.weight", "c.weight"]
+    assert block((True, False)).factorizable_weights() == ["b.0.weight", "c.weight"]
+    assert block((True, True)).factorizable_weights() == ["b.0.weight"]
 
 
 def test_factors_have_names_beside_their_matrix_and_it_comes_back() -> None:
     own = block()
     names, before = list(own.parameters), own.parameters["b.0.weight"].detach().clone()
     assert list(own.parameters) == names
-    own.factor("b.0.weight", *factors(own.roots["b"][0], 2))  # type: ignore[index]
-    own.factors["b.0.weight"].right.requires_grad_(False)
-    own.reform({})
+    own.factorize("b.0.weight", *factors(own.roots["b"][0], 2))  # type: ignore[index]
+    own.low_rank_weights["b.0.weight"].right.requires_grad_(False)
+    own.rebuild_optimizer({})
     found = list(own.parameters)
     place = names.index("b.0.weight")
     assert found == [*names[:place], "b.0.weight.left", "b.0.weight.right", *names[place + 1 :]]
-    assert "b.0.weight.right" not in own.values()
-    assert own.shape("b.0.weight") == (4, 5)
-    assert len(own.trained) == len(own.values()) == len(names)
+    assert "b.0.weight.right" not in own.trainable_tensors()
+    assert own.matrix_shape("b.0.weight") == (4, 5)
+    assert len(own.trainable_parameters) == len(own.trainable_tensors()) == len(names)
     view = {
         name: torch.zeros(4, 5) if name == "b.0.weight" else t for name, t in own.tensors().items()
     }
     view["b.0.weight"] = torch.zeros(4, 5)
-    with own.showing(view):
+    with own.swap_tensors(view):
         assert torch.equal(own.roots["b"][0].weight, torch.zeros(4, 5))  # type: ignore[index]
-    own.whole("b.0.weight")
-    own.reform({})
+    own.merge_factors("b.0.weight")
+    own.rebuild_optimizer({})
     assert list(own.parameters) == names
-    assert own.form == 2
-    u, s, v = split(before)
+    assert own.parametrisation_version == 2
+    u, s, v = svd(before)
     torch.testing.assert_close(own.parameters["b.0.weight"], (u[:, :2] * s[:2]) @ v[:2])
     assert own.parameters["b.0.weight"].requires_grad
 
@@ -192,17 +199,24 @@ def test_factors_have_names_beside_their_matrix_and_it_comes_back() -> None:
 def test_an_uncut_split_is_the_matrix() -> None:
     for name in ("linear", "conv2d"):
         layer, _ = drawn(name)
-        u, s, v = split(layer.weight)
-        torch.testing.assert_close((u * s) @ v, matrix(layer.weight), rtol=1e-12, atol=1e-12)
+        u, s, v = svd(layer.weight)
+        torch.testing.assert_close((u * s) @ v, as_matrix(layer.weight), rtol=1e-12, atol=1e-12)
         assert (s.diff() <= 0).all()
 
 
 def test_a_cut_keeps_up_to_the_last_large_value_and_one_at_least() -> None:
     s = torch.tensor([4.0, 2.0, 0.3, 0.1])
-    assert [kept(s, cutoff) for cutoff in (-1.0, 0.0, 0.05, 0.15, 0.5, 1.0)] == [4, 4, 3, 2, 1, 1]
-    assert kept(torch.zeros(3), 0.15) == 1
-    with pytest.raises(Refusal, match=r"a weight of \(2, 2\) is not finite"):
-        split(torch.tensor([[1.0, torch.nan], [0.0, 1.0]]))
+    assert [kept_rank(s, cutoff) for cutoff in (-1.0, 0.0, 0.05, 0.15, 0.5, 1.0)] == [
+        4,
+        4,
+        3,
+        2,
+        1,
+        1,
+    ]
+    assert kept_rank(torch.zeros(3), 0.15) == 1
+    with pytest.raises(DtrainError, match=r"a weight of \(2, 2\) is not finite"):
+        svd(torch.tensor([[1.0, torch.nan], [0.0, 1.0]]))
 
 
 def test_the_state_of_a_factor_is_that_of_its_matrix_by_the_chain_rule() -> None:
@@ -213,9 +227,9 @@ def test_the_state_of_a_factor_is_that_of_its_matrix_by_the_chain_rule() -> None
         size = torch.rand(layer.weight.shape, dtype=torch.float64)
         signs = torch.tensor(list(product((-1.0, 1.0), repeat=count)), dtype=torch.float64)
         gradients = [size * each.view_as(size) for each in signs]
-        u, s, v = split(layer.weight)
-        pair = Factors(layer, u * s, v)
-        pair.train(side)
+        u, s, v = svd(layer.weight)
+        pair = LowRankWeight(layer, u * s, v)
+        pair.set_trainable(side)
         learns = getattr(pair, side)
         true = []
         for gradient in gradients:
@@ -224,7 +238,7 @@ def test_the_state_of_a_factor_is_that_of_its_matrix_by_the_chain_rule() -> None
             true += torch.autograd.grad((gradient * weight).sum(), learns)
         memory = {"exp_avg": gradients[5], "exp_avg_sq": size.square(), "step": step}
         own = {f"c.weight/{entry}": each for entry, each in memory.items()}
-        found = followed({**own, "b/exp_avg": step}, "c.weight", pair)
+        found = factor_optimizer_state({**own, "b/exp_avg": step}, "c.weight", pair)
         keys = {f"c.weight.{side}/{entry}" for entry in memory}
         assert found.keys() == keys
         torch.testing.assert_close(found[f"c.weight.{side}/exp_avg"], true[5])
@@ -232,14 +246,14 @@ def test_the_state_of_a_factor_is_that_of_its_matrix_by_the_chain_rule() -> None
         torch.testing.assert_close(found[f"c.weight.{side}/exp_avg_sq"], wanted)
         assert found[f"c.weight.{side}/step"] == 3
         # What is neither cannot be known: all begins anew.
-        assert followed({**own, "c.weight/exp_inf": size}, "c.weight", pair) == {}
+        assert factor_optimizer_state({**own, "c.weight/exp_inf": size}, "c.weight", pair) == {}
 
 
 def test_the_state_of_a_core_is_cut_with_it() -> None:
     old = torch.arange(12.0).view(3, 4)
-    assert fitted(old, torch.Size([3, 2])).tolist() == [[0, 1], [4, 5], [8, 9]]
+    assert resize_core_moments(old, torch.Size([3, 2])).tolist() == [[0, 1], [4, 5], [8, 9]]
     memory = {"w.core/m": old, "w.core/step": torch.tensor(3.0), "b/m": torch.ones(3)}
-    found = reformed(memory, {"w.core": torch.empty(2, 2), "b": torch.empty(3)})
+    found = resize_optimizer_state(memory, {"w.core": torch.empty(2, 2), "b": torch.empty(3)})
     assert found.keys() == memory.keys()
     assert found["w.core/m"].tolist() == [[0, 1], [4, 5]]
     assert torch.equal(found["b/m"], torch.ones(3))

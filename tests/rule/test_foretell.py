@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn, optim
 
-from dtrain.assembly import stepper
-from dtrain.errors import Refusal
-from dtrain.foretell import foretold, scaled, spiked
+from dtrain.block.optimizer import scale_lr_and_momentum
+from dtrain.block.weight_prediction import predict_weights, spike_compensated_step
+from dtrain.errors import DtrainError
+from dtrain.planning.block_factory import optimizer_factory
 from tests import tiny
 
 
@@ -49,7 +50,7 @@ def equal(found: list[Tensor], wanted: list[Tensor]) -> None:
 @pytest.mark.parametrize("kind", ["velocity", "difference", "coasting", "optimizer", "spectrain"])
 def test_no_step_ahead_is_where_it_is(kind: Any) -> None:
     own, optimizer, before = moving(optim.SGD, lr=0.1, momentum=0.9)
-    found = foretold(kind, optimizer, 0.0, before)
+    found = predict_weights(kind, optimizer, 0.0, before)
     equal(found, [each.detach() for each in own])
     assert all(a.data_ptr() != b.data_ptr() for a, b in zip(found, own, strict=True))
 
@@ -57,19 +58,21 @@ def test_no_step_ahead_is_where_it_is(kind: Any) -> None:
 @pytest.mark.parametrize("kind", ["velocity", "difference", "coasting", "optimizer"])
 def test_what_has_not_moved_is_foretold_to_stay(kind: Any) -> None:
     own, optimizer, _ = moving(optim.SGD, steps=0, lr=0.1, momentum=0.9)
-    equal(foretold(kind, optimizer, 6.0, None), [each.detach() for each in own])
+    equal(predict_weights(kind, optimizer, 6.0, None), [each.detach() for each in own])
 
 
 def test_velocity_and_difference_are_one_for_sgd() -> None:
     _, optimizer, before = moving(optim.SGD, lr=0.1, momentum=0.9)
-    one, two = (foretold(kind, optimizer, 6.0, before) for kind in ("velocity", "difference"))
+    one, two = (
+        predict_weights(kind, optimizer, 6.0, before) for kind in ("velocity", "difference")
+    )
     equal(one, two)
 
 
 def test_coasting_is_what_the_optimizer_does_without_a_gradient() -> None:
     """The velocity alone for six updates; plain prediction overshoots it, 6.0 against 4.2."""
     own, optimizer, before = moving(optim.SGD, lr=0.1, momentum=0.9)
-    far, near = (foretold(kind, optimizer, 6.0, before) for kind in ("velocity", "coasting"))
+    far, near = (predict_weights(kind, optimizer, 6.0, before) for kind in ("velocity", "coasting"))
     start = [each.detach().clone() for each in own]
     for _ in range(6):
         for each in own:
@@ -93,7 +96,7 @@ def test_a_constant_velocity_is_foretold_exactly() -> None:
 
     before = [each.detach().clone() for each in own]
     go()
-    found = [foretold(kind, optimizer, 5.0, before) for kind in ("velocity", "difference")]
+    found = [predict_weights(kind, optimizer, 5.0, before) for kind in ("velocity", "difference")]
     for _ in range(5):
         go()
     for each in found:
@@ -107,7 +110,7 @@ def test_a_constant_velocity_is_foretold_exactly() -> None:
 def test_the_step_of_adam_is_foretold(kind: Any, fields: dict[str, Any]) -> None:
     """With the bias corrections of its last step: one step ahead repeats that step."""
     own, optimizer, before = moving(kind, lr=0.01, **fields)
-    found = foretold("optimizer", optimizer, 1.0, None)
+    found = predict_weights("optimizer", optimizer, 1.0, None)
     wanted = []
     for each, old in zip(own, before, strict=True):
         step = each.detach() - old * (1 - 0.01 * fields.get("weight_decay", 0.0))
@@ -125,7 +128,7 @@ def test_a_spike_makes_up_for_what_was_missed(delay: int, momentum: float) -> No
     for update in range(delay + 30):
         for each, arrives in ((late, delay), (timely, 0)):
             each.grad = torch.full((1,), float(update == arrives))
-        spiked(ours, delay)
+        spike_compensated_step(ours, delay)
         theirs.step()
         if update >= delay:
             torch.testing.assert_close(late.data, timely.data, rtol=1e-13, atol=1e-16)
@@ -140,7 +143,7 @@ def test_one_update_late_is_nesterov(decay: float) -> None:
     for step in range(6):
         for each in (*one, *two):
             each.grad = torch.full_like(each, 0.3 * step - 1)
-        spiked(ours, 1)
+        spike_compensated_step(ours, 1)
         theirs.step()
         equal([each.detach() for each in one], [each.detach() for each in two])
 
@@ -150,7 +153,7 @@ def test_without_momentum_a_spike_is_delayed_sgd() -> None:
     two, theirs, _ = moving(optim.SGD, steps=0, lr=0.1)
     for each in (*one, *two):
         each.grad = torch.ones_like(each)
-    spiked(ours, 7)
+    spike_compensated_step(ours, 7)
     theirs.step()
     equal([each.detach() for each in one], [each.detach() for each in two])
 
@@ -161,7 +164,7 @@ def test_the_state_stays_that_of_the_optimizer() -> None:
     for step in range(4):
         for each in (*one, *two):
             each.grad = torch.full_like(each, step - 1.5)
-        spiked(ours, 3)
+        spike_compensated_step(ours, 3)
         theirs.step()
     for mine, its in zip(one, two, strict=True):
         assert torch.equal(
@@ -174,15 +177,22 @@ def test_the_state_stays_that_of_the_optimizer() -> None:
 
 def test_scaling_keeps_what_a_sample_does() -> None:
     """m^(1/N) and lr / (N (1 - m)) do not change; the batch that was given changes nothing."""
-    lr, momentum = scaled(0.1, 0.9, batch=1, reference=128)
+    lr, momentum = scale_lr_and_momentum(0.1, 0.9, batch_size=1, reference_batch_size=128)
     assert (momentum, lr) == (
         pytest.approx(0.99917721, abs=5e-9),
         pytest.approx(6.428e-6, rel=1e-4),
     )
     assert momentum == pytest.approx(0.9 ** (1 / 128), rel=1e-14)
     assert lr / (1 * (1 - momentum)) == pytest.approx(0.1 / (128 * (1 - 0.9)), rel=1e-12)
-    assert scaled(0.1, 0.9, batch=128, reference=128) == (pytest.approx(0.1), pytest.approx(0.9))
-    there = scaled(*scaled(0.1, 0.9, batch=7, reference=128), batch=128, reference=7)
+    assert scale_lr_and_momentum(0.1, 0.9, batch_size=128, reference_batch_size=128) == (
+        pytest.approx(0.1),
+        pytest.approx(0.9),
+    )
+    there = scale_lr_and_momentum(
+        *scale_lr_and_momentum(0.1, 0.9, batch_size=7, reference_batch_size=128),
+        batch_size=128,
+        reference_batch_size=7,
+    )
     assert there == (pytest.approx(0.1, rel=1e-12), pytest.approx(0.9, rel=1e-14))
 
 
@@ -191,7 +201,7 @@ def test_small_batches_end_where_large_ones_do() -> None:
     samples = torch.randn(6400, generator=torch.Generator().manual_seed(0)) + 3
 
     def ends(batch: int) -> float:
-        lr, momentum = scaled(0.01, 0.9, batch=batch, reference=64)
+        lr, momentum = scale_lr_and_momentum(0.01, 0.9, batch_size=batch, reference_batch_size=64)
         weight = nn.Parameter(torch.zeros(1))
         optimizer = optim.SGD([weight], lr=lr, momentum=momentum)
         for part in samples.split(batch):
@@ -207,10 +217,10 @@ def test_small_batches_end_where_large_ones_do() -> None:
 def test_a_run_file_scales() -> None:
     told = {"name": "sgd", "lr": 0.1, "momentum": 0.9, "scale-from": 128}
     run = tiny.run(optimizer=told, batch_size=1)
-    optimizer = stepper(run)([nn.Parameter(torch.zeros(1))])
+    optimizer = optimizer_factory(run)([nn.Parameter(torch.zeros(1))])
     group = optimizer.param_groups[0]
-    assert (group["lr"], group["momentum"]) == scaled(0.1, 0.9, 1, 128)
-    assert run.table()["optimizer"] == told, "the resolved run tells what was asked"
+    assert (group["lr"], group["momentum"]) == scale_lr_and_momentum(0.1, 0.9, 1, 128)
+    assert run.to_table()["optimizer"] == told, "the resolved run tells what was asked"
 
 
 @pytest.mark.parametrize(
@@ -222,5 +232,5 @@ def test_a_run_file_scales() -> None:
     ],
 )
 def test_what_cannot_be_scaled_is_refused(told: dict[str, Any]) -> None:
-    with pytest.raises(Refusal, match=r"\[optimizer\] scale-from"):
+    with pytest.raises(DtrainError, match=r"\[optimizer\] scale-from"):
         tiny.run(optimizer=told)

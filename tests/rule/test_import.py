@@ -12,9 +12,10 @@ import h5py
 import numpy as np
 import pytest
 
-from dtrain.data import importing, load
-from dtrain.data.importing import import_images
-from dtrain.errors import DATA, USAGE, Refusal
+from dtrain.data import import_images as importing
+from dtrain.data import load
+from dtrain.data.import_images import import_images
+from dtrain.errors import ConfigError, DataError, DtrainError
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 
@@ -51,8 +52,8 @@ def stored(path: Path) -> tuple[np.ndarray, list[int], list[str]]:
         return file["x"][()], file["y"][()].tolist(), list(file.attrs["classes"])
 
 
-def refused(call: Callable[[], object], *words: str, code: int = DATA) -> None:
-    with pytest.raises(Refusal) as caught:
+def refused(call: Callable[[], object], *words: str, code: int = DataError.code) -> None:
+    with pytest.raises(DtrainError) as caught:
         call()
     assert caught.value.code == code
     for word in words:
@@ -134,7 +135,7 @@ def test_grey_stays_grey_and_mixed_becomes_rgb(tmp_path: Path) -> None:
 
 def test_many_rows_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two full batches of rows and a part of one."""
-    monkeypatch.setattr(importing, "BATCH", 64)
+    monkeypatch.setattr(importing, "ROWS_PER_WRITE", 64)
     values = RNG.integers(0, 256, (140, 2, 2), dtype=np.uint8)
     names = [f"{'ab'[i % 2]}/{i:04}.png" for i in range(140)]
     draw(tmp_path / "many", dict(zip(names, values, strict=True)))
@@ -191,11 +192,15 @@ def test_nothing_is_overwritten(split: Path, tmp_path: Path) -> None:
         lambda: import_images(split, tmp_path / "out.h5", None),
         "out-test.h5 exists",
         "delete",
-        code=USAGE,
+        code=ConfigError.code,
     )
     assert (tmp_path / "out-test.h5").read_text() == "mine"
     assert not (tmp_path / "out.h5").exists()
-    refused(lambda: import_images(split, tmp_path / "no/out.h5", None), "no folder", code=USAGE)
+    refused(
+        lambda: import_images(split, tmp_path / "no/out.h5", None),
+        "no folder",
+        code=ConfigError.code,
+    )
 
 
 def test_wrong_sources(images: Path, tmp_path: Path) -> None:

@@ -13,44 +13,46 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.functional import cross_entropy, normalize
 
-from dtrain.block import Block
-from dtrain.errors import Refusal
-from dtrain.live import Live
-from dtrain.models.images import Convolution, Pooled
-from dtrain.objectives.infopro import InfoPro, contrast
+from dtrain.block.block import Block
+from dtrain.block.micro_batch import MicroBatch
+from dtrain.errors import DtrainError
+from dtrain.models.image_layers import Convolution, PooledLinear
+from dtrain.objectives.base import VOTES
+from dtrain.objectives.block_spec import BlockSpec
+from dtrain.objectives.common.reconstruction import ReconstructionHead
+from dtrain.objectives.infopro import InfoPro, contrastive_loss
 from dtrain.objectives.local_head import LocalHead
-from dtrain.objectives.objective import VOTES
-from dtrain.objectives.parts.informed import Parts
-from dtrain.objectives.task import Task
-from dtrain.seeds import seeded
+from dtrain.rng import seeded
 
 D = torch.float64
-TASK = Task(0, 3, (3, 8, 8), (6, 4, 4), D, 5, (3, 8, 8), raw=True)
+TASK = BlockSpec(0, 3, (3, 8, 8), (6, 4, 4), D, 5, (3, 8, 8), has_raw_samples=True)
 
 
 def step(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1)
 
 
-def made(objective: Any, task: Task = TASK) -> Block:
+def made(objective: Any, task: BlockSpec = TASK) -> Block:
     """Return a block for images, its layers and head drawn alike for all objectives."""
     with seeded("layers"):
-        last = Pooled(3, task.classes) if task.last else Convolution(3, 6, "none", 1, True)
+        last = PooledLinear(3, task.classes) if task.is_last else Convolution(3, 6, "none", 1, True)
     with seeded("head"):
-        helper = objective.build(task)
-    return Block(task.block, {"l": last.to(D)}, helper and helper.to(D), step)
+        helper = objective.build_head(task)
+    return Block(task.index, {"l": last.to(D)}, helper and helper.to(D), step)
 
 
-def lived(block: Block, rows: int = 7, image: bool = True) -> Live:
+def lived(block: Block, rows: int = 7, image: bool = True) -> MicroBatch:
     with seeded("batch", rows):
         x, y = torch.randn(rows, 3, 8, 8, dtype=D), torch.randint(0, 5, (rows,))
         inside = torch.rand(rows, 3, 8, 8, dtype=D)
-    return Live(x, block.forward(x, ()), y, 0.25, sample=x, image=inside if image else None)
+    return MicroBatch(
+        x, block.forward(x, ()), y, 0.25, samples=x, raw_samples=inside if image else None
+    )
 
 
-def parts(block: Block) -> Parts:
-    assert isinstance(block.helper, Parts)
-    return block.helper
+def parts(block: Block) -> ReconstructionHead:
+    assert isinstance(block.head, ReconstructionHead)
+    return block.head
 
 
 # The lambdas
@@ -58,7 +60,7 @@ def parts(block: Block) -> Parts:
 
 def test_lambdas_go_linearly_from_the_first_block_to_the_last_but_one() -> None:
     objective = InfoPro(lambda_first=(5.0, 0.05), lambda_last=(0.2, 0.5))
-    found = [objective.lambdas(replace(TASK, block=b, blocks=16)) for b in range(15)]
+    found = [objective.lambdas(replace(TASK, index=b, blocks=16)) for b in range(15)]
     assert (found[0], found[-1]) == ((5.0, 0.05), (0.2, 0.5))
     assert found[7] == pytest.approx((2.6, 0.275))
     steps = {round(b[0] - a[0], 12) for a, b in itertools.pairwise(found)}
@@ -79,7 +81,7 @@ def test_lambdas_go_linearly_from_the_first_block_to_the_last_but_one() -> None:
     ],
 )
 def test_wrong_numbers_are_refused(fields: Any, text: str) -> None:
-    with pytest.raises(Refusal, match=text):
+    with pytest.raises(DtrainError, match=text):
         InfoPro(**fields)
 
 
@@ -90,14 +92,14 @@ def test_without_reconstruction_it_is_the_local_head(head: Any) -> None:
     blocks = made(objective), made(LocalHead(head))
     lives = [lived(block) for block in blocks]
     for each, block, live in zip((objective, LocalHead(head)), blocks, lives, strict=True):
-        block.learn(each.pulls(TASK, block, live))
+        block.backward(each.backward_pairs(TASK, block, live))
     assert lives[0].loss is not None
     assert lives[1].loss is not None
     assert torch.equal(lives[0].loss, lives[1].loss)
     assert all(map(torch.equal, *(block.gradients() for block in blocks)))
-    assert len(blocks[0].trained) == len(blocks[1].trained)
-    third = replace(TASK, block=2, blocks=4)
-    assert not InfoPro(head, lambda_last=(0.0, 1.0)).reads(third, "train")
+    assert len(blocks[0].trainable_parameters) == len(blocks[1].trainable_parameters)
+    third = replace(TASK, index=2, blocks=4)
+    assert not InfoPro(head, lambda_last=(0.0, 1.0)).needs_samples(third, "train")
     torch.testing.assert_close(
         objective.predict(TASK, blocks[0], lives[0]),
         LocalHead(head).predict(TASK, blocks[1], lives[1]),
@@ -108,8 +110,8 @@ def test_without_classification_there_are_no_scores() -> None:
     objective = InfoPro(lambda_first=(1.0, 0.0))
     block = made(objective)
     live = lived(block)
-    block.learn(objective.pulls(TASK, block, live))
-    assert list(live.figures) == ["reconstruction"]
+    block.backward(objective.backward_pairs(TASK, block, live))
+    assert list(live.metrics) == ["reconstruction"]
     assert objective.predict(TASK, block, live) is None
     assert parts(block).head is None
 
@@ -124,7 +126,7 @@ def test_the_loss_written_out(image: bool, norm: Any) -> None:
     objective = InfoPro(norm=norm)
     block, twin = made(objective), made(objective)
     live = lived(block, image=image)
-    [(loss, force)] = objective.pulls(TASK, block, live)
+    [(loss, force)] = objective.backward_pairs(TASK, block, live)
     y = twin.forward(live.x, ())
     w = list(parts(twin).decoder.parameters())
 
@@ -136,15 +138,15 @@ def test_the_loss_written_out(image: bool, norm: Any) -> None:
     assert z.shape[1] == 12
     z = (normed(z, w[2], w[3]) if norm == "batch" else z).relu()
     out = functional.conv2d(z, w[-2], w[-1], padding=1)
-    kept = functional.mse_loss(out, live.sample)
+    kept = functional.mse_loss(out, live.samples)
     if image:
-        kept = functional.binary_cross_entropy(out.sigmoid(), live.image)
+        kept = functional.binary_cross_entropy(out.sigmoid(), live.raw_samples)
     told = cross_entropy(parts(twin).head(y), live.targets)
     torch.testing.assert_close(loss, 5 * kept + 0.5 * told)
     assert float(force) == 0.25
     assert live.loss == loss
-    torch.testing.assert_close(live.figures, {"ce": told.detach(), "reconstruction": kept.detach()})
-    block.learn([(loss, force)])
+    torch.testing.assert_close(live.metrics, {"ce": told.detach(), "reconstruction": kept.detach()})
+    block.backward([(loss, force)])
     (0.25 * (5 * kept + 0.5 * told)).backward()
     for ours, wanted in zip(block.gradients(), twin.gradients(), strict=True):
         torch.testing.assert_close(ours, wanted)
@@ -154,7 +156,7 @@ def test_the_head_of_one_convolution_and_two_linear_layers() -> None:
     head = parts(made(InfoPro())).head
     shapes = [tuple(p.shape) for p in head.parameters() if p.dim() > 1]
     assert shapes == [(12, 6, 3, 3), (128, 12), (5, 128)]
-    flat = parts(made(InfoPro(), replace(TASK, outputs=(9,)))).head
+    flat = parts(made(InfoPro(), replace(TASK, output_shape=(9,)))).head
     shapes = [tuple(p.shape) for p in flat.parameters() if p.dim() > 1]
     assert shapes == [(128, 9), (5, 128)]
 
@@ -165,7 +167,9 @@ def test_the_head_of_one_convolution_and_two_linear_layers() -> None:
 def test_flat_features_or_samples_are_decoded_by_one_linear_layer(
     outputs: tuple[int, ...], sample: tuple[int, ...]
 ) -> None:
-    decoder = parts(made(InfoPro(), replace(TASK, outputs=outputs, sample=sample))).decoder
+    decoder = parts(
+        made(InfoPro(), replace(TASK, output_shape=outputs, sample_shape=sample))
+    ).decoder
     assert decoder is not None
     weight, bias = decoder.parameters()
     y = torch.randn(4, *outputs, dtype=D)
@@ -177,7 +181,7 @@ def test_twelve_channels_fall_into_any_groups() -> None:
     decoder = parts(made(InfoPro(norm="group", groups=3))).decoder
     norms = [each for each in decoder.modules() if isinstance(each, nn.GroupNorm)]
     assert [each.num_groups for each in norms] == [3]
-    eight = InfoPro(norm="group").build(replace(TASK, outputs=(8, 4, 4)))
+    eight = InfoPro(norm="group").build_head(replace(TASK, output_shape=(8, 4, 4)))
     norms = [each for each in eight.modules() if isinstance(each, nn.GroupNorm)]
     assert [each.num_groups for each in norms] == [8, 4]
 
@@ -198,7 +202,7 @@ def test_the_contrast_is_the_formula() -> None:
         for p in partners:
             terms.append(-torch.log(torch.exp(z[i] @ z[p] / 0.07) / below) / len(partners) / 8)
     wanted = torch.stack(terms).sum()
-    found = contrast(z, y, 0.07)
+    found = contrastive_loss(z, y, 0.07)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
     grads = [torch.autograd.grad(each, z)[0] for each in (found, wanted)]
     torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
@@ -206,7 +210,7 @@ def test_the_contrast_is_the_formula() -> None:
 
 def test_a_micro_batch_without_partners_teaches_nothing() -> None:
     z = normalize(torch.randn(3, 6, dtype=D)).requires_grad_()
-    loss = contrast(z, torch.arange(3), 0.07)
+    loss = contrastive_loss(z, torch.arange(3), 0.07)
     loss.backward()
     assert loss == 0
     assert torch.equal(z.grad, torch.zeros_like(z))
@@ -216,36 +220,36 @@ def test_contrasts_have_no_class_scores_and_couple_samples() -> None:
     objective = InfoPro(loss="contrast")
     block = made(objective)
     live = lived(block)
-    [(loss, force)] = objective.pulls(TASK, block, live)
-    block.learn([(loss, force)])
-    assert sorted(live.figures) == ["contrast", "reconstruction"]
+    [(loss, force)] = objective.backward_pairs(TASK, block, live)
+    block.backward([(loss, force)])
+    assert sorted(live.metrics) == ["contrast", "reconstruction"]
     out = parts(block).head(live.y)
     assert out.shape == (7, 128)
     assert objective.predict(TASK, block, live) is None
-    last = replace(TASK, block=2, outputs=(5,))
-    assert [objective.couples(each) for each in (TASK, last)] == [True, False]
-    assert not InfoPro().couples(TASK)
+    last = replace(TASK, index=2, output_shape=(5,))
+    assert [objective.couples_samples(each) for each in (TASK, last)] == [True, False]
+    assert not InfoPro().couples_samples(TASK)
     assert objective.predict(last, made(objective, last), live) is live.y
 
 
 def test_too_few_partners_are_told_with_numbers() -> None:
-    tasks = [replace(TASK, block=block) for block in range(3)]
-    [told] = InfoPro(loss="contrast").cautions(tasks, 16)
+    tasks = [replace(TASK, index=block) for block in range(3)]
+    [told] = InfoPro(loss="contrast").warnings(tasks, 16)
     assert "16 samples of 5 classes: 3.2 of a class" in told
     assert "20 samples" in told
-    assert InfoPro(loss="contrast").cautions(tasks, 20) == []
-    assert InfoPro().cautions(tasks, 2) == []
-    assert InfoPro(loss="contrast").cautions([replace(TASK, blocks=1)], 2) == []
+    assert InfoPro(loss="contrast").warnings(tasks, 20) == []
+    assert InfoPro().warnings(tasks, 2) == []
+    assert InfoPro(loss="contrast").warnings([replace(TASK, blocks=1)], 2) == []
 
 
 # What it reads and sends
 
 
 def test_all_but_the_last_read_in_training_and_the_first_alone_in_prediction() -> None:
-    tasks = [replace(TASK, block=block) for block in range(3)]
-    assert [InfoPro().reads(task, "train") for task in tasks] == [True, True, False]
-    assert [InfoPro().reads(task, "predict") for task in tasks] == [True, False, False]
-    assert InfoPro().reads(replace(TASK, blocks=1), "train")
+    tasks = [replace(TASK, index=block) for block in range(3)]
+    assert [InfoPro().needs_samples(task, "train") for task in tasks] == [True, True, False]
+    assert [InfoPro().needs_samples(task, "predict") for task in tasks] == [True, False, False]
+    assert InfoPro().needs_samples(replace(TASK, blocks=1), "train")
 
 
 def test_votes_ride_in_prediction_alone() -> None:
@@ -254,11 +258,11 @@ def test_votes_ride_in_prediction_alone() -> None:
 
 
 def test_one_block_is_backprop() -> None:
-    task = replace(TASK, blocks=1, outputs=(5,))
+    task = replace(TASK, blocks=1, output_shape=(5,))
     ours, theirs = made(InfoPro(), task), made(InfoPro(), task)
-    assert ours.helper is None
+    assert ours.head is None
     live = lived(ours)
-    live.share = 1.0
-    ours.learn(InfoPro().pulls(task, ours, live))
+    live.loss_scale = 1.0
+    ours.backward(InfoPro().backward_pairs(task, ours, live))
     cross_entropy(theirs.forward(live.x, ()), live.targets).backward()
     assert all(map(torch.equal, ours.gradients(), theirs.gradients()))

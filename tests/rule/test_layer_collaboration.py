@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot, softplus
 
 from dtrain.objectives import OBJECTIVES
+from dtrain.objectives.common import negatives
 from dtrain.objectives.layer_collaboration import LayerCollaboration
-from dtrain.objectives.parts import negatives
 from dtrain.schedules import SCHEDULES
 from tests.rule.updated import ROWS, Updated, autograd, same, updated
 
@@ -25,7 +25,7 @@ def first(**told: Any) -> Updated:
 
 def three(done: Updated) -> list[Tensor]:
     """Return positives, negatives and neutral samples."""
-    wrong = negatives.random(done.given(), C)
+    wrong = negatives.random_labels(done.given(), C)
     codes = [
         one_hot(done.y, C),
         one_hot(wrong, C),
@@ -88,9 +88,9 @@ def test_half_of_the_others_counts_half() -> None:
 
 
 def test_all_blocks_see_the_same_loss_and_their_own_goodness() -> None:
-    tally = first().job.engine.tally
+    tally = first().job.engine.metric_sums
     assert len(set(tally.loss.values())) == 1
-    assert len({each["goodness_positive"] for each in tally.figures.values()}) == 3
+    assert len({each["goodness_positive"] for each in tally.metrics.values()}) == 3
 
 
 def test_what_travels() -> None:
@@ -102,7 +102,7 @@ def test_what_travels() -> None:
         *("total B2 -> B1", "total B2 -> B0"),
     ]
     assert {route.name for route in objective.routes(3, "predict")} == {"candidates", "votes"}
-    runs = {n for n, s in SCHEDULES.items() if all(map(s().runs, objective.routes(3, "train")))}
+    runs = {n for n, s in SCHEDULES.items() if all(map(s().supports, objective.routes(3, "train")))}
     assert {"pipelined", "drained", "1f1b"} <= runs
     assert "stream" not in runs
 
@@ -110,4 +110,4 @@ def test_what_travels() -> None:
 def test_defaults() -> None:
     made = OBJECTIVES["layer-collaboration"]()
     assert made == LayerCollaboration("input", 1.0, "mean", "classes", True, 1.0)
-    assert made.schedule == "pipelined"
+    assert made.default_schedule == "pipelined"

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
-from dtrain.block import Block
-from dtrain.errors import Refusal
-from dtrain.live import Live
+from dtrain.block.block import Block
+from dtrain.block.micro_batch import MicroBatch
+from dtrain.errors import DtrainError
 from dtrain.objectives import OBJECTIVES
-from dtrain.objectives.lls import Lls, LlsM, LlsMxM, Synchronised, waves
-from dtrain.objectives.task import Task
-from dtrain.seeds import seeded
+from dtrain.objectives.block_spec import BlockSpec
+from dtrain.objectives.lls import Lls, LlsBase, LlsM, LlsMxM, waves
+from dtrain.rng import seeded
 
 D = torch.float64
 NAMES = ["lls", "lls-m", "lls-mxm"]
@@ -29,13 +29,13 @@ def step(parameters: Iterable[Any]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1)
 
 
-def task(outputs: tuple[int, ...], classes: int = 4, block: int = 0, blocks: int = 3) -> Task:
-    return Task(block, blocks, (6,), outputs, D, classes)
+def task(outputs: tuple[int, ...], classes: int = 4, block: int = 0, blocks: int = 3) -> BlockSpec:
+    return BlockSpec(block, blocks, (6,), outputs, D, classes)
 
 
-def head(objective: Synchronised, where: Task) -> nn.Module:
+def head(objective: LlsBase, where: BlockSpec) -> nn.Module:
     with seeded("lls"):
-        made = objective.build(where)
+        made = objective.build_head(where)
     assert made is not None
     return made.to(D)
 
@@ -74,7 +74,7 @@ def test_float32_heads_have_the_waves_of_float64() -> None:
 @every_one
 @pytest.mark.parametrize("basis", ["sine", "square"])
 def test_scores_compare_the_normalised_output_with_the_waves(
-    objective: Synchronised, basis: Any
+    objective: LlsBase, basis: Any
 ) -> None:
     made = head(type(objective)(basis=basis, temperature=0.5), task((9,)))
     h = torch.randn(5, 9, dtype=D)
@@ -89,13 +89,13 @@ def test_scores_compare_the_normalised_output_with_the_waves(
 
 
 @every_one
-def test_the_scale_of_an_output_counts_nothing(objective: Synchronised) -> None:
+def test_the_scale_of_an_output_counts_nothing(objective: LlsBase) -> None:
     made, h = head(objective, task((9,))), torch.randn(5, 9, dtype=D)
     torch.testing.assert_close(made(h), made(1e3 * h), rtol=1e-13, atol=1e-14)
 
 
 @pytest.mark.parametrize(("objective", "shape"), [(LlsM(), (100,)), (LlsMxM(), (100, 100))])
-def test_modulations_start_small(objective: Synchronised, shape: tuple[int, ...]) -> None:
+def test_modulations_start_small(objective: LlsBase, shape: tuple[int, ...]) -> None:
     [learnt] = head(objective, task((9,), 100)).parameters()
     assert learnt.shape == shape
     assert learnt.std().item() == pytest.approx(0.01, rel=0.25)
@@ -103,7 +103,7 @@ def test_modulations_start_small(objective: Synchronised, shape: tuple[int, ...]
 
 
 @every_one
-def test_images_are_averaged_down(objective: Synchronised) -> None:
+def test_images_are_averaged_down(objective: LlsBase) -> None:
     made = head(type(objective)(features=40), task((8, 6, 6)))
     x = torch.randn(5, 8, 6, 6, dtype=D)
     same = head(type(objective)(), task((32,)))
@@ -119,7 +119,7 @@ def test_the_gradient_is_the_closed_form() -> None:
     y = torch.randint(0, 4, (5,))
     where = task((9,))
     block = Block(0, {"one": nn.Identity()}, head(Lls(), where), step)
-    [(loss, force)] = Lls().pulls(where, block, Live(h, h, y))
+    [(loss, force)] = Lls().backward_pairs(where, block, MicroBatch(h, h, y))
     loss.backward(force)
     size = h.detach().norm(dim=1, keepdim=True)
     f, basis = h.detach() / size, waves("sine", 4, 9)
@@ -129,12 +129,12 @@ def test_the_gradient_is_the_closed_form() -> None:
 
 
 @every_one
-def test_one_block_is_ordinary_backprop(objective: Synchronised) -> None:
+def test_one_block_is_ordinary_backprop(objective: LlsBase) -> None:
     where = task((4,), block=0, blocks=1)
-    assert objective.build(where) is None
+    assert objective.build_head(where) is None
     x, y, layer = torch.randn(5, 6, dtype=D), torch.randint(0, 4, (5,)), nn.Linear(6, 4).to(D)
     block = Block(0, {"head": layer}, None, step)
-    block.learn(objective.pulls(where, block, Live(x, block.forward(x, ()), y)))
+    block.backward(objective.backward_pairs(where, block, MicroBatch(x, block.forward(x, ()), y)))
     wanted = torch.autograd.grad(cross_entropy(layer(x), y), layer.weight)
     assert layer.weight.grad is not None
     assert torch.equal(layer.weight.grad, wanted[0])
@@ -147,8 +147,8 @@ def test_outputs_of_nothing_but_zeros_teach_nothing() -> None:
     nn.init.constant_(layer[0].bias, -100.0)
     block = Block(0, {"one": layer}, head(Lls(), where), step)
     x = torch.randn(5, 6, dtype=D)
-    live = Live(x, block.forward(x, ()), torch.zeros(5, dtype=torch.int64))
-    block.learn(Lls().pulls(where, block, live))
+    live = MicroBatch(x, block.forward(x, ()), torch.zeros(5, dtype=torch.int64))
+    block.backward(Lls().backward_pairs(where, block, live))
     assert live.loss is not None
     assert live.loss.item() == pytest.approx(math.log(4))
     assert all(each.grad is not None and not each.grad.any() for each in layer.parameters())
@@ -159,15 +159,15 @@ def test_outputs_of_nothing_but_zeros_teach_nothing() -> None:
 
 def test_narrow_blocks_are_told_of() -> None:
     tasks = [task((16,), 10, 0), task((61,), 10, 1), task((10,), 10, 2)]
-    [told] = Lls().cautions(tasks, 32)
+    [told] = Lls().warnings(tasks, 32)
     assert told.startswith("block 0 tells 10 classes apart by waves of 16 numbers")
     assert "correlate by 0.82" in told
 
 
 def test_wrong_numbers_are_refused() -> None:
-    with pytest.raises(Refusal, match=r"temperature = 0\.0"):
+    with pytest.raises(DtrainError, match=r"temperature = 0\.0"):
         Lls(temperature=0.0)
-    with pytest.raises(Refusal, match="features = 0"):
+    with pytest.raises(DtrainError, match="features = 0"):
         LlsM(features=0)
 
 

@@ -14,16 +14,16 @@ from torch.nn import functional
 from torch.nn.functional import cross_entropy
 
 from dtrain import models
-from dtrain.block import Block
-from dtrain.errors import Refusal
-from dtrain.live import Live
-from dtrain.models import Model, count
-from dtrain.models.walk import Spec
+from dtrain.block.block import Block
+from dtrain.block.micro_batch import MicroBatch
+from dtrain.errors import DtrainError
+from dtrain.models import LayerStack, profile_module
+from dtrain.models.shape_inference import LayerSpec
 from dtrain.objectives import OBJECTIVES
+from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.local_head import LocalHead
-from dtrain.objectives.task import Task
-from dtrain.prices import Prices
-from dtrain.seeds import seeded
+from dtrain.planning.block_costs import BlockCosts
+from dtrain.rng import seeded
 
 D = torch.float64
 DGL = LocalHead(head="dgl", norm="batch")
@@ -36,13 +36,13 @@ ROUTES = [
 every_head = pytest.mark.parametrize("objective", ROUTES, ids=lambda o: f"{o.head}-{o.norm}")
 
 
-def task(outputs: tuple[int, ...], block: int = 0, blocks: int = 3, classes: int = 10) -> Task:
-    return Task(block, blocks, (3, 8, 8), outputs, D, classes)
+def task(outputs: tuple[int, ...], block: int = 0, blocks: int = 3, classes: int = 10) -> BlockSpec:
+    return BlockSpec(block, blocks, (3, 8, 8), outputs, D, classes)
 
 
 def head(objective: LocalHead, outputs: tuple[int, ...]) -> nn.Module:
     with seeded("head"):
-        made = objective.build(task(outputs))
+        made = objective.build_head(task(outputs))
     assert made is not None
     return made.to(D)
 
@@ -101,18 +101,18 @@ def test_outputs_that_are_no_images_are_flattened(outputs: tuple[int, ...]) -> N
 
 def test_multiply_adds_of_a_head_are_counted_by_hand() -> None:
     """16 channels of 32 x 32: 8 x 8 pixels for three 1x1 convolutions, then 64 units."""
-    spec = count(head(DGL, (16, 32, 32)), (16, 32, 32), D, device="cpu")
+    spec = profile_module(head(DGL, (16, 32, 32)), (16, 32, 32), D, device="cpu")
     wanted = 3 * 16 * 16 * 8 * 8 + 3 * 64 * 64 + 64 * 10
-    assert (spec.forward, spec.weight_gradient, spec.input_gradient) == (wanted,) * 3
-    assert spec.couples
+    assert (spec.forward_macs, spec.weight_gradient_macs, spec.input_gradient_macs) == (wanted,) * 3
+    assert spec.couples_samples
 
 
 def test_a_cut_pays_for_the_head_that_stands_on_it() -> None:
     net = models.load("resnet", {"depth": 8}, Path(), (3, 32, 32), 10)
-    specs = models.walk(net, (3, 32, 32), torch.float32)
-    about = Task.about((3, 32, 32), 10)
+    specs = models.infer_layers(net, (3, 32, 32), torch.float32)
+    about = BlockSpec.from_data((3, 32, 32), 10)
     alone, with_head, greedy, dgl = (
-        Prices(specs, objective, net, about)
+        BlockCosts(specs, objective, net, about)
         for objective in (
             *(OBJECTIVES["backprop"](), OBJECTIVES["local-head"]()),
             *(LocalHead("greedy"), DGL),
@@ -126,9 +126,9 @@ def test_a_cut_pays_for_the_head_that_stands_on_it() -> None:
 
 
 def test_wrong_heads_are_refused() -> None:
-    with pytest.raises(Refusal, match="hidden = -1"):
+    with pytest.raises(DtrainError, match="hidden = -1"):
         LocalHead(hidden=-1)
-    with pytest.raises(Refusal, match=r"groups = 8: 12 channels .* 1, 2, 3, 4, 6, 12"):
+    with pytest.raises(DtrainError, match=r"groups = 8: 12 channels .* 1, 2, 3, 4, 6, 12"):
         head(LocalHead("dgl", "group"), (12, 4, 4))
 
 
@@ -136,19 +136,21 @@ def test_wrong_heads_are_refused() -> None:
 
 
 @cache
-def small() -> tuple[Model, tuple[Spec, ...]]:
+def small() -> tuple[LayerStack, tuple[LayerSpec, ...]]:
     net = models.load("resnet", {"depth": 8, "width": 4}, Path(), (3, 8, 8), 3)
-    return net, models.walk(net, (3, 8, 8), D)
+    return net, models.infer_layers(net, (3, 8, 8), D)
 
 
-def blocks(objective: LocalHead, cuts: tuple[int, ...] = (2, 3)) -> list[tuple[Task, Block]]:
+def blocks(objective: LocalHead, cuts: tuple[int, ...] = (2, 3)) -> list[tuple[BlockSpec, Block]]:
     """Return a ResNet-8 of width 4 with its heads, cut at layers, in float64."""
     net, specs = small()
     made = []
     for index, (i, j) in enumerate(itertools.pairwise((0, *cuts, len(specs)))):
-        where = Task(index, len(cuts) + 1, specs[i].inputs, specs[j - 1].outputs, D, 3)
+        where = BlockSpec(
+            index, len(cuts) + 1, specs[i].input_shape, specs[j - 1].output_shape, D, 3
+        )
         with seeded("heads", index):
-            helper = objective.build(where)
+            helper = objective.build_head(where)
         layers = net.build(range(i, j), 1, D)
         made.append((where, Block(index, layers, None if helper is None else helper.to(D), step)))
     return made
@@ -169,11 +171,11 @@ def test_the_loss_of_a_block_moves_no_other(
     made = blocks(objective)
     for own, (where, learner) in enumerate(made):
         x = x.detach()
-        live = Live(x, learner.forward(x, ()), y)
-        learner.learn(objective.pulls(where, learner, live))
+        live = MicroBatch(x, learner.forward(x, ()), y)
+        learner.backward(objective.backward_pairs(where, learner, live))
         for other, (_, each) in enumerate(made):
-            assert all((p.grad is not None) == (own == other) for p in each.trained)
-            for parameter in each.trained:
+            assert all((p.grad is not None) == (own == other) for p in each.trainable_parameters)
+            for parameter in each.trainable_parameters:
                 parameter.grad = None
         x = live.y
 
@@ -188,10 +190,10 @@ def test_one_backward_of_the_sum_is_the_blocks_own(
     losses = []
     for (where, one), (_, same) in zip(apart, together, strict=True):
         x = x.detach()
-        live = Live(x, one.forward(x, ()), y)
-        one.learn(objective.pulls(where, one, live))
+        live = MicroBatch(x, one.forward(x, ()), y)
+        one.backward(objective.backward_pairs(where, one, live))
         out = same.forward(x, ())
-        losses.append(cross_entropy(out if same.helper is None else same.helper(out), y))
+        losses.append(cross_entropy(out if same.head is None else same.head(out), y))
         x = live.y
     torch.stack(losses).sum().backward()
     for (_, one), (_, same) in zip(apart, together, strict=True):
@@ -210,7 +212,7 @@ def test_one_block_is_ordinary_backprop(objective: LocalHead, batch: tuple[Tenso
         optimizer.zero_grad()
         cross_entropy(plain(x), y).backward()
         optimizer.step()
-        ours.learn(objective.pulls(where, ours, Live(x, ours.forward(x, ()), y)))
+        ours.backward(objective.backward_pairs(where, ours, MicroBatch(x, ours.forward(x, ()), y)))
         ours.update()
-    for mine, wanted in zip(ours.trained, plain.parameters(), strict=True):
+    for mine, wanted in zip(ours.trainable_parameters, plain.parameters(), strict=True):
         assert torch.equal(mine, wanted)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dtrain.errors import USAGE, Refusal
-from dtrain.models import Mlp, Model, adopt, count, load, walk
-from dtrain.models.model import Function, Layers
+from dtrain.errors import ConfigError, DtrainError
+from dtrain.models import LayerStack, Mlp, as_layers, infer_layers, load, profile_module
+from dtrain.models.layers import Function, NamedFactories
 
 SHAPE = (1, 8, 8)
 PAIRS = [
@@ -27,9 +27,9 @@ def sequential() -> nn.Sequential:
 
 
 KINDS = {
-    "mlp": adopt(partial(Mlp((32, 16, 8)).layers, SHAPE, 10), "mlp"),
-    "listed": adopt(lambda: PAIRS, "listed"),
-    "whole": adopt(sequential, "whole"),
+    "mlp": as_layers(partial(Mlp((32, 16, 8)).layers, SHAPE, 10), "mlp"),
+    "listed": as_layers(lambda: PAIRS, "listed"),
+    "whole": as_layers(sequential, "whole"),
 }
 
 
@@ -52,9 +52,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def refused(call: object, *words: str) -> None:
     """Check that a call is refused with code 2 and every word in its message."""
     assert callable(call)
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(DtrainError) as caught:
         call()
-    assert caught.value.code == USAGE
+    assert caught.value.code == ConfigError.code
     for word in words:
         assert word in caught.value.message
 
@@ -79,14 +79,14 @@ def test_seed_decides_and_generator_is_left_alone(kind: str) -> None:
     net = KINDS[kind]
     state = torch.get_rng_state()
     one, other = (weights(net.build(range(len(net.names)), s, torch.float64)) for s in (0, 1))
-    walk(net, SHAPE, torch.float32)
+    infer_layers(net, SHAPE, torch.float32)
     assert torch.equal(torch.get_rng_state(), state)
     assert any(not torch.equal(one[key], other[key]) for key in one)
     assert all(t.dtype == torch.float64 for t in one.values() if t.is_floating_point())
 
 
 def test_equal_layers_of_other_names_differ() -> None:
-    net = adopt(lambda: [(n, lambda: nn.Linear(4, 4)) for n in "ab"], "net")
+    net = as_layers(lambda: [(n, lambda: nn.Linear(4, 4)) for n in "ab"], "net")
     a, b = net.build([0, 1], 0, torch.float32).values()
     assert not torch.equal(a.weight, b.weight)
 
@@ -106,7 +106,7 @@ def test_a_rank_calls_only_its_own_factories() -> None:
         called.append(name)
         return nn.Linear(2, 2)
 
-    net = adopt(lambda: [(name, partial(factory, name)) for name in "abc"], "net")
+    net = as_layers(lambda: [(name, partial(factory, name)) for name in "abc"], "net")
     assert called == []
     net.build([1], 0, torch.float32)
     assert called == ["b"]
@@ -148,22 +148,22 @@ def test_mlp_refuses_activation() -> None:
 
 
 def test_walk_counts_by_hand() -> None:
-    specs = walk(KINDS["mlp"], SHAPE, torch.float32)
+    specs = infer_layers(KINDS["mlp"], SHAPE, torch.float32)
     sizes = [64, 32, 16, 8, 10]
     assert [spec.name for spec in specs] == ["fc1", "fc2", "fc3", "head"]
-    assert specs[0].inputs == SHAPE
-    assert [spec.outputs for spec in specs] == [(n,) for n in sizes[1:]]
+    assert specs[0].input_shape == SHAPE
+    assert [spec.output_shape for spec in specs] == [(n,) for n in sizes[1:]]
     for spec, n, m in zip(specs, sizes, sizes[1:], strict=False):
-        assert spec.forward == spec.weight_gradient == spec.input_gradient == n * m
+        assert spec.forward_macs == spec.weight_gradient_macs == spec.input_gradient_macs == n * m
         assert spec.parameters == n * m + m
 
 
 def test_count_of_a_convolution() -> None:
     with torch.device("meta"):
         layer = nn.Conv2d(3, 8, 3)
-    spec = count(layer, (3, 10, 12), torch.float32, "conv")
-    assert spec.outputs == (8, 8, 10)
-    assert spec.forward == spec.weight_gradient == 8 * 8 * 10 * 3 * 9
+    spec = profile_module(layer, (3, 10, 12), torch.float32, "conv")
+    assert spec.output_shape == (8, 8, 10)
+    assert spec.forward_macs == spec.weight_gradient_macs == 8 * 8 * 10 * 3 * 9
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -172,16 +172,18 @@ def test_walk_tells_what_running_gives(kind: str, dtype: torch.dtype) -> None:
     net = KINDS[kind]
     x = torch.zeros(3, *SHAPE, dtype=dtype)
     layers = net.build(range(len(net.names)), 0, dtype)
-    for spec, layer in zip(walk(net, SHAPE, dtype), layers.values(), strict=True):
-        assert spec.inputs == x.shape[1:]
+    for spec, layer in zip(infer_layers(net, SHAPE, dtype), layers.values(), strict=True):
+        assert spec.input_shape == x.shape[1:]
         x = layer(x)
-        assert (spec.outputs, spec.dtype) == (x.shape[1:], x.dtype)
+        assert (spec.output_shape, spec.dtype) == (x.shape[1:], x.dtype)
 
 
 def test_walk_takes_no_memory() -> None:
     huge = 2**20
-    net = adopt(partial(Mlp((huge, huge)).layers, (huge,), 10), "huge")
-    assert [spec.forward for spec in walk(net, (huge,), torch.float32)][:2] == [huge**2] * 2
+    net = as_layers(partial(Mlp((huge, huge)).layers, (huge,), 10), "huge")
+    assert [spec.forward_macs for spec in infer_layers(net, (huge,), torch.float32)][:2] == [
+        huge**2
+    ] * 2
 
 
 class Awkward(nn.Module):
@@ -204,14 +206,16 @@ class Awkward(nn.Module):
     ],
 )
 def test_walk_runs_for_real_what_meta_cannot(function: Function) -> None:
-    specs = walk(adopt(function, "net"), SHAPE, torch.float32)
-    assert [spec.outputs for spec in specs] == [(5,), (3,)]
-    assert [spec.forward for spec in specs] == [320, 15]
+    specs = infer_layers(as_layers(function, "net"), SHAPE, torch.float32)
+    assert [spec.output_shape for spec in specs] == [(5,), (3,)]
+    assert [spec.forward_macs for spec in specs] == [320, 15]
 
 
 def test_walk_names_the_layer_that_does_not_fit() -> None:
-    net = adopt(lambda: [("a", lambda: nn.Linear(64, 5)), ("b", lambda: nn.Linear(6, 2))], "net")
-    refused(lambda: walk(net, (64,), torch.float32), "layer 'b'", "(5,)", "shapes")
+    net = as_layers(
+        lambda: [("a", lambda: nn.Linear(64, 5)), ("b", lambda: nn.Linear(6, 2))], "net"
+    )
+    refused(lambda: infer_layers(net, (64,), torch.float32), "layer 'b'", "(5,)", "shapes")
 
 
 class Odd(nn.Module):
@@ -232,17 +236,17 @@ class Odd(nn.Module):
     ],
 )
 def test_walk_refuses_what_is_not_one_batch(function: object, word: str) -> None:
-    net = adopt(lambda: [("odd", lambda: Odd(function))], "net")
-    refused(lambda: walk(net, SHAPE, torch.float32), "layer 'odd'", word, "samples first")
+    net = as_layers(lambda: [("odd", lambda: Odd(function))], "net")
+    refused(lambda: infer_layers(net, SHAPE, torch.float32), "layer 'odd'", word, "samples first")
 
 
 def test_an_error_raised_in_user_code_stays() -> None:
     def broken(x: Tensor) -> Tensor:
         raise RuntimeError("my own")
 
-    net = adopt(lambda: [("odd", lambda: Odd(broken))], "net")
+    net = as_layers(lambda: [("odd", lambda: Odd(broken))], "net")
     with pytest.raises(RuntimeError, match="my own"):
-        walk(net, SHAPE, torch.float32)
+        infer_layers(net, SHAPE, torch.float32)
 
 
 def test_a_factory_that_raises_keeps_its_error() -> None:
@@ -250,7 +254,7 @@ def test_a_factory_that_raises_keeps_its_error() -> None:
         raise KeyError("my own")
 
     with pytest.raises(KeyError, match="my own"):
-        walk(adopt(lambda: [("a", broken)], "net"), SHAPE, torch.float32)
+        infer_layers(as_layers(lambda: [("a", broken)], "net"), SHAPE, torch.float32)
 
 
 # What cannot be a model
@@ -295,21 +299,21 @@ LINEAR = nn.Linear(4, 4)
     ],
 )
 def test_wrong_models(function: object, words: list[str]) -> None:
-    refused(lambda: adopt(function, "net"), *words)  # type: ignore[arg-type]
+    refused(lambda: as_layers(function, "net"), *words)  # type: ignore[arg-type]
 
 
 def test_factories_must_make_modules_of_their_own() -> None:
-    def closed() -> Layers:
+    def closed() -> NamedFactories:
         layer = nn.Linear(4, 4)
         return [("a", lambda: layer)]
 
-    def build(net: Model) -> object:
+    def build(net: LayerStack) -> object:
         return lambda: net.build([0], 0, torch.float32)
 
-    refused(build(adopt(closed, "net")), "layer 'a'", "before its factory")
-    refused(build(adopt(lambda: [("a", lambda: 3)], "net")), "layer 'a'", "int")
-    twice = adopt(lambda: [("a", lambda: LINEAR), ("b", lambda: LINEAR)], "net")
-    refused(lambda: walk(twice, (4,), torch.float32), "'b'", "same module as 'a'")
+    refused(build(as_layers(closed, "net")), "layer 'a'", "before its factory")
+    refused(build(as_layers(lambda: [("a", lambda: 3)], "net")), "layer 'a'", "int")
+    twice = as_layers(lambda: [("a", lambda: LINEAR), ("b", lambda: LINEAR)], "net")
+    refused(lambda: infer_layers(twice, (4,), torch.float32), "'b'", "same module as 'a'")
 
 
 # By name
@@ -317,7 +321,11 @@ def test_factories_must_make_modules_of_their_own() -> None:
 
 def test_load_by_name(tmp_path: Path) -> None:
     net = load("mlp", {"widths": [4, 3], "activation": "tanh"}, tmp_path, SHAPE, 10)
-    assert [spec.outputs for spec in walk(net, SHAPE, torch.float32)] == [(4,), (3,), (10,)]
+    assert [spec.output_shape for spec in infer_layers(net, SHAPE, torch.float32)] == [
+        (4,),
+        (3,),
+        (10,),
+    ]
     refused(lambda: load("mpl", {}, tmp_path, SHAPE, 10), "did you mean 'mlp'", "module:function")
     refused(lambda: load("mlp", {}, tmp_path, SHAPE, 10), "widths", "run file")
     refused(lambda: load("mlp", {"width": 3}, tmp_path, SHAPE, 10), "did you mean 'widths'")
@@ -342,8 +350,8 @@ number = 3
 def test_load_a_users_function(folder: Path) -> None:
     (folder / "mynet.py").write_text(CODE)
     net = load("mynet:net", {"hidden_units": 6, "depth": 2}, folder, SHAPE, 10)
-    specs = walk(net, SHAPE, torch.float32)
-    assert [spec.outputs for spec in specs] == [(64,), (6,), (6,), (10,)]
+    specs = infer_layers(net, SHAPE, torch.float32)
+    assert [spec.output_shape for spec in specs] == [(64,), (6,), (6,), (10,)]
     assert load("mynet:plain", {}, folder, SHAPE, 10).names == ("only",)
 
 

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, one_hot
 
-from dtrain.block import Block
-from dtrain.errors import Refusal
-from dtrain.live import Live
+from dtrain.block.block import Block
+from dtrain.block.micro_batch import MicroBatch
+from dtrain.errors import DtrainError
+from dtrain.objectives.block_spec import BlockSpec
+from dtrain.objectives.common.pooling import make_pool, pooled_size, width
 from dtrain.objectives.mono_forward import MonoForward
-from dtrain.objectives.parts.pooling import grid, pooled, width
-from dtrain.objectives.task import Task
-from dtrain.seeds import seeded
+from dtrain.rng import seeded
 
 D = torch.float64
 
@@ -22,16 +22,16 @@ def step(parameters: object) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1)  # type: ignore[arg-type]
 
 
-def task(outputs: tuple[int, ...], block: int = 0, blocks: int = 2) -> Task:
-    return Task(block, blocks, (4,), outputs, D, 3)
+def task(outputs: tuple[int, ...], block: int = 0, blocks: int = 2) -> BlockSpec:
+    return BlockSpec(block, blocks, (4,), outputs, D, 3)
 
 
-def pulled(where: Task, layer: nn.Module, x: Tensor, y: Tensor, share: float = 1) -> Block:
+def pulled(where: BlockSpec, layer: nn.Module, x: Tensor, y: Tensor, share: float = 1) -> Block:
     """Return a block of one layer that has learnt one micro-batch."""
-    helper = MonoForward().build(where)
-    block = Block(where.block, {"one": layer}, None if helper is None else helper.to(D), step)
-    live = Live(x, block.forward(x, ()), y, share)
-    block.learn(MonoForward().pulls(where, block, live))
+    helper = MonoForward().build_head(where)
+    block = Block(where.index, {"one": layer}, None if helper is None else helper.to(D), step)
+    live = MicroBatch(x, block.forward(x, ()), y, share)
+    block.backward(MonoForward().backward_pairs(where, block, live))
     return block
 
 
@@ -52,15 +52,15 @@ def test_one_block_is_ordinary_backprop() -> None:
     with seeded("mono-forward"):
         x, y, layer = torch.randn(6, 4, dtype=D), torch.randint(0, 3, (6,)), nn.Linear(4, 3).to(D)
     block = pulled(task((3,), 0, 1), layer, x, y)
-    found = [each.grad for each in block.trained]
-    wanted = torch.autograd.grad(cross_entropy(layer(x), y), block.trained)
+    found = [each.grad for each in block.trainable_parameters]
+    wanted = torch.autograd.grad(cross_entropy(layer(x), y), block.trainable_parameters)
     assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True) if f is not None)
     assert None not in found
 
 
 def test_the_prediction_is_the_last_blocks_unless_a_vote_is_asked_for() -> None:
-    assert not MonoForward().votes
-    assert MonoForward(prediction="vote").votes
+    assert not MonoForward().predicts_by_vote
+    assert MonoForward(prediction="vote").predicts_by_vote
 
 
 @pytest.mark.parametrize(
@@ -78,20 +78,20 @@ def test_the_prediction_is_the_last_blocks_unless_a_vote_is_asked_for() -> None:
 def test_images_are_averaged_to_the_largest_square_that_the_limit_has_room_for(
     shape: tuple[int, ...], limit: int, size: tuple[int, int] | None
 ) -> None:
-    assert grid(shape, limit) == size
+    assert pooled_size(shape, limit) == size
     x = torch.randn(2, *shape, dtype=D)
     wanted = (x if size is None else adaptive_avg_pool2d(x, size)).flatten(1)
-    assert torch.equal(pooled(shape, limit)(x), wanted)
+    assert torch.equal(make_pool(shape, limit)(x), wanted)
     assert wanted.shape[1] == width(shape, limit)
 
 
 def test_heads_are_as_wide_as_the_pooled_image() -> None:
-    head = MonoForward(features=70).build(task((16, 8, 8)))
+    head = MonoForward(features=70).build_head(task((16, 8, 8)))
     assert head is not None
     assert [each.shape for each in head.parameters()] == [(3, 16 * 2 * 2)]
     assert head(torch.randn(5, 16, 8, 8)).shape == (5, 3)
 
 
 def test_no_features_are_refused() -> None:
-    with pytest.raises(Refusal, match="features = 0: give at least 1"):
+    with pytest.raises(DtrainError, match="features = 0: give at least 1"):
         MonoForward(features=0)

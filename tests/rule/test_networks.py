@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dtrain.block import Block
-from dtrain.errors import USAGE, Refusal
-from dtrain.models import Model, load, walk
-from dtrain.models.walk import Spec
+from dtrain.block.block import Block
+from dtrain.errors import ConfigError, DtrainError
+from dtrain.models import LayerStack, infer_layers, load
+from dtrain.models.shape_inference import LayerSpec
 
 CIFAR, DIGITS = (3, 32, 32), (1, 8, 8)
 LEAST: dict[str, dict[str, Any]] = {"resnet": {"depth": 8}, "cnn": {}}
@@ -25,18 +25,18 @@ VGG11 = [[64], [128], [256, 256], [512, 512], [512, 512]]
 VGG16 = [[64] * 2, [128] * 2, [256] * 3, [512] * 3, [512] * 3]
 
 
-def net(name: str, shape: tuple[int, ...] = CIFAR, **fields: Any) -> Model:
+def net(name: str, shape: tuple[int, ...] = CIFAR, **fields: Any) -> LayerStack:
     return load(name, fields, Path(), shape, 10)
 
 
 @cache
-def walked(name: str, **fields: Any) -> tuple[Spec, ...]:
+def walked(name: str, **fields: Any) -> tuple[LayerSpec, ...]:
     """Return the specs of a network for CIFAR, which several tests read."""
-    return walk(net(name, **fields), CIFAR, torch.float32)
+    return infer_layers(net(name, **fields), CIFAR, torch.float32)
 
 
 def parameters(name: str, **fields: Any) -> int:
-    layers = net(name, **fields).skeletons(torch.float32)
+    layers = net(name, **fields).meta_layers(torch.float32)
     return sum(p.numel() for layer in layers if layer is not None for p in layer.parameters())
 
 
@@ -65,7 +65,7 @@ def test_projections_add_two_small_convolutions() -> None:
 
 def test_vgg_has_the_convolutions_of_the_paper() -> None:
     """Simonyan and Zisserman 2014, table 1, column D: 13 convolutions of 14.7 million weights."""
-    found = walk(net("cnn", widths=VGG16, norm="none"), CIFAR, torch.float32)
+    found = infer_layers(net("cnn", widths=VGG16, norm="none"), CIFAR, torch.float32)
     assert len(found) == 13 + 1
     assert sum(spec.parameters for spec in found[:-1]) == 14714688
 
@@ -76,15 +76,21 @@ def test_multiply_adds_of_a_convolution_are_the_formula(name: str) -> None:
     spec = walked(name)[0]
     outputs = {"resnet": 16, "cnn": 32}[name]
     once = 9 * 3 * outputs * 32 * 32
-    assert (spec.forward, spec.weight_gradient, spec.input_gradient) == (once, once, once)
+    assert (spec.forward_macs, spec.weight_gradient_macs, spec.input_gradient_macs) == (
+        once,
+        once,
+        once,
+    )
 
 
 def test_multiply_adds_of_a_unit_are_those_of_its_convolutions() -> None:
     """The way back through the second convolution is counted once, not with the first's weights."""
     spec = walked("resnet")[1]
     once = 9 * 16 * 16 * 32 * 32
-    assert (spec.forward, spec.weight_gradient, spec.input_gradient) == (2 * once,) * 3
-    assert spec.unasked == once
+    assert (spec.forward_macs, spec.weight_gradient_macs, spec.input_gradient_macs) == (
+        2 * once,
+    ) * 3
+    assert spec.skippable_macs == once
 
 
 def test_multiply_adds_of_resnet_20() -> None:
@@ -92,7 +98,7 @@ def test_multiply_adds_of_resnet_20() -> None:
     found = walked("resnet")
     wide = 9 * 16 * 16 * 1024
     wanted = 9 * 3 * 16 * 1024 + 6 * wide + 5 * wide + wide // 2 + 5 * wide + wide // 2 + 640
-    assert sum(spec.forward for spec in found) == wanted
+    assert sum(spec.forward_macs for spec in found) == wanted
 
 
 @pytest.mark.parametrize("fields", [{}, {"shortcut": "projection"}], ids=["A", "B"])
@@ -155,7 +161,7 @@ def test_a_cut_may_stand_between_any_two_units() -> None:
     model = net("resnet", depth=14)
     units = [f"unit{resolution}-{number}" for resolution in (1, 2, 3) for number in (1, 2)]
     assert list(model.names) == ["stem", *units, "head"]
-    shapes = [spec.outputs for spec in walk(model, CIFAR, torch.float32)]
+    shapes = [spec.output_shape for spec in infer_layers(model, CIFAR, torch.float32)]
     sizes = [(16, 32, 32)] * 3 + [(32, 16, 16)] * 2 + [(64, 8, 8)] * 2
     assert shapes == [*sizes, (10,)]
 
@@ -164,7 +170,7 @@ def test_layers_of_a_cnn_end_with_their_pooling() -> None:
     model = net("cnn", widths=VGG11)
     assert list(model.names) == [f"conv{number}" for number in range(1, 9)] + ["head"]
     sizes = [(64, 16), (128, 8), (256, 8), (256, 4), (512, 4), (512, 2), (512, 2), (512, 2)]
-    shapes = [spec.outputs for spec in walk(model, CIFAR, torch.float32)]
+    shapes = [spec.output_shape for spec in infer_layers(model, CIFAR, torch.float32)]
     assert shapes == [*((c, s, s) for c, s in sizes), (10,)]
 
 
@@ -172,11 +178,11 @@ def test_layers_of_a_cnn_end_with_their_pooling() -> None:
 @pytest.mark.parametrize("shape", [DIGITS, (3, 7, 9), CIFAR])
 def test_small_and_odd_images_pass(name: str, shape: tuple[int, ...]) -> None:
     model = net(name, shape, **LEAST[name])
-    specs = walk(model, shape, torch.float32)
+    specs = infer_layers(model, shape, torch.float32)
     x = torch.randn(2, *shape)
     for layer, spec in zip(model.build(range(len(specs)), 0, x.dtype).values(), specs, strict=True):
         x = layer(x)
-        assert x.shape[1:] == spec.outputs
+        assert x.shape[1:] == spec.output_shape
 
 
 @pytest.mark.parametrize("name", ["resnet", "cnn"])
@@ -194,8 +200,8 @@ def test_gradients_lie_in_memory_as_their_weights_do(name: str) -> None:
 @pytest.mark.parametrize("name", ["resnet", "cnn"])
 def test_batch_statistics_alone_couple_samples(name: str, norm: str) -> None:
     model = net(name, DIGITS, norm=norm, **LEAST[name])
-    specs = walk(model, DIGITS, torch.float64)
-    assert {spec.couples for spec in specs[:-1]} == {norm == "batch"}
+    specs = infer_layers(model, DIGITS, torch.float64)
+    assert {spec.couples_samples for spec in specs[:-1]} == {norm == "batch"}
     whole = nn.Sequential(*model.build(range(len(specs)), 0, torch.float64).values())
     x = torch.randn(4, *DIGITS, dtype=torch.float64)
     alone = torch.cat([whole(x[:2]), whole(x[2:])])
@@ -208,8 +214,8 @@ def test_layers_neither_draw_nor_write_to_what_enters(name: str, norm: str) -> N
     model = net(name, DIGITS, norm=norm)
     layers = model.build(range(len(model.names)), 0, torch.float32)
     block = Block(0, layers, None, lambda parameters: torch.optim.SGD(parameters, 0.1))
-    assert not block.drawing
-    assert not block.writing
+    assert not block.rng_layers
+    assert not block.inplace_layers
     state = torch.get_rng_state()
     x = torch.randn(3, *DIGITS)
     torch.set_rng_state(state)
@@ -248,8 +254,8 @@ def test_layers_neither_draw_nor_write_to_what_enters(name: str, norm: str) -> N
 def test_what_is_refused(
     name: str, shape: tuple[int, ...], fields: dict[str, Any], words: str
 ) -> None:
-    with pytest.raises(Refusal) as caught:
-        walk(net(name, shape, **fields), shape, torch.float32)
-    assert caught.value.code == USAGE
+    with pytest.raises(DtrainError) as caught:
+        infer_layers(net(name, shape, **fields), shape, torch.float32)
+    assert caught.value.code == ConfigError.code
     for word in words.split():
         assert word in caught.value.message

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn, optim
 
-from dtrain.optimizers import make
+from dtrain.block.optimizer import make_optimizer
 
 RULES: dict[str, tuple[type[optim.Optimizer], dict[str, Any]]] = {
     "sgd": (optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
@@ -41,7 +41,10 @@ def test_a_step_is_torchs_however_tensors_lie_in_memory(
     kind, fields = RULES[name]
     ours, theirs = (nn.Parameter(drawn(0, parameter == "columns").clone()) for _ in range(2))
     assert ours.is_contiguous() == (parameter == "rows")
-    optimizers = make(torchs(name), fields, [ours]), kind([theirs], **fields, foreach=False)
+    optimizers = (
+        make_optimizer(torchs(name), fields, [ours]),
+        kind([theirs], **fields, foreach=False),
+    )
     for update in range(1, 4):
         for each, optimizer in zip((ours, theirs), optimizers, strict=True):
             each.grad = drawn(update, gradient == "columns").clone()
@@ -54,7 +57,7 @@ def test_a_parameter_may_learn_later_than_others(name: str) -> None:
     """So does one that takes the place of another, as factors do."""
     kind, fields = RULES[name]
     ours, theirs = ([nn.Parameter(drawn(n, False)) for n in range(2)] for _ in range(2))
-    optimizers = make(torchs(name), fields, ours), kind(theirs, **fields, foreach=False)
+    optimizers = make_optimizer(torchs(name), fields, ours), kind(theirs, **fields, foreach=False)
     for update in range(1, 5):
         for both, optimizer in zip((ours, theirs), optimizers, strict=True):
             both[0].grad = drawn(update, False)
@@ -78,5 +81,5 @@ def test_a_parameter_may_learn_later_than_others(name: str) -> None:
 def test_fused_where_it_is_exact_and_nothing_else_is_chosen(
     name: str, fields: dict[str, Any], dtype: torch.dtype, fused: bool | None
 ) -> None:
-    made = make(name, fields, [nn.Parameter(torch.zeros(3, dtype=dtype))])
+    made = make_optimizer(name, fields, [nn.Parameter(torch.zeros(3, dtype=dtype))])
     assert made.defaults["fused"] is fused

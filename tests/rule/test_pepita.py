@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
-from dtrain.block import Block
-from dtrain.errors import Refusal
-from dtrain.job import plan
+from dtrain.block.block import Block
+from dtrain.errors import DtrainError
 from dtrain.models.mlp import Dense
+from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.pepita import Pepita
-from dtrain.objectives.task import Task
-from dtrain.seeds import seeded
+from dtrain.planning.plan import make_plan
+from dtrain.rng import seeded
 from tests import tiny
 from tests.rule.walked import D, learnt, made
 
-Blocks = list[tuple[Task, Block]]
+Blocks = list[tuple[BlockSpec, Block]]
 SIZES = [(6, 9), (9, 7), (7, 4)]
 
 
@@ -67,7 +67,7 @@ def test_with_as_many_blocks_as_layers_it_is_the_papers_rule(
     x, y = batch
     objective, layers, blocks = deep([1, 1, 1], scale=0.5, error=error)
     lives = learnt(objective, blocks, x, y, share=0.25)
-    matrix = blocks[0][1].helper.feedback
+    matrix = blocks[0][1].head.feedback
     assert matrix.shape == (4, 6)
     assert 0.8 < matrix.abs().max() <= 1  # sqrt(6 / 6)
     with torch.no_grad():
@@ -87,7 +87,7 @@ def test_inside_a_block_its_own_force_is_backpropagated(batch: tuple[Tensor, Ten
     learnt(objective, blocks, x, y)
     with torch.no_grad():
         h = passed(layers, x)
-        x = x + 0.5 * missed(h[-1], y) @ blocks[0][1].helper.feedback
+        x = x + 0.5 * missed(h[-1], y) @ blocks[0][1].head.feedback
         force = h[2] - passed(layers, x)[2]
     sums = nn.functional.linear(layers[0](x), layers[1].weight, layers[1].bias)
     weight, _ = torch.autograd.grad(sums, [layers[0].weight, layers[1].weight], force / 12)
@@ -103,7 +103,7 @@ def test_below_its_head_the_last_block_learns_from_the_error(
     learnt(objective, blocks, x, y)
     with torch.no_grad():
         first = passed(layers, x)
-        x = x + 0.5 * missed(first[-1], y) @ blocks[0][1].helper.feedback
+        x = x + 0.5 * missed(first[-1], y) @ blocks[0][1].head.feedback
         enters = layers[0](x)
     *_, scores = passed(layers[1:], enters)
     wanted = [layers[1].weight, layers[2].weight]
@@ -126,7 +126,7 @@ def test_a_layer_without_sums_is_pulled_at_its_output() -> None:
     with torch.no_grad():
         first = conv(x)
         error = missed(head(first.flatten(1)), y)
-        x = x + (0.5 * error @ blocks[0][1].helper.feedback).view_as(x)
+        x = x + (0.5 * error @ blocks[0][1].head.feedback).view_as(x)
     second = conv(x)
     (wanted,) = torch.autograd.grad(second, conv[0].bias, (first - second).detach() / 5)
     close(conv[0].bias.grad, wanted)
@@ -139,11 +139,13 @@ def test_to_first_order_it_is_adaptive_feedback_alignment(batch: tuple[Tensor, T
     for scale in (1e-1, 1e-2, 1e-3):
         objective, layers, blocks = deep([1, 1, 1], scale=scale)
         first, *_ = learnt(objective, blocks, x, y)
-        assert first.before is not None
+        assert first.previous_pass is not None
         with torch.no_grad():
-            added = scale * missed(passed(layers, x)[-1], y) @ blocks[0][1].helper.feedback
-            linear = -(1 - first.before.y**2) * (added @ layers[0].weight.T)
-            residuals.append(float((first.before.y - first.y - linear).norm() / linear.norm()))
+            added = scale * missed(passed(layers, x)[-1], y) @ blocks[0][1].head.feedback
+            linear = -(1 - first.previous_pass.y**2) * (added @ layers[0].weight.T)
+            residuals.append(
+                float((first.previous_pass.y - first.y - linear).norm() / linear.norm())
+            )
     assert 1e-2 < residuals[0] < 1e-1
     for large, small in pairwise(residuals):
         assert large / small == pytest.approx(10, rel=0.1)
@@ -152,9 +154,9 @@ def test_to_first_order_it_is_adaptive_feedback_alignment(batch: tuple[Tensor, T
 def test_the_first_pass_leaves_no_graph(batch: tuple[Tensor, Tensor]) -> None:
     objective, _, blocks = deep([1, 1, 1])
     for live in learnt(objective, blocks, *batch):
-        assert live.before is not None
+        assert live.previous_pass is not None
         assert live.y.requires_grad
-        assert not live.before.y.requires_grad
+        assert not live.previous_pass.y.requires_grad
 
 
 def test_one_block_makes_one_pass_and_is_backprop(batch: tuple[Tensor, Tensor]) -> None:
@@ -163,7 +165,7 @@ def test_one_block_makes_one_pass_and_is_backprop(batch: tuple[Tensor, Tensor]) 
     (live,) = learnt(objective, blocks, x, y)
     whole = list(nn.Sequential(*layers).parameters())
     wanted = torch.autograd.grad(cross_entropy(nn.Sequential(*layers)(x), y), whole)
-    assert live.before is None
+    assert live.previous_pass is None
     for parameter, gradient in zip(whole, wanted, strict=True):
         assert parameter.grad is not None
         assert torch.equal(parameter.grad, gradient)
@@ -174,16 +176,16 @@ def test_the_delay_is_declared(schedule: str | None, late: int) -> None:
     """Pipelined, both passes and K updates lie between a forward and its learning."""
     named = {"schedule__name": schedule} if schedule else {}
     run = tiny.run(objective__name="pepita", micro_batches=1, mesh__stages=3, **named)
-    assert list(plan(run, 3).proof.staleness) == [late] * 3
+    assert list(make_plan(run, 3).proof.staleness) == [late] * 3
 
 
 def test_only_a_scale_above_zero_is_taken() -> None:
     for scale in (0.0, -0.05, float("nan")):
-        with pytest.raises(Refusal, match=r"\[objective\] scale"):
+        with pytest.raises(DtrainError, match=r"\[objective\] scale"):
             Pepita(scale=scale)
 
 
 def test_many_blocks_are_told() -> None:
-    tasks = [Task(b, 4, (6,), (6,), D, 4) for b in range(4)]
-    assert Pepita().cautions(tasks[:3], 8) == []
-    assert "4 blocks" in Pepita().cautions(tasks, 8)[0]
+    tasks = [BlockSpec(b, 4, (6,), (6,), D, 4) for b in range(4)]
+    assert Pepita().warnings(tasks[:3], 8) == []
+    assert "4 blocks" in Pepita().warnings(tasks, 8)[0]

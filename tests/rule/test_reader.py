@@ -18,11 +18,11 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from dtrain.comm import threads
-from dtrain.data import Arrays, Source, hdf5, load
+from dtrain.comm.backends import threads
+from dtrain.data import ArrayDataset, Dataset, hdf5, load
 from dtrain.data.augment import CropFlip
-from dtrain.data.reader import Reader
-from dtrain.errors import Refusal
+from dtrain.data.loader import Loader
+from dtrain.errors import DtrainError
 
 X = np.random.default_rng(0).integers(0, 256, (60, 3, 6, 6), dtype=np.uint8)
 MICROS = np.split(np.random.default_rng(1).permutation(60), [7, 20, 21, 40, 50])
@@ -30,7 +30,7 @@ PATIENCE_S = 10.0
 
 
 @final
-class Watched(Source):
+class Watched(Dataset):
     """Samples whose reading is watched, may wait for a gate, and may fail."""
 
     def __init__(self, slow: bool = True, bad: int = -1) -> None:
@@ -73,7 +73,7 @@ def until(done: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-def segment(reader: Reader, epoch: int = 0) -> list[Tensor]:
+def segment(reader: Loader, epoch: int = 0) -> list[Tensor]:
     """Read all micro-batches."""
     reader.open(MICROS, epoch)
     got = [reader.read() for _ in MICROS]
@@ -90,7 +90,7 @@ def segment(reader: Reader, epoch: int = 0) -> list[Tensor]:
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64])
 def test_ahead_as_in_place(ahead: int, slow: bool, augmented: bool, kind: torch.dtype) -> None:
     augment = CropFlip(3) if augmented else None
-    reader, source = Reader(Watched(slow), kind, augment, ahead), Watched()
+    reader, source = Loader(Watched(slow), kind, augment, ahead), Watched()
     for epoch in (0, 4):
         got = segment(reader, epoch)
         for x, indices in zip(got, MICROS, strict=True):
@@ -104,11 +104,11 @@ def test_who_reads() -> None:
     main = threading.current_thread().name
     for slow, augment, ahead in ((False, None, 2), (True, None, 0), (True, CropFlip(0), 0)):
         source = Watched(slow)
-        segment(Reader(source, torch.float32, augment, ahead))
+        segment(Loader(source, torch.float32, augment, ahead))
         assert source.begun == [main] * len(MICROS)
     for slow, augment in ((True, None), (False, CropFlip(0))):
         source = Watched(slow)
-        segment(Reader(source, torch.float32, augment))
+        segment(Loader(source, torch.float32, augment))
         assert len(source.begun) == len(MICROS)
         assert main not in source.begun
         assert len(set(source.begun)) == 1
@@ -116,7 +116,7 @@ def test_who_reads() -> None:
 
 def test_odd_memory_and_other_dtypes() -> None:
     @final
-    class Odd(Source):
+    class Odd(Dataset):
         size, shape, classes = 60, (4,), 2
 
         def __init__(self, made: Tensor) -> None:
@@ -130,12 +130,12 @@ def test_odd_memory_and_other_dtypes() -> None:
 
     floats = torch.arange(64.0)
     for made in (floats[1:9].view(2, 4), floats[:8].view(4, 2).T):
-        got = segment(Reader(Odd(made), torch.float32))[0]
+        got = segment(Loader(Odd(made), torch.float32))[0]
         assert torch.equal(got, made)
         assert (got.is_contiguous(), got.data_ptr() % 64) == (True, 0)
         assert got.data_ptr() != made.data_ptr()
     tokens = torch.arange(8).view(2, 4)
-    assert segment(Reader(Odd(tokens), torch.float32))[0].dtype == torch.int64
+    assert segment(Loader(Odd(tokens), torch.float32))[0].dtype == torch.int64
 
 
 def test_hdf5_from_disk_is_slow_and_the_same(
@@ -146,21 +146,21 @@ def test_hdf5_from_disk_is_slow_and_the_same(
         file["y"] = np.arange(60) % 2
     got = []
     for whole in (True, False):
-        monkeypatch.setattr(hdf5, "fits", lambda size, whole=whole: whole)
+        monkeypatch.setattr(hdf5, "fits_in_memory", lambda size, whole=whole: whole)
         source = load("hdf5", {"train": "a.h5", "test": "a.h5"}, tmp_path).train
         assert source.slow is not whole
-        got.append(segment(Reader(source, torch.float32, CropFlip(0))))
+        got.append(segment(Loader(source, torch.float32, CropFlip(0))))
     assert all(torch.equal(*pair) for pair in zip(*got, strict=True))
 
 
 def test_sources_are_fast_unless_they_say_otherwise() -> None:
-    assert not Arrays(60, (3, 6, 6), 2, lambda: X, lambda: X).slow
+    assert not ArrayDataset(60, (3, 6, 6), 2, lambda: X, lambda: X).slow
 
 
 def test_what_cannot_be_augmented_is_refused_at_once() -> None:
-    flat = Arrays(60, (108,), 2, lambda: X.reshape(60, -1), lambda: X)
-    with pytest.raises(Refusal, match=r"\(108,\)"):
-        Reader(flat, torch.float32, CropFlip(0))
+    flat = ArrayDataset(60, (108,), 2, lambda: X.reshape(60, -1), lambda: X)
+    with pytest.raises(DtrainError, match=r"\(108,\)"):
+        Loader(flat, torch.float32, CropFlip(0))
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 2, 9])
@@ -169,7 +169,7 @@ def test_what_is_wanted_again_in_a_row_is_read_once(ahead: int, slow: bool) -> N
     """Several blocks of a rank read the same samples: one tensor, one read."""
     a, b = MICROS[:2]
     source = Watched(slow)
-    reader = Reader(source, torch.float32, ahead=ahead)
+    reader = Loader(source, torch.float32, prefetch=ahead)
     for _ in range(2):  # nothing is remembered from one segment to the next
         source.begun.clear()
         wanted = [a, a, a, b, b, a, a.copy()]
@@ -191,7 +191,7 @@ def test_what_is_wanted_again_in_a_row_is_read_once(ahead: int, slow: bool) -> N
 @pytest.mark.parametrize("ahead", [1, 2, 3])
 def test_at_most_so_many_are_held(ahead: int) -> None:
     source = Watched()
-    reader = Reader(source, torch.float32, ahead=ahead)
+    reader = Loader(source, torch.float32, prefetch=ahead)
     reader.open(MICROS, 0)
     for taken in range(len(MICROS)):
         most = min(taken + ahead, len(MICROS))
@@ -210,7 +210,7 @@ def test_wanted_is_asked_for_by_the_caller_alone_and_no_further_than_needed() ->
             asked.append(threading.current_thread().name)
             yield indices
 
-    reader = Reader(Watched(), torch.float32)
+    reader = Loader(Watched(), torch.float32)
     reader.open(wanted(), 0)
     reader.read()
     reader.close()
@@ -219,7 +219,7 @@ def test_wanted_is_asked_for_by_the_caller_alone_and_no_further_than_needed() ->
 
 def test_no_thread_where_nothing_is_wanted() -> None:
     before = threading.enumerate()
-    reader = Reader(Watched(), torch.float32)
+    reader = Loader(Watched(), torch.float32)
     reader.open([], 0)
     assert threading.enumerate() == before
     reader.close()
@@ -227,7 +227,7 @@ def test_no_thread_where_nothing_is_wanted() -> None:
 
 @pytest.mark.parametrize("slow", [False, True])
 def test_more_than_was_wanted(slow: bool) -> None:
-    reader = Reader(Watched(slow), torch.float32)
+    reader = Loader(Watched(slow), torch.float32)
     for wanted in (MICROS[:2], []):
         reader.open(wanted, 0)
         for _ in wanted:
@@ -244,7 +244,7 @@ def test_more_than_was_wanted(slow: bool) -> None:
 
 @pytest.mark.parametrize("slow", [False, True])
 def test_an_error_is_raised_where_it_is_read(slow: bool) -> None:
-    reader = Reader(Watched(slow, bad=2), torch.float32)
+    reader = Loader(Watched(slow, bad=2), torch.float32)
     reader.open(MICROS, 0)
     reader.read()
     reader.read()
@@ -258,7 +258,7 @@ def test_an_error_is_raised_where_it_is_read(slow: bool) -> None:
 
 def test_closed_before_its_end() -> None:
     source = Watched()
-    reader = Reader(source, torch.float32, ahead=4)
+    reader = Loader(source, torch.float32, prefetch=4)
     source.gate.clear()
     reader.open(MICROS, 0)
     until(lambda: len(source.begun) == 1)
@@ -268,14 +268,14 @@ def test_closed_before_its_end() -> None:
 
 
 def test_opened_again_without_a_close() -> None:
-    reader = Reader(Watched(), torch.float32)
+    reader = Loader(Watched(), torch.float32)
     reader.open(MICROS[::-1], 0)
     reader.read()
     assert torch.equal(segment(reader)[0], Watched().inputs(MICROS[0]))
 
 
 def test_forgotten() -> None:
-    reader = Reader(Watched(), torch.float32)
+    reader = Loader(Watched(), torch.float32)
     reader.open(MICROS, 0)
     (thread,) = [t for t in threading.enumerate() if t.name.startswith("dtrain-reader")]
     del reader
@@ -292,7 +292,7 @@ def test_torch_works_alone_in_the_thread_and_as_before_elsewhere() -> None:
     try:
         torch.set_num_threads(3)
         source = Watched()
-        segment(Reader(source, torch.float32))
+        segment(Loader(source, torch.float32))
         assert source.teams == [1] * len(MICROS)
         assert torch.get_num_threads() == 3
         later: list[int] = []
@@ -306,14 +306,14 @@ def test_torch_works_alone_in_the_thread_and_as_before_elsewhere() -> None:
 
 def test_ranks_as_threads() -> None:
     def work(comm: threads.Comm) -> list[Tensor]:
-        reader = Reader(Watched(), torch.float32, CropFlip(0))
+        reader = Loader(Watched(), torch.float32, CropFlip(0))
         reader.open(MICROS, 0)
         got = []
         for _ in MICROS:
             got.append(reader.read())
-            comm.exchange(comm.rank)  # passes the baton
+            comm.allgather_object(comm.rank)  # passes the baton
         reader.close()
         return got
 
-    first, *others = threads.run(3, work)
+    first, *others = threads.run_ranks(3, work)
     assert all(torch.equal(*pair) for other in others for pair in zip(first, other, strict=True))

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, softplus
 
 from dtrain.objectives import OBJECTIVES
-from dtrain.objectives.scalable_ff import Channels, ScalableFf
-from dtrain.objectives.task import Task
+from dtrain.objectives.block_spec import BlockSpec
+from dtrain.objectives.scalable_ff import ChannelGoodness, ScalableFf
 from tests.rule.updated import ROWS, Updated, autograd, predicted, same, updated
 
 D = torch.float64
@@ -39,13 +39,13 @@ def passed(done: Updated) -> list[tuple[Tensor, Tensor]]:
 
 def good(done: Updated, index: int, h: Tensor) -> Tensor:
     """Return the goodness (rows, C) from the weights of the block's channels."""
-    weight, bias = done.blocks[index].helper.parameters()  # type: ignore[union-attr]
+    weight, bias = done.blocks[index].head.parameters()  # type: ignore[union-attr]
     return (h.flatten(1) @ weight.T + bias).square()
 
 
 def test_goodness_is_the_mean_of_the_squares_of_a_channel() -> None:
     for shape in ((12,), (3, 4), (6, 5, 4)):
-        made, h = Channels(shape, C).to(D), torch.randn(7, *shape, dtype=D)
+        made, h = ChannelGoodness(shape, C).to(D), torch.randn(7, *shape, dtype=D)
         weight, bias = made.parameters()
         if len(shape) == 3:
             flat = torch.einsum("ncij,oc->noij", h, weight[:, :, 0, 0]) + bias.view(1, -1, 1, 1)
@@ -73,7 +73,7 @@ def test_each_block_learns_its_own_goodness_and_the_head_is_a_probe(blocks: int)
 @pytest.mark.parametrize("prediction", ["mean", "last", "probe"])
 def test_prediction(prediction: str) -> None:
     done = first(prediction=prediction)
-    objective, tasks, made = done.job.engine.objective, done.job.engine.tasks, passed(done)
+    objective, tasks, made = done.job.engine.objective, done.job.engine.block_specs, passed(done)
     scores = predicted(done, done.x, done.y)
     wanted = [good(done, k, h) for k, (h, _) in enumerate(made)]
     if prediction == "probe":
@@ -82,21 +82,24 @@ def test_prediction(prediction: str) -> None:
         torch.testing.assert_close(ours, theirs)
     votes = sum(objective.vote(task, each) for task, each in zip(tasks, scores, strict=True))
     torch.testing.assert_close(votes, torch.stack(wanted).mean(0))
-    assert objective.votes == (prediction == "mean")
+    assert objective.predicts_by_vote == (prediction == "mean")
 
 
 def test_a_block_of_images_has_c_channels() -> None:
     """c C weights and C biases, the last block's on what enters the head."""
-    task = Task(0, 2, (3, 8, 8), (16, 4, 4), D, 10)
-    last = Task(1, 2, (16, 4, 4), (10,), D, 10, features=(20, 2, 2))
+    task = BlockSpec(0, 2, (3, 8, 8), (16, 4, 4), D, 10)
+    last = BlockSpec(1, 2, (16, 4, 4), (10,), D, 10, feature_shape=(20, 2, 2))
     for each, channels in ((task, 16), (last, 20)):
-        built = ScalableFf().build(each)
+        built = ScalableFf().build_head(each)
         assert [tuple(p.shape) for p in built.parameters()] == [(10, channels, 1, 1), (10,)]
-    assert [ScalableFf().helped(each) for each in (task, last)] == [(16, 4, 4), (20, 2, 2)]
+    assert [ScalableFf().head_input_shape(each) for each in (task, last)] == [
+        (16, 4, 4),
+        (20, 2, 2),
+    ]
 
 
 def test_defaults() -> None:
     made = OBJECTIVES["scalable-ff"]()
     assert made == ScalableFf(1.0, "mean")
-    assert made.schedule == "stream"
+    assert made.default_schedule == "stream"
     assert [str(route) for route in made.routes(2, "train")] == ["activation F0 -> F1"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.schedules import SCHEDULES
-from dtrain.tables import kebab, text
+from dtrain.schema import kebab, toml_text
 from tests.rule.test_docs import cells, rows, section, ticked
 
 DOCS = Path(__file__).parents[2] / "docs" / "schedules.md"
@@ -31,4 +31,4 @@ def test_every_key_is_told_with_its_default(name: str) -> None:
     assert keys == [kebab(each.name) for each in own]
     lines = [cells(line) for line in section(DOCS, name).splitlines() if line.startswith("| `")]
     told = {ticked(row[0])[0]: row[1] for row in lines}
-    assert told == {kebab(each.name): f"`{text(each.default)}`" for each in own}
+    assert told == {kebab(each.name): f"`{toml_text(each.default)}`" for each in own}

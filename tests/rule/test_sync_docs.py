@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from dtrain.schema import kebab, toml_text
 from dtrain.syncs import SYNCS
-from dtrain.tables import kebab, text
 from tests.rule.test_docs import cells, rows, section, ticked
 
 DOCS = Path(__file__).parents[2] / "docs" / "communication.md"
@@ -32,5 +32,5 @@ def test_every_key_is_told_with_its_default(name: str) -> None:
     told = {ticked(row[0])[0]: row[1] for row in lines}
     made = SYNCS[name]()
     defaults = {kebab(each.name): getattr(made, each.name) for each in fields(made)}  # type: ignore[arg-type]
-    wanted = {k: "left out" if v is None else f"`{text(v)}`" for k, v in defaults.items()}
+    wanted = {k: "left out" if v is None else f"`{toml_text(v)}`" for k, v in defaults.items()}
     assert told == wanted

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from dtrain.block import Block
-from dtrain.live import Live
-from dtrain.objectives.task import Task
+from dtrain.block.block import Block
+from dtrain.block.micro_batch import MicroBatch
+from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.tpsgd import TpSgd
-from dtrain.seeds import seeded
+from dtrain.rng import seeded
 
 D = torch.float64
 
@@ -23,17 +23,19 @@ def step(parameters: Iterable[Any]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1)
 
 
-def task(outputs: tuple[int, ...], block: int = 0, blocks: int = 2) -> Task:
-    return Task(block, blocks, (8,), outputs, D, 5)
+def task(outputs: tuple[int, ...], block: int = 0, blocks: int = 2) -> BlockSpec:
+    return BlockSpec(block, blocks, (8,), outputs, D, 5)
 
 
-def made(layer: nn.Module, where: Task, objective: TpSgd) -> tuple[Tensor, Tensor, Tensor, Block]:
+def made(
+    layer: nn.Module, where: BlockSpec, objective: TpSgd
+) -> tuple[Tensor, Tensor, Tensor, Block]:
     """Return data, labels, their targets, and a block of one layer."""
     with seeded("tpsgd"):
         x, y = torch.randn(40, 8, dtype=D), torch.randint(0, 5, (40,))
-        helper = objective.build(where)
+        helper = objective.build_head(where)
     assert helper is not None
-    block = Block(where.block, {"one": layer}, helper.to(D), step)
+    block = Block(where.index, {"one": layer}, helper.to(D), step)
     return x, y, block.buffers["heads.0.feedback"][y], block
 
 
@@ -44,8 +46,8 @@ def test_the_gradient_is_the_residual_through_the_slope(loss: Any, share: float)
     layer = nn.Sequential(nn.Linear(8, 12), nn.Tanh()).to(D)
     where, objective = task((12,)), TpSgd(loss)
     x, y, target, block = made(layer, where, objective)
-    live = Live(x, block.forward(x, ()), y, share)
-    block.learn(objective.pulls(where, block, live))
+    live = MicroBatch(x, block.forward(x, ()), y, share)
+    block.backward(objective.backward_pairs(where, block, live))
     h = live.y.detach()
     residual = 2 * (target - h) if loss == "l2" else (target - h).sign()
     delta = -share * residual * (1 - h**2) / (40 * 12)
@@ -61,7 +63,7 @@ def test_nothing_pulls_at_the_target(loss: Any) -> None:
     where, objective = task((12,)), TpSgd(loss)
     x, y, target, block = made(nn.Identity(), where, objective)
     h = target.clone().requires_grad_()
-    [(value, force)] = objective.pulls(where, block, Live(x, h, y))
+    [(value, force)] = objective.backward_pairs(where, block, MicroBatch(x, h, y))
     value.backward(force)
     assert value.item() == 0
     assert h.grad is not None
@@ -73,9 +75,11 @@ def test_it_comes_to_rest_at_the_mean_target() -> None:
     where, objective, layer = task((12,)), TpSgd(), nn.Linear(8, 12, bias=False).to(D)
     x, y, target, block = made(layer, where, objective)
     x = torch.linalg.qr(x).Q * 40**0.5
-    block.rate(20)
+    block.set_lr_factor(20)
     for _ in range(60):
-        block.learn(objective.pulls(where, block, Live(x, block.forward(x, ()), y)))
+        block.backward(
+            objective.backward_pairs(where, block, MicroBatch(x, block.forward(x, ()), y))
+        )
         block.update()
     best = x @ torch.linalg.lstsq(x, target).solution
     torch.testing.assert_close(layer(x), best, rtol=0, atol=1e-9)
@@ -85,16 +89,16 @@ def test_targets_of_images_are_images() -> None:
     where, objective = task((3, 2, 2)), TpSgd()
     x, y, target, block = made(nn.Unflatten(1, (2, 2, 2)), where, objective)
     h = torch.randn(40, 3, 2, 2, dtype=D)
-    [(value, _)] = objective.pulls(where, block, Live(x, h, y))
+    [(value, _)] = objective.backward_pairs(where, block, MicroBatch(x, h, y))
     torch.testing.assert_close(value, (target.view_as(h) - h).square().mean())
 
 
 def test_the_last_block_learns_the_true_loss() -> None:
     where, layer = task((5,), 1), nn.Linear(8, 5).to(D)
-    assert TpSgd().build(where) is None
+    assert TpSgd().build_head(where) is None
     x, y = torch.randn(6, 8, dtype=D), torch.randint(0, 5, (6,))
     block = Block(1, {"head": layer}, None, step)
-    block.learn(TpSgd().pulls(where, block, Live(x, block.forward(x, ()), y)))
+    block.backward(TpSgd().backward_pairs(where, block, MicroBatch(x, block.forward(x, ()), y)))
     [wanted] = torch.autograd.grad(cross_entropy(layer(x), y), [layer.weight])
     assert layer.weight.grad is not None
     assert torch.equal(layer.weight.grad, wanted)

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dtrain.block import Block, Rule
-from dtrain.comm.comm import Comm
-from dtrain.comm.single import SingleWire
-from dtrain.data import order
-from dtrain.job import Job, build, plan
-from dtrain.live import Draws, Given, Live
+from dtrain.block.block import Block, OptimizerStep
+from dtrain.block.micro_batch import Given, MicroBatch, RowRandom
+from dtrain.build import RankJob, build_rank
+from dtrain.comm.backends.single import SingleBackend
+from dtrain.comm.communicator import Comm
+from dtrain.data import epoch_order
+from dtrain.planning.plan import make_plan
 from tests import tiny
 
 ROWS = 16
@@ -26,7 +27,7 @@ ROWS = 16
 class Updated(NamedTuple):
     """A job, the samples and labels of its first update, and the gradients of that."""
 
-    job: Job
+    job: RankJob
     x: Tensor
     y: Tensor
     gradients: dict[str, Tensor]
@@ -35,12 +36,12 @@ class Updated(NamedTuple):
     def blocks(self) -> dict[int, Block]:
         return self.job.engine.blocks
 
-    def draws(self, block: int = 0) -> Draws:
+    def draws(self, block: int = 0) -> RowRandom:
         """Return the random numbers of the update in a block."""
-        return Draws(self.job.plan.run.top.seed, block, 0, ROWS, 0, ROWS)
+        return RowRandom(self.job.plan.run.settings.seed, block, 0, ROWS, 0, ROWS)
 
     def given(self, **told: Any) -> Given:
-        return Given(self.y, sample=self.x, draws=self.draws(), **told)
+        return Given(self.y, samples=self.x, row_random=self.draws(), **told)
 
     def passed(self, x: Tensor, detached: bool = True) -> list[list[Tensor]]:
         """Return what each layer of each block makes of x, normed between blocks by hand."""
@@ -59,25 +60,25 @@ class Updated(NamedTuple):
         return made
 
 
-def updated(begin: Callable[[Job], None] = lambda job: None, **told: Any) -> Updated:
+def updated(begin: Callable[[RankJob], None] = lambda job: None, **told: Any) -> Updated:
     """Return the first update of the tiny run with `told`, in one micro-batch unless told; `begin`
     may change a job before."""
     run = tiny.run(**{"epochs": None, "updates": 1, "micro_batches": 1, "mesh__stages": 1} | told)
-    job = build(plan(run, 1), Comm(SingleWire()))
+    job = build_rank(make_plan(run, 1), Comm(SingleBackend()))
     begin(job)
     found: dict[str, Tensor] = {}
     for block in job.engine.blocks.values():
         block.update = partial(_kept, block, found)  # type: ignore[method-assign]
     agreed = job.plan
-    sequence = order(agreed.data.train.size, run.top.seed, 0, run.data.shuffle)
-    batch = agreed.shares.batch(sequence, 0, 0)
-    assert list(job.engine.run(job.train, [batch], 0, 0)) == [0]
+    sequence = epoch_order(agreed.data.train.size, run.settings.seed, 0, run.data.shuffle)
+    batch = agreed.batch_splitter.batch(sequence, 0, 0)
+    assert list(job.engine.run(job.train_loader, [batch], 0, 0)) == [0]
     chosen = sequence[:ROWS]
     samples = agreed.data.train
     return Updated(job, samples.inputs(chosen).double(), samples.targets(chosen), found)
 
 
-def _kept(block: Block, found: dict[str, Tensor], rule: Rule | None = None) -> None:
+def _kept(block: Block, found: dict[str, Tensor], rule: OptimizerStep | None = None) -> None:
     for name, parameter in block.parameters.items():
         if parameter.grad is not None:
             found[name] = parameter.grad.clone()
@@ -102,20 +103,20 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor], rtol: float = 1e-12
 
 def predicted(done: Updated, x: Tensor, y: Tensor) -> list[Tensor | None]:
     """Return each block's scores, what travels handed over as the routes say."""
-    objective, tasks = done.job.engine.objective, done.job.engine.tasks
+    objective, tasks = done.job.engine.objective, done.job.engine.block_specs
     routes, told = objective.routes(len(tasks), "predict"), {}
     scores: list[Tensor | None] = []
     with torch.no_grad():
         for task in tasks:
-            block = done.blocks[task.block]
+            block = done.blocks[task.index]
             block.train(False)
-            given = Given(y, told, x if task.block == 0 else None)
-            fed = objective.feed(task, block, given)
-            live = Live(**block.run(fed, (), False), targets=y)
+            given = Given(y, told, x if task.index == 0 else None)
+            fed = objective.make_input(task, block, given)
+            live = MicroBatch(**block.run_forward(fed, (), False), targets=y)
             scores.append(objective.predict(task, block, live))
-            leaving = [r for r in routes if r.source.block == task.block and r.name != "votes"]
-            told = {r.name: objective.tell(r, block, live) for r in leaving}
+            leaving = [r for r in routes if r.source.block == task.index and r.name != "votes"]
+            told = {r.name: objective.make_message(r, block, live) for r in leaving}
             for route in leaving:
                 found = told[route.name]
-                assert (found.shape, found.dtype) == objective.shape(route, tasks, len(y))
+                assert (found.shape, found.dtype) == objective.message_spec(route, tasks, len(y))
     return scores

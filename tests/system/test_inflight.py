@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dtrain.comm import threads
-from dtrain.comm.comm import Comm
-from dtrain.comm.mean import PIECE_BYTES
+from dtrain.comm.allreduce import PIECE_BYTES
+from dtrain.comm.backends import threads
+from dtrain.comm.communicator import Comm
 from tests import outcome
 from tests.conftest import ROOT
 from tests.process import carriers, start, sweep
@@ -105,7 +105,7 @@ def test_a_stopped_run_leaves_nothing(run: Path) -> None:
 
 def lent(comm: Comm) -> int:
     """Return how many buffers of the family's scratch memory nobody holds."""
-    return sum(map(len, comm.family.scratch._free.values()))
+    return sum(map(len, comm.context.buffer_pool._free.values()))
 
 
 def test_scratch_is_given_back_when_a_mean_lands() -> None:
@@ -115,10 +115,10 @@ def test_scratch_is_given_back_when_a_mean_lands() -> None:
         handles = [comm.imean_([torch.ones(WORDS)]) for _ in range(3)]
         for handle in handles:
             handle.wait()
-        comm.exchange(None)
+        comm.allgather_object(None)
         return before, lent(comm)
 
-    for before, after in threads.run(3, work, hosts=["a", "b", "b"]):
+    for before, after in threads.run_ranks(3, work, hosts=["a", "b", "b"]):
         assert 0 < before <= after <= 3 * before
 
 
@@ -130,14 +130,14 @@ def test_a_rank_that_raises_ends_all_and_the_tensors_go() -> None:
         tensor = torch.ones(WORDS)
         watched.append(weakref.ref(tensor))
         handle = comm.imean_([tensor])
-        comm.exchange(None)
+        comm.allgather_object(None)
         if comm.rank == 1:
             raise ZeroDivisionError("of rank 1")
         handle.wait()
-        comm.exchange(None)
+        comm.allgather_object(None)
 
     with pytest.raises(ZeroDivisionError, match="of rank 1") as caught:
-        threads.run(3, work)
+        threads.run_ranks(3, work)
     caught.value.__traceback__ = None
     del caught
     gc.collect()
@@ -154,12 +154,12 @@ def test_a_closed_group_names_its_mean_which_can_still_land() -> None:
                 RuntimeError, match=r"errands is closed with 1 in flight: a mean of"
             ):
                 group.close()
-        comm.exchange(None)
+        comm.allgather_object(None)
         if comm.rank:
             handle = group.imean_([tensor])
         handle.wait()
         group.close()
-        comm.exchange(None)
+        comm.allgather_object(None)
         return float(tensor.max())
 
-    assert threads.run(2, work) == [0.5, 0.5]
+    assert threads.run_ranks(2, work) == [0.5, 0.5]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.data.importing import import_images
+from dtrain.data.import_images import import_images
 from tests.cluster import Cluster
 from tests.conftest import ROOT
 from tests.hang import place

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from dtrain import partition
-from dtrain.schedules.action import Action, Route
-from dtrain.schedules.cycles import cycles
-from dtrain.schedules.schedule import Schedule
+from dtrain.schedules.actions import Action, Route
+from dtrain.schedules.base import Schedule
+from dtrain.schedules.cyclic import cyclic_order
 
 
 @final
@@ -23,21 +23,25 @@ from dtrain.schedules.schedule import Schedule
 class Fold(Schedule):
     """Synchronous cycles on a V."""
 
-    limit: ClassVar[str] = "'fold' brings nothing out of an update"
+    unsupported_routes: ClassVar[str] = "'fold' brings nothing out of an update"
     flushes: ClassVar[bool] = True
 
-    def runs(self, route: Route) -> bool:
+    def supports(self, route: Route) -> bool:
         return "U" not in route.source.kind + route.target.kind
 
-    def place(
+    def assign_stages(
         self, costs: Sequence[float], stages: int, transfers: Sequence[float] = ()
     ) -> tuple[int, ...]:
-        partition.place(costs, stages, transfers)  # refuses what cannot be placed
-        line = partition.place(costs, min(len(costs), 2 * stages), transfers)
+        partition.assign_stages(costs, stages, transfers)  # refuses what cannot be placed
+        line = partition.assign_stages(costs, min(len(costs), 2 * stages), transfers)
         return tuple(part if part < stages else 2 * stages - 1 - part for part in line)
 
     def plan(
-        self, stage: int, place: Sequence[int], sizes: Sequence[int], routes: Sequence[Route]
+        self,
+        stage: int,
+        place: Sequence[int],
+        micro_batches: Sequence[int],
+        routes: Sequence[Route],
     ) -> Iterator[Action]:
-        self.admit(routes)
-        return cycles(stage, place, sizes, routes, drain="update")
+        self.check_routes(routes)
+        return cyclic_order(stage, place, micro_batches, routes, drain="update")

@@ -16,8 +16,8 @@ from typing import ClassVar, final
 
 from dtrain import partition
 from dtrain.schedules import OneFOneB
-from dtrain.schedules.action import Action, Route
-from dtrain.schedules.schedule import Schedule
+from dtrain.schedules.actions import Action, Route
+from dtrain.schedules.base import Schedule
 
 
 @final
@@ -25,25 +25,31 @@ from dtrain.schedules.schedule import Schedule
 class Interleaved(Schedule):
     """1F1B over the chunks of a loop."""
 
-    limit: ClassVar[str] = "'interleaved' brings activations forward and gradients back"
+    unsupported_routes: ClassVar[str] = (
+        "'interleaved' brings activations forward and gradients back"
+    )
     flushes: ClassVar[bool] = True
 
-    def runs(self, route: Route) -> bool:
-        return OneFOneB().runs(route)
+    def supports(self, route: Route) -> bool:
+        return OneFOneB().supports(route)
 
-    def place(
+    def assign_stages(
         self, costs: Sequence[float], stages: int, transfers: Sequence[float] = ()
     ) -> tuple[int, ...]:
-        partition.place(costs, stages, transfers)  # refuses what cannot be placed
+        partition.assign_stages(costs, stages, transfers)  # refuses what cannot be placed
         return tuple(block % stages for block in range(len(costs)))
 
     def plan(
-        self, stage: int, place: Sequence[int], sizes: Sequence[int], routes: Sequence[Route]
+        self,
+        stage: int,
+        place: Sequence[int],
+        micro_batches: Sequence[int],
+        routes: Sequence[Route],
     ) -> Iterator[Action]:
-        self.admit(routes)
+        self.check_routes(routes)
         stages = max(place) + 1
         chunks = range(stage, -(-len(place) // stages) * stages, stages)
-        for update, micros in enumerate(sizes):
+        for update, micros in enumerate(micro_batches):
             groups = range(0, micros, stages)
             order = [
                 [(b, m) for g in groups for b in way for m in range(g, g + stages)]

@@ -14,44 +14,46 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss, one_hot
 
-from dtrain.objectives.objective import ACTIVATION, Objective, onward
+from dtrain.objectives.base import ACTIVATION, Objective, forward_routes
 
 
 @dataclass(frozen=True)
 class NoProp(Objective):
     """Blocks that denoise a label, each at its own level of noise."""
 
-    schedule = "stream"
+    default_schedule = "stream"
     hidden: int = 16
 
-    def own(self, task):
-        fuse = partial(nn.Linear, *self.fed(task), self.hidden)
-        return [("fuse", fuse), ("out", partial(nn.Linear, self.hidden, task.classes))]
+    def replacement_layers(self, spec):
+        fuse = partial(nn.Linear, *self.block_input_shape(spec), self.hidden)
+        return [("fuse", fuse), ("out", partial(nn.Linear, self.hidden, spec.classes))]
 
-    def fed(self, task):
-        return (math.prod(task.sample) + task.classes,)
+    def block_input_shape(self, spec):
+        return (math.prod(spec.sample_shape) + spec.classes,)
 
-    def reads(self, task, mode):
+    def needs_samples(self, spec, mode):
         return True
 
     def routes(self, blocks, mode):
-        return onward(blocks) if mode == "predict" else ()
+        return forward_routes(blocks) if mode == "predict" else ()
 
-    def feed(self, task, block, given):
-        x = given.sample.flatten(1)
-        z = given.told.get(ACTIVATION, x.new_zeros(len(x), task.classes))
-        if given.learning:
-            clean = task.block / task.blocks
-            noise = given.draws.rows_of(
-                "noise", lambda n, g: torch.randn(n, task.classes, generator=g, dtype=x.dtype)
+    def make_input(self, spec, block, micro_batch):
+        x = micro_batch.samples.flatten(1)
+        z = micro_batch.received.get(ACTIVATION, x.new_zeros(len(x), spec.classes))
+        if micro_batch.training:
+            clean = spec.index / spec.blocks
+            noise = micro_batch.row_random.generate(
+                "noise", lambda n, g: torch.randn(n, spec.classes, generator=g, dtype=x.dtype)
             )
-            z = clean**0.5 * one_hot(given.targets, task.classes) + (1 - clean) ** 0.5 * noise
+            z = clean**0.5 * one_hot(micro_batch.targets, spec.classes) + (1 - clean) ** 0.5 * noise
         return torch.cat([x, z], 1)
 
-    def pulls(self, task, block, live):
-        loss = mse_loss(live.y, one_hot(live.targets, task.classes).to(live.y.dtype))
-        live.loss = loss.detach()
-        return [(loss, torch.full_like(loss, live.share))]
+    def backward_pairs(self, spec, block, micro_batch):
+        loss = mse_loss(
+            micro_batch.y, one_hot(micro_batch.targets, spec.classes).to(micro_batch.y.dtype)
+        )
+        micro_batch.loss = loss.detach()
+        return [(loss, torch.full_like(loss, micro_batch.loss_scale))]
 
-    def predict(self, task, block, live):
-        return live.y
+    def predict(self, spec, block, micro_batch):
+        return micro_batch.y

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from dtrain.schedules import OneFOneB
-from dtrain.schedules.action import Action, Route
-from dtrain.schedules.schedule import Schedule, owned
+from dtrain.schedules.actions import Action, Route
+from dtrain.schedules.base import Schedule, blocks_of_stage
 
 
 @final
@@ -23,19 +23,23 @@ from dtrain.schedules.schedule import Schedule, owned
 class Split(Schedule):
     """1F1B whose weight gradients come later."""
 
-    limit: ClassVar[str] = "'split' brings activations forward and gradients back"
+    unsupported_routes: ClassVar[str] = "'split' brings activations forward and gradients back"
     flushes: ClassVar[bool] = True
-    splits: ClassVar[bool] = True
+    splits_backward: ClassVar[bool] = True
 
-    def runs(self, route: Route) -> bool:
-        return OneFOneB().runs(route)
+    def supports(self, route: Route) -> bool:
+        return OneFOneB().supports(route)
 
     def plan(
-        self, stage: int, place: Sequence[int], sizes: Sequence[int], routes: Sequence[Route]
+        self,
+        stage: int,
+        place: Sequence[int],
+        micro_batches: Sequence[int],
+        routes: Sequence[Route],
     ) -> Iterator[Action]:
-        self.admit(routes)
-        blocks, stages = owned(stage, place), max(place) + 1
-        for update, micros in enumerate(sizes):
+        self.check_routes(routes)
+        blocks, stages = blocks_of_stage(stage, place), max(place) + 1
+        for update, micros in enumerate(micro_batches):
             ahead = min(micros, stages - 1 - stage)
             for step in range(micros + ahead + stage):
                 for kind, late in (("F", 0), ("I", ahead), ("W", ahead + stage)):

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from dtrain.comm.comm import Comm
-from dtrain.comm.threads import run as ranks
+from dtrain.comm.backends.threads import run_ranks as ranks
+from dtrain.comm.communicator import Comm
 from dtrain.schedules import SCHEDULES
 from dtrain.train import train
 from tests import tiny

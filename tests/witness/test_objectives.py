@@ -10,11 +10,11 @@ import torch
 from torch.nn.functional import one_hot
 
 from dtrain import data, models
-from dtrain.comm.comm import Comm
-from dtrain.comm.threads import run as ranks
-from dtrain.config import Run
-from dtrain.data import order
-from dtrain.errors import Refusal
+from dtrain.comm.backends.threads import run_ranks as ranks
+from dtrain.comm.communicator import Comm
+from dtrain.config.run import RunConfig
+from dtrain.data import epoch_order
+from dtrain.errors import DtrainError
 from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.cafo import Cafo
 from dtrain.objectives.ccl import Ccl
@@ -39,7 +39,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def trained(out: Path, stages: int = 1, replicas: int = 1, **told: Any) -> dict[str, Any]:
     """Train the tiny run in four blocks on `stages` x `replicas` threads."""
-    run: Run = tiny.run(**{"partition__blocks": 4, "mesh__stages": stages, **told})
+    run: RunConfig = tiny.run(**{"partition__blocks": 4, "mesh__stages": stages, **told})
 
     def work(comm: Comm) -> dict[str, Any]:
         return train(run, comm, out)
@@ -111,7 +111,7 @@ def test_two_passes_are_the_rule_of_the_paper(tmp_path: Path) -> None:
         range(5), 3, torch.float64
     )
     net = [*layers.items()]
-    batch = order(50, 3, 0, "full")[:16]
+    batch = epoch_order(50, 3, 0, "full")[:16]
     x, wanted = samples.inputs(batch).double().flatten(1), one_hot(samples.targets(batch), 3)
 
     def passed(h: torch.Tensor) -> list[torch.Tensor]:
@@ -161,5 +161,5 @@ def test_codes_of_the_update_before_are_another_training(tmp_path: Path) -> None
 
 
 def test_a_schedule_that_cannot_says_so(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="'stream' brings nothing back"):
+    with pytest.raises(DtrainError, match="'stream' brings nothing back"):
         trained(tmp_path, objective={"name": "ccl", "lag": 1}, schedule__name="stream")

@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-from dtrain import optimizers
-from dtrain.block import Block
-from dtrain.comm.comm import Comm
-from dtrain.comm.threads import run as ranks
-from dtrain.errors import Refusal
-from dtrain.layout import settle
-from dtrain.models import adopt
+from dtrain.block import optimizer as optimizers
+from dtrain.block.block import Block
+from dtrain.comm.backends.threads import run_ranks as ranks
+from dtrain.comm.communicator import Comm
+from dtrain.errors import DtrainError
+from dtrain.models import as_layers
 from dtrain.objectives import OBJECTIVES
+from dtrain.objectives.base import Objective
+from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.dfa import Dfa
 from dtrain.objectives.mono_forward import MonoForward
-from dtrain.objectives.objective import Objective
-from dtrain.objectives.task import Task
+from dtrain.planning.layout import make_layout
 from dtrain.train import train
 from tests import tiny
 from tests.outcome import close
@@ -32,18 +32,18 @@ WRITING = {"name": "tests.tiny:writing"}
 class Dropping(MonoForward):
     """Its heads draw random numbers."""
 
-    def network(self, task: Any) -> nn.Module:
-        return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), super().network(task))
+    def head_network(self, spec: Any) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), super().head_network(spec))
 
 
 class Normed(MonoForward):
     """Its heads have batch statistics, and are not run sample by sample as far as costs know."""
 
-    def network(self, task: Any) -> nn.Module:
-        width = math.prod(task.outputs)
-        return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(width), nn.Linear(width, task.classes))
+    def head_network(self, spec: Any) -> nn.Module:
+        width = math.prod(spec.output_shape)
+        return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(width), nn.Linear(width, spec.classes))
 
-    def helped(self, task: Any) -> None: ...
+    def head_input_shape(self, spec: Any) -> None: ...
 
 
 KINDS = {"dropping": Dropping, "normed": Normed}
@@ -104,7 +104,7 @@ def test_what_is_computed_again_is_the_same(name: str, net: dict[str, Any], tmp_
 
 def test_batch_statistics_of_heads_are_known(tmp_path: Path) -> None:
     """A last update of one sample is refused, as with batch statistics in layers."""
-    with pytest.raises(Refusal, match=r"batch statistics of layer 'heads\.0'"):
+    with pytest.raises(DtrainError, match=r"batch statistics of layer 'heads\.0'"):
         trained(tmp_path, objective__name="normed", batch_size=7)
 
 
@@ -112,7 +112,7 @@ def test_what_an_objective_forgets_to_tell_is_no_gradient(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """One that has a route of its own, but does not say what travels on it."""
-    monkeypatch.setattr(Dfa, "tell", Objective.tell)
+    monkeypatch.setattr(Dfa, "make_message", Objective.make_message)
     with pytest.raises(AssertionError, match="is the objective's to say"):
         trained(tmp_path, 2, **NAMED["dfa"])
 
@@ -120,16 +120,16 @@ def test_what_an_objective_forgets_to_tell_is_no_gradient(
 def test_a_layer_in_place_leaves_the_output_before_it() -> None:
     """With a graph that is cut at every layer, outputs are what layers made."""
     layers = {"one": nn.Linear(4, 4), "two": nn.ReLU(inplace=True)}
-    step = lambda parameters: optimizers.make("sgd", {"lr": 0.1}, parameters)  # noqa: E731
-    block = Block(0, layers, None, step, grain="layer")
+    step = lambda parameters: optimizers.make_optimizer("sgd", {"lr": 0.1}, parameters)  # noqa: E731
+    block = Block(0, layers, None, step, detach_every="layer")
     x = torch.randn(8, 4)
-    outs = block.run(x, (), True)["outs"]
+    outs = block.run_forward(x, (), True)["layer_outputs"]
     assert torch.equal(outs["one"], layers["one"](x))
     assert outs["one"].min() < 0
 
 
 def test_blocks_that_are_not_there_cannot_be_computed_again(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match=r"names block 7, but there are 4 \(0 to 3\)"):
+    with pytest.raises(DtrainError, match=r"names block 7, but there are 4 \(0 to 3\)"):
         trained(tmp_path, partition__recompute=[1, 7])
 
 
@@ -138,8 +138,11 @@ def test_heads_are_priced_where_they_stand() -> None:
     model = {"name": "cnn", "widths": [[12, 16], [16]], "norm": "none"}
     objective = {"name": "local-head", "head": "dgl", "norm": "group", "groups": 8}
     run = tiny.run(model=model, objective=objective, partition={"cuts": [2]}, mesh__stages=2)
-    net = adopt(lambda: _layers(run), "cnn")
-    assert settle(run, net, Task.about((3, 8, 8), 3), 2).parts[0].head_parameters > 0
+    net = as_layers(lambda: _layers(run), "cnn")
+    assert (
+        make_layout(run, net, BlockSpec.from_data((3, 8, 8), 3), 2).block_layouts[0].head_parameters
+        > 0
+    )
 
 
 def _layers(run: Any) -> Any:

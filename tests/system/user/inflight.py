@@ -13,19 +13,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dtrain.comm.mean import Mean
+from dtrain.comm.allreduce import MeanReduction
+from dtrain.syncs.base import UpdateClock
 from dtrain.syncs.never import Never
-from dtrain.syncs.sync import Clock
 
 WORDS = 1 << 20
-FLYING: list[Mean] = []
+FLYING: list[MeanReduction] = []
 
 
-def _start(self: Never, clock: Clock) -> None:
+def _start(self: Never, clock: UpdateClock) -> None:
     """Land the mean of the update before; start the next."""
     for mean in FLYING:
         mean.wait()
-    self.equal = False
+    self.in_sync = False
     FLYING[:] = [self.replicas.imean_([torch.ones(WORDS)])]
 
 
@@ -37,7 +37,7 @@ def _land(self: Never) -> None:
 
 def _flies() -> None:
     Never.after_update = _start  # type: ignore[method-assign]
-    Never.settle = _land  # type: ignore[method-assign]
+    Never.finish_pending = _land  # type: ignore[method-assign]
 
 
 def _alone() -> bool:
