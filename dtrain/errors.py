@@ -97,7 +97,7 @@ class RankLostError(DtrainError):
 
 def _kinds() -> dict[str, type[DtrainError]]:
     """Return the classes of this module by name; ranks share no others."""
-    kinds = (DtrainError, *DtrainError.__subclasses__())
+    kinds: list[type[DtrainError]] = [DtrainError, *DtrainError.__subclasses__()]
     return {kind.__name__: kind for kind in kinds if kind.__module__ == __name__}
 
 

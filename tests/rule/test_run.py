@@ -98,7 +98,7 @@ CONTENDER = """
 import sys
 from pathlib import Path
 from dtrain.checkpoint import run_folder as folder
-from dtrain.errors import @@
+from dtrain.errors import DtrainError
 print("ready", flush=True)
 sys.stdin.readline()
 try:
