@@ -183,7 +183,7 @@ def test_a_run_without_launcher_needs_no_mpi() -> None:
 
 LOST = """
 from dtrain.comm import world
-from dtrain.errors import @@
+from dtrain.errors import DtrainError
 try:
     world()
 except DtrainError as refusal:
