@@ -189,12 +189,12 @@ def _due_updates(
     They are sorted by update: replicas with other micro-batch counts synchronise here, so all must
     use the same order.
     """
-    due = (
+    updates = (
         (update, block)
         for block, slots in finished_slots
         for update in _completed_updates(update_ends, slots)
     )
-    for update, block in sorted(due):
+    for update, block in sorted(updates):
         yield Action("U", block, update)
 
 

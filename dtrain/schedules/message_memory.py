@@ -102,15 +102,15 @@ class _InFlight:
 
     def run_action(self, stage: int, action: Action) -> None:
         """Receive and send the messages of an action."""
-        messages, known = self._message_tables[stage], self._known_receives[stage]
+        messages, receives = self._message_tables[stage], self._known_receives[stage]
         for route in messages.incoming(action):
             if not messages.is_local(route):
-                known |= self._sender_knowledge[route].popleft()
-                known[route] += 1
+                receives |= self._sender_knowledge[route].popleft()
+                receives[route] += 1
         for route in messages.outgoing(action):
             if not messages.is_local(route):
                 self._send_counts[route] += 1
-                self._sender_knowledge[route].append(known.copy())
+                self._sender_knowledge[route].append(receives.copy())
                 sizes = (
                     self._in_flight_bytes(other, stage, other == route)
                     for other in self._send_counts

@@ -14,15 +14,15 @@ from dtrain.schedules.cost_model import BlockCost, CostModel
 from dtrain.schedules.forecast import forecast
 from dtrain.schedules.pipelined import Pipelined
 from dtrain.schedules.verify import ScheduleReport, verify_schedule
-from tests.plan.test_cycles import broadcast, codes, lagged, twice
-from tests.plan.test_schedules import LAYOUTS, SIZES, Routing, backprop
+from tests.plan.test_cyclic import broadcast, codes, lagged, two_passes
+from tests.plan.test_schedules import LAYOUTS, MICRO_BATCHES, Routing, backprop
 from tests.witness.fold import Fold
 from tests.witness.interleaved import Interleaved
 from tests.witness.split import Split
 
 WITNESSES: list[Schedule] = [Interleaved(), Fold(), Split(), Pipelined()]
 SHAPES = [*LAYOUTS, (8, 4), (10, 4), (9, 3), (12, 3), (16, 2), (6, 5)]
-UNEVEN = [*SIZES, [[5, 3, 4]], [[9, 1]], [[1] * 9 + [0]]]
+UNEVEN = [*MICRO_BATCHES, [[5, 3, 4]], [[9, 1]], [[1] * 9 + [0]]]
 
 every = pytest.mark.parametrize("schedule", WITNESSES, ids=lambda s: type(s).__name__)
 
@@ -98,7 +98,7 @@ def test_a_split_backward_fills_the_bubble(
     assert round(report.bubble, 3) == share
 
 
-@pytest.mark.parametrize("routes", [broadcast, twice, codes, lagged])
+@pytest.mark.parametrize("routes", [broadcast, two_passes, codes, lagged])
 def test_cycles_run_whatever_flows(routes: Routing) -> None:
     for blocks, stages in SHAPES:
         fold, line = (
