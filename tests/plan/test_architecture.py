@@ -126,7 +126,7 @@ def imported_strategies(path: Path) -> list[str]:
         return []
     prefix = f"dtrain.{kind}."
     listed = (name.removeprefix(prefix) for name in imports(PACKAGE / kind / "__init__.py"))
-    strategies = {name.split(".")[0] for name in listed} - {"base"}
+    strategies = {name.split(".")[0] for name in listed} - {"base", "common"}
     others = strategies - {path.relative_to(PACKAGE / kind).with_suffix("").parts[0]}
     imported = (name.removeprefix(prefix) for name in imports(path) if name.startswith(prefix))
     return [name for name in imported if name.split(".")[0] in others]

@@ -50,8 +50,9 @@ class NoProp(Objective):
         return torch.cat([x, z], 1)
 
     def backward_pairs(self, spec, block, micro_batch):
-        targets = one_hot(micro_batch.targets, spec.classes).to(micro_batch.y.dtype)
-        loss = mse_loss(micro_batch.y, targets)
+        loss = mse_loss(
+            micro_batch.y, one_hot(micro_batch.targets, spec.classes).to(micro_batch.y.dtype)
+        )
         micro_batch.loss = loss.detach()
         return [(loss, torch.full_like(loss, micro_batch.loss_scale))]
 

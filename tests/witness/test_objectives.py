@@ -13,7 +13,7 @@ from dtrain import data, models
 from dtrain.comm.backends.threads import run_ranks
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
-from dtrain.data import epoch_order
+from dtrain.data.sampler import epoch_order
 from dtrain.errors import ConfigError
 from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.cafo import Cafo

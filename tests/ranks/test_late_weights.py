@@ -12,7 +12,7 @@ from torch import nn
 
 from dtrain import data
 from dtrain.comm.backends.threads import run_ranks
-from dtrain.data import epoch_order
+from dtrain.data.sampler import epoch_order
 from dtrain.errors import ConfigError, DtrainError
 from dtrain.train import train
 from tests import stale, tiny
@@ -124,7 +124,7 @@ def make_run(case: str, net: str, stages: int, **changes: Any) -> Any:
     micros = {"batch_size": 15, "micro_batches": 3} if name == "pipedream-2bw" else {}
     return tiny.run(
         **{
-            "model__name": f"tests.ranks.test_async_weights:{NETS[net].__name__}",
+            "model__name": f"tests.ranks.test_late_weights:{NETS[net].__name__}",
             "model__widths": None,
             "partition": {"cuts": [1, 2, 3]},
             "objective__name": "backprop",
@@ -206,7 +206,7 @@ def test_both_linear_predictions_agree_but_not_with_spike_compensation(tmp_path:
 )
 def test_contradicting_fields_are_refused(fields: dict[str, Any], key: str) -> None:
     with refuses(ConfigError, key):
-        tiny.run(schedule={"name": "pipelined"} | fields, optimizer=SGD).make_schedule()
+        tiny.run(schedule={"name": "pipelined"} | fields, optimizer=SGD)
 
 
 def test_an_unknown_prediction_is_refused() -> None:

@@ -15,7 +15,8 @@ from dtrain.block.optimizer import make_optimizer
 from dtrain.comm.backends.threads import run_ranks
 from dtrain.comm.communicator import Comm
 from dtrain.errors import ConfigError, DtrainError
-from dtrain.models import Cnn, as_layers
+from dtrain.models.cnn import Cnn
+from dtrain.models.layers import as_layers
 from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.base import Objective
 from dtrain.objectives.block_spec import BlockSpec
