@@ -314,15 +314,15 @@ def _circle_error(
 ) -> DtrainError:
     """Return the error for a circle; it names the route that flows back and its least lag."""
     in_circle = [edge.route for edge in circle if edge.route is not None]
-    culprit = next((route for route in in_circle if _flows_back(route)), in_circle[-1])
-    others = [route for route in routes if route != culprit]
-    for lag in count(culprit.lag + 1):
-        offsets = _longest_paths(_edges([*others, culprit._replace(lag=lag)], place, *lengths))
+    feedback = next((route for route in in_circle if _flows_back(route)), in_circle[-1])
+    others = [route for route in routes if route != feedback]
+    for lag in count(feedback.lag + 1):
+        offsets = _longest_paths(_edges([*others, feedback._replace(lag=lag)], place, *lengths))
         if not isinstance(offsets, list) or all(edge.route in (None, *others) for edge in offsets):
             break
     waits = ", ".join(f"{edge.target} for {edge.source}" for edge in circle)
     return ConfigError(
         "schedule.routes-form-circle",
-        f"the route {culprit} cannot be scheduled: it closes a circle in which each action waits "
+        f"the route {feedback} cannot be scheduled: it closes a circle in which each action waits "
         f"for another ({waits}); it needs lag = {lag} or more",
     )

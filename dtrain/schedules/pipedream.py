@@ -1,7 +1,7 @@
 """PipeDream and PipeDream-2BW: one forward and one backward in turns, without a flush.
 
-Invariant: the stages of the papers are blocks here, on any number of ranks. Of K blocks, block b
-is K-1-b updates late. A backward uses the weights of its forward, so it computes a true gradient.
+Invariant: the stages of the papers are blocks here, on any number of ranks. Block b of K is K-1-b
+updates late. A backward uses the weights of its forward, so it computes a true gradient.
 
 Three blocks on three ranks, as `timeline_text` draws them: `pipedream`, and `pipedream-2bw` with
 four micro-batches per update, where the forwards of an update begin before the last backward of
