@@ -1,17 +1,17 @@
-"""Two ranks, eight layers of 1024 and a head: samples per second against torch 1F1B.
+"""Samples per second of two ranks with eight layers of 1024 and a head, against torch's 1F1B.
 
-Measured: 2 ranks, one thread each, 256 samples an update, plain SGD on both sides, blocks of four
+Measured: 2 ranks, one thread each, 256 samples per update, plain SGD on both sides, blocks of four
 layers. `ratio` = `stream` with `mono-forward` at its best number of micro-batches (1, 2, 4, 8) over
-torch 1F1B over gloo at its best of 2, 4, 8, the median of the pairs; `spread` = its range. The
-best ones are chosen in one round before the pairs. Figures beside it:
+torch 1F1B over gloo at its best of 2, 4, 8, as the median of the pairs; `spread` = its range. The
+best numbers are chosen in one round before the pairs. Further figures:
 
     ratio_1f1b          our `1f1b` with backprop over theirs, best micro-batches each
     bound_share         our 1f1b's efficiency over M / (M + P - 1); efficiency = its samples per
                         second over P times those of the same blocks on one rank, updates included
-    ratio_rows          `ratio` at equal micro-batch rows: both sides at the peer's best M
-    work_factor         our backprop's seconds on one rank over those of mono-forward: what is not
-                        computed (no input gradient at a block's first layer), less the heads
-    parallel_factor     `ratio` over `work_factor`: what is not waited for
+    ratio_rows          `ratio` at equal rows per micro-batch: both sides at the peer's best M
+    work_factor         our backprop's seconds on one rank over those of mono-forward: the work that
+                        is saved (no input gradient at a block's first layer), less the heads
+    parallel_factor     `ratio` over `work_factor`: the waiting that is saved
 
     python benchmarks/pipeline_step.py [--quick]
 """
@@ -39,56 +39,58 @@ def main() -> None:
     bench, steps = Bench("pipeline_step", quick), 8 if quick else 20
 
     def ours(method: tuple[str, str], micros: int, ranks: int = RANKS) -> Row:
-        told = bench.train(run(method, micros, steps), ranks)
-        return {"rate": told.rate(), "busy": max(told.summary["utilisation"])}
+        result = bench.train(make_run(method, micros, steps), ranks)
+        return {"rate": result.rate(), "busy": max(result.summary["utilisation"])}
 
     def theirs(micros: int) -> Row:
         return peer("pipeline", RANKS, micros, steps, BATCH, WIDTH, LAYERS)
 
-    local = best(bench, "local", OURS, lambda m: ours(LOCAL, m)["rate"])
-    flush = best(bench, "flush", THEIRS, lambda m: ours(GLOBAL, m)["rate"])
-    other = best(bench, "peer", THEIRS, lambda m: theirs(m)["samples_per_s"])
+    local = best_micros(bench, "local", OURS, lambda m: ours(LOCAL, m)["rate"])
+    flush = best_micros(bench, "flush", THEIRS, lambda m: ours(GLOBAL, m)["rate"])
+    other = best_micros(bench, "peer", THEIRS, lambda m: theirs(m)["samples_per_s"])
 
-    def mine(number: int) -> Row:
-        return bench.kept(f"ours-{number}", lambda: row(ours, local, flush, other))
+    def measure_ours(number: int) -> Row:
+        return bench.kept(f"ours-{number}", lambda: sample_rates(ours, local, flush, other))
 
-    def peers(number: int) -> Row:
+    def measure_peer(number: int) -> Row:
         return bench.kept(f"theirs-{number}", lambda: theirs(other))
 
-    told = list(zip(*turns(5, mine, peers), strict=True))
-    rows = [compared(a, b, flush) for a, b in told]
-    ratios = [each["ratio"] for each in rows]
-    figures = middle(rows) | middle([a for a, _ in told])
+    our_rows, peer_rows = turns(5, measure_ours, measure_peer)
+    pairs = [pair_ratios(a, b, flush) for a, b in zip(our_rows, peer_rows, strict=True)]
+    ratios = [pair["ratio"] for pair in pairs]
+    figures = middle(pairs) | middle(our_rows)
     figures |= {"micros": local, "micros_1f1b": flush}
     del figures["ratio"]
-    peer_figures = middle([b for _, b in told]) | {"micros": other}
+    peer_figures = middle(peer_rows) | {"micros": other}
     publish(
         "pipeline_step", "measured", figures, peer_figures, median(ratios), spread(ratios),
         quick=quick,
     )  # fmt: skip
 
 
-def best(bench: Bench, part: str, micros: tuple[int, ...], rate: Callable[[int], float]) -> int:
-    """Return the number of micro-batches that is fastest, tried once each."""
-    told = bench.kept(f"best-{part}", lambda: {str(m): rate(m) for m in micros})
-    return int(max(told, key=lambda m: told[m]))
+def best_micros(
+    bench: Bench, part: str, micros: tuple[int, ...], rate: Callable[[int], float]
+) -> int:
+    """Return the fastest number of micro-batches; each is tried once."""
+    rates = bench.kept(f"best-{part}", lambda: {str(m): rate(m) for m in micros})
+    return int(max(rates, key=lambda m: rates[m]))
 
 
-def row(ours: Callable[..., Row], local: int, flush: int, other: int) -> Row:
+def sample_rates(ours: Callable[..., Row], local: int, flush: int, other: int) -> Row:
     """Return our samples per second in one round, and the busy share of 1f1b."""
-    pipelined, equal = ours(GLOBAL, flush), ours(LOCAL, other)
+    pipelined, equal_rows = ours(GLOBAL, flush), ours(LOCAL, other)
     return {
         "single_1f1b": ours(GLOBAL, flush, 1)["rate"],
         "single_backprop": ours(GLOBAL, local, 1)["rate"],
         "single_local": ours(LOCAL, local, 1)["rate"],
         "samples_per_s": ours(LOCAL, local)["rate"],
-        "samples_per_s_rows": equal["rate"],
+        "samples_per_s_rows": equal_rows["rate"],
         "samples_per_s_1f1b": pipelined["rate"],
         "busy_1f1b": pipelined["busy"],
     }
 
 
-def compared(ours: Row, theirs: Row, flush: int) -> Row:
+def pair_ratios(ours: Row, theirs: Row, flush: int) -> Row:
     """Return the ratios of one pair."""
     rate, bound = theirs["samples_per_s"], flush / (flush + RANKS - 1)
     ratio = ours["samples_per_s"] / rate
@@ -103,7 +105,7 @@ def compared(ours: Row, theirs: Row, flush: int) -> Row:
     }
 
 
-def run(method: tuple[str, str], micros: int, steps: int) -> Table:
+def make_run(method: tuple[str, str], micros: int, steps: int) -> Table:
     """Return the run file: four segments of `steps` updates, of which the first warms up."""
     objective, schedule = method
     data: dict[str, Any] = {"rows": BATCH * steps * 4, "width": WIDTH}

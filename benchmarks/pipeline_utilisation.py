@@ -1,21 +1,22 @@
-"""Backpropagation without a flush: how busy are four, and eight, devices that sleep?
+"""Utilisation of asynchronous backpropagation on four and eight ranks, against torch's 1F1B.
 
 Emulated: every layer sleeps 50 ms forward and 100 ms backward (see `user.py`), so that eight ranks
 fit on two cores. `backprop`, P blocks of one layer on P ranks, an update after every micro-batch of
-4 rows. `pipelined` with velocity prediction and spike compensation, and `pipedream` with its stash,
-each with SGD and momentum.
+4 rows, SGD with momentum. `pipelined` runs with weight prediction (LWP-v) and spike compensation,
+`pipedream` with its stash.
 
-`NAME_P` = (one stage's update alone: the same layer by the same program on one rank) over (an
-update in the steady state): the share of the bound, which is one micro-batch in the time that the
-slowest stage takes for it. The steady state is a difference: a run has two segments of 50 updates
-and one of 20, all filled and drained alike, so 30 updates cost exactly T(50) - T(20); the first
-segment warms up. The same difference makes the update alone, which the record holds in
-`micro_s`: over the 150 ms of sleep, it has what engine and autograd take.
+`NAME_P` = (time of an update of one stage alone: the same layer, by the same program, on one rank)
+over (time of an update in the steady state). This is the share of the bound, which is one
+micro-batch in the time of the slowest stage. The steady state is a difference: a run has two
+segments of 50 updates and one of 20, which fill and drain in the same way, so 30 updates cost
+exactly T(50) - T(20); the first segment warms up. The stage alone is measured by the same
+difference; the record holds it in `micro_s`, and it exceeds the 150 ms of sleep by the time of
+engine and autograd.
 
-Peer: torch 1F1B over gloo with the same sleeps, M = 8 and 32 micro-batches a step; `1f1b_P_M` = its
-stage alone over its step. `ratio` = seconds of a micro-batch in torch's 1F1B with M = 8 over those
-of ours, the slower of the two schedules, at P = 8, the median of the pairs; `spread` = its range.
-`micro_s` holds all seconds of a micro-batch, `busy` the busy share per stage as the run tells it.
+Peer: torch 1F1B over gloo with the same sleeps, M = 8 and 32 micro-batches per step; `1f1b_P_M` =
+its stage alone over its step. `ratio` = seconds per micro-batch of torch's 1F1B with M = 8 over
+those of ours, the slower of the two schedules, at P = 8, as the median of the pairs; `spread` = its
+range. `micro_s` holds all seconds per micro-batch, `busy` the busy share per stage from the run.
 
     python benchmarks/pipeline_utilisation.py [--quick]
 
@@ -48,46 +49,47 @@ Row = dict[str, Any]
 def main() -> None:
     """Measure pairs and publish the record."""
     quick = asked(__doc__)
-    bench, sizes = Bench("pipeline_utilisation", quick), RANKS[:1] if quick else RANKS
+    bench = Bench("pipeline_utilisation", quick)
+    rank_counts = RANKS[:1] if quick else RANKS
     ours, theirs = turns(
         1 if quick else PAIRS,
-        lambda number: bench.kept(f"ours-{number}", lambda: mine(bench, sizes)),
-        lambda number: bench.kept(f"peer-{number}", lambda: others(sizes)),
+        lambda number: bench.kept(f"ours-{number}", lambda: measure_ours(bench, rank_counts)),
+        lambda number: bench.kept(f"peer-{number}", lambda: measure_peer(rank_counts)),
     )
-    most = sizes[-1]
+    largest = rank_counts[-1]
     ratios = [
-        b[f"micro_s_{most}_8"] / max(a["micro_s"][f"{name}_{most}"] for name in SCHEDULES)
+        b[f"micro_s_{largest}_8"] / max(a["micro_s"][f"{name}_{largest}"] for name in SCHEDULES)
         for a, b in zip(ours, theirs, strict=True)
     ]
     figures = middle([row["shares"] for row in ours])
-    told = {key: middle([row[key] for row in ours]) for key in ("micro_s", "busy")}
-    wide = spread(ratios) if len(ratios) > 1 else None
+    details = {key: middle([row[key] for row in ours]) for key in ("micro_s", "busy")}
+    ratio_range = spread(ratios) if len(ratios) > 1 else None
     publish(
-        "pipeline_utilisation", "emulated", figures, middle(theirs), median(ratios), wide,
-        quick=quick, **told,
+        "pipeline_utilisation", "emulated", figures, middle(theirs), median(ratios), ratio_range,
+        quick=quick, **details,
     )  # fmt: skip
 
 
-def mine(bench: Bench, sizes: tuple[int, ...]) -> Row:
-    """Return what one round of ours tells."""
-    alone = steady(bench.train(run("pipelined", 1), 1))
-    row: Row = {"shares": {}, "micro_s": {"alone": alone}, "busy": {}}
-    for ranks in sizes:
+def measure_ours(bench: Bench, rank_counts: tuple[int, ...]) -> Row:
+    """Return the figures of one round of our schedules."""
+    alone_s = update_seconds(bench.train(make_run("pipelined", 1), 1))
+    row: Row = {"shares": {}, "micro_s": {"alone": alone_s}, "busy": {}}
+    for ranks in rank_counts:
         for name in SCHEDULES:
-            told = bench.train(run(name, ranks), ranks)
-            row["micro_s"][f"{name}_{ranks}"] = steady(told)
-            row["shares"][f"{name}_{ranks}"] = alone / steady(told)
-            row["busy"][f"{name}_{ranks}"] = min(told.summary["utilisation"])
+            result = bench.train(make_run(name, ranks), ranks)
+            row["micro_s"][f"{name}_{ranks}"] = update_seconds(result)
+            row["shares"][f"{name}_{ranks}"] = alone_s / update_seconds(result)
+            row["busy"][f"{name}_{ranks}"] = min(result.summary["utilisation"])
     return row
 
 
-def steady(told: Told) -> float:
-    """Return the seconds of an update, fill and drain apart."""
-    _, whole, part = told.walls()
-    return (whole - part) / (LONG - SHORT)
+def update_seconds(result: Told) -> float:
+    """Return the seconds per update in the steady state, without fill and drain."""
+    _, long_s, short_s = result.walls()
+    return (long_s - short_s) / (LONG - SHORT)
 
 
-def run(name: str, stages: int) -> Table:
+def make_run(name: str, stages: int) -> Table:
     """Return the run file of `stages` layers, one block and one rank each."""
     updates = 2 * LONG + SHORT
     data = {"rows": ROWS * updates, "width": WIDTH, "classes": WIDTH, "tests": WIDTH}
@@ -106,15 +108,15 @@ def run(name: str, stages: int) -> Table:
     }
 
 
-def others(sizes: tuple[int, ...]) -> dict[str, float]:
-    """Return the figures of torch 1F1B."""
-    found = {}
-    for ranks in sizes:
+def measure_peer(rank_counts: tuple[int, ...]) -> dict[str, float]:
+    """Return the figures of torch's 1F1B."""
+    figures = {}
+    for ranks in rank_counts:
         for micros in MICROS:
-            told = peer("sleep", ranks, micros, STEPS[micros], FORWARD_S, BACKWARD_S)
-            found[f"1f1b_{ranks}_{micros}"] = told["efficiency"]
-            found[f"micro_s_{ranks}_{micros}"] = told["update_s"] / micros
-    return found
+            result = peer("sleep", ranks, micros, STEPS[micros], FORWARD_S, BACKWARD_S)
+            figures[f"1f1b_{ranks}_{micros}"] = result["efficiency"]
+            figures[f"micro_s_{ranks}_{micros}"] = result["update_s"] / micros
+    return figures
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""Eight stages whose devices sleep: how much of the time does a streaming pipeline work?
+"""Efficiency of a streaming pipeline of eight stages whose devices sleep, against torch's 1F1B.
 
-Emulated: every layer sleeps 20 ms forward and 40 ms backward (no input gradient is asked for, the
-sleep is a layer of the user's), so that eight ranks fit on two cores. `stream`, `mono-forward`,
+Emulated: every layer sleeps 20 ms forward and 40 ms backward, so that eight ranks fit on two cores.
+The sleep is a layer of user code, and no input gradient is needed. `stream`, `mono-forward`,
 8 blocks of one layer, updates of 8 micro-batches, one segment of 30 updates (240 micro-batches).
 
-`efficiency` = (one stage's update alone: the same layer by the same program on one rank) over (an
-update in the steady state). The steady state is a difference: one run has a segment of 30 updates
-and one of 5, both filled and drained alike, so 25 updates (200 micro-batches) cost exactly
-T(30) - T(5), with nothing cut out by hand. `efficiency_with_fill` is over the whole T(30). The
-same difference makes the update alone. Peer: torch 1F1B over gloo, 8 micro-batches, the same
-sleeps, its own stage alone over its step. `ratio` = our `efficiency` over the peer's, the median
-of the pairs; `spread` = its range.
+`efficiency` = (time of an update of one stage alone: the same layer, by the same program, on one
+rank) over (time of an update in the steady state). The steady state is a difference: one run has a
+segment of 30 updates and one of 5, which fill and drain in the same way, so 25 updates (200
+micro-batches) cost exactly T(30) - T(5); nothing is cut out by hand. `efficiency_with_fill` is over
+the whole T(30). The stage alone is measured by the same difference. Peer: torch 1F1B over gloo, 8
+micro-batches, the same sleeps, its own stage alone over its step. `ratio` = our `efficiency` over
+the peer's, as the median of the pairs; `spread` = its range.
 
     python benchmarks/stream_efficiency.py [--quick]
 """
@@ -36,35 +36,35 @@ def main() -> None:
     bench = Bench("stream_efficiency", quick)
     ours, theirs = turns(
         5,
-        lambda number: bench.kept(f"ours-{number}", lambda: figures(bench)),
-        lambda number: bench.kept(f"peer-{number}", lambda: other(2 if quick else STEPS)),
+        lambda number: bench.kept(f"ours-{number}", lambda: measure_ours(bench)),
+        lambda number: bench.kept(f"peer-{number}", lambda: measure_peer(2 if quick else STEPS)),
     )
     ratios = [a["efficiency"] / b["efficiency"] for a, b in zip(ours, theirs, strict=True)]
-    own, others = middle(ours), middle(theirs)
     publish(
-        "stream_efficiency", "emulated", own, others, median(ratios), spread(ratios), quick=quick
-    )
+        "stream_efficiency", "emulated", middle(ours), middle(theirs), median(ratios),
+        spread(ratios), quick=quick,
+    )  # fmt: skip
 
 
-def figures(bench: Bench) -> dict[str, float]:
-    """Return what one run on eight ranks and one run of a single layer tell."""
-    alone, told = bench.train(run(1), 1), bench.train(run(STAGES), STAGES)
-    update_s = steady(alone)
+def measure_ours(bench: Bench) -> dict[str, float]:
+    """Return the figures of one run on eight ranks and one run of a single layer."""
+    alone, pipeline = bench.train(make_run(1), 1), bench.train(make_run(STAGES), STAGES)
+    alone_s, update_s = update_seconds(alone), update_seconds(pipeline)
     return {
-        "efficiency": update_s / steady(told),
-        "efficiency_with_fill": update_s * LONG / told.walls()[0],
-        "update_s": steady(told),
-        "update_alone_s": update_s,
+        "efficiency": alone_s / update_s,
+        "efficiency_with_fill": alone_s * LONG / pipeline.walls()[0],
+        "update_s": update_s,
+        "update_alone_s": alone_s,
     }
 
 
-def steady(told: Told) -> float:
-    """Return the seconds of an update, fill and drain apart."""
-    whole, part = told.walls()
-    return (whole - part) / (LONG - SHORT)
+def update_seconds(result: Told) -> float:
+    """Return the seconds per update in the steady state, without fill and drain."""
+    long_s, short_s = result.walls()
+    return (long_s - short_s) / (LONG - SHORT)
 
 
-def run(stages: int) -> Table:
+def make_run(stages: int) -> Table:
     """Return the run file of `stages` layers, one block and one rank each."""
     batch, updates = MICROS * ROWS, LONG + SHORT
     data = {"rows": batch * updates, "width": WIDTH, "classes": WIDTH, "tests": WIDTH}
@@ -84,8 +84,8 @@ def run(stages: int) -> Table:
     }
 
 
-def other(steps: int) -> dict[str, float]:
-    """Return the figures of torch 1F1B."""
+def measure_peer(steps: int) -> dict[str, float]:
+    """Return the figures of torch's 1F1B."""
     return peer("sleep", STAGES, MICROS, steps, FORWARD_S, BACKWARD_S)
 
 

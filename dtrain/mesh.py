@@ -1,6 +1,6 @@
-"""The grid of ranks: replicas x stages, pure arithmetic.
+"""The mesh of ranks: replicas x stages, pure arithmetic.
 
-Invariant: `rank(*coords(r)) == r` for every rank of either placement.
+Invariant: `rank(*coords(r)) == r` for every rank r in either placement.
 
 Six ranks as 2 replicas x 3 stages:
 
@@ -10,8 +10,8 @@ Six ranks as 2 replicas x 3 stages:
     replica 0       0  1  2            replica 0       0  2  4
     replica 1       3  4  5            replica 1       1  3  5
 
-Launchers fill a node with consecutive ranks. So `stages-in-node` keeps activations inside a node
-and `replicas-in-node` keeps gradients there.
+Launchers fill a node with consecutive ranks. So `stages-in-node` keeps activations inside a node,
+and `replicas-in-node` keeps the all-reduce of gradients inside a node.
 """
 
 from __future__ import annotations
@@ -21,12 +21,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import final
 
-from dtrain.errors import ConfigError, DtrainError, unknown_name
+from dtrain.errors import ConfigError, add_location, unknown_name
 
 
 @dataclass(frozen=True)
 class RankPosition:
-    """One rank's place: its coordinates on the mesh, and the stage of every block."""
+    """Coordinates of a rank on the mesh, and the stage of every block.
+
+    Attributes
+    ----------
+    place : tuple of int
+        `place[b]` is the stage of block b.
+    """
 
     mesh: Mesh
     replica: int
@@ -34,20 +40,25 @@ class RankPosition:
     place: tuple[int, ...]
 
     def rank(self, block: int) -> int:
-        """Return the rank that holds `block` for this replica."""
+        """Return the rank of this replica that holds `block`."""
         return self.mesh.rank(self.replica, self.place[block])
 
     @contextmanager
     def error_context(self, action: object, when: str) -> Iterator[None]:
-        """Add to whatever is raised inside where it was: replica, stage, update, action."""
+        """Append replica, stage, time and action to every error that is raised inside.
+
+        Parameters
+        ----------
+        action : Action
+            The action that runs.
+        when : str
+            The time in the run, such as "update 3".
+        """
         try:
             yield
         except BaseException as error:
-            place = f"[replica {self.replica} stage {self.stage} | {when} | action {action}]"
-            if isinstance(error, DtrainError):
-                error.at(place)
-            else:
-                error.add_note(place)
+            location = f"[replica {self.replica} stage {self.stage} | {when} | action {action}]"
+            add_location(error, location)
             raise
 
 
@@ -57,19 +68,19 @@ PLACEMENTS = ("stages-in-node", "replicas-in-node")
 @final
 @dataclass(frozen=True)
 class Mesh:
-    """A grid of `replicas` x `stages` ranks.
+    """A mesh of `replicas` x `stages` ranks.
 
     Parameters
     ----------
     replicas, stages : int
         Ranks along each axis, both at least 1.
     placement : str
-        Which axis has consecutive ranks: "stages-in-node" or "replicas-in-node".
+        The axis with consecutive ranks: "stages-in-node" or "replicas-in-node".
 
     Raises
     ------
-    DtrainError
-        Where an axis is empty or the placement is unknown.
+    ConfigError
+        An axis has no ranks, or the placement is unknown.
     """
 
     replicas: int
@@ -79,7 +90,7 @@ class Mesh:
     def __post_init__(self) -> None:
         if self.replicas < 1 or self.stages < 1:
             raise ConfigError(
-                "todo.key",
+                "mesh.no-ranks",
                 f"a mesh of {self.replicas} replicas x {self.stages} stages has no ranks: "
                 "both must be at least 1",
             )
@@ -90,17 +101,19 @@ class Mesh:
     def for_ranks(
         cls, ranks: int, stages: int | None = None, placement: str = PLACEMENTS[0]
     ) -> Mesh:
-        """Return the mesh that uses all `ranks`; without `stages`, all of them are stages.
+        """Return the mesh that uses all `ranks`; without `stages`, every rank is a stage.
 
         Raises
         ------
-        DtrainError
-            Where `ranks` is no multiple of `stages`; it names the nearest choices that work.
+        ConfigError
+            `stages` is less than 1 or does not divide `ranks`; the message names the nearest
+            numbers of stages and of ranks that work.
         """
         stages = ranks if stages is None else stages
         if stages < 1:
             raise ConfigError(
-                "todo.key", f"mesh.stages = {stages}: set it between 1 and {ranks}, the ranks"
+                "mesh.stages-too-few",
+                f"[mesh] stages = {stages} must be between 1 and {ranks}, the number of ranks",
             )
         if ranks % stages:
             raise _indivisible_error(ranks, stages)
@@ -108,11 +121,10 @@ class Mesh:
 
     @property
     def ranks(self) -> int:
-        """Number of ranks."""
         return self.replicas * self.stages
 
     def coords(self, rank: int) -> tuple[int, int]:
-        """Return `(replica, stage)` of a rank; `ValueError` for a rank outside the mesh."""
+        """Return `(replica, stage)` of a rank, or raise `ValueError` if it is outside the mesh."""
         if not 0 <= rank < self.ranks:
             raise ValueError(f"rank {rank} is outside a mesh of {self.ranks} ranks")
         if self.placement == "stages-in-node":
@@ -121,7 +133,7 @@ class Mesh:
         return replica, stage
 
     def rank(self, replica: int, stage: int) -> int:
-        """Return the rank at `(replica, stage)`; `ValueError` for a place outside the mesh."""
+        """Return the rank at `(replica, stage)`, or raise `ValueError` if it does not exist."""
         if not (0 <= replica < self.replicas and 0 <= stage < self.stages):
             raise ValueError(f"replica {replica}, stage {stage} is outside {self}")
         if self.placement == "stages-in-node":
@@ -129,14 +141,14 @@ class Mesh:
         return stage * self.replicas + replica
 
     def ranks_along(self, axis: str, rank: int) -> tuple[int, ...]:
-        """Return the ranks of the line through `rank` along an axis, itself included, in order.
+        """Return the ranks along an axis through `rank`, itself included, in order.
 
         Parameters
         ----------
-        axis : str
-            "replica" (the copies of this rank's stage) or "stage" (this rank's pipeline).
+        axis : "replica" or "stage"
+            The replicas of this rank's stage, or the stages of this rank's pipeline.
         rank : int
-            Any rank of the line.
+            Any rank of the mesh.
         """
         replica, stage = self.coords(rank)
         if axis == "replica":
@@ -146,16 +158,16 @@ class Mesh:
         raise ValueError(f"axis '{axis}' is neither 'replica' nor 'stage'")
 
 
-def _indivisible_error(ranks: int, stages: int) -> DtrainError:
-    """Return the refusal of `ranks` that `stages` does not divide, with the nearest ways out."""
+def _indivisible_error(ranks: int, stages: int) -> ConfigError:
+    """Return the error for `ranks` that `stages` does not divide, with the nearest fixes."""
     divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
-    fitting = min(divisors, key=lambda n: (abs(n - stages), -n))
+    nearest_stages = min(divisors, key=lambda n: (abs(n - stages), -n))
     below = max(1, ranks // stages)
     replicas = min(below, ranks // stages + 1, key=lambda n: abs(n * stages - ranks))
     noun = "replica" if replicas == 1 else "replicas"
     return ConfigError(
-        "todo.key",
+        "mesh.ranks-indivisible",
         f"{ranks} ranks cannot form {replicas} {noun} x {stages} stages "
-        f"(needs {replicas * stages}): set stages = {fitting}, "
+        f"(needs {replicas * stages}): set stages = {nearest_stages}, "
         f"or start {replicas * stages} ranks",
     )

@@ -1,7 +1,7 @@
 """Random numbers that depend on names and counts, never on the layout.
 
-Invariant: the same key gives the same numbers on every rank, machine and number of ranks, and
-torch's process-wide generator is left as it was found.
+Invariant: the same parts give the same numbers on every rank and machine, with any number of ranks,
+and the state of torch's global generators is restored.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ def derive_seed(*parts: int | str) -> int:
 def seeded(*parts: int | str, device: torch.device | None = None) -> Iterator[None]:
     """Run the body with torch's generators seeded by `parts`; restore their states afterwards.
 
-    The CPU's generator, and that of `device` where it is an accelerator (untested on hardware).
+    This seeds the generator of the CPU, and of `device` if that is a CUDA device (untested on
+    hardware).
     """
-    far = device if device is not None and device.type == "cuda" else None
-    state = torch.get_rng_state()
-    held = None if far is None else torch.cuda.get_rng_state(far)
+    cuda = device if device is not None and device.type == "cuda" else None
+    cpu_state = torch.get_rng_state()
+    cuda_state = None if cuda is None else torch.cuda.get_rng_state(cuda)
     torch.default_generator.manual_seed(derive_seed(*parts))
-    if far is not None:
-        torch.cuda.default_generators[far.index].manual_seed(derive_seed(*parts))
+    if cuda is not None:
+        torch.cuda.default_generators[cuda.index].manual_seed(derive_seed(*parts))
     try:
         yield
     finally:
-        torch.set_rng_state(state)
-        if far is not None and held is not None:
-            torch.cuda.set_rng_state(held, far)
+        torch.set_rng_state(cpu_state)
+        if cuda is not None and cuda_state is not None:
+            torch.cuda.set_rng_state(cuda_state, cuda)

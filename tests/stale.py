@@ -1,7 +1,7 @@
-"""An independent simulator of late updates: one loop over micro-batches, and a history of weights.
+"""An independent simulator of delayed gradients: a loop over updates with a history of weights.
 
-Invariant: it knows no schedule, no cycle and no rank: that a block is D updates late means that its
-update u was computed from version max(0, u - D), and that is all.
+Invariant: it knows no schedule, cycle or rank. A block is D updates late if its update u was
+computed from version max(0, u - D), and nothing else.
 
 ::
 
@@ -12,20 +12,21 @@ update u was computed from version max(0, u - D), and that is all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.functional import cross_entropy
+from torch.nn.grad import conv1d_input, conv1d_weight
 
 Weights = list[Tensor]
 
 
 @dataclass
-class Late:
-    """What a run is told: how late blocks are, and what is done about it."""
+class DelayedTraining:
+    """Delays of the blocks, their mitigation and the optimizer."""
 
     delays: Sequence[int]
     gaps: Sequence[int] = ()
@@ -33,7 +34,7 @@ class Late:
     lag: int | None = None
     prediction: str = "none"
     horizon: float = 1.0
-    spikes: bool = False
+    spike_compensation: bool = False
     lr: float = 0.05
     momentum: float = 0.9
     decay: float = 0.0
@@ -43,102 +44,114 @@ class Late:
 
 @dataclass
 class History:
-    """One block's weights after each update, and what its optimizer remembered then."""
+    """One block's weights and optimizer state after each update."""
 
     modules: Sequence[nn.Module]
     weights: list[Weights]
-    first: list[Weights] = field(default_factory=list)
-    second: list[Weights] = field(default_factory=list)
+    first_moments: list[Weights] = field(default_factory=list)
+    second_moments: list[Weights] = field(default_factory=list)
 
 
 def train(
     blocks: Sequence[Sequence[nn.Module]],
     updates: Sequence[Sequence[tuple[Tensor, Tensor]]],
-    late: Late,
+    settings: DelayedTraining,
 ) -> list[Weights]:
-    """Return the weights of each block after all updates, each a list of (x, labels)."""
-    told = []
+    """Return the weights of each block after all updates; an update is a list of (x, labels)."""
+    histories = []
     for modules in blocks:
         start = [p.detach().clone() for m in modules for p in m.parameters()]
-        zeros = [torch.zeros_like(each) for each in start]
-        told.append(History(modules, [start], [zeros], [zeros]))
-    for u, micros in enumerate(updates):
-        rows = sum(len(labels) for _, labels in micros)
-        sums = [[torch.zeros_like(each) for each in own.weights[0]] for own in told]
-        for x, labels in micros:
-            kept = []
-            for b, own in enumerate(told):
-                shown = _forward(own, late, b, u)
-                x, inputs = run(own.modules, shown, x)
-                kept.append((shown, inputs))
+        zeros = [torch.zeros_like(weight) for weight in start]
+        histories.append(History(modules, [start], [zeros], [zeros]))
+    for u, micro_batches in enumerate(updates):
+        rows = sum(len(labels) for _, labels in micro_batches)
+        sums = [[torch.zeros_like(w) for w in history.weights[0]] for history in histories]
+        for x, labels in micro_batches:
+            forwards = []
+            for b, history in enumerate(histories):
+                weights = _forward_weights(history, settings, b, u)
+                x, inputs = run_modules(history.modules, weights, x)
+                forwards.append((weights, inputs))
             scores = x.detach().requires_grad_()
             (loss_gradient,) = torch.autograd.grad(cross_entropy(scores, labels), scores)
-            force = loss_gradient * (len(labels) / rows)
-            for b in reversed(range(len(told))):
-                shown, inputs = kept[b]
-                weights = _backward(told[b], late, b, u, shown)
-                force, gradients = back(told[b].modules, weights, inputs, force)
-                sums[b] = [a + g for a, g in zip(sums[b], gradients, strict=True)]
-        for b, own in enumerate(told):
-            _step(own, late, min(u, late.delays[b]), sums[b], u)
-    return [own.weights[-1] for own in told]
+            cotangent = loss_gradient * (len(labels) / rows)
+            for b in reversed(range(len(histories))):
+                forward_weights, inputs = forwards[b]
+                weights = _backward_weights(histories[b], settings, b, u, forward_weights)
+                cotangent, gradients = backward(histories[b].modules, weights, inputs, cotangent)
+                sums[b] = [total + g for total, g in zip(sums[b], gradients, strict=True)]
+        for b, history in enumerate(histories):
+            _step(history, settings, min(u, settings.delays[b]), sums[b], u)
+    return [history.weights[-1] for history in histories]
 
 
-def _forward(own: History, late: Late, b: int, u: int) -> Weights:
-    delay = min(u, late.delays[b])
-    version = u - delay if late.lag is None else max(0, u - late.lag)
-    far = late.horizon * (delay + (late.gaps[b] if late.prediction == "spectrain" else 0))
-    return _foretold(own, late, version, far) if late.prediction != "none" else own.weights[version]
+def _forward_weights(history: History, settings: DelayedTraining, b: int, u: int) -> Weights:
+    delay = min(u, settings.delays[b])
+    version = u - delay if settings.lag is None else max(0, u - settings.lag)
+    gap = settings.gaps[b] if settings.prediction == "spectrain" else 0
+    if settings.prediction == "none":
+        return history.weights[version]
+    return _predict(history, settings, version, settings.horizon * (delay + gap))
 
 
-def _backward(own: History, late: Late, b: int, u: int, shown: Weights) -> Weights:
-    if late.stash:
-        return shown
-    if late.prediction == "spectrain":
-        return _foretold(own, late, u, late.horizon * late.gaps[b])
-    return own.weights[u]
+def _backward_weights(
+    history: History, settings: DelayedTraining, b: int, u: int, forward_weights: Weights
+) -> Weights:
+    if settings.stash:
+        return forward_weights
+    if settings.prediction == "spectrain":
+        return _predict(history, settings, u, settings.horizon * settings.gaps[b])
+    return history.weights[u]
 
 
-def _foretold(own: History, late: Late, version: int, far: float) -> Weights:
-    now, m = own.weights[version], late.momentum
-    if late.prediction == "difference":
-        before = own.weights[max(0, version - 1)]
-        return [w + far * (w - w0) for w, w0 in zip(now, before, strict=True)]
-    if late.adam and version == 0:
-        return now
-    if late.adam:
-        one, two = (1 - beta**version for beta in late.betas)
-        pairs = zip(now, own.first[version], own.second[version], strict=True)
-        return [w - far * late.lr * (a / one) / ((v / two).sqrt() + 1e-8) for w, a, v in pairs]
-    if late.prediction == "coasting":
-        far = (m - m ** (far + 1)) / (1 - m)
-    return [w - late.lr * far * v for w, v in zip(now, own.first[version], strict=True)]
-
-
-def _step(own: History, late: Late, delay: int, gradients: Weights, u: int) -> None:
-    now = own.weights[-1]
-    gradients = [g + late.decay * w for g, w in zip(gradients, now, strict=True)]
-    if late.adam:
-        one, two = late.betas
-        first = [one * a + (1 - one) * g for a, g in zip(own.first[-1], gradients, strict=True)]
-        second = [
-            two * a + (1 - two) * g * g for a, g in zip(own.second[-1], gradients, strict=True)
+def _predict(history: History, settings: DelayedTraining, version: int, steps: float) -> Weights:
+    weights, m = history.weights[version], settings.momentum
+    if settings.prediction == "difference":
+        before = history.weights[max(0, version - 1)]
+        return [w + steps * (w - w0) for w, w0 in zip(weights, before, strict=True)]
+    if settings.adam and version == 0:
+        return weights
+    moments = history.first_moments[version]
+    if settings.adam:
+        one, two = (1 - beta**version for beta in settings.betas)
+        triples = zip(weights, moments, history.second_moments[version], strict=True)
+        return [
+            w - steps * settings.lr * (a / one) / ((v / two).sqrt() + 1e-8) for w, a, v in triples
         ]
-        down = [(v / (1 - two ** (u + 1))).sqrt() + 1e-8 for v in second]
-        steps = [a / (1 - one ** (u + 1)) / d for a, d in zip(first, down, strict=True)]
-        own.second.append(second)
+    if settings.prediction == "coasting":
+        steps = (m - m ** (steps + 1)) / (1 - m)
+    return [w - settings.lr * steps * v for w, v in zip(weights, moments, strict=True)]
+
+
+def _step(
+    history: History, settings: DelayedTraining, delay: int, gradients: Weights, u: int
+) -> None:
+    weights, moments = history.weights[-1], history.first_moments[-1]
+    gradients = [g + settings.decay * w for g, w in zip(gradients, weights, strict=True)]
+    if settings.adam:
+        one, two = settings.betas
+        first = [one * a + (1 - one) * g for a, g in zip(moments, gradients, strict=True)]
+        second = [
+            two * a + (1 - two) * g * g
+            for a, g in zip(history.second_moments[-1], gradients, strict=True)
+        ]
+        scales = [(v / (1 - two ** (u + 1))).sqrt() + 1e-8 for v in second]
+        steps = [a / (1 - one ** (u + 1)) / scale for a, scale in zip(first, scales, strict=True)]
+        history.second_moments.append(second)
     else:
-        first = [late.momentum * v + g for v, g in zip(own.first[-1], gradients, strict=True)]
+        first = [settings.momentum * v + g for v, g in zip(moments, gradients, strict=True)]
         steps = first
-        if late.spikes:
-            a, b = late.momentum**delay, sum(late.momentum**j for j in range(delay))
+        if settings.spike_compensation:
+            a, b = settings.momentum**delay, sum(settings.momentum**j for j in range(delay))
             steps = [a * v + b * g for v, g in zip(first, gradients, strict=True)]
-    own.first.append(first)
-    own.weights.append([w - late.lr * s for w, s in zip(now, steps, strict=True)])
+    history.first_moments.append(first)
+    history.weights.append([w - settings.lr * s for w, s in zip(weights, steps, strict=True)])
 
 
-def run(modules: Sequence[nn.Module], weights: Weights, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Return what modules make of x with these weights, and what each of them was given."""
+def run_modules(
+    modules: Sequence[nn.Module], weights: Weights, x: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the output of modules with these weights, and the input of each module."""
     inputs, rest = [], list(weights)
     for module in modules:
         inputs.append(x)
@@ -156,37 +169,38 @@ def run(modules: Sequence[nn.Module], weights: Weights, x: Tensor) -> tuple[Tens
     return x.detach(), inputs
 
 
-Grads = Callable[[Tensor, Tensor], tuple[Tensor, Weights]]
-
-
-def back(
-    modules: Sequence[nn.Module], weights: Weights, inputs: Sequence[Tensor], force: Tensor
+def backward(
+    modules: Sequence[nn.Module], weights: Weights, inputs: Sequence[Tensor], cotangent: Tensor
 ) -> tuple[Tensor, Weights]:
-    """Return the gradient of x and those of the weights: with inputs as they were, and `weights`,
-    whichever they are."""
-    found: list[Weights] = []
+    """Return the gradients of x and of the weights, with the inputs of the forward.
+
+    `weights` may differ from those of the forward.
+    """
+    gradients: list[Weights] = []
     rest = list(weights)
     for module, x in zip(reversed(modules), reversed(inputs), strict=True):
         match module:
             case nn.Linear():
                 _, weight = rest.pop(), rest.pop()
-                found.append([force.T @ x, force.sum(0)])
-                force = force @ weight
+                gradients.append([cotangent.T @ x, cotangent.sum(0)])
+                cotangent = cotangent @ weight
             case nn.Conv1d():
                 _, weight = rest.pop(), rest.pop()
-                grad, pads = torch.nn.grad, {"padding": module.padding}
-                found.append(
-                    [grad.conv1d_weight(x, weight.shape, force, **pads), force.sum((0, 2))]
-                )
-                force = grad.conv1d_input(x.shape, weight, force, **pads)
+                padding = {"padding": module.padding}
+                weight_gradient = conv1d_weight(x, weight.shape, cotangent, **padding)
+                gradients.append([weight_gradient, cotangent.sum((0, 2))])
+                cotangent = conv1d_input(x.shape, weight, cotangent, **padding)
             case nn.GroupNorm():
                 _, weight = rest.pop(), rest.pop()
                 leaf = x.detach().requires_grad_()
-                plain = functional.group_norm(leaf, module.num_groups)
-                found.append([(force * plain.detach()).sum((0, 2)), force.sum((0, 2))])
-                (force,) = torch.autograd.grad(plain, leaf, force * weight[None, :, None])
+                normalised = functional.group_norm(leaf, module.num_groups)
+                weight_gradient = (cotangent * normalised.detach()).sum((0, 2))
+                gradients.append([weight_gradient, cotangent.sum((0, 2))])
+                (cotangent,) = torch.autograd.grad(
+                    normalised, leaf, cotangent * weight[None, :, None]
+                )
             case nn.ReLU():
-                force = force * (x > 0)
+                cotangent = cotangent * (x > 0)
             case nn.Flatten():
-                force = force.view(x.shape)
-    return force, [each for own in reversed(found) for each in own]
+                cotangent = cotangent.view(x.shape)
+    return cotangent, [gradient for module in reversed(gradients) for gradient in module]

@@ -1,4 +1,4 @@
-"""Orders of computing: plans, the messages they imply, their proof and their picture."""
+"""Schedules by name, and everything that follows from a plan: messages, proof, costs, drawings."""
 
 from dtrain.schedules.base import Schedule
 from dtrain.schedules.drained import Drained

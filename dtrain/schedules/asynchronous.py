@@ -1,7 +1,7 @@
-"""Late: schedules that never drain inside a segment, and what they do about stale weights.
+"""The base class of schedules that update after every micro-batch and never flush in a segment.
 
-Invariant: the fields say with which weights blocks compute and how late gradients are applied,
-never the order; so they combine freely.
+Invariant: the fields choose the weights with which blocks compute and how delayed gradients are
+applied, never the order of the actions; so they combine freely.
 """
 
 from __future__ import annotations
@@ -19,25 +19,34 @@ from dtrain.schedules.weight_policy import Prediction, WeightPolicy
 
 @dataclass(frozen=True)
 class AsyncSchedule(Schedule):
-    """An update after every micro-batch, in cycles of whatever flows.
+    """Run cycles over any routes, with an update after every micro-batch.
+
+    In the formulas, v is the velocity of SGD with momentum m, g the gradient, and D the delay of
+    the block in updates.
 
     Attributes
     ----------
     weights : "current" or "stash"
-        With which a backward computes: those of its own moment, or those of its forward (weight
-        stashing: Narayanan et al. 2019, "PipeDream").
+        Weights of a backward: the current ones, or those of its forward (weight stashing:
+        Narayanan et al. 2019, "PipeDream").
     prediction : str
-        How a forward foretells the weights of T updates later. "velocity" w - lr T v and
-        "difference" w + T (w - w of one update before): Kosson et al. 2021, linear weight
-        prediction; "coasting" w - lr v (m - m^(T+1)) / (1 - m): what the velocity alone will do
-        (FTPipe); "optimizer": the present step of SGD, Adam or AdamW, T times (PipeOptim, Guan et
-        al. 2023); "spectrain": velocity in backwards too, to the moment at which the first block
-        learns the micro-batch (Chen et al. 2018, SpecTrain).
+        How a forward predicts the weights of T updates later. "velocity": w - lr T v, and
+        "difference": w + T (w - w of one update before), are the linear weight predictions LWP-v
+        and LWP-w (Kosson et al. 2021). "coasting": w - lr v (m - m^(T+1)) / (1 - m), the movement
+        by the velocity alone (FTPipe). "optimizer": T times the present step of SGD, Adam or AdamW
+        (PipeOptim, Guan et al. 2023). "spectrain": "velocity" in backwards too, to the moment at
+        which the first block runs the backward of the micro-batch (SpecTrain, Chen et al. 2018).
     horizon : float
-        T in delays of the block: 1 is T = D.
+        T in units of the block's delay; 1 means T = D.
     compensation : "none" or "spike"
-        "spike": a gradient that is D updates late is applied as the sum of what it would have moved
-        meanwhile: w <- w - lr (m^D v + (1 - m^D) / (1 - m) g).
+        "spike" (spike compensation, Kosson et al. 2021): a gradient that is D updates late is
+        applied as the sum of all movements that it missed:
+        w <- w - lr (m^D v + (1 - m^D) / (1 - m) g).
+
+    Raises
+    ------
+    ConfigError
+        Fields are out of range or contradict each other.
     """
 
     asynchronous: ClassVar[bool] = True
@@ -51,18 +60,20 @@ class AsyncSchedule(Schedule):
     def __post_init__(self) -> None:
         if not 0 <= self.horizon < float("inf"):
             raise ConfigError(
-                "todo.key",
-                f"[schedule] horizon = {self.horizon} is no number of delays: give 0 or more",
+                "schedule.horizon-out-of-range",
+                f"[schedule] horizon = {self.horizon} must be 0 or more, and finite",
             )
         if self.horizon != 1 and self.prediction == "none":
             raise ConfigError(
-                "todo.key", "[schedule] horizon without a prediction: set prediction, too"
+                "schedule.horizon-without-prediction",
+                f"[schedule] horizon = {self.horizon} has no effect without a prediction: "
+                "set prediction too, or leave out horizon",
             )
         if self.prediction == "spectrain" and self.weights == "stash":
             raise ConfigError(
-                "todo.key",
-                '[schedule] prediction = "spectrain" foretells the weights of backwards too, and '
-                'weights = "stash" gives them those of their forwards: choose one of them',
+                "schedule.spectrain-with-stash",
+                '[schedule] prediction = "spectrain" predicts the weights of backwards too, but '
+                'weights = "stash" uses those of their forwards: set only one of them',
             )
 
     def plan(
@@ -73,11 +84,12 @@ class AsyncSchedule(Schedule):
         routes: Sequence[Route],
     ) -> Iterator[Action]:
         self.check_routes(routes)
-        if max(micro_batches, default=0) > 1:
+        largest = max(micro_batches, default=0)
+        if largest > 1:
             raise ConfigError(
-                "todo.key",
-                f"'{self.name}' updates after every micro-batch, but an update has {max(micro_batches)}: "
-                f"set micro-batches = 1, and batch-size to 1/{max(micro_batches)} of it for the same step",
+                "schedule.micro-batches-not-one",
+                f"'{self.name}' updates after every micro-batch, but an update has {largest}: set "
+                f"micro-batches = 1, and batch-size to 1/{largest} of its value for the same step",
             )
         return cyclic_order(stage, place, micro_batches, routes, period=self.period)
 

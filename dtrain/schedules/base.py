@@ -1,8 +1,9 @@
-"""Schedules: in which order a rank computes.
+"""The base class of schedules: the order in which a rank computes.
 
-Invariant: a plan is pure in its arguments and complete: every pass of `F`, then `B` (or `I`, then
-`W`) of each own block once per micro-batch, `U` once per block and update, micro-batches learnt in
-order 0 .. M-1. Therefore all schedules without staleness train the same model.
+Invariant: a plan depends on its arguments alone and is complete. For every block of the stage it
+has each pass of `F`, then `B` (or `I`, then `W`), once per micro-batch, and `U` once per update;
+backwards run in the order of the micro-batches, 0 .. M-1. Therefore all schedules without
+staleness train the same model.
 """
 
 from __future__ import annotations
@@ -18,35 +19,40 @@ from dtrain.schedules.weight_policy import WeightPolicy
 
 
 class Schedule(ABC):
-    """The order of one rank's actions over one segment."""
+    """The order of one rank's actions over one segment.
+
+    A subclass is a frozen dataclass whose fields are the keys of `[schedule]` in a run file.
+    """
 
     unsupported_routes: ClassVar[str]
-    """Which routes it cannot run, and what to use instead; the end of a refusal."""
+    """The routes that it cannot run, and the alternative: the end of an error message."""
 
     asynchronous: ClassVar[bool] = False
-    """Whether updates of a block may come between a forward and its learning."""
+    """Whether a block may be updated between the forward and the backward of a micro-batch."""
 
     splits_backward: ClassVar[bool] = False
-    """Whether plans hold `I` and `W` in the place of `B`."""
+    """Whether plans have `I` and `W` instead of `B`."""
 
     flushes: ClassVar[bool] = False
-    """Whether a rank has learnt all of an update before its first `U` of that update, so that the
-    gradients of the whole model can be looked at together."""
+    """Whether a rank runs all backwards of an update before its first `U` of that update, so that
+    the gradients of the whole model are available together (to clip their norm)."""
 
     def assign_stages(
         self, costs: Sequence[float], stages: int, transfers: Sequence[float] = ()
     ) -> tuple[int, ...]:
-        """Return the stage of each block: a line here, while a schedule may loop or fold.
+        """Return the stage of each block.
+
+        The default is contiguous; a schedule may override it with a loop or a V.
 
         Parameters
         ----------
         costs, stages, transfers
-            As of `partition.place`.
+            As in `partition.assign_stages`.
 
         Raises
         ------
-        DtrainError
-            Where the blocks cannot be placed on so many stages.
+        ConfigError
+            The blocks cannot be placed on that many stages.
         """
         return partition.assign_stages(costs, stages, transfers)
 
@@ -60,52 +66,56 @@ class Schedule(ABC):
     ) -> Iterator[Action]:
         """Yield the actions of one rank.
 
+        A `tuple` of them takes about 100 bytes and a microsecond per action, so a caller that
+        needs a plan twice keeps the tuple.
+
         Parameters
         ----------
         stage : int
-            The rank's stage.
+            Stage of the rank.
         place : sequence of int
             `place[b]` is the stage of block b.
-        sizes : sequence of int
-            Micro-batches of each update of the segment, of this replica. Where an update has
-            none, its `U` remains, since an update may be collective over replicas.
+        micro_batches : sequence of int
+            Number of micro-batches of each update of the segment, in this replica. An update with
+            none keeps its `U`, since updates may be collective over the replicas.
         routes : sequence of Route
-            What flows between actions.
+            All routes of the model.
 
         Raises
         ------
-        DtrainError
-            Where a route cannot be run in this order.
+        ConfigError
+            A route or a number of micro-batches cannot be run in this order.
         """
 
     @abstractmethod
     def supports(self, route: Route) -> bool:
-        """Say whether this order can serve a route, wherever its blocks are placed."""
+        """Return whether this order can run a route, on any placement of the blocks."""
 
     def policy(self, place: Sequence[int], routes: Sequence[Route]) -> WeightPolicy | None:
-        """Return with which weights blocks compute; None where it is `late` never."""
+        """Return which weight versions blocks compute with; None: the current ones, never stale."""
         return None
 
     def optimizer_requirements(self) -> tuple[str, ...]:
-        """Return the keys that go by an optimizer's rule, as a run file has them."""
+        """Return the settings that depend on the optimizer's update rule, as in a run file."""
         return ()
 
     def supports_all(self, routes: Sequence[Route]) -> bool:
-        """Say whether this order can run all that an objective sends."""
+        """Return whether this order can run all routes of an objective."""
         return all(self.supports(route) for route in routes)
 
     def check_routes(self, routes: Sequence[Route]) -> None:
-        """Raise a `DtrainError` for the first route that cannot be run; it says what to use instead."""
+        """Raise a `ConfigError` for the first route that cannot be run, with the alternative."""
         for route in routes:
             if not self.supports(route):
                 raise ConfigError(
-                    "todo.key", f"the route {route} cannot be scheduled: {self.unsupported_routes}"
+                    "schedule.route-unsupported",
+                    f"the route {route} cannot be scheduled: {self.unsupported_routes}",
                 )
 
 
 def blocks_of_stage(stage: int, place: Sequence[int]) -> tuple[int, ...]:
     """Return the blocks of a stage, in order."""
-    return tuple(block for block, owner in enumerate(place) if owner == stage)
+    return tuple(block for block, block_stage in enumerate(place) if block_stage == stage)
 
 
 def evaluation_plan(stage: int, place: Sequence[int], micro_batches: int) -> Iterator[Action]:

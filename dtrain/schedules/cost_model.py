@@ -1,6 +1,6 @@
-"""What actions, messages and memory cost: the numbers that a simulation adds up.
+"""Costs of actions, messages and memory: the numbers that a simulation adds up.
 
-Invariant: plain numbers, given by the caller; nothing here is measured or guessed.
+Invariant: plain numbers from the caller; nothing here is measured or guessed.
 
     stage 0 |F0.0 forward_s|F0.1 ........|         a link carries one message after the other
                   \\ bytes / bytes_per_s
@@ -15,18 +15,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
 
+from dtrain.schedules.actions import Kind
+
 
 @final
 @dataclass(frozen=True)
 class Link:
-    """The way from one stage to another; messages queue on it.
+    """The connection from one stage to another; its messages queue.
 
-    Parameters
+    Attributes
     ----------
     name : str
-        What traffic is summed by, such as "intra-node".
+        Kind of link by which traffic is summed, such as "intra-node".
     latency_s, bytes_per_s : float
-        A message that is alone on the way takes `latency_s` + bytes / `bytes_per_s`.
+        A message on an idle link takes `latency_s` + bytes / `bytes_per_s`.
     """
 
     name: str = "wire"
@@ -37,17 +39,18 @@ class Link:
 @final
 @dataclass(frozen=True)
 class BlockCost:
-    """What one block costs on its rank.
+    """Time and memory of one block on its rank.
 
-    Parameters
+    Attributes
     ----------
     forward_s, input_gradient_s, weight_gradient_s : float
         Seconds (or any other unit of time) of `F`, `I` and `W` of one micro-batch; a `B` takes
         both gradients together. Every pass of `F` costs the same.
-    update_s, meet_s : float
-        Seconds of `U`, and of the sync of the replicas before it, once all of them have come.
+    update_s, sync_s : float
+        Seconds of `U`, and of the replicas' sync before it, counted from the last replica's
+        arrival.
     live_bytes : int
-        What one live micro-batch keeps for its backward.
+        Memory of one live micro-batch: everything that is kept for its backward.
     fixed_bytes : int
         Parameters, gradients and optimizer state.
     """
@@ -60,8 +63,8 @@ class BlockCost:
     live_bytes: int = 0
     fixed_bytes: int = 0
 
-    def seconds(self, kind: str) -> float:
-        """Return how long an action of a kind takes."""
+    def seconds(self, kind: Kind) -> float:
+        """Return the duration of an action of this kind."""
         match kind:
             case "F":
                 return self.forward_s
@@ -76,24 +79,24 @@ class BlockCost:
 
 
 def free_link(source: int, target: int) -> Link:
-    """Return the link between any two stages that costs nothing."""
+    """Return a link without cost, for any two stages."""
     return Link()
 
 
 @final
 @dataclass(frozen=True)
 class CostModel:
-    """What a run costs.
+    """Costs of a run.
 
-    Parameters
+    Attributes
     ----------
-    blocks : sequence of Price
+    blocks : sequence of BlockCost
         One per block.
     message_bytes : sequence of int
-        Payload of one message of each route, by the route's index; empty: nothing.
+        Payload of one message of each route, by the route's index; empty: no payloads.
     links : callable
-        `links(source, target)` is the link between two stages. Two that share a cable are two
-        links here.
+        `links(source, target)` is the link between two stages. Two links over one cable do not
+        slow each other down.
     """
 
     blocks: Sequence[BlockCost]
@@ -106,5 +109,5 @@ class CostModel:
 
 
 def unit_costs(blocks: int) -> CostModel:
-    """Return the costs of a drawing: F = I = W = 1, B = 2, U = 0, hops 0."""
+    """Return the unit costs of drawings: F = I = W = 1, B = 2, U = 0, messages 0."""
     return CostModel((BlockCost(1, 1, 1),) * blocks)

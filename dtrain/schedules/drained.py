@@ -1,7 +1,7 @@
-"""Drained: whatever flows, update by update; the synchronous form of every order in cycles.
+"""`drained`: cycles over any routes that restart with every update, so nothing is stale.
 
-Invariant: no block is updated before all have learnt, so nothing is stale and micro-batches are
-learnt in order, whatever the routes are.
+Invariant: no block is updated before all blocks have run all backwards of the update, and
+backwards run in the order of the micro-batches, whatever the routes are.
 
 Two forward passes, the error of the first returning into the second (PEPITA), three blocks:
 
@@ -25,7 +25,7 @@ from dtrain.schedules.cyclic import cyclic_order
 @final
 @dataclass(frozen=True)
 class Drained(Schedule):
-    """Cycles that restart with every update."""
+    """Run cycles that restart with every update."""
 
     unsupported_routes: ClassVar[str] = "'drained' runs every route"
     flushes: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""What a segment takes by given costs: time, waiting, memory and traffic of every stage.
+"""Forecast of a segment at given costs: time, idle time, memory and traffic of every stage.
 
 Invariant: exactly the plans that would run, under the rule and the credits of `comm`; equal costs
 give equal forecasts.
@@ -17,15 +17,14 @@ from itertools import accumulate, pairwise
 from operator import itemgetter
 from typing import TypeVar, final
 
-from dtrain.schedules.actions import Route
+from dtrain.schedules.actions import WEIGHT_GRADIENT_KINDS, Route
 from dtrain.schedules.base import Schedule
 from dtrain.schedules.cost_model import CostModel
-from dtrain.schedules.messages import MessageTable
 from dtrain.schedules.simulator import RankCoords, Simulator, Span
 from dtrain.schedules.verify import MicroBatchCounts, distinct_replicas, segment_plans
 
 CREDITS = 2
-"""Messages of a route that `comm` lets be under way."""
+"""Sends of a route that `comm` allows in flight beyond the posted receives."""
 
 
 Number = TypeVar("Number", int, float)
@@ -34,21 +33,22 @@ Number = TypeVar("Number", int, float)
 @final
 @dataclass(frozen=True)
 class Forecast:
-    """What a segment takes; the mean over replicas is the mean of those that were simulated.
+    """Costs of a segment; means are over the simulated replicas.
 
-    Parameters
+    Attributes
     ----------
     makespan_s : float
-        Until the last rank is done.
+        Time until the last rank is done.
     bubble : float
         Mean idle share of the ranks: 1 - busy / (ranks x makespan).
     busy_s, wait_s : tuple of float
-        Per stage, of the replica that has most of it: at work; waiting after it began.
-    live_bytes, held_bytes, peak_bytes : tuple of int
+        Per stage, the largest over the replicas: time of its actions, and idle time between its
+        first and its last action.
+    live_bytes, peak_message_bytes, peak_bytes : tuple of int
         Per stage: most bytes of live micro-batches; most bytes of messages, posted receives
-        included; both together with what its blocks always hold, as a run counts its peak.
+        included; the sum of both and of the fixed memory of its blocks, as a run counts its peak.
     messages, message_bytes : mapping of str to int
-        Messages between ranks of one replica, the largest, by the name of their link.
+        Messages between the ranks of the replica that sends most, by the name of their link.
     """
 
     makespan_s: float
@@ -70,30 +70,29 @@ def forecast(
     costs: CostModel,
     credits: int = CREDITS,
 ) -> Forecast:
-    """Simulate all updates of `sizes` by given costs.
+    """Simulate a whole segment at given costs.
 
-    Replicas of equal sizes cost the same: one of each kind is simulated, and `U` joins the kinds.
+    Replicas with equal micro-batch counts cost the same: one of each kind is simulated, and `U`
+    joins the kinds.
 
     Parameters
     ----------
-    schedule, place, sizes, routes
-        As of `check`, which proves a prefix; here everything is run.
-    costs : Costs
-        What it takes.
+    schedule, place, micro_batches, routes
+        As for `verify_schedule`, which proves a prefix; here all updates run.
+    costs : CostModel
+        Costs of actions, messages and memory.
     credits : int
-        Messages of a route that may be under way beyond the posted receives.
+        Sends of a route that may be in flight beyond the posted receives.
 
     Raises
     ------
-    DtrainError
-        Where the schedule cannot run a route.
+    ConfigError
+        The schedule cannot run a route.
     PlanError
-        Where the plans do not fit: a fault of the schedule.
+        The plans do not fit: a fault of the schedule.
     """
-    schedule.check_routes(routes)
-    rows = distinct_replicas(micro_batches)
-    course = _simulate(schedule, place, rows, routes, costs, credits)
-    return _ForecastBuilder(course, rows, place, routes, costs).build(max(place) + 1)
+    simulator = _simulate(schedule, place, micro_batches, routes, costs, credits)
+    return _ForecastBuilder(simulator, place, costs).build()
 
 
 def timeline(
@@ -104,113 +103,116 @@ def timeline(
     costs: CostModel,
     credits: int = CREDITS,
 ) -> list[Span]:
-    """Return what the first replica does when, stage by stage; arguments as of `forecast`."""
-    rows = distinct_replicas(micro_batches)
-    spans = _simulate(schedule, place, rows, routes, costs, credits).spans
-    return [span for stage in range(max(place) + 1) for span in spans[min(rows), stage]]
+    """Return the actions of the first replica with their times, stage by stage.
+
+    Parameters and errors as for `forecast`.
+    """
+    spans = _simulate(schedule, place, micro_batches, routes, costs, credits).spans
+    first_replica = min(replica for replica, _ in spans)
+    return [span for stage in range(max(place) + 1) for span in spans[first_replica, stage]]
 
 
 def _simulate(
     schedule: Schedule,
     place: Sequence[int],
-    micro_batches: Mapping[int, Sequence[int]],
+    micro_batches: MicroBatchCounts,
     routes: Sequence[Route],
     costs: CostModel,
     credits: int,
 ) -> Simulator:
-    plans = segment_plans(schedule, place, micro_batches, routes)
-    course = Simulator(plans, micro_batches, place, routes, costs, credits)
-    course.run()
-    return course
+    schedule.check_routes(routes)
+    replicas = distinct_replicas(micro_batches)
+    plans = segment_plans(schedule, place, replicas, routes)
+    simulator = Simulator(plans, replicas, place, routes, costs, credits)
+    simulator.run()
+    return simulator
 
 
 @final
 class _ForecastBuilder:
-    """The accounts of a simulation that has run."""
+    """Sums over a simulation that has run."""
 
-    def __init__(
-        self,
-        simulator: Simulator,
-        micro_batches: Mapping[int, Sequence[int]],
-        place: Sequence[int],
-        routes: Sequence[Route],
-        costs: CostModel,
-    ) -> None:
-        self._simulator, self._place, self._routes, self._costs = simulator, place, routes, costs
+    def __init__(self, simulator: Simulator, place: Sequence[int], costs: CostModel) -> None:
+        self._simulator = simulator
+        self._place = place
+        self._stages = max(place) + 1
+        self._costs = costs
+        # Ends and windows of routes are the same in all stages of a replica.
         self._message_tables = {
-            r: MessageTable(routes, place, 0, row) for r, row in micro_batches.items()
+            replica: simulator.message_tables[replica, 0] for replica in simulator.channels
         }
 
-    def build(self, stages: int) -> Forecast:
-        """Return what the course took."""
+    def build(self) -> Forecast:
         spans = self._simulator.spans
         makespan = max((spans[rank][-1].end for rank in spans if spans[rank]), default=0)
         busy = {rank: sum(s.end - s.start for s in spans[rank]) for rank in spans}
         idle = {rank: _idle_time(spans[rank]) for rank in spans}
         live = self._max_over_replicas(
-            {rank: _peak(self._live_changes(spans[rank])) for rank in spans}, stages
+            {rank: _peak(self._live_changes(spans[rank])) for rank in spans}
         )
-        held = self._max_over_replicas(
-            {rank: _peak(self._message_changes(*rank)) for rank in spans}, stages
+        in_flight = self._max_over_replicas(
+            {rank: _peak(self._message_changes(*rank)) for rank in spans}
         )
         fixed: Counter[int] = Counter()
         for block, stage in enumerate(self._place):
             fixed[stage] += self._costs.blocks[block].fixed_bytes
-        count, size = max(
-            map(self._traffic, self._message_tables), key=lambda both: both[0].total()
+        messages, message_bytes = max(
+            map(self._traffic, self._message_tables), key=lambda traffic: traffic[0].total()
         )
         return Forecast(
             makespan_s=makespan,
             bubble=1 - sum(busy.values()) / (len(spans) * makespan) if makespan else 0.0,
-            busy_s=self._max_over_replicas(busy, stages),
-            wait_s=self._max_over_replicas(idle, stages),
+            busy_s=self._max_over_replicas(busy),
+            wait_s=self._max_over_replicas(idle),
             live_bytes=live,
-            peak_message_bytes=held,
-            peak_bytes=tuple(fixed[s] + live[s] + held[s] for s in range(stages)),
-            messages=count,
-            message_bytes=size,
+            peak_message_bytes=in_flight,
+            peak_bytes=tuple(fixed[s] + live[s] + in_flight[s] for s in range(self._stages)),
+            messages=messages,
+            message_bytes=message_bytes,
         )
 
-    def _max_over_replicas(
-        self, values: Mapping[RankCoords, Number], stages: int
-    ) -> tuple[Number, ...]:
-        """Return the largest value over replicas, per stage."""
-        return tuple(max(values[r, stage] for r in self._message_tables) for stage in range(stages))
+    def _max_over_replicas(self, values: Mapping[RankCoords, Number]) -> tuple[Number, ...]:
+        """Return the largest value over the replicas, per stage."""
+        return tuple(
+            max(values[replica, stage] for replica in self._message_tables)
+            for stage in range(self._stages)
+        )
 
     def _live_changes(self, spans: Sequence[Span]) -> Iterator[tuple[float, int]]:
-        """Yield when a stage's live micro-batches take bytes and give them back."""
+        """Yield (time, change in bytes) of a rank's live micro-batches."""
         for span in spans:
             size = self._costs.blocks[span.action.block].live_bytes
             if span.action.kind == "F" and not span.action.pass_:
                 yield span.start, size
-            elif span.action.kind in "BW":
+            elif span.action.kind in WEIGHT_GRADIENT_KINDS:
                 yield span.end, -size
 
     def _message_changes(self, replica: int, stage: int) -> Iterator[tuple[float, int]]:
-        """Yield when a rank's messages take bytes and give them back."""
-        mail = self._message_tables[replica]
+        """Yield (time, change in bytes) of a rank's messages."""
+        messages = self._message_tables[replica]
         for route, channel in enumerate(self._simulator.channels[replica]):
             size = self._costs.payload(route)
-            if mail.source_stage(route) == stage:
-                # A handover is kept until it is taken, a message until it has arrived.
-                ends = channel.receive_times if mail.is_local(route) else channel.arrival_times
+            if messages.source_stage(route) == stage:
+                # A local tensor is kept until it is received, a message until it has arrived.
+                ends = channel.receive_times if messages.is_local(route) else channel.arrival_times
                 for start, end in zip(channel.send_times, ends, strict=True):
                     yield start, size
                     yield end, -size
-            elif mail.target_stage(route) == stage and channel.send_spans:
-                yield 0, size * min(mail.window(route), len(channel.send_spans))
+            elif messages.target_stage(route) == stage and channel.send_spans:
+                yield 0, size * min(messages.window(route), len(channel.send_spans))
 
     def _traffic(self, replica: int) -> tuple[Counter[str], Counter[str]]:
-        """Return the messages, and their bytes, of a replica by the name of their link."""
-        count: Counter[str] = Counter()
-        total: Counter[str] = Counter()
-        mail = self._message_tables[replica]
+        """Return the number of messages of a replica, and their bytes, by the name of the link."""
+        counts: Counter[str] = Counter()
+        sizes: Counter[str] = Counter()
+        messages = self._message_tables[replica]
         for route, channel in enumerate(self._simulator.channels[replica]):
-            if not mail.is_local(route):
-                name = self._costs.links(mail.source_stage(route), mail.target_stage(route)).name
-                count[name] += len(channel.send_spans)
-                total[name] += len(channel.send_spans) * self._costs.payload(route)
-        return count, total
+            if not messages.is_local(route):
+                ends = messages.source_stage(route), messages.target_stage(route)
+                name = self._costs.links(*ends).name
+                counts[name] += len(channel.send_spans)
+                sizes[name] += len(channel.send_spans) * self._costs.payload(route)
+        return counts, sizes
 
 
 def _idle_time(spans: Sequence[Span]) -> float:
@@ -219,5 +221,5 @@ def _idle_time(spans: Sequence[Span]) -> float:
 
 
 def _peak(changes: Iterator[tuple[float, int]]) -> int:
-    """Return the most bytes at once; what is given back at a moment is there for others."""
+    """Return the most bytes at once; bytes freed at a moment can be taken at the same moment."""
     return max(accumulate(map(itemgetter(1), sorted(changes))), default=0)

@@ -1,9 +1,9 @@
-"""Flush schedules of backpropagation: the pipeline drains at the end of every update.
+"""GPipe (`fill-drain`) and 1F1B: backpropagation with a pipeline flush at the end of every update.
 
-Invariant: both learn in order 0 .. M-1 and update once after the last `B`; they differ only in how
-many forwards a stage runs ahead, so they train the same model and only memory differs.
+Invariant: both run backwards in the order 0 .. M-1 and update once after the last `B`. They differ
+only in how many forwards a stage runs first, so they train the same model and differ in memory.
 
-Three stages, four micro-batches, as `draw` shows them (digits F, letters B, U the update):
+Three stages, four micro-batches, as `timeline_text` draws them (digits F, letters B, U the update):
 
     fill-drain                      1f1b
     stage 0 |0123......aabbccdU|    stage 0 |012....aa3bb.cc.dU|
@@ -18,24 +18,33 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from dtrain.schedules.actions import Action, Route
+from dtrain.schedules.actions import Action, Kind, Route
 from dtrain.schedules.base import Schedule, blocks_of_stage
 
 
 class Flush(Schedule):
-    """Run `ahead` forwards, then forward and backward in turns, then the remaining backwards."""
+    """Run warm-up forwards, then forward and backward in turns, then the remaining backwards."""
 
     unsupported_routes: ClassVar[str] = (
-        "flush schedules bring activations to later blocks and gradients to earlier ones, in one "
-        "pass; an error for all blocks leaves the last block's B, not its F; "
-        'for anything else that flows to later blocks set schedule.name = "stream"'
+        "flush schedules send activations to later blocks and gradients to earlier blocks, in one "
+        "forward pass; an error for all blocks must leave the last block's B, not its F; for "
+        'other routes to later blocks set schedule.name = "stream"'
     )
 
     flushes: ClassVar[bool] = True
 
     @abstractmethod
     def warmup_forwards(self, stage: int, stages: int, micro_batches: int) -> int:
-        """Return the forwards that a stage runs before its first backward, at most `micros`."""
+        """Return how many forwards a stage runs before its first backward.
+
+        At most `micro_batches`, the number of micro-batches of the update.
+        """
+
+    def step_offsets(
+        self, stage: int, stages: int, micro_batches: int
+    ) -> tuple[tuple[Kind, int], ...]:
+        """Return the kinds that a step runs, in order, each with the step of its micro-batch 0."""
+        return ("F", 0), ("B", self.warmup_forwards(stage, stages, micro_batches))
 
     def supports(self, route: Route) -> bool:
         source, target = route.source, route.target
@@ -57,21 +66,22 @@ class Flush(Schedule):
         self.check_routes(routes)
         blocks, stages = blocks_of_stage(stage, place), max(place) + 1
         for update, micros in enumerate(micro_batches):
-            ahead = self.warmup_forwards(stage, stages, micros)
-            for step in range(micros + ahead):
-                if step < micros:
-                    yield from (Action("F", b, update, step) for b in blocks)
-                if step >= ahead:
-                    yield from (Action("B", b, update, step - ahead) for b in reversed(blocks))
+            offsets = self.step_offsets(stage, stages, micros)
+            for step in range(micros + max(offset for _, offset in offsets)):
+                for kind, offset in offsets:
+                    if 0 <= step - offset < micros:
+                        order = blocks if kind == "F" else blocks[::-1]
+                        yield from (Action(kind, b, update, step - offset) for b in order)
             yield from (Action("U", b, update) for b in blocks)
 
 
 @final
 @dataclass(frozen=True)
 class FillDrain(Flush):
-    """All forwards, then all backwards: Huang et al. 2019, "GPipe"; every micro-batch is live.
+    """GPipe (Huang et al. 2019): all forwards, then all backwards; every micro-batch is live.
 
-    The paper draws the backwards in reverse; ascending takes equal time and one order of sums.
+    The paper draws the backwards in reverse order. Ascending order takes the same time and sums
+    gradients in the same order as 1F1B.
     """
 
     def warmup_forwards(self, stage: int, stages: int, micro_batches: int) -> int:
@@ -81,10 +91,11 @@ class FillDrain(Flush):
 @final
 @dataclass(frozen=True)
 class OneFOneB(Flush):
-    """One forward, one backward: at most `stages - stage` micro-batches are live.
+    """1F1B: one forward, one backward; at most `stages - stage` micro-batches are live.
 
-    Narayanan et al. 2021, "Memory-Efficient Pipeline-Parallel DNN Training" (PipeDream-Flush);
-    Fan et al. 2021, "DAPPLE". The warm-up is clamped, so fewer micro-batches than stages are legal.
+    PipeDream-Flush (Narayanan et al. 2021, "Memory-Efficient Pipeline-Parallel DNN Training");
+    DAPPLE (Fan et al. 2021). The warm-up is clamped, so an update may have fewer micro-batches
+    than there are stages.
     """
 
     def warmup_forwards(self, stage: int, stages: int, micro_batches: int) -> int:

@@ -1,7 +1,8 @@
-"""What of the messages is in memory at once: sends under way and receives posted.
+"""Peak memory of messages: sends in flight and posted receives.
 
-Invariant: bounded from the plans, whatever the timing: a message is under way until the other end
-has posted its receive, and a rank knows of the takes that its own past depends on, no more.
+Invariant: the peak is a bound from the plans, whatever the timing. A message is in flight until
+the receiver has posted its receive. A rank counts another rank's receives only where its own past
+depends on them.
 """
 
 from __future__ import annotations
@@ -23,47 +24,50 @@ def peak_message_bytes(
     payload: Sequence[int],
     credits: int = CREDITS,
 ) -> list[int]:
-    """Return per stage the most bytes of messages under way and of posted receives.
+    """Return per stage the most bytes of messages in flight and of posted receives.
 
     Parameters
     ----------
     timeline : iterable of Span
-        What all stages of a replica do, at any timing.
+        All actions of one replica, in any timing.
     place : sequence of int
         `place[b]` is the stage of block b.
+    routes : sequence of Route
+        All routes of the model.
     payload : sequence of int
         Bytes of one message of each route.
     credits : int
-        Messages under one tag that may be under way.
+        Sends of a route that may be in flight beyond the posted receives.
     """
     spans = sorted(timeline, key=lambda span: (span.end, span.start))
-    micros = Counter(a.update for *_, a in spans if a[:2] == ("F", 0) and not a.pass_)
-    sizes = [micros[update] for update in range(1 + max(micros, default=-1))]
-    harbour = _InFlight(place, routes, sizes, payload, credits)
+    first_forwards = (a for *_, a in spans if (a.kind, a.block, a.pass_) == ("F", 0, 0))
+    micros = Counter(action.update for action in first_forwards)
+    micro_batches = [micros[update] for update in range(1 + max(micros, default=-1))]
+    in_flight = _InFlight(place, routes, micro_batches, payload, credits)
     waiting: list[Span] = []
     for span in spans:
-        # An update takes no time: what one takes may leave another of the same moment.
-        still: list[Span] = []
-        for each in (*waiting, span):
-            behind = any(each.stage == other.stage for other in still)
-            if behind or not harbour.ready(each.stage, each.action):
-                still.append(each)
+        # An update takes no time, so an action may need a message of the same moment.
+        blocked: list[Span] = []
+        for candidate in (*waiting, span):
+            is_behind = any(candidate.stage == other.stage for other in blocked)
+            if is_behind or not in_flight.ready(candidate.stage, candidate.action):
+                blocked.append(candidate)
             else:
-                harbour.run_action(each.stage, each.action)
-        waiting = still
-    assert not waiting, f"nobody offers what {waiting[0].action} takes"
-    return harbour.peak_bytes()
+                in_flight.run_action(candidate.stage, candidate.action)
+        waiting = blocked
+    assert not waiting, f"no action sends the messages that {waiting[0].action} receives"
+    return in_flight.peak_bytes()
 
 
 @final
 class _InFlight:
-    """Messages under way, each rank knowing as little of the others as its past allows.
+    """Messages in flight, counted by each rank from its own past alone.
 
     ::
 
-        stage 0   F0.0 offers 0    receive 0 of stage 1 is posted from the start
-                  F0.1 offers 1    waits for its receive, for all that stage 0 knows
-                  B0.0 takes gradient 0: so stage 1 has taken 0, and receive 1 is posted
+        stage 0   F0.0 sends 0    receive 0 of stage 1 is posted from the start
+                  F0.1 sends 1    waits for its receive, as far as stage 0 knows
+                  B0.0 receives gradient 0: so stage 1 has received 0, and receive 1 is posted
     """
 
     def __init__(
@@ -78,9 +82,10 @@ class _InFlight:
         self._message_tables = [
             MessageTable(routes, place, stage, micro_batches) for stage in stages
         ]
-        self._payload, self._credits = payload, credits
+        self._payload = payload
+        self._credits = credits
         self._send_counts = Counter[int]()
-        # What each stage knows to be taken, by route; a message tells what its sender knew.
+        # The receives of each route that a stage knows of; a message carries its sender's counts.
         self._known_receives = [Counter[int]() for _ in stages]
         self._sender_knowledge: dict[int, deque[Counter[int]]] = {
             i: deque() for i in range(len(routes))
@@ -88,43 +93,44 @@ class _InFlight:
         self._peak_bytes = [0 for _ in stages]
 
     def ready(self, stage: int, action: Action) -> bool:
-        """Say whether all that an action takes from other stages was offered."""
-        mail = self._message_tables[stage]
+        """Return whether all messages that an action receives from other stages were sent."""
+        messages = self._message_tables[stage]
         return all(
-            mail.is_local(route) or self._sender_knowledge[route] for route in mail.incoming(action)
+            messages.is_local(route) or self._sender_knowledge[route]
+            for route in messages.incoming(action)
         )
 
     def run_action(self, stage: int, action: Action) -> None:
-        """Take and offer what belongs to an action."""
-        mail, known = self._message_tables[stage], self._known_receives[stage]
-        for route in mail.incoming(action):
-            if not mail.is_local(route):
-                known |= self._sender_knowledge[route].popleft()
-                known[route] += 1
-        for route in mail.outgoing(action):
-            if not mail.is_local(route):
+        """Receive and send the messages of an action."""
+        messages, receives = self._message_tables[stage], self._known_receives[stage]
+        for route in messages.incoming(action):
+            if not messages.is_local(route):
+                receives |= self._sender_knowledge[route].popleft()
+                receives[route] += 1
+        for route in messages.outgoing(action):
+            if not messages.is_local(route):
                 self._send_counts[route] += 1
-                self._sender_knowledge[route].append(known.copy())
-                under_way = (
-                    self._in_flight_bytes(each, stage, each == route) for each in self._send_counts
+                self._sender_knowledge[route].append(receives.copy())
+                sizes = (
+                    self._in_flight_bytes(other, stage, other == route)
+                    for other in self._send_counts
                 )
-                self._peak_bytes[stage] = max(self._peak_bytes[stage], sum(under_way))
+                self._peak_bytes[stage] = max(self._peak_bytes[stage], sum(sizes))
 
     def _in_flight_bytes(self, route: int, stage: int, is_sending: bool) -> int:
-        """Return the bytes of a route's messages under way; one that leaves now is among them."""
-        mail = self._message_tables[stage]
-        if mail.source_stage(route) != stage:
+        """Return the bytes of a route's messages in flight, with the one that is being sent."""
+        messages = self._message_tables[stage]
+        if messages.source_stage(route) != stage:
             return 0
-        window = mail.window(route)
+        window = messages.window(route)
         waiting = self._send_counts[route] - window - self._known_receives[stage][route]
         return self._payload[route] * max(int(is_sending), min(waiting, self._credits * window))
 
     def peak_bytes(self) -> list[int]:
-        """Return the most bytes per stage, with the receives that are posted."""
-        posted = Counter[int]()
+        """Return the most bytes per stage, posted receives included."""
+        posted_bytes = Counter[int]()
+        messages = self._message_tables[0]
         for route, count in self._send_counts.items():
-            mail = self._message_tables[0]
-            posted[mail.target_stage(route)] += (
-                min(count, mail.window(route)) * self._payload[route]
-            )
-        return [most + posted[stage] for stage, most in enumerate(self._peak_bytes)]
+            posted = min(count, messages.window(route))
+            posted_bytes[messages.target_stage(route)] += posted * self._payload[route]
+        return [peak + posted_bytes[stage] for stage, peak in enumerate(self._peak_bytes)]

@@ -1,10 +1,11 @@
-"""PipeDream: one forward, one backward in turns, without a flush.
+"""PipeDream and PipeDream-2BW: one forward and one backward in turns, without a flush.
 
-Invariant: blocks are the stages of the papers, on any number of ranks: K of them, and block b is
-K-1-b updates late. A backward uses the weights of its forward, so each gradient is one.
+Invariant: the stages of the papers are blocks here, on any number of ranks. Block b of K is K-1-b
+updates late. A backward uses the weights of its forward, so it computes a true gradient.
 
-Three blocks on three ranks, as `draw` shows them: `pipedream`, and `pipedream-2bw` with four
-micro-batches an update, where the forwards of an update begin before the last one is learnt.
+Three blocks on three ranks, as `timeline_text` draws them: `pipedream`, and `pipedream-2bw` with
+four micro-batches per update, where the forwards of an update begin before the last backward of
+the update before.
 
     stage 0 |0 1 2 . . . . a U 3 b U 4 c U    stage 0 |0 1 2 . . . . a a 3 b b 0 c c 1 d U
     stage 1 |. 0 1 . . a U 2 b U 3 c U 4 d    stage 1 |. 0 1 . . a a 2 b b 3 c c 0 d U 1 a
@@ -28,16 +29,16 @@ from dtrain.schedules.cyclic import block_delays, cyclic_order, feeds_back
 from dtrain.schedules.weight_policy import WeightPolicy
 
 PERIOD = 2
-"""Cycles from one micro-batch to the next: one of its forward, one of its backward."""
+"""Cycles from one micro-batch to the next: one for its forward, one for its backward."""
 
 
 @dataclass(frozen=True)
 class _LinearPipeline(Schedule):
-    """A schedule of what goes down the line of blocks forward, and comes back up."""
+    """A schedule for routes that go forward through all blocks and back again."""
 
     unsupported_routes: ClassVar[str] = (
-        "it brings activations to later blocks and gradients to earlier ones, in one pass; for "
-        'anything else set schedule.name = "pipelined"'
+        "it sends activations to later blocks and gradients to earlier blocks, in one forward "
+        'pass; for anything else set schedule.name = "pipelined"'
     )
 
     def supports(self, route: Route) -> bool:
@@ -54,22 +55,27 @@ class _LinearPipeline(Schedule):
         super().check_routes(routes)
         if not self.supports_all(routes):
             raise ConfigError(
-                "todo.key",
-                "nothing comes back to earlier blocks here, so there is no pipeline to keep full: "
-                'set schedule.name = "stream", which is never late',
+                "schedule.no-backward-routes",
+                "no route leads back to an earlier block, so there is no pipeline to keep full: "
+                'set schedule.name = "stream", which has no stale weights',
             )
 
 
 @final
 @dataclass(frozen=True)
 class PipeDream(_LinearPipeline, AsyncSchedule):
-    """PipeDream with weight stashing: K-b versions of block b; the newest goes forward.
+    """PipeDream with weight stashing: K-b versions of block b; a forward uses the newest.
 
     Attributes
     ----------
     vertical_sync : bool
-        A micro-batch meets the same version in all blocks, that of block 0 when it enters: every
-        block is K-1 updates late, and has K versions.
+        Whether a micro-batch uses the same version in all blocks, that of block 0 when it enters:
+        every block is then K-1 updates late and has K versions.
+
+    Raises
+    ------
+    ConfigError
+        `vertical_sync` is combined with `weights` or `prediction`.
     """
 
     name: ClassVar[str] = "pipedream"
@@ -81,24 +87,24 @@ class PipeDream(_LinearPipeline, AsyncSchedule):
         super().__post_init__()
         if self.vertical_sync and (self.weights != "stash" or self.prediction != "none"):
             raise ConfigError(
-                "todo.key",
-                "[schedule] vertical-sync chooses the weights of forwards and backwards: leave out "
-                "weights and prediction",
+                "schedule.vertical-sync-with-other-weights",
+                "[schedule] vertical-sync already chooses the weights of forwards and backwards: "
+                "leave out weights and prediction",
             )
 
     def policy(self, place: Sequence[int], routes: Sequence[Route]) -> WeightPolicy:
-        plain = super().policy(place, routes)
+        policy = super().policy(place, routes)
         if not self.vertical_sync:
-            return plain
-        lag = max(each.updates for each in plain.delays)
-        late = tuple(each._replace(updates=lag) for each in plain.delays)
-        return replace(plain, lag=lag, delays=late)
+            return policy
+        lag = max(delay.updates for delay in policy.delays)
+        delays = tuple(delay._replace(updates=lag) for delay in policy.delays)
+        return replace(policy, lag=lag, delays=delays)
 
 
 @final
 @dataclass(frozen=True)
 class PipeDream2BW(_LinearPipeline):
-    """PipeDream-2BW: gradients of an update's micro-batches add up; all are one update late.
+    """PipeDream-2BW: accumulate the gradients of an update's micro-batches, one update late.
 
     w(t+1) = w(t) - step of the gradient at w(t-1), in every block: two versions of the weights.
     """
@@ -113,15 +119,16 @@ class PipeDream2BW(_LinearPipeline):
         routes: Sequence[Route],
     ) -> Iterator[Action]:
         self.check_routes(routes)
-        most, least = max(micro_batches, default=0), len(place) - 1
-        if 0 < most < least:
+        largest, minimum = max(micro_batches, default=0), len(place) - 1
+        if 0 < largest < minimum:
             raise ConfigError(
-                "todo.key",
-                f"'pipedream-2bw' with {len(place)} blocks needs {least} micro-batches or more in "
-                f"an update, or two versions are not enough; found {most}: set micro-batches",
+                "schedule.too-few-micro-batches",
+                f"micro-batches = {largest} is too few for 'pipedream-2bw' with {len(place)} "
+                f"blocks, where two weight versions would not be enough: "
+                f"set micro-batches = {minimum} or more",
             )
         return cyclic_order(stage, place, micro_batches, routes, period=PERIOD)
 
     def policy(self, place: Sequence[int], routes: Sequence[Route]) -> WeightPolicy:
-        late = tuple(each._replace(updates=1) for each in block_delays(place, routes, PERIOD))
-        return WeightPolicy(late, stash=True, lag=1)
+        delays = block_delays(place, routes, PERIOD)
+        return WeightPolicy(tuple(delay._replace(updates=1) for delay in delays), stash=True, lag=1)

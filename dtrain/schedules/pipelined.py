@@ -1,7 +1,8 @@
-"""Pipelined: an update after every micro-batch, and the pipeline never drains inside a segment.
+"""`pipelined`: pipelined backpropagation, with an update after every micro-batch and no flush.
 
-Invariant: the updates between `F` and `B` of a block follow from the routes and count blocks, not
-ranks: 2(K-1-b) of K for backpropagation, K-b at most for an error that goes to all blocks at once.
+Invariant: the number of updates between `F` and `B` of a block follows from the routes and counts
+blocks, not ranks: 2(K-1-b) for block b of K under backpropagation, at most K-b for an error that
+is sent to all blocks at once.
 
 Backpropagation, three blocks:
 
@@ -25,7 +26,7 @@ from dtrain.schedules.asynchronous import AsyncSchedule
 @final
 @dataclass(frozen=True)
 class Pipelined(AsyncSchedule):
-    """One forward and one backward of every block per cycle, over whatever flows."""
+    """Run one forward and one backward of every block per cycle, over any routes."""
 
     name: ClassVar[str] = "pipelined"
     unsupported_routes: ClassVar[str] = "'pipelined' runs every route"

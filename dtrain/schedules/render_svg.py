@@ -1,6 +1,6 @@
-"""The timeline of a plan as a picture: SVG, a row per stage.
+"""Timeline of a plan as an SVG picture, with a row per stage.
 
-Invariant: the same spans give the same file; lengths are times, nothing is rounded to columns.
+Invariant: the same spans give the same file; lengths are times and are not rounded to columns.
 
     stage 0  [F0][F1]        [  B0  ]|[  B1  ]|        | is an update
     stage 1      [F0][  B0  ]|[F1][  B1  ]|
@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from dtrain.schedules.actions import Action
+from dtrain.schedules.actions import INPUT_GRADIENT_KINDS, Action
 from dtrain.schedules.render_text import action_numbering
 from dtrain.schedules.simulator import Span
 
@@ -30,6 +30,7 @@ LABELS = {
 
 
 ROW, BAR, LEFT, TOP, FOOT = 30, 22, 80, 36, 64
+"""Height of a row and of its bar, and margins of the timeline, in pixels."""
 
 
 MIN_WIDTH, MAX_WIDTH = 600, 2400
@@ -48,47 +49,53 @@ def timeline_svg(
     Parameters
     ----------
     timeline : sequence of Span
-        What stages do, and when.
+        The actions of all stages with their times.
+    stages : int
+        Number of rows.
     title : str
-        What stands above it.
+        Text above the timeline.
     unit : str
-        What times are in; `per_unit` of it are one forward or thereabouts, for the scale.
+        Unit of the times, for the axis.
+    per_unit : float
+        Time of about one forward, which sets the scale.
     """
     end = max((float(span.end) for span in timeline), default=0.0) or 1.0
-    wide = min(max(UNIT_PIXELS * end / per_unit, MIN_WIDTH), MAX_WIDTH)
-    scale, below = wide / end, TOP + ROW * stages
+    width = min(max(UNIT_PIXELS * end / per_unit, MIN_WIDTH), MAX_WIDTH)
+    scale, bottom = width / end, TOP + ROW * stages
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + wide + 20:.0f}" '
-        f'height="{below + FOOT}" font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + width + 20:.0f}" '
+        f'height="{bottom + FOOT}" font-family="sans-serif" font-size="12">',
         '<rect width="100%" height="100%" fill="white"/>',
         f'<text x="{LEFT}" y="20" font-size="14">{escape(title)}</text>',
     ]
     for stage in range(stages):
         y = TOP + ROW * stage
         lines.append(f'<text x="8" y="{y + 16}">stage {stage}</text>')
-        lines.append(f'<rect x="{LEFT}" y="{y}" width="{wide:.1f}" height="{BAR}" fill="#f2f2f2"/>')
-    what, number = action_numbering(timeline)
+        lines.append(
+            f'<rect x="{LEFT}" y="{y}" width="{width:.1f}" height="{BAR}" fill="#f2f2f2"/>'
+        )
+    numbering, number = action_numbering(timeline)
     for span in timeline:
         if span.action.kind != "U":
             lines += _bar(span, scale, str(number(span.action)))
     lines += [_update_mark(span, scale) for span in timeline if span.action.kind == "U"]
-    lines += _axis(end, scale, below, unit)
-    lines += _legend(timeline, below, what)
+    lines += _axis(end, scale, bottom, unit)
+    lines += _legend(timeline, bottom, numbering)
     return "\n".join([*lines, "</svg>"]) + "\n"
 
 
 def _bar(span: Span, scale: float, number: str) -> list[str]:
-    """Return one action as a bar, with its words for who points at it."""
+    """Return one action as a bar, with a tooltip."""
     action, (x, y) = span.action, _corner(span, scale)
     width = scale * (span.end - span.start)
-    told = f"{action} of update {action.update}: {span.start:g} to {span.end:g}"
+    tooltip = f"{action} of update {action.update}: {span.start:g} to {span.end:g}"
     lines = [
         f'<rect x="{x:.2f}" y="{y}" width="{width:.2f}" height="{BAR}" '
         f'fill="{COLOURS[_colour_key(action)]}" stroke="white" stroke-width="0.5">'
-        f"<title>{escape(told)}</title></rect>"
+        f"<title>{escape(tooltip)}</title></rect>"
     ]
     if width >= 8 * len(number):
-        colour = "white" if action.kind in "BI" else "black"
+        colour = "white" if action.kind in INPUT_GRADIENT_KINDS else "black"
         lines.append(
             f'<text x="{x + width / 2:.2f}" y="{y + 15}" text-anchor="middle" font-size="10" '
             f'fill="{colour}" pointer-events="none">{number}</text>'
@@ -97,13 +104,13 @@ def _bar(span: Span, scale: float, number: str) -> list[str]:
 
 
 def _update_mark(span: Span, scale: float) -> str:
-    """Return an update as a mark at its end; it may take no time at all."""
+    """Return an update as a mark of at least two pixels, since it may take no time."""
     x, y = _corner(span, scale)
     width = max(2.0, scale * (span.end - span.start))
-    told = f"{span.action} of update {span.action.update}: at {span.end:g}"
+    tooltip = f"{span.action} of update {span.action.update}: at {span.end:g}"
     return (
         f'<rect x="{x - (width == 2.0):.2f}" y="{y - 2}" width="{width:.2f}" height="{BAR + 4}" '
-        f'fill="#c1121f"><title>{escape(told)}</title></rect>'
+        f'fill="#c1121f"><title>{escape(tooltip)}</title></rect>'
     )
 
 
@@ -112,9 +119,9 @@ def _corner(span: Span, scale: float) -> tuple[float, int]:
 
 
 def _axis(end: float, scale: float, bottom: int, unit: str) -> list[str]:
-    """Return marks at round times, four to ten of them."""
-    whole = 10.0 ** math.floor(math.log10(end))
-    step = whole / (5 if end < 2 * whole else 2 if end < 5 * whole else 1)
+    """Return the grid lines at round times, four to ten of them, and the unit."""
+    power = 10.0 ** math.floor(math.log10(end))
+    step = power / (5 if end < 2 * power else 2 if end < 5 * power else 1)
     lines = []
     for tick in (number * step for number in range(math.floor(end / step) + 1)):
         x = LEFT + scale * tick
@@ -127,15 +134,15 @@ def _axis(end: float, scale: float, bottom: int, unit: str) -> list[str]:
 
 
 def _legend(timeline: Sequence[Span], bottom: int, numbering: str) -> list[str]:
-    """Return what the colours mean, of those that are there."""
-    seen = {_colour_key(span.action) for span in timeline if span.action.kind != "U"}
-    split = "W" in seen
+    """Return the legend of the colours that occur."""
+    used = {_colour_key(span.action) for span in timeline if span.action.kind != "U"}
+    is_split = "W" in used
     lines, x, y = [], LEFT, bottom + 34
-    for kind in (kind for kind in COLOURS if kind in seen):
-        lines.append(f'<rect x="{x}" y="{y}" width="14" height="14" fill="{COLOURS[kind]}"/>')
-        word = LABELS["I" if split and kind == "B" else kind]
-        lines.append(f'<text x="{x + 20}" y="{y + 12}">{word}</text>')
-        x += 40 + 7 * len(word)
+    for key in (key for key in COLOURS if key in used):
+        lines.append(f'<rect x="{x}" y="{y}" width="14" height="14" fill="{COLOURS[key]}"/>')
+        label = LABELS["I" if is_split and key == "B" else key]
+        lines.append(f'<text x="{x + 20}" y="{y + 12}">{label}</text>')
+        x += 40 + 7 * len(label)
     lines.append(f'<rect x="{x}" y="{y}" width="3" height="14" fill="#c1121f"/>')
     return [*lines, f'<text x="{x + 10}" y="{y + 12}">update (numbers: {numbering})</text>']
 

@@ -1,12 +1,12 @@
-"""The run as a list of segments: the stretches between two drains of the pipe.
+"""Segments: the updates of a run between two flushes of the pipeline.
 
-Invariant: segments are pure in the run file and the data's size; no clock and no signal moves
-them, and none crosses an epoch's end.
+Invariant: segments depend on the run file and the size of the data alone, not on time or signals;
+no segment crosses the end of an epoch.
 
 ::
 
-    epoch 1            epoch 2            updates  0 1 2 3 4 | 5 6 7 8 9
-    [0 1] [2 3] [4]    [5 6] [7 8] [9]    with step = 2 and 5 updates in an epoch
+    epoch 0            epoch 1            updates  0 1 2 3 4 | 5 6 7 8 9
+    [0 1] [2 3] [4]    [5 6] [7 8] [9]    2 updates per segment, 5 updates per epoch
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Segment:
-    """Updates ``first`` to ``last`` (excluded), counted from the start of the run.
+    """Updates `start` to `stop` (excluded), counted from the start of the run.
 
     Attributes
     ----------
     epoch : int
         Counted from 0.
     offset : int
-        The update of its epoch at which it starts.
+        Number of its first update, counted from the start of the epoch.
     ends_epoch, ends_run : bool
-        Whether it is the last of its epoch, or of the run.
+        Whether it is the last segment of its epoch, or of the run.
     """
 
     epoch: int
@@ -39,16 +39,14 @@ class Segment:
 
 @dataclass(frozen=True)
 class TrainingLength:
-    """How long a run is, and where it drains.
+    """Length of a run and of its epochs and segments, in updates.
 
     Attributes
     ----------
-    per_epoch : int
-        Updates in one epoch.
-    total : int
-        Updates in the whole run.
-    step : int
-        Updates in one segment, the short last one of an epoch apart.
+    updates_per_epoch, total_updates : int
+        Updates in one epoch and in the whole run.
+    updates_per_segment : int
+        Updates in one segment; the last segment of an epoch may be shorter.
     """
 
     updates_per_epoch: int
@@ -64,7 +62,18 @@ class TrainingLength:
         updates_per_segment: int,
         checkpoint_interval: int,
     ) -> TrainingLength:
-        """Return the calendar of a run file: `every` is its checkpoint interval in updates."""
+        """Return the length that a run file asks for.
+
+        Parameters
+        ----------
+        updates_per_epoch : int
+            Follows from the size of the data and of the batch.
+        epochs, updates : int or None
+            Length of the run; `updates` takes precedence.
+        updates_per_segment, checkpoint_interval : int
+            Updates between flushes and between checkpoints. The first one that is not 0 sets the
+            segments; both 0: one segment per epoch.
+        """
         total = updates if updates is not None else (epochs or 0) * updates_per_epoch
         return cls(
             updates_per_epoch,
@@ -74,18 +83,25 @@ class TrainingLength:
 
     @property
     def epochs(self) -> int:
-        """Epochs begun when the run is done."""
+        """Epochs that the run begins."""
         return -(-self.total_updates // self.updates_per_epoch)
 
     def segments(self, completed_updates: int = 0) -> Iterator[Segment]:
-        """Yield the segments that follow once `done` updates are behind; `done` ends a segment."""
-        while completed_updates < self.total_updates:
-            epoch, offset = divmod(completed_updates, self.updates_per_epoch)
-            ahead = min(
+        """Yield the segments after `completed_updates`, which is the end of a segment."""
+        start = completed_updates
+        while start < self.total_updates:
+            epoch, offset = divmod(start, self.updates_per_epoch)
+            length = min(
                 self.updates_per_segment - offset % self.updates_per_segment,
                 self.updates_per_epoch - offset,
             )
-            last = min(completed_updates + ahead, self.total_updates)
-            full = last % self.updates_per_epoch == 0
-            yield Segment(epoch, offset, completed_updates, last, full, last == self.total_updates)
-            completed_updates = last
+            stop = min(start + length, self.total_updates)
+            yield Segment(
+                epoch,
+                offset,
+                start,
+                stop,
+                ends_epoch=stop % self.updates_per_epoch == 0,
+                ends_run=stop == self.total_updates,
+            )
+            start = stop

@@ -1,20 +1,20 @@
-"""Streaming: activations flow forward, all blocks learn at once, nobody waits for what flows back.
+"""`stream`: activations flow forward and every block runs its backward at once.
 
-Invariant: a block's `F` and `B` of a micro-batch stand in the same cycle, so nothing is stale and
-the result is that of training block after block on one rank. What goes back to an earlier block
-is served if it is late enough to be there without a wait: a lag of one update, and one for each
-block that it passes.
+Invariant: `F` and `B` of a micro-batch are in the same cycle of a block, so nothing is stale and
+the result is that of training block after block on one rank. A route back to an earlier block is
+supported if its lag is at least one update plus one for each block that it passes: its messages
+then arrive without a wait.
 
-Three stages, updates of two micro-batches (U has no width here), drained once per segment:
+Three stages, updates of two micro-batches (U has no width here), one fill and drain per segment:
 
     cycle       0     1     2     3     4     5
     stage 0   F0 B0 F1 B1 U F0 B0 F1 B1 U
     stage 1         F0 B0 F1 B1 U F0 B0 F1 B1 U
     stage 2               F0 B0 F1 B1 U F0 B0 F1 B1 U
 
-A rank sends what `F` yields before it learns (`B`) and updates (`U`): otherwise the fill would
-take three times as long. An update needs no flush. Source: Belilovsky et al. 2020, "Decoupled
-Greedy Learning of CNNs" (there with buffers and asynchronous; here in order and exact).
+A rank sends the output of `F` before it runs `B` and `U`: otherwise the fill would take three
+times as long. An update needs no flush. Source: Belilovsky et al. 2020, "Decoupled Greedy Learning
+of CNNs" (asynchronous and with buffers; here in order and exact).
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Stream(Schedule):
     """Run each block in cycle (micro-batches so far) + (hops from the first rank)."""
 
     unsupported_routes: ClassVar[str] = (
-        "'stream' brings nothing back to an earlier block, unless it is as many updates late as "
-        'it passes blocks, and one; for gradients that flow back set schedule.name = "1f1b" or '
-        '"fill-drain", for anything else "drained", or "pipelined" where it may be stale'
+        "'stream' sends to an earlier block only with a lag of one update plus one for each block "
+        'passed; for gradients that flow back set schedule.name = "1f1b" or "fill-drain", for '
+        'anything else "drained", or "pipelined" if delayed gradients are acceptable'
     )
 
     def supports(self, route: Route) -> bool:

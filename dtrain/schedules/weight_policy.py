@@ -1,16 +1,16 @@
-"""Policy: with which weights a block computes where updates come between forward and learning.
+"""Weight policies: which weight versions an asynchronous schedule computes with.
 
-Invariant: pure, and said in updates of the block since the segment's start, so that it is the same
-on any number of ranks; the tensors are the business of `dtrain.versions`.
+Invariant: a policy counts updates of a block since the start of the segment, so it is the same on
+any number of ranks. The tensors are in `dtrain.block.weight_versions`.
 
 ::
 
-    forward of update u     version u - D      plain: the weights that it meets
-                            version u - lag    fixed: older ones (vertical sync, double buffering)
+    forward of update u     version u - D      the current weights
+                            version u - lag    a fixed lag (vertical sync, double buffering)
                             w(u - D) + T x     predicted, T updates ahead
-    backward of update u    version u          current; with a prediction of its own: SpecTrain
-                            what its forward used                             stashed
-    update u                spread over what was missed                       spike compensation
+    backward of update u    version u          the current weights; SpecTrain predicts them too
+                            version of the forward                        (weight stashing)
+    update u                the sum of all movements that it missed       (spike compensation)
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ Prediction = Literal["none", "velocity", "difference", "coasting", "optimizer", 
 
 
 class Delay(NamedTuple):
-    """How late a block learns, in updates of its own, where each has one micro-batch.
+    """Delay of a block in updates of its own, with one micro-batch per update.
 
     Attributes
     ----------
-    delay : int
-        Updates from the forward of a micro-batch to its own update (D), once the pipeline is full:
+    updates : int
+        Updates from the forward of a micro-batch to its own update (D), once the pipeline is full;
         update u of a segment is min(u, D) late.
-    gap : int
-        Updates that begin from there on until the first block learns the micro-batch.
+    first_block_gap : int
+        Updates that begin between the backward of a micro-batch in this block and in the first.
     """
 
     updates: int
@@ -43,22 +43,22 @@ class Delay(NamedTuple):
 @final
 @dataclass(frozen=True)
 class WeightPolicy:
-    """With which weights the blocks compute.
+    """Weight versions with which the blocks compute.
 
     Attributes
     ----------
-    lateness : tuple of Lateness
-        How late each block learns.
+    delays : tuple of Delay
+        One per block.
     stash : bool
-        Whether a backward uses the weights that its forward used, else those of its own moment.
+        Whether a backward uses the weights of its forward; otherwise the current weights.
     lag : int or None
-        The version of an update's forwards: so many updates before it; None: the one they meet.
+        Forwards of update u use version u - lag; None: the current weights.
     prediction : str
-        How the weights of a forward are foretold.
+        How the weights of a forward are predicted.
     horizon : float
-        How far: in delays of the block (T / D).
-    spikes : bool
-        Whether late gradients are compensated when they are applied.
+        How far they are predicted: T / D, in delays of the block.
+    spike_compensation : bool
+        Whether delayed gradients are compensated when they are applied.
     """
 
     delays: tuple[Delay, ...]
@@ -69,71 +69,74 @@ class WeightPolicy:
     spike_compensation: bool = False
 
     def delay(self, block: int, update: int) -> int:
-        """Return how many updates of a block update `update` of the segment is late."""
+        """Return by how many updates of a block update `update` of the segment is late."""
         return min(update, self.delays[block].updates)
 
     def prediction_steps(self, block: int, update: int, kind: Literal["F", "B"]) -> float:
-        """Return for how many updates the weights of a forward or a backward are foretold."""
-        whole = self.prediction == "spectrain"
-        if self.prediction == "none" or (kind == "B" and not whole):
+        """Return how many updates ahead the weights of a forward or a backward are predicted."""
+        spectrain = self.prediction == "spectrain"
+        if self.prediction == "none" or (kind == "B" and not spectrain):
             return 0.0
-        gap = self.delays[block].first_block_gap if whole else 0
+        gap = self.delays[block].first_block_gap if spectrain else 0
         return self.horizon * ((self.delay(block, update) if kind == "F" else 0) + gap)
 
 
 @final
 class VersionTracker:
-    """Which versions of one block's weights are kept, by number; version v is after v updates.
+    """Count which versions of one block's weights must be kept; version v is after v updates.
 
     Attributes
     ----------
-    now : int
-        The present version.
-    kept : set of int
+    current_version : int
+        Version of the current weights.
+    old_versions : set of int
         Older versions that are still needed.
-    most : int
-        The most copies so far: of older versions, of foretold weights, and of those of one update
-        before, where weights are foretold from them.
+    peak_copies : int
+        Most copies so far: older versions, predicted weights, and the weights of one update before
+        where the prediction needs them ("difference").
     """
 
     def __init__(self, policy: WeightPolicy, block: int) -> None:
-        self._policy, self._block = policy, block
-        self.current_version = self._oldest_needed = self.peak_copies = 0
+        self._policy = policy
+        self._block = block
+        self.current_version = 0
+        self.peak_copies = 0
         self.old_versions: set[int] = set()
+        self._oldest_needed = 0
         self._previous_versions: set[int] = set()
         self._stashed_versions: dict[Hashable, int] = {}
         self._predicted_keys: set[Hashable] = set()
 
     def forward(self, key: Hashable, update: int, is_last: bool) -> int:
-        """Return the version of a forward; `last` says whether no micro-batch of it follows."""
+        """Return the version of a forward; `is_last`: it is the last micro-batch of its update."""
         policy = self._policy
         version = self.current_version if policy.lag is None else max(0, update - policy.lag)
         assert version == self.current_version or version in self.old_versions, (
             "a version was dropped too early"
         )
         self._oldest_needed = self._oldest_forward_version(update + is_last)
-        foretold = policy.prediction_steps(self._block, update, "F") > 0
-        if policy.stash and foretold:
+        predicts = policy.prediction_steps(self._block, update, "F") > 0
+        if policy.stash and predicts:
             self._predicted_keys.add(key)
         elif policy.stash:
             self._stashed_versions[key] = version
-        self._count_copies(foretold and not policy.stash)
+        self._count_copies(temporary=predicts and not policy.stash)
         return version
 
     def backward(self, key: Hashable) -> int | None:
-        """Return the version of a backward, None for what was stashed as it was foretold."""
+        """Return the version of a backward; None: the stashed predicted weights of its forward."""
         if key in self._predicted_keys:
             return None
         return self._stashed_versions.get(key, self.current_version)
 
     def release(self, key: Hashable) -> None:
-        """Forget a micro-batch, and versions that only it needed."""
+        """Drop a micro-batch and the versions that only it needed."""
         self._predicted_keys.discard(key)
         self._stashed_versions.pop(key, None)
         self._drop()
 
     def update(self) -> bool:
-        """Go on to the next version; return whether the present one has to be kept."""
+        """Advance to the next version; return whether a copy of the current one must be kept."""
         keeps = (
             self.current_version in self._stashed_versions.values()
             or self._oldest_needed <= self.current_version
@@ -148,39 +151,37 @@ class VersionTracker:
         return keeps
 
     def _oldest_forward_version(self, update: int) -> int:
-        """Return the oldest version that forwards from an update on will ask for."""
+        """Return the oldest version that forwards from an update on will use."""
         lag = self._policy.lag
         return max(0, update - lag) if lag is not None else update + 1
 
     def _drop(self) -> None:
-        wanted = set(self._stashed_versions.values())
+        stashed = set(self._stashed_versions.values())
         self.old_versions = {
-            v for v in self.old_versions if v in wanted or v >= self._oldest_needed
+            v for v in self.old_versions if v in stashed or v >= self._oldest_needed
         }
 
     def _count_copies(self, temporary: bool = False) -> None:
-        """Count copies; a foretold one that is not stashed lasts for its forward."""
-        now = (
-            len(self.old_versions | self._previous_versions) + len(self._predicted_keys) + temporary
-        )
-        self.peak_copies = max(self.peak_copies, now)
+        """Raise the peak; `temporary`: a predicted copy exists during its forward only."""
+        versions = self.old_versions | self._previous_versions
+        copies = len(versions) + len(self._predicted_keys) + temporary
+        self.peak_copies = max(self.peak_copies, copies)
 
 
 def peak_weight_copies(actions: Sequence[Action], policy: WeightPolicy | None) -> dict[int, int]:
-    """Return by block the most copies of its weights that one rank's actions keep at once."""
+    """Return by block the most weight copies that one rank's actions need at once."""
     if policy is None:
         return {}
-    lasts = {(a.block, a.update): a.micro for a in actions if a.kind == "F" and not a.pass_}
-    shelves: dict[int, VersionTracker] = {}
+    last_micros = {(a.block, a.update): a.micro for a in actions if a.kind == "F" and not a.pass_}
+    trackers: dict[int, VersionTracker] = {}
     for action in actions:
-        shelf = shelves.setdefault(action.block, VersionTracker(policy, action.block))
-        key = action.update, action.micro
+        tracker = trackers.setdefault(action.block, VersionTracker(policy, action.block))
         match action.kind:
             case "F" if not action.pass_:
-                last = lasts[action.block, action.update] == action.micro
-                shelf.forward(key, action.update, last)
+                is_last = last_micros[action.block, action.update] == action.micro
+                tracker.forward(action.key, action.update, is_last)
             case "B" | "W":
-                shelf.release(key)
+                tracker.release(action.key)
             case "U":
-                shelf.update()
-    return {block: shelf.peak_copies for block, shelf in shelves.items()}
+                tracker.update()
+    return {block: tracker.peak_copies for block, tracker in trackers.items()}

@@ -1,7 +1,7 @@
-"""The architecture, read from the source: which package may import which, one importer of MPI.
+"""Rules of the architecture, checked in the source: allowed imports, one importer of MPI, ...
 
-A package is a folder of `dtrain`, or one of the modules beside them. `IMPORTS` is the table of
-docs/architecture.md: what a package may import beside itself and `errors`.
+A package is a folder of `dtrain` or a module beside the folders. `IMPORTS` is the table of
+docs/architecture.md: the packages that a package may import besides itself and `errors`.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     ),
     "monitoring": (*FLAT, "schedules", "comm", "checkpoint", "planning"),
 }
-"""What is not in it (`build`, `evaluate`, `train`, `cli`, ...) may import everything."""
+"""Packages that are not listed (`build`, `evaluate`, `train`, `cli`, ...) may import everything."""
 NO_TORCH = ("errors", "schema", "user_code", "partition", "mesh", "schedules")
 FUNCTION_LINES = 60
 PICKLING = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
-VERBS = {
+BLOCKING_VERBS = {
     *("send", "ssend", "bsend", "recv", "isend", "issend", "ibsend", "irecv", "sendrecv"),
     *("bcast", "gather", "scatter", "allgather", "alltoall", "reduce", "allreduce"),
     *("scan", "exscan", "wait", "waitall", "waitany", "waitsome"),
@@ -50,6 +50,7 @@ VERBS = {
     *("Reduce_scatter_block", "Scan", "Exscan", "Mprobe"),
     *("Wait", "Waitall", "Waitany", "Waitsome"),
 }
+"""Methods of mpi4py that pickle (lower case) or block."""
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
@@ -63,25 +64,25 @@ def nodes(path: Path) -> tuple[ast.AST, ...]:
 
 @cache
 def imports(path: Path) -> list[str]:
-    """Return the full names of all modules (or what is in them) that a file imports anywhere."""
-    package, found = ("dtrain", *path.relative_to(PACKAGE).parts[:-1]), []
+    """Return the full names of all modules and their members that a file imports anywhere."""
+    folders, names = ("dtrain", *path.relative_to(PACKAGE).parts[:-1]), []
     for node in nodes(path):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            near = package[: len(package) - node.level + 1] if node.level else ()
-            stem = ".".join((*near, *filter(None, [node.module])))
-            found += [f"{stem}.{alias.name}" for alias in node.names]
-    return found
+            parents = folders[: len(folders) - node.level + 1] if node.level else ()
+            module = ".".join((*parents, *filter(None, [node.module])))
+            names += [f"{module}.{alias.name}" for alias in node.names]
+    return names
 
 
 def package(path: Path) -> str:
-    """Return the package, or the module beside the packages, of a file."""
+    """Return the name of a file's package."""
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 def dependencies(path: Path) -> Iterator[str]:
-    """Yield the modules of `dtrain` that a file imports, without the first name."""
+    """Yield the modules of `dtrain` that a file imports, without the leading "dtrain."."""
     packages = {package(source) for source in SOURCES}
     for name in imports(path):
         head, _, rest = name.partition(".")
@@ -94,8 +95,8 @@ def calls(path: Path) -> Iterator[ast.Call]:
     return (node for node in nodes(path) if isinstance(node, ast.Call))
 
 
-def above(path: Path) -> list[str]:
-    """Return the imports of a file that the table does not allow."""
+def forbidden_imports(path: Path) -> list[str]:
+    """Return the imports of a file that `IMPORTS` does not allow."""
     allowed = IMPORTS.get(package(path))
     if allowed is None:
         return []
@@ -107,54 +108,55 @@ def above(path: Path) -> list[str]:
     ]
 
 
-def foreign(path: Path) -> list[str]:
-    """Return the imports from beyond the standard library in a package without torch."""
+def third_party_imports(path: Path) -> list[str]:
+    """Return the imports from outside the standard library in a package without torch."""
     legal = sys.stdlib_module_names | {"dtrain"}
     names = imports(path) if package(path) in NO_TORCH else ()
     return [name for name in names if name.split(".")[0] not in legal]
 
 
-def siblings(path: Path) -> list[str]:
-    """Return the strategies that another strategy imports.
+def imported_strategies(path: Path) -> list[str]:
+    """Return the other strategies that a strategy imports.
 
-    Strategies are the modules that the package's `__init__` lists; `base` and `common` are shared.
+    Strategies are the modules that the package's `__init__` imports; `base` and `common` are
+    shared.
     """
     kind = package(path)
     if kind not in ("objectives", "syncs") or path == PACKAGE / kind / "__init__.py":
         return []
     prefix = f"dtrain.{kind}."
     listed = (name.removeprefix(prefix) for name in imports(PACKAGE / kind / "__init__.py"))
-    strategies = {name.split(".")[0] for name in listed} - {"base"}
-    own = path.relative_to(PACKAGE / kind).with_suffix("").parts[0]
-    near = (name.removeprefix(prefix) for name in imports(path) if name.startswith(prefix))
-    return [name for name in near if name.split(".")[0] in strategies - {own}]
+    strategies = {name.split(".")[0] for name in listed} - {"base", "common"}
+    others = strategies - {path.relative_to(PACKAGE / kind).with_suffix("").parts[0]}
+    imported = (name.removeprefix(prefix) for name in imports(path) if name.startswith(prefix))
+    return [name for name in imported if name.split(".")[0] in others]
 
 
-def unsafe(path: Path) -> list[str]:
-    """Return what could run code from a file: pickles, `torch.load`, `allow_pickle`."""
-    found = [name for name in imports(path) if name.split(".")[0] in PICKLING]
-    found += [name for name in imports(path) if name == "torch.load"]
+def unsafe_loading(path: Path) -> list[str]:
+    """Return the calls that could run code from a data file: pickle and the like."""
+    names = [name for name in imports(path) if name.split(".")[0] in PICKLING]
+    names += [name for name in imports(path) if name == "torch.load"]
     for call in calls(path):
         if ast.unparse(call.func) in ("torch.load", "th.load"):
-            found.append("torch.load")
+            names.append("torch.load")
         for keyword in call.keywords:
             if keyword.arg == "allow_pickle" and ast.unparse(keyword.value) != "False":
-                found.append("allow_pickle")
-    return found
+                names.append("allow_pickle")
+    return names
 
 
-def banned(path: Path) -> list[str]:
-    """Return the pickling and the blocking verbs that are called on anything but `self`."""
+def blocking_calls(path: Path) -> list[str]:
+    """Return the pickling and blocking MPI calls of a file; methods of `self` are exempt."""
     attributes = (call.func for call in calls(path) if isinstance(call.func, ast.Attribute))
     return [
         f"{ast.unparse(func)} in line {func.lineno}"
         for func in attributes
-        if func.attr in VERBS and ast.unparse(func.value) != "self"
+        if func.attr in BLOCKING_VERBS and ast.unparse(func.value) != "self"
     ]
 
 
-def lengthy(path: Path) -> list[str]:
-    """Return the functions that are too long to read."""
+def long_functions(path: Path) -> list[str]:
+    """Return the functions of more than `FUNCTION_LINES` lines."""
     functions = (
         node for node in nodes(path) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     )
@@ -163,16 +165,19 @@ def lengthy(path: Path) -> list[str]:
 
 
 def circle(edges: dict[str, set[str]]) -> list[str]:
-    """Return the packages that lie on a circle of imports, or behind one."""
+    """Return the packages on a circle of imports and those that import them."""
     while leaves := [name for name, targets in edges.items() if not targets & edges.keys()]:
         edges = {name: targets for name, targets in edges.items() if name not in leaves}
     return sorted(edges)
 
 
-@pytest.mark.parametrize("law", [above, foreign, siblings, unsafe, lengthy])
-def test_the_house_rules(law: Callable[[Path], list[str]]) -> None:
-    found = {str(path.relative_to(PACKAGE)): law(path) for path in SOURCES}
-    assert {name: faults for name, faults in found.items() if faults} == {}
+@pytest.mark.parametrize(
+    "rule",
+    [forbidden_imports, third_party_imports, imported_strategies, unsafe_loading, long_functions],
+)
+def test_every_module_keeps_the_rules(rule: Callable[[Path], list[str]]) -> None:
+    violations = {str(path.relative_to(PACKAGE)): rule(path) for path in SOURCES}
+    assert {name: faults for name, faults in violations.items() if faults} == {}
 
 
 def test_packages_import_each_other_without_a_circle() -> None:
@@ -184,60 +189,70 @@ def test_packages_import_each_other_without_a_circle() -> None:
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
 
 
-def test_mpi_has_one_door() -> None:
-    doors = [p for p in SOURCES if any(name.split(".")[0] == "mpi4py" for name in imports(p))]
-    assert set(doors) <= {PACKAGE / "comm" / "backends" / "mpi.py"}
-    assert [verb for door in doors for verb in banned(door)] == []
+def test_one_module_imports_mpi() -> None:
+    users = [p for p in SOURCES if any(name.split(".")[0] == "mpi4py" for name in imports(p))]
+    assert users == [PACKAGE / "comm" / "backends" / "mpi.py"]
+    assert [call for path in users for call in blocking_calls(path)] == []
 
 
-def test_marks_of_mpi_tests_use_the_key_that_is_read() -> None:
-    """pytest-mpi reads `min_size`; its documented `minsize` is ignored in silence."""
+def test_mpi_marks_use_the_keyword_that_pytest_mpi_reads() -> None:
+    """pytest-mpi reads `min_size`; it ignores the `minsize` of its documentation silently."""
     marked = [path for path in TESTS if "mark.mpi" in path.read_text(encoding="utf-8")]
     assert len(marked) > 1  # this file is one
     for path in marked:
         for call in calls(path):
             if ast.unparse(call.func).endswith("mark.mpi"):
-                keys = [keyword.arg for keyword in call.keywords]
-                where = f"{path.name}, line {call.lineno}"
-                assert (keys, call.args) == (["min_size"], []), where
+                keywords = [keyword.arg for keyword in call.keywords]
+                location = f"{path.name}, line {call.lineno}"
+                assert (keywords, call.args) == (["min_size"], []), location
 
 
-WRONG = {
-    above: [("mesh", "import dtrain.comm"), ("block/x", "from dtrain.comm.y import Comm")],
-    foreign: [("mesh", "import torch"), ("schedules/x", "def f():\n    import numpy as np")],
-    siblings: [("syncs/x", "from dtrain.syncs.y import Y"), ("objectives/x", "from . import y")],
-    unsafe: [
+VIOLATIONS = {
+    forbidden_imports: [
+        ("mesh", "import dtrain.comm"),
+        ("block/x", "from dtrain.comm.y import Comm"),
+    ],
+    third_party_imports: [
+        ("mesh", "import torch"),
+        ("schedules/x", "def f():\n    import numpy as np"),
+    ],
+    imported_strategies: [
+        ("syncs/x", "from dtrain.syncs.y import Y"),
+        ("objectives/x", "from . import y"),
+    ],
+    unsafe_loading: [
         ("data/x", "import pickle"),
         ("engine/x", "import torch\ntorch.load('x')"),
         ("data/x", "from torch import load"),
         ("data/x", "np.load('x', allow_pickle=True)"),
     ],
-    banned: [
+    blocking_calls: [
         ("comm/backends/mpi", "self.comm.send(1)"),
         ("comm/backends/mpi", "MPI.Request.Waitall(r)"),
     ],
-    lengthy: [("cli", "def f():\n" + "    x = 1\n" * 60)],
+    long_functions: [("cli", "def f():\n" + "    x = 1\n" * 60)],
 }
 
 
 @pytest.mark.parametrize(
-    ("law", "name", "code"), [(law, *case) for law, cases in WRONG.items() for case in cases]
+    ("rule", "name", "code"),
+    [(rule, *case) for rule, cases in VIOLATIONS.items() for case in cases],
 )
-def test_the_laws_find_what_is_wrong(
-    law: Callable[[Path], list[str]],
+def test_the_rules_find_violations(
+    rule: Callable[[Path], list[str]],
     name: str,
     code: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    house = tmp_path / "dtrain"
-    path = house / f"{name}.py"
-    others = [house / "comm" / "__init__.py", path.with_name("y.py")]
+    root = tmp_path / "dtrain"
+    path = root / f"{name}.py"
+    others = [root / "comm" / "__init__.py", path.with_name("y.py")]
     for source in (path, *others):
         source.parent.mkdir(parents=True, exist_ok=True)
         source.touch()
     path.write_text(code, encoding="utf-8")
     path.with_name("__init__.py").write_text("from .y import Y", encoding="utf-8")
-    monkeypatch.setitem(globals(), "PACKAGE", house)
+    monkeypatch.setitem(globals(), "PACKAGE", root)
     monkeypatch.setitem(globals(), "SOURCES", [path, *others])
-    assert law(path) != []
+    assert rule(path) != []

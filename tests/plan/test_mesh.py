@@ -1,11 +1,15 @@
-"""The grid of ranks: both placements are bijections, and what does not fit is refused."""
+"""The mesh of ranks: both placements are bijections, and impossible meshes are refused."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+
 import pytest
 
-from dtrain.errors import DtrainError
-from dtrain.mesh import PLACEMENTS, Mesh
+from dtrain.errors import ConfigError
+from dtrain.mesh import PLACEMENTS, Mesh, RankPosition
+from tests.refusals import refuses
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -17,7 +21,7 @@ def test_coords_and_rank_are_inverse(replicas: int, stages: int, placement: str)
     assert set(coords) == {(r, s) for r in range(replicas) for s in range(stages)}
 
 
-def test_placements_are_those_of_the_picture() -> None:
+def test_placements_match_the_diagram() -> None:
     assert Mesh(2, 3).ranks_along("stage", 4) == (3, 4, 5)
     assert Mesh(2, 3).ranks_along("replica", 4) == (1, 4)
     other = Mesh(2, 3, "replicas-in-node")
@@ -26,45 +30,65 @@ def test_placements_are_those_of_the_picture() -> None:
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_lines_partition_the_mesh(placement: str) -> None:
+def test_the_ranks_along_an_axis_partition_the_mesh(placement: str) -> None:
     mesh = Mesh(3, 4, placement)
     for axis in ("replica", "stage"):
-        lines = {mesh.ranks_along(axis, rank) for rank in range(mesh.ranks)}
-        assert sorted(rank for line in lines for rank in line) == list(range(12))
+        groups = {mesh.ranks_along(axis, rank) for rank in range(mesh.ranks)}
+        assert sorted(rank for group in groups for rank in group) == list(range(12))
         assert all(rank in mesh.ranks_along(axis, rank) for rank in range(12))
 
 
-def test_fit() -> None:
+def test_meshes_for_a_number_of_ranks() -> None:
     assert Mesh.for_ranks(6) == Mesh(1, 6)
     assert Mesh.for_ranks(6, 2, "replicas-in-node") == Mesh(3, 2, "replicas-in-node")
 
 
 @pytest.mark.parametrize(
-    ("ranks", "stages", "text"),
+    ("ranks", "stages", "replicas", "needed_ranks", "nearest_stages"),
+    [(12, 5, 2, 10, 6), (14, 5, 3, 15, 7), (2, 5, 1, 5, 2), (7, 3, 2, 6, 1)],
+)
+def test_misfits_name_the_nearest_fixes(
+    ranks: int, stages: int, replicas: int, needed_ranks: int, nearest_stages: int
+) -> None:
+    with refuses(ConfigError, "mesh.ranks-indivisible") as caught:
+        Mesh.for_ranks(ranks, stages)
+    numbers = list(map(int, re.findall(r"\d+", caught.value.message)))
+    assert numbers == [ranks, replicas, stages, needed_ranks, nearest_stages, needed_ranks]
+    assert caught.value.code == 2
+
+
+def test_impossible_meshes_are_refused() -> None:
+    with refuses(ConfigError, "mesh.stages-too-few"):
+        Mesh.for_ranks(4, 0)
+    with refuses(ConfigError, "mesh.no-ranks"):
+        Mesh(0, 3)
+    with refuses(ConfigError, "mesh-placement.unknown") as caught:
+        Mesh.for_ranks(4, 2, "replica-in-node")
+    assert "'replicas-in-node'?" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "call",
     [
-        (12, 5, "2 replicas x 5 stages (needs 10): set stages = 6, or start 10 ranks"),
-        (14, 5, "3 replicas x 5 stages (needs 15): set stages = 7, or start 15 ranks"),
-        (2, 5, "1 replica x 5 stages (needs 5): set stages = 2, or start 5 ranks"),
-        (7, 3, "2 replicas x 3 stages (needs 6): set stages = 1, or start 6 ranks"),
+        lambda mesh: mesh.coords(6),
+        lambda mesh: mesh.rank(2, 0),
+        lambda mesh: mesh.ranks_along("block", 0),
     ],
 )
-def test_misfits_name_the_nearest_ways_out(ranks: int, stages: int, text: str) -> None:
-    with pytest.raises(DtrainError) as refusal:
-        Mesh.for_ranks(ranks, stages)
-    assert refusal.value.message == f"{ranks} ranks cannot form {text}"
-    assert refusal.value.code == 2
+def test_ranks_outside_the_mesh_are_a_fault_of_the_caller(
+    call: Callable[[Mesh], object],
+) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011
+        call(Mesh(2, 3))
 
 
-def test_nonsense_is_refused() -> None:
-    with pytest.raises(DtrainError, match="stages = 0"):
-        Mesh.for_ranks(4, 0)
-    with pytest.raises(DtrainError, match="at least 1"):
-        Mesh(0, 3)
-    with pytest.raises(DtrainError, match="did you mean 'replicas-in-node'"):
-        Mesh.for_ranks(4, 2, "replica-in-node")
-    with pytest.raises(ValueError, match="rank 6 is outside"):
-        Mesh(2, 3).coords(6)
-    with pytest.raises(ValueError, match="replica 2"):
-        Mesh(2, 3).rank(2, 0)
-    with pytest.raises(ValueError, match="neither"):
-        Mesh(2, 3).ranks_along("block", 0)
+def test_errors_are_located() -> None:
+    """A `DtrainError` gets the location in its message, any other error as a note."""
+    position = RankPosition(Mesh(2, 3), 1, 2, (0, 1, 2))
+    with pytest.raises(ConfigError) as refused, position.error_context("F2.0", "update 7"):
+        raise ConfigError("mesh.test", "wrong")
+    with pytest.raises(KeyError) as failed, position.error_context("F2.0", "update 7"):
+        raise KeyError("x")
+    location = "[replica 1 stage 2 | update 7 | action F2.0]"
+    assert refused.value.message == f"wrong {location}"
+    assert failed.value.__notes__ == [location]

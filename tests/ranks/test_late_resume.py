@@ -1,4 +1,4 @@
-"""Late schedules over segments, replicas and restarts: what a drained pipeline keeps, and not."""
+"""Asynchronous schedules over segments, replicas, restarts and recomputation."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from dtrain.comm.backends.threads import run_ranks as ranks
+from dtrain.comm.backends.threads import run_ranks
 from dtrain.config.run import RunConfig
 from dtrain.train import train
 from tests import tiny
 from tests.outcome import break_off, close
 
-ALL: dict[str, dict[str, Any]] = {
+SCHEDULES: dict[str, dict[str, Any]] = {
     "stash": {"name": "pipelined", "weights": "stash"},
     "velocity": {"name": "pipelined", "prediction": "velocity"},
     "difference": {"name": "pipelined", "prediction": "difference"},
@@ -25,50 +25,51 @@ ALL: dict[str, dict[str, Any]] = {
 }
 
 
-def run(name: str, **told: Any) -> RunConfig:
-    """Return a tiny run of four blocks; 2bw has three micro-batches an update."""
+def make_run(name: str, **changes: Any) -> RunConfig:
+    """Return a tiny run of four blocks; "2bw" has three micro-batches per update."""
     micros = 3 if name == "2bw" else 1
     return tiny.run(
         **{
             "objective__name": "backprop",
             "partition__blocks": 4,
-            "schedule": ALL[name],
+            "schedule": SCHEDULES[name],
             "optimizer": {"name": "sgd", "lr": 0.02, "momentum": 0.9},
             "batch_size": 5 * micros,
             "micro_batches": micros,
             "mesh__stages": 2,
-            **told,
+            **changes,
         }
     )
 
 
-def trained(told: RunConfig, out: Path, count: int = 2) -> dict[str, Any]:
-    return ranks(count, lambda comm: train(told, comm, out))[0]
+def train_in_threads(run: RunConfig, out: Path, ranks: int = 2) -> dict[str, Any]:
+    return run_ranks(ranks, lambda comm: train(run, comm, out))[0]
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_resumed_is_uninterrupted(name: str, tmp_path: Path) -> None:
-    """Broken off between two segments of an epoch: nothing of a segment outlives it."""
-    told = run(name, checkpoint__every=2)
-    whole = trained(told, tmp_path / "whole")
-    trained(told, tmp_path / "parts")
-    break_off(tmp_path / "parts", 4)
-    assert trained(told, tmp_path / "parts")["digest"] == whole["digest"]
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_resumed_run_trains_the_same_bits(name: str, tmp_path: Path) -> None:
+    """Interrupted between two segments of an epoch: no state of a segment survives it."""
+    run = make_run(name, checkpoint__every=2)
+    uninterrupted = train_in_threads(run, tmp_path / "uninterrupted")
+    train_in_threads(run, tmp_path / "resumed")
+    break_off(tmp_path / "resumed", 4)
+    assert train_in_threads(run, tmp_path / "resumed")["digest"] == uninterrupted["digest"]
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_two_replicas_are_one(name: str, tmp_path: Path) -> None:
-    """Gradients of both are averaged, late or not; the last update leaves a replica without any."""
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_two_replicas_train_the_model_of_one(name: str, tmp_path: Path) -> None:
+    """Delayed gradients are averaged too; the last update leaves one replica without samples."""
     uneven: dict[str, Any] = {"micro_batches": 3} if name == "2bw" else {"batch_size": 7}
-    trained(run(name, **uneven), tmp_path / "one", 2)
-    trained(run(name, **uneven), tmp_path / "two", 4)
+    train_in_threads(make_run(name, **uneven), tmp_path / "one", 2)
+    train_in_threads(make_run(name, **uneven), tmp_path / "two", 4)
     close(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.parametrize("name", ["velocity", "pipedream"])
-def test_what_is_computed_again_is_the_same(name: str, tmp_path: Path) -> None:
-    """With a stash: a backward has the weights of its forward, and so has the second forward."""
-    schedule = ALL[name] | {"weights": "stash"}
-    one = trained(run(name, schedule=schedule), tmp_path / "kept")
-    two = trained(run(name, schedule=schedule, partition__recompute=True), tmp_path / "again")
-    assert one["digest"] == two["digest"]
+def test_recomputation_changes_no_bit(name: str, tmp_path: Path) -> None:
+    """With a stash, a backward and its recomputed forward use the weights of the forward."""
+    schedule = SCHEDULES[name] | {"weights": "stash"}
+    kept = train_in_threads(make_run(name, schedule=schedule), tmp_path / "kept")
+    recomputing = make_run(name, schedule=schedule, partition__recompute=True)
+    recomputed = train_in_threads(recomputing, tmp_path / "recomputed")
+    assert kept["digest"] == recomputed["digest"]

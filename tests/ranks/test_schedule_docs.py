@@ -1,52 +1,50 @@
-"""The example of docs/adding-a-schedule.md, as a reader would write it: it trains, by the laws.
+"""The example of docs/adding-a-schedule.md trains and keeps the laws, as a reader would write it.
 
-Invariant: nothing of the example stands here; a change of the docs is a change of what is tested.
+Invariant: the example is read from the docs, so a change of the docs changes what is tested.
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 
-from dtrain.errors import DtrainError
+from dtrain.comm.backends.threads import run_ranks
+from dtrain.errors import ConfigError
 from dtrain.schedules import SCHEDULES
-from dtrain.schedules.base import Schedule
+from dtrain.train import train
 from tests import tiny
-from tests.ranks.test_docs import module
-from tests.ranks.test_rounds import trained
+from tests.docs_reader import load_example, python_blocks
+from tests.refusals import refuses
 
 DOCS = Path(__file__).parents[2] / "docs" / "adding-a-schedule.md"
-CODE, TEST = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(encoding="utf-8"), re.M | re.S)
+EXAMPLE, TEST = python_blocks(DOCS)
 
 
 @pytest.fixture(autouse=True)
-def capped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Schedule]:
-    """Put the example where the docs say: a file in the package and a line in the dict."""
-    made = module("dtrain.schedules.capped", CODE, tmp_path, monkeypatch)
+def register_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Add the example as the docs say: a file in the package and a line in the dict."""
+    module = load_example("dtrain.schedules.capped", EXAMPLE, tmp_path, monkeypatch)
     assert '`"capped": Capped,`' in DOCS.read_text(encoding="utf-8")
-    monkeypatch.setitem(SCHEDULES, "capped", made.Capped)
-    kind: type[Schedule] = made.Capped
-    return kind
+    monkeypatch.setitem(SCHEDULES, "capped", module.Capped)
 
 
 @pytest.mark.parametrize("live", [1, 2, 9])
 def test_it_trains_as_1f1b_does(live: int, tmp_path: Path) -> None:
     def digest(name: str, **fields: int) -> str:
-        told = {"schedule": {"name": name} | fields, "objective__name": "backprop"}
-        run = tiny.run(mesh__stages=3, **told)
-        return str(trained(run, tmp_path / name, "aaa")["digest"])
+        schedule = {"name": name} | fields
+        run = tiny.run(mesh__stages=3, schedule=schedule, objective__name="backprop")
+        return str(run_ranks(3, lambda comm: train(run, comm, tmp_path / name))[0]["digest"])
 
     assert digest("capped", live=live) == digest("1f1b")
 
 
-def test_a_wrong_key_is_refused() -> None:
-    with pytest.raises(DtrainError, match=r"\[schedule\] live = 0 is too small: give at least 1"):
+def test_an_invalid_field_is_refused() -> None:
+    with refuses(ConfigError, "schedule.live-too-small"):
         tiny.run(schedule={"name": "capped", "live": 0})
 
 
 def test_its_own_test_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = module("test_capped", TEST, tmp_path, monkeypatch)
-    [work] = [each for name, each in vars(made).items() if name.startswith("test_")]
-    work()
+    module = load_example("test_capped", TEST, tmp_path, monkeypatch)
+    [test] = [value for name, value in vars(module).items() if name.startswith("test_")]
+    test()

@@ -1,7 +1,7 @@
-"""The docs of schedules against the code: every name, key and default.
+"""The docs of schedules agree with the code: every name, key and default.
 
-Invariant: a schedule is documented by a row of the table of all schedules and by a section; a key
-by a row ``| `key` | `default` | ... |`` in that section.
+Invariant: the docs of a schedule are a row in the table of all schedules and a section; a key has a
+row ``| `key` | `default` | ... |`` in that section.
 """
 
 from __future__ import annotations
@@ -13,22 +13,24 @@ import pytest
 
 from dtrain.schedules import SCHEDULES
 from dtrain.schema import kebab, toml_text
-from tests.rule.test_docs import cells, rows, section, ticked
+from tests.docs_reader import code_words, section, table_rows
 
-DOCS = Path(__file__).parents[2] / "docs" / "schedules.md"
-HEAD = "| name | runs"
+DOCS = (Path(__file__).parents[2] / "docs" / "schedules.md").read_text(encoding="utf-8")
+KEYS = {code_words(row[0])[0]: code_words(row[-1]) for row in table_rows(DOCS, "| name | runs")}
+"""The keys of each schedule, in the order of the table of all schedules."""
 
 
 def test_every_schedule_has_a_row_and_a_section() -> None:
-    assert [ticked(row[0])[0] for row in rows(DOCS, HEAD)] == [*SCHEDULES]
+    assert [*KEYS] == [*SCHEDULES]
     assert all(section(DOCS, name) for name in SCHEDULES)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_every_key_is_told_with_its_default(name: str) -> None:
-    [keys] = [ticked(row[-1]) for row in rows(DOCS, HEAD) if ticked(row[0])[0] == name]
-    own = fields(SCHEDULES[name])  # type: ignore[arg-type]
-    assert keys == [kebab(each.name) for each in own]
-    lines = [cells(line) for line in section(DOCS, name).splitlines() if line.startswith("| `")]
-    told = {ticked(row[0])[0]: row[1] for row in lines}
-    assert told == {kebab(each.name): f"`{toml_text(each.default)}`" for each in own}
+def test_every_key_has_a_row_with_its_default(name: str) -> None:
+    schedule_fields = fields(SCHEDULES[name])  # type: ignore[arg-type]
+    assert KEYS[name] == [kebab(field.name) for field in schedule_fields]
+    text = section(DOCS, name)
+    rows = list(table_rows(text, "| key | default")) if KEYS[name] else []
+    assert {code_words(row[0])[0]: row[1] for row in rows} == {
+        kebab(field.name): f"`{toml_text(field.default)}`" for field in schedule_fields
+    }

@@ -1,1 +1,1 @@
-"""Small awkward strategies, each of which proves that a seam holds; none of them is a product."""
+"""Small unusual strategies; each proves that an interface holds, and none is a product."""

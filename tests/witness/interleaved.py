@@ -1,7 +1,7 @@
-"""Interleaved 1F1B: several chunks a rank on a loop, hence a bubble that is v times smaller.
+"""Interleaved 1F1B: v chunks per rank on a loop, hence a bubble that is v times smaller.
 
-Invariant: micro-batches go in groups of P through all chunks of a rank. A group or a chunk that is
-not full is filled with ghosts, which are skipped, so any number of either is legal.
+Invariant: micro-batches go in groups of P through all chunks of a rank. An incomplete group or
+chunk is padded with slots that are skipped, so any number of either is legal.
 
     place 0 1 2 3 0 1 2 3        rank 0, two micro-batches: F0.0 F0.1 F4.0 F4.1 ...
 
@@ -16,7 +16,7 @@ from typing import ClassVar, final
 
 from dtrain import partition
 from dtrain.schedules import OneFOneB
-from dtrain.schedules.actions import Action, Route
+from dtrain.schedules.actions import Action, Kind, Route
 from dtrain.schedules.base import Schedule
 
 
@@ -25,9 +25,7 @@ from dtrain.schedules.base import Schedule
 class Interleaved(Schedule):
     """1F1B over the chunks of a loop."""
 
-    unsupported_routes: ClassVar[str] = (
-        "'interleaved' brings activations forward and gradients back"
-    )
+    unsupported_routes: ClassVar[str] = OneFOneB.unsupported_routes
     flushes: ClassVar[bool] = True
 
     def supports(self, route: Route) -> bool:
@@ -36,7 +34,7 @@ class Interleaved(Schedule):
     def assign_stages(
         self, costs: Sequence[float], stages: int, transfers: Sequence[float] = ()
     ) -> tuple[int, ...]:
-        partition.assign_stages(costs, stages, transfers)  # refuses what cannot be placed
+        partition.assign_stages(costs, stages, transfers)  # refuses too many stages
         return tuple(block % stages for block in range(len(costs)))
 
     def plan(
@@ -51,16 +49,18 @@ class Interleaved(Schedule):
         chunks = range(stage, -(-len(place) // stages) * stages, stages)
         for update, micros in enumerate(micro_batches):
             groups = range(0, micros, stages)
-            order = [
-                [(b, m) for g in groups for b in way for m in range(g, g + stages)]
-                for way in (chunks, chunks[::-1])
-            ]
-            ahead = min(len(order[0]), 2 * (stages - 1 - stage) + (len(chunks) - 1) * stages)
-            steps = [("F", order[0][:ahead])]
-            for pair in zip(order[0][ahead:], order[1], strict=False):
-                steps += [("F", pair[:1]), ("B", pair[1:])]
-            steps += [("B", order[1][len(order[0]) - ahead :])]
+            forwards, backwards = (
+                [(b, m) for first in groups for b in order for m in range(first, first + stages)]
+                for order in (chunks, chunks[::-1])
+            )
+            ahead = 2 * (stages - 1 - stage) + (len(chunks) - 1) * stages
+            ahead = min(len(forwards), ahead)
+            steps: list[tuple[Kind, list[tuple[int, int]]]] = [("F", forwards[:ahead])]
+            for forward, backward in zip(forwards[ahead:], backwards, strict=False):
+                steps += [("F", [forward]), ("B", [backward])]
+            steps += [("B", backwards[len(forwards) - ahead :])]
             for kind, slots in steps:
-                real = ((b, m) for b, m in slots if b < len(place) and m < micros)
-                yield from (Action(kind, block, update, micro) for block, micro in real)
+                for block, micro in slots:
+                    if block < len(place) and micro < micros:
+                        yield Action(kind, block, update, micro)
             yield from (Action("U", b, update) for b in chunks if b < len(place))

@@ -3,7 +3,8 @@
     train     every block alone:  z = sqrt(a_t) y + sqrt(1 - a_t) noise,   û = f_t(x, z) -> y
     predict   z_0 = 0 -> z_1 = f_1(x, z_0) -> ... -> z_T = scores
 
-It needs blocks fed from the data alone, layers of its own, and noise that no layout changes.
+It needs blocks with the samples as their only input, replacement layers, and noise that does not
+depend on the layout.
 """
 
 import math
@@ -19,7 +20,7 @@ from dtrain.objectives.base import ACTIVATION, Objective, forward_routes
 
 @dataclass(frozen=True)
 class NoProp(Objective):
-    """Blocks that denoise a label, each at its own level of noise."""
+    """Blocks that denoise a label, each at its own noise level."""
 
     default_schedule = "stream"
     hidden: int = 16

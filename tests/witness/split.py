@@ -1,49 +1,34 @@
-"""A split backward, ZB-H1: gradients of the inputs first, those of the weights fill the bubble.
+"""ZB-H1, a split backward: input gradients first, weight gradients fill the bubble.
 
-    stage 0 |0123aAbBcCdD...    P - 1 - s forwards ahead, then F and I in turns; rank s starts its
-    stage 1 |.012a.3b.A...      W after s pairs, so P micro-batches are live on every rank
+    stage 0 |0123aAbBcCdD...    P - 1 - s forwards ahead, then F and I in turns; stage s starts its
+    stage 1 |.012a.3b.A...      W after s pairs, so P micro-batches are live on every stage
 
-Invariant: one backward in two halves, `I` and `W`, both in order of the micro-batches.
+Invariant: the backward has two halves, `I` and `W`, each in the order of the micro-batches.
 Source: Qi et al. 2023, "Zero Bubble Pipeline Parallelism", section 2.1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
 from dtrain.schedules import OneFOneB
-from dtrain.schedules.actions import Action, Route
-from dtrain.schedules.base import Schedule, blocks_of_stage
+from dtrain.schedules.actions import Kind
+from dtrain.schedules.gpipe_1f1b import Flush
 
 
 @final
 @dataclass(frozen=True)
-class Split(Schedule):
-    """1F1B whose weight gradients come later."""
+class Split(Flush):
+    """1F1B with delayed weight gradients."""
 
-    unsupported_routes: ClassVar[str] = "'split' brings activations forward and gradients back"
-    flushes: ClassVar[bool] = True
     splits_backward: ClassVar[bool] = True
 
-    def supports(self, route: Route) -> bool:
-        return OneFOneB().supports(route)
+    def warmup_forwards(self, stage: int, stages: int, micro_batches: int) -> int:
+        return OneFOneB().warmup_forwards(stage, stages, micro_batches)
 
-    def plan(
-        self,
-        stage: int,
-        place: Sequence[int],
-        micro_batches: Sequence[int],
-        routes: Sequence[Route],
-    ) -> Iterator[Action]:
-        self.check_routes(routes)
-        blocks, stages = blocks_of_stage(stage, place), max(place) + 1
-        for update, micros in enumerate(micro_batches):
-            ahead = min(micros, stages - 1 - stage)
-            for step in range(micros + ahead + stage):
-                for kind, late in (("F", 0), ("I", ahead), ("W", ahead + stage)):
-                    if 0 <= step - late < micros:
-                        way = blocks if kind == "F" else blocks[::-1]
-                        yield from (Action(kind, b, update, step - late) for b in way)
-            yield from (Action("U", b, update) for b in blocks)
+    def step_offsets(
+        self, stage: int, stages: int, micro_batches: int
+    ) -> tuple[tuple[Kind, int], ...]:
+        ahead = self.warmup_forwards(stage, stages, micro_batches)
+        return ("F", 0), ("I", ahead), ("W", ahead + stage)

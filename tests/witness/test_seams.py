@@ -1,4 +1,4 @@
-"""What objectives may ask of the seams, and what a forgetful one is told."""
+"""The interface of objectives: unusual needs are served, and incomplete objectives are refused."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from dtrain.block import optimizer as optimizers
 from dtrain.block.block import Block
-from dtrain.comm.backends.threads import run_ranks as ranks
+from dtrain.block.optimizer import make_optimizer
+from dtrain.comm.backends.threads import run_ranks
 from dtrain.comm.communicator import Comm
-from dtrain.errors import DtrainError
-from dtrain.models import as_layers
+from dtrain.errors import ConfigError, DtrainError
+from dtrain.models.cnn import Cnn
+from dtrain.models.layers import as_layers
 from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.base import Objective
 from dtrain.objectives.block_spec import BlockSpec
@@ -30,14 +31,14 @@ WRITING = {"name": "tests.tiny:writing"}
 
 
 class Dropping(MonoForward):
-    """Its heads draw random numbers."""
+    """Its heads use random numbers."""
 
     def head_network(self, spec: Any) -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), super().head_network(spec))
 
 
-class Normed(MonoForward):
-    """Its heads have batch statistics, and are not run sample by sample as far as costs know."""
+class Normalised(MonoForward):
+    """Its heads have batch statistics, and no input shape from which their cost is measured."""
 
     def head_network(self, spec: Any) -> nn.Module:
         width = math.prod(spec.output_shape)
@@ -46,106 +47,109 @@ class Normed(MonoForward):
     def head_input_shape(self, spec: Any) -> None: ...
 
 
-KINDS = {"dropping": Dropping, "normed": Normed}
-NAMED: dict[str, dict[str, Any]] = {
+OWN_OBJECTIVES = {"dropping": Dropping, "normalised": Normalised}
+RUNS: dict[str, dict[str, Any]] = {
     "dfa": {"objective__name": "dfa", "schedule__name": "1f1b"},
     "wide": {"objective__name": "forward-forward", "objective__peer": 10.0},
-    "twice": {
+    "two-passes": {
         "objective": {"name": "forward-forward", "negatives": "hard"},
         "schedule__name": "drained",
     },
-    **{name: {"objective__name": name} for name in (*KINDS, "mono-forward")},
+    **{name: {"objective__name": name} for name in (*OWN_OBJECTIVES, "mono-forward")},
 }
-"""Runs by what they ask: an error for all blocks; a pass wider than its micro-batch, and means that
-a segment hands to the next; a pass that is not traced before one that is; heads of their own."""
+"""Changes of the tiny run by their unusual need.
+
+"dfa": an error for all blocks. "wide": a pass with more rows than its micro-batch, and means that
+are kept from segment to segment. "two-passes": a pass without a graph before one with a graph. The
+others: heads of their own.
+"""
 
 
 @pytest.fixture(autouse=True)
-def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let run files name them."""
-    for name, kind in KINDS.items():
+def register_objectives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the objectives names in run files."""
+    for name, kind in OWN_OBJECTIVES.items():
         monkeypatch.setitem(OBJECTIVES, name, kind)
 
 
-def trained(out: Path, stages: int = 1, replicas: int = 1, **told: Any) -> dict[str, Any]:
+def train_tiny(out: Path, stages: int = 1, replicas: int = 1, **changes: Any) -> dict[str, Any]:
     """Train the tiny run in four blocks on `stages` x `replicas` threads."""
-    run = tiny.run(**{"partition__blocks": 4, "mesh__stages": stages, **told})
+    run = tiny.run(**{"partition__blocks": 4, "mesh__stages": stages, **changes})
 
     def work(comm: Comm) -> dict[str, Any]:
         return train(run, comm, out)
 
-    return ranks(stages * replicas, work, seed=stages)[0]
+    return run_ranks(stages * replicas, work, seed=stages)[0]
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", RUNS)
 def test_any_number_of_ranks_trains_the_same_bits(name: str, tmp_path: Path) -> None:
-    told = NAMED[name]
-    digests = {trained(tmp_path / str(n), n, **told)["digest"] for n in (1, 2, 4)}
+    changes = RUNS[name]
+    digests = {train_tiny(tmp_path / str(n), n, **changes)["digest"] for n in (1, 2, 4)}
     assert len(digests) == 1
-    assert trained(tmp_path / "again", 1, **told)["digest"] in digests
+    assert train_tiny(tmp_path / "again", 1, **changes)["digest"] in digests
 
 
-@pytest.mark.parametrize("name", ["dfa", "wide", "twice"])
+@pytest.mark.parametrize("name", ["dfa", "wide", "two-passes"])
 def test_replicas_and_micro_batches_train_the_same_model(name: str, tmp_path: Path) -> None:
-    told = NAMED[name]
-    trained(tmp_path / "one", 2, **told, micro_batches=1)
-    trained(tmp_path / "two", 2, 2, **told)
+    train_tiny(tmp_path / "one", 2, **RUNS[name], micro_batches=1)
+    train_tiny(tmp_path / "two", 2, 2, **RUNS[name])
     close(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("net", [tiny.TABLE["model"], WRITING], ids=["mlp", "in-place"])
-def test_what_is_computed_again_is_the_same(name: str, net: dict[str, Any], tmp_path: Path) -> None:
-    """All passes are, and an input that a layer works on in place is kept as it came."""
-    told = {**NAMED[name], "model": net}
-    kept = trained(tmp_path / "kept", 2, **told)["digest"]
-    assert trained(tmp_path / "again", 2, partition__recompute=True, **told)["digest"] == kept
+def test_recomputation_changes_no_bit(name: str, net: dict[str, Any], tmp_path: Path) -> None:
+    """All passes are recomputed, and layers that work in place do not change a block's input."""
+    changes = {**RUNS[name], "model": net}
+    kept = train_tiny(tmp_path / "kept", 2, **changes)
+    recomputed = train_tiny(tmp_path / "recomputed", 2, partition__recompute=True, **changes)
+    assert recomputed["digest"] == kept["digest"]
 
 
-def test_batch_statistics_of_heads_are_known(tmp_path: Path) -> None:
+def test_batch_statistics_of_heads_are_checked(tmp_path: Path) -> None:
     """A last update of one sample is refused, as with batch statistics in layers."""
-    with pytest.raises(DtrainError, match=r"batch statistics of layer 'heads\.0'"):
-        trained(tmp_path, objective__name="normed", batch_size=7)
+    with pytest.raises(DtrainError) as caught:
+        train_tiny(tmp_path, objective__name="normalised", batch_size=7)
+    assert "'heads.0'" in caught.value.message
 
 
-def test_what_an_objective_forgets_to_tell_is_no_gradient(
+def test_an_objective_must_make_the_messages_of_its_own_routes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """One that has a route of its own, but does not say what travels on it."""
+    """The default makes activations, votes and gradients alone."""
     monkeypatch.setattr(Dfa, "make_message", Objective.make_message)
-    with pytest.raises(AssertionError, match="is the objective's to say"):
-        trained(tmp_path, 2, **NAMED["dfa"])
+    with pytest.raises(AssertionError) as caught:
+        train_tiny(tmp_path, 2, **RUNS["dfa"])
+    assert caught.traceback[-1].name == "make_message"
 
 
-def test_a_layer_in_place_leaves_the_output_before_it() -> None:
-    """With a graph that is cut at every layer, outputs are what layers made."""
+def test_a_layer_in_place_does_not_change_the_output_before_it() -> None:
+    """With a graph that is detached at every layer, each output is kept as its layer made it."""
     layers = {"one": nn.Linear(4, 4), "two": nn.ReLU(inplace=True)}
-    step = lambda parameters: optimizers.make_optimizer("sgd", {"lr": 0.1}, parameters)  # noqa: E731
-    block = Block(0, layers, None, step, detach_every="layer")
+
+    def sgd(parameters: Any) -> torch.optim.Optimizer:
+        return make_optimizer("sgd", {"lr": 0.1}, parameters)
+
+    block = Block(0, layers, None, sgd, detach_every="layer")
     x = torch.randn(8, 4)
-    outs = block.run_forward(x, (), True)["layer_outputs"]
-    assert torch.equal(outs["one"], layers["one"](x))
-    assert outs["one"].min() < 0
+    outputs = block.run_forward(x, (), True)["layer_outputs"]
+    assert torch.equal(outputs["one"], layers["one"](x))
+    assert outputs["one"].min() < 0
 
 
-def test_blocks_that_are_not_there_cannot_be_computed_again(tmp_path: Path) -> None:
-    with pytest.raises(DtrainError, match=r"names block 7, but there are 4 \(0 to 3\)"):
-        trained(tmp_path, partition__recompute=[1, 7])
+def test_recomputation_of_a_missing_block_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        train_tiny(tmp_path, partition__recompute=[1, 7])
+    assert "block 7" in caught.value.message
 
 
-def test_heads_are_priced_where_they_stand() -> None:
-    """12 channels have no 8 groups, but no block ends there."""
+def test_heads_are_measured_only_at_the_ends_of_blocks() -> None:
+    """12 channels do not split into 8 groups, but no block ends there."""
     model = {"name": "cnn", "widths": [[12, 16], [16]], "norm": "none"}
     objective = {"name": "local-head", "head": "dgl", "norm": "group", "groups": 8}
     run = tiny.run(model=model, objective=objective, partition={"cuts": [2]}, mesh__stages=2)
-    net = as_layers(lambda: _layers(run), "cnn")
-    assert (
-        make_layout(run, net, BlockSpec.from_data((3, 8, 8), 3), 2).block_layouts[0].head_parameters
-        > 0
-    )
-
-
-def _layers(run: Any) -> Any:
-    from dtrain.models import Cnn
-
-    return Cnn(((12, 16), (16,)), norm="none").layers((3, 8, 8), 3)
+    cnn = Cnn(((12, 16), (16,)), norm="none")
+    layer_stack = as_layers(lambda: cnn.layers((3, 8, 8), 3), "cnn")
+    layout = make_layout(run, layer_stack, BlockSpec.from_data((3, 8, 8), 3), 2)
+    assert layout.block_layouts[0].head_parameters > 0

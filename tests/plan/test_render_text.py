@@ -1,4 +1,4 @@
-"""The picture of a plan, to the letter."""
+"""The drawing of a plan, character by character."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dtrain.schedules.verify import ScheduleReport, verify_schedule
 from tests.witness.split import Split
 
 
-def report(name: str, stages: int, *sizes: int) -> ScheduleReport:
-    """Return the report of one replica of a pipeline of single blocks."""
+def report(name: str, stages: int, *micro_batches: int) -> ScheduleReport:
+    """Return the report of one replica, with one block per stage."""
     routes = [Route(Point(b, "F"), Point(b + 1, "F"), "activation") for b in range(stages - 1)]
     if name != "stream":
         routes += [Route(Point(b + 1, "B"), Point(b, "B"), "gradient") for b in range(stages - 1)]
-    return verify_schedule(SCHEDULES[name](), range(stages), [sizes], routes)
+    return verify_schedule(SCHEDULES[name](), range(stages), [micro_batches], routes)
 
 
 def test_stream() -> None:
@@ -39,7 +39,7 @@ def test_one_forward_one_backward() -> None:
     assert rows[-1].endswith("live micro-batches 3 2 1, staleness 0")
 
 
-def test_a_full_page() -> None:
+def test_a_timeline_that_fits_the_page() -> None:
     rows = timeline_text(report("1f1b", 8, 16)).splitlines()
     assert len(rows) == 10
     assert {len(row) for row in rows[:8]} == {10 + 69}
@@ -47,7 +47,7 @@ def test_a_full_page() -> None:
     assert rows[7].startswith("stage 7 |.......0aa1bb2cc")
 
 
-def test_beyond_the_page() -> None:
+def test_a_timeline_that_is_cut() -> None:
     rows = timeline_text(report("stream", 12, 60)).splitlines()
     assert rows[0].startswith("stage  0 |0aa1bb2cc")
     assert all(len(row) == 120 and row.endswith("…|") for row in rows[:12])
