@@ -345,7 +345,7 @@ class Comm:
         return list(json.loads(run_steps(steps, self.wait, description)))
 
     def raise_together(self, error: DtrainError | None) -> None:
-        """Raise on all ranks the error of the lowest one that has one. Collective over the group."""
+        """Raise the error of the lowest failing rank on all ranks. Collective over the group."""
         for record in self.allgather_object(None if error is None else error.to_record()):
             if record is not None:
                 raise DtrainError.from_record(record)
@@ -355,8 +355,8 @@ class Comm:
     def split(self, color: int, key: int = 0, name: str = "") -> Comm:
         """Return the group of the ranks of this colour. Collective over the group.
 
-        Its ranks are in order of key, then rank. Colours are not negative. Messages of different groups never match; they share one traffic
-        counter.
+        Its ranks are in order of key, then rank. Colours are not negative. Messages of different
+        groups never match; traffic is counted over all groups.
 
                  rank  0  1  2  3              split(rank % 2)
                        a  b  a  b       ->     a: 0, 2 are its ranks 0, 1;  b: 1, 3 are its 0, 1
