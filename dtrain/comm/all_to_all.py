@@ -1,13 +1,13 @@
-"""Trade: a tensor from each rank to each other, at once (all-to-all).
+"""All-to-all: each rank sends one tensor to each other rank.
 
-Invariant: nothing is computed here; what a rank is given has the shape and dtype of what it would
-have given itself, so nobody has to ask for sizes.
+Invariant: nothing is computed here. A received part has the shape and dtype of the part that this
+rank keeps for itself, so no rank has to ask for sizes.
 
-    rank 0 has a0 b0 c0            rank 0 gets a0 a1 a2
-    rank 1 has a1 b1 c1     ->     rank 1 gets b0 b1 b2
-    rank 2 has a2 b2 c2            rank 2 gets c0 c1 c2
+    rank 0 has a0 b0 c0            rank 0 receives a0 a1 a2
+    rank 1 has a1 b1 c1     ->     rank 1 receives b0 b1 b2
+    rank 2 has a2 b2 c2            rank 2 receives c0 c1 c2
 
-Sent, for n ranks: (n - 1) parts each.
+Traffic for n ranks: (n - 1) parts each.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dtrain.comm.transport import Transport
 
 @final
 class AllToAll(Request):
-    """An all-to-all in flight; made by `Comm.iall_to_all`, which says what it means."""
+    """An all-to-all in flight; `Comm.ialltoall` makes it and says what it does."""
 
     def __init__(
         self,
@@ -40,34 +40,43 @@ class AllToAll(Request):
             raise ValueError(f"all_to_all of {len(parts)} parts among {transport.size} ranks")
         for number, part in enumerate(parts):
             require_dense(part, "all_to_all", number)
-        self._transport, self._tag, self._staging, self._wait = transport, tag, staging, wait
+        self._transport = transport
+        self._parts = list(parts)
+        self._tag = tag
+        self._staging = staging
+        self._wait = wait
         self.start_time = time.perf_counter()
-        self._parts, own = list(parts), parts[transport.rank]
-        others = transport.other_ranks()
-        self._recv_buffers = {rank: staging.recv_buffer(own.shape, own.dtype) for rank in others}
-        self._send_buffers = [
-            staging.to_host(parts[rank]) for rank in others
-        ]  # kept while it is sent
+        own_part, others = parts[transport.rank], transport.other_ranks()
+        self._recv_buffers = {
+            rank: staging.recv_buffer(own_part.shape, own_part.dtype) for rank in others
+        }
+        # Attributes keep the memory alive while it is in flight.
+        self._send_buffers = {rank: staging.to_host(parts[rank]) for rank in others}
         counted = transport.traffic.enabled
-        pulls = [transport.irecv(as_bytes(self._recv_buffers[rank]), rank, tag) for rank in others]
-        sends = zip(others, self._send_buffers, strict=True)
-        self._request = combine_requests(
-            [*pulls, *(transport.isend(as_bytes(p), r, tag, counted) for r, p in sends)]
-        )
+        receives = [
+            transport.irecv(as_bytes(buffer), rank, tag)
+            for rank, buffer in self._recv_buffers.items()
+        ]
+        sends = [
+            transport.isend(as_bytes(buffer), rank, tag, counted)
+            for rank, buffer in self._send_buffers.items()
+        ]
+        self._request = combine_requests([*receives, *sends])
 
     def test(self, all_lanes: bool = False) -> bool:
-        """Return whether all parts have come and gone."""
+        """Return whether all parts have been sent and received."""
         return self._request.test()
 
     def wait(self) -> list[Tensor]:
-        """Return, once all have come, what each rank gave me; my own part is not copied."""
+        """Wait for all parts and return them, by sending rank; this rank's own is not copied."""
         if not self.test():
             name, tag = self._transport.name, self._tag
             self._wait(self.test, f"{self.describe()} of {name} with tag {tag}")
-        landed, dock, me = self._recv_buffers, self._staging, self._transport.rank
-        ranks = range(self._transport.size)
-        return [self._parts[r] if r == me else dock.to_device(landed[r]) for r in ranks]
+        received = {
+            rank: self._staging.to_device(buffer) for rank, buffer in self._recv_buffers.items()
+        }
+        return [received.get(rank, part) for rank, part in enumerate(self._parts)]
 
     def describe(self) -> str:
-        """Return what it is, for people."""
+        """Return a description for people."""
         return f"an exchange of {len(self._parts)} parts"

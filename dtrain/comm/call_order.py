@@ -1,16 +1,17 @@
-"""Roll: numbers the collectives of a group and, in debug mode, calls the roll before each.
+"""CallOrder: numbers the collectives of a group; in debug mode, compares the calls of all ranks.
 
-Invariant: a call gets the same number, and so the same tags, on all ranks. In debug mode none
-begins before every rank has said that it makes the same one; who does not is named, in time.
+Invariant: a collective has the same number, and so the same tags, on all ranks. In debug mode it
+starts only after every rank has announced the same call; the error names a rank that differs, or
+that calls nothing in time.
 
 ::
 
     rank 0  7 mean_ fc1.weight (4, 3) float32  --+
-    rank 1  7 mean_ fc1.weight (4, 3) float32  --+--> all alike: the mean begins
-    rank 2  7 mean_ fc1.weight (3, 4) float32  --+--> else: a `Discord` on all ranks, naming rank 2
+    rank 1  7 mean_ fc1.weight (4, 3) float32  --+--> all equal: the mean starts
+    rank 2  7 mean_ fc1.weight (3, 4) float32  --+--> else `CollectiveMismatch` on all ranks: rank 2
 
-Each rank tells each other: n (n - 1) pairs of small messages per call, not counted as payload. A
-collective that is started without a wait elsewhere waits for all ranks here.
+Each rank sends its call to each other rank: n (n - 1) pairs of small messages per collective, not
+counted as payload. A collective that otherwise starts without a wait then waits for all ranks.
 """
 
 from __future__ import annotations
@@ -29,29 +30,29 @@ from dtrain.comm.transport import Transport
 from dtrain.comm.tree import Steps, wait_all
 
 TAGS_PER_CALL = 64
-"""Tags that one collective may use; the last of them is the roll's."""
+"""Tags of one collective; the last one compares the calls of ranks."""
 
 
 Tensors = Sequence[Tensor] | Mapping[str, Tensor]
-"""What a collective is given: with names, those stand in the errors of the debug mode."""
+"""Tensors of a collective; the errors of the debug mode show their names if there are any."""
 
 
 @final
 class CollectiveMismatch(RuntimeError):
-    """Ranks of a group do not make the same call, or one of them makes none."""
+    """Ranks of a group call different collectives, or one of them calls none."""
 
 
 class Call(NamedTuple):
-    """One rank's call of a collective, as JSON has it.
+    """One rank's call of a collective, as sent in JSON.
 
     Attributes
     ----------
     number : int
-        Which collective of its group, from 1.
-    verb : str
-        What is done, and from which root.
+        Position among the collectives of its group, from 1.
+    operation : str
+        Name of the method, and the root if there is one.
     tensors : list of str
-        Number, name, shape and dtype of each, in words.
+        Number, name, shape and dtype of each tensor.
     """
 
     number: int
@@ -59,17 +60,17 @@ class Call(NamedTuple):
     tensors: list[str]
 
     def describe(self, group: str) -> str:
-        """Return what is called where."""
+        """Return operation and number as text."""
         return f"{self.operation} (collective {self.number} of {group})"
 
     def describe_mismatch(self, other: Call, group: str) -> tuple[str, str]:
-        """Return in words what it is, and what `other` is, where they differ first."""
-        if self[:2] != other[:2]:
+        """Return texts of this call and of `other`, with the first tensor that differs, if any."""
+        if (self.number, self.operation) != (other.number, other.operation):
             return self.describe(group), other.describe(group)
-        both = self.tensors, other.tensors
+        pairs = enumerate(zip(self.tensors, other.tensors, strict=False))
         first = next(
-            (n for n, pair in enumerate(zip(*both, strict=False)) if pair[0] != pair[1]),
-            min(map(len, both)),
+            (number for number, (mine, theirs) in pairs if mine != theirs),
+            min(len(self.tensors), len(other.tensors)),
         )
         return (
             f"{self.describe(group)} with {self._tensor_at(first)}",
@@ -82,94 +83,99 @@ class Call(NamedTuple):
 
 @final
 class CallOrder:
-    """The collectives of one group, seen by one of its ranks."""
+    """The collectives of one group, on one of its ranks."""
 
     def __init__(self, transport: Transport, context: CommContext) -> None:
-        self._transport, self._context = transport, context
+        self._transport = transport
+        self._context = context
         self._last_call = Call(0, "nothing", [])
-        self._open_steps: list[Steps] = []  # kept after an error: the wire may still write there
+        # Kept after an error, since the backend may still write into the buffers of open steps.
+        self._open_steps: list[Steps] = []
 
     def reserve_tags(self, operation: str, tensors: Tensors = ()) -> int:
-        """Reserve the tags of the next collective and return the first. Collective.
+        """Return the first tag of the next collective. Collective over the group.
 
-        They go round in program order: fixed ones cross-match as soon as two are in flight.
+        Tags follow program order and repeat: with fixed ones, two collectives in flight would
+        receive each other's messages.
 
         Raises
         ------
-        Discord
-            In debug mode, where another rank calls something else, or nothing in time.
+        CollectiveMismatch
+            In debug mode, if another rank calls something else, or nothing in time.
         """
-        number, limit_s = self._last_call.number + 1, self._context.debug_timeout_s
-        call, tag = (
-            Call(number, operation, []),
-            USER_TAGS + TAGS_PER_CALL * (number % (USER_TAGS // TAGS_PER_CALL)),
-        )
-        if limit_s is not None and self._transport.size > 1:
+        number, timeout_s = self._last_call.number + 1, self._context.debug_timeout_s
+        tag = USER_TAGS + TAGS_PER_CALL * (number % (USER_TAGS // TAGS_PER_CALL))
+        call = Call(number, operation, [])
+        if timeout_s is not None and self._transport.size > 1:
             call = Call(number, operation, list(describe_tensors(tensors)))
-            self._compare(call, tag + TAGS_PER_CALL - 1, limit_s)
+            self._compare(call, tag + TAGS_PER_CALL - 1, timeout_s)
         self._last_call = call
         return tag
 
     def _compare(self, call: Call, tag: int, timeout_s: float) -> None:
-        line = self._transport
-        heard = {line.rank: call}
-        item = np.frombuffer(json.dumps(call).encode(), dtype=np.uint8)
-        self._open_steps = [
-            self._send_call(item, tag),
-            *(self._recv_call(heard, r, tag) for r in line.other_ranks()),
-        ]
-
-        def done() -> bool:
-            self._open_steps = [
-                steps for steps in self._open_steps if next(steps, self) is not self
-            ]
-            return not self._open_steps
-
-        what = f"the roll of {call.describe(line.name)}"
+        """Exchange the calls of all ranks and raise if they differ. Collective over the group."""
+        transport = self._transport
+        calls = {transport.rank: call}
+        data = np.frombuffer(json.dumps(call).encode(), dtype=np.uint8)
+        receives = [self._recv_call(calls, rank, tag) for rank in transport.other_ranks()]
+        self._open_steps = [self._send_call(data, tag), *receives]
         try:
-            if not done():
-                self._context.wait(done, what, line.backend.world_ranks, line.backend, timeout_s)
-        except CommTimeout as stall:
-            raise CollectiveMismatch(self._timeout_message(call, heard, stall)) from stall
-        first = heard[0]
-        for rank in range(1, line.size):
-            if heard[rank] != first:
-                theirs, ours = heard[rank].describe_mismatch(first, line.name)
+            if not self._advance():
+                description = f"all ranks to call {call.describe(transport.name)}"
+                backend = transport.backend
+                self._context.wait(
+                    self._advance, description, backend.world_ranks, backend, timeout_s
+                )
+        except CommTimeout as timeout:
+            raise CollectiveMismatch(self._timeout_message(call, calls, timeout)) from timeout
+        for rank in range(1, transport.size):
+            if calls[rank] != calls[0]:
+                theirs, first = calls[rank].describe_mismatch(calls[0], transport.name)
                 raise CollectiveMismatch(
-                    f"{self._describe_rank(rank)} calls {theirs}, where rank 0 calls {ours}: all ranks of a "
-                    "group make the same calls, in the same order"
+                    f"{self._describe_rank(rank)} calls {theirs}, where rank 0 calls {first}: all "
+                    "ranks of a group must make the same calls, in the same order"
                 )
 
-    def _send_call(self, item: Bytes, tag: int) -> Steps:
-        """Tell all others my call: its length, then itself."""
-        line, size = self._transport, np.array([item.size], dtype=np.int64)
-        parts = size.view(np.uint8), item
-        told = [line.isend(part, rank, tag, False) for rank in line.other_ranks() for part in parts]
-        yield from wait_all(*told)
+    def _advance(self) -> bool:
+        """Advance the open steps; return whether all are done."""
+        self._open_steps = [steps for steps in self._open_steps if next(steps, self) is not self]
+        return not self._open_steps
+
+    def _send_call(self, data: Bytes, tag: int) -> Steps:
+        """Send this rank's call to all others: its length, then its text."""
+        transport = self._transport
+        size = np.array([data.size], dtype=np.int64).view(np.uint8)
+        yield from wait_all(
+            *[
+                transport.isend(part, rank, tag, False)
+                for rank in transport.other_ranks()
+                for part in (size, data)
+            ]
+        )
 
     def _recv_call(self, calls: dict[int, Call], rank: int, tag: int) -> Steps:
-        """Learn the call of another rank."""
+        """Receive the call of another rank into `calls`."""
         size = np.zeros(1, dtype=np.int64)
         yield from wait_all(self._transport.irecv(size.view(np.uint8), rank, tag))
-        item = np.empty(int(size[0]), dtype=np.uint8)
-        yield from wait_all(self._transport.irecv(item, rank, tag))
-        calls[rank] = Call(*json.loads(item.tobytes()))
+        data = np.empty(int(size[0]), dtype=np.uint8)
+        yield from wait_all(self._transport.irecv(data, rank, tag))
+        calls[rank] = Call(*json.loads(data.tobytes()))
 
     def _timeout_message(self, call: Call, calls: Mapping[int, Call], timeout: CommTimeout) -> str:
-        name, missing = (
-            self._transport.name,
-            [r for r in self._transport.other_ranks() if r not in calls],
+        transport = self._transport
+        missing_ranks = " and ".join(
+            self._describe_rank(rank) for rank in transport.other_ranks() if rank not in calls
         )
-        who = " and ".join(map(self._describe_rank, missing))
         return (
-            f"{who} has not called {call.describe(name)}, as rank {self._transport.rank} has; the last "
-            f"call of all ranks there was {self._last_call.describe(name)} ({timeout})"
+            f"{missing_ranks} has not called {call.describe(transport.name)}, as rank "
+            f"{transport.rank} has; the last call of all ranks there was "
+            f"{self._last_call.describe(transport.name)} ({timeout})"
         )
 
     def _describe_rank(self, rank: int) -> str:
-        """Return a rank, so that a person finds the process."""
-        wire = self._transport.backend
-        return f"rank {rank} of {self._transport.name} (world rank {wire.world_ranks[rank]})"
+        """Return group rank and world rank as text that lets a person find the process."""
+        world_rank = self._transport.backend.world_ranks[rank]
+        return f"rank {rank} of {self._transport.name} (world rank {world_rank})"
 
 
 def unnamed_tensors(tensors: Tensors) -> Sequence[Tensor]:
@@ -178,7 +184,7 @@ def unnamed_tensors(tensors: Tensors) -> Sequence[Tensor]:
 
 
 def describe_tensors(tensors: Tensors) -> Iterator[str]:
-    """Yield number, name, shape and dtype of each tensor."""
+    """Yield number, name, shape and dtype of each tensor as text."""
     names = list(tensors) if isinstance(tensors, Mapping) else [""] * len(tensors)
     for number, (name, tensor) in enumerate(zip(names, unnamed_tensors(tensors), strict=True)):
         shape: Any = "nested" if tensor.is_nested else tuple(tensor.shape)

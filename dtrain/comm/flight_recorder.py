@@ -1,15 +1,15 @@
-"""Telemetry: the flight recorder, what a rank did last and what it waits for now.
+"""FlightRecorder: the last events of a rank, and what it waits for now.
 
-Invariant: recording formats nothing and never waits; an event is a tuple in a ring, and becomes
-words only where somebody asks.
+Invariant: recording formats nothing and never waits. An event is a tuple in a ring buffer, and is
+formatted only when a record is written.
 
     note("action", F3.0, "update", 17)      note("send", ...)      note("waited", 0.02, ...)
                      |                            |                        |
                      v                            v                        v
     ring of the last 512   [ ... | 12.310 action | 12.311 send | 12.331 waited ]  -->  text()
 
-A record is a file for people, whose second line is one JSON object, `HERE`, for programs that read
-the records of many ranks.
+A record is a text file for people. Its second line is one JSON object, a `Record`, for programs
+that read the records of many ranks.
 """
 
 from __future__ import annotations
@@ -28,60 +28,94 @@ from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO, final
+from typing import TextIO, TypedDict, final
 
 MAX_EVENTS = 512
-"""Events that are kept."""
+"""Length of the ring buffer."""
 
 
 Pending = tuple[float, str]
-"""Since when (`time.perf_counter`), and what is outstanding."""
+"""Start (`time.perf_counter`) and description of a transfer or collective in flight."""
 
 
 OpenWait = tuple[float, str, Sequence[int]]
-"""Since when, for what, and for which ranks of the world."""
+"""Start and description of a wait, and the world ranks that it waits for."""
 
 
-RECORD_KEYS = (
-    *("rank", "size", "host", "unix_s", "why", "update", "action", "failed"),
-    *("wait_s", "what", "peers", "idle_s", "place"),
-)
-"""What the JSON line of a record tells: who and when; in which update and action; whether the rank
-has failed; the innermost wait (None: it is in none), its words, and the ranks that it is for
-("0-3,8"); the age of the last event; and the innermost line of the program outside libraries."""
+class Record(TypedDict):
+    """The JSON line of a record.
+
+    Attributes
+    ----------
+    rank, size, host : int, int, str
+        World rank, number of ranks, and host.
+    unix_s, why : float, str
+        Time and reason of the record.
+    update, action : int or None, str or None
+        Of the last action.
+    failed : bool
+        Whether the rank has failed.
+    wait_s, what, peers : float or None, str or None, str
+        Age and description of the innermost wait (None: the rank is in no wait), and the world
+        ranks that it waits for ("0-3,8").
+    idle_s : float
+        Age of the last event.
+    place : str or None
+        The innermost line of the program outside libraries.
+    """
+
+    rank: int
+    size: int
+    host: str
+    unix_s: float
+    why: str
+    update: object
+    action: str | None
+    failed: bool
+    wait_s: float | None
+    what: str | None
+    peers: str
+    idle_s: float
+    place: str | None
+
+
+RECORD_KEYS = tuple(Record.__annotations__)
 
 
 StackSource = FrameType | BaseException | None
-"""What has a stack."""
+"""A frame or an exception: both have a stack."""
 
 
 @final
 class FlightRecorder:
-    """What one rank did last, and what it waits for.
+    """The last events of one rank, and what it waits for.
 
     Parameters
     ----------
     name : str
-        Who this is, in words.
-    number, size : int
-        World rank, for the name of the file, and the ranks of the world.
+        Description of the rank, for people.
+    rank, size : int
+        World rank, for the name of the file, and number of ranks of the world.
     host : str
-        Where it runs.
+        Host of the rank.
 
     Attributes
     ----------
-    waits : list of Wait
+    open_waits : list of OpenWait
         The waits that this rank is in now, the innermost last.
-    sources : list of callable
-        Each tells what is outstanding: messages under way and receives that were posted.
+    pending_sources : list of callable
+        Each yields the messages in flight and the posted receives of some groups.
     folder : Path or None
-        Where `dump` writes; None: to stderr.
+        Folder of the file that `dump` writes; None: `dump` writes to stderr.
     """
 
     def __init__(
         self, name: str = "this process", rank: int = 0, size: int = 1, host: str = ""
     ) -> None:
-        self.name, self.rank, self.size, self.host = name, rank, size, host
+        self.name = name
+        self.rank = rank
+        self.size = size
+        self.host = host
         self.open_waits: list[OpenWait] = []
         self.pending_sources: list[Callable[[], Iterable[Pending]]] = []
         self.folder: Path | None = None
@@ -91,20 +125,24 @@ class FlightRecorder:
         self._events: deque[tuple[float, str, tuple[object, ...]]] = deque(maxlen=MAX_EVENTS)
 
     def note(self, kind: str, *facts: object) -> None:
-        """Record an event; `facts` must not change later, since they are put into words later."""
+        """Record an event; `facts` must not change later, since they are formatted later."""
         self._events.append((time.perf_counter(), kind, facts))
 
     def dump_on_signal(self, signal_number: int) -> None:
         """Write a record on this signal, from now on. Main thread only."""
-        faulthandler.unregister(signal_number)  # else it takes the place of a later one
-        signal.signal(signal_number, lambda number, at: self.dump(signal.Signals(number).name, at))
+        faulthandler.unregister(signal_number)  # else it replaces the one that `set_folder` sets
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            self.dump(signal.Signals(number).name, frame)
+
+        signal.signal(signal_number, handle)
         self._signal = signal_number
 
     def set_folder(self, folder: Path) -> None:
         """Write into `folder` from now on; never raise.
 
-        Where this rank listens to a signal, that writes its threads' stacks to `rank-NNNNN.stacks`,
-        too, from C: so a rank that does not come back to Python is seen as well.
+        The signal of `dump_on_signal` then also writes the stacks of all threads to
+        `rank-NNNNN.stacks`, from C, so it works in a rank that does not return to Python.
         """
         self.folder = folder
         if self._signal is None:
@@ -115,41 +153,42 @@ class FlightRecorder:
             faulthandler.register(self._signal, self._stack_file, all_threads=True, chain=True)
 
     def close(self) -> None:
-        """Leave the folder, and nothing in it that is empty; never raise."""
+        """Close the files and delete those that are empty; never raise."""
         if self._stack_file is not None and self._signal is not None:
             faulthandler.unregister(self._signal)
             with suppress(OSError):
                 self._stack_file.close()
                 if not self._path("stacks").stat().st_size:
                     self._path("stacks").unlink()
-                self._path("stacks").parent.rmdir()  # where it is empty
+                self._path("stacks").parent.rmdir()  # fails unless it is empty
         self._stack_file = None
 
-    def text(self, reason: str = "asked", stack_source: StackSource = None) -> str:
-        """Return everything in words, for a person.
+    def text(self, reason: str = "requested", stack_source: StackSource = None) -> str:
+        """Return the record as text.
 
         Parameters
         ----------
-        why : str
-            What made somebody ask.
-        place : frame or exception, optional
-            Where the program is, or how it failed; the stack is told, too.
+        reason : str
+            Why the record is written.
+        stack_source : frame or exception, optional
+            Current frame of the program, or the error that ended it; the record shows its stack.
         """
         now = time.perf_counter()
         stamp = datetime.now().astimezone().isoformat(timespec="seconds")
         head = f"{self.name}, process {os.getpid()}, at {stamp}: {' '.join(reason.split())}"
-        here = json.dumps(self._record_fields(now, reason, stack_source))
-        told = [
+        record = json.dumps(self._record(now, reason, stack_source))
+        lines = [
             *self._current_lines(now, isinstance(stack_source, BaseException)),
             *self._event_lines(now),
+            *_stack_lines(stack_source),
         ]
-        return "\n".join([head, here, "", *told, *_stack_lines(stack_source), ""])
+        return "\n".join([head, record, "", *lines, ""])
 
-    def dump(self, reason: str = "asked", stack_source: StackSource = None) -> None:
+    def dump(self, reason: str = "requested", stack_source: StackSource = None) -> None:
         """Write `text` to `rank-NNNNN.txt` in `folder`, or to stderr; never raise.
 
-        A file appears whole or not at all, and replaces the one before it; only the record of a
-        failure is never replaced by what comes after, when others end this rank.
+        The file appears complete or not at all, and replaces an older one. The record of a failure
+        is not replaced by that of the signal with which other ranks then end this one.
         """
         if self._failure_recorded and not isinstance(stack_source, BaseException):
             return
@@ -163,41 +202,48 @@ class FlightRecorder:
             draft = self._path("part")
             draft.write_text(text, encoding="utf-8")
             draft.replace(self._path("txt"))
-        except Exception as error:  # who looks at a run must not end it
+        except Exception as error:  # a record that fails must not end the run
             print_error(f"dtrain: no flight record of {self.name}: {error}")
 
     def warn_slow_wait(self, seconds: float, description: str) -> None:
-        """Say that a wait has lasted for long, where there is a folder for records; end nothing."""
+        """Write a record, and rank 0 a warning, if `folder` is set; the wait goes on."""
         if self.folder is None:
             return
         self.dump(f"no message for {seconds:g} s", sys._getframe(1))
         if self.rank == 0:
             print_error(
-                f"dtrain: {self.name} has waited {seconds:g} s for {description}, and waits on: see "
-                f"{self._path('txt')}; `dtrain flight {self.folder.parent}` says who waits for "
-                "whom, docs/comm.md how to ask all ranks"
+                f"dtrain: {self.name} has waited {seconds:g} s for {description} and goes on "
+                f"waiting: see {self._path('txt')}; `dtrain flight {self.folder.parent}` shows "
+                "which rank waits for which, docs/comm.md how to get a record of every rank"
             )
 
     def _path(self, suffix: str) -> Path:
         assert self.folder is not None
         return self.folder / f"rank-{self.rank:05d}.{suffix}"
 
-    def _record_fields(self, now: float, reason: str, stack_source: StackSource) -> dict[str, Any]:
-        """Return what `HERE` names."""
+    def _record(self, now: float, reason: str, stack_source: StackSource) -> Record:
         events = list(self._events)
-        act = next((facts for _, kind, facts in reversed(events) if kind == "action"), ())
-        since, what, peers = self.open_waits[-1] if self.open_waits else (None, None, ())
-        idle = now - events[-1][0] if events else 0.0
-        wait = None if since is None else round(now - since, 3)
-        failed, action = isinstance(stack_source, BaseException), str(act[0]) if act else None
-        who = (self.rank, self.size, self.host, round(time.time(), 3), reason)
-        did = (act[2] if len(act) > 2 else None, action, failed)
-        does = (wait, what, format_ranks(peers), round(idle, 3), _innermost_line(stack_source))
-        return dict(zip(RECORD_KEYS, (*who, *did, *does), strict=True))
+        action = next((facts for _, kind, facts in reversed(events) if kind == "action"), ())
+        start, description, peers = self.open_waits[-1] if self.open_waits else (None, None, ())
+        return Record(
+            rank=self.rank,
+            size=self.size,
+            host=self.host,
+            unix_s=round(time.time(), 3),
+            why=reason,
+            update=action[2] if len(action) > 2 else None,
+            action=str(action[0]) if action else None,
+            failed=isinstance(stack_source, BaseException),
+            wait_s=None if start is None else round(now - start, 3),
+            what=description,
+            peers=format_ranks(peers),
+            idle_s=round(now - events[-1][0] if events else 0.0, 3),
+            place=_innermost_line(stack_source),
+        )
 
     def _current_lines(self, now: float, has_failed: bool) -> Iterator[str]:
-        for since, what, _ in self.open_waits:
-            yield f"waits for {now - since:.3f} s for {what}"
+        for start, description, _ in self.open_waits:
+            yield f"waits for {now - start:.3f} s for {description}"
         if not self.open_waits:
             last = self._events[-1][0] if self._events else now
             state = "has failed" if has_failed else "is in no wait: it is at work"
@@ -205,42 +251,45 @@ class FlightRecorder:
         pending = sorted(entry for source in self.pending_sources for entry in source())
         yield ""
         yield f"outstanding: {len(pending)}"
-        for since, what in pending:
-            yield f"  {now - since:10.3f} s  {what}"
+        for start, description in pending:
+            yield f"  {now - start:10.3f} s  {description}"
 
     def _event_lines(self, now: float) -> Iterator[str]:
         yield ""
         yield f"last events: {len(self._events)}, seconds ago"
-        for when, kind, facts in list(self._events):
-            yield f"  {now - when:10.3f}  {kind:9} {' '.join(map(_format_fact, facts))}".rstrip()
+        for event_time, kind, facts in list(self._events):
+            text = " ".join(map(_format_fact, facts))
+            yield f"  {now - event_time:10.3f}  {kind:9} {text}".rstrip()
 
 
 def dump_stacks_on(signal_number: int) -> None:
-    """Print all stacks on this signal, until a rank has a `Flight` that listens to it."""
-    signal.signal(signal_number, signal.SIG_IGN)  # what `listen` finds for a moment
+    """Print all stacks on this signal, until `FlightRecorder.dump_on_signal` replaces this."""
+    # `dump_on_signal` uncovers this handler for a moment; the default would end the process.
+    signal.signal(signal_number, signal.SIG_IGN)
     if sys.__stderr__ is not None:
         faulthandler.register(signal_number, sys.__stderr__, all_threads=True)
 
 
 def print_error(message: str) -> None:
-    """Print to stderr where that is possible: a full disk must not hide what is told, or done,
-    next."""
+    """Print to stderr; never raise, so that a full disk hides no later message or action."""
     with suppress(OSError, ValueError):
         print(message, file=sys.stderr, flush=True)
 
 
 def flush_output() -> None:
-    """Write out what was printed, where that is possible."""
+    """Flush stdout and stderr; never raise."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
 
 
 def format_ranks(ranks: Iterable[int]) -> str:
-    """Return ranks in few words: "0-3,8"."""
-    found = sorted(set(ranks))
-    breaks = [i for i, (a, b) in enumerate(pairwise(found), 1) if b != a + 1]
-    runs = [found[i:j] for i, j in pairwise([0, *breaks, len(found)])] if found else []
+    """Return ranks as runs: "0-3,8"."""
+    sorted_ranks = sorted(set(ranks))
+    if not sorted_ranks:
+        return ""
+    starts = [i for i, (a, b) in enumerate(pairwise(sorted_ranks), 1) if b != a + 1]
+    runs = [sorted_ranks[i:j] for i, j in pairwise([0, *starts, len(sorted_ranks)])]
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
@@ -261,12 +310,14 @@ def _stack_lines(stack_source: StackSource) -> Iterator[str]:
 
 
 def _innermost_line(stack_source: StackSource) -> str | None:
-    """Return the innermost line outside libraries: file, line, function."""
+    """Return file, line and function of the innermost frame outside libraries."""
     if stack_source is None:
         return None
     if isinstance(stack_source, BaseException):
         stack = traceback.extract_tb(stack_source.__traceback__)
     else:
         stack = traceback.extract_stack(stack_source)
-    own = [each for each in stack if "site-packages" not in each.filename] or list(stack)
-    return f"{Path(own[-1].filename).name}:{own[-1].lineno} in {own[-1].name}" if own else None
+    if not stack:
+        return None
+    frames = [frame for frame in stack if "site-packages" not in frame.filename] or stack
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name}"

@@ -1,4 +1,4 @@
-"""The communicators of one rank, one per purpose."""
+"""ProcessGroups: the communicators of one rank, one per purpose."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ from dtrain.comm.communicator import Comm
 
 @dataclass(frozen=True)
 class ProcessGroups:
-    """The communicators, one per purpose.
+    """The communicators of one rank.
 
     Attributes
     ----------
-    onward, back, control : Comm
-        All ranks: what goes to later blocks, what goes to earlier ones, JSON.
-    replicas, column : Comm
-        The replicas of my stage; the stages of my replica, in order.
+    forward : Comm
+        All ranks: messages to later blocks, or to the same one.
+    backward : Comm
+        All ranks: messages to earlier blocks.
+    control : Comm
+        All ranks: JSON.
+    replicas : Comm
+        The replicas of this rank's stage.
+    pipeline : Comm
+        The stages of this rank's replica, in order.
     """
 
     forward: Comm

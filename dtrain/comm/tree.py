@@ -1,6 +1,6 @@
-"""Tree: bytes from one rank to all, and control data from all to all.
+"""Broadcast of bytes over a binomial tree, and all-gather of control data.
 
-Invariant: nothing here blocks; each function is a generator that yields where it cannot go on.
+Invariant: nothing here blocks; each function is a generator that yields until it can go on.
 
     binomial tree of 8 ranks; the numbers are rounds, ranks are relative to the root
 
@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 
 Steps = Generator[None, None, None]
+"""Communication that yields wherever it would have to wait."""
 
 
 def wait_all(*requests: Request) -> Steps:
@@ -41,33 +42,35 @@ def run_steps(
     wait: Callable[[Callable[[], bool], str], None],
     description: str,
 ) -> T:
-    """Run such a generator to its end, inside one wait, and return its result."""
+    """Run a generator to its end, inside one wait, and return its result."""
     result: list[T] = []
 
-    def done() -> bool:
+    def is_done() -> bool:
         try:
             next(steps)
         except StopIteration as stop:
             result.append(stop.value)
         return bool(result)
 
-    wait(done, description)
+    wait(is_done, description)
     return result[0]
 
 
 def tree_neighbours(rank: int, size: int, root: int) -> tuple[int | None, list[int]]:
     """Return a rank's parent (None at the root) and its children, the largest subtree first."""
-    me = (rank - root) % size
-    low = me & -me if me else 1 << size.bit_length()  # the lowest set bit spans my subtree
-    parent = None if me == 0 else (me - low + root) % size
-    spans = [1 << bit for bit in reversed(range(low.bit_length() - 1))]
-    return parent, [(me + span + root) % size for span in spans if me + span < size]
+    relative = (rank - root) % size
+    # The lowest set bit is the span of the subtree.
+    span = relative & -relative if relative else 1 << size.bit_length()
+    parent = None if relative == 0 else (relative - span + root) % size
+    offsets = [1 << bit for bit in reversed(range(span.bit_length() - 1))]
+    children = [relative + offset for offset in offsets if relative + offset < size]
+    return parent, [(child + root) % size for child in children]
 
 
 def broadcast_bytes(
     transport: Transport, data: Bytes, root: int, tag: int, count_bytes: bool
 ) -> Steps:
-    """Overwrite `data` by the root's, of the same size, down a binomial tree."""
+    """Overwrite `data` by the root's, of the same size. Collective over the group."""
     parent, children = tree_neighbours(transport.rank, transport.size, root)
     if parent is not None:
         yield from wait_all(transport.irecv(data, parent, tag))
@@ -77,7 +80,7 @@ def broadcast_bytes(
 def broadcast_tensors(
     transport: Transport, tensors: Sequence[Tensor], root: int, tag: int, staging: Staging
 ) -> Steps:
-    """Overwrite tensors by the root's, one after the other."""
+    """Overwrite tensors by the root's, one after the other. Collective over the group."""
     for number, tensor in enumerate(tensors):
         require_dense(tensor, "broadcast_", number)
     require_disjoint(tensors, "broadcast_")
@@ -89,29 +92,31 @@ def broadcast_tensors(
 
 
 def allgather_bytes(transport: Transport, item: bytes, tag: int) -> Generator[None, None, bytes]:
-    """Return the JSON items of all ranks as one JSON list, collected and dealt out by rank 0.
+    """Return the JSON items of all ranks as one JSON list. Collective over the group.
 
-    Sizes are unknown, so each message has a header of eight bytes: first its size, then itself.
+    Rank 0 gathers the items and broadcasts the list. Sizes are unknown, so a message of eight bytes
+    with the size precedes each item and the list.
     """
-    mine = np.frombuffer(item, dtype=np.uint8)
     size = np.array([len(item)], dtype=np.int64)
     if transport.rank:
+        data = np.frombuffer(item, dtype=np.uint8)
         yield from wait_all(
             transport.isend(size.view(np.uint8), 0, tag, False),
-            transport.isend(mine, 0, tag, False),
+            transport.isend(data, 0, tag, False),
         )
-        joined = b""
+        json_list = b""
     else:
         others = yield from _gather_bytes(transport, tag)
-        joined = b"[" + b",".join([item, *others]) + b"]"
-    size[0] = len(joined)
+        json_list = b"[" + b",".join([item, *others]) + b"]"
+    size[0] = len(json_list)
     yield from broadcast_bytes(transport, size.view(np.uint8), 0, tag, False)
-    everything = np.frombuffer(joined, np.uint8) if joined else np.empty(size[0], np.uint8)
-    yield from broadcast_bytes(transport, everything, 0, tag, False)
-    return everything.tobytes()
+    result = np.frombuffer(json_list, np.uint8) if json_list else np.empty(size[0], np.uint8)
+    yield from broadcast_bytes(transport, result, 0, tag, False)
+    return result.tobytes()
 
 
 def _gather_bytes(transport: Transport, tag: int) -> Generator[None, None, list[bytes]]:
+    """Return the items of all ranks but 0, on rank 0."""
     sizes = np.zeros((transport.size, 1), dtype=np.int64)
     others = transport.other_ranks()
     yield from wait_all(

@@ -1,7 +1,8 @@
-"""Parcel: how tensors travel between blocks: as they are, or in a byte per number.
+"""WireFormat: tensors between blocks are sent unchanged, or quantised to one byte per number.
 
-Invariant: a sample is coded by itself, so neither micro-batches nor replicas change what arrives,
-and what a block hands to one on the same rank is coded too: no layout changes what is trained.
+Invariant: each sample is quantised by itself, so neither micro-batches nor replicas change a
+received tensor. Tensors between two blocks of one rank are quantised too, so no layout changes the
+trained weights.
 
 ::
 
@@ -19,35 +20,32 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
+from dtrain.comm.buffers import TensorSpec
 from dtrain.comm.quantize import dequantize, quantize
 from dtrain.schedules.actions import Route
 
 Compression = Literal["exact", "int8"]
 
 
-TensorSpec = tuple[tuple[int, ...], torch.dtype]
-"""Shape and dtype of a tensor."""
-
-
 SCALE_BYTES = 4
-"""Of a row's largest magnitude, a float32."""
+"""A row ends with its largest magnitude, a float32."""
 
 
 @final
 @dataclass(frozen=True)
 class WireFormat:
-    """What becomes of tensors under way.
+    """How tensors between blocks are encoded.
 
     Attributes
     ----------
-    wire : "exact" or "int8"
-        "int8" codes what the blocks tell each other of samples, where those are real numbers.
+    compression : "exact" or "int8"
+        "int8" quantises the per-sample floating-point tensors (activations, gradients, errors).
     """
 
     compression: Compression
 
     def is_encoded(self, route: Route, spec: TensorSpec) -> bool:
-        """Say whether what travels on a route is coded; weights and labels are not."""
+        """Return whether a tensor of a route is quantised; weights and labels are not."""
         shape, dtype = spec
         return (
             self.compression == "int8"
@@ -57,31 +55,32 @@ class WireFormat:
         )
 
     def encoded_spec(self, route: Route, spec: TensorSpec) -> TensorSpec:
-        """Return shape and dtype of what is sent in the place of a tensor."""
+        """Return shape and dtype of the tensor that `encode` returns."""
         if not self.is_encoded(route, spec):
             return spec
         rows, *rest = spec[0]
         return (rows, math.prod(rest) + SCALE_BYTES), torch.uint8
 
     def encode(self, route: Route, tensor: Tensor) -> Tensor:
-        """Return what is sent in the place of a tensor, maybe itself."""
+        """Return the tensor to send: `tensor` itself, or (rows, bytes) uint8."""
         if not self.is_encoded(route, (tuple(tensor.shape), tensor.dtype)):
             return tensor
         rows = tensor.reshape(len(tensor), -1).to(torch.float32)
-        most = rows.abs().amax(1, keepdim=True)
-        unit = torch.where(most > 0, rows / most, 0)
+        scale = rows.abs().amax(1, keepdim=True)
+        unit = torch.where(scale > 0, rows / scale, 0)
         codes = quantize(unit.view(-1), "dynamic").view(rows.shape)
-        return torch.cat([codes, most.view(torch.uint8)], 1)
+        return torch.cat([codes, scale.view(torch.uint8)], 1)
 
     def decode(self, route: Route, data: Tensor, spec: TensorSpec) -> Tensor:
-        """Return the tensor of `spec` that was sent as `data`, maybe itself."""
+        """Return the tensor of shape and dtype `spec` that `encode` made `data` from."""
         if not self.is_encoded(route, spec):
             return data
         shape, dtype = spec
         codes = data[:, :-SCALE_BYTES]
-        most = data[:, -SCALE_BYTES:].clone(memory_format=torch.contiguous_format)
+        scale = data[:, -SCALE_BYTES:].clone(memory_format=torch.contiguous_format)
         unit = dequantize(codes.reshape(-1), "dynamic").view(codes.shape)
-        return (unit * most.view(torch.float32)).to(dtype).view(shape)
+        return (unit * scale.view(torch.float32)).to(dtype).view(shape)
 
 
 EXACT = WireFormat("exact")
+"""Sends every tensor unchanged."""

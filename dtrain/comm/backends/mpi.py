@@ -1,11 +1,11 @@
-"""MPI: the wire between processes, and the only importer of mpi4py.
+"""The MPI backend, one process per rank; the only importer of mpi4py.
 
 Invariant: no rank ever blocks inside MPI, where Python's signal handlers do not run. Transfers are
-posted and tested; before `Dup` and `Split`, which exist in a blocking form only, all ranks meet in
-a barrier that is tested.
+posted and tested. `Dup` and `Split` exist only in a blocking form, so a barrier that is tested
+precedes them.
 
-Importing this module initialises MPI. It must come before torch: some MPI libraries choose their
-network card at start and fail when torch has touched it.
+Importing this module initialises MPI. It must be imported before torch: some MPI libraries choose
+their network card at start and fail when torch has touched it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections import Counter
 from collections.abc import Sequence
 from typing import NoReturn, final
 
@@ -21,22 +20,23 @@ import mpi4py
 import numpy as np
 
 from dtrain.comm.backends.base import Backend, Bytes, Request
+from dtrain.comm.node_topology import NodeTopology
 
 mpi4py.rc.thread_level = "serialized"  # some transports do not support "multiple"
 from mpi4py import MPI  # noqa: E402
 
 SPINS = {True: 200, False: 400}
-"""Turns of a wait before it starts to sleep, where the ranks of a host share cores and where not:
-a wait that has lasted a millisecond loses nothing by a nap, and what else runs there wins.
+"""Turns of a wait before it starts to sleep, by whether the host has more ranks than cores.
+
+After a millisecond a short sleep costs the wait nothing, and other processes get the core.
 """
 
 
-SLEEP_S = (50e-6, 200e-6)
-"""Shortest and longest sleep."""
+MIN_SLEEP_S, MAX_SLEEP_S = 50e-6, 200e-6
 
 
 FIELD_BYTES = 1024
-"""Room for the host's name and the mask of its cores."""
+"""Bytes that a rank sends with its host's name and the mask of its cores."""
 
 
 @final
@@ -44,21 +44,22 @@ class MpiRequest(Request):
     """A request of MPI; `count` is the size of a receive in bytes, None for a send."""
 
     def __init__(self, request: MPI.Request, count: int | None = None) -> None:
-        self._request, self._count = request, count
+        self._request = request
+        self._count = count
 
     def test(self) -> bool:
-        """Return whether it is complete; raise where a message of another size came."""
+        """Return whether it is complete; raise `RuntimeError` for a message of another size."""
         if self._count is None:
             return self._request.Test()
         status = MPI.Status()
         if not self._request.Test(status):
             return False
-        if (found := status.Get_count(MPI.BYTE)) != self._count:
+        if (count := status.Get_count(MPI.BYTE)) != self._count:
             raise RuntimeError(
-                f"message of {found} bytes from rank {status.source} with tag {status.tag} met a "
+                f"message of {count} bytes from rank {status.source} with tag {status.tag} met a "
                 f"receive of {self._count} bytes"
             )
-        self._count = None  # from now on the request is null and its status empty
+        self._count = None  # the request is null from now on, and its status empty
         return True
 
 
@@ -69,12 +70,12 @@ class MpiBackend(Backend):
     Parameters
     ----------
     comm : MPI.Intracomm
-        Must not be used by anything else.
+        Nothing else may use it.
     hosts : sequence of str
         Host of each of its ranks.
-    crowded : bool
-        Whether the ranks of my host are more than its cores, so that waits must sleep.
-    world : sequence of int, optional
+    oversubscribed : bool
+        Whether this host has more ranks than cores, so that waits must sleep.
+    world_ranks : sequence of int, optional
         World rank of each of its ranks; default: it is the world.
     """
 
@@ -86,9 +87,11 @@ class MpiBackend(Backend):
         world_ranks: Sequence[int] | None = None,
     ) -> None:
         self.rank, self.size = comm.rank, comm.size
-        self.hosts, self.library = tuple(hosts), library_version()
+        self.hosts = tuple(hosts)
+        self.library = library_version()
         self.world_ranks = tuple(range(comm.size) if world_ranks is None else world_ranks)
-        self._comm, self._oversubscribed = comm, oversubscribed
+        self._comm = comm
+        self._oversubscribed = oversubscribed
 
     def isend(self, data: Bytes, dest: int, tag: int) -> Request:
         """Send (`MPI_Issend`)."""
@@ -99,20 +102,19 @@ class MpiBackend(Backend):
         return MpiRequest(self._comm.Irecv([data, data.size, MPI.BYTE], source, tag), data.size)
 
     def idle(self, turn: int, description: str) -> None:
-        """Yield; after some turns sleep."""
+        """Yield the core; after some turns sleep."""
         _yield_or_sleep(turn, self._oversubscribed)
 
     def split(self, color: int, key: int) -> MpiBackend:
-        """Return the wire of the ranks with my colour. Collective."""
+        """Return the backend of the ranks of this colour. Collective over the group."""
         _barrier(self._comm, self._oversubscribed)
         child = MPI.Intracomm(self._comm.Split(color, key))
-        mine, theirs = child.Get_group(), self._comm.Get_group()
-        ranks = MPI.Group.Translate_ranks(mine, list(range(child.size)), theirs)
-        hosts, world = (
-            [self.hosts[rank] for rank in ranks],
-            [self.world_ranks[rank] for rank in ranks],
+        ranks = MPI.Group.Translate_ranks(
+            child.Get_group(), list(range(child.size)), self._comm.Get_group()
         )
-        return MpiBackend(child, hosts, self._oversubscribed, world)
+        hosts = [self.hosts[rank] for rank in ranks]
+        world_ranks = [self.world_ranks[rank] for rank in ranks]
+        return MpiBackend(child, hosts, self._oversubscribed, world_ranks)
 
     def abort(self, code: int) -> NoReturn:
         """End all ranks (`MPI_Abort`)."""
@@ -120,7 +122,7 @@ class MpiBackend(Backend):
 
 
 def world_size() -> int:
-    """Return how many ranks MPI found; sends nothing."""
+    """Return the number of ranks that MPI started; sends nothing."""
     return MPI.COMM_WORLD.size
 
 
@@ -135,30 +137,29 @@ def abort(code: int) -> NoReturn:
 
 
 def world_backend() -> MpiBackend:
-    """Return the wire of all ranks. Collective."""
+    """Return the backend of all ranks. Collective over all ranks."""
     _barrier(MPI.COMM_WORLD, oversubscribed=True)
     comm = MPI.Intracomm(MPI.COMM_WORLD.Dup())
     fields = np.zeros((comm.size, FIELD_BYTES), dtype=np.uint8)
-    mine = f"{platform.node()} {_core_mask():x}".encode()
-    fields[comm.rank, : len(mine)] = np.frombuffer(mine, dtype=np.uint8)
+    own_field = f"{platform.node()} {_core_mask():x}".encode()
+    fields[comm.rank, : len(own_field)] = np.frombuffer(own_field, dtype=np.uint8)
     _poll_until_complete(
         comm.Iallgather(MPI.IN_PLACE, [fields, FIELD_BYTES, MPI.BYTE]), oversubscribed=True
     )
-    words = [field.tobytes().rstrip(b"\0").decode().split() for field in fields]
-    hosts = [host for host, _ in words]
-    here = hosts[comm.rank]
+    pairs = [field.tobytes().rstrip(b"\0").decode().split() for field in fields]
+    hosts = [host for host, _ in pairs]
+    node_ranks = NodeTopology(hosts, comm.rank).node_ranks
     cores = 0
-    for host, mask in words:
-        if host == here:
-            cores |= int(mask, 16)
-    return MpiBackend(comm, hosts, Counter(hosts)[here] > cores.bit_count())
+    for rank in node_ranks:
+        cores |= int(pairs[rank][1], 16)
+    return MpiBackend(comm, hosts, len(node_ranks) > cores.bit_count())
 
 
 def _core_mask() -> int:
     """Return the cores that this process may use, as a mask.
 
-    Launchers may bind each rank to cores of its own, so a host's cores are what all its ranks'
-    masks have together.
+    Launchers may bind each rank to cores of its own, so a host's cores are the union over its
+    ranks.
     """
     if hasattr(os, "sched_getaffinity"):
         return sum(1 << core for core in os.sched_getaffinity(0))
@@ -167,7 +168,7 @@ def _core_mask() -> int:
 
 def _yield_or_sleep(turn: int, oversubscribed: bool) -> None:
     if turn >= SPINS[oversubscribed]:
-        time.sleep(min(SLEEP_S[1], SLEEP_S[0] * (turn // SPINS[oversubscribed])))
+        time.sleep(min(MAX_SLEEP_S, MIN_SLEEP_S * (turn // SPINS[oversubscribed])))
     elif hasattr(os, "sched_yield"):
         os.sched_yield()
     else:
@@ -182,5 +183,5 @@ def _poll_until_complete(request: MPI.Request, oversubscribed: bool) -> None:
 
 
 def _barrier(comm: MPI.Intracomm, oversubscribed: bool) -> None:
-    """Return when all ranks are here."""
+    """Return when all ranks have called this. Collective over `comm`."""
     _poll_until_complete(comm.Ibarrier(), oversubscribed)

@@ -1,4 +1,4 @@
-"""The flight recorder: what is kept, what is told, and that recording costs next to nothing."""
+"""The flight recorder: its ring of events, its records, and that recording is cheap."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-from dtrain.comm import context as family
+from dtrain.comm import context
 from dtrain.comm.backends import threads
+from dtrain.comm.backends.base import Deadlock
 from dtrain.comm.backends.single import SingleBackend
 from dtrain.comm.communicator import Comm
 from dtrain.comm.flight_recorder import MAX_EVENTS, RECORD_KEYS, FlightRecorder, dump_stacks_on
-from tests.ranks.contract import looking
+from tests.ranks.contract import observed, observing
+from tests.refusals import refuses
 
 
 def test_the_last_events_are_kept_in_order() -> None:
@@ -31,20 +33,20 @@ def test_the_last_events_are_kept_in_order() -> None:
     assert lines == [["action", str(number)] for number in range(10, MAX_EVENTS + 10)]
 
 
-def test_words_are_made_where_somebody_asks() -> None:
-    """An event costs a tuple: what it is about is asked for its words only by `text`."""
-    asked: list[int] = []
+def test_events_are_formatted_only_in_a_record() -> None:
+    """An event costs a tuple: its facts are formatted by `text` alone."""
+    calls: list[int] = []
 
     class Fact:
         def __str__(self) -> str:
-            asked.append(1)
+            calls.append(1)
             return "F3.0"
 
     flight = FlightRecorder()
     flight.note("action", Fact(), "took", 0.25)
-    assert not asked
+    assert not calls
     assert "action    F3.0 took 0.250000 s" in flight.text()
-    assert asked
+    assert calls
 
 
 def test_an_event_is_cheap() -> None:
@@ -58,7 +60,7 @@ def test_an_event_is_cheap() -> None:
     assert best < 3e-6
 
 
-def test_ages_waits_and_stacks_are_told() -> None:
+def test_a_record_shows_ages_waits_and_the_stack() -> None:
     flight = FlightRecorder("rank 3 of 4 on n1", 3)
     now = time.perf_counter()
     flight.open_waits += [(now - 5, "the outer thing", (1, 2)), (now - 2, "the inner thing", (0,))]
@@ -69,9 +71,9 @@ def test_ages_waits_and_stacks_are_told() -> None:
     outer, inner = (line for line in text.splitlines() if line.startswith("waits for"))
     assert outer.startswith("waits for 5.0")
     assert inner.startswith("waits for 2.0")
-    told = text[text.index("outstanding: 2") :].splitlines()[1:3]
-    assert [line.split()[0][:2] for line in told] == ["4.", "1."], "the oldest first"
-    assert "in test_ages_waits_and_stacks_are_told" in text
+    pending = text[text.index("outstanding: 2") :].splitlines()[1:3]
+    assert [line.split()[0][:2] for line in pending] == ["4.", "1."], "the oldest first"
+    assert "in test_a_record_shows_ages_waits_and_the_stack" in text
 
 
 def test_a_dump_replaces_the_one_before(tmp_path: Path) -> None:
@@ -82,24 +84,24 @@ def test_a_dump_replaces_the_one_before(tmp_path: Path) -> None:
         raise ZeroDivisionError("no number")
     except ZeroDivisionError as error:
         flight.dump("second", error)
-    (found,) = flight.folder.iterdir()
-    assert found.name == "rank-00012.txt"
-    assert ": second" in found.read_text()
-    assert "ZeroDivisionError: no number" in found.read_text()
+    (path,) = flight.folder.iterdir()
+    assert path.name == "rank-00012.txt"
+    assert ": second" in path.read_text()
+    assert "ZeroDivisionError: no number" in path.read_text()
 
 
 def test_a_dump_never_raises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flight = FlightRecorder("rank 1")
     flight.folder = tmp_path / "missing" / "flight"
     flight.dump()
-    assert "no flight record of rank 1" in capsys.readouterr().err
+    assert "rank 1" in capsys.readouterr().err
     flight.folder = None
     flight.dump("before the run folder is ours")
     assert "before the run folder is ours" in capsys.readouterr().err
 
 
-def test_a_deadlock_leaves_what_each_rank_waited_for() -> None:
-    """Ranks of threads have recorders of their own, which groups of one rank share."""
+def test_records_of_a_deadlock_show_the_wait_of_each_rank() -> None:
+    """Each rank that is a thread has its own recorder, which all its groups share."""
     texts: dict[int, str] = {}
 
     def work(comm: Comm) -> None:
@@ -111,44 +113,46 @@ def test_a_deadlock_leaves_what_each_rank_waited_for() -> None:
         finally:
             texts[comm.rank] = comm.flight.text()
 
-    with pytest.raises(RuntimeError, match="deadlock"):
+    with refuses(Deadlock, "comm.deadlock"):
         threads.run_ranks(3, work, hosts=["a", "b", "c"])
     for rank, text in texts.items():
         peer = (rank + 1) % 3
         assert f"for (4,) int64 from rank {peer} with tag 2" in text
-        place = f"rank {peer} of ring (world rank {peer} on {'abc'[peer]}) with tag 2"
-        assert f"receive (4,) int64 from {place}" in text
+        channel = f"rank {peer} of ring (world rank {peer} on {'abc'[peer]}) with tag 2"
+        assert f"receive (4,) int64 from {channel}" in text
 
 
-def here(text: str) -> dict[str, Any]:
-    """Return what a record tells programs."""
-    found: dict[str, Any] = json.loads(text.splitlines()[1])
-    return found
+def json_record(text: str) -> dict[str, Any]:
+    """Return the JSON line of a record."""
+    record: dict[str, Any] = json.loads(text.splitlines()[1])
+    return record
 
 
-def test_a_record_tells_programs_who_waits_for_whom() -> None:
+def test_the_json_line_has_the_wait_and_its_peers() -> None:
     flight = FlightRecorder("rank 3 of 8 on n1", 3, 8, "n1")
     flight.note("action", "F3.0", "update", 17)
     flight.open_waits.append((time.perf_counter() - 5, "a mean", (0, 1, 2, 7)))
-    told = here(flight.text("SIGUSR1\nof somebody", sys._getframe()))
-    assert tuple(told) == RECORD_KEYS
-    assert 5 <= told.pop("wait_s") < 6
-    assert abs(told.pop("unix_s") - time.time()) < 5
-    assert 0 <= told.pop("idle_s") < 1
-    assert "in test_a_record_tells" in told.pop("place")
-    assert told == {
-        **{"rank": 3, "size": 8, "host": "n1", "why": "SIGUSR1\nof somebody", "update": 17},
+    record = json_record(flight.text("SIGUSR1\nof a user", sys._getframe()))
+    assert tuple(record) == RECORD_KEYS
+    assert 5 <= record.pop("wait_s") < 6
+    assert abs(record.pop("unix_s") - time.time()) < 5
+    assert 0 <= record.pop("idle_s") < 1
+    assert "in test_the_json_line" in record.pop("place")
+    assert record == {
+        **{"rank": 3, "size": 8, "host": "n1", "why": "SIGUSR1\nof a user", "update": 17},
         **{"action": "F3.0", "failed": False, "what": "a mean", "peers": "0-2,7"},
     }
 
 
-def test_a_record_that_nothing_happened_before_is_whole() -> None:
-    told = here(FlightRecorder("rank 0").text())
-    absent = {key for key, value in told.items() if value is None}
+def test_a_record_before_any_event_is_complete() -> None:
+    record = json_record(FlightRecorder("rank 0").text())
+    absent = {key for key, value in record.items() if value is None}
     assert absent == {"update", "action", "wait_s", "what", "place"}
 
 
-def test_the_record_of_a_failure_is_not_replaced_by_what_it_caused(tmp_path: Path) -> None:
+def test_the_record_of_a_failure_is_not_replaced_by_that_of_the_signal_after_it(
+    tmp_path: Path,
+) -> None:
     flight = FlightRecorder("rank 1", 1)
     flight.folder = tmp_path
     flight.dump("ZeroDivisionError: none", ZeroDivisionError("none"))
@@ -157,11 +161,11 @@ def test_the_record_of_a_failure_is_not_replaced_by_what_it_caused(tmp_path: Pat
     assert "ZeroDivisionError: none" in text.splitlines()[0]
     assert "has failed; its last event is 0.000 s old" in text
     assert "is at work" not in text
-    assert here(text)["failed"]
+    assert json_record(text)["failed"]
 
 
 def linger(comm: Comm) -> None:
-    """Let the others come to their next wait; messages to itself show that this rank lives."""
+    """Let the others reach their next wait; messages to itself prevent a deadlock error."""
     for _ in range(20):
         comm.post_recv(comm.rank, 1, [((3,), torch.float32)])
         comm.isend(torch.zeros(3), comm.rank, 1)
@@ -169,14 +173,14 @@ def linger(comm: Comm) -> None:
         comm.transport.backend.idle(0, "the others")
 
 
-def talk(comm: Comm, group: Comm, now: list[str]) -> None:
-    """Call one verb after the other in a group of two, the second rank always first."""
+def call_all(comm: Comm, group: Comm, called: list[str]) -> None:
+    """Call one operation after the other in a group of two, the second rank always first."""
     tensor = torch.zeros(3)
-    for verb in ("recv", "exchange", "broadcast", "mean", "flush"):
-        now.append(verb)
+    for operation in ("recv", "exchange", "broadcast", "mean", "flush"):
+        called.append(operation)
         if group.rank == 0:
             linger(comm)
-        match verb:
+        match operation:
             case "recv" if group.rank == 0:
                 group.isend(tensor, 1, 4)
             case "recv":
@@ -196,51 +200,56 @@ def talk(comm: Comm, group: Comm, now: list[str]) -> None:
                 group.flush()
 
 
-def test_what_each_verb_waits_for_is_told_by_ranks_of_the_world() -> None:
-    """The odd ranks of the world are a group; its rank 0, world rank 1, comes later to all."""
-    seen: dict[str, dict[str, Any]] = {}
-    now: list[str] = []
+def test_peers_of_every_operation_are_world_ranks() -> None:
+    """The odd ranks of the world are a group; its rank 0, world rank 1, is late in every call."""
+    records: dict[str, dict[str, Any]] = {}
+    called: list[str] = []
 
     def work(comm: Comm) -> None:
-        group = comm.split(comm.rank % 2, name="odd")
-        if comm.rank % 2 == 0:
+        world = observed(comm)
+        group = world.split(world.rank % 2, name="odd")
+        if world.rank % 2 == 0:
             return
+
+        def record() -> None:
+            records[called[-1]] = json_record(world.flight.text())
+
         if group.rank:
-            with looking(comm, lambda: seen.update({now[-1]: here(comm.flight.text())})):
-                talk(comm, group, now)
+            with observing(world, record):
+                call_all(world, group, called)
         else:
-            talk(comm, group, [])
+            call_all(world, group, [])
 
     threads.run_ranks(4, work)
-    peers = {verb: each["peers"] for verb, each in seen.items()}
-    both = dict.fromkeys(("exchange", "broadcast", "mean"), "1,3")
-    assert peers == {"recv": "1", "flush": "1"} | both
-    for verb in ("exchange", "broadcast", "mean"):
-        assert " of odd" in seen[verb]["what"]
-        assert " with tag " in seen[verb]["what"]
+    collectives = ("exchange", "broadcast", "mean")
+    peers = {operation: record["peers"] for operation, record in records.items()}
+    assert peers == {"recv": "1", "flush": "1"} | dict.fromkeys(collectives, "1,3")
+    for operation in collectives:
+        assert " of odd" in records[operation]["what"]
+        assert " with tag " in records[operation]["what"]
 
 
 def test_a_split_is_a_wait() -> None:
-    told: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
 
     def work(comm: Comm) -> None:
         if comm.rank:
             linger(comm)
-            told.append(here(flights[0].text()))
+            records.append(json_record(flights[0].text()))
         else:
             flights.append(comm.flight)
         comm.split(0)
 
     flights: list[FlightRecorder] = []
     threads.run_ranks(2, work)
-    assert told[0]["peers"] == "0-1"
-    assert "all ranks of world, to split it" in told[0]["what"]
+    assert records[0]["peers"] == "0-1"
+    assert "world" in records[0]["what"]
 
 
-def test_a_long_wait_says_so_once_and_waits_on(
+def test_a_long_wait_writes_a_record_once_and_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(family, "SLOW_WAIT_S", 0.05)
+    monkeypatch.setattr(context, "SLOW_WAIT_S", 0.05)
 
     def work(comm: Comm) -> None:
         comm.flight.folder = tmp_path / "flight"
@@ -250,23 +259,23 @@ def test_a_long_wait_says_so_once_and_waits_on(
         comm.allgather_object(None)
 
     threads.run_ranks(3, work)
-    told = [(tmp_path / "flight" / f"rank-0000{rank}.txt").read_text() for rank in range(2)]
-    assert all(": no message for 0.05 s" in text.splitlines()[0] for text in told)
-    assert "waits for 0.0" in told[0]
+    texts = [(tmp_path / "flight" / f"rank-0000{rank}.txt").read_text() for rank in range(2)]
+    assert all(json_record(text)["why"] == "no message for 0.05 s" for text in texts)
+    assert "waits for 0.0" in texts[0]
     err = capsys.readouterr().err
     assert err.count("dtrain: ") == 1
-    assert "rank 0 of 3 on localhost has waited 0.05 s for the control data" in err
+    assert "rank 0 of 3 on localhost has waited 0.05 s for " in err
     assert str(tmp_path / "flight" / "rank-00000.txt") in err
     assert f"`dtrain flight {tmp_path}`" in err
 
 
-def test_nothing_that_cannot_be_told_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full disk under the log: neither a record nor an abort fails by what it says."""
-    tried: list[str] = []
+def test_output_that_fails_raises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk under the log lets neither a record nor an abort fail."""
+    attempts: list[str] = []
 
     class Full:
         def write(self, text: str) -> None:
-            tried.append(text)
+            attempts.append(text)
             raise OSError(28, "No space left on device")
 
         def flush(self) -> None:
@@ -281,13 +290,14 @@ def test_nothing_that_cannot_be_told_is_raised(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(SystemExit) as end:
         Comm(SingleBackend()).abort(4)
     assert end.value.code == 4
-    assert tried[-2:] == ["flush", "flush"]
-    assert "to stderr" in tried[0]
-    assert "no flight record of rank 1" in tried[-3]
+    assert attempts[-2:] == ["flush", "flush"]
+    assert "to stderr" in attempts[0]
+    assert "rank 1" in attempts[-3]
 
 
 @pytest.fixture
-def listening(tmp_path: Path) -> Iterator[FlightRecorder]:
+def recorder(tmp_path: Path) -> Iterator[FlightRecorder]:
+    """Return a recorder that writes on SIGUSR1."""
     before = signal.getsignal(signal.SIGUSR1)
     flight = FlightRecorder("rank 2", 2)
     dump_stacks_on(signal.SIGUSR1)  # as every rank does before
@@ -298,20 +308,20 @@ def listening(tmp_path: Path) -> Iterator[FlightRecorder]:
     signal.signal(signal.SIGUSR1, before)
 
 
-def test_stacks_are_written_from_c_too(listening: FlightRecorder) -> None:
-    assert listening.folder is not None
+def test_stacks_are_written_from_c_too(recorder: FlightRecorder) -> None:
+    assert recorder.folder is not None
     os.kill(os.getpid(), signal.SIGUSR1)
-    stacks = (listening.folder / "rank-00002.stacks").read_text()
+    stacks = (recorder.folder / "rank-00002.stacks").read_text()
     assert "Current thread" in stacks
     assert "in test_stacks_are_written_from_c_too" in stacks
-    record = (listening.folder / "rank-00002.txt").read_text()
+    record = (recorder.folder / "rank-00002.txt").read_text()
     assert ": SIGUSR1" in record.splitlines()[0]
-    listening.close()
-    assert (listening.folder / "rank-00002.stacks").exists(), "somebody may still read it"
+    recorder.close()
+    assert (recorder.folder / "rank-00002.stacks").exists(), "users may still read it"
 
 
-def test_a_rank_that_nobody_asked_leaves_nothing(listening: FlightRecorder) -> None:
-    assert listening.folder is not None
-    assert (listening.folder / "rank-00002.stacks").exists()
-    listening.close()
-    assert not listening.folder.exists()
+def test_a_rank_without_a_signal_leaves_no_file(recorder: FlightRecorder) -> None:
+    assert recorder.folder is not None
+    assert (recorder.folder / "rank-00002.stacks").exists()
+    recorder.close()
+    assert not recorder.folder.exists()
