@@ -21,8 +21,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dtrain.block.block import BackwardPair, Block
-from dtrain.block.micro_batch import Given, MicroBatch, RowRandom
+from dtrain.block.block import Block
+from dtrain.block.micro_batch import MicroBatch, RowRandom
 from dtrain.block.saved_tensors import SavedTensors
 from dtrain.block.split_backward import SplitBackward
 from dtrain.block.weight_versions import WeightVersions
@@ -38,6 +38,7 @@ from dtrain.engine.update import UpdateStep
 from dtrain.errors import NumericalError
 from dtrain.mesh import RankPosition
 from dtrain.objectives.base import GRADIENT
+from dtrain.objectives.forward import backward_pairs, forward_micro_batch
 from dtrain.schedules.actions import Action
 from dtrain.syncs.base import Sync
 
@@ -170,7 +171,7 @@ class Engine:
                     case "B" | "I":
                         self._backward(action, batch, update, epoch)
                     case "W":
-                        SplitBackward.backward_weight(self.micro_batches[action[1:4]])
+                        SplitBackward.backward_weight(self.micro_batches[action.key])
                         self._release(action)
                     case _:
                         self._update(action, batch, update, epoch)
@@ -186,120 +187,97 @@ class Engine:
         return action.kind == "F" and not action.pass_ and action.block in self.needs_samples
 
     def _forward(self, action: Action, loader: Loader, batch: Batch, update: int) -> None:
-        task, block, key = self.block_specs[action.block], self.blocks[action.block], action[1:4]
-        before = self.micro_batches.get(key)
-        given = self._forward_inputs(action, loader, batch, update, before)
-        with torch.no_grad():
-            x = block.writable_input(
-                self.objective.make_input(task, block, given), given.samples
-            ).detach()
-        x.requires_grad_(action.block in self.needs_input_gradient and x.is_floating_point())
-        draw = (update, action.micro, self.position.replica)
-        last = action.micro + 1 == len(batch.micro_batch_indices)
-        with (
-            self.weight_versions[action.block].forward_weights(action, last),
-            self.saved_tensors.record(key),
-        ):
-            kept = block.run_forward(x, draw, self.objective.needs_graph(task, action.pass_))
-        live = MicroBatch(
-            **kept,
-            targets=given.targets,
-            loss_scale=len(given.targets) / batch.local_rows,
-            received=given.received,
-            row_random=given.row_random,
-            samples=given.samples,
-            raw_samples=given.raw_samples,
-            indices=given.indices,
-            previous_pass=before,
+        block, key = self.blocks[action.block], action.key
+        received = self.router.receive(action)
+        previous = self.micro_batches.get(key)
+        micro_batch = (
+            self._new_micro_batch(action, loader, batch, update, received)
+            if previous is None
+            else previous.next_pass(received)
         )
-        self.micro_batches[key] = live
-        self.saved_tensors.add_micro_batch(key, live)
-        self.peak_live = max(self.peak_live, len({(u, m) for _, u, m in self.micro_batches}))
-        self.router.send(action, block, live)
-
-    def _forward_inputs(
-        self, action: Action, loader: Loader, batch: Batch, update: int, previous: MicroBatch | None
-    ) -> Given:
-        """Return what a forward is given: messages, data, labels, random numbers."""
-        told = self.router.receive(action)
-        if previous is not None:
-            kept = (
-                previous.samples,
-                previous.raw_samples,
-                previous.indices,
-                previous.row_random,
-                action.pass_,
-                previous,
+        last = action.micro + 1 == len(batch.micro_batch_indices)
+        with self.weight_versions[action.block].forward_weights(action, last):
+            forward_micro_batch(
+                self.objective,
+                self.block_specs[action.block],
+                block,
+                micro_batch,
+                action.block in self.needs_input_gradient,
+                self.saved_tensors,
             )
-            return Given(previous.targets, told, *kept, training=True)
+        self.micro_batches[key] = micro_batch
+        self.peak_live = max(self.peak_live, len({(u, m) for _, u, m in self.micro_batches}))
+        self.router.send(action, block, micro_batch)
+
+    def _new_micro_batch(
+        self,
+        action: Action,
+        loader: Loader,
+        batch: Batch,
+        update: int,
+        received: dict[str, Tensor],
+    ) -> MicroBatch:
+        """Return a micro-batch before its first pass: messages, data, labels, random numbers."""
         indices = batch.micro_batch_indices[action.micro]
         start = batch.first_row + sum(map(len, batch.micro_batch_indices[: action.micro]))
-        draws = RowRandom(
-            self.engine_spec.seed, action.block, update, batch.rows, start, len(indices)
-        )
-        targets = self._to_device(loader.dataset.targets(indices))
-        sample = self._to_device(loader.read()) if self._reads_samples(action) else None
-        image = None
+        samples = self._to_device(loader.read()) if self._reads_samples(action) else None
+        raw_samples = None
         if (
-            sample is not None
+            samples is not None
             and self.objective.needs_raw_samples
             and loader.dataset.value_range is not None
         ):
-            image = loader.dataset.to_unit_range(sample)
-        which = self._to_device(torch.from_numpy(indices))
-        return Given(targets, told, sample, image, which, draws, training=True)
+            raw_samples = loader.dataset.to_unit_range(samples)
+        return MicroBatch(
+            targets=self._to_device(loader.dataset.targets(indices)),
+            loss_scale=len(indices) / batch.local_rows,
+            received=received,
+            samples=samples,
+            raw_samples=raw_samples,
+            indices=self._to_device(torch.from_numpy(indices)),
+            row_random=RowRandom(
+                self.engine_spec.seed, action.block, update, batch.rows, start, len(indices)
+            ),
+            training=True,
+            rng_key=(update, action.micro, self.position.replica),
+        )
 
     def _backward(self, action: Action, batch: Batch, update: int, epoch: int) -> None:
-        block, key = self.blocks[action.block], action[1:4]
-        live = self.micro_batches[key]
-        live.received = {**live.received, **self.router.receive(action)}
+        block, micro_batch = self.blocks[action.block], self.micro_batches[action.key]
+        micro_batch.received = {**micro_batch.received, **self.router.receive(action)}
         with self.weight_versions[action.block].backward_weights(action):
-            pulls = self._backward_pairs(block, live, key)
+            pairs = backward_pairs(
+                self.objective,
+                self.block_specs[action.block],
+                block,
+                micro_batch,
+                self.saved_tensors,
+            )
+            self._add_metrics(block.index, micro_batch)
             if action.kind == "I":
                 assert block.split_backward is not None
-                block.split_backward.backward_input(pulls, live)
+                block.split_backward.backward_input(pairs, micro_batch)
             else:
-                block.backward(pulls, self.update_step.gradient_hook(action, batch, update, epoch))
-        self.router.send(action, block, live)
+                block.backward(pairs, self.update_step.gradient_hook(action, batch, update, epoch))
+        self.router.send(action, block, micro_batch)
         if action.kind == "B":
             self._release(action)
 
-    def _backward_pairs(
-        self, block: Block, micro_batch: MicroBatch, key: MicroBatchKey
-    ) -> list[BackwardPair]:
-        """Return what the objective pulls at, and note what it measured."""
-        if block.recompute:
-            self._recompute(block, micro_batch, key)
-        with self.saved_tensors.record(key), block.head_rng(micro_batch):
-            pulls = [
-                *self.objective.backward_pairs(self.block_specs[block.index], block, micro_batch)
-            ]
+    def _add_metrics(self, index: int, micro_batch: MicroBatch) -> None:
+        """Add the loss and the metrics of a micro-batch; refuse a loss that is not finite."""
+        rows = len(micro_batch.targets)
         if micro_batch.loss is not None:
             loss = float(micro_batch.loss)
             if not math.isfinite(loss):
                 advice = "lower [optimizer] lr, or set clip"
-                raise NumericalError(
-                    "todo.key", f"the loss of block {block.index} is {loss}: {advice}"
-                )
-            self.metric_sums.add_loss(block.index, loss * len(micro_batch.targets))
+                raise NumericalError("todo.key", f"the loss of block {index} is {loss}: {advice}")
+            self.metric_sums.add_loss(index, loss * rows)
         for name, mean in micro_batch.metrics.items():
-            self.metric_sums.add_metric(block.index, name, float(mean) * len(micro_batch.targets))
-        return pulls
-
-    def _recompute(self, block: Block, micro_batch: MicroBatch, key: MicroBatchKey) -> None:
-        """Compute again what the passes of a micro-batch did not keep."""
-        self.saved_tensors.drop(key)
-        with self.saved_tensors.record(key):
-            for pass_, each in enumerate(micro_batch.passes()):
-                if self.objective.needs_graph(self.block_specs[block.index], pass_):
-                    block.recompute_forward(each)
-        for each in micro_batch.passes():
-            self.saved_tensors.add_micro_batch(key, each)
+            self.metric_sums.add_metric(index, name, float(mean) * rows)
 
     def _release(self, action: Action) -> None:
         """Let go of a micro-batch that is learnt."""
-        del self.micro_batches[action[1:4]]
-        self.saved_tensors.drop(action[1:4])
+        self.saved_tensors.drop(self.micro_batches.pop(action.key))
         self.weight_versions[action.block].done(action)
 
     def _update(self, action: Action, batch: Batch, update: int, epoch: int) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from dtrain.block.block import BackwardPair, Block, DetachEvery
-from dtrain.block.micro_batch import Given, MicroBatch
+from dtrain.block.micro_batch import MicroBatch
 from dtrain.models.layers import NamedFactories
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.schedules.actions import Point, Route
@@ -196,7 +196,7 @@ class Objective(ABC):
         """Say whether autograd must record this forward pass of a micro-batch."""
         return True
 
-    def make_input(self, spec: BlockSpec, block: Block, micro_batch: Given) -> Tensor:
+    def make_input(self, spec: BlockSpec, block: Block, micro_batch: MicroBatch) -> Tensor:
         """Return what the block's first layer gets: what arrived, or the data."""
         if ACTIVATION in micro_batch.received:
             return micro_batch.received[ACTIVATION]

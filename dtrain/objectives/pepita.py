@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
 from dtrain.block.block import BackwardPair, Block
-from dtrain.block.micro_batch import Given, MicroBatch
+from dtrain.block.micro_batch import MicroBatch
 from dtrain.errors import ConfigError
 from dtrain.objectives.base import ExecutionMode, Objective, forward_routes, scaled_loss_pair
 from dtrain.objectives.block_spec import BlockSpec
@@ -119,7 +119,7 @@ class Pepita(Objective):
         """The second pass is learnt; the first is the only one where one block learns alone."""
         return pass_ == 1 or spec.blocks == 1
 
-    def make_input(self, spec: BlockSpec, block: Block, micro_batch: Given) -> Tensor:
+    def make_input(self, spec: BlockSpec, block: Block, micro_batch: MicroBatch) -> Tensor:
         """Return what arrived, or the data; in the second pass modulated."""
         x = super().make_input(spec, block, micro_batch)
         if ERROR not in micro_batch.received:

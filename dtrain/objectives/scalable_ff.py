@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, layer_norm, one_hot, softplus
 
 from dtrain.block.block import BackwardPair, Block
-from dtrain.block.micro_batch import Given, MicroBatch
+from dtrain.block.micro_batch import MicroBatch
 from dtrain.objectives.base import ACTIVATION, VOTES, ExecutionMode, Objective, forward_routes
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.common import probe_head as summit
@@ -106,7 +106,7 @@ class ScalableFf(Objective):
             *(forward_routes(blocks, VOTES) if mode == "predict" else ()),
         )
 
-    def make_input(self, spec: BlockSpec, block: Block, micro_batch: Given) -> Tensor:
+    def make_input(self, spec: BlockSpec, block: Block, micro_batch: MicroBatch) -> Tensor:
         """Return what arrived, normed sample by sample, or the data."""
         if ACTIVATION not in micro_batch.received:
             return super().make_input(spec, block, micro_batch)

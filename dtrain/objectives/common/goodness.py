@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot, softplus
 
 from dtrain.block.block import BackwardPair, Block
-from dtrain.block.micro_batch import Given, MicroBatch
+from dtrain.block.micro_batch import MicroBatch
 from dtrain.errors import ConfigError
 from dtrain.objectives.base import ACTIVATION, VOTES, ExecutionMode, Objective, forward_routes
 from dtrain.objectives.block_spec import BlockSpec
@@ -148,13 +148,13 @@ class Goodness(Objective):
             sample, sample.new_full((len(sample), spec.classes), 1 / spec.classes)
         )
 
-    def training_input(self, spec: BlockSpec, micro_batch: Given, sample: Tensor) -> Tensor:
+    def training_input(self, spec: BlockSpec, micro_batch: MicroBatch, sample: Tensor) -> Tensor:
         """Return what block 0 is fed in training: [positives; negatives; neutral]."""
         pair = (micro_batch.targets, negatives.random_labels(micro_batch, spec.classes))
         told = [self.embed_label(sample, one_hot(each, spec.classes)) for each in pair]
         return torch.cat([*told, self.neutral_samples(spec, sample)])
 
-    def make_input(self, spec: BlockSpec, block: Block, micro_batch: Given) -> Tensor:
+    def make_input(self, spec: BlockSpec, block: Block, micro_batch: MicroBatch) -> Tensor:
         """Return what arrived at length one, or in block 0 the samples with their labels."""
         for name in (PAIRS, CANDIDATES, ACTIVATION):
             if name in micro_batch.received:

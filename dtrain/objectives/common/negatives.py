@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from dtrain.block.micro_batch import Given
+from dtrain.block.micro_batch import MicroBatch
 
 BLUR_STEPS = 6
 """How often masks are smoothed; Hinton's paper does not say."""
@@ -23,7 +23,7 @@ EPS = 1e-12
 """Added to probabilities, so that something is left where the probe is sure."""
 
 
-def random_labels(micro_batch: Given, classes: int) -> Tensor:
+def random_labels(micro_batch: MicroBatch, classes: int) -> Tensor:
     """Return (rows,) labels that are wrong, all being as likely."""
     shift = micro_batch.row_random.generate(
         "wrong", lambda n, g: torch.randint(1, classes, (n,), generator=g)
@@ -31,7 +31,7 @@ def random_labels(micro_batch: Given, classes: int) -> Tensor:
     return (micro_batch.targets + shift.to(micro_batch.targets)) % classes
 
 
-def hard_labels(micro_batch: Given, scores: Tensor) -> Tensor:
+def hard_labels(micro_batch: MicroBatch, scores: Tensor) -> Tensor:
     """Return (rows,) labels that are wrong, drawn by the softmax of `scores` (rows, C)."""
     drawn = micro_batch.row_random.generate("wrong", lambda n, g: torch.rand(n, generator=g))
     chances = scores.double().softmax(1) + EPS
@@ -39,7 +39,7 @@ def hard_labels(micro_batch: Given, scores: Tensor) -> Tensor:
     return (drawn.to(sums)[:, None] * sums[:, -1:] >= sums).sum(1)
 
 
-def mixed_samples(micro_batch: Given, sample: Tensor) -> Tensor:
+def mixed_samples(micro_batch: MicroBatch, sample: Tensor) -> Tensor:
     """Return (rows, ...) each sample mixed with the next of its micro-batch by a smooth mask; the
     channels of an image have one mask."""
     shape = (1, *sample.shape[2:]) if sample.dim() == 4 else tuple(sample.shape[1:])
