@@ -14,9 +14,10 @@ from torch import Tensor
 
 from dtrain.block.block import Block
 from dtrain.block.micro_batch import MicroBatch
+from dtrain.comm.buffers import TensorSpec
 from dtrain.comm.communicator import Comm
 from dtrain.comm.groups import ProcessGroups
-from dtrain.comm.wire_format import EXACT, TensorSpec, WireFormat
+from dtrain.comm.wire_format import EXACT, WireFormat
 from dtrain.mesh import RankPosition
 from dtrain.objectives.base import ExecutionMode, Objective
 from dtrain.objectives.block_spec import BlockSpec
