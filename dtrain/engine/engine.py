@@ -342,7 +342,7 @@ class Engine:
         memory = [tensor for block in blocks for tensor in block.optimizer_state().values()]
         held = sum(tensor.nbytes for tensor in [*own, *memory]) + self.peak_cached_bytes
         for index, block in self.blocks.items():  # the gradient, and what the sync keeps
-            held += (1 + self.syncs[index].parameter_copies) * sum(
+            held += (1 + self.syncs[index].traits().parameter_copies) * sum(
                 p.nbytes for p in block.trainable_parameters
             )
             held += self.weight_versions[index].peak_bytes
