@@ -359,7 +359,8 @@ class Engine:
         total = sum(tensor.nbytes for tensor in [*tensors, *states]) + self.peak_cached_bytes
         for index, block in self.blocks.items():
             trainable = sum(parameter.nbytes for parameter in block.trainable_parameters)
-            total += (1 + self.syncs[index].parameter_copies) * trainable  # 1: the gradient
+            copies = self.syncs[index].traits().parameter_copies
+            total += (1 + copies) * trainable  # 1: the gradient
         total += sum(versions.peak_bytes for versions in self.weight_versions.values())
         return (
             total + self.saved_tensors.peak_bytes + self.groups.control.traffic.peak_message_bytes

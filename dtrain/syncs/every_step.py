@@ -1,7 +1,7 @@
-"""Every step: the mean gradient of all replicas before each update, begun while it is computed.
+"""Synchronous data parallelism: one all-reduce of the gradients per update, as DDP does.
 
-Sends 2 (n - 1) / n times the block's parameters per replica and update; staleness 0.
-With one replica it is the identity.
+The all-reduce overlaps with the backward pass. Each replica sends 2 (n - 1) / n times the block's
+parameters per update; staleness 0. One replica is the identity.
 
 Invariant: replicas that start equal stay equal bit for bit, because all apply the same sum.
 """
@@ -21,4 +21,4 @@ class EveryStep(SynchronousSync):
     """All-reduce of gradients, weighted by samples: a mean over samples."""
 
     def after_update(self, clock: UpdateClock) -> None:
-        """Nothing: equal gradients moved equal parameters."""
+        """Do nothing: equal gradients moved equal parameters."""

@@ -21,7 +21,6 @@ from tests.ranks.test_rounds import trained
 SYNCS: dict[str, dict[str, Any]] = {
     "every-step": {"name": "every-step"},
     "daso": {"name": "daso", "warmup-epochs": 1, "cooldown-epochs": 0},
-    "heat": {"name": "daso", "heat-compatible": True},
     "local-sgd": {"name": "local-sgd", "within": "node", "every": 2, "warmup-updates": 3},
 }
 """Those that average gradients, over all replicas or over those of a node."""
@@ -81,8 +80,6 @@ def test_the_bits_are_those_of_one_mean_after_the_backward(
     hosts: str,
 ) -> None:
     """Three blocks on a rank, or on two; batches that leave a replica without a sample."""
-    if sync == "heat" and hosts == "abb":
-        pytest.skip("heat's code wants equal nodes")
     told = run(stages, sync, objective__name=objective)
     one = trained(told, tmp_path / "early", hosts)
     monkeypatch.setattr(early, "BUCKET_BYTES", 1 << 30)
