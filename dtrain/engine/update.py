@@ -28,7 +28,6 @@ from dtrain.data.sampler import Batch
 from dtrain.engine.spec import EngineSpec
 from dtrain.schedules.actions import Action
 from dtrain.syncs.base import Sync, UpdateClock
-from dtrain.syncs.gradient_reducer import GradientReducer, WeightedGroup
 from dtrain.syncs.replica_check import check_replicas_equal
 
 
@@ -58,6 +57,11 @@ class BatchUpdate:
     total_rows: int
     lr_factor: float
 
+    @property
+    def weight(self) -> float:
+        """Rows of this replica over the rows of all replicas."""
+        return self.local_rows / self.total_rows
+
 
 class UpdateStep:
     """Updates one rank's blocks.
@@ -82,11 +86,10 @@ class UpdateStep:
         self.engine_spec = engine_spec
         self.pipeline = pipeline
         self.first_block = min(blocks)
+        self.checks_replicas = pipeline.context.debug_mode
         self.gradient_norm = 0.0
-        self.reducers = {index: GradientReducer(block) for index, block in blocks.items()}
         self.overlaps_reduction = False
         self._clocks: dict[int, UpdateClock] = {}
-        self._groups: dict[int, WeightedGroup | None] = {}
 
     def start_segment(
         self, batches: Sequence[Batch], first_update: int, epoch: int
@@ -119,68 +122,47 @@ class UpdateStep:
         index = action.block
         if not self.overlaps_reduction or action.micro + 1 < update.micro_batches:
             return None
-        group = self._gradient_group(index, update)
-        if group is None:
-            return None
-        reducer = self.reducers[index]
-        return lambda parameter: reducer.on_gradient_ready(parameter, group)
+        clock = self._clocks[index] = self._make_clock(index, update)
+        return self.syncs[index].gradient_hook(self.blocks[index], update.weight, clock)
 
     def step(self, action: Action, update: BatchUpdate, received: Mapping[str, Tensor]) -> None:
         """Update the block of a `U`."""
         index, spec = action.block, self.engine_spec
         block, sync = self.blocks[index], self.syncs[index]
-        clock, weight = self._clock(index, update), update.local_rows / update.total_rows
+        clock = self._clocks.pop(index, None) or self._make_clock(index, update)
         block.set_lr_factor(update.lr_factor * sync.lr_factor(clock))
         if spec.clips_model:
             if index == self.first_block:
                 self._compute_model_norm(update)
         else:
-            self._reduce_gradients(index, update)
+            sync.reduce_gradients(block, update.weight, clock)
             if spec.clip:
                 self.gradient_norm = squared_norm(block.gradients()) ** 0.5
         if spec.clip:
             clip_by_norm_(block.gradients(), self.gradient_norm, spec.clip)
-        takes_step, optimizer_step = sync.takes_step(weight, clock), sync.optimizer_step(clock)
+        takes_step = sync.takes_step(update.weight, clock)
+        optimizer_step = sync.optimizer_step(clock)
         if index in self.weight_versions:
             self.weight_versions[index].step(action.update, takes_step, optimizer_step)
         elif takes_step:
             block.update(optimizer_step)
         sync.after_update(clock)
-        del self._clocks[index]
-        if sync.in_sync:
+        if self.checks_replicas and sync.in_sync:
             check_replicas_equal(block, sync.replicas, update.number)
         spec.objective.after_update(spec.block_specs[index], block, received)
 
-    def _clock(self, index: int, update: BatchUpdate) -> UpdateClock:
-        """Return the clock of a block's update, made once."""
-        clock = self._clocks.get(index)
-        if clock is None:
-            length, base_lr = self.engine_spec.training_length, self.blocks[index].base_lr
-            clock = self._clocks[index] = UpdateClock(
-                update=update.number,
-                epoch=update.epoch,
-                updates_per_epoch=length.updates_per_epoch,
-                total_updates=length.total_updates,
-                lr=base_lr * update.lr_factor,
-                base_lr=base_lr,
-                in_lr_warmup=update.number < self.engine_spec.lr_schedule.warmup_updates,
-                rows_per_replica=update.batch.replica_rows,
-            )
-        return clock
-
-    def _gradient_group(self, index: int, update: BatchUpdate) -> WeightedGroup | None:
-        """Return over whom a block's gradients are averaged, None for nobody else."""
-        weight, clock = update.local_rows / update.total_rows, self._clock(index, update)
-        group = self.syncs[index].gradient_group(weight, clock)
-        return group if group is not None and group.comm.size > 1 else None
-
-    def _reduce_gradients(self, index: int, update: BatchUpdate) -> None:
-        """Average a block's gradients. Collective over its replicas."""
-        gradients, group = self.blocks[index].gradients(), self._gradient_group(index, update)
-        if group is not None:
-            self.reducers[index].finish(gradients, group)
-        weight, clock = update.local_rows / update.total_rows, self._clock(index, update)
-        self.syncs[index].before_update(gradients, weight, clock)
+    def _make_clock(self, index: int, update: BatchUpdate) -> UpdateClock:
+        length, base_lr = self.engine_spec.training_length, self.blocks[index].base_lr
+        return UpdateClock(
+            update=update.number,
+            epoch=update.epoch,
+            updates_per_epoch=length.updates_per_epoch,
+            total_updates=length.total_updates,
+            lr=base_lr * update.lr_factor,
+            base_lr=base_lr,
+            in_lr_warmup=update.number < self.engine_spec.lr_schedule.warmup_updates,
+            rows_per_replica=update.batch.replica_rows,
+        )
 
     def _compute_model_norm(self, update: BatchUpdate) -> None:
         """Compute the norm of the whole model's gradient. Collective over the stages.
@@ -189,7 +171,9 @@ class UpdateStep:
         """
         squares = []
         for index, block in self.blocks.items():
-            self._reduce_gradients(index, update)
+            clock = self._clocks.get(index) or self._make_clock(index, update)
+            self._clocks[index] = clock
+            self.syncs[index].reduce_gradients(block, update.weight, clock)
             squares.append((index, squared_norm(block.gradients())))
         all_squares = sorted(
             (int(b), float(s)) for rank in self.pipeline.allgather_object(squares) for b, s in rank

@@ -17,15 +17,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, TypedDict, final
 
 from torch import Tensor
 
-from dtrain.block.block import OptimizerStep
+from dtrain.block.block import Block, GradientHook, OptimizerStep
 from dtrain.comm.communicator import Comm
 from dtrain.errors import ConfigError
 from dtrain.syncs.common.compressor import NO_COMPRESSION, Compressor
-from dtrain.syncs.gradient_reducer import WeightedGroup
+from dtrain.syncs.gradient_reducer import GradientReducer, WeightedGroup
 
 
 @final
@@ -203,16 +204,46 @@ class Sync(ABC):
         return 1.0, 1.0
 
     def gradient_group(self, weight: float, clock: UpdateClock) -> WeightedGroup | None:
-        """Return over whom the gradients of an update are averaged, None for nobody.
+        """Return the replicas over which the gradients of an update are averaged, None for none.
 
-        Those means may begin in the last backward before the update; `weight` as in
-        `before_update`. Pure in the clock, and asked more than once.
+        The all-reduce may start in the last backward before the update; `weight` is that of
+        `before_update`. Called once per update.
         """
         return None
 
     def before_update(self, gradients: Sequence[Tensor], weight: float, clock: UpdateClock) -> None:  # noqa: B027
-        """Change the gradients in place, averaged as they are now; `weight` = rows of this replica
-        / rows of the update."""
+        """Change the gradients in place, after they were averaged over the `gradient_group`.
+
+        Parameters
+        ----------
+        weight : float
+            Rows of this replica over the rows of all replicas, in this update.
+        """
+
+    @cached_property
+    def reducer(self) -> GradientReducer:
+        """The bucketed all-reduce of the block's gradients."""
+        return GradientReducer()
+
+    @final
+    def gradient_hook(self, block: Block, weight: float, clock: UpdateClock) -> GradientHook | None:
+        """Return the hook of the last backward before an update; it starts the all-reduce.
+
+        None where no gradients are averaged. `reduce_gradients` must follow.
+        """
+        return self.reducer.start(block, self.gradient_group(weight, clock))
+
+    @final
+    def reduce_gradients(self, block: Block, weight: float, clock: UpdateClock) -> None:
+        """Average the gradients of an update, then `before_update`. Collective over the replicas.
+
+        Parameters that no sample reached get gradients of zero.
+        """
+        gradients, reducer = block.gradients(), self.reducer
+        if not reducer.started:
+            reducer.start(block, self.gradient_group(weight, clock))
+        reducer.finish()
+        self.before_update(gradients, weight, clock)
 
     def lr_factor(self, clock: UpdateClock) -> float:
         """Return the factor by which the learning rate of an update is multiplied."""

@@ -13,12 +13,17 @@ from typing import final
 
 from dtrain.syncs.base import UpdateClock
 from dtrain.syncs.common.synchronous import SynchronousSync
+from dtrain.syncs.gradient_reducer import WeightedGroup
 
 
 @final
 @dataclass
 class EveryStep(SynchronousSync):
     """All-reduce of gradients, weighted by samples: a mean over samples."""
+
+    def gradient_group(self, weight: float, clock: UpdateClock) -> WeightedGroup | None:
+        """Return all replicas, in every update."""
+        return WeightedGroup(self.replicas, weight)
 
     def after_update(self, clock: UpdateClock) -> None:
         """Do nothing: equal gradients moved equal parameters."""

@@ -56,6 +56,7 @@ from dtrain.syncs.common.low_rank import (
     svd,
 )
 from dtrain.syncs.common.synchronous import SynchronousSync
+from dtrain.syncs.gradient_reducer import WeightedGroup
 
 MIN_RANK_FRACTION = 0.01
 """The part of its first rank that a matrix keeps."""
@@ -146,6 +147,10 @@ class OIALR(SynchronousSync):
     def communication_cost(self) -> tuple[float, float]:
         """Return the means of cores at a quarter of full rank."""
         return 1 / 16, 1 / 16
+
+    def gradient_group(self, weight: float, clock: UpdateClock) -> WeightedGroup | None:
+        """Return all replicas, in every update."""
+        return WeightedGroup(self.replicas, weight)
 
     def after_update(self, clock: UpdateClock) -> None:
         """Factorize all matrices, or truncate those of a round. Collective over the replicas."""

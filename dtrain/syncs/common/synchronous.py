@@ -9,20 +9,15 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from dtrain.syncs.base import Sync, SyncTraits, UpdateClock, replica_mean
-from dtrain.syncs.gradient_reducer import WeightedGroup
+from dtrain.syncs.base import Sync, SyncTraits, replica_mean
 
 
 class SynchronousSync(Sync):
-    """A sync whose replicas are always equal; by default the mean gradient is all it sends."""
+    """A sync whose replicas are always equal; `gradient_group` returns all of them."""
 
     def traits(self) -> SyncTraits:
         """Return traits without divergence."""
         return SyncTraits(replicas_diverge=False)
-
-    def gradient_group(self, weight: float, clock: UpdateClock) -> WeightedGroup | None:
-        """Over all replicas, in every update."""
-        return WeightedGroup(self.replicas, weight)
 
     def end_epoch(self, loss: float) -> None:
         """Ignore the loss."""
