@@ -219,7 +219,7 @@ class MemoryPlan:
         )
         layers = {model.names[i]: layer for i in indices if (layer := made[i]) is not None}
         with torch.device("meta"):
-            helper = layout.objective.build_head(part.spec)
+            helper = layout.objective.make_head(part.spec)
         if helper is not None:
             helper = helper.to(part.spec.dtype)
         return (

@@ -40,7 +40,7 @@ def made(
         shapes = inputs, tuple(h.shape[1:]), D, classes, tuple(x.shape[1:])
         task = BlockSpec(index, len(parts), *shapes, train_samples=SAMPLES)
         with seeded("heads", index):
-            helper = objective.build_head(task)
+            helper = objective.make_head(task)
         helper = helper if helper is None else helper.to(D)
         layers = {f"l{index}{n}": layer for n, layer in enumerate(part)}
         block = Block(index, layers, helper, step, detach_every=objective.detach_every)

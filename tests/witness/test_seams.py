@@ -33,14 +33,14 @@ WRITING = {"name": "tests.tiny:writing"}
 class Dropping(MonoForward):
     """Its heads draw random numbers."""
 
-    def head_network(self, spec: Any) -> nn.Module:
-        return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), super().head_network(spec))
+    def build_head(self, spec: Any) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), super().build_head(spec))
 
 
 class Normed(MonoForward):
     """Its heads have batch statistics, and are not run sample by sample as far as costs know."""
 
-    def head_network(self, spec: Any) -> nn.Module:
+    def build_head(self, spec: Any) -> nn.Module:
         width = math.prod(spec.output_shape)
         return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(width), nn.Linear(width, spec.classes))
 
@@ -114,7 +114,7 @@ def test_what_an_objective_forgets_to_tell_is_no_gradient(
 ) -> None:
     """One that has a route of its own, but does not say what travels on it."""
     monkeypatch.setattr(Dfa, "make_message", Objective.make_message)
-    with pytest.raises(AssertionError, match="is the objective's to say"):
+    with pytest.raises(AssertionError, match="must define make_message"):
         trained(tmp_path, 2, **NAMED["dfa"])
 
 
