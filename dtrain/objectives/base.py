@@ -293,9 +293,16 @@ def vote_routes(blocks: int, mode: ExecutionMode) -> tuple[Route, ...]:
     return forward_routes(blocks, VOTES) if mode == "predict" else ()
 
 
-def scaled_loss_pair(micro_batch: MicroBatch, scores: Tensor) -> BackwardPair:
-    """Return the backward pair of the cross-entropy of `scores` (rows, classes), scaled by
-    ``micro_batch.loss_scale``; sets ``micro_batch.loss``."""
-    loss = cross_entropy(scores, micro_batch.targets)
-    micro_batch.loss = loss.detach()
+def scaled_loss_pair(micro_batch: MicroBatch, loss: Tensor) -> BackwardPair:
+    """Return the backward pair of a mean loss over the rows, scaled by ``micro_batch.loss_scale``.
+
+    Sets ``micro_batch.loss`` if the block has no other loss yet.
+    """
+    if micro_batch.loss is None:
+        micro_batch.loss = loss.detach()
     return loss, torch.full_like(loss, micro_batch.loss_scale)
+
+
+def cross_entropy_pair(micro_batch: MicroBatch, scores: Tensor) -> BackwardPair:
+    """Return the scaled backward pair of the cross-entropy of `scores` (rows, classes)."""
+    return scaled_loss_pair(micro_batch, cross_entropy(scores, micro_batch.targets))

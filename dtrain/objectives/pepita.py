@@ -45,8 +45,8 @@ from dtrain.objectives.base import (
     ERROR,
     ExecutionMode,
     Objective,
+    cross_entropy_pair,
     forward_routes,
-    scaled_loss_pair,
 )
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.common.field_checks import check_scale
@@ -139,7 +139,7 @@ class Pepita(Objective):
         error."""
         first = micro_batch.previous_pass
         if first is None:
-            return [scaled_loss_pair(micro_batch, micro_batch.y)]
+            return [cross_entropy_pair(micro_batch, micro_batch.y)]
         scale = micro_batch.loss_scale / len(micro_batch.targets)
         if spec.is_last:
             micro_batch.loss = cross_entropy(first.y, micro_batch.targets)

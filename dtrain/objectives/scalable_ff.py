@@ -28,7 +28,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, one_hot, softplus
 
@@ -39,6 +38,7 @@ from dtrain.objectives.base import (
     ExecutionMode,
     Objective,
     forward_routes,
+    scaled_loss_pair,
     vote_routes,
 )
 from dtrain.objectives.block_spec import BlockSpec
@@ -113,10 +113,9 @@ class ScalableFf(Objective):
         others = (1 - labels) / (spec.classes - 1)
         negative = (softplus(goodness - self.theta) * others).sum(1)
         loss = (softplus(self.theta - positive) + negative).mean()
-        micro_batch.loss = loss.detach()
         micro_batch.metrics["goodness_positive"] = positive.detach().mean()
         micro_batch.metrics["goodness_negative"] = (goodness.detach() * others).sum(1).mean()
-        pairs = [(loss, torch.full_like(loss, micro_batch.loss_scale))]
+        pairs = [scaled_loss_pair(micro_batch, loss)]
         if not spec.is_last:
             return pairs
         features = probe_head.features(block, micro_batch)

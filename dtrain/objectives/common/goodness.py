@@ -44,6 +44,7 @@ from dtrain.objectives.base import (
     MessageSpec,
     Objective,
     forward_routes,
+    scaled_loss_pair,
     vote_routes,
 )
 from dtrain.objectives.block_spec import BlockSpec
@@ -263,10 +264,9 @@ class Goodness(Objective):
         goodness = self.compute_goodness(output[: 2 * rows])
         margin = self.effective_goodness(spec, micro_batch, goodness) - self.threshold(output)
         loss = (softplus(-margin[:rows]) + softplus(margin[rows:])).mean()
-        micro_batch.loss = loss.detach()
         micro_batch.metrics["goodness_positive"] = goodness[:rows].detach().mean()
         micro_batch.metrics["goodness_negative"] = goodness[rows:].detach().mean()
-        return [(loss, torch.full_like(loss, micro_batch.loss_scale))]
+        return [scaled_loss_pair(micro_batch, loss)]
 
     def probe_features(self, block: Block, micro_batch: MicroBatch) -> Tensor:
         """Return the features (rows, ...) of the neutral samples, from which the probe learns."""
