@@ -1,29 +1,34 @@
-"""What a block learns from: the tensors that are pulled, the force, and what travels for it.
+"""Base class of objectives: what a block learns from, and which tensors are sent for it.
 
-Invariant: an objective names pairs (tensor, cotangent) and rows of routes, and nothing else
-decides a gradient or a message. A signal is scaled once, where it is born, by the micro-batch's
-share of the update; relayed signals are passed on as they came.
+An objective returns pairs (tensor, cotangent) to backpropagate in a block, and routes on which
+tensors are sent between blocks. The engine calls it in this order for a micro-batch in a block::
 
-One micro-batch in one block, and which method speaks where (all but `pulls` have a default)::
+    F   make_input -> x    layers -> y        make_message for routes that leave F   (every pass)
+    B   backward_pairs -> gradients           make_message for routes that leave B
+    U   optimizer step, after_update          make_message for routes that leave U
 
-    F   feed   -> x     layers     -> y      tell on routes that leave F      (once per pass)
-    B   pulls  -> pairs (tensor, cotangent)  tell on routes that leave B
-    U   after_update                         tell on routes that leave U
-    segment's end:  sums over replicas, solve
+    end of a segment:   sum accumulated_buffers over the replicas, solve, copy broadcast_buffers
+
+Only `backward_pairs` has no default. By default activations are sent forward, nothing is sent back,
+every head belongs to an earlier block and the last block predicts.
+
+Invariant: gradients come from the pairs alone, messages from the routes alone. A signal is
+multiplied by ``micro_batch.loss_scale`` once, in the block that computes it; a block that forwards
+a signal does not scale it again.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from dtrain.block.block import BackwardPair, Block, DetachEvery
-from dtrain.block.micro_batch import Given, MicroBatch
+from dtrain.block.micro_batch import MicroBatch
 from dtrain.models.layers import NamedFactories
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.schedules.actions import Point, Route
@@ -31,28 +36,36 @@ from dtrain.schedules.actions import Point, Route
 ExecutionMode = Literal["train", "predict"]
 
 
-ACTIVATION, GRADIENT, VOTES = "activation", "gradient", "votes"
+MessageSpec = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of a message, the rows included."""
+
+
+ACTIVATION, GRADIENT, ERROR, VOTES = "activation", "gradient", "error", "votes"
+"""Names of routes for which the base class knows shape and dtype: see `Objective.routes`."""
 
 
 VOTE_DTYPE = torch.float64
-"""Votes are sums over blocks whose scores may differ in dtype."""
+"""Votes are summed over blocks whose scores may differ in dtype."""
 
 
 class Objective(ABC):
-    """One way for blocks to learn. Fields of a subclass are its keys in the run file.
+    """One method of training blocks.
+
+    A subclass is a frozen dataclass; its fields are its keys in the run file. Everywhere `spec` is
+    the description of the block, `block` its layers and head, and `rows` a number of samples.
 
     Attributes
     ----------
-    grain : "block" or "layer"
-        Where the graph is cut: "layer" detaches every layer from the one before it.
-    sums : tuple of str
-        Buffers of the helper that add up over samples; they are added over the replicas at a
-        segment's end, before `solve`. Helpers may lack them.
-    spread : tuple of str
-        Buffers that all helpers have, or none, and that the last block's give to all others after
-        `solve`; numbers are rounded to the dtype of each block's output.
-    raw : bool
-        Whether it looks at data that are not standardised: ``live.image``.
+    detach_every : "block" or "layer"
+        Where the autograd graph is cut. "layer" detaches the input of every layer.
+    accumulated_buffers : tuple of str
+        Buffers of the heads that are sums over samples. At the end of a segment they are summed
+        over the replicas, before `solve`. A head may lack them.
+    broadcast_buffers : tuple of str
+        Buffers that all heads have, or none. After `solve` those of the last block are copied to
+        all other blocks, rounded to the dtype of each block's output.
+    needs_raw_samples : bool
+        Whether ``micro_batch.raw_samples`` is read: the samples before standardisation, in 0 ... 1.
     """
 
     detach_every: ClassVar[DetachEvery] = "block"
@@ -60,144 +73,167 @@ class Objective(ABC):
     broadcast_buffers: ClassVar[tuple[str, ...]] = ()
     needs_raw_samples: ClassVar[bool] = False
 
+    # ---- 1. properties of the method
+
     @property
     def default_schedule(self) -> str:
-        """The schedule that a run file without ``[schedule]`` gets."""
+        """Name of the schedule of a run file without ``[schedule]``."""
         return "stream"
 
     @property
     def needs_downstream_layers(self) -> bool:
-        """Whether it looks at a block's last layer, ``task.top``, and at those that come after the
-        block, ``task.later``."""
+        """Whether ``spec.last_layer`` and ``spec.downstream_layers`` are read; else both are
+        empty."""
         return False
 
     @property
     def trains_layers(self) -> bool:
-        """Whether the layers learn by gradients; if not they keep their first weights."""
+        """Whether the layers learn by gradients. If not, they keep their initial weights."""
         return True
 
     @property
     def predicts_by_vote(self) -> bool:
-        """Whether the model's prediction is the vote of all blocks, not that of the last one."""
+        """Whether the model predicts by the vote of all blocks, and not by the last block alone."""
         return False
 
     @property
     def scales_to_many_blocks(self) -> bool:
-        """Whether it was published for many blocks, more than four; if not, such runs are warned,
-        unless a gradient comes back."""
+        """Whether the method was published for more than four blocks. If not, a run with more
+        blocks is warned, unless the objective sends gradients back."""
         return False
 
-    # ---- what a block is made of
+    def couples_samples(self, spec: BlockSpec) -> bool:
+        """Whether the loss of a sample depends on other samples, apart from batch statistics."""
+        return False
+
+    def warnings(self, specs: Sequence[BlockSpec], rows: int) -> list[str]:
+        """Return warnings to print before the run, one line each, with numbers and the remedy;
+        `rows` is the size of a micro-batch."""
+        return []
+
+    # ---- 2. the parts of a block, and their shapes and costs
 
     def model_input_shape(self, sample_shape: tuple[int, ...], classes: int) -> tuple[int, ...]:
-        """Return the shape of one sample that the model is made for, given that of the data: `feed`
-        of block 0 makes such samples."""
+        """Return the input shape (of one sample) for which the model is made.
+
+        It differs from `sample_shape`, that of the data, where `make_input` of block 0 changes the
+        shape of the samples.
+        """
         return sample_shape
 
-    def build_head(self, spec: BlockSpec) -> nn.Module | None:
-        """Return what the objective adds to a block (a head), or None; called under its seed.
-
-        While cuts are still being balanced it is asked about blocks that may never be: block 0 or 1
-        of 2, the inputs those of the data.
-        """
-        return None
-
-    def head_input_shape(self, spec: BlockSpec) -> tuple[int, ...] | None:
-        """Return the shape of one sample that the helper is run on, for its cost; the output of
-        the block's layers by default, None where it is not run sample by sample.
-
-        It returns one tensor then; several go side by side.
-        """
-        return spec.output_shape
-
-    def cached_bytes_per_sample(self, spec: BlockSpec) -> int:
-        """Return the bytes per sample of an update that the helper has in the list `kept` from
-        update to update, beside its parameters and buffers."""
-        return 0
+    def block_input_shape(self, spec: BlockSpec) -> tuple[int, ...]:
+        """Return the shape (of one sample) of what `make_input` returns."""
+        return spec.input_shape
 
     def replacement_layers(self, spec: BlockSpec) -> NamedFactories | None:
-        """Return (name, factory) pairs of layers that take the place of the model's, or None."""
+        """Return pairs (name, factory) of layers that replace the model's own, or None."""
         return None
 
     def frozen_modules(
         self, spec: BlockSpec, layers: Mapping[str, nn.Module]
     ) -> Iterable[nn.Module]:
-        """Return those modules of the block's layers that no gradient moves: none where it
-        `trains`, else all."""
+        """Return the modules of the block's layers that get no gradient; all if not
+        `trains_layers`."""
         return () if self.trains_layers else layers.values()
 
-    def block_input_shape(self, spec: BlockSpec) -> tuple[int, ...]:
-        """Return the shape of one sample that `feed` gives to the block's first layer."""
-        return spec.input_shape
-
-    def forward_passes(self, spec: BlockSpec) -> int:
-        """Return how often a sample passes the block's layers in training, for the costs."""
-        return 1
-
-    def couples_samples(self, spec: BlockSpec) -> bool:
-        """Say whether the loss of a sample depends on others, batch statistics apart."""
-        return False
-
     def taps(self, block: Block) -> Sequence[str]:
-        """Return the global names of modules whose outputs `pulls` needs in ``live.taps``."""
+        """Return global names of modules whose outputs are kept in ``micro_batch.taps``."""
         return ()
 
-    # ---- what travels
+    def has_head(self, spec: BlockSpec) -> bool:
+        """Whether `build_head` is called for the block; by default for every block but the last."""
+        return not spec.is_last
+
+    def build_head(self, spec: BlockSpec) -> nn.Module | None:
+        """Return the head of a block, or None if it has none.
+
+        A head is any module that the objective adds to a block: an auxiliary classifier, a feedback
+        matrix, a table. It is named ``heads.<block>`` and learns by the block's optimizer. The
+        method is called under the seed of the head. While cuts are being balanced it is called for
+        trial blocks: block 0 or 1 of 2, with the data's shape as input shape.
+        """
+        return None
+
+    @final
+    def make_head(self, spec: BlockSpec) -> nn.Module | None:
+        """Return the head of a block, or None: the engine's call of `build_head`."""
+        return self.build_head(spec) if self.has_head(spec) else None
+
+    def head_input_shape(self, spec: BlockSpec) -> tuple[int, ...] | None:
+        """Return the input shape (of one sample) at which the cost of the head is measured.
+
+        None if the head does not run sample by sample. Otherwise its forward returns one tensor
+        (rows, ...); concatenate several.
+        """
+        return spec.output_shape
+
+    def cached_bytes_per_sample(self, spec: BlockSpec) -> int:
+        """Return the bytes per sample of an update that the head keeps between updates, in its list
+        `cached_tensors`, beside parameters and buffers."""
+        return 0
+
+    def forward_passes(self, spec: BlockSpec) -> int:
+        """Return how often a sample passes through the block's layers in training; used for the
+        costs."""
+        return 1
+
+    # ---- 3. messages between blocks
 
     def routes(self, blocks: int, mode: ExecutionMode) -> tuple[Route, ...]:
-        """Return every row (action of a block -> action of a block) that a tensor takes: by
-        default activations, onward.
+        """Return all routes: which action of which block gets a message from which other action.
 
-        Three names mean something: "activation" (`feed` takes it, `tell` gives y), "gradient"
-        (``x.grad`` is computed, and told), "votes" (summed in prediction). All others are the
-        objective's own: it gives them `tell` and `shape`.
+        By default activations are sent forward. The base class knows four names: "activation"
+        (`make_input` reads it, the message is y), "gradient" (x.grad is computed, and is the
+        message), "error" (a number per sample and class) and "votes" (summed in prediction). For
+        any other name the objective defines `make_message` and `message_spec`.
         """
         return forward_routes(blocks)
 
     def make_message(self, route: Route, block: Block, micro_batch: MicroBatch | None) -> Tensor:
-        """Return the tensor that leaves on `route` after its source action.
+        """Return the tensor to send on `route` after the action in which it starts.
 
-        `live` is None where the source is an update, which belongs to no micro-batch. Nobody may
-        write to the tensor again.
+        `micro_batch` is None if the route starts in an update. Nothing may write to the tensor
+        afterwards.
         """
-        assert micro_batch is not None, f"{route}: what leaves an update is the objective's to say"
+        assert micro_batch is not None, f"{route}: the objective must define make_message"
         if route.name == ACTIVATION:
             return micro_batch.y.detach()
         if route.name == VOTES:
             return micro_batch.received[VOTES]
-        assert route.name == GRADIENT, f"{route}: what travels on it is the objective's to say"
+        assert route.name == GRADIENT, f"{route}: the objective must define make_message"
         gradient = micro_batch.x.grad
-        # A block may ignore what arrives; those who wait for its feedback are told so.
+        # A block whose loss ignores its input sends zeros, since the receiver waits for a message.
         return torch.zeros_like(micro_batch.x) if gradient is None else gradient
 
-    def message_spec(
-        self, route: Route, specs: Sequence[BlockSpec], rows: int
-    ) -> tuple[tuple[int, ...], torch.dtype]:
-        """Return shape and dtype of what travels on `route` for a micro-batch of `rows`.
+    def message_spec(self, route: Route, specs: Sequence[BlockSpec], rows: int) -> MessageSpec:
+        """Return shape and dtype of the message on `route` for a micro-batch of `rows` samples.
 
-        It is not told the mode: what differs in training and prediction gets two names.
+        The mode is not known here: messages that differ in training and prediction need two names.
         """
         if route.name == VOTES:
             return (rows, specs[0].classes), VOTE_DTYPE
+        if route.name == ERROR:
+            return (rows, specs[-1].classes), specs[-1].dtype
         known = route.name in (ACTIVATION, GRADIENT)
-        assert known, f"{route}: the shape of what travels on it is the objective's to say"
-        # Between neighbours, either way, travels the shape of what the lower one sends up.
-        lower = specs[min(route.source.block, route.target.block)]
-        return (rows, *lower.output_shape), lower.dtype
+        assert known, f"{route}: the objective must define message_spec"
+        # An activation and its gradient have the shape of the earlier block's output.
+        earlier = specs[min(route.source.block, route.target.block)]
+        return (rows, *earlier.output_shape), earlier.dtype
 
-    # ---- what is learnt
+    # ---- 4. training and prediction
 
     def needs_samples(self, spec: BlockSpec, mode: ExecutionMode) -> bool:
-        """Say whether the block needs the data themselves, in ``given.sample`` of its first pass
-        and in ``live.sample``."""
+        """Whether the block reads the samples themselves: ``micro_batch.samples``, in the first
+        pass."""
         return spec.index == 0
 
     def needs_graph(self, spec: BlockSpec, pass_: int) -> bool:
-        """Say whether autograd must record this forward pass of a micro-batch."""
+        """Whether autograd records this forward pass of a micro-batch."""
         return True
 
-    def make_input(self, spec: BlockSpec, block: Block, micro_batch: Given) -> Tensor:
-        """Return what the block's first layer gets: what arrived, or the data."""
+    def make_input(self, spec: BlockSpec, block: Block, micro_batch: MicroBatch) -> Tensor:
+        """Return the input (rows, ...) of the block's first layer: the received activation, or the
+        samples."""
         if ACTIVATION in micro_batch.received:
             return micro_batch.received[ACTIVATION]
         assert micro_batch.samples is not None
@@ -207,40 +243,66 @@ class Objective(ABC):
     def backward_pairs(
         self, spec: BlockSpec, block: Block, micro_batch: MicroBatch
     ) -> list[BackwardPair]:
-        """Return the pairs (tensor, cotangent) that `block` learns; leave ``live.loss`` behind."""
+        """Return the pairs (tensor, cotangent) whose backward gives the block's gradients.
+
+        Both tensors of a pair have the same shape: a loss () and a factor (), or an output
+        (rows, ...) and the gradient of the loss at it. Sets ``micro_batch.loss``, a mean over rows
+        that is recorded. Called after all forward passes; messages that have arrived are in
+        ``micro_batch.received``.
+        """
 
     def after_update(  # noqa: B027
         self, spec: BlockSpec, block: Block, received: Mapping[str, Tensor]
     ) -> None:
-        """Do what follows an optimizer step; `told` is what routes brought to the update."""
+        """Run after the optimizer step; `received` holds the messages to the update, by route
+        name."""
 
     def solve(self, spec: BlockSpec, block: Block) -> None:  # noqa: B027
-        """Set weights in closed form from the `sums`, at a segment's end, alike in all replicas."""
+        """Set weights in closed form from `accumulated_buffers`, at the end of a segment; all
+        replicas compute the same."""
 
     def predict(self, spec: BlockSpec, block: Block, micro_batch: MicroBatch) -> Tensor | None:
-        """Return the class scores (rows, classes) of this block, None where it has none: by
-        default the last block alone has some, and it always does."""
+        """Return the class scores (rows, classes) of this block, or None if it has none.
+
+        The last block always has scores; by default no other has.
+        """
         return micro_batch.y if spec.is_last else None
 
     def vote(self, spec: BlockSpec, scores: Tensor) -> Tensor:
-        """Return what a block's scores (rows, classes) add to the vote."""
+        """Return the contribution (rows, classes) of a block's scores to the vote."""
         return scores
-
-    def warnings(self, specs: Sequence[BlockSpec], rows: int) -> list[str]:
-        """Return what a user should know before a run starts, each in one line, with numbers;
-        `rows` are the samples of a micro-batch."""
-        return []
 
 
 def forward_routes(blocks: int, name: str = ACTIVATION, pass_: int = 0) -> tuple[Route, ...]:
-    """Return the rows that take `name` from each forward to the next block's forward."""
+    """Return the routes from the forward of each block to that of the next block."""
     return tuple(
         Route(Point(b, "F", pass_), Point(b + 1, "F", pass_), name) for b in range(blocks - 1)
     )
 
 
-def scaled_loss_pair(micro_batch: MicroBatch, scores: Tensor) -> BackwardPair:
-    """Return the pull of the classification loss on `scores` (rows, classes), scaled at birth."""
-    loss = cross_entropy(scores, micro_batch.targets)
-    micro_batch.loss = loss.detach()
+def backward_routes(
+    blocks: int, name: str = GRADIENT, kind: Literal["B", "U"] = "B", lag: int = 0
+) -> tuple[Route, ...]:
+    """Return the routes from each block back to the previous one, `lag` updates late; `kind` is the
+    action that sends and receives."""
+    return tuple(Route(Point(b + 1, kind), Point(b, kind), name, lag) for b in range(blocks - 1))
+
+
+def vote_routes(blocks: int, mode: ExecutionMode) -> tuple[Route, ...]:
+    """Return the routes that carry the sum of the blocks' scores forward; none in training."""
+    return forward_routes(blocks, VOTES) if mode == "predict" else ()
+
+
+def scaled_loss_pair(micro_batch: MicroBatch, loss: Tensor) -> BackwardPair:
+    """Return the backward pair of a mean loss over the rows, scaled by ``micro_batch.loss_scale``.
+
+    Sets ``micro_batch.loss`` if the block has no other loss yet.
+    """
+    if micro_batch.loss is None:
+        micro_batch.loss = loss.detach()
     return loss, torch.full_like(loss, micro_batch.loss_scale)
+
+
+def cross_entropy_pair(micro_batch: MicroBatch, scores: Tensor) -> BackwardPair:
+    """Return the scaled backward pair of the cross-entropy of `scores` (rows, classes)."""
+    return scaled_loss_pair(micro_batch, cross_entropy(scores, micro_batch.targets))

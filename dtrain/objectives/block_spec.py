@@ -1,7 +1,7 @@
-"""Where a block stands among the blocks of a run: all that an objective knows when it builds.
+"""Description of a block: position, shapes and data, as an objective sees it.
 
-Invariant: plain values, pure in the run file and in the data's shape; `later` makes layers under
-the run's own seed, the same on every rank.
+Invariant: plain values, a pure function of the run file and of the data's shape, equal on every
+rank. `DownstreamLayer.make` makes a layer under the run's own seed.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch import nn
 
 @dataclass(frozen=True)
 class DownstreamLayer:
-    """A layer that comes after a block, or is its last one.
+    """A layer of the model that comes after a block, or is the block's last one.
 
     Attributes
     ----------
     name : str
-        Its name in the model.
-    outputs : tuple of int
-        Shape of one sample that leaves it.
+        Name in the model.
+    output_shape : tuple of int
+        Shape of one sample of its output.
     parameters : int
-        Elements of its parameters.
+        Number of elements of its parameters.
     make : callable
-        Returns it anew, with the first weights that the run's seed gives it.
+        Makes the layer anew, with the initial weights that it has in this run.
     """
 
     name: str
@@ -37,35 +37,35 @@ class DownstreamLayer:
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """Where one block stands among the blocks of a run.
+    """Description of one block. All shapes are those of one sample, without the rows.
 
     Attributes
     ----------
-    block, blocks : int
-        Its position, and how many there are.
-    inputs, outputs : tuple of int
-        Shape of one sample that enters and that leaves.
+    index, blocks : int
+        Position of the block, from 0, and number of blocks.
+    input_shape, output_shape : tuple of int
+        Shapes of what enters and leaves the block.
     dtype : torch.dtype
-        Of what leaves.
+        Of the output.
     classes : int
         Number of labels.
-    sample : tuple of int
-        Shape of one sample of the data.
-    above : tuple of int
-        Shape that leaves the next block; where cuts are still being balanced, that leaves the next
-        layer. Empty in the last block.
-    features : tuple of int
-        Shape of one sample that enters the block's last layer; in the last block, the model's head.
-    samples : int
+    sample_shape : tuple of int
+        Shape of the data.
+    next_output_shape : tuple of int
+        Output shape of the next block, or of the next layer while cuts are being balanced. Empty in
+        the last block.
+    feature_shape : tuple of int
+        Input shape of the block's last layer; in the last block that layer is the model's head.
+    train_samples : int
         Size of the training split.
-    raw : bool
-        Whether the range of the data is known, so that ``live.image`` can be had.
+    has_raw_samples : bool
+        Whether the value range of the data is known, so that ``micro_batch.raw_samples`` exists.
     frozen : bool
-        Whether a user asked that its layers keep their first weights.
-    top : Later or None
-        The block's last layer, where the objective looks `ahead`.
-    later : tuple of Later
-        All layers after the block, where the objective looks `ahead`.
+        Whether the run file freezes the layers of the block.
+    last_layer : DownstreamLayer or None
+        The block's last layer, if the objective `needs_downstream_layers`.
+    downstream_layers : tuple of DownstreamLayer
+        All layers after the block, if the objective `needs_downstream_layers`.
     """
 
     index: int
@@ -91,19 +91,20 @@ class BlockSpec:
         train_samples: int = 0,
         has_raw_samples: bool = False,
     ) -> BlockSpec:
-        """Return what is known of the data, in the place of a net of one block."""
-        shapes = sample_shape, (classes,), torch.float32
+        """Return a spec that describes the data only, with the shapes of a model of one block."""
         return cls(
-            0,
-            1,
-            *shapes,
-            classes,
-            sample_shape,
+            index=0,
+            blocks=1,
+            input_shape=sample_shape,
+            output_shape=(classes,),
+            dtype=torch.float32,
+            classes=classes,
+            sample_shape=sample_shape,
             train_samples=train_samples,
             has_raw_samples=has_raw_samples,
         )
 
     @property
     def is_last(self) -> bool:
-        """Whether this block ends in the model's own head."""
+        """Whether the block is the last one, which ends in the model's own head."""
         return self.index == self.blocks - 1

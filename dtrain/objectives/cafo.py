@@ -1,4 +1,4 @@
-"""CaFo, cascaded forward: every block's output is read by a linear head; blocks may stay random.
+"""CaFo, cascaded forward: a linear head reads every block's output; the blocks may stay random.
 
 Zhao et al., "The cascaded forward algorithm for neural network training", arXiv 2303.09728. With h
 the features of a sample, y its one-hot label and W_k the head of block k::
@@ -8,20 +8,23 @@ the features of a sample, y its one-hot label and W_k the head of block k::
             W_0            W_1       W_2, own head
              '--- sum of softmax(W_k h) ---'-----> class
 
-    "least-squares"       W = (sum h h^T)^-1 sum h y^T, at a segment's end
+    "least-squares"       W = (sum h h^T)^-1 sum h y^T, at the end of a segment
     "ce", "sparsemax"     W learns that loss by the run's optimizer; the latter votes by sparsemax
 
-"random" blocks keep their first weights: nothing runs backward. "trained" ones learn from the loss
-of their own head (of least squares: by the W of the segment before). The paper's trained form is
-said to use direct feedback alignment; the authors' code has none. It has no bias in its heads
-either, descends over the whole training split from weights of 1, and takes up to 8192 features as
-they are (set `features`). The last linear map of the model's own head is solved, or learns, too.
+"random" blocks keep their initial weights: nothing runs backward. "trained" blocks learn from the
+loss of their own head (with least squares: from the W of the segment before). The last linear map
+of the model's own head is solved, or learns, too.
 
-Sums grow over the epochs while blocks are random: the same equations, or more views of the samples
-where they are augmented. Trained blocks move, so sums start anew once they hold an epoch; a run
-that ends inside an epoch is solved from that part of it. Before a solution heads are as drawn.
+With random blocks sums grow over the epochs: the equations stay the same, or with augmentation get
+more views of the samples. Trained blocks change, so their sums start anew once they contain an
+epoch; a run that ends within an epoch is solved from that part of it. Before the first solution
+heads have their initial weights.
 
-Invariant: with random blocks nothing but heads moves, batch statistics apart.
+The paper's trained form is said to use direct feedback alignment; the authors' code has none. Their
+heads have no bias, descend over the whole training split from weights of 1, and take up to 8192
+features as they are (set `features`).
+
+Invariant: with random blocks only heads change, apart from batch statistics.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from torch.nn.functional import cross_entropy
 
 from dtrain.block.block import BackwardPair, Block
 from dtrain.block.micro_batch import MicroBatch
+from dtrain.objectives.base import scaled_loss_pair
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.common import pooling
 from dtrain.objectives.common.aux_heads import AuxHead
@@ -50,36 +54,10 @@ from dtrain.objectives.common.least_squares import (
 )
 
 
-def sparsemax(scores: Tensor) -> Tensor:
-    """Return the probabilities (rows, classes) nearest to `scores` (algorithm 1)."""
-    ordered = scores.sort(dim=1, descending=True).values
-    counts = torch.arange(1, scores.shape[1] + 1, dtype=scores.dtype, device=scores.device)
-    taus = (ordered.cumsum(1) - 1) / counts
-    size = (ordered > taus).sum(1, keepdim=True)  # those are the first ones
-    return (scores - taus.gather(1, size - 1)).clamp(min=0)
-
-
-def sparsemax_loss(scores: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean loss of `scores` (rows, classes) for labels (rows,).
-
-    It is the largest value of <p, z> - |p|^2 / 2 over all p, so p need not be differentiated.
-    """
-    p = sparsemax(scores.detach())
-    right = scores.gather(1, targets[:, None])[:, 0]
-    return ((p * scores).sum(1) - p.square().sum(1) / 2 + 0.5 - right).mean()
-
-
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "least-squares": mean_squared_error,
-    "ce": cross_entropy,
-    "sparsemax": sparsemax_loss,
-}
-
-
 @final
 @dataclass(frozen=True)
 class Cafo(AuxHead):
-    """A linear head per block, and the vote of all.
+    """A linear head per block. The vote of all blocks predicts.
 
     Parameters
     ----------
@@ -88,7 +66,12 @@ class Cafo(AuxHead):
     blocks : str
         "random" or "trained".
     features : int
-        The most numbers of an image that enter a head; flat outputs enter whole.
+        Largest number of features of an image that enter a head; flat outputs enter whole.
+
+    Raises
+    ------
+    ConfigError
+        `features` is below 1, or a head of the model is to be solved that is not linear.
     """
 
     accumulated_buffers: ClassVar[tuple[str, ...]] = ("gram", "cross")
@@ -106,37 +89,39 @@ class Cafo(AuxHead):
 
     @property
     def needs_downstream_layers(self) -> bool:
-        """Whether it looks at the layer that is the model's head: its sums are as wide."""
+        """Whether the width of the model's head is read, for its sums."""
         return self.closed_form
 
     @property
     def trains_layers(self) -> bool:
-        """Whether the layers learn; if not they keep their first weights, the head apart."""
+        """Whether the layers learn; if not, only the model's head does."""
         return self.blocks == "trained"
 
     @property
     def predicts_by_vote(self) -> bool:
-        """The prediction is that of all blocks."""
+        """True: the paper predicts by all heads."""
         return True
 
     def frozen_modules(
         self, spec: BlockSpec, layers: Mapping[str, nn.Module]
     ) -> Iterable[nn.Module]:
-        """All layers that are random, but not a head that learns; a head that is solved."""
-        *below, last = layers.values()
-        random = [] if self.trains_layers else below if spec.is_last else [*below, last]
+        """Return all random layers except a model's head that learns, and the linear map that is
+        solved."""
+        *earlier, last = layers.values()
+        random = [] if self.trains_layers else earlier if spec.is_last else [*earlier, last]
         return [*random, last_linear(last)] if spec.is_last and self.closed_form else random
 
     def width(self, spec: BlockSpec) -> int:
-        """Return how many features of a sample enter the head."""
-        own = spec.is_last and self.closed_form
-        return (
-            model_head_linear(spec).in_features
-            if own
-            else pooling.width(spec.output_shape, self.features)
-        )
+        """Return the number of features of a sample that enter the head."""
+        if spec.is_last and self.closed_form:
+            return model_head_linear(spec).in_features
+        return pooling.width(spec.output_shape, self.features)
 
-    def head_network(self, spec: BlockSpec) -> Readout:
+    def has_head(self, spec: BlockSpec) -> bool:
+        """Whether it is an earlier block, or the last one with sums for the model's own head."""
+        return self.closed_form or not spec.is_last
+
+    def build_head(self, spec: BlockSpec) -> Readout:
         """Return the head of an earlier block; in the last one the sums for the model's own."""
         pool = (
             nn.Identity() if spec.is_last else pooling.make_pool(spec.output_shape, self.features)
@@ -145,36 +130,32 @@ class Cafo(AuxHead):
             pool, self.width(spec), spec.classes, self.closed_form, with_linear=not spec.is_last
         )
 
-    def build_head(self, spec: BlockSpec) -> nn.Module | None:
-        """Return the head, none where the model's own learns."""
-        return self.head_network(spec) if self.closed_form or not spec.is_last else None
-
     def head_input_shape(self, spec: BlockSpec) -> tuple[int, ...] | None:
         """Return the shape of the output, in the last block that of the features."""
         return (self.width(spec),) if spec.is_last else spec.output_shape
 
     def taps(self, block: Block) -> Sequence[str]:
-        """Keep what enters the map that is solved in the last block."""
+        """Tap the input of the linear map that is solved in the last block."""
         tap_head_input(block)
         return ()
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return the loss () that `head` names."""
+        return LOSSES[self.head](output, target)
 
     def backward_pairs(
         self, spec: BlockSpec, block: Block, micro_batch: MicroBatch
     ) -> list[BackwardPair]:
-        """Add the samples up, where heads are solved, and pull the loss of the head."""
-        made = (
-            None
-            if block.head is None
-            else block.head(head_features(block, micro_batch), micro_batch.targets)
-        )
-        loss = LOSSES[self.head](
-            micro_batch.y if spec.is_last or made is None else made, micro_batch.targets
-        )
-        micro_batch.loss = loss.detach()
-        return [(loss, torch.full_like(loss, micro_batch.loss_scale))]
+        """Return the loss of the head, and add the samples to the sums if heads are solved."""
+        output, targets = micro_batch.y, micro_batch.targets
+        if block.head is not None:
+            scores = block.head(head_features(block, micro_batch), targets)
+            output = output if spec.is_last else scores
+        loss = self.loss(output, targets)
+        return [scaled_loss_pair(micro_batch, loss)]
 
     def solve(self, spec: BlockSpec, block: Block) -> None:
-        """Solve the head from the sums, but the model's own where a user froze the last block."""
+        """Solve the head from the sums, except the model's own in a last block that is frozen."""
         if not self.closed_form or (spec.is_last and spec.frozen):
             return
         assert isinstance(block.head, Readout)
@@ -188,6 +169,44 @@ class Cafo(AuxHead):
         return sparsemax(scores) if self.head == "sparsemax" else scores.softmax(1)
 
     def warnings(self, specs: Sequence[BlockSpec], rows: int) -> list[str]:
-        """Tell what wide sums take, and of more features than samples."""
-        widths = [self.width(task) for task in specs] if self.closed_form else []
+        """Warn of large sums, and of more features than samples."""
+        widths = [self.width(spec) for spec in specs] if self.closed_form else []
         return width_warnings(widths, specs[0].train_samples)
+
+
+def sparsemax(scores: Tensor) -> Tensor:
+    """Return the probabilities (rows, classes) nearest to `scores`; many are exactly 0.
+
+    Martins and Astudillo, "From softmax to sparsemax", arXiv 1602.02068, algorithm 1. With tau such
+    that p sums to 1 and S the indices with p > 0: p = max(z - tau, 0), tau = (sum of z over S - 1)
+    / |S|.
+    """
+    ordered = scores.sort(dim=1, descending=True).values
+    counts = torch.arange(1, scores.shape[1] + 1, dtype=scores.dtype, device=scores.device)
+    thresholds = (ordered.cumsum(1) - 1) / counts
+    size = (ordered > thresholds).sum(1, keepdim=True)  # the support is a prefix
+    return (scores - thresholds.gather(1, size - 1)).clamp(min=0)
+
+
+def sparsemax_loss(scores: Tensor, targets: Tensor) -> Tensor:
+    """Return the sparsemax loss () of scores z (rows, classes) for labels y (rows,): a mean over
+    rows.
+
+    Per row, with p and S of `sparsemax`::
+
+        L = -z_y + 1/2 sum over S of (z^2 - tau^2) + 1/2 = <p, z> - |p|^2 / 2 + 1/2 - z_y
+        dL/dz = p - onehot(y)
+
+    L is never negative, and 0 exactly where p is the label's one-hot. <p, z> - |p|^2 / 2 is the
+    largest value over all p, so p need not be differentiated.
+    """
+    p = sparsemax(scores.detach())
+    true_scores = scores.gather(1, targets[:, None])[:, 0]
+    return ((p * scores).sum(1) - p.square().sum(1) / 2 + 0.5 - true_scores).mean()
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "least-squares": mean_squared_error,
+    "ce": cross_entropy,
+    "sparsemax": sparsemax_loss,
+}

@@ -1,34 +1,34 @@
-"""F3, feed-forward with delayed feedback: the error that a sample had an epoch ago.
+"""F3, feed-forward with delayed feedback: the cotangent is a sample's error of the epoch before.
 
 Flügel, Coquelin, Weiel, Debus, Streit and Götz 2023, "Feed-Forward Optimization With Delayed
-Feedback for Neural Networks", arXiv 2304.13372. With Y the one-hot label of a sample, p(t-1) what
-the net answered to it in the epoch before and B_k (C, d_k) fixed and random, block k pulls its flat
-output h_k in epoch t along e B_k::
+Feedback for Neural Networks", arXiv 2304.13372. With Y the one-hot label of a sample, p(t-1) the
+model's output for it in the epoch before and B_k (C, d_k) fixed and random, the cotangent of the
+flat output h_k of block k in epoch t is e B_k::
 
     e = Y - p(t-1)        p(0) = 0, so that the first epoch is DRTP: e = Y
 
-    epoch t   x, Y, number n of the sample
-              --> block 0 --h_0--> block 1 --h_1--> block 2 --> out, own head, cross-entropy
+    epoch t   x, Y, index n of the sample
+              --> block 0 --h_0--> block 1 --h_1--> block 2 --> out, model's head, cross-entropy
                      ^                ^                |
                (Y - p[n]) B_0   (Y - p[n]) B_1     fresh[n] = softmax(out)
                      |                |                |
     its end       table p  <------ table p  <------ table p     over replicas, then over the stages
 
-Nothing flows back while blocks learn, so "stream" is the schedule. Each block holds the table p,
-(N, C) numbers for N training samples, and looks up its samples by number, as it does their labels.
-The last block writes what it answers beside its table, and at a segment's end all tables become
-that. A sample is seen once per epoch, so segments shorter than an epoch train the same bits; each
-of them sends the whole table once more. With `one_hot` only the true class' error is kept, one
-number per sample, and e is zero elsewhere. One block is ordinary backpropagation, without a table.
+Nothing is sent back during training, so the default schedule is "stream". Each block holds the
+table p, (N, C) numbers for N training samples, and looks up its samples by index, as it does their
+labels. The last block writes its outputs into a second table; at the end of a segment all tables
+become that one. A sample is seen once per epoch, so segments shorter than an epoch train the same
+bits, and each sends the whole table once more. With `one_hot` only the error of the true class is
+kept, one number per sample, and e is zero elsewhere. One block is ordinary backpropagation without
+a table.
 
-e is the *negative* of DFA's error, so with equal matrices and a net that stands still the force is
-that of DFA with -B. Matrices are as likely as their negatives ("binary" excepted), so blocks align
-with either.
+e is the *negative* of DFA's error: with equal matrices and constant weights the cotangent is that
+of DFA with -B. A matrix is as likely as its negative (except "binary"), so blocks align with both.
 
-With random augmentation the error belongs to another view of the image. Replicas that train apart
-share one table: a sample's error is then that of the replica that saw it last.
+With random augmentation the error belongs to another view of the image. Replicas with local updates
+share one table: a sample's error is that of the replica that saw it last.
 
-Invariant: p is what the net answered when it saw the sample last; nobody's gradient touches it.
+Invariant: p is the model's output when it saw the sample last; it has no gradient.
 """
 
 from __future__ import annotations
@@ -44,31 +44,33 @@ from torch.nn.functional import one_hot
 
 from dtrain.block.block import BackwardPair, Block
 from dtrain.block.micro_batch import MicroBatch
-from dtrain.objectives.base import Objective, scaled_loss_pair
+from dtrain.objectives.base import Objective, cross_entropy_pair
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.common.random_feedback import MatrixKind, random_matrix
 
 LARGE_TABLE_BYTES = 2**28
-"""Bytes of a block's table from which on a user is told."""
+"""Bytes of a block's table above which the run warns."""
 
 
-METRIC = "delayed_error"
+DELAYED_ERROR = "delayed_error"
 
 
 @final
 @dataclass(frozen=True)
 class F3(Objective):
-    """A fixed matrix per earlier block, a table in each; prediction: the last block's alone.
+    """A fixed matrix per earlier block, a table of outputs in each. The last block predicts; the
+    others have no scores.
 
     Parameters
     ----------
     error : str
-        What answers are: "softmax" of the scores (e is then the negative gradient of the loss), or
-        the raw "output", the paper's "delayed error", which is for nets that answer 0 and 1.
+        The output in the error: "softmax" of the scores (e is then the negative gradient of the
+        loss), or the raw "output", the paper's "delayed error", which suits models whose outputs
+        are near 0 and 1.
     one_hot : bool
-        Whether only the true class' error is kept.
+        Whether only the error of the true class is kept.
     feedback : str
-        How the matrices are drawn: see `feedback`.
+        Distribution of the matrices: see `random_matrix`.
     """
 
     accumulated_buffers: ClassVar[tuple[str, ...]] = ("fresh", "seen")
@@ -78,77 +80,93 @@ class F3(Objective):
     one_hot: bool = False
     feedback: MatrixKind = "kaiming"
 
-    def build_head(self, spec: BlockSpec) -> nn.Module | None:
-        """Return the matrix and the table; none where one block learns by backpropagation."""
-        return None if spec.blocks == 1 else AnswerTable(self.feedback, spec, self.one_hot)
+    def has_head(self, spec: BlockSpec) -> bool:
+        """Whether there are several blocks: all of them have a table then."""
+        return spec.blocks > 1
+
+    def build_head(self, spec: BlockSpec) -> nn.Module:
+        """Return the table, with the matrix of an earlier block."""
+        return AnswerTable(self.feedback, spec, self.one_hot)
 
     def head_input_shape(self, spec: BlockSpec) -> tuple[int, ...] | None:
-        """Nothing is run: rows of a table are looked up."""
+        """Return None: the head has no forward."""
         return None
 
     def backward_pairs(
         self, spec: BlockSpec, block: Block, micro_batch: MicroBatch
     ) -> list[BackwardPair]:
-        """Pull the output along the sample's last error; at the end the true loss."""
-        helper = block.head
+        """Return the output with the cotangent e B, or in the last block the loss."""
+        table = block.head
         if spec.is_last:
-            if isinstance(helper, AnswerTable):
-                helper.fresh[micro_batch.indices] = self.current_answers(micro_batch)
-                helper.seen[micro_batch.indices] = 1
-            return [scaled_loss_pair(micro_batch, micro_batch.y)]
-        assert isinstance(helper, AnswerTable)
-        wanted = one_hot(micro_batch.targets, spec.classes)
-        known = helper.answers[micro_batch.indices]
-        error = wanted * (1 - known)[:, None] if self.one_hot else wanted - known
-        micro_batch.metrics[METRIC] = error.norm(dim=1).mean()
-        force = micro_batch.loss_scale / len(error) * error @ helper.feedback
-        return [(micro_batch.y, force.view_as(micro_batch.y))]
+            if isinstance(table, AnswerTable):
+                table.fresh[micro_batch.indices] = self.current_answers(micro_batch)
+                table.seen[micro_batch.indices] = 1
+            return [cross_entropy_pair(micro_batch, micro_batch.y)]
+        assert isinstance(table, AnswerTable)
+        labels = one_hot(micro_batch.targets, spec.classes)
+        answers = table.answers[micro_batch.indices]
+        error = labels * (1 - answers)[:, None] if self.one_hot else labels - answers
+        micro_batch.metrics[DELAYED_ERROR] = error.norm(dim=1).mean()
+        cotangent = micro_batch.loss_scale / len(error) * error @ table.feedback
+        return [(micro_batch.y, cotangent.view_as(micro_batch.y))]
 
     def current_answers(self, micro_batch: MicroBatch) -> Tensor:
-        """Return what the last block answers: (rows, classes), or (rows,) of the true class."""
+        """Return the last block's outputs (rows, C), or with `one_hot` those (rows,) of the true
+        class."""
         scores = micro_batch.y.detach()
         answers = scores.softmax(1) if self.error == "softmax" else scores
         return answers.gather(1, micro_batch.targets[:, None])[:, 0] if self.one_hot else answers
 
     def solve(self, spec: BlockSpec, block: Block) -> None:
-        """Let what was answered in this segment be what is known."""
+        """Put the outputs of this segment into the table of the last block."""
         if spec.is_last and isinstance(block.head, AnswerTable):
             block.head.commit()
 
     def warnings(self, specs: Sequence[BlockSpec], rows: int) -> list[str]:
-        """Tell of raw outputs, and of large tables."""
+        """Warn of raw outputs and of large tables."""
         if len(specs) == 1:
             return []
-        told = []
+        warnings = []
         if self.error == "output":
-            told.append(
-                "'f3' with error = \"output\" takes raw scores for answers, which outgrow targets "
-                "of 0 and 1 under the last block's cross-entropy, and the force with them: set "
+            warnings.append(
+                "'f3' with error = \"output\" subtracts raw scores from the labels; under the last "
+                "block's cross-entropy scores outgrow 0 and 1, and the cotangents with them: set "
                 'error = "softmax"'
             )
         samples, classes = specs[-1].train_samples, 1 if self.one_hot else specs[-1].classes
         size = samples * classes * specs[-1].dtype.itemsize
-        if size < LARGE_TABLE_BYTES:
-            return told
-        smaller = "" if self.one_hot else f"; one-hot = true keeps {samples:,} numbers instead"
-        return [
-            *told,
-            f"'f3' keeps {samples:,} x {classes} errors of {size / 1e9:.1f} GB in each of "
-            f"{len(specs)} blocks and twice more in the last, and sends them to all at every "
-            f"segment's end{smaller}",
-        ]
+        if size >= LARGE_TABLE_BYTES:
+            smaller = "" if self.one_hot else f"; one-hot = true keeps {samples:,} numbers instead"
+            warnings.append(
+                f"'f3' keeps {samples:,} x {classes} errors of {size / 1e9:.1f} GB in each of "
+                f"{len(specs)} blocks and twice more in the last, and sends them to all blocks at "
+                f"the end of every segment{smaller}"
+            )
+        return warnings
 
 
 @final
 class AnswerTable(nn.Module):
-    """What the net answered to each sample; the last block also holds what it answers now.
+    """The model's last output for each training sample.
+
+    ::
+
+        answers      ----- read by the samples' indices ----->  errors         in earlier blocks
+        fresh, seen  <---- written by the samples' indices ---- scores         in the last block
+
+    Invariant: `answers` changes only at the end of a segment, in the last block first. `fresh` and
+    `seen` are zero then, so they can be summed over replicas, each of which saw other samples.
 
     Attributes
     ----------
-    answers, fresh : Tensor
-        (samples, classes), or (samples,) for the true class alone.
+    feedback : Tensor
+        The matrix (C, width) of an earlier block.
+    answers : Tensor
+        (N, C), or (N,) for the true class alone.
+    fresh : Tensor
+        In the last block, like `answers`: the outputs of this segment.
     seen : Tensor
-        (samples,): 1 where `fresh` has been written since the last segment's end.
+        In the last block, (N,): 1 where `fresh` was written in this segment.
     """
 
     identical_buffers = ("feedback", "answers", "fresh", "seen")
@@ -160,18 +178,18 @@ class AnswerTable(nn.Module):
     def __init__(self, kind: MatrixKind, spec: BlockSpec, one_hot: bool) -> None:
         super().__init__()
         if not spec.is_last:
-            drawn = random_matrix(kind, spec.classes, math.prod(spec.output_shape))
-            self.register_buffer("feedback", drawn)
-        wide = (spec.train_samples,) if one_hot else (spec.train_samples, spec.classes)
-        self.register_buffer("answers", torch.zeros(wide))
+            matrix = random_matrix(kind, spec.classes, math.prod(spec.output_shape))
+            self.register_buffer("feedback", matrix)
+        shape = (spec.train_samples,) if one_hot else (spec.train_samples, spec.classes)
+        self.register_buffer("answers", torch.zeros(shape))
         if spec.is_last:
-            self.register_buffer("fresh", torch.zeros(wide))
+            self.register_buffer("fresh", torch.zeros(shape))
             self.register_buffer("seen", torch.zeros(spec.train_samples))
 
     @torch.no_grad()
     def commit(self) -> None:
-        """Answer as was seen, and forget that."""
-        was = self.seen.view(-1, *[1] * (self.fresh.dim() - 1)) > 0
-        self.answers.copy_(torch.where(was, self.fresh, self.answers))
+        """Copy `fresh` to `answers` where samples were seen; clear `fresh` and `seen`."""
+        seen = self.seen.view(-1, *[1] * (self.fresh.dim() - 1)) > 0
+        self.answers.copy_(torch.where(seen, self.fresh, self.answers))
         self.fresh.zero_()
         self.seen.zero_()

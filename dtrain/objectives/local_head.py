@@ -1,11 +1,12 @@
-"""Local heads: every earlier block classifies through a small network that learns with it.
+"""Decoupled greedy learning (DGL, AugLocal): every earlier block has an auxiliary classifier.
 
 Belilovsky, Eickenberg and Oyallon, "Decoupled greedy learning of CNNs", arXiv 1901.08164; Ma, Wu,
 Tang and Zhang, "Scaling supervised local learning with augmented auxiliary networks" (AugLocal),
-arXiv 2402.17318. All blocks learn at the same time, and a block hands on what it made before its
-own update. The networks stand in `networks`, the keys in `networked`.
+arXiv 2402.17318. A block and its head learn the cross-entropy of the head's scores. All blocks
+learn at the same time; a block sends the activation that it computed before its own update. The
+networks are in `head_networks`, the keys in `NetworkHead`.
 
-Invariant: nothing is added to the stream, so the net that is exported is the net that was trained.
+Invariant: the activations are those of the model alone, so the exported model is the trained one.
 """
 
 from __future__ import annotations
@@ -19,4 +20,5 @@ from dtrain.objectives.common.aux_heads import NetworkHead
 @final
 @dataclass(frozen=True)
 class LocalHead(NetworkHead):
-    """A learned network per earlier block; prediction: last block, and the vote (sum)."""
+    """A trained network per earlier block. The last block predicts; the vote is the sum of the
+    scores."""

@@ -1,33 +1,34 @@
-"""MAN: an earlier block learns through a slow copy of the first layer of the block behind it.
+"""MAN, momentum auxiliary network: an earlier block learns through an EMA of the next layer.
 
-Su, Cai, Zhu et al., "Momentum auxiliary network for supervised local learning", arXiv 2407.05623::
+Su, Cai, Zhu et al., "Momentum auxiliary network for supervised local learning", arXiv 2407.05623.
+With theta the weights of the next block's first layer::
 
-    y_k    = LB_k(h_k) + EMA_k(h_k)                            h_k, not y_k, is streamed
+    y_k    = LB_k(h_k) + EMA_k(h_k)                            h_k, not y_k, is sent forward
     loss_k = lambda1 reconstruction(decoder(y_k)) + lambda2 CE(head(y_k))
     EMA_k <- m EMA_k + (1 - m) theta                           after the block's update
 
     block k                              block k + 1
     h_k ----------------------------->   first layer, theta ---> ...
      |-- EMA_k  <-------- theta, `lag` updates late ---'U
-     |-- LB_k, trained            (U: when the block has been updated)
+     |-- LB_k, trained            (U: after the update of the block)
      + -- y_k -> decoder, head
 
-EMA_k (no gradient reaches its weights, though h_k is taught through them) and LB_k are copies of
-the next block's first layer. theta travels as one flat tensor per update. With a lag of 2 updates
-nobody waits under "stream"; nothing arrives in the first `lag` updates of a segment, where EMA_k
-rests. ``momentum = 1`` never moves it and sends nothing.
+EMA_k and LB_k are copies of the next block's first layer. LB_k is trained. The weights of EMA_k get
+no gradient, but h_k learns through them. theta is sent as one flat tensor per update. With a lag of
+2 updates no block waits under "stream". In the first `lag` updates of a segment nothing arrives and
+EMA_k does not change. With ``momentum = 1`` it never changes and nothing is sent.
 
-Only parameters are averaged, as in the authors' code. Batch statistics of a copy are its own: those
-of the next block are of activations that other weights made. They serve the head's predictions.
+Only parameters are averaged, as in the authors' code. Batch statistics of a copy are its own, since
+those of the next block belong to activations of other weights; the head's predictions use them.
 
-Quirks of the authors' code. It draws the convolutions of both copies anew after they were copied
-(``start = "drawn"``). It reads theta before the block's step, which is a lag of 1. It goes from the
-first lambdas to the last by the number 1 ... 3 of the resolution over K - 2: with 16 blocks, from
-(5, 0.5) to (0, 0), they never fall below 79 % of their start, with 4 they overshoot. Here the
-block's number decides. That end would switch the last local loss off, and is refused; by default
-lambdas stay (5, 0.5).
+Quirks of the authors' code. It draws the convolutions of both copies again after copying
+(``start = "drawn"``). It reads theta before the block's step, which is a lag of 1. It changes the
+lambdas by the number 1 ... 3 of the resolution over K - 2: with 16 blocks, from (5, 0.5) to (0, 0),
+they never fall below 79 % of their start, with 4 they overshoot. Here the block's number decides.
+The end (0, 0) would switch the last local loss off and is an error here; by default the lambdas
+stay (5, 0.5).
 
-Invariant: nothing is added to the stream, so the net that is exported is the net that was trained.
+Invariant: the activations are those of the model alone, so the exported model is the trained one.
 """
 
 from __future__ import annotations
@@ -44,28 +45,39 @@ from dtrain.block.block import Block
 from dtrain.block.low_rank import merged_parameters
 from dtrain.block.micro_batch import MicroBatch
 from dtrain.errors import ConfigError
-from dtrain.objectives.base import ExecutionMode
+from dtrain.objectives.base import ExecutionMode, MessageSpec, backward_routes
 from dtrain.objectives.block_spec import BlockSpec
+from dtrain.objectives.common.field_checks import check_lag
 from dtrain.objectives.common.reconstruction import Reconstruction, ReconstructionHead
-from dtrain.schedules.actions import Point, Route
+from dtrain.schedules.actions import Route
 
 LAYER = "layer"
+
+
+NO_PARAMETERS = torch.empty(0, dtype=torch.float32)
+"""The message of a layer without parameters."""
 
 
 @final
 @dataclass(frozen=True)
 class Man(Reconstruction):
-    """Features behind two copies of the next layer; prediction: last block, and the vote (sum).
+    """Features behind two copies of the next layer. The last block predicts; the vote is the sum of
+    the scores.
 
     Parameters
     ----------
     momentum : float
         m, 0 to 1.
     start : str
-        What the copies start from: "next", the first weights of the layer that they copy, or
-        "drawn", others, each copy its own.
+        Initial weights of the copies: "next", those of the layer that they copy, or "drawn",
+        different ones for each copy.
     lag : int
-        Updates that weights travel; "stream" needs 2 or more.
+        Delay of the weights in updates; "stream" needs 2 or more.
+
+    Raises
+    ------
+    ConfigError
+        A pair of lambdas, `momentum` or `lag` is out of range.
     """
 
     needs_downstream_layers: ClassVar[bool] = True
@@ -79,108 +91,107 @@ class Man(Reconstruction):
         super().__post_init__()
         if not 0 <= self.momentum <= 1:
             raise ConfigError(
-                "todo.key", f"[objective] momentum = {self.momentum}: give 0 to 1, as 0.995"
+                "objective.momentum-out-of-range",
+                f"[objective] momentum = {self.momentum} must be between 0 and 1, as 0.995",
             )
-        if self.lag < 0:
-            raise ConfigError(
-                "todo.key", f"[objective] lag = {self.lag}: give at least 0; 'stream' needs 2"
-            )
+        check_lag(self.lag)
 
     def feature_path(self, spec: BlockSpec) -> tuple[nn.Module, tuple[int, ...]]:
-        """Return the two copies, and the shape that leaves them."""
+        """Return the two copies, and the shape of their output."""
         layer = spec.downstream_layers[0]
         return EmaPair(layer.make(), redraw=self.start == "drawn"), layer.output_shape
 
     def routes(self, blocks: int, mode: ExecutionMode) -> tuple[Route, ...]:
-        """In training a layer's weights come back once per update as well."""
-        down = range(blocks - 1) if mode == "train" and self.momentum < 1 else ()
-        back = (Route(Point(b + 1, "U"), Point(b, "U"), LAYER, self.lag) for b in down)
-        return (*super().routes(blocks, mode), *back)
+        """Send activations forward; in training the weights of a layer back, once per update."""
+        sends_layer = mode == "train" and self.momentum < 1
+        weights = backward_routes(blocks, LAYER, "U", self.lag) if sends_layer else ()
+        return (*super().routes(blocks, mode), *weights)
 
     def make_message(self, route: Route, block: Block, micro_batch: MicroBatch | None) -> Tensor:
-        """Return the weights of the block's first layer, flat."""
+        """Return the weights (parameters,) of the block's first layer."""
         if route.name != LAYER:
             return super().make_message(route, block, micro_batch)
         return flat_parameters(next(iter(block.layers.values())))
 
-    def message_spec(
-        self, route: Route, specs: Sequence[BlockSpec], rows: int
-    ) -> tuple[tuple[int, ...], torch.dtype]:
-        """Return shape and dtype: what a layer with weights is fed is of their dtype."""
+    def message_spec(self, route: Route, specs: Sequence[BlockSpec], rows: int) -> MessageSpec:
+        """Return the number of weights, and their dtype: a layer with weights has that of its
+        input."""
         if route.name != LAYER:
             return super().message_spec(route, specs, rows)
-        task = specs[route.target.block]
-        number = task.downstream_layers[0].parameters
-        return (number,), task.dtype if number else NO_PARAMETERS.dtype
+        spec = specs[route.target.block]
+        parameters = spec.downstream_layers[0].parameters
+        return (parameters,), spec.dtype if parameters else NO_PARAMETERS.dtype
 
     def after_update(self, spec: BlockSpec, block: Block, received: Mapping[str, Tensor]) -> None:
-        """Let EMA follow, where weights arrived."""
+        """Update the EMA if weights have arrived."""
         if LAYER in received:
             assert isinstance(block.head, ReconstructionHead)
             assert isinstance(block.head.path, EmaPair)
             block.head.path.update_ema(received[LAYER], self.momentum)
 
     def warnings(self, specs: Sequence[BlockSpec], rows: int) -> list[str]:
-        """Tell of blocks with nothing to follow."""
-        idle = [
-            task for task in specs if not task.is_last and not task.downstream_layers[0].parameters
-        ]
+        """Warn of blocks whose next layer has no parameters."""
+        next_layers = {spec.index: spec.downstream_layers[0] for spec in specs if not spec.is_last}
         return [
-            f"block {task.index + 1} begins with layer '{task.downstream_layers[0].name}', which has no "
-            f"parameters, so block {task.index} has no weights to follow: cut before a layer that "
-            "has some"
-            for task in idle
+            f"block {index + 1} begins with layer '{layer.name}', which has no parameters, so "
+            f"block {index} has no weights to average: cut before a layer with parameters"
+            for index, layer in next_layers.items()
+            if not layer.parameters
         ]
-
-
-NO_PARAMETERS = torch.empty(0, dtype=torch.float32)
-"""All parameters of a layer without any."""
 
 
 @final
 class EmaPair(nn.Module):
-    """The two copies; `layer` becomes one of them, and both are drawn `anew` where that is asked.
+    """A trained copy of a layer and an exponential moving average (EMA) of the layer's weights.
+
+    ::
+
+                .-- learnt --.
+        h ------|            (+)--> LB(h) + EMA(h)
+                '-- slow ----'         slow <- m slow + (1 - m) theta
+
+    Invariant: no gradient reaches the weights of `slow`; only `update_ema` changes them.
 
     Parameters
     ----------
     layer : nn.Module
-        A layer that nobody else holds.
-    anew : bool
-        Whether the copies start from other weights, each from its own.
+        A layer that nothing else uses; it becomes the trained copy.
+    redraw : bool
+        Whether both copies start from new weights, each from its own.
     """
 
     def __init__(self, layer: nn.Module, redraw: bool = False) -> None:
         super().__init__()
         self.learnt, self.slow = layer, deepcopy(layer).requires_grad_(False)
-        self.works_in_place = any(getattr(each, "inplace", False) for each in layer.modules())
+        self.works_in_place = any(getattr(part, "inplace", False) for part in layer.modules())
         if redraw:
             _redraw_weights(self.learnt)
             _redraw_weights(self.slow)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the sum of what both make of the same input."""
+        """Return the sum of the outputs of both copies for one input (rows, ...)."""
         first, second = (input.clone(), input.clone()) if self.works_in_place else (input, input)
-        made: Tensor = self.learnt(first) + self.slow(second)
-        return made
+        output: Tensor = self.learnt(first) + self.slow(second)
+        return output
 
     @torch.no_grad()
     def update_ema(self, theta: Tensor, momentum: float) -> None:
-        """Average `theta`, the flat parameters of the layer that was copied, into the slow copy."""
-        own = list(self.slow.parameters())
-        parts = torch.split(theta, [each.numel() for each in own])
-        for each, new in zip(own, parts, strict=True):
-            each.mul_(momentum).add_(new.view_as(each), alpha=1 - momentum)
+        """Average the flat parameters `theta` (parameters,) of the copied layer into the EMA."""
+        parameters = list(self.slow.parameters())
+        parts = torch.split(theta, [parameter.numel() for parameter in parameters])
+        for parameter, new in zip(parameters, parts, strict=True):
+            parameter.mul_(momentum).add_(new.view_as(parameter), alpha=1 - momentum)
 
 
 def flat_parameters(layer: nn.Module) -> Tensor:
-    """Return all parameters of a layer in one row, in new memory."""
-    parts = [each.flatten() for each in merged_parameters(layer)]
+    """Return all parameters of a layer as one vector, in new memory."""
+    parts = [parameter.flatten() for parameter in merged_parameters(layer)]
     return torch.cat(parts) if parts else NO_PARAMETERS
 
 
 def _redraw_weights(layer: nn.Module) -> None:
-    """Draw the weights of convolutions anew, normal with variance 2 / (k^2 outputs), and linear
-    maps as torch does."""
+    """Draw weights anew: of convolutions normal with variance 2 / (k^2 outputs), of linear maps as
+    torch does."""
     for module in layer.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

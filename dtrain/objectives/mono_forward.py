@@ -1,16 +1,16 @@
-"""Mono-Forward: every block's output classifies through a linear head, and nothing comes back.
+"""Mono-Forward: every earlier block is classified by a linear head, and nothing is sent back.
 
-Gong, Li and Abdulla, "Mono-Forward", arXiv 2501.09238. With a = the block's output, M (C, d) its
-head and G = a M^T the goodness per class, the block learns softmax cross-entropy of G, delta =
-(softmax(G) - Y) / rows::
+Gong, Li and Abdulla, "Mono-Forward", arXiv 2501.09238. With a the block's output, M (C, d) its head
+and G = a M^T the goodness per class, the block learns the softmax cross-entropy of G. With
+delta = (softmax(G) - Y) / rows::
 
-    dM = delta^T a        da = delta M        both at once, and a goes on as it was before
+    dM = delta^T a        da = delta M        both in one step; the next block gets a as it was
 
-The last block learns the true loss through the model's own head. One block is ordinary
-backpropagation. Images of more than `features` numbers are averaged down to so many before M: the
-paper's form for convolutions is not known to us, the limit is that of LLS.
+The last block learns the cross-entropy of the model's own head, so one block is ordinary
+backpropagation. Images of more than `features` numbers are averaged down to that many before M: we
+do not know the paper's form for convolutions, and the limit is that of LLS.
 
-Invariant: nothing is added to the stream, so the net that is exported is the net that was trained.
+Invariant: the activations are those of the model alone, so the exported model is the trained one.
 """
 
 from __future__ import annotations
@@ -32,10 +32,15 @@ class MonoForward(AuxHead):
     Parameters
     ----------
     prediction : str
-        "final": the last block's; "vote": the sum of the scores of all blocks. Both are recorded
-        anyway; this says which one is the model's.
+        The model's prediction: "final", that of the last block, or "vote", the sum of the scores of
+        all blocks. Both are recorded.
     features : int
-        The most numbers of an image that enter a head; flat outputs enter whole.
+        Largest number of features of an image that enter a head; flat outputs enter whole.
+
+    Raises
+    ------
+    ConfigError
+        `features` is below 1.
     """
 
     prediction: Literal["final", "vote"] = "final"
@@ -46,11 +51,11 @@ class MonoForward(AuxHead):
 
     @property
     def predicts_by_vote(self) -> bool:
-        """Whether the model's prediction is the vote."""
+        """Whether the model predicts by the vote."""
         return self.prediction == "vote"
 
-    def head_network(self, spec: BlockSpec) -> nn.Module:
-        """Return M as a linear map from the flattened output to the classes."""
+    def build_head(self, spec: BlockSpec) -> nn.Module:
+        """Return M: a linear map from the flattened output to the classes."""
         width = pooling.width(spec.output_shape, self.features)
         return nn.Sequential(
             pooling.make_pool(spec.output_shape, self.features),

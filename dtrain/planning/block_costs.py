@@ -139,7 +139,7 @@ class BlockCosts:
 
     def _profile_head(self, block_spec: BlockSpec) -> LayerSpec | None:
         with torch.device("meta"):
-            helper: nn.Module | None = self.objective.build_head(block_spec)
+            helper: nn.Module | None = self.objective.make_head(block_spec)
         if helper is None:
             return None
         shape, name = self.objective.head_input_shape(block_spec), f"heads.{block_spec.index}"

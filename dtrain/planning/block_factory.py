@@ -35,7 +35,7 @@ def make_block(run: RunConfig, layout: Layout, index: int, device: torch.device)
     for layer in layers.values():
         layer.to(device)
     with seeded(seed, f"heads.{index}"):
-        helper = layout.objective.build_head(task)
+        helper = layout.objective.make_head(task)
     if helper is not None:
         helper = helper.to(device, task.dtype)
     return assemble_block(run, layout, index, layers, helper)

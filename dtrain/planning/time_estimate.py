@@ -161,7 +161,7 @@ class _RunCosts:
     def _head_seconds(self, block: BlockLayout) -> tuple[float, float, float, float]:
         objective, task = self.layout.objective, block.spec
         with torch.device("meta"):
-            helper = objective.build_head(task)
+            helper = objective.make_head(task)
         shape = objective.head_input_shape(task)
         if helper is None or shape is None:
             return 0.0, 0.0, 0.0, 0.0

@@ -100,7 +100,7 @@ def test_the_shapes_of_a_resnets_head() -> None:
     task = prices.block_spec(0, 2, 0, 3)
     assert [each.name for each in task.downstream_layers][3::3] == ["unit2-3", "unit3-3"]
     with torch.device("meta"):
-        head = AUG.head_network(task)
+        head = AUG.build_head(task)
     units = [each for each in head.modules() if isinstance(each, ResidualUnit)]
     shapes, x = [], torch.zeros(2, 16, 32, 32, device="meta")
     for unit in units:
@@ -115,7 +115,7 @@ def test_a_head_before_the_models_own_is_greedy() -> None:
     task = prices.block_spec(0, 2, 0, len(specs) - 1)
     assert [each.name for each in task.downstream_layers] == ["head"]
     with torch.device("meta"):
-        assert [tuple(p.shape) for p in AUG.head_network(task).parameters()] == [(10, 64), (10,)]
+        assert [tuple(p.shape) for p in AUG.build_head(task).parameters()] == [(10, 64), (10,)]
 
 
 def test_heads_are_part_of_what_is_balanced() -> None:
@@ -189,7 +189,7 @@ def blocks(cuts: tuple[int, ...]) -> list[tuple[BlockSpec, Block]]:
     for index, (i, j) in enumerate(itertools.pairwise((0, *cuts, len(specs)))):
         task = prices.block_spec(index, len(cuts) + 1, i, j)
         with seeded("heads", index):
-            helper = AUG.build_head(task)
+            helper = AUG.make_head(task)
         layers = net.build(range(i, j), 1, D)
         made.append((task, Block(index, layers, helper and helper.to(D), step)))
     return made

@@ -30,7 +30,7 @@ def task(block: int, blocks: int, outputs: int) -> BlockSpec:
 
 
 def block(objective: Objective, where: BlockSpec, *layers: nn.Module) -> Block:
-    helper = objective.build_head(where)
+    helper = objective.make_head(where)
     named = {f"l{where.index}{i}": layer.to(D) for i, layer in enumerate(layers)}
     return Block(where.index, named, None if helper is None else helper.to(D), sgd)
 

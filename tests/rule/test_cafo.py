@@ -150,10 +150,7 @@ def test_the_models_own_head_is_solved_in_place(kind: str, data: tuple[Tensor, T
     objective, where, y = Cafo(), topped(head, shape), data[1]
     block = made(objective, where, {"body": nn.Identity(), "head": layer})
     own = dict(layer.named_parameters())
-    first = [
-        MicroBatch(**block.run_forward(part, (), True), targets=y[i : i + 20])
-        for i, part in parts(x)
-    ]
+    first = [block.run_forward(MicroBatch(x=part, targets=y[i : i + 20])) for i, part in parts(x)]
     for live in first:  # all forwards before any learning: taps are those of the micro-batch
         block.backward(objective.backward_pairs(where, block, live))
     objective.solve(where, block)
@@ -243,13 +240,13 @@ def test_of_random_blocks_heads_alone_learn(head: Any, data: tuple[Tensor, Tenso
         id(inner.parameters[n]) for n in HEAD
     ]
     assert [id(each) for each in last.trainable_parameters] == [id(own.weight), id(own.bias)]
-    live = MicroBatch(**inner.run_forward(x, (), True), targets=y)
+    live = inner.run_forward(MicroBatch(x=x, targets=y))
     inner.backward(objective.backward_pairs(inside(5), inner, live))
     weight, bias = (inner.parameters[n] for n in HEAD)
     h = body(x).detach()
     wanted = torch.autograd.grad(loss(h @ weight.T + bias, y), [weight, bias])
     torch.testing.assert_close([weight.grad, bias.grad], list(wanted))
-    after = MicroBatch(**last.run_forward(h, (), True), targets=y)
+    after = last.run_forward(MicroBatch(x=h, targets=y))
     last.backward(objective.backward_pairs(where, last, after))
     assert own.weight.grad is not None
     assert all(each.grad is None for each in last.layers["two"].parameters())
@@ -267,7 +264,7 @@ def test_trained_blocks_learn_from_their_own_head(head: Any, data: tuple[Tensor,
     x, y = data
     objective, body = Cafo(head, "trained"), nn.Linear(6, 5).to(D)
     block = made(objective, inside(5), {"one": body})
-    live = MicroBatch(**block.run_forward(x, (), True), targets=y)
+    live = block.run_forward(MicroBatch(x=x, targets=y))
     block.backward(objective.backward_pairs(inside(5), block, live))
     weight, bias = (block.parameters[n].detach() for n in HEAD)
     scores = body(x) @ weight.T + bias
@@ -288,9 +285,7 @@ def test_trained_with_cross_entropy_one_block_is_ordinary_backprop(
     objective, where = Cafo("ce", "trained"), topped(None, (6,), 0)
     block = made(objective, where, {"head": nn.Linear(6, 3).to(D)})
     block.backward(
-        objective.backward_pairs(
-            where, block, MicroBatch(**block.run_forward(x, (), True), targets=y)
-        )
+        objective.backward_pairs(where, block, block.run_forward(MicroBatch(x=x, targets=y)))
     )
     wanted = torch.autograd.grad(
         cross_entropy(block.layers["head"](x), y), block.trainable_parameters

@@ -33,7 +33,7 @@ def test_gradients_are_those_of_the_sum_of_all_losses(head: str) -> None:
     lives = []
     for b, block in enumerate(blocks):
         x = x.detach().requires_grad_(b > 0)
-        lives.append(MicroBatch(**block.run_forward(x, (0, 0, 0), True), targets=targets))
+        lives.append(block.run_forward(MicroBatch(x=x, targets=targets, rng_key=(0, 0, 0))))
         x = lives[-1].y
     for b in (2, 1, 0):
         if b < 2:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot, softplus
 
-from dtrain.block.micro_batch import Given, RowRandom
+from dtrain.block.micro_batch import MicroBatch, RowRandom
 from dtrain.build import RankJob
 from dtrain.errors import DtrainError
 from dtrain.objectives import OBJECTIVES
@@ -160,8 +160,8 @@ def test_labels_that_do_not_fit_are_refused(label: Any, shape: tuple[int, ...]) 
     assert ForwardForward("beside").model_input_shape((9,), 10) == (19,)
 
 
-def given(y: Tensor, rows: int) -> Given:
-    return Given(y, row_random=RowRandom(1, 0, 0, rows, 0, rows))
+def given(y: Tensor, rows: int) -> MicroBatch:
+    return MicroBatch(targets=y, row_random=RowRandom(1, 0, 0, rows, 0, rows))
 
 
 def test_random_negatives_are_wrong_and_alike() -> None:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from dtrain.block.block import Block, OptimizerStep
-from dtrain.block.micro_batch import Given, MicroBatch, RowRandom
+from dtrain.block.micro_batch import MicroBatch, RowRandom
 from dtrain.build import RankJob, build_rank
 from dtrain.comm.backends.single import SingleBackend
 from dtrain.comm.communicator import Comm
 from dtrain.data import epoch_order
+from dtrain.objectives.forward import forward_micro_batch
 from dtrain.planning.plan import make_plan
 from tests import tiny
 
@@ -40,8 +41,8 @@ class Updated(NamedTuple):
         """Return the random numbers of the update in a block."""
         return RowRandom(self.job.plan.run.settings.seed, block, 0, ROWS, 0, ROWS)
 
-    def given(self, **told: Any) -> Given:
-        return Given(self.y, samples=self.x, row_random=self.draws(), **told)
+    def given(self, **told: Any) -> MicroBatch:
+        return MicroBatch(targets=self.y, samples=self.x, row_random=self.draws(), **told)
 
     def passed(self, x: Tensor, detached: bool = True) -> list[list[Tensor]]:
         """Return what each layer of each block makes of x, normed between blocks by hand."""
@@ -110,9 +111,9 @@ def predicted(done: Updated, x: Tensor, y: Tensor) -> list[Tensor | None]:
         for task in tasks:
             block = done.blocks[task.index]
             block.train(False)
-            given = Given(y, told, x if task.index == 0 else None)
-            fed = objective.make_input(task, block, given)
-            live = MicroBatch(**block.run_forward(fed, (), False), targets=y)
+            samples = x if task.index == 0 else None
+            live = MicroBatch(targets=y, received=told, samples=samples)
+            forward_micro_batch(objective, task, block, live)
             scores.append(objective.predict(task, block, live))
             leaving = [r for r in routes if r.source.block == task.index and r.name != "votes"]
             told = {r.name: objective.make_message(r, block, live) for r in leaving}

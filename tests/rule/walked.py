@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.block.block import Block
-from dtrain.block.micro_batch import Given, MicroBatch
+from dtrain.block.micro_batch import MicroBatch
 from dtrain.objectives.base import Objective
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.rng import seeded
@@ -40,7 +40,7 @@ def made(
         shapes = inputs, tuple(h.shape[1:]), D, classes, tuple(x.shape[1:])
         task = BlockSpec(index, len(parts), *shapes, train_samples=SAMPLES)
         with seeded("heads", index):
-            helper = objective.build_head(task)
+            helper = objective.make_head(task)
         helper = helper if helper is None else helper.to(D)
         layers = {f"l{index}{n}": layer for n, layer in enumerate(part)}
         block = Block(index, layers, helper, step, detach_every=objective.detach_every)
@@ -75,18 +75,21 @@ def learnt(
     for pass_ in range(count_forward_passes(routes)):
         for index, (task, block) in enumerate(blocks):
             point, before = Point(index, "F", pass_), lives.get(index)
-            given = Given(y, told[point], None if index else x, None, which, pass_=pass_)
-            fed = objective.make_input(task, block, given).detach().clone()
-            fed.requires_grad_(index in asked)
-            kept = block.run_forward(fed, (0, 0, 0), objective.needs_graph(task, pass_))
-            lives[index] = MicroBatch(
-                **kept,
-                targets=y,
-                loss_scale=share,
-                received=told[point],
-                indices=which,
-                previous_pass=before,
-            )
+            if before is None:
+                lives[index] = MicroBatch(
+                    targets=y,
+                    loss_scale=share,
+                    received=told[point],
+                    samples=None if index else x,
+                    indices=which,
+                    rng_key=(0, 0, 0),
+                )
+            else:
+                lives[index] = before.next_pass(told[point])
+            micro_batch = lives[index]
+            micro_batch.x = objective.make_input(task, block, micro_batch).detach().clone()
+            micro_batch.x.requires_grad_(index in asked)
+            block.run_forward(micro_batch, objective.needs_graph(task, pass_))
             offer(point)
     for index, (task, block) in reversed(list(enumerate(blocks))):
         point = Point(index, "B")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dtrain.block.block import Block
+from dtrain.block.micro_batch import MicroBatch
 from dtrain.block.optimizer import make_optimizer
 from dtrain.comm.backends.threads import run_ranks
 from dtrain.comm.communicator import Comm
@@ -33,14 +34,14 @@ WRITING = {"name": "tests.tiny:writing"}
 class Dropping(MonoForward):
     """Its heads use random numbers."""
 
-    def head_network(self, spec: Any) -> nn.Module:
-        return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), super().head_network(spec))
+    def build_head(self, spec: Any) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), super().build_head(spec))
 
 
 class Normalised(MonoForward):
     """Its heads have batch statistics, and no input shape from which their cost is measured."""
 
-    def head_network(self, spec: Any) -> nn.Module:
+    def build_head(self, spec: Any) -> nn.Module:
         width = math.prod(spec.output_shape)
         return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(width), nn.Linear(width, spec.classes))
 
@@ -133,7 +134,7 @@ def test_a_layer_in_place_does_not_change_the_output_before_it() -> None:
 
     block = Block(0, layers, None, sgd, detach_every="layer")
     x = torch.randn(8, 4)
-    outputs = block.run_forward(x, (), True)["layer_outputs"]
+    outputs = block.run_forward(MicroBatch(x=x)).layer_outputs
     assert torch.equal(outputs["one"], layers["one"](x))
     assert outputs["one"].min() < 0
 

@@ -1,1 +1,1 @@
-"""Parts that several objectives share. No file here has a name in a run file."""
+"""Code that several objectives share; no file here is named in a run file."""

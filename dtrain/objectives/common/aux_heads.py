@@ -1,15 +1,15 @@
-"""What objectives share that give every earlier block a head of its own, and its own loss.
+"""Auxiliary heads: every earlier block has a classifier and a loss of its own.
 
 ::
 
-    F   x --> block 0 --y--> block 1 --y--> block 2           nothing comes back
+    F   x --> block 0 --y--> block 1 --y--> block 2           nothing is sent back
                  |              |              |
-    B         heads.0        heads.1        (own head)        softmax cross-entropy of each
+    B         heads.0        heads.1       model's head       a loss of each
 
-The last block learns the true loss through the model's own head, so one block is ordinary
+The last block learns the cross-entropy of the model's own head, so one block is ordinary
 backpropagation.
 
-Invariant: nothing is added to the stream, so the net that is exported is the net that was trained.
+Invariant: the activations are those of the model alone, so the exported model is the trained one.
 """
 
 from __future__ import annotations
@@ -19,55 +19,82 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from dtrain.block.block import BackwardPair, Block
 from dtrain.block.micro_batch import MicroBatch
 from dtrain.errors import ConfigError
 from dtrain.models.image_layers import Norm
-from dtrain.objectives.base import VOTES, ExecutionMode, Objective, forward_routes, scaled_loss_pair
+from dtrain.objectives.base import (
+    ExecutionMode,
+    Objective,
+    cross_entropy_pair,
+    forward_routes,
+    scaled_loss_pair,
+    vote_routes,
+)
 from dtrain.objectives.block_spec import BlockSpec
-from dtrain.objectives.common import head_networks as networks
+from dtrain.objectives.common import head_networks
+from dtrain.objectives.common.field_checks import check_hidden
 from dtrain.objectives.common.head_networks import UnitKind
 from dtrain.schedules.actions import Route
 
 
 class AuxHead(Objective):
-    """A head per earlier block; prediction: last block, and the vote (sum of the scores)."""
+    """A head per earlier block, each with its own loss.
+
+    A subclass writes `build_head`, and `loss` unless it is the cross-entropy. The last block
+    predicts; the vote is the sum of the scores.
+    """
 
     default_schedule: ClassVar[str] = "stream"
 
     @abstractmethod
-    def head_network(self, spec: BlockSpec) -> nn.Module:
-        """Return a module from a block's output (rows, ...) to class scores (rows, classes)."""
+    def build_head(self, spec: BlockSpec) -> nn.Module:
+        """Return the head of an earlier block: a module from the block's output
+        (rows, *spec.output_shape) to class scores (rows, spec.classes)."""
 
-    def build_head(self, spec: BlockSpec) -> nn.Module | None:
-        """Return the head of an earlier block, none at the end."""
-        return None if spec.is_last else self.head_network(spec)
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return the loss () of a head's output (rows, classes) for labels (rows,): a mean over the
+        rows; by default the cross-entropy."""
+        return cross_entropy(output, target)
 
     def routes(self, blocks: int, mode: ExecutionMode) -> tuple[Route, ...]:
-        """Activations go on; in prediction the sum of the scores so far rides beside them."""
-        votes = forward_routes(blocks, VOTES) if mode == "predict" else ()
-        return (*forward_routes(blocks), *votes)
+        """Send activations forward, and in prediction the sum of the scores so far."""
+        return (*forward_routes(blocks), *vote_routes(blocks, mode))
 
     def backward_pairs(
         self, spec: BlockSpec, block: Block, micro_batch: MicroBatch
     ) -> list[BackwardPair]:
-        """Pull the local loss, or in the last block the true one."""
-        return [scaled_loss_pair(micro_batch, self.predict(spec, block, micro_batch))]
+        """Return the loss of the head, or in the last block that of the model."""
+        if spec.is_last:
+            return [cross_entropy_pair(micro_batch, micro_batch.y)]
+        loss = self.loss(self.predict(spec, block, micro_batch), micro_batch.targets)
+        return [scaled_loss_pair(micro_batch, loss)]
 
     def predict(self, spec: BlockSpec, block: Block, micro_batch: MicroBatch) -> Tensor:
-        """Return the class scores (rows, classes)."""
+        """Return the class scores (rows, classes) of the head, or of the model's own."""
         return micro_batch.y if block.head is None else block.head(micro_batch.y)
 
 
 @dataclass(frozen=True)
 class NetworkHead(AuxHead):
-    """A learned network per earlier block.
+    """A trained network per earlier block.
+
+    The keys mean the same in all subclasses, so that methods can be compared with the same heads.
+    Units of "auglocal", with the shapes of later layers and new weights, for 6 blocks, depth 3 and
+    pyramid 0.5::
+
+        block    0         1         2         3         4         5
+        units    3         3         2         2         2      (model's head)
+
+        d_k = max(1, round(d (1 - c r) + c r)),  r = k / (K - 2), and d with two blocks
 
     Parameters
     ----------
     head : str
-        "greedy", "dgl", "auglocal" or "1c2f" (that of InfoPro, without its decoder).
+        "greedy", "dgl", "auglocal" or "1c2f" (that of InfoPro, without its decoder); see
+        `head_networks`.
     norm : str
         Of all but "greedy": "batch" (the papers'; couples the samples of a micro-batch), "group"
         or "none".
@@ -78,11 +105,16 @@ class NetworkHead(AuxHead):
     depth : int
         Of "auglocal": units of the first block's head.
     pyramid : float
-        Of "auglocal": what part of the units beyond the first is gone in the last but one block;
-        0 gives all blocks as many.
+        Of "auglocal", 0 to 1: part of the units beyond the first that the head of the last but one
+        block lacks; it grows linearly with the block. With 0 all heads have `depth` units.
     unit : str
-        Of "auglocal", for images: "residual" (two 3x3 convolutions beside a shortcut, which
-        projects where the shape changes) or "convolution" (one of 3x3).
+        Of "auglocal", for images: "residual" (two 3x3 convolutions and a shortcut, with a
+        projection where the shape changes) or "convolution" (one of 3x3).
+
+    Raises
+    ------
+    ConfigError
+        `hidden`, `depth` or `pyramid` is out of range.
     """
 
     head: Literal["greedy", "dgl", "auglocal", "1c2f"] = "greedy"
@@ -94,21 +126,22 @@ class NetworkHead(AuxHead):
     unit: UnitKind = "residual"
 
     def __post_init__(self) -> None:
-        if self.hidden < 0:
-            raise ConfigError("todo.key", f"[objective] hidden = {self.hidden}: give at least 0")
+        check_hidden(self.hidden)
         if self.depth < 1:
             raise ConfigError(
-                "todo.key",
-                f'[objective] depth = {self.depth}: give at least 1, or head = "greedy" for none',
+                "objective.depth-too-small",
+                f"[objective] depth = {self.depth} must be at least 1; for a head without units "
+                'set head = "greedy"',
             )
         if not 0 <= self.pyramid <= 1:
             raise ConfigError(
-                "todo.key", f"[objective] pyramid = {self.pyramid}: give 0 (no pyramid) to 1"
+                "objective.pyramid-out-of-range",
+                f"[objective] pyramid = {self.pyramid} must be between 0 (no pyramid) and 1",
             )
 
     @property
     def needs_downstream_layers(self) -> bool:
-        """Whether heads are shaped by the layers that come later."""
+        """Whether heads have the shapes of later layers."""
         return self.head == "auglocal"
 
     @property
@@ -116,29 +149,29 @@ class NetworkHead(AuxHead):
         """Whether the head was published for many blocks."""
         return self.head == "auglocal"
 
-    def head_network(self, spec: BlockSpec) -> nn.Module:
-        """Return the head for outputs of `task`."""
+    def build_head(self, spec: BlockSpec) -> nn.Module:
+        """Return the network that `head` names, for the block's output."""
         match self.head:
             case "dgl":
-                return networks.dgl(
+                return head_networks.dgl(
                     spec.output_shape, spec.classes, self.norm, self.groups, self.hidden
                 )
             case "1c2f":
-                return networks.one_convolution(
+                return head_networks.one_convolution(
                     spec.output_shape, spec.classes, self.norm, self.groups
                 )
             case "auglocal":
-                shapes = [
-                    each.output_shape for each in spec.downstream_layers[:-1]
-                ]  # the model's head apart
-                wanted = networks.sample_shapes(shapes, self.unit_count(spec))
-                return networks.auglocal(
-                    spec.output_shape, wanted, spec.classes, self.unit, self.norm, self.groups
+                layers = spec.downstream_layers[:-1]  # without the model's head
+                unit_shapes = head_networks.sample_shapes(
+                    [layer.output_shape for layer in layers], self.unit_count(spec)
                 )
-        return networks.greedy(spec.output_shape, spec.classes)
+                return head_networks.auglocal(
+                    spec.output_shape, unit_shapes, spec.classes, self.unit, self.norm, self.groups
+                )
+        return head_networks.greedy(spec.output_shape, spec.classes)
 
     def unit_count(self, spec: BlockSpec) -> int:
-        """Return how many units the head of a block has, d_k above."""
-        span = spec.blocks - 2
-        gone = self.pyramid * spec.index / span if span > 0 else 0.0
-        return max(1, round(self.depth * (1 - gone) + gone))
+        """Return the number of units of an AugLocal head: d_k above."""
+        inner = spec.blocks - 2
+        removed = self.pyramid * spec.index / inner if inner > 0 else 0.0
+        return max(1, round(self.depth * (1 - removed) + removed))

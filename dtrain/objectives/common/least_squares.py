@@ -1,11 +1,12 @@
-"""Linear maps that are solved: sums over samples, and the least squares that follow from them.
+"""Least squares in closed form: sums over samples, and linear maps that are solved from them.
 
-With h a sample's features and a one behind them, y its one-hot label::
+With h a sample's features and a one appended, y its one-hot label::
 
     gram = sum h h^T      cross = sum h y^T      min |H W - Y|^2:  gram W = cross
 
-Invariant: sums are in float64 whatever the weights are, since their condition is the square of that
-of the features; a sum is the same however its samples are cut into micro-batches, up to rounding.
+Invariant: sums are float64 whatever the dtype of the weights, since the condition of a sum is the
+square of that of the features. Up to rounding, a sum does not depend on the cut of its samples into
+micro-batches.
 """
 
 from __future__ import annotations
@@ -23,22 +24,22 @@ from dtrain.block.micro_batch import MicroBatch
 from dtrain.errors import ConfigError
 from dtrain.objectives.block_spec import BlockSpec
 
-HEAD_INPUT = "what enters the head"
-"""Its name among the taps."""
+HEAD_INPUT = "head input"
+"""Key of the head's input in ``micro_batch.taps``."""
 
 
 LARGE_WIDTH = 4096
-"""Features from which on a user is told what the sums take."""
+"""Number of features above which the memory of the sums is worth a warning."""
 
 
 TOLERANCE = 1e-12
-"""What of a feature's square, or of an eigenvalue, counts as nothing: 1e-6 of the features' own
-size, which is above what float32 leaves of a difference."""
+"""Relative size of a feature's square, or of an eigenvalue, that counts as zero. It is 1e-6 of the
+features' own size, which is above the rounding error of a difference in float32."""
 
 
 @final
 class Readout(nn.Module):
-    """From an output (rows, ...) to class scores (rows, classes).
+    """A linear map from a block's output (rows, ...) to class scores (rows, classes).
 
     Parameters
     ----------
@@ -46,11 +47,17 @@ class Readout(nn.Module):
         Makes the features (rows, width).
     width, classes : int
         Sizes of the map.
-    solved : bool
-        Whether it is solved from sums, which a forward in training adds to, and learns by no
-        gradient.
-    scores : bool
-        Whether it has a map of its own; else it returns the features, and another's map is solved.
+    closed_form : bool
+        Whether the map is solved from sums and not trained by gradients. Every forward in training
+        adds its samples to the sums.
+    with_linear : bool
+        Whether the readout has a map of its own. If not, its forward returns the features, and the
+        map that `solve` sets belongs to the model.
+
+    Attributes
+    ----------
+    gram, cross : Tensor
+        The sums (width + 1, width + 1) and (width + 1, classes), if `closed_form`.
     """
 
     uses_rng = False
@@ -68,10 +75,11 @@ class Readout(nn.Module):
             self.requires_grad_(False)
             self.register_buffer("gram", torch.zeros(width + 1, width + 1))
             self.register_buffer("cross", torch.zeros(width + 1, classes))
-            self.double_()
+            self._sums_to_float64()
 
     def forward(self, output: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Return the scores; without `targets` it is run for its costs, or to predict."""
+        """Return the scores, or without a map the features; adds the samples to the sums in
+        training. Without `targets` only `gram` grows (a forward for its costs)."""
         features: Tensor = self.pool(output)
         if self.closed_form and self.training:
             self._accumulate(features.detach(), targets)
@@ -83,95 +91,104 @@ class Readout(nn.Module):
         if targets is not None:
             self.cross += rows.T @ one_hot(targets, self.cross.shape[1]).double()
 
-    def double_(self) -> None:
-        """Keep the sums in float64."""
+    def _sums_to_float64(self) -> None:
         self.gram, self.cross = self.gram.double(), self.cross.double()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        made = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        module = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.closed_form:
-            self.double_()
-        return made
+            self._sums_to_float64()
+        return module
 
     @property
     def sample_count(self) -> int:
-        """How many samples the sums are of: the ones behind their features, squared."""
+        """Number of samples in the sums: the sum of the squares of the appended ones."""
         return round(float(self.gram[-1, -1]))
 
     def reset_sums(self) -> None:
-        """Start the sums anew."""
+        """Set the sums to zero."""
         self.gram.zero_()
         self.cross.zero_()
 
     @torch.no_grad()
     def solve(self, linear: nn.Linear) -> None:
-        """Set the weights of `linear` in place, and its bias where it has one."""
+        """Set the weights of `linear` in place to the least squares, and its bias if it has one."""
         size = linear.in_features + (linear.bias is not None)
-        found = solve_least_squares(self.gram[:size, :size], self.cross[:size])
-        linear.weight.copy_(found[: linear.in_features].T)
+        weights = solve_least_squares(self.gram[:size, :size], self.cross[:size])
+        linear.weight.copy_(weights[: linear.in_features].T)
         if linear.bias is not None:
-            linear.bias.copy_(found[-1])
+            linear.bias.copy_(weights[-1])
 
 
 def mean_squared_error(scores: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean square of the distance to one-hot labels, over rows and classes."""
+    """Return the squared error of scores (rows, classes) to one-hot labels, a mean over rows and
+    classes."""
     return mse_loss(scores, one_hot(targets, scores.shape[1]).to(scores.dtype))
 
 
 def solve_least_squares(gram: Tensor, cross: Tensor) -> Tensor:
-    """Return W (width, classes) with gram W = cross, the shortest one where several are.
+    """Return W (width, classes) with gram W = cross, the one of least norm if several exist.
 
-    By Cholesky, d^3 / 3 multiply-adds (0.3 s for 2048 features on one core), unless a feature is a
-    sum of others: then by all eigenvalues, fifteen times slower. Features that are always 0 get
-    weights 0 either way.
+    Uses Cholesky, d^3 / 3 multiply-adds (0.3 s for 2048 features on one core). If a feature is a
+    linear combination of others it uses all eigenvalues, which takes fifteen times longer. Features
+    that are always 0 get weights 0 either way.
     """
-    sizes = gram.diagonal()
-    idle = sizes == 0
+    squares = gram.diagonal()
+    idle = squares == 0
     root, failed = torch.linalg.cholesky_ex(gram + torch.diag(idle.to(gram.dtype)))
-    left = root.diagonal().square()  # of each feature what those before it do not tell
-    if not failed and bool((idle | (left > TOLERANCE * sizes)).all()):
+    # The part of each feature that the features before it do not explain.
+    residuals = root.diagonal().square()
+    if not failed and bool((idle | (residuals > TOLERANCE * squares)).all()):
         return torch.cholesky_solve(cross, root)
     inverse: Tensor = torch.linalg.pinv(gram, rtol=TOLERANCE, hermitian=True)
     return inverse @ cross
 
 
 def last_linear(layer: nn.Module) -> nn.Linear:
-    """Return the last linear map in a layer: where that is a model's head, it makes the scores."""
-    return [each for each in layer.modules() if isinstance(each, nn.Linear)][-1]
-
-
-def model_head_linear(spec: BlockSpec) -> nn.Linear:
-    """Return the linear map in the model's head, without memory.
+    """Return the last linear map in a layer; in a model's head it computes the scores.
 
     Raises
     ------
-    DtrainError
-        A head that does not end in one.
+    IndexError
+        The layer contains none.
+    """
+    return [module for module in layer.modules() if isinstance(module, nn.Linear)][-1]
+
+
+def model_head_linear(spec: BlockSpec) -> nn.Linear:
+    """Return the linear map of the model's head, without memory where possible.
+
+    Raises
+    ------
+    ConfigError
+        The head does not end in a linear map to the classes.
     """
     assert spec.last_layer is not None
     try:
         with torch.device("meta"):
             layer = spec.last_layer.make()
-    except Exception:  # not every layer can be made on meta; a true fault shows here
+    except Exception:  # not every layer can be made on meta; a true fault is raised again here
         layer = spec.last_layer.make()
     try:
-        found = last_linear(layer)
-        what = "" if found.out_features == spec.classes else f"ends in {found.out_features} numbers"
-    except IndexError:
-        what = "has none"
-    if what:
-        raise ConfigError(
-            "todo.key",
-            f"the last linear map of the model's head is solved, but layer '{spec.last_layer.name}' "
-            f"{what}: end the model with torch.nn.Linear(..., {spec.classes}), or set "
-            '[objective] head = "ce"',
+        linear = last_linear(layer)
+        mistake = (
+            "" if linear.out_features == spec.classes else f"ends in {linear.out_features} numbers"
         )
-    return found
+    except IndexError:
+        mistake = "has no linear map"
+    if mistake:
+        raise ConfigError(
+            "objective.head-not-linear",
+            f"layer '{spec.last_layer.name}', the model's head, {mistake}, but its last linear map "
+            f"is solved in closed form: end the model with torch.nn.Linear(..., {spec.classes}), "
+            'or set [objective] head = "ce"',
+        )
+    return linear
 
 
 def tap_head_input(block: Block) -> None:
-    """Keep, in every forward, what enters the linear map in the last layer of a block whose readout
-    has no map of its own."""
+    """Keep the input of the linear map of the block's last layer in every forward, if the block's
+    readout has no map of its own."""
     if isinstance(block.head, Readout) and block.head.linear is None:
         *_, layer = block.layers.values()
         last_linear(layer).register_forward_pre_hook(
@@ -180,40 +197,42 @@ def tap_head_input(block: Block) -> None:
 
 
 def head_features(block: Block, micro_batch: MicroBatch) -> Tensor:
-    """Return the output, for a readout with a map of its own; else what that map in the last layer
-    multiplies (rows, width); with its graph.
+    """Return the features that a readout gets, with their graph: the block's output, or if the
+    readout has no map of its own the input (rows, width) of the last layer's linear map.
 
-    A subclass of it may pool or flatten what enters; with the identity as its weights it hands that
-    on.
+    A subclass of ``nn.Linear`` may pool or flatten its input. Such a map is run with the identity
+    as weights, which gives what it multiplies.
     """
     if HEAD_INPUT not in micro_batch.taps:
         return micro_batch.y
     *_, layer = block.layers.values()
-    linear, x = last_linear(layer), micro_batch.taps[HEAD_INPUT]
+    linear, input = last_linear(layer), micro_batch.taps[HEAD_INPUT]
     if type(linear) is nn.Linear:
-        return x
+        return input
     twin = copy(linear)  # its own forward runs no hooks
     eye = torch.eye(linear.in_features, dtype=linear.weight.dtype, device=linear.weight.device)
     twin._parameters = {"weight": nn.Parameter(eye, requires_grad=False), "bias": None}
-    made: Tensor = twin.forward(x)
-    return made
+    features: Tensor = twin.forward(input)
+    return features
 
 
 def width_warnings(widths: Sequence[int], samples: int) -> list[str]:
-    """Return what a user should know of sums over so many features, block by block."""
-    wide = [
+    """Return warnings of sums that are large, or larger than the number of samples allows; `widths`
+    are the features of each block."""
+    large = [
         f"{w**2 * 8 / 1e9:.1f} GB in block {b}" for b, w in enumerate(widths) if w >= LARGE_WIDTH
     ]
-    short = [f"{w} in block {b}" for b, w in enumerate(widths) if samples <= w]
-    told = []
-    if wide:
-        told.append(
-            "least squares hold the square of their features in float64, twice while a segment "
-            f"runs: {', '.join(wide)}: lower features, or narrow the layers"
+    underdetermined = [f"{w} in block {b}" for b, w in enumerate(widths) if samples <= w]
+    warnings = []
+    if large:
+        warnings.append(
+            "least squares store the square of the number of features in float64, twice during a "
+            f"segment: {', '.join(large)}; lower features, or use narrower layers"
         )
-    if short:
-        told.append(
-            f"{samples} samples do not determine as many weights per class ({', '.join(short)}), "
-            "so heads fit the training split exactly: lower features"
+    if underdetermined:
+        warnings.append(
+            f"{samples} samples do not determine the weights per class "
+            f"({', '.join(underdetermined)}), so heads fit the training split exactly; lower "
+            "features"
         )
-    return told
+    return warnings

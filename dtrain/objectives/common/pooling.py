@@ -1,11 +1,11 @@
-"""A block's output as one row of numbers per sample, images averaged down to so many at most.
-
-Invariant: what is not larger than the limit enters a head number by number; nothing here learns.
+"""Flattening of a block's output; images are averaged down to a limit of features.
 
 ::
 
-    (c, H, W)  --mean over a grid-->  (c, h, w)  -->  c h w numbers     h, w <= sqrt(limit / c)
-    (d,)       ------------------------------------>  d numbers         whatever the limit
+    (c, H, W)  --mean over a grid-->  (c, h, w)  -->  c h w features     h, w <= sqrt(limit / c)
+    (d,)       ------------------------------------>  d features         whatever the limit
+
+Invariant: an output that is not larger than the limit is only flattened; nothing here is trained.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from dtrain.errors import ConfigError
 
 
 def pooled_size(shape: tuple[int, ...], limit: int) -> tuple[int, int] | None:
-    """Return the pixels (h, w) that an output of `shape` is averaged to, None where it stays.
+    """Return the pixels (h, w) to which an output of `shape` is averaged, or None for no pooling.
 
-    The largest square of which c * h * w numbers are no more than `limit`, but at least one pixel;
-    an image that is lower or narrower than the square keeps that side.
+    It is the largest square with c * h * w <= `limit`, but at least one pixel. An image with fewer
+    rows or columns than the square keeps that side.
     """
     if len(shape) != 3 or math.prod(shape) <= limit:
         return None
@@ -31,20 +31,20 @@ def pooled_size(shape: tuple[int, ...], limit: int) -> tuple[int, int] | None:
 
 
 def width(shape: tuple[int, ...], limit: int) -> int:
-    """Return how many numbers of a sample are left."""
+    """Return the number of features per sample after pooling."""
     size = pooled_size(shape, limit)
     return math.prod(shape) if size is None else shape[0] * math.prod(size)
 
 
 def make_pool(shape: tuple[int, ...], limit: int) -> nn.Module:
-    """Return a module from an output (rows, ...) to (rows, width)."""
+    """Return a module from an output (rows, *shape) to features (rows, width)."""
     size = pooled_size(shape, limit)
     return nn.Flatten() if size is None else nn.Sequential(nn.AdaptiveAvgPool2d(size), nn.Flatten())
 
 
 def check_limit(limit: int) -> None:
-    """Refuse a limit that leaves nothing."""
+    """Reject a limit below 1 feature."""
     if limit < 1:
         raise ConfigError(
-            "todo.key", f"[objective] features = {limit}: give at least 1 number per sample"
+            "objective.features-too-small", f"[objective] features = {limit} must be at least 1"
         )

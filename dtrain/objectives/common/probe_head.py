@@ -1,35 +1,42 @@
-"""The last block, for objectives to which its last layer, the model's own head, is a probe.
-
-Invariant: the head learns from what enters it and teaches nothing below it.
+"""Probe head: the model's own head, trained on detached features of the last block.
 
 ::
 
     x --> layer --> ... --> layer --features--> head --> scores
                                |                  |
-                        the block's signal     the probe's loss, on detached features
+                        the block's loss       the probe's loss, on detached features
+
+Invariant: the head learns from its input; no gradient of the probe passes below the head.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from dtrain.block.block import Block
+from dtrain.block.block import BackwardPair, Block
 from dtrain.block.micro_batch import MicroBatch
+from dtrain.objectives.base import scaled_loss_pair
 
 
 def feature_taps(block: Block) -> tuple[str, ...]:
-    """Return the name of the layer before the block's last one, to be tapped; none where the
-    block has one layer."""
+    """Return the name of the layer before the block's last one, to be tapped; empty in a block of
+    one layer."""
     return tuple(block.layers)[-2:-1]
 
 
 def features(block: Block, micro_batch: MicroBatch) -> Tensor:
-    """Return what entered the block's last layer (rows, ...), with its graph while training."""
+    """Return the input (rows, ...) of the block's last layer, with its graph in training."""
     return micro_batch.taps[feature_taps(block)[0]] if feature_taps(block) else micro_batch.x
 
 
-def scores(block: Block, features: Tensor) -> Tensor:
-    """Return the class scores (rows, classes) of the last layer alone."""
+def probe_pair(block: Block, micro_batch: MicroBatch, features: Tensor) -> BackwardPair:
+    """Return the backward pair of the cross-entropy of the last layer alone, on `features`
+    (rows, ...) that are detached.
+
+    Records ``probe_loss``, and sets ``micro_batch.loss`` if the block has no other loss.
+    """
     *_, head = block.layers.values()
-    made: Tensor = head(features)
-    return made
+    loss = cross_entropy(head(features.detach()), micro_batch.targets)
+    micro_batch.metrics["probe_loss"] = loss.detach()
+    return scaled_loss_pair(micro_batch, loss)

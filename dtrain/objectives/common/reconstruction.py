@@ -1,4 +1,4 @@
-"""What objectives share whose earlier blocks keep what they know of the sample, beside the label.
+"""Reconstruction (InfoPro, MAN): earlier blocks learn to rebuild the sample and to classify it.
 
 ::
 
@@ -8,12 +8,12 @@
               |                   lambda1 reconstruction  +  lambda2 classification
               h -- path -- f --------> decoder(f)                   head(f)
 
-Both lambdas go linearly from `lambda-first` in block 0 to `lambda-last` in block K - 2; two blocks
-have the first alone. What has lambda 0 is not even built. The last block learns the true loss
-through the model's own head, so one block is ordinary backpropagation.
+Both lambdas change linearly from `lambda-first` in block 0 to `lambda-last` in block K - 2; with
+two blocks only the first is used. A part whose lambda is 0 is not built. The last block learns the
+cross-entropy of the model's own head, so one block is ordinary backpropagation.
 
-Invariant: every earlier block reads the samples that it decodes by itself; nothing is added to the
-stream.
+Invariant: every earlier block that decodes reads the samples itself, so the activations are those
+of the model alone.
 """
 
 from __future__ import annotations
@@ -36,41 +36,41 @@ from dtrain.block.block import BackwardPair, Block
 from dtrain.block.micro_batch import MicroBatch
 from dtrain.errors import ConfigError
 from dtrain.models.image_layers import Norm, channels_last, conv, norm
-from dtrain.objectives.base import VOTES, ExecutionMode, Objective, forward_routes, scaled_loss_pair
+from dtrain.objectives.base import (
+    ExecutionMode,
+    Objective,
+    cross_entropy_pair,
+    forward_routes,
+    scaled_loss_pair,
+    vote_routes,
+)
 from dtrain.objectives.block_spec import BlockSpec
-from dtrain.objectives.common import head_networks as networks
+from dtrain.objectives.common import head_networks
 from dtrain.schedules.actions import Route
 
-
-@final
-class ReconstructionHead(nn.Module):
-    """The helper of a block: a path to its features, the head and the decoder behind it."""
-
-    def __init__(self, path: nn.Module, head: nn.Module | None, decoder: nn.Module | None) -> None:
-        super().__init__()
-        self.path, self.head, self.decoder = path, head, decoder
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return all that is made, side by side (rows, ...); run for its cost alone."""
-        features = self.path(input)
-        made = [each(features) for each in (self.head, self.decoder) if each is not None]
-        return torch.cat([each.flatten(1) for each in made], 1)
+DECODER_CHANNELS = 12
 
 
 @dataclass(frozen=True)
 class Reconstruction(Objective):
-    """Reconstruction and classification; prediction: last block, and the vote (sum).
+    """Base of objectives that reconstruct and classify. The last block predicts; the vote is the
+    sum of the scores.
 
     Parameters
     ----------
     head : str
-        "1c2f" or "greedy": see `networks`.
+        "1c2f" or "greedy": see `head_networks`.
     norm : str
         Of head and decoder: "batch" (the papers'), "group" or "none".
     groups : int
         Of "group": groups of channels.
     lambda_first, lambda_last : (float, float)
-        Factors of reconstruction and classification in block 0, and in the last but one.
+        Factors of reconstruction and classification in block 0, and in the last but one block.
+
+    Raises
+    ------
+    ConfigError
+        A pair of lambdas is not two finite numbers of at least 0, or both are 0.
     """
 
     default_schedule: ClassVar[str] = "stream"
@@ -84,94 +84,91 @@ class Reconstruction(Objective):
 
     def __post_init__(self) -> None:
         for key, pair in (("first", self.lambda_first), ("last", self.lambda_last)):
-            if len(pair) != 2 or not all(0 <= each < math.inf for each in pair):
+            if len(pair) != 2 or not all(0 <= factor < math.inf for factor in pair):
                 raise ConfigError(
-                    "todo.key",
-                    f"[objective] lambda-{key} = {[*pair]}: give two factors of at least 0, of the "
-                    "reconstruction and of the classification, as in [5.0, 0.5]",
+                    "objective.lambda-invalid",
+                    f"[objective] lambda-{key} = {[*pair]} must be two numbers of at least 0, the "
+                    "factors of reconstruction and classification, as in [5.0, 0.5]",
                 )
             if not any(pair):
                 raise ConfigError(
-                    "todo.key",
-                    f"[objective] lambda-{key} = {[*pair]}: the {key} of the earlier blocks would "
-                    "learn nothing: give one factor above 0",
+                    "objective.lambda-zero",
+                    f"[objective] lambda-{key} = {[*pair]} must have a factor above 0; otherwise "
+                    f"the {key} of the earlier blocks learns nothing",
                 )
 
     @property
     def scales_to_many_blocks(self) -> bool:
-        """Published for 16 blocks."""
+        """True: published for 16 blocks."""
         return True
-
-    def lambdas(self, spec: BlockSpec) -> tuple[float, float]:
-        """Return the factors of an earlier block."""
-        span = spec.blocks - 2
-        part = spec.index / span if span > 0 else 0.0
-        ends = zip(self.lambda_first, self.lambda_last, strict=True)
-        kept, told = ((1 - part) * first + part * last for first, last in ends)
-        return kept, told
 
     @abstractmethod
     def feature_path(self, spec: BlockSpec) -> tuple[nn.Module, tuple[int, ...]]:
-        """Return what leads from a block's output to its features, and their shape."""
+        """Return the module from a block's output to its features, and the shape of these (of one
+        sample)."""
 
     def head_width(self, spec: BlockSpec) -> int:
-        """Return how many numbers a head makes of a sample."""
+        """Return the number of outputs of the head per sample."""
         return spec.classes
 
     def classification_loss(
         self, spec: BlockSpec, head_output: Tensor, micro_batch: MicroBatch
     ) -> tuple[str, Tensor]:
-        """Return name and mean over rows of the loss of what the head made."""
+        """Return the name and the loss () of the head's output (rows, head_width): a mean over
+        rows."""
         return "ce", cross_entropy(head_output, micro_batch.targets)
 
-    def build_head(self, spec: BlockSpec) -> nn.Module | None:
-        """Return path, head and decoder of an earlier block, none at the end."""
-        if spec.is_last:
-            return None
-        kept, told = self.lambdas(spec)
-        (path, shape), kind = self.feature_path(spec), (self.norm, self.groups)
-        outs, head = self.head_width(spec), None
-        if told and self.head == "greedy":
-            head = networks.greedy(shape, outs)
-        elif told:
-            head = networks.one_convolution(shape, outs, *kind)
+    def lambdas(self, spec: BlockSpec) -> tuple[float, float]:
+        """Return the factors of reconstruction and classification in an earlier block."""
+        inner = spec.blocks - 2
+        position = spec.index / inner if inner > 0 else 0.0
+        ends = zip(self.lambda_first, self.lambda_last, strict=True)
+        lambda1, lambda2 = ((1 - position) * first + position * last for first, last in ends)
+        return lambda1, lambda2
+
+    def build_head(self, spec: BlockSpec) -> nn.Module:
+        """Return path, head and decoder of an earlier block."""
+        lambda1, lambda2 = self.lambdas(spec)
+        (path, shape), norm_args = self.feature_path(spec), (self.norm, self.groups)
+        width, head = self.head_width(spec), None
+        if lambda2 and self.head == "greedy":
+            head = head_networks.greedy(shape, width)
+        elif lambda2:
+            head = head_networks.one_convolution(shape, width, *norm_args)
         return ReconstructionHead(
-            path, head, make_decoder(shape, spec.sample_shape, *kind) if kept else None
+            path, head, make_decoder(shape, spec.sample_shape, *norm_args) if lambda1 else None
         )
 
     def routes(self, blocks: int, mode: ExecutionMode) -> tuple[Route, ...]:
-        """Activations go on; in prediction the sum of the scores so far rides beside them."""
-        votes = forward_routes(blocks, VOTES) if mode == "predict" else ()
-        return (*forward_routes(blocks), *votes)
+        """Send activations forward, and in prediction the sum of the scores so far."""
+        return (*forward_routes(blocks), *vote_routes(blocks, mode))
 
     def needs_samples(self, spec: BlockSpec, mode: ExecutionMode) -> bool:
-        """In training all that decode read the data."""
+        """Whether it is block 0, or a block that decodes in training."""
         decodes = mode == "train" and not spec.is_last and self.lambdas(spec)[0] > 0
         return spec.index == 0 or decodes
 
     def backward_pairs(
         self, spec: BlockSpec, block: Block, micro_batch: MicroBatch
     ) -> list[BackwardPair]:
-        """Pull the sum of both losses, or in the last block the true one."""
+        """Return the sum of both losses, or in the last block the loss of the model."""
         if block.head is None:
-            return [scaled_loss_pair(micro_batch, micro_batch.y)]
+            return [cross_entropy_pair(micro_batch, micro_batch.y)]
         assert isinstance(block.head, ReconstructionHead)
-        features, (kept, told) = block.head.path(micro_batch.y), self.lambdas(spec)
+        features, (lambda1, lambda2) = block.head.path(micro_batch.y), self.lambdas(spec)
         terms = []
         if block.head.head is not None:
             name, loss = self.classification_loss(spec, block.head.head(features), micro_batch)
             micro_batch.metrics[name] = loss.detach()
-            terms.append(told * loss)
+            terms.append(lambda2 * loss)
         if block.head.decoder is not None:
             loss = reconstruction_loss(block.head.decoder, features, micro_batch)
             micro_batch.metrics["reconstruction"] = loss.detach()
-            terms.append(kept * loss)
-        total = torch.stack(terms).sum()
-        micro_batch.loss = total.detach()
-        return [(total, torch.full_like(total, micro_batch.loss_scale))]
+            terms.append(lambda1 * loss)
+        return [scaled_loss_pair(micro_batch, torch.stack(terms).sum())]
 
     def predict(self, spec: BlockSpec, block: Block, micro_batch: MicroBatch) -> Tensor | None:
-        """Return the class scores (rows, classes), None where the block has no head for them."""
+        """Return the class scores (rows, classes), or None if the block has no classifier."""
         if block.head is None:
             return micro_batch.y
         assert isinstance(block.head, ReconstructionHead)
@@ -181,12 +178,34 @@ class Reconstruction(Objective):
         return scores
 
 
-CHANNELS = 12
+@final
+class ReconstructionHead(nn.Module):
+    """The path to the features of a block, a classifier and a decoder of them."""
+
+    def __init__(self, path: nn.Module, head: nn.Module | None, decoder: nn.Module | None) -> None:
+        super().__init__()
+        self.path = path
+        self.head = head
+        self.decoder = decoder
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return both outputs, flattened and concatenated (rows, ...); run for its cost only."""
+        features = self.path(input)
+        outputs = [part(features) for part in (self.head, self.decoder) if part is not None]
+        return torch.cat([output.flatten(1) for output in outputs], 1)
 
 
 @final
 class Decoder(nn.Module):
-    """Images of features to images like the data's."""
+    """Two convolutions from images of features to images of the data's shape.
+
+    ::
+
+        (c, h, w) - bilinear to H x W - conv 3x3 to 12 - norm - ReLU - conv 3x3 to C     (C, H, W)
+
+    Source: Wang et al., "Revisiting locally supervised learning", ICLR 2021 (there for images of
+    bytes, with corners aligned in the upsampling).
+    """
 
     uses_rng = False
 
@@ -195,22 +214,23 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.size = sample_shape[1:]
-        self.conv1 = conv(channels, CHANNELS, 3, bias=True)
-        # As many groups as 12 channels have of those that are asked for.
-        self.norm = norm(kind, CHANNELS, math.gcd(CHANNELS, groups))
-        self.conv2 = conv(CHANNELS, sample_shape[0], 3, bias=True)
+        self.conv1 = conv(channels, DECODER_CHANNELS, 3, bias=True)
+        # 12 channels may not be divisible by the configured groups.
+        self.norm = norm(kind, DECODER_CHANNELS, math.gcd(DECODER_CHANNELS, groups))
+        self.conv2 = conv(DECODER_CHANNELS, sample_shape[0], 3, bias=True)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return (n, C, H, W), not yet squeezed into 0 ... 1."""
-        large = interpolate(channels_last(input), self.size, mode="bilinear", align_corners=True)
-        made: Tensor = self.conv2(self.norm(self.conv1(large)).relu())
-        return made
+        """Return logits (rows, C, H, W): before the sigmoid that maps to 0 ... 1."""
+        resized = interpolate(channels_last(input), self.size, mode="bilinear", align_corners=True)
+        logits: Tensor = self.conv2(self.norm(self.conv1(resized)).relu())
+        return logits
 
 
 def make_decoder(
     feature_shape: tuple[int, ...], sample_shape: tuple[int, ...], kind: Norm, groups: int
 ) -> nn.Module:
-    """Return what makes samples of shape `sample` of features (one sample's shape)."""
+    """Return a module from features (rows, *feature_shape) to samples (rows, *sample_shape): a
+    `Decoder` between images, else one linear layer."""
     if len(feature_shape) == len(sample_shape) == 3:
         return Decoder(feature_shape[0], sample_shape, kind, groups)
     linear = nn.Linear(math.prod(feature_shape), math.prod(sample_shape))
@@ -218,9 +238,14 @@ def make_decoder(
 
 
 def reconstruction_loss(decoder: nn.Module, features: Tensor, micro_batch: MicroBatch) -> Tensor:
-    """Return the mean loss of what the decoder makes of features (rows, ...)."""
-    made: Tensor = decoder(features)
+    """Return the loss () of the decoded features (rows, ...): a mean over values and rows.
+
+    It is the cross-entropy of each value with the raw sample in 0 ... 1, augmented as the input
+    was, or the squared error to the standardised sample if the value range is unknown. The sigmoid
+    is part of the loss, where it cannot overflow.
+    """
+    decoded: Tensor = decoder(features)
     if micro_batch.raw_samples is not None:
-        return binary_cross_entropy_with_logits(made, micro_batch.raw_samples.to(made.dtype))
+        return binary_cross_entropy_with_logits(decoded, micro_batch.raw_samples.to(decoded.dtype))
     assert micro_batch.samples is not None
-    return mse_loss(made, micro_batch.samples.to(made.dtype))
+    return mse_loss(decoded, micro_batch.samples.to(decoded.dtype))
