@@ -19,6 +19,7 @@ from torch import Tensor, nn, optim
 from dtrain.block.block import Block
 from dtrain.checkpoint.manifest import latest_checkpoint
 from dtrain.comm.backends.threads import run_ranks
+from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
 from dtrain.syncs.base import Sync, UpdateClock
 from dtrain.train import train
@@ -43,9 +44,18 @@ def sync_run(name: str, **changes: Any) -> RunConfig:
     return tiny.run(mesh__stages=1, sync=fields, **changes)
 
 
-def train_on(run: RunConfig, out: Path, hosts: Sequence[str] = "ab") -> dict[str, Any]:
-    """Train with one rank as a thread for each host and return the summary."""
-    return run_ranks(len(hosts), lambda comm: train(run, comm, out), hosts=list(hosts))[0]
+def train_on(
+    run: RunConfig, out: Path, hosts: Sequence[str] = "ab", seed: int = 0
+) -> dict[str, Any]:
+    """Train with one rank as a thread for each host and return the summary.
+
+    `seed` is that of the order in which the threads take turns.
+    """
+
+    def work(comm: Comm) -> dict[str, Any]:
+        return train(run, comm, out)
+
+    return run_ranks(len(hosts), work, seed=seed, hosts=list(hosts))[0]
 
 
 def replica_tensors(out: Path, count: int) -> list[dict[str, Tensor]]:

@@ -14,8 +14,8 @@ from dtrain.errors import DtrainError
 from dtrain.schedules import SCHEDULES
 from dtrain.schedules.base import Schedule
 from tests import tiny
+from tests.ranks.sync_runs import train_on as trained
 from tests.ranks.test_docs import module
-from tests.ranks.test_rounds import trained
 
 DOCS = Path(__file__).parents[2] / "docs" / "adding-a-schedule.md"
 CODE, TEST = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(encoding="utf-8"), re.M | re.S)
