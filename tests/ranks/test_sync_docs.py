@@ -21,8 +21,7 @@ from tests.ranks.sync_runs import sync_run, train_on
 from tests.refusals import refuses
 
 DOCS = Path(__file__).parents[2] / "docs" / "adding-a-sync.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(encoding="utf-8"), re.M | re.S)
-[EXAMPLE, TEST] = [block for block in BLOCKS if block.startswith('"""')]
+EXAMPLE, TEST = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(encoding="utf-8"), re.M | re.S)
 
 
 def load_module(name: str, code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
