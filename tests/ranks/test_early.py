@@ -16,7 +16,7 @@ from dtrain.schedules.actions import Action
 from dtrain.syncs import gradient_reducer as early
 from dtrain.syncs.gradient_reducer import GradientReducer, bucket_names
 from tests import tiny
-from tests.ranks.test_rounds import trained
+from tests.ranks.sync_runs import train_on as trained
 
 SYNCS: dict[str, dict[str, Any]] = {
     "every-step": {"name": "every-step"},

@@ -111,7 +111,7 @@ def planned(objective: str, schedule: str, stages: int, replicas: int, micros: i
     mesh = Mesh.for_ranks(stages * replicas, stages, run.mesh.placement)
     layout = replace(known.layout, mesh=mesh, schedule=kind, place=place)
     shares = replace(known.batch_splitter, replicas=replicas, micro_batches=count)
-    return replace(known, run=run.resolve(3, stages), layout=layout, shares=shares)
+    return replace(known, run=run.resolve(3, stages), layout=layout, batch_splitter=shares)
 
 
 @cache

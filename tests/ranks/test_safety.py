@@ -1,4 +1,4 @@
-"""The debug mode over whole runs: what is trained stays the same, and a planted fault is named."""
+"""The debug mode over whole runs: it changes no bit, and names a planted fault."""
 
 from __future__ import annotations
 
@@ -10,123 +10,119 @@ import pytest
 import torch
 
 from dtrain.block.block import Block
-from dtrain.comm.backends import threads
 from dtrain.comm.backends.base import Bytes, Request
+from dtrain.comm.backends.threads import run_ranks
 from dtrain.comm.call_order import Call, CollectiveMismatch
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
-from dtrain.errors import DtrainError, NumericalError
+from dtrain.errors import NumericalError
 from dtrain.syncs import SYNCS
 from dtrain.syncs.base import Sync, UpdateClock
 from dtrain.syncs.every_step import EveryStep
 from dtrain.syncs.local_sgd import LocalSGD
 from dtrain.syncs.replica_check import check_replicas_equal, checksum
 from tests import tiny
-from tests.ranks.test_laws import trained
+from tests.ranks.sync_runs import UPDATES, sync_run, train_on
 
-UPDATE = 5
-"""After which a weight is moved, of the 8 of a run."""
+FAULTY_UPDATE = 5
+"""After this update of a run one replica changes a weight."""
 
 
 @pytest.fixture
-def rolls(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """What each comparison of replicas was of, while a test runs."""
-    seen: list[object] = []
+def checks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The block and the update of each comparison of replicas while a test runs."""
+    recorded: list[tuple[int, int]] = []
 
-    def counted(block: Block, replicas: Comm, update: int) -> None:
+    def recording_check(block: Block, replicas: Comm, update: int) -> None:
         if replicas.context.debug_mode:
-            seen.append((block.index, update))
+            recorded.append((block.index, update))
         check_replicas_equal(block, replicas, update)
 
-    monkeypatch.setattr("dtrain.engine.update.check_replicas_equal", counted)
-    return seen
+    monkeypatch.setattr("dtrain.engine.update.check_replicas_equal", recording_check)
+    return recorded
 
 
 @pytest.mark.parametrize("sync", SYNCS)
-def test_the_digest_is_that_of_a_run_without(
-    sync: str, tmp_path: Path, rolls: list[object]
+def test_it_changes_neither_digest_nor_bytes(
+    sync: str, tmp_path: Path, checks: list[tuple[int, int]]
 ) -> None:
-    """Two stages of two replicas, with batch sizes that leave one of them less to do."""
-    digests = []
+    """Two stages of two replicas, with batch sizes that are not divisible by two."""
+    results = []
     for debug in (False, True):
-        assert not rolls
+        assert not checks
         run = tiny.run(sync={"name": sync}, mesh__stages=2, debug=debug)
-        summary = trained(run, tmp_path / str(debug), 2, 2, seed=debug)
-        digests.append((summary["digest"], summary["bytes_intra_node"]))
-    assert digests[0] == digests[1]
-    assert sync != "every-step" or len(rolls) == 3 * 2 * 8, "blocks x replicas x updates"
+        summary = train_on(run, tmp_path / str(debug), "aaaa", seed=int(debug))
+        results.append((summary["digest"], summary["bytes_intra_node"]))
+    assert results[0] == results[1]
+    assert sync != "every-step" or len(checks) == 3 * 2 * UPDATES, "blocks x replicas x updates"
 
 
 def test_one_replica_compares_nothing(tmp_path: Path) -> None:
-    plain = trained(tiny.run(), tmp_path / "plain")
-    assert trained(tiny.run(debug=True), tmp_path / "debug")["digest"] == plain["digest"]
+    plain = train_on(tiny.run(), tmp_path / "plain", "a")
+    assert train_on(tiny.run(debug=True), tmp_path / "debug", "a")["digest"] == plain["digest"]
 
 
-def test_it_may_change_when_a_run_goes_on(tmp_path: Path) -> None:
-    trained(tiny.run(epochs=1), tmp_path / "out", 1, 2)
-    on = trained(tiny.run(epochs=2, debug=True), tmp_path / "out", 1, 2)
-    assert on["digest"] == trained(tiny.run(epochs=2), tmp_path / "straight", 1, 2)["digest"]
-    assert on["attempts"] == 2
+def test_a_resumed_run_may_switch_it_on(tmp_path: Path) -> None:
+    train_on(tiny.run(epochs=1), tmp_path / "out", "aa")
+    resumed = train_on(tiny.run(epochs=2, debug=True), tmp_path / "out", "aa")
+    whole = train_on(tiny.run(epochs=2), tmp_path / "whole", "aa")
+    assert (resumed["digest"], resumed["attempts"]) == (whole["digest"], 2)
 
 
-def planted(kind: type[Sync], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the last replica of the block that has a parameter move it after one update."""
-    after: Callable[[Any, UpdateClock], None] = kind.after_update
+def plant_fault(kind: type[Sync], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the last replica of a parameter's block change it after one update."""
+    after_update: Callable[[Any, UpdateClock], None] = kind.after_update
 
-    def moved(self: Sync, clock: UpdateClock) -> None:
-        after(self, clock)
-        last = self.replicas.rank == self.replicas.size - 1
-        if last and clock.update == UPDATE and name in self.block.parameters:
+    def faulty(self: Sync, clock: UpdateClock) -> None:
+        after_update(self, clock)
+        is_last = self.replicas.rank == self.replicas.size - 1
+        tensors = self.block.tensors()
+        if is_last and clock.update == FAULTY_UPDATE and name in tensors:
             with torch.no_grad():
-                self.block.parameters[name].view(-1)[-1] += 1e-9
+                tensors[name].view(-1)[-1] += 1e-9
 
-    monkeypatch.setattr(kind, "after_update", moved)
-
-
-SYNCED = {"every-step": EveryStep, "local-sgd": LocalSGD}
+    monkeypatch.setattr(kind, "after_update", faulty)
 
 
 @pytest.mark.parametrize(("name", "block"), [("fc2.weight", 1), ("heads.0.1.weight", 0)])
-@pytest.mark.parametrize("sync", SYNCED)
-def test_a_replica_that_strays_is_named_at_once(
+@pytest.mark.parametrize("sync", ["every-step", "local-sgd"])
+def test_a_replica_that_differs_is_named_at_once(
     sync: str, name: str, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planted(SYNCED[sync], name, monkeypatch)
-    fields = {"every": UPDATE + 1} if sync == "local-sgd" else {}
+    kind = {"every-step": EveryStep, "local-sgd": LocalSGD}[sync]
+    fields = {"every": FAULTY_UPDATE + 1} if sync == "local-sgd" else {}
+    plant_fault(kind, name, monkeypatch)
 
     def run(debug: bool) -> RunConfig:
-        return tiny.run(sync={"name": sync, **fields}, mesh__stages=1, debug=debug)
+        return sync_run(sync, sync=fields, debug=debug)
 
-    with pytest.raises(DtrainError) as caught:
-        trained(run(True), tmp_path / "debug", 1, 3)
-    told = rf"replica 2 holds another '{name}' than replica 0 after update {UPDATE} (block {block};"
-    assert told in caught.value.message
-    assert f"| update {UPDATE} | action U{block}" in caught.value.message
-    assert caught.value.code == NumericalError.code
-    assert trained(run(False), tmp_path / "plain", 1, 3)["status"] == "finished"
+    with pytest.raises(NumericalError) as caught:
+        train_on(run(True), tmp_path / "debug", "aaa")
+    for fact in (f"'{name}'", "replica 2", f"update {FAULTY_UPDATE}", f"action U{block}"):
+        assert fact in caught.value.message
+    assert train_on(run(False), tmp_path / "plain", "aaa")["status"] == "finished"
 
 
-def test_a_replica_that_averages_something_else_is_named(
+def test_a_replica_that_averages_other_tensors_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not a hang, and not numbers that belong to something else."""
+    """Instead of a hang, or of wrong numbers."""
 
-    def wrong(
+    def faulty(
         self: EveryStep, gradients: list[torch.Tensor], weight: float, clock: UpdateClock
     ) -> None:
         some = gradients[1:] if self.replicas.rank and clock.update == 2 else gradients
         self.replicas.mean_(some, weight)
 
     monkeypatch.setattr(EveryStep, "gradient_group", lambda *_: None)
-    monkeypatch.setattr(EveryStep, "before_update", wrong)
-    told = r"rank 1 of replicas .world rank 1. calls mean_ .collective \d+ of replicas. with tensor"
-    with pytest.raises(
-        CollectiveMismatch, match=told + r" 0 \(13,\) float64, .* 0 \(13, 10\) float64"
-    ):
-        trained(tiny.run(mesh__stages=1, debug=True), tmp_path, 1, 2)
+    monkeypatch.setattr(EveryStep, "before_update", faulty)
+    with pytest.raises(CollectiveMismatch) as caught:
+        train_on(sync_run("every-step", debug=True), tmp_path, "aa")
+    for fact in ("rank 1", "mean_", "0 (13,) float64", "0 (13, 10) float64"):
+        assert fact in str(caught.value)
 
 
-def test_checksums_see_every_bit() -> None:
+def test_checksums_cover_every_bit() -> None:
     tensor = torch.zeros(3, 5)
     sums = {checksum(tensor), checksum(-tensor), checksum(torch.zeros(3, 6))}
     tensor.view(-1)[7] = 1e-45
@@ -136,35 +132,33 @@ def test_checksums_see_every_bit() -> None:
 
 
 def test_without_debug_a_collective_sends_no_more_messages() -> None:
-    def sent(debug: bool) -> int:
+    def count_messages(debug: bool) -> int:
         counts: list[int] = []
 
         def work(comm: Comm) -> None:
-            push = comm.transport.backend.isend
+            isend = comm.transport.backend.isend
 
-            def counted(data: Bytes, to: int, tag: int) -> Request:
+            def counting_isend(data: Bytes, to: int, tag: int) -> Request:
                 counts.append(to)
-                return push(data, to, tag)
+                return isend(data, to, tag)
 
-            comm.transport.backend.isend = counted  # type: ignore[method-assign]
+            comm.transport.backend.isend = counting_isend  # type: ignore[method-assign]
             if debug:
                 comm.context.debug()
             comm.allgather_object(None)
 
-        threads.run_ranks(3, work)
+        run_ranks(3, work)
         return len(counts)
 
-    assert sent(False) == 2 * 2 + 2 * 2, "two to rank 0, then two down the tree"
-    assert sent(True) == sent(False) + 3 * 2 * 2
+    assert count_messages(False) == 2 * 2 + 2 * 2, "two to rank 0, then two down the tree"
+    assert count_messages(True) == count_messages(False) + 3 * 2 * 2
 
 
-def test_the_first_difference_is_told() -> None:
-    mine = Call(3, "mean_", ["tensor 0 (2,) float32", "tensor 1 (3,) float32"])
-    other = mine._replace(tensors=mine.tensors[:1])
+def test_a_mismatch_names_the_first_tensor_that_differs() -> None:
+    ours = Call(3, "mean_", ["tensor 0 (2,) float32", "tensor 1 (3,) float32"])
     place = "mean_ (collective 3 of g)"
-    assert mine.describe_mismatch(other, "g") == (
-        f"{place} with {mine.tensors[1]}",
-        "it with no tensor 1",
-    )
-    other = mine._replace(number=4)
-    assert mine.describe_mismatch(other, "g") == (place, "mean_ (collective 4 of g)")
+    fewer = ours._replace(tensors=ours.tensors[:1])
+    texts = ours.describe_mismatch(fewer, "g")
+    assert texts == (f"{place} with {ours.tensors[1]}", "it with no tensor 1")
+    later = ours._replace(number=4)
+    assert ours.describe_mismatch(later, "g") == (place, "mean_ (collective 4 of g)")

@@ -18,7 +18,7 @@ from dtrain.train import train
 from tests import tiny
 from tests.outcome import close
 from tests.ranks.killed import killed
-from tests.ranks.test_rounds import trained
+from tests.ranks.sync_runs import train_on as trained
 
 ROUTE = Route(Point(0, "F"), Point(1, "F"), "activation")
 CODED = WireFormat("int8")

@@ -1,4 +1,4 @@
-"""The docs of syncs against the code: every name, key and default.
+"""docs/communication.md against the code: every sync, key and default.
 
 Invariant: a sync is documented by a row of the table of all syncs and by a section; a key by a row
 ``| `key` | `default` | ... |`` in that section, `left out` where it has no default.
@@ -25,12 +25,14 @@ def test_every_sync_has_a_row_and_a_section() -> None:
 
 
 @pytest.mark.parametrize("name", SYNCS)
-def test_every_key_is_told_with_its_default(name: str) -> None:
+def test_every_key_is_documented_with_its_default(name: str) -> None:
     [keys, *_] = [ticked(row[-1]) for row in rows(DOCS, HEAD) if ticked(row[0])[0] == name]
-    assert keys == [kebab(each.name) for each in fields(SYNCS[name])]  # type: ignore[arg-type]
+    assert keys == [kebab(field.name) for field in fields(SYNCS[name])]
     lines = [cells(line) for line in section(DOCS, name).splitlines() if line.startswith("| `")]
-    told = {ticked(row[0])[0]: row[1] for row in lines}
-    made = SYNCS[name]()
-    defaults = {kebab(each.name): getattr(made, each.name) for each in fields(made)}  # type: ignore[arg-type]
-    wanted = {k: "left out" if v is None else f"`{toml_text(v)}`" for k, v in defaults.items()}
-    assert told == wanted
+    documented = {ticked(row[0])[0]: row[1] for row in lines}
+    sync = SYNCS[name]()
+    defaults = {kebab(field.name): getattr(sync, field.name) for field in fields(sync)}
+    assert documented == {
+        key: "left out" if default is None else f"`{toml_text(default)}`"
+        for key, default in defaults.items()
+    }

@@ -71,8 +71,8 @@ def svd(weight: Tensor) -> SVD:
     if not matrix.isfinite().all():
         raise NumericalError(
             "sync.svd-not-finite",
-            f"a weight of shape {tuple(weight.shape)} is not finite and cannot be factorized: "
-            "lower [optimizer] lr, or set clip",
+            f"a weight of {tuple(weight.shape)} is not finite and cannot be factorized: lower "
+            "[optimizer] lr, or set clip",
         )
     wide = matrix if matrix.dtype == torch.float64 else matrix.float()
     u, s, v = torch.linalg.svd(wide, full_matrices=False)
