@@ -1,4 +1,4 @@
-"""Blocks of an objective in one process, and what its routes bring: a net learns one micro-batch.
+"""Blocks of an objective in one process, trained on one micro-batch; messages follow the routes.
 
 F   pass by pass, block by block          B   from the last block to the first
 """
@@ -24,40 +24,39 @@ D = torch.float64
 SAMPLES = 30
 
 
-def step(parameters: Iterable[Any]) -> torch.optim.Optimizer:
+def sgd(parameters: Iterable[Any]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1)
 
 
-def made(
+def build_blocks(
     objective: Objective, parts: Sequence[Sequence[nn.Module]], x: Tensor, classes: int
 ) -> list[tuple[BlockSpec, Block]]:
-    """Return the blocks of a net whose layers are `parts`, in float64."""
-    found: list[tuple[BlockSpec, Block]] = []
+    """Return the blocks of a model whose blocks have the layers `parts`, in float64."""
+    blocks: list[tuple[BlockSpec, Block]] = []
     h = x
     for index, part in enumerate(parts):
-        inputs = tuple(h.shape[1:])
+        input_shape = tuple(h.shape[1:])
         h = nn.Sequential(*part)(h)
-        shapes = inputs, tuple(h.shape[1:]), D, classes, tuple(x.shape[1:])
-        task = BlockSpec(index, len(parts), *shapes, train_samples=SAMPLES)
+        shapes = input_shape, tuple(h.shape[1:]), D, classes, tuple(x.shape[1:])
+        spec = BlockSpec(index, len(parts), *shapes, train_samples=SAMPLES)
         with seeded("heads", index):
-            helper = objective.make_head(task)
-        helper = helper if helper is None else helper.to(D)
+            head = objective.make_head(spec)
         layers = {f"l{index}{n}": layer for n, layer in enumerate(part)}
-        block = Block(index, layers, helper, step, detach_every=objective.detach_every)
+        block = Block(index, layers, head and head.to(D), sgd, detach_every=objective.detach_every)
         block.register_taps(objective.taps(block))
-        found.append((task, block))
-    return found
+        blocks.append((spec, block))
+    return blocks
 
 
-def learnt(
+def train_micro_batch(
     objective: Objective,
     blocks: Sequence[tuple[BlockSpec, Block]],
     x: Tensor,
     y: Tensor,
-    share: float = 1.0,
+    loss_scale: float = 1.0,
     indices: Tensor | None = None,
 ) -> list[MicroBatch]:
-    """Add the gradients of one micro-batch to all blocks; return what each has left behind."""
+    """Add the gradients of one micro-batch to all blocks; return the micro-batch of each block."""
     routes = objective.routes(len(blocks), "train")
     asked = {route.source.block for route in routes if route.name == "gradient"}
     which = torch.arange(len(x)) if indices is None else indices
@@ -82,7 +81,7 @@ def learnt(
             lives[index] = MicroBatch(
                 **kept,
                 targets=y,
-                loss_scale=share,
+                loss_scale=loss_scale,
                 received=told[point],
                 indices=which,
                 previous_pass=before,
