@@ -44,7 +44,7 @@ NEIGHBOURS = ("mono-forward", "backprop")
 def suited(schedule: str) -> list[str]:
     """Return the syncs that a schedule can run with."""
     late = SCHEDULES[schedule].asynchronous
-    return [name for name, kind in SYNCS.items() if not (late and kind().reparametrises)]
+    return [name for name, kind in SYNCS.items() if not (late and kind().traits().reparametrises)]
 
 
 def run(**changes: Any) -> RunConfig:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn, optim
@@ -126,27 +126,32 @@ class Block(BlockParameters):
             self.seed, f"heads.{self.index}", *micro_batch.rng_key, device=micro_batch.x.device
         )
 
-    def run_forward(self, x: Tensor, rng_key: tuple[int, ...], needs_graph: bool) -> dict[str, Any]:
-        """Run a forward and return what a `Live` keeps of it, with a graph where `traced`."""
-        before = self._copy_layer_buffers() if self.recompute else {}
-        self.layer_outputs, self.taps = {}, {}
+    def run_forward(self, micro_batch: MicroBatch, needs_graph: bool = True) -> MicroBatch:
+        """Run the layers on `micro_batch.x`; set and return what the forward computes.
+
+        With `needs_graph` autograd records it, unless the forward will be recomputed.
+        """
+        if self.recompute:
+            micro_batch.saved_buffers = self._copy_layer_buffers()
         with torch.set_grad_enabled(needs_graph and not self.recompute):
-            y = self.forward(x, rng_key)
-        calls = self.split_backward.pop_leaf_calls() if self.split_backward else []
-        kept = {"layer_outputs": self.layer_outputs, "taps": self.taps, "leaf_calls": calls}
-        return {"x": x, "y": y, "rng_key": rng_key, "saved_buffers": before, **kept}
+            self._run_layers(micro_batch)
+        return micro_batch
 
     def recompute_forward(self, micro_batch: MicroBatch) -> None:
-        """Compute again what was not kept: the same bits, from the buffers of that moment.
+        """Compute a forward again, with its graph: the same bits, from the buffers of its time.
 
-        The buffers themselves (batch statistics) stay what they are now.
+        The buffers themselves (batch statistics) keep their present values.
         """
-        now = self._swap_buffers(micro_batch.saved_buffers)
+        buffers = self._swap_buffers(micro_batch.saved_buffers)
+        self._run_layers(micro_batch)
+        self._swap_buffers(buffers)
+
+    def _run_layers(self, micro_batch: MicroBatch) -> None:
         self.layer_outputs, self.taps = {}, {}
         micro_batch.y = self.forward(micro_batch.x, micro_batch.rng_key)
         micro_batch.layer_outputs, micro_batch.taps = self.layer_outputs, self.taps
-        micro_batch.leaf_calls = self.split_backward.pop_leaf_calls() if self.split_backward else []
-        self._swap_buffers(now)
+        if self.split_backward is not None:
+            micro_batch.leaf_calls = self.split_backward.pop_leaf_calls()
 
     def _copy_layer_buffers(self) -> dict[str, Tensor]:
         """Return copies of the layers' buffers; the helper is not run in a forward."""

@@ -1,18 +1,18 @@
-"""One micro-batch on its way through one block: what it brings, and what the block made of it.
+"""One micro-batch in one block: its inputs, and the results of the block's forward and backward.
 
-Invariant: random numbers that an objective asks for are those of the sample's row in the whole
-update, under (seed, block, update): no cut into micro-batches or replicas changes them.
+Invariant: the random numbers of an objective depend on (seed, block, update) and on the sample's
+row in the update; splitting the update into micro-batches or replicas does not change them.
 
 ::
 
-    Given   sample, told, labels ---- feed ----> x
-    Live    x ---- layers ----> y, taps ---- pulls ----> gradients
+    samples, received, targets -- make_input --> x -- layers --> y, taps -- backward_pairs
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -20,18 +20,17 @@ from torch import Generator, Tensor, nn
 from dtrain.rng import derive_seed
 
 
-@dataclass(frozen=True, slots=True)
-class RowRandom:
-    """The random numbers of some rows of one update.
+class RowRandom(NamedTuple):
+    """Random numbers for some rows of one update.
 
     Attributes
     ----------
     seed, block, update : int
-        What they depend on, beside their name.
-    rows : int
+        The numbers depend on these and on a name.
+    total_rows : int
         Samples of the update, over all replicas.
-    first, count : int
-        Which of them are mine.
+    first_row, local_rows : int
+        The rows of this micro-batch: their start and their number.
     """
 
     seed: int
@@ -42,12 +41,13 @@ class RowRandom:
     local_rows: int
 
     def generate(self, name: str, make: Callable[[int, Generator], Tensor]) -> Tensor:
-        """Return my rows of ``make(rows, generator)``, a tensor with the samples first.
+        """Return this micro-batch's rows of ``make(total_rows, generator)``, on the CPU.
 
-        Made for the whole update, then sliced: ``draws.rows_of("noise", lambda n, g:
-        torch.randn(n, 10, generator=g))``. It is on the CPU.
+        `make` returns a tensor with the samples first. It is called for the whole update, and the
+        result is sliced: ``row_random.generate("noise", lambda n, g: torch.randn(n, 10,
+        generator=g))``.
         """
-        assert self.total_rows, "random numbers are of micro-batches that are learnt"
+        assert self.total_rows, "only micro-batches of training have random numbers"
         generator = Generator().manual_seed(derive_seed(self.seed, name, self.block, self.update))
         return make(self.total_rows, generator)[self.first_row : self.first_row + self.local_rows]
 
@@ -55,38 +55,75 @@ class RowRandom:
 NO_ROW_RANDOM = RowRandom(0, 0, 0, 0, 0, 0)
 
 
+NO_TENSOR = torch.empty(0)
+
+
 NO_INDICES = torch.empty(0, dtype=torch.int64)
 
 
 @dataclass(slots=True)
-class Given:
-    """What a forward of one micro-batch has been given.
+class MicroBatch:
+    """One forward pass of a micro-batch in one block, until the end of its backward.
+
+    The fields before `loss` but `x` and `y` are set before the forward; the forward sets `x`, `y`
+    and those from `layer_outputs` on.
 
     Attributes
     ----------
+    x : Tensor
+        Input of the block's first layer, a leaf, (rows, ...); empty before the forward.
+    y : Tensor
+        Output of the block's layers, with its graph in training; detached where the graph is cut
+        at every layer: then `layer_outputs` have the graphs. Empty before the forward.
     targets : Tensor
         Labels of the rows, (rows,) int64.
-    told : dict of str to Tensor
-        What the routes brought to this forward, by the route's name.
-    sample : Tensor or None
-        The data themselves, (rows, ...), standardised and augmented, where the objective reads
-        them in this block; not to be written to.
-    image : Tensor or None
-        The same as they were before they were standardised, in 0 ... 1, where the objective asks
-        for `raw` data and their range is known.
+    loss_scale : float
+        Rows of this micro-batch over the rows of this replica in this update (n_i / n_r). A loss
+        is multiplied by it once, by the objective that computes it.
+    received : dict of str to Tensor
+        Messages of the routes to this forward, and later to its backward, by the route's name;
+        `make_input` may remove messages that are not needed again.
+    samples : Tensor or None
+        The data, (rows, ...), standardised and augmented, where the objective needs them in this
+        block. They are shared: do not write to them.
+    raw_samples : Tensor or None
+        The data before they were standardised, in 0 ... 1, where the objective needs them and
+        their range is known.
     indices : Tensor
-        Which samples of the training split they are, (rows,) int64; empty in prediction.
-    draws : Draws
-        The objective's own random numbers.
+        Positions of the samples in the training split, (rows,) int64; empty in prediction.
+    row_random : RowRandom
+        Random numbers of the objective.
     pass_ : int
-        Which forward pass of the micro-batch this is.
-    before : Live or None
-        What the pass before it left.
-    learning : bool
-        Whether the micro-batch will be learnt, and is not only predicted.
+        Which forward pass of the micro-batch this is, from 0.
+    previous_pass : MicroBatch or None
+        The record of the pass before this one.
+    training : bool
+        Whether a backward follows; if not, the micro-batch is only predicted.
+    rng_key : tuple of int
+        Key of the layers' random numbers: update, micro-batch, replica.
+    saved_sizes : dict of int to int
+        Bytes of the storages that all passes keep for the backward; see `SavedTensors`.
+    loss : Tensor or None
+        Mean loss over the rows, as a user sees it; set by the objective.
+    metrics : dict of str to Tensor
+        Means over the rows of further quantities that are recorded; set by the objective.
+    layer_outputs : dict of str to Tensor
+        Output of each layer, by name, where the objective trains layer by layer.
+    taps : dict of str to Tensor
+        Outputs of the tapped modules.
+    saved_buffers : dict of str to Tensor
+        The block's buffers before the forward, where the forward will be recomputed.
+    leaf_calls : list of (nn.Module, Tensor)
+        Leaf modules and their outputs, where the backward is split.
+    pending_weight_gradients : list of (Tensor, list of Parameter, Tensor)
+        Weight gradients that a split backward has not computed yet: output of a leaf module, its
+        parameters, and the gradient of that output.
     """
 
-    targets: Tensor
+    x: Tensor = NO_TENSOR
+    y: Tensor = NO_TENSOR
+    targets: Tensor = NO_INDICES
+    loss_scale: float = 1.0
     received: dict[str, Tensor] = field(default_factory=dict)
     samples: Tensor | None = None
     raw_samples: Tensor | None = None
@@ -95,77 +132,35 @@ class Given:
     pass_: int = 0
     previous_pass: MicroBatch | None = None
     training: bool = False
-
-
-@dataclass(slots=True)
-class MicroBatch:
-    """One micro-batch in one block, from its forward to its learning.
-
-    Attributes
-    ----------
-    x : Tensor
-        What the block was fed, a leaf, (rows, ...).
-    y : Tensor
-        What the block's layers made of it, with its graph while training; detached where the
-        graph is cut at every layer: then `outs` have the graphs.
-    targets : Tensor
-        Labels of the rows, (rows,) int64.
-    share : float
-        Rows of this micro-batch over the rows of this replica in this update (n_i / n_r): where
-        a signal is born, it is scaled by it.
-    told : dict of str to Tensor
-        What the routes brought so far, to this forward and to its learning, by the route's name;
-        `feed` may take out what is not needed again.
-    loss : Tensor or None
-        Mean over the rows of what a user sees as the loss; left behind by the objective.
-    figures : dict of str to Tensor
-        Means over the rows of whatever else a user wants to see, likewise; they are recorded.
-    outs : dict of str to Tensor
-        What each layer made, by name, where the objective learns layer by layer.
-    taps : dict of str to Tensor
-        What the tapped modules made.
-    draws : Draws
-        The objective's own random numbers.
-    sample : Tensor or None
-        The data themselves, where the objective reads them in this block.
-    image : Tensor or None
-        The same, not standardised.
-    indices : Tensor
-        Which samples they are.
-    before : Live or None
-        What an earlier pass left.
-    draw : tuple of int
-        What keyed the layers' random numbers, to compute them again.
-    buffers : dict of str to Tensor
-        The block's buffers before the forward, where it will be computed again.
-    calls : list of (nn.Module, Tensor)
-        Leaf modules and what they made, where the backward is split.
-    owed : list of (Tensor, list of Parameter, Tensor)
-        Weight gradients that a split backward still owes: output of a leaf module, its
-        parameters, and the gradient of that output.
-    """
-
-    x: Tensor
-    y: Tensor
-    targets: Tensor
-    loss_scale: float = 1.0
-    received: dict[str, Tensor] = field(default_factory=dict)
+    rng_key: tuple[int, ...] = ()
+    saved_sizes: dict[int, int] = field(default_factory=dict)
     loss: Tensor | None = None
     metrics: dict[str, Tensor] = field(default_factory=dict)
     layer_outputs: dict[str, Tensor] = field(default_factory=dict)
     taps: dict[str, Tensor] = field(default_factory=dict)
-    row_random: RowRandom = NO_ROW_RANDOM
-    samples: Tensor | None = None
-    raw_samples: Tensor | None = None
-    indices: Tensor = NO_INDICES
-    previous_pass: MicroBatch | None = None
-    rng_key: tuple[int, ...] = ()
     saved_buffers: dict[str, Tensor] = field(default_factory=dict)
     leaf_calls: list[tuple[nn.Module, Tensor]] = field(default_factory=list)
     pending_weight_gradients: list[tuple[Tensor, list[nn.Parameter], Tensor]] = field(
         default_factory=list
     )
 
+    def next_pass(self, received: dict[str, Tensor]) -> MicroBatch:
+        """Return the record of the next forward pass of the same samples."""
+        return MicroBatch(
+            targets=self.targets,
+            loss_scale=self.loss_scale,
+            received=received,
+            samples=self.samples,
+            raw_samples=self.raw_samples,
+            indices=self.indices,
+            row_random=self.row_random,
+            pass_=self.pass_ + 1,
+            previous_pass=self,
+            training=self.training,
+            rng_key=self.rng_key,
+            saved_sizes=self.saved_sizes,
+        )
+
     def passes(self) -> list[MicroBatch]:
-        """Return what all passes of this micro-batch left, the first one first."""
+        """Return the records of all passes of this micro-batch, the first one first."""
         return [*(self.previous_pass.passes() if self.previous_pass else ()), self]

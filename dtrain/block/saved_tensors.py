@@ -15,14 +15,16 @@ Source: Kosson et al. 2020, "Pipelined Backpropagation at Scale" (weight inconsi
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from dtrain.block.micro_batch import MicroBatch
+
+NOT_RECORDED = nullcontext()
 
 
 class SavedTensors:
@@ -46,27 +48,29 @@ class SavedTensors:
     def __init__(self, model_tensors: Iterable[Tensor], asynchronous: bool = False) -> None:
         self.set_model_tensors(model_tensors)
         self.asynchronous = asynchronous
-        self.storage_sizes: dict[Hashable, dict[int, int]] = {}
         self.counting = True
+        self.live_bytes = 0
         self.peak_bytes = 0
 
     def set_model_tensors(self, model_tensors: Iterable[Tensor]) -> None:
-        """Hear that these are the model's own tensors now."""
+        """Set the model's parameters and buffers, after some were replaced."""
         self.storage_owners = {_storage_id(tensor): tensor for tensor in model_tensors}
 
+    def record(self, micro_batch: MicroBatch) -> AbstractContextManager[None]:
+        """Return a context that watches the tensors saved for the backward of a micro-batch."""
+        if self.counting or self.asynchronous:
+            return self._record(micro_batch)
+        return NOT_RECORDED
+
     @contextmanager
-    def record(self, key: Hashable) -> Iterator[None]:
-        """Watch what the body saves for backward, counted under `key`."""
-        if not self.counting and not self.asynchronous:
-            yield
-            return
-        seen = self.storage_sizes.setdefault(key, {}) if self.counting else {}
+    def _record(self, micro_batch: MicroBatch) -> Iterator[None]:
+        counting = self.counting
 
         def pack(tensor: Tensor) -> Any:
-            storage = _storage_id(tensor)
-            owner = self.storage_owners.get(storage)
+            owner = self.storage_owners.get(_storage_id(tensor))
             if owner is None:
-                seen[storage] = tensor.untyped_storage().nbytes()
+                if counting:
+                    self._count(micro_batch, tensor)
             elif self.asynchronous and isinstance(owner, nn.Parameter):
                 return owner, tensor.size(), tensor.stride(), tensor.storage_offset()
             # Detached: an output that keeps itself alive would never be freed.
@@ -74,27 +78,25 @@ class SavedTensors:
 
         with saved_tensors_hooks(pack, _unpack):
             yield
-        if self.counting:
-            self._update_peak()
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
-    def add_micro_batch(self, key: Hashable, micro_batch: MicroBatch) -> None:
-        """Count what a micro-batch itself keeps after its forward, saved for backward or not."""
+    def add_micro_batch(self, micro_batch: MicroBatch) -> None:
+        """Count the tensors that a micro-batch holds after its forward, saved or not."""
         if not self.counting:
             return
-        kept = [
+        tensors = [
             micro_batch.x,
             micro_batch.y,
             *micro_batch.layer_outputs.values(),
             *micro_batch.taps.values(),
             *micro_batch.saved_buffers.values(),
         ]
-        kept += [out for _, out in micro_batch.leaf_calls]
-        kept += [] if micro_batch.samples is None else [micro_batch.samples]
-        seen = self.storage_sizes.setdefault(key, {})
-        for tensor in kept:
+        tensors += [output for _, output in micro_batch.leaf_calls]
+        tensors += [] if micro_batch.samples is None else [micro_batch.samples]
+        for tensor in tensors:
             if _storage_id(tensor) not in self.storage_owners:
-                seen[_storage_id(tensor)] = tensor.untyped_storage().nbytes()
-        self._update_peak()
+                self._count(micro_batch, tensor)
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
     def register_stand_in(self, tensor: Tensor, parameter: Tensor) -> None:
         """Hear that a tensor's memory stands in for a parameter's."""
@@ -104,17 +106,19 @@ class SavedTensors:
         """Hear that it does so no more."""
         del self.storage_owners[_storage_id(tensor)]
 
-    def drop(self, key: Hashable) -> None:
-        """Forget a micro-batch whose backward is done."""
-        self.storage_sizes.pop(key, None)
+    def drop(self, micro_batch: MicroBatch) -> None:
+        """Stop counting the tensors of a micro-batch: its backward is done, or they are freed."""
+        self.live_bytes -= sum(micro_batch.saved_sizes.values())
+        micro_batch.saved_sizes.clear()
 
     def stop_counting(self) -> None:
-        """Stop counting, unless a micro-batch is live: later ones repeat those that were seen."""
-        self.counting = bool(self.storage_sizes)
+        """Stop counting, unless a micro-batch is live: later ones need no more than those seen."""
+        self.counting = self.live_bytes > 0
 
-    def _update_peak(self) -> None:
-        total = sum(size for each in self.storage_sizes.values() for size in each.values())
-        self.peak_bytes = max(self.peak_bytes, total)
+    def _count(self, micro_batch: MicroBatch, tensor: Tensor) -> None:
+        storage, size = _storage_id(tensor), tensor.untyped_storage().nbytes()
+        self.live_bytes += size - micro_batch.saved_sizes.get(storage, 0)
+        micro_batch.saved_sizes[storage] = size
 
 
 def _storage_id(tensor: Tensor) -> int:

@@ -24,6 +24,9 @@ from dtrain.block.weight_prediction import predict_weights, spike_compensated_st
 from dtrain.schedules.actions import Action
 from dtrain.schedules.weight_policy import VersionTracker, WeightPolicy
 
+MicroBatchKey = tuple[int, int, int]
+"""Block, update and micro-batch: `Action.key`."""
+
 
 @final
 class WeightVersions:
@@ -39,9 +42,7 @@ class WeightVersions:
         Told which tensors stand in for parameters.
     """
 
-    def __init__(
-        self, block: Block, policy: WeightPolicy | None, saved_tensors: SavedTensors
-    ) -> None:
+    def __init__(self, block: Block, policy: WeightPolicy, saved_tensors: SavedTensors) -> None:
         self.block, self.policy, self.saved_tensors = block, policy, saved_tensors
         self.peak_copies = 0
         self.start_segment()
@@ -49,43 +50,36 @@ class WeightVersions:
     def start_segment(self) -> None:
         """Start a segment; the one before has left nothing in flight."""
         self._older_versions: dict[int, list[Tensor]] = {}
-        self._predicted_weights: dict[Action, list[Tensor]] = {}
+        self._predicted_weights: dict[MicroBatchKey, list[Tensor]] = {}
         self._previous_weights: list[Tensor] | None = None
-        self._tracker = VersionTracker(self.policy, self.block.index) if self.policy else None
+        self._tracker = VersionTracker(self.policy, self.block.index)
 
     @contextmanager
     def forward_weights(self, action: Action, is_last: bool) -> Iterator[None]:
         """Hold the weights of a forward; `last` says whether it is its update's last one."""
-        policy, shelf = self.policy, self._tracker
-        if policy is None or shelf is None or not self.block.trainable_parameters:
-            yield
-            return
-        key = action._replace(kind="B", pass_=0)
+        policy, tracker, key = self.policy, self._tracker, action.key
         if action.pass_:
             shown = self._predicted_weights.get(key)
-            version = shelf.backward(key)
+            version = tracker.backward(key)
         else:
-            version, shown = shelf.forward(key, action.update, is_last), None
+            version, shown = tracker.forward(key, action.update, is_last), None
             steps = policy.prediction_steps(self.block.index, action.update, "F")
             if steps:
                 shown = self._predict(steps)
                 if policy.stash:
                     self._predicted_weights[key] = shown
-        self.peak_copies = max(self.peak_copies, shelf.peak_copies)
+        self.peak_copies = max(self.peak_copies, tracker.peak_copies)
         with self._swap_weights(
-            shown or self._older_versions.get(shelf.current_version if version is None else version)
+            shown
+            or self._older_versions.get(tracker.current_version if version is None else version)
         ):
             yield
 
     @contextmanager
     def backward_weights(self, action: Action) -> Iterator[None]:
         """Hold the weights of a backward."""
-        policy, shelf = self.policy, self._tracker
-        if policy is None or shelf is None or not self.block.trainable_parameters:
-            yield
-            return
-        key = action._replace(kind="B")
-        version = shelf.backward(key)
+        policy, tracker, key = self.policy, self._tracker, action.key
+        version = tracker.backward(key)
         shown = (
             self._predicted_weights[key] if version is None else self._older_versions.get(version)
         )
@@ -95,29 +89,23 @@ class WeightVersions:
 
     def done(self, action: Action) -> None:
         """Let go of what only this micro-batch needed."""
-        if self._tracker is not None:
-            key = action._replace(kind="B")
-            self._tracker.release(key)
-            self._predicted_weights.pop(key, None)
-            self._drop_unneeded()
+        self._tracker.release(action.key)
+        self._predicted_weights.pop(action.key, None)
+        self._drop_unneeded()
 
     def step(
         self, update: int, takes_step: bool, optimizer_step: OptimizerStep | None = None
     ) -> None:
         """Go on to the next version: update the block, where it `moves` at all, by a `rule` if
         one is given."""
-        policy, shelf, block = self.policy, self._tracker, self.block
-        if policy is None or shelf is None or block.optimizer is None:
-            if takes_step:
-                block.update(optimizer_step)
-            return
-        now = shelf.current_version
-        if shelf.update():
+        policy, tracker, block = self.policy, self._tracker, self.block
+        now = tracker.current_version
+        if tracker.update():
             self._older_versions[now] = self._copy_weights()
         if policy.prediction == "difference":
             self._previous_weights = self._older_versions.get(now) or self._copy_weights()
         self._drop_unneeded()
-        self.peak_copies = max(self.peak_copies, shelf.peak_copies)
+        self.peak_copies = max(self.peak_copies, tracker.peak_copies)
         delay = policy.delay(block.index, update) if policy.spike_compensation else 0
         if takes_step and delay:
             block.update(lambda optimizer: spike_compensated_step(optimizer, delay))
@@ -132,7 +120,6 @@ class WeightVersions:
         )
 
     def _predict(self, steps: float) -> list[Tensor]:
-        assert self.policy is not None
         assert self.block.optimizer is not None
         return predict_weights(
             self.policy.prediction, self.block.optimizer, steps, self._previous_weights
@@ -142,7 +129,6 @@ class WeightVersions:
         return [parameter.detach().clone() for parameter in self.block.trainable_parameters]
 
     def _drop_unneeded(self) -> None:
-        assert self._tracker is not None
         for version in self._older_versions.keys() - self._tracker.old_versions:
             del self._older_versions[version]
 

@@ -143,7 +143,7 @@ def length_dependent_parts(run: RunConfig) -> Iterator[str]:
     """Yield in words what follows the length of a run, which then cannot be made longer."""
     if run.make_lr_schedule().depends_on_run_length:
         yield f"learning rates of '{run.lr_schedule.name}'"
-    if run.make_sync().depends_on_run_length:
+    if run.make_sync().traits().depends_on_run_length:
         yield f"phases of '{run.sync.name}'"
 
 

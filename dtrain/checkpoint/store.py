@@ -95,11 +95,12 @@ def collect_tensors(
     found: dict[str, Tensor] = {}
     for index, block in blocks.items():
         sync, own = syncs[index], f"replica/{replica}"
+        traits = sync.traits()
         if replica == 0:
             found |= {f"model/{name}": tensor for name, tensor in eval_weights[index].items()}
-        if replica and not sync.replicas_diverge:
+        if replica and not traits.replicas_diverge:
             continue
-        if sync.replicas_diverge or sync.reparametrises:
+        if traits.replicas_diverge or traits.reparametrises:
             found |= {f"{own}/{name}": tensor for name, tensor in block.tensors().items()}
         found |= {f"{own}/optimizer/{name}": each for name, each in block.optimizer_state().items()}
         found |= {f"{own}/sync/{index}/{name}": each for name, each in sync.state().items()}
@@ -120,9 +121,10 @@ def restore(
         The checkpoint is damaged, or its tensors are not those of this model (code 3).
     """
     one = next(iter(syncs.values()))
-    same = not one.replicas_diverge or manifest.replicas == one.replicas.size
-    own = f"replica/{replica if one.replicas_diverge else 0}"
-    root = own if same and (one.replicas_diverge or one.reparametrises) else "model"
+    traits = one.traits()
+    same = not traits.replicas_diverge or manifest.replicas == one.replicas.size
+    own = f"replica/{replica if traits.replicas_diverge else 0}"
+    root = own if same and (traits.replicas_diverge or traits.reparametrises) else "model"
     for index, sync in syncs.items() if same else ():
         sync.restore_shapes(manifest.load_prefix(f"{own}/sync/{index}/"))
     tensors = {name: t for block in blocks.values() for name, t in block.tensors().items()}

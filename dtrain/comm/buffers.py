@@ -1,7 +1,7 @@
-"""Memory: aligned tensors, their bytes, and scratch that is kept.
+"""Memory of messages: aligned tensors, their bytes, and a pool of buffers that are used again.
 
-Invariant: what is received starts on a 64-byte boundary, because matrix products change their last
-bits with the alignment of their inputs, and n ranks must compute what one rank computes.
+Invariant: a received tensor starts on a 64-byte boundary, because matrix products change their last
+bits with the alignment of their inputs, and n ranks must compute the same bits as one rank.
 """
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ from torch import Tensor
 
 from dtrain.comm.backends.base import Bytes
 
+TensorSpec = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of a tensor."""
+
+
 ALIGN_BYTES = 64
 
 
 def aligned_empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return fresh, uninitialised memory on the CPU that starts on a 64-byte boundary."""
-    count = math.prod(shape) * dtype.itemsize
-    block = torch.empty(count + ALIGN_BYTES - 1, dtype=torch.uint8)
-    start = -block.data_ptr() % ALIGN_BYTES
-    return block[start : start + count].view(dtype).view(tuple(shape))
+    size_bytes = math.prod(shape) * dtype.itemsize
+    memory = torch.empty(size_bytes + ALIGN_BYTES - 1, dtype=torch.uint8)
+    start = -memory.data_ptr() % ALIGN_BYTES
+    return memory[start : start + size_bytes].view(dtype).view(tuple(shape))
 
 
 def as_bytes(tensor: Tensor) -> Bytes:
@@ -35,7 +39,7 @@ def as_bytes(tensor: Tensor) -> Bytes:
 
 
 def describe_tensor(tensor: Tensor) -> str:
-    """Return shape and dtype, for people."""
+    """Return shape and dtype as text."""
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
@@ -45,8 +49,8 @@ class BufferPool:
 
     Parameters
     ----------
-    size_bytes : int
-        Buffers are multiples of this, and kept apart by their size.
+    unit_bytes : int
+        The size of a buffer is a multiple of this; free buffers are kept by size.
     """
 
     def __init__(self, unit_bytes: int) -> None:
@@ -57,16 +61,16 @@ class BufferPool:
     def lend(
         self, count: int, like: Tensor, dtype: torch.dtype | None = None
     ) -> Iterator[list[Tensor]]:
-        """Lend `count` buffers shaped as the 1-D tensor `like`, and typed so unless `dtype` says
-        otherwise, until the block ends."""
-        kind = like.dtype if dtype is None else dtype
-        size_bytes = like.numel() * kind.itemsize
+        """Yield `count` buffers of the shape of the 1-D tensor `like`, and of its dtype if `dtype`
+        is None; take them back at the end of the block."""
+        dtype = like.dtype if dtype is None else dtype
+        size_bytes = like.numel() * dtype.itemsize
         units = max(1, -(-size_bytes // self._unit_bytes))
         free = self._free[units]
         while len(free) < count:
             free.append(aligned_empty((units * self._unit_bytes,), torch.uint8))
-        blocks = [free.pop() for _ in range(count)]
+        buffers = [free.pop() for _ in range(count)]
         try:
-            yield [block[:size_bytes].view(kind) for block in blocks]
+            yield [buffer[:size_bytes].view(dtype) for buffer in buffers]
         finally:
-            free.extend(blocks)
+            free.extend(buffers)

@@ -1,234 +1,205 @@
-"""Routes: the messages between two ranks under one tag, in order, seen from either end.
+"""Channels: the messages from one rank to another under one tag, in order, at either end.
 
-Invariant: the next message that will come is always posted, and a message is under way until the
-other end has posted it; so what is under way is bounded by the credits.
+Invariant: the next receive of a channel is always posted, and a send is complete only once its
+receive was posted. So the credits bound the messages in flight.
 
-    Outbox                                          Inbox
-    a  under way, credit 1 -----------------------> a  posted
-    b  under way, credit 2 ---> (parked)            b  declared: posted when a is taken
-    c  waits for a to arrive                        c  declared
+    SendChannel                                      RecvChannel
+    a  in flight, credit 1 ------------------------> a  posted
+    b  in flight, credit 2 ---> (waits there)        b  declared: posted when a is received
+    c  waits here until a has arrived                c  declared
 
-A message of several tensors is several transfers in a row, of one credit in all.
+A message of several tensors is several transfers in a row and takes one credit.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, final
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor
 
-from dtrain.comm.all_to_all import AllToAll
-from dtrain.comm.allreduce import MeanReduction
 from dtrain.comm.backends.base import Request, combine_requests
-from dtrain.comm.buffers import as_bytes, describe_tensor
+from dtrain.comm.buffers import TensorSpec, as_bytes, describe_tensor
+from dtrain.comm.context import CommContext
 from dtrain.comm.flight_recorder import Pending
-from dtrain.comm.staging import Message, Staging, require_dense
+from dtrain.comm.staging import Message, require_dense
 from dtrain.comm.transport import Transport
 
-TensorSpec = tuple[Sequence[int], torch.dtype]
-"""Shape and dtype of a tensor."""
-
-
 MessageSpec = TensorSpec | tuple[TensorSpec, ...]
-"""Of a message: of a tensor, or of several that are one message."""
+"""Shape and dtype of a message's tensor, or of each tensor of a message of several."""
+
+
+USER_TAGS = 1 << 14
+"""Tags of users are below this, those of collectives above; MPI promises only 2^15 in all."""
+
+
+class Wait(Protocol):
+    """`Comm.wait` of the group that a channel belongs to."""
+
+    def __call__(
+        self, is_done: Callable[[], bool], description: str, peer: int | None = None
+    ) -> None:
+        """Return when `is_done()`."""
 
 
 class Transfer(NamedTuple):
-    """A message under way, or the receive that waits for it."""
+    """A message in flight, or the posted receive of one."""
 
     tensors: tuple[Tensor, ...]
     request: Request
     start_time: float
+    nbytes: int
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its memory."""
-        return sum(tensor.nbytes for tensor in self.tensors)
+    @staticmethod
+    def start(tensors: tuple[Tensor, ...], requests: list[Request]) -> Transfer:
+        """Return the transfer of `tensors` that the requests complete."""
+        size_bytes = sum(tensor.nbytes for tensor in tensors)
+        return Transfer(tensors, combine_requests(requests), time.perf_counter(), size_bytes)
 
     def describe(self) -> str:
-        """Return what it is."""
+        """Return shapes and dtypes as text."""
         return " and ".join(map(describe_tensor, self.tensors))
 
 
 @final
 class SendChannel:
-    """The messages under way from here; it keeps their memory."""
+    """The messages that this rank sends to `dest` under `tag`; `Comm.send_channel` makes it.
 
-    def __init__(self, transport: Transport, dest: int, tag: int) -> None:
-        self._transport, self._dest, self._tag = transport, dest, tag
+    The channel keeps the memory of its messages while they are in flight.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        context: CommContext,
+        wait: Wait,
+        dest: int,
+        tag: int,
+        credits: int,
+    ) -> None:
+        self._transport = transport
+        self._context = context
+        self._wait = wait
+        self._dest = dest
+        self._tag = _check_tag(tag)
+        self._credits = credits
         self._sends: deque[Transfer] = deque()
 
     def __len__(self) -> int:
-        """Return how many were under way at the last look."""
+        """Return how many messages were in flight at the last look."""
         return len(self._sends)
 
-    def send(self, message: Message, staging: Staging) -> None:
-        """Send a message; it must not change while it is under way."""
-        parts = (message,) if isinstance(message, Tensor) else message
-        if not parts:
+    def send(self, message: Message) -> None:
+        """Send a message as `Comm.isend` does."""
+        if len(self._sends) >= self._credits:
+            description = f"a credit to send to rank {self._dest} with tag {self._tag}"
+            self._wait(lambda: len(self._sends) < self._credits, description, self._dest)
+        tensors = (message,) if isinstance(message, Tensor) else message
+        if not tensors:
             raise ValueError("an empty tuple is no message: send nothing, or an empty tensor")
-        for number, part in enumerate(parts):
-            require_dense(part, "isend", number)
-        data = tuple(map(staging.to_host, parts))
-        line, counted = self._transport, self._transport.traffic.enabled
-        request = combine_requests(
-            [line.isend(as_bytes(part), self._dest, self._tag, counted) for part in data]
+        for number, tensor in enumerate(tensors):
+            require_dense(tensor, "isend", number)
+        transport, counted = self._transport, self._transport.traffic.enabled
+        data = tuple(map(self._context.staging.to_host, tensors))
+        transfer = Transfer.start(
+            data,
+            [transport.isend(as_bytes(part), self._dest, self._tag, counted) for part in data],
         )
-        transfer = Transfer(data, request, time.perf_counter())
-        line.traffic.add_message_bytes(transfer.nbytes)
-        line.note("send", self._dest, self._tag, transfer.nbytes)
+        transport.traffic.add_message_bytes(transfer.nbytes)
+        transport.note("send", self._dest, self._tag, transfer.nbytes)
         self._sends.append(transfer)
 
+    def flush(self) -> None:
+        """Wait until every message of the channel has arrived."""
+        description = f"rank {self._dest} to take {len(self)} messages with tag {self._tag}"
+        self._wait(lambda: not self._sends, description, self._dest)
+
     def release_completed(self) -> None:
-        """Forget what has arrived."""
+        """Free the messages that have arrived."""
         while self._sends and self._sends[0].request.test():
             size_bytes = self._sends.popleft().nbytes
             self._transport.traffic.add_message_bytes(-size_bytes)
             self._transport.note("sent", self._dest, self._tag, size_bytes)
 
     def pending(self) -> Iterator[Pending]:
-        """Yield what is under way, as of the last look."""
-        where = self._transport.describe_channel(self._dest, self._tag)
+        """Yield the messages that were in flight at the last look."""
+        peer = self._transport.describe_channel(self._dest, self._tag)
         for transfer in self._sends:
-            yield transfer.start_time, f"send {transfer.describe()} to {where}"
+            yield transfer.start_time, f"send {transfer.describe()} to {peer}"
 
 
 @final
 class RecvChannel:
-    """The messages that will come here: the posted one and those declared after it."""
+    """The messages that `source` sends here under `tag`; `Comm.recv_channel` makes it."""
 
-    def __init__(self, transport: Transport, source: int, tag: int, staging: Staging) -> None:
-        self._transport, self._source, self._tag, self._staging = transport, source, tag, staging
+    def __init__(
+        self, transport: Transport, context: CommContext, wait: Wait, source: int, tag: int
+    ) -> None:
+        self._transport = transport
+        self._context = context
+        self._wait = wait
+        self._source = source
+        self._tag = _check_tag(tag)
         self._specs: deque[MessageSpec] = deque()
-        self._posted_recv: Transfer | None = None
-        self._single_tensor = True
+        self._posted: Transfer | None = None
+        self._single_tensor = True  # whether the posted message is a tensor, not a tuple
 
     def post_recv(self, specs: Iterable[MessageSpec]) -> None:
-        """Declare more messages."""
+        """Declare the next messages as `Comm.post_recv` does."""
         self._specs.extend(specs)
-        if self._posted_recv is None:
+        if self._posted is None:
             self._post_next()
 
-    @property
-    def posted_recv(self) -> Transfer | None:
-        """The next message; None where none is declared."""
-        return self._posted_recv
-
     def receive(self) -> Message:
-        """Return the posted message, which has come, to be the caller's; post the next one."""
-        transfer, alone = self._posted_recv, self._single_tensor
-        assert transfer is not None
-        self._transport.traffic.add_message_bytes(-transfer.nbytes)
-        self._transport.note("received", self._source, self._tag, transfer.nbytes)
+        """Wait for the next message and return it as `Comm.recv` does."""
+        posted, single_tensor = self._posted, self._single_tensor
+        if posted is None:
+            raise RuntimeError(
+                f"no message is expected from rank {self._source} with tag {self._tag}"
+            )
+        if not posted.request.test():
+            description = f"{posted.describe()} from rank {self._source} with tag {self._tag}"
+            self._wait(posted.request.test, description, self._source)
+        self._transport.traffic.add_message_bytes(-posted.nbytes)
+        self._transport.note("received", self._source, self._tag, posted.nbytes)
         self._post_next()
-        tensors = tuple(map(self._staging.to_device, transfer.tensors))
-        return tensors[0] if alone else tensors
+        tensors = tuple(map(self._context.staging.to_device, posted.tensors))
+        return tensors[0] if single_tensor else tensors
+
+    def is_open(self) -> bool:
+        """Return whether the posted receive is not complete; tests it, so MPI makes progress."""
+        return self._posted is not None and not self._posted.request.test()
 
     def pending(self) -> Iterator[Pending]:
-        """Yield what is posted."""
-        where = self._transport.describe_channel(self._source, self._tag)
-        if self._posted_recv is not None:
-            more = f" ({len(self._specs)} more declared)" if self._specs else ""
-            yield (
-                self._posted_recv.start_time,
-                f"receive {self._posted_recv.describe()} from {where}{more}",
-            )
+        """Yield the posted receive."""
+        if self._posted is None:
+            return
+        peer = self._transport.describe_channel(self._source, self._tag)
+        more = f" ({len(self._specs)} more declared)" if self._specs else ""
+        yield self._posted.start_time, f"receive {self._posted.describe()} from {peer}{more}"
 
     def _post_next(self) -> None:
-        self._posted_recv = None
+        self._posted = None
         if not self._specs:
             return
-        specs = self._specs.popleft()
-        self._single_tensor, parts = _tensor_specs(specs)
-        tensors = tuple(self._staging.recv_buffer(*part) for part in parts)
-        pulls = combine_requests(
-            [self._transport.irecv(as_bytes(part), self._source, self._tag) for part in tensors]
+        self._single_tensor, specs = _tensor_specs(self._specs.popleft())
+        staging, transport = self._context.staging, self._transport
+        tensors = tuple(staging.recv_buffer(*spec) for spec in specs)
+        self._posted = Transfer.start(
+            tensors,
+            [transport.irecv(as_bytes(part), self._source, self._tag) for part in tensors],
         )
-        self._posted_recv = Transfer(tensors, pulls, time.perf_counter())
-        self._transport.traffic.add_message_bytes(self._posted_recv.nbytes)
+        transport.traffic.add_message_bytes(self._posted.nbytes)
 
 
 def _tensor_specs(spec: MessageSpec) -> tuple[bool, tuple[TensorSpec, ...]]:
-    """Return whether a message is a tensor by itself (then its second word is a dtype), and its
-    parts."""
+    """Return whether a message is one tensor, not a tuple, and the specs of its tensors."""
     if len(spec) == 2 and isinstance(spec[1], torch.dtype):
         return True, (spec,)
     return False, spec
-
-
-USER_TAGS = 1 << 14
-"""Tags of users end here and those of collectives begin; MPI promises only 2^15 in all."""
-
-
-@final
-class Channels:
-    """The routes and the collectives of one group.
-
-    Attributes
-    ----------
-    name : str
-        Of the group.
-    outboxes, inboxes : dict of (int, int) to Outbox, to Inbox
-        By the other end's rank and tag.
-    running : list of (Mean or Trade)
-        Collectives that were not complete at the last look.
-    """
-
-    def __init__(self, transport: Transport) -> None:
-        self._transport, self.name = transport, transport.name
-        self.send_channels: dict[tuple[int, int], SendChannel] = {}
-        self.recv_channels: dict[tuple[int, int], RecvChannel] = {}
-        self.collectives: list[MeanReduction | AllToAll] = []
-
-    def send_channel(self, dest: int, tag: int) -> SendChannel:
-        """Return the messages from here to a rank."""
-        if (dest, tag) not in self.send_channels:
-            self.send_channels[dest, tag] = SendChannel(self._transport, dest, _check_tag(tag))
-        return self.send_channels[dest, tag]
-
-    def recv_channel(self, source: int, tag: int, staging: Staging) -> RecvChannel:
-        """Return the messages from a rank to here."""
-        if (source, tag) not in self.recv_channels:
-            self.recv_channels[source, tag] = RecvChannel(
-                self._transport, source, _check_tag(tag), staging
-            )
-        return self.recv_channels[source, tag]
-
-    def next_transfer(self, source: int, tag: int) -> tuple[RecvChannel, Transfer]:
-        """Return the next message of a route to here, and where it comes; `RuntimeError` where
-        none was declared."""
-        inbox = self.recv_channels.get((source, tag))
-        if inbox is None or inbox.posted_recv is None:
-            raise RuntimeError(f"no message is expected from rank {source} with tag {tag}")
-        return inbox, inbox.posted_recv
-
-    def progress(self, all_lanes: bool = False) -> None:
-        """Take note of what has arrived elsewhere, and go on with the collectives."""
-        for outbox in self.send_channels.values():
-            if outbox:
-                outbox.release_completed()
-        if self.collectives:
-            self.collectives = [each for each in self.collectives if not each.test(all_lanes)]
-
-    def poll_receives(self) -> bool:
-        """Look at receives until one is open; return whether one was."""
-        for inbox in self.recv_channels.values():
-            if inbox.posted_recv is not None and not inbox.posted_recv.request.test():
-                return True
-        return False
-
-    def pending(self) -> Iterator[Pending]:
-        """Yield what is in flight, as of the last look."""
-        for outbox in self.send_channels.values():
-            yield from outbox.pending()
-        for inbox in self.recv_channels.values():
-            yield from inbox.pending()
-        for each in self.collectives:
-            yield each.start_time, f"{each.describe()} of {self._transport.name}"
 
 
 def _check_tag(tag: int) -> int:

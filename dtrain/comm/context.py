@@ -1,7 +1,7 @@
-"""Family: what a world and all groups split from it have in common, on one rank.
+"""CommContext: the state that a world and all groups split from it share, on one rank.
 
 Invariant: `wait` is the only place where a rank waits, and every turn of it moves everything that
-is in flight in any desk.
+is in flight in any group.
 """
 
 from __future__ import annotations
@@ -10,58 +10,71 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import final
+from typing import Protocol, final
 
 from dtrain.comm.allreduce import PIECE_BYTES
 from dtrain.comm.backends.base import Backend, CommTimeout
 from dtrain.comm.buffers import BufferPool
-from dtrain.comm.channels import Channels
 from dtrain.comm.flight_recorder import FlightRecorder, Pending
 from dtrain.comm.staging import Host, Staging
 from dtrain.comm.transport import TrafficCounter
 
 WaitSpan = tuple[float, float, str]
-"""Start and end by this rank's `perf_counter`, and what was waited for."""
+"""Start and end by this rank's `perf_counter`, and the description of the wait."""
 
 
 DEBUG_TIMEOUT_S = 60.0
-"""How long all ranks may take to come to a collective, in debug mode."""
+"""Time that all ranks have to call a collective in debug mode."""
 
 
 SLOW_WAIT_S = 300.0
-"""After so long a wait says so, once, and waits on."""
+"""A wait that lasts longer writes a flight record, once, and goes on."""
+
+
+class Group(Protocol):
+    """A group of ranks, as the waits of all groups use it."""
+
+    def progress_group(self, all_lanes: bool = False) -> None:
+        """Free the messages that have arrived and advance the collectives; never wait."""
+
+    def poll_receives(self) -> bool:
+        """Test posted receives up to the first open one; return whether there is one."""
+
+    def pending(self) -> Iterator[Pending]:
+        """Yield what is in flight, as of the last look."""
 
 
 @final
 class CommContext:
-    """One rank's groups, and what they share.
+    """The groups of one rank, and the state that they share.
 
     Attributes
     ----------
-    traffic : Traffic
-        What was sent.
-    flight : Flight
-        What happened last.
-    desks : list of Desk
-        One per group that is not closed.
-    scratch : Scratch
+    traffic : TrafficCounter
+        Payload bytes that this rank has sent.
+    flight : FlightRecorder
+        Its last events and open waits.
+    groups : list of Group
+        The groups that are not closed.
+    buffer_pool : BufferPool
         Memory of means.
-    dock : Dock
-        Where tensors meet the wire.
-    waited_s : float
+    staging : Staging
+        How tensors reach memory that a backend can read.
+    wait_s : float
         Seconds spent in waits.
-    limit_s : float or None
-        In debug mode, how long all ranks may take to come to a collective.
-    waits : list of Wait, or None
-        Waits that are over, where somebody asked for them.
+    debug_timeout_s : float or None
+        In debug mode, the time that all ranks have to call a collective.
+    recorded_waits : list of WaitSpan, or None
+        Waits that are over; None: they are not recorded.
     """
 
     def __init__(self, backend: Backend) -> None:
-        name = f"rank {backend.rank} of {backend.size} on {backend.hosts[backend.rank]}"
-        self.flight = FlightRecorder(name, backend.rank, backend.size, backend.hosts[backend.rank])
+        host = backend.hosts[backend.rank]
+        name = f"rank {backend.rank} of {backend.size} on {host}"
+        self.flight = FlightRecorder(name, backend.rank, backend.size, host)
         self.flight.pending_sources.append(self._pending)
         self.traffic = TrafficCounter()
-        self.group_channels: list[Channels] = []
+        self.groups: list[Group] = []
         self.buffer_pool = BufferPool(PIECE_BYTES)
         self.staging: Staging = Host()
         self.wait_s = 0.0
@@ -70,46 +83,40 @@ class CommContext:
 
     @property
     def debug_mode(self) -> bool:
-        """Whether the family is in debug mode."""
+        """Whether every collective is compared over ranks before it starts."""
         return self.debug_timeout_s is not None
 
     def debug(self, timeout_s: float = DEBUG_TIMEOUT_S) -> None:
-        """Call the roll before every collective of the whole family from now on.
+        """Compare the calls of all ranks before every collective of every group from now on.
 
-        `Discord` is raised by ranks that call different operations, or with different tensors, and
-        by those that wait `limit_s` seconds for a call. Local; all ranks must do so, before any.
+        Ranks that call different operations, or pass different tensors, raise
+        `CollectiveMismatch`; so does a rank that waits `timeout_s` seconds for the call of another.
+        Local; all ranks must call it before their next collective.
         """
         self.debug_timeout_s = timeout_s
 
     def trace(self, enabled: bool) -> list[WaitSpan]:
-        """Note the family's waits, or no more; return, and forget, those noted so far. Local."""
-        told, self.recorded_waits = self.recorded_waits or [], [] if enabled else None
-        return told
+        """Start or stop recording waits; return and delete the recorded ones. Local."""
+        waits, self.recorded_waits = self.recorded_waits or [], [] if enabled else None
+        return waits
 
     def progress(self, all_lanes: bool = False) -> None:
-        """Move everything that is in flight; never wait. `whole`: there is no next turn soon."""
-        for desk in self.group_channels:
-            desk.progress(all_lanes)
+        """Move everything that is in flight; never wait.
+
+        `all_lanes` advances every lane of a mean: there is no next turn soon.
+        """
+        for group in self.groups:
+            group.progress_group(all_lanes)
 
     def poll_receives(self) -> None:
-        """Let the wire work on what comes, although nobody waits for it.
+        """Let the backend work on incoming messages although no rank waits for them.
 
-        A library such as MPI moves large messages only inside its calls: looking at one receive
-        that is open moves all of them.
+        A library such as MPI moves large messages only inside its calls: a test of one open
+        receive moves all of them.
         """
-        for desk in self.group_channels:
-            if desk.poll_receives():
+        for group in self.groups:
+            if group.poll_receives():
                 return
-
-    def close(self, channels: Channels) -> None:
-        """Look at a desk no more; `RuntimeError` where something of it is in flight."""
-        channels.progress()
-        if left := list(channels.pending()):
-            raise RuntimeError(
-                f"{channels.name} is closed with {len(left)} in flight: {left[0][1]}"
-            )
-        if channels in self.group_channels:
-            self.group_channels.remove(channels)
 
     def wait(
         self,
@@ -119,20 +126,27 @@ class CommContext:
         backend: Backend,
         timeout_s: float | None,
     ) -> None:
-        """Return when `done()`; raise `Stall` after `timeout_s`.
+        """Return when `is_done()`.
 
-        `peers` are the ranks of the world that are waited for.
+        `peers` are the world ranks that this rank waits for.
+
+        Raises
+        ------
+        CommTimeout
+            After `timeout_s`; as `Deadlock` where no rank can go on (threads and single only).
         """
         start, turn = time.perf_counter(), 0
-        waits, alarm = self.flight.open_waits, start + SLOW_WAIT_S
-        waits.append((start, description, peers))
+        open_waits, alarm = self.flight.open_waits, start + SLOW_WAIT_S
+        open_waits.append((start, description, peers))
         try:
             while not is_done():
                 self.progress()
                 now = time.perf_counter()
                 if timeout_s is not None and now - start > timeout_s:
                     raise CommTimeout(
-                        f"rank {backend.rank} of {backend.size} waited {timeout_s:g} s for {description}"
+                        "comm.timeout",
+                        f"rank {backend.rank} of {backend.size} waited {timeout_s:g} s for "
+                        f"{description}",
                     )
                 if now > alarm:
                     alarm = math.inf
@@ -140,17 +154,16 @@ class CommContext:
                 backend.idle(turn, description)
                 turn += 1
         finally:
-            waits.pop()
+            open_waits.pop()
             end = time.perf_counter()
-            seconds = end - start
-            self.wait_s += seconds
+            self.wait_s += end - start
             if self.recorded_waits is not None:
                 self.recorded_waits.append((start, end, description))
-            self.flight.note("waited", seconds, "for", description)
+            self.flight.note("waited", end - start, "for", description)
 
     @contextmanager
     def record_wait(self, description: str, peers: Sequence[int]) -> Iterator[None]:
-        """Note a wait that goes on inside the wire."""
+        """Show the body as an open wait in flight records: the backend itself waits there."""
         self.flight.open_waits.append((time.perf_counter(), description, peers))
         try:
             yield
@@ -158,5 +171,5 @@ class CommContext:
             self.flight.open_waits.pop()
 
     def _pending(self) -> Iterator[Pending]:
-        for desk in self.group_channels:
-            yield from desk.pending()
+        for group in self.groups:
+            yield from group.pending()

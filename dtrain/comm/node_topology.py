@@ -1,9 +1,12 @@
-"""Tiers: which rank of which node handles a piece of a mean; pure arithmetic.
+"""NodeTopology: the ranks of a group by node, and which of them reduces a piece of a mean.
 
-Invariant: per piece exactly one rank of each node speaks to other nodes, and over pieces the work
-goes round the nodes, and round the ranks of each of them, however many those are.
+Pure arithmetic; the only place that groups ranks by host.
 
-    3 nodes of 2, 1 and 3 ranks: leads of piece k, the owner in brackets
+Invariant: for each piece exactly one rank of each node, its leader, exchanges data with other
+nodes. The leader of the owner node owns the piece. Over the pieces of a round the owner goes round
+the nodes, and the leader round the ranks of each node.
+
+    3 nodes of 2, 1 and 3 ranks: leaders of piece k, the owner in brackets
 
     piece      0     1     2     3     4     5     6     7     8
     node 0    [0]    0     0    [1]    1     1    [0]    0     0
@@ -13,7 +16,7 @@ goes round the nodes, and round the ranks of each of them, however many those ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import final
 
 
@@ -21,51 +24,83 @@ from typing import final
 class NodeTopology:
     """The ranks of a group, by node.
 
+    Parameters
+    ----------
+    hosts : sequence of hashable
+        Name of each rank's host.
+    rank : int
+        This rank.
+
     Attributes
     ----------
     nodes : list of list of int
-        Ranks, ascending, of each node, in order of their first ranks.
-    node, near : int, list of int
-        My node, and its ranks.
-    even : int
-        Pieces in a round, after which every rank has led as often as the others of its node (where
-        nodes are equal; else as nearly as a round allows).
+        Ranks of each node, ascending; nodes in order of their first ranks.
+    node_index : int
+        Index of this rank's node.
+    node_ranks : list of int
+        Ranks of this rank's node, ascending.
+    local_rank : int
+        Position of this rank among them.
+    pieces_per_round : int
+        Pieces after which every rank has led as often as the others of its node, if all nodes have
+        equally many ranks; otherwise as evenly as one round allows.
     """
 
-    def __init__(self, hosts: Sequence[str], rank: int) -> None:
-        members: dict[str, list[int]] = {}
+    def __init__(self, hosts: Sequence[Hashable], rank: int) -> None:
+        ranks_by_host: dict[Hashable, list[int]] = {}
         for other, host in enumerate(hosts):
-            members.setdefault(host, []).append(other)
-        self.rank, self.nodes, self.node_ranks = rank, list(members.values()), members[hosts[rank]]
+            ranks_by_host.setdefault(host, []).append(other)
+        self.rank = rank
+        self.nodes = list(ranks_by_host.values())
+        self.node_ranks = ranks_by_host[hosts[rank]]
         self.node_index = self.nodes.index(self.node_ranks)
-        self.pieces_per_round = len(self.nodes) * max(map(len, self.nodes))
+        self.local_rank = self.node_ranks.index(rank)
+        self.pieces_per_round = len(self.nodes) * max(self.node_sizes)
+        self._is_local = [host == hosts[rank] for host in hosts]
+
+    @property
+    def node_sizes(self) -> list[int]:
+        """Number of ranks of each node."""
+        return [len(ranks) for ranks in self.nodes]
+
+    @property
+    def node_peers(self) -> list[int]:
+        """The other ranks of this rank's node, ascending."""
+        return [rank for rank in self.node_ranks if rank != self.rank]
+
+    def is_local(self, rank: int) -> bool:
+        """Return whether a rank is on this rank's node."""
+        return self._is_local[rank]
 
     def leader(self, piece: int, node: int) -> int:
-        """Return who adds up a node's parts of a piece."""
+        """Return the rank that adds up a node's parts of a piece."""
         ranks = self.nodes[node]
         return ranks[piece // len(self.nodes) % len(ranks)]
 
     def owner_node(self, piece: int) -> int:
-        """Return the node whose lead owns a piece."""
+        """Return the node whose leader owns a piece."""
         return piece % len(self.nodes)
 
-    def weight_receivers(self, rank: int, pieces: int) -> set[int]:
-        """Return the ranks that multiply parts of `rank` by its weight, itself excepted.
+    def weight_receivers(self, rank: int, piece_count: int) -> set[int]:
+        """Return the ranks that multiply parts of `rank` by its weight, without `rank`.
 
-        Those are the leads of its node; where it is alone there, its parts travel as they are, and
-        the owners multiply.
+        These are the leaders of its node. A rank that is alone on its node sends its parts
+        unweighted, and the owners multiply.
         """
-        nodes = self.nodes
-        near = next(ranks for ranks in nodes if rank in ranks)
-        if len(near) > 1:
-            found = set(near[: -(-pieces // len(nodes))])
-        else:
-            owned = [-(-(pieces - node) // len(nodes)) for node in range(len(nodes))]
-            found = {r for ranks, n in zip(nodes, owned, strict=True) for r in ranks[: max(0, n)]}
-        return found - {rank}
+        node_count = len(self.nodes)
+        node_ranks = next(ranks for ranks in self.nodes if rank in ranks)
+        if len(node_ranks) > 1:
+            return {*node_ranks[: -(-piece_count // node_count)]} - {rank}
+        owners: set[int] = set()
+        for node, ranks in enumerate(self.nodes):
+            owned_pieces = max(0, -(-(piece_count - node) // node_count))
+            owners.update(ranks[:owned_pieces])
+        return owners - {rank}
 
-    def weight_senders(self, pieces: int) -> list[int]:
-        """Return the ranks whose weights I need."""
-        far = [ranks[0] for ranks in self.nodes if len(ranks) == 1]
-        known = dict.fromkeys([*self.node_ranks, *far])
-        return [rank for rank in known if self.rank in self.weight_receivers(rank, pieces)]
+    def weight_senders(self, piece_count: int) -> list[int]:
+        """Return the ranks whose weights this rank needs: its node's first, in rank order."""
+        lone_ranks = [ranks[0] for ranks in self.nodes if len(ranks) == 1]
+        candidates = dict.fromkeys([*self.node_ranks, *lone_ranks])
+        return [
+            rank for rank in candidates if self.rank in self.weight_receivers(rank, piece_count)
+        ]

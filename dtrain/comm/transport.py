@@ -1,6 +1,6 @@
-"""Line: bytes of any length over a wire, counted.
+"""Transport: bytes of any length over a backend, counted.
 
-Invariant: every payload passes `push` once, which is where it is counted.
+Invariant: every payload passes `isend` once, and is counted there.
 """
 
 from __future__ import annotations
@@ -10,29 +10,29 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import final
 
-from dtrain.comm.backends.base import Backend, Bytes, Request, combine_requests
+from dtrain.comm.backends.base import Backend, Bytes, CombinedRequest, Request
 from dtrain.comm.flight_recorder import FlightRecorder
 from dtrain.comm.node_topology import NodeTopology
 
 
 @final
 class Transport:
-    """A wire whose messages may be longer than the wire allows.
+    """A backend for messages that may be longer than the backend allows.
 
     Attributes
     ----------
-    wire : Wire
-        What moves the bytes.
+    backend : Backend
+        The object that moves the bytes.
     rank, size : int
-        Of the wire.
-    tiers : Tiers
+        Of the backend.
+    topology : NodeTopology
         Its ranks by node.
-    traffic : Traffic
-        Where payload is counted.
-    flight : Flight
-        Where events are noted.
+    traffic : TrafficCounter
+        Counts payload.
+    flight : FlightRecorder
+        Records events.
     chunk_bytes : int
-        Longer messages travel in parts.
+        Longer messages travel in chunks of this length.
     name : str
         Of the group, for people.
     """
@@ -45,29 +45,31 @@ class Transport:
         chunk_bytes: int,
         name: str,
     ) -> None:
-        self.backend, self.traffic, self.flight = backend, traffic, flight
-        self.chunk_bytes, self.name = chunk_bytes, name
+        self.backend = backend
+        self.traffic = traffic
+        self.flight = flight
+        self.chunk_bytes = chunk_bytes
+        self.name = name
         self.rank, self.size = backend.rank, backend.size
         self.topology = NodeTopology(backend.hosts, backend.rank)
 
     def other_ranks(self) -> list[int]:
-        """Return all ranks but mine."""
+        """Return all ranks of the group but this one."""
         return [rank for rank in range(self.size) if rank != self.rank]
 
     def isend(self, data: Bytes, dest: int, tag: int, count_bytes: bool) -> Request:
         """Send; the memory must stay and not change until the request is complete."""
         if count_bytes:
-            hosts = self.backend.hosts
-            self.traffic.count(data.size, intra_node=hosts[dest] == hosts[self.rank])
-        return combine_requests(
-            [self.backend.isend(part, dest, tag) for part in self._chunks(data)]
-        )
+            self.traffic.count(data.size, intra_node=self.topology.is_local(dest))
+        if data.size <= self.chunk_bytes:
+            return self.backend.isend(data, dest, tag)
+        return CombinedRequest(self.backend.isend(part, dest, tag) for part in self._chunks(data))
 
     def irecv(self, data: Bytes, source: int, tag: int) -> Request:
         """Receive as many bytes as `data` holds."""
-        return combine_requests(
-            [self.backend.irecv(part, source, tag) for part in self._chunks(data)]
-        )
+        if data.size <= self.chunk_bytes:
+            return self.backend.irecv(data, source, tag)
+        return CombinedRequest(self.backend.irecv(part, source, tag) for part in self._chunks(data))
 
     def note(self, kind: str, peer: int, tag: int, size_bytes: int) -> None:
         """Record an event of a message."""
@@ -75,12 +77,12 @@ class Transport:
         self.flight.note(kind, size_bytes, "bytes", end, "rank", peer, "tag", tag, "of", self.name)
 
     def describe_channel(self, peer: int, tag: int) -> str:
-        """Return the other end of a route, so that a person finds the process."""
-        place = f"world rank {self.backend.world_ranks[peer]} on {self.backend.hosts[peer]}"
-        return f"rank {peer} of {self.name} ({place}) with tag {tag}"
+        """Return the other end of a channel as text that lets a person find the process."""
+        process = f"world rank {self.backend.world_ranks[peer]} on {self.backend.hosts[peer]}"
+        return f"rank {peer} of {self.name} ({process}) with tag {tag}"
 
     def _chunks(self, data: Bytes) -> Iterator[Bytes]:
-        for start in range(0, max(data.size, 1), self.chunk_bytes):
+        for start in range(0, data.size, self.chunk_bytes):
             yield data[start : start + self.chunk_bytes]
 
 
@@ -92,11 +94,11 @@ class TrafficCounter:
     Attributes
     ----------
     bytes_intra, bytes_inter : int
-        To ranks of the same host (itself included), to ranks of other hosts.
-    on : bool
-        Whether what is started now is counted.
-    held_bytes, peak_held_bytes : int
-        Buffers of messages under way and of posted receives, now and at most.
+        To ranks of the same host (this rank included), to ranks of other hosts.
+    enabled : bool
+        Whether sends that start now are counted.
+    message_bytes, peak_message_bytes : int
+        Memory of messages in flight and of posted receives, now and at most.
     """
 
     bytes_intra: int = 0
@@ -113,13 +115,13 @@ class TrafficCounter:
             self.bytes_inter += size_bytes
 
     def add_message_bytes(self, size_bytes: int) -> None:
-        """Add a buffer to those that messages occupy; a negative size gives it back."""
+        """Add the memory of a message; a negative size frees it."""
         self.message_bytes += size_bytes
         self.peak_message_bytes = max(self.peak_message_bytes, self.message_bytes)
 
     @contextmanager
     def without_counting(self) -> Iterator[None]:
-        """Count nothing that is started inside."""
+        """Do not count sends that start inside."""
         before, self.enabled = self.enabled, False
         try:
             yield

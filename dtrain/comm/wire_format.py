@@ -19,14 +19,11 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
+from dtrain.comm.buffers import TensorSpec
 from dtrain.comm.quantize import dequantize, quantize
 from dtrain.schedules.actions import Route
 
 Compression = Literal["exact", "int8"]
-
-
-TensorSpec = tuple[tuple[int, ...], torch.dtype]
-"""Shape and dtype of a tensor."""
 
 
 SCALE_BYTES = 4

@@ -130,15 +130,15 @@ def _check_lr_scaling(run: RunConfig) -> None:
 def _check_schedule_and_sync(run: RunConfig) -> None:
     """Refuse a schedule that goes by what a sync puts something else in the place of: the
     optimizer's rule, or parameters that are still to be learnt."""
-    schedule, sync = run.make_schedule(), run.make_sync()
+    schedule, traits = run.make_schedule(), run.make_sync().traits()
     asked = schedule.optimizer_requirements()
-    if schedule.asynchronous and sync.reparametrises:
+    if schedule.asynchronous and traits.reparametrises:
         raise ConfigError(
             "todo.key",
             f"[schedule] '{run.schedule.name}' learns late with weights that [sync] "
             f"'{run.sync.name}' has replaced by others: take a schedule that is never late",
         )
-    if asked and sync.replaces_optimizer:
+    if asked and traits.replaces_optimizer:
         raise ConfigError(
             "todo.key",
             f"[schedule] {asked[0]} goes by the rule of the optimizer, and [sync] "

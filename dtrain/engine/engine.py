@@ -16,13 +16,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from dtrain.block.block import BackwardPair, Block
-from dtrain.block.micro_batch import Given, MicroBatch, RowRandom
+from dtrain.block.block import Block
+from dtrain.block.micro_batch import MicroBatch, RowRandom
 from dtrain.block.saved_tensors import SavedTensors
 from dtrain.block.split_backward import SplitBackward
 from dtrain.block.weight_versions import WeightVersions
@@ -34,10 +34,11 @@ from dtrain.engine.metrics import MetricSums
 from dtrain.engine.router import MessageRouter
 from dtrain.engine.spec import EngineSpec
 from dtrain.engine.trace import Trace
-from dtrain.engine.update import UpdateStep
+from dtrain.engine.update import BatchUpdate, UpdateStep
 from dtrain.errors import NumericalError
 from dtrain.mesh import RankPosition
 from dtrain.objectives.base import GRADIENT
+from dtrain.objectives.forward import backward_pairs, forward_micro_batch
 from dtrain.schedules.actions import Action
 from dtrain.syncs.base import Sync
 
@@ -49,12 +50,14 @@ class Engine:
 
     Parameters
     ----------
-    seat, lines : Seat, Lines
-        This rank's place, and its communicators.
+    position : RankPosition
+        This rank's coordinates on the mesh.
+    groups : ProcessGroups
+        Its communicators.
     blocks, syncs : dict of int to Block, to Sync
-        What it holds, by block.
-    course : Course
-        What is learnt, the same on all ranks.
+        The blocks of this rank and their syncs, by block index.
+    engine_spec : EngineSpec
+        The training settings, the same on all ranks.
     """
 
     def __init__(
@@ -65,36 +68,34 @@ class Engine:
         syncs: dict[int, Sync],
         engine_spec: EngineSpec,
     ) -> None:
-        self.position, self.groups, self.blocks, self.syncs = position, groups, blocks, syncs
-        self.engine_spec, self.objective, self.block_specs = (
-            engine_spec,
-            engine_spec.objective,
-            engine_spec.block_specs,
-        )
+        self.position = position
+        self.groups = groups
+        self.blocks = blocks
+        self.syncs = syncs
+        self.engine_spec = engine_spec
+        self.objective = engine_spec.objective
+        self.block_specs = engine_spec.block_specs
         self.router = MessageRouter(
             "train", self.objective, self.block_specs, position, groups, engine_spec.wire_format
         )
         self.closed_form = ClosedFormSolver(
             blocks, self.objective, self.block_specs, groups, position.place[-1]
         )
-        self.saved_tensors, self.reparametrisations = (
-            SavedTensors(self._model_tensors(), engine_spec.schedule.asynchronous),
-            0,
-        )
-        policy = engine_spec.schedule.policy(position.place, self.router.routes)
-        self.weight_versions = {
-            i: WeightVersions(b, policy, self.saved_tensors) for i, b in blocks.items()
-        }
+        self.saved_tensors = SavedTensors(self._model_tensors(), engine_spec.schedule.asynchronous)
+        self.weight_versions = self._make_weight_versions()
         self.update_step = UpdateStep(
             blocks, syncs, self.weight_versions, engine_spec, groups.pipeline
         )
         self.micro_batches: dict[MicroBatchKey, MicroBatch] = {}
-        self.peak_live = self.largest_update_rows = self.peak_cached_bytes = 0
+        self.peak_live = 0
+        self.peak_cached_bytes = 0
+        self.largest_update_rows = 0
+        self.reparametrisations = 0
         self.max_lag = max((route.lag for route in self.router.routes), default=0)
         self.metric_sums = MetricSums()
         self.trace: Trace | None = None
         self.needs_input_gradient = {
-            r.source.block for r in self.router.routes if r.name == GRADIENT
+            route.source.block for route in self.router.routes if route.name == GRADIENT
         }
         self.needs_samples = {
             b for b in blocks if self.objective.needs_samples(self.block_specs[b], "train")
@@ -107,213 +108,228 @@ class Engine:
     def run(
         self, loader: Loader, batches: Sequence[Batch], first_update: int, epoch: int
     ) -> Iterator[int]:
-        """Train on `batches`, update `first` of the run and those that follow.
+        """Train on `batches`: update `first_update` of the run and those that follow.
 
-        Collective over all ranks. Yields the number of each update once it is done; the sums of
-        the segment are in `tally` afterwards.
+        Collective over all ranks. Yields the number of each update when it is done; afterwards
+        `metric_sums` holds the sums of the segment.
 
         Raises
         ------
-        DtrainError
-            A loss, or at the end a weight, is NaN or infinite (code 4).
+        NumericalError
+            A loss, or at the end a weight, is NaN or infinite.
         """
-        sizes, seat = [len(batch.micro_batch_indices) for batch in batches], self.position
-        plan = partial(
-            self.engine_spec.schedule.plan, seat.stage, seat.place, sizes, self.router.routes
-        )
-        self.update_step.start_segment(batches)
-        self.metric_sums = MetricSums(rows=sum(batch.local_rows for batch in batches))
         start, waited = time.perf_counter(), self.groups.control.wait_s
-        for index, block in self.blocks.items():
-            block.train()
-            self.weight_versions[index].start_segment()
-        self.router.open(plan(), sizes, lambda u, micro: len(batches[u].micro_batch_indices[micro]))
-        loader.open(
-            (
-                batches[a.update].micro_batch_indices[a.micro]
-                for a in plan()
-                if self._reads_samples(a)
-            ),
-            epoch,
-        )
-        before = self.closed_form.clear()
+        plan = self._open_segment(loader, batches, first_update, epoch)
+        previous_sums = self.closed_form.clear()
+        control, last_block = self.groups.control, max(self.blocks)
         try:
-            yield from self._run_actions(plan(), loader, batches, first_update, epoch)
+            for action in plan:
+                began = time.perf_counter()
+                update = self.updates[action.update]
+                control.flight.note("action", action, "update", update.number)
+                try:
+                    received = self.router.receive(action)
+                    micro_batch = self._compute(action, update, received, loader)
+                    self.router.send(action, self.blocks[action.block], micro_batch)
+                except BaseException:
+                    with self.position.error_context(action, f"update {update.number}"):
+                        raise
+                control.progress()
+                if self.trace is not None:
+                    self.trace.note(action, update.number, began)
+                if action.kind == "U" and action.block == last_block:
+                    self._end_update(action.update)
+                    yield update.number
         finally:
             loader.close()
-        self.closed_form.solve(before)
+        self.closed_form.solve(previous_sums)
         self._check_finite()
         self.router.close()
         self.metric_sums.wall_s = time.perf_counter() - start
-        self.metric_sums.busy_s = self.metric_sums.wall_s - (self.groups.control.wait_s - waited)
+        self.metric_sums.busy_s = self.metric_sums.wall_s - (control.wait_s - waited)
 
-    def _run_actions(
+    def _open_segment(
+        self, loader: Loader, batches: Sequence[Batch], first_update: int, epoch: int
+    ) -> list[Action]:
+        """Prepare for a segment; return this rank's plan of it."""
+        sizes = [len(batch.micro_batch_indices) for batch in batches]
+        plan = list(
+            self.engine_spec.schedule.plan(
+                self.position.stage, self.position.place, sizes, self.router.routes
+            )
+        )
+        self.updates = self.update_step.start_segment(batches, first_update, epoch)
+        self.metric_sums = MetricSums(rows=sum(update.local_rows for update in self.updates))
+        largest = max(update.local_rows for update in self.updates)
+        if largest > self.largest_update_rows:  # it needs more memory than those counted so far
+            self.largest_update_rows = largest
+            self.saved_tensors.counting = True
+        for block in self.blocks.values():
+            block.train()
+        for versions in self.weight_versions.values():
+            versions.start_segment()
+        self.router.open(plan, sizes, lambda u, micro: len(batches[u].micro_batch_indices[micro]))
+        loader.open(
+            (
+                batches[action.update].micro_batch_indices[action.micro]
+                for action in plan
+                if self._reads_samples(action)
+            ),
+            epoch,
+        )
+        return plan
+
+    def _make_weight_versions(self) -> dict[int, WeightVersions]:
+        """Return the weight versions of the blocks that learn from late gradients."""
+        policy = self.engine_spec.schedule.policy(self.position.place, self.router.routes)
+        if policy is None:
+            return {}
+        return {
+            index: WeightVersions(block, policy, self.saved_tensors)
+            for index, block in self.blocks.items()
+            if block.trainable_parameters
+        }
+
+    def _compute(
         self,
-        plan: Iterator[Action],
+        action: Action,
+        update: BatchUpdate,
+        received: dict[str, Tensor],
         loader: Loader,
-        batches: Sequence[Batch],
-        first_update: int,
-        epoch: int,
-    ) -> Iterator[int]:
-        last, fullest = max(self.blocks), max(batch.local_rows for batch in batches)
-        if fullest > self.largest_update_rows:  # a larger update than any before has to be seen
-            self.largest_update_rows, self.saved_tensors.counting = fullest, True
-        control, flight = self.groups.control, self.groups.control.flight
-        for action in plan:
-            batch, update = batches[action.update], first_update + action.update
-            start = time.perf_counter()
-            flight.note("action", action, "update", update)
-            with self.position.error_context(action, f"update {update}"):
-                match action.kind:
-                    case "F":
-                        self._forward(action, loader, batch, update)
-                    case "B" | "I":
-                        self._backward(action, batch, update, epoch)
-                    case "W":
-                        SplitBackward.backward_weight(self.micro_batches[action[1:4]])
-                        self._release(action)
-                    case _:
-                        self._update(action, batch, update, epoch)
-            control.progress()
-            if self.trace is not None:
-                self.trace.note(action, update, start)
-            if action.kind == "U" and action.block == last:
-                if batch.local_rows == self.largest_update_rows and action.update >= self.max_lag:
-                    self.saved_tensors.stop_counting()
-                yield update
+    ) -> MicroBatch | None:
+        """Do the computation of an action; return its micro-batch, None of an update."""
+        match action.kind:
+            case "F":
+                return self._forward(action, update, received, loader)
+            case "B" | "I":
+                return self._backward(action, update, received)
+            case "W":
+                micro_batch = self.micro_batches[action.key]
+                SplitBackward.backward_weight(micro_batch)
+                self._release(action, micro_batch)
+                return micro_batch
+            case _:
+                self._update(action, update, received)
+                return None
 
     def _reads_samples(self, action: Action) -> bool:
         return action.kind == "F" and not action.pass_ and action.block in self.needs_samples
 
-    def _forward(self, action: Action, loader: Loader, batch: Batch, update: int) -> None:
-        task, block, key = self.block_specs[action.block], self.blocks[action.block], action[1:4]
-        before = self.micro_batches.get(key)
-        given = self._forward_inputs(action, loader, batch, update, before)
-        with torch.no_grad():
-            x = block.writable_input(
-                self.objective.make_input(task, block, given), given.samples
-            ).detach()
-        x.requires_grad_(action.block in self.needs_input_gradient and x.is_floating_point())
-        draw = (update, action.micro, self.position.replica)
-        last = action.micro + 1 == len(batch.micro_batch_indices)
-        with (
-            self.weight_versions[action.block].forward_weights(action, last),
-            self.saved_tensors.record(key),
-        ):
-            kept = block.run_forward(x, draw, self.objective.needs_graph(task, action.pass_))
-        live = MicroBatch(
-            **kept,
-            targets=given.targets,
-            loss_scale=len(given.targets) / batch.local_rows,
-            received=given.received,
-            row_random=given.row_random,
-            samples=given.samples,
-            raw_samples=given.raw_samples,
-            indices=given.indices,
-            previous_pass=before,
+    def _forward(
+        self,
+        action: Action,
+        update: BatchUpdate,
+        received: dict[str, Tensor],
+        loader: Loader,
+    ) -> MicroBatch:
+        previous = self.micro_batches.get(action.key)
+        micro_batch = (
+            self._new_micro_batch(action, update, received, loader)
+            if previous is None
+            else previous.next_pass(received)
         )
-        self.micro_batches[key] = live
-        self.saved_tensors.add_micro_batch(key, live)
-        self.peak_live = max(self.peak_live, len({(u, m) for _, u, m in self.micro_batches}))
-        self.router.send(action, block, live)
-
-    def _forward_inputs(
-        self, action: Action, loader: Loader, batch: Batch, update: int, previous: MicroBatch | None
-    ) -> Given:
-        """Return what a forward is given: messages, data, labels, random numbers."""
-        told = self.router.receive(action)
-        if previous is not None:
-            kept = (
-                previous.samples,
-                previous.raw_samples,
-                previous.indices,
-                previous.row_random,
-                action.pass_,
-                previous,
+        versions = self.weight_versions.get(action.block)
+        last = action.micro + 1 == update.micro_batches
+        with nullcontext() if versions is None else versions.forward_weights(action, last):
+            forward_micro_batch(
+                self.objective,
+                self.block_specs[action.block],
+                self.blocks[action.block],
+                micro_batch,
+                action.block in self.needs_input_gradient,
+                self.saved_tensors,
             )
-            return Given(previous.targets, told, *kept, training=True)
+        self.micro_batches[action.key] = micro_batch
+        self.peak_live = max(self.peak_live, len({(u, m) for _, u, m in self.micro_batches}))
+        return micro_batch
+
+    def _new_micro_batch(
+        self,
+        action: Action,
+        update: BatchUpdate,
+        received: dict[str, Tensor],
+        loader: Loader,
+    ) -> MicroBatch:
+        """Return a micro-batch before its first pass: messages, data, labels, random numbers."""
+        batch, device = update.batch, self.engine_spec.device
         indices = batch.micro_batch_indices[action.micro]
         start = batch.first_row + sum(map(len, batch.micro_batch_indices[: action.micro]))
-        draws = RowRandom(
-            self.engine_spec.seed, action.block, update, batch.rows, start, len(indices)
+        samples = raw_samples = None
+        if action.block in self.needs_samples:
+            samples = loader.read().to(device)
+            if self.objective.needs_raw_samples and loader.dataset.value_range is not None:
+                raw_samples = loader.dataset.to_unit_range(samples)
+        return MicroBatch(
+            targets=loader.dataset.targets(indices).to(device),
+            loss_scale=len(indices) / update.local_rows,
+            received=received,
+            samples=samples,
+            raw_samples=raw_samples,
+            indices=torch.from_numpy(indices).to(device),
+            row_random=RowRandom(
+                self.engine_spec.seed,
+                action.block,
+                update.number,
+                update.total_rows,
+                start,
+                len(indices),
+            ),
+            training=True,
+            rng_key=(update.number, action.micro, self.position.replica),
         )
-        targets = self._to_device(loader.dataset.targets(indices))
-        sample = self._to_device(loader.read()) if self._reads_samples(action) else None
-        image = None
-        if (
-            sample is not None
-            and self.objective.needs_raw_samples
-            and loader.dataset.value_range is not None
-        ):
-            image = loader.dataset.to_unit_range(sample)
-        which = self._to_device(torch.from_numpy(indices))
-        return Given(targets, told, sample, image, which, draws, training=True)
 
-    def _backward(self, action: Action, batch: Batch, update: int, epoch: int) -> None:
-        block, key = self.blocks[action.block], action[1:4]
-        live = self.micro_batches[key]
-        live.received = {**live.received, **self.router.receive(action)}
-        with self.weight_versions[action.block].backward_weights(action):
-            pulls = self._backward_pairs(block, live, key)
+    def _backward(
+        self, action: Action, update: BatchUpdate, received: dict[str, Tensor]
+    ) -> MicroBatch:
+        block, micro_batch = self.blocks[action.block], self.micro_batches[action.key]
+        micro_batch.received = {**micro_batch.received, **received}
+        spec, versions = self.block_specs[action.block], self.weight_versions.get(action.block)
+        with nullcontext() if versions is None else versions.backward_weights(action):
+            pairs = backward_pairs(self.objective, spec, block, micro_batch, self.saved_tensors)
+            self._add_metrics(block.index, micro_batch)
             if action.kind == "I":
                 assert block.split_backward is not None
-                block.split_backward.backward_input(pulls, live)
+                block.split_backward.backward_input(pairs, micro_batch)
             else:
-                block.backward(pulls, self.update_step.gradient_hook(action, batch, update, epoch))
-        self.router.send(action, block, live)
+                block.backward(pairs, self.update_step.gradient_hook(action, update))
         if action.kind == "B":
-            self._release(action)
+            self._release(action, micro_batch)
+        return micro_batch
 
-    def _backward_pairs(
-        self, block: Block, micro_batch: MicroBatch, key: MicroBatchKey
-    ) -> list[BackwardPair]:
-        """Return what the objective pulls at, and note what it measured."""
-        if block.recompute:
-            self._recompute(block, micro_batch, key)
-        with self.saved_tensors.record(key), block.head_rng(micro_batch):
-            pulls = [
-                *self.objective.backward_pairs(self.block_specs[block.index], block, micro_batch)
-            ]
+    def _add_metrics(self, index: int, micro_batch: MicroBatch) -> None:
+        """Add the loss and the metrics of a micro-batch; refuse a loss that is not finite."""
+        rows = len(micro_batch.targets)
         if micro_batch.loss is not None:
             loss = float(micro_batch.loss)
             if not math.isfinite(loss):
                 advice = "lower [optimizer] lr, or set clip"
-                raise NumericalError(
-                    "todo.key", f"the loss of block {block.index} is {loss}: {advice}"
-                )
-            self.metric_sums.add_loss(block.index, loss * len(micro_batch.targets))
+                raise NumericalError("todo.key", f"the loss of block {index} is {loss}: {advice}")
+            self.metric_sums.add_loss(index, loss * rows)
         for name, mean in micro_batch.metrics.items():
-            self.metric_sums.add_metric(block.index, name, float(mean) * len(micro_batch.targets))
-        return pulls
+            self.metric_sums.add_metric(index, name, float(mean) * rows)
 
-    def _recompute(self, block: Block, micro_batch: MicroBatch, key: MicroBatchKey) -> None:
-        """Compute again what the passes of a micro-batch did not keep."""
-        self.saved_tensors.drop(key)
-        with self.saved_tensors.record(key):
-            for pass_, each in enumerate(micro_batch.passes()):
-                if self.objective.needs_graph(self.block_specs[block.index], pass_):
-                    block.recompute_forward(each)
-        for each in micro_batch.passes():
-            self.saved_tensors.add_micro_batch(key, each)
+    def _release(self, action: Action, micro_batch: MicroBatch) -> None:
+        """Forget a micro-batch whose backward is done."""
+        del self.micro_batches[action.key]
+        if micro_batch.saved_sizes:
+            self.saved_tensors.drop(micro_batch)
+        if action.block in self.weight_versions:
+            self.weight_versions[action.block].done(action)
 
-    def _release(self, action: Action) -> None:
-        """Let go of a micro-batch that is learnt."""
-        del self.micro_batches[action[1:4]]
-        self.saved_tensors.drop(action[1:4])
-        self.weight_versions[action.block].done(action)
-
-    def _update(self, action: Action, batch: Batch, update: int, epoch: int) -> None:
-        told = self.router.receive(action)
-        self.update_step.step(action, batch, update, epoch, told)
-        self.router.send(action, self.blocks[action.block], None)
-        forms = sum(block.parametrisation_version for block in self.blocks.values())
-        if forms != self.reparametrisations:
-            self.reparametrisations = forms
+    def _update(self, action: Action, update: BatchUpdate, received: dict[str, Tensor]) -> None:
+        self.update_step.step(action, update, received)
+        versions = sum(block.parametrisation_version for block in self.blocks.values())
+        if versions != self.reparametrisations:
+            self.reparametrisations = versions
             self.saved_tensors.set_model_tensors(self._model_tensors())
-        self.peak_cached_bytes = max(
-            self.peak_cached_bytes,
-            sum(t.nbytes for b in self.blocks.values() for t in b.cached_tensors()),
-        )
+        cached = sum(t.nbytes for b in self.blocks.values() for t in b.cached_tensors())
+        self.peak_cached_bytes = max(self.peak_cached_bytes, cached)
+
+    def _end_update(self, index: int) -> None:
+        """Stop counting saved tensors once the largest update was counted, all routes in use."""
+        largest = self.updates[index].local_rows == self.largest_update_rows
+        if self.saved_tensors.counting and largest and index >= self.max_lag:
+            self.saved_tensors.stop_counting()
 
     def _model_tensors(self) -> Iterator[Tensor]:
         """Yield the parameters and buffers of all blocks."""
@@ -331,19 +347,21 @@ class Engine:
                         "todo.key", f"'{name}' of block {index} is not finite {place}"
                     )
 
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        """Return a tensor on the device where this rank computes."""
-        return tensor.to(self.engine_spec.device)
-
     def peak_bytes(self) -> int:
-        """Return the most memory of this rank: tensors, gradients, optimizer, saved, messages."""
+        """Return the peak memory of this rank in bytes.
+
+        It counts the tensors of the blocks, their gradients, optimizer states and weight versions,
+        the copies that the syncs keep, saved tensors and messages.
+        """
         blocks = self.blocks.values()
-        own = [tensor for block in blocks for tensor in block.tensors().values()]
-        memory = [tensor for block in blocks for tensor in block.optimizer_state().values()]
-        held = sum(tensor.nbytes for tensor in [*own, *memory]) + self.peak_cached_bytes
-        for index, block in self.blocks.items():  # the gradient, and what the sync keeps
-            held += (1 + self.syncs[index].parameter_copies) * sum(
-                p.nbytes for p in block.trainable_parameters
-            )
-            held += self.weight_versions[index].peak_bytes
-        return held + self.saved_tensors.peak_bytes + self.groups.control.traffic.peak_message_bytes
+        tensors = [tensor for block in blocks for tensor in block.tensors().values()]
+        states = [tensor for block in blocks for tensor in block.optimizer_state().values()]
+        total = sum(tensor.nbytes for tensor in [*tensors, *states]) + self.peak_cached_bytes
+        for index, block in self.blocks.items():
+            trainable = sum(parameter.nbytes for parameter in block.trainable_parameters)
+            copies = self.syncs[index].traits().parameter_copies
+            total += (1 + copies) * trainable  # 1: the gradient
+        total += sum(versions.peak_bytes for versions in self.weight_versions.values())
+        return (
+            total + self.saved_tensors.peak_bytes + self.groups.control.traffic.peak_message_bytes
+        )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dtrain.block.block import Block
-from dtrain.block.micro_batch import Given, MicroBatch
+from dtrain.block.micro_batch import MicroBatch
 from dtrain.comm.groups import ProcessGroups
 from dtrain.data.loader import Loader
 from dtrain.data.sampler import Indices
@@ -21,6 +21,7 @@ from dtrain.engine.router import MessageRouter
 from dtrain.engine.spec import EngineSpec
 from dtrain.mesh import RankPosition
 from dtrain.objectives.base import VOTE_DTYPE, VOTES
+from dtrain.objectives.forward import forward_micro_batch
 from dtrain.schedules.actions import Action
 from dtrain.schedules.base import evaluation_plan
 
@@ -81,35 +82,31 @@ class Evaluator:
     def _evaluate_action(
         self, action: Action, loader: Loader, indices: Indices, metric_sums: MetricSums
     ) -> None:
-        course, block = self.engine_spec, self.blocks[action.block]
-        task, device = course.block_specs[action.block], course.device
-        targets, told = loader.dataset.targets(indices).to(device), self.router.receive(action)
-        sample = loader.read().to(device) if action.block in self.needs_samples else None
-        given = Given(targets, told, sample)
-        x = block.writable_input(course.objective.make_input(task, block, given), sample)
-        live = MicroBatch(
-            **block.run_forward(x, (), False), targets=targets, received=told, samples=sample
-        )
-        scores = course.objective.predict(task, block, live)
+        objective, block = self.engine_spec.objective, self.blocks[action.block]
+        spec, device = self.engine_spec.block_specs[action.block], self.engine_spec.device
+        targets, received = loader.dataset.targets(indices).to(device), self.router.receive(action)
+        samples = loader.read().to(device) if action.block in self.needs_samples else None
+        micro_batch = MicroBatch(targets=targets, received=received, samples=samples)
+        forward_micro_batch(objective, spec, block, micro_batch)
+        scores = objective.predict(spec, block, micro_batch)
         if scores is not None:
             scores = scores.to(VOTE_DTYPE)
-            vote = course.objective.vote(task, scores)
-            live.received[VOTES] = told[VOTES] + vote if VOTES in told else vote
-            metric_sums.correct[task.index] = metric_sums.correct.get(
-                task.index, 0
-            ) + _correct_count(scores, live)
-            metric_sums.add_loss(task.index, _loss(scores, targets))
-        elif VOTES not in told:
-            live.received[VOTES] = torch.zeros(len(targets), task.classes, dtype=VOTE_DTYPE)
-        if task.is_last:
-            metric_sums.vote_correct += _correct_count(live.received[VOTES], live)
-            metric_sums.vote_loss += _loss(live.received[VOTES], targets)
-        self.router.send(action, block, live)
+            vote = objective.vote(spec, scores)
+            received[VOTES] = received[VOTES] + vote if VOTES in received else vote
+            correct = _correct_count(scores, targets)
+            metric_sums.correct[spec.index] = metric_sums.correct.get(spec.index, 0) + correct
+            metric_sums.add_loss(spec.index, _loss(scores, targets))
+        elif VOTES not in received:
+            received[VOTES] = torch.zeros(len(targets), spec.classes, dtype=VOTE_DTYPE)
+        if spec.is_last:
+            metric_sums.vote_correct += _correct_count(received[VOTES], targets)
+            metric_sums.vote_loss += _loss(received[VOTES], targets)
+        self.router.send(action, block, micro_batch)
 
 
 def _loss(scores: Tensor, targets: Tensor) -> float:
     return float(torch.nn.functional.cross_entropy(scores, targets, reduction="sum"))
 
 
-def _correct_count(scores: Tensor, micro_batch: MicroBatch) -> int:
-    return int((scores.argmax(1) == micro_batch.targets).sum())
+def _correct_count(scores: Tensor, targets: Tensor) -> int:
+    return int((scores.argmax(1) == targets).sum())

@@ -1,22 +1,31 @@
-"""What travels for one rank: receives posted ahead, sends, and hand-overs on the rank itself.
+"""MessageRouter: the messages of one rank, posted receives and sends, and those that stay on it.
 
-Invariant: a block handed over on the same rank gets what a message would give, memory of its own,
-contiguous and aligned; so it computes the same bits wherever its neighbours are.
+Invariant: a block gets the same tensors whether its neighbour is on this rank or on another: memory
+of its own, contiguous and aligned. So it computes the same bits on any number of ranks.
+
+::
+
+    receive(action)    link.receive()    <-- RecvChannel | LocalChannel <--
+    send(action)       link.send(tensor) --> SendChannel | LocalChannel -->
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
+from itertools import cycle
+from typing import Protocol, final
 
 import torch
 from torch import Tensor
 
 from dtrain.block.block import Block
 from dtrain.block.micro_batch import MicroBatch
-from dtrain.comm.communicator import Comm
+from dtrain.comm.buffers import TensorSpec
 from dtrain.comm.groups import ProcessGroups
-from dtrain.comm.wire_format import EXACT, TensorSpec, WireFormat
+from dtrain.comm.staging import Message
+from dtrain.comm.wire_format import EXACT, WireFormat
 from dtrain.mesh import RankPosition
 from dtrain.objectives.base import ExecutionMode, Objective
 from dtrain.objectives.block_spec import BlockSpec
@@ -24,17 +33,99 @@ from dtrain.schedules.actions import Action, Route
 from dtrain.schedules.messages import MessageTable
 
 
+class Sender(Protocol):
+    """The sending end of a channel."""
+
+    def send(self, message: Tensor) -> None:
+        """Send a message; its memory must not change until it has arrived."""
+
+
+class Receiver(Protocol):
+    """The receiving end of a channel."""
+
+    def receive(self) -> Message:
+        """Wait for the next message and return it."""
+
+
+@final
+class LocalChannel:
+    """Both ends of a channel whose blocks are on this rank; messages are copied once."""
+
+    def __init__(self) -> None:
+        self._messages: deque[Tensor] = deque()
+
+    def send(self, message: Tensor) -> None:
+        """Append a copy, contiguous and aligned as a received message is."""
+        self._messages.append(message.clone(memory_format=torch.contiguous_format))
+
+    def receive(self) -> Tensor:
+        """Return the oldest message."""
+        return self._messages.popleft()
+
+
+@final
+class Link:
+    """One route of a segment at this rank: its channels, message specs and wire format.
+
+    Parameters
+    ----------
+    route : Route
+        The route.
+    spec : callable
+        Returns shape and dtype of the message of a micro-batch of so many rows.
+    wire_format : WireFormat or None
+        Encodes and decodes the messages; None where they travel as they are.
+    senders, receivers : sequence
+        Channel ends on this rank, used in turn; empty where that end is on another rank.
+    """
+
+    def __init__(
+        self,
+        route: Route,
+        spec: Callable[[int], TensorSpec],
+        wire_format: WireFormat | None,
+        senders: Sequence[Sender],
+        receivers: Sequence[Receiver],
+    ) -> None:
+        self.route = route
+        self.spec = spec
+        self.wire_format = wire_format
+        self._senders = cycle(senders)
+        self._receivers = cycle(receivers)
+
+    def send(self, tensor: Tensor, rows: int) -> None:
+        """Send the message of a micro-batch of `rows` samples, 0 of an update."""
+        actual, expected = (tensor.shape, tensor.dtype), self.spec(rows)
+        assert actual == expected, (
+            f"{self.route}: `make_message` returned {actual}, `message_spec` says {expected}"
+        )
+        if self.wire_format is not None:
+            tensor = self.wire_format.encode(self.route, tensor)
+        if self.route.source.kind == "U":  # a weight; the next update may overwrite it in flight
+            tensor = tensor.clone()
+        next(self._senders).send(tensor)
+
+    def receive(self) -> Tensor:
+        """Wait for the next message and return it; the caller owns its memory."""
+        message = next(self._receivers).receive()
+        assert isinstance(message, Tensor)
+        if self.wire_format is None:
+            return message
+        (_, *shape), dtype = self.spec(1)  # a message may have several rows per sample
+        return self.wire_format.decode(self.route, message, ((len(message), *shape), dtype))
+
+
 class MessageRouter:
-    """Takes and offers along the routes of one mode.
+    """Receives and sends along the routes of one execution mode.
 
     Parameters
     ----------
     mode : str
-        "train" or "predict": which routes of the objective are used.
-    tasks : sequence of Task
+        "train" or "predict": selects the routes of the objective.
+    block_specs : sequence of BlockSpec
         One per block of the run.
-    parcel : Parcel
-        How tensors travel in training; in prediction they do as they are.
+    wire_format : WireFormat
+        Encoding of messages in training; in prediction they travel as they are.
     """
 
     def __init__(
@@ -52,72 +143,65 @@ class MessageRouter:
         self.position = position
         self.groups = groups
         self.wire_format = wire_format
-        self.local_messages: dict[tuple[int, int, int], Tensor] = {}
+        self.links: dict[int, Link] = {}
         self.update_messages: dict[tuple[int, str, int], dict[str, Tensor]] = {}
 
     def open(
-        self, plan: Iterable[Action], sizes: Sequence[int], row_count: Callable[[int, int], int]
+        self,
+        plan: Iterable[Action],
+        micro_batches: Sequence[int],
+        row_count: Callable[[int, int], int],
     ) -> None:
-        """Declare every message that the plan will receive; the next of each is always posted.
+        """Resolve every route for a segment, and declare all messages that the plan receives.
 
         Parameters
         ----------
-        sizes : sequence of int
+        micro_batches : sequence of int
             Micro-batches of each update of the segment.
-        rows : callable
+        row_count : callable
             Returns the samples of (update, micro-batch).
         """
-        seat, self.row_count = self.position, row_count
-        self.messages = MessageTable(self.routes, seat.place, seat.stage, sizes)
-        coming: defaultdict[int, list[TensorSpec]] = defaultdict(list)
+        place, stage = self.position.place, self.position.stage
+        self.messages = MessageTable(self.routes, place, stage, micro_batches)
+        specs = [
+            cache(partial(self.objective.message_spec, route, self.block_specs))
+            for route in self.routes
+        ]
+        incoming: defaultdict[int, list[TensorSpec]] = defaultdict(list)
         for index, action in self.messages.remote_receives(plan):
             update, micro = self.messages.source_micro_batch(index, action)
-            count = self._message_rows(update, micro)
-            route = self.routes[index]
-            coming[index].append(
-                self.wire_format.encoded_spec(route, self._message_spec(route, count))
-            )
-        self.sent_counts, self.received_counts = Counter[int](), Counter[int]()
-        self.first_tags = self._first_tags()
-        for index, specs in coming.items():
-            route, window = self.routes[index], self.messages.window(index)
-            rank, line = seat.rank(route.source.block), self._comm(route)
-            for way in range(min(window, len(specs))):
-                line.post_recv(rank, self._tag(index, way), specs[way::window])
+            spec = specs[index](row_count(update, micro) if micro >= 0 else 0)
+            incoming[index].append(self.wire_format.encoded_spec(self.routes[index], spec))
+        first_tags = self._first_tags()
+        self.links = {
+            index: self._make_link(index, specs[index], first_tags[index], incoming[index])
+            for index in range(len(self.routes))
+            if stage in (self.messages.source_stage(index), self.messages.target_stage(index))
+        }
 
     def receive(self, action: Action) -> dict[str, Tensor]:
-        """Return by route name what the routes bring to `action`; the caller owns it.
+        """Return the messages of all routes to `action`, by route name; the caller owns them.
 
-        What comes once per update is there for all its micro-batches: it must not be written to.
+        A message that comes once per update is returned for all its micro-batches: do not write to
+        it.
         """
-        told: dict[str, Tensor] = {}
+        received: dict[str, Tensor] = {}
         for index in self.messages.incoming(action):
-            route, tensor = self.routes[index], self._receive_route(index, action)
-            told[route.name] = tensor
+            link = self.links[index]
+            route, tensor = link.route, link.receive()
+            received[route.name] = tensor
             if route.once_per_update:
-                self._keep_for_update(action, route.name, tensor)
+                self.update_messages.setdefault(_action_point(action), {})[route.name] = tensor
         if action.micro > 0 and self.update_messages:
-            told |= self.update_messages.get(_action_point(action), {})
-        return told
+            received |= self.update_messages.get(_action_point(action), {})
+        return received
 
     def send(self, action: Action, block: Block, micro_batch: MicroBatch | None) -> None:
-        """Send what leaves `action`, without waiting for its arrival."""
+        """Send the messages of all routes from `action`, without waiting for their arrival."""
         for index in self.messages.outgoing(action):
-            route = self.routes[index]
-            tensor = self.objective.make_message(route, block, micro_batch)
-            rows = 0 if micro_batch is None else len(micro_batch.targets)
-            due, found = self._message_spec(route, rows), (tensor.shape, tensor.dtype)
-            assert found == due, f"{route}: `tell` gave {found}, `shape` says {due}"
-            tensor = self.wire_format.encode(route, tensor)
-            if micro_batch is None:  # a weight, that the next update may overwrite under way
-                tensor = tensor.clone()
-            if self.messages.is_local(index):
-                copy = tensor.clone(memory_format=torch.contiguous_format)
-                self.local_messages[index, action.update, action.micro] = copy
-            else:
-                tag = self._tag(index, self.sent_counts[index])
-                self.sent_counts[index] += 1
-                self._comm(route).isend(tensor, self.position.rank(route.target.block), tag)
+            link = self.links[index]
+            tensor = self.objective.make_message(link.route, block, micro_batch)
+            link.send(tensor, 0 if micro_batch is None else len(micro_batch.targets))
 
     def close(self) -> None:
         """Wait until everything that was sent has arrived."""
@@ -125,50 +209,47 @@ class MessageRouter:
         self.groups.backward.flush()
         self.update_messages.clear()
 
-    def _comm(self, route: Route) -> Comm:
-        ahead = route.target.block >= route.source.block
-        return self.groups.forward if ahead else self.groups.backward
+    def _make_link(
+        self,
+        index: int,
+        spec: Callable[[int], TensorSpec],
+        first_tag: int,
+        incoming: Sequence[TensorSpec],
+    ) -> Link:
+        """Return a route's link, the receives of its `incoming` messages posted.
 
-    def _receive_route(self, index: int, action: Action) -> Tensor:
-        route, origin = self.routes[index], self.messages.source_micro_batch(index, action)
+        A route has one tag per message that may be in flight to this rank at once; messages use
+        them in turn.
+        """
+        route, window = self.routes[index], self.messages.window(index)
+        wire_format = self.wire_format if self.wire_format.is_encoded(route, spec(1)) else None
         if self.messages.is_local(index):
-            tensor = self.local_messages.pop((index, *origin))
-        else:
-            tag = self._tag(index, self.received_counts[index])
-            self.received_counts[index] += 1
-            came = self._comm(route).recv(self.position.rank(route.source.block), tag)
-            assert isinstance(came, Tensor)
-            tensor = came
-        return self.wire_format.decode(
-            route, tensor, self._message_spec(route, self._message_rows(*origin))
-        )
-
-    def _message_spec(self, route: Route, rows: int) -> TensorSpec:
-        return self.objective.message_spec(route, self.block_specs, rows)
-
-    def _message_rows(self, update: int, micro: int) -> int:
-        """Return the samples of a micro-batch, 0 of a message that belongs to none."""
-        return self.row_count(update, micro) if micro >= 0 else 0
-
-    def _tag(self, index: int, number: int) -> int:
-        """Return the tag of a route's message: a route with a lag has as many as may be waiting."""
-        return self.first_tags[index] + number % self.messages.window(index)
+            local = [LocalChannel()]
+            return Link(route, spec, wire_format, local, local)
+        forward = route.target.block >= route.source.block
+        comm = self.groups.forward if forward else self.groups.backward
+        tags = range(first_tag, first_tag + window)
+        if self.messages.source_stage(index) == self.position.stage:
+            dest = self.position.rank(route.target.block)
+            senders = [comm.send_channel(dest, tag) for tag in tags]
+            return Link(route, spec, wire_format, senders, ())
+        source = self.position.rank(route.source.block)
+        receivers = [comm.recv_channel(source, tag) for tag in tags]
+        for number, receiver in enumerate(receivers):
+            receiver.post_recv(incoming[number::window])
+        return Link(route, spec, wire_format, (), receivers)
 
     def _first_tags(self) -> list[int]:
-        """Return the first tag of each route, counted for each pair of stages by itself."""
+        """Return the first tag of each route; each pair of stages counts its own tags."""
         used: Counter[tuple[int, int]] = Counter()
-        first = []
+        first_tags = []
         for index in range(len(self.routes)):
             pair = self.messages.source_stage(index), self.messages.target_stage(index)
-            first.append(used[pair])
+            first_tags.append(used[pair])
             used[pair] += self.messages.window(index)
-        return first
-
-    def _keep_for_update(self, action: Action, name: str, tensor: Tensor) -> None:
-        """Keep what came for a whole update, in place of what came for the one before."""
-        self.update_messages.setdefault(_action_point(action), {})[name] = tensor
+        return first_tags
 
 
 def _action_point(action: Action) -> tuple[int, str, int]:
-    """Return where an action stands, `I` in the place of `B`."""
+    """Return block, kind and pass of an action; `I` counts as `B`."""
     return action.block, "B" if action.kind == "I" else action.kind, action.pass_

@@ -1,21 +1,22 @@
-"""An update of one block: the learning rate, what replicas agree on, clipping, the step.
+"""The update of one block: learning rate, averaged gradients, clipping, optimizer step.
 
-Invariant: with a clip over blocks nothing of one block depends on another; with a clip over the
-model the norm is summed block by block in order, so that it is the same on any number of stages.
+Invariant: with a clip over blocks no block depends on another. With a clip over the model, the
+squared norms are added block by block in order, so the norm is the same on any number of stages.
 
 ::
 
-    last backward: means of the gradients that are complete begin
-    rate -> means, sync.before_update -> clip -> step -> sync.after_update -> objective.after_update
-                                          |                       |
-                                          |                       in debug mode: equal replicas?
-         over the model: squares of all blocks, told among the stages of the replica
+    last backward: the all-reduce of gradients that are complete begins
+    learning rate -> averaged gradients, sync.before_update -> clip -> optimizer step
+                                                                             |
+                     objective.after_update <- equal replicas? (debug) <- sync.after_update
+
+    over the model: the squared norms of all blocks are gathered over the stages of the replica
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -27,8 +28,39 @@ from dtrain.data.sampler import Batch
 from dtrain.engine.spec import EngineSpec
 from dtrain.schedules.actions import Action
 from dtrain.syncs.base import Sync, UpdateClock
-from dtrain.syncs.gradient_reducer import GradientReducer, WeightedGroup
 from dtrain.syncs.replica_check import check_replicas_equal
+
+
+@dataclass(frozen=True, slots=True)
+class BatchUpdate:
+    """One update of this replica.
+
+    Attributes
+    ----------
+    number, epoch : int
+        Counted from the start of the run.
+    batch : Batch
+        Its samples.
+    micro_batches : int
+        Number of micro-batches.
+    local_rows, total_rows : int
+        Samples of this replica, and of all replicas.
+    lr_factor : float
+        The factor of the learning-rate schedule.
+    """
+
+    number: int
+    epoch: int
+    batch: Batch
+    micro_batches: int
+    local_rows: int
+    total_rows: int
+    lr_factor: float
+
+    @property
+    def weight(self) -> float:
+        """Rows of this replica over the rows of all replicas."""
+        return self.local_rows / self.total_rows
 
 
 class UpdateStep:
@@ -36,7 +68,7 @@ class UpdateStep:
 
     Parameters
     ----------
-    column : Comm
+    pipeline : Comm
         The stages of this replica.
     """
 
@@ -48,106 +80,102 @@ class UpdateStep:
         engine_spec: EngineSpec,
         pipeline: Comm,
     ) -> None:
-        self.blocks, self.syncs, self.weight_versions = blocks, syncs, weight_versions
-        self.engine_spec, self.pipeline = engine_spec, pipeline
+        self.blocks = blocks
+        self.syncs = syncs
+        self.weight_versions = weight_versions
+        self.engine_spec = engine_spec
+        self.pipeline = pipeline
         self.first_block = min(blocks)
+        self.checks_replicas = pipeline.context.debug_mode
         self.gradient_norm = 0.0
-        self.reducers = {index: GradientReducer(block) for index, block in blocks.items()}
-        self.backward_counts: Counter[int] = Counter()
         self.overlaps_reduction = False
+        self._clocks: dict[int, UpdateClock] = {}
 
-    def start_segment(self, batches: Sequence[Batch]) -> None:
-        """Prepare for a segment's updates.
+    def start_segment(
+        self, batches: Sequence[Batch], first_update: int, epoch: int
+    ) -> list[BatchUpdate]:
+        """Return the updates of a segment.
 
-        Means begin early only where all replicas then make the same calls in one order: a rank
-        with several blocks goes through them by a plan, which follows from the shares.
+        All-reduces begin in the backward only where all replicas then make the same calls in one
+        order: a rank with several blocks follows its plan, which depends on the replicas' rows.
         """
-        same = len(self.blocks) == 1 or all(len(set(batch.replica_rows)) == 1 for batch in batches)
-        self.overlaps_reduction = same and not self.engine_spec.schedule.splits_backward
+        equal = len(self.blocks) == 1 or all(len(set(batch.replica_rows)) == 1 for batch in batches)
+        self.overlaps_reduction = equal and not self.engine_spec.schedule.splits_backward
+        lr_schedule, length = self.engine_spec.lr_schedule, self.engine_spec.training_length
+        return [
+            BatchUpdate(
+                number=number,
+                epoch=epoch,
+                batch=batch,
+                micro_batches=len(batch.micro_batch_indices),
+                local_rows=batch.local_rows,
+                total_rows=batch.rows,
+                lr_factor=lr_schedule.lr_factor(
+                    number, length.updates_per_epoch, length.total_updates
+                ),
+            )
+            for number, batch in enumerate(batches, first_update)
+        ]
 
-    def gradient_hook(
-        self, action: Action, batch: Batch, update: int, epoch: int
-    ) -> GradientHook | None:
-        """Return what to tell of gradients in a `B`, if it is the last before its block's `U`."""
+    def gradient_hook(self, action: Action, update: BatchUpdate) -> GradientHook | None:
+        """Return the hook of a block's last `B` before its `U`, where gradients are averaged."""
         index = action.block
-        self.backward_counts[index] += 1
-        if not self.overlaps_reduction or self.backward_counts[index] < len(
-            batch.micro_batch_indices
-        ):
+        if not self.overlaps_reduction or action.micro + 1 < update.micro_batches:
             return None
-        early, clock = self.reducers[index], self._clock(index, batch, update, epoch)
-        group = self._gradient_group(index, batch, clock)
-        return (
-            None if group is None else lambda parameter: early.on_gradient_ready(parameter, group)
-        )
+        clock = self._clocks[index] = self._make_clock(index, update)
+        return self.syncs[index].gradient_hook(self.blocks[index], update.weight, clock)
 
-    def step(
-        self, action: Action, batch: Batch, update: int, epoch: int, received: Mapping[str, Tensor]
-    ) -> None:
-        """Update the block of a `U`; `update` and `epoch` count from the start of the run."""
-        index, course = action.block, self.engine_spec
+    def step(self, action: Action, update: BatchUpdate, received: Mapping[str, Tensor]) -> None:
+        """Update the block of a `U`."""
+        index, spec = action.block, self.engine_spec
         block, sync = self.blocks[index], self.syncs[index]
-        self.backward_counts[index] = 0
-        clock, weight = self._clock(index, batch, update, epoch), batch.local_rows / batch.rows
-        block.set_lr_factor(self._lr_factor(update) * sync.lr_factor(clock))
-        if course.clips_model:
+        clock = self._clocks.pop(index, None) or self._make_clock(index, update)
+        block.set_lr_factor(update.lr_factor * sync.lr_factor(clock))
+        if spec.clips_model:
             if index == self.first_block:
-                self._compute_model_norm(batch, clock)
+                self._compute_model_norm(update)
         else:
-            self._reduce_gradients(index, batch, clock)
-            if course.clip:
+            sync.reduce_gradients(block, update.weight, clock)
+            if spec.clip:
                 self.gradient_norm = squared_norm(block.gradients()) ** 0.5
-        if course.clip:
-            clip_by_norm_(block.gradients(), self.gradient_norm, course.clip)
-        moves, rule = sync.takes_step(weight, clock), sync.optimizer_step(clock)
-        self.weight_versions[index].step(action.update, moves, rule)
+        if spec.clip:
+            clip_by_norm_(block.gradients(), self.gradient_norm, spec.clip)
+        takes_step = sync.takes_step(update.weight, clock)
+        optimizer_step = sync.optimizer_step(clock)
+        if index in self.weight_versions:
+            self.weight_versions[index].step(action.update, takes_step, optimizer_step)
+        elif takes_step:
+            block.update(optimizer_step)
         sync.after_update(clock)
-        if sync.in_sync:
-            check_replicas_equal(block, sync.replicas, update)
-        course.objective.after_update(course.block_specs[index], block, received)
+        if self.checks_replicas and sync.in_sync:
+            check_replicas_equal(block, sync.replicas, update.number)
+        spec.objective.after_update(spec.block_specs[index], block, received)
 
-    def _lr_factor(self, update: int) -> float:
-        calendar = self.engine_spec.training_length
-        return self.engine_spec.lr_schedule.lr_factor(
-            update, calendar.updates_per_epoch, calendar.total_updates
+    def _make_clock(self, index: int, update: BatchUpdate) -> UpdateClock:
+        length, base_lr = self.engine_spec.training_length, self.blocks[index].base_lr
+        return UpdateClock(
+            update=update.number,
+            epoch=update.epoch,
+            updates_per_epoch=length.updates_per_epoch,
+            total_updates=length.total_updates,
+            lr=base_lr * update.lr_factor,
+            base_lr=base_lr,
+            in_lr_warmup=update.number < self.engine_spec.lr_schedule.warmup_updates,
+            rows_per_replica=update.batch.replica_rows,
         )
 
-    def _clock(self, index: int, batch: Batch, update: int, epoch: int) -> UpdateClock:
-        """Return what a sync hears of an update."""
-        rate, calendar, peak = (
-            self.engine_spec.lr_schedule,
-            self.engine_spec.training_length,
-            self.blocks[index].base_lr,
-        )
-        length, warming = (
-            (calendar.updates_per_epoch, calendar.total_updates),
-            update < rate.warmup_updates,
-        )
-        lr = peak * self._lr_factor(update)
-        return UpdateClock(update, epoch, *length, lr, peak, warming, batch.replica_rows)
+    def _compute_model_norm(self, update: BatchUpdate) -> None:
+        """Compute the norm of the whole model's gradient. Collective over the stages.
 
-    def _gradient_group(self, index: int, batch: Batch, clock: UpdateClock) -> WeightedGroup | None:
-        """Return over whom a block's gradients are averaged, None for nobody else."""
-        group = self.syncs[index].gradient_group(batch.local_rows / batch.rows, clock)
-        return group if group is not None and group.comm.size > 1 else None
-
-    def _reduce_gradients(self, index: int, batch: Batch, clock: UpdateClock) -> None:
-        """Average a block's gradients. Collective over its replicas."""
-        gradients, group = self.blocks[index].gradients(), self._gradient_group(index, batch, clock)
-        if group is not None:
-            self.reducers[index].finish(gradients, group)
-        self.syncs[index].before_update(gradients, batch.local_rows / batch.rows, clock)
-
-    def _compute_model_norm(self, batch: Batch, clock: UpdateClock) -> None:
-        """Find the norm of the whole model's gradients. Collective over the stages.
-
-        All learning of the update is done before its first `U`, or the schedule is refused.
+        The schedule guarantees that all backwards of the update come before its first `U`.
         """
-        own = []
+        squares = []
         for index, block in self.blocks.items():
-            self._reduce_gradients(index, batch, clock)
-            own.append((index, squared_norm(block.gradients())))
-        told = sorted(
-            (int(b), float(s)) for rank in self.pipeline.allgather_object(own) for b, s in rank
+            clock = self._clocks.get(index) or self._make_clock(index, update)
+            self._clocks[index] = clock
+            self.syncs[index].reduce_gradients(block, update.weight, clock)
+            squares.append((index, squared_norm(block.gradients())))
+        all_squares = sorted(
+            (int(b), float(s)) for rank in self.pipeline.allgather_object(squares) for b, s in rank
         )
-        self.gradient_norm = sum(square for _, square in told) ** 0.5
+        self.gradient_norm = sum(square for _, square in all_squares) ** 0.5

@@ -20,8 +20,8 @@ from dtrain.objectives.base import (
     ExecutionMode,
     Objective,
     backward_routes,
+    cross_entropy_pair,
     forward_routes,
-    scaled_loss_pair,
 )
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.schedules.actions import Route
@@ -43,7 +43,7 @@ class Backprop(Objective):
     ) -> list[BackwardPair]:
         """Return the loss in the last block, elsewhere the output with its received gradient."""
         return (
-            [scaled_loss_pair(micro_batch, micro_batch.y)]
+            [cross_entropy_pair(micro_batch, micro_batch.y)]
             if spec.is_last
             else [(micro_batch.y, micro_batch.received[GRADIENT])]
         )

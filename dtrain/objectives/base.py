@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from dtrain.block.block import BackwardPair, Block, DetachEvery
-from dtrain.block.micro_batch import Given, MicroBatch
+from dtrain.block.micro_batch import MicroBatch
 from dtrain.models.layers import NamedFactories
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.schedules.actions import Point, Route
@@ -231,7 +231,7 @@ class Objective(ABC):
         """Whether autograd records this forward pass of a micro-batch."""
         return True
 
-    def make_input(self, spec: BlockSpec, block: Block, micro_batch: Given) -> Tensor:
+    def make_input(self, spec: BlockSpec, block: Block, micro_batch: MicroBatch) -> Tensor:
         """Return the input (rows, ...) of the block's first layer: the received activation, or the
         samples."""
         if ACTIVATION in micro_batch.received:
@@ -293,9 +293,16 @@ def vote_routes(blocks: int, mode: ExecutionMode) -> tuple[Route, ...]:
     return forward_routes(blocks, VOTES) if mode == "predict" else ()
 
 
-def scaled_loss_pair(micro_batch: MicroBatch, scores: Tensor) -> BackwardPair:
-    """Return the backward pair of the cross-entropy of `scores` (rows, classes), scaled by
-    ``micro_batch.loss_scale``; sets ``micro_batch.loss``."""
-    loss = cross_entropy(scores, micro_batch.targets)
-    micro_batch.loss = loss.detach()
+def scaled_loss_pair(micro_batch: MicroBatch, loss: Tensor) -> BackwardPair:
+    """Return the backward pair of a mean loss over the rows, scaled by ``micro_batch.loss_scale``.
+
+    Sets ``micro_batch.loss`` if the block has no other loss yet.
+    """
+    if micro_batch.loss is None:
+        micro_batch.loss = loss.detach()
     return loss, torch.full_like(loss, micro_batch.loss_scale)
+
+
+def cross_entropy_pair(micro_batch: MicroBatch, scores: Tensor) -> BackwardPair:
+    """Return the scaled backward pair of the cross-entropy of `scores` (rows, classes)."""
+    return scaled_loss_pair(micro_batch, cross_entropy(scores, micro_batch.targets))

@@ -39,6 +39,7 @@ from torch.nn.functional import cross_entropy
 
 from dtrain.block.block import BackwardPair, Block
 from dtrain.block.micro_batch import MicroBatch
+from dtrain.objectives.base import scaled_loss_pair
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.common import pooling
 from dtrain.objectives.common.aux_heads import AuxHead
@@ -151,8 +152,7 @@ class Cafo(AuxHead):
             scores = block.head(head_features(block, micro_batch), targets)
             output = output if spec.is_last else scores
         loss = self.loss(output, targets)
-        micro_batch.loss = loss.detach()
-        return [(loss, torch.full_like(loss, micro_batch.loss_scale))]
+        return [scaled_loss_pair(micro_batch, loss)]
 
     def solve(self, spec: BlockSpec, block: Block) -> None:
         """Solve the head from the sums, except the model's own in a last block that is frozen."""

@@ -42,6 +42,7 @@ from dtrain.objectives.base import (
     MessageSpec,
     Objective,
     backward_routes,
+    cross_entropy_pair,
     forward_routes,
     scaled_loss_pair,
 )
@@ -147,15 +148,14 @@ class Ccl(Objective):
         """Return the squared error of the scores against the codes, from which layers and feedback
         layer learn; in the last block the loss."""
         if block.head is None:
-            return [scaled_loss_pair(micro_batch, micro_batch.y)]
+            return [cross_entropy_pair(micro_batch, micro_batch.y)]
         scores, labels = block.head(micro_batch.y), one_hot(micro_batch.targets, spec.classes)
         if self.filter:
             gap = (scores.detach() - labels).abs().mul(labels).sum(1, keepdim=True)
             scores = scores * (gap >= self.filter)
         width_factor = REFERENCE_WIDTH / pooling.width(spec.output_shape, self.features)
         loss = self.scale * width_factor * mse_loss(scores, labels.to(scores.dtype))
-        micro_batch.loss = loss.detach()
-        return [(loss, torch.full_like(loss, micro_batch.loss_scale))]
+        return [scaled_loss_pair(micro_batch, loss)]
 
     def predict(self, spec: BlockSpec, block: Block, micro_batch: MicroBatch) -> Tensor:
         """Return the scores (rows, classes) against the codes, in the last block the model's."""

@@ -41,8 +41,8 @@ from dtrain.objectives.base import (
     ExecutionMode,
     Objective,
     backward_routes,
+    cross_entropy_pair,
     forward_routes,
-    scaled_loss_pair,
 )
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.common.field_checks import check_hidden, check_lag
@@ -114,7 +114,7 @@ class Dni(Objective):
         gradient has arrived; in the last block the loss."""
         synthesiser = block.head
         if synthesiser is None:
-            return [scaled_loss_pair(micro_batch, micro_batch.y)]
+            return [cross_entropy_pair(micro_batch, micro_batch.y)]
         assert isinstance(synthesiser, Synthesiser)
         with torch.no_grad():
             gradient = synthesiser(micro_batch.y.detach(), micro_batch.targets)

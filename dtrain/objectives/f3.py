@@ -44,7 +44,7 @@ from torch.nn.functional import one_hot
 
 from dtrain.block.block import BackwardPair, Block
 from dtrain.block.micro_batch import MicroBatch
-from dtrain.objectives.base import Objective, scaled_loss_pair
+from dtrain.objectives.base import Objective, cross_entropy_pair
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.common.random_feedback import MatrixKind, random_matrix
 
@@ -101,7 +101,7 @@ class F3(Objective):
             if isinstance(table, AnswerTable):
                 table.fresh[micro_batch.indices] = self.current_answers(micro_batch)
                 table.seen[micro_batch.indices] = 1
-            return [scaled_loss_pair(micro_batch, micro_batch.y)]
+            return [cross_entropy_pair(micro_batch, micro_batch.y)]
         assert isinstance(table, AnswerTable)
         labels = one_hot(micro_batch.targets, spec.classes)
         answers = table.answers[micro_batch.indices]

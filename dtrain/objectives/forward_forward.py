@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from dtrain.block.block import BackwardPair, Block
-from dtrain.block.micro_batch import Given, MicroBatch
+from dtrain.block.micro_batch import MicroBatch
 from dtrain.errors import ConfigError
 from dtrain.objectives.base import ExecutionMode, forward_routes
 from dtrain.objectives.block_spec import BlockSpec
@@ -120,7 +120,7 @@ class ForwardForward(Goodness):
         the probe."""
         return self.negatives != "hard" or pass_ == 1
 
-    def training_input(self, spec: BlockSpec, micro_batch: Given, sample: Tensor) -> Tensor:
+    def training_input(self, spec: BlockSpec, micro_batch: MicroBatch, sample: Tensor) -> Tensor:
         """Return [positives; negatives; neutral], the last only if they have no own pass."""
         if self.negatives == "hybrid":
             return torch.cat([sample, negatives.mixed_samples(micro_batch, sample)])

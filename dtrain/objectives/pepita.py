@@ -40,13 +40,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from dtrain.block.block import BackwardPair, Block
-from dtrain.block.micro_batch import Given, MicroBatch
+from dtrain.block.micro_batch import MicroBatch
 from dtrain.objectives.base import (
     ERROR,
     ExecutionMode,
     Objective,
+    cross_entropy_pair,
     forward_routes,
-    scaled_loss_pair,
 )
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.common.field_checks import check_scale
@@ -121,7 +121,7 @@ class Pepita(Objective):
         """Whether it is the second pass, or the only one of a single block."""
         return pass_ == 1 or spec.blocks == 1
 
-    def make_input(self, spec: BlockSpec, block: Block, micro_batch: Given) -> Tensor:
+    def make_input(self, spec: BlockSpec, block: Block, micro_batch: MicroBatch) -> Tensor:
         """Return the activation or the samples; in the second pass of block 0 modulated by the
         error."""
         x = super().make_input(spec, block, micro_batch)
@@ -139,7 +139,7 @@ class Pepita(Objective):
         error."""
         first = micro_batch.previous_pass
         if first is None:
-            return [scaled_loss_pair(micro_batch, micro_batch.y)]
+            return [cross_entropy_pair(micro_batch, micro_batch.y)]
         scale = micro_batch.loss_scale / len(micro_batch.targets)
         if spec.is_last:
             micro_batch.loss = cross_entropy(first.y, micro_batch.targets)

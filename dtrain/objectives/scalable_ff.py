@@ -28,17 +28,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, one_hot, softplus
 
 from dtrain.block.block import BackwardPair, Block
-from dtrain.block.micro_batch import Given, MicroBatch
+from dtrain.block.micro_batch import MicroBatch
 from dtrain.objectives.base import (
     ACTIVATION,
     ExecutionMode,
     Objective,
     forward_routes,
+    scaled_loss_pair,
     vote_routes,
 )
 from dtrain.objectives.block_spec import BlockSpec
@@ -88,7 +88,7 @@ class ScalableFf(Objective):
         """Send activations forward, and in prediction the sum of the goodness so far."""
         return (*forward_routes(blocks), *vote_routes(blocks, mode))
 
-    def make_input(self, spec: BlockSpec, block: Block, micro_batch: Given) -> Tensor:
+    def make_input(self, spec: BlockSpec, block: Block, micro_batch: MicroBatch) -> Tensor:
         """Return the received activation, normalised sample by sample, or the samples."""
         if ACTIVATION not in micro_batch.received:
             return super().make_input(spec, block, micro_batch)
@@ -113,10 +113,9 @@ class ScalableFf(Objective):
         others = (1 - labels) / (spec.classes - 1)
         negative = (softplus(goodness - self.theta) * others).sum(1)
         loss = (softplus(self.theta - positive) + negative).mean()
-        micro_batch.loss = loss.detach()
         micro_batch.metrics["goodness_positive"] = positive.detach().mean()
         micro_batch.metrics["goodness_negative"] = (goodness.detach() * others).sum(1).mean()
-        pairs = [(loss, torch.full_like(loss, micro_batch.loss_scale))]
+        pairs = [scaled_loss_pair(micro_batch, loss)]
         if not spec.is_last:
             return pairs
         features = probe_head.features(block, micro_batch)

@@ -24,12 +24,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, final
 
-import torch
 from torch import Tensor
 from torch.nn.functional import l1_loss, mse_loss
 
 from dtrain.block.block import BackwardPair
 from dtrain.block.micro_batch import MicroBatch
+from dtrain.objectives.base import scaled_loss_pair
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.common.random_feedback import MatrixKind, RandomFeedback
 
@@ -58,5 +58,4 @@ class TpSgd(RandomFeedback):
         target = matrix[micro_batch.targets]  # Y P, since Y is one-hot
         distance = mse_loss if self.loss == "l2" else l1_loss
         loss = distance(micro_batch.y.flatten(1), target)
-        micro_batch.loss = loss.detach()
-        return loss, torch.full_like(loss, micro_batch.loss_scale)
+        return scaled_loss_pair(micro_batch, loss)

@@ -28,11 +28,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dtrain.block.block import Block
-from dtrain.block.micro_batch import Given, MicroBatch, RowRandom
+from dtrain.block.micro_batch import MicroBatch, RowRandom
 from dtrain.block.parameters import OptimizerFactory
 from dtrain.block.saved_tensors import SavedTensors
 from dtrain.objectives.base import GRADIENT, Objective
 from dtrain.objectives.block_spec import BlockSpec
+from dtrain.objectives.forward import backward_pairs, forward_micro_batch
 from dtrain.schedules.actions import Action, Point, Route
 from dtrain.schedules.messages import count_forward_passes
 
@@ -47,10 +48,6 @@ many rows add."""
 
 FEW_ROWS, MORE_ROWS = 2, 4
 """Rows of the two real runs through which a line is laid, where fake tensors cannot."""
-
-
-CREDITS = 2
-"""Messages of a route that `comm` lets be under way."""
 
 
 @final
@@ -180,71 +177,44 @@ def _measure_passes(
     block: Block, objective: Objective, block_specs: Sequence[BlockSpec], index: int, rows: int
 ) -> tuple[int, ...]:
     """Return the bytes that each forward of one micro-batch adds, and that learning it adds."""
-    task, routes = block_specs[index], objective.routes(len(block_specs), "train")
+    spec, routes = block_specs[index], objective.routes(len(block_specs), "train")
     block.register_taps(objective.taps(block))
     saved = SavedTensors([*block.parameters.values(), *block.buffers.values()])
-    asked = any(r.name == GRADIENT and r.source.block == index for r in routes)
-    dtype = next((each.dtype for each in block.parameters.values()), task.dtype)
-    sample = (
-        torch.zeros(rows, *task.sample_shape, dtype=dtype)
-        if objective.needs_samples(task, "train")
-        else None
-    )
-    image = (
-        None
-        if sample is None or not (objective.needs_raw_samples and task.has_raw_samples)
-        else torch.zeros_like(sample)
-    )
-    which = targets = torch.zeros(rows, dtype=torch.int64)
-    draws = RowRandom(0, index, 0, rows, 0, rows)
-    live: MicroBatch | None = None
+    sends_gradient = any(r.name == GRADIENT and r.source.block == index for r in routes)
+    micro_batch = _zero_micro_batch(block, objective, spec, rows)
     peaks = [0]
     for pass_ in range(count_forward_passes(routes)):
-        told = _received_zeros(objective, routes, block_specs, Point(index, "F", pass_), rows)
-        given = Given(targets, told, sample, image, which, draws, pass_, live, training=True)
-        with torch.no_grad():
-            x = block.writable_input(objective.make_input(task, block, given), sample).detach()
-        x.requires_grad_(asked and x.is_floating_point())
-        with saved.record(index):
-            made = block.run_forward(x, (0, 0, 0), objective.needs_graph(task, pass_))
-        live = MicroBatch(
-            **made,
-            targets=targets,
-            received=told,
-            row_random=draws,
-            samples=sample,
-            previous_pass=live,
-        )
-        live.raw_samples, live.indices = image, which
-        saved.add_micro_batch(index, live)
+        received = _received_zeros(objective, routes, block_specs, Point(index, "F", pass_), rows)
+        if pass_:
+            micro_batch = micro_batch.next_pass(received)
+        else:
+            micro_batch.received = received
+        forward_micro_batch(objective, spec, block, micro_batch, sends_gradient, saved)
         peaks.append(saved.peak_bytes)
-    assert live is not None
-    live.received = {
-        **live.received,
-        **_received_zeros(objective, routes, block_specs, Point(index, "B"), rows),
-    }
-    if block.recompute:
-        _recompute(saved, block, objective, task, live)
-    with saved.record(index):
-        objective.backward_pairs(task, block, live)
+    received = _received_zeros(objective, routes, block_specs, Point(index, "B"), rows)
+    micro_batch.received = {**micro_batch.received, **received}
+    backward_pairs(objective, spec, block, micro_batch, saved)
     return tuple(b - a for a, b in pairwise([*peaks, saved.peak_bytes]))
 
 
-def _recompute(
-    saved: SavedTensors,
-    block: Block,
-    objective: Objective,
-    spec: BlockSpec,
-    micro_batch: MicroBatch,
-) -> None:
-    """Compute again what was not kept, as the engine does."""
-    saved.drop(micro_batch.row_random.block)
-    with saved.record(micro_batch.row_random.block):
-        for pass_, each in enumerate(micro_batch.passes()):
-            if objective.needs_graph(spec, pass_):
-                block.recompute_forward(each)
-    for each in micro_batch.passes():
-        saved.add_micro_batch(micro_batch.row_random.block, each)
+def _zero_micro_batch(block: Block, objective: Objective, spec: BlockSpec, rows: int) -> MicroBatch:
+    """Return a micro-batch of zeros, with the data where the objective needs them."""
+    dtype = next((parameter.dtype for parameter in block.parameters.values()), spec.dtype)
+    samples = raw_samples = None
+    if objective.needs_samples(spec, "train"):
+        samples = torch.zeros(rows, *spec.sample_shape, dtype=dtype)
+        if objective.needs_raw_samples and spec.has_raw_samples:
+            raw_samples = torch.zeros_like(samples)
+    labels = torch.zeros(rows, dtype=torch.int64)
+    return MicroBatch(
+        targets=labels,
+        samples=samples,
+        raw_samples=raw_samples,
+        indices=labels,
+        row_random=RowRandom(0, spec.index, 0, rows, 0, rows),
+        training=True,
+        rng_key=(0, 0, 0),
+    )
 
 
 def _received_zeros(

@@ -134,7 +134,7 @@ class MemoryPlan:
     def _sum_stages(self, rows: int) -> list[RankMemory]:
         """Return the budget of every stage."""
         blocks, held = dict(enumerate(self.block_memory(rows))), self._message_bytes(rows)
-        timeline, sync = self.plan.proof.timeline, self.plan.run.make_sync()
+        timeline, traits = self.plan.proof.timeline, self.plan.run.make_sync().traits()
         policy = self.layout.schedule.policy(self.layout.place, self.layout.routes)
         found = []
         for stage, messages in enumerate(held):
@@ -146,9 +146,9 @@ class MemoryPlan:
                     parameters=sum(each.parameters for each in own),
                     gradients=sum(each.gradients for each in own),
                     optimizer=0
-                    if sync.keeps_no_optimizer_state
+                    if traits.keeps_no_optimizer_state
                     else sum(each.optimizer for each in own),
-                    sync=sync.parameter_copies * sum(each.gradients for each in own),
+                    sync=traits.parameter_copies * sum(each.gradients for each in own),
                     versions=sum(n * blocks[b].gradients for b, n in shelves.items()),
                     live=peak_live_bytes(actions, blocks) + self._head_cache_bytes(stage),
                     messages=messages,

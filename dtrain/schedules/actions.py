@@ -1,33 +1,62 @@
-"""The words of a plan: actions, the points of a block that routes join, and routes.
+"""The elements of a plan: actions, the points of a block that routes connect, and routes.
 
-Invariant: all three are plain values; nothing here knows of ranks.
+Invariant: all three are plain values and know nothing of ranks.
 
     update u             B1.0 --+                       Route(Point(1, "B"), Point(0, "B"), lag=1)
-    update u + 1                +--> B0.0               what update u learnt reaches update u + 1
+    update u + 1                +--> B0.0               a gradient of update u is used in u + 1
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+Kind = Literal["F", "B", "I", "W", "U"]
+"""Forward, backward, its two halves (input gradient, weight gradient), update."""
+
+KINDS: tuple[Kind, ...] = ("F", "B", "I", "W", "U")
+"""All kinds, in the order in which a block runs them."""
+
+UNSPLIT_KINDS: tuple[Kind, ...] = ("F", "B", "U")
+"""The actions of a block in their order, where the backward is one action."""
+
+SPLIT_KINDS: tuple[Kind, ...] = ("F", "I", "W", "U")
+"""The actions of a block in their order, where the backward is split."""
+
+INPUT_GRADIENT_KINDS: tuple[Kind, ...] = ("B", "I")
+"""The actions that yield the input gradient and exchange the messages of a backward."""
+
+WEIGHT_GRADIENT_KINDS: tuple[Kind, ...] = ("B", "W")
+"""The actions that yield the weight gradients; a micro-batch is live until then."""
 
 
 class Action(NamedTuple):
-    """One thing that a rank does: `F` forward, `B` learning, `U` the update of a block.
+    """One action of a rank: `F` is a forward, `B` a backward, `U` the update of a block.
 
-    `B` is the whole backward; a plan may split it into `I`, which yields the gradient of the
-    input and what routes take from a `B`, and `W`, which yields the gradients of the weights.
+    A plan may split `B` into `I`, which computes the gradient of the input and exchanges all
+    messages of the backward, and `W`, which computes the gradients of the weights.
 
-    `update` counts from 0 in the segment, `micro` from 0 in the update. An update belongs to no
-    micro-batch, so a `U` keeps `micro` = -1. `pass_` counts the forwards of a micro-batch from 0,
-    where an objective asks for several. Written `F3.0` (block 3, micro-batch 0), `F3.0/1` (its
-    second forward) or `U3`.
+    An action is written `F3.0` (block 3, micro-batch 0), `F3.0/1` (its second forward) or `U3`.
+
+    Attributes
+    ----------
+    update : int
+        Counted from 0 in the segment.
+    micro : int
+        Micro-batch, counted from 0 in the update; -1 for a `U`, which belongs to none.
+    pass_ : int
+        Forward of the micro-batch, counted from 0; some objectives need several.
     """
 
-    kind: str
+    kind: Kind
     block: int
     update: int
     micro: int = -1
     pass_: int = 0
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """Block, update and micro-batch, which all actions on one micro-batch share."""
+        return self.block, self.update, self.micro
 
     def __str__(self) -> str:
         micro = f".{self.micro}" if self.micro >= 0 else ""
@@ -35,10 +64,13 @@ class Action(NamedTuple):
 
 
 class Point(NamedTuple):
-    """The action of one kind (`F`, `B` or `U`) and pass in one block, whatever the micro-batch."""
+    """All actions of one kind and pass in one block, whatever the micro-batch.
+
+    Routes use `F`, `B` and `U` alone: `B` stands for `I` where a plan splits the backward.
+    """
 
     block: int
-    kind: str
+    kind: Kind
     pass_: int = 0
 
     def __str__(self) -> str:
@@ -46,11 +78,21 @@ class Point(NamedTuple):
 
 
 class Route(NamedTuple):
-    """After `source` ran for a micro-batch, a tensor goes to `target` of the same micro-batch.
+    """A tensor that flows from `source` to `target`, once per micro-batch.
 
-    With a `lag` it goes to the micro-batch of that number `lag` updates later. `once`: one message
-    per update, from micro-batch 0 to micro-batch 0; a route from or to a `U` is so by nature.
-    A message whose target does not exist in the segment is not sent: see `Messages`.
+    A message whose target does not exist in the segment is not sent: see `MessageTable`.
+
+    Attributes
+    ----------
+    source, target : Point
+        The actions that send and receive, both for the same micro-batch.
+    name : str
+        The kind of tensor, such as "activation".
+    lag : int
+        Updates from sending to receiving; the micro-batch keeps its number.
+    once : bool
+        Whether there is one message per update, from micro-batch 0 to micro-batch 0. A route
+        from or to a `U` always has one per update.
     """
 
     source: Point
@@ -61,7 +103,7 @@ class Route(NamedTuple):
 
     @property
     def once_per_update(self) -> bool:
-        """Whether one message flows per update."""
+        """Whether there is one message per update."""
         return self.once or "U" in (self.source.kind, self.target.kind)
 
     def __str__(self) -> str:

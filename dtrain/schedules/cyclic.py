@@ -46,7 +46,7 @@ from itertools import accumulate, count, pairwise
 from typing import Literal, NamedTuple
 
 from dtrain.errors import ConfigError, DtrainError
-from dtrain.schedules.actions import Action, Point, Route
+from dtrain.schedules.actions import UNSPLIT_KINDS, Action, Point, Route
 from dtrain.schedules.base import blocks_of_stage
 from dtrain.schedules.messages import count_forward_passes
 from dtrain.schedules.weight_policy import Delay
@@ -111,7 +111,7 @@ def block_delays(
     first = _offsets(tuple(routes), tuple(place), 1, 1, beat)
     found = []
     for block in range(len(place)):
-        start, learn, end = (first[Point(block, kind)] for kind in "FBU")
+        start, learn, end = (first[Point(block, kind)] for kind in UNSPLIT_KINDS)
         gap = max(0, first[Point(0, "B")] - learn) // beat
         found.append(Delay((end - start) // beat, gap))
     return tuple(found)
@@ -131,7 +131,7 @@ def _flows_back(route: Route) -> bool:
 
 def _sort_key(point: Point) -> tuple[int, int, int]:
     """Return what points are sorted by inside a cycle."""
-    return "FBU".index(point.kind), point.pass_, point.block
+    return UNSPLIT_KINDS.index(point.kind), point.pass_, point.block
 
 
 def _cyclic_actions(

@@ -17,7 +17,7 @@ from itertools import accumulate, pairwise
 from operator import itemgetter
 from typing import TypeVar, final
 
-from dtrain.schedules.actions import Route
+from dtrain.schedules.actions import WEIGHT_GRADIENT_KINDS, Route
 from dtrain.schedules.base import Schedule
 from dtrain.schedules.cost_model import CostModel
 from dtrain.schedules.messages import MessageTable
@@ -183,7 +183,7 @@ class _ForecastBuilder:
             size = self._costs.blocks[span.action.block].live_bytes
             if span.action.kind == "F" and not span.action.pass_:
                 yield span.start, size
-            elif span.action.kind in "BW":
+            elif span.action.kind in WEIGHT_GRADIENT_KINDS:
                 yield span.end, -size
 
     def _message_changes(self, replica: int, stage: int) -> Iterator[tuple[float, int]]:

@@ -37,7 +37,8 @@ def peak_message_bytes(
         Messages under one tag that may be under way.
     """
     spans = sorted(timeline, key=lambda span: (span.end, span.start))
-    micros = Counter(a.update for *_, a in spans if a[:2] == ("F", 0) and not a.pass_)
+    first_forwards = (a for *_, a in spans if (a.kind, a.block, a.pass_) == ("F", 0, 0))
+    micros = Counter(action.update for action in first_forwards)
     sizes = [micros[update] for update in range(1 + max(micros, default=-1))]
     harbour = _InFlight(place, routes, sizes, payload, credits)
     waiting: list[Span] = []

@@ -20,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import final
 
-from dtrain.schedules.actions import Action, Point, Route
+from dtrain.schedules.actions import INPUT_GRADIENT_KINDS, Action, Point, Route
 
 _PointKey = tuple[int, str, int]
 """Block, kind and pass."""
@@ -144,6 +144,6 @@ def _routes_by_point(
     table: defaultdict[_PointKey, list[int]] = defaultdict(list)
     for route, (point, owner) in enumerate(zip(points, stages, strict=True)):
         if owner == stage:
-            for kind in "BI" if point.kind == "B" else point.kind:
+            for kind in INPUT_GRADIENT_KINDS if point.kind == "B" else (point.kind,):
                 table[point.block, kind, point.pass_].append(route)
     return {point: tuple(found) for point, found in table.items()}

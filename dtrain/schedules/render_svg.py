@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from dtrain.schedules.actions import Action
+from dtrain.schedules.actions import INPUT_GRADIENT_KINDS, Action
 from dtrain.schedules.render_text import action_numbering
 from dtrain.schedules.simulator import Span
 
@@ -88,7 +88,7 @@ def _bar(span: Span, scale: float, number: str) -> list[str]:
         f"<title>{escape(told)}</title></rect>"
     ]
     if width >= 8 * len(number):
-        colour = "white" if action.kind in "BI" else "black"
+        colour = "white" if action.kind in INPUT_GRADIENT_KINDS else "black"
         lines.append(
             f'<text x="{x + width / 2:.2f}" y="{y + 15}" text-anchor="middle" font-size="10" '
             f'fill="{colour}" pointer-events="none">{number}</text>'

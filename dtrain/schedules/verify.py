@@ -18,7 +18,15 @@ from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import final
 
-from dtrain.schedules.actions import Action, Point, Route
+from dtrain.schedules.actions import (
+    INPUT_GRADIENT_KINDS,
+    SPLIT_KINDS,
+    UNSPLIT_KINDS,
+    WEIGHT_GRADIENT_KINDS,
+    Action,
+    Point,
+    Route,
+)
 from dtrain.schedules.base import Schedule, blocks_of_stage
 from dtrain.schedules.cyclic import feeds_back
 from dtrain.schedules.messages import count_forward_passes
@@ -212,7 +220,7 @@ def _peak_live(plan: ActionList) -> int:
         if action.kind == "F" and not action.pass_:
             live[micro] += 1
             peak = max(peak, len(live))
-        elif action.kind in "BW":
+        elif action.kind in WEIGHT_GRADIENT_KINDS:
             live[micro] -= 1
             if not live[micro]:
                 del live[micro]
@@ -228,7 +236,7 @@ def _staleness(plan: ActionList) -> int:
         block, micro = action.block, (action.block, action.update, action.micro)
         if action.kind == "F" and not action.pass_:
             seen[micro] = version[block]
-        elif action.kind in "BI":
+        elif action.kind in INPUT_GRADIENT_KINDS:
             stale = max(stale, version[block] - seen.pop(micro))
         elif action.kind == "U":
             version[block] += 1
@@ -265,11 +273,11 @@ class _PlanChecker:
         forward_passes: int,
         plan: ActionList,
     ) -> None:
-        split = {action.block for action in plan if action.kind in "IW"}
+        split = {action.block for action in plan if action.kind in ("I", "W")}
         self.points = [
             Point(block, kind, pass_)
             for block in blocks
-            for kind in ("FIWU" if block in split else "FBU")
+            for kind in (SPLIT_KINDS if block in split else UNSPLIT_KINDS)
             for pass_ in range(forward_passes if kind == "F" else 1)
         ]
         self.counts: dict[tuple[int, str, int], int] = dict.fromkeys(self.points, 0)

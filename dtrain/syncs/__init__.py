@@ -1,7 +1,10 @@
-"""Syncs by the name that a run file gives them; one file each."""
+"""The dict of syncs by their names in run files, and the base classes of user-defined syncs."""
 
 from dtrain.syncs.ab import AB
-from dtrain.syncs.base import Sync
+from dtrain.syncs.base import Sync, SyncTraits, UpdateClock
+from dtrain.syncs.common.local_updates import LocalUpdates, PeriodicSync
+from dtrain.syncs.common.synchronous import SynchronousSync
+from dtrain.syncs.common.wrapper import Wrapper
 from dtrain.syncs.daso import DASO
 from dtrain.syncs.demo import DeMo
 from dtrain.syncs.diloco import DiLoCo
@@ -15,6 +18,17 @@ from dtrain.syncs.powersgd import PowerSGD
 from dtrain.syncs.qsr import QSR
 from dtrain.syncs.terngrad import TernGrad
 from dtrain.syncs.warmup import Warmup
+
+__all__ = [
+    "SYNCS",
+    "LocalUpdates",
+    "PeriodicSync",
+    "Sync",
+    "SyncTraits",
+    "SynchronousSync",
+    "UpdateClock",
+    "Wrapper",
+]
 
 SYNCS: dict[str, type[Sync]] = {
     "ab": AB,

@@ -1,7 +1,15 @@
-"""How the replicas of one block agree.
+"""The interface of a sync: it keeps the data-parallel replicas of one block consistent.
 
-Invariant: a sync sees tensors and a `Comm` of its block's replicas, never the world; every replica
-calls the same methods in the same order, so all of them are collective over the replicas.
+Invariant: a sync has the tensors of one block and a `Comm` of that block's replicas, never the
+world. All replicas call the same methods in the same order, so each method may communicate.
+
+::
+
+    setup (restore)
+    per update      lr_factor  gradient_group  before_update
+                    takes_step, optimizer_step -> the step -> after_update
+    per segment     finish_pending; then evaluation_weights and state for tests and checkpoints
+    per epoch       end_epoch
 """
 
 from __future__ import annotations
@@ -9,33 +17,34 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, TypedDict, final
 
 from torch import Tensor
 
-from dtrain.block.block import OptimizerStep
+from dtrain.block.block import Block, GradientHook, OptimizerStep
 from dtrain.comm.communicator import Comm
 from dtrain.errors import ConfigError
 from dtrain.syncs.common.compressor import NO_COMPRESSION, Compressor
-from dtrain.syncs.gradient_reducer import WeightedGroup
+from dtrain.syncs.gradient_reducer import GradientReducer, WeightedGroup
 
 
 @final
 @dataclass(frozen=True)
 class UpdateClock:
-    """When something happens, and how much of the run there is.
+    """The place of an update in the run, and the length of the run.
 
     Attributes
     ----------
     update, epoch : int
-        Counted from the start of the run.
-    per_epoch, total : int
-        Updates in an epoch, and in the whole run.
-    lr, peak : float
+        Counted from 0 at the start of the run.
+    updates_per_epoch, total_updates : int
+        Updates of a full epoch, and of the whole run.
+    lr, base_lr : float
         The learning rate of this update, and the optimizer's own, which the schedule scales.
-    warming : bool
-        Whether the schedule still raises the rate.
-    rows : tuple of int
+    in_lr_warmup : bool
+        Whether the learning-rate schedule is still in its warm-up.
+    rows_per_replica : tuple of int
         Samples of this update in each replica.
     """
 
@@ -50,7 +59,7 @@ class UpdateClock:
 
     @property
     def total_epochs(self) -> int:
-        """Epochs begun when the run is done."""
+        """Epochs of the run; the last may be shorter."""
         return -(-self.total_updates // self.updates_per_epoch)
 
     @property
@@ -75,10 +84,11 @@ class UpdateClock:
 
 
 class LowRankStats(TypedDict):
-    """What is known of a weight that may be a product for a while.
+    """Rank and traffic of a trained tensor under a sync that factorizes matrices.
 
-    `numbers` are those it has, `held` those of its factors; `sent` those that have crossed between
-    nodes, `plain` those that `every-step` would have sent. `rank` is None where it stays whole.
+    `numbers` counts its elements and `held` those of its factors. `sent` counts the elements that
+    crossed between nodes, `plain` those that `every-step` would have sent. `rank` is None where it
+    is not factorized.
     """
 
     rank: int | None
@@ -89,7 +99,7 @@ class LowRankStats(TypedDict):
 
 
 class SyncTarget(Protocol):
-    """What a sync sees of a block, or of a part of it; see `dtrain.block.Block`."""
+    """The tensors that a sync works on: a `dtrain.block.Block`, or a subset of its tensors."""
 
     index: int
     seed: int
@@ -99,122 +109,173 @@ class SyncTarget(Protocol):
         """The buffers in which replicas may differ."""
 
     def trainable_tensors(self) -> dict[str, Tensor]:
-        """Return what is trained, by name."""
+        """Return the trained parameters by name, detached, not copied."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return parameters and buffers, by name."""
+        """Return parameters and buffers by name, detached, not copied."""
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Return the optimizer's state as ``<parameter>/<key>``."""
+        """Return the optimizer's state as ``<parameter>/<entry>``."""
 
     def name_gradients(self, gradients: Iterable[Tensor]) -> dict[str, Tensor]:
-        """Return one tensor for each of `values`, under their names."""
+        """Return one gradient for each trained parameter, by its name."""
 
 
-class Sync(ABC):
-    """One way of agreeing, for one block. Fields of a subclass are its keys in the run file.
+@final
+@dataclass(frozen=True)
+class SyncTraits:
+    """Properties of a sync that the planner, the engine and checkpoints rely on.
 
     Attributes
     ----------
-    apart : bool
-        Whether replicas may differ at a segment's end; if not, one of them is checkpointed.
-    horizon : bool
-        Whether what it does follows from the length of the run, which then cannot be changed.
-    copies : int
-        Copies of what is trained that it keeps, at most: for the memory planned and counted.
+    replicas_diverge : bool
+        Whether replicas may differ at the end of a segment. If not, one of them is checkpointed.
+    depends_on_run_length : bool
+        Whether its phases follow from the length of the run, which then cannot be changed.
+    parameter_copies : int
+        Copies of the trained parameters that it keeps, at most. Planned and counted memory
+        include them.
     lossy : bool
-        Whether what replicas are told of each other is less than what there is to tell.
-    ruled : bool
-        Whether `rule` replaces the optimizer's own, in some updates at least.
-    idles : bool
-        Whether it does so in all of them, so that the optimizer keeps nothing.
-    reforms : bool
-        Whether it puts others in the place of a block's parameters.
-    shrinks : bool
-        Whether what it sends between nodes can be made smaller by a wrapper around it.
-    carrier : Carrier
-        What takes movements of weights from node to node.
-    equal : bool
-        Whether all replicas hold the same parameters, bit for bit, since the last update.
+        Whether transfers between replicas lose information.
+    replaces_optimizer : bool
+        Whether `optimizer_step` replaces the optimizer's own step in some updates.
+    keeps_no_optimizer_state : bool
+        Whether it does so in all updates, so that the optimizer keeps no state.
+    reparametrises : bool
+        Whether it replaces parameters of the block by others (AB: a matrix becomes a product).
+    compressible : bool
+        Whether a compressing wrapper can make its transfers between nodes smaller.
     """
 
     replicas_diverge: bool
-    depends_on_run_length = False
-    parameter_copies = 0
-    lossy = False
-    replaces_optimizer = False
-    keeps_no_optimizer_state = False
-    reparametrises = False
-    compressible = True
-    in_sync = True
-    compressor: Compressor = NO_COMPRESSION
+    depends_on_run_length: bool = False
+    parameter_copies: int = 0
+    lossy: bool = False
+    replaces_optimizer: bool = False
+    keeps_no_optimizer_state: bool = False
+    reparametrises: bool = False
+    compressible: bool = True
 
-    def setup(self, block: SyncTarget, replicas: Comm) -> None:
-        """Take the block and the communicator of its replicas; may re-parametrise the block."""
+
+@dataclass
+class Sync(ABC):
+    """Synchronisation of the replicas of one block. Dataclass fields are keys of the run file.
+
+    Attributes
+    ----------
+    block : SyncTarget
+        The block, after `setup`.
+    replicas : Comm
+        The communicator of its replicas, after `setup`.
+    compressor : Compressor
+        Averages weight deltas between nodes; a compressing wrapper passes its own to `setup`.
+    in_sync : bool
+        Whether all replicas hold the same parameters, bit for bit, since the last update. The
+        debug mode verifies it.
+    """
+
+    in_sync = True
+
+    @abstractmethod
+    def traits(self) -> SyncTraits:
+        """Return the properties of this sync; pure in its fields."""
+
+    def setup(
+        self, block: SyncTarget, replicas: Comm, compressor: Compressor = NO_COMPRESSION
+    ) -> None:
+        """Attach the sync to a block before the first update. Collective over the replicas."""
         self.block = block
         self.replicas = replicas
-
-    def set_compressor(self, compressor: Compressor) -> None:
-        """Let movements of weights travel by a carrier; before `open`."""
         self.compressor = compressor
 
     def takes_step(self, weight: float, clock: UpdateClock) -> bool:
         """Say whether this replica's optimizer takes a step in an update.
 
-        Where replicas train apart, one without a sample has nothing to learn from.
+        By default a replica without samples skips it where replicas diverge: it has no gradient.
         """
-        return weight > 0 or not self.replicas_diverge
+        return weight > 0 or not self.traits().replicas_diverge
 
     def communication_cost(self) -> tuple[float, float]:
-        """Return how many means of the block an update costs, inside nodes and between them.
+        """Return the means of the block per update, inside nodes and between them.
 
-        For predicted times; where it varies, of the phase that most updates are in.
+        The time estimate multiplies them by the time of one mean. A sync with phases returns those
+        of its longest phase.
         """
         return 1.0, 1.0
 
     def gradient_group(self, weight: float, clock: UpdateClock) -> WeightedGroup | None:
-        """Return over whom the gradients of an update are averaged, None for nobody.
+        """Return the replicas over which the gradients of an update are averaged, None for none.
 
-        Those means may begin in the last backward before the update; `weight` as in
-        `before_update`. Pure in the clock, and asked more than once.
+        The all-reduce may start in the last backward before the update; `weight` is that of
+        `before_update`. Called once per update.
         """
         return None
 
     def before_update(self, gradients: Sequence[Tensor], weight: float, clock: UpdateClock) -> None:  # noqa: B027
-        """Change the gradients in place, averaged as they are now; `weight` = rows of this replica
-        / rows of the update."""
+        """Change the gradients in place, after they were averaged over the `gradient_group`.
+
+        Parameters
+        ----------
+        weight : float
+            Rows of this replica over the rows of all replicas, in this update.
+        """
+
+    @cached_property
+    def reducer(self) -> GradientReducer:
+        """The bucketed all-reduce of the block's gradients."""
+        return GradientReducer()
+
+    @final
+    def gradient_hook(self, block: Block, weight: float, clock: UpdateClock) -> GradientHook | None:
+        """Return the hook of the last backward before an update; it starts the all-reduce.
+
+        None where no gradients are averaged. `reduce_gradients` must follow.
+        """
+        return self.reducer.start(block, self.gradient_group(weight, clock))
+
+    @final
+    def reduce_gradients(self, block: Block, weight: float, clock: UpdateClock) -> None:
+        """Average the gradients of an update, then `before_update`. Collective over the replicas.
+
+        Parameters that no sample reached get gradients of zero.
+        """
+        gradients, reducer = block.gradients(), self.reducer
+        if not reducer.started:
+            reducer.start(block, self.gradient_group(weight, clock))
+        reducer.finish()
+        self.before_update(gradients, weight, clock)
 
     def lr_factor(self, clock: UpdateClock) -> float:
-        """Return by what the learning rate of an update is multiplied."""
+        """Return the factor by which the learning rate of an update is multiplied."""
         return 1.0
 
     def optimizer_step(self, clock: UpdateClock) -> OptimizerStep | None:
-        """Return what takes the optimizer's step in its place, None for nothing."""
+        """Return the function that replaces the optimizer's step, None to keep it."""
         return None
 
     @abstractmethod
     def after_update(self, clock: UpdateClock) -> None:
-        """Change the parameters in place, once the optimizer has moved them."""
+        """Change the parameters in place after the optimizer's step, and set `in_sync`."""
 
     @abstractmethod
     def end_epoch(self, loss: float) -> None:
-        """Hear the training loss of an epoch, the same number on all stages and replicas."""
+        """Receive the training loss of an epoch, the same number on all stages and replicas."""
 
     @abstractmethod
     def finish_pending(self) -> None:
-        """Land what is in flight at a segment's end, and decide nothing."""
+        """Wait for communication in flight at a segment's end, without deciding anything."""
 
     @abstractmethod
     def evaluation_weights(self) -> dict[str, Tensor]:
         """Return the parameters and buffers that are evaluated, saved and digested."""
 
     def low_rank_stats(self) -> dict[str, LowRankStats]:
-        """Return rank and traffic of every weight, where there are products."""
+        """Return rank and traffic of every trained tensor; empty unless it factorizes matrices."""
         return {}
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
-        """Return by name what must survive a restart and is not the block's own."""
+        """Return by name the state that a restart needs beyond the block's own."""
 
     def restore_shapes(self, state: Mapping[str, Tensor]) -> None:
         """Give the block's parameters the shapes that they had with a state; before `restore`."""
@@ -222,33 +283,47 @@ class Sync(ABC):
 
     @abstractmethod
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state()` returned."""
+        """Load the tensors that `state` returned; those of the block are loaded before."""
 
 
 def require_at_least(key: str, value: float | None, minimum: float) -> None:
-    """Refuse a number of a run file's ``[sync]`` that is below `low`; None is left out."""
+    """Raise `ConfigError` if a number of ``[sync]`` is below `minimum`; None is accepted."""
     if value is not None and value < minimum:
-        raise ConfigError(
-            "todo.key", f"[sync] {key} = {value} is too small: give at least {minimum}"
-        )
+        raise ConfigError("sync.too-small", f"[sync] {key} = {value} must be at least {minimum}")
 
 
 def diverging_tensors(block: SyncTarget) -> dict[str, Tensor]:
-    """Return the tensors in which replicas that train apart differ, under their global names.
+    """Return the tensors that differ between diverging replicas, by name.
 
-    A mean of equal numbers is not always that number: what is frozen is in no mean.
+    Frozen parameters are left out, because a mean of equal numbers need not be that number.
     """
     return block.trainable_tensors() | block.unsynced_buffers
 
 
 def replica_mean(replicas: Comm, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies of `tensors`: means over the replicas; integers are this replica's own."""
-    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    """Return the means of `tensors` over the replicas, as copies. Collective over the replicas.
+
+    Integers are not averaged: they are this replica's own.
+    """
+    copies = clone_all(tensors)
     replicas.mean_([tensor for tensor in copies.values() if tensor.is_floating_point()])
     return copies
 
 
+def clone_all(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a copy of each tensor."""
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def add_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors under names that begin with `prefix`; the reverse of `select_prefix`."""
+    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+
+
 def select_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the part of a state whose names begin with `root`, without that beginning."""
-    own = {name: each for name, each in state.items() if name.startswith(prefix)}
-    return {name.removeprefix(prefix): each for name, each in own.items()}
+    """Return the entries of a state whose names begin with `prefix`, under the rest of the name."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in state.items()
+        if name.startswith(prefix)
+    }

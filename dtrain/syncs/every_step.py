@@ -1,7 +1,7 @@
-"""Every step: the mean gradient of all replicas before each update, begun while it is computed.
+"""Synchronous data parallelism: one all-reduce of the gradients per update, as DDP does.
 
-Sends 2 (n - 1) / n times the block's parameters per replica and update; staleness 0.
-With one replica it is the identity.
+The all-reduce overlaps with the backward pass. Each replica sends 2 (n - 1) / n times the block's
+parameters per update; staleness 0. One replica is the identity.
 
 Invariant: replicas that start equal stay equal bit for bit, because all apply the same sum.
 """
@@ -13,6 +13,7 @@ from typing import final
 
 from dtrain.syncs.base import UpdateClock
 from dtrain.syncs.common.synchronous import SynchronousSync
+from dtrain.syncs.gradient_reducer import WeightedGroup
 
 
 @final
@@ -20,5 +21,9 @@ from dtrain.syncs.common.synchronous import SynchronousSync
 class EveryStep(SynchronousSync):
     """All-reduce of gradients, weighted by samples: a mean over samples."""
 
+    def gradient_group(self, weight: float, clock: UpdateClock) -> WeightedGroup | None:
+        """Return all replicas, in every update."""
+        return WeightedGroup(self.replicas, weight)
+
     def after_update(self, clock: UpdateClock) -> None:
-        """Nothing: equal gradients moved equal parameters."""
+        """Do nothing: equal gradients moved equal parameters."""

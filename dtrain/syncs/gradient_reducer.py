@@ -1,24 +1,25 @@
-"""Early: means of gradients that begin while the backward still computes others.
+"""Bucketed all-reduce of gradients, overlapped with the backward pass: the reducer of DDP.
 
-Invariant: buckets begin in one order on all replicas, whoever hears of which gradient first; no sum
-follows from how the gradients are cut into buckets, so nothing changes but time.
+Invariant: buckets start in one order on all replicas, whatever the order in which their gradients
+are ready; the sums do not depend on the buckets. So overlapping changes nothing but the time.
 
-The gradients of the last layers come first, so buckets go from the last parameters to the first::
+The gradients of the last layers are ready first, so buckets go from the last parameters to the
+first::
 
-    backward   |  layer 3  |  layer 2  |  layer 1  |
-    means                  |   bucket of 3   |   bucket of 2 and 1   |  update
+    backward     |  layer 3  |  layer 2  |  layer 1  |
+    all-reduce               |   bucket of 3   |   bucket of 2 and 1   |  update
 
 Source: Li et al. 2020, "PyTorch Distributed", arXiv 2006.15704, section 3.2.3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple, final
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from dtrain.block.block import Block
+from dtrain.block.block import Block, GradientHook
 from dtrain.comm.allreduce import MeanReduction
 from dtrain.comm.communicator import Comm
 
@@ -27,7 +28,7 @@ BUCKET_BYTES = 4 << 20
 
 
 class WeightedGroup(NamedTuple):
-    """Over which replicas gradients are averaged, and the weight of mine."""
+    """The replicas over which gradients are averaged, and the weight of this replica."""
 
     comm: Comm
     weight: float
@@ -35,63 +36,82 @@ class WeightedGroup(NamedTuple):
 
 @final
 class GradientReducer:
-    """The means of one block's gradients, update by update."""
+    """Averages the gradients of one block, update by update.
 
-    def __init__(self, block: Block) -> None:
-        self.block, self._parametrisation_version = block, -1
-        self._buckets: list[list[str]] = []
+    Attributes
+    ----------
+    started : bool
+        Whether the reduction of the present update has started; `finish` ends it.
+    """
+
+    def __init__(self) -> None:
+        self.started = False
+        self._group: WeightedGroup | None = None
+        self._parametrisation_version = -1
+        self._buckets: list[dict[str, nn.Parameter]] = []
         self._ready_parameters: set[int] = set()
         self._pending_means: list[MeanReduction] = []
 
-    def on_gradient_ready(self, parameter: Tensor, group: WeightedGroup) -> None:
-        """Hear, inside a backward, that a gradient is complete: start the means that can be."""
+    def start(self, block: Block, group: WeightedGroup | None) -> GradientHook | None:
+        """Start the reduction of an update; return the hook for its last backward.
+
+        With None, or with one replica, it averages nothing and returns None.
+        """
+        self.started = True
+        self._group = group if group is not None and group.comm.size > 1 else None
+        if self._group is None:
+            return None
+        if self._parametrisation_version != block.parametrisation_version:
+            names = bucket_names(block.trainable_tensors())
+            self._buckets = [{name: block.parameters[name] for name in bucket} for bucket in names]
+            self._parametrisation_version = block.parametrisation_version
+        return self.gradient_ready
+
+    def gradient_ready(self, parameter: Tensor) -> None:
+        """Start the all-reduce of each bucket that is complete; a hook of the backward.
+
+        `parameter` has its complete gradient now.
+        """
         if parameter.device.type != "cpu":
-            return  # an accelerator's hooks run in threads of their own, and MPI in one alone
+            return  # an accelerator's hooks run in threads of their own; MPI runs in one thread
+        assert self._group is not None
         self._ready_parameters.add(id(parameter))
-        own = self.block.parameters
-        for names in self._current_buckets()[len(self._pending_means) :]:
-            if not all(id(own[name]) in self._ready_parameters for name in names):
+        for bucket in self._buckets[len(self._pending_means) :]:
+            if not all(id(each) in self._ready_parameters for each in bucket.values()):
                 break
-            self._start({name: own[name].grad for name in names}, group)
+            self._reduce(bucket, self._group)
         if self._pending_means:
-            group.comm.progress()
+            self._group.comm.progress()
 
-    def finish(self, gradients: Sequence[Tensor], group: WeightedGroup) -> None:
-        """Start the others; return when all gradients are ``sum of weight * gradient``."""
-        named = self.block.name_gradients(gradients)
-        for names in self._current_buckets()[len(self._pending_means) :]:
-            self._start({name: named[name] for name in names}, group)
-        for mean in self._pending_means:
-            mean.wait()
-        self._pending_means, self._ready_parameters = [], set()
+    def finish(self) -> None:
+        """Start the other buckets; return when each gradient is ``sum of weight * gradient``."""
+        if self._group is not None:
+            for bucket in self._buckets[len(self._pending_means) :]:
+                self._reduce(bucket, self._group)
+            for mean in self._pending_means:
+                mean.wait()
+        self.started = False
+        self._pending_means = []
+        self._ready_parameters = set()
 
-    def _current_buckets(self) -> list[list[str]]:
-        """Return the buckets of what the block trains now."""
-        if self._parametrisation_version != self.block.parametrisation_version:
-            self._buckets, self._parametrisation_version = (
-                buckets(self.block.trainable_tensors()),
-                self.block.parametrisation_version,
-            )
-        return self._buckets
-
-    def _start(self, gradients: Mapping[str, Tensor | None], group: WeightedGroup) -> None:
-        whole = {name: each for name, each in gradients.items() if each is not None}
-        self._pending_means.append(group.comm.imean_(whole, group.weight))
+    def _reduce(self, bucket: Mapping[str, nn.Parameter], group: WeightedGroup) -> None:
+        gradients = {name: each.grad for name, each in bucket.items() if each.grad is not None}
+        self._pending_means.append(group.comm.imean_(gradients, group.weight))
 
 
-def buckets(values: Mapping[str, Tensor]) -> list[list[str]]:
-    """Return the names of `values` from the last to the first, in buckets of `BUCKET_BYTES`.
+def bucket_names(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """Return the names of `tensors` from the last to the first, in buckets of `BUCKET_BYTES`.
 
     >>> import torch
-    >>> buckets({name: torch.empty(1 << 19) for name in "abc"})
+    >>> bucket_names({name: torch.empty(1 << 19) for name in "abc"})
     [['c', 'b'], ['a']]
     """
-    found: list[list[str]] = []
+    buckets: list[list[str]] = []
     room = 0
-    for name, value in reversed([*values.items()]):
+    for name, tensor in reversed([*tensors.items()]):
         if room <= 0:
-            found.append([])
+            buckets.append([])
             room = BUCKET_BYTES
-        found[-1].append(name)
-        room -= value.nbytes
-    return found
+        buckets[-1].append(name)
+        room -= tensor.nbytes
+    return buckets

@@ -1,15 +1,16 @@
-"""Int8: what crosses between nodes has one byte per number.
+"""Int8: 8-bit quantization of transfers between nodes.
 
-Gradients (or, around another sync, movements of weights) are divided by the largest magnitude of
-their tensor and sent as the nearest of 255 values. Inside a node means are exact.
+Gradients (or, around another sync, deltas of weights) are divided by the largest magnitude of their
+tensor and rounded to the nearest of 255 values. Means inside a node are exact.
 
-Sends between m nodes, per mean of N elements, 2 (m - 1) N bytes and 4 for every part of a tensor:
-two nodes tell each other all; more of them each add up a slice, and code the sum again.
-Inside nodes as the inner sync. Staleness: that of the inner sync. On one node it is the inner sync.
+Sends between m nodes, per mean of N elements, 2 (m - 1) N bytes and 4 for every part of a tensor.
+Two nodes exchange everything; on more nodes each adds up a slice, and encodes the sum again. Inside
+nodes it sends what the inner sync does. Staleness: that of the inner sync. On one node it is the
+inner sync.
 
 Source: Dettmers 2016, "8-Bit Approximations for Parallelism in Deep Learning", arXiv 1511.04561.
 
-Invariant: each coding moves a number by at most half the distance of two values.
+Invariant: each encoding changes a number by at most half the distance of two values.
 """
 
 from __future__ import annotations
@@ -26,8 +27,30 @@ from dtrain.syncs.common.compressor import Codec, Compressor, QuantizedMean
 
 
 @final
+@dataclass
+class Int8(CompressedSync):
+    """One byte per number between nodes.
+
+    Attributes
+    ----------
+    values : "dynamic" or "linear"
+        The 255 values: closer together near zero (over seven powers of ten), or evenly spaced.
+    """
+
+    values: QuantizationKind = "dynamic"
+
+    def make_compressor(self, payload: str) -> Compressor:
+        """Return a compressor without random numbers."""
+        return QuantizedMean(Int8Codec(self.values), ())
+
+    def sent_fraction(self) -> float:
+        """Return 8 bits of 32."""
+        return 1 / 4
+
+
+@final
 class Int8Codec(Codec):
-    """`kind` says which 255 values there are."""
+    """A byte per number, which selects one of 255 values, and the largest magnitude in float32."""
 
     can_reencode: ClassVar[bool] = True
 
@@ -35,39 +58,17 @@ class Int8Codec(Codec):
         self.kind = kind
 
     def encoded_bytes(self, count: int) -> int:
-        """A byte per element, and the largest magnitude."""
+        """Return a byte per element, and four of the largest magnitude."""
         return count + 4
 
     def encode(self, values: Tensor, key: tuple[int | str, ...] = ()) -> Tensor:
-        """Return codes and largest magnitude."""
+        """Return the codes, followed by the largest magnitude."""
         x = values.to(torch.float32)
-        most = max_abs(x) if x.numel() else x.new_zeros(())
-        codes = quantize(x / most if most > 0 else torch.zeros_like(x), self.kind)
-        return torch.cat([codes, most.view(1).view(torch.uint8)])
+        scale = max_abs(x) if x.numel() else x.new_zeros(())
+        codes = quantize(x / scale if scale > 0 else torch.zeros_like(x), self.kind)
+        return torch.cat([codes, scale.view(1).view(torch.uint8)])
 
     def decode(self, data: Tensor, count: int) -> Tensor:
-        """Return the values that codes stand for."""
-        most = data[-4:].clone().view(torch.float32)
-        return dequantize(data[:count], self.kind, most)
-
-
-@final
-@dataclass
-class Int8(CompressedSync):
-    """Transfers of a byte per number between nodes.
-
-    Attributes
-    ----------
-    values : "dynamic" or "linear"
-        Which values there are: near together at zero (seven powers of ten), or evenly.
-    """
-
-    values: QuantizationKind = "dynamic"
-
-    def make_compressor(self, payload: str) -> Compressor:
-        """Return a carrier; nothing in it is random."""
-        return QuantizedMean(Int8Codec(self.values), ())
-
-    def sent_fraction(self) -> float:
-        """Eight bits of 32, sent once where a mean sends twice a half."""
-        return 1 / 4
+        """Return the values that the codes select, times the largest magnitude."""
+        scale = data[-4:].clone().view(torch.float32)
+        return dequantize(data[:count], self.kind, scale)

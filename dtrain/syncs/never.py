@@ -1,30 +1,32 @@
-"""Never: replicas train apart on their parts of every batch; their mean is what is evaluated.
+"""Independent replicas: no communication in training; the mean of the replicas is evaluated.
 
-Sends nothing while training, one mean of the block per view. With one replica it is the identity.
+Sends nothing per update, and one mean of the block per evaluation. One replica is the identity.
 
 Invariant: no replica's parameters are ever changed by another.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
-from dtrain.syncs.base import UpdateClock
+from dtrain.syncs.base import SyncTraits, UpdateClock
 from dtrain.syncs.common.local_updates import LocalUpdates
 
 
 @final
 @dataclass
 class Never(LocalUpdates):
-    """No agreement at all: the baseline of every other sync, and an ensemble averaged late."""
+    """No synchronisation: one-shot averaging, the baseline of all other syncs."""
 
-    compressible = False
+    def traits(self) -> SyncTraits:
+        """Return traits of diverging replicas without any transfer."""
+        return replace(super().traits(), compressible=False)
 
     def communication_cost(self) -> tuple[float, float]:
-        """None."""
+        """Return no means at all."""
         return 0.0, 0.0
 
     def after_update(self, clock: UpdateClock) -> None:
-        """Leave the parameters: from now on they are this replica's own."""
+        """Keep the parameters: from the first update on they are this replica's own."""
         self.in_sync = self.replicas.size == 1

@@ -1,34 +1,36 @@
-"""OIALR: orthogonal bases that rest, and small matrices between them that learn.
+"""OIALR: low-rank training of small core matrices between frozen orthogonal bases.
 
-After a delay of full rank a matrix W (a x b) is split by its singular values, W = U S V', and only
-S (k x k), now a full matrix, learns and is averaged. In rounds, S = U' s V'' is split in its turn::
+After a delay of full rank a matrix W (a x b) is factorized by its SVD, W = U S V'. Only the core S
+(k x k), from then on a full matrix, is trained and averaged. In rounds the core is decomposed in
+its turn, S = U' s V'', and truncated::
 
     update    0 ... delay | every ...          | every ...               | ...
-    learns    W           | S, full rank       | S of the last layers    | S of more layers ...
-                        W = U S V'        U <- U U'  S <- s  V' <- V'' V'    each cut to fewer s
+    trains    W           | S, full rank       | S of the last layers    | S of more layers ...
+                        W = U S V'        U <- U U'  S <- s  V' <- V'' V'    each truncated
 
-Singular values below `cutoff` times the largest go, at most half of them in one round, and a
-hundredth of the first stays. Each round tests a larger share of the matrices, the last of the model
-first; matrix i is split by replica i modulo their number, which tells the others. One that loses
-nothing stays as it is. First and last weights, heads, linear maps with one side ten times the
-other, and all that is no matrix stay whole.
+A round removes singular values below `cutoff` times the largest, at most half of them; 1/100 of the
+first rank is kept. Each round tests a larger share of the matrices, from the last of the model on.
+Replica i decomposes matrix i, modulo their number, and broadcasts the result. A matrix that loses
+nothing is left as it is. First and last weights of the model, heads, linear maps with an aspect
+ratio of 10 or more, and everything that is not a matrix stay full rank.
 
-Sends, for n replicas on m nodes: 2 (m - 1) numbers between nodes per update for each that learns,
-k^2 of a matrix; a split (m - 1) k (a + b + 1). Staleness 0. With one replica it trains the same.
+Sends, for n replicas on m nodes: 2 (m - 1) elements between nodes per update for each trained
+element, k^2 of a matrix; a factorization (m - 1) k (a + b + 1). Staleness 0. With one replica it
+trains the same low-rank model.
 
 Source: Coquelin et al. 2024, "Harnessing Orthogonality to Train Low-Rank Neural Networks", arXiv
-2401.08505, and its code. Not kept: an optimizer's moments of W are not taken for those of S, which
-begin at zero; a matrix that is not cut is not sent; how similar bases are from round to round,
-which decides nothing there, is not measured.
+2401.08505, and its code. Three differences to that code: moments of S start at zero instead of
+taking those of W; a matrix that is not truncated is not sent; the similarity of bases from round to
+round, which decides nothing there, is not measured.
 
-Invariant: all replicas hold the same U, S and V', since one has worked them out for all.
+Invariant: all replicas hold the same U, S and V', since one of them computed them for all.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -36,7 +38,16 @@ from torch import Tensor
 
 from dtrain.comm.communicator import Comm
 from dtrain.errors import ConfigError
-from dtrain.syncs.base import LowRankStats, SyncTarget, UpdateClock, require_at_least, select_prefix
+from dtrain.syncs.base import (
+    LowRankStats,
+    SyncTarget,
+    SyncTraits,
+    UpdateClock,
+    add_prefix,
+    require_at_least,
+    select_prefix,
+)
+from dtrain.syncs.common.compressor import NO_COMPRESSION, Compressor
 from dtrain.syncs.common.low_rank import (
     TrafficLedger,
     factorize_with_zeros,
@@ -45,40 +56,38 @@ from dtrain.syncs.common.low_rank import (
     svd,
 )
 from dtrain.syncs.common.synchronous import SynchronousSync
+from dtrain.syncs.gradient_reducer import WeightedGroup
 
 MIN_RANK_FRACTION = 0.01
 """The part of its first rank that a matrix keeps."""
 
-
 MAX_ASPECT_RATIO = 10
-"""Linear maps with one side so many times the other stay whole."""
+"""Linear maps whose sides have this ratio or a larger one stay full rank."""
 
 
 @final
 @dataclass
 class OIALR(SynchronousSync):
-    """Low rank in a basis that was learnt first.
+    """Orthogonality-informed adaptive low-rank training.
 
     Attributes
     ----------
     delay_updates : int, optional
-        Of full rank at the start; left out: a tenth of the run.
+        Full-rank updates at the start; left out: a tenth of the run.
     every : int, optional
         Updates between two rounds; left out: a fiftieth of the run.
     cutoff : float
-        Singular values below this part of the largest are cut (beta).
+        The part of the largest singular value below which others are removed (beta).
     share : float
-        By which the part of the matrices that a round tests grows with each.
+        The part of the matrices by which a round tests more than the one before.
     rest_rounds : int
-        For how many rounds a matrix that was cut is not tested.
+        Rounds in which a truncated matrix is not tested again.
     first_rank : float
-        Which part of its singular values a matrix keeps at first.
+        The part of its singular values that a matrix keeps at first.
     keep_first : bool
-        Whether the first weight of the model stays whole.
+        Whether the first weight of the model stays full rank.
     """
 
-    parameter_copies = 2
-    reparametrises = True
     delay_updates: int | None = None
     every: int | None = None
     cutoff: float = 0.1
@@ -90,119 +99,134 @@ class OIALR(SynchronousSync):
     def __post_init__(self) -> None:
         require_at_least("delay-updates", self.delay_updates, 1)
         require_at_least("every", self.every, 1)
-        for key in ("cutoff", "share", "first_rank", "rest_rounds"):
-            require_at_least(key.replace("_", "-"), getattr(self, key), 0)
+        require_at_least("cutoff", self.cutoff, 0)
+        require_at_least("share", self.share, 0)
+        require_at_least("first-rank", self.first_rank, 0)
+        require_at_least("rest-rounds", self.rest_rounds, 0)
         if self.first_rank > 1:
             raise ConfigError(
-                "todo.key", f"[sync] first-rank = {self.first_rank} is no part: give at most 1"
+                "sync.first-rank", f"[sync] first-rank = {self.first_rank} must be at most 1"
             )
-        self.depends_on_run_length = self.delay_updates is None or self.every is None
-        self.low_rank_start, self._rounds_to_skip = -1, dict[str, int]()
+        self.low_rank_start = -1
+        self._rounds_to_skip: dict[str, int] = {}
 
-    def setup(self, block: SyncTarget, replicas: Comm) -> None:
-        """Take the block, and find its matrices."""
-        super().setup(block, replicas)
+    def traits(self) -> SyncTraits:
+        """Return traits of a sync that replaces matrices by products of three factors."""
+        return replace(
+            super().traits(),
+            depends_on_run_length=self.delay_updates is None or self.every is None,
+            parameter_copies=2,
+            reparametrises=True,
+        )
+
+    def setup(
+        self, block: SyncTarget, replicas: Comm, compressor: Compressor = NO_COMPRESSION
+    ) -> None:
+        """Find the matrices of the block that can be factorized."""
+        super().setup(block, replicas, compressor)
         self.weights = require_whole_block(block, "oialr")
         names = self.weights.factorizable_weights(include_first=not self.keep_first)
         self._matrix_names = [name for name in names if self._is_worth_factorizing(name)]
-        self._ledger = TrafficLedger(self.weights, replicas.hosts)
         self._initial_ranks = {name: self._initial_rank(name) for name in self._matrix_names}
+        self._ledger = TrafficLedger(self.weights, replicas.hosts)
 
     def _is_worth_factorizing(self, name: str) -> bool:
-        """Say whether a matrix is worth it; convolutions are, whatever their shape."""
+        """Say whether a matrix is square enough; a convolution always is."""
         short, long = sorted(self.weights.matrix_shape(name))
         linear = self.weights.parameters[name].dim() == 2
         return not linear or short * MAX_ASPECT_RATIO > long
 
     def _initial_rank(self, name: str) -> int:
-        """Return the singular values with which a matrix begins."""
         return max(1, math.ceil(self.first_rank * min(self.weights.matrix_shape(name))))
 
     def phase_lengths(self, clock: UpdateClock) -> tuple[int, int]:
-        """Return updates of full rank, and of a round."""
+        """Return the updates of the full-rank delay, and of a round."""
         delay = clock.total_updates // 10 if self.delay_updates is None else self.delay_updates
         return max(delay, 1), self.every or max(clock.total_updates // 50, 1)
 
     def communication_cost(self) -> tuple[float, float]:
-        """As if each matrix were at a quarter of its rank."""
+        """Return the means of cores at a quarter of full rank."""
         return 1 / 16, 1 / 16
 
+    def gradient_group(self, weight: float, clock: UpdateClock) -> WeightedGroup | None:
+        """Return all replicas, in every update."""
+        return WeightedGroup(self.replicas, weight)
+
     def after_update(self, clock: UpdateClock) -> None:
-        """Split matrices where it is time, all or those of a round. Collective."""
+        """Factorize all matrices, or truncate those of a round. Collective over the replicas."""
         self._ledger.count_mean(self.block.trainable_tensors())
         self._ledger.count_update()
-        following, (delay, every) = clock.update + 1, self.phase_lengths(clock)
+        next_update, (delay, every) = clock.update + 1, self.phase_lengths(clock)
         if clock.ends_run:
             return
-        if self.low_rank_start < 0 and following >= delay:
-            self._factorize_all()
-            self.low_rank_start = following
-        elif self.low_rank_start >= 0 and (following - self.low_rank_start) % every == 0:
-            self._truncate_round((following - self.low_rank_start) // every)
+        if self.low_rank_start < 0:
+            if next_update >= delay:
+                self._factorize_all()
+                self.low_rank_start = next_update
+        elif (next_update - self.low_rank_start) % every == 0:
+            self._truncate_round((next_update - self.low_rank_start) // every)
 
     def _factorize_all(self) -> None:
-        """Put U, S and V' in the place of every matrix; its moments begin anew. Collective."""
-        own, memory = self.weights, self.weights.optimizer_state()
-        for number, name in enumerate(self._matrix_names):
-            shape, rank = own.matrix_shape(name), self._initial_ranks[name]
-            mine = number % self.replicas.size == self.replicas.rank
-            parts = (
-                [each.contiguous() for each in self._truncated_svd(name, rank)] if mine else None
-            )
-            self._set_factors(name, parts, shape, rank, number)
-        gone = tuple(f"{name}/" for name in self._matrix_names)
-        rest = {key: each for key, each in memory.items() if not key.startswith(gone)}
-        own.rebuild_optimizer(resize_optimizer_state(rest, own.trainable_tensors()))
-
-    def _truncated_svd(self, name: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the first `rank` columns of U, singular values, and rows of V' of a matrix."""
-        u, s, v = svd(self.weights.parameters[name])
-        return u[:, :rank], s[:rank], v[:rank]
+        """Replace every matrix by U, S and V'; S has no moments yet. Collective over replicas."""
+        weights, optimizer_state = self.weights, self.weights.optimizer_state()
+        for index, name in enumerate(self._matrix_names):
+            shape, rank = weights.matrix_shape(name), self._initial_ranks[name]
+            factors = None
+            if index % self.replicas.size == self.replicas.rank:
+                u, s, v = svd(weights.parameters[name])
+                factors = [part.contiguous() for part in (u[:, :rank], s[:rank], v[:rank])]
+            self._set_factors(name, factors, shape, rank, index)
+        replaced = tuple(f"{name}/" for name in self._matrix_names)
+        others = {
+            key: tensor for key, tensor in optimizer_state.items() if not key.startswith(replaced)
+        }
+        weights.rebuild_optimizer(resize_optimizer_state(others, weights.trainable_tensors()))
 
     def _truncate_round(self, round_index: int) -> None:
-        """Test the matrices whose turn it is, and cut those that can be. Collective."""
-        due = min(
-            math.ceil(round_index * self.share * len(self._matrix_names)), len(self._matrix_names)
-        )
-        tested = [
-            n
-            for n in reversed(self._matrix_names[len(self._matrix_names) - due :])
-            if self._is_due_for_test(n)
-        ]
-        own, memory = self.weights, self.weights.optimizer_state()
+        """Truncate the matrices of a round where they lose rank. Collective over the replicas."""
+        weights, optimizer_state = self.weights, self.weights.optimizer_state()
         size, rank = self.replicas.size, self.replicas.rank
-        mine = {
-            name: self._rotated_svd(name)
-            for number, name in enumerate(tested)
-            if number % size == rank
-        }
-        told = self.replicas.allgather_object({name: len(parts[1]) for name, parts in mine.items()})
-        ranks = {name: int(count) for each in told for name, count in each.items()}
-        cut = [name for name in tested if ranks[name] < own.low_rank_weights[name].rank]
-        for name in cut:
-            self._set_factors(
-                name, mine.get(name), own.matrix_shape(name), ranks[name], tested.index(name)
-            )
+        tested = self._tested_matrices(round_index)
+        decompositions = {name: self._rotated_svd(name) for name in tested[rank::size]}
+        local_ranks = {name: len(s) for name, (_, s, _) in decompositions.items()}
+        new_ranks: dict[str, int] = {}
+        for ranks in self.replicas.allgather_object(local_ranks):
+            new_ranks |= ranks
+        truncated = [
+            name for name in tested if new_ranks[name] < weights.low_rank_weights[name].rank
+        ]
+        for name in truncated:
+            factors, shape = decompositions.get(name), weights.matrix_shape(name)
+            self._set_factors(name, factors, shape, new_ranks[name], tested.index(name))
             self._rounds_to_skip[name] = self.rest_rounds
-        if cut:
-            own.rebuild_optimizer(resize_optimizer_state(memory, own.trainable_tensors()))
+        if truncated:
+            weights.rebuild_optimizer(
+                resize_optimizer_state(optimizer_state, weights.trainable_tensors())
+            )
 
-    def _is_due_for_test(self, name: str) -> bool:
-        """Say whether a matrix is to be tested; it rests one round less from now on."""
-        left = self._rounds_to_skip.get(name, 0)
-        self._rounds_to_skip[name] = max(left - 1, 0)
-        return left == 0
+    def _tested_matrices(self, round_index: int) -> list[str]:
+        """Return the matrices that a round tests, from the last on; others skip a round less."""
+        count = len(self._matrix_names)
+        candidates = min(math.ceil(round_index * self.share * count), count)
+        tested = []
+        for name in reversed(self._matrix_names[count - candidates :]):
+            rounds = self._rounds_to_skip.get(name, 0)
+            self._rounds_to_skip[name] = max(rounds - 1, 0)
+            if rounds == 0:
+                tested.append(name)
+        return tested
 
     def _rotated_svd(self, name: str) -> list[Tensor]:
-        """Return U, s and V' in the basis of S's own singular vectors, cut."""
-        outer, core, inner = (each.detach() for each in self.weights.low_rank_weights[name].factors)
-        u, s, v = svd(core)
-        least_rank = max(
-            math.ceil(len(s) / 2), int(MIN_RANK_FRACTION * self._initial_ranks[name]), 1
+        """Return U, s and V' in the basis of the core's singular vectors, truncated."""
+        left, core, right = (
+            factor.detach() for factor in self.weights.low_rank_weights[name].factors
         )
+        u, s, v = svd(core)
+        first_rank = self._initial_ranks[name]
+        least_rank = max(math.ceil(len(s) / 2), int(MIN_RANK_FRACTION * first_rank), 1)
         rank = max(int((s >= self.cutoff * s[0]).sum()), least_rank)
-        parts = outer @ u[:, :rank], s[:rank], v[:rank] @ inner
-        return [each.contiguous() for each in parts]
+        parts = left @ u[:, :rank], s[:rank], v[:rank] @ right
+        return [part.contiguous() for part in parts]
 
     def _set_factors(
         self,
@@ -212,33 +236,40 @@ class OIALR(SynchronousSync):
         rank: int,
         matrix_index: int,
     ) -> None:
-        """Let a matrix be U diag(s) V', as the replica of this number found. Collective."""
-        like = next(iter(self.block.trainable_tensors().values()))
+        """Set a matrix to U diag(s) V' of the replica that computed them. Collective over replicas.
+
+        That replica has the number `matrix_index` modulo their number; others pass None.
+        """
         if factors is None:
+            like = next(iter(self.block.trainable_tensors().values()))
             sizes = (shape[0], rank), (rank,), (rank, shape[1])
             factors = [like.new_empty(size) for size in sizes]
         self.replicas.broadcast_(factors, matrix_index % self.replicas.size)
-        outer, s, inner = factors
-        self.weights.factorize(name, outer, s.diag(), inner).set_trainable("core")
+        u, s, v = factors
+        self.weights.factorize(name, u, s.diag(), v).set_trainable("core")
         self._ledger.count_elements({name: rank * (sum(shape) + 1) / 2})
         self._ledger.set_ranks({name: rank})
 
     def evaluation_weights(self) -> dict[str, Tensor]:
-        """Return the block's tensors, products in the place of factors."""
+        """Return the block's tensors, with matrices in place of their factors."""
         return self.weights.merged_tensors()
 
     def low_rank_stats(self) -> dict[str, LowRankStats]:
-        """Return rank and traffic of every weight."""
+        """Return rank and traffic of every trained tensor."""
         return self._ledger.low_rank_stats()
 
     def state(self) -> dict[str, Tensor]:
-        """Return when low rank began, ranks, counts, and who rests."""
-        rests = {f"rests/{name}": torch.tensor(each) for name, each in self._rounds_to_skip.items()}
-        ledger = {f"ledger/{name}": each for name, each in self._ledger.state().items()}
-        return super().state() | {"begun": torch.tensor(self.low_rank_start)} | rests | ledger
+        """Return the start of low rank, the rounds to skip, ranks and counts."""
+        rounds = {name: torch.tensor(count) for name, count in self._rounds_to_skip.items()}
+        return {
+            **super().state(),
+            "begun": torch.tensor(self.low_rank_start),
+            **add_prefix("rests/", rounds),
+            **add_prefix("ledger/", self._ledger.state()),
+        }
 
     def restore_shapes(self, state: Mapping[str, Tensor]) -> None:
-        """Give the block the shapes that a state was saved with."""
+        """Factorize the matrices of a state in low rank, with zeros for their factors."""
         if int(state["begun"]) < 0:
             return
         for name in self._matrix_names:
@@ -247,10 +278,9 @@ class OIALR(SynchronousSync):
         self.weights.rebuild_optimizer({})
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state()` returned."""
+        """Load the start of low rank, the rounds to skip, ranks and counts."""
         super().restore(state)
         self.low_rank_start = int(state["begun"])
-        self._rounds_to_skip = {
-            name: int(each) for name, each in select_prefix(state, "rests/").items()
-        }
+        rounds = select_prefix(state, "rests/")
+        self._rounds_to_skip = {name: int(count) for name, count in rounds.items()}
         self._ledger.restore(select_prefix(state, "ledger/"))

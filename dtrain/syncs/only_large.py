@@ -1,7 +1,7 @@
-"""Only large: another sync for the large tensors; the gradients of small ones are averaged.
+"""Only-large: another sync for large tensors, while gradients of small ones are averaged exactly.
 
-Biases and norms are a small part of what is sent, and lose most where it is made smaller. Sends
-the gradients of small tensors as `every-step`, the rest as the inner sync.
+Biases and norms are a small part of the traffic, and lose most by compression. Gradients of small
+tensors are sent as `every-step` does, everything else as the inner sync does.
 
 Invariant: the inner sync never sees a small tensor, and small tensors are equal on all replicas.
 """
@@ -9,13 +9,14 @@ Invariant: the inner sync never sees a small tensor, and small tensors are equal
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 from torch import Tensor
 
 from dtrain.comm.communicator import Comm
-from dtrain.syncs.base import SyncTarget, UpdateClock, require_at_least
+from dtrain.syncs.base import Sync, SyncTarget, SyncTraits, UpdateClock, require_at_least
+from dtrain.syncs.common.compressor import NO_COMPRESSION, Compressor
 from dtrain.syncs.common.wrapper import Wrapper
 from dtrain.syncs.gradient_reducer import WeightedGroup
 
@@ -23,44 +24,49 @@ from dtrain.syncs.gradient_reducer import WeightedGroup
 @final
 @dataclass
 class OnlyLarge(Wrapper):
-    """Two syncs, by size.
+    """The inner sync for large tensors, `every-step` for small ones.
 
     Attributes
     ----------
     elements : int
-        Tensors of as many elements or more are large.
+        Tensors with at least so many elements are large.
     """
 
     elements: int = 1024
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.compressible = False
         require_at_least("elements", self.elements, 1)
 
-    def setup(self, block: SyncTarget, replicas: Comm) -> None:
-        """Open the inner sync with the large tensors."""
-        self.block, self.replicas = block, replicas
+    def traits(self) -> SyncTraits:
+        """Return the traits of the inner sync; compressing wrappers belong inside."""
+        return replace(super().traits(), compressible=False)
+
+    def setup(
+        self, block: SyncTarget, replicas: Comm, compressor: Compressor = NO_COMPRESSION
+    ) -> None:
+        """Attach the inner sync to the large tensors. Collective over the replicas."""
+        Sync.setup(self, block, replicas, compressor)
         large = {
             name
-            for name, each in block.trainable_tensors().items()
-            if each.numel() >= self.elements
+            for name, tensor in block.trainable_tensors().items()
+            if tensor.numel() >= self.elements
         }
         self.large_tensors = TensorSubset(block, large)
-        self.inner_sync.setup(self.large_tensors, replicas)
+        self.inner_sync.setup(self.large_tensors, replicas, compressor)
 
     def takes_step(self, weight: float, clock: UpdateClock) -> bool:
-        """Every replica steps: small tensors have the gradient of all samples."""
+        """Say yes: small tensors have the gradient of all samples on every replica."""
         return True
 
     def gradient_group(self, weight: float, clock: UpdateClock) -> WeightedGroup | None:
-        """All of it is done before the update."""
+        """Return None: `before_update` averages all gradients."""
         return None
 
     def before_update(self, gradients: Sequence[Tensor], weight: float, clock: UpdateClock) -> None:
-        """Average the small ones, and the large ones where the inner sync does."""
+        """Average small gradients, and large ones where the inner sync does."""
         named, large = self.block.name_gradients(gradients), self.large_tensors.trainable_tensors()
-        self.replicas.mean_({n: each for n, each in named.items() if n not in large}, weight)
+        self.replicas.mean_({n: tensor for n, tensor in named.items() if n not in large}, weight)
         inner = {name: named[name] for name in large}
         group = self.inner_sync.gradient_group(weight, clock)
         if group is not None:
@@ -70,34 +76,39 @@ class OnlyLarge(Wrapper):
 
 @final
 class TensorSubset:
-    """Some of a block's trained tensors, for a sync that is to see no others."""
+    """Some of a block's trained tensors, as the target of a sync that must not see the others."""
 
     def __init__(self, block: SyncTarget, names: set[str]) -> None:
-        self.block, self.names = block, names
-        self.index, self.seed = block.index, block.seed
+        self.block = block
+        self.names = names
+        self.index = block.index
+        self.seed = block.seed
 
     @property
     def unsynced_buffers(self) -> dict[str, Tensor]:
-        """The buffers, all of them."""
+        """All unsynced buffers of the block."""
         return self.block.unsynced_buffers
 
     def trainable_tensors(self) -> dict[str, Tensor]:
-        """Return those that are trained."""
+        """Return the trained tensors of the subset."""
         return {
-            name: each
-            for name, each in self.block.trainable_tensors().items()
+            name: tensor
+            for name, tensor in self.block.trainable_tensors().items()
             if name in self.names
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all parameters and buffers, which a view needs."""
+        """Return all parameters and buffers of the block, which `evaluation_weights` needs."""
         return self.block.tensors()
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Return the optimizer's state of the part."""
-        own = self.block.optimizer_state().items()
-        return {name: each for name, each in own if name.rpartition("/")[0] in self.names}
+        """Return the optimizer's state of the subset."""
+        return {
+            key: tensor
+            for key, tensor in self.block.optimizer_state().items()
+            if key.rpartition("/")[0] in self.names
+        }
 
     def name_gradients(self, gradients: Iterable[Tensor]) -> dict[str, Tensor]:
-        """Return one tensor for each of `values`, under their names."""
+        """Return one gradient for each trained tensor of the subset, by its name."""
         return dict(zip(self.trainable_tensors(), gradients, strict=True))

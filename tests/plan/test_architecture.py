@@ -124,7 +124,7 @@ def siblings(path: Path) -> list[str]:
         return []
     prefix = f"dtrain.{kind}."
     listed = (name.removeprefix(prefix) for name in imports(PACKAGE / kind / "__init__.py"))
-    strategies = {name.split(".")[0] for name in listed} - {"base"}
+    strategies = {name.split(".")[0] for name in listed} - {"base", "common"}
     own = path.relative_to(PACKAGE / kind).with_suffix("").parts[0]
     near = (name.removeprefix(prefix) for name in imports(path) if name.startswith(prefix))
     return [name for name in near if name.split(".")[0] in strategies - {own}]

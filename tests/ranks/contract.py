@@ -301,10 +301,10 @@ def closed_groups_are_looked_at_no_more(comm: Comm) -> None:
     assert other.recv(comm.rank, 1).item() == 1
     other.flush()
     assert "of errands" in comm.flight.text()
-    before = len(comm.context.group_channels)
+    before = len(comm.context.groups)
     other.close()
     other.close()
-    assert len(comm.context.group_channels) == before - 1
+    assert len(comm.context.groups) == before - 1
     comm.allgather_object(None)
 
 

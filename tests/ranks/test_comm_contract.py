@@ -89,7 +89,7 @@ def test_staging_is_used_and_memory_of_the_wire_is_not_given_away() -> None:
     comm.isend(sent, 0, 1)
     copy = sent.clone()
     sent.zero_()  # it was copied when it was sent
-    landed = comm._channels.recv_channels[0, 1].posted_recv.tensors[0]
+    landed = comm._recv_channels[0, 1]._posted.tensors[0]
     got = comm.recv(0, 1)
     assert got.equal(copy)
     assert got.data_ptr() != landed.data_ptr()

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from dtrain.syncs.daso.base import PlateauDetector
+from dtrain.syncs.daso.selective import SelectiveDaso
 from torch import Tensor, nn, optim
 
 from dtrain.block.block import Block
@@ -18,9 +20,6 @@ from dtrain.comm.communicator import Comm
 from dtrain.errors import DtrainError
 from dtrain.syncs.base import Sync, UpdateClock
 from dtrain.syncs.daso import DASO
-from dtrain.syncs.daso.base import PlateauDetector
-from dtrain.syncs.daso.selective import SelectiveDaso
-from dtrain.syncs.gradient_reducer import GradientReducer
 from dtrain.train import train
 from tests import tiny
 from tests.outcome import close, model
@@ -52,10 +51,7 @@ def walk(
     for update in range(clock.total_updates):
         now = replace(clock, update=update, epoch=update // LENGTH)
         layer.weight.grad = pull(comm.rank, update, layer.weight.detach())
-        group = sync.gradient_group(1 / comm.size, now)
-        if group is not None:
-            GradientReducer(block).finish(block.gradients(), group)
-        sync.before_update(block.gradients(), 1 / comm.size, now)
+        sync.reduce_gradients(block, 1 / comm.size, now)
         block.update()
         sync.after_update(now)
         seen.append(layer.weight.detach().clone())

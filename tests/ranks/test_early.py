@@ -14,14 +14,13 @@ from dtrain.config.run import RunConfig
 from dtrain.engine.update import UpdateStep
 from dtrain.schedules.actions import Action
 from dtrain.syncs import gradient_reducer as early
-from dtrain.syncs.gradient_reducer import GradientReducer, buckets
+from dtrain.syncs.gradient_reducer import GradientReducer, bucket_names
 from tests import tiny
 from tests.ranks.test_rounds import trained
 
 SYNCS: dict[str, dict[str, Any]] = {
     "every-step": {"name": "every-step"},
     "daso": {"name": "daso", "warmup-epochs": 1, "cooldown-epochs": 0},
-    "heat": {"name": "daso", "heat-compatible": True},
     "local-sgd": {"name": "local-sgd", "within": "node", "every": 2, "warmup-updates": 3},
 }
 """Those that average gradients, over all replicas or over those of a node."""
@@ -81,12 +80,10 @@ def test_the_bits_are_those_of_one_mean_after_the_backward(
     hosts: str,
 ) -> None:
     """Three blocks on a rank, or on two; batches that leave a replica without a sample."""
-    if sync == "heat" and hosts == "abb":
-        pytest.skip("heat's code wants equal nodes")
     told = run(stages, sync, objective__name=objective)
     one = trained(told, tmp_path / "early", hosts)
     monkeypatch.setattr(early, "BUCKET_BYTES", 1 << 30)
-    monkeypatch.setattr(GradientReducer, "on_gradient_ready", lambda *_: None)
+    monkeypatch.setattr(GradientReducer, "gradient_ready", lambda *_: None)
     two = trained(told, tmp_path / "late", hosts)
     assert one["digest"] == two["digest"]
     for key in ("bytes_intra_node", "bytes_inter_node"):
@@ -126,5 +123,5 @@ def test_blocks_on_one_rank_keep_to_the_plan_where_shares_differ(
 def test_buckets_hold_their_least_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(early, "BUCKET_BYTES", 24)
     values = {name: torch.empty(size) for name, size in zip("abcde", (9, 1, 4, 3, 2), strict=True)}
-    assert buckets(values) == [["e", "d", "c"], ["b", "a"]]
-    assert buckets({}) == []
+    assert bucket_names(values) == [["e", "d", "c"], ["b", "a"]]
+    assert bucket_names({}) == []

@@ -115,7 +115,9 @@ def test_a_frozen_run_is_resumed_as_if_uninterrupted(objective: str, tmp_path: P
     schedule = OBJECTIVES[objective]().default_schedule
     whole = trained(asked(objective, schedule, **told, updates=6), tmp_path / "whole", 4)
     for updates in (3, 6):
-        length = 6 if SYNCS[sync]().depends_on_run_length else updates  # its phases follow it
+        length = (
+            6 if SYNCS[sync]().traits().depends_on_run_length else updates
+        )  # its phases follow it
         parts = trained(asked(objective, schedule, **told, updates=length), tmp_path / "parts", 4)
         if updates < 6:
             break_off(tmp_path / "parts", updates)

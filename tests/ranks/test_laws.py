@@ -166,7 +166,7 @@ def test_resumed_is_uninterrupted(objective: str, sync: str, tmp_path: Path) -> 
     told: dict[str, Any] = {"sync__name": sync, "mesh__stages": 2}
     told |= {"epochs": None, "checkpoint__every": 3}
     whole = trained(asked(objective, **told, updates=9), tmp_path / "whole", 2, 2)
-    horizon, ends = SYNCS[sync]().depends_on_run_length, objective in LATE | STALE | SUMMED
+    horizon, ends = SYNCS[sync]().traits().depends_on_run_length, objective in LATE | STALE | SUMMED
     for updates in (3, 4, 7, 9) if horizon or ends else (3, 4, 6, 9):
         run = asked(objective, **told, updates=9 if horizon else updates)
         parts = trained(run, tmp_path / "parts", 2, 2)
@@ -224,7 +224,9 @@ def test_one_replica_is_the_identity_of_every_sync(tmp_path: Path) -> None:
     """Law 6 for the syncs that average, to the bit; up to rounding for those that add it up."""
     digests = {}
     averaging = [
-        name for name in SYNCS if not SYNCS[name]().replaces_optimizer and name not in ALONE
+        name
+        for name in SYNCS
+        if not SYNCS[name]().traits().replaces_optimizer and name not in ALONE
     ]
     for name in averaging:
         run = tiny.run(sync={"name": name, **OUTER.get(name, {})})

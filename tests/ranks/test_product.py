@@ -79,7 +79,7 @@ CELLS = [
     for pair in PAIRS
     for sync in SYNCS
     if sync not in WRAPPERS or pair[0] in tiny.PATTERNS
-    if not (MADE[sync].reparametrises and SCHEDULES[pair[1]].asynchronous)
+    if not (MADE[sync].traits().reparametrises and SCHEDULES[pair[1]].asynchronous)
 ]
 # Law 3 is for what is synchronous: nothing is learnt with weights that it did not see.
 SYNCHRONOUS = [cell for cell in CELLS if not SCHEDULES[cell[1]].asynchronous]
@@ -199,7 +199,8 @@ def test_stages_train_the_same_bits_without_replicas(objective: str, schedule: s
     [
         cell
         for cell in SYNCHRONOUS
-        if cell[2] == "every-step" or (cell[0] in tiny.NEIGHBOURS and not MADE[cell[2]].lossy)
+        if cell[2] == "every-step"
+        or (cell[0] in tiny.NEIGHBOURS and not MADE[cell[2]].traits().lossy)
     ],
 )
 def test_one_micro_batch_equals_four(objective: str, schedule: str, sync: str) -> None:
@@ -225,7 +226,7 @@ def test_replicas_that_always_agree_are_one(objective: str, schedule: str, sync:
     """Law 1 over replicas, where they never differ; where they do, they really train apart."""
     one, two = alone(objective, schedule, sync, 1), trained(objective, schedule, sync, 3, 2)
     # Closed forms of random features: their sums are added over all replicas, whatever the sync.
-    made = MADE[sync]
+    made = MADE[sync].traits()
     if not (made.replicas_diverge or made.lossy) or objective == "cafo":
         close(one, two)
     else:

@@ -154,8 +154,7 @@ def test_the_models_own_head_is_solved_in_place(kind: str, data: tuple[Tensor, T
     block = make_block(objective, spec, {"body": nn.Identity(), "head": layer})
     parameters = dict(layer.named_parameters())
     micro_batches = [
-        MicroBatch(**block.run_forward(part, (), True), targets=y[i : i + 20])
-        for i, part in halves(x)
+        block.run_forward(MicroBatch(x=part, targets=y[i : i + 20])) for i, part in halves(x)
     ]
     # All forwards come before any backward: taps belong to the micro-batch.
     for micro_batch in micro_batches:
@@ -246,13 +245,13 @@ def test_in_random_blocks_only_heads_learn(head: Any, data: tuple[Tensor, Tensor
     head_parameters = [earlier.parameters[n] for n in HEAD]
     assert list(map(id, earlier.trainable_parameters)) == list(map(id, head_parameters))
     assert list(map(id, last.trainable_parameters)) == list(map(id, model_head.parameters()))
-    micro_batch = MicroBatch(**earlier.run_forward(x, (), True), targets=y)
+    micro_batch = earlier.run_forward(MicroBatch(x=x, targets=y))
     earlier.backward(objective.backward_pairs(earlier_spec(5), earlier, micro_batch))
     weight, bias = head_parameters
     h = body(x).detach()
     expected = torch.autograd.grad(loss(h @ weight.T + bias, y), [weight, bias])
     torch.testing.assert_close([weight.grad, bias.grad], list(expected))
-    micro_batch = MicroBatch(**last.run_forward(h, (), True), targets=y)
+    micro_batch = last.run_forward(MicroBatch(x=h, targets=y))
     last.backward(objective.backward_pairs(spec, last, micro_batch))
     assert model_head.weight.grad is not None
     assert all(p.grad is None for p in last.layers["two"].parameters())
@@ -270,7 +269,7 @@ def test_trained_blocks_learn_from_their_own_head(head: Any, data: tuple[Tensor,
     x, y = data
     objective, body = Cafo(head, "trained"), nn.Linear(6, 5).to(D)
     block = make_block(objective, earlier_spec(5), {"one": body})
-    micro_batch = MicroBatch(**block.run_forward(x, (), True), targets=y)
+    micro_batch = block.run_forward(MicroBatch(x=x, targets=y))
     block.backward(objective.backward_pairs(earlier_spec(5), block, micro_batch))
     weight, bias = (block.parameters[n].detach() for n in HEAD)
     scores = body(x) @ weight.T + bias
@@ -290,7 +289,7 @@ def test_trained_with_cross_entropy_one_block_is_ordinary_backprop(
     x, y = data
     objective, spec = Cafo("ce", "trained"), last_spec(None, (6,), 0)
     block = make_block(objective, spec, {"head": nn.Linear(6, 3).to(D)})
-    micro_batch = MicroBatch(**block.run_forward(x, (), True), targets=y)
+    micro_batch = block.run_forward(MicroBatch(x=x, targets=y))
     block.backward(objective.backward_pairs(spec, block, micro_batch))
     expected = torch.autograd.grad(
         cross_entropy(block.layers["head"](x), y), block.trainable_parameters

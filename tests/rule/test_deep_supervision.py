@@ -34,7 +34,8 @@ def test_gradients_are_those_of_the_sum_of_all_losses(head: str) -> None:
     micro_batches = []
     for b, block in enumerate(blocks):
         x = x.detach().requires_grad_(b > 0)
-        micro_batches.append(MicroBatch(**block.run_forward(x, (0, 0, 0), True), targets=targets))
+        micro_batch = MicroBatch(x=x, targets=targets, rng_key=(0, 0, 0))
+        micro_batches.append(block.run_forward(micro_batch))
         x = micro_batches[-1].y
     for b in (2, 1, 0):
         if b < 2:

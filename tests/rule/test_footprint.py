@@ -102,9 +102,10 @@ def counted(rows: int, *more: nn.Module) -> int:
     block = Block(0, layers(*more), None, partial(optimizers.make_optimizer, "sgd", {"lr": 0.1}))
     saved = SavedTensors([*block.parameters.values(), *block.buffers.values()])
     x, y = torch.randn(rows, 3, 8, 8), torch.zeros(rows, dtype=torch.int64)
-    with saved.record(0):
-        live = MicroBatch(**block.run_forward(x, (0, 0, 0), True), targets=y)
-    saved.add_micro_batch(0, live)
+    micro_batch = MicroBatch(x=x, targets=y, rng_key=(0, 0, 0))
+    with saved.record(micro_batch):
+        block.run_forward(micro_batch)
+    saved.add_micro_batch(micro_batch)
     return saved.peak_bytes
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot, softplus
 
-from dtrain.block.micro_batch import Given, RowRandom
+from dtrain.block.micro_batch import MicroBatch, RowRandom
 from dtrain.build import RankJob
 from dtrain.errors import ConfigError
 from dtrain.objectives import OBJECTIVES
@@ -69,7 +69,7 @@ def loss(positives: Tensor, negatives: Tensor, theta: float = 1.0) -> Tensor:
 def row_groups(update: Updated) -> tuple[Tensor, Tensor, Tensor]:
     """Return positives, negatives and neutral samples of an update."""
     x, y = update.x, update.y
-    wrong = negatives.random_labels(update.given(), C)
+    wrong = negatives.random_labels(update.micro_batch(), C)
     neutral = torch.full((ROWS, C), 1 / C, dtype=D)
     return with_labels(x, y), with_labels(x, wrong), with_labels(x, neutral)
 
@@ -169,13 +169,13 @@ def test_labels_that_do_not_fit_are_refused(label: Any, shape: tuple[int, ...]) 
     assert ForwardForward("beside").model_input_shape((9,), 10) == (19,)
 
 
-def given(y: Tensor, rows: int) -> Given:
-    return Given(y, row_random=RowRandom(1, 0, 0, rows, 0, rows))
+def training_batch(y: Tensor, rows: int) -> MicroBatch:
+    return MicroBatch(targets=y, row_random=RowRandom(1, 0, 0, rows, 0, rows))
 
 
 def test_random_negatives_are_wrong_and_equally_likely() -> None:
     y = torch.arange(4).repeat(1000)
-    labels = negatives.random_labels(given(y, 4000), 4)
+    labels = negatives.random_labels(training_batch(y, 4000), 4)
     assert (labels != y).all()
     frequencies = torch.bincount(labels[y == 1], minlength=4) / 1000
     assert frequencies[1] == 0
@@ -186,12 +186,12 @@ def test_hard_negatives_are_drawn_by_the_probe() -> None:
     """In proportion to its probabilities, without the true class; also where it is certain."""
     y = torch.tensor([1, 3]).repeat_interleave(4000)
     scores = torch.tensor([0.1, 0.6, 0.1, 0.2]).log().expand(8000, 4)
-    labels = negatives.hard_labels(given(y, 8000), scores)
+    labels = negatives.hard_labels(training_batch(y, 8000), scores)
     assert (labels != y).all()
     for label, expected in ((1, [1 / 4, 0, 1 / 4, 1 / 2]), (3, [1 / 8, 6 / 8, 1 / 8, 0])):
         frequencies = torch.bincount(labels[y == label], minlength=4) / 4000
         assert (frequencies - torch.tensor(expected)).abs().max() < 0.04
-    certain = negatives.hard_labels(given(y, 8000), 1e4 * one_hot(y, 4).double())
+    certain = negatives.hard_labels(training_batch(y, 8000), 1e4 * one_hot(y, 4).double())
     assert (certain != y).all()
     assert len(certain[y == 3].unique()) == 3
 
@@ -200,8 +200,8 @@ def test_hard_negatives_come_from_the_current_probe() -> None:
     """Two passes: the scores on neutral samples choose the negatives; the probe learns on them."""
     update = ff_update(negatives="hard", peer=0.0, schedule__name="drained")
     neutral_outputs = update.layer_outputs(row_groups(update)[2])
-    wrong = negatives.hard_labels(update.given(), neutral_outputs[-1][-1].detach())
-    assert not torch.equal(wrong, negatives.random_labels(update.given(), C))
+    wrong = negatives.hard_labels(update.micro_batch(), neutral_outputs[-1][-1].detach())
+    assert not torch.equal(wrong, negatives.random_labels(update.micro_batch(), C))
     samples = (with_labels(update.x, labels) for labels in (update.y, wrong))
     pairs = (goodness_outputs(update.layer_outputs(x)) for x in samples)
     total = sum(map(loss, *pairs)) + probe_loss(update, neutral_outputs)
@@ -211,7 +211,7 @@ def test_hard_negatives_come_from_the_current_probe() -> None:
 @pytest.mark.parametrize("shape", [(40,), (2, 16, 16)])
 def test_hybrids_are_patches_of_two_samples(shape: tuple[int, ...]) -> None:
     x = torch.randn(6, *shape, dtype=D)
-    mixed = negatives.mixed_samples(given(torch.zeros(6, dtype=torch.int64), 6), x)
+    mixed = negatives.mixed_samples(training_batch(torch.zeros(6, dtype=torch.int64), 6), x)
     mask, next_mask = mixed == x, mixed == x.roll(-1, 0)
     assert (mask ^ next_mask).all()
     assert 0.2 < mask.double().mean() < 0.8
@@ -228,7 +228,7 @@ def test_masks_are_smoothed_by_quarters() -> None:
 
 def test_hybrid_negatives_learn_without_labels() -> None:
     update = ff_update(negatives="hybrid", prediction="probe", peer=0.0)
-    mixed = negatives.mixed_samples(update.given(), update.x)
+    mixed = negatives.mixed_samples(update.micro_batch(), update.x)
     outputs = [update.layer_outputs(x) for x in (update.x, mixed)]
     total = sum(map(loss, *map(goodness_outputs, outputs))) + probe_loss(update, outputs[0])
     assert_same(update.gradients, autograd(update, total))

@@ -25,7 +25,7 @@ def collaboration_update(**changes: Any) -> Updated:
 
 def row_groups(update: Updated) -> list[Tensor]:
     """Return positives, negatives and neutral samples."""
-    wrong = negatives.random_labels(update.given(), C)
+    wrong = negatives.random_labels(update.micro_batch(), C)
     codes = [
         one_hot(update.y, C),
         one_hot(wrong, C),

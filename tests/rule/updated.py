@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from dtrain.block.block import Block, OptimizerStep
-from dtrain.block.micro_batch import Given, MicroBatch, RowRandom
+from dtrain.block.micro_batch import MicroBatch, RowRandom
 from dtrain.build import RankJob, build_rank
 from dtrain.comm.backends.single import SingleBackend
 from dtrain.comm.communicator import Comm
 from dtrain.data import epoch_order
+from dtrain.objectives.forward import forward_micro_batch
 from dtrain.planning.plan import make_plan
 from tests import tiny
 
@@ -36,12 +37,13 @@ class Updated(NamedTuple):
     def blocks(self) -> dict[int, Block]:
         return self.job.engine.blocks
 
-    def draws(self, block: int = 0) -> RowRandom:
-        """Return the row-wise random numbers of the update in a block."""
-        return RowRandom(self.job.plan.run.settings.seed, block, 0, ROWS, 0, ROWS)
+    def row_random(self) -> RowRandom:
+        """Return the row-wise random numbers of the update in block 0."""
+        return RowRandom(self.job.plan.run.settings.seed, 0, 0, ROWS, 0, ROWS)
 
-    def given(self, **told: Any) -> Given:
-        return Given(self.y, samples=self.x, row_random=self.draws(), **told)
+    def micro_batch(self) -> MicroBatch:
+        """Return the micro-batch in block 0 before its forward."""
+        return MicroBatch(targets=self.y, samples=self.x, row_random=self.row_random())
 
     def layer_outputs(self, x: Tensor, detached: bool = True) -> list[list[Tensor]]:
         """Return the outputs of all layers, block by block, normalised between blocks by hand."""
@@ -103,22 +105,24 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], rtol: float 
         torch.testing.assert_close(tensor, theirs[name], rtol=rtol, atol=1e-16)
 
 
-def predictions(done: Updated, x: Tensor, y: Tensor) -> list[Tensor | None]:
+def predictions(update: Updated, x: Tensor, y: Tensor) -> list[Tensor | None]:
     """Return the scores of each block; messages are passed along the routes."""
-    objective, tasks = done.job.engine.objective, done.job.engine.block_specs
-    routes, told = objective.routes(len(tasks), "predict"), {}
+    objective, specs = update.job.engine.objective, update.job.engine.block_specs
+    routes = objective.routes(len(specs), "predict")
+    messages: dict[str, Tensor] = {}
     scores: list[Tensor | None] = []
     with torch.no_grad():
-        for task in tasks:
-            block = done.blocks[task.index]
+        for spec in specs:
+            block = update.blocks[spec.index]
             block.train(False)
-            given = Given(y, told, x if task.index == 0 else None)
-            fed = objective.make_input(task, block, given)
-            live = MicroBatch(**block.run_forward(fed, (), False), targets=y)
-            scores.append(objective.predict(task, block, live))
-            leaving = [r for r in routes if r.source.block == task.index and r.name != "votes"]
-            told = {r.name: objective.make_message(r, block, live) for r in leaving}
-            for route in leaving:
-                found = told[route.name]
-                assert (found.shape, found.dtype) == objective.message_spec(route, tasks, len(y))
+            samples = x if spec.index == 0 else None
+            micro_batch = MicroBatch(targets=y, received=messages, samples=samples)
+            forward_micro_batch(objective, spec, block, micro_batch)
+            scores.append(objective.predict(spec, block, micro_batch))
+            outgoing = [r for r in routes if r.source.block == spec.index and r.name != "votes"]
+            messages = {r.name: objective.make_message(r, block, micro_batch) for r in outgoing}
+            for route in outgoing:
+                message = messages[route.name]
+                expected = objective.message_spec(route, specs, len(y))
+                assert (message.shape, message.dtype) == expected
     return scores

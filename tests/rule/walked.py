@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.block.block import Block
-from dtrain.block.micro_batch import Given, MicroBatch
+from dtrain.block.micro_batch import MicroBatch
 from dtrain.objectives.base import Objective
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.rng import seeded
@@ -58,38 +58,43 @@ def train_micro_batch(
 ) -> list[MicroBatch]:
     """Add the gradients of one micro-batch to all blocks; return the micro-batch of each block."""
     routes = objective.routes(len(blocks), "train")
-    asked = {route.source.block for route in routes if route.name == "gradient"}
-    which = torch.arange(len(x)) if indices is None else indices
-    told: defaultdict[Point, dict[str, Tensor]] = defaultdict(dict)
-    lives: dict[int, MicroBatch] = {}
+    gradient_senders = {route.source.block for route in routes if route.name == "gradient"}
+    specs = [spec for spec, _ in blocks]
+    messages: defaultdict[Point, dict[str, Tensor]] = defaultdict(dict)
+    micro_batches: dict[int, MicroBatch] = {}
 
-    def offer(point: Point) -> None:
+    def send(source: Point) -> None:
         for route in routes:
-            if route.source == point:
-                tensor = objective.make_message(route, blocks[point.block][1], lives[point.block])
-                shapes = objective.message_spec(route, [task for task, _ in blocks], len(y))
-                assert (tensor.shape, tensor.dtype) == shapes
-                told[route.target][route.name] = tensor.clone()
+            if route.source == source:
+                index = source.block
+                message = objective.make_message(route, blocks[index][1], micro_batches[index])
+                spec = objective.message_spec(route, specs, len(y))
+                assert (message.shape, message.dtype) == spec
+                messages[route.target][route.name] = message.clone()
+
+    def begin_pass(point: Point) -> MicroBatch:
+        if point.pass_:
+            return micro_batches[point.block].next_pass(messages[point])
+        return MicroBatch(
+            targets=y,
+            loss_scale=loss_scale,
+            received=messages[point],
+            samples=None if point.block else x,
+            indices=torch.arange(len(x)) if indices is None else indices,
+            rng_key=(0, 0, 0),
+        )
 
     for pass_ in range(count_forward_passes(routes)):
-        for index, (task, block) in enumerate(blocks):
-            point, before = Point(index, "F", pass_), lives.get(index)
-            given = Given(y, told[point], None if index else x, None, which, pass_=pass_)
-            fed = objective.make_input(task, block, given).detach().clone()
-            fed.requires_grad_(index in asked)
-            kept = block.run_forward(fed, (0, 0, 0), objective.needs_graph(task, pass_))
-            lives[index] = MicroBatch(
-                **kept,
-                targets=y,
-                loss_scale=loss_scale,
-                received=told[point],
-                indices=which,
-                previous_pass=before,
-            )
-            offer(point)
-    for index, (task, block) in reversed(list(enumerate(blocks))):
+        for index, (spec, block) in enumerate(blocks):
+            point = Point(index, "F", pass_)
+            micro_batch = micro_batches[index] = begin_pass(point)
+            micro_batch.x = objective.make_input(spec, block, micro_batch).detach().clone()
+            micro_batch.x.requires_grad_(index in gradient_senders)
+            block.run_forward(micro_batch, objective.needs_graph(spec, pass_))
+            send(point)
+    for index, (spec, block) in reversed(list(enumerate(blocks))):
         point = Point(index, "B")
-        lives[index].received |= told[point]
-        block.backward(objective.backward_pairs(task, block, lives[index]))
-        offer(point)
-    return [lives[index] for index in range(len(blocks))]
+        micro_batches[index].received |= messages[point]
+        block.backward(objective.backward_pairs(spec, block, micro_batches[index]))
+        send(point)
+    return [micro_batches[index] for index in range(len(blocks))]

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss, one_hot
 
-from dtrain.objectives.base import ACTIVATION, Objective, forward_routes
+from dtrain.objectives.base import ACTIVATION, Objective, forward_routes, scaled_loss_pair
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ class NoProp(Objective):
         loss = mse_loss(
             micro_batch.y, one_hot(micro_batch.targets, spec.classes).to(micro_batch.y.dtype)
         )
-        micro_batch.loss = loss.detach()
-        return [(loss, torch.full_like(loss, micro_batch.loss_scale))]
+        return [scaled_loss_pair(micro_batch, loss)]
 
     def predict(self, spec, block, micro_batch):
         return micro_batch.y

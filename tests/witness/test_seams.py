@@ -12,6 +12,7 @@ from torch import nn
 
 from dtrain.block import optimizer as optimizers
 from dtrain.block.block import Block
+from dtrain.block.micro_batch import MicroBatch
 from dtrain.comm.backends.threads import run_ranks as ranks
 from dtrain.comm.communicator import Comm
 from dtrain.errors import DtrainError
@@ -123,7 +124,7 @@ def test_a_layer_in_place_leaves_the_output_before_it() -> None:
     step = lambda parameters: optimizers.make_optimizer("sgd", {"lr": 0.1}, parameters)  # noqa: E731
     block = Block(0, layers, None, step, detach_every="layer")
     x = torch.randn(8, 4)
-    outs = block.run_forward(x, (), True)["layer_outputs"]
+    outs = block.run_forward(MicroBatch(x=x)).layer_outputs
     assert torch.equal(outs["one"], layers["one"](x))
     assert outs["one"].min() < 0
 

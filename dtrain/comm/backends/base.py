@@ -1,15 +1,15 @@
-"""Wires: bytes between the ranks of one group, and nothing else.
+"""Backend: moves bytes between the ranks of one group, and nothing else.
 
-Invariant: all logic (dtypes, credits, order, means, counters) lives in `comm.Comm`, which stands on
-any wire; a wire knows only bytes. So the doubles (`threads`, `single`) cannot drift from `mpi`.
+Invariant: all logic (dtypes, credits, order, means, counters) is in `Comm`, which works on any
+backend; a backend knows only bytes. So `threads` and `single` cannot behave differently from `mpi`.
 
-    Comm      tensors, routes, credits, means, counters, the one polled wait
+    Comm       tensors, channels, credits, means, counters, the one polled wait
       |
-    Wire      isend  irecv  idle  split  abort
+    Backend    isend  irecv  idle  split  abort
       |
-      +-- mpi.MpiWire          one process per rank
-      +-- threads.ThreadWire   n ranks in one process, one of them running at a time
-      +-- single.SingleWire    one rank
+      +-- mpi.MpiBackend           one process per rank
+      +-- threads.ThreadBackend    n ranks in one process, one of them running at a time
+      +-- single.SingleBackend     one rank
 """
 
 from __future__ import annotations
@@ -21,20 +21,27 @@ from typing import NoReturn, final
 import numpy as np
 import numpy.typing as npt
 
+from dtrain.errors import HangError
+
 Bytes = npt.NDArray[np.uint8]
 """One-dimensional, contiguous."""
 
 
-class CommTimeout(RuntimeError):
-    """A wait that did not end: its deadline passed, or no rank can go on."""
+class CommTimeout(HangError):
+    """A wait exceeds its time limit."""
+
+
+@final
+class Deadlock(CommTimeout):
+    """No rank can go on; only backends inside one process detect it."""
 
 
 class Request(ABC):
-    """One transfer in flight. Whoever posts it keeps its memory alive until `test` is true."""
+    """One transfer in flight; the caller keeps its memory alive until `test` returns true."""
 
     @abstractmethod
     def test(self) -> bool:
-        """Return whether the transfer is complete; never block; may be asked again after that."""
+        """Return whether the transfer is complete; never block. May be called again after that."""
 
 
 @final
@@ -56,7 +63,7 @@ def combine_requests(requests: Sequence[Request]) -> Request:
 
 
 class Backend(ABC):
-    """The ranks of one group, seen by one of them.
+    """The ranks of one group, for one of them.
 
     Messages of one (source, destination, tag) arrive in the order in which they were sent, and
     match receives in the order in which those were posted. Both ends state the same size.
@@ -67,10 +74,10 @@ class Backend(ABC):
         Position in the group, and number of its ranks.
     hosts : tuple of str
         Host of each rank of the group.
-    world : tuple of int
-        What each rank of the group is in the world that it was split from.
+    world_ranks : tuple of int
+        Rank in the world of each rank of the group.
     library : str
-        What moves the bytes, in words, with its version.
+        Name and version of the library that moves the bytes.
     """
 
     rank: int
@@ -81,19 +88,28 @@ class Backend(ABC):
 
     @abstractmethod
     def isend(self, data: Bytes, dest: int, tag: int) -> Request:
-        """Send; complete only once the receive was posted, whatever the size."""
+        """Start a send; it is complete only once the receive was posted, whatever the size."""
 
     @abstractmethod
     def irecv(self, data: Bytes, source: int, tag: int) -> Request:
-        """Receive a message of exactly `data.size` bytes into `data`."""
+        """Start to receive a message of exactly `data.size` bytes into `data`."""
 
     @abstractmethod
     def idle(self, turn: int, description: str) -> None:
-        """Let others run; called after the `turn`-th vain look (from 0) of a wait for `what`."""
+        """Let other ranks run, after vain turn number `turn` (from 0) of a wait for `description`.
+
+        Raises
+        ------
+        Deadlock
+            No rank can go on.
+        """
 
     @abstractmethod
     def split(self, color: int, key: int) -> Backend:
-        """Return the wire of the ranks with my colour, by key, then rank. Collective."""
+        """Return the backend of the ranks of this colour, by key, then rank.
+
+        Collective over the group.
+        """
 
     @abstractmethod
     def abort(self, code: int) -> NoReturn:

@@ -1,7 +1,7 @@
-"""Post: matches sends with receives inside one process; under `threads` and `single`.
+"""Matching of sends with receives inside one process, for `threads` and `single`.
 
-Invariant: a letter is complete only when both ends are there (rendezvous), and letters of one
-route match in order, as in MPI. It has no lock: at most one rank runs at a time.
+Invariant: a transfer is complete only when both ends are posted (rendezvous), and the transfers of
+one channel match in order, as in MPI. It has no lock: at most one rank runs at a time.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ class PendingTransfer(Request):
         self.done = False
 
     def test(self) -> bool:
-        """Return whether the other end has come."""
+        """Return whether the other end was posted too."""
         return self.done
 
 
 @final
 class Matcher:
-    """Sends and receives that wait for their other end, by route.
+    """Sends and receives whose other end is not posted yet, by channel.
 
     Attributes
     ----------
-    events : int
-        Letters posted so far: as long as it stands still, nothing has happened.
+    event_count : int
+        Transfers posted so far; while it does not change, nothing happens.
     """
 
     def __init__(self) -> None:
@@ -42,34 +42,31 @@ class Matcher:
         self._receives: defaultdict[Hashable, deque[PendingTransfer]] = defaultdict(deque)
 
     def post_send(self, channel: Hashable, data: Bytes) -> PendingTransfer:
-        """Post a send on a route (group, source, destination, tag)."""
-        letter = PendingTransfer(data)
-        self._match(channel, letter, self._sends, self._receives)
-        return letter
+        """Post a send on a channel (group, source, destination, tag)."""
+        send = PendingTransfer(data)
+        self.event_count += 1
+        if receives := self._receives[channel]:
+            _deliver(channel, send, receives.popleft())
+        else:
+            self._sends[channel].append(send)
+        return send
 
     def post_recv(self, channel: Hashable, data: Bytes) -> PendingTransfer:
-        """Post a receive on a route."""
-        letter = PendingTransfer(data)
-        self._match(channel, letter, self._receives, self._sends)
-        return letter
-
-    def _match(
-        self,
-        channel: Hashable,
-        transfer: PendingTransfer,
-        own_queues: defaultdict[Hashable, deque[PendingTransfer]],
-        peer_queues: defaultdict[Hashable, deque[PendingTransfer]],
-    ) -> None:
+        """Post a receive on a channel."""
+        receive = PendingTransfer(data)
         self.event_count += 1
-        if not peer_queues[channel]:
-            own_queues[channel].append(transfer)
-            return
-        other = peer_queues[channel].popleft()
-        sent, received = (transfer, other) if own_queues is self._sends else (other, transfer)
-        if sent.data.size != received.data.size:
-            raise RuntimeError(
-                f"message of {sent.data.size} bytes met a receive of {received.data.size} bytes "
-                f"on route {channel}"
-            )
-        received.data[:] = sent.data
-        transfer.done = other.done = True
+        if sends := self._sends[channel]:
+            _deliver(channel, sends.popleft(), receive)
+        else:
+            self._receives[channel].append(receive)
+        return receive
+
+
+def _deliver(channel: Hashable, send: PendingTransfer, receive: PendingTransfer) -> None:
+    if send.data.size != receive.data.size:
+        raise RuntimeError(
+            f"message of {send.data.size} bytes met a receive of {receive.data.size} bytes on "
+            f"channel {channel}"
+        )
+    receive.data[:] = send.data
+    send.done = receive.done = True

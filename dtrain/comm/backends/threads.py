@@ -1,13 +1,13 @@
-"""Threads: n ranks in one process, for tests and for runs without MPI.
+"""The backend of n ranks that are threads of one process, for tests and for runs without MPI.
 
-Invariant: exactly one rank runs at a time. It holds the baton and passes it only where it waits, to
-a rank that the seed chooses: timings are explored by changing the seed, every run can be repeated,
-and no two ranks ever race for torch's global generator.
+Invariant: exactly one rank runs at a time. It passes its turn on only where it waits, to a rank
+that the seed chooses. So different seeds give different timings, every run can be repeated, and no
+two ranks draw from torch's global generator at the same time.
 
     rank 0  ##compute##|wait            |##compute##|wait ...
     rank 1             |##compute##|wait            |
-    rank 2                         |wait|                  <- looked, found nothing, passed it on
-                       ^ baton     ^    ^           ^
+    rank 2                         |wait|                  <- found nothing, passed its turn on
+                       ^ turn      ^    ^           ^
 """
 
 from __future__ import annotations
@@ -20,26 +20,33 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from typing import NoReturn, TypeVar, final
 
-from dtrain.comm.backends.base import Backend, Bytes, CommTimeout, Request
+from dtrain.comm.backends.base import Backend, Bytes, CommTimeout, Deadlock, Request
 from dtrain.comm.backends.matching import Matcher
 from dtrain.comm.communicator import Comm
+from dtrain.errors import RankLostError
 
 T = TypeVar("T")
 
 
 DEADLOCK_TURNS = 3
-"""Turns of every rank without any event after which none can go on."""
-
-
-@final
-class OtherRankFailed(BaseException):
-    """This rank ends because another one failed; not an `Exception`, so that user code lets it
-    pass."""
+"""No rank can go on after so many turns of every rank without any event."""
 
 
 @final
 class ThreadScheduler:
-    """Who runs, who waits for what, and why it all ended."""
+    """Chooses the rank that runs, and ends all ranks when one fails or none can go on.
+
+    Attributes
+    ----------
+    matcher : Matcher
+        Of the messages of all groups.
+    live_ranks : list of int
+        Ranks that have not ended.
+    failure : BaseException or None
+        The first error of any rank.
+    split_requests : dict of Hashable to dict of int to (int, int)
+        Colour and key of each rank that has called a split so far, by group and split.
+    """
 
     def __init__(self, ranks: int, seed: int) -> None:
         self.matcher = Matcher()
@@ -49,25 +56,25 @@ class ThreadScheduler:
         self._random = random.Random(seed)
         self._turn_semaphores = [threading.Semaphore(0) for _ in range(ranks)]
         self._wait_descriptions: dict[int, str] = {}
-        self._deadlocks: dict[int, CommTimeout] = {}  # by rank, not yet raised there
+        self._deadlocks: dict[int, Deadlock] = {}  # by rank, not yet raised there
         self._last_event_count = 0
         self._idle_turns: Counter[int] = Counter()
 
     def wait_turn(self, rank: int) -> None:
-        """Wait for the baton; raise if no rank could go on, or another one failed, meanwhile."""
+        """Wait for this rank's turn; raise if meanwhile no rank could go on or another failed."""
         self._turn_semaphores[rank].acquire()
         if rank in self._deadlocks:
             raise self._deadlocks.pop(rank)
         if self.failure is not None:
-            raise OtherRankFailed
+            raise RankLostError("comm.rank-failed", f"rank {rank} ends: another rank failed")
 
     def pass_turn(self) -> None:
-        """Give the baton to a live rank."""
+        """Give the turn to a live rank."""
         if self.live_ranks:
             self._turn_semaphores[self._random.choice(self.live_ranks)].release()
 
     def idle(self, rank: int, description: str) -> None:
-        """Pass the baton on and take it back later."""
+        """Pass the turn on and wait for the next one."""
         self._wait_descriptions[rank] = description
         if self._last_event_count != self.matcher.event_count:
             self._last_event_count = self.matcher.event_count
@@ -75,31 +82,30 @@ class ThreadScheduler:
         self._idle_turns[rank] += 1
         if all(self._idle_turns[other] >= DEADLOCK_TURNS for other in self.live_ranks):
             self._idle_turns.clear()
+            message = "deadlock: " + self.describe_waits()
             self._deadlocks = {
-                other: CommTimeout("deadlock: " + self.describe_waits())
-                for other in self.live_ranks
+                other: Deadlock("comm.deadlock", message) for other in self.live_ranks
             }
         self.pass_turn()
         self.wait_turn(rank)
 
     def describe_waits(self) -> str:
-        """Return what each live rank waits for, or last waited for."""
+        """Return, for each live rank, what it waits for or last waited for."""
         return "; ".join(
             f"rank {rank} waits for {self._wait_descriptions.get(rank, 'its first turn')}"
             for rank in self.live_ranks
         )
 
     def finish(self, rank: int, error: BaseException | None) -> None:
-        """Leave for good; the first error is kept."""
-        if error is not None and not isinstance(error, OtherRankFailed):
-            self.failure = self.failure or error
+        """End a rank; the first error is kept."""
+        self.failure = self.failure or error
         self.live_ranks.remove(rank)
         self.pass_turn()
 
 
 @final
 class ThreadBackend(Backend):
-    """The wire between threads; `members` are the group's ranks in the world."""
+    """A group of threads; `members` are the world ranks of the group."""
 
     def __init__(
         self,
@@ -110,13 +116,11 @@ class ThreadBackend(Backend):
         group: Hashable = (),
     ) -> None:
         self.rank, self.size = members.index(world_rank), len(members)
-        self.hosts, self.world_ranks, self.library = tuple(hosts), tuple(members), "threads"
-        self._scheduler, self._members, self._world_rank, self._group = (
-            scheduler,
-            members,
-            world_rank,
-            group,
-        )
+        self.hosts, self.world_ranks = tuple(hosts), tuple(members)
+        self.library = "threads"
+        self._scheduler = scheduler
+        self._world_rank = world_rank
+        self._group = group
         self._split_count = 0
 
     def isend(self, data: Bytes, dest: int, tag: int) -> Request:
@@ -128,25 +132,27 @@ class ThreadBackend(Backend):
         return self._scheduler.matcher.post_recv((self._group, source, self.rank, tag), data)
 
     def idle(self, turn: int, description: str) -> None:
-        """Pass the baton; raise `Stall` in all ranks where none can go on."""
+        """Pass the turn on; raise `Deadlock` in all ranks if none can go on."""
         self._scheduler.idle(self._world_rank, description)
 
     def split(self, color: int, key: int) -> ThreadBackend:
-        """Return the wire of the ranks with my colour; waits for all ranks of this group."""
+        """Return the backend of the ranks of this colour. Collective over the group."""
         self._split_count += 1
-        board = self._scheduler.split_requests[self._group, self._split_count]
-        board[self.rank] = (color, key)
+        requests = self._scheduler.split_requests[self._group, self._split_count]
+        requests[self.rank] = (color, key)
         self._scheduler.matcher.event_count += 1
-        while len(board) < self.size:
-            self.idle(0, f"split {self._split_count}: {len(board)} of {self.size} ranks are there")
-        ranks = sorted((k, rank) for rank, (c, k) in board.items() if c == color)
-        members = [self._members[rank] for _, rank in ranks]
+        while len(requests) < self.size:
+            self.idle(
+                0, f"split {self._split_count}: {len(requests)} of {self.size} ranks are there"
+            )
+        ranks = sorted((k, rank) for rank, (c, k) in requests.items() if c == color)
+        members = [self.world_ranks[rank] for _, rank in ranks]
         hosts = [self.hosts[rank] for _, rank in ranks]
         group = (self._group, self._split_count, color)
         return ThreadBackend(self._scheduler, members, self._world_rank, hosts, group)
 
     def abort(self, code: int) -> NoReturn:
-        """End all ranks; `run` raises `SystemExit(code)`."""
+        """End all ranks; `run_ranks` raises `SystemExit(code)`."""
         sys.exit(code)
 
 
@@ -158,48 +164,53 @@ def run_ranks(
     hosts: Sequence[str] | None = None,
     timeout_s: float = 60.0,
 ) -> list[T]:
-    """Run `work` on n ranks in this process and return their results in rank order.
+    """Run `function` on n ranks in this process and return their results in rank order.
 
     Parameters
     ----------
-    n : int
+    ranks : int
         Number of ranks.
-    work : callable
-        Called once per rank, in a thread of its own, with that rank's world.
+    function : callable
+        Called once per rank, in a thread of its own, with the communicator of all ranks.
     seed : int
-        Chooses who runs next at every wait.
+        Chooses which rank runs next at every wait.
     hosts : sequence of str, optional
         A made-up host per rank; default: all on one.
     timeout_s : float
-        Seconds that all of it may take.
+        Seconds in which all ranks must end.
 
     Raises
     ------
-    Stall
-        In every rank and here, where no rank can go on; here, where the time is over.
+    Deadlock
+        In every rank and here, when no rank can go on.
+    CommTimeout
+        Here, after `timeout_s`.
     BaseException
-        Whatever the first failing rank raised; the others end at their next wait.
+        The first error of any rank; the others raise `RankLostError` at their next wait.
     """
-    baton = ThreadScheduler(ranks, seed)
-    names = tuple(hosts) if hosts is not None else ("localhost",) * ranks
+    scheduler = ThreadScheduler(ranks, seed)
+    host_names = tuple(hosts) if hosts is not None else ("localhost",) * ranks
     results: dict[int, T] = {}
 
-    def attend(rank: int) -> None:
+    def run_rank(rank: int) -> None:
         error: BaseException | None = None
         try:
-            baton.wait_turn(rank)
-            results[rank] = function(Comm(ThreadBackend(baton, range(ranks), rank, names)))
+            scheduler.wait_turn(rank)
+            backend = ThreadBackend(scheduler, range(ranks), rank, host_names)
+            results[rank] = function(Comm(backend))
         except BaseException as caught:
             error = caught
-        baton.finish(rank, error)
+        scheduler.finish(rank, error)
 
-    threads = [threading.Thread(target=attend, args=(rank,), daemon=True) for rank in range(ranks)]
+    threads = [
+        threading.Thread(target=run_rank, args=(rank,), daemon=True) for rank in range(ranks)
+    ]
     for thread in threads:
         thread.start()
-    baton.pass_turn()
-    _join_threads(baton, threads, timeout_s)
-    if baton.failure is not None:
-        raise baton.failure
+    scheduler.pass_turn()
+    _join_threads(scheduler, threads, timeout_s)
+    if scheduler.failure is not None:
+        raise scheduler.failure
     return [results[rank] for rank in range(ranks)]
 
 
@@ -211,7 +222,9 @@ def _join_threads(
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
             if thread.is_alive():
-                raise CommTimeout(f"{timeout_s:g} s are over: {scheduler.describe_waits()}")
+                raise CommTimeout(
+                    "comm.timeout", f"{timeout_s:g} s are over: {scheduler.describe_waits()}"
+                )
     except BaseException as error:  # Ctrl-C too: the ranks end at their next wait
         scheduler.failure = scheduler.failure or error
         raise

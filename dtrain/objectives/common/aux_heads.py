@@ -18,7 +18,6 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -29,6 +28,7 @@ from dtrain.models.image_layers import Norm
 from dtrain.objectives.base import (
     ExecutionMode,
     Objective,
+    cross_entropy_pair,
     forward_routes,
     scaled_loss_pair,
     vote_routes,
@@ -68,10 +68,9 @@ class AuxHead(Objective):
     ) -> list[BackwardPair]:
         """Return the loss of the head, or in the last block that of the model."""
         if spec.is_last:
-            return [scaled_loss_pair(micro_batch, micro_batch.y)]
+            return [cross_entropy_pair(micro_batch, micro_batch.y)]
         loss = self.loss(self.predict(spec, block, micro_batch), micro_batch.targets)
-        micro_batch.loss = loss.detach()
-        return [(loss, torch.full_like(loss, micro_batch.loss_scale))]
+        return [scaled_loss_pair(micro_batch, loss)]
 
     def predict(self, spec: BlockSpec, block: Block, micro_batch: MicroBatch) -> Tensor:
         """Return the class scores (rows, classes) of the head, or of the model's own."""

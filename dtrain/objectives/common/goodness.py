@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot, softplus
 
 from dtrain.block.block import BackwardPair, Block
-from dtrain.block.micro_batch import Given, MicroBatch
+from dtrain.block.micro_batch import MicroBatch
 from dtrain.errors import ConfigError
 from dtrain.objectives.base import (
     ACTIVATION,
@@ -44,6 +44,7 @@ from dtrain.objectives.base import (
     MessageSpec,
     Objective,
     forward_routes,
+    scaled_loss_pair,
     vote_routes,
 )
 from dtrain.objectives.block_spec import BlockSpec
@@ -163,13 +164,13 @@ class Goodness(Objective):
             samples, samples.new_full((len(samples), spec.classes), 1 / spec.classes)
         )
 
-    def training_input(self, spec: BlockSpec, micro_batch: Given, sample: Tensor) -> Tensor:
+    def training_input(self, spec: BlockSpec, micro_batch: MicroBatch, sample: Tensor) -> Tensor:
         """Return the input of block 0 in training: [positives; negatives; neutral]."""
         labels = (micro_batch.targets, negatives.random_labels(micro_batch, spec.classes))
         pairs = [self.embed_label(sample, one_hot(label, spec.classes)) for label in labels]
         return torch.cat([*pairs, self.neutral_samples(spec, sample)])
 
-    def make_input(self, spec: BlockSpec, block: Block, micro_batch: Given) -> Tensor:
+    def make_input(self, spec: BlockSpec, block: Block, micro_batch: MicroBatch) -> Tensor:
         """Return the received activation at root mean square 1, or in block 0 the samples with
         labels."""
         for name in (PAIRS, CANDIDATES, ACTIVATION):
@@ -263,10 +264,9 @@ class Goodness(Objective):
         goodness = self.compute_goodness(output[: 2 * rows])
         margin = self.effective_goodness(spec, micro_batch, goodness) - self.threshold(output)
         loss = (softplus(-margin[:rows]) + softplus(margin[rows:])).mean()
-        micro_batch.loss = loss.detach()
         micro_batch.metrics["goodness_positive"] = goodness[:rows].detach().mean()
         micro_batch.metrics["goodness_negative"] = goodness[rows:].detach().mean()
-        return [(loss, torch.full_like(loss, micro_batch.loss_scale))]
+        return [scaled_loss_pair(micro_batch, loss)]
 
     def probe_features(self, block: Block, micro_batch: MicroBatch) -> Tensor:
         """Return the features (rows, ...) of the neutral samples, from which the probe learns."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from dtrain.block.micro_batch import Given
+from dtrain.block.micro_batch import MicroBatch
 
 BLUR_STEPS = 6
 """Number of times that masks are smoothed; Hinton's paper does not give it."""
@@ -24,7 +24,7 @@ EPS = 1e-12
 """Added to probabilities, so that a wrong label can be drawn where the probe is certain."""
 
 
-def random_labels(micro_batch: Given, classes: int) -> Tensor:
+def random_labels(micro_batch: MicroBatch, classes: int) -> Tensor:
     """Return wrong labels (rows,), all equally likely."""
     shift = micro_batch.row_random.generate(
         "wrong", lambda n, g: torch.randint(1, classes, (n,), generator=g)
@@ -32,7 +32,7 @@ def random_labels(micro_batch: Given, classes: int) -> Tensor:
     return (micro_batch.targets + shift.to(micro_batch.targets)) % classes
 
 
-def hard_labels(micro_batch: Given, scores: Tensor) -> Tensor:
+def hard_labels(micro_batch: MicroBatch, scores: Tensor) -> Tensor:
     """Return wrong labels (rows,), drawn in proportion to the softmax of `scores` (rows, C)."""
     uniform = micro_batch.row_random.generate("wrong", lambda n, g: torch.rand(n, generator=g))
     probabilities = scores.double().softmax(1) + EPS
@@ -40,7 +40,7 @@ def hard_labels(micro_batch: Given, scores: Tensor) -> Tensor:
     return (uniform.to(cumulative)[:, None] * cumulative[:, -1:] >= cumulative).sum(1)
 
 
-def mixed_samples(micro_batch: Given, samples: Tensor) -> Tensor:
+def mixed_samples(micro_batch: MicroBatch, samples: Tensor) -> Tensor:
     """Return samples (rows, ...), each mixed with the next of its micro-batch by a smooth mask; all
     channels of an image share one mask."""
     shape = (1, *samples.shape[2:]) if samples.dim() == 4 else tuple(samples.shape[1:])

@@ -11,12 +11,12 @@ Invariant: the head learns from its input; no gradient of the probe passes below
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from dtrain.block.block import BackwardPair, Block
 from dtrain.block.micro_batch import MicroBatch
+from dtrain.objectives.base import scaled_loss_pair
 
 
 def feature_taps(block: Block) -> tuple[str, ...]:
@@ -39,5 +39,4 @@ def probe_pair(block: Block, micro_batch: MicroBatch, features: Tensor) -> Backw
     *_, head = block.layers.values()
     loss = cross_entropy(head(features.detach()), micro_batch.targets)
     micro_batch.metrics["probe_loss"] = loss.detach()
-    micro_batch.loss = loss.detach() if micro_batch.loss is None else micro_batch.loss
-    return loss, torch.full_like(loss, micro_batch.loss_scale)
+    return scaled_loss_pair(micro_batch, loss)

@@ -27,7 +27,7 @@ from torch.nn.functional import one_hot
 
 from dtrain.block.block import BackwardPair, Block
 from dtrain.block.micro_batch import MicroBatch
-from dtrain.objectives.base import Objective, scaled_loss_pair
+from dtrain.objectives.base import Objective, cross_entropy_pair
 from dtrain.objectives.block_spec import BlockSpec
 
 MatrixKind = Literal["uniform", "kaiming", "ternary", "binary", "identity"]
@@ -58,7 +58,7 @@ class RandomFeedback(Objective):
     ) -> list[BackwardPair]:
         """Return the pair of the feedback, or in the last block the loss."""
         if spec.is_last:
-            return [scaled_loss_pair(micro_batch, micro_batch.y)]
+            return [cross_entropy_pair(micro_batch, micro_batch.y)]
         assert isinstance(block.head, FixedMatrix)
         return [self.feedback_pair(spec, micro_batch, block.head.feedback)]
 

@@ -39,6 +39,7 @@ from dtrain.models.image_layers import Norm, channels_last, conv, norm
 from dtrain.objectives.base import (
     ExecutionMode,
     Objective,
+    cross_entropy_pair,
     forward_routes,
     scaled_loss_pair,
     vote_routes,
@@ -152,7 +153,7 @@ class Reconstruction(Objective):
     ) -> list[BackwardPair]:
         """Return the sum of both losses, or in the last block the loss of the model."""
         if block.head is None:
-            return [scaled_loss_pair(micro_batch, micro_batch.y)]
+            return [cross_entropy_pair(micro_batch, micro_batch.y)]
         assert isinstance(block.head, ReconstructionHead)
         features, (lambda1, lambda2) = block.head.path(micro_batch.y), self.lambdas(spec)
         terms = []
@@ -164,9 +165,7 @@ class Reconstruction(Objective):
             loss = reconstruction_loss(block.head.decoder, features, micro_batch)
             micro_batch.metrics["reconstruction"] = loss.detach()
             terms.append(lambda1 * loss)
-        total = torch.stack(terms).sum()
-        micro_batch.loss = total.detach()
-        return [(total, torch.full_like(total, micro_batch.loss_scale))]
+        return [scaled_loss_pair(micro_batch, torch.stack(terms).sum())]
 
     def predict(self, spec: BlockSpec, block: Block, micro_batch: MicroBatch) -> Tensor | None:
         """Return the class scores (rows, classes), or None if the block has no classifier."""

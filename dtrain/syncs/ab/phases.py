@@ -1,6 +1,6 @@
-"""Phases: when a run is in full rank and when in low, and how the learning rate comes back.
+"""The schedule of AB training: which updates are low-rank, and which replicas train which factor.
 
-Invariant: pure in the number of the update and in lengths.
+Invariant: everything here is pure in the number of the update and in lengths and sizes.
 """
 
 from __future__ import annotations
@@ -11,11 +11,23 @@ from typing import Literal, NamedTuple, final
 from dtrain.errors import ConfigError
 
 LOWEST_LR_FACTOR = 1 / 300
-"""The learning rate after a change, as a part of what it would be: 1e-5 of the paper's 3e-3."""
+"""The learning-rate factor right after a phase change; the paper goes from 3e-3 to 1e-5."""
 
 
 class Phases(NamedTuple):
-    """The lengths of a run's phases, in updates."""
+    """Lengths of the phases of a run, in updates.
+
+    Attributes
+    ----------
+    warmup : int
+        Full-rank updates at the start.
+    period : int
+        Updates of a period, which begins with full rank and continues in low rank.
+    full_rank : int
+        Full-rank updates at the start of a period.
+    rebound : int
+        Updates over which the learning rate rises again after a change.
+    """
 
     warmup: int
     period: int
@@ -23,22 +35,20 @@ class Phases(NamedTuple):
     rebound: int
 
     def is_low_rank(self, update: int) -> bool:
-        """Say whether an update is one of low rank."""
-        since = update % self.period
-        first = update - since <= self.warmup
-        return update >= self.warmup and (first or since >= self.full_rank)
+        """Say whether an update is in a low-rank phase."""
+        offset = update % self.period
+        first_period = update - offset <= self.warmup
+        return update >= self.warmup and (first_period or offset >= self.full_rank)
 
     def truncates(self, update: int) -> bool:
-        """Say whether a split before this update cuts; the first one after the warm-up does not."""
+        """Say whether a factorization before this update truncates; the first one does not."""
         return update - update % self.period > self.warmup
 
-    def lr_factor(self, since: int) -> float:
-        """Return by what the learning rate is multiplied so many updates after a change."""
-        return (
-            1.0
-            if since >= self.rebound
-            else LOWEST_LR_FACTOR + (1 - LOWEST_LR_FACTOR) * since / self.rebound
-        )
+    def lr_factor(self, updates_since_change: int) -> float:
+        """Return the learning-rate factor so many updates after a phase change."""
+        if updates_since_change >= self.rebound:
+            return 1.0
+        return LOWEST_LR_FACTOR + (1 - LOWEST_LR_FACTOR) * updates_since_change / self.rebound
 
 
 MergeMode = Literal["with-stale", "only-learned", "full", "only-b"]
@@ -47,14 +57,16 @@ MergeMode = Literal["with-stale", "only-learned", "full", "only-b"]
 @final
 @dataclass(frozen=True)
 class FactorGroups:
-    """The replicas of each group, in order.
+    """The groups of replicas that train one factor each.
 
     Attributes
     ----------
+    members : tuple of range
+        The replicas of each group, in order.
     size : int
-        Replicas of a group; the last may have fewer.
-    halves : bool
-        Whether some take A; if not, all take B.
+        Replicas of a group; the last group may have fewer.
+    trains_both : bool
+        Whether the first half of the groups trains A. If not, all train B.
     """
 
     members: tuple[range, ...]
@@ -62,25 +74,30 @@ class FactorGroups:
     trains_both: bool
 
     @classmethod
-    def build(cls, count: int, size: int, mode: MergeMode) -> FactorGroups:
-        """Return the groups of `count` replicas; a size of 0: two halves, with `only-b` all in one.
+    def build(cls, replicas: int, size: int, mode: MergeMode) -> FactorGroups:
+        """Return the groups of so many replicas.
+
+        A size of 0 makes two groups, or a single one in mode "only-b".
 
         Raises
         ------
-        DtrainError
-            One group cannot train both factors.
+        ConfigError
+            A single group cannot train both factors.
         """
-        halves = mode != "only-b"
-        if halves and size >= count > 1:
+        trains_both = mode != "only-b"
+        if trains_both and size >= replicas > 1:
             raise ConfigError(
-                "todo.key",
-                f"[sync] group-size = {size} puts all {count} replicas into one group: give at "
-                f'most {count - 1}, or mode = "only-b"',
+                "sync.group-size",
+                f"[sync] group-size = {size} puts all {replicas} replicas into one group, which "
+                f"cannot train both factors: it must be at most {replicas - 1}, or set "
+                'mode = "only-b"',
                 agreed=True,
             )
-        own = min(size or (-(-count // 2) if halves else count), count)
-        starts = range(0, count, own)
-        return cls(tuple(range(i, min(i + own, count)) for i in starts), own, halves)
+        default_size = -(-replicas // 2) if trains_both else replicas
+        size = min(size or default_size, replicas)
+        starts = range(0, replicas, size)
+        members = tuple(range(start, min(start + size, replicas)) for start in starts)
+        return cls(members, size, trains_both)
 
     def group_of_rank(self, rank: int) -> int:
         """Return the group of a replica."""
@@ -92,4 +109,4 @@ class FactorGroups:
 
     def replicas_training_a(self) -> int:
         """Return how many replicas train A."""
-        return sum(len(own) for i, own in enumerate(self.members) if self.trains_a(i))
+        return sum(len(ranks) for group, ranks in enumerate(self.members) if self.trains_a(group))

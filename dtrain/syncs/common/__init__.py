@@ -1,1 +1,1 @@
-"""Parts that several syncs share. No file here has a name in a run file."""
+"""Code that several syncs share. No file here has a name in a run file."""

@@ -1,84 +1,106 @@
-"""Smaller: a wrapper under which what crosses between nodes is carried smaller.
+"""The base class of compressing wrappers: they make the transfers of another sync smaller.
 
-Invariant: gradients that the inner sync averages over several nodes, and what replicas moved by
-since they were equal, go through a carrier each, with memory of their own; all else stays exact.
+Two kinds of transfers between nodes are compressed: gradients that the inner sync averages over
+several nodes, and deltas of the weights since all replicas were equal.
+
+Invariant: gradients and deltas each have a compressor, with an error memory of its own. Everything
+else is exact.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
 
 from dtrain.comm.communicator import Comm
 from dtrain.errors import ConfigError
-from dtrain.syncs.base import SyncTarget, UpdateClock, select_prefix
-from dtrain.syncs.common.compressor import Compressor
+from dtrain.syncs.base import (
+    Sync,
+    SyncTarget,
+    SyncTraits,
+    UpdateClock,
+    add_prefix,
+    select_prefix,
+)
+from dtrain.syncs.common.compressor import NO_COMPRESSION, Compressor
 from dtrain.syncs.common.wrapper import Wrapper
 from dtrain.syncs.gradient_reducer import WeightedGroup
 
 
 @dataclass
 class CompressedSync(Wrapper):
-    """A subclass says how numbers are carried, and which part of a mean that costs.
+    """A wrapper whose subclass makes the compressors.
 
     Attributes
     ----------
-    remembers : bool
-        Whether a carrier has memory of its replica's own.
+    error_feedback : bool
+        Whether a compressor keeps the error of each replica and adds it to the next transfer.
+
+    Raises
+    ------
+    ConfigError
+        The inner sync has no transfers that can be compressed.
     """
 
     error_feedback: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.inner_sync.compressible:
+        if not self.inner_sync.traits().compressible:
             name = self.inner["name"]
             advice = "put it around this one" if name == "only-large" else "leave one of them out"
             raise ConfigError(
-                "todo.key",
-                f"[sync.inner] '{name}' sends nothing that another sync can make smaller: {advice}",
+                "sync.inner-not-compressible",
+                f"[sync.inner] '{name}' has no transfers that another sync can compress: {advice}",
             )
-        self.lossy, self.compressible = True, False
-        own = self.error_feedback * (1 + self.replicas_diverge)  # one memory per carrier
-        self.parameter_copies = (
-            self.inner_sync.parameter_copies + own + self.replicas_diverge
-        )  # and where all were last equal
-        self.replicas_diverge = self.replicas_diverge or self.error_feedback
+
+    def traits(self) -> SyncTraits:
+        """Return the traits of the inner sync, lossy; error feedback makes replicas diverge."""
+        inner = self.inner_sync.traits()
+        diverge = inner.replicas_diverge
+        # Each compressor in use keeps errors; deltas need the weights at which replicas were equal.
+        copies = self.error_feedback * (1 + diverge) + diverge
+        return replace(
+            inner,
+            lossy=True,
+            compressible=False,
+            parameter_copies=inner.parameter_copies + copies,
+            replicas_diverge=diverge or self.error_feedback,
+        )
 
     @abstractmethod
     def make_compressor(self, payload: str) -> Compressor:
-        """Return a new carrier of `what`: gradients or movements."""
+        """Return a new compressor; `payload` is "gradients" or "movements" (weight deltas)."""
 
     @abstractmethod
     def sent_fraction(self) -> float:
-        """Return which part of a mean's bytes between nodes is sent."""
+        """Return the bytes sent between nodes over those of a mean, for the time estimate."""
 
-    def setup(self, block: SyncTarget, replicas: Comm) -> None:
-        """Open the inner sync, whose transfers are carried smaller from now on."""
-        self.block, self.replicas = block, replicas
-        self.gradient_compressor, self.delta_compressor = (
-            self.make_compressor("gradients"),
-            self.make_compressor("movements"),
-        )
-        self.inner_sync.set_compressor(self.delta_compressor)
-        super().setup(block, replicas)
+    def setup(
+        self, block: SyncTarget, replicas: Comm, compressor: Compressor = NO_COMPRESSION
+    ) -> None:
+        """Attach the inner sync with a compressor for its deltas. Collective over the replicas."""
+        Sync.setup(self, block, replicas, compressor)
+        self.gradient_compressor = self.make_compressor("gradients")
+        self.delta_compressor = self.make_compressor("movements")
+        self.inner_sync.setup(block, replicas, self.delta_compressor)
 
     def communication_cost(self) -> tuple[float, float]:
-        """Those of the inner sync; between nodes a part of each."""
-        near, far = self.inner_sync.communication_cost()
-        return near, far * self.sent_fraction()
+        """Return the means of the inner sync, between nodes times `sent_fraction`."""
+        inside, between = self.inner_sync.communication_cost()
+        return inside, between * self.sent_fraction()
 
     def gradient_group(self, weight: float, clock: UpdateClock) -> WeightedGroup | None:
-        """Inside nodes as the inner sync; between nodes see `before_update`."""
+        """Return the group of the inner sync inside a node; `before_update` averages others."""
         group = self.inner_sync.gradient_group(weight, clock)
         return None if group is None or group.comm.node_count > 1 else group
 
     def before_update(self, gradients: Sequence[Tensor], weight: float, clock: UpdateClock) -> None:
-        """Average gradients where the inner sync averages them between nodes."""
+        """Average gradients, compressed, where the inner sync averages them over several nodes."""
         group = self.inner_sync.gradient_group(weight, clock)
         if group is not None and group.comm.node_count > 1:
             named = self.block.name_gradients(gradients)
@@ -86,13 +108,15 @@ class CompressedSync(Wrapper):
         self.inner_sync.before_update(gradients, weight, clock)
 
     def state(self) -> dict[str, Tensor]:
-        """Return the states of both carriers and of the inner sync."""
-        carriers = {"gradients": self.gradient_compressor, "movements": self.delta_compressor}
-        own = {f"{k}/{name}": t for k, each in carriers.items() for name, t in each.state().items()}
-        return super().state() | own
+        """Return the states of the inner sync and of both compressors."""
+        return {
+            **super().state(),
+            **add_prefix("gradients/", self.gradient_compressor.state()),
+            **add_prefix("movements/", self.delta_compressor.state()),
+        }
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state()` returned."""
+        """Load the states of the inner sync and of both compressors."""
         super().restore(state)
         self.gradient_compressor.restore(select_prefix(state, "gradients/"))
         self.delta_compressor.restore(select_prefix(state, "movements/"))

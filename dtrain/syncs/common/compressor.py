@@ -1,14 +1,17 @@
-"""Carrier: how differences travel between nodes: as they are, or smaller.
+"""Compressors: weighted means of differences over a group, sent smaller between nodes.
 
-Invariant: all ranks of a group end with the same bits, which the leads of nodes have worked out
-from the same messages in the order of nodes; what stays inside a node is exact.
+Gradients are differences, and so are the deltas of weights since all replicas were equal. Weights
+themselves are never compressed. A quantizing compressor works in three stages::
 
-::
+    exact mean in each node  ->  leader: encode -> to all leaders -> decode, add  ->  broadcast
+                                                                                      in the node
 
-    near mean of the node  ->  lead: encode -> to all leads -> decode, add up  ->  near broadcast
+With N elements on m nodes the leaders send m (m - 1) codes of N elements in all. A codec that may
+encode sums again, on more than two nodes, sends slices instead, 2 (m - 1) codes in all: each leader
+adds up one slice and sends the sum to the others.
 
-Gradients are differences, and so is what a replica moved by since all were equal; weights are not,
-and are never made smaller.
+Invariant: all ranks of a group end with the same bits, because leaders add up the same messages in
+the order of nodes. Transfers inside a node are exact.
 """
 
 from __future__ import annotations
@@ -26,16 +29,16 @@ from dtrain.comm.communicator import Comm
 from dtrain.syncs.common.node_groups import NodeLeaders
 
 Completion = Callable[[], None]
-"""Finishes what was begun. Collective."""
+"""Waits for an operation in flight and writes its result. Collective over the group."""
 
 
 class Compressor(ABC):
-    """Makes weighted means of tensors over a group, in place.
+    """Weighted means of tensors over a group, in place.
 
     Attributes
     ----------
     exact : bool
-        Whether what comes is the mean itself, so that weights may travel too.
+        Whether the result is the mean itself, so that weights may be averaged too.
     """
 
     exact: ClassVar[bool] = False
@@ -44,35 +47,35 @@ class Compressor(ABC):
     def begin(
         self, group: Comm, tensors: Mapping[str, Tensor], weight: float, update: int
     ) -> Completion:
-        """Start ``sum of weight * tensor`` over the group; the tensors hold it once the returned
-        function was called. Collective, and nobody may touch them in between.
+        """Start ``sum of weight * tensor`` over the group. Collective over the group.
 
-        `update` and the tensors' names key what is random.
+        The tensors hold the sum once the returned function has been called; until then they must
+        not be used. Their names and `update` key random numbers.
         """
 
     @final
     def mean_(self, group: Comm, tensors: Mapping[str, Tensor], weight: float, update: int) -> None:
-        """Make the mean at once. Collective."""
+        """Replace the tensors by ``sum of weight * tensor``. Collective over the group."""
         self.begin(group, tensors, weight, update)()
 
     def state(self) -> dict[str, Tensor]:
-        """Return by name what must survive a restart: this rank's own."""
+        """Return by name the state of this rank that a restart needs."""
         return {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027
-        """Take back what `state()` returned."""
+        """Load the tensors that `state` returned."""
 
 
 @final
 class NoCompression(Compressor):
-    """The mean as `Comm` makes it."""
+    """The exact mean of `Comm`."""
 
     exact: ClassVar[bool] = True
 
     def begin(
         self, group: Comm, tensors: Mapping[str, Tensor], weight: float, update: int
     ) -> Completion:
-        """Start the mean."""
+        """Start the exact mean. Collective over the group."""
         return group.imean_(tensors, weight).wait
 
 
@@ -80,31 +83,31 @@ NO_COMPRESSION = NoCompression()
 
 
 class Codec(ABC):
-    """Turns 1-D tensors into bytes and back.
+    """A code that turns 1-D tensors into bytes and back.
 
     Attributes
     ----------
-    again : bool
-        Whether sums of what it stands for may be coded once more.
+    can_reencode : bool
+        Whether sums of decoded tensors may be encoded again.
     """
 
     can_reencode: ClassVar[bool] = False
 
     @abstractmethod
     def encoded_bytes(self, count: int) -> int:
-        """Return the bytes that so many elements need."""
+        """Return the bytes of `count` encoded elements."""
 
     @abstractmethod
     def encode(self, values: Tensor, key: tuple[int | str, ...]) -> Tensor:
-        """Return the bytes (uint8) of `values`; `key` keys random numbers."""
+        """Return the bytes (uint8) of a tensor (count,); `key` seeds random numbers."""
 
     @abstractmethod
     def decode(self, data: Tensor, count: int) -> Tensor:
-        """Return the `count` elements (float32) that `data` stands for."""
+        """Return the `count` elements (float32) that `data` encodes."""
 
 
 class Chunk(NamedTuple):
-    """Elements `start` to `stop` of a tensor, flat."""
+    """Elements `start` to `stop` of a flattened tensor."""
 
     name: str
     start: int
@@ -113,128 +116,143 @@ class Chunk(NamedTuple):
 
 @final
 class QuantizedMean(Compressor):
-    """Sums of nodes in a code.
+    """Means whose messages between nodes are encoded.
 
     Parameters
     ----------
-    code : Code
-    own : tuple of int or str
-        Keys this rank's random numbers.
+    codec : Codec
+    rng_key : tuple of int or str
+        Keys the random numbers of this rank.
     """
 
     def __init__(self, codec: Codec, rng_key: tuple[int | str, ...]) -> None:
-        self.codec, self.rng_key = codec, rng_key
-        self._node_leaders: dict[Comm, NodeLeaders] = {}
+        self.codec = codec
+        self.rng_key = rng_key
+        self._leaders_of_group: dict[Comm, NodeLeaders] = {}
 
     def begin(
         self, group: Comm, tensors: Mapping[str, Tensor], weight: float, update: int
     ) -> Completion:
-        """Add up inside nodes, encode, and start to send to all leads."""
+        """Add up inside the node, and start to send the encoded sums. Collective over the group."""
         if group.node_count == 1 or not tensors:
             return group.imean_(tensors, weight).wait
-        hub = self._node_leaders.get(group) or self._node_leaders.setdefault(
-            group, NodeLeaders(group)
-        )
-        if hub.node_group.size > 1:
-            hub.node_group.mean_(tensors, weight)
+        leaders = self._node_leaders(group)
+        if leaders.node_group.size > 1:
+            leaders.node_group.mean_(tensors, weight)
         else:
-            for each in tensors.values():
-                each.mul_(weight)
-        finish: Completion | None = None
-        if hub.leader_group is not None:
-            sliced = self.codec.can_reencode and hub.leader_group.size > 2
-            start = self._exchange_slices if sliced else self._exchange_whole
-            finish = start(hub.leader_group, tensors, update)
+            for tensor in tensors.values():
+                tensor.mul_(weight)
+        finish_exchange: Completion | None = None
+        if leaders.leader_group is not None:
+            sliced = self.codec.can_reencode and leaders.leader_group.size > 2
+            start_exchange = self._exchange_slices if sliced else self._exchange_whole
+            finish_exchange = start_exchange(leaders.leader_group, tensors, update)
 
-        def land() -> None:
-            if finish is not None:
-                finish()
-            if hub.node_group.size > 1:
-                hub.node_group.broadcast_(tensors)
+        def finish() -> None:
+            if finish_exchange is not None:
+                finish_exchange()
+            if leaders.node_group.size > 1:
+                leaders.node_group.broadcast_(tensors)
 
-        return land
+        return finish
+
+    def _node_leaders(self, group: Comm) -> NodeLeaders:
+        """Return the leaders of a group, made at its first mean. Collective over the group."""
+        if group not in self._leaders_of_group:
+            self._leaders_of_group[group] = NodeLeaders(group)
+        return self._leaders_of_group[group]
 
     def _exchange_whole(
         self, leader_group: Comm, tensors: Mapping[str, Tensor], update: int
     ) -> Completion:
-        """Send all to all leads."""
-        chunks = [Chunk(name, 0, each.numel()) for name, each in tensors.items()]
-        trade = leader_group.ialltoall([self._encode(chunks, tensors, update)] * leader_group.size)
-        return lambda: self._write(chunks, self._sum(trade.wait(), chunks), tensors)
+        """Start to send all tensors to all leaders, which add them up."""
+        chunks = [Chunk(name, 0, tensor.numel()) for name, tensor in tensors.items()]
+        code = self._encode(chunks, tensors, update)
+        exchange = leader_group.ialltoall([code] * leader_group.size)
+        return lambda: self._write(chunks, self._sum(exchange.wait(), chunks), tensors)
 
     def _exchange_slices(
         self, leader_group: Comm, tensors: Mapping[str, Tensor], update: int
     ) -> Completion:
-        """Send each lead its slice; what it makes of them comes when it lands."""
-        cut = slices({name: each.numel() for name, each in tensors.items()}, leader_group.size)
-        trade = leader_group.ialltoall([self._encode(own, tensors, update) for own in cut])
+        """Start to send each leader its slice, whose encoded sum it sends back in the end."""
+        sizes = {name: tensor.numel() for name, tensor in tensors.items()}
+        chunks_of_leader = slices(sizes, leader_group.size)
+        exchange = leader_group.ialltoall(
+            [self._encode(chunks, tensors, update) for chunks in chunks_of_leader]
+        )
 
         def finish() -> None:
-            mine = cut[leader_group.rank]
-            sums = self._sum(trade.wait(), mine)
-            parts = {chunk.name: part for chunk, part in zip(mine, sums, strict=True)}
-            whole = [Chunk(name, 0, len(part)) for name, part in parts.items()]
-            codes = self._encode(whole, parts, update)
-            most = max(sum(self.codec.encoded_bytes(b - a) for _, a, b in own) for own in cut)
-            codes = pad(codes, (0, most - len(codes)))  # what all give has one length
-            back = leader_group.ialltoall([codes] * leader_group.size)
-            for own, data in zip(cut, back.wait(), strict=True):
-                self._write(own, self._decode(data, own), tensors)
+            local_chunks = chunks_of_leader[leader_group.rank]
+            sums = self._sum(exchange.wait(), local_chunks)
+            sum_of = {chunk.name: part for chunk, part in zip(local_chunks, sums, strict=True)}
+            whole = [Chunk(name, 0, len(part)) for name, part in sum_of.items()]
+            code = self._encode(whole, sum_of, update)
+            length = max(
+                sum(self.codec.encoded_bytes(stop - start) for _, start, stop in chunks)
+                for chunks in chunks_of_leader
+            )
+            code = pad(code, (0, length - len(code)))  # all messages have one length
+            gathered = leader_group.ialltoall([code] * leader_group.size).wait()
+            for chunks, data in zip(chunks_of_leader, gathered, strict=True):
+                self._write(chunks, self._decode(data, chunks), tensors)
 
         return finish
 
     def _encode(
         self, chunks: Sequence[Chunk], tensors: Mapping[str, Tensor], update: int
     ) -> Tensor:
-        """Return the bytes of parts of tensors, one after the other."""
+        """Return the encoded chunks of tensors, concatenated."""
         codes = [
-            self.codec.encode(tensors[n].reshape(-1)[a:b], (*self.rng_key, n, update))
-            for n, a, b in chunks
+            self.codec.encode(tensors[name].reshape(-1)[start:stop], (*self.rng_key, name, update))
+            for name, start, stop in chunks
         ]
         return torch.cat(codes) if codes else torch.empty(0, dtype=torch.uint8)
 
     def _decode(self, data: Tensor, chunks: Sequence[Chunk]) -> list[Tensor]:
-        """Return the numbers (float32) of each chunk."""
-        found, start = [], 0
-        for _, a, b in chunks:
-            end = start + self.codec.encoded_bytes(b - a)
-            found.append(self.codec.decode(data[start:end], b - a))
-            start = end
-        return found
+        """Return the elements (float32) of each chunk."""
+        parts, offset = [], 0
+        for _, start, stop in chunks:
+            end = offset + self.codec.encoded_bytes(stop - start)
+            parts.append(self.codec.decode(data[offset:end], stop - start))
+            offset = end
+        return parts
 
     def _sum(self, messages: Sequence[Tensor], chunks: Sequence[Chunk]) -> list[Tensor]:
-        """Return the sum of what all nodes sent, chunk by chunk."""
-        total = self._decode(messages[0], chunks)
+        """Return the sum over the messages of all nodes, for each chunk."""
+        sums = self._decode(messages[0], chunks)
         for data in messages[1:]:
-            for own, part in zip(total, self._decode(data, chunks), strict=True):
-                own += part
-        return total
+            for total, part in zip(sums, self._decode(data, chunks), strict=True):
+                total += part
+        return sums
 
     def _write(
         self, chunks: Sequence[Chunk], parts: Sequence[Tensor], tensors: Mapping[str, Tensor]
     ) -> None:
-        """Put numbers where they belong."""
-        for (name, a, b), part in zip(chunks, parts, strict=True):
-            own = tensors[name]
-            flat = own.reshape(-1)
-            flat[a:b] = part
-            if not own.is_contiguous():  # then that was a copy
-                own.copy_(flat.view(own.shape))
+        """Write the elements of chunks into the tensors that they are parts of."""
+        for (name, start, stop), part in zip(chunks, parts, strict=True):
+            tensor = tensors[name]
+            flat = tensor.reshape(-1)
+            flat[start:stop] = part
+            if not tensor.is_contiguous():  # then `flat` is a copy
+                tensor.copy_(flat.view(tensor.shape))
 
 
 def slices(sizes: Mapping[str, int], count: int) -> list[list[Chunk]]:
-    """Return `count` slices of tensors of so many elements, laid end to end, nearly equal.
+    """Return `count` nearly equal slices of tensors that are laid end to end.
 
-    >>> [[tuple(chunk) for chunk in own] for own in slices({"a": 3, "b": 5}, 2)]
+    `sizes` has the elements of each tensor. No slice is more than one element longer than another.
+
+    >>> [[tuple(chunk) for chunk in chunks] for chunks in slices({"a": 3, "b": 5}, 2)]
     [[('a', 0, 3), ('b', 0, 1)], [('b', 1, 5)]]
     """
-    total, first = sum(sizes.values()), 0
-    borders = [total * i // count for i in range(count + 1)]
-    found: list[list[Chunk]] = [[] for _ in range(count)]
+    total = sum(sizes.values())
+    borders = [total * index // count for index in range(count + 1)]
+    result: list[list[Chunk]] = [[] for _ in range(count)]
+    offset = 0
     for name, size in sizes.items():
-        for own, (low, high) in zip(found, pairwise(borders), strict=True):
-            a, b = max(first, low) - first, min(first + size, high) - first
-            if a < b:
-                own.append(Chunk(name, a, b))
-        first += size
-    return found
+        for chunks, (low, high) in zip(result, pairwise(borders), strict=True):
+            start, stop = max(offset, low) - offset, min(offset + size, high) - offset
+            if start < stop:
+                chunks.append(Chunk(name, start, stop))
+        offset += size
+    return result

@@ -1,7 +1,8 @@
-"""Replicas that train apart: each takes its own steps, and their mean is what is shown.
+"""Base classes of local updates: replicas step on their own and average their parameters sometimes.
 
-Invariant: while all hold the same parameters those are the view, bit for bit; else their plain mean
-over replicas is, since a mean of equal numbers need not be that number.
+Invariant: while all replicas hold the same parameters, those are evaluated, bit for bit. Otherwise
+their plain mean over replicas is. The two cases differ, because a mean of equal numbers need not be
+that number.
 """
 
 from __future__ import annotations
@@ -12,89 +13,106 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dtrain.syncs.base import Sync, UpdateClock, diverging_tensors, replica_mean, select_prefix
+from dtrain.comm.communicator import Comm
+from dtrain.syncs.base import (
+    Sync,
+    SyncTarget,
+    SyncTraits,
+    UpdateClock,
+    add_prefix,
+    clone_all,
+    diverging_tensors,
+    replica_mean,
+    select_prefix,
+)
+from dtrain.syncs.common.compressor import NO_COMPRESSION, Compressor
 
 
 class LocalUpdates(Sync):
-    """A sync whose replicas may differ at a segment's end; what a subclass does not say is nothing.
+    """A sync whose replicas may differ at the end of a segment.
 
-    A replica without a sample in an update takes no step in it, but takes part in every mean.
+    A replica without samples in an update skips its step, but takes part in every mean. A subclass
+    communicates in `after_update`; nothing else is sent by default.
     """
 
-    replicas_diverge = True
+    def traits(self) -> SyncTraits:
+        """Return traits of replicas that diverge."""
+        return SyncTraits(replicas_diverge=True)
 
     @abstractmethod
     def after_update(self, clock: UpdateClock) -> None:
-        """Change the parameters in place, and say in `equal` whether all replicas hold the same."""
+        """Change the parameters in place, and set `in_sync`."""
 
     def end_epoch(self, loss: float) -> None:
-        """Nothing follows from the loss."""
+        """Ignore the loss."""
 
     def finish_pending(self) -> None:
-        """Nothing to land, and no mean before its time."""
+        """Do nothing: no communication is in flight."""
 
     def evaluation_weights(self) -> dict[str, Tensor]:
-        """Return the mean of all replicas' parameters and buffers; collective.
+        """Return parameters and buffers, averaged over the replicas. Collective over the replicas.
 
-        Parameters that are equal anyway are not copied and keep their bits.
+        Parameters that are equal on all replicas are not copied and keep their bits.
         """
-        own = self.block.tensors()
+        tensors = self.block.tensors()
         names = self.block.unsynced_buffers if self.in_sync else diverging_tensors(self.block)
-        return own | replica_mean(self.replicas, {name: own[name] for name in names})
+        return tensors | replica_mean(self.replicas, {name: tensors[name] for name in names})
 
     def state(self) -> dict[str, Tensor]:
         """Return whether the replicas hold the same parameters."""
         return {"equal": torch.tensor(int(self.in_sync))}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state()` returned."""
+        """Load whether the replicas hold the same parameters."""
         self.in_sync = bool(state["equal"])
 
 
 class PeriodicSync(LocalUpdates):
-    """Steps apart and meetings; a subclass says when they meet, and may say what happens there.
+    """Rounds of local updates, each of which ends with a synchronisation.
 
-    Where a carrier is not exact, what travels are the movements since the last meeting.
+    A subclass defines `is_due`; it may override `synchronise`, which averages the parameters.
+    Where the compressor is lossy, the parameters' deltas since the last synchronisation are
+    averaged instead.
     """
 
-    def __init__(self) -> None:
+    def setup(
+        self, block: SyncTarget, replicas: Comm, compressor: Compressor = NO_COMPRESSION
+    ) -> None:
+        """Attach the sync to a block. Collective over the replicas."""
+        super().setup(block, replicas, compressor)
         self._base_weights: dict[str, Tensor] = {}
 
     @abstractmethod
     def is_due(self, clock: UpdateClock) -> bool:
-        """Say whether the replicas meet after this update."""
+        """Say whether the replicas synchronise after this update; pure in clock and state."""
 
     def synchronise(self, clock: UpdateClock) -> None:
-        """Replace the parameters by their plain mean over the replicas. Collective."""
-        own = self.block.trainable_tensors()
+        """Replace the parameters by their plain mean over the replicas. Collective over them."""
+        weights = self.block.trainable_tensors()
         if self.compressor.exact:
-            self.replicas.mean_(own)
+            self.replicas.mean_(weights)
             return
-        moved = {name: each - self._base_weights[name] for name, each in own.items()}
-        self.compressor.mean_(self.replicas, moved, 1 / self.replicas.size, clock.update)
-        for name, each in own.items():
-            each.copy_(self._base_weights[name].add_(moved[name]))
+        deltas = {name: weight - self._base_weights[name] for name, weight in weights.items()}
+        self.compressor.mean_(self.replicas, deltas, 1 / self.replicas.size, clock.update)
+        for name, weight in weights.items():
+            weight.copy_(self._base_weights[name].add_(deltas[name]))
 
     def before_update(self, gradients: Sequence[Tensor], weight: float, clock: UpdateClock) -> None:
-        """Keep the weights with which a round begins, where movements are to travel."""
+        """Copy the weights at the start of a round, where deltas are to be averaged."""
         if self.in_sync and not self.compressor.exact:
-            self._base_weights = {
-                name: each.clone() for name, each in self.block.trainable_tensors().items()
-            }
+            self._base_weights = clone_all(self.block.trainable_tensors())
 
     def after_update(self, clock: UpdateClock) -> None:
-        """Meet where it is time."""
+        """Synchronise where it is due. Collective over the replicas."""
         self.in_sync = self.is_due(clock)
         if self.in_sync:
             self.synchronise(clock)
 
     def state(self) -> dict[str, Tensor]:
-        """Return whether the replicas hold the same parameters, and where they last did."""
-        return super().state() | {f"base/{name}": each for name, each in self._base_weights.items()}
+        """Return whether the replicas are equal, and the weights at the start of the round."""
+        return super().state() | add_prefix("base/", self._base_weights)
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state()` returned."""
+        """Load whether the replicas are equal, and the weights at the start of the round."""
         super().restore(state)
-        self._base_weights = {
-            name: each.clone() for name, each in select_prefix(state, "base/").items()
-        }
+        self._base_weights = clone_all(select_prefix(state, "base/"))

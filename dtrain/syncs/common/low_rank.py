@@ -1,7 +1,10 @@
-"""Low rank: matrices split by their singular values, and optimizer state that follows.
+"""Low-rank factorization of a block's weights by SVD, and the optimizer state that goes with it.
 
-Invariant: an uncut split multiplied together is the matrix, up to rounding. The optimizer state of
-a factor is that of its matrix by the chain rule; what is cut off that of a core is lost.
+A weight (a, ...) is seen as a matrix (a, b). Used by AB (two factors) and OIALR (three), and by the
+export of factors.
+
+Invariant: factors of full rank multiply to the matrix, up to rounding. The optimizer state of a
+factor is that of its matrix by the chain rule. A core that shrinks loses the state of what is cut.
 """
 
 from __future__ import annotations
@@ -14,27 +17,32 @@ from torch import Tensor
 
 from dtrain.block.low_rank import LowRankWeight
 from dtrain.block.parameters import BlockParameters, matrix_name
+from dtrain.comm.node_topology import NodeTopology
 from dtrain.errors import ConfigError, NumericalError
-from dtrain.syncs.base import LowRankStats, select_prefix
+from dtrain.syncs.base import LowRankStats, add_prefix, select_prefix
 
 SVD = tuple[Tensor, Tensor, Tensor]
 """U (a, k), the singular values (k,), V' (k, b)."""
 
-
 FIRST_MOMENTS = frozenset({"momentum_buffer", "exp_avg", "grad_avg"})
-"""What torch's optimizers keep that is linear in gradients."""
-
+"""State of torch's optimizers that is linear in gradients."""
 
 SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
-"""What they keep that is linear in squares of gradients."""
+"""State of torch's optimizers that is linear in squares of gradients."""
 
 
 def require_whole_block(block: object, sync_name: str) -> BlockParameters:
-    """Return a block whose matrices can become products; refuse a part of one, for a sync."""
+    """Return a block whose matrices can be factorized.
+
+    Raises
+    ------
+    ConfigError
+        It is only a subset of a block's tensors.
+    """
     if not isinstance(block, BlockParameters):
         raise ConfigError(
-            "todo.key",
-            f"[sync] '{sync_name}' needs whole blocks: take it out of 'only-large'",
+            "sync.needs-whole-block",
+            f"[sync] '{sync_name}' needs whole blocks: it cannot be inside 'only-large'",
             agreed=True,
         )
     return block
@@ -45,210 +53,240 @@ def as_matrix(weight: Tensor) -> Tensor:
     return weight.detach().reshape(len(weight), -1)
 
 
+# ---- factors
+
+
 def svd(weight: Tensor) -> SVD:
     """Return the singular value decomposition of a weight seen as a matrix, in its dtype.
 
-    Narrower numbers than float32 are split as float32. The largest element of a column of U is
-    positive: without that its sign would follow from rounding.
+    Dtypes narrower than float32 are decomposed as float32. The largest element of each column of U
+    is positive; otherwise its sign would follow from rounding.
 
     Raises
     ------
-    DtrainError
-        The weight is NaN or infinite (code 4).
+    NumericalError
+        The weight is NaN or infinite.
     """
-    own = as_matrix(weight)
-    if not own.isfinite().all():
-        advice = "lower [optimizer] lr, or set clip"
+    matrix = as_matrix(weight)
+    if not matrix.isfinite().all():
         raise NumericalError(
-            "todo.key", f"a weight of {tuple(weight.shape)} is not finite: {advice}"
+            "sync.svd-not-finite",
+            f"a weight of shape {tuple(weight.shape)} is not finite and cannot be factorized: "
+            "lower [optimizer] lr, or set clip",
         )
-    wide = own if own.dtype == torch.float64 else own.float()
+    wide = matrix if matrix.dtype == torch.float64 else matrix.float()
     u, s, v = torch.linalg.svd(wide, full_matrices=False)
     signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
-    return (u * signs).to(own), s.to(own), (v * signs.T).to(own)
+    return (u * signs).to(matrix), s.to(matrix), (v * signs.T).to(matrix)
 
 
 def kept_rank(singular_values: Tensor, cutoff: float) -> int:
-    """Return how many singular values stay: up to the last above `cutoff` times the first, and
-    one at least."""
+    """Return how many singular values are kept: up to the last above `cutoff` times the first.
+
+    At least one is kept.
+    """
     above = (singular_values > cutoff * singular_values[0]).nonzero()
     return int(above.max()) + 1 if len(above) else 1
 
 
 def balanced_factors(weight: Tensor, rank: int, decomposition: SVD | None) -> list[Tensor]:
-    """Return factors (a, rank) and (rank, b) of a weight; the roots of singular values are shared.
+    """Return factors (a, rank) and (rank, b) of a weight, U sqrt(S) and sqrt(S) V'.
 
-    Without what `split` made of it, they are room for what another rank found.
+    Without a decomposition they are uninitialised, to receive the factors of another rank.
     """
-    own = as_matrix(weight)
+    matrix = as_matrix(weight)
     if decomposition is None:
-        return [own.new_empty(len(own), rank), own.new_empty(rank, own.shape[1])]
+        return [matrix.new_empty(len(matrix), rank), matrix.new_empty(rank, matrix.shape[1])]
     u, s, v = decomposition
     root = s[:rank].sqrt()
     return [(u[:, :rank] * root).contiguous(), (root[:, None] * v[:rank]).contiguous()]
 
 
 def full_rank_factors(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return factors (a, k) and (k, b) of a weight, k being its rank up to the rounding of its
-    dtype; the roots of singular values are shared."""
+    """Return factors (a, k) and (k, b) of a weight, U sqrt(S) and sqrt(S) V'.
+
+    k is the numerical rank of the weight in its dtype.
+    """
     u, s, v = svd(weight.double())
     rank = kept_rank(s, max(len(u), v.shape[1]) * torch.finfo(weight.dtype).eps)
     left, right = balanced_factors(weight, rank, (u, s, v))
     return left.to(weight.dtype), right.to(weight.dtype)
 
 
-def factor_optimizer_state(
-    optimizer_state: Mapping[str, Tensor], name: str, product: LowRankWeight
-) -> dict[str, Tensor]:
-    """Return the optimizer state of the factor of a weight that learns, out of the weight's own.
+def factorize_with_zeros(
+    weights: BlockParameters, name: str, rank: int, with_core: bool = False
+) -> LowRankWeight:
+    """Replace a matrix by zero factors of a rank, to be loaded from a checkpoint."""
+    rows, columns = weights.matrix_shape(name)
+    like = weights.parameters[name].detach()
+    left, right = like.new_zeros(rows, rank), like.new_zeros(rank, columns)
+    core = [like.new_zeros(rank, rank)] if with_core else []
+    return weights.factorize(name, left, *core, right)
 
-    Sums of gradients G follow by the chain rule, G R' for the left factor of L R and L' G for the
-    right one. Of squares follows what G had if the signs of its elements were independent,
-    (G * G) (R * R)' and (L * L)' (G * G). Where an optimizer keeps something else (see `SUMS` and
-    `SQUARES`), the factor begins anew.
 
-    Parameters
-    ----------
-    memory : mapping
-        Of the weight, as `Weights.memory` tells it: ``<name>/<entry>``.
-    name : str
-        Of the weight.
-    product : Factors
-        Two, one of which learns.
-    """
-    own = {
-        key.rpartition("/")[2]: e
-        for key, e in split_optimizer_state(optimizer_state, [name])[1].items()
-    }
-    if not {entry for entry, each in own.items() if each.dim()} <= FIRST_MOMENTS | SECOND_MOMENTS:
-        return {}
-    left, right = product.left.detach(), product.right.detach()
-    side = "left" if product.left.requires_grad else "right"
-    found = {}
-    for entry, each in own.items():
-        new = each.clone()
-        if each.dim():
-            by = (right if side == "left" else left).to(each)
-            by = by.square() if entry in SECOND_MOMENTS else by
-            new = as_matrix(each) @ by.T if side == "left" else by.T @ as_matrix(each)
-        found[f"{name}.{side}/{entry}"] = new
-    return found
+# ---- optimizer state
 
 
 def split_optimizer_state(
     optimizer_state: Mapping[str, Tensor], names: Container[str]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the optimizer state of all else, and that of these weights or their factors."""
-    own = {
-        k: each for k, each in optimizer_state.items() if matrix_name(k.rpartition("/")[0]) in names
-    }
-    return {key: each for key, each in optimizer_state.items() if key not in own}, own
+    """Return the optimizer state of others, and that of these weights or their factors."""
+    others, selected = dict[str, Tensor](), dict[str, Tensor]()
+    for key, tensor in optimizer_state.items():
+        part = selected if matrix_name(key.rpartition("/")[0]) in names else others
+        part[key] = tensor
+    return others, selected
+
+
+def factor_optimizer_state(
+    optimizer_state: Mapping[str, Tensor], name: str, product: LowRankWeight
+) -> dict[str, Tensor]:
+    """Return the optimizer state of the trained factor of a weight, from the weight's own.
+
+    Sums of gradients G follow by the chain rule: G R' for the left factor of L R, and L' G for the
+    right one. For sums of squares the signs of G's elements are taken as independent:
+    (G * G) (R * R)' and (L * L)' (G * G). If the optimizer keeps anything else (see `FIRST_MOMENTS`
+    and `SECOND_MOMENTS`), the factor starts without state.
+
+    Parameters
+    ----------
+    optimizer_state : mapping
+        As `BlockParameters.optimizer_state` returned it, with that of the weight as
+        ``<name>/<entry>``.
+    name : str
+        The weight.
+    product : LowRankWeight
+        Of two factors, one of which is trained.
+    """
+    _, selected = split_optimizer_state(optimizer_state, [name])
+    entries = {key.rpartition("/")[2]: tensor for key, tensor in selected.items()}
+    moments = {entry for entry, tensor in entries.items() if tensor.dim()}
+    if not moments <= FIRST_MOMENTS | SECOND_MOMENTS:
+        return {}
+    trains_left = product.left.requires_grad
+    side, other = ("left", product.right) if trains_left else ("right", product.left)
+    state = {}
+    for entry, tensor in entries.items():
+        if not tensor.dim():
+            state[f"{name}.{side}/{entry}"] = tensor.clone()
+            continue
+        factor = other.detach().to(tensor)
+        factor = factor.square() if entry in SECOND_MOMENTS else factor
+        matrix = as_matrix(tensor)
+        state[f"{name}.{side}/{entry}"] = matrix @ factor.T if trains_left else factor.T @ matrix
+    return state
 
 
 def resize_core_moments(moments: Tensor, shape: torch.Size) -> Tensor:
-    """Return a core's moments (k, k) in another size: what overlaps, and zeros."""
-    new = moments.new_zeros(shape)
+    """Return a core's moments (k, k) in another shape: the overlap is copied, the rest is zero."""
+    resized = moments.new_zeros(shape)
     rows, columns = (min(pair) for pair in zip(shape, moments.shape, strict=True))
-    new[:rows, :columns] = moments[:rows, :columns]
-    return new
+    resized[:rows, :columns] = moments[:rows, :columns]
+    return resized
 
 
 def resize_optimizer_state(
-    optimizer_state: Mapping[str, Tensor], values: Mapping[str, Tensor]
+    optimizer_state: Mapping[str, Tensor], trained: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return optimizer state for cores of another size, and of the rest as it was."""
-    found = {}
-    for key, old in optimizer_state.items():
-        shape = values[key.rpartition("/")[0]].shape
-        found[key] = old if not old.dim() or old.shape == shape else resize_core_moments(old, shape)
-    return found
+    """Return the optimizer state with moments in the shapes of the trained tensors."""
+    state = {}
+    for key, tensor in optimizer_state.items():
+        shape = trained[key.rpartition("/")[0]].shape
+        fits = not tensor.dim() or tensor.shape == shape
+        state[key] = tensor if fits else resize_core_moments(tensor, shape)
+    return state
 
 
-def factorize_with_zeros(
-    weights: BlockParameters, name: str, rank: int, with_core: bool = False
-) -> LowRankWeight:
-    """Put zeros of a rank in the place of a matrix; what was saved fills them."""
-    rows, columns = weights.matrix_shape(name)
-    like = weights.parameters[name].detach()
-    sides = [like.new_zeros(rows, rank), like.new_zeros(rank, columns)]
-    return weights.factorize(name, sides[0], *[like.new_zeros(rank, rank)] * with_core, sides[1])
+# ---- traffic
 
 
 @final
 class TrafficLedger:
-    """Counts for the weights of one block.
+    """Counts the elements that cross between nodes, for each trained tensor of a block.
+
+    On a single node every replica counts as a node of its own.
 
     Parameters
     ----------
-    weights : Weights
-        While none of them is a product.
+    weights : BlockParameters
+        Before any of its matrices is factorized.
     hosts : sequence of str
-        Where each replica is.
+        The host of each replica.
     """
 
     def __init__(self, weights: BlockParameters, hosts: Sequence[str]) -> None:
-        places = range(len(hosts)) if len(set(hosts)) == 1 else hosts
-        self._node_of_replica: list[int | str] = list(places)
-        self._weights, self._ranks = weights, dict[str, int]()
+        nodes = NodeTopology(hosts, 0).nodes
+        nodes = [[rank] for rank in nodes[0]] if len(nodes) == 1 else nodes
+        self._node_of_replica = {rank: node for node, ranks in enumerate(nodes) for rank in ranks}
+        self._weights = weights
+        self._ranks: dict[str, int] = {}
+        self._updates = 0
         self._element_counts = {
-            name: each.numel() for name, each in weights.trainable_tensors().items()
+            name: tensor.numel() for name, tensor in weights.trainable_tensors().items()
         }
         self._sent_elements = dict.fromkeys(self._element_counts, 0.0)
-        self._updates = 0
 
     def set_ranks(self, ranks: Mapping[str, int]) -> None:
-        """Hear at which ranks matrices are products now."""
+        """Record the ranks at which matrices are factorized now."""
         self._ranks |= ranks
 
     def count_mean(
-        self, values: Mapping[str, Tensor], replicas: Iterable[int] | None = None
+        self, tensors: Mapping[str, Tensor], replicas: Iterable[int] | None = None
     ) -> None:
-        """Count a mean of tensors, weights or parts of one, among replicas; None: all."""
-        self.count_elements({name: each.numel() for name, each in values.items()}, replicas)
+        """Count a mean of tensors, or of factors of them, over some replicas; None: all."""
+        self.count_elements({name: tensor.numel() for name, tensor in tensors.items()}, replicas)
 
     def count_elements(
         self, element_counts: Mapping[str, float], replicas: Iterable[int] | None = None
     ) -> None:
-        """Count a mean of so many numbers for each weight, or part of one."""
+        """Count a mean of so many elements of each tensor, over some replicas; None: all."""
+        crossings = self._node_crossings(replicas)
         for name, count in element_counts.items():
-            self._sent_elements[matrix_name(name)] += 2 * self._node_crossings(replicas) * count
+            self._sent_elements[matrix_name(name)] += 2 * crossings * count
 
     def count_update(self) -> None:
         """Count an update."""
         self._updates += 1
 
     def _node_crossings(self, replicas: Iterable[int] | None = None) -> int:
-        own = (
-            self._node_of_replica
-            if replicas is None
-            else [self._node_of_replica[rank] for rank in replicas]
-        )
-        return len(set(own)) - 1
+        """Return how often a mean's elements cross between nodes in each direction."""
+        ranks = self._node_of_replica if replicas is None else replicas
+        return len({self._node_of_replica[rank] for rank in ranks}) - 1
 
     def low_rank_stats(self) -> dict[str, LowRankStats]:
-        """Return what is known of each weight."""
-        every = 2 * self._node_crossings() * self._updates
-        found: dict[str, LowRankStats] = {}
-        for name, numbers in self._element_counts.items():
-            rank, held = self._ranks.get(name), numbers
-            if rank is not None:
-                held = min(numbers, rank * sum(self._weights.matrix_shape(name)))
-            sent = self._sent_elements[name]
-            found[name] = LowRankStats(
-                rank=rank, numbers=numbers, held=held, sent=sent, plain=every * numbers
+        """Return rank and traffic of each trained tensor."""
+        plain = 2 * self._node_crossings() * self._updates
+        return {
+            name: LowRankStats(
+                rank=self._ranks.get(name),
+                numbers=numbers,
+                held=self._held_elements(name),
+                sent=self._sent_elements[name],
+                plain=plain * numbers,
             )
-        return found
+            for name, numbers in self._element_counts.items()
+        }
+
+    def _held_elements(self, name: str) -> int:
+        """Return the elements of two factors of a matrix, or its own if they are fewer."""
+        numbers = self._element_counts[name]
+        if name not in self._ranks:
+            return numbers
+        return min(numbers, self._ranks[name] * sum(self._weights.matrix_shape(name)))
 
     def state(self) -> dict[str, Tensor]:
-        """Return the counts."""
-        sent = {f"sent/{name}": torch.tensor(each) for name, each in self._sent_elements.items()}
-        ranks = {f"rank/{name}": torch.tensor(each) for name, each in self._ranks.items()}
-        return {"updates": torch.tensor(self._updates), **sent, **ranks}
+        """Return the counts and ranks."""
+        sent = {name: torch.tensor(count) for name, count in self._sent_elements.items()}
+        ranks = {name: torch.tensor(rank) for name, rank in self._ranks.items()}
+        return {
+            "updates": torch.tensor(self._updates),
+            **add_prefix("sent/", sent),
+            **add_prefix("rank/", ranks),
+        }
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state()` returned."""
+        """Load the counts and ranks."""
+        sent, ranks = select_prefix(state, "sent/"), select_prefix(state, "rank/")
         self._updates = int(state["updates"])
-        self._sent_elements = {
-            name: float(each) for name, each in select_prefix(state, "sent/").items()
-        }
-        self._ranks = {name: int(each) for name, each in select_prefix(state, "rank/").items()}
+        self._sent_elements = {name: float(count) for name, count in sent.items()}
+        self._ranks = {name: int(rank) for name, rank in ranks.items()}

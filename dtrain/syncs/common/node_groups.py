@@ -1,11 +1,14 @@
-"""Nodes: the replicas of a block, host by host, and groups with one of them from each host.
+"""Groups of replicas by node: those of one node, and groups with one rank of each node.
 
-Invariant: a node's ranks keep their order, and bridge `i` takes rank ``i mod g`` of a node of g; so
-every rank is on some bridge.
+`NodeGroups` has inter-node groups in which every rank takes part; `NodeLeaders` has one, of the
+first rank of each node.
+
+Invariant: inter-node group `i` has rank ``i mod g`` of a node of g ranks, in the order of ranks, so
+every rank is in one of them.
 
 ::
 
-    nodes {0 1 2} and {3 4}        near of 1: 0 1 2        bridges: {0 3}  {1 4}  {2 3}
+    nodes {0 1 2} and {3 4}      node group of 1: 0 1 2      inter-node groups: {0 3} {1 4} {2 3}
 """
 
 from __future__ import annotations
@@ -15,73 +18,71 @@ from typing import final
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dtrain.comm.communicator import Comm
+from dtrain.comm.node_topology import NodeTopology
 from dtrain.syncs.gradient_reducer import WeightedGroup
 
 
 @final
 class NodeGroups:
-    """One replica's view of them. Making it is collective over the replicas.
+    """The replicas of a block by node. Construction is collective over the replicas.
 
     Attributes
     ----------
-    near : Comm
-        The replicas of my node.
-    ranks : list of list of int
-        Replicas of each node, in order of first appearance.
-    mine : list of int
-        Those of my node.
+    topology : NodeTopology
+        The ranks of each node.
+    node_group : Comm
+        The replicas of this node.
     """
 
     def __init__(self, replicas: Comm) -> None:
-        members: dict[str, list[int]] = {}
-        for rank, host in enumerate(replicas.hosts):
-            members.setdefault(host, []).append(rank)
-        self.ranks_by_node, self.node_ranks = (
-            list(members.values()),
-            members[replicas.hosts[replicas.rank]],
-        )
-        self.rank, self.node_group = replicas.rank, replicas.split_by_node()
+        self.topology = NodeTopology(replicas.hosts, replicas.rank)
+        self.node_group = replicas.split_by_node()
+
+    @property
+    def node_count(self) -> int:
+        """Nodes that have a replica."""
+        return len(self.topology.nodes)
 
     @property
     def replica_fraction(self) -> float:
-        """The part of all replicas that are on my node."""
-        return len(self.node_ranks) / sum(map(len, self.ranks_by_node))
+        """The fraction of all replicas that are on this node."""
+        return len(self.topology.node_ranks) / sum(map(len, self.topology.nodes))
 
     def root(self, group_index: int) -> int:
-        """Return which rank of `near` is on a bridge."""
-        return group_index % len(self.node_ranks)
+        """Return the rank in `node_group` of this node's member of an inter-node group."""
+        return group_index % len(self.topology.node_ranks)
 
-    def node_rows(self, rows: Sequence[int]) -> int:
-        """Return the samples of my node, of those of each replica."""
-        return sum(rows[rank] for rank in self.node_ranks)
+    def node_rows(self, rows_per_replica: Sequence[int]) -> int:
+        """Return the samples of this node."""
+        return sum(rows_per_replica[rank] for rank in self.topology.node_ranks)
 
-    def weighted_group(self, rows: Sequence[int]) -> WeightedGroup | None:
-        """Return my node as a group whose means are over samples; None where nobody has any, or
-        nobody else is there."""
-        total = self.node_rows(rows)
-        return (
-            WeightedGroup(self.node_group, rows[self.rank] / total)
-            if len(self.node_ranks) > 1 and total
-            else None
-        )
+    def weighted_group(self, rows_per_replica: Sequence[int]) -> WeightedGroup | None:
+        """Return the node group with the weight of a mean over samples.
+
+        None if the node has no samples or only one replica.
+        """
+        total = self.node_rows(rows_per_replica)
+        if len(self.topology.node_ranks) == 1 or not total:
+            return None
+        return WeightedGroup(self.node_group, rows_per_replica[self.topology.rank] / total)
 
 
 def inter_node_groups(replicas: Comm, nodes: NodeGroups) -> list[Comm | None]:
-    """Return the bridges, as many as the largest node has replicas; None where I am not a member.
+    """Return as many inter-node groups as the largest node has replicas. Collective over replicas.
 
-    Collective over the replicas.
+    An entry is None where this rank is not a member.
     """
-    return [
-        _inter_node_group(replicas, nodes, each)
-        for each in range(max(map(len, nodes.ranks_by_node)))
-    ]
+    count = max(map(len, nodes.topology.nodes))
+    return [_inter_node_group(replicas, nodes, index) for index in range(count)]
 
 
 def _inter_node_group(replicas: Comm, nodes: NodeGroups, group_index: int) -> Comm | None:
-    member = nodes.node_ranks[nodes.root(group_index)] == nodes.rank
-    group = replicas.split(0 if member else 1, name=f"bridge {group_index}")
+    topology = nodes.topology
+    member = topology.node_ranks[nodes.root(group_index)] == topology.rank
+    group = replicas.split(0 if member else 1, name=f"inter-node group {group_index}")
     if member:
         return group
     group.close()
@@ -90,38 +91,41 @@ def _inter_node_group(replicas: Comm, nodes: NodeGroups, group_index: int) -> Co
 
 @final
 class NodeLeaders:
-    """Making it is collective over the group.
+    """The first rank of each node of a group. Construction is collective over the group.
 
     Attributes
     ----------
-    near : Comm
-        The ranks of my node.
-    far : Comm or None
-        The first rank of each node, where I am one.
+    node_group : Comm
+        The ranks of this node.
+    leader_group : Comm or None
+        The leaders of all nodes; None where this rank is not a leader.
+    node_sizes : list of int
+        Ranks of each node.
     """
 
     def __init__(self, group: Comm) -> None:
         self.node_group = group.split_by_node()
-        leads = group.split(0 if self.node_group.rank == 0 else 1, name=f"leads of {group.name}")
-        self.leader_group: Comm | None = leads if self.node_group.rank == 0 else None
-        if self.leader_group is None:
-            leads.close()
-        self.node_sizes = [group.hosts.count(host) for host in dict.fromkeys(group.hosts)]
+        leader = self.node_group.rank == 0
+        leader_group = group.split(0 if leader else 1, name=f"leaders of {group.name}")
+        self.leader_group: Comm | None = leader_group if leader else None
+        if not leader:
+            leader_group.close()
+        self.node_sizes = [len(ranks) for ranks in NodeTopology(group.hosts, group.rank).nodes]
 
     def allgather_bytes(self, data: Tensor) -> list[Tensor]:
-        """Return the bytes (uint8, one or more) of all ranks, by node, then rank; each has as many.
-        Collective."""
-        own = torch.cat(self.node_group.ialltoall([data] * self.node_group.size).wait())
+        """Return the bytes (uint8) of all ranks, by node, then by rank. Collective over the group.
+
+        All ranks pass tensors of one length, at least 1.
+        """
+        node_data = torch.cat(self.node_group.ialltoall([data] * self.node_group.size).wait())
         if len(self.node_sizes) == 1:
-            return list(own.view(-1, len(data)))
-        most = max(self.node_sizes) * len(data)  # what travels has one length
-        everything = own.new_zeros(len(self.node_sizes) * most)
+            return list(node_data.view(-1, len(data)))
+        length = max(self.node_sizes) * len(data)  # the messages of all nodes have one length
+        gathered = node_data.new_zeros(len(self.node_sizes) * length)
         if self.leader_group is not None:
-            padded = torch.cat([own, own.new_zeros(most - len(own))])
-            torch.cat(
-                self.leader_group.ialltoall([padded] * self.leader_group.size).wait(),
-                out=everything,
-            )
-        self.node_group.broadcast_([everything])
-        nodes = zip(self.node_sizes, everything.view(-1, most), strict=True)
+            message = pad(node_data, (0, length - len(node_data)))
+            messages = self.leader_group.ialltoall([message] * self.leader_group.size).wait()
+            torch.cat(messages, out=gathered)
+        self.node_group.broadcast_([gathered])
+        nodes = zip(self.node_sizes, gathered.view(-1, length), strict=True)
         return [part for size, node in nodes for part in node.view(-1, len(data))[:size]]

@@ -1,4 +1,4 @@
-"""Alike: replicas that apply the same mean gradient in every update.
+"""The base class of synchronous data parallelism: one mean gradient per update for all replicas.
 
 Invariant: replicas that start equal stay equal bit for bit, because all apply the same sum.
 """
@@ -9,26 +9,24 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from dtrain.syncs.base import Sync, UpdateClock, replica_mean
-from dtrain.syncs.gradient_reducer import WeightedGroup
+from dtrain.syncs.base import Sync, SyncTraits, replica_mean
 
 
 class SynchronousSync(Sync):
-    """A sync whose replicas never differ; what a subclass does not say is nothing."""
+    """A sync whose replicas are always equal; `gradient_group` returns all of them."""
 
-    replicas_diverge = False
-
-    def gradient_group(self, weight: float, clock: UpdateClock) -> WeightedGroup | None:
-        """Over all replicas, in every update."""
-        return WeightedGroup(self.replicas, weight)
+    def traits(self) -> SyncTraits:
+        """Return traits without divergence."""
+        return SyncTraits(replicas_diverge=False)
 
     def end_epoch(self, loss: float) -> None:
-        """Nothing follows from the loss."""
+        """Ignore the loss."""
 
     def finish_pending(self) -> None:
-        """Average the buffers (batch statistics) over replicas, in place; counts are the first's.
+        """Average the unsynced buffers in place. Collective over the replicas.
 
-        The counts of replicas may differ by an update that had no sample for one of them.
+        Integer buffers (counts of batch norm) become those of replica 0: they differ by an update
+        in which a replica had no samples.
         """
         buffers = self.block.unsynced_buffers
         for name, mean in replica_mean(self.replicas, buffers).items():
@@ -36,12 +34,12 @@ class SynchronousSync(Sync):
         self.replicas.broadcast_([b for b in buffers.values() if not b.is_floating_point()])
 
     def evaluation_weights(self) -> dict[str, Tensor]:
-        """Return the block's own tensors, not copied: all replicas hold the same."""
+        """Return the block's own tensors, not copied: all replicas hold the same ones."""
         return self.block.tensors()
 
     def state(self) -> dict[str, Tensor]:
-        """Nothing beyond the block."""
+        """Return no tensors: the block's state is all there is."""
         return {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Nothing beyond the block."""
+        """Restore nothing beyond the block."""

@@ -1,7 +1,7 @@
-"""Wrapper: a sync around another, which ``[sync.inner]`` names.
+"""The base class of wrappers: a sync around another one, which ``[sync.inner]`` names.
 
-Invariant: what a wrapper does not say the inner sync says; it is opened once, with the same block
-and replicas, and hears of every update.
+Invariant: every method delegates to the inner sync unless a subclass overrides it. The inner sync
+is set up once, with the same block and replicas.
 
 ::
 
@@ -10,7 +10,7 @@ and replicas, and hears of every update.
     updates = 500
     [sync.inner]                         ... terngrad around ...
     name = "terngrad"
-    inner = { name = "local-sgd" }             ... local-sgd: what it sends is ternary
+    inner = { name = "local-sgd" }             ... local-sgd, with ternary transfers
 """
 
 from __future__ import annotations
@@ -23,116 +23,99 @@ from torch import Tensor
 from dtrain.block.block import OptimizerStep
 from dtrain.comm.communicator import Comm
 from dtrain.schema import Table, build_strategy, to_table
-from dtrain.syncs.base import LowRankStats, Sync, SyncTarget, UpdateClock, select_prefix
-from dtrain.syncs.common.compressor import Compressor
+from dtrain.syncs.base import (
+    LowRankStats,
+    Sync,
+    SyncTarget,
+    SyncTraits,
+    UpdateClock,
+    add_prefix,
+    select_prefix,
+)
+from dtrain.syncs.common.compressor import NO_COMPRESSION, Compressor
 from dtrain.syncs.gradient_reducer import WeightedGroup
 
 
 def default_inner_table() -> Table:
-    """Return the inner sync of those that name none."""
+    """Return the inner sync of a wrapper that names none."""
     return {"name": "every-step"}
 
 
 @dataclass
 class Wrapper(Sync):
-    """Hands everything to the inner sync; a subclass overrides what it changes.
+    """A sync that delegates to an inner one; a subclass overrides the methods that it changes.
 
     Attributes
     ----------
     inner : table
         Name and keys of the inner sync.
+    inner_sync : Sync
+        The inner sync itself.
     """
 
     inner: Table = field(default_factory=default_inner_table)
 
     def __post_init__(self) -> None:
-        from dtrain.syncs import SYNCS  # which has the wrappers
+        from dtrain.syncs import SYNCS  # imported late, because it imports the wrappers
 
-        self.inner_sync = build_strategy(SYNCS, default_inner_table() | self.inner, "sync.inner")
-        self.inner = (
-            default_inner_table() | self.inner | to_table(self.inner_sync)
-        )  # defaults spelled out
-        self.replicas_diverge, self.depends_on_run_length = (
-            self.inner_sync.replicas_diverge,
-            self.inner_sync.depends_on_run_length,
-        )
-        self.parameter_copies, self.lossy = self.inner_sync.parameter_copies, self.inner_sync.lossy
-        self.replaces_optimizer, self.keeps_no_optimizer_state = (
-            self.inner_sync.replaces_optimizer,
-            self.inner_sync.keeps_no_optimizer_state,
-        )
-        self.reparametrises, self.compressible = (
-            self.inner_sync.reparametrises,
-            self.inner_sync.compressible,
-        )
+        table = default_inner_table() | self.inner
+        self.inner_sync = build_strategy(SYNCS, table, "sync.inner")
+        self.inner = table | to_table(self.inner_sync)  # with all defaults
 
-    @property
-    def in_sync(self) -> bool:  # type: ignore[override]
-        """What the inner sync says."""
-        return self.inner_sync.in_sync
+    def traits(self) -> SyncTraits:
+        """Return the traits of the inner sync."""
+        return self.inner_sync.traits()
 
-    def setup(self, block: SyncTarget, replicas: Comm) -> None:
-        """Open the inner sync with the same block and replicas."""
-        super().setup(block, replicas)
-        self.inner_sync.setup(block, replicas)
-
-    def set_compressor(self, compressor: Compressor) -> None:
-        """Hand the carrier on to who sends."""
-        self.compressor = compressor
-        self.inner_sync.set_compressor(compressor)
+    def setup(
+        self, block: SyncTarget, replicas: Comm, compressor: Compressor = NO_COMPRESSION
+    ) -> None:
+        """Attach this and the inner sync to the same block. Collective over the replicas."""
+        super().setup(block, replicas, compressor)
+        self.inner_sync.setup(block, replicas, compressor)
 
     def takes_step(self, weight: float, clock: UpdateClock) -> bool:
-        """As the inner sync."""
         return self.inner_sync.takes_step(weight, clock)
 
     def communication_cost(self) -> tuple[float, float]:
-        """As the inner sync."""
         return self.inner_sync.communication_cost()
 
     def gradient_group(self, weight: float, clock: UpdateClock) -> WeightedGroup | None:
-        """As the inner sync."""
         return self.inner_sync.gradient_group(weight, clock)
 
     def before_update(self, gradients: Sequence[Tensor], weight: float, clock: UpdateClock) -> None:
-        """Hand the gradients on."""
         self.inner_sync.before_update(gradients, weight, clock)
 
     def lr_factor(self, clock: UpdateClock) -> float:
-        """As the inner sync."""
         return self.inner_sync.lr_factor(clock)
 
     def optimizer_step(self, clock: UpdateClock) -> OptimizerStep | None:
-        """As the inner sync."""
         return self.inner_sync.optimizer_step(clock)
 
     def after_update(self, clock: UpdateClock) -> None:
-        """Let the inner sync agree."""
         self.inner_sync.after_update(clock)
+        self.in_sync = self.inner_sync.in_sync
 
     def end_epoch(self, loss: float) -> None:
-        """Hand the loss on."""
         self.inner_sync.end_epoch(loss)
 
     def finish_pending(self) -> None:
-        """Let the inner sync land what is in flight."""
         self.inner_sync.finish_pending()
 
     def evaluation_weights(self) -> dict[str, Tensor]:
-        """Show what the inner sync shows."""
         return self.inner_sync.evaluation_weights()
 
     def low_rank_stats(self) -> dict[str, LowRankStats]:
-        """As the inner sync; what it sends is counted before it is made smaller."""
+        """Return the statistics of the inner sync, which count elements before compression."""
         return self.inner_sync.low_rank_stats()
 
     def state(self) -> dict[str, Tensor]:
-        """Return the inner sync's state."""
-        return {f"inner/{name}": each for name, each in self.inner_sync.state().items()}
+        """Return the state of the inner sync under ``inner/``."""
+        return add_prefix("inner/", self.inner_sync.state())
 
     def restore_shapes(self, state: Mapping[str, Tensor]) -> None:
-        """Let the inner sync give the block its shapes."""
         self.inner_sync.restore_shapes(select_prefix(state, "inner/"))
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state()` returned."""
+        """Load the state of the inner sync."""
         self.inner_sync.restore(select_prefix(state, "inner/"))
+        self.in_sync = self.inner_sync.in_sync

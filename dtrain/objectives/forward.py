@@ -1,0 +1,80 @@
+"""The steps of one micro-batch in one block: the same in training, evaluation and memory planning.
+
+::
+
+    F   forward_micro_batch     make_input -> x -- layers --> y
+    B   backward_pairs          (the forwards once more -->) objective.backward_pairs
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dtrain.block.block import BackwardPair, Block
+from dtrain.block.micro_batch import MicroBatch
+from dtrain.block.saved_tensors import SavedTensors
+from dtrain.objectives.base import Objective
+from dtrain.objectives.block_spec import BlockSpec
+
+
+def forward_micro_batch(
+    objective: Objective,
+    spec: BlockSpec,
+    block: Block,
+    micro_batch: MicroBatch,
+    needs_input_gradient: bool = False,
+    saved_tensors: SavedTensors | None = None,
+) -> None:
+    """Make the block's input and run its layers; sets `x` and `y` of the micro-batch.
+
+    Parameters
+    ----------
+    needs_input_gradient : bool
+        Whether the gradient of `x` leaves the block; it is computed where `x` is real.
+    saved_tensors : SavedTensors, optional
+        Counts the memory that the micro-batch keeps for its backward.
+    """
+    with torch.no_grad():
+        x = objective.make_input(spec, block, micro_batch)
+        x = block.writable_input(x, micro_batch.samples).detach()
+    if needs_input_gradient and x.is_floating_point():
+        x.requires_grad_()
+    micro_batch.x = x
+    if saved_tensors is None:
+        block.run_forward(micro_batch, needs_graph=False)
+        return
+    with saved_tensors.record(micro_batch):
+        block.run_forward(micro_batch, objective.needs_graph(spec, micro_batch.pass_))
+    saved_tensors.add_micro_batch(micro_batch)
+
+
+def backward_pairs(
+    objective: Objective,
+    spec: BlockSpec,
+    block: Block,
+    micro_batch: MicroBatch,
+    saved_tensors: SavedTensors,
+) -> list[BackwardPair]:
+    """Return the objective's pairs (tensor, cotangent); recompute the forwards where asked."""
+    if block.recompute:
+        _recompute_forwards(objective, spec, block, micro_batch, saved_tensors)
+    with saved_tensors.record(micro_batch), block.head_rng(micro_batch):
+        return list(objective.backward_pairs(spec, block, micro_batch))
+
+
+def _recompute_forwards(
+    objective: Objective,
+    spec: BlockSpec,
+    block: Block,
+    micro_batch: MicroBatch,
+    saved_tensors: SavedTensors,
+) -> None:
+    """Compute all passes of a micro-batch again whose graphs were not kept."""
+    passes = micro_batch.passes()
+    saved_tensors.drop(micro_batch)
+    with saved_tensors.record(micro_batch):
+        for each in passes:
+            if objective.needs_graph(spec, each.pass_):
+                block.recompute_forward(each)
+    for each in passes:
+        saved_tensors.add_micro_batch(each)
