@@ -1,4 +1,4 @@
-"""CaFo in whole runs: closed forms, and heads that learn, on any ranks and after a restart."""
+"""CaFo in whole runs: closed forms and trained heads, on any number of ranks, after a restart."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain.comm.backends.threads import run_ranks as ranks
+from dtrain.comm.backends.threads import run_ranks
 from dtrain.comm.communicator import Comm
 from dtrain.planning.block_factory import make_block
 from dtrain.planning.plan import make_plan
@@ -18,88 +18,92 @@ from dtrain.train import train
 from tests import pictures, tiny
 from tests.outcome import close, model
 
-FORMS = list(itertools.product(["least-squares", "ce", "sparsemax"], ["random", "trained"]))
-every_form = pytest.mark.parametrize(("head", "blocks"), FORMS)
+VARIANTS = list(itertools.product(["least-squares", "ce", "sparsemax"], ["random", "trained"]))
+every_variant = pytest.mark.parametrize(("head", "blocks"), VARIANTS)
 
 
-def asked(head: str, blocks: str, **told: Any) -> Any:
-    return tiny.run(objective={"name": "cafo", "head": head, "blocks": blocks}, **told)
+def make_run(head: str, blocks: str, **changes: Any) -> Any:
+    return tiny.run(objective={"name": "cafo", "head": head, "blocks": blocks}, **changes)
 
 
-def trained(run: Any, out: Path, count: int = 1) -> dict[str, Any]:
-    """Train on `count` threads and return the summary."""
+def train_on(run: Any, out: Path, world_size: int = 1) -> dict[str, Any]:
+    """Train on `world_size` threads and return the summary."""
 
     def work(comm: Comm) -> dict[str, Any]:
         return train(run, comm, out)
 
-    return ranks(count, work, seed=count)[0]
+    return run_ranks(world_size, work, seed=world_size)[0]
 
 
-def random(run: Any) -> dict[str, Tensor]:
-    """Return the layers' parameters as the seed draws them, the model's head apart."""
+def initial_parameters(run: Any) -> dict[str, Tensor]:
+    """Return the initial parameters of the layers, without the model's head."""
     layout = make_plan(run, 1).layout
     blocks = [
         make_block(run, layout, b, torch.device("cpu")) for b in range(len(layout.block_layouts))
     ]
-    own = {name: each for block in blocks for name, each in block.parameters.items()}
-    return {name: each.detach() for name, each in own.items() if not name.startswith("head")}
+    parameters = {name: p for block in blocks for name, p in block.parameters.items()}
+    return {name: p.detach() for name, p in parameters.items() if not name.startswith("head")}
 
 
-@every_form
+@every_variant
 def test_any_number_of_ranks_trains_the_same_bits(head: str, blocks: str, tmp_path: Path) -> None:
-    found = [trained(asked(head, blocks, mesh__stages=n), tmp_path / str(n), n) for n in (1, 2, 3)]
-    assert len({each["digest"] for each in found}) == 1
-    assert len({each["test_accuracy"] for each in found}) == 1
-    assert found[0]["test_accuracy"] == found[0]["test_accuracy_vote"]
+    summaries = [
+        train_on(make_run(head, blocks, mesh__stages=n), tmp_path / str(n), n) for n in (1, 2, 3)
+    ]
+    assert len({summary["digest"] for summary in summaries}) == 1
+    assert len({summary["test_accuracy"] for summary in summaries}) == 1
+    assert summaries[0]["test_accuracy"] == summaries[0]["test_accuracy_vote"]
 
 
-@every_form
+@every_variant
 def test_replicas_and_micro_batches_train_the_same_model(
     head: str, blocks: str, tmp_path: Path
 ) -> None:
     """To 1e-9: the condition of a sum is the square of that of the features."""
-    trained(asked(head, blocks, mesh__stages=2, micro_batches=1), tmp_path / "one", 2)
-    trained(asked(head, blocks, mesh__stages=2), tmp_path / "two", 4)
+    train_on(make_run(head, blocks, mesh__stages=2, micro_batches=1), tmp_path / "one", 2)
+    train_on(make_run(head, blocks, mesh__stages=2), tmp_path / "two", 4)
     close(tmp_path / "one", tmp_path / "two", 1e-9)
 
 
-@every_form
-def test_random_blocks_stay_and_trained_ones_move(head: str, blocks: str, tmp_path: Path) -> None:
-    """Whatever the optimizer does to weights that it is given: here, it lets them decay."""
+@every_variant
+def test_random_blocks_keep_their_weights_and_trained_ones_do_not(
+    head: str, blocks: str, tmp_path: Path
+) -> None:
+    """Even with an optimizer that decays all weights that it gets."""
     decaying = {"name": "adamw", "lr": 0.01, "weight-decay": 0.1}
-    run = asked(head, blocks, optimizer=decaying)
-    trained(run, tmp_path)
-    held, first = model(tmp_path), random(run)
-    same = {torch.equal(held[name], each) for name, each in first.items()}
+    run = make_run(head, blocks, optimizer=decaying)
+    train_on(run, tmp_path)
+    final, initial = model(tmp_path), initial_parameters(run)
+    same = {torch.equal(final[name], tensor) for name, tensor in initial.items()}
     assert same == {blocks == "random"}
 
 
 @pytest.mark.parametrize("blocks", ["random", "trained"])
-def test_a_restart_inside_an_epoch_goes_on_with_its_sums(blocks: str, tmp_path: Path) -> None:
-    """Four updates are an epoch; two are in the checkpoint that the second start finds."""
-    told = {"segment": 1, "epochs": None}
-    trained(asked("least-squares", blocks, updates=7, **told), tmp_path / "whole")
+def test_a_restart_within_an_epoch_continues_its_sums(blocks: str, tmp_path: Path) -> None:
+    """Four updates are an epoch; the second start resumes after two."""
+    changes = {"segment": 1, "epochs": None}
+    train_on(make_run("least-squares", blocks, updates=7, **changes), tmp_path / "whole")
     for updates in (2, 7):
-        trained(asked("least-squares", blocks, updates=updates, **told), tmp_path / "parts")
-    one, two = model(tmp_path / "whole"), model(tmp_path / "parts")
-    assert one.keys() == two.keys()
-    assert all(torch.equal(each, two[name]) for name, each in one.items())
+        train_on(make_run("least-squares", blocks, updates=updates, **changes), tmp_path / "parts")
+    whole, parts = model(tmp_path / "whole"), model(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
     rows = {"random": 50 + 48, "trained": 48}[blocks]
-    assert one["heads.0.gram"][-1, -1] == rows
+    assert whole["heads.0.gram"][-1, -1] == rows
 
 
-@every_form
+@every_variant
 def test_heads_learn(head: str, blocks: str, tmp_path: Path) -> None:
-    """The centres are easy."""
-    found = trained(asked(head, blocks, epochs=25, optimizer__lr=0.03), tmp_path)
-    assert found["test_accuracy"] > 0.6
+    """The classes are easy to separate."""
+    summary = train_on(make_run(head, blocks, epochs=25, optimizer__lr=0.03), tmp_path)
+    assert summary["test_accuracy"] > 0.6
 
 
 @pytest.mark.parametrize("blocks", ["random", "trained"])
 def test_networks_for_images_are_solved(blocks: str, tmp_path: Path) -> None:
     objective = {"name": "cafo", "blocks": blocks, "features": 40}
-    found = [
-        trained(pictures.run(objective=objective, mesh__stages=n), tmp_path / str(n), n)
+    summaries = [
+        train_on(pictures.run(objective=objective, mesh__stages=n), tmp_path / str(n), n)
         for n in (1, 3)
     ]
-    assert found[0]["digest"] == found[1]["digest"]
+    assert summaries[0]["digest"] == summaries[1]["digest"]

@@ -1,7 +1,7 @@
 """The docs of objectives against the code: every name, key and default, and the measured table.
 
 Invariant: an objective is documented by a row of the table of all objectives and by a section; a
-key by a row ``| `key` | `default` | ... |`` in that section, or in another where it is the same.
+key by a row ``| `key` | `default` | ... |`` in that section, or in another if it is the same there.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ DOCS = ROOT / "docs" / "objectives.md"
 
 
 def ticked(cell: str) -> list[str]:
-    """Return what stands between backticks."""
+    """Return the texts between backticks."""
     return re.findall(r"`([^`]+)`", cell)
 
 
 def rows(docs: Path, head: str) -> Iterator[list[str]]:
-    """Yield the cells of the rows of the table whose head starts so."""
+    """Yield the cells of the rows of the table whose head starts with `head`."""
     lines = docs.read_text(encoding="utf-8").splitlines()
     start = next(n for n, line in enumerate(lines) if line.startswith(head))
     for line in lines[start + 2 :]:
@@ -38,71 +38,69 @@ def rows(docs: Path, head: str) -> Iterator[list[str]]:
 
 
 def section(docs: Path, name: str) -> str:
-    """Return the section whose title is a name in ticks."""
+    """Return the section whose title is `name` in backticks."""
     parts = re.split(r"^##+ ", docs.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    [told] = [part for part in parts if part.startswith(f"`{name}`\n")]
-    return told
+    [text] = [part for part in parts if part.startswith(f"`{name}`\n")]
+    return text
 
 
 def cells(line: str) -> list[str]:
     """Return the cells of a row of a table."""
-    return [each.strip() for each in line.strip().strip("|").split(" | ")]
+    return [cell.strip() for cell in line.strip().strip("|").split(" | ")]
 
 
-def listed() -> dict[str, dict[str, str]]:
+def table_of_all() -> dict[str, dict[str, str]]:
     """Return the rows of the table of all objectives, by name and column."""
+    head = "| name | a block learns"
     lines = DOCS.read_text(encoding="utf-8").splitlines()
-    start = next(n for n, line in enumerate(lines) if line.startswith("| name | a block learns"))
-    names, rows = cells(lines[start]), {}
-    for line in lines[start + 2 :]:
-        if not line.startswith("|"):
-            break
-        row = dict(zip(names, cells(line), strict=True))
-        rows[row["name"].strip("`")] = row
-    return rows
+    columns = cells(next(line for line in lines if line.startswith(head)))
+    table = [dict(zip(columns, row, strict=True)) for row in rows(DOCS, head)]
+    return {row["name"].strip("`"): row for row in table}
 
 
 def sections() -> Iterator[tuple[list[str], str]]:
-    """Yield the objectives that a section is about, and its text."""
+    """Yield the names of the objectives of a section, and its text."""
     for part in re.split(r"^### ", DOCS.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
-        title, _, told = part.partition("\n")
-        yield ticked(title), re.split(r"^## ", told, flags=re.MULTILINE)[0]
+        title, _, text = part.partition("\n")
+        yield ticked(title), re.split(r"^## ", text, flags=re.MULTILINE)[0]
 
 
-def defaults(told: str) -> dict[str, str]:
-    """Return the default of each key that the tables of a text have a row for."""
-    rows = (cells(line) for line in told.splitlines() if line.startswith("| `"))
-    return {ticked(row[0])[0]: ticked(row[1])[0] for row in rows if ticked(row[1])}
+def defaults(text: str) -> dict[str, str]:
+    """Return the default of each key that has a row in the tables of a text."""
+    key_rows = (cells(line) for line in text.splitlines() if line.startswith("| `"))
+    return {ticked(row[0])[0]: ticked(row[1])[0] for row in key_rows if ticked(row[1])}
 
 
 def test_every_objective_has_a_row_and_a_section() -> None:
-    assert sorted(listed()) == sorted(OBJECTIVES)
+    assert sorted(table_of_all()) == sorted(OBJECTIVES)
     assert sorted(name for names, _ in sections() for name in names) == sorted(OBJECTIVES)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_the_row_says_what_the_code_does(name: str) -> None:
-    kind, row = OBJECTIVES[name], listed()[name]
-    assert ticked(row["keys"]) == [kebab(each.name) for each in fields(kind)]
+def test_the_row_agrees_with_the_code(name: str) -> None:
+    kind, row = OBJECTIVES[name], table_of_all()[name]
+    assert ticked(row["keys"]) == [kebab(field.name) for field in fields(kind)]
     assert ticked(row["default schedule"]) == [kind().default_schedule]
     assert row["prediction"] == ("vote" if kind().predicts_by_vote else "last")
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_key_is_told_with_its_default(name: str) -> None:
-    [own] = [defaults(told) for names, told in sections() if name in names]
-    others = defaultdict[str, set[str]](set)
-    for _, told in sections():
-        for key, default in defaults(told).items():
-            others[key].add(default)
-    for each in fields(OBJECTIVES[name]):
-        key, wanted = kebab(each.name), toml_text(each.default)
-        assert own[key] == wanted if key in own else wanted in others[key], key
+def test_every_key_is_documented_with_its_default(name: str) -> None:
+    [own_defaults] = [defaults(text) for names, text in sections() if name in names]
+    all_defaults = defaultdict[str, set[str]](set)
+    for _, text in sections():
+        for key, default in defaults(text).items():
+            all_defaults[key].add(default)
+    for field in fields(OBJECTIVES[name]):
+        key, default = kebab(field.name), toml_text(field.default)
+        if key in own_defaults:
+            assert own_defaults[key] == default, key
+        else:
+            assert default in all_defaults[key], key
 
 
 def test_the_table_of_digits_is_that_of_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a new record: paste what `python benchmarks/objectives_digits.py --table` prints."""
+    """After a new record: paste the output of `python benchmarks/objectives_digits.py --table`."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     digits = importlib.import_module("objectives_digits")
-    wanted = "\n".join(digits.table(digits.RECORD))
-    assert wanted in DOCS.read_text(encoding="utf-8")
+    assert "\n".join(digits.table(digits.RECORD)) in DOCS.read_text(encoding="utf-8")

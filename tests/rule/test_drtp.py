@@ -1,4 +1,4 @@
-"""The objective `drtp`: the label's force on a block, and what it cannot do."""
+"""The objective `drtp`: the label as learning signal, and the limits of the method."""
 
 from __future__ import annotations
 
@@ -16,74 +16,74 @@ from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.common.random_feedback import MatrixKind
 from dtrain.objectives.drtp import Drtp
 from dtrain.rng import seeded
+from tests.rule.warning_numbers import numbers_in
 
 D = torch.float64
 CLASSES = 5
 
 
-def step(parameters: Iterable[Any]) -> torch.optim.Optimizer:
+def sgd(parameters: Iterable[Any]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1)
 
 
-def task(outputs: tuple[int, ...], block: int = 0, blocks: int = 3) -> BlockSpec:
-    return BlockSpec(block, blocks, (8,), outputs, D, CLASSES)
+def make_spec(output_shape: tuple[int, ...], block: int = 0, blocks: int = 3) -> BlockSpec:
+    return BlockSpec(block, blocks, (8,), output_shape, D, CLASSES)
 
 
-def learnt(
-    layer: nn.Module, where: BlockSpec, share: float = 1.0, **told: Any
+def train(
+    layer: nn.Module, spec: BlockSpec, loss_scale: float = 1.0, **fields: Any
 ) -> tuple[Tensor, Tensor, Tensor, MicroBatch, Block]:
-    """Return data, labels, the matrix, and a block of one layer that has learnt them."""
+    """Return data, labels, matrix, micro-batch and a block of one layer with its gradients."""
     with seeded("drtp"):
         x, y = torch.randn(40, 8, dtype=D), torch.randint(0, CLASSES, (40,))
-        objective = Drtp(**told)
-        helper = objective.build_head(where)
-    assert helper is not None
-    block = Block(where.index, {"one": layer}, helper.to(D), step)
-    live = MicroBatch(x, block.forward(x, ()), y, share)
-    block.backward(objective.backward_pairs(where, block, live))
-    return x, y, block.buffers[f"heads.{where.index}.feedback"], live, block
+        objective = Drtp(**fields)
+        head = objective.build_head(spec)
+    block = Block(spec.index, {"one": layer}, head.to(D), sgd)
+    micro_batch = MicroBatch(x, block.forward(x, ()), y, loss_scale)
+    block.backward(objective.backward_pairs(spec, block, micro_batch))
+    return x, y, block.buffers[f"heads.{spec.index}.feedback"], micro_batch, block
 
 
 def test_a_linear_layer_learns_sums_of_inputs_by_class_through_the_matrix() -> None:
     """dW = B^T (sums of x by class) / rows: of rank C, though W is 12 x 8."""
     layer = nn.Linear(8, 12).to(D)
-    x, y, matrix, _, _ = learnt(layer, task((12,)), 0.5)
-    sums = torch.stack([x[y == label].sum(0) for label in range(CLASSES)])
-    found = layer.weight.grad
-    assert found is not None
-    torch.testing.assert_close(found, 0.5 / 40 * matrix.T @ sums, rtol=0, atol=1e-15)
-    assert torch.linalg.matrix_rank(found) == CLASSES
+    x, y, matrix, _, _ = train(layer, make_spec((12,)), 0.5)
+    class_sums = torch.stack([x[y == label].sum(0) for label in range(CLASSES)])
+    gradient = layer.weight.grad
+    assert gradient is not None
+    torch.testing.assert_close(gradient, 0.5 / 40 * matrix.T @ class_sums, rtol=0, atol=1e-15)
+    assert torch.linalg.matrix_rank(gradient) == CLASSES
 
 
 def test_the_slope_of_the_activation_is_that_of_backprop() -> None:
     """delta = (Y B) * phi'(z), as the paper has it for a layer."""
     layer = nn.Sequential(nn.Linear(8, 12), nn.Tanh()).to(D)
-    x, y, matrix, live, _ = learnt(layer, task((12,)))
-    delta = one_hot(y, CLASSES).to(D) @ matrix * (1 - live.y.detach() ** 2) / 40
+    x, y, matrix, micro_batch, _ = train(layer, make_spec((12,)))
+    delta = one_hot(y, CLASSES).to(D) @ matrix * (1 - micro_batch.y.detach() ** 2) / 40
     torch.testing.assert_close(layer[0].weight.grad, delta.T @ x, rtol=1e-13, atol=1e-16)
 
 
-def test_the_loss_is_the_potential_whose_gradient_is_the_force() -> None:
+def test_the_loss_is_the_potential_whose_gradient_is_the_cotangent() -> None:
     layer = nn.Sequential(nn.Linear(8, 12), nn.Tanh()).to(D)
-    _, y, matrix, live, block = learnt(layer, task((12,)))
-    assert live.loss is not None
-    potential = (live.y.detach() * matrix[y]).sum() / 40
-    torch.testing.assert_close(live.loss, potential)
+    _, y, matrix, micro_batch, block = train(layer, make_spec((12,)))
+    assert micro_batch.loss is not None
+    potential = (micro_batch.y.detach() * matrix[y]).sum() / 40
+    torch.testing.assert_close(micro_batch.loss, potential)
     block.update()
-    after = (layer(live.x) * matrix[y]).sum() / 40
+    after = (layer(micro_batch.x) * matrix[y]).sum() / 40
     assert after < potential
 
 
-def test_images_are_pushed_as_they_lie() -> None:
+def test_images_learn_as_flat_outputs_do() -> None:
     layer = nn.Sequential(nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 3, 1)).to(D)
-    _, y, matrix, _, _ = learnt(layer, task((3, 2, 2)))
-    force = matrix[y].view(40, 3, 2, 2) / 40
-    torch.testing.assert_close(layer[1].bias.grad, force.sum((0, 2, 3)), rtol=1e-12, atol=1e-15)
+    _, y, matrix, _, _ = train(layer, make_spec((3, 2, 2)))
+    cotangent = matrix[y].view(40, 3, 2, 2) / 40
+    torch.testing.assert_close(layer[1].bias.grad, cotangent.sum((0, 2, 3)), rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("kind", get_args(MatrixKind))
 def test_every_kind_of_matrix_is_fixed(kind: str) -> None:
-    *_, block = learnt(nn.Linear(8, 12).to(D), task((12,)), feedback=kind)
+    *_, block = train(nn.Linear(8, 12).to(D), make_spec((12,)), feedback=kind)
     assert [name for name in block.parameters if name.startswith("heads")] == []
     before = block.buffers["heads.0.feedback"].clone()
     block.update()
@@ -92,22 +92,23 @@ def test_every_kind_of_matrix_is_fixed(kind: str) -> None:
 
 
 def test_the_last_block_learns_the_true_loss() -> None:
-    where, layer = task((CLASSES,), 2), nn.Linear(8, CLASSES).to(D)
-    assert Drtp().build_head(where) is None
+    spec, layer = make_spec((CLASSES,), 2), nn.Linear(8, CLASSES).to(D)
+    assert Drtp().make_head(spec) is None
     x, y = torch.randn(6, 8, dtype=D), torch.randint(0, CLASSES, (6,))
-    block = Block(2, {"head": layer}, None, step)
-    block.backward(Drtp().backward_pairs(where, block, MicroBatch(x, block.forward(x, ()), y)))
-    [wanted] = torch.autograd.grad(cross_entropy(layer(x), y), [layer.weight])
+    block = Block(2, {"head": layer}, None, sgd)
+    micro_batch = MicroBatch(x, block.forward(x, ()), y)
+    block.backward(Drtp().backward_pairs(spec, block, micro_batch))
+    [expected] = torch.autograd.grad(cross_entropy(layer(x), y), [layer.weight])
     assert layer.weight.grad is not None
-    assert torch.equal(layer.weight.grad, wanted)
+    assert torch.equal(layer.weight.grad, expected)
 
 
-def test_a_user_is_told_what_it_cannot_do() -> None:
-    flat = [task((12,), 0), task((12,), 1), task((CLASSES,), 2)]
-    [stop] = Drtp().warnings(flat, 32)
-    assert "2 of 3 blocks" in stop
-    images = [task((3, 4, 4), 0), task((12,), 1), task((CLASSES,), 2)]
+def test_the_run_warns_of_its_limits() -> None:
+    """2 of 3 blocks have no error term; 1 of 2 outputs, that of block 0, is an image."""
+    flat = [make_spec((12,), 0), make_spec((12,), 1), make_spec((CLASSES,), 2)]
+    [no_error] = Drtp().warnings(flat, 32)
+    assert numbers_in(no_error) == {"2", "3"}
+    images = [make_spec((3, 4, 4), 0), make_spec((12,), 1), make_spec((CLASSES,), 2)]
     _, convolutions = Drtp().warnings(images, 32)
-    assert "1 of 2 blocks" in convolutions
-    assert "(block 0)" in convolutions
-    assert Drtp().warnings([task((CLASSES,), 0, 1)], 32) == []
+    assert numbers_in(convolutions) >= {"1", "2", "0"}
+    assert Drtp().warnings([make_spec((CLASSES,), 0, 1)], 32) == []

@@ -9,29 +9,32 @@ from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, one_hot
 
 from dtrain.block.block import Block
 from dtrain.block.micro_batch import MicroBatch
-from dtrain.errors import DtrainError
+from dtrain.errors import ConfigError
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.common.pooling import make_pool, pooled_size, width
 from dtrain.objectives.mono_forward import MonoForward
 from dtrain.rng import seeded
+from tests.refusals import refuses
 
 D = torch.float64
 
 
-def step(parameters: object) -> torch.optim.Optimizer:
+def sgd(parameters: object) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1)  # type: ignore[arg-type]
 
 
-def task(outputs: tuple[int, ...], block: int = 0, blocks: int = 2) -> BlockSpec:
-    return BlockSpec(block, blocks, (4,), outputs, D, 3)
+def make_spec(output_shape: tuple[int, ...], block: int = 0, blocks: int = 2) -> BlockSpec:
+    return BlockSpec(block, blocks, (4,), output_shape, D, 3)
 
 
-def pulled(where: BlockSpec, layer: nn.Module, x: Tensor, y: Tensor, share: float = 1) -> Block:
-    """Return a block of one layer that has learnt one micro-batch."""
-    helper = MonoForward().build_head(where)
-    block = Block(where.index, {"one": layer}, None if helper is None else helper.to(D), step)
-    live = MicroBatch(x, block.forward(x, ()), y, share)
-    block.backward(MonoForward().backward_pairs(where, block, live))
+def trained_block(
+    spec: BlockSpec, layer: nn.Module, x: Tensor, y: Tensor, loss_scale: float = 1
+) -> Block:
+    """Return a block of one layer, with the gradients of one micro-batch."""
+    head = MonoForward().make_head(spec)
+    block = Block(spec.index, {"one": layer}, head and head.to(D), sgd)
+    micro_batch = MicroBatch(x, block.forward(x, ()), y, loss_scale)
+    block.backward(MonoForward().backward_pairs(spec, block, micro_batch))
     return block
 
 
@@ -40,22 +43,20 @@ def test_gradients_are_the_closed_form() -> None:
     with seeded("mono-forward"):
         x, y = torch.randn(6, 4, dtype=D), torch.randint(0, 3, (6,))
         layer = nn.Sequential(nn.Linear(4, 5), nn.Tanh()).to(D)
-        block = pulled(task((5,)), layer, x, y, 0.25)
+        block = trained_block(make_spec((5,)), layer, x, y, 0.25)
     a, m = layer(x).detach(), block.parameters["heads.0.1.weight"]
     delta = 0.25 * ((a @ m.T).softmax(1) - one_hot(y, 3)) / 6
     torch.testing.assert_close(m.grad, delta.T @ a, rtol=1e-14, atol=1e-15)
-    wanted = ((delta @ m) * (1 - a**2)).T @ x
-    torch.testing.assert_close(block.parameters["one.0.weight"].grad, wanted, rtol=1e-13, atol=0)
+    expected = ((delta @ m) * (1 - a**2)).T @ x
+    torch.testing.assert_close(block.parameters["one.0.weight"].grad, expected, rtol=1e-13, atol=0)
 
 
 def test_one_block_is_ordinary_backprop() -> None:
     with seeded("mono-forward"):
         x, y, layer = torch.randn(6, 4, dtype=D), torch.randint(0, 3, (6,)), nn.Linear(4, 3).to(D)
-    block = pulled(task((3,), 0, 1), layer, x, y)
-    found = [each.grad for each in block.trainable_parameters]
-    wanted = torch.autograd.grad(cross_entropy(layer(x), y), block.trainable_parameters)
-    assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True) if f is not None)
-    assert None not in found
+    block = trained_block(make_spec((3,), 0, 1), layer, x, y)
+    expected = torch.autograd.grad(cross_entropy(layer(x), y), block.trainable_parameters)
+    assert all(map(torch.equal, block.gradients(), expected))
 
 
 def test_the_prediction_is_the_last_blocks_unless_a_vote_is_asked_for() -> None:
@@ -75,23 +76,22 @@ def test_the_prediction_is_the_last_blocks_unless_a_vote_is_asked_for() -> None:
         ((90, 70), 2048, None),
     ],
 )
-def test_images_are_averaged_to_the_largest_square_that_the_limit_has_room_for(
+def test_images_are_averaged_to_the_largest_square_within_the_limit(
     shape: tuple[int, ...], limit: int, size: tuple[int, int] | None
 ) -> None:
     assert pooled_size(shape, limit) == size
     x = torch.randn(2, *shape, dtype=D)
-    wanted = (x if size is None else adaptive_avg_pool2d(x, size)).flatten(1)
-    assert torch.equal(make_pool(shape, limit)(x), wanted)
-    assert wanted.shape[1] == width(shape, limit)
+    expected = (x if size is None else adaptive_avg_pool2d(x, size)).flatten(1)
+    assert torch.equal(make_pool(shape, limit)(x), expected)
+    assert expected.shape[1] == width(shape, limit)
 
 
 def test_heads_are_as_wide_as_the_pooled_image() -> None:
-    head = MonoForward(features=70).build_head(task((16, 8, 8)))
-    assert head is not None
-    assert [each.shape for each in head.parameters()] == [(3, 16 * 2 * 2)]
+    head = MonoForward(features=70).build_head(make_spec((16, 8, 8)))
+    assert [parameter.shape for parameter in head.parameters()] == [(3, 16 * 2 * 2)]
     assert head(torch.randn(5, 16, 8, 8)).shape == (5, 3)
 
 
 def test_no_features_are_refused() -> None:
-    with pytest.raises(DtrainError, match="features = 0: give at least 1"):
+    with refuses(ConfigError, "objective.features-too-small"):
         MonoForward(features=0)

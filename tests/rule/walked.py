@@ -1,4 +1,4 @@
-"""Blocks of an objective in one process, and what its routes bring: a net learns one micro-batch.
+"""Blocks of an objective in one process, trained on one micro-batch; messages follow the routes.
 
 F   pass by pass, block by block          B   from the last block to the first
 """
@@ -24,76 +24,77 @@ D = torch.float64
 SAMPLES = 30
 
 
-def step(parameters: Iterable[Any]) -> torch.optim.Optimizer:
+def sgd(parameters: Iterable[Any]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1)
 
 
-def made(
+def build_blocks(
     objective: Objective, parts: Sequence[Sequence[nn.Module]], x: Tensor, classes: int
 ) -> list[tuple[BlockSpec, Block]]:
-    """Return the blocks of a net whose layers are `parts`, in float64."""
-    found: list[tuple[BlockSpec, Block]] = []
+    """Return the blocks of a model whose blocks have the layers `parts`, in float64."""
+    blocks: list[tuple[BlockSpec, Block]] = []
     h = x
     for index, part in enumerate(parts):
-        inputs = tuple(h.shape[1:])
+        input_shape = tuple(h.shape[1:])
         h = nn.Sequential(*part)(h)
-        shapes = inputs, tuple(h.shape[1:]), D, classes, tuple(x.shape[1:])
-        task = BlockSpec(index, len(parts), *shapes, train_samples=SAMPLES)
+        shapes = input_shape, tuple(h.shape[1:]), D, classes, tuple(x.shape[1:])
+        spec = BlockSpec(index, len(parts), *shapes, train_samples=SAMPLES)
         with seeded("heads", index):
-            helper = objective.make_head(task)
-        helper = helper if helper is None else helper.to(D)
+            head = objective.make_head(spec)
         layers = {f"l{index}{n}": layer for n, layer in enumerate(part)}
-        block = Block(index, layers, helper, step, detach_every=objective.detach_every)
+        block = Block(index, layers, head and head.to(D), sgd, detach_every=objective.detach_every)
         block.register_taps(objective.taps(block))
-        found.append((task, block))
-    return found
+        blocks.append((spec, block))
+    return blocks
 
 
-def learnt(
+def train_micro_batch(
     objective: Objective,
     blocks: Sequence[tuple[BlockSpec, Block]],
     x: Tensor,
     y: Tensor,
-    share: float = 1.0,
+    loss_scale: float = 1.0,
     indices: Tensor | None = None,
 ) -> list[MicroBatch]:
-    """Add the gradients of one micro-batch to all blocks; return what each has left behind."""
+    """Add the gradients of one micro-batch to all blocks; return the micro-batch of each block."""
     routes = objective.routes(len(blocks), "train")
-    asked = {route.source.block for route in routes if route.name == "gradient"}
-    which = torch.arange(len(x)) if indices is None else indices
-    told: defaultdict[Point, dict[str, Tensor]] = defaultdict(dict)
-    lives: dict[int, MicroBatch] = {}
+    gradient_senders = {route.source.block for route in routes if route.name == "gradient"}
+    specs = [spec for spec, _ in blocks]
+    messages: defaultdict[Point, dict[str, Tensor]] = defaultdict(dict)
+    micro_batches: dict[int, MicroBatch] = {}
 
-    def offer(point: Point) -> None:
+    def send(source: Point) -> None:
         for route in routes:
-            if route.source == point:
-                tensor = objective.make_message(route, blocks[point.block][1], lives[point.block])
-                shapes = objective.message_spec(route, [task for task, _ in blocks], len(y))
-                assert (tensor.shape, tensor.dtype) == shapes
-                told[route.target][route.name] = tensor.clone()
+            if route.source == source:
+                index = source.block
+                message = objective.make_message(route, blocks[index][1], micro_batches[index])
+                spec = objective.message_spec(route, specs, len(y))
+                assert (message.shape, message.dtype) == spec
+                messages[route.target][route.name] = message.clone()
+
+    def begin_pass(point: Point) -> MicroBatch:
+        if point.pass_:
+            return micro_batches[point.block].next_pass(messages[point])
+        return MicroBatch(
+            targets=y,
+            loss_scale=loss_scale,
+            received=messages[point],
+            samples=None if point.block else x,
+            indices=torch.arange(len(x)) if indices is None else indices,
+            rng_key=(0, 0, 0),
+        )
 
     for pass_ in range(count_forward_passes(routes)):
-        for index, (task, block) in enumerate(blocks):
-            point, before = Point(index, "F", pass_), lives.get(index)
-            if before is None:
-                lives[index] = MicroBatch(
-                    targets=y,
-                    loss_scale=share,
-                    received=told[point],
-                    samples=None if index else x,
-                    indices=which,
-                    rng_key=(0, 0, 0),
-                )
-            else:
-                lives[index] = before.next_pass(told[point])
-            micro_batch = lives[index]
-            micro_batch.x = objective.make_input(task, block, micro_batch).detach().clone()
-            micro_batch.x.requires_grad_(index in asked)
-            block.run_forward(micro_batch, objective.needs_graph(task, pass_))
-            offer(point)
-    for index, (task, block) in reversed(list(enumerate(blocks))):
+        for index, (spec, block) in enumerate(blocks):
+            point = Point(index, "F", pass_)
+            micro_batch = micro_batches[index] = begin_pass(point)
+            micro_batch.x = objective.make_input(spec, block, micro_batch).detach().clone()
+            micro_batch.x.requires_grad_(index in gradient_senders)
+            block.run_forward(micro_batch, objective.needs_graph(spec, pass_))
+            send(point)
+    for index, (spec, block) in reversed(list(enumerate(blocks))):
         point = Point(index, "B")
-        lives[index].received |= told[point]
-        block.backward(objective.backward_pairs(task, block, lives[index]))
-        offer(point)
-    return [lives[index] for index in range(len(blocks))]
+        micro_batches[index].received |= messages[point]
+        block.backward(objective.backward_pairs(spec, block, micro_batches[index]))
+        send(point)
+    return [micro_batches[index] for index in range(len(blocks))]
