@@ -244,3 +244,8 @@ def scaled_loss_pair(micro_batch: MicroBatch, scores: Tensor) -> BackwardPair:
     loss = cross_entropy(scores, micro_batch.targets)
     micro_batch.loss = loss.detach()
     return loss, torch.full_like(loss, micro_batch.loss_scale)
+
+
+def input_gradient_blocks(routes: Iterable[Route]) -> set[int]:
+    """Return the blocks that compute the gradient of their input: a "gradient" route leaves them."""
+    return {route.source.block for route in routes if route.name == GRADIENT}

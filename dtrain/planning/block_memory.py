@@ -31,7 +31,7 @@ from dtrain.block.block import Block
 from dtrain.block.micro_batch import Given, MicroBatch, RowRandom
 from dtrain.block.parameters import OptimizerFactory
 from dtrain.block.saved_tensors import SavedTensors
-from dtrain.objectives.base import GRADIENT, Objective
+from dtrain.objectives.base import Objective, input_gradient_blocks
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.schedules.actions import Action, Point, Route
 from dtrain.schedules.messages import count_forward_passes
@@ -183,7 +183,7 @@ def _measure_passes(
     task, routes = block_specs[index], objective.routes(len(block_specs), "train")
     block.register_taps(objective.taps(block))
     saved = SavedTensors([*block.parameters.values(), *block.buffers.values()])
-    asked = any(r.name == GRADIENT and r.source.block == index for r in routes)
+    asked = index in input_gradient_blocks(routes)
     dtype = next((each.dtype for each in block.parameters.values()), task.dtype)
     sample = (
         torch.zeros(rows, *task.sample_shape, dtype=dtype)
