@@ -47,6 +47,8 @@ class BlockLayout:
         Everything that the objective knows of the block.
     layers : range
         Indices of its layers in the model.
+    layer_specs : tuple of LayerSpec
+        The layers that the block runs, those of the objective included.
     parameters, head_parameters : int
         Parameter elements of the layers, and of the local head.
     cost : int
@@ -64,6 +66,7 @@ class BlockLayout:
 
     spec: BlockSpec
     layers: range
+    layer_specs: tuple[LayerSpec, ...]
     parameters: int
     head_parameters: int
     cost: int
@@ -289,18 +292,22 @@ def _block_layout(
     i, j = layers[index].start, layers[index].stop
     spec = block_costs.block_spec(index, len(layers), i, j)
     spec = dataclasses.replace(spec, next_output_shape=next_output_shape)
+    layer_specs = block_costs.layer_specs[i:j]
     parameters, macs = block_costs.layer_parameters(i, j), block_costs.layer_macs(i, j)
     replacement, model = objective.replacement_layers(spec), None
     if replacement is not None:
         names, factories = zip(*replacement, strict=True)
         model = FactoryLayers(tuple(f"blocks{index}-{name}" for name in names), factories)
-        specs = _infer_layers(model, objective.block_input_shape(spec), dtype)
-        spec = dataclasses.replace(spec, output_shape=specs[-1].output_shape, dtype=specs[-1].dtype)
-        parameters, macs = sum(each.parameters for each in specs), sum(map(total_macs, specs))
+        layer_specs = _infer_layers(model, objective.block_input_shape(spec), dtype)
+        last = layer_specs[-1]
+        spec = dataclasses.replace(spec, output_shape=last.output_shape, dtype=last.dtype)
+        parameters = sum(layer.parameters for layer in layer_specs)
+        macs = sum(map(total_macs, layer_specs))
     head = block_costs.head_spec(spec)
     return BlockLayout(
         spec=spec,
         layers=layers[index],
+        layer_specs=layer_specs,
         parameters=parameters,
         head_parameters=head.parameters if head else 0,
         cost=macs * objective.forward_passes(spec) + total_macs(head),
