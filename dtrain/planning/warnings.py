@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from dtrain.objectives.base import input_gradient_blocks
+from dtrain.planning.formatting import percent
 from dtrain.planning.layout import BlockLayout, Layout
 from dtrain.planning.plan import Plan
 
@@ -115,12 +116,11 @@ def _warn_large_heads(layout: Layout) -> Iterator[str]:
     ]
     if not blocks:
         return
-    listed = ", ".join(f"block {block.spec.index} {_head_percent(block)}" for block in blocks)
+    listed = ", ".join(map(_head_text, blocks))
     if len(blocks) > MAX_LISTED_NAMES:
         largest = max(blocks, key=_head_fraction)
         listed = (
-            f"{len(blocks)} of {len(layout.block_layouts)} blocks, "
-            f"most in block {largest.spec.index} ({_head_percent(largest)})"
+            f"{len(blocks)} of {len(layout.block_layouts)} blocks, most in {_head_text(largest)}"
         )
     yield (
         f"local heads above 10 % of their blocks' parameters: {listed}; such a head may do most of "
@@ -143,8 +143,9 @@ def _head_fraction(block: BlockLayout) -> float:
     return block.head_parameters / block.parameters if block.parameters else math.inf
 
 
-def _head_percent(block: BlockLayout) -> str:
-    return f"{_head_fraction(block):.0%}".replace("%", " %") if block.parameters else "of none"
+def _head_text(block: BlockLayout) -> str:
+    size = percent(_head_fraction(block), 0) if block.parameters else "no parameters"
+    return f"block {block.spec.index} ({size})"
 
 
 def _join_names(names: Sequence[str]) -> str:
