@@ -111,7 +111,7 @@ def count(tree: Path, options: argparse.Namespace) -> dict[str, float]:
             folder = Path(scratch)
             (folder / "run.toml").write_text(RUN.format(updates=UPDATES, **case), encoding="utf-8")
             (folder / "counted_data.py").write_text(DATA, encoding="utf-8")
-            _start(tree, folder, name, int(case["ranks"]))
+            _start(tree, folder, name, int(str(case["ranks"])))
             windows = json.loads((folder / f"rank-{case['rank']}.json").read_text("utf-8"))
         functions = [len(window["functions"]) for window in windows]
         frames = [window["frames"] for window in windows]

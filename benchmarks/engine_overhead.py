@@ -101,7 +101,7 @@ def _trained(tree: Path) -> float:
         _run(["-m", "dtrain", "train", "run.toml", "--out", "out"], folder, tree)
         lines = (folder / "out" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rates = [r["samples_per_s"] for r in map(json.loads, lines) if r["kind"] == "train"]
-    return 1e6 * BATCH / median(rates[1:])
+    return float(1e6 * BATCH / median(rates[1:]))
 
 
 def _run(words: list[str], folder: Path, tree: Path) -> str:

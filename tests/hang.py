@@ -1,4 +1,4 @@
-"""A run that hangs: the middle one of three stages stops in its third batch until it may go on."""
+"""A run that hangs: the middle one of three stages stops in its third batch until a file exists."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import nn
 
 class Hanging(nn.Linear):
     def forward(self, input):
-        self.seen = getattr(self, "seen", 0) + self.training
-        if self.seen == 3:
+        self.batches = getattr(self, "batches", 0) + self.training
+        if self.batches == 3:
             pathlib.Path("HUNG").touch()
             while not pathlib.Path("GO").exists():
                 time.sleep(0.05)
@@ -45,9 +45,9 @@ name = "adam"
 
 
 def place(folder: Path, more: str = "") -> Path:
-    """Write the run file, which is returned, and the user's code beside it, with `more` of it.
+    """Write the user's code, with `more` appended, and the run file beside it; return the latter.
 
-    The rank that hangs touches `folder/hung` and goes on once there is `folder/go`.
+    The rank that hangs touches `folder/hung` and continues once `folder/go` exists.
     """
     code = (HANGING + more).replace("HUNG", f"{folder}/hung").replace("GO", f"{folder}/go")
     (folder / "user.py").write_text(code)

@@ -37,7 +37,7 @@ from dtrain.engine.trace import Trace
 from dtrain.engine.update import BatchUpdate, UpdateStep
 from dtrain.errors import NumericalError
 from dtrain.mesh import RankPosition
-from dtrain.objectives.base import GRADIENT
+from dtrain.objectives.base import input_gradient_blocks
 from dtrain.objectives.forward import backward_pairs, forward_micro_batch
 from dtrain.schedules.actions import Action
 from dtrain.syncs.base import Sync
@@ -94,9 +94,7 @@ class Engine:
         self.max_lag = max((route.lag for route in self.router.routes), default=0)
         self.metric_sums = MetricSums()
         self.trace: Trace | None = None
-        self.needs_input_gradient = {
-            route.source.block for route in self.router.routes if route.name == GRADIENT
-        }
+        self.needs_input_gradient = input_gradient_blocks(self.router.routes)
         self.needs_samples = {
             b for b in blocks if self.objective.needs_samples(self.block_specs[b], "train")
         }

@@ -1,15 +1,15 @@
-"""Flights: who waits for whom in a run that hangs, from the records of its ranks.
+"""Hang report: which rank blocks which in a run that hangs, from the records of its ranks.
 
-Invariant: reads what ranks wrote and nothing else: neither torch nor MPI, and no rank is asked. It
-may be wrong about who is guilty, never about what it read.
+Invariant: reads files only, with neither torch nor MPI, and contacts no rank. The likely cause is a
+guess; everything else stands in the records.
 
-    record of rank 4: waits for rank 3           4 --> 3 --> 2   an edge per rank waited for; of a
-    record of rank 3: waits for a mean of 2, 3                   group only those that do not wait
-    record of rank 2: at work for 611 s                          for the same: the others have come
+    record of rank 4: waits for rank 3           4 --> 3 --> 2   one edge per awaited rank; of a
+    record of rank 3: in a mean of ranks 2, 3                    collective only ranks that are not
+    record of rank 2: running for 611 s                          in it: the others have joined
 
-    roots     ranks that wait for nobody: failed, silent, at work      <- one of them is the culprit
-    behind    the waiting ranks from which edges lead to a root
-    circles   waiting ranks from which edges lead to no root
+    roots     ranks that wait for no rank: failed, silent or running     <- the likely cause
+    blocked   waiting ranks from which edges lead to a root
+    deadlock  waiting ranks from which no edges lead to a root
 """
 
 from __future__ import annotations
@@ -27,46 +27,150 @@ from dtrain.comm.flight_recorder import format_ranks
 from dtrain.errors import ConfigError
 
 STALE_S = 60.0
-"""A record that is older than the newest by more is of an earlier question."""
+"""Age beyond the newest record from which a record belongs to an earlier request."""
 
 
 MAX_SHOWN, MAX_WIDTH = 8, 30
-"""Ranks that are told one by one, and letters of a list of ranks."""
+"""Ranks that are shown one by one, and characters of a list of ranks."""
+
+
+REQUIRED_KEYS = {"rank", "size", "unix_s", "wait_s", "failed", "idle_s"}
+"""Keys that a readable record has."""
 
 
 WaitKey = tuple[str, str]
-"""Words and ranks of a wait: who has both in common waits in the same collective."""
+"""Description and awaited ranks of a wait; ranks with equal keys are in the same collective."""
 
 
 @final
 @dataclass(frozen=True)
 class FlightRecord:
-    """What one rank wrote; `dtrain.telemetry.HERE` says what its values are."""
+    """The record of one rank; `comm.flight_recorder.RECORD_KEYS` explains its fields."""
 
     fields: Mapping[str, Any]
     path: Path
 
     @property
     def rank(self) -> int:
-        """Of the world."""
+        """Rank in the world."""
         return int(self.fields["rank"])
 
     @property
     def wait(self) -> WaitKey | None:
-        """The innermost wait, None where it waits for nobody."""
+        """The innermost wait; None where the rank waits for no other."""
         if self.fields["wait_s"] is None or self.fields["failed"]:
             return None
         return str(self.fields["what"]), str(self.fields["peers"])
 
     @property
     def time_text(self) -> str:
-        """When it was written, by this host's clock face."""
+        """Time of writing, in this host's time zone."""
         return datetime.fromtimestamp(self.fields["unix_s"]).strftime("%H:%M:%S")
 
 
 @final
 class HangAnalysis:
-    """The records of one question, of all ranks that answered.
+    """The graph of waits in the newest records of a run.
+
+    Parameters
+    ----------
+    folder : Path
+        The run folder.
+
+    Attributes
+    ----------
+    current_records, stale_records : dict of int to FlightRecord
+        By rank: records of the latest request, and older ones.
+    silent_ranks : list of int
+        Ranks without a current record.
+    waiting_ranks, awaited_ranks : dict of WaitKey to set of int
+        By wait: ranks that are in it, and ranks that it lacks.
+
+    Raises
+    ------
+    ConfigError
+        The folder holds no record.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        records = list(_read_records(folder / FLIGHT_FOLDER))
+        if not records:
+            raise ConfigError(
+                "flight.no-records",
+                f"{folder / FLIGHT_FOLDER} holds no record of a rank: ask the ranks first, with "
+                "`scancel --signal=USR1 JOB`, or `kill -USR1 PID` of the process that started them",
+            )
+        self.folder = folder
+        self.newest_record = max(records, key=lambda record: float(record.fields["unix_s"]))
+        self.world_size = max(int(record.fields["size"]) for record in records)
+        self.current_records: dict[int, FlightRecord] = {}
+        self.stale_records: dict[int, FlightRecord] = {}
+        for record in records:
+            age_s = self.newest_record.fields["unix_s"] - record.fields["unix_s"]
+            target = self.current_records if age_s <= STALE_S else self.stale_records
+            target[record.rank] = record
+        self.silent_ranks = [
+            rank for rank in range(self.world_size) if rank not in self.current_records
+        ]
+        self.waiting_ranks: defaultdict[WaitKey, set[int]] = defaultdict(set)
+        for rank, record in self.current_records.items():
+            if record.wait is not None:
+                self.waiting_ranks[record.wait].add(rank)
+        self.awaited_ranks = {
+            wait: parse_ranks(wait[1]) - ranks for wait, ranks in self.waiting_ranks.items()
+        }
+
+    def roots(self) -> list[int]:
+        """Return the ranks that wait for no other, the likeliest cause first.
+
+        Failed ranks lead, then those that block most ranks, then those that have been longest
+        without an event.
+        """
+        blocked = {rank: len(self.blocked_by(rank)) for rank in self._root_ranks()}
+        return sorted(
+            blocked,
+            key=lambda rank: (not self.has_failed(rank), -blocked[rank], -self._idle_s(rank), rank),
+        )
+
+    def _root_ranks(self) -> set[int]:
+        records = self.current_records.items()
+        return {*self.silent_ranks, *(rank for rank, record in records if record.wait is None)}
+
+    def blocked_by(self, root: int) -> set[int]:
+        """Return the ranks that wait for `root`, directly or through other ranks."""
+        return self._blocked_by({root})
+
+    def deadlocked_ranks(self) -> set[int]:
+        """Return the waiting ranks that no root blocks."""
+        waiting = {rank for ranks in self.waiting_ranks.values() for rank in ranks}
+        return waiting - self._blocked_by(self._root_ranks())
+
+    def _blocked_by(self, roots: set[int]) -> set[int]:
+        """Return the ranks from which edges lead to one of `roots`."""
+        blocked: set[int] = set()
+        new_ranks = roots
+        while new_ranks:
+            waits = [wait for wait, ranks in self.awaited_ranks.items() if ranks & new_ranks]
+            new_ranks = {rank for wait in waits for rank in self.waiting_ranks[wait]} - blocked
+            blocked |= new_ranks
+        return blocked
+
+    def _idle_s(self, rank: int) -> float:
+        record = self.current_records.get(rank)
+        return float("inf") if record is None else float(record.fields["idle_s"])
+
+    def has_failed(self, rank: int) -> bool:
+        """Return whether the record of a rank is that of a failure."""
+        return rank in self.current_records and bool(self.current_records[rank].fields["failed"])
+
+    def stacks_path(self, rank: int) -> Path | None:
+        """Return the file with a rank's stacks, None where it is missing or empty."""
+        path = self.folder / FLIGHT_FOLDER / f"rank-{rank:05d}.stacks"
+        return path if path.is_file() and path.stat().st_size else None
+
+
+def hang_report(folder: Path) -> list[str]:
+    """Return a few lines: waiting ranks, the likely cause, and what to do.
 
     Parameters
     ----------
@@ -75,134 +179,50 @@ class HangAnalysis:
 
     Raises
     ------
-    DtrainError
-        It holds no record.
+    ConfigError
+        The folder holds no record.
     """
-
-    def __init__(self, folder: Path) -> None:
-        found = list(_read_records(folder / FLIGHT_FOLDER))
-        if not found:
-            raise ConfigError(
-                "todo.key",
-                f"{folder / FLIGHT_FOLDER} holds no record of a rank: ask the ranks first, with "
-                "`scancel --signal=USR1 JOB` or `kill -USR1 PID` of what started them",
-            )
-        self.folder = folder
-        self.newest_record = max(found, key=lambda each: float(each.fields["unix_s"]))
-        since = self.newest_record.fields["unix_s"] - STALE_S
-        self.world_size = max(int(each.fields["size"]) for each in found)
-        self.current_records = {each.rank: each for each in found if each.fields["unix_s"] >= since}
-        self.stale_records = {each.rank: each for each in found if each.fields["unix_s"] < since}
-        self.silent_ranks = [
-            rank for rank in range(self.world_size) if rank not in self.current_records
-        ]
-        self.waiting_ranks: defaultdict[WaitKey, set[int]] = defaultdict(set)
-        for rank, answer in self.current_records.items():
-            if answer.wait is not None:
-                self.waiting_ranks[answer.wait].add(rank)
-        self.awaited_ranks = {
-            wait: parse_ranks(wait[1]) - own for wait, own in self.waiting_ranks.items()
-        }
-
-    def roots(self) -> list[int]:
-        """Return the ranks that wait for nobody, the likeliest culprit first."""
-        idle = {rank: each for rank, each in self.current_records.items() if each.wait is None}
-        weights = {
-            rank: len(self.blocked_by(rank))
-            for rank in self._by_idle_time([*self.silent_ranks, *idle])
-        }
-        return sorted(weights, key=lambda rank: (not self.has_failed(rank), -weights[rank]))
-
-    def blocked_by(self, root: int) -> set[int]:
-        """Return the ranks that wait for `root`, directly or for others that do."""
-        found: set[int] = set()
-        fresh = {root}
-        while fresh:
-            told = [w for w, awaited in self.awaited_ranks.items() if awaited & fresh]
-            fresh = {rank for wait in told for rank in self.waiting_ranks[wait]} - found
-            found |= fresh
-        return found
-
-    def deadlocked_ranks(self) -> set[int]:
-        """Return the waiting ranks from which no chain leads to a root."""
-        led = set(self.silent_ranks) | {
-            r for r, each in self.current_records.items() if each.wait is None
-        }
-        waiting = {rank for own in self.waiting_ranks.values() for rank in own}
-        while (
-            fresh := {
-                rank
-                for wait, awaited in self.awaited_ranks.items()
-                if awaited & led
-                for rank in self.waiting_ranks[wait]
-            }
-            - led
-        ):
-            led |= fresh
-        return waiting - led
-
-    def _by_idle_time(self, candidates: list[int]) -> list[int]:
-        """Return the ranks longest in what they do first; those that failed or are silent lead."""
-        return sorted(candidates, key=lambda rank: (not self.has_failed(rank), -self._idle_s(rank)))
-
-    def _idle_s(self, rank: int) -> float:
-        answer = self.current_records.get(rank)
-        return float("inf") if answer is None else float(answer.fields["idle_s"])
-
-    def has_failed(self, rank: int) -> bool:
-        """Return whether a rank wrote that it failed."""
-        return rank in self.current_records and bool(self.current_records[rank].fields["failed"])
-
-
-def hang_report(folder: Path) -> list[str]:
-    """Return, in a few lines, who waits for whom in a run, and who is the likely culprit."""
-    flights = HangAnalysis(folder)
-    newest, roots = flights.newest_record, flights.roots()
-    hosts = _read_hosts(folder)
+    analysis = HangAnalysis(folder)
+    newest, roots = analysis.newest_record, analysis.roots()
+    names = _RankNames(analysis)
     lines = [
-        f"asked      at {newest.time_text} ({newest.fields['why']}): "
-        f"{len(flights.current_records)} of {flights.world_size} ranks answered"
+        f"records    {newest.time_text} ({newest.fields['why']}): "
+        f"{len(analysis.current_records)} of {analysis.world_size} ranks answered"
     ]
-    lines += [_root_line(flights, rank, hosts) for rank in roots[:MAX_SHOWN]]
+    lines += [_root_line(analysis, rank, names) for rank in roots[:MAX_SHOWN]]
     if len(roots) > MAX_SHOWN:
-        lines.append(f"           and {len(roots) - MAX_SHOWN} more that wait for nobody")
-    lines += _waiting_lines(flights, roots)
-    if stuck := flights.deadlocked_ranks():
+        lines.append(f"           {len(roots) - MAX_SHOWN} more ranks that wait for no other")
+    lines += _waiting_lines(analysis, roots)
+    if deadlocked := analysis.deadlocked_ranks():
         lines.append(
-            f"circle     {_ranks_text(stuck)} wait for each other and for nobody else: a deadlock, or "
-            "messages that the network does not bring"
+            f"deadlock   {_ranks_text(deadlocked)} wait only for each other, or for messages that "
+            "the network does not deliver"
         )
-    count = len(flights.blocked_by(roots[0])) if roots else 0
-    if roots and (count or flights.has_failed(roots[0])):
-        lines.append(
-            f"culprit    likely {_rank_text(roots[0], flights, hosts)}: {count} of the other "
-            f"{flights.world_size - 1} ranks wait for it, directly or in a chain"
-        )
-    return lines
+    return [*lines, *_conclusion_lines(analysis, roots, names)]
 
 
 def parse_ranks(text: str) -> set[int]:
     """Return the ranks in "0-3,8"."""
-    found: set[int] = set()
+    ranks: set[int] = set()
     for part in filter(None, text.split(",")):
         first, _, last = part.partition("-")
-        found |= set(range(int(first), int(last or first) + 1))
-    return found
+        ranks |= set(range(int(first), int(last or first) + 1))
+    return ranks
 
 
 def _read_records(folder: Path) -> Iterator[FlightRecord]:
-    """Yield the records in a folder; what is damaged is none."""
+    """Yield the readable records in a folder."""
     for path in sorted(folder.glob("rank-*.txt")):
         try:
-            here = json.loads(path.read_text(encoding="utf-8").splitlines()[1])
-            if {"rank", "size", "unix_s", "wait_s", "failed", "idle_s"} <= here.keys():
-                yield FlightRecord(here, path)
+            fields = json.loads(path.read_text(encoding="utf-8").splitlines()[1])
+            if fields.keys() >= REQUIRED_KEYS:
+                yield FlightRecord(fields, path)
         except (OSError, ValueError, IndexError, AttributeError):
             continue
 
 
 def _read_hosts(folder: Path) -> list[str]:
-    """Return the host of each rank, as the latest attempt recorded them; none where it did not."""
+    """Return the host of each rank in the latest attempt, empty where that is not recorded."""
     hosts: list[str] = []
     try:
         with (folder / "metrics.jsonl").open(encoding="utf-8") as file:
@@ -214,71 +234,136 @@ def _read_hosts(folder: Path) -> list[str]:
     return hosts
 
 
-def _rank_text(rank: int, analysis: HangAnalysis, hosts: list[str]) -> str:
-    """Return a rank and its host."""
-    known = analysis.current_records.get(rank) or analysis.stale_records.get(rank)
-    host = known.fields["host"] if known is not None else hosts[rank] if rank < len(hosts) else ""
-    return f"rank {rank} on {host}" if host else f"rank {rank}"
+@final
+class _RankNames:
+    """Ranks with their hosts, from their records or from `metrics.jsonl`."""
+
+    def __init__(self, analysis: HangAnalysis) -> None:
+        self.records = analysis.stale_records | analysis.current_records
+        self.hosts = _read_hosts(analysis.folder)
+
+    def host(self, rank: int) -> str:
+        """Return the host of a rank, empty where it is not known."""
+        if rank in self.records:
+            return str(self.records[rank].fields["host"])
+        return self.hosts[rank] if rank < len(self.hosts) else ""
+
+    def text(self, rank: int) -> str:
+        """Return "rank 3 on n017"."""
+        host = self.host(rank)
+        return f"rank {rank} on {host}" if host else f"rank {rank}"
 
 
-def _root_line(analysis: HangAnalysis, rank: int, hosts: list[str]) -> str:
-    """Return the line of a rank that waits for nobody."""
-    who, answer = _rank_text(rank, analysis, hosts), analysis.current_records.get(rank)
-    if answer is None:
-        return f"no answer  {who}: {_silent_rank_text(analysis, rank)}"
-    here = answer.fields
-    doing = "no action yet" if here["action"] is None else f"{here['action']}"
-    doing += "" if here["update"] is None else f" of update {here['update']}"
-    place = f", at {here['place']}" if here["place"] else ""
-    if here["failed"]:
-        return f"failed     {who}: {here['why']}, in {doing}{place}"
-    return f"at work    {who}: {doing} for {here['idle_s']:.0f} s{place}"
+def _root_line(analysis: HangAnalysis, rank: int, names: _RankNames) -> str:
+    """Return the line of a rank that waits for no other."""
+    name, record = names.text(rank), analysis.current_records.get(rank)
+    if record is None:
+        return f"no answer  {name}: {_silent_rank_text(analysis, rank)}"
+    fields = record.fields
+    action = "no action yet" if fields["action"] is None else f"{fields['action']}"
+    action += "" if fields["update"] is None else f" of update {fields['update']}"
+    place = f", at {fields['place']}" if fields["place"] else ""
+    if fields["failed"]:
+        return f"failed     {name}: {fields['why']}, in {action}{place}"
+    return f"running    {name}: {action} for {fields['idle_s']:.0f} s{place}"
 
 
 def _silent_rank_text(analysis: HangAnalysis, rank: int) -> str:
-    """Return what is known of a rank that did not answer."""
-    stacks = analysis.folder / FLIGHT_FOLDER / f"rank-{rank:05d}.stacks"
-    if stacks.is_file() and stacks.stat().st_size:
+    """Return all that is known of a rank without a current record."""
+    stacks = analysis.stacks_path(rank)
+    if stacks is not None:
         return f"inside compiled code, {_innermost_frame(stacks)} ({stacks})"
     if rank in analysis.stale_records:
-        late = analysis.stale_records[rank]
+        record = analysis.stale_records[rank]
         return (
-            f"gone, or inside compiled code; its last record is of {late.time_text} ({late.path})"
+            "ended, or inside compiled code; its last record is of "
+            f"{record.time_text} ({record.path})"
         )
     earlier = sorted(analysis.folder.glob(f"{FLIGHT_FOLDER}-*/rank-{rank:05d}.txt"))
     if earlier:
-        return f"gone, or not asked; its last record is of an earlier attempt ({earlier[-1]})"
-    return "gone, or not asked; it left no record"
+        return f"ended, or not asked; its last record is of an earlier attempt ({earlier[-1]})"
+    return "ended, or not asked; it has no record"
 
 
 def _innermost_frame(stacks: Path) -> str:
-    """Return the innermost line of the thread that was asked last."""
+    """Return the innermost line of the thread that handled the latest request."""
     lines = [line.strip() for line in stacks.read_text(encoding="utf-8").splitlines()]
-    heads = [number for number, line in enumerate(lines) if line.startswith("Current thread")]
-    below = lines[heads[-1] :] if heads else lines
-    return next((line for line in below if line.startswith("File ")), "no Python code")
+    starts = [number for number, line in enumerate(lines) if line.startswith("Current thread")]
+    thread = lines[starts[-1] :] if starts else lines
+    return next((line for line in thread if line.startswith("File ")), "no Python code")
 
 
 def _waiting_lines(analysis: HangAnalysis, roots: Iterable[int]) -> list[str]:
-    """Return the lines of those who wait: for what from a root, and how many for others."""
-    idle = set(roots)
+    """Return the lines of the waiting ranks: the waits for a root, and the number of the others."""
+    root_set = set(roots)
     count = sum(map(len, analysis.waiting_ranks.values()))
-    direct: defaultdict[str, set[int]] = defaultdict(set)
+    if not count:
+        return []
+    direct: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
     for wait, awaited in analysis.awaited_ranks.items():
-        if lacks := awaited & idle:
-            direct[f"{wait[0]}; awaits {_ranks_text(lacks)}"] |= analysis.waiting_ranks[wait]
-    kinds = sorted(direct.items(), key=lambda kind: -len(kind[1]))
-    found = [f"           {_ranks_text(own)}: {what}" for what, own in kinds[:MAX_SHOWN]]
-    if more := sum(len(own) for _, own in kinds[MAX_SHOWN:]):
-        found.append(f"           {more} more, likewise")
-    if rest := count - sum(len(own) for _, own in kinds):
-        found.append(f"           {rest} for ranks that wait themselves")
-    return [f"waiting    {count} of {analysis.world_size} ranks", *found] if count else []
+        if awaited & root_set:
+            direct[_ranks_text(awaited & root_set), wait[0]] |= analysis.waiting_ranks[wait]
+    waits = sorted(direct.items(), key=lambda item: -len(item[1]))
+    lines = [f"waiting    {count} of {analysis.world_size} ranks"]
+    for (awaited_text, description), ranks in waits[:MAX_SHOWN]:
+        verb = "waits" if len(ranks) == 1 else "wait"
+        lines.append(f"           {_ranks_text(ranks)} {verb} for {awaited_text}: {description}")
+    if more := sum(len(ranks) for _, ranks in waits[MAX_SHOWN:]):
+        lines.append(f"           {more} more ranks wait likewise")
+    if indirect := count - sum(len(ranks) for _, ranks in waits):
+        lines.append(f"           {indirect} more ranks wait for ranks that wait themselves")
+    return lines
+
+
+def _conclusion_lines(analysis: HangAnalysis, roots: list[int], names: _RankNames) -> Iterator[str]:
+    """Yield the likely cause, where there is one, and what to do."""
+    blocked = len(analysis.blocked_by(roots[0])) if roots else 0
+    if roots and (blocked or analysis.has_failed(roots[0])):
+        others = f"{blocked} of the other {analysis.world_size - 1} ranks wait for it"
+        reason = f"{others}, directly or through other ranks" if blocked else "it failed"
+        yield f"cause      likely {names.text(roots[0])}: {reason}"
+        yield f"to do      {_advice(analysis, roots[0], names)}"
+    elif analysis.deadlocked_ranks():
+        yield (
+            "to do      start the same command again; if it hangs again, report it with the folder "
+            f"{analysis.folder / FLIGHT_FOLDER}: schedules are proven free of deadlock, so it is "
+            "the network or a fault of dtrain"
+        )
+    else:
+        yield (
+            "to do      no rank waits for another, so the run may be slow, not stuck: see "
+            "slowest_rank in metrics.jsonl, and ask again in a minute"
+        )
+
+
+def _advice(analysis: HangAnalysis, rank: int, names: _RankNames) -> str:
+    """Return what to do about the rank that is the likely cause."""
+    record, host = analysis.current_records.get(rank), names.host(rank) or "its host"
+    if record is not None and record.fields["failed"]:
+        return (
+            f"fix the error (traceback in {record.path}) and start the same command again: it "
+            "resumes from the last checkpoint"
+        )
+    if record is not None:
+        place = record.fields["place"] or "its stack"
+        return (
+            f"look at {place} (stack in {record.path}) and ask again in a minute: if the rank is "
+            "still there, that code does not return"
+        )
+    if analysis.stacks_path(rank) is not None:
+        return (
+            f"check devices and file systems of {host}; end the job and start it again, without "
+            "that host if it hangs there again"
+        )
+    return (
+        f"check whether the rank still runs on {host}: the job's log and `sacct -j JOB` show a "
+        "rank that was killed; start the same command again to resume"
+    )
 
 
 def _ranks_text(members: set[int]) -> str:
-    """Return ranks in a few words."""
-    told = format_ranks(members)
-    if len(told) > MAX_WIDTH:
-        told = f"{told[:MAX_WIDTH].rpartition(',')[0]},... ({len(members)} in all)"
-    return f"rank {told}" if len(members) == 1 else f"ranks {told}"
+    """Return ranks as short text: "ranks 0-3,8"."""
+    text = format_ranks(members)
+    if len(text) > MAX_WIDTH:
+        text = f"{text[:MAX_WIDTH].rpartition(',')[0]},... ({len(members)} in all)"
+    return f"rank {text}" if len(members) == 1 else f"ranks {text}"

@@ -1,6 +1,6 @@
-"""What a person sees of a run: a bar on a terminal, one line per interval in a log.
+"""Progress of a run: a bar on a terminal or one line per interval in a log, and `metrics.jsonl`.
 
-Invariant: only rank 0 speaks and records, and nothing that it says decides anything.
+Invariant: only rank 0 prints and records, and no result of this module changes a run.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dtrain.checkpoint import run_folder as folder
+from dtrain.checkpoint import run_folder
 from dtrain.checkpoint.resume import length_dependent_parts
 from dtrain.comm.communicator import Comm
 from dtrain.comm.launcher import TERMINAL_VARIABLE, detect_launcher
 from dtrain.monitoring.run_totals import RunTotals
+from dtrain.planning.formatting import percent, pluralise
 from dtrain.planning.plan import Plan
-from dtrain.planning.report import percent, pluralise
 from dtrain.planning.warnings import plan_warnings
 from dtrain.schedules.segments import Segment
 
@@ -31,36 +31,57 @@ if TYPE_CHECKING:
 
 
 REFRESH_S = 0.2
+"""Seconds between two refreshes of the bar."""
 
 
 class Progress:
-    """The voice of a run; silent on all ranks but the first.
+    """Console and metrics logger (rank 0 only).
 
     Parameters
     ----------
-    totals : Totals
-        What was done before; read again whenever something is said.
+    comm : Comm
+        All ranks of the run.
+    out : Path
+        The run folder.
+    totals : RunTotals
+        The totals of the run, read again for every line.
     """
 
     def __init__(self, plan: Plan, comm: Comm, out: Path, totals: RunTotals) -> None:
-        self.plan, self.comm, self.out, self.totals = plan, comm, out, totals
+        self.plan = plan
+        self.comm = comm
+        self.out = out
+        self.totals = totals
         self.enabled = comm.rank == 0
         self.first_update = totals.update
         self.start_time = self.last_print_time = time.monotonic()
         self.bar = _make_bar() if self.enabled else None
 
+    @property
+    def total_updates(self) -> int:
+        """Updates of the whole run."""
+        return self.plan.training_length.total_updates
+
     def start(self, threads: int, merged_replicas: int = 0) -> None:
-        """Say what will run, and on what; `afresh` replicas had trained apart, and are one now."""
+        """Print and record what will run, on which software.
+
+        Parameters
+        ----------
+        threads : int
+            Threads per rank.
+        merged_replicas : int
+            Number of replicas of a checkpoint that were averaged to start from; 0 for none.
+        """
         if not self.enabled:
             return
         print("\n".join(_introduction(self.plan, self.comm, threads)))
         if self.first_update:
-            total = self.plan.training_length.total_updates
-            print(f"resumed   {self.first_update:,} of {total:,} updates were done before")
+            done = f"{self.first_update:,} of {self.total_updates:,}"
+            print(f"resumed   {done} updates were done before")
         if merged_replicas:
             print(
-                f"note      all start from the mean of {merged_replicas} replicas that trained apart, "
-                "their optimizers and syncs afresh"
+                f"note      all replicas start from the mean of {merged_replicas} replicas that "
+                "were trained with local updates; optimizers and syncs start anew"
             )
         print(flush=True)
         self._record(
@@ -68,116 +89,141 @@ class Progress:
             ranks=self.comm.size,
             hosts=list(self.comm.hosts),
             versions=f"dtrain {version('dtrain')}, {library_versions(self.comm)}",
-            job=folder.slurm_job_id(),
+            job=run_folder.slurm_job_id(),
             resolved=self.plan.run.to_table(),
         )
         self.start_time = self.last_print_time = time.monotonic()
-        if self.bar is not None and self.first_update < self.plan.training_length.total_updates:
+        if self.bar is not None and self.first_update < self.total_updates:
             self.bar.start()
-            total = self.plan.training_length.total_updates
-            self.bar_task = self.bar.add_task("training", total=total, completed=self.first_update)
+            self.bar_task = self.bar.add_task(
+                "training", total=self.total_updates, completed=self.first_update
+            )
 
     def show(self, update: int) -> None:
-        """Move the bar, or say how far it is once per interval."""
+        """Move the bar, or print a line once per interval; `update` has just ended."""
         now = time.monotonic()
-        every = REFRESH_S if self.bar is not None else self.plan.run.log.every_s
-        if not self.enabled or now - self.last_print_time < every:
+        interval_s = REFRESH_S if self.bar is not None else self.plan.run.log.every_s
+        if not self.enabled or now - self.last_print_time < interval_s:
             return
         self.last_print_time = now
         if self.bar is not None:
             self.bar.update(self.bar_task, completed=update + 1, refresh=True)
             return
-        calendar = self.plan.training_length
-        epoch = f"epoch {update // calendar.updates_per_epoch + 1:>{len(str(calendar.epochs))}}"
+        epoch = self._epoch_text(update // self.plan.training_length.updates_per_epoch)
         print(
-            f"{epoch}/{calendar.epochs}  update {update + 1:,} of {calendar.total_updates:,}"
+            f"{epoch}  update {update + 1:,} of {self.total_updates:,}"
             f"  {self._time_left(update + 1)}",
             flush=True,
         )
 
     def end_segment(self, segment: Segment, eval_s: float | None, save_s: float | None) -> None:
-        """Record a segment's end, and say what an evaluation found.
+        """Record the end of a segment, and print the result of an evaluation.
 
-        Both times are in seconds; None: there was no evaluation, or no checkpoint.
+        Parameters
+        ----------
+        eval_s, save_s : float or None
+            Seconds of the evaluation and of the checkpoint; None where there was none.
         """
         if not self.enabled:
             return
-        totals, calendar = self.totals, self.plan.training_length
-        rate = totals.rate
-        done = {"loss": totals.losses(), "samples_per_s": rate, "samples": totals.samples}
-        host = self.comm.hosts[totals.latest["slowest_rank"]]
-        measured = totals.metric_means()
-        self._record("train", **done, **measured, **totals.latest, slowest_host=host)
+        totals = self.totals
+        self._record(
+            "train",
+            loss=totals.losses(),
+            samples_per_s=totals.rate,
+            samples=totals.samples,
+            **totals.metric_means(),
+            **totals.latest,
+            slowest_host=self.comm.hosts[totals.latest["slowest_rank"]],
+        )
         if save_s is not None:
             self._record("checkpoint", save_s=save_s)
         if eval_s is None:
             return
         self._record("eval", **totals.test, eval_s=eval_s)
-        epoch = f"epoch {segment.epoch + 1:>{len(str(calendar.epochs))}}/{calendar.epochs}"
         loss = "-" if totals.train_loss is None else f"{totals.train_loss:.4f}"
-        told = f"{epoch}  loss {loss}  test {percent(totals.test['test_accuracy'])}"
-        if sum(each is not None for each in totals.test["accuracy_per_block"]) > 1:
-            told += f"  vote {percent(totals.test['test_accuracy_vote'])}"
-        print(f"{told}  {rate:>8,.0f} samples/s  {self._time_left(segment.stop)}", flush=True)
+        result = f"loss {loss}  test {percent(totals.test['test_accuracy'])}"
+        if sum(accuracy is not None for accuracy in totals.test["accuracy_per_block"]) > 1:
+            result += f"  vote {percent(totals.test['test_accuracy_vote'])}"
+        print(
+            f"{self._epoch_text(segment.epoch)}  {result}  {totals.rate:>8,.0f} samples/s"
+            f"  {self._time_left(segment.stop)}",
+            flush=True,
+        )
 
     def stop(self) -> None:
-        """Take the bar off the terminal, and give the cursor back."""
+        """Remove the bar and show the cursor again."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Say how it ended, where it lies and what to try next."""
+        """Print the result, the run folder and the command to try next."""
         if not self.enabled:
             return
         self.stop()
-        calendar, out = self.plan.training_length, self.out.resolve()
-        if self.first_update >= calendar.total_updates:
-            print(
-                f"finished before: {self.first_update:,} updates are done, {calendar.total_updates:,} asked for"
-            )
-        tested = self.plan.data.test.size
-        accuracy = summary["test_accuracy"]
+        if self.first_update >= self.total_updates:
+            print(self._already_finished_text())
+        samples, accuracy = self.plan.data.test.size, summary["test_accuracy"]
         print()
         print(
-            f"test accuracy {percent(accuracy)} ({round(accuracy * tested):,} of {tested:,}) "
+            f"test accuracy {percent(accuracy)} ({round(accuracy * samples):,} of {samples:,}) "
             f"after {pluralise(summary['updates'], 'update')} "
             f"({pluralise(summary['epochs'], 'epoch')}), {summary['wall_s']:.1f} s"
         )
         if summary["low_rank"]:
             saved = summary["traffic_saved"]
             print(
-                f"low rank {summary['compression']:.2f} : 1, "
+                f"low rank: {summary['compression']:.2f} x smaller, "
                 f"{pluralise(len(summary['low_rank']), 'matrix', 'matrices')} as factors"
-                + ("" if saved is None else f"; {percent(saved)} of the means' traffic saved")
+                + (
+                    ""
+                    if saved is None
+                    else f"; {percent(saved)} less traffic between nodes than every-step"
+                )
             )
-        print(f"folder  {out}")
-        print(f"next    {_next_command(self.plan, self.comm.size, out)}", flush=True)
+        folder = self.out.resolve()
+        print(f"folder  {folder}")
+        print(f"next    {_next_command(self.plan, self.comm.size, folder)}", flush=True)
+
+    def _already_finished_text(self) -> str:
+        text = (
+            f"Nothing to do: this run already finished ({self.first_update:,} of "
+            f"{self.total_updates:,} updates). Use "
+        )
+        if not any(length_dependent_parts(self.plan.run)):
+            text += "--set epochs=... to extend it, or "
+        return f"{text}--out DIR for a new run."
+
+    def _epoch_text(self, epoch: int) -> str:
+        """Return "epoch  3/10" for epoch 2, which is the third."""
+        epochs = self.plan.training_length.epochs
+        return f"epoch {epoch + 1:>{len(str(epochs))}}/{epochs}"
 
     def _record(self, kind: str, **values: Any) -> None:
+        """Append a record to `metrics.jsonl`."""
         totals = self.totals
-        clock = {"attempt": totals.attempt, "update": totals.update}
-        epoch = totals.update // self.plan.training_length.updates_per_epoch
         totals.tick()
-        folder.append_record(self.out, kind, totals.wall_s, **clock, epoch=epoch, **values)
+        position = {
+            "attempt": totals.attempt,
+            "update": totals.update,
+            "epoch": totals.update // self.plan.training_length.updates_per_epoch,
+        }
+        run_folder.append_record(self.out, kind, totals.wall_s, **position, **values)
 
     def _time_left(self, updates_done: int) -> str:
-        """Return how long the rest will take at the pace of this attempt."""
-        spent = time.monotonic() - self.start_time
-        rest = (
-            spent
-            / max(updates_done - self.first_update, 1)
-            * (self.plan.training_length.total_updates - updates_done)
-        )
-        hours, seconds = divmod(round(rest), 3600)
+        """Return the time of the remaining updates at the speed of this attempt."""
+        elapsed_s = time.monotonic() - self.start_time
+        per_update_s = elapsed_s / max(updates_done - self.first_update, 1)
+        left_s = round(per_update_s * (self.total_updates - updates_done))
+        hours, seconds = divmod(left_s, 3600)
         minutes, seconds = divmod(seconds, 60)
-        return (
-            f"{hours}:{minutes:02}:{seconds:02} left" if hours else f"{minutes}:{seconds:02} left"
-        )
+        clock = f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+        return f"{clock} left"
 
 
 def library_versions(comm: Comm) -> str:
-    """Return which Python, torch and MPI run here, in one line."""
+    """Return the versions of Python, torch and MPI, in one line."""
     return f"Python {platform.python_version()}, torch {torch.__version__}, {comm.library}"
 
 
@@ -185,49 +231,58 @@ def _introduction(plan: Plan, comm: Comm, threads: int) -> list[str]:
     """Return the lines that open a run."""
     run, layout = plan.run, plan.layout
     train, test, mesh = plan.data.train, plan.data.test, layout.mesh
-    heads = sum(part.head_parameters for part in layout.block_layouts)
+    parameters = sum(block.parameters for block in layout.block_layouts)
+    head_parameters = sum(block.head_parameters for block in layout.block_layouts)
     settings = " ".join(f"{key} {value}" for key, value in run.optimizer.fields.items())
     shape = " x ".join(map(str, train.shape))
-    lines = [
+    builds_all = "; every rank builds all layers, then keeps its own"
+    return [
         f"dtrain {version('dtrain')}, {library_versions(comm)}",
         f"ranks     {mesh.ranks} = {pluralise(mesh.replicas, 'replica')} x "
         f"{pluralise(mesh.stages, 'stage')} on {pluralise(comm.node_count, 'host')}, "
         f"{pluralise(threads, 'thread')} each",
         f"data      {run.dataset.name}: {train.size:,} training and {test.size:,} test samples of "
         f"{shape}, {train.classes} classes",
-        f"model     {run.model.name}: {sum(part.parameters for part in layout.block_layouts):,} parameters"
-        + (f", {heads:,} more in local heads" if heads else "")
-        + (
-            "; every rank builds it whole, then keeps its own"
-            if layout.model.builds_all_layers
-            else ""
-        ),
+        f"model     {run.model.name}: {parameters:,} parameters"
+        + (f", {head_parameters:,} more in local heads" if head_parameters else "")
+        + (builds_all if layout.model.builds_all_layers else ""),
         f"learning  {run.objective.name}, {run.schedule.name}, {run.sync.name}, "
         f"{run.optimizer.name} {settings}".rstrip(),
+        *_partition_lines(plan),
+        *(f"note      {line}" for line in plan_warnings(plan)),
+        *(f"stage {stage:<3} {_stage_text(plan, stage)}" for stage in range(mesh.stages)),
     ]
+
+
+def _partition_lines(plan: Plan) -> list[str]:
+    """Return the lines of assumed and frozen blocks."""
+    lines, blocks = [], plan.layout.block_layouts
     if plan.blocks_assumed:
-        count = pluralise(len(layout.block_layouts), "block")
-        lines.append(f"blocks    {count}, one per stage, since the run file names no number")
-    frozen = [part for part in layout.block_layouts if part.frozen]
+        count = pluralise(len(blocks), "block")
+        lines.append(f"blocks    {count}, one per stage (the run file sets no number)")
+    frozen = [block for block in blocks if block.frozen]
     if frozen:
         lines.append(
             f"frozen    {'block' if len(frozen) == 1 else 'blocks'} "
-            f"{', '.join(str(part.spec.index) for part in frozen)}: "
-            f"{sum(part.parameters for part in frozen):,} of the parameters keep their first values"
+            f"{', '.join(str(block.spec.index) for block in frozen)}: "
+            f"{sum(block.parameters for block in frozen):,} parameters keep their initial values"
         )
-    lines += [f"note      {line}" for line in plan_warnings(plan)]
-    for stage in range(mesh.stages):
-        held = (
-            f"block {block}: {' '.join(layout.layer_specs[i].name for i in layout.block_layouts[block].layers)}"
-            for block in layout.blocks_of_stage(stage)
-        )
-        lines.append(f"stage {stage:<3} {', '.join(held)}")
     return lines
 
 
+def _stage_text(plan: Plan, stage: int) -> str:
+    """Return the blocks of a stage with their layers."""
+    layout = plan.layout
+    names = {
+        block: " ".join(layout.layer_specs[i].name for i in layout.block_layouts[block].layers)
+        for block in layout.blocks_of_stage(stage)
+    }
+    return ", ".join(f"block {block}: {layers}" for block, layers in names.items())
+
+
 def _next_command(plan: Plan, ranks: int, out: Path) -> str:
-    """Return the command that goes on from here, runnable as it stands; or what tests the result,
-    where the run was made for its length."""
+    """Return a command that trains the run twice as long, or evaluates it where the learning rate
+    depends on the length; it can be pasted into a shell."""
     program = Path(sys.prefix) / "bin" / "dtrain"
     words = [str(program) if program.exists() else "dtrain"]
     if any(length_dependent_parts(plan.run)):
@@ -237,17 +292,19 @@ def _next_command(plan: Plan, ranks: int, out: Path) -> str:
     key, length = "epochs", plan.run.settings.epochs
     if length is None:
         key, length = "updates", plan.training_length.total_updates
-    kept = [each for each in plan.run.overrides if each.partition("=")[0].strip() != key]
-    sets = [word for each in [*kept, f"{key}={2 * length}"] for word in ("--set", each)]
-    return shlex.join([*words, "--out", str(out), *sets])
+    overrides = [text for text in plan.run.overrides if text.partition("=")[0].strip() != key]
+    words += ["--out", str(out)]
+    for override in [*overrides, f"{key}={2 * length}"]:
+        words += ["--set", override]
+    return shlex.join(words)
 
 
 def _make_bar() -> Bar | None:
-    """Return a bar where the output ends on a terminal and rich is installed, not started."""
+    """Return a bar, not started, where the output is a terminal and rich is installed."""
     columns = os.environ.get(TERMINAL_VARIABLE)
-    # Launchers give ranks terminals of their own, whatever their output ends on.
-    alone = detect_launcher(os.environ) is None
-    if columns is None and not (alone and sys.stdout.isatty()):
+    # Launchers give ranks terminals of their own, whatever the output of the launcher is.
+    is_launched = detect_launcher(os.environ) is not None
+    if columns is None and (is_launched or not sys.stdout.isatty()):
         return None
     try:
         from rich.console import Console
@@ -263,5 +320,5 @@ def _make_bar() -> Bar | None:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        auto_refresh=False,  # a thread of its own would take its turns from the training
+        auto_refresh=False,  # its thread would take time from the training
     )

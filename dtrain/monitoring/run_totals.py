@@ -1,7 +1,7 @@
-"""What a run has done so far, over all ranks and all attempts.
+"""Totals of a run over all ranks and all attempts.
 
-Invariant: totals change at segment ends only, are the same on all ranks, and are plain values, so
-a checkpoint keeps them as JSON.
+Invariant: totals change only at the end of a segment, are the same on all ranks, and are plain
+values, so that a checkpoint stores them as JSON.
 """
 
 from __future__ import annotations
@@ -17,32 +17,50 @@ from typing import Any
 from dtrain.schedules.segments import Segment
 
 RankRecord = Mapping[str, Any]
+"""Counters of one rank over one segment or one evaluation."""
+
+
+TEST_KEYS = ("test_loss", "test_accuracy", "test_accuracy_vote", "accuracy_per_block")
+"""Keys of an evaluation in `summary.json`."""
 
 
 @dataclass
 class RunTotals:
-    """Counters over all attempts, sums of the present epoch, and the latest evaluation.
+    """Counters over all attempts, sums over the current epoch, and the latest evaluation.
 
     Attributes
     ----------
     update, samples : int
-        Updates done and samples learnt from.
+        Updates done, and samples trained on.
+    attempt : int
+        Number of this start of the run, from 1.
     wall_s, train_s : float
-        Seconds of all attempts, and those spent in training segments, each segment's
-        slowest rank deciding.
-    rate, latest : float, dict
-        Samples per second of the latest segment, its seconds, and the rank that was at work
-        longest in it.
-    loss, rows : list of float, int
-        Sum of losses per block (None: it has none) over `rows` samples of the present epoch.
-    figures : dict of str to list of float
-        The same of what else the objective measures, by name.
+        Seconds of all attempts, and seconds in training segments, each by its slowest rank.
+    bytes_intra_node, bytes_inter_node : int
+        Payload sent inside and between nodes.
+    rate : float
+        Samples per second of the latest segment.
+    latest : dict
+        Seconds of the latest segment, and its slowest rank.
+    loss : list of float or None
+        Sum of losses per block over `rows` samples of the current epoch; None where a block has no
+        loss.
+    figures : dict of str to list of float or None
+        Sums of the objective's other metrics, by name.
+    rows : int
+        Samples of the current epoch so far.
     busy_s, stage_s : list of float
-        Seconds at work and in all, per stage, summed over replicas.
+        Seconds without waits, and all seconds, per stage, summed over replicas.
+    peak_live : list of int
+        Micro-batches between forward and backward at most, per stage, in the latest segment.
+    peak_bytes, rss_bytes : list of int
+        Peak of counted memory and of resident memory, per rank.
     weights : dict of str to dict
-        Rank and traffic of each weight by its name, where a sync makes products of some.
-    test, tested : dict, int
-        The latest evaluation, and the update after which it was made.
+        Rank and traffic of each low-rank weight, by its name.
+    test : dict
+        The latest evaluation.
+    tested : int
+        The number of updates before the latest evaluation, -1 without one.
     """
 
     update: int = 0
@@ -77,32 +95,34 @@ class RunTotals:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> RunTotals:
-        """Return the totals that a checkpoint kept."""
+        """Return the totals of a checkpoint."""
         return cls(**state)
 
     def state(self) -> dict[str, Any]:
-        """Return plain values for a checkpoint."""
+        """Return the totals as plain values, for a checkpoint."""
         return dataclasses.asdict(self)
 
     def add_segment(
         self, records: Sequence[RankRecord], segment: Segment, blocks: int, stages: int
     ) -> None:
-        """Add one segment: one row per rank, as `train` gathers them."""
+        """Add the records of all ranks for one segment, in rank order."""
         self.update = segment.stop
         if segment.offset == 0 or len(self.loss) != blocks:
             self.loss, self.rows, self.figures = [None] * blocks, 0, {}
         if len(self.busy_s) != stages:
             self.busy_s, self.stage_s = [0.0] * stages, [0.0] * stages
         self.peak_live = [0] * stages
-        self.peak_bytes = [row["peak_bytes"] for row in records]
-        self.rss_bytes = [row["rss_bytes"] for row in records]
-        self.weights = {name: each for row in records for name, each in row["weights"].items()}
-        before, spent = self.samples, max(row["wall_s"] for row in records)
-        for row in records:
-            self._add_record(row)
-        self.train_s += spent
-        self.rate = (self.samples - before) / spent if spent else 0.0
-        self.latest = {"train_s": spent, **slowest_rank(records)}
+        self.peak_bytes = [record["peak_bytes"] for record in records]
+        self.rss_bytes = [record["rss_bytes"] for record in records]
+        self.weights = {
+            name: stats for record in records for name, stats in record["weights"].items()
+        }
+        previous_samples, segment_s = self.samples, max(record["wall_s"] for record in records)
+        for record in records:
+            self._add_record(record)
+        self.train_s += segment_s
+        self.rate = (self.samples - previous_samples) / segment_s if segment_s else 0.0
+        self.latest = {"train_s": segment_s, **slowest_rank(records)}
 
     def _add_record(self, record: RankRecord) -> None:
         stage = record["stage"]
@@ -118,15 +138,16 @@ class RunTotals:
             self.loss[int(block)] = (self.loss[int(block)] or 0.0) + total
         for block, sums in record["metrics"].items():
             for name, total in sums.items():
-                own = self.figures.setdefault(name, [None] * len(self.loss))
-                own[int(block)] = (own[int(block)] or 0.0) + total
+                per_block = self.figures.setdefault(name, [None] * len(self.loss))
+                per_block[int(block)] = (per_block[int(block)] or 0.0) + total
 
     def losses(self) -> list[float | None]:
-        """Return the mean loss of the present epoch, per block."""
+        """Return the mean loss of the current epoch, per block."""
         return self._means(self.loss)
 
     def metric_means(self) -> dict[str, list[float | None]]:
-        """Return the means of what else was measured in the present epoch, by name, per block."""
+        """Return the means of the objective's other metrics in the current epoch, by name and
+        block."""
         return {name: self._means(sums) for name, sums in sorted(self.figures.items())}
 
     def _means(self, sums: Sequence[float | None]) -> list[float | None]:
@@ -134,48 +155,48 @@ class RunTotals:
 
     @property
     def train_loss(self) -> float | None:
-        """Mean loss of the last block over the present epoch."""
+        """Mean loss of the last block over the current epoch."""
         return self.losses()[-1] if self.loss and self.rows else None
 
     @property
     def samples_per_s(self) -> float:
-        """Samples learnt from per second of training segments."""
+        """Samples per second of training segments, over all attempts."""
         return self.samples / self.train_s if self.train_s else 0.0
 
 
 def slowest_rank(records: Sequence[RankRecord]) -> dict[str, Any]:
-    """Return which rank was at work longest, how long, and the median of its stage.
+    """Return the rank with the most busy seconds, its seconds, and the median of its stage.
 
-    A slow node shows as a rank far above its median; where stages are uneven the costliest has the
-    slowest rank, which then is near it.
+    A rank far above the median is on a slow node. A rank near it is in the costliest stage.
     """
     rank = max(range(len(records)), key=lambda rank: float(records[rank]["busy_s"]))
-    row = records[rank]
-    peers = [each["busy_s"] for each in records if each["stage"] == row["stage"]]
+    stage, busy_s = records[rank]["stage"], records[rank]["busy_s"]
+    same_stage = [record["busy_s"] for record in records if record["stage"] == stage]
     return {
         "slowest_rank": rank,
-        "slowest_busy_s": row["busy_s"],
-        "stage_median_busy_s": statistics.median(peers),
+        "slowest_busy_s": busy_s,
+        "stage_median_busy_s": statistics.median(same_stage),
     }
 
 
 def evaluation_metrics(records: Sequence[RankRecord], blocks: int, votes: bool) -> dict[str, Any]:
-    """Return the evaluation over all ranks' rows: means over samples, per block and by vote.
+    """Return the means over the samples of all ranks, per block and by vote.
 
-    `votes` says whether the model's own prediction is the vote, not the last block's.
+    `votes` makes the vote of all blocks the model's prediction, instead of the last block's.
     """
-    samples = sum(row["rows"] for row in records if row["stage"] == 0)
+    samples = sum(record["rows"] for record in records if record["stage"] == 0)
     loss, correct = [0.0] * blocks, [0] * blocks
-    can = {int(block) for row in records for block in row["correct"]}
-    for row in records:
-        for block, count in row["correct"].items():
+    predicting = {int(block) for record in records for block in record["correct"]}
+    for record in records:
+        for block, count in record["correct"].items():
             correct[int(block)] += count
-            loss[int(block)] += row["loss"][block]
-    accuracy = [correct[b] / samples if b in can else None for b in range(blocks)]
-    vote = sum(row["vote_correct"] for row in records) / samples
-    mean = (sum(row["vote_loss"] for row in records) if votes else loss[-1]) / samples
+            loss[int(block)] += record["loss"][block]
+    accuracy = [correct[b] / samples if b in predicting else None for b in range(blocks)]
+    vote = sum(record["vote_correct"] for record in records) / samples
+    vote_loss = sum(record["vote_loss"] for record in records)
+    mean_loss = (vote_loss if votes else loss[-1]) / samples
     return {
-        "test_loss": mean if math.isfinite(mean) else None,
+        "test_loss": mean_loss if math.isfinite(mean_loss) else None,
         "test_accuracy": vote if votes else accuracy[-1],
         "test_accuracy_vote": vote,
         "accuracy_per_block": accuracy,

@@ -1,31 +1,31 @@
-"""Build the contents of summary.json and the text of an evaluation."""
+"""Contents of summary.json, and the text of an evaluation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from dtrain.monitoring.run_totals import RunTotals
+from dtrain.monitoring.run_totals import TEST_KEYS, RunTotals
+from dtrain.planning.formatting import percent, pluralise
 from dtrain.planning.plan import Plan
-from dtrain.planning.report import TEST_KEYS, percent, pluralise
 
 
 def evaluation_text(result: dict[str, Any]) -> str:
-    """Return what `dtrain evaluate` found, for people."""
+    """Return the result of `dtrain evaluate` for people."""
     per_block, samples = result["accuracy_per_block"], result["samples"]
-    right = round(result["accuracy"] * samples)
-    own = "the vote's" if result["prediction"] == "vote" else "the last block's"
+    correct = round(result["accuracy"] * samples)
+    owner = "the vote's" if result["prediction"] == "vote" else "the last block's"
     loss = "-" if result["loss"] is None else f"{result['loss']:.4f}"
     lines = [
         f"folder    {result['folder']}",
         f"model     {result['objective']}, after {pluralise(result['updates'], 'update')} "
         f"({pluralise(result['epochs'], 'epoch')}), from {result['checkpoint']}",
-        f"tested    {pluralise(samples, 'sample')} of the {result['split']} split, "
+        f"data      {pluralise(samples, 'sample')} of the {result['split']} split, "
         f"on {pluralise(result['ranks'], 'rank')}",
         f"loss      {loss}",
-        f"accuracy  {percent(result['accuracy'])} ({right:,} of {samples:,}), {own}",
+        f"accuracy  {percent(result['accuracy'])} ({correct:,} of {samples:,}), {owner}",
     ]
-    if sum(each is not None for each in per_block) > 1:
+    if sum(accuracy is not None for accuracy in per_block) > 1:
         blocks = (f"{i}: {'-' if a is None else percent(a)}" for i, a in enumerate(per_block))
         lines += [f"vote      {percent(result['accuracy_vote'])}", f"blocks    {', '.join(blocks)}"]
     return "\n".join(lines) + "\n"
@@ -34,12 +34,12 @@ def evaluation_text(result: dict[str, Any]) -> str:
 def make_summary(
     plan: Plan, totals: RunTotals, status: str, digest: str | None = None
 ) -> dict[str, Any]:
-    """Return the contents of `summary.json`; what is not known yet is None.
+    """Return the contents of `summary.json`; values that are not known yet are None.
 
-    Lists that another layout of the same run left behind, of another length, are not known.
+    Lists of another length, which another layout of the same run left, become lists of None.
     """
     layout, stages = plan.layout, plan.layout.mesh.stages
-    pairs = zip(totals.busy_s, totals.stage_s, strict=True)
+    seconds = zip(totals.busy_s, totals.stage_s, strict=True)
     return {
         "status": status,
         "ranks": layout.mesh.ranks,
@@ -60,7 +60,7 @@ def make_summary(
         "bytes_inter_node": totals.bytes_inter_node,
         **low_rank_savings(totals.weights),
         "utilisation": _values_or_none(
-            [busy / wall if wall else None for busy, wall in pairs], stages
+            [busy / wall if wall else None for busy, wall in seconds], stages
         ),
         "peak_live_micros": _values_or_none(totals.peak_live, stages),
         "peak_memory_bytes": _values_or_none(totals.peak_bytes, layout.mesh.ranks),
@@ -71,21 +71,28 @@ def make_summary(
 
 
 def low_rank_savings(weights: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return how much smaller a model is with its products as factors, and what that saved between
-    nodes beside `every-step`; by weight, too, for those that were products."""
+    """Return compression and saved traffic of low-rank weights, in total and by weight.
 
-    def saved(entries: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
-        numbers, held, sent, plain = (
+    `compression` is the model's elements over those of its factors. `traffic_saved` is the fraction
+    of the bytes between nodes that `every-step` would have sent. Weights of full rank are listed in
+    the total only.
+    """
+
+    def savings(entries: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
+        elements, held, sent, full = (
             sum(entry[key] for entry in entries) for key in ("numbers", "held", "sent", "plain")
         )
         return {
-            "compression": numbers / held if held else None,
-            "traffic_saved": 1 - sent / plain if plain else None,
+            "compression": elements / held if held else None,
+            "traffic_saved": 1 - sent / full if full else None,
         }
 
-    thin = {name: each for name, each in weights.items() if each["rank"] is not None}
-    told = {name: {"rank": each["rank"], **saved([each])} for name, each in thin.items()}
-    return {**saved([*weights.values()]), "low_rank": dict(sorted(told.items()))}
+    by_weight = {
+        name: {"rank": entry["rank"], **savings([entry])}
+        for name, entry in weights.items()
+        if entry["rank"] is not None
+    }
+    return {**savings([*weights.values()]), "low_rank": dict(sorted(by_weight.items()))}
 
 
 def _values_or_none(values: Sequence[Any], length: int) -> list[Any]:

@@ -306,3 +306,8 @@ def scaled_loss_pair(micro_batch: MicroBatch, loss: Tensor) -> BackwardPair:
 def cross_entropy_pair(micro_batch: MicroBatch, scores: Tensor) -> BackwardPair:
     """Return the scaled backward pair of the cross-entropy of `scores` (rows, classes)."""
     return scaled_loss_pair(micro_batch, cross_entropy(scores, micro_batch.targets))
+
+
+def input_gradient_blocks(routes: Iterable[Route]) -> set[int]:
+    """Return the blocks that compute the gradient of their input: a "gradient" route leaves them."""
+    return {route.source.block for route in routes if route.name == GRADIENT}

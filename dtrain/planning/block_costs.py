@@ -1,38 +1,43 @@
-"""What any block of consecutive layers costs, its objective's helper included: analytic counts.
+"""Analytic costs of any block of consecutive layers, its local head included.
 
-Invariant: pure in the layers' specs and the objective, the same on every machine. What a helper
-costs depends on its task alone, so equal ones are counted once.
+Invariant: costs depend on the layers' specs and the objective alone and are the same on every
+machine. Heads of equal structure are measured once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
 
 import torch
 from torch import nn
 
 from dtrain.models import LayerSpec, LayerStack, profile_module
-from dtrain.objectives.base import GRADIENT, Objective
+from dtrain.objectives.base import Objective, input_gradient_blocks
 from dtrain.objectives.block_spec import BlockSpec, DownstreamLayer
+from dtrain.planning.structure_cache import StructureCache, module_key
+
+_PROFILES: StructureCache[LayerSpec] = StructureCache()
+"""Specs of heads by structure, input shape and dtype."""
 
 
 class BlockCosts:
-    """Costs of blocks of the layers ``i .. j-1``, for one sample.
+    """Costs of a block of layers ``i .. j-1``, for one sample.
 
     Parameters
     ----------
-    specs : tuple of Spec
+    layer_specs : tuple of LayerSpec
         The model's layers.
     objective : Objective
-        Whose helpers and feedback are counted.
-    model : Model
-        Whose layers they are.
-    about : Task
-        What is the same for all blocks: classes, and what is known of the data.
+        Decides the head of a block, and whether the gradient of its input is computed.
+    model : LayerStack
+        The layers themselves, for objectives that copy some of them.
+    data_spec : BlockSpec
+        Fields that are the same for all blocks: classes, and the shape and number of samples.
     seed : int
-        Of the layers that an objective makes anew.
+        Seed of the layers that an objective copies.
     """
 
     def __init__(
@@ -43,47 +48,44 @@ class BlockCosts:
         data_spec: BlockSpec,
         seed: int = 0,
     ) -> None:
-        self.layer_specs, self.objective, self.model, self.data_spec = (
-            layer_specs,
-            objective,
-            model,
-            data_spec,
-        )
+        self.layer_specs = layer_specs
+        self.objective = objective
+        self.model = model
+        self.data_spec = data_spec
         self.seed = seed
-        totals = (
-            spec.forward_macs + spec.weight_gradient_macs + spec.input_gradient_macs
-            for spec in layer_specs
-        )
-        self._mac_sums = [0, *accumulate(totals)]
+        self._mac_sums = [0, *accumulate(map(total_macs, layer_specs))]
         self._parameter_sums = [0, *accumulate(spec.parameters for spec in layer_specs)]
-        self._head_specs: dict[BlockSpec, LayerSpec | None] = {}
-        self._sends_gradients = any(r.name == GRADIENT for r in objective.routes(2, "train"))
+        self._sends_gradients = bool(input_gradient_blocks(objective.routes(2, "train")))
+        self._provisional: Callable[[int], tuple[BlockSpec, LayerSpec | None]]
+        self._provisional = cache(self._provisional_head)
 
     def flops(self, i: int, j: int) -> int:
-        """Return multiply-adds, forward and backward, of a block that is still being balanced."""
-        task = self._provisional_spec(j)
-        return self.layer_macs(i, j) * self.objective.forward_passes(task) + total_macs(
-            self.head_spec(task)
-        )
+        """Return multiply-adds, forward and backward, of a block while cuts are being chosen."""
+        spec, head = self._provisional(j)
+        return self.layer_macs(i, j) * self.objective.forward_passes(spec) + total_macs(head)
 
     def parameters(self, i: int, j: int) -> int:
-        """Return elements of the layers' and the helper's parameters, likewise."""
-        helper = self.head_spec(self._provisional_spec(j))
-        return self.layer_parameters(i, j) + (helper.parameters if helper else 0)
+        """Return parameter elements, the head's included, of a block while cuts are being
+        chosen."""
+        _, head = self._provisional(j)
+        return self.layer_parameters(i, j) + (head.parameters if head else 0)
 
     def layer_macs(self, i: int, j: int) -> int:
         """Return multiply-adds, forward and backward, of the layers alone."""
-        asked = self._sends_gradients and i > 0
-        return self._mac_sums[j] - self._mac_sums[i] - (0 if asked else self._skippable_macs(i, j))
+        needs_input_gradient = self._sends_gradients and i > 0
+        skipped = 0 if needs_input_gradient else self._skippable_macs(i, j)
+        return self._mac_sums[j] - self._mac_sums[i] - skipped
 
     def layer_parameters(self, i: int, j: int) -> int:
-        """Return elements of the layers' parameters."""
+        """Return parameter elements of the layers alone."""
         return self._parameter_sums[j] - self._parameter_sums[i]
 
     def block_spec(self, block: int, blocks: int, i: int, j: int) -> BlockSpec:
-        """Return the task of a block of the layers ``i .. j-1``; the next block is one layer."""
+        """Return the spec of a block of layers ``i .. j-1``; the next block is taken to be one
+        layer."""
         first, last = self.layer_specs[i], self.layer_specs[j - 1]
-        above = self.layer_specs[j].output_shape if j < len(self.layer_specs) else ()
+        following = self.layer_specs[j].output_shape if j < len(self.layer_specs) else ()
+        copied = self._downstream_layers(j - 1) if self.objective.needs_downstream_layers else ()
         return replace(
             self.data_spec,
             index=block,
@@ -91,18 +93,14 @@ class BlockCosts:
             input_shape=first.input_shape,
             output_shape=last.output_shape,
             dtype=last.dtype,
-            next_output_shape=above,
+            next_output_shape=following,
             feature_shape=last.input_shape,
-            last_layer=self._downstream_layers(j - 1)[0]
-            if self.objective.needs_downstream_layers
-            else None,
-            downstream_layers=self._downstream_layers(j)
-            if self.objective.needs_downstream_layers
-            else (),
+            last_layer=copied[0] if copied else None,
+            downstream_layers=copied[1:],
         )
 
     def _downstream_layers(self, j: int) -> tuple[DownstreamLayer, ...]:
-        """Return the layers from j on, as an objective may make them anew."""
+        """Return layers j and later, each with a factory of its copy."""
         layers = enumerate(self.layer_specs[j:], start=j)
         dtype = self.layer_specs[0].dtype
         return tuple(
@@ -110,51 +108,61 @@ class BlockCosts:
                 spec.name,
                 spec.output_shape,
                 spec.parameters,
-                partial(self.model.rebuild_layer, i, self.seed, dtype),
+                partial(self.model.rebuild_layer, index, self.seed, dtype),
             )
-            for i, spec in layers
+            for index, spec in layers
         )
 
     def _skippable_macs(self, i: int, j: int) -> int:
-        """Return what autograd saves where nobody asks for the gradient of the block's input.
-
-        It starts at the first layer that has parameters, with their gradients alone.
-        """
-        saved = 0
+        """Return the multiply-adds that autograd skips where no gradient of the block's input is
+        needed: those before the first layer with parameters, and that layer's input gradient."""
+        skipped = 0
         for spec in self.layer_specs[i:j]:
-            saved += spec.skippable_macs
+            skipped += spec.skippable_macs
             if spec.parameters:
                 break
-        return saved
-
-    def _provisional_spec(self, j: int) -> BlockSpec:
-        """Return a task that ends before layer j, for a helper that cuts are balanced with."""
-        return self.block_spec(1 if j == len(self.layer_specs) else 0, 2, 0, j)
+        return skipped
 
     def head_spec(self, block_spec: BlockSpec) -> LayerSpec | None:
-        """Return the spec of a block's helper, without memory; None where there is none."""
-        if block_spec not in self._head_specs:
-            self._head_specs[block_spec] = self._profile_head(block_spec)
-        return self._head_specs[block_spec]
+        """Return the spec of a block's head, None where it has none."""
+        return profile_head(self.objective, block_spec)
 
-    def _profile_head(self, block_spec: BlockSpec) -> LayerSpec | None:
-        with torch.device("meta"):
-            helper: nn.Module | None = self.objective.make_head(block_spec)
-        if helper is None:
-            return None
-        shape, name = self.objective.head_input_shape(block_spec), f"heads.{block_spec.index}"
-        if shape is not None:
-            return profile_module(helper.to(block_spec.dtype), shape, block_spec.dtype, name)
-        elements = sum(each.numel() for each in helper.parameters())
-        norms = nn.modules.batchnorm._BatchNorm
-        couples = any(isinstance(each, norms) for each in helper.modules())
-        return LayerSpec(name, (), (), block_spec.dtype, 0, 0, 0, elements, couples)
+    def _provisional_head(self, j: int) -> tuple[BlockSpec, LayerSpec | None]:
+        """Return spec and head of a block that ends before layer j, wherever it starts."""
+        spec = self.block_spec(1 if j == len(self.layer_specs) else 0, 2, 0, j)
+        return spec, self.head_spec(spec)
+
+
+def build_meta_head(objective: Objective, block_spec: BlockSpec) -> nn.Module | None:
+    """Return a block's head on the meta device, None where it has none."""
+    with torch.device("meta"):
+        head = objective.make_head(block_spec)
+    return None if head is None else head.to(block_spec.dtype)
+
+
+def profile_head(objective: Objective, block_spec: BlockSpec) -> LayerSpec | None:
+    """Return the spec of a block's head, None where it has none.
+
+    A head that is not run sample by sample has parameters and no multiply-adds.
+    """
+    head = build_meta_head(objective, block_spec)
+    if head is None:
+        return None
+    shape, dtype = objective.head_input_shape(block_spec), block_spec.dtype
+    name = f"heads.{block_spec.index}"
+    if shape is not None:
+        structure = module_key(head)
+        key = None if structure is None else (structure, tuple(shape), dtype)
+        spec = _PROFILES.get(key, lambda: profile_module(head, shape, dtype, name))
+        return replace(spec, name=name)
+    elements = sum(parameter.numel() for parameter in head.parameters())
+    norms = nn.modules.batchnorm._BatchNorm
+    couples_samples = any(isinstance(module, norms) for module in head.modules())
+    return LayerSpec(name, (), (), dtype, 0, 0, 0, elements, couples_samples)
 
 
 def total_macs(spec: LayerSpec | None) -> int:
     """Return a module's multiply-adds, forward and whole backward; 0 where there is none."""
-    return (
-        0
-        if spec is None
-        else spec.forward_macs + spec.weight_gradient_macs + spec.input_gradient_macs
-    )
+    if spec is None:
+        return 0
+    return spec.forward_macs + spec.weight_gradient_macs + spec.input_gradient_macs

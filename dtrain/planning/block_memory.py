@@ -31,7 +31,7 @@ from dtrain.block.block import Block
 from dtrain.block.micro_batch import MicroBatch, RowRandom
 from dtrain.block.parameters import OptimizerFactory
 from dtrain.block.saved_tensors import SavedTensors
-from dtrain.objectives.base import GRADIENT, Objective
+from dtrain.objectives.base import Objective, input_gradient_blocks
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.forward import backward_pairs, forward_micro_batch
 from dtrain.schedules.actions import Action, Point, Route
@@ -180,7 +180,7 @@ def _measure_passes(
     spec, routes = block_specs[index], objective.routes(len(block_specs), "train")
     block.register_taps(objective.taps(block))
     saved = SavedTensors([*block.parameters.values(), *block.buffers.values()])
-    sends_gradient = any(r.name == GRADIENT and r.source.block == index for r in routes)
+    sends_gradient = index in input_gradient_blocks(routes)
     micro_batch = _zero_micro_batch(block, objective, spec, rows)
     peaks = [0]
     for pass_ in range(count_forward_passes(routes)):

@@ -1,7 +1,8 @@
-"""What is trained and where: blocks, stages, tasks and routes of one run on a number of ranks.
+"""Layout of a run on a number of ranks: blocks, stages, block specs and routes.
 
-Invariant: pure in the run file, the data's shape and the number of ranks. Every rank computes the
-same layout without a message, and `dtrain plan` shows the one that `dtrain train` uses.
+Invariant: a layout depends on the run file, the shape of the data and the number of ranks alone.
+Every rank computes the same layout without a message, and `dtrain plan` shows the layout that
+`dtrain train` uses.
 """
 
 from __future__ import annotations
@@ -22,49 +23,74 @@ from dtrain.errors import ConfigError
 from dtrain.mesh import Mesh
 from dtrain.models import LayerSpec, LayerStack, infer_layers
 from dtrain.models.layers import FactoryLayers
-from dtrain.objectives.base import ExecutionMode, Objective
+from dtrain.objectives.base import ExecutionMode, Objective, input_gradient_blocks
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.planning.block_costs import BlockCosts, total_macs
+from dtrain.planning.structure_cache import StructureCache, layers_key
 from dtrain.schedules.actions import Route
 from dtrain.schedules.base import Schedule
 from dtrain.schedules.verify import ScheduleReport, verify_schedule
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
+_LAYER_SPECS: StructureCache[tuple[LayerSpec, ...]] = StructureCache()
+"""Specs of a model's layers by structure, sample shape and dtype."""
+
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """One block: its layers, where it stands and what it costs.
+    """Layers, spec and costs of one block.
 
     Attributes
     ----------
+    spec : BlockSpec
+        Everything that the objective knows of the block.
     layers : range
-        Indices of its layers.
+        Indices of its layers in the model.
+    layer_specs : tuple of LayerSpec
+        The layers that the block runs, those of the objective included.
     parameters, head_parameters : int
-        Elements, those of the objective's helper apart.
+        Parameter elements of the layers, and of the local head.
     cost : int
         Multiply-adds of one sample, forward and backward, local head included.
-    own : Model or None
-        The objective's layers, where they take the place of the model's.
-    couples : bool
-        Whether the objective makes samples depend on each other, by a loss or batch statistics.
+    replacement_layers : LayerStack or None
+        Layers of the objective that replace those of the model.
+    couples_samples : bool
+        Whether the objective makes samples depend on each other, by its loss or by batch
+        statistics in the head.
     frozen : bool
-        Whether its layers keep their first weights.
+        Whether the layers keep their initial weights.
+    recompute : bool
+        Whether the backward recomputes what the block's interior saved.
     """
 
     spec: BlockSpec
     layers: range
+    layer_specs: tuple[LayerSpec, ...]
     parameters: int
     head_parameters: int
     cost: int
     replacement_layers: LayerStack | None = None
     couples_samples: bool = False
     frozen: bool = False
+    recompute: bool = False
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A run, settled on a number of ranks."""
+    """Blocks and strategies of a run on a number of ranks.
+
+    Attributes
+    ----------
+    layer_specs : tuple of LayerSpec
+        The model's layers.
+    block_layouts : tuple of BlockLayout
+        The blocks, in order.
+    place : tuple of int
+        The stage of each block.
+    routes : tuple of Route
+        The messages of training.
+    """
 
     mesh: Mesh
     model: LayerStack
@@ -79,27 +105,28 @@ class Layout:
 
     @property
     def block_specs(self) -> list[BlockSpec]:
-        """One task per block, in order."""
-        return [part.spec for part in self.block_layouts]
+        """The spec of each block, in order."""
+        return [block.spec for block in self.block_layouts]
 
     @property
     def cuts(self) -> tuple[int, ...]:
         """The layers at which blocks 1, 2, ... start."""
-        return tuple(part.layers.start for part in self.block_layouts[1:])
+        return tuple(block.layers.start for block in self.block_layouts[1:])
 
     @property
     def coupling_layers(self) -> list[str]:
-        """Layers that make the samples of a micro-batch depend on each other."""
-        heads = (
-            f"heads.{block}"
-            for block, part in enumerate(self.block_layouts)
-            if part.couples_samples
-        )
-        return [*(spec.name for spec in self.layer_specs if spec.couples_samples), *heads]
+        """Layers and heads that make the samples of a micro-batch depend on each other."""
+        layers = [spec.name for spec in self.layer_specs if spec.couples_samples]
+        heads = [f"heads.{b.spec.index}" for b in self.block_layouts if b.couples_samples]
+        return layers + heads
+
+    def needs_input_gradient(self, block: int) -> bool:
+        """Return whether a block computes the gradient of its input and sends it."""
+        return block in input_gradient_blocks(self.routes)
 
     def blocks_of_stage(self, stage: int) -> list[int]:
         """Return the blocks of a stage."""
-        return [block for block, own in enumerate(self.place) if own == stage]
+        return [block for block, its_stage in enumerate(self.place) if its_stage == stage]
 
     def stage_costs(self) -> list[int]:
         """Return multiply-adds of one sample per stage."""
@@ -109,55 +136,83 @@ class Layout:
         ]
 
     def messages(self, rows: int, mode: ExecutionMode = "train") -> Iterator[tuple[Route, int]]:
-        """Yield every route with the payload bytes that `rows` samples send along it."""
+        """Yield every route and the payload bytes of its message for `rows` samples."""
         for route in self.objective.routes(len(self.block_layouts), mode):
             spec = self.objective.message_spec(route, self.block_specs, rows)
             shape, dtype = self.wire_format.encoded_spec(route, spec) if mode == "train" else spec
             yield route, math.prod(shape) * dtype.itemsize
 
     def prove(self, sizes: list[list[int]]) -> ScheduleReport:
-        """Return the report of a proof that the plans end; ``sizes[replica][update]``."""
+        """Prove that the plans of the schedule end; ``sizes[replica][update]`` micro-batches."""
         return verify_schedule(self.schedule, self.place, sizes, self.routes)
 
 
 def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: int) -> Layout:
-    """Return the layout of `run` on `ranks` ranks; what is known of the data is the same in the
-    tasks of all blocks.
+    """Return the layout of `run` on `ranks` ranks.
+
+    Parameters
+    ----------
+    data_spec : BlockSpec
+        Facts of the data that all block specs share.
 
     Raises
     ------
-    DtrainError
+    ConfigError
         The mesh, the partition or the schedule does not fit.
     """
     _check_stages(run, ranks)
     mesh = Mesh.for_ranks(ranks, run.mesh.stages, run.mesh.placement)
     dtype = DTYPES[run.settings.dtype]
     objective, schedule = run.make_objective(), run.make_schedule()
-    specs = infer_layers(
-        model, objective.model_input_shape(data_spec.sample_shape, data_spec.classes), dtype
-    )
-    if specs[-1].output_shape != (data_spec.classes,):
-        raise ConfigError(
-            "todo.key",
-            f"layer '{specs[-1].name}' returns {specs[-1].output_shape} for a sample, but the data has "
-            f"{data_spec.classes} classes: end the model with {data_spec.classes} outputs",
-        )
-    for spec in specs:
-        if not spec.dtype.is_floating_point:
-            raise ConfigError(
-                "todo.key",
-                f"layer '{spec.name}' returns {spec.dtype}: a layer returns real numbers",
-            )
-    prices = BlockCosts(specs, objective, model, data_spec, run.settings.seed)
-    layers = partition.layer_ranges(len(specs), _choose_cuts(run, prices, mesh.stages))
+    shape = objective.model_input_shape(data_spec.sample_shape, data_spec.classes)
+    layer_specs = _infer_layers(model, shape, dtype)
+    _check_outputs(layer_specs, data_spec.classes)
+    block_costs = BlockCosts(layer_specs, objective, model, data_spec, run.settings.seed)
+    cuts = _choose_cuts(run, block_costs, mesh.stages)
+    layers = partition.layer_ranges(len(layer_specs), cuts)
     _check_block_numbers(run, len(layers))
     routes = objective.routes(len(layers), "train")
     schedule.check_routes(routes)
     _check_clip(run, schedule)
-    parts = _block_layouts(prices, layers, run.partition)
-    place = schedule.assign_stages([part.cost for part in parts], mesh.stages)
-    parcel = WireFormat(run.partition.activation_compression)
-    return Layout(mesh, model, dtype, specs, parts, place, objective, schedule, routes, parcel)
+    blocks = _block_layouts(block_costs, layers, run.partition)
+    return Layout(
+        mesh=mesh,
+        model=model,
+        dtype=dtype,
+        layer_specs=layer_specs,
+        block_layouts=blocks,
+        place=schedule.assign_stages([block.cost for block in blocks], mesh.stages),
+        objective=objective,
+        schedule=schedule,
+        routes=routes,
+        wire_format=WireFormat(run.partition.activation_compression),
+    )
+
+
+def _infer_layers(
+    model: LayerStack, shape: tuple[int, ...], dtype: torch.dtype
+) -> tuple[LayerSpec, ...]:
+    """Return the specs of a model's layers."""
+    structure = layers_key(model)
+    key = None if structure is None else (structure, tuple(shape), dtype)
+    return _LAYER_SPECS.get(key, lambda: infer_layers(model, shape, dtype))
+
+
+def _check_outputs(layer_specs: Sequence[LayerSpec], classes: int) -> None:
+    """Refuse a model whose outputs are not one real number per class."""
+    last = layer_specs[-1]
+    if last.output_shape != (classes,):
+        raise ConfigError(
+            "model.outputs-not-classes",
+            f"layer '{last.name}' returns {last.output_shape} for a sample, but the data has "
+            f"{classes} classes: end the model with {classes} outputs",
+        )
+    for spec in layer_specs:
+        if not spec.dtype.is_floating_point:
+            raise ConfigError(
+                "model.layer-not-real",
+                f"layer '{spec.name}' returns {spec.dtype}: a layer must return real numbers",
+            )
 
 
 def _check_stages(run: RunConfig, ranks: int) -> None:
@@ -168,46 +223,45 @@ def _check_stages(run: RunConfig, ranks: int) -> None:
         blocks = len(run.partition.cuts) + 1
     if blocks is not None and blocks < stages:
         raise ConfigError(
-            "todo.key",
+            "partition.fewer-blocks-than-stages",
             f"{blocks} blocks cannot fill {stages} stages: set [mesh] stages = {blocks} or less, "
             f"or [partition] blocks = {stages} or more",
         )
 
 
 def _choose_cuts(run: RunConfig, block_costs: BlockCosts, stages: int) -> tuple[int, ...]:
-    """Return where blocks start: as the run file says, else balanced over analytic costs."""
-    cut, layers = run.partition, len(block_costs.layer_specs)
-    if cut.cuts is not None:
-        return partition.cuts_from_names([spec.name for spec in block_costs.layer_specs], cut.cuts)
+    """Return the layers at which blocks start: those of the run file, else balanced by costs."""
+    section, layers = run.partition, len(block_costs.layer_specs)
+    if section.cuts is not None:
+        names = [spec.name for spec in block_costs.layer_specs]
+        return partition.cuts_from_names(names, section.cuts)
     costs: dict[str, Callable[[int, int], int]] = {
         "flops": block_costs.flops,
         "parameters": block_costs.parameters,
         "layers": lambda i, j: j - i,
     }
-    return partition.balanced_cuts(layers, cut.blocks or stages, costs[cut.balance], cut.weights)
+    cost = costs[section.balance]
+    return partition.balanced_cuts(layers, section.blocks or stages, cost, section.weights)
 
 
 def _check_block_numbers(run: RunConfig, blocks: int) -> None:
-    """Refuse keys that name a block that is not there."""
-    for key, named in run.partition.blocks_by_key().items():
-        for block in named:
+    """Refuse keys that name a block which does not exist."""
+    for key, numbers in run.partition.blocks_by_key().items():
+        for block in numbers:
             if not 0 <= block < blocks:
                 raise ConfigError(
-                    "todo.key",
+                    "partition.unknown-block",
                     f"[partition] {key} names block {block}, but there are {blocks} "
                     f"(0 to {blocks - 1}): name one of those",
                 )
 
 
 def _check_clip(run: RunConfig, schedule: Schedule) -> None:
-    """Refuse a clip over the model where its gradients are never there together."""
-    if (
-        run.optimizer_options.clip
-        and run.optimizer_options.clip_over == "model"
-        and not schedule.flushes
-    ):
+    """Refuse a clip over the model where no action has the gradients of all blocks."""
+    options = run.optimizer_options
+    if options.clip and options.clip_over == "model" and not schedule.flushes:
         raise ConfigError(
-            "todo.key",
+            "optimizer.clip-over-schedule",
             f'[optimizer] clip-over = "model" needs the whole gradient before any update, and '
             f"'{run.schedule.name}' updates block by block: set clip-over = \"block\", or "
             'schedule.name = "1f1b" or "fill-drain"',
@@ -217,47 +271,54 @@ def _check_clip(run: RunConfig, schedule: Schedule) -> None:
 def _block_layouts(
     block_costs: BlockCosts, layers: Sequence[range], section: PartitionSection
 ) -> tuple[BlockLayout, ...]:
-    """Return the blocks, the last made first: a task knows what leaves the next block."""
-    parts: list[BlockLayout] = []
-    for block in reversed(range(len(layers))):
-        above = parts[-1].spec.output_shape if parts else ()
-        part, frozen = (
-            _block_layout(block_costs, block, layers, above),
-            section.is_frozen(block, len(layers)),
-        )
-        task = dataclasses.replace(part.spec, frozen=frozen)
-        parts.append(dataclasses.replace(part, spec=task, frozen=frozen))
-    return tuple(reversed(parts))
+    """Return the blocks. The last is made first, since a spec holds the next block's output."""
+    blocks: list[BlockLayout] = []
+    for index in reversed(range(len(layers))):
+        next_output_shape = blocks[-1].spec.output_shape if blocks else ()
+        block = _block_layout(block_costs, index, layers, next_output_shape)
+        frozen = section.is_frozen(index, len(layers))
+        spec = dataclasses.replace(block.spec, frozen=frozen)
+        chosen = section.recompute
+        recompute = chosen if isinstance(chosen, bool) else index in chosen
+        blocks.append(dataclasses.replace(block, spec=spec, frozen=frozen, recompute=recompute))
+    return tuple(reversed(blocks))
 
 
 def _block_layout(
-    block_costs: BlockCosts, block: int, layers: Sequence[range], next_output_shape: tuple[int, ...]
+    block_costs: BlockCosts, index: int, layers: Sequence[range], next_output_shape: tuple[int, ...]
 ) -> BlockLayout:
     """Return a block with its analytic costs."""
-    i, j = layers[block].start, layers[block].stop
-    task = dataclasses.replace(
-        block_costs.block_spec(block, len(layers), i, j), next_output_shape=next_output_shape
+    objective, dtype = block_costs.objective, block_costs.layer_specs[0].dtype
+    i, j = layers[index].start, layers[index].stop
+    spec = block_costs.block_spec(index, len(layers), i, j)
+    spec = dataclasses.replace(spec, next_output_shape=next_output_shape)
+    layer_specs = block_costs.layer_specs[i:j]
+    parameters, macs = block_costs.layer_parameters(i, j), block_costs.layer_macs(i, j)
+    replacement, model = objective.replacement_layers(spec), None
+    if replacement is not None:
+        names, factories = zip(*replacement, strict=True)
+        model = FactoryLayers(tuple(f"blocks{index}-{name}" for name in names), factories)
+        layer_specs = _infer_layers(model, objective.block_input_shape(spec), dtype)
+        last = layer_specs[-1]
+        spec = dataclasses.replace(spec, output_shape=last.output_shape, dtype=last.dtype)
+        parameters = sum(layer.parameters for layer in layer_specs)
+        macs = sum(map(total_macs, layer_specs))
+    head = block_costs.head_spec(spec)
+    return BlockLayout(
+        spec=spec,
+        layers=layers[index],
+        layer_specs=layer_specs,
+        parameters=parameters,
+        head_parameters=head.parameters if head else 0,
+        cost=macs * objective.forward_passes(spec) + total_macs(head),
+        replacement_layers=model,
+        couples_samples=objective.couples_samples(spec)
+        or (head is not None and head.couples_samples),
     )
-    own, model = block_costs.objective.replacement_layers(task), None
-    parameters, cost = block_costs.layer_parameters(i, j), block_costs.layer_macs(i, j)
-    if own is not None:
-        model = FactoryLayers(tuple(f"blocks{block}-{n}" for n, _ in own), tuple(m for _, m in own))
-        specs = infer_layers(
-            model, block_costs.objective.block_input_shape(task), block_costs.layer_specs[0].dtype
-        )
-        task = dataclasses.replace(task, output_shape=specs[-1].output_shape, dtype=specs[-1].dtype)
-        parameters, cost = sum(spec.parameters for spec in specs), sum(map(total_macs, specs))
-    helper = block_costs.head_spec(task)
-    couples = block_costs.objective.couples_samples(task) or (
-        helper is not None and helper.couples_samples
-    )
-    head = helper.parameters if helper else 0
-    cost = cost * block_costs.objective.forward_passes(task) + total_macs(helper)
-    return BlockLayout(task, layers[block], parameters, head, cost, model, couples)
 
 
 def describe(layout: Layout, rows: int) -> dict[str, Any]:
-    """Return the layout as plain values; `rows` are the samples of one micro-batch."""
+    """Return the layout as plain values, with messages for micro-batches of `rows` samples."""
     return {
         "ranks": layout.mesh.ranks,
         "replicas": layout.mesh.replicas,
@@ -267,15 +328,15 @@ def describe(layout: Layout, rows: int) -> dict[str, Any]:
         "place": list(layout.place),
         "blocks": [
             {
-                "block": part.spec.index,
-                "stage": layout.place[part.spec.index],
-                "layers": [layout.layer_specs[i].name for i in part.layers],
-                "parameters": part.parameters,
-                "head_parameters": part.head_parameters,
-                "multiply_adds": part.cost,
-                "frozen": part.frozen,
+                "block": block.spec.index,
+                "stage": layout.place[block.spec.index],
+                "layers": [layout.layer_specs[i].name for i in block.layers],
+                "parameters": block.parameters,
+                "head_parameters": block.head_parameters,
+                "multiply_adds": block.cost,
+                "frozen": block.frozen,
             }
-            for part in layout.block_layouts
+            for block in layout.block_layouts
         ],
         "imbalance": partition.imbalance(layout.stage_costs()),
         "messages": [

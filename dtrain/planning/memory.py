@@ -1,24 +1,24 @@
-"""Planned memory: what every rank will hold, known before anything is made.
+"""Planned memory of every rank, known before any tensor exists.
 
-Invariant: counted as a run counts its `peak_memory_bytes`, part by part, so that the two can be
-laid side by side.
+Invariant: a plan counts the same parts as a run does for `peak_memory_bytes`, so that the two can
+be compared.
 
 ::
 
     rank    parameters | gradients | optimizer | sync | versions | live | messages
-                                                  |      |         |      `- receives posted,
-                                                  |      |         |         sends under way
-                                                  |      |         `- x, y, what autograd saves
-                                                  |      `- of weights, for late backwards
-                                                  `- copies of what is trained
+                                                  |      |         |      `- posted receives,
+                                                  |      |         |         sends in flight
+                                                  |      |         `- x, y, saved tensors
+                                                  |      `- copies of weights for delayed backwards
+                                                  `- copies of the trained parameters
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any, final
 
 import numpy as np
@@ -28,6 +28,7 @@ from torch import nn
 from dtrain.block.block import Block
 from dtrain.block.split_backward import SplitBackward
 from dtrain.objectives.base import ExecutionMode
+from dtrain.planning.block_costs import build_meta_head
 from dtrain.planning.block_factory import (
     assemble_block,
     layer_source,
@@ -41,36 +42,42 @@ from dtrain.planning.block_memory import (
     peak_live_bytes,
 )
 from dtrain.planning.plan import Plan
+from dtrain.planning.structure_cache import StructureCache, layers_key
 from dtrain.schedules.actions import Action
 from dtrain.schedules.message_memory import peak_message_bytes
 from dtrain.schedules.simulator import Span
 from dtrain.schedules.weight_policy import peak_weight_copies
 
 MetaLayers = Sequence[nn.Module | None]
-"""A model's layers without memory; None where that cannot be."""
+"""A model's layers on the meta device; None where a layer cannot be made there."""
 
 
 EXTRA_MICRO_BATCHES = 4
-"""Micro-batches of an evaluation that fill every credit, beyond those that fill the blocks."""
+"""Micro-batches of an evaluation that use every credit, besides one per block."""
+
+
+_BLOCK_MEMORY: StructureCache[tuple[BlockMemory, ...]] = StructureCache()
+"""Memory of a layout's blocks by everything that decides it."""
 
 
 @final
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank: what it holds all the time, and the most that comes and goes.
+    """Bytes of one rank at its peak.
 
     Attributes
     ----------
     parameters, gradients, optimizer : int
         Of its blocks, buffers and heads included.
     sync : int
-        Copies of what is trained that the sync keeps.
+        Copies of the trained parameters that the sync keeps.
     versions : int
-        Copies of it that forwards and late backwards compute with.
+        Copies of weights for forwards and delayed backwards.
     live : int
-        Micro-batches between forward and learning, and what helpers keep of earlier updates.
+        Micro-batches between forward and backward, and tensors that heads cache from update to
+        update.
     messages : int
-        Posted receives, and sends under way.
+        Posted receives, and sends in flight.
     """
 
     parameters: int
@@ -83,161 +90,185 @@ class RankMemory:
 
     @property
     def peak(self) -> int:
-        """All together."""
+        """The sum of all parts."""
         return sum(asdict(self).values())
 
 
 def largest_micro_batch(plan: Plan, replica: int) -> int:
-    """Return the rows of a replica's largest micro-batch."""
+    """Return the samples in a replica's largest micro-batch."""
     size = min(plan.batch_splitter.batch_size, plan.data.train.size)
     batch = plan.batch_splitter.batch(np.arange(size), 0, replica)
     return max(map(len, batch.micro_batch_indices), default=0)
 
 
 def message_sizes(plan: Plan, rows: int, mode: ExecutionMode = "train") -> list[int]:
-    """Return the bytes of one message of every route."""
+    """Return the bytes of one message on every route, for micro-batches of `rows` samples."""
     return [size for _, size in plan.layout.messages(rows, mode)]
 
 
 @final
 class MemoryPlan:
-    """The planned memory of one plan; each number of rows is counted once.
-
-    Attributes
-    ----------
-    blocks : callable
-        Returns what every block holds with micro-batches of so many rows, a list of `Footprint`.
-    """
+    """The planned memory of one plan."""
 
     def __init__(self, plan: Plan) -> None:
-        self.plan, self.layout = plan, plan.layout
-        self.block_memory = cache(self._measure_blocks)
+        self.plan = plan
+        self.layout = plan.layout
         self._stage_memory = cache(self._sum_stages)
+        self._measured_blocks = cache(self._measure_blocks)
+
+    def block_memory(self, rows: int) -> tuple[BlockMemory, ...]:
+        """Return the memory of every block, for micro-batches of `rows` samples.
+
+        Raises
+        ------
+        Exception
+            The exception of a layer or objective that fails on zeros.
+        """
+        return _BLOCK_MEMORY.get(self._block_key(rows), partial(self._measured_blocks, rows))
 
     def rank_memory(self) -> list[RankMemory]:
         """Return the planned memory of every rank, in rank order."""
         mesh = self.layout.mesh
         rows = [largest_micro_batch(self.plan, replica) for replica in range(mesh.replicas)]
-        places = map(mesh.coords, range(mesh.ranks))
-        return [self._stage_memory(rows[replica])[stage] for replica, stage in places]
+        coords = map(mesh.coords, range(mesh.ranks))
+        return [self._stage_memory(rows[replica])[stage] for replica, stage in coords]
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """Return the planned memory of every rank as plain values."""
         rows = []
-        for rank, budget in enumerate(self.rank_memory()):
+        for rank, memory in enumerate(self.rank_memory()):
             replica, stage = self.layout.mesh.coords(rank)
-            sizes = {f"{part}_bytes": size for part, size in asdict(budget).items()}
-            place = {"rank": rank, "replica": replica, "stage": stage}
-            rows.append(place | sizes | {"peak_bytes": budget.peak})
+            sizes = {f"{part}_bytes": size for part, size in asdict(memory).items()}
+            position = {"rank": rank, "replica": replica, "stage": stage}
+            rows.append(position | sizes | {"peak_bytes": memory.peak})
         return rows
 
+    # ---- stages
+
     def _sum_stages(self, rows: int) -> list[RankMemory]:
-        """Return the budget of every stage."""
-        blocks, held = dict(enumerate(self.block_memory(rows))), self._message_bytes(rows)
+        """Return the memory of every stage, for micro-batches of `rows` samples."""
+        blocks = dict(enumerate(self.block_memory(rows)))
         timeline, traits = self.plan.proof.timeline, self.plan.run.make_sync().traits()
         policy = self.layout.schedule.policy(self.layout.place, self.layout.routes)
-        found = []
-        for stage, messages in enumerate(held):
-            own = [blocks[b] for b in self.layout.blocks_of_stage(stage)]
+        stages = []
+        for stage, message_bytes in enumerate(self._message_bytes(rows)):
+            in_stage = [blocks[b] for b in self.layout.blocks_of_stage(stage)]
             actions = [span.action for span in timeline if span.stage == stage]
-            shelves = peak_weight_copies(actions, policy)
-            found.append(
+            copies = peak_weight_copies(actions, policy)
+            gradients = sum(block.gradients for block in in_stage)
+            optimizer = sum(block.optimizer for block in in_stage)
+            stages.append(
                 RankMemory(
-                    parameters=sum(each.parameters for each in own),
-                    gradients=sum(each.gradients for each in own),
-                    optimizer=0
-                    if traits.keeps_no_optimizer_state
-                    else sum(each.optimizer for each in own),
-                    sync=traits.parameter_copies * sum(each.gradients for each in own),
-                    versions=sum(n * blocks[b].gradients for b, n in shelves.items()),
+                    parameters=sum(block.parameters for block in in_stage),
+                    gradients=gradients,
+                    optimizer=0 if traits.keeps_no_optimizer_state else optimizer,
+                    sync=traits.parameter_copies * gradients,
+                    versions=sum(n * blocks[b].gradients for b, n in copies.items()),
                     live=peak_live_bytes(actions, blocks) + self._head_cache_bytes(stage),
-                    messages=messages,
+                    messages=message_bytes,
                 )
             )
-        return found
+        return stages
 
     def _head_cache_bytes(self, stage: int) -> int:
-        """Return what the helpers of a stage keep from update to update."""
-        plan, tasks = self.plan, self.layout.block_specs
-        rows = -(
-            -min(plan.batch_splitter.batch_size, plan.data.train.size) // self.layout.mesh.replicas
-        )
+        """Return the bytes that the heads of a stage cache from update to update."""
+        plan, specs = self.plan, self.layout.block_specs
+        samples = min(plan.batch_splitter.batch_size, plan.data.train.size)
+        rows = -(-samples // self.layout.mesh.replicas)
         return rows * sum(
-            self.layout.objective.cached_bytes_per_sample(tasks[b])
+            self.layout.objective.cached_bytes_per_sample(specs[b])
             for b in self.layout.blocks_of_stage(stage)
         )
 
     def _message_bytes(self, rows: int) -> list[int]:
-        """Return the messages of every stage: the more of training and of evaluation."""
+        """Return the message bytes of every stage: the larger of training and evaluation."""
         plan, place = self.plan, self.layout.place
-        learnt = peak_message_bytes(
+        train = peak_message_bytes(
             plan.proof.timeline, place, self.layout.routes, message_sizes(plan, rows)
         )
-        count = math.ceil(
-            plan.data.test.size
-            / plan.layout.mesh.replicas
-            / plan.batch_splitter.largest_micro_batch
-        )
-        seen = [
+        largest = plan.batch_splitter.largest_micro_batch
+        count = math.ceil(plan.data.test.size / plan.layout.mesh.replicas / largest)
+        forwards = [
             Span(stage, micro + block, micro + block + 1, Action("F", block, 0, micro))
             for micro in range(min(count, len(place) + EXTRA_MICRO_BATCHES))
             for block, stage in enumerate(place)
         ]
         routes = self.layout.objective.routes(len(place), "predict")
-        told = peak_message_bytes(
-            seen,
-            place,
-            routes,
-            message_sizes(plan, plan.batch_splitter.largest_micro_batch, "predict"),
-        )
-        return [max(pair) for pair in zip(learnt, told, strict=True)]
+        sizes = message_sizes(plan, largest, "predict")
+        predict = peak_message_bytes(forwards, place, routes, sizes)
+        return [max(pair) for pair in zip(train, predict, strict=True)]
 
-    def _measure_blocks(self, rows: int) -> list[BlockMemory]:
-        layout, step = self.layout, optimizer_factory(self.plan.run)
-        skeletons = layout.model.meta_layers(layout.dtype)
-        found = []
-        for index in range(len(layout.block_layouts)):
-            real, fake = partial(self._real_block, index), self._fake_factory(index, skeletons)
-            objective, tasks = layout.objective, layout.block_specs
-            found.append(measure_block_memory(real, fake, step, objective, tasks, index, rows))
-        return found
+    # ---- blocks
+
+    def _block_key(self, rows: int) -> Hashable | None:
+        """Return all that decides the memory of the blocks, None where that is not known."""
+        run, layout = self.plan.run, self.layout
+        blocks = layout.block_layouts
+        replaced = [block.replacement_layers for block in blocks]
+        models = layout.model, *(model for model in replaced if model is not None)
+        structures = tuple(map(layers_key, models))
+        if None in structures:
+            return None
+        return (
+            structures,
+            layout.dtype,
+            layout.objective,
+            layout.schedule.splits_backward,
+            tuple((b.spec, b.layers, b.replacement_layers is None, b.recompute) for b in blocks),
+            run.optimizer.name,
+            repr(run.optimizer_fields()),
+            run.settings.seed,  # of a block that is run for real
+            rows,
+        )
+
+    def _measure_blocks(self, rows: int) -> tuple[BlockMemory, ...]:
+        layout = self.layout
+        return tuple(
+            measure_block_memory(
+                partial(self._real_block, index),
+                self._fake_factory(index),
+                optimizer_factory(self.plan.run),
+                layout.objective,
+                layout.block_specs,
+                index,
+                rows,
+            )
+            for index in range(len(layout.block_layouts))
+        )
+
+    @cached_property
+    def _meta_layers(self) -> MetaLayers:
+        return self.layout.model.meta_layers(self.layout.dtype)
 
     def _real_block(self, index: int) -> Block:
         """Return a block as a run makes it."""
-        return self._attach_split(
-            make_block(self.plan.run, self.layout, index, torch.device("cpu"))
-        )
+        block = make_block(self.plan.run, self.layout, index, torch.device("cpu"))
+        return self._attach_split(block)
 
-    def _fake_factory(self, index: int, meta_layers: MetaLayers) -> BlockFactory | None:
-        """Return what makes a block of fake tensors, None where a layer has no skeleton."""
-        layout, part = self.layout, self.layout.block_layouts[index]
+    def _fake_factory(self, index: int) -> BlockFactory | None:
+        """Return a factory of a block of fake tensors, None where a layer cannot be made on the
+        meta device."""
+        layout, replacement = self.layout, self.layout.block_layouts[index].replacement_layers
         model, indices = layer_source(layout, index)
-        made = (
-            meta_layers
-            if part.replacement_layers is None
-            else part.replacement_layers.meta_layers(layout.dtype)
+        meta_layers = (
+            self._meta_layers if replacement is None else replacement.meta_layers(layout.dtype)
         )
-        layers = {model.names[i]: layer for i in indices if (layer := made[i]) is not None}
-        with torch.device("meta"):
-            helper = layout.objective.make_head(part.spec)
-        if helper is not None:
-            helper = helper.to(part.spec.dtype)
-        return (
-            partial(self._fake_block, index, layers, helper)
-            if len(layers) == len(indices)
-            else None
-        )
+        layers = {model.names[i]: layer for i in indices if (layer := meta_layers[i]) is not None}
+        head = build_meta_head(layout.objective, layout.block_specs[index])
+        if len(layers) < len(indices):
+            return None
+        return partial(self._fake_block, index, layers, head)
 
     def _fake_block(
         self, index: int, layers: Mapping[str, nn.Module], head: nn.Module | None
     ) -> Block:
-        """Return a block of such tensors as are made now: those of a CPU, without memory."""
-        faked = {name: layer.to_empty(device="cpu") for name, layer in layers.items()}
+        """Return a block of new CPU tensors, which are fake inside `FakeTensorMode`."""
+        layers = {name: layer.to_empty(device="cpu") for name, layer in layers.items()}
         head = None if head is None else head.to_empty(device="cpu")
-        return self._attach_split(assemble_block(self.plan.run, self.layout, index, faked, head))
+        return self._attach_split(assemble_block(self.plan.run, self.layout, index, layers, head))
 
     def _attach_split(self, block: Block) -> Block:
-        """Return a block as the engine has it when it starts."""
+        """Give a block the split backward that the engine gives it."""
         if self.layout.schedule.splits_backward:
             block.split_backward = SplitBackward(block.roots.values())
         return block

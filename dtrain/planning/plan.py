@@ -1,4 +1,7 @@
-"""Turn a run file into a proven plan, the same on all ranks."""
+"""The plan of a run: a run file with its data, layout and a proof that its schedule ends.
+
+Invariant: every rank makes the same plan without a message.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +19,21 @@ from dtrain.schedules.segments import TrainingLength
 from dtrain.schedules.verify import ScheduleReport
 
 PROOF_UPDATES = 8
-"""Updates at an epoch's start that the proof and the drawing look at."""
+"""Updates at an epoch's start that the proof and the drawing contain."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that fits its data and its ranks; the same on all of them.
+    """A run that fits its data and its ranks.
 
     Attributes
     ----------
-    run : Run
-        Resolved: the numbers of blocks and stages are settled.
+    run : RunConfig
+        The run file, with the numbers of blocks and stages filled in.
+    proof : ScheduleReport
+        Timeline, live micro-batches, staleness and bubble of the proven schedule.
     blocks_assumed : bool
-        Whether the number of blocks was taken from the stages.
-    proof : Report
-        What the schedule's proof saw.
+        Whether the number of blocks was taken from the number of stages.
     """
 
     run: RunConfig
@@ -43,7 +46,8 @@ class Plan:
 
 
 def make_plan(run: RunConfig, ranks: int) -> Plan:
-    """Return the plan of `run` on a number of ranks, its order proven free of deadlock.
+    """Load the data's description and the model, lay `run` out on `ranks` ranks and prove that its
+    schedule ends.
 
     Raises
     ------
@@ -53,43 +57,55 @@ def make_plan(run: RunConfig, ranks: int) -> Plan:
     samples = data.load(
         run.dataset.name, run.dataset.fields, run.folder, normalise=run.data.normalise
     )
-    shape, classes = samples.train.shape, samples.train.classes
+    train = samples.train
     augment = augments.build_augment(run.data.augment, run.settings.seed)
     if augment is not None:
-        augment.check_shape(shape)
-    about = BlockSpec.from_data(
-        shape, classes, samples.train.size, samples.train.value_range is not None
+        augment.check_shape(train.shape)
+    data_spec = BlockSpec.from_data(
+        train.shape, train.classes, train.size, train.value_range is not None
     )
-    seen = run.make_objective().model_input_shape(shape, classes)
-    model = models.load(run.model.name, run.model.fields, run.folder, seen, classes)
-    layout = make_layout(run, model, about, ranks)
-    top, coupling = run.settings, layout.coupling_layers
-    calendar = TrainingLength.from_settings(
-        updates_per_epoch(samples.train.size, top.batch_size),
-        top.epochs,
-        top.updates,
-        top.segment,
+    input_shape = run.make_objective().model_input_shape(train.shape, train.classes)
+    model = models.load(run.model.name, run.model.fields, run.folder, input_shape, train.classes)
+    layout = make_layout(run, model, data_spec, ranks)
+    settings = run.settings
+    length = TrainingLength.from_settings(
+        updates_per_epoch(train.size, settings.batch_size),
+        settings.epochs,
+        settings.updates,
+        settings.segment,
         run.checkpoint.every,
     )
-    shares = BatchSplitter(
-        top.batch_size, layout.mesh.replicas, top.micro_batches, 1 + bool(coupling)
+    splitter = _split_batches(run, layout, train.size)
+    return Plan(
+        run=run.resolve(len(layout.block_layouts), layout.mesh.stages),
+        data=samples,
+        layout=layout,
+        training_length=length,
+        batch_splitter=splitter,
+        proof=layout.prove(_proof_sizes(splitter, train.size, length.updates_per_epoch)),
+        blocks_assumed=run.partition.blocks is None and run.partition.cuts is None,
     )
-    last = (samples.train.size - 1) % top.batch_size + 1
-    if last < shares.min_rows:
+
+
+def _split_batches(run: RunConfig, layout: Layout, samples: int) -> BatchSplitter:
+    """Return the splitter of batches; refuse a last batch that is too small for its layers."""
+    settings, coupling_layers = run.settings, layout.coupling_layers
+    batch_size = settings.batch_size
+    min_rows = 2 if coupling_layers else 1
+    splitter = BatchSplitter(batch_size, layout.mesh.replicas, settings.micro_batches, min_rows)
+    last_batch = (samples - 1) % batch_size + 1
+    if last_batch < splitter.min_rows:
         raise ConfigError(
-            "todo.key",
-            f"the last update of an epoch has 1 of {samples.train.size} samples, too few for the "
-            f"batch statistics of layer '{coupling[0]}': set batch-size = {top.batch_size + 1} or "
-            f"{max(top.batch_size - 1, 2)}",
+            "data.last-batch-too-small",
+            f"the last update of an epoch has 1 of {samples} samples, too few for the batch "
+            f"statistics of layer '{coupling_layers[0]}': set batch-size = {batch_size + 1} or "
+            f"{max(batch_size - 1, 2)}",
         )
-    fixed = run.resolve(len(layout.block_layouts), layout.mesh.stages)
-    proof = layout.prove(_proof_sizes(shares, samples.train.size, calendar.updates_per_epoch))
-    assumed = run.partition.blocks is None and run.partition.cuts is None
-    return Plan(fixed, samples, layout, calendar, shares, proof, assumed)
+    return splitter
 
 
-def _proof_sizes(batch_splitter: BatchSplitter, size: int, updates: int) -> list[list[int]]:
+def _proof_sizes(splitter: BatchSplitter, samples: int, updates: int) -> list[list[int]]:
     """Return ``[replica][update]`` micro-batches of an epoch's first updates and its last."""
-    first = batch_splitter.count_micro_batches(size, 0, min(updates, PROOF_UPDATES))
-    last = batch_splitter.count_micro_batches(size, max(updates - 1, 0), updates)
-    return [head + tail for head, tail in zip(first, last, strict=True)]
+    first = splitter.count_micro_batches(samples, 0, min(updates, PROOF_UPDATES))
+    last = splitter.count_micro_batches(samples, max(updates - 1, 0), updates)
+    return [start + end for start, end in zip(first, last, strict=True)]

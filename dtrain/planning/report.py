@@ -1,6 +1,6 @@
-"""What a run tells: the plan as text and as plain values, and the summary.
+"""A plan as text, as plain values and as a drawing.
 
-Invariant: pure functions of a plan and of totals; what a number means stands in the contract.
+Invariant: pure functions of a plan and a costs file.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dtrain.planning.cost_file import CostFile
+from dtrain.planning.formatting import align_columns, percent, pluralise
 from dtrain.planning.layout import describe
 from dtrain.planning.memory import MemoryPlan
 from dtrain.planning.plan import Plan
@@ -19,40 +20,40 @@ from dtrain.schedules.render_text import timeline_text
 
 
 def plan_text(plan: Plan, cost_file: CostFile | None = None) -> str:
-    """Return partition, schedule, messages and memory of a plan, for people; time by a `sheet`."""
-    told = plan_table(plan, cost_file)
-    layout, top = plan.layout, plan.run.settings
+    """Return a plan for people: partition, schedule, messages, memory and warnings.
+
+    With a costs file the estimated time follows.
+    """
+    table = plan_table(plan, cost_file)
     lines = [
-        f"{pluralise(told['ranks'], 'rank')} = {pluralise(told['replicas'], 'replica')} x "
-        f"{pluralise(told['stages'], 'stage')}, {layout.mesh.placement}",
-        f"{pluralise(told['updates'], 'update')}, {plan.training_length.updates_per_epoch:,} an epoch; "
-        f"{pluralise(top.batch_size, 'sample')} an update in "
-        f"{pluralise(top.micro_batches, 'micro-batch', 'micro-batches')} a replica",
+        *_size_lines(plan),
         "",
-        f"Blocks ({plan.run.partition.balance}; multiply-adds of one sample, forward and backward)",
-        *_block_lines(told),
-        f"costliest stage over mean: {told['imbalance']:.2f}, so utilisation stays below "
-        f"{1 / told['imbalance']:.0%}",
+        *_block_lines(plan, table),
         "",
-        f"Schedule {plan.run.schedule.name} (the first updates of an epoch, and its last)",
+        f"Schedule {plan.run.schedule.name} (the first updates of an epoch, then its last)",
         timeline_text(plan.proof),
         "",
-        "Messages of a full micro-batch",
-        *_message_lines(told["messages"]),
+        "Messages per full micro-batch",
+        *_message_lines(table["messages"]),
         "",
-        "Memory of a rank at its fullest, in bytes",
-        *_memory_lines(told["memory"]),
-        *(["", "Notes", *told["cautions"]] if told["cautions"] else []),
-        *(_time_lines(told["prediction"]) if cost_file is not None else []),
+        "Peak memory per rank (bytes)",
+        *_memory_lines(table["memory"]),
+        *(["", "Notes", *table["cautions"]] if table["cautions"] else []),
+        *(_time_lines(table["prediction"]) if cost_file is not None else []),
     ]
     return "\n".join(lines) + "\n"
 
 
 def plan_svg(plan: Plan, cost_file: CostFile | None = None) -> str:
-    """Return the planned timeline as SVG: of the updates that are proved, F = 1 and B = 2; by a
-    `sheet` in seconds, of the first updates."""
-    stages, name = plan.layout.mesh.stages, plan.run.schedule.name
-    title = f"{name}, {pluralise(len(plan.layout.block_layouts), 'block')} on {pluralise(stages, 'stage')}"
+    """Return the planned timeline as SVG.
+
+    It shows the proven updates with F = 1 and B = 2, or with a costs file the first updates in
+    seconds.
+    """
+    stages, blocks = plan.layout.mesh.stages, len(plan.layout.block_layouts)
+    title = (
+        f"{plan.run.schedule.name}, {pluralise(blocks, 'block')} on {pluralise(stages, 'stage')}"
+    )
     if cost_file is None:
         return timeline_svg(plan.proof.timeline, stages, f"{title}; forward 1, backward 2")
     spans = estimate_timeline(plan, cost_file, MemoryPlan(plan))
@@ -60,32 +61,41 @@ def plan_svg(plan: Plan, cost_file: CostFile | None = None) -> str:
     return timeline_svg(spans, stages, f"{title}; by {cost_file.path.name}", "s", shortest or 1.0)
 
 
-def pluralise(number: int, noun: str, plural: str = "") -> str:
-    """Return a number with its noun, in the plural where it needs one."""
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
-
-
 def plan_table(plan: Plan, cost_file: CostFile | None = None) -> dict[str, Any]:
-    """Return the plan as plain values, for ``--json``; with a `sheet`, what it predicts, too."""
-    books = MemoryPlan(plan)
-    predicted = {} if cost_file is None else {"prediction": estimate_time(plan, cost_file, books)}
+    """Return a plan as plain values, the output of ``--json``; with a costs file the estimated
+    time, too."""
+    memory_plan = MemoryPlan(plan)
     proof, rows = plan.proof, plan.batch_splitter.largest_micro_batch
-    return describe(plan.layout, rows) | {
+    table = describe(plan.layout, rows) | {
         "updates": plan.training_length.total_updates,
         "updates_per_epoch": plan.training_length.updates_per_epoch,
         "rows_per_micro": rows,
         "peak_live_micros": list(proof.peak_live),
         "staleness": list(proof.staleness),
         "bubble": proof.bubble,
-        "memory": books.to_dicts(),
+        "memory": memory_plan.to_dicts(),
         "cautions": plan_warnings(plan),
         "run": plan.run.to_table(),
-        **predicted,
     }
+    if cost_file is not None:
+        table["prediction"] = estimate_time(plan, cost_file, memory_plan)
+    return table
 
 
-def _block_lines(table: dict[str, Any]) -> list[str]:
-    total = sum(block["multiply_adds"] for block in table["blocks"]) or 1
+def _size_lines(plan: Plan) -> list[str]:
+    mesh, settings, length = plan.layout.mesh, plan.run.settings, plan.training_length
+    micro_batches = pluralise(settings.micro_batches, "micro-batch", "micro-batches")
+    return [
+        f"{pluralise(mesh.ranks, 'rank')} = {pluralise(mesh.replicas, 'replica')} x "
+        f"{pluralise(mesh.stages, 'stage')}, {mesh.placement}",
+        f"{pluralise(length.total_updates, 'update')}, {length.updates_per_epoch:,} per epoch; "
+        f"{pluralise(settings.batch_size, 'sample')} per update in {micro_batches} per replica",
+    ]
+
+
+def _block_lines(plan: Plan, table: dict[str, Any]) -> list[str]:
+    section, total = plan.run.partition, sum(b["multiply_adds"] for b in table["blocks"]) or 1
+    cuts = f"balanced by {section.balance}" if section.cuts is None else "cuts of the run file"
     rows = [("block", "stage", "parameters", "head", "multiply-adds", "share", "layers")]
     rows += [
         (
@@ -99,88 +109,73 @@ def _block_lines(table: dict[str, Any]) -> list[str]:
         )
         for block in table["blocks"]
     ]
-    return _align_columns(rows)
+    imbalance = table["imbalance"]
+    return [
+        f"Blocks ({cuts}; multiply-adds of one sample, forward and backward)",
+        *align_columns(rows),
+        f"Load imbalance of stages (max/mean): {imbalance:.2f}; "
+        f"upper bound on utilisation: {percent(1 / imbalance, 0)}",
+    ]
 
 
 def _message_lines(messages: Sequence[dict[str, Any]]) -> list[str]:
     rows = [("route", "from", "to", "bytes", "")]
     rows += [
         (
-            each["route"],
-            f"block {each['from_block']} (stage {each['from_stage']})",
-            f"block {each['to_block']} (stage {each['to_stage']})",
-            f"{each['bytes']:,}",
-            "" if each["wire"] else "on the rank itself",
+            message["route"],
+            f"block {message['from_block']} (stage {message['from_stage']})",
+            f"block {message['to_block']} (stage {message['to_stage']})",
+            f"{message['bytes']:,}",
+            "" if message["wire"] else "same rank, not sent",
         )
-        for each in messages
+        for message in messages
     ]
-    return _align_columns(rows) if messages else ["none: one block"]
+    return align_columns(rows) if messages else ["none"]
 
 
 def _memory_lines(memory: Sequence[dict[str, Any]]) -> list[str]:
-    """Return one line per stage, of the replica that holds most."""
+    """Return one line per stage, of the replica that needs most."""
     parts = ("parameters", "gradients", "optimizer", "sync", "versions", "live", "messages", "peak")
-    heads = ("stage", *parts[:5], "live activations", "messages", "together")
+    header = ("stage", *parts[:5], "live activations", "messages", "total")
     stages: dict[int, dict[str, Any]] = {}
-    for each in memory:
-        fullest = stages.get(each["stage"], each)
-        stages[each["stage"]] = max(fullest, each, key=lambda row: int(row["peak_bytes"]))
+    for rank in memory:
+        largest = stages.get(rank["stage"], rank)
+        stages[rank["stage"]] = max(largest, rank, key=lambda row: int(row["peak_bytes"]))
     rows = [
         (str(stage), *(f"{stages[stage][f'{part}_bytes']:,}" for part in parts))
         for stage in sorted(stages)
     ]
-    return _align_columns([heads, *rows])
+    return align_columns([header, *rows])
 
 
 def _time_lines(estimate: dict[str, Any]) -> list[str]:
-    """Return what a costs file predicts."""
-    whole, span = estimate["updates"] == estimate["segment_updates"], estimate["makespan_s"]
-    rate = (
-        "" if estimate["samples_per_s"] is None else f", {estimate['samples_per_s']:,.0f} samples/s"
-    )
-    rows = [("stage", "busy", "waiting", "mean over replicas, an update")]
-    rows += [
+    """Return the estimated time of a segment, its stages and links."""
+    is_whole = estimate["updates"] == estimate["segment_updates"]
+    updates, span = pluralise(estimate["updates"], "update"), estimate["makespan_s"]
+    rate = estimate["samples_per_s"]
+    stages = [("stage", "busy", "waiting", "gradient mean per update")]
+    stages += [
         (
-            str(each["stage"]),
-            f"{each['busy_s'] / span if span else 0:.1%}",
-            f"{each['wait_s'] / span if span else 0:.1%}",
-            f"{each['mean_s']:.3g} s",
+            str(stage["stage"]),
+            f"{stage['busy_s'] / span if span else 0:.1%}",
+            f"{stage['wait_s'] / span if span else 0:.1%}",
+            f"{stage['mean_s']:.3g} s",
         )
-        for each in estimate["stages"]
+        for stage in estimate["stages"]
     ]
     links = [("link", "messages", "bytes")]
-    links += [(k, f"{v['messages']:,}", f"{v['bytes']:,}") for k, v in estimate["links"].items()]
+    links += [
+        (kind, f"{link['messages']:,}", f"{link['bytes']:,}")
+        for kind, link in estimate["links"].items()
+    ]
     return [
         "",
-        f"Time by {estimate['file']}",
-        f"{'a segment' if whole else 'the start of a segment'} of "
-        f"{pluralise(estimate['updates'], 'update')}: {span:.4g} s{rate}; bubble {estimate['bubble']:.1%}",
-        *_align_columns(rows),
+        f"Estimated time by {estimate['file']}",
+        (f"Segment of {updates}" if is_whole else f"The first {updates} of a segment")
+        + f": {span:.4g} s"
+        + ("" if rate is None else f", {rate:,.0f} samples/s")
+        + f"; bubble {percent(estimate['bubble'])}",
+        *align_columns(stages),
         "",
-        *_align_columns(links),
+        *align_columns(links),
     ]
-
-
-def _align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return rows as columns: numbers to the right, the last column and texts to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    right = [all(_is_number(row[i]) for row in rows[1:]) for i in range(len(widths))]
-    return [
-        "  ".join(
-            cell.rjust(width) if number else cell.ljust(width)
-            for cell, width, number in zip(row, widths, right, strict=True)
-        ).rstrip()
-        for row in rows
-    ]
-
-
-def _is_number(cell: str) -> bool:
-    return cell.strip("-0123456789,.%") == ""
-
-
-def percent(fraction: float) -> str:
-    """Return a share of 1 in words."""
-    return f"{fraction:.1%}".replace("%", " %")
-
-
-TEST_KEYS = ("test_loss", "test_accuracy", "test_accuracy_vote", "accuracy_per_block")

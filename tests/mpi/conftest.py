@@ -15,9 +15,6 @@ import pytest
 
 from dtrain.comm.backends import mpi  # before torch
 from dtrain.comm.communicator import Comm
-from tests.counts import counted_once
-
-__all__ = ["counted_once"]
 
 GRACE_S = 2.0
 LIMIT_S = 90.0

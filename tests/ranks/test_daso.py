@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from dtrain.syncs.daso.base import PlateauDetector
-from dtrain.syncs.daso.selective import SelectiveDaso
 from torch import Tensor, nn, optim
 
 from dtrain.block.block import Block

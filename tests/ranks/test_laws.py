@@ -206,7 +206,7 @@ def test_a_finished_run_says_so_and_stays_what_it_is(
     first = trained(tiny.run(), tmp_path)
     capsys.readouterr()
     again = trained(tiny.run(), tmp_path)
-    assert "finished before: 8 updates are done, 8 asked for" in capsys.readouterr().out
+    assert "already finished (8 of 8 updates)" in capsys.readouterr().out
     assert again["digest"] == first["digest"]
     assert again["test_accuracy"] == first["test_accuracy"]
 

@@ -1,4 +1,4 @@
-"""What a run warns of before it starts: each warning in one line, with its numbers."""
+"""Warnings of a plan: each is one line, with its numbers."""
 
 from __future__ import annotations
 
@@ -26,50 +26,49 @@ PICTURES: dict[str, Any] = {
 }
 
 
-def planned(ranks: int = 1, **told: Any) -> Plan:
+def make_tiny_plan(ranks: int = 1, **changes: Any) -> Plan:
     """Return the plan of a tiny run."""
-    return make_plan(tiny.run(**told), ranks)
+    return make_plan(tiny.run(**changes), ranks)
 
 
-def found(words: str, ranks: int = 1, **told: Any) -> list[str]:
-    """Return the warnings that have `words` in them; all are single lines."""
-    lines = plan_warnings(planned(ranks, **told))
+def warnings_with(text: str, ranks: int = 1, **changes: Any) -> list[str]:
+    """Return the warnings that contain `text`; all are single lines."""
+    lines = plan_warnings(make_tiny_plan(ranks, **changes))
     assert all(line and "\n" not in line for line in lines)
-    return [line for line in lines if words in line]
+    return [line for line in lines if text in line]
 
 
 @pytest.mark.parametrize("blocks", [4, 5, 6])
-def test_more_blocks_than_an_objective_carries(blocks: int) -> None:
-    lines = found("[partition] blocks = 4", **DEEP, partition__blocks=blocks)
+def test_more_blocks_than_an_objective_trains(blocks: int) -> None:
+    lines = warnings_with("[partition] blocks = 4", **DEEP, partition__blocks=blocks)
     assert [line.split(":")[0] for line in lines] == [f"{blocks} blocks"] * (blocks > 4)
     assert all("'mono-forward'" in line for line in lines)
-    assert (
-        found("[partition] blocks", **DEEP, partition__blocks=blocks, objective__name="backprop")
-        == []
-    )
+    backprop = {"partition__blocks": blocks, "objective__name": "backprop"}
+    assert warnings_with("[partition] blocks", **DEEP, **backprop) == []
 
 
-def test_an_objective_may_say_that_it_carries_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_objective_may_scale_to_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not MonoForward().scales_to_many_blocks
     monkeypatch.setattr(MonoForward, "scales_to_many_blocks", True)
-    assert found("[partition] blocks = 4", **DEEP, partition__blocks=6) == []
+    assert warnings_with("[partition] blocks = 4", **DEEP, partition__blocks=6) == []
 
 
 def test_heads_that_are_large_beside_their_blocks() -> None:
     """Blocks of 10 x 60 + 60, 60 x 60 + 60 and more; heads of 60 x 3."""
-    part = {"cuts": [1, 2]}
-    (line,) = found("heads", **DEEP, partition=part)
-    assert "parameters: block 0 27 %; such" in line  # and 4.9 % of block 1
-    (line,) = found("heads", model={"name": "mlp", "widths": [8] * 9}, partition={"blocks": 10})
+    cuts = {"cuts": [1, 2]}
+    (line,) = warnings_with("heads", **DEEP, partition=cuts)
+    assert "parameters: block 0 (27 %); such" in line  # and 4.9 % of block 1
+    nine_layers = {"name": "mlp", "widths": [8] * 9}
+    (line,) = warnings_with("heads", model=nine_layers, partition={"blocks": 10})
     assert "9 of 10 blocks, most in block 1 (33 %)" in line
-    assert found("heads", **DEEP, partition=part, objective__name="backprop") == []
+    assert warnings_with("heads", **DEEP, partition=cuts, objective__name="backprop") == []
 
 
 def test_a_block_without_parameters_has_the_largest_head_of_all() -> None:
     """The first layer of the user's net flattens."""
-    part = {"cuts": [1]}
-    (line,) = found("heads", model={"name": "tests.tiny:normalised"}, partition=part)
-    assert "block 0 of none; such" in line
+    model = {"name": "tests.tiny:normalised"}
+    (line,) = warnings_with("heads", model=model, partition={"cuts": [1]})
+    assert "block 0 (no parameters); such" in line
 
 
 @pytest.mark.parametrize(
@@ -80,57 +79,57 @@ def test_batch_statistics_of_few_samples(
     batch: int, micros: int, replicas: int, rows: int | None
 ) -> None:
     """The smallest micro-batch of a full update, of 160 samples at most."""
-    told = {"batch_size": batch, "micro_batches": micros, "mesh__stages": 1}
-    lines = found("under 16", replicas, **PICTURES, **told)
+    sizes = {"batch_size": batch, "micro_batches": micros, "mesh__stages": 1}
+    lines = warnings_with("under 16", replicas, **PICTURES, **sizes)
     assert len(lines) == (rows is not None)
     for line in lines:
         assert f"micro-batches of {rows} samples" in line
         assert f"batch-size = {16 * micros * replicas}" in line
-    without = PICTURES | {"model": {**PICTURES["model"], "norm": "none"}}
-    assert found("under 16", replicas, **without, **told) == []
+    without_norm = PICTURES | {"model": {**PICTURES["model"], "norm": "none"}}
+    assert warnings_with("under 16", replicas, **without_norm, **sizes) == []
 
 
 def test_samples_that_depend_on_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers and heads with batch statistics, and losses over a micro-batch."""
-    (line,) = found("batch statistics in", **PICTURES)
+    (line,) = warnings_with("batch statistics in", **PICTURES)
     assert "batch statistics in conv1, conv2, conv3: results depend" in line
     head = {"name": "local-head", "head": "dgl"}
-    (line,) = found("batch statistics in", **PICTURES, objective=head)
+    (line,) = warnings_with("batch statistics in", **PICTURES, objective=head)
     assert "conv3, heads.0: results depend" in line
     deep = {**PICTURES, "model": {"name": "cnn", "widths": [[8] * 7]}}
-    (line,) = found("batch statistics in", **deep)
+    (line,) = warnings_with("batch statistics in", **deep)
     assert "conv1 ... conv7 (7 of them)" in line
-    assert found("results depend") == []
-    monkeypatch.setattr(LocalHead, "couples_samples", lambda self, task: task.index == 1)
-    (line,) = found("results depend", objective={"name": "local-head"})
+    assert warnings_with("results depend") == []
+    monkeypatch.setattr(LocalHead, "couples_samples", lambda self, spec: spec.index == 1)
+    (line,) = warnings_with("results depend", objective={"name": "local-head"})
     assert line.startswith("the loss of block 1 ")
 
 
 def test_an_objective_has_its_own_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
-    def own(self: MonoForward, tasks: list[object], rows: int) -> list[str]:
-        return [f"{len(tasks)} blocks of {rows} rows"]
+    def warnings(self: MonoForward, specs: list[object], rows: int) -> list[str]:
+        return [f"{len(specs)} blocks of {rows} rows"]
 
-    monkeypatch.setattr(MonoForward, "warnings", own)
-    assert plan_warnings(planned())[-1] == "3 blocks of 6 rows"
+    monkeypatch.setattr(MonoForward, "warnings", warnings)
+    assert plan_warnings(make_tiny_plan())[-1] == "3 blocks of 6 rows"
 
 
-def test_a_run_and_its_plan_say_all_of_it(
+def test_a_run_and_its_plan_contain_all_warnings(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As lines that begin with a word to look for, at the start and in `plan.txt`; as values."""
-    told: dict[str, Any] = {"epochs": 1, "partition__frozen": [1], "partition__blocks": 5}
-    wanted = plan_warnings(planned(**told))
-    assert len(wanted) >= 2
-    train(tiny.run(**told), Comm(SingleBackend()), tmp_path)
+    """As lines that begin with `note` at the start, as `Notes` in `plan.txt`, and as values."""
+    changes: dict[str, Any] = {"epochs": 1, "partition__frozen": [1], "partition__blocks": 5}
+    expected = plan_warnings(make_tiny_plan(**changes))
+    assert len(expected) >= 2
+    train(tiny.run(**changes), Comm(SingleBackend()), tmp_path)
     printed = capsys.readouterr().out.splitlines()
-    assert [line[10:] for line in printed if line.startswith("note ")] == wanted
-    assert "frozen    block 1: 154 of the parameters keep their first values" in printed
-    shown = (tmp_path / "plan.txt").read_text()
-    assert shown.split("\nNotes\n")[1].splitlines() == wanted
+    assert [line[10:] for line in printed if line.startswith("note ")] == expected
+    assert "frozen    block 1: 154 parameters keep their initial values" in printed
+    plan_text = (tmp_path / "plan.txt").read_text()
+    assert plan_text.split("\nNotes\n")[1].splitlines() == expected
     monkeypatch.chdir(tmp_path)
     (tmp_path / "again.toml").write_text((tmp_path / "run.toml").read_text())
     assert main(["plan", "again.toml", "--ranks", "1", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["cautions"] == wanted
+    assert json.loads(capsys.readouterr().out)["cautions"] == expected
     quiet = tmp_path / "quiet"
     train(tiny.run(epochs=1, objective__name="backprop"), Comm(SingleBackend()), quiet)
     assert "note " not in capsys.readouterr().out
