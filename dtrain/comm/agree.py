@@ -12,15 +12,25 @@ T = TypeVar("T")
 
 
 def all_or_none(comm: Comm, work: Callable[[], T]) -> T:
-    """Return what `work` returns, unless it refuses on any rank: then all ranks refuse.
+    """Return what `work` returns, unless it raises a `DtrainError` on any rank: then all raise it.
 
-    Collective; `work` itself must not be.
+    Collective over `comm`; `work` itself must not be.
     """
-    refusal: DtrainError | None = None
+    failure: DtrainError | None = None
     result: list[T] = []
     try:
         result.append(work())
     except DtrainError as error:
-        refusal = error
-    comm.raise_together(refusal)
+        failure = error
+    comm.raise_together(failure)
     return result[0]
+
+
+def broadcast_object(comm: Comm, work: Callable[[], T]) -> T:
+    """Run `work` on rank 0 and return its result on all ranks; an error there is raised on all.
+
+    Collective over `comm`; `work` itself must not be. JSON must be able to hold the result.
+    """
+    result = all_or_none(comm, lambda: None if comm.rank else work())
+    broadcast: T = comm.allgather_object(result)[0]
+    return broadcast

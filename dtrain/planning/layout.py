@@ -132,7 +132,7 @@ def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: 
     _check_stages(run, ranks)
     mesh = Mesh.for_ranks(ranks, run.mesh.stages, run.mesh.placement)
     dtype = DTYPES[run.settings.dtype]
-    objective, schedule = run.make_objective(), run.make_schedule()
+    objective, schedule = run.objective.instance, run.schedule.instance
     specs = infer_layers(
         model, objective.model_input_shape(data_spec.sample_shape, data_spec.classes), dtype
     )

@@ -134,7 +134,7 @@ class MemoryPlan:
     def _sum_stages(self, rows: int) -> list[RankMemory]:
         """Return the budget of every stage."""
         blocks, held = dict(enumerate(self.block_memory(rows))), self._message_bytes(rows)
-        timeline, sync = self.plan.proof.timeline, self.plan.run.make_sync()
+        timeline, sync = self.plan.proof.timeline, self.plan.run.sync.instance
         policy = self.layout.schedule.policy(self.layout.place, self.layout.routes)
         found = []
         for stage, messages in enumerate(held):

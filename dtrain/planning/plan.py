@@ -60,7 +60,7 @@ def make_plan(run: RunConfig, ranks: int) -> Plan:
     about = BlockSpec.from_data(
         shape, classes, samples.train.size, samples.train.value_range is not None
     )
-    seen = run.make_objective().model_input_shape(shape, classes)
+    seen = run.objective.instance.model_input_shape(shape, classes)
     model = models.load(run.model.name, run.model.fields, run.folder, seen, classes)
     layout = make_layout(run, model, about, ranks)
     top, coupling = run.settings, layout.coupling_layers

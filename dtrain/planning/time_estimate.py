@@ -237,7 +237,7 @@ class _RunCosts:
         among nodes, each 2 (n - 1) / n of the bytes and two latencies (reduce-scatter, all-gather;
         nothing of it hidden; Thakur et al. 2005, "Optimization of Collective Communication
         Operations in MPICH")."""
-        mesh, often = self.layout.mesh, self.plan.run.make_sync().communication_cost()
+        mesh, often = self.layout.mesh, self.plan.run.sync.instance.communication_cost()
         nodes = Counter(mesh.rank(r, stage) // self.ranks_per_node for r in range(mesh.replicas))
         seconds = 0.0
         for kind, n, means in zip(

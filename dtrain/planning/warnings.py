@@ -131,7 +131,7 @@ def _warn_large_heads(layout: Layout) -> Iterator[str]:
 def _warn_replaced_optimizer(plan: Plan) -> Iterator[str]:
     """Tell of an optimizer whose rule is not used."""
     run = plan.run
-    if run.make_sync().replaces_optimizer:
+    if run.sync.instance.replaces_optimizer:
         yield (
             f"the sync '{run.sync.name}' steps by a rule of its own: of [optimizer] "
             f"'{run.optimizer.name}' the learning rate and the weight decay count, nothing else"

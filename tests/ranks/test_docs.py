@@ -86,7 +86,7 @@ def test_the_laws_hold_by_its_being_in_the_dict() -> None:
 
 def test_a_wrong_key_is_refused() -> None:
     with pytest.raises(DtrainError, match=r"margin = 0\.0: give more than 0"):
-        tiny.run(objective={"name": "margin", "margin": 0}).make_objective()
+        tiny.run(objective={"name": "margin", "margin": 0})
 
 
 def test_its_own_test_passes_and_can_fail(

@@ -191,7 +191,7 @@ def test_both_forms_of_the_velocity_agree_but_not_with_spikes(tmp_path: Path) ->
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(DtrainError, match=message):
-        tiny.run(schedule={"name": "pipelined"} | changes, optimizer=SGD).make_schedule()
+        tiny.run(schedule={"name": "pipelined"} | changes, optimizer=SGD)
 
 
 @pytest.mark.parametrize(

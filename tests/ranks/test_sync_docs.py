@@ -49,7 +49,7 @@ def test_killed_between_meetings_and_resumed_is_uninterrupted(tmp_path: Path) ->
 
 def test_a_wrong_key_is_refused() -> None:
     with pytest.raises(DtrainError, match=r"\[sync\] every = 0 is too small: give at least 1"):
-        tiny.run(sync={"name": "elastic", "every": 0}).make_sync()
+        tiny.run(sync={"name": "elastic", "every": 0})
 
 
 def test_its_own_test_passes_and_can_fail(

@@ -344,4 +344,4 @@ def test_convolutions_are_cautioned() -> None:
 
 def test_wrong_names_are_refused() -> None:
     with pytest.raises(DtrainError, match="label"):
-        tiny.run(objective={"name": "forward-forward", "label": "above"}).make_objective()
+        tiny.run(objective={"name": "forward-forward", "label": "above"})
