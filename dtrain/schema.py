@@ -90,8 +90,8 @@ def build_strategy(strategies: Mapping[str, type[T]], table: Mapping[str, Any], 
     """
     name = canonical_name(strategy_name(table, section), strategies)
     if name not in strategies:
-        key = f"{section.partition('.')[0]}.unknown"
-        raise unknown_name(section, name, with_synonyms(strategies), key=key)
+        area = section.partition(".")[0]
+        raise unknown_name(section, name, with_synonyms(strategies), key=f"{area}.unknown")
     fields = {key: value for key, value in table.items() if key != "name"}
     return from_table(strategies[name], fields, f"[{section}] ")
 

@@ -92,7 +92,8 @@ def _parse(table: Mapping[str, Any], path: Path) -> CostFile:
     layers, links = _tables(table, "layers", LayerTimes), _tables(table, "links", LinkSpeed)
     for name in links:
         if name not in (INTRA_NODE, INTER_NODE):
-            raise unknown_name("table [links.*]", name, (INTRA_NODE, INTER_NODE))
+            error = unknown_name("table [links.*]", name, (INTRA_NODE, INTER_NODE))
+            raise ConfigError("costs-file.unknown-link", error.message)
     _check_positive("multiply-adds-per-s", pace.multiply_adds_per_s)
     _check_positive("ranks-per-node", pace.ranks_per_node)
     _check_positive("update-s", pace.update_s, allow_zero=True)
