@@ -19,7 +19,7 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 from dtrain.comm.flight_recorder import dump_stacks_on, print_error
 from dtrain.comm.launcher import detect_launcher, start_ranks
@@ -27,6 +27,9 @@ from dtrain.errors import ConfigError, DtrainError, Interrupted
 
 if TYPE_CHECKING:
     from dtrain.comm.communicator import Comm
+
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 ArgvBuilder = Callable[[argparse.Namespace], list[str]]
@@ -67,12 +70,23 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dtrain", description="MPI-distributed local learning")
     parser.add_argument("--version", action="version", version=f"dtrain {version('dtrain')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_rank_commands(commands)
+    _add_local_commands(commands)
+    return parser
 
+
+def _add_rank_commands(commands: Commands) -> None:
+    """Add the commands that run on ranks."""
     train = commands.add_parser("train", help="train what a run file describes")
     _add_run_arguments(train)
-    train.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/<run file>)")
     train.add_argument(
-        "--resume", default="auto", metavar="auto|never|DIR", help="checkpoint to resume from (default: auto)"
+        "--out", type=Path, metavar="DIR", help="run folder (default: runs/<run file>)"
+    )
+    train.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|DIR",
+        help="checkpoint to resume from (default: auto)",
     )
     _add_rank_arguments(train, _train_argv, _train)
 
@@ -85,14 +99,22 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print plain values")
     _add_rank_arguments(evaluate, _evaluate_argv, _evaluate)
 
-    plan = commands.add_parser("plan", help="show blocks, schedule, memory and messages without training")
+
+def _add_local_commands(commands: Commands) -> None:
+    """Add the commands that run in this process, without MPI."""
+    plan = commands.add_parser(
+        "plan", help="show blocks, schedule, memory and messages without training"
+    )
     _add_run_arguments(plan)
     plan.add_argument(
         "--ranks", type=_positive_int, required=True, metavar="N", help="ranks to plan for"
     )
     plan.add_argument("--json", action="store_true", help="print plain values")
     plan.add_argument(
-        "--costs", type=Path, metavar="FILE.toml", help="speeds of ranks and links, to estimate the time"
+        "--costs",
+        type=Path,
+        metavar="FILE.toml",
+        help="speeds of ranks and links, to estimate the time",
     )
     plan.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the timeline")
     plan.set_defaults(command=_plan)
@@ -104,8 +126,12 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="write the trained weights as one state dict")
     export.add_argument("folder", type=Path, metavar="DIR", help="run folder")
     export.add_argument("out", type=Path, metavar="OUT", help="file.pt or file.safetensors")
-    export.add_argument("--heads", action="store_true", help="also write the objective's own modules")
-    export.add_argument("--factors", action="store_true", help="write low-rank weights as two factors")
+    export.add_argument(
+        "--heads", action="store_true", help="also write the objective's own modules"
+    )
+    export.add_argument(
+        "--factors", action="store_true", help="write low-rank weights as two factors"
+    )
     export.set_defaults(command=_export)
 
     data = commands.add_parser("data", help="prepare data sets")
@@ -115,7 +141,6 @@ def _parser() -> argparse.ArgumentParser:
     images.add_argument("out", type=Path, metavar="OUT.h5")
     images.add_argument("--split", metavar="NAME", help="take only this sub-folder")
     images.set_defaults(command=_import)
-    return parser
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:

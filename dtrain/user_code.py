@@ -50,7 +50,7 @@ def import_object(target: str, folder: Path, kind: str) -> Callable[..., Any]:
         file = getattr(module, "__file__", None) or "a built-in module"
         raise ConfigError(
             "user-code.no-function",
-            f"{kind} '{target}': {file} has no function or class called '{function}'",
+            f"{kind} '{target}': {file} has no function called '{function}'",
         )
     return imported  # type: ignore[no-any-return]
 

@@ -112,9 +112,13 @@ def _import_strategy(section: str, name: str, folder: Path) -> type[Any]:
 
 
 def _as_dataclass(kind: type[T]) -> type[T]:
-    """Make a class a dataclass, if its author did not, so that its annotations are fields."""
+    """Make a class a dataclass, if its author did not, so that its annotations are fields.
+
+    A class without annotations keeps the `__init__` that it inherits.
+    """
     if "__dataclass_fields__" in vars(kind):
         return kind
     parameters = getattr(kind, "__dataclass_params__", None)
     frozen = parameters is not None and parameters.frozen
-    return dataclasses.dataclass(kind, frozen=frozen, eq=frozen)
+    init = "__annotations__" in vars(kind)
+    return dataclasses.dataclass(kind, init=init, frozen=frozen, eq=frozen)

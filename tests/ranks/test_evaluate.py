@@ -237,3 +237,17 @@ def test_the_printed_evaluation_has_the_numbers(tmp_path: Path) -> None:
     ):
         assert number in text, text
     assert summary(tmp_path) == training
+
+
+def test_a_run_folder_of_an_earlier_version_is_evaluated_and_resumed(tmp_path: Path) -> None:
+    """Its run table and `run.toml` have keys that were renamed since."""
+    run = tiny.run(epochs=1, mesh__stages=1, sync={"name": "powersgd"})
+    trained(run, tmp_path, 1)
+    (newest,) = (tmp_path / "checkpoints").iterdir()
+    for path in (tmp_path / "run.toml", newest / "manifest.json"):
+        text = path.read_text().replace("activation-compression", "wire")
+        path.write_text(text.replace("min-compression-rate", "worth"))
+        assert "wire" in text
+    evaluated(tmp_path)
+    longer = tiny.run(mesh__stages=1, sync={"name": "powersgd"})
+    assert trained(longer, tmp_path, 1)["updates"] == 8

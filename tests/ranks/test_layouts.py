@@ -103,7 +103,7 @@ def test_many_moves_are_none(blocks: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("after", [(1, 1), (2, 1), (2, 2)], ids=str)
 def test_four_blocks_stay_four_on_fewer_stages(after: Layout, tmp_path: Path) -> None:
-    """The run files name no blocks: the first run had four stages, and its checkpoint names them."""
+    """The run files name no blocks: the first run had four stages, and its checkpoint has them."""
     changes = {"partition__blocks": None, "objective__name": "backprop"}
     moved = train_on(tmp_path / "moved", [(5, (4, 1)), (UPDATES, after)], **changes)
     stayed = train_on(tmp_path / "stayed", [(UPDATES, (4, 1))], **changes)
