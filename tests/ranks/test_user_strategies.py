@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from dtrain.schema import dump_toml
 from dtrain.train import train
 from dtrain.user_code import import_object
 from tests import tiny
+from tests.conftest import ROOT
 
 MODULE = "strategies_of_a_user"
 SOURCE = '''
@@ -130,3 +132,17 @@ def test_every_block_has_a_sync_of_its_own() -> None:
     first, second = run.new_sync(), run.new_sync()
     assert first is not second
     assert first == second == run.sync.instance
+
+
+def test_the_example_of_the_guide_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/training.md: its module and its run file."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    guide = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    section = guide.partition("## Use your own strategies")[2]
+    (tmp_path / "mine.py").write_text(section.partition("```python\n")[2].partition("```")[0])
+    table = tomllib.loads(section.partition("```toml\n")[2].partition("```")[0])
+    path = tmp_path / "run.toml"
+    path.write_text(dump_toml(tiny.TABLE | table))
+    run = read_run(path)
+    assert run.to_table()["sync"] == {"name": "mine:EveryNth", "n": 2}
+    assert trained(run, tmp_path / "out")["status"] == "finished"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,22 @@ import pytest
 from dtrain.block.lr_schedule import ConstantLR, CosineLR
 from dtrain.config.parse import parse_run, read_run
 from dtrain.config.renamed_keys import translate_old_keys
+from dtrain.config.sections import (
+    CheckpointSection,
+    DataSection,
+    EvaluateSection,
+    LogSection,
+    MeshSection,
+    OptimizerSection,
+    PartitionSection,
+    RunSection,
+)
 from dtrain.errors import ConfigError
 from dtrain.schedules import SCHEDULES
-from dtrain.schema import SYNONYMS, dump_toml, toml_text
+from dtrain.schema import SYNONYMS, dump_toml, kebab, toml_text
 from dtrain.syncs import SYNCS
 from tests import tiny
+from tests.conftest import ROOT
 from tests.refusals import refuses
 
 UNKNOWN, TYPE, SMALL = "run-file.unknown-key", "run-file.wrong-type", "run-file.number-too-small"
@@ -209,6 +221,30 @@ def test_clip_is_a_key_of_dtrain_and_no_field_of_the_optimizer() -> None:
 def test_the_learning_rate_is_constant_by_default() -> None:
     assert tiny.run().lr_schedule.instance == ConstantLR()
     assert tiny.run(lr__name="cosine", lr__final=0.5).lr_schedule.instance == CosineLR(final=0.5)
+
+
+def test_the_guide_lists_every_key_with_its_default() -> None:
+    sections = {
+        "": RunSection,
+        "[data] ": DataSection,
+        "[mesh] ": MeshSection,
+        "[partition] ": PartitionSection,
+        "[optimizer] ": OptimizerSection,
+        "[checkpoint] ": CheckpointSection,
+        "[evaluate] ": EvaluateSection,
+        "[log] ": LogSection,
+    }
+    defaults = {
+        f"{section}{kebab(field.name)}": "" if field.default is None else toml_text(field.default)
+        for section, kind in sections.items()
+        for field in fields(kind)
+    }
+    guide = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").partition("## All keys")[2]
+    rows = [line.split("|")[1:3] for line in guide.splitlines() if line.startswith("| `")]
+    listed = {
+        key: default.strip(" `") for keys, default in rows for key in re.findall("`(.+?)`", keys)
+    }
+    assert listed == defaults
 
 
 def test_defaults_depend_on_the_objective() -> None:
