@@ -1,4 +1,4 @@
-"""`python -m dtrain`: the same program as `dtrain`."""
+"""Run the command line: `python -m dtrain` is the same program as `dtrain`."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def build_rank(plan: Plan, comm: Comm) -> RankJob:
     comm.set_device(device)
     own = layout.blocks_of_stage(stage)
     blocks = all_or_none(comm, lambda: {b: make_block(plan.run, layout, b, device) for b in own})
-    syncs = {block: plan.run.make_sync() for block in blocks}
+    syncs = {block: plan.run.new_sync() for block in blocks}
     for block, sync in syncs.items():
         sync.setup(blocks[block], lines.replicas)
     course = _engine_spec(plan, device)
@@ -89,7 +89,7 @@ def _engine_spec(plan: Plan, device: torch.device) -> EngineSpec:
         layout.objective,
         layout.schedule,
         layout.block_specs,
-        lr_schedule=run.make_lr_schedule(),
+        lr_schedule=run.lr_schedule.instance,
         clip=run.optimizer_options.clip,
         clips_model=run.optimizer_options.clip > 0 and run.optimizer_options.clip_over == "model",
         device=device,

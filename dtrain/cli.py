@@ -1,7 +1,7 @@
 """The command line: `dtrain train`, `evaluate`, `export`, `plan`, `flight` and `data import`.
 
-Invariant: nothing here imports torch or MPI before a command needs it, and only `train` and
-`evaluate` ever import MPI; a refusal is one message from one rank and its exit code, anything else
+Invariant: a command imports torch or MPI only when it needs it, and only `train` and `evaluate`
+import MPI. A `DtrainError` is one message from one rank and its exit code; any other exception is
 a traceback.
 """
 
@@ -19,14 +19,17 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
-from dtrain.comm import launcher as launch
 from dtrain.comm.flight_recorder import dump_stacks_on, print_error
+from dtrain.comm.launcher import detect_launcher, start_ranks
 from dtrain.errors import ConfigError, DtrainError, Interrupted
 
 if TYPE_CHECKING:
     from dtrain.comm.communicator import Comm
+
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 ArgvBuilder = Callable[[argparse.Namespace], list[str]]
@@ -36,22 +39,27 @@ RankWork = Callable[[argparse.Namespace, "Comm"], None]
 
 
 ABORT_DELAY_S = 0.5
-"""How long the rank that was stopped first lets the others write what they did; mpirun kills them
-about a second after its SIGTERM."""
+"""Seconds that a stopped rank leaves the others to write their records before it aborts the job;
+mpirun kills them about a second after its SIGTERM."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code.
 
-    0 done, 2 usage, 3 data, 4 numeric, 128 + n ended by signal n, 1 other.
+    Returns
+    -------
+    int
+        0 done; 1 another exception; 2 usage, run file or mesh; 3 data; 4 a loss or weight is NaN or
+        infinite; 5 a checkpoint is damaged or incomplete; 6 ranks hang; 7 a rank was lost;
+        128 + n ended by signal n.
     """
     options = _parser().parse_args(argv)
     try:
         code: int = options.command(options)
         return code
-    except DtrainError as refusal:
-        print(f"dtrain: {refusal.message}", file=sys.stderr)
-        return refusal.code
+    except DtrainError as error:
+        print(f"dtrain: {error.message}", file=sys.stderr)
+        return error.code
     except KeyboardInterrupt:
         print("dtrain: interrupted", file=sys.stderr)
         return 130
@@ -62,12 +70,23 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dtrain", description="MPI-distributed local learning")
     parser.add_argument("--version", action="version", version=f"dtrain {version('dtrain')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_rank_commands(commands)
+    _add_local_commands(commands)
+    return parser
 
+
+def _add_rank_commands(commands: Commands) -> None:
+    """Add the commands that run on ranks."""
     train = commands.add_parser("train", help="train what a run file describes")
     _add_run_arguments(train)
-    train.add_argument("--out", type=Path, metavar="DIR", help="run folder (runs/<run file>)")
     train.add_argument(
-        "--resume", default="auto", metavar="auto|never|DIR", help="where to go on from (auto)"
+        "--out", type=Path, metavar="DIR", help="run folder (default: runs/<run file>)"
+    )
+    train.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|DIR",
+        help="checkpoint to resume from (default: auto)",
     )
     _add_rank_arguments(train, _train_argv, _train)
 
@@ -75,32 +94,44 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("folder", type=Path, metavar="DIR", help="run folder")
     _add_overrides(evaluate, "other data: data.test=FILE.h5")
     evaluate.add_argument(
-        "--split", default="test", choices=("train", "test"), help="which samples (test)"
+        "--split", default="test", choices=("train", "test"), help="which samples (default: test)"
     )
     evaluate.add_argument("--json", action="store_true", help="print plain values")
     _add_rank_arguments(evaluate, _evaluate_argv, _evaluate)
 
-    plan = commands.add_parser("plan", help="show blocks, schedule and messages; trains nothing")
+
+def _add_local_commands(commands: Commands) -> None:
+    """Add the commands that run in this process, without MPI."""
+    plan = commands.add_parser(
+        "plan", help="show blocks, schedule, memory and messages without training"
+    )
     _add_run_arguments(plan)
     plan.add_argument(
-        "--ranks", type=_positive_int, required=True, metavar="N", help="ranks planned"
+        "--ranks", type=_positive_int, required=True, metavar="N", help="ranks to plan for"
     )
     plan.add_argument("--json", action="store_true", help="print plain values")
     plan.add_argument(
-        "--costs", type=Path, metavar="FILE.toml", help="what ranks and links cost: predict time"
+        "--costs",
+        type=Path,
+        metavar="FILE.toml",
+        help="speeds of ranks and links, to estimate the time",
     )
     plan.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the timeline")
     plan.set_defaults(command=_plan)
 
-    flight = commands.add_parser("flight", help="say who waits for whom in a run that hangs")
+    flight = commands.add_parser("flight", help="diagnose a hanging run")
     flight.add_argument("folder", type=Path, metavar="DIR", help="run folder")
     flight.set_defaults(command=_flight)
 
-    export = commands.add_parser("export", help="write what a run has learnt as one state dict")
+    export = commands.add_parser("export", help="write the trained weights as one state dict")
     export.add_argument("folder", type=Path, metavar="DIR", help="run folder")
     export.add_argument("out", type=Path, metavar="OUT", help="file.pt or file.safetensors")
-    export.add_argument("--heads", action="store_true", help="the objective's own modules, too")
-    export.add_argument("--factors", action="store_true", help="products of low rank as factors")
+    export.add_argument(
+        "--heads", action="store_true", help="also write the objective's own modules"
+    )
+    export.add_argument(
+        "--factors", action="store_true", help="write low-rank weights as two factors"
+    )
     export.set_defaults(command=_export)
 
     data = commands.add_parser("data", help="prepare data sets")
@@ -110,28 +141,28 @@ def _parser() -> argparse.ArgumentParser:
     images.add_argument("out", type=Path, metavar="OUT.h5")
     images.add_argument("--split", metavar="NAME", help="take only this sub-folder")
     images.set_defaults(command=_import)
-    return parser
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what names a run to a command."""
+    """Add the arguments that name a run to a command."""
     parser.add_argument("run", type=Path, metavar="RUN.toml")
     _add_overrides(parser, "override a key")
 
 
 def _add_overrides(parser: argparse.ArgumentParser, help_text: str) -> None:
-    """Add what overrides keys of a run."""
+    """Add the option that overrides keys of a run."""
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=help_text)
 
 
 def _add_rank_arguments(
     parser: argparse.ArgumentParser, build_argv: ArgvBuilder, work: RankWork
 ) -> None:
-    """Make a command one of ranks: what each of them does, and the words that ask for it."""
+    """Let a command run on ranks: `work` is that of each; `build_argv` returns the command line of
+    a rank that `--ranks` starts."""
     parser.add_argument(
         "--ranks", type=_positive_int, metavar="N", help="start N ranks on this host"
     )
-    parser.set_defaults(command=_run_on_ranks, words=build_argv, work=work)
+    parser.set_defaults(command=_run_on_ranks, build_argv=build_argv, work=work)
 
 
 def _positive_int(text: str) -> int:
@@ -142,45 +173,45 @@ def _positive_int(text: str) -> int:
 
 
 def _run_on_ranks(options: argparse.Namespace) -> int:
-    """Do a command on the ranks that the launcher gave; ``--ranks`` starts them first.
+    """Run a command on the ranks that the launcher started; ``--ranks`` starts them first.
 
     ``-P`` keeps the current folder off the import path.
     """
     if options.ranks is None:
         return _run_rank(options)
-    argv = [sys.executable, "-P", "-m", "dtrain", *options.words(options)]
-    argv += [word for pair in options.set for word in ("--set", pair)]
-    return launch.start_ranks(options.ranks, argv, os.environ)
+    argv = [sys.executable, "-P", "-m", "dtrain", *options.build_argv(options)]
+    argv += [argument for pair in options.set for argument in ("--set", pair)]
+    return start_ranks(options.ranks, argv, os.environ)
 
 
 def _train_argv(options: argparse.Namespace) -> list[str]:
-    """Return the words that ask a rank to train."""
-    words = ["train", str(options.run), "--resume", options.resume]
-    return words if options.out is None else [*words, "--out", str(options.out)]
+    """Return the command line of a rank that trains."""
+    argv = ["train", str(options.run), "--resume", options.resume]
+    return argv if options.out is None else [*argv, "--out", str(options.out)]
 
 
 def _evaluate_argv(options: argparse.Namespace) -> list[str]:
-    """Return the words that ask a rank to evaluate."""
-    words = ["evaluate", str(options.folder), "--split", options.split]
-    return [*words, "--json"] if options.json else words
+    """Return the command line of a rank that evaluates."""
+    argv = ["evaluate", str(options.folder), "--split", options.split]
+    return [*argv, "--json"] if options.json else argv
 
 
 def _run_rank(options: argparse.Namespace) -> int:
-    """Be one rank: refuse with all others, or do the work; end the job if this rank fails."""
+    """Do the work of one rank; end the job if this rank alone fails."""
     from dtrain.comm import world
 
-    dump_stacks_on(signal.SIGUSR1)  # whoever asks while ranks start ends nothing
+    dump_stacks_on(signal.SIGUSR1)  # its default action would end a rank that starts
     comm = world()  # MPI comes before torch
     _install_signal_handlers(comm)
     try:
         options.work(options, comm)
-    except DtrainError as refusal:
-        if refusal.agreed and comm.rank:
-            return refusal.code
-        print_error(f"dtrain: {refusal.message}")
-        if not refusal.agreed:
-            comm.abort(refusal.code)
-        return refusal.code
+    except DtrainError as error:
+        if error.agreed and comm.rank:
+            return error.code
+        print_error(f"dtrain: {error.message}")
+        if not error.agreed:
+            comm.abort(error.code)
+        return error.code
     except Interrupted as stop:
         if not stop.quiet:
             print_error(f"dtrain: {stop}")
@@ -206,26 +237,28 @@ def _train(options: argparse.Namespace, comm: Comm) -> None:
 
 
 def _evaluate(options: argparse.Namespace, comm: Comm) -> None:
-    """Evaluate, as one rank; the first one tells."""
+    """Evaluate, as one rank; rank 0 prints."""
     from dtrain.evaluate import evaluate_run
     from dtrain.monitoring.summary import evaluation_text
 
-    found = evaluate_run(options.folder, comm, options.split, options.set)
+    result = evaluate_run(options.folder, comm, options.split, options.set)
     if comm.rank == 0:
-        print(json.dumps(found, indent=2) if options.json else evaluation_text(found).rstrip())
+        print(json.dumps(result, indent=2) if options.json else evaluation_text(result).rstrip())
 
 
 def _install_signal_handlers(comm: Comm) -> None:
-    """Write a record on SIGUSR1; on SIGINT and SIGTERM write one, then leave as on an error, so
-    that the run folder is given back on the way."""
+    """Write a flight record on SIGUSR1; on SIGINT and SIGTERM write one and raise `Interrupted`.
+
+    The exception unlocks the run folder on its way out.
+    """
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
-        for each in (signal.SIGINT, signal.SIGTERM):  # launchers tell twice
-            signal.signal(each, signal.SIG_IGN)
-        stopped = Interrupted(number, quiet=comm.rank > 0)
-        if comm.flight.folder is not None:  # before the waits that it tells of unwind
-            comm.flight.dump(f"Stopped: {stopped}", frame)
-        raise stopped
+        for signal_number in (signal.SIGINT, signal.SIGTERM):  # launchers send it twice
+            signal.signal(signal_number, signal.SIG_IGN)
+        interrupted = Interrupted(number, quiet=comm.rank > 0)
+        if comm.flight.folder is not None:  # before the exception ends the waits it records
+            comm.flight.dump(f"Stopped: {interrupted}", frame)
+        raise interrupted
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
@@ -233,16 +266,11 @@ def _install_signal_handlers(comm: Comm) -> None:
 
 
 def _check_launcher(stages: int | None, ranks: int, run_file: Path) -> None:
-    """Refuse several stages where nobody started several ranks."""
-    if (
-        ranks == 1
-        and stages is not None
-        and stages > 1
-        and launch.detect_launcher(os.environ) is None
-    ):
+    """Refuse several stages where no launcher started ranks."""
+    if ranks == 1 and (stages or 1) > 1 and detect_launcher(os.environ) is None:
         raise ConfigError(
-            "todo.key",
-            f"{run_file} asks for {stages} stages, and no launcher started ranks; on this host type\n"
+            "mesh.no-launcher",
+            f"{run_file} needs {stages} stages, and no launcher started ranks; on this host type\n"
             f"    dtrain train {run_file} --ranks {stages}\n"
             f"or in a Slurm job\n"
             f"    srun --mpi=pmix -n {stages} dtrain train {run_file}",
@@ -250,35 +278,34 @@ def _check_launcher(stages: int | None, ranks: int, run_file: Path) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    """Print what `train` would do."""
+    """Print the plan of a run."""
     from dtrain.config.parse import read_run
-    from dtrain.planning import cost_file as costs
     from dtrain.planning import report
+    from dtrain.planning.cost_file import read_cost_file
     from dtrain.planning.plan import make_plan
 
-    sheet = None if options.costs is None else costs.read_cost_file(options.costs)
-    planned = make_plan(read_run(options.run, options.set), options.ranks)
+    cost_file = None if options.costs is None else read_cost_file(options.costs)
+    plan = make_plan(read_run(options.run, options.set), options.ranks)
     if options.plot is not None:
-        _write_file(options.plot, report.plan_svg(planned, sheet))
+        _write_plot(options.plot, report.plan_svg(plan, cost_file))
     if options.json:
-        print(json.dumps(report.plan_table(planned, sheet), indent=2))
+        print(json.dumps(report.plan_table(plan, cost_file), indent=2))
     else:
-        print(report.plan_text(planned, sheet), end="")
+        print(report.plan_text(plan, cost_file), end="")
     return 0
 
 
-def _write_file(path: Path, text: str) -> None:
-    """Write a file that was asked for; refuse where that cannot be."""
+def _write_plot(path: Path, svg: str) -> None:
     try:
-        path.write_text(text, encoding="utf-8")
+        path.write_text(svg, encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            "todo.key", f"cannot write {path}: {error.strerror}; choose another file"
+            "plot.unwritable", f"cannot write {path}: {error.strerror}; choose another file"
         ) from error
 
 
 def _flight(options: argparse.Namespace) -> int:
-    """Print who waits for whom."""
+    """Print the diagnosis of a hanging run."""
     from dtrain.monitoring.hang_report import hang_report
 
     print("\n".join(hang_report(options.folder)))
@@ -286,7 +313,7 @@ def _flight(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    """Write a state dict and say what is in it."""
+    """Write a state dict and print its size."""
     from dtrain.checkpoint.export import export
 
     state = export(options.folder, options.out, options.heads, options.factors)
@@ -296,7 +323,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    """Turn images into HDF5 and say where they lie."""
+    """Convert images to HDF5 and print the paths of the files."""
     from dtrain.data.import_images import import_images
 
     for path in import_images(options.source, options.out, options.split):

@@ -140,15 +140,17 @@ def one_line(error: BaseException) -> str:
     return " ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
 
 
-def unknown_name(kind: str, name: str, legal_names: Iterable[str]) -> ConfigError:
+def unknown_name(
+    kind: str, name: str, legal_names: Iterable[str], *, key: str | None = None
+) -> ConfigError:
     """Return the error for an unknown name, with the legal names and the closest match.
 
-    Its key is "<kind>.unknown", with hyphens for spaces.
+    Without a `key` of its own its key is "<kind>.unknown", with hyphens for spaces.
     """
     names = sorted(legal_names)
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
     return ConfigError(
-        f"{kind.replace(' ', '-')}.unknown",
+        key or f"{kind.replace(' ', '-')}.unknown",
         f"unknown {kind} '{name}': {hint}legal are {', '.join(names) or 'none'}",
     )

@@ -1,7 +1,7 @@
-"""Exams: loss and accuracy of a model on a split, of a run that goes on or of one that has ended.
+"""Evaluate loss and accuracy of a model on a split, during a run or after it.
 
-Invariant: a split is cut into micro-batches by the run alone, and losses are added in the order of
-its samples; so whoever examines a checkpoint, on whatever ranks, finds the numbers of the run.
+Invariant: the run alone decides how a split is cut into micro-batches, and losses are added in the
+order of the samples. So an evaluation of a checkpoint on any ranks gives the numbers of the run.
 
 ::
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,39 +24,34 @@ from torch import Tensor
 
 from dtrain.build import RankJob, build_rank, check_same_data, set_threads
 from dtrain.checkpoint.manifest import Manifest
-from dtrain.checkpoint.manifest import read_manifest as read_manifest
-from dtrain.checkpoint.resume import CHECKPOINT_FOLDER, newest_checkpoint
+from dtrain.checkpoint.resume import load_newest, newest_checkpoint
+from dtrain.checkpoint.store import load_blocks
 from dtrain.comm.agree import all_or_none
 from dtrain.comm.communicator import Comm
-from dtrain.config.parse import read_run
+from dtrain.config.parse import read_resolved_run
 from dtrain.config.run import RunConfig
 from dtrain.data import Loader, even_ranges
 from dtrain.data.sampler import BatchSplitter, Indices
-from dtrain.errors import ConfigError, DtrainError
+from dtrain.errors import ConfigError
 from dtrain.monitoring.run_totals import RunTotals, evaluation_metrics
 from dtrain.planning.plan import make_plan
-from dtrain.schema import dump_toml
 
 EvalWeights = Mapping[int, Mapping[str, Tensor]]
+"""Parameters and buffers that are evaluated, by block and name."""
 
 
 SplitName = Literal["train", "test"]
 
 
-RUN_FILE_HEADER = "# resolved from {}, where relative paths and imports start"
-"""The first line of the `run.toml` of a run folder."""
-
-
 OVERRIDABLE_KEYS = ("device", "threads")
-"""What may be set anew beside keys of [data]: nothing that was trained."""
-
-
-MAX_RELOADS = 20
-"""Checkpoints that may be replaced while they are read, one after the other."""
+"""Keys that an evaluation may change, beside those of [data]: none of them changes the weights."""
 
 
 def evaluation_weights(job: RankJob) -> EvalWeights:
-    """Return what the syncs show, by block. Collective; not counted as traffic."""
+    """Return the evaluation weights of the syncs, by block. Collective over all ranks.
+
+    Its messages are not counted as traffic.
+    """
     with job.groups.control.without_counting():
         return {index: sync.evaluation_weights() for index, sync in job.engine.syncs.items()}
 
@@ -65,29 +59,29 @@ def evaluation_weights(job: RankJob) -> EvalWeights:
 def evaluate_weights(
     job: RankJob, eval_weights: EvalWeights, loader: Loader, batch_splitter: BatchSplitter
 ) -> dict[str, Any]:
-    """Return loss and accuracies of what `views` show, over all that `reader` has.
+    """Return loss and accuracies over all samples of a loader. Collective over all ranks.
 
-    Collective; not counted as traffic. The keys are those of a summary.
+    Its messages are not counted as traffic. The keys are those of a summary.
 
     Parameters
     ----------
-    shares : Shares
-        How the run cuts an update; its replicas need not be those of the job.
+    batch_splitter : BatchSplitter
+        How the run cuts an update; its replicas may differ from those of the job.
     """
-    engine, control, seat = job.engine, job.groups.control, job.position
-    micros = evaluation_batches(loader.dataset.size, batch_splitter)
-    own = even_ranges(len(micros), seat.mesh.replicas)[seat.replica]
-    with control.without_counting(), ExitStack() as shown:
+    engine, control, position = job.engine, job.groups.control, job.position
+    batches = evaluation_batches(loader.dataset.size, batch_splitter)
+    own = even_ranges(len(batches), position.mesh.replicas)[position.replica]
+    with control.without_counting(), ExitStack() as swapped:
         for index, block in engine.blocks.items():
-            shown.enter_context(block.swap_tensors(eval_weights[index]))
-        tallies = job.evaluator.evaluate(loader, micros[own.start : own.stop])
-    rows = [
-        {"micro": micro, "stage": seat.stage, **asdict(tally)}
-        for micro, tally in zip(own, tallies, strict=True)
+            swapped.enter_context(block.swap_tensors(eval_weights[index]))
+        sums_per_batch = job.evaluator.evaluate(loader, batches[own.start : own.stop])
+    own_records = [
+        {"micro": micro, "stage": position.stage, **asdict(sums)}
+        for micro, sums in zip(own, sums_per_batch, strict=True)
     ]
-    told = [row for rank in control.allgather_object(rows) for row in rank]
-    told.sort(key=lambda row: int(row["micro"]))
-    return evaluation_metrics(told, len(engine.block_specs), engine.objective.predicts_by_vote)
+    records = [record for rank in control.allgather_object(own_records) for record in rank]
+    records.sort(key=lambda record: int(record["micro"]))
+    return evaluation_metrics(records, len(engine.block_specs), engine.objective.predicts_by_vote)
 
 
 def evaluation_batches(size: int, batch_splitter: BatchSplitter) -> list[Indices]:
@@ -100,131 +94,87 @@ def evaluation_batches(size: int, batch_splitter: BatchSplitter) -> list[Indices
     ]
 
 
-def run_file_text(run: RunConfig) -> str:
-    """Return the text of `run.toml` in a run folder: where the run comes from, and all its keys."""
-    return f"{RUN_FILE_HEADER.format(run.path)}\n{dump_toml(run.to_table())}"
-
-
 def evaluate_run(
     folder: Path, comm: Comm, split: SplitName = "test", overrides: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Return what the newest complete checkpoint of a run scores, on the ranks of `comm`.
+    """Evaluate the newest complete checkpoint of a run. Collective over `comm`.
 
-    Collective. Nothing is written, and a run that goes on is left alone.
+    It is read-only and takes no lock, so the run may still be training.
 
     Parameters
     ----------
+    folder : Path
+        The run folder.
     split : str
-        "test" or "train"; samples are taken in order and as they are.
+        "test" or "train"; samples are read in order, without augmentation.
     overrides : sequence of str
-        ``KEY=VALUE``, of [data] and of where to compute.
+        ``KEY=VALUE``: keys of [data], `device` or `threads`.
 
     Raises
     ------
-    DtrainError
-        On all ranks alike: no run, no checkpoint, a damaged one, data that do not fit.
+    ConfigError
+        There is no run, no checkpoint, or a key may not be set; on all ranks, as all errors.
+    CheckpointError
+        The checkpoint is damaged.
+    DataError
+        The data are missing or do not fit the model.
     """
     run = all_or_none(comm, lambda: _read_run(folder, overrides))
     set_threads(run, comm)
-    agreed = all_or_none(comm, lambda: make_plan(_fit_stages(run, comm.size), comm.size))
-    check_same_data(agreed, comm)
-    job = build_rank(agreed, comm)
-    manifest = _load_checkpoint(job, folder)
+    plan = all_or_none(comm, lambda: make_plan(_fit_stages(run, comm.size), comm.size))
+    check_same_data(plan, comm)
+    job = build_rank(plan, comm)
+
+    def load(manifest: Manifest) -> Manifest:
+        load_blocks(manifest, job.engine.blocks, "model")
+        return manifest
+
+    manifest = load_newest(folder, load, job.groups.control)
     totals = RunTotals.from_state(manifest.state)
-    shares = replace(agreed.batch_splitter, replicas=_replicas(totals))
-    reader = job.test_loader if split == "test" else Loader(agreed.data.train, agreed.layout.dtype)
-    shown = {index: block.tensors() for index, block in job.engine.blocks.items()}
-    found = evaluate_weights(job, shown, reader, shares)
-    mesh = agreed.layout.mesh
+    loader = job.test_loader if split == "test" else Loader(plan.data.train, plan.layout.dtype)
+    eval_weights = {index: block.tensors() for index, block in job.engine.blocks.items()}
+    batch_splitter = replace(plan.batch_splitter, replicas=_replicas(totals))
+    metrics = evaluate_weights(job, eval_weights, loader, batch_splitter)
     return {
         "folder": str(folder.resolve()),
         "checkpoint": manifest.folder.name,
         "updates": totals.update,
-        "epochs": totals.update // agreed.training_length.updates_per_epoch,
+        "epochs": totals.update // plan.training_length.updates_per_epoch,
         "objective": run.objective.name,
-        "prediction": "vote" if agreed.layout.objective.predicts_by_vote else "last block",
+        "prediction": "vote" if plan.layout.objective.predicts_by_vote else "last block",
         "split": split,
-        "samples": reader.dataset.size,
-        "loss": found["test_loss"],
-        "accuracy": found["test_accuracy"],
-        "accuracy_vote": found["test_accuracy_vote"],
-        "accuracy_per_block": found["accuracy_per_block"],
-        "ranks": mesh.ranks,
-        "stages": mesh.stages,
+        "samples": loader.dataset.size,
+        "loss": metrics["test_loss"],
+        "accuracy": metrics["test_accuracy"],
+        "accuracy_vote": metrics["test_accuracy_vote"],
+        "accuracy_per_block": metrics["accuracy_per_block"],
+        "ranks": plan.layout.mesh.ranks,
+        "stages": plan.layout.mesh.stages,
     }
 
 
 def _read_run(folder: Path, overrides: Sequence[str]) -> RunConfig:
-    """Return the run of a folder, as it was resolved, with other data where that is asked for."""
-    for each in overrides:
-        key = each.partition("=")[0].strip()
+    """Return the resolved run of a folder, with the overrides that an evaluation may have."""
+    for override in overrides:
+        key = override.partition("=")[0].strip()
         if not key.startswith("data.") and key not in OVERRIDABLE_KEYS:
             raise ConfigError(
-                "todo.key",
-                f"--set {each}: what was trained stays as it is; evaluate takes data.*, "
+                "evaluate.override",
+                f"--set {override}: the trained weights stay as they are; evaluate takes data.*, "
                 f"{' and '.join(OVERRIDABLE_KEYS)}",
             )
-    path = folder / "run.toml"
     newest_checkpoint(folder)
-    return replace(read_run(path, overrides), path=_source_path(path))
-
-
-def _source_path(path: Path) -> Path:
-    """Return the run file that a resolved one comes from."""
-    line = path.read_text(encoding="utf-8").partition("\n")[0]
-    head, tail = RUN_FILE_HEADER.split("{}")
-    if not (line.startswith(head) and line.endswith(tail)):
-        raise ConfigError(
-            "todo.key",
-            f"the first line of {path} must say where relative paths and imports start: write "
-            f"'{RUN_FILE_HEADER.format('/the/path/of/the/run/file.toml')}'",
-        )
-    return Path(line.removeprefix(head).removesuffix(tail))
+    return read_resolved_run(folder / "run.toml", overrides)
 
 
 def _fit_stages(run: RunConfig, ranks: int) -> RunConfig:
-    """Return the run on as many stages as ranks and blocks allow; the others are replicas."""
-    cut = run.partition
-    blocks = len(cut.cuts) + 1 if cut.cuts is not None else cut.blocks or 1
+    """Return the run on as many stages as ranks and blocks allow; the rest are replicas."""
+    partition = run.partition
+    blocks = len(partition.cuts) + 1 if partition.cuts is not None else partition.blocks or 1
     stages = max(n for n in range(1, min(ranks, blocks) + 1) if ranks % n == 0)
     return replace(run, mesh=replace(run.mesh, stages=stages))
 
 
 def _replicas(totals: RunTotals) -> int:
-    """Return on how many replicas a checkpoint was trained last."""
+    """Return the number of replicas that trained the checkpoint last."""
     return max(1, len(totals.peak_bytes) // max(1, len(totals.busy_s)))
-
-
-def _load_checkpoint(job: RankJob, folder: Path) -> Manifest:
-    """Load the newest checkpoint, or the one that has taken its place meanwhile. Collective."""
-    control = job.groups.control
-    for _ in range(MAX_RELOADS):
-        first = all_or_none(
-            control, lambda: None if control.rank else str(newest_checkpoint(folder).folder)
-        )
-        path = Path(control.allgather_object(first)[0])
-        manifest = all_or_none(control, partial(_load_tensors, job, path))
-        if all(control.allgather_object(manifest is not None)):
-            assert manifest is not None
-            return manifest
-    raise ConfigError(
-        "todo.key",
-        f"{MAX_RELOADS} checkpoints in {folder / CHECKPOINT_FOLDER} were replaced while they were read: "
-        "try again when the run has ended",
-        agreed=True,
-    )
-
-
-def _load_tensors(job: RankJob, path: Path) -> Manifest | None:
-    """Give this rank's blocks what a checkpoint shows; None where the checkpoint is gone."""
-    tensors = [pair for block in job.engine.blocks.values() for pair in block.tensors().items()]
-    held = {f"model/{name}": tensor for name, tensor in tensors}
-    try:
-        manifest = read_manifest(path)
-        for key, tensor in manifest.verify_and_load(held).items():
-            held[key].copy_(tensor)
-    except (DtrainError, OSError):
-        if path.is_dir():
-            raise
-        return None  # the run that goes on has put a newer one in its place
-    return manifest

@@ -1,7 +1,7 @@
-"""TOML tables to dataclasses and back: keys in kebab-case there, fields in snake_case here.
+"""TOML tables to dataclasses and back: kebab-case keys in the file, snake_case fields in the code.
 
-Invariant: what a table may hold is what the dataclass declares, names, types and defaults alike;
-everything else is a refusal that says what is legal.
+Invariant: the dataclass declares the names, types and defaults of a table. Everything else is
+refused, and the error lists what is legal.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import tomllib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -22,69 +22,134 @@ Table = dict[str, Any]
 T = TypeVar("T")
 
 
+SYNONYMS = {
+    "gpipe": "fill-drain",
+    "all-reduce": "every-step",
+    "none": "never",
+    "lwp-v": "velocity",
+    "lwp-w": "difference",
+}
+"""Other names of the field for strategies and for values of their keys.
+
+A synonym is legal wherever the name beside it is; records and `run.toml` have that name.
+"""
+
+
+def canonical_name(name: str, legal_names: Iterable[str]) -> str:
+    """Return the legal name that `name` is a synonym of, else `name` itself."""
+    legal_names = set(legal_names)
+    canonical = SYNONYMS.get(name, name)
+    return canonical if name not in legal_names and canonical in legal_names else name
+
+
+def with_synonyms(legal_names: Iterable[str]) -> list[str]:
+    """Return the legal names and all their synonyms."""
+    legal_names = list(legal_names)
+    return legal_names + [name for name, other in SYNONYMS.items() if other in legal_names]
+
+
 def load_toml(path: Path, description: str) -> Table:
-    """Return the nested tables of a TOML file; `what` it is says the refusal where there is none.
+    """Return the nested tables of a TOML file; errors name it by its `description`.
 
     Raises
     ------
-    DtrainError
-        The file cannot be read, or is no TOML.
+    ConfigError
+        The file cannot be read, or is not valid TOML.
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
-            "todo.key", f"cannot read the {description} {path}: {error.strerror}"
+            "toml.unreadable", f"cannot read the {description} {path}: {error.strerror}"
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError("todo.key", f"{path} is not valid TOML: {error}") from error
+        raise ConfigError("toml.invalid", f"{path} is not valid TOML: {error}") from error
 
 
-def build_strategy(strategies: Mapping[str, type[T]], table: Mapping[str, Any], section: str) -> T:
-    """Return the strategy of `kinds` that a table names, its fields checked against its own.
+def strategy_name(table: Mapping[str, Any], section: str) -> str:
+    """Return the name that the table of a section gives.
 
     Raises
     ------
-    DtrainError
-        For a name or a key that there is not, or a value that does not fit.
+    ConfigError
+        The table has no name, or one that is no text.
     """
     name = table.get("name")
     if not isinstance(name, str):
-        raise ConfigError("todo.key", f'[{section}] needs name = "..."')
+        raise ConfigError("run-file.name-missing", f'[{section}] needs name = "..."')
+    return name
+
+
+def build_strategy(strategies: Mapping[str, type[T]], table: Mapping[str, Any], section: str) -> T:
+    """Return an instance of the strategy that a table names; its other keys are its fields.
+
+    Raises
+    ------
+    ConfigError
+        The name or a key is unknown, or a value does not fit its field.
+    """
+    name = canonical_name(strategy_name(table, section), strategies)
     if name not in strategies:
-        raise unknown_name(section, name, strategies)
-    rest = {key: value for key, value in table.items() if key != "name"}
-    return from_table(strategies[name], rest, f"[{section}] ")
+        area = section.partition(".")[0]
+        raise unknown_name(section, name, with_synonyms(strategies), key=f"{area}.unknown")
+    fields = {key: value for key, value in table.items() if key != "name"}
+    return from_table(strategies[name], fields, f"[{section}] ")
 
 
 def from_table(
     kind: type[T], table: Mapping[str, Any], location: str, other_keys: Sequence[str] = ()
 ) -> T:
-    """Return the dataclass `kind` made of a kebab-case table; unknown keys are refused."""
+    """Return an instance of the dataclass `kind`, made of a kebab-case table.
+
+    Parameters
+    ----------
+    location : str
+        The table's name in errors, as in "[mesh] ".
+    other_keys : sequence of str
+        Keys that are legal in the file and are read elsewhere; an unknown key's error lists them.
+
+    Raises
+    ------
+    ConfigError
+        A key is unknown or missing, or a value does not fit its field.
+    """
     hints = typing.get_type_hints(kind)
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
-    names = {kebab(each.name): each for each in fields if each.init}
+    fields_by_key = {kebab(field.name): field for field in fields if field.init}
     values = {}
     for key, value in table.items():
-        if key not in names:
-            raise unknown_name(f"key {location}".strip(), key, [*names, *other_keys])
+        if key not in fields_by_key:
+            raise unknown_key(location, key, [*fields_by_key, *other_keys])
         values[snake(key)] = convert(value, hints[snake(key)], f"{location}{key}")
-    for key, each in names.items():
-        lacking = each.default is dataclasses.MISSING
-        if lacking and each.default_factory is dataclasses.MISSING and key not in table:
-            raise ConfigError("todo.key", f"{location}{key} is missing")
+    for key, field in fields_by_key.items():
+        required = field.default is field.default_factory is dataclasses.MISSING
+        if required and key not in table:
+            raise ConfigError("run-file.key-missing", f"{location}{key} is missing")
     return kind(**values)
 
 
+def unknown_key(location: str, key: str, legal_keys: Iterable[str]) -> ConfigError:
+    """Return the error for a key that a table does not have."""
+    return unknown_name(f"key {location}".strip(), key, legal_keys, key="run-file.unknown-key")
+
+
 def convert(value: Any, hint: Any, location: str) -> Any:
-    """Return a TOML `value` as the annotated type `hint`, or refuse it."""
+    """Return a TOML `value` as the annotated type `hint`.
+
+    Raises
+    ------
+    ConfigError
+        The value is of another type, or not one of the literals.
+    """
     options = _union_members(hint)
     for option in options:
-        done, result = _match_type(value, option, location)
-        if done:
-            return result
-    wanted = " or ".join(dict.fromkeys(_type_text(option) for option in options))
-    raise ConfigError("todo.key", f"{location} = {toml_text(value)} does not fit: give {wanted}")
+        matches, converted = _match_type(value, option, location)
+        if matches:
+            return converted
+    legal = " or ".join(dict.fromkeys(_type_text(option) for option in options))
+    raise ConfigError(
+        "run-file.wrong-type", f"{location} = {toml_text(value)} does not fit: give {legal}"
+    )
 
 
 def _union_members(hint: Any) -> list[Any]:
@@ -95,33 +160,35 @@ def _union_members(hint: Any) -> list[Any]:
 
 def _match_type(value: Any, hint: Any, location: str) -> tuple[bool, Any]:
     """Return whether `value` is of type `hint`, and the value in that type."""
-    origin = typing.get_origin(hint)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        return value in typing.get_args(hint) and isinstance(value, str), value
+        literal = canonical_name(value, arguments) if isinstance(value, str) else None
+        return literal in arguments, literal
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             return False, None
-        inner = typing.get_args(hint)[0]
-        return True, tuple(convert(each, inner, f"{location}[{i}]") for i, each in enumerate(value))
+        items = enumerate(value)
+        return True, tuple(convert(item, arguments[0], f"{location}[{i}]") for i, item in items)
     if origin is dict:
         return isinstance(value, dict), value
     if hint is float:
-        plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return plain, float(value) if plain else None
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return is_number, float(value) if is_number else None
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool), value
     return isinstance(value, hint), value
 
 
 def _type_text(hint: Any) -> str:
-    """Say in words what a type allows."""
-    origin = typing.get_origin(hint)
+    """Describe the values of a type."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        return " or ".join(f'"{each}"' for each in typing.get_args(hint))
+        return " or ".join(f'"{literal}"' for literal in with_synonyms(arguments))
     if origin is dict:
         return "a table"
     if origin is tuple:
-        return f"a list, each {' or '.join(_type_text(o) for o in _union_members(typing.get_args(hint)[0]))}"
+        items = " or ".join(_type_text(option) for option in _union_members(arguments[0]))
+        return f"a list, each {items}"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[hint]
 
 
@@ -137,8 +204,9 @@ def snake(key: str) -> str:
 
 def to_table(instance: Any) -> Table:
     """Return a dataclass as a kebab-case table, without the fields that are None."""
-    pairs = ((each.name, getattr(instance, each.name)) for each in dataclasses.fields(instance))
-    return {kebab(name): value for name, value in pairs if value is not None}
+    names = [field.name for field in dataclasses.fields(instance) if field.init]
+    values = {kebab(name): getattr(instance, name) for name in names}
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def toml_text(value: Any) -> str:
@@ -149,20 +217,20 @@ def toml_text(value: Any) -> str:
         escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
         return f'"{escaped}"'
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(toml_text(each) for each in value)}]"
+        return f"[{', '.join(toml_text(item) for item in value)}]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {toml_text(each)}" for key, each in value.items()) + "}"
+        return "{" + ", ".join(f"{key} = {toml_text(item)}" for key, item in value.items()) + "}"
     return str(value)
 
 
 def dump_toml(table: Table) -> str:
     """Return nested tables as the text of a run file."""
-    plain = [
+    top_keys = [
         f"{key} = {toml_text(value)}" for key, value in table.items() if type(value) is not dict
     ]
-    lines = ["\n".join(plain)]
+    sections = ["\n".join(top_keys)]
     for name, part in table.items():
         if type(part) is dict:
             rows = [f"{key} = {toml_text(value)}" for key, value in part.items()]
-            lines.append("\n".join([f"[{name}]", *rows]))
-    return "\n\n".join(lines) + "\n"
+            sections.append("\n".join([f"[{name}]", *rows]))
+    return "\n\n".join(sections) + "\n"

@@ -1,238 +1,189 @@
-"""`train()`: one run, from a checked run file to its summary, from top to bottom.
+"""Train one run, from a checked run file to its summary.
 
-Invariant: until the first segment every refusal is agreed upon, so all ranks refuse or none; from
-then on the first rank that fails ends the job. Everything collective happens at a segment's end.
+Invariant: until the first segment every error is agreed on, so that all ranks raise it or none.
+Afterwards the first rank that fails ends the job. Collective work is done at the ends of segments.
 """
 
 from __future__ import annotations
 
-import hashlib
 import resource
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from dtrain.build import RankJob, build_rank, check_same_data, set_threads
-from dtrain.checkpoint import run_folder as folder
-from dtrain.checkpoint import store as checkpoint
+from dtrain.checkpoint import run_folder, store
+from dtrain.checkpoint.digest import model_digest
 from dtrain.checkpoint.manifest import read_manifest
-from dtrain.checkpoint.resume import CHECKPOINT_FOLDER, check_same_run, find_checkpoint
-from dtrain.checkpoint.run_folder import FLIGHT_FOLDER
-from dtrain.comm.agree import all_or_none
+from dtrain.checkpoint.resume import (
+    CHECKPOINT_FOLDER,
+    ResumePoint,
+    check_same_run,
+    find_checkpoint,
+    find_resume_point,
+)
+from dtrain.comm.agree import all_or_none, broadcast_object
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
 from dtrain.data import epoch_order
 from dtrain.engine.trace import TRACE_FILE, Trace
 from dtrain.errors import ConfigError, DtrainError, Interrupted, add_location, one_line
-from dtrain.evaluate import EvalWeights, evaluate_weights, evaluation_weights, run_file_text
+from dtrain.evaluate import EvalWeights, evaluate_weights, evaluation_weights
 from dtrain.monitoring.progress import Progress
 from dtrain.monitoring.run_totals import RunTotals
-from dtrain.monitoring.summary import make_summary as summary_of
+from dtrain.monitoring.summary import make_summary
 from dtrain.planning import report
 from dtrain.planning.plan import Plan, make_plan
 from dtrain.schedules.segments import Segment
-from dtrain.schema import Table
-from dtrain.syncs.base import LowRankStats, Sync
 
 REPORT_DELAY_S = 2.0
-"""How long a rank that fails after another one waits before it speaks, too."""
+"""Seconds by which a rank that fails after another one delays its report."""
 
 
 def train(run: RunConfig, comm: Comm, out: Path, resume: str = "auto") -> dict[str, Any]:
-    """Train `run` on the ranks of `comm`, into the folder `out`; return the summary.
+    """Train `run` into the folder `out`; return the summary. Collective over `comm`.
 
-    Collective. `resume` is "auto" (go on where `out` holds a checkpoint), "never" (`out` must be
-    empty), or the folder of another run to go on from.
+    Parameters
+    ----------
+    resume : str
+        "auto": resume from the newest checkpoint in `out`, if there is one. "never": `out` must be
+        empty. Else the folder of another run to resume from.
 
     Raises
     ------
     DtrainError
-        On all ranks alike before training begins. Later (a loss that is not finite, code 4) on
-        the rank that found it: then the caller has to end the others.
+        Before training begins on all ranks. Later (a loss that is not finite, for example) on the
+        rank that found it: then the caller has to end the others.
     """
-    number = set_threads(run, comm)
-    token: folder.Owner | None = None
+    threads = set_threads(run, comm)
+    owner: run_folder.Owner | None = None
     progress: Progress | None = None
     try:
-        found, table, done = _find_checkpoint(comm, out, resume)
-        agreed = all_or_none(comm, lambda: make_plan(run.with_checkpoint_blocks(table), comm.size))
-        check_same_data(agreed, comm)
-        all_or_none(
-            comm,
-            lambda: check_same_run(
-                out, table, agreed.run, done >= agreed.training_length.total_updates
-            ),
-        )
-        token, attempt = _acquire_folder(comm, out, resume, found)
-        all_or_none(comm, lambda: folder.check_visible(out, comm.hosts[comm.rank]))
-        comm.flight.set_folder(out / FLIGHT_FOLDER)
-        job = build_rank(agreed, comm)
-        totals, afresh = _restore(job, found)
+        point = find_resume_point(comm, out, resume)
+        with_blocks = run.with_checkpoint_blocks(point.run_table)
+        plan = all_or_none(comm, lambda: make_plan(with_blocks, comm.size))
+        check_same_data(plan, comm)
+        is_trained = point.updates >= plan.training_length.total_updates
+        all_or_none(comm, lambda: check_same_run(out, point.run_table, plan.run, is_trained))
+        owner, attempt = broadcast_object(comm, lambda: _acquire_folder(out, resume, point))
+        all_or_none(comm, lambda: run_folder.check_visible(out, comm.hosts[comm.rank]))
+        comm.flight.set_folder(out / run_folder.FLIGHT_FOLDER)
+        job = build_rank(plan, comm)
+        totals, merged_replicas = _restore(job, point)
         totals.attempt = attempt
-        progress = Progress(agreed, comm, out, totals)
-        _publish(agreed, comm, totals, out)
-        if agreed.run.settings.trace:
-            kind, routes = agreed.layout.schedule, agreed.layout.routes
-            job.engine.trace = Trace(
-                comm, job.position, kind, routes, out / TRACE_FILE, totals.wall_s
-            )
-        progress.start(number, afresh)
-        for segment in agreed.training_length.segments(totals.update):
+        progress = Progress(plan, comm, out, totals)
+        if comm.rank == 0:
+            _write_plan(plan, totals, out)
+        if plan.run.settings.trace:
+            job.engine.trace = _start_trace(job, comm, out, totals)
+        progress.start(threads, merged_replicas)
+        for segment in plan.training_length.segments(totals.update):
             _train_segment(job, segment, totals, progress)
             _finish_segment(job, segment, totals, progress, out)
         summary = _finish_run(job, totals, out)
         progress.finish(summary)
         return summary
     except BaseException as error:
-        _report_failure(error, comm, out, token)
+        _report_failure(error, comm, out, owner)
         raise
     finally:
         comm.flight.close()
         if progress is not None:
             progress.stop()
-        if token is not None and comm.rank == 0:
-            folder.release(out, token)
+        if owner is not None and comm.rank == 0:
+            run_folder.release(out, owner)
 
 
-def _find_checkpoint(comm: Comm, out: Path, resume: str) -> tuple[str | None, Table | None, int]:
-    """Return path, run table and updates of the checkpoint to go on from. Collective."""
-
-    def first() -> tuple[str, Table, int] | None:
-        manifest = None if comm.rank else find_checkpoint(out, resume)
-        if manifest is None:
-            return None
-        return str(manifest.folder), manifest.run_table, int(manifest.state["update"])
-
-    told = comm.allgather_object(all_or_none(comm, first))[0]
-    return (None, None, 0) if told is None else (told[0], told[1], told[2])
-
-
-def _acquire_folder(
-    comm: Comm, out: Path, resume: str, checkpoint_path: str | None
-) -> tuple[folder.Owner, int]:
-    """Take the run folder; return its token and the number of this attempt. Collective."""
-
-    def first() -> tuple[folder.Owner, int] | None:
-        if comm.rank:
-            return None
-        token = folder.acquire(out)
-        try:
-            newest = find_checkpoint(out, resume)
-            if (None if newest is None else str(newest.folder)) != checkpoint_path:
-                raise ConfigError(
-                    "todo.key", f"another run has just written into {out}: start this one again"
-                )
-        except DtrainError:
-            folder.release(out, token)
-            raise
-        before = (folder.read_summary(out) or {}).get("attempts", 0)
-        folder.archive(out, FLIGHT_FOLDER, before)
-        return token, 1 + before
-
-    token, attempt = comm.allgather_object(all_or_none(comm, first))[0]
-    return token, attempt
+def _acquire_folder(out: Path, resume: str, point: ResumePoint) -> tuple[run_folder.Owner, int]:
+    """Lock the run folder; return its owner and the number of this attempt."""
+    owner = run_folder.acquire(out)
+    try:
+        newest = ResumePoint.from_manifest(find_checkpoint(out, resume))
+        if newest.checkpoint != point.checkpoint:
+            raise ConfigError(
+                "run-folder.changed", f"another run has just written into {out}: start this again"
+            )
+    except DtrainError:
+        run_folder.release(out, owner)
+        raise
+    attempts = (run_folder.read_summary(out) or {}).get("attempts", 0)
+    run_folder.archive(out, run_folder.FLIGHT_FOLDER, attempts)
+    return owner, attempts + 1
 
 
-def _restore(job: RankJob, checkpoint_path: str | None) -> tuple[RunTotals, int]:
-    """Put every part where the checkpoint left it. Collective.
+def _restore(job: RankJob, point: ResumePoint) -> tuple[RunTotals, int]:
+    """Load the checkpoint into every part of this rank. Collective over all ranks.
 
-    Returns what was done so far, and of how many replicas that trained apart the mean was taken
-    to start from: 0 where all go on as they were.
+    Returns
+    -------
+    RunTotals
+        The counts so far.
+    int
+        The number of diverged replicas whose mean all replicas start from; 0: each replica
+        continues with its own weights.
     """
-    if checkpoint_path is None:
+    if point.checkpoint is None:
         return RunTotals(), 0
-    engine, path = job.engine, Path(checkpoint_path)
+    engine, folder = job.engine, Path(point.checkpoint)
 
-    def work() -> tuple[RunTotals, int]:
-        manifest = read_manifest(path)
-        same = checkpoint.restore(manifest, engine.blocks, engine.syncs, job.position.replica)
+    def restore_rank() -> tuple[RunTotals, int]:
+        manifest = read_manifest(folder)
+        same = store.restore(manifest, engine.blocks, engine.syncs, job.position.replica)
         return RunTotals.from_state(manifest.state), 0 if same else manifest.replicas
 
-    return all_or_none(job.groups.control, work)
+    return all_or_none(job.groups.control, restore_rank)
 
 
-def _publish(plan: Plan, comm: Comm, totals: RunTotals, out: Path) -> None:
-    """Write what is known before training, once every rank has accepted the run."""
-    if comm.rank:
-        return
-    (out / "run.toml").write_text(run_file_text(plan.run), encoding="utf-8")
+def _write_plan(plan: Plan, totals: RunTotals, out: Path) -> None:
+    """Write the resolved run, its plan and a first summary, once every rank accepted the run."""
+    (out / "run.toml").write_text(plan.run.to_text(), encoding="utf-8")
     (out / "plan.txt").write_text(report.plan_text(plan), encoding="utf-8")
-    folder.write_summary(out, summary_of(plan, totals, "running"))
+    run_folder.write_summary(out, make_summary(plan, totals, "running"))
 
 
-def _report_failure(
-    error: BaseException, comm: Comm, out: Path, token: folder.Owner | None
-) -> None:
-    """Note how the run ended, and let one of several ranks that fail speak first.
-
-    The first that speaks ends the job, so the others hold their tongue for a while. A rank that is
-    stopped has its record already: that was written where it stood, before its waits were left.
-    """
-    if isinstance(error, DtrainError) and error.agreed:
-        if token is not None and comm.rank == 0:
-            folder.release_unfinished(out, token, "failed", str(error))
-        return
-    stopped = isinstance(error, Interrupted)
-    if not stopped:
-        add_location(error, f"[{comm.flight.name}]")
-        if comm.flight.folder is not None:
-            comm.flight.dump(one_line(error), error)
-    first = comm.rank == 0
-    if token is not None:
-        first = folder.release_unfinished(
-            out, token, "stopped" if stopped else "failed", one_line(error)
-        )
-    comm.flight.close()
-    if isinstance(error, Interrupted):
-        error.quiet = not first
-    if not first:
-        try:
-            time.sleep(REPORT_DELAY_S)
-        except Interrupted as stop:  # the first one has spoken and ended the job
-            stop.quiet = True
-            raise
+def _start_trace(job: RankJob, comm: Comm, out: Path, totals: RunTotals) -> Trace:
+    """Return the recorder of when this rank computes what. Collective over `comm`."""
+    layout = job.plan.layout
+    return Trace(
+        comm, job.position, layout.schedule, layout.routes, out / TRACE_FILE, totals.wall_s
+    )
 
 
 def _train_segment(job: RankJob, segment: Segment, totals: RunTotals, progress: Progress) -> None:
-    """Train one segment and add up what all ranks tell of it. Collective."""
-    agreed, engine, control = job.plan, job.engine, job.groups.control
-    run = agreed.run
-    sequence = epoch_order(
-        agreed.data.train.size, run.settings.seed, segment.epoch, run.data.shuffle
+    """Train one segment and add up the records of all ranks. Collective over all ranks."""
+    plan, engine, control = job.plan, job.engine, job.groups.control
+    order = epoch_order(
+        plan.data.train.size, plan.run.settings.seed, segment.epoch, plan.run.data.shuffle
     )
-    offsets = range(segment.offset, segment.offset + segment.stop - segment.start)
+    end = segment.offset + segment.stop - segment.start
     batches = [
-        agreed.batch_splitter.batch(sequence, each, job.position.replica) for each in offsets
+        plan.batch_splitter.batch(order, offset, job.position.replica)
+        for offset in range(segment.offset, end)
     ]
     traffic = control.traffic
-    intra, inter = traffic.bytes_intra, traffic.bytes_inter
+    intra_before, inter_before = traffic.bytes_intra, traffic.bytes_inter
     for update in engine.run(job.train_loader, batches, segment.start, segment.epoch):
         progress.show(update)
     if engine.trace is not None:
-        last = segment.offset + len(offsets)
         engine.trace.write_segment(
-            agreed.batch_splitter.count_micro_batches(len(sequence), segment.offset, last)
+            plan.batch_splitter.count_micro_batches(len(order), segment.offset, end)
         )
     for sync in engine.syncs.values():
         sync.finish_pending()
-    row = {
+    record = {
         "stage": job.position.stage,
         **asdict(engine.metric_sums),
-        "bytes_intra_node": traffic.bytes_intra - intra,
-        "bytes_inter_node": traffic.bytes_inter - inter,
+        "bytes_intra_node": traffic.bytes_intra - intra_before,
+        "bytes_inter_node": traffic.bytes_inter - inter_before,
         "peak_live": engine.peak_live,
         "peak_bytes": engine.peak_bytes(),
         "rss_bytes": _rss_bytes(),
-        "weights": {} if job.position.replica else _low_rank_stats(engine.syncs.values()),
+        "weights": _low_rank_stats(job),
     }
     totals.add_segment(
-        control.allgather_object(row), segment, len(engine.block_specs), agreed.layout.mesh.stages
+        control.allgather_object(record), segment, len(engine.block_specs), plan.layout.mesh.stages
     )
     if segment.ends_epoch:
         for sync in engine.syncs.values():
@@ -242,85 +193,111 @@ def _train_segment(job: RankJob, segment: Segment, totals: RunTotals, progress: 
 def _finish_segment(
     job: RankJob, segment: Segment, totals: RunTotals, progress: Progress, out: Path
 ) -> None:
-    """Evaluate and checkpoint where they are due, and tell what happened. Collective."""
-    control = job.groups.control
-    evaluates, saves = _due_work(job.plan, segment)
+    """Evaluate and save where that is due, and report. Collective over all ranks."""
     eval_s = save_s = None
+    evaluates, saves = _due_work(job.plan, segment)
     if evaluates or saves:
-        shown = evaluation_weights(job)
+        eval_weights = evaluation_weights(job)
         if evaluates:
-            began = time.perf_counter()
-            _evaluate(job, shown, totals)
-            eval_s = time.perf_counter() - began
+            start = time.perf_counter()
+            _evaluate(job, eval_weights, totals)
+            eval_s = time.perf_counter() - start
         totals.tick()
         if saves:
-            began = time.perf_counter()
-            _save_checkpoint(job, shown, totals, out)
-            save_s = time.perf_counter() - began
+            start = time.perf_counter()
+            _save_checkpoint(job, eval_weights, totals, out)
+            save_s = time.perf_counter() - start
     progress.end_segment(segment, eval_s, save_s)
-    if control.rank == 0:
-        folder.write_summary(out, summary_of(job.plan, totals, "running"))
-
-
-def _save_checkpoint(job: RankJob, eval_weights: EvalWeights, totals: RunTotals, out: Path) -> None:
-    """Write a checkpoint of what is shown, and of what this rank owns. Collective."""
-    run, replica = job.plan.run, job.position.replica
-    held = checkpoint.collect_tensors(job.engine.blocks, job.engine.syncs, eval_weights, replica)
-    name, state = f"replica-{replica}-stage-{job.position.stage}", totals.state()
-    where, keep = out / CHECKPOINT_FOLDER, run.checkpoint.keep
-    checkpoint.save(where, name, held, run.to_table(), state, job.groups.control, keep)
+    if job.groups.control.rank == 0:
+        run_folder.write_summary(out, make_summary(job.plan, totals, "running"))
 
 
 def _due_work(plan: Plan, segment: Segment) -> tuple[bool, bool]:
-    """Return whether a segment's end is due for an evaluation, and for a checkpoint."""
+    """Return whether an evaluation, and whether a checkpoint is due at a segment's end."""
     run, end = plan.run, segment.offset + segment.stop - segment.start
     interval = run.checkpoint.every
-    passed = interval > 0 and end // interval > segment.offset // interval
-    turn = segment.ends_epoch and (segment.epoch + 1) % run.evaluate.every == 0
-    return turn or segment.ends_run, passed or segment.ends_epoch or segment.ends_run
+    evaluates = segment.ends_epoch and (segment.epoch + 1) % run.evaluate.every == 0
+    saves = interval > 0 and end // interval > segment.offset // interval
+    return evaluates or segment.ends_run, saves or segment.ends_epoch or segment.ends_run
 
 
 def _evaluate(job: RankJob, eval_weights: EvalWeights, totals: RunTotals) -> None:
-    """Examine what is shown, into the totals. Collective; not counted as traffic."""
+    """Test the evaluation weights, into the totals. Collective over all ranks."""
     totals.test = evaluate_weights(job, eval_weights, job.test_loader, job.plan.batch_splitter)
     totals.tested = totals.update
 
 
+def _save_checkpoint(job: RankJob, eval_weights: EvalWeights, totals: RunTotals, out: Path) -> None:
+    """Write a checkpoint. Collective over all ranks."""
+    run, engine, position = job.plan.run, job.engine, job.position
+    store.save(
+        out / CHECKPOINT_FOLDER,
+        f"replica-{position.replica}-stage-{position.stage}",
+        store.collect_tensors(engine.blocks, engine.syncs, eval_weights, position.replica),
+        run.to_table(),
+        totals.state(),
+        job.groups.control,
+        run.checkpoint.keep,
+    )
+
+
 def _finish_run(job: RankJob, totals: RunTotals, out: Path) -> dict[str, Any]:
-    """Write the summary, with the digest of the model, and return it. Collective."""
-    control, shown = job.groups.control, evaluation_weights(job)
-    if totals.tested != totals.update:  # the length asked for was reached, but not tested there
-        _evaluate(job, shown, totals)
-    own = (
-        []
-        if job.position.replica
-        else [_digest_line(*pair) for v in shown.values() for pair in v.items()]
-    )
-    pairs = sorted(
-        (name.encode(), line) for rank in control.allgather_object(own) for name, line in rank
-    )
-    digest = hashlib.sha256("".join(line for _, line in pairs).encode()).hexdigest()
+    """Write the summary, with the model's digest, and return it. Collective over all ranks."""
+    control, eval_weights = job.groups.control, evaluation_weights(job)
+    if totals.tested != totals.update:  # resumed at its end, from a checkpoint without a test
+        _evaluate(job, eval_weights, totals)
+    own_tensors = {
+        name: tensor
+        for tensors in (() if job.position.replica else eval_weights.values())
+        for name, tensor in tensors.items()
+    }
+    digest = model_digest(own_tensors, control)
     totals.tick()
-    summary = summary_of(job.plan, totals, "finished", digest)
+    summary = make_summary(job.plan, totals, "finished", digest)
     if control.rank == 0:
-        folder.write_summary(out, summary)
+        run_folder.write_summary(out, summary)
     return summary
 
 
-def _digest_line(name: str, tensor: Tensor) -> tuple[str, str]:
-    """Return a tensor's name and its line of the digest: name, dtype, shape, hash of its bytes."""
-    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    shape = ",".join(map(str, tensor.shape))
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return name, f"{name} {dtype} ({shape}) {hashlib.sha256(flat.numpy().data).hexdigest()}\n"
+def _report_failure(
+    error: BaseException, comm: Comm, out: Path, owner: run_folder.Owner | None
+) -> None:
+    """Record how the run ended, and delay the report of all ranks that fail but the first.
+
+    The first report ends the job, so only that one is printed. A rank that a signal stops has
+    written its flight record already, before its waits ended.
+    """
+    if isinstance(error, DtrainError) and error.agreed:
+        if owner is not None and comm.rank == 0:
+            run_folder.release_unfinished(out, owner, "failed", str(error))
+        return
+    is_stopped = isinstance(error, Interrupted)
+    if not is_stopped:
+        add_location(error, f"[{comm.flight.name}]")
+        if comm.flight.folder is not None:
+            comm.flight.dump(one_line(error), error)
+    is_first = comm.rank == 0
+    if owner is not None:
+        status = "stopped" if is_stopped else "failed"
+        is_first = run_folder.release_unfinished(out, owner, status, one_line(error))
+    comm.flight.close()
+    if isinstance(error, Interrupted):
+        error.quiet = not is_first
+    if not is_first:
+        try:
+            time.sleep(REPORT_DELAY_S)
+        except Interrupted as signal:  # the first report has ended the job
+            signal.quiet = True
+            raise
 
 
-def _low_rank_stats(syncs: Iterable[Sync]) -> dict[str, LowRankStats]:
-    """Return what syncs know of weights that may be products."""
-    return {name: entry for sync in syncs for name, entry in sync.low_rank_stats().items()}
+def _low_rank_stats(job: RankJob) -> dict[str, Any]:
+    """Return rank and traffic of the weights that may be products; replica 0 reports for all."""
+    syncs = () if job.position.replica else job.engine.syncs.values()
+    return {name: stats for sync in syncs for name, stats in sync.low_rank_stats().items()}
 
 
 def _rss_bytes() -> int:
-    """Return the most memory that this process has held."""
+    """Return the peak memory of this process in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

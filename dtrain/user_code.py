@@ -1,7 +1,7 @@
-"""User code by name: `"package.module:function"`, found beside the run file first.
+"""Import user code by name: `"package.module:function"`, found beside the run file first.
 
-Invariant: what is not there is a refusal that says where it was looked for; what raises while
-being imported is the user's own error and keeps its traceback.
+Invariant: a missing module or function is a `ConfigError` that says where it was looked for. An
+exception inside a module that is imported is the user's own error and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dtrain.errors import ConfigError, unknown_name
-from dtrain.schema import kebab
+from dtrain.errors import ConfigError
+from dtrain.schema import kebab, unknown_key
 
 PATTERN = "package.module:function"
 
 
 def import_object(target: str, folder: Path, kind: str) -> Callable[..., Any]:
-    """Return the function that `target` names, importing its module.
+    """Import the module that `target` names and return its function or class.
 
-    The folder stays first on the import path, since user functions may import later too.
+    The folder stays first on the import path, since user functions may import later, too.
 
     Parameters
     ----------
@@ -31,25 +31,40 @@ def import_object(target: str, folder: Path, kind: str) -> Callable[..., Any]:
         `"package.module:function"`.
     folder : Path
         The run file's folder.
-    what : str
-        What is looked for ("model", "data"), for the messages.
+    kind : str
+        Use of the object ("model", "data"), for the messages.
 
     Raises
     ------
-    DtrainError
-        A malformed target, a missing module or function, or something that cannot be called.
+    ConfigError
+        The target is malformed, the module or the function is missing, or it cannot be called.
     """
     name, _, function = target.partition(":")
     if not all(part.isidentifier() for part in [*name.split("."), function]):
-        raise ConfigError("todo.key", f"{kind} '{target}' is not of the form '{PATTERN}'")
-    module = _import_module(name, folder.resolve(), f"{kind} '{target}'")
-    found = getattr(module, function, None)
-    if not callable(found):
-        where = getattr(module, "__file__", None) or "a built-in module"
         raise ConfigError(
-            "todo.key", f"{kind} '{target}': {where} has no function called '{function}'"
+            "user-code.malformed-name", f"{kind} '{target}' is not of the form '{PATTERN}'"
         )
-    return found  # type: ignore[no-any-return]
+    module = _import_module(name, folder.resolve(), f"{kind} '{target}'")
+    imported = getattr(module, function, None)
+    if not callable(imported):
+        file = getattr(module, "__file__", None) or "a built-in module"
+        raise ConfigError(
+            "user-code.no-function",
+            f"{kind} '{target}': {file} has no function called '{function}'",
+        )
+    return imported  # type: ignore[no-any-return]
+
+
+def object_name(kind: type) -> str:
+    """Return the name under which `import_object` finds a class again.
+
+    The script that Python runs is the module `__main__`; its classes are named by its file.
+    """
+    module = kind.__module__
+    if module == "__main__":
+        file = getattr(sys.modules["__main__"], "__file__", None)
+        module = Path(file).stem if file else module
+    return f"{module}:{kind.__qualname__}"
 
 
 def _import_module(name: str, folder: Path, description: str) -> ModuleType:
@@ -60,14 +75,14 @@ def _import_module(name: str, folder: Path, description: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        # Only the module asked for, or a package on the way to it: another missing module is a
-        # mistake inside the user's code.
+        # Only this module, or a package on the way to it: another missing module is a mistake
+        # inside the user's code.
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise
         raise ConfigError(
-            "todo.key",
-            f"{description}: there is no module '{name}', neither in {folder} (the run file's folder) "
-            f"nor on Python's path",
+            "user-code.no-module",
+            f"{description}: there is no module '{name}', neither in {folder} (the run file's "
+            "folder) nor on Python's path",
         ) from error
 
 
@@ -78,41 +93,43 @@ def bind_arguments(
     context: Mapping[str, object] | None = None,
     common_keys: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """Return keyword arguments for `function`: all fields, and of what is offered what it takes.
+    """Return keyword arguments for `function`: all fields, and the part of the context it takes.
 
     Parameters
     ----------
-    table : str
+    section : str
         The run file's table, for the messages, as in "[model]".
     fields : mapping
         Keys of that table in snake_case; lists become tuples.
-    offered : mapping, optional
-        What the program knows (shape, classes); a run file may not set these.
-    common : iterable of str
-        Keys of the table that were taken out before; named where a key is unknown.
+    context : mapping, optional
+        Values that the program knows (shape, classes); a run file may not set these.
+    common_keys : iterable of str
+        Keys of the table that are read elsewhere; an unknown key's error lists them.
 
     Raises
     ------
-    DtrainError
-        A field that the signature does not take, or a required one that is missing.
+    ConfigError
+        The signature does not take a field, or a required one is missing.
     """
     context = context or {}
-    taken = inspect.signature(function).parameters
-    free = any(each.kind is each.VAR_KEYWORD for each in taken.values())
-    named = [
-        each for each in taken.values() if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)
-    ]
-    legal = [each.name for each in named if each.name not in context]
+    parameters = inspect.signature(function).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    named = [p for p in parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    legal = [p.name for p in named if p.name not in context]
     for key in fields:
-        if key in context or not (free or key in legal):
-            raise unknown_name(f"key in {section}", kebab(key), [*map(kebab, legal), *common_keys])
-    needed = [each.name for each in named if each.default is each.empty]
-    missing = [key for key in needed if key not in fields and key not in context]
+        if key in context or not (takes_any or key in legal):
+            legal_keys = [*map(kebab, legal), *common_keys]
+            raise unknown_key(f"in {section}", kebab(key), legal_keys)
+    required = [p.name for p in named if p.default is p.empty]
+    missing = [key for key in required if key not in fields and key not in context]
     if missing:
         raise ConfigError(
-            "todo.key", f"{section} lacks {', '.join(map(kebab, missing))}: add it to the run file"
+            "user-code.missing-argument",
+            f"{section} lacks {', '.join(map(kebab, missing))}: add it to the run file",
         )
-    given = {
+    arguments = {
         key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()
     }
-    return given | {key: value for key, value in context.items() if free or key in taken}
+    return arguments | {
+        key: value for key, value in context.items() if takes_any or key in parameters
+    }

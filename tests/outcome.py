@@ -1,4 +1,4 @@
-"""What a run left in its folder, for tests that compare runs."""
+"""Read and change run folders, for tests that compare runs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from dtrain.checkpoint.manifest import latest_checkpoint
 
 def summary(out: Path) -> dict[str, Any]:
     """Return `summary.json` of a run folder."""
-    told: dict[str, Any] = json.loads((out / "summary.json").read_text())
-    return told
+    content: dict[str, Any] = json.loads((out / "summary.json").read_text())
+    return content
 
 
 def model(out: Path) -> dict[str, Tensor]:
@@ -27,7 +27,7 @@ def model(out: Path) -> dict[str, Tensor]:
 
 
 def break_off(out: Path, updates: int) -> None:
-    """Leave what a run leaves that was ended at its last checkpoint of at most so many updates."""
+    """Delete the checkpoints after `updates`, as if the run had ended before they were written."""
     for folder in (out / "checkpoints").iterdir():
         if int(folder.name.removeprefix("update-")) > updates:
             shutil.rmtree(folder)
@@ -35,7 +35,7 @@ def break_off(out: Path, updates: int) -> None:
 
 def close(one: Path, other: Path, rtol: float = 1e-12) -> None:
     """Assert that two runs ended in the same model, up to rounding."""
-    ours, theirs = model(one), model(other)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=rtol, atol=1e-13)
+    tensors, other_tensors = model(one), model(other)
+    assert tensors.keys() == other_tensors.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, other_tensors[name], rtol=rtol, atol=1e-13)

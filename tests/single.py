@@ -1,7 +1,7 @@
-"""One thread for modules of tests that compute little.
+"""Compute with one torch thread in test modules that compute little.
 
-Several add up convolutions in another order; threads wait for each other longer than small networks
-compute; and OpenMP makes a team anew for each rank that is a thread.
+Several threads sum convolutions in another order and wait for each other longer than small networks
+compute. OpenMP also starts a new team for each rank that is a thread.
 """
 
 from __future__ import annotations

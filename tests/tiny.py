@@ -1,4 +1,4 @@
-"""A run so small that laws can be tried on many of its kind: 50 samples, three classes.
+"""A tiny run, for laws that are tested on many variants of it: 50 samples, three classes.
 
 Invariant: batches of 16 leave a last one of 2, so that no number of replicas or micro-batches up to
 four divides everything.
@@ -35,29 +35,33 @@ TABLE: dict[str, Any] = {
 }
 
 PATTERNS = ("mono-forward", "backprop", "man", "f3", "dfa", "pepita", "forward-forward")
-"""One objective for each pattern of what travels, for laws that need not be tried on all."""
+"""One objective for each pattern of routes, for laws that need not be tested on all."""
 
 NEIGHBOURS = ("mono-forward", "backprop")
-"""What takes from its neighbours alone."""
+"""Objectives whose routes join neighbouring blocks only."""
 
 
 def suited(schedule: str) -> list[str]:
     """Return the syncs that a schedule can run with."""
-    late = SCHEDULES[schedule].asynchronous
-    return [name for name, kind in SYNCS.items() if not (late and kind().traits().reparametrises)]
+    asynchronous = SCHEDULES[schedule].asynchronous
+    return [
+        name
+        for name, kind in SYNCS.items()
+        if not (asynchronous and kind().traits().reparametrises)
+    ]
 
 
 def run(**changes: Any) -> RunConfig:
     """Return the tiny run; ``objective__name="backprop"`` changes a key of a table."""
     table = copy.deepcopy(TABLE)
     for name, value in changes.items():
-        *outer, key = name.replace("_", "-").replace("--", ".").split(".")
-        inner = table
-        for each in outer:
-            inner = inner.setdefault(each, {})
-        inner[key] = value
+        *sections, key = name.replace("_", "-").replace("--", ".").split(".")
+        section = table
+        for section_name in sections:
+            section = section.setdefault(section_name, {})
+        section[key] = value
         if value is None:
-            del inner[key]
+            del section[key]
     return parse_run(table, Path(__file__).parent / "tiny.toml")
 
 
@@ -71,7 +75,7 @@ def samples() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 
 class Rebinding(nn.Linear):
-    """Keeps a moving average in a buffer that it binds anew in every training forward."""
+    """A layer whose moving average is a buffer that every training forward rebinds."""
 
     def __init__(self) -> None:
         super().__init__(10, 12)
@@ -84,7 +88,7 @@ class Rebinding(nn.Linear):
 
 
 class Noisy(nn.Linear):
-    """Draws random numbers, though its parent class never does."""
+    """A layer that uses random numbers, though its parent class never does."""
 
     def forward(self, input: Tensor) -> Tensor:
         sums = super().forward(input)
@@ -97,12 +101,12 @@ def rebinding() -> nn.Sequential:
 
 
 def noisy() -> nn.Sequential:
-    """Return a net that draws in a subclass of a calm layer."""
+    """Return a net with random numbers in a subclass of a deterministic layer."""
     return nn.Sequential(nn.Flatten(), Noisy(10, 12), nn.ReLU(), Noisy(12, 8), nn.Linear(8, 3))
 
 
 def writing() -> nn.Sequential:
-    """Return a net with layers that work in place, where cuts may fall before them."""
+    """Return a net in which blocks may start with layers that work in place."""
     return nn.Sequential(
         nn.Flatten(),
         nn.Linear(10, 12),
@@ -122,35 +126,35 @@ def normalised() -> nn.Sequential:
 
 
 class Down(nn.Module):
-    """Hands on numbers of half the size."""
+    """A layer that returns float32."""
 
     def forward(self, input: Tensor) -> Tensor:
         return input.float()
 
 
 class Up(nn.Module):
-    """Hands on numbers of full size."""
+    """A layer that returns float64."""
 
     def forward(self, input: Tensor) -> Tensor:
         return input.double()
 
 
 def converting() -> nn.Sequential:
-    """Return a net whose blocks hand on another dtype than that of the weights."""
+    """Return a net whose blocks return another dtype than that of the weights."""
     return nn.Sequential(
         nn.Flatten(), nn.Linear(10, 12), Down(), Up(), nn.ReLU(), nn.Linear(12, 3), Down()
     )
 
 
 def unseeded() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return samples that are others in each call."""
+    """Return other samples in each call."""
     random = np.random.default_rng()
     x, y = random.normal(size=(50, 10)), random.integers(0, 3, 50)
     return x, y, x, y
 
 
 def dropping() -> nn.Sequential:
-    """Return a net whose layers draw random numbers while training."""
+    """Return a net whose layers use random numbers while training."""
     return nn.Sequential(
         nn.Flatten(),
         nn.Linear(10, 12),

@@ -73,6 +73,7 @@ def check_optimizer(name: str, fields: Mapping[str, Any]) -> None:
                 f"key in [optimizer] of '{name}'",
                 field.replace("_", "-"),
                 (each.replace("_", "-") for each in (*legal, *EXTRA_KEYS)),
+                key="run-file.unknown-key",
             )
     make_optimizer(name, fields, [nn.Parameter(torch.zeros(2, 2))])
 

@@ -1,34 +1,50 @@
-"""Read the manifest of a checkpoint: which shard holds which tensor, and its hash."""
+"""Read a checkpoint: its manifest says which shard holds which tensor, and the hash of each shard.
+
+Invariant: a tensor is read only from a shard whose hash was compared.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import h5py
 from torch import Tensor
 
-from dtrain.checkpoint.shard import file_sha256, read_tensor
-from dtrain.errors import DataError
+from dtrain.checkpoint.files import file_sha256
+from dtrain.checkpoint.shard import read_tensor
+from dtrain.comm.agree import all_or_none, broadcast_object
+from dtrain.comm.backends.single import SingleBackend
+from dtrain.comm.buffers import describe_tensor
+from dtrain.comm.communicator import Comm
+from dtrain.errors import CheckpointError, DtrainError
+
+T = TypeVar("T")
+
 
 PARTIAL_SUFFIX = ".part"
 
 
+MAX_RELOADS = 20
+"""Checkpoints in a row that a running job may replace while they are read."""
+
+
 @dataclass(frozen=True)
 class Manifest:
-    """What a complete checkpoint says of itself.
+    """The manifest of a complete checkpoint.
 
     Attributes
     ----------
     folder : Path
-        Where its shards lie.
-    table : dict
+        The checkpoint, which holds the shards.
+    run_table : dict
         The resolved run, as the nested tables of its run file.
     state : dict
-        The loop's own counts (update, epoch, sums), as `save` was given them.
+        The counts of the loop (update, epoch, sums), as `save` was given them.
     files : dict of str to str
         The shard of every key.
     hashes : dict of str to str
@@ -40,85 +56,153 @@ class Manifest:
     state: dict[str, Any]
     files: dict[str, str]
     hashes: dict[str, str]
+    _intact: set[str] = field(default_factory=set, repr=False, compare=False)
 
     @property
     def replicas(self) -> int:
-        """Replicas that handed over a state of their own."""
+        """Number of replicas that saved a state of their own."""
         return 1 + max(int(key.split("/")[1]) for key in self.files if key.startswith("replica/"))
 
     def load(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        """Return the tensors of `keys`, read from the shards that hold them, on the CPU."""
-        shards: dict[str, list[str]] = {}
+        """Return the tensors of `keys`, on the CPU.
+
+        Raises
+        ------
+        CheckpointError
+            A key is missing, or its shard is damaged.
+        """
+        keys_by_shard: dict[str, list[str]] = {}
         for key in keys:
             if key not in self.files:
-                raise DataError("todo.key", f"the checkpoint {self.folder} lacks '{key}'")
-            shards.setdefault(self.files[key], []).append(key)
-        found = {}
-        for name, wanted in shards.items():
+                raise CheckpointError(
+                    "checkpoint.key-missing", f"the checkpoint {self.folder} lacks '{key}'"
+                )
+            keys_by_shard.setdefault(self.files[key], []).append(key)
+        tensors = {}
+        for name, shard_keys in sorted(keys_by_shard.items()):
+            self._check_shard(name)
             with h5py.File(self.folder / name, "r", locking=False) as shard:
-                found.update({key: read_tensor(shard[key]) for key in wanted})
-        return found
+                tensors.update({key: read_tensor(shard[key]) for key in shard_keys})
+        return tensors
 
-    def verify_and_load(self, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors of the keys of `held`; refuse a damaged shard, or another model.
+    def load_like(self, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of the keys of `expected`, on the CPU.
 
         Parameters
         ----------
-        held : mapping of str to Tensor
-            This rank's tensors by their keys; the shards that hold them are hashed.
-        """
-        missing = sorted(expected.keys() - self.files.keys())
-        if missing:
-            raise DataError("todo.key", f"the checkpoint {self.folder} lacks '{missing[0]}'")
-        self.verify_shards(expected)
-        found = self.load(expected)
-        for key, tensor in found.items():
-            if (tensor.shape, tensor.dtype) != (expected[key].shape, expected[key].dtype):
-                was = f"{tuple(tensor.shape)} {tensor.dtype}"
-                now = f"{tuple(expected[key].shape)} {expected[key].dtype}"
-                raise DataError(
-                    "todo.key", f"'{key}' is {was} in {self.folder}, but {now} in the model"
-                )
-        return found
+        expected : mapping of str to Tensor
+            Tensors of a model, by key.
 
-    def verify_shards(self, keys: Iterable[str]) -> None:
-        """Refuse damage in the shards that hold `keys`."""
-        for name in sorted({self.files[key] for key in keys}):
-            path = self.folder / name
-            if not path.is_file() or file_sha256(path) != self.hashes[name]:
-                raise DataError(
-                    "todo.key",
-                    f"{path} is damaged (its content is not what the manifest says): delete the "
-                    f"folder {self.folder} to go on from the checkpoint before it",
+        Raises
+        ------
+        CheckpointError
+            A key is missing, its shard is damaged, or shape or dtype are not those of the model.
+        """
+        tensors = self.load(expected)
+        for key, tensor in tensors.items():
+            saved, current = describe_tensor(tensor), describe_tensor(expected[key])
+            if saved != current:
+                raise CheckpointError(
+                    "checkpoint.wrong-shape",
+                    f"'{key}' is {saved} in {self.folder}, but {current} in the model",
                 )
+        return tensors
 
     def load_prefix(self, prefix: str) -> dict[str, Tensor]:
         """Return every tensor whose key starts with `prefix`, by the rest of its key."""
         keys = [key for key in self.files if key.startswith(prefix)]
-        return {key[len(prefix) :]: tensor for key, tensor in self.load(keys).items()}
+        return {key.removeprefix(prefix): tensor for key, tensor in self.load(keys).items()}
+
+    def _check_shard(self, name: str) -> None:
+        """Refuse a shard that is missing or damaged; each is hashed once."""
+        if name in self._intact:
+            return
+        path = self.folder / name
+        if not path.is_file() or file_sha256(path) != self.hashes[name]:
+            raise CheckpointError(
+                "checkpoint.shard-damaged",
+                f"{path} is damaged (its hash is not that of the manifest): delete the folder "
+                f"{self.folder} to resume from the checkpoint before it",
+            )
+        self._intact.add(name)
 
 
 def latest_checkpoint(folder: Path) -> Manifest | None:
-    """Return the newest complete checkpoint in `folder`, None if there is none."""
-    while True:
-        complete = [path.parent for path in folder.glob("update-*/manifest.json")]
-        named = sorted(path for path in complete if path.suffix != PARTIAL_SUFFIX)
-        try:
-            return read_manifest(named[-1]) if named else None
-        except FileNotFoundError:  # a run that still goes on has just replaced it
-            continue
+    """Return the newest complete checkpoint in `folder`, None if there is none.
+
+    Raises
+    ------
+    CheckpointError
+        Its manifest is damaged.
+    """
+    return load_latest(folder, lambda manifest: manifest, Comm(SingleBackend()))
+
+
+def load_latest(folder: Path, load: Callable[[Manifest], T], comm: Comm) -> T | None:
+    """Return `load(manifest)` of the newest complete checkpoint, None if there is none.
+
+    Collective over `comm`, whose ranks all load the same checkpoint. A running job may delete it
+    while it is loaded: then the newer one is loaded.
+
+    Parameters
+    ----------
+    folder : Path
+        The folder of the checkpoints of a run.
+
+    Raises
+    ------
+    CheckpointError
+        The checkpoint is damaged, or too many were deleted one after the other.
+    """
+    for _ in range(MAX_RELOADS):
+        name = broadcast_object(comm, partial(_latest_name, folder))
+        if name is None:
+            return None
+        loaded = all_or_none(comm, partial(_load_unless_deleted, folder / name, load))
+        if all(comm.allgather_object(bool(loaded))):
+            return loaded[0]
+    raise CheckpointError(
+        "checkpoint.replaced-while-read",
+        f"{MAX_RELOADS} checkpoints in {folder} were replaced while they were read: try again when "
+        "the run has ended",
+        agreed=True,
+    )
+
+
+def _latest_name(folder: Path) -> str | None:
+    """Return the name of the newest complete checkpoint."""
+    complete = [path.parent for path in folder.glob("update-*/manifest.json")]
+    return max((path.name for path in complete if path.suffix != PARTIAL_SUFFIX), default=None)
+
+
+def _load_unless_deleted(folder: Path, load: Callable[[Manifest], T]) -> list[T]:
+    """Return `load(manifest)` of a checkpoint in a list, an empty list if it has been deleted."""
+    try:
+        return [load(read_manifest(folder))]
+    except (DtrainError, OSError):
+        if folder.is_dir():
+            raise
+        return []
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Return what the complete checkpoint in `folder` says of itself."""
+    """Return the manifest of the complete checkpoint in `folder`.
+
+    Raises
+    ------
+    CheckpointError
+        It is damaged.
+    """
+    path = folder / "manifest.json"
     try:
-        told = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(
-            "todo.key",
-            f"{folder / 'manifest.json'} is damaged ({error}): delete the folder {folder} to go on "
-            "from the checkpoint before it",
+        content = json.loads(path.read_text(encoding="utf-8"))
+        shards = content["shards"]
+        files = {key: name for name, shard in shards.items() for key in shard["keys"]}
+        hashes = {name: shard["sha256"] for name, shard in shards.items()}
+        return Manifest(folder, content["run"], content["state"], files, hashes)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            "checkpoint.manifest-damaged",
+            f"{path} is damaged ({error}): delete the folder {folder} to resume from the "
+            "checkpoint before it",
         ) from error
-    files = {key: name for name, shard in told["shards"].items() for key in shard["keys"]}
-    hashes = {name: shard["sha256"] for name, shard in told["shards"].items()}
-    return Manifest(folder, told["run"], told["state"], files, hashes)

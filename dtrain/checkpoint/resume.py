@@ -1,41 +1,31 @@
-"""Which checkpoint a run goes on from, and what may differ from the run that wrote it.
+"""Find the checkpoint that a run resumes from, and check that it is the same run.
 
-Invariant: whatever decides what is trained must be the same; only the length, the mesh, the device
-and what is reported may change, the length not where learning rates followed it.
+Invariant: every key that decides what is trained must be the same. Only the length, the mesh, the
+device and reporting may change; the length not where learning rates or phases depend on it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from dtrain.checkpoint.manifest import Manifest, latest_checkpoint
+from dtrain.checkpoint.manifest import Manifest, latest_checkpoint, load_latest
 from dtrain.checkpoint.run_folder import OWNER_FILE
+from dtrain.comm.agree import broadcast_object
+from dtrain.comm.backends.single import SingleBackend
+from dtrain.comm.communicator import Comm
+from dtrain.config.renamed_keys import translate_old_keys
 from dtrain.config.run import RunConfig
 from dtrain.errors import ConfigError
 from dtrain.schema import Table, toml_text
 
+T = TypeVar("T")
 
-def newest_checkpoint(folder: Path) -> Manifest:
-    """Return the newest complete checkpoint of a run; refuse where there is none."""
-    if not folder.is_dir():
-        raise ConfigError(
-            "todo.key", f"there is no run folder {folder}: give the one that `dtrain train` named"
-        )
-    if not (folder / "run.toml").is_file():
-        raise ConfigError(
-            "todo.key", f"{folder} holds no run.toml: give a folder that `dtrain train` named"
-        )
-    where = folder / CHECKPOINT_FOLDER
-    manifest = latest_checkpoint(where)
-    if manifest is None:
-        raise ConfigError(
-            "todo.key",
-            f"there is no complete checkpoint in {where}: a run writes one at the end of its first "
-            "epoch (or sooner, by [checkpoint] every); let it come that far",
-        )
-    return manifest
+
+CHECKPOINT_FOLDER = "checkpoints"
 
 
 CHANGEABLE_KEYS = (
@@ -56,99 +46,202 @@ CHANGEABLE_KEYS = (
 LENGTH_KEYS = ("epochs", "updates")
 
 
-RUN_FOLDER_FILES = {"summary.json", "checkpoints", OWNER_FILE}
+RUN_FOLDER_FILES = {"summary.json", CHECKPOINT_FOLDER, OWNER_FILE}
 
 
-CHECKPOINT_FOLDER = "checkpoints"
+@dataclass(frozen=True)
+class ResumePoint:
+    """The checkpoint that a run resumes from, the same on all ranks.
+
+    Attributes
+    ----------
+    checkpoint : str or None
+        Its folder; None: the run starts afresh.
+    run_table : dict or None
+        The resolved run that wrote it.
+    updates : int
+        Updates that it holds.
+    """
+
+    checkpoint: str | None = None
+    run_table: Table | None = None
+    updates: int = 0
+
+    @staticmethod
+    def from_manifest(manifest: Manifest | None) -> ResumePoint:
+        """Return the resume point of a checkpoint, or of none."""
+        if manifest is None:
+            return ResumePoint()
+        return ResumePoint(str(manifest.folder), manifest.run_table, int(manifest.state["update"]))
+
+
+def find_resume_point(comm: Comm, out: Path, resume: str) -> ResumePoint:
+    """Return the checkpoint that a run into `out` resumes from. Collective over `comm`.
+
+    Parameters and errors are those of `find_checkpoint`.
+    """
+    return ResumePoint(
+        **broadcast_object(
+            comm, lambda: asdict(ResumePoint.from_manifest(find_checkpoint(out, resume)))
+        )
+    )
 
 
 def find_checkpoint(out: Path, resume: str) -> Manifest | None:
-    """Return the checkpoint that a run into `out` goes on from; None: it starts afresh.
+    """Return the checkpoint that a run into `out` resumes from; None: it starts afresh.
 
     Parameters
     ----------
     resume : str
-        "auto": the newest in `out`; "never": none, and `out` must be empty; else the folder of a
-        run whose newest is taken, unless `out` has gone on from there already.
+        "auto": the newest in `out`. "never": none, and `out` must be empty. Else the folder of
+        another run, whose newest is taken unless `out` holds one already.
 
     Raises
     ------
-    DtrainError
-        A folder that is not empty, holds no run of ours, or lacks the checkpoint asked for.
+    ConfigError
+        `out` is not empty and no run folder, or the checkpoint that `resume` names is missing.
+    CheckpointError
+        The manifest of the checkpoint is damaged.
     """
-    held = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    held -= {name for name in held if name.startswith(f".{OWNER_FILE}")}
-    if resume == "never" and held - {OWNER_FILE}:
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    names -= {name for name in names if name.startswith(f".{OWNER_FILE}")}
+    if resume == "never" and names - {OWNER_FILE}:
         raise ConfigError(
-            "todo.key", f"--resume never, but {out} is not empty: delete it or choose another --out"
+            "run-folder.not-empty",
+            f"--resume never, but {out} is not empty: delete it or choose another --out",
         )
-    if held and not held & RUN_FOLDER_FILES:
+    if names and not names & RUN_FOLDER_FILES:
         raise ConfigError(
-            "todo.key",
-            f"{out} is not empty and no run folder ({', '.join(sorted(held)[:3])}): "
+            "run-folder.other-files",
+            f"{out} is not empty and no run folder ({', '.join(sorted(names)[:3])}): "
             "choose another --out",
         )
-    own = latest_checkpoint(out / CHECKPOINT_FOLDER)
-    if own is not None or resume in ("auto", "never"):
-        return own
+    manifest = latest_checkpoint(out / CHECKPOINT_FOLDER)
+    if manifest is not None or resume in ("auto", "never"):
+        return manifest
     manifest = latest_checkpoint(Path(resume) / CHECKPOINT_FOLDER)
     if manifest is None:
         raise ConfigError(
-            "todo.key", f"--resume {resume}: there is no complete checkpoint in {resume}"
+            "run-folder.no-resume-checkpoint",
+            f"--resume {resume}: there is no complete checkpoint in {resume}",
         )
     return manifest
+
+
+def newest_checkpoint(folder: Path) -> Manifest:
+    """Return the newest complete checkpoint of a run.
+
+    Raises
+    ------
+    ConfigError
+        There is no run folder, or no checkpoint in it yet.
+    CheckpointError
+        The manifest of the checkpoint is damaged.
+    """
+    return load_newest(folder, lambda manifest: manifest, Comm(SingleBackend()))
+
+
+def load_newest(folder: Path, load: Callable[[Manifest], T], comm: Comm) -> T:
+    """Return `load(manifest)` of the newest complete checkpoint of a run. Collective over `comm`.
+
+    A run that is still training may delete the checkpoint meanwhile: then the newer one is loaded.
+
+    Parameters
+    ----------
+    folder : Path
+        The run folder.
+
+    Raises
+    ------
+    ConfigError
+        There is no run folder, or no checkpoint in it yet.
+    CheckpointError
+        The checkpoint is damaged.
+    """
+    broadcast_object(comm, partial(_check_run_folder, folder))
+    loaded = load_latest(folder / CHECKPOINT_FOLDER, load, comm)
+    if loaded is None:
+        raise ConfigError(
+            "run-folder.no-checkpoint",
+            f"there is no complete checkpoint in {folder / CHECKPOINT_FOLDER}: a run writes one at "
+            "the end of its first epoch (or sooner, by [checkpoint] every); wait until then",
+            agreed=True,
+        )
+    return loaded
+
+
+def _check_run_folder(folder: Path) -> None:
+    """Refuse a folder that holds no run."""
+    if not folder.is_dir():
+        raise ConfigError(
+            "run-folder.missing",
+            f"there is no run folder {folder}: give the one that `dtrain train` named",
+        )
+    if not (folder / "run.toml").is_file():
+        raise ConfigError(
+            "run-folder.no-run-file",
+            f"{folder} holds no run.toml: give a folder that `dtrain train` named",
+        )
 
 
 def check_same_run(
     out: Path, saved_table: Table | None, run: RunConfig, fully_trained: bool = False
 ) -> None:
-    """Refuse what would not be the same run, or would overwrite its run file.
+    """Refuse a run that is not the one of the checkpoint, or would overwrite its own run file.
 
     Parameters
     ----------
-    before : dict or None
-        The resolved run of the checkpoint to go on from.
-    reached : bool
+    saved_table : dict or None
+        The resolved run of the checkpoint to resume from; None: there is none.
+    fully_trained : bool
         Whether that checkpoint holds all updates of `run`: then nothing is left to train, at
         whatever rate.
+
+    Raises
+    ------
+    ConfigError
+        Settings differ from the checkpoint that must not, or `out` is the folder of the run file.
     """
     if run.path == (out / "run.toml").resolve():
         raise ConfigError(
-            "todo.key", f"--out {out} would overwrite the run file {run.path}: choose another --out"
+            "run-folder.overwrites-run-file",
+            f"--out {out} would overwrite the run file {run.path}: choose another --out",
         )
-    old, new = dict(_flatten(saved_table or {})), dict(_flatten(run.to_table()))
-    told = {
-        key: f"{key} (was {_value_text(old, key)}, is {_value_text(new, key)})"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
+    if saved_table is None:
+        return
+    saved = dict(_flatten(translate_old_keys(saved_table)))
+    current = dict(_flatten(run.to_table()))
+    changes = {
+        key: f"{key} (was {_value_text(saved, key)}, is {_value_text(current, key)})"
+        for key in sorted(saved.keys() | current.keys())
+        if saved.get(key) != current.get(key)
     }
-    changed = [words for key, words in told.items() if not key.startswith(CHANGEABLE_KEYS)]
-    if saved_table is not None and changed:
+    forbidden = [text for key, text in changes.items() if not key.startswith(CHANGEABLE_KEYS)]
+    if forbidden:
         raise ConfigError(
-            "todo.key",
-            f"the run to go on from was begun with other settings: {', '.join(changed)}; put them "
+            "resume.settings-changed",
+            f"cannot resume: settings differ from the checkpoint: {', '.join(forbidden)}; put them "
             f"back, or choose another --out than {out}",
         )
-    length = [told[key] for key in LENGTH_KEYS if key in told]
-    if saved_table is not None and length and not fully_trained:
-        for what in length_dependent_parts(run):
-            raise ConfigError(
-                "todo.key",
-                f"the {what} followed the length that the run was begun with: "
-                f"{', '.join(length)}; put it back, or choose another --out than {out}",
-            )
+    length = [changes[key] for key in LENGTH_KEYS if key in changes]
+    for part in length_dependent_parts(run) if length and not fully_trained else ():
+        raise ConfigError(
+            "resume.length-changed",
+            f"cannot resume with another length: the {part} depend on it: {', '.join(length)}; put "
+            f"it back, or choose another --out than {out}",
+        )
 
 
 def length_dependent_parts(run: RunConfig) -> Iterator[str]:
-    """Yield in words what follows the length of a run, which then cannot be made longer."""
-    if run.make_lr_schedule().depends_on_run_length:
+    """Yield a description of each part that depends on the run's length, which then is fixed."""
+    if run.lr_schedule.instance.depends_on_run_length:
         yield f"learning rates of '{run.lr_schedule.name}'"
-    if run.make_sync().traits().depends_on_run_length:
+    if run.sync.instance.traits().depends_on_run_length:
         yield f"phases of '{run.sync.name}'"
 
 
 def _flatten(table: Table, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the nested tables as dotted keys; lists and tuples are the same."""
+    """Yield the nested tables as dotted keys and values; a tuple becomes a list."""
     for key, value in table.items():
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{key}.")

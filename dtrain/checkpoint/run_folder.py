@@ -1,7 +1,7 @@
-"""The run folder: who owns it, and the files that tell what happened.
+"""The run folder: its owner, and the files that record a run.
 
-Invariant: one run at a time writes into a folder. It is taken with an exclusive create that names
-job, host and process; `summary.json` is there from the start and is always a whole file.
+Invariant: one run at a time writes into a folder. Its owner file is created exclusively and names
+job, host and process. `summary.json` exists from the start and is always a whole file.
 
 ::
 
@@ -21,6 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from dtrain.checkpoint.files import replacing
 from dtrain.errors import ConfigError
 
 OWNER_FILE = "owner.json"
@@ -33,31 +34,36 @@ Owner = dict[str, Any]
 
 
 def acquire(folder: Path) -> Owner:
-    """Take a run folder for this process, making it if needed; return the token that gives it back.
+    """Lock a run folder for this process and return the owner to release it with.
+
+    The folder is made if needed. A folder whose owner is gone (no such process on this host, or
+    the same job started again) is taken over.
 
     Raises
     ------
-    DtrainError
-        Another process owns it: the message names the owner and the file to delete. A folder
-        whose owner is gone (no such process on this host, or the same job started again) is
-        taken over.
+    ConfigError
+        Another process owns it (the message names the owner and the file to delete), or the
+        folder cannot be used.
     """
-    mine = _this_process()
+    owner = _this_process()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Linked into place when it is written: nobody ever sees half of it.
-        whole = folder / f".{OWNER_FILE}-{mine['host']}-{mine['process']}"
-        whole.write_text(json.dumps(mine), encoding="utf-8")
+        # Linked into place when it is written, so that no reader finds half of it.
+        draft = folder / f".{OWNER_FILE}-{owner['host']}-{owner['process']}"
+        draft.write_text(json.dumps(owner), encoding="utf-8")
         try:
-            return _claim(folder, whole, mine)
+            return _claim(folder, draft, owner)
         finally:
-            whole.unlink()
+            draft.unlink()
     except OSError as error:
-        where = f"cannot use the run folder {folder}"
-        raise ConfigError("todo.key", f"{where}: {error.strerror}; choose another --out") from error
+        raise ConfigError(
+            "run-folder.unusable",
+            f"cannot use the run folder {folder}: {error.strerror}; choose another --out",
+        ) from error
 
 
 def _claim(folder: Path, draft: Path, claimant: Owner) -> Owner:
+    """Link the draft into place, over the file of an owner that is gone."""
     owner: Owner | None = None
     for _ in range(3):
         try:
@@ -69,43 +75,49 @@ def _claim(folder: Path, draft: Path, claimant: Owner) -> Owner:
                 break
             _evict(folder, owner)
     owner = owner or {}
-    told = ", ".join(f"{key} {value}" for key, value in owner.items() if key != "since")
-    dead = (
+    owner_text = ", ".join(f"{key} {value}" for key, value in owner.items() if key != "since")
+    condition = (
         f"if `squeue -j {owner['job']}` no longer shows it" if "job" in owner else "if it is dead"
     )
     raise ConfigError(
-        "todo.key",
-        f"the run folder {folder} belongs to a run that has not given it back ({told}): {dead}, "
-        f"delete {folder / OWNER_FILE}; else choose another --out",
+        "run-folder.locked",
+        f"the run folder {folder} is locked by another run ({owner_text}): {condition}, delete "
+        f"{folder / OWNER_FILE}; else choose another --out",
     )
 
 
 def check_visible(folder: Path, host: str, timeout_s: float = 5.0) -> None:
-    """Refuse a run folder that a rank on `host` cannot see, though the first rank has taken it."""
+    """Refuse a run folder that rank 0 has locked and a rank on `host` cannot see.
+
+    Raises
+    ------
+    ConfigError
+        The owner file did not appear within `timeout_s` seconds.
+    """
     deadline = time.monotonic() + timeout_s
     while not (folder / OWNER_FILE).exists():
         if time.monotonic() < deadline:
-            time.sleep(0.1)  # a network file system may be a little behind
+            time.sleep(0.1)  # a network file system may show it later
             continue
         raise ConfigError(
-            "todo.key",
+            "run-folder.not-shared",
             f"the run folder {folder.absolute()} is not visible on {host}: choose an --out on a "
             "file system that all hosts share",
         )
 
 
 def archive(folder: Path, name: str, attempt: int) -> None:
-    """Put a folder of an earlier attempt aside, as `NAME-NNN`, in the place of an older one."""
-    aside = folder / f"{name}-{attempt:03d}"
+    """Rename a folder of an earlier attempt to `NAME-NNN`, over an older one; never raise."""
+    archived = folder / f"{name}-{attempt:03d}"
     with suppress(OSError):  # the run matters more
         if (folder / name).is_dir():
-            shutil.rmtree(aside, ignore_errors=True)
-            (folder / name).rename(aside)
+            shutil.rmtree(archived, ignore_errors=True)
+            (folder / name).rename(archived)
 
 
-def release(folder: Path, token: Owner) -> bool:
-    """Give the folder back, if `token` still owns it; return whether this call did it."""
-    if _read_owner(folder / OWNER_FILE) != token:
+def release(folder: Path, owner: Owner) -> bool:
+    """Unlock the folder, if `owner` still owns it; return whether this call did it."""
+    if _read_owner(folder / OWNER_FILE) != owner:
         return False
     try:
         (folder / OWNER_FILE).unlink()
@@ -116,71 +128,71 @@ def release(folder: Path, token: Owner) -> bool:
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """Write `summary.json`, whole or not at all."""
-    part = folder / f".summary-{os.getpid()}.json"
-    part.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    part.replace(folder / "summary.json")
+    with replacing(folder / "summary.json") as draft:
+        text = json.dumps(summary, indent=2, allow_nan=False)
+        draft.write_text(text + "\n", encoding="utf-8")
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """Return what `summary.json` says, None where there is none."""
+    """Return the content of `summary.json`, None where there is none."""
     try:
-        told = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return told if isinstance(told, dict) else None
+    return summary if isinstance(summary, dict) else None
 
 
-def release_unfinished(folder: Path, token: Owner, status: str, reason: str) -> bool:
-    """Note how a run ended that did not finish, and give its folder back.
+def release_unfinished(folder: Path, owner: Owner, status: str, reason: str) -> bool:
+    """Record how a run ended that did not finish, and unlock its folder.
 
     Returns
     -------
     bool
-        Whether this call did it: of several ranks that fail, the first. It may say so although
+        Whether this call unlocked it: the first of several ranks that fail. It is true although
         the summary could not be written: a full disk must not hide why the run ended.
     """
-    told = read_summary(folder)
-    if not release(folder, token):
+    summary = read_summary(folder)
+    if not release(folder, owner):
         return False
-    if told is not None:
+    if summary is not None:
         with suppress(OSError):
-            write_summary(folder, told | {"status": status, "error": reason})
+            write_summary(folder, summary | {"status": status, "error": reason})
     return True
 
 
 def append_record(folder: Path, kind: str, time_s: float, **values: Any) -> None:
     """Append one record to `metrics.jsonl`; `time_s` is the run's own time, over all attempts."""
-    told = {"kind": kind, "time_s": round(time_s, 3), "unix_s": round(time.time(), 3)} | values
-    line = json.dumps(told, allow_nan=False)
+    header = {"kind": kind, "time_s": round(time_s, 3), "unix_s": round(time.time(), 3)}
+    line = json.dumps(header | values, allow_nan=False)
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 
 def _this_process() -> Owner:
     pid = os.getpid()
-    number = slurm_job_id()
+    job = slurm_job_id()
     restart = os.environ.get("SLURM_RESTART_COUNT") or os.environ.get("DTRAIN_RESTART")
-    own = {"host": socket.gethostname(), "process": pid, "since": _process_start(pid)}
-    return own if number is None else {"job": number, "restart": restart or "0"} | own
+    process = {"host": socket.gethostname(), "process": pid, "since": _process_start(pid)}
+    return process if job is None else {"job": job, "restart": restart or "0"} | process
 
 
 def slurm_job_id() -> str | None:
-    """Return the number of the Slurm job that this process belongs to."""
+    """Return the number of the Slurm job of this process, None outside of Slurm."""
     # `--ranks` hides Slurm from the ranks' MPI library, so it passes this on.
     return os.environ.get("SLURM_JOB_ID") or os.environ.get("DTRAIN_JOB")
 
 
 def _evict(folder: Path, owner: Owner | None) -> None:
-    """Remove what the owner that is gone left behind, and not what a faster process put there."""
-    aside = folder / f".{OWNER_FILE}-{os.getpid()}"
+    """Remove the file of an owner that is gone, but not that of a faster process."""
+    evicted = folder / f".{OWNER_FILE}-{os.getpid()}"
     try:
-        (folder / OWNER_FILE).rename(aside)
+        (folder / OWNER_FILE).rename(evicted)
     except FileNotFoundError:
         return
-    if _read_owner(aside) != owner:
+    if _read_owner(evicted) != owner:
         with suppress(FileExistsError):
-            os.link(aside, folder / OWNER_FILE)
-    aside.unlink()
+            os.link(evicted, folder / OWNER_FILE)
+    evicted.unlink()
 
 
 def _read_owner(path: Path) -> Owner | None:
@@ -192,7 +204,7 @@ def _read_owner(path: Path) -> Owner | None:
 
 
 def _is_gone(owner: Mapping[str, Any], claimant: Mapping[str, Any]) -> bool:
-    """Tell whether an owner is known to be gone: no such process here, or my own job restarted."""
+    """Return whether an owner is known to be gone: its process ended here, or its job restarted."""
     requeued = owner.get("restart") != claimant.get("restart")
     if "job" in owner and owner["job"] == claimant.get("job") and requeued:
         return True
@@ -203,10 +215,10 @@ def _is_gone(owner: Mapping[str, Any], claimant: Mapping[str, Any]) -> bool:
 
 
 def _process_start(pid: int) -> str | None:
-    """Return when a process started, in the kernel's own words; None where it does not run.
+    """Return when a process started, as the kernel writes it; None where it does not run.
 
-    A process number may be used again, its start may not. Where there is no /proc, a process
-    that runs has an unknown but constant start.
+    A process number may be used again; the pair of number and start may not. Where there is no
+    /proc, a running process has an unknown but constant start.
     """
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[19]

@@ -1,15 +1,15 @@
 """Checkpoints: HDF5 shards, one per rank, and a manifest; visible only when complete.
 
 Invariant: a folder without the suffix ``.part`` is complete. Every shard is written and synced,
-then the manifest, then one rename commits them all. Keys are global names, so any rank finds what
-it holds whoever wrote it; nothing is ever unpickled.
+then the manifest, then one rename commits them all. Keys are global names, so a rank finds its
+tensors whichever rank wrote them. Nothing is ever unpickled.
 
 ::
 
     checkpoints/
       update-00000072/
         manifest.json            update, run table, counters; file, bytes, sha256 and keys per shard
-        replica-0-stage-0.h5     model/fc1.weight            what is evaluated and exported
+        replica-0-stage-0.h5     model/fc1.weight            evaluated and exported
                                  replica/0/optimizer/fc1.weight/exp_avg
         replica-0-stage-1.h5     ...
 """
@@ -18,16 +18,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from dtrain.block.block import Block
+from dtrain.checkpoint.files import fsync
 from dtrain.checkpoint.manifest import PARTIAL_SUFFIX, Manifest
-from dtrain.checkpoint.shard import convert_write_errors, fsync, write_shard
+from dtrain.checkpoint.shard import write_shard
 from dtrain.comm.communicator import Comm
+from dtrain.errors import CheckpointError
 from dtrain.syncs.base import Sync
 
 
@@ -40,42 +43,41 @@ def save(
     control: Comm,
     keep: int,
 ) -> None:
-    """Write one checkpoint; collective over all ranks of `control`. Refuses on ranks that cannot.
+    """Write one checkpoint. Collective over `control`.
 
     Parameters
     ----------
     folder : Path
-        Where checkpoints lie; the same path on all ranks.
+        The folder of the run's checkpoints; the same path on all ranks.
     shard : str
         This rank's file name, without suffix.
     tensors : mapping of str to Tensor
-        What this rank writes, by global key; where there are none it writes no shard.
-    table, state : dict
-        For the manifest; rank 0's count.
+        This rank's tensors, by global key; without any it writes no shard.
+    run_table, state : dict
+        For the manifest; those of rank 0 are written.
     keep : int
-        How many complete checkpoints remain, this one included.
+        Number of complete checkpoints that remain, this one included.
+
+    Raises
+    ------
+    CheckpointError
+        On a rank that cannot write: the disk is full, for example.
     """
     final = folder / f"update-{state['update']:08d}"
     part = final.with_name(final.name + PARTIAL_SUFFIX)
     if control.rank == 0:
-        with convert_write_errors(part):
+        with _convert_write_errors(part):
             for remains in folder.glob(f"*{PARTIAL_SUFFIX}"):
                 shutil.rmtree(remains)
             part.mkdir(parents=True)
     control.allgather_object("made")
-    with convert_write_errors(part):
+    with _convert_write_errors(part):
         row = write_shard(part / f"{shard}.h5", tensors) if tensors else None
     rows = control.allgather_object(row)
     if control.rank == 0:
         shards = {row.pop("file"): row for row in rows if row is not None}
-        with convert_write_errors(part):
-            told = {"run": run_table, "state": state, "shards": shards}
-            _write_text(part / "manifest.json", json.dumps(told))
-            fsync(part)
-            if final.exists():
-                _remove(final)
-            part.rename(final)
-            fsync(folder)
+        with _convert_write_errors(part):
+            _commit(part, final, {"run": run_table, "state": state, "shards": shards})
             for old in sorted(folder.glob("update-*"))[:-keep]:
                 _remove(old)
     control.allgather_object("done")
@@ -87,67 +89,116 @@ def collect_tensors(
     eval_weights: Mapping[int, Mapping[str, Tensor]],
     replica: int,
 ) -> dict[str, Tensor]:
-    """Return what a rank hands over: each part's state under its global name.
+    """Return the tensors that a rank saves, by global name.
 
-    Replicas that are not apart hold the same, so the first writes for all. `views` are what the
-    syncs show, by block.
+    Replicas that never diverge hold the same tensors, so the first one saves for all.
+
+    Parameters
+    ----------
+    eval_weights : mapping
+        The evaluation weights of the syncs, by block.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for index, block in blocks.items():
-        sync, own = syncs[index], f"replica/{replica}"
+        sync, root = syncs[index], f"replica/{replica}"
         traits = sync.traits()
         if replica == 0:
-            found |= {f"model/{name}": tensor for name, tensor in eval_weights[index].items()}
+            tensors |= {f"model/{name}": tensor for name, tensor in eval_weights[index].items()}
         if replica and not traits.replicas_diverge:
             continue
+        parts = {"optimizer": block.optimizer_state(), f"sync/{index}": sync.state()}
         if traits.replicas_diverge or traits.reparametrises:
-            found |= {f"{own}/{name}": tensor for name, tensor in block.tensors().items()}
-        found |= {f"{own}/optimizer/{name}": each for name, each in block.optimizer_state().items()}
-        found |= {f"{own}/sync/{index}/{name}": each for name, each in sync.state().items()}
-    return found
+            tensors |= {f"{root}/{name}": tensor for name, tensor in block.tensors().items()}
+        for part, state in parts.items():
+            tensors |= {f"{root}/{part}/{name}": tensor for name, tensor in state.items()}
+    return tensors
 
 
 def restore(
     manifest: Manifest, blocks: Mapping[int, Block], syncs: Mapping[int, Sync], replica: int
 ) -> bool:
-    """Give every part of a rank its state back, in place; bit for bit on as many replicas.
+    """Load a rank's blocks, optimizers and syncs in place, bit for bit on as many replicas.
 
-    Replicas that trained apart and are not as many as before all start from ``model/``, their
-    optimizers and syncs afresh; then this returns False.
+    Returns
+    -------
+    bool
+        False where replicas that diverge are not as many as before. Then all start from
+        ``model/``, with fresh optimizers and syncs.
 
     Raises
     ------
-    DtrainError
-        The checkpoint is damaged, or its tensors are not those of this model (code 3).
+    CheckpointError
+        The checkpoint is damaged, or its tensors are not those of this model.
     """
-    one = next(iter(syncs.values()))
-    traits = one.traits()
-    same = not traits.replicas_diverge or manifest.replicas == one.replicas.size
+    sync = next(iter(syncs.values()))
+    traits = sync.traits()
+    same = not traits.replicas_diverge or manifest.replicas == sync.replicas.size
     own = f"replica/{replica if traits.replicas_diverge else 0}"
     root = own if same and (traits.replicas_diverge or traits.reparametrises) else "model"
-    for index, sync in syncs.items() if same else ():
-        sync.restore_shapes(manifest.load_prefix(f"{own}/sync/{index}/"))
-    tensors = {name: t for block in blocks.values() for name, t in block.tensors().items()}
-    held = {f"{root}/{name}": tensor for name, tensor in tensors.items()}
-    for key, tensor in manifest.verify_and_load(held).items():
-        held[key].copy_(tensor)
-    for index, block in blocks.items() if same else ():
-        memory: dict[str, Tensor] = {}
-        for name in block.parameters:
-            entries = manifest.load_prefix(f"{own}/optimizer/{name}/")
-            memory |= {f"{name}/{entry}": tensor for entry, tensor in entries.items()}
-        block.load_optimizer_state(memory)
-        syncs[index].restore(manifest.load_prefix(f"{own}/sync/{index}/"))
+    if same:
+        for index in syncs:
+            syncs[index].restore_shapes(manifest.load_prefix(f"{own}/sync/{index}/"))
+    load_blocks(manifest, blocks, root)
+    if same:
+        for index, block in blocks.items():
+            block.load_optimizer_state(_optimizer_state(manifest, block, own))
+            syncs[index].restore(manifest.load_prefix(f"{own}/sync/{index}/"))
     return same
 
 
-def _remove(folder: Path) -> None:
-    """Remove a checkpoint; what a crash leaves of it is marked as incomplete."""
-    doomed = folder.with_name(folder.name + ".old" + PARTIAL_SUFFIX)
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+def load_blocks(manifest: Manifest, blocks: Mapping[int, Block], root: str) -> None:
+    """Load the parameters and buffers of blocks in place, from the keys under `root`.
+
+    Raises
+    ------
+    CheckpointError
+        The checkpoint is damaged, or its tensors are not those of these blocks.
+    """
+    tensors = {
+        f"{root}/{name}": tensor
+        for block in blocks.values()
+        for name, tensor in block.tensors().items()
+    }
+    for key, tensor in manifest.load_like(tensors).items():
+        tensors[key].copy_(tensor)
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def _optimizer_state(manifest: Manifest, block: Block, root: str) -> dict[str, Tensor]:
+    """Return the optimizer state of a block's parameters, as `load_optimizer_state` takes it."""
+    state: dict[str, Tensor] = {}
+    for name in block.parameters:
+        entries = manifest.load_prefix(f"{root}/optimizer/{name}/")
+        state |= {f"{name}/{entry}": tensor for entry, tensor in entries.items()}
+    return state
+
+
+def _commit(part: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest and rename the folder, in the place of an older one of that name."""
+    path = part / "manifest.json"
+    path.write_text(json.dumps(manifest), encoding="utf-8")
     fsync(path)
+    fsync(part)
+    if final.exists():
+        _remove(final)
+    part.rename(final)
+    fsync(final.parent)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint, marked as incomplete first, in case the process dies meanwhile."""
+    removed = folder.with_name(folder.name + ".old" + PARTIAL_SUFFIX)
+    folder.rename(removed)
+    shutil.rmtree(removed)
+
+
+@contextmanager
+def _convert_write_errors(folder: Path) -> Iterator[None]:
+    """Raise an error of the disk as a `CheckpointError`."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            "checkpoint.write-failed",
+            f"cannot write the checkpoint {folder}: {error}; the one before it is complete: make "
+            "room and start again",
+        ) from error

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dtrain.block.lr_schedule import LR_SCHEDULES
-from dtrain.config.run import RunConfig
+from dtrain.config.renamed_keys import refuse_old_keys, translate_old_keys
+from dtrain.config.run import RUN_FILE_HEADER, RunConfig
 from dtrain.config.sections import (
     CheckpointSection,
     DataSection,
@@ -22,141 +22,183 @@ from dtrain.config.sections import (
     RunSection,
     StrategyChoice,
 )
+from dtrain.config.strategies import read_strategy
 from dtrain.config.validate import validate_run
 from dtrain.errors import ConfigError, DtrainError
-from dtrain.objectives import OBJECTIVES
-from dtrain.schedules import SCHEDULES
-from dtrain.schema import Table, build_strategy, from_table, kebab, load_toml, snake
-from dtrain.syncs import SYNCS
+from dtrain.schema import Table, from_table, kebab, load_toml, snake, strategy_name
+
+SECTIONS = (
+    *("data", "model", "mesh", "partition", "objective", "schedule", "sync"),
+    *("optimizer", "lr", "checkpoint", "evaluate", "log"),
+)
+"""The tables of a run file."""
 
 
 def read_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run file, apply ``KEY=VALUE`` overrides and check everything that it says.
+    """Read a run file, apply ``KEY=VALUE`` overrides and check every key.
 
     Raises
     ------
-    DtrainError
-        The file is missing, is no TOML, or has an unknown key or name or an impossible value.
+    ConfigError
+        The file is missing or is no TOML, a key or a name is unknown, or a value is impossible.
     """
     table = load_toml(path, "run file")
+    return _parse_with_overrides(table, overrides, path.resolve(), path)
+
+
+def read_resolved_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read the `run.toml` of a run folder; return the run, with the path of its own run file.
+
+    An earlier version may have written it: old keys are translated.
+
+    Raises
+    ------
+    ConfigError
+        As `read_run`, or its first line does not name the run file.
+    """
+    table = translate_old_keys(load_toml(path, "run file"))
+    return _parse_with_overrides(table, overrides, _source_path(path), path)
+
+
+def _source_path(path: Path) -> Path:
+    """Return the run file that a resolved one comes from."""
+    line = path.read_text(encoding="utf-8").partition("\n")[0]
+    head, tail = RUN_FILE_HEADER.split("{}")
+    if not (line.startswith(head) and line.endswith(tail)):
+        raise ConfigError(
+            "run-folder.no-source-path",
+            f"the first line of {path} must say where relative paths and imports start: write "
+            f"'{RUN_FILE_HEADER.format('/the/path/of/the/run/file.toml')}'",
+        )
+    return Path(line.removeprefix(head).removesuffix(tail))
+
+
+def _parse_with_overrides(
+    table: Table, overrides: Sequence[str], source: Path, path: Path
+) -> RunConfig:
+    """Apply overrides to a run file's tables and parse them; errors begin with `path`."""
     for override in overrides:
         _override(table, override)
     try:
-        return parse_run(table, path.resolve(), overrides)
-    except DtrainError as refusal:
-        raise refusal.with_prefix(str(path)) from refusal
+        return parse_run(table, source, overrides)
+    except DtrainError as error:
+        raise error.with_prefix(str(path)) from error
 
 
 def parse_run(table: Mapping[str, Any], path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Check the nested tables of a run file and return them as a `Run`."""
-    tables = ["data", "model", "mesh", "partition", "objective", "schedule", "sync", "optimizer"]
-    tables += ["lr", "checkpoint", "evaluate", "log"]
-    plain = {key: value for key, value in table.items() if key not in tables}
-    top = from_table(RunSection, plain, "", other_keys=tables)
-    parts = {name: _subtable(table, name) for name in tables}
-    if {"cuts", "balance"} <= parts["partition"].keys():
+    """Return the run that the nested tables of a run file describe, once they are checked.
+
+    Parameters
+    ----------
+    path : Path
+        The run file; its folder comes first on the import path.
+
+    Raises
+    ------
+    ConfigError
+        A key or a name is unknown, or a value is impossible.
+    """
+    refuse_old_keys(dict(table))
+    settings = {key: value for key, value in table.items() if key not in SECTIONS}
+    sections = {name: _section(table, name) for name in SECTIONS}
+    if {"cuts", "balance"} <= sections["partition"].keys():
         raise ConfigError(
-            "todo.key", "[partition] cuts say where every block starts: leave out balance"
+            "partition.cuts-exclude-balance",
+            "[partition] cuts already say where every block starts: leave out balance",
         )
-    common = [kebab(each.name) for each in dataclasses.fields(DataSection)]
-    ours = [kebab(each.name) for each in dataclasses.fields(OptimizerSection)]
-    objective = _choice(parts["objective"], "objective", OBJECTIVES, "mono-forward")
-    default = build_strategy(OBJECTIVES, objective.to_table(), "objective").default_schedule
+    data_keys, dataset = _split_keys(sections["data"], DataSection)
+    optimizer_keys, optimizer = _split_keys(sections["optimizer"], OptimizerSection)
+    defaults = {"objective": "mono-forward", "sync": "every-step", "lr": "constant"}
+    strategies = {
+        section: read_strategy(section, {"name": name} | sections[section], path.parent)
+        for section, name in defaults.items()
+    }
+    objective = strategies["objective"]
+    schedule = {"name": objective.instance.default_schedule} | sections["schedule"]
     run = RunConfig(
         path=path,
         overrides=tuple(overrides),
-        settings=top,
-        data=from_table(
-            DataSection, {k: v for k, v in parts["data"].items() if k in common}, "[data] "
-        ),
-        dataset=_unchecked_choice(
-            {k: v for k, v in parts["data"].items() if k not in common}, "data"
-        ),
-        model=_unchecked_choice(parts["model"], "model"),
-        mesh=from_table(MeshSection, parts["mesh"], "[mesh] "),
-        partition=from_table(PartitionSection, parts["partition"], "[partition] "),
+        settings=from_table(RunSection, settings, "", other_keys=SECTIONS),
+        data=from_table(DataSection, data_keys, "[data] "),
+        dataset=_choice(dataset, "data"),
+        model=_choice(sections["model"], "model"),
+        mesh=from_table(MeshSection, sections["mesh"], "[mesh] "),
+        partition=from_table(PartitionSection, sections["partition"], "[partition] "),
         objective=objective,
-        schedule=_choice(parts["schedule"], "schedule", SCHEDULES, default),
-        sync=_choice(parts["sync"], "sync", SYNCS, "every-step"),
-        optimizer=_unchecked_choice(
-            {k: v for k, v in parts["optimizer"].items() if k not in ours}, "optimizer"
-        ),
-        optimizer_options=_optimizer_options(
-            {k: v for k, v in parts["optimizer"].items() if k in ours}
-        ),
-        lr_schedule=_choice(parts["lr"], "lr", LR_SCHEDULES, "constant"),
-        checkpoint=from_table(CheckpointSection, parts["checkpoint"], "[checkpoint] "),
-        evaluate=from_table(EvaluateSection, parts["evaluate"], "[evaluate] "),
-        log=from_table(LogSection, parts["log"], "[log] "),
+        schedule=read_strategy("schedule", schedule, path.parent),
+        sync=strategies["sync"],
+        optimizer=_choice(optimizer, "optimizer"),
+        optimizer_options=_optimizer_options(optimizer_keys),
+        lr_schedule=strategies["lr"],
+        checkpoint=from_table(CheckpointSection, sections["checkpoint"], "[checkpoint] "),
+        evaluate=from_table(EvaluateSection, sections["evaluate"], "[evaluate] "),
+        log=from_table(LogSection, sections["log"], "[log] "),
     )
     validate_run(run)
     return run
 
 
-def _optimizer_options(table: Table) -> OptimizerSection:
-    """Return what is clipped and scaled; a limit that limits nothing, or of nothing, is refused."""
-    clip = from_table(OptimizerSection, table, "[optimizer] ")
-    if not 0 <= clip.clip < math.inf:
+def _section(table: Mapping[str, Any], name: str) -> Table:
+    """Return the table of a section, empty where the run file has none."""
+    section = table.get(name, {})
+    if not isinstance(section, dict):
         raise ConfigError(
-            "todo.key",
-            f"[optimizer] clip = {clip.clip} is no norm: give a number above 0, or 0 for no limit",
+            "run-file.no-table",
+            f'{name} is a table: write [{name}] and name = "{section}" under it',
         )
-    if not clip.clip and "clip-over" in table:
-        raise ConfigError(
-            "todo.key",
-            f'[optimizer] clip-over = "{clip.clip_over}" without a clip: give clip, too, the '
-            "largest norm, or leave clip-over out",
-        )
-    return clip
+    return section
 
 
-def _subtable(table: Mapping[str, Any], name: str) -> Table:
-    part = table.get(name, {})
-    if not isinstance(part, dict):
-        raise ConfigError(
-            "todo.key", f'{name} is a table: write [{name}] and name = "{part}" under it'
-        )
-    return part
+def _split_keys(table: Table, kind: type) -> tuple[Table, Table]:
+    """Return the part of a table that is of the fields of `kind`, and the rest."""
+    keys = {kebab(field.name) for field in dataclasses.fields(kind)}
+    own = {key: value for key, value in table.items() if key in keys}
+    return own, {key: value for key, value in table.items() if key not in keys}
 
 
-def _unchecked_choice(table: Table, section: str) -> StrategyChoice:
-    """Return the choice a table makes; which names and fields are legal is found out later."""
-    name = table.get("name")
-    if not isinstance(name, str):
-        raise ConfigError("todo.key", f'[{section}] needs name = "..."')
+def _choice(table: Table, section: str) -> StrategyChoice:
+    """Return the name and the fields that a table gives; they are checked when it is made."""
     for key in table:
         if "_" in key:
             raise ConfigError(
-                "todo.key", f"[{section}] {key}: keys are written with hyphens, as {kebab(key)}"
+                "run-file.underscore",
+                f"[{section}] {key}: keys are written with hyphens, as {kebab(key)}",
             )
-    return StrategyChoice(
-        name, {snake(key): value for key, value in table.items() if key != "name"}
-    )
+    fields = {snake(key): value for key, value in table.items() if key != "name"}
+    return StrategyChoice(strategy_name(table, section), fields)
 
 
-def _choice(
-    table: Table, section: str, kinds: Mapping[str, type[Any]], default: str
-) -> StrategyChoice:
-    """Return the choice a table makes among `kinds`, with all its fields spelled out."""
-    choice = _unchecked_choice({"name": default} | table, section)
-    made = build_strategy(kinds, choice.to_table(), section)
-    return StrategyChoice(
-        choice.name, {f.name: getattr(made, f.name) for f in dataclasses.fields(made) if f.init}
-    )
+def _optimizer_options(table: Table) -> OptimizerSection:
+    """Return the keys of clipping and scaling; refuse a limit that is no number, or is missing."""
+    options = from_table(OptimizerSection, table, "[optimizer] ")
+    if not 0 <= options.clip < math.inf:
+        raise ConfigError(
+            "optimizer.clip-out-of-range",
+            f"[optimizer] clip = {options.clip} is no norm: give a number above 0, or 0 for no "
+            "limit",
+        )
+    if not options.clip and "clip-over" in table:
+        raise ConfigError(
+            "optimizer.clip-over-without-clip",
+            f'[optimizer] clip-over = "{options.clip_over}" without a clip: give clip, too, the '
+            "largest norm, or leave clip-over out",
+        )
+    return options
 
 
 def _override(table: Table, override: str) -> None:
     """Apply one ``KEY=VALUE`` to the nested tables; a value that is no TOML is a text."""
     path, equals, value = override.partition("=")
-    *outer, key = path.strip().split(".")
+    *sections, key = path.strip().split(".")
     if not equals or not key:
         raise ConfigError(
-            "todo.key", f"--set {override}: write KEY=VALUE, as in --set optimizer.lr=0.01"
+            "override.malformed",
+            f"--set {override}: write KEY=VALUE, as in --set optimizer.lr=0.01",
         )
-    for name in outer:
+    for name in sections:
         table = table.setdefault(name, {})
         if not isinstance(table, dict):
-            raise ConfigError("todo.key", f"--set {override}: '{name}' is not a table")
+            raise ConfigError("override.no-table", f"--set {override}: '{name}' is not a table")
     try:
         table[key] = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:

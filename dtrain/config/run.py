@@ -1,18 +1,18 @@
-"""Run files: TOML in, one checked `Run` out, and the resolved text that a run folder keeps.
+"""One checked run, and the resolved text of it that a run folder keeps.
 
-Invariant: after `read` everything that a run file can get wrong by itself is refused; what depends
-on the data or on the number of ranks is refused by `layout`.
+Invariant: `read_run` refuses every mistake that a run file can have by itself. `make_plan` refuses
+mistakes that depend on the data or on the number of ranks.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dtrain.block import optimizer as optimizers
-from dtrain.block.lr_schedule import LR_SCHEDULES, LRSchedule
-from dtrain.block.optimizer import scale_lr_and_momentum
+from dtrain.block.lr_schedule import LRSchedule
+from dtrain.block.optimizer import DEFAULT_LR, scale_lr_and_momentum
 from dtrain.config.sections import (
     CheckpointSection,
     DataSection,
@@ -24,25 +24,29 @@ from dtrain.config.sections import (
     RunSection,
     StrategyChoice,
 )
-from dtrain.objectives import OBJECTIVES
+from dtrain.config.strategies import NamedStrategy, name_strategy
 from dtrain.objectives.base import Objective
-from dtrain.schedules import SCHEDULES
 from dtrain.schedules.base import Schedule
-from dtrain.schema import Table, build_strategy, to_table
-from dtrain.syncs import SYNCS
+from dtrain.schema import Table, dump_toml, to_table
 from dtrain.syncs.base import Sync
+
+RUN_FILE_HEADER = "# resolved from {}, where relative paths and imports start"
+"""The first line of the `run.toml` of a run folder."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One checked run file.
+    """One checked run.
+
+    Objective, schedule, sync and learning-rate schedule may be given as plain instances; they are
+    named then.
 
     Attributes
     ----------
     path : Path
-        The file itself; relative paths and imports start in its folder.
+        The run file; relative paths and imports start in its folder.
     overrides : tuple of str
-        What ``--set`` changed, as it was typed.
+        The ``--set`` options, as they were typed.
     """
 
     path: Path
@@ -53,44 +57,42 @@ class RunConfig:
     model: StrategyChoice
     mesh: MeshSection
     partition: PartitionSection
-    objective: StrategyChoice
-    schedule: StrategyChoice
-    sync: StrategyChoice
+    objective: NamedStrategy[Objective]
+    schedule: NamedStrategy[Schedule]
+    sync: NamedStrategy[Sync]
     optimizer: StrategyChoice
     optimizer_options: OptimizerSection
-    lr_schedule: StrategyChoice
+    lr_schedule: NamedStrategy[LRSchedule]
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
     log: LogSection = field(default_factory=LogSection)
 
+    def __post_init__(self) -> None:
+        """Name the strategies that were given as plain instances."""
+        fields = {"objective": "objective", "schedule": "schedule", "sync": "sync"}
+        for section, name in (fields | {"lr": "lr_schedule"}).items():
+            strategy = getattr(self, name)
+            if not isinstance(strategy, NamedStrategy):
+                object.__setattr__(self, name, name_strategy(section, strategy))
+
     @property
     def folder(self) -> Path:
-        """Where relative paths and imports start."""
+        """Folder in which relative paths and imports start."""
         return self.path.parent
 
-    def make_objective(self) -> Objective:
-        """Return the objective, made from its fields."""
-        return build_strategy(OBJECTIVES, self.objective.to_table(), "objective")
-
-    def make_schedule(self) -> Schedule:
-        """Return the schedule, made from its fields."""
-        return build_strategy(SCHEDULES, self.schedule.to_table(), "schedule")
-
-    def make_sync(self) -> Sync:
-        """Return a new sync, one for each block."""
-        return build_strategy(SYNCS, self.sync.to_table(), "sync")
-
-    def make_lr_schedule(self) -> LRSchedule:
-        """Return the schedule of learning rates, made from its fields."""
-        return build_strategy(LR_SCHEDULES, self.lr_schedule.to_table(), "lr")
+    def new_sync(self) -> Sync:
+        """Return a fresh copy of the sync; every block needs one of its own."""
+        return copy.deepcopy(self.sync.instance)
 
     def optimizer_fields(self) -> Table:
-        """Return the optimizer's fields, learning rate and momentum for the batch that there is."""
+        """Return the optimizer's fields, with lr and momentum scaled to the run's batch size."""
         fields, reference = dict(self.optimizer.fields), self.optimizer_options.scale_from
         if reference:
-            given = fields.get("lr", optimizers.DEFAULT_LR), fields["momentum"]
             fields["lr"], fields["momentum"] = scale_lr_and_momentum(
-                *given, self.settings.batch_size, reference
+                fields.get("lr", DEFAULT_LR),
+                fields["momentum"],
+                self.settings.batch_size,
+                reference,
             )
         return fields
 
@@ -111,23 +113,26 @@ class RunConfig:
             "log": to_table(self.log),
         }
         if self.partition.cuts is not None:
-            del tables["partition"]["balance"]  # nothing is balanced
+            del tables["partition"]["balance"]  # explicit cuts balance nothing
         return to_table(self.settings) | tables
 
-    def with_checkpoint_blocks(self, table: Table | None) -> RunConfig:
-        """Return this run with as many blocks as a checkpoint's `table`, where it names none.
+    def to_text(self) -> str:
+        """Return the text of `run.toml` in a run folder: the run file's path, and all keys."""
+        return f"{RUN_FILE_HEADER.format(self.path)}\n{dump_toml(self.to_table())}"
 
-        Without it another number of stages would be another training.
+    def with_checkpoint_blocks(self, run_table: Table | None) -> RunConfig:
+        """Return this run with the blocks of a checkpoint's `run_table`, where it names none.
+
+        Otherwise another number of stages would train another model.
         """
-        known = (table or {}).get("partition", {}).get("blocks")
-        if known is None or self.partition.blocks is not None or self.partition.cuts is not None:
+        blocks = (run_table or {}).get("partition", {}).get("blocks")
+        partition = self.partition
+        if blocks is None or partition.blocks is not None or partition.cuts is not None:
             return self
-        return dataclasses.replace(
-            self, partition=dataclasses.replace(self.partition, blocks=known)
-        )
+        return dataclasses.replace(self, partition=dataclasses.replace(partition, blocks=blocks))
 
     def resolve(self, blocks: int, stages: int) -> RunConfig:
-        """Return this run with the numbers of blocks and stages that were settled at its start."""
+        """Return this run with the numbers of blocks and stages that its start settled."""
         mesh = dataclasses.replace(self.mesh, stages=stages)
         partition = self.partition
         if partition.cuts is None:

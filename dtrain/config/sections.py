@@ -1,7 +1,7 @@
 """The keys of a run file, table by table: names, types and defaults.
 
-Invariant: a field is a key, written with hyphens; what a strategy's table holds beside its name is
-declared by the strategy itself.
+Invariant: a field is a key, written with hyphens in the file. A strategy declares the keys of its
+own table, beside `name`.
 """
 
 from __future__ import annotations
@@ -14,20 +14,26 @@ from dtrain.schema import Table, kebab
 
 @dataclass(frozen=True)
 class StrategyChoice:
-    """A strategy that is made later, once its surroundings are known: a name and its fields."""
+    """The name and the keys of a data set, model or optimizer, which is made later.
+
+    Attributes
+    ----------
+    fields : dict
+        The keys of the table beside `name`, in snake_case.
+    """
 
     name: str
     fields: Table
 
     def to_table(self) -> Table:
-        """Return the table of a run file that makes this choice; what is left open is left out."""
-        told = {key: value for key, value in self.fields.items() if value is not None}
-        return {"name": self.name} | {kebab(key): value for key, value in told.items()}
+        """Return the table of a run file that makes this choice, without the keys that are None."""
+        values = {kebab(key): value for key, value in self.fields.items() if value is not None}
+        return {"name": self.name} | values
 
 
 @dataclass(frozen=True)
 class DataSection:
-    """``[data]``: keys that every data set has; the others belong to the named one."""
+    """``[data]``: the keys that every data set has; the others belong to the named one."""
 
     normalise: bool = True
     shuffle: Literal["full", "chunks"] = "full"
@@ -44,12 +50,23 @@ class MeshSection:
 
 @dataclass(frozen=True)
 class PartitionSection:
-    """``[partition]``: where blocks begin; `cuts` says it outright, else costs are balanced.
+    """``[partition]``: where blocks start, and how each is trained.
 
-    `recompute` (of all blocks, or of those named) keeps of a micro-batch only what enters and
-    leaves, and computes the rest again when it is learnt: less memory, one more forward. The layers
-    of `frozen` blocks (all but the last, or those named) keep their first weights. `wire` says how
-    what blocks tell each other of samples travels in training.
+    Attributes
+    ----------
+    blocks, balance, weights
+        Number of blocks, and the cost that the cuts balance: equally, or in proportion to the
+        weights of the blocks.
+    recompute : bool or tuple of int
+        All blocks, or those of these numbers, keep only input and output of a micro-batch and
+        compute the rest again in the backward: less memory for one more forward.
+    frozen : bool or tuple of int
+        The layers of all blocks but the last, or of those of these numbers, keep their first
+        weights.
+    activation_compression : "exact" or "int8"
+        Format in which per-sample tensors travel between blocks during training.
+    cuts : tuple of int or str, optional
+        First layers of all blocks but the first, by index or name, in place of balanced cuts.
     """
 
     blocks: int | None = None
@@ -61,12 +78,12 @@ class PartitionSection:
     cuts: tuple[int | str, ...] | None = None
 
     def blocks_by_key(self) -> dict[str, tuple[int, ...]]:
-        """Return the blocks that keys name by their numbers, by key."""
-        told = {"recompute": self.recompute, "frozen": self.frozen}
-        return {key: () if isinstance(each, bool) else each for key, each in told.items()}
+        """Return the numbers of blocks that the run file lists, by key."""
+        keys = {"recompute": self.recompute, "frozen": self.frozen}
+        return {key: () if isinstance(value, bool) else value for key, value in keys.items()}
 
     def is_frozen(self, block: int, blocks: int) -> bool:
-        """Say whether the layers of a block, one of so many, keep their first weights."""
+        """Return whether the layers of a block, one of `blocks`, keep their first weights."""
         if isinstance(self.frozen, bool):
             return self.frozen and block < blocks - 1
         return block in self.frozen
@@ -74,11 +91,18 @@ class PartitionSection:
 
 @dataclass(frozen=True)
 class OptimizerSection:
-    """``[optimizer]``, the keys that are ours.
+    """``[optimizer]``: the keys that belong to dtrain, not to the optimizer.
 
-    `clip` is the largest L2 norm of a gradient, 0 for no limit, of a block, after replicas agreed
-    upon it, or of the model, which couples the blocks. `scale_from` is the batch for which lr and
-    momentum are given, where it is not `batch-size`; 0 leaves them as they are.
+    Attributes
+    ----------
+    clip : float
+        Largest L2 norm of a gradient, after the replicas agreed on it; 0: no limit.
+    clip_over : "block" or "model"
+        The gradient whose norm is limited: that of each block, or that of the model, which couples
+        the blocks.
+    scale_from : int
+        Batch size for which lr and momentum are given, where it is not `batch-size`; 0 leaves
+        them as they are.
     """
 
     clip: float = 0.0
@@ -86,14 +110,14 @@ class OptimizerSection:
     scale_from: int = 0
 
     def to_table(self) -> Table:
-        """Return the keys as a run file has them, none where they ask for nothing."""
+        """Return the keys as a run file has them, without those that change nothing."""
         clip = {"clip": self.clip, "clip-over": self.clip_over} if self.clip else {}
         return clip | ({"scale-from": self.scale_from} if self.scale_from else {})
 
 
 @dataclass(frozen=True)
 class CheckpointSection:
-    """``[checkpoint]``: at each epoch's end and every so many updates in it; how many are kept."""
+    """``[checkpoint]``: after every epoch, and every `every` updates in it; `keep` of them stay."""
 
     every: int = 0
     keep: int = 2
@@ -117,8 +141,21 @@ class LogSection:
 class RunSection:
     """The keys outside any table.
 
-    `debug` compares calls and replicas as the run goes on, `trace` writes down when each rank did
-    what; both change nothing in what is trained.
+    Attributes
+    ----------
+    seed : int
+        Key of all random numbers.
+    epochs, updates : int, optional
+        Length of the run; exactly one of them is set.
+    batch_size : int
+        Samples of an update, over all replicas.
+    micro_batches : int
+        Parts of a replica's samples of an update, computed one after the other.
+    segment : int
+        Updates between two pipeline flushes; 0: the checkpoint interval, else the epoch.
+    debug, trace : bool
+        Compare collective calls and replicas during the run; record when each rank computed what.
+        Neither changes what is trained.
     """
 
     seed: int = 0

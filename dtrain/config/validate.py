@@ -1,146 +1,174 @@
-"""Sanity: keys of a run file that are out of range or exclude each other.
+"""Check that the keys of a run file are in range and fit each other.
 
-Invariant: pure in the run; the first thing that is wrong is refused, in words that say what to
-write instead.
+Invariant: the checks depend on the run alone. The first mistake is refused, with its fix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dtrain.block import optimizer as optimizers
+from dtrain.block.optimizer import check_optimizer
 from dtrain.block.weight_prediction import VELOCITY_PREDICTIONS
+from dtrain.config.run import RunConfig
 from dtrain.errors import ConfigError
-
-if TYPE_CHECKING:
-    from dtrain.config.run import RunConfig
-
-
-def check_optimizer_requirements(
-    requirements: Sequence[str], name: str, fields: Mapping[str, Any]
-) -> None:
-    """Refuse keys of a schedule that an optimizer has no rule for.
-
-    Parameters
-    ----------
-    asked : sequence of str
-        Keys and values, as `Schedule.asks` gives them.
-    name, fields
-        Of the optimizer.
-    """
-    kind = name.replace("-", "").lower()
-    for key in requirements:
-        value = key.split('"')[1]
-        if value == "difference":
-            continue
-        if value == "optimizer":
-            if kind not in ("sgd", "adam", "adamw"):
-                raise ConfigError(
-                    "todo.key",
-                    f"[schedule] {key} knows the steps of sgd, adam and adamw, not of '{name}': "
-                    'set prediction = "difference", which goes by the weights alone',
-                )
-            if kind != "sgd":
-                continue
-        if kind != "sgd":
-            other = (
-                'prediction = "optimizer" or "difference"'
-                if value in VELOCITY_PREDICTIONS
-                else "sgd"
-            )
-            raise ConfigError(
-                "todo.key",
-                f"[schedule] {key} goes by the velocity of sgd, and the optimizer is '{name}': "
-                f"take {other}",
-            )
-        if value != "spike" and not fields.get("momentum"):
-            raise ConfigError(
-                "todo.key",
-                f"[schedule] {key} goes by a velocity, and [optimizer] momentum is 0: give a "
-                'momentum, or set prediction = "difference"',
-            )
-        for field in ("dampening", "nesterov", "maximize"):
-            if fields.get(field):
-                raise ConfigError(
-                    "todo.key",
-                    f"[schedule] {key} has no formula for [optimizer] {field}: leave it out",
-                )
 
 
 def validate_run(run: RunConfig) -> None:
-    """Refuse what is wrong between the keys of a run, whatever its data and ranks."""
-    _check_ranges(run)
-    optimizers.check_optimizer(run.optimizer.name, run.optimizer.fields)
+    """Refuse mistakes between the keys of a run, whatever its data and ranks.
+
+    Raises
+    ------
+    ConfigError
+        A number is out of range, or keys exclude each other.
+    """
+    _check_minima(run)
+    _check_length(run)
+    _check_cuts(run)
+    check_optimizer(run.optimizer.name, run.optimizer.fields)
     check_optimizer_requirements(
-        run.make_schedule().optimizer_requirements(), run.optimizer.name, run.optimizer.fields
+        run.schedule.instance.optimizer_requirements(), run.optimizer.name, run.optimizer.fields
     )
     _check_lr_scaling(run)
     _check_schedule_and_sync(run)
 
 
-def _check_ranges(run: RunConfig) -> None:
-    """Refuse numbers that are out of range and keys that exclude each other."""
-    top, cut = run.settings, run.partition
-    least = {
-        "batch-size": (top.batch_size, 1),
-        "micro-batches": (top.micro_batches, 1),
-        "seed": (top.seed, 0),
-        "segment": (top.segment, 0),
-        "epochs": (top.epochs, 1),
-        "updates": (top.updates, 1),
-        "threads": (None if top.threads == "auto" else top.threads, 1),
+def check_optimizer_requirements(
+    requirements: Sequence[str], name: str, fields: Mapping[str, Any]
+) -> None:
+    """Refuse keys of a schedule that have no formula for an optimizer.
+
+    Parameters
+    ----------
+    requirements : sequence of str
+        Keys and values, as `Schedule.optimizer_requirements` returns them.
+    name, fields
+        Those of the optimizer.
+
+    Raises
+    ------
+    ConfigError
+        The schedule predicts or compensates with the state of another optimizer.
+    """
+    kind = name.replace("-", "").lower()
+    for requirement in requirements:
+        value = requirement.split('"')[1]
+        if value == "difference":
+            continue
+        if value == "optimizer":
+            if kind not in ("sgd", "adam", "adamw"):
+                raise ConfigError(
+                    "schedule.optimizer-without-formula",
+                    f"[schedule] {requirement} has formulas for sgd, adam and adamw, not for "
+                    f"'{name}': set prediction = \"difference\", which needs only the weights",
+                )
+            if kind != "sgd":
+                continue
+        _check_velocity(requirement, value, name, fields)
+
+
+def _check_velocity(requirement: str, value: str, name: str, fields: Mapping[str, Any]) -> None:
+    """Refuse a prediction or compensation that needs the velocity of SGD, where there is none."""
+    if name.replace("-", "").lower() != "sgd":
+        others = 'prediction = "optimizer" or "difference"'
+        raise ConfigError(
+            "schedule.needs-sgd",
+            f"[schedule] {requirement} needs the velocity of sgd, but the optimizer is '{name}': "
+            f"set {others if value in VELOCITY_PREDICTIONS else 'the optimizer to sgd'}",
+        )
+    if value != "spike" and not fields.get("momentum"):
+        raise ConfigError(
+            "schedule.needs-momentum",
+            f"[schedule] {requirement} needs a velocity, but [optimizer] momentum is 0: give a "
+            'momentum, or set prediction = "difference"',
+        )
+    for field in ("dampening", "nesterov", "maximize"):
+        if fields.get(field):
+            raise ConfigError(
+                "schedule.sgd-field-without-formula",
+                f"[schedule] {requirement} has no formula for [optimizer] {field}: leave it out",
+            )
+
+
+def _check_minima(run: RunConfig) -> None:
+    """Refuse numbers that are too small, and a seed that is too large."""
+    settings, partition = run.settings, run.partition
+    minima = {
+        "batch-size": (settings.batch_size, 1),
+        "micro-batches": (settings.micro_batches, 1),
+        "seed": (settings.seed, 0),
+        "segment": (settings.segment, 0),
+        "epochs": (settings.epochs, 1),
+        "updates": (settings.updates, 1),
+        "threads": (None if settings.threads == "auto" else settings.threads, 1),
         "[mesh] stages": (run.mesh.stages, 1),
-        "[partition] blocks": (cut.blocks, 1),
+        "[partition] blocks": (partition.blocks, 1),
         "[checkpoint] every": (run.checkpoint.every, 0),
         "[checkpoint] keep": (run.checkpoint.keep, 1),
         "[evaluate] every": (run.evaluate.every, 1),
     }
-    for key, (value, low) in least.items():
-        if value is not None and value < low:
-            raise ConfigError("todo.key", f"{key} = {value} is too small: give at least {low}")
-    if top.seed >= 2**63:
-        raise ConfigError("todo.key", f"seed = {top.seed} is too large: give less than 2**63")
-    if (top.epochs is None) == (top.updates is None):
-        found = "neither stands there" if top.epochs is None else "both stand there"
-        raise ConfigError("todo.key", f"a run has a length: give epochs or updates ({found})")
-    if cut.cuts is not None and (cut.blocks is not None or cut.weights is not None):
+    for key, (value, minimum) in minima.items():
+        if value is not None and value < minimum:
+            raise ConfigError(
+                "run-file.number-too-small",
+                f"{key} = {value} is too small: give at least {minimum}",
+            )
+    if settings.seed >= 2**63:
         raise ConfigError(
-            "todo.key",
-            "[partition] cuts say where every block starts: leave out blocks and weights",
+            "run-file.seed-too-large", f"seed = {settings.seed} is too large: give less than 2**63"
+        )
+
+
+def _check_length(run: RunConfig) -> None:
+    """Refuse a run without a length, or with two."""
+    epochs, updates = run.settings.epochs, run.settings.updates
+    if (epochs is None) == (updates is None):
+        mistake = "neither is set" if epochs is None else "both are set"
+        raise ConfigError("run-file.length", f"{mistake}: set either epochs or updates")
+
+
+def _check_cuts(run: RunConfig) -> None:
+    """Refuse keys that say again what explicit cuts say."""
+    partition = run.partition
+    if partition.cuts is not None and (
+        partition.blocks is not None or partition.weights is not None
+    ):
+        raise ConfigError(
+            "partition.cuts-exclude-blocks",
+            "[partition] cuts already say where every block starts: leave out blocks and weights",
         )
 
 
 def _check_lr_scaling(run: RunConfig) -> None:
-    """Refuse a scaling that has no formula."""
+    """Refuse a scaling of learning rate and momentum that has no formula."""
     reference, fields = run.optimizer_options.scale_from, run.optimizer.fields
     if reference < 0:
         raise ConfigError(
-            "todo.key", f"[optimizer] scale-from = {reference} is no batch: give 1 or more"
+            "optimizer.scale-from-negative",
+            f"[optimizer] scale-from = {reference} is no batch size: give 1 or more",
         )
-    suited = run.optimizer.name.lower() == "sgd" and 0 < fields.get("momentum", 0) < 1
-    if reference and not suited:
+    has_formula = run.optimizer.name.lower() == "sgd" and 0 < fields.get("momentum", 0) < 1
+    if reference and not has_formula:
         raise ConfigError(
-            "todo.key",
-            "[optimizer] scale-from scales learning rate and momentum of sgd: give name = "
+            "optimizer.scale-from-needs-momentum",
+            "[optimizer] scale-from scales learning rate and momentum of sgd: set name = "
             '"sgd" and a momentum between 0 and 1, or leave it out',
         )
 
 
 def _check_schedule_and_sync(run: RunConfig) -> None:
-    """Refuse a schedule that goes by what a sync puts something else in the place of: the
-    optimizer's rule, or parameters that are still to be learnt."""
-    schedule, traits = run.make_schedule(), run.make_sync().traits()
-    asked = schedule.optimizer_requirements()
+    """Refuse a schedule that needs the optimizer step, or the parameters, that a sync replaces."""
+    schedule, traits = run.schedule.instance, run.sync.instance.traits()
+    requirements = schedule.optimizer_requirements()
     if schedule.asynchronous and traits.reparametrises:
         raise ConfigError(
-            "todo.key",
-            f"[schedule] '{run.schedule.name}' learns late with weights that [sync] "
-            f"'{run.sync.name}' has replaced by others: take a schedule that is never late",
+            "schedule.sync-reparametrises",
+            f"[schedule] '{run.schedule.name}' applies delayed gradients, and [sync] "
+            f"'{run.sync.name}' replaces the parameters meanwhile: set a synchronous schedule",
         )
-    if asked and traits.replaces_optimizer:
+    if requirements and traits.replaces_optimizer:
         raise ConfigError(
-            "todo.key",
-            f"[schedule] {asked[0]} goes by the rule of the optimizer, and [sync] "
-            f"'{run.sync.name}' steps by its own: leave one of them out",
+            "schedule.sync-replaces-optimizer",
+            f"[schedule] {requirements[0]} relies on the optimizer step that [sync] "
+            f"'{run.sync.name}' replaces: leave one of them out",
         )

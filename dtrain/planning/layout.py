@@ -163,7 +163,7 @@ def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: 
     _check_stages(run, ranks)
     mesh = Mesh.for_ranks(ranks, run.mesh.stages, run.mesh.placement)
     dtype = DTYPES[run.settings.dtype]
-    objective, schedule = run.make_objective(), run.make_schedule()
+    objective, schedule = run.objective.instance, run.schedule.instance
     shape = objective.model_input_shape(data_spec.sample_shape, data_spec.classes)
     layer_specs = _infer_layers(model, shape, dtype)
     _check_outputs(layer_specs, data_spec.classes)

@@ -148,7 +148,7 @@ class MemoryPlan:
     def _sum_stages(self, rows: int) -> list[RankMemory]:
         """Return the memory of every stage, for micro-batches of `rows` samples."""
         blocks = dict(enumerate(self.block_memory(rows)))
-        timeline, traits = self.plan.proof.timeline, self.plan.run.make_sync().traits()
+        timeline, traits = self.plan.proof.timeline, self.plan.run.sync.instance.traits()
         policy = self.layout.schedule.policy(self.layout.place, self.layout.routes)
         stages = []
         for stage, message_bytes in enumerate(self._message_bytes(rows)):

@@ -64,7 +64,7 @@ def make_plan(run: RunConfig, ranks: int) -> Plan:
     data_spec = BlockSpec.from_data(
         train.shape, train.classes, train.size, train.value_range is not None
     )
-    input_shape = run.make_objective().model_input_shape(train.shape, train.classes)
+    input_shape = run.objective.instance.model_input_shape(train.shape, train.classes)
     model = models.load(run.model.name, run.model.fields, run.folder, input_shape, train.classes)
     layout = make_layout(run, model, data_spec, ranks)
     settings = run.settings

@@ -245,7 +245,7 @@ class _RunCosts:
         bytes and two latencies (reduce-scatter, all-gather), none of it overlapped (Thakur et al.
         2005, "Optimization of Collective Communication Operations in MPICH").
         """
-        mesh, means_per_update = self.layout.mesh, self.plan.run.make_sync().communication_cost()
+        mesh, means_per_update = self.layout.mesh, self.plan.run.sync.instance.communication_cost()
         nodes = Counter(mesh.rank(r, stage) // self.ranks_per_node for r in range(mesh.replicas))
         sizes = max(nodes.values()), len(nodes)
         seconds = 0.0

@@ -132,7 +132,7 @@ def _warn_large_heads(layout: Layout) -> Iterator[str]:
 def _warn_replaced_optimizer(plan: Plan) -> Iterator[str]:
     """Warn of an optimizer whose update rule the sync replaces."""
     run = plan.run
-    if run.make_sync().traits().replaces_optimizer:
+    if run.sync.instance.traits().replaces_optimizer:
         yield (
             f"the sync '{run.sync.name}' has its own update rule: [optimizer] "
             f"'{run.optimizer.name}' only sets the learning rate and the weight decay"

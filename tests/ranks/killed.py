@@ -1,4 +1,4 @@
-"""A run that dies: its last rank fails before an update, as a lost node would end it."""
+"""Train until the last rank fails before an update, as if its node was lost."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dtrain.comm.backends.threads import run_ranks as ranks
+from dtrain.comm.backends.threads import run_ranks
 from dtrain.config.run import RunConfig
 from dtrain.syncs import SYNCS
 from dtrain.syncs.base import UpdateClock
@@ -16,17 +16,17 @@ from dtrain.train import train
 
 
 def killed(run: RunConfig, out: Path, until: int, hosts: Sequence[str]) -> None:
-    """Train on one rank per host named, up to an update; what is on disk stays."""
+    """Train on one rank per host, up to an update; the run folder stays as it is then."""
     kind = SYNCS[run.sync.name]
-    before = kind.before_update
+    before_update = kind.before_update
 
     def failing(self: Any, gradients: Any, weight: float, clock: UpdateClock) -> None:
         if clock.update == until and self.replicas.rank == self.replicas.size - 1:
             raise ZeroDivisionError
-        before(self, gradients, weight, clock)
+        before_update(self, gradients, weight, clock)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kind, "before_update", failing)
         patch.setattr("dtrain.train.REPORT_DELAY_S", 0.0)
         with pytest.raises(ZeroDivisionError):
-            ranks(len(hosts), lambda comm: train(run, comm, out), hosts=hosts)
+            run_ranks(len(hosts), lambda comm: train(run, comm, out), hosts=hosts)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from dtrain.syncs.daso.base import PlateauDetector
 from torch import Tensor, nn, optim
 
 from dtrain.block.block import Block

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor
 
-from dtrain.checkpoint import run_folder as folder
-from dtrain.checkpoint import store as checkpoint
-from dtrain.checkpoint.manifest import latest_checkpoint, read_manifest
-from dtrain.comm.backends.threads import run_ranks as ranks
+from dtrain.checkpoint import run_folder
+from dtrain.checkpoint.manifest import Manifest, latest_checkpoint
+from dtrain.comm.backends.threads import run_ranks
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
 from dtrain.data.sampler import BatchSplitter
-from dtrain.errors import DtrainError
+from dtrain.errors import CheckpointError, ConfigError, DtrainError
 from dtrain.evaluate import evaluate_run, evaluation_batches
 from dtrain.monitoring.summary import evaluation_text
 from dtrain.objectives import OBJECTIVES
@@ -25,6 +26,7 @@ from dtrain.objectives.mono_forward import MonoForward
 from dtrain.train import train
 from tests import tiny
 from tests.outcome import summary
+from tests.refusals import refuses
 
 PICTURES = {
     "data": {"name": "tests.ranks.test_evaluate:pictures"},
@@ -52,8 +54,8 @@ def pictures() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     return x[:50], y[:50], x[50:], y[50:]
 
 
-def more() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return the tiny run's samples with others to test."""
+def other_samples() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the tiny run's training samples with other test samples."""
     x, y, *_ = tiny.samples()
     return x, y, x[:9] + 1, y[:9]
 
@@ -64,18 +66,23 @@ def trained(run: RunConfig, out: Path, stages: int, replicas: int = 1) -> dict[s
     def work(comm: Comm) -> dict[str, Any]:
         return train(run, comm, out)
 
-    return ranks(stages * replicas, work)[0]
+    return run_ranks(stages * replicas, work)[0]
 
 
-def examined(out: Path, count: int = 1, *told: Any) -> dict[str, Any]:
-    """Examine the run in `out` on threads; all ranks find the same."""
+def evaluated(out: Path, ranks: int = 1, *arguments: Any) -> dict[str, Any]:
+    """Evaluate the run in `out` on threads and return the result, the same on all ranks."""
 
     def work(comm: Comm) -> dict[str, Any]:
-        return evaluate_run(out, comm, *told)
+        return evaluate_run(out, comm, *arguments)
 
-    found = ranks(count, work)
-    assert all(each == found[0] for each in found)
-    return found[0]
+    results = run_ranks(ranks, work)
+    assert all(result == results[0] for result in results)
+    return results[0]
+
+
+def assert_metrics_of(result: dict[str, Any], training: dict[str, Any]) -> None:
+    """Assert that an evaluation has the metrics of the summary of the run."""
+    assert {key: result[name] for key, name in KEYS.items()} == {key: training[key] for key in KEYS}
 
 
 def content(out: Path) -> dict[str, bytes]:
@@ -89,146 +96,158 @@ def test_the_numbers_of_the_summary_on_any_number_of_ranks(
     name: str, replicas: int, tmp_path: Path
 ) -> None:
     """More ranks than blocks too; the last micro-batches of both replicas are short."""
-    told = trained(tiny.run(**RUNS[name], mesh__stages=2), tmp_path, 2, replicas)
-    before = content(tmp_path)
-    for count in (1, 2, 3, 4, 5):
-        found = examined(tmp_path, count)
-        assert {key: found[own] for key, own in KEYS.items()} == {key: told[key] for key in KEYS}
-        assert (found["ranks"], found["stages"]) == (count, {4: 2, 5: 1}.get(count, count))
-    assert content(tmp_path) == before
-    assert (found["updates"], found["epochs"], found["samples"]) == (
-        8,
-        2,
-        37 if "cnn" in name else 17,
-    )
+    training = trained(tiny.run(**RUNS[name], mesh__stages=2), tmp_path, 2, replicas)
+    files = content(tmp_path)
+    for ranks in (1, 2, 3, 4, 5):
+        result = evaluated(tmp_path, ranks)
+        assert_metrics_of(result, training)
+        assert (result["ranks"], result["stages"]) == (ranks, {4: 2, 5: 1}.get(ranks, ranks))
+    assert content(tmp_path) == files
+    assert (result["updates"], result["epochs"]) == (8, 2)
+    assert result["samples"] == (37 if "cnn" in name else 17)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_predicts_as_in_its_run(objective: str, tmp_path: Path) -> None:
     """By the last block, by votes, by passes of its own; two replicas, short micro-batches."""
     run = tiny.run(objective__name=objective, mesh__stages=1, epochs=1, micro_batches=1)
-    told = trained(run, tmp_path, 1, 2)
-    for count in (1, 3):
-        found = examined(tmp_path, count)
-        assert {key: found[own] for key, own in KEYS.items()} == {key: told[key] for key in KEYS}
+    training = trained(run, tmp_path, 1, 2)
+    for ranks in (1, 3):
+        assert_metrics_of(evaluated(tmp_path, ranks), training)
 
 
 @pytest.mark.parametrize("sync", ["never", "local-sgd"])
-def test_what_is_examined_is_the_mean_of_replicas_apart(sync: str, tmp_path: Path) -> None:
-    told = trained(tiny.run(sync__name=sync, mesh__stages=1), tmp_path, 1, 3)
-    for count in (1, 3):
-        found = examined(tmp_path, count)
-        assert {key: found[own] for key, own in KEYS.items()} == {key: told[key] for key in KEYS}
+def test_the_mean_of_diverged_replicas_is_evaluated(sync: str, tmp_path: Path) -> None:
+    training = trained(tiny.run(sync__name=sync, mesh__stages=1), tmp_path, 1, 3)
+    for ranks in (1, 3):
+        assert_metrics_of(evaluated(tmp_path, ranks), training)
 
 
 def test_the_prediction_is_the_objectives_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(MonoForward, "predicts_by_vote", True)
-    told = trained(tiny.run(), tmp_path, 1)
-    found = examined(tmp_path, 2)
-    assert found["accuracy"] == told["test_accuracy"] == found["accuracy_vote"]
-    assert found["prediction"] == "vote"
-    assert "the vote's" in evaluation_text(found)
+    training = trained(tiny.run(), tmp_path, 1)
+    result = evaluated(tmp_path, 2)
+    assert result["accuracy"] == training["test_accuracy"] == result["accuracy_vote"]
+    assert result["prediction"] == "vote"
+    assert "vote" in evaluation_text(result)
 
 
 def test_the_training_split_and_other_data(tmp_path: Path) -> None:
-    """Not augmented and in order; `--set` may name other data, and nothing that was trained."""
+    """In order, without augmentation; `--set` takes data, but no key of training."""
     trained(tiny.run(), tmp_path, 1)
-    learnt = examined(tmp_path, 2, "train")
-    assert (learnt["split"], learnt["samples"]) == ("train", 50)
-    assert learnt["accuracy"] * 50 == pytest.approx(round(learnt["accuracy"] * 50))
-    other = examined(tmp_path, 1, "test", ["data.name=tests.ranks.test_evaluate:more"])
+    result = evaluated(tmp_path, 2, "train")
+    assert (result["split"], result["samples"]) == ("train", 50)
+    assert result["accuracy"] * 50 == pytest.approx(round(result["accuracy"] * 50))
+    other = evaluated(tmp_path, 1, "test", ["data.name=tests.ranks.test_evaluate:other_samples"])
     assert other["samples"] == 9
-    assert other["loss"] != examined(tmp_path)["loss"]
-    with pytest.raises(
-        DtrainError, match=r"--set optimizer\.lr=1: .*takes data\.\*, device and threads"
-    ):
-        examined(tmp_path, 1, "test", ["optimizer.lr=1"])
+    assert other["loss"] != evaluated(tmp_path)["loss"]
+    with refuses(ConfigError, "evaluate.override"):
+        evaluated(tmp_path, 1, "test", ["optimizer.lr=1"])
 
 
-def test_a_run_that_is_going_on_is_examined_at_its_newest_checkpoint(tmp_path: Path) -> None:
+def test_a_training_run_is_evaluated_at_its_newest_checkpoint(tmp_path: Path) -> None:
     trained(tiny.run(), tmp_path, 1)
-    token = folder.acquire(tmp_path)
+    owner = run_folder.acquire(tmp_path)
     newest = latest_checkpoint(tmp_path / "checkpoints")
     assert newest is not None
     shutil.copytree(newest.folder, newest.folder.with_name("update-00000012.part"))
-    assert examined(tmp_path)["updates"] == 8
-    assert json.loads((tmp_path / "owner.json").read_text()) == token
+    assert evaluated(tmp_path)["updates"] == 8
+    assert json.loads((tmp_path / "owner.json").read_text()) == owner
     shutil.rmtree(newest.folder)
-    found = examined(tmp_path)
-    assert (found["updates"], found["checkpoint"]) == (4, "update-00000004")
+    result = evaluated(tmp_path)
+    assert (result["updates"], result["checkpoint"]) == (4, "update-00000004")
 
 
 def test_a_checkpoint_that_is_replaced_while_it_is_read_is_left_for_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By all ranks, also by those that could still read it."""
     trained(tiny.run(), tmp_path, 1)
-    newest, read = tmp_path / "checkpoints" / "update-00000008", read_manifest
+    newest, load = tmp_path / "checkpoints" / "update-00000008", Manifest.load
 
-    def late(path: Path) -> checkpoint.Manifest:
-        manifest = read(path)
-        if path == newest and newest.exists():
+    def load_late(self: Manifest, keys: Iterable[str]) -> dict[str, Tensor]:
+        if self.folder == newest and newest.exists():
             newest.rename(newest.with_name("update-00000009"))
-        return manifest
+        return load(self, keys)
 
-    monkeypatch.setattr("dtrain.evaluate.read_manifest", late)
-    assert examined(tmp_path, 2)["checkpoint"] == "update-00000009"
+    monkeypatch.setattr(Manifest, "load", load_late)
+    assert evaluated(tmp_path, 2)["checkpoint"] == "update-00000009"
 
 
-@pytest.mark.parametrize("fault", ["shard", "manifest", "none", "no run", "nothing", "first line"])
-def test_what_cannot_be_examined_is_refused_by_all_ranks(fault: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "fault", ["shard", "manifest", "content", "none", "no run", "nothing", "first line"]
+)
+def test_a_run_that_cannot_be_evaluated_is_refused_by_all_ranks(fault: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     trained(tiny.run(epochs=1), out, 1)
     (newest,) = (out / "checkpoints").iterdir()
-    words, code = "is damaged", 3
+    kind: type[DtrainError] = ConfigError
     match fault:
         case "shard":
             with (newest / "replica-0-stage-0.h5").open("r+b") as file:
                 file.seek(3000)
                 file.write(b"!!!!")
+            kind, key = CheckpointError, "checkpoint.shard-damaged"
         case "manifest":
             (newest / "manifest.json").write_text("{")
+            kind, key = CheckpointError, "checkpoint.manifest-damaged"
+        case "content":
+            (newest / "manifest.json").write_text('{"shards": []}')
+            kind, key = CheckpointError, "checkpoint.manifest-damaged"
         case "none":
             shutil.rmtree(newest)
-            words, code = "there is no complete checkpoint in .*: .*end of its first epoch", 2
+            key = "run-folder.no-checkpoint"
         case "no run":
             (out / "run.toml").unlink()
-            words, code = "holds no run.toml", 2
+            key = "run-folder.no-run-file"
         case "nothing":
             shutil.rmtree(out)
-            words, code = "there is no run folder", 2
+            key = "run-folder.missing"
         case _:
             text = (out / "run.toml").read_text().partition("\n")[2]
             (out / "run.toml").write_text(text)
-            words, code = "first line .* where relative paths and imports start", 2
-    with pytest.raises(DtrainError, match=words) as refusal:
-        examined(out, 2)
-    assert (refusal.value.code, refusal.value.agreed) == (code, True)
+            key = "run-folder.no-source-path"
+    with refuses(kind, key) as caught:
+        evaluated(out, 2)
+    assert (caught.value.code, caught.value.agreed) == (5 if kind is CheckpointError else 2, True)
 
 
 @pytest.mark.parametrize(("size", "replicas", "batch", "micros"), [(17, 2, 16, 3), (5, 3, 4, 1)])
-def test_micro_batches_of_an_exam_are_those_of_the_run(
+def test_micro_batches_of_an_evaluation_are_those_of_the_run(
     size: int, replicas: int, batch: int, micros: int
 ) -> None:
-    shares = BatchSplitter(batch, replicas, micros)
-    found = evaluation_batches(size, shares)
-    assert [index for micro in found for index in micro] == list(range(size))
-    assert all(0 < len(micro) <= shares.largest_micro_batch for micro in found)
+    splitter = BatchSplitter(batch, replicas, micros)
+    batches = evaluation_batches(size, splitter)
+    assert [index for batch in batches for index in batch] == list(range(size))
+    assert all(0 < len(batch) <= splitter.largest_micro_batch for batch in batches)
 
 
-def test_what_a_person_reads(tmp_path: Path) -> None:
-    told = trained(tiny.run(mesh__stages=1), tmp_path, 1)
-    text = evaluation_text(examined(tmp_path))
-    right = round(told["test_accuracy"] * 17)
-    for words in (
-        f"folder    {tmp_path}",
+def test_the_printed_evaluation_has_the_numbers(tmp_path: Path) -> None:
+    training = trained(tiny.run(mesh__stages=1), tmp_path, 1)
+    text = evaluation_text(evaluated(tmp_path))
+    correct = round(training["test_accuracy"] * 17)
+    for number in (
+        str(tmp_path),
         "8 updates (2 epochs)",
-        "17 samples of the test split",
-        f"loss      {told['test_loss']:.4f}",
-        f"({right} of 17), the last block's",
-        "vote      ",
-        "blocks    ",
+        "17 samples",
+        f"{training['test_loss']:.4f}",
+        f"({correct} of 17)",
     ):
-        assert words in text, text
-    assert summary(tmp_path) == told
+        assert number in text, text
+    assert summary(tmp_path) == training
+
+
+def test_a_run_folder_of_an_earlier_version_is_evaluated_and_resumed(tmp_path: Path) -> None:
+    """Its run table and `run.toml` have keys that were renamed since."""
+    run = tiny.run(epochs=1, mesh__stages=1, sync={"name": "powersgd"})
+    trained(run, tmp_path, 1)
+    (newest,) = (tmp_path / "checkpoints").iterdir()
+    for path in (tmp_path / "run.toml", newest / "manifest.json"):
+        text = path.read_text().replace("activation-compression", "wire")
+        path.write_text(text.replace("min-compression-rate", "worth"))
+        assert "wire" in text
+    evaluated(tmp_path)
+    longer = tiny.run(mesh__stages=1, sync={"name": "powersgd"})
+    assert trained(longer, tmp_path, 1)["updates"] == 8

@@ -12,18 +12,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dtrain.checkpoint import store as checkpoint
 from dtrain.checkpoint.export import export
-from dtrain.checkpoint.manifest import latest_checkpoint
+from dtrain.checkpoint.manifest import Manifest, latest_checkpoint
 from dtrain.cli import main
-from dtrain.errors import DtrainError
+from dtrain.errors import CheckpointError, ConfigError
 from tests import tiny
 from tests.outcome import model, summary
 from tests.ranks.test_evaluate import trained
+from tests.refusals import refuses
 
 
-def own() -> nn.Sequential:
-    """The net of the tiny run, as its user would write it."""
+def plain_net() -> nn.Sequential:
+    """Return the net of the tiny run in plain torch."""
     sizes = [10, 13, 11, 7, 6, 3]
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs, outputs in pairwise(sizes):
@@ -32,25 +32,25 @@ def own() -> nn.Sequential:
 
 
 def net() -> nn.Sequential:
-    """A model of the run file's: layers that a cut may stand between."""
+    """Return a user's model of two layers, between which it may be cut."""
     return nn.Sequential(
         nn.Sequential(nn.Flatten(), nn.Linear(10, 8)), nn.Sequential(nn.ReLU(), nn.Linear(8, 3))
     )
 
 
 def accuracy(module: nn.Module) -> float:
-    """Return what a module scores on the tiny run's test samples, normalised as the run does."""
+    """Return the accuracy of a module on the tiny run's test samples, normalised as in the run."""
     x, _, test, labels = tiny.samples()
     mean, deviation = x.mean(axis=(0, 2), keepdims=True), x.std(axis=(0, 2), keepdims=True)
     with torch.no_grad():
-        found = module(torch.from_numpy((test - mean) / deviation)).argmax(1)
-    return float(np.mean(found.numpy() == labels))
+        predicted = module(torch.from_numpy((test - mean) / deviation)).argmax(1)
+    return float(np.mean(predicted.numpy() == labels))
 
 
 def test_it_loads_into_the_users_module_and_scores_the_same(tmp_path: Path) -> None:
-    """A user's function: names are those of its own modules."""
+    """Names are those of the user's own modules."""
     changes: dict[str, Any] = {"model": {"name": f"{__name__}:net"}, "partition__blocks": 2}
-    told = trained(
+    training = trained(
         tiny.run(**changes, data__normalise=False, mesh__stages=2), tmp_path / "run", 2, 2
     )
     export(tmp_path / "run", tmp_path / "net.pt")
@@ -58,23 +58,23 @@ def test_it_loads_into_the_users_module_and_scores_the_same(tmp_path: Path) -> N
     module.load_state_dict(torch.load(tmp_path / "net.pt", weights_only=True))
     _, _, x, y = tiny.samples()
     with torch.no_grad():
-        found = module(torch.from_numpy(x)).argmax(1).numpy()
-    assert float(np.mean(found == y)) == pytest.approx(told["test_accuracy"])
+        predicted = module(torch.from_numpy(x)).argmax(1).numpy()
+    assert float(np.mean(predicted == y)) == pytest.approx(training["test_accuracy"])
 
 
 def test_names_and_bits_are_those_of_the_checkpoint(tmp_path: Path) -> None:
     trained(tiny.run(), tmp_path / "run", 3)
-    wanted = model(tmp_path / "run")
+    saved = model(tmp_path / "run")
     plain = export(tmp_path / "run", tmp_path / "a.pt")
-    whole = export(tmp_path / "run", tmp_path / "b.pt", heads=True)
-    assert whole.keys() == wanted.keys()
-    assert plain.keys() == {name for name in wanted if not name.startswith("heads.")}
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in whole.items())
-    module = own()
-    linear = [each for each in module if isinstance(each, nn.Linear)]
-    layers = dict.fromkeys(name.rpartition(".")[0] for name in sorted(plain, key=depth))
-    for each, name in zip(linear, layers, strict=True):
-        each.load_state_dict({key: plain[f"{name}.{key}"] for key in ("weight", "bias")})
+    with_heads = export(tmp_path / "run", tmp_path / "b.pt", heads=True)
+    assert with_heads.keys() == saved.keys()
+    assert plain.keys() == {name for name in saved if not name.startswith("heads.")}
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in with_heads.items())
+    module = plain_net()
+    linear = [layer for layer in module if isinstance(layer, nn.Linear)]
+    names = dict.fromkeys(name.rpartition(".")[0] for name in sorted(plain, key=depth))
+    for layer, name in zip(linear, names, strict=True):
+        layer.load_state_dict({key: plain[f"{name}.{key}"] for key in ("weight", "bias")})
     assert summary(tmp_path / "run")["test_accuracy"] == pytest.approx(accuracy(module))
 
 
@@ -84,56 +84,73 @@ def depth(name: str) -> tuple[bool, str]:
 
 
 def test_safetensors_hold_the_same(tmp_path: Path) -> None:
-    torch_ = pytest.importorskip("safetensors.torch")
+    safetensors = pytest.importorskip("safetensors.torch")
     trained(tiny.run(epochs=1), tmp_path / "run", 1)
     state = export(tmp_path / "run", tmp_path / "net.safetensors")
-    found: dict[str, Tensor] = torch_.load_file(tmp_path / "net.safetensors")
-    assert found.keys() == state.keys()
-    assert all(torch.equal(each, state[name]) for name, each in found.items())
+    loaded: dict[str, Tensor] = safetensors.load_file(tmp_path / "net.safetensors")
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.items())
 
 
-def test_without_the_package_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(DtrainError, match=r"'safetensors' is not installed: pip install it"):
+    with refuses(ConfigError, "export.safetensors-missing"):
         export(tmp_path, tmp_path / "net.safetensors")
 
 
-def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DtrainError, match=r"net\.h5: its suffix must be \.pt or \.safetensors"):
+def test_a_run_or_a_path_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    with refuses(ConfigError, "export.suffix"):
         export(tmp_path, tmp_path / "net.h5")
-    with pytest.raises(DtrainError, match="there is no run folder"):
+    with refuses(ConfigError, "run-folder.missing"):
         export(tmp_path / "none", tmp_path / "net.pt")
     trained(tiny.run(epochs=1), tmp_path / "run", 1)
-    with pytest.raises(DtrainError, match=r"cannot write .*No such file or directory"):
+    with refuses(ConfigError, "export.unwritable"):
         export(tmp_path / "run", tmp_path / "none" / "net.pt")
     manifest = latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert manifest is not None
     [shard] = manifest.folder.glob("*.h5")
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
-    with pytest.raises(DtrainError, match="is damaged") as refusal:
+    with refuses(CheckpointError, "checkpoint.shard-damaged"):
         export(tmp_path / "run", tmp_path / "net.pt")
-    assert refusal.value.code == 3
-    assert not (tmp_path / "net.pt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_run_that_goes_on_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its checkpoint is replaced while it is read."""
+def test_a_checkpoint_that_is_deleted_while_it_is_read_is_left_for_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trained(tiny.run(), tmp_path / "run", 1)
-    under, gone = checkpoint.Manifest.load_prefix, []
+    load_prefix, moved = Manifest.load_prefix, []
 
-    def late(self: checkpoint.Manifest, prefix: str) -> dict[str, Tensor]:
-        if not gone:
-            gone.append(self.folder.rename(self.folder.with_name("away")))
+    def load_late(self: Manifest, prefix: str) -> dict[str, Tensor]:
+        if not moved:
+            moved.append(self.folder.rename(self.folder.with_name("moved")))
             raise FileNotFoundError
-        return under(self, prefix)
+        return load_prefix(self, prefix)
 
-    monkeypatch.setattr(checkpoint.Manifest, "load_prefix", late)
+    monkeypatch.setattr(Manifest, "load_prefix", load_late)
     assert export(tmp_path / "run", tmp_path / "net.pt")
-    assert gone
+    assert moved
 
 
-def test_the_command_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkpoints_that_are_deleted_forever_end_in_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(tiny.run(), tmp_path / "run", 1)
+
+    def rename(self: Manifest, prefix: str) -> dict[str, Tensor]:
+        number = int(self.folder.name.removeprefix("update-"))
+        self.folder.rename(self.folder.with_name(f"update-{number + 1:08d}"))
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Manifest, "load_prefix", rename)
+    with refuses(CheckpointError, "checkpoint.replaced-while-read"):
+        export(tmp_path / "run", tmp_path / "net.pt")
+
+
+def test_the_command_prints_what_it_wrote(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     trained(tiny.run(epochs=1), tmp_path / "run", 1)
     capsys.readouterr()
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "net.pt")]) == 0
@@ -144,23 +161,24 @@ def test_the_command_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFi
 def test_factors_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Their products are the weights, and there are fewer numbers."""
     sync = {"name": "oialr", "delay-updates": 1, "every": 1, "cutoff": 0.9, "share": 1.0}
-    told = trained(tiny.run(sync=sync, model__widths=[40, 30, 20]), tmp_path / "run", 2)
+    training = trained(tiny.run(sync=sync, model__widths=[40, 30, 20]), tmp_path / "run", 2)
     plain = export(tmp_path / "run", tmp_path / "net.pt", heads=True)
-    thin = export(tmp_path / "run", tmp_path / "thin.pt", heads=True, factors=True)
-    assert set(told["low_rank"]) == {"fc2.weight", "fc3.weight"} == plain.keys() - thin.keys()
-    for name, row in told["low_rank"].items():
-        left, right = thin[f"{name}.left"], thin[f"{name}.right"]
-        assert left.shape[1] == len(right) == row["rank"]
+    factored = export(tmp_path / "run", tmp_path / "factored.pt", heads=True, factors=True)
+    low_rank = training["low_rank"]
+    assert set(low_rank) == {"fc2.weight", "fc3.weight"} == plain.keys() - factored.keys()
+    for name, stats in low_rank.items():
+        left, right = factored[f"{name}.left"], factored[f"{name}.right"]
+        assert left.shape[1] == len(right) == stats["rank"]
         torch.testing.assert_close(left @ right, plain[name], rtol=1e-10, atol=1e-12)
-    sizes = [sum(each.numel() for each in state.values()) for state in (plain, thin)]
-    assert sizes[0] / sizes[1] == pytest.approx(told["compression"])
+    sizes = [sum(tensor.numel() for tensor in state.values()) for state in (plain, factored)]
+    assert sizes[0] / sizes[1] == pytest.approx(training["compression"])
     capsys.readouterr()
-    where = str(tmp_path / "thin.pt")
-    assert main(["export", str(tmp_path / "run"), where, "--heads", "--factors"]) == 0
-    assert f"{len(thin)} tensors, {sizes[1]:,} numbers" in capsys.readouterr().out
+    out = str(tmp_path / "factored.pt")
+    assert main(["export", str(tmp_path / "run"), out, "--heads", "--factors"]) == 0
+    assert f"{len(factored)} tensors, {sizes[1]:,} numbers" in capsys.readouterr().out
 
 
 def test_factors_of_a_run_without_are_refused(tmp_path: Path) -> None:
     trained(tiny.run(epochs=1), tmp_path / "run", 1)
-    with pytest.raises(DtrainError, match="no weight of this run was trained in low rank: leave"):
+    with refuses(ConfigError, "export.no-factors"):
         export(tmp_path / "run", tmp_path / "net.pt", factors=True)

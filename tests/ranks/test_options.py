@@ -195,7 +195,7 @@ def test_a_rate_is_asked_by_the_runs_clock(tmp_path: Path) -> None:
     for segment in (1, 3):
         out = tmp_path / f"{segment}"
         assert trained(tiny.run(**told, segment=segment), out)["digest"] == wanted
-    with pytest.raises(DtrainError, match="followed the length"):
+    with pytest.raises(DtrainError, match=r"epochs \(was 2, is 3\)"):
         trained(tiny.run(**told, epochs=3), tmp_path / "whole")
 
 

@@ -55,7 +55,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "only-large": {"elements": 50, "inner": {"name": "int8"}},
 }
 """What a sync needs in order to act within three updates. Each replica is on a node of its own."""
-MADE = {name: tiny.run(sync={"name": name, **FIELDS.get(name, {})}).make_sync() for name in SYNCS}
+MADE = {name: tiny.run(sync={"name": name, **FIELDS.get(name, {})}).sync.instance for name in SYNCS}
 
 
 class Trained(NamedTuple):
@@ -106,7 +106,7 @@ def priced(objective: str) -> Plan:
 def planned(objective: str, schedule: str, stages: int, replicas: int, micros: int) -> Plan:
     """Return the plan of a cell, of blocks that were counted before."""
     known, run = priced(objective), asked(objective, schedule, stages, micros)
-    kind, count = run.make_schedule(), run.settings.micro_batches
+    kind, count = run.schedule.instance, run.settings.micro_batches
     place = kind.assign_stages([part.cost for part in known.layout.block_layouts], stages)
     mesh = Mesh.for_ranks(stages * replicas, stages, run.mesh.placement)
     layout = replace(known.layout, mesh=mesh, schedule=kind, place=place)

@@ -1,4 +1,4 @@
-"""What a run leaves on disk: shards, also where the disk is full, and the folder of a whole run."""
+"""Shards, also on a full disk, and the files of a run folder."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from dtrain.checkpoint.shard import read_tensor, write_shard
 from dtrain.comm.backends import threads
 from dtrain.comm.backends.single import SingleBackend
 from dtrain.comm.communicator import Comm
-from dtrain.errors import DtrainError
+from dtrain.errors import ConfigError
 from dtrain.train import train
 from tests import tiny
 from tests.process import start
+from tests.refusals import refuses
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool)
 LIMITS = (50, 5_000, 100_000, 200_000)
@@ -27,16 +28,16 @@ LIMITED = """
 import gc, os, resource, sys
 from pathlib import Path
 import torch
-from dtrain.checkpoint.shard import write_shard as store
+from dtrain.checkpoint.shard import write_shard
 
 def main(limit):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     try:
-        store(Path(sys.argv[1]), {f"model/{i}": torch.rand(50, 50) for i in range(20)})
+        write_shard(Path(sys.argv[1]), {f"model/{i}": torch.rand(50, 50) for i in range(20)})
     except OSError as error:
         sys.exit(str(error))
 
-gc.freeze()  # children need not take all of torch apart
+gc.freeze()  # children need not collect all of torch
 for limit in map(int, sys.argv[2:]):
     child = os.fork()
     if not child:
@@ -46,51 +47,53 @@ for limit in map(int, sys.argv[2:]):
 
 
 def test_a_full_disk_under_a_shard_raises_its_own_error(tmp_path: Path) -> None:
-    """HDF5 would end the process by a segmentation fault; each limit has a process, to its end."""
-    ended = start([sys.executable, "-c", LIMITED, tmp_path / "shard.h5", *map(str, LIMITS)])
-    assert ended.err == "[Errno 27] File too large\n" * len(LIMITS)
-    assert ended.out.splitlines() == [f"{limit} 1" for limit in LIMITS]
+    """HDF5 itself would crash the process, so each limit has a process of its own."""
+    program = start([sys.executable, "-c", LIMITED, tmp_path / "shard.h5", *map(str, LIMITS)])
+    assert program.err == "[Errno 27] File too large\n" * len(LIMITS)
+    assert program.out.splitlines() == [f"{limit} 1" for limit in LIMITS]
 
 
 def test_a_shard_holds_every_dtype(tmp_path: Path) -> None:
-    given = {str(dtype): torch.arange(6).to(dtype).view(2, 3) for dtype in DTYPES}
-    given |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3), "apart": torch.eye(3).T[::2]}
-    row = write_shard(tmp_path / "shard.h5", given)
-    assert row["keys"] == list(given)
+    tensors = {str(dtype): torch.arange(6).to(dtype).view(2, 3) for dtype in DTYPES}
+    tensors |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3)}
+    tensors |= {"strided": torch.eye(3).T[::2]}
+    row = write_shard(tmp_path / "shard.h5", tensors)
+    assert row["keys"] == list(tensors)
     assert row["bytes"] == (tmp_path / "shard.h5").stat().st_size
     with h5py.File(tmp_path / "shard.h5", "r") as shard:
-        for key, tensor in given.items():
+        for key, tensor in tensors.items():
             torch.testing.assert_close(read_tensor(shard[key]), tensor, rtol=0, atol=0)
 
 
-def test_replicas_that_have_nothing_to_save_write_no_shard(tmp_path: Path) -> None:
+def test_replicas_without_tensors_to_save_write_no_shard(tmp_path: Path) -> None:
     run = replace(tiny.run(mesh__stages=1, epochs=1), path=tmp_path / "run.toml")
     threads.run_ranks(3, lambda comm: train(run, comm, tmp_path / "out"))
     (newest,) = (tmp_path / "out" / "checkpoints").iterdir()
     assert {path.name for path in newest.iterdir()} == {"manifest.json", "replica-0-stage-0.h5"}
-    more = replace(tiny.run(mesh__stages=2, epochs=2), path=tmp_path / "run.toml")
-    told = threads.run_ranks(2, lambda comm: train(more, comm, tmp_path / "out"))
-    assert [each["attempts"] for each in told] == [2, 2]
+    longer = replace(tiny.run(mesh__stages=2, epochs=2), path=tmp_path / "run.toml")
+    summaries = threads.run_ranks(2, lambda comm: train(longer, comm, tmp_path / "out"))
+    assert [summary["attempts"] for summary in summaries] == [2, 2]
 
 
 def test_no_resume_starts_in_a_fresh_folder_and_refuses_a_used_one(tmp_path: Path) -> None:
     run = replace(tiny.run(), path=tmp_path / "run.toml")
     out = tmp_path / "out"
-    told = train(run, Comm(SingleBackend()), out, "never")
-    assert (told["status"], told["attempts"]) == ("finished", 1)
-    before = (out / "summary.json").read_text()
-    with pytest.raises(DtrainError, match="--resume never"):
+    summary = train(run, Comm(SingleBackend()), out, "never")
+    assert (summary["status"], summary["attempts"]) == ("finished", 1)
+    text = (out / "summary.json").read_text()
+    with refuses(ConfigError, "run-folder.not-empty"):
         train(run, Comm(SingleBackend()), out, "never")
-    assert (out / "summary.json").read_text() == before
+    assert (out / "summary.json").read_text() == text
     assert not (out / "owner.json").exists()
 
 
 def records(out: Path, kind: str) -> list[dict[str, Any]]:
-    told = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [each for each in told if each["kind"] == kind]
+    """Return the records of a kind in `metrics.jsonl`."""
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
-def test_metrics_say_where_ranks_ran_and_which_was_slow(
+def test_metrics_name_the_hosts_and_the_slowest_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "123")
@@ -100,8 +103,8 @@ def test_metrics_say_where_ranks_ran_and_which_was_slow(
     (first,) = records(tmp_path / "out", "run")
     assert (first["hosts"], first["job"]) == (hosts, "123")
     assert "torch" in first["versions"]
-    for each in records(tmp_path / "out", "train"):
-        assert each["slowest_host"] == hosts[each["slowest_rank"]]
-        assert 0 < each["stage_median_busy_s"] <= each["slowest_busy_s"] <= each["train_s"]
-    assert all(each["eval_s"] > 0 for each in records(tmp_path / "out", "eval"))
-    assert all(each["save_s"] > 0 for each in records(tmp_path / "out", "checkpoint"))
+    for record in records(tmp_path / "out", "train"):
+        assert record["slowest_host"] == hosts[record["slowest_rank"]]
+        assert 0 < record["stage_median_busy_s"] <= record["slowest_busy_s"] <= record["train_s"]
+    assert all(record["eval_s"] > 0 for record in records(tmp_path / "out", "eval"))
+    assert all(record["save_s"] > 0 for record in records(tmp_path / "out", "checkpoint"))

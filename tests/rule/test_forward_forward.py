@@ -355,4 +355,4 @@ def test_convolutions_are_warned_of() -> None:
 
 def test_wrong_names_are_refused() -> None:
     with pytest.raises(ConfigError):
-        tiny.run(objective={"name": "forward-forward", "label": "above"}).make_objective()
+        tiny.run(objective={"name": "forward-forward", "label": "above"})

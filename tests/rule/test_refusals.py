@@ -1,7 +1,7 @@
-"""Mistakes in run files, meshes and user code: the words and the code, all in one process.
+"""Mistakes in run files, meshes and user code: one error and its exit code, in this process.
 
-`dtrain plan` decides as every rank of `dtrain train` does; `tests/system/test_refusals.py` tries a
-sample of these with real ranks.
+`dtrain plan` accepts what every rank of `dtrain train` accepts; `tests/system/test_refusals.py`
+tries a sample of these with real ranks.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from dtrain.cli import main
+from dtrain.config.parse import read_run
+from dtrain.errors import ConfigError
 from tests.conftest import ROOT
+from tests.refusals import refuses
 
 RUN = """
 epochs = 1
@@ -27,79 +30,99 @@ name = "sgd"
 lr = 0.1
 """
 
-# What is set, the exit code, and what the message must say.
 WRONG = [
-    (["batch-size=0"], 2, ["batch-size = 0", "at least 1"]),
-    (["batchsize=3"], 2, ["batchsize", "did you mean 'batch-size'"]),
-    (["objective.name=mono-foward"], 2, ["did you mean 'mono-forward'"]),
-    (["optimizer.name=sdg"], 2, ["did you mean 'sgd'"]),
-    (["optimizer.momentun=0.9"], 2, ["'momentun'", "did you mean 'momentum'"]),
+    (["batch-size=0"], 2, ["batch-size"]),
+    (["batchsize=3"], 2, ["batch-size"]),
+    (["objective.name=mono-foward"], 2, ["mono-forward"]),
+    (["optimizer.name=sdg"], 2, ["'sgd'"]),
+    (["optimizer.momentun=0.9"], 2, ["'momentum'"]),
     (["objective.name=backprop", "schedule.name=stream"], 2, ["1f1b", "fill-drain"]),
-    (["mesh.stages=3"], 2, ["2 ranks cannot form", "set stages"]),
-    (["partition.blocks=1"], 2, ["1 blocks cannot fill 2 stages"]),
-    (["partition.blocks=9"], 2, ["9 blocks cannot be cut from 3 layers"]),
-    (['partition.cuts=["fc9"]'], 2, ["unknown layer 'fc9'", "fc1, fc2, head"]),
-    (["model.depth=3"], 2, ["'depth'", "widths"]),
-    (["model.widths=[16, 0]"], 2, ["widths", "whole numbers"]),
-    (["data.name=digit"], 2, ["did you mean 'digits'"]),
-    (["data.shufle=full"], 2, ["'shufle'", "did you mean 'shuffle'"]),
-    (["sync.every=3"], 2, ["'every'", "legal are none"]),
-    (["optimizer.weight_decay=0.1"], 2, ["written with hyphens", "weight-decay"]),
+    (["mesh.stages=3"], 2, ["stages"]),
+    (["partition.blocks=1"], 2, ["blocks"]),
+    (["partition.blocks=9"], 2, ["blocks"]),
+    (['partition.cuts=["fc9"]'], 2, ["fc9", "fc1", "fc2", "head"]),
+    (["model.depth=3"], 2, ["depth", "widths"]),
+    (["model.widths=[16, 0]"], 2, ["widths"]),
+    (["data.name=digit"], 2, ["digits"]),
+    (["data.shufle=full"], 2, ["'shuffle'"]),
+    (["sync.every=3"], 2, ["[sync]", "'every'"]),
+    (["optimizer.weight_decay=0.1"], 2, ["weight-decay"]),
     (["optimizer.lr=-1.0"], 2, ["'sgd'", "-1.0"]),
-    (["partition.weights=[1, 2, 3]"], 2, ["3 weights for 2 blocks"]),
+    (["partition.weights=[1, 2, 3]"], 2, ["weights"]),
 ]
+"""Overrides of the run file, the exit code, and the names that a user needs to mend it."""
+
 USER = [
-    ("model", "faults:nothing", 2, ["is int", "nn.Sequential"]),
-    ("model", "faults:shared", 2, ["same", "'1'", "'3'"]),
+    ("model", "faults:nothing", 2, ["nn.Sequential"]),
+    ("model", "faults:shared", 2, ["'1'", "'3'"]),
     ("model", "faults:narrow", 2, ["'2'", "(16,)"]),
-    ("model", "faults:few_outputs", 2, ["10 classes", "'1'"]),
-    ("model", "faults:absent", 2, ["has no function called 'absent'"]),
-    ("model", "nowhere:net", 2, ["no module 'nowhere'"]),
-    ("data", "faults:bad_labels", 3, ["label -1"]),
+    ("model", "faults:few_outputs", 2, ["'1'"]),
+    ("model", "faults:absent", 2, ["'absent'"]),
+    ("model", "nowhere:net", 2, ["'nowhere'"]),
+    ("data", "faults:bad_labels", 3, ["-1"]),
 ]
+"""Section, user code, the exit code, and such names."""
 
 
-def refused(folder: Path, capsys: pytest.CaptureFixture[str], *sets: str) -> tuple[int, str]:
-    """Plan the run file in `folder` on two ranks; return the code and what was said."""
-    words = [word for each in sets for word in ("--set", each)]
-    code = main(["plan", str(folder / "run.toml"), "--ranks", "2", *words])
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.startswith("dtrain: ")
-    assert told.err.count("dtrain: ") == 1
-    return code, told.err
+def refused(folder: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -> tuple[int, str]:
+    """Plan the run file in `folder` on two ranks; return the exit code and the one error."""
+    options = [option for override in overrides for option in ("--set", override)]
+    code = main(["plan", str(folder / "run.toml"), "--ranks", "2", *options])
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("dtrain: ")
+    assert printed.err.count("dtrain: ") == 1
+    return code, printed.err
 
 
-@pytest.mark.parametrize(("changes", "code", "words"), WRONG, ids=[" ".join(w[0]) for w in WRONG])
+@pytest.mark.parametrize(("overrides", "code", "names"), WRONG, ids=[" ".join(w[0]) for w in WRONG])
 def test_a_wrong_run_file(
-    changes: list[str],
+    overrides: list[str],
     code: int,
-    words: list[str],
+    names: list[str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "run.toml").write_text(RUN)
-    found, told = refused(tmp_path, capsys, *changes)
-    assert found == code, told
-    for word in words:
-        assert word in told
+    exit_code, message = refused(tmp_path, capsys, *overrides)
+    assert exit_code == code, message
+    assert all(name in message for name in names), message
 
 
-@pytest.mark.parametrize(("table", "name", "code", "words"), USER, ids=[u[1] for u in USER])
+@pytest.mark.parametrize(("section", "user_name", "code", "names"), USER, ids=[u[1] for u in USER])
 def test_user_code_that_does_not_fit(
-    table: str,
-    name: str,
+    section: str,
+    user_name: str,
     code: int,
-    words: list[str],
+    names: list[str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.syspath_prepend(ROOT / "tests" / "system" / "user")
-    text = RUN.replace('name = "mlp"\nwidths = [16, 12]', 'name = "NET"')
-    text = text.replace("NET", name) if table == "model" else RUN.replace("digits", name)
+    text = RUN.replace("digits", user_name)
+    if section == "model":
+        text = RUN.replace('name = "mlp"\nwidths = [16, 12]', f'name = "{user_name}"')
     (tmp_path / "run.toml").write_text(text)
-    found, told = refused(tmp_path, capsys)
-    assert found == code, told
-    for word in words:
-        assert word in told
+    exit_code, message = refused(tmp_path, capsys)
+    assert exit_code == code, message
+    assert all(name in message for name in names), message
+
+
+NO_STRATEGY = [
+    ("objective", "faults:absent", "user-code.no-function"),
+    ("objective", "nowhere:Focal", "user-code.no-module"),
+    ("objective", "Focal:", "user-code.malformed-name"),
+    ("sync", "faults:Raising", "user-code.no-strategy"),
+    ("schedule", "faults:nothing", "user-code.no-strategy"),
+]
+
+
+@pytest.mark.parametrize(("section", "name", "key"), NO_STRATEGY)
+def test_a_name_of_no_strategy(
+    section: str, name: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tests" / "system" / "user")
+    (tmp_path / "run.toml").write_text(f'{RUN}\n[{section}]\nname = "{name}"\n')
+    with refuses(ConfigError, key):
+        read_run(tmp_path / "run.toml")

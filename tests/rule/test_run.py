@@ -1,4 +1,4 @@
-"""The calendar, the shares of an update, and the run folder's ownership."""
+"""The length of a run, the samples of its updates, and the ownership of its folder."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from subprocess import PIPE, Popen
 import numpy as np
 import pytest
 
-from dtrain.checkpoint import run_folder as folder
+from dtrain.checkpoint import run_folder
 from dtrain.checkpoint.resume import check_same_run, find_checkpoint
 from dtrain.comm.backends.single import SingleBackend
 from dtrain.comm.communicator import Comm
 from dtrain.data.sampler import BatchSplitter
-from dtrain.errors import DtrainError
+from dtrain.errors import ConfigError
 from dtrain.monitoring.run_totals import slowest_rank
 from dtrain.schedules.segments import TrainingLength
 from dtrain.train import train
 from tests import tiny
+from tests.refusals import refuses
 
 
 @pytest.mark.parametrize(
@@ -32,27 +33,27 @@ from tests import tiny
 def test_segments_follow_each_other_and_never_cross_an_epoch(
     per_epoch: int, total: int, step: int
 ) -> None:
-    found = list(TrainingLength(per_epoch, total, step).segments())
-    assert (found[0].start, found[-1].stop) == (0, total)
-    assert all(a.stop == b.start for a, b in pairwise(found))
-    for each in found:
-        assert each.start == each.epoch * per_epoch + each.offset
-        assert each.offset + each.stop - each.start <= per_epoch
-        assert each.offset % step == 0
-        assert each.stop - each.start <= step
-        assert each.ends_epoch == (each.stop % per_epoch == 0)
-    assert [each.ends_run for each in found] == [False] * (len(found) - 1) + [True]
+    segments = list(TrainingLength(per_epoch, total, step).segments())
+    assert (segments[0].start, segments[-1].stop) == (0, total)
+    assert all(a.stop == b.start for a, b in pairwise(segments))
+    for segment in segments:
+        assert segment.start == segment.epoch * per_epoch + segment.offset
+        assert segment.offset + segment.stop - segment.start <= per_epoch
+        assert segment.offset % step == 0
+        assert segment.stop - segment.start <= step
+        assert segment.ends_epoch == (segment.stop % per_epoch == 0)
+    assert [segment.ends_run for segment in segments] == [False] * (len(segments) - 1) + [True]
 
 
-def test_a_longer_run_goes_on_where_the_shorter_one_ended() -> None:
-    """Resuming inside a segment of the longer run lands on the longer run's own bounds."""
-    ends = {each.stop for each in TrainingLength(10, 30, 4).segments()}
-    later = [each.stop for each in TrainingLength(10, 30, 4).segments(13)]
-    assert later[0] == 14
-    assert set(later) <= ends
+def test_a_longer_run_resumes_where_the_shorter_one_ended() -> None:
+    """Resuming inside a segment of the longer run ends it where the longer run does."""
+    ends = {segment.stop for segment in TrainingLength(10, 30, 4).segments()}
+    resumed_ends = [segment.stop for segment in TrainingLength(10, 30, 4).segments(13)]
+    assert resumed_ends[0] == 14
+    assert set(resumed_ends) <= ends
 
 
-def test_calendar_prefers_segment_then_checkpoint_then_epoch() -> None:
+def test_the_segment_defaults_to_the_checkpoint_interval_then_to_the_epoch() -> None:
     assert TrainingLength.from_settings(10, 3, None, 4, 5) == TrainingLength(10, 30, 4)
     assert TrainingLength.from_settings(10, 3, None, 0, 5) == TrainingLength(10, 30, 5)
     assert TrainingLength.from_settings(10, None, 25, 0, 0) == TrainingLength(10, 25, 10)
@@ -62,71 +63,77 @@ def test_calendar_prefers_segment_then_checkpoint_then_epoch() -> None:
 @pytest.mark.parametrize(
     ("size", "replicas", "micros"), list(product((5, 16), (1, 2, 3, 7), (1, 3, 4)))
 )
-def test_every_sample_of_an_update_is_somewhere_once(size: int, replicas: int, micros: int) -> None:
-    shares, order = BatchSplitter(size, replicas, micros), np.random.default_rng(0).permutation(23)
+def test_every_sample_of_an_update_is_in_one_micro_batch(
+    size: int, replicas: int, micros: int
+) -> None:
+    splitter = BatchSplitter(size, replicas, micros)
+    order = np.random.default_rng(0).permutation(23)
     updates = -(-23 // size)
-    sizes = shares.count_micro_batches(23, 0, updates)
-    seen = []
+    counts = splitter.count_micro_batches(23, 0, updates)
+    indices = []
     for update in range(updates):
-        own = [shares.batch(order, update, replica) for replica in range(replicas)]
-        assert max(each.local_rows for each in own) - min(each.local_rows for each in own) <= 1
-        assert {each.rows for each in own} == {sum(each.local_rows for each in own)}
-        for replica, each in enumerate(own):
-            assert len(each.micro_batch_indices) == sizes[replica][update]
-            lengths = [len(micro) for micro in each.micro_batch_indices]
+        batches = [splitter.batch(order, update, replica) for replica in range(replicas)]
+        rows = [batch.local_rows for batch in batches]
+        assert max(rows) - min(rows) <= 1
+        assert {batch.rows for batch in batches} == {sum(rows)}
+        for replica, batch in enumerate(batches):
+            assert len(batch.micro_batch_indices) == counts[replica][update]
+            lengths = [len(micro) for micro in batch.micro_batch_indices]
             assert all(lengths)
             assert not lengths or max(lengths) - min(lengths) <= 1
-            seen += [index for micro in each.micro_batch_indices for index in micro]
-    assert seen == list(order)
+            indices += [index for micro in batch.micro_batch_indices for index in micro]
+    assert indices == list(order)
 
 
-def test_a_folder_is_taken_once(tmp_path: Path) -> None:
-    token = folder.acquire(tmp_path / "new" / "run")
-    with pytest.raises(DtrainError) as refusal:
-        folder.acquire(tmp_path / "new" / "run")
-    told = refusal.value.message
-    assert f"process {os.getpid()}" in told
-    assert str(tmp_path / "new" / "run" / "owner.json") in told
-    assert not folder.release(tmp_path / "new" / "run", token | {"process": 1})
-    assert folder.release(tmp_path / "new" / "run", token)
-    assert not folder.release(tmp_path / "new" / "run", token)
-    folder.acquire(tmp_path / "new" / "run")
-    assert [path.name for path in (tmp_path / "new" / "run").iterdir()] == ["owner.json"]
+def test_a_folder_is_locked_once(tmp_path: Path) -> None:
+    """The error names the owner and its file."""
+    folder = tmp_path / "new" / "run"
+    owner = run_folder.acquire(folder)
+    with refuses(ConfigError, "run-folder.locked") as caught:
+        run_folder.acquire(folder)
+    assert f"process {os.getpid()}" in caught.value.message
+    assert str(folder / "owner.json") in caught.value.message
+    assert not run_folder.release(folder, owner | {"process": 1})
+    assert run_folder.release(folder, owner)
+    assert not run_folder.release(folder, owner)
+    run_folder.acquire(folder)
+    assert [path.name for path in folder.iterdir()] == ["owner.json"]
 
 
 CONTENDER = """
 import sys
 from pathlib import Path
-from dtrain.checkpoint import run_folder as folder
-from dtrain.errors import DtrainError
+from dtrain.checkpoint import run_folder
+from dtrain.errors import ConfigError
 print("ready", flush=True)
 sys.stdin.readline()
 try:
-    folder.acquire(Path(sys.argv[1]))
-    print("mine", flush=True)
-except DtrainError:
-    print("taken", flush=True)
+    run_folder.acquire(Path(sys.argv[1]))
+    print("locked", flush=True)
+except ConfigError:
+    print("refused", flush=True)
 sys.stdin.read()
 """
 
 
-def test_of_many_that_want_a_folder_one_gets_it(tmp_path: Path) -> None:
-    """All are let go at once, and live until all have been told."""
+def test_one_of_many_processes_locks_a_folder(tmp_path: Path) -> None:
+    """All start at once, and live until all have answered."""
     with ExitStack() as stack:
         argv = [sys.executable, "-c", CONTENDER, str(tmp_path)]
-        many = [
+        processes = [
             stack.enter_context(Popen(argv, stdin=PIPE, stdout=PIPE, text=True)) for _ in range(6)
         ]
-        assert [told(each) for each in many] == ["ready"] * 6
-        for each in many:
-            assert each.stdin is not None
-            each.stdin.write("go\n")
-            each.stdin.flush()
-        assert sorted(told(each) for each in many) == ["mine"] + ["taken"] * 5
+        assert [next_line(process) for process in processes] == ["ready"] * 6
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        answers = [next_line(process) for process in processes]
+        assert sorted(answers) == ["locked"] + ["refused"] * 5
 
 
-def told(process: Popen[str]) -> str:
-    """Return the next word of a process."""
+def next_line(process: Popen[str]) -> str:
+    """Return the next line of output of a process."""
     assert process.stdout is not None
     return process.stdout.readline().strip()
 
@@ -140,10 +147,10 @@ def test_a_folder_whose_owner_is_gone_is_taken_over(
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    folder.acquire(tmp_path)
+    run_folder.acquire(tmp_path)
     owner = json.loads((tmp_path / "owner.json").read_text())
     (tmp_path / "owner.json").write_text(json.dumps(owner | change))
-    folder.acquire(tmp_path)
+    run_folder.acquire(tmp_path)
     assert json.loads((tmp_path / "owner.json").read_text()) == owner
 
 
@@ -152,66 +159,68 @@ def test_a_folder_whose_owner_may_live_is_refused(
     change: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    folder.acquire(tmp_path)
+    run_folder.acquire(tmp_path)
     owner = json.loads((tmp_path / "owner.json").read_text()) | change
     (tmp_path / "owner.json").write_text(json.dumps(owner))
-    with pytest.raises(DtrainError, match=str(owner["host"])):
-        folder.acquire(tmp_path)
+    with refuses(ConfigError, "run-folder.locked") as caught:
+        run_folder.acquire(tmp_path)
+    assert str(owner["host"]) in caught.value.message
 
 
-def test_a_refusal_names_the_job_to_look_for(
+def test_the_error_names_the_job_to_look_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A job on another host may live or be dead; who can ask Slurm decides."""
+    """A job on another host may be running or dead; the user can ask Slurm."""
     monkeypatch.setenv("SLURM_JOB_ID", "123")
-    owner = folder.acquire(tmp_path) | {"host": "n017"}
+    owner = run_folder.acquire(tmp_path) | {"host": "n017"}
     (tmp_path / "owner.json").write_text(json.dumps(owner))
     monkeypatch.setenv("SLURM_JOB_ID", "124")
-    with pytest.raises(DtrainError) as refusal:
-        folder.acquire(tmp_path)
-    told = refusal.value.message
-    assert "belongs to a run that has not given it back (job 123, restart 0, host n017, " in told
-    assert f"if `squeue -j 123` no longer shows it, delete {tmp_path / 'owner.json'}; else" in told
+    with refuses(ConfigError, "run-folder.locked") as caught:
+        run_folder.acquire(tmp_path)
+    message = caught.value.message
+    assert "(job 123, restart 0, host n017, " in message
+    assert "`squeue -j 123`" in message
+    assert str(tmp_path / "owner.json") in message
 
 
 def test_a_full_disk_does_not_hide_how_a_run_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    token = folder.acquire(tmp_path)
-    folder.write_summary(tmp_path, {"status": "running"})
+    owner = run_folder.acquire(tmp_path)
+    run_folder.write_summary(tmp_path, {"status": "running"})
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(folder, "write_summary", full)
-    assert folder.release_unfinished(tmp_path, token, "failed", "DtrainError: the loss is nan")
+    monkeypatch.setattr(run_folder, "write_summary", full)
+    assert run_folder.release_unfinished(tmp_path, owner, "failed", "the loss is nan")
     assert not (tmp_path / "owner.json").exists()
-    assert not folder.release_unfinished(tmp_path, token, "failed", "another")
+    assert not run_folder.release_unfinished(tmp_path, owner, "failed", "another")
 
 
-def test_records_of_an_earlier_attempt_are_put_aside(tmp_path: Path) -> None:
-    for attempt, word in ((1, "first"), (2, "second"), (2, "second again")):
+def test_records_of_an_earlier_attempt_are_archived(tmp_path: Path) -> None:
+    for attempt, text in ((1, "first"), (2, "second"), (2, "second again")):
         (tmp_path / "flight").mkdir()
-        (tmp_path / "flight" / "rank-00000.txt").write_text(word)
-        folder.archive(tmp_path, "flight", attempt)
-    folder.archive(tmp_path, "flight", 3)
-    found = {path.parent.name: path.read_text() for path in tmp_path.glob("*/rank-*.txt")}
-    assert found == {"flight-001": "first", "flight-002": "second again"}
+        (tmp_path / "flight" / "rank-00000.txt").write_text(text)
+        run_folder.archive(tmp_path, "flight", attempt)
+    run_folder.archive(tmp_path, "flight", 3)
+    archived = {path.parent.name: path.read_text() for path in tmp_path.glob("*/rank-*.txt")}
+    assert archived == {"flight-001": "first", "flight-002": "second again"}
 
 
-def test_a_refusal_while_the_folder_is_taken_gives_it_back(
+def test_an_error_while_the_folder_is_locked_unlocks_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = replace(tiny.run(), path=tmp_path / "run.toml")
 
-    def take(out: Path) -> folder.Owner:
-        token = taken(out)
-        (out / "letters.txt").touch()  # somebody else's, put there meanwhile
-        return token
+    def acquire_late(out: Path) -> run_folder.Owner:
+        owner = acquire(out)
+        (out / "letters.txt").touch()  # another program's, written meanwhile
+        return owner
 
-    taken = folder.acquire
-    monkeypatch.setattr(folder, "acquire", take)
-    with pytest.raises(DtrainError, match="not empty"):
+    acquire = run_folder.acquire
+    monkeypatch.setattr(run_folder, "acquire", acquire_late)
+    with refuses(ConfigError, "run-folder.not-empty"):
         train(run, Comm(SingleBackend()), tmp_path / "out", "never")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["letters.txt"]
 
@@ -219,44 +228,45 @@ def test_a_refusal_while_the_folder_is_taken_gives_it_back(
 def test_the_slowest_rank_is_compared_with_its_own_stage() -> None:
     busy = {0: 1.0, 1: 5.0, 2: 1.2, 3: 9.0, 4: 1.1, 5: 5.2}
     rows = [{"stage": rank % 2, "busy_s": busy[rank]} for rank in range(6)]
-    told = slowest_rank(rows)
-    assert told == {"slowest_rank": 3, "slowest_busy_s": 9.0, "stage_median_busy_s": 5.2}
+    slowest = slowest_rank(rows)
+    assert slowest == {"slowest_rank": 3, "slowest_busy_s": 9.0, "stage_median_busy_s": 5.2}
 
 
-def test_a_damaged_owner_file_owns_nothing(tmp_path: Path) -> None:
+def test_a_damaged_owner_file_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "owner.json").write_text("{")
-    folder.acquire(tmp_path)
+    run_folder.acquire(tmp_path)
     assert json.loads((tmp_path / "owner.json").read_text())["process"] == os.getpid()
 
 
 def test_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     (tmp_path / "letters.txt").touch()
-    with pytest.raises(DtrainError, match=r"no run folder \(letters.txt\)"):
+    with refuses(ConfigError, "run-folder.other-files"):
         find_checkpoint(tmp_path, "auto")
-    with pytest.raises(DtrainError, match="not empty"):
+    with refuses(ConfigError, "run-folder.not-empty"):
         find_checkpoint(tmp_path, "never")
-    with pytest.raises(DtrainError, match="overwrite the run file"):
+    with refuses(ConfigError, "run-folder.overwrites-run-file"):
         check_same_run(tmp_path, None, replace(tiny.run(), path=tmp_path / "run.toml"))
     check_same_run(tmp_path, None, tiny.run())
-    with pytest.raises(DtrainError, match="no complete checkpoint"):
+    with refuses(ConfigError, "run-folder.no-resume-checkpoint"):
         find_checkpoint(tmp_path / "new", str(tmp_path))
-    with pytest.raises(DtrainError, match="cannot use the run folder"):
-        folder.acquire(tmp_path / "letters.txt" / "run")
+    with refuses(ConfigError, "run-folder.unusable"):
+        run_folder.acquire(tmp_path / "letters.txt" / "run")
     assert find_checkpoint(tmp_path / "new", "auto") is None
 
 
 @pytest.mark.parametrize(("replicas", "micros"), list(product((1, 2, 3, 7), (1, 3, 4))))
-def test_no_part_is_smaller_than_it_must_be(replicas: int, micros: int) -> None:
-    shares, order = BatchSplitter(9, replicas, micros, min_rows=2), np.arange(20)
-    sizes = shares.count_micro_batches(20, 0, 3)
-    seen = []
+def test_no_micro_batch_is_smaller_than_the_minimum(replicas: int, micros: int) -> None:
+    splitter, order = BatchSplitter(9, replicas, micros, min_rows=2), np.arange(20)
+    counts = splitter.count_micro_batches(20, 0, 3)
+    indices = []
     for update, rows in enumerate((9, 9, 2)):
-        own = [shares.batch(order, update, replica) for replica in range(replicas)]
-        lengths = [len(micro) for each in own for micro in each.micro_batch_indices]
+        batches = [splitter.batch(order, update, replica) for replica in range(replicas)]
+        lengths = [len(micro) for batch in batches for micro in batch.micro_batch_indices]
         assert sum(lengths) == rows
         assert min(lengths) >= 2
-        assert [len(each.micro_batch_indices) for each in own] == [
-            sizes[r][update] for r in range(replicas)
+        assert [len(batch.micro_batch_indices) for batch in batches] == [
+            counts[replica][update] for replica in range(replicas)
         ]
-        seen += [index for each in own for micro in each.micro_batch_indices for index in micro]
-    assert seen == list(order)
+        for batch in batches:
+            indices += [index for micro in batch.micro_batch_indices for index in micro]
+    assert indices == list(order)
