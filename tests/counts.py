@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from dtrain.models import LayerStack, infer_layers
+from dtrain.models.layers import LayerStack
+from dtrain.models.shape_inference import infer_layers
 from dtrain.planning import layout
 from dtrain.planning.block_costs import BlockCosts
 from dtrain.planning.memory import MemoryPlan

@@ -13,7 +13,8 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-from dtrain.models import LayerSpec, LayerStack, profile_module
+from dtrain.models.layers import LayerStack
+from dtrain.models.shape_inference import LayerSpec, profile_module
 from dtrain.objectives.base import GRADIENT, Objective
 from dtrain.objectives.block_spec import BlockSpec, DownstreamLayer
 

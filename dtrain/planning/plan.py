@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dtrain import data, models
 from dtrain.config.run import RunConfig
-from dtrain.data import DatasetSplits, updates_per_epoch
 from dtrain.data import augment as augments
-from dtrain.data.sampler import BatchSplitter
+from dtrain.data import load_data
+from dtrain.data.dataset import DatasetSplits
+from dtrain.data.sampler import BatchSplitter, updates_per_epoch
 from dtrain.errors import ConfigError
+from dtrain.models import load_model
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.planning.layout import Layout, make_layout
 from dtrain.schedules.segments import TrainingLength
@@ -50,7 +51,7 @@ def make_plan(run: RunConfig, ranks: int) -> Plan:
     DtrainError
         Data, model, mesh, partition or schedule do not fit each other.
     """
-    samples = data.load(
+    samples = load_data(
         run.dataset.name, run.dataset.fields, run.folder, normalise=run.data.normalise
     )
     shape, classes = samples.train.shape, samples.train.classes
@@ -61,7 +62,7 @@ def make_plan(run: RunConfig, ranks: int) -> Plan:
         shape, classes, samples.train.size, samples.train.value_range is not None
     )
     seen = run.make_objective().model_input_shape(shape, classes)
-    model = models.load(run.model.name, run.model.fields, run.folder, seen, classes)
+    model = load_model(run.model.name, run.model.fields, run.folder, seen, classes)
     layout = make_layout(run, model, about, ranks)
     top, coupling = run.settings, layout.coupling_layers
     calendar = TrainingLength.from_settings(

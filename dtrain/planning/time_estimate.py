@@ -17,9 +17,8 @@ from typing import Any, final
 
 import torch
 
-from dtrain import models
 from dtrain.errors import ConfigError, DtrainError, unknown_name
-from dtrain.models import LayerSpec
+from dtrain.models.shape_inference import LayerSpec, infer_layers, profile_module
 from dtrain.objectives.base import GRADIENT
 from dtrain.planning.block_memory import BlockMemory
 from dtrain.planning.cost_file import HEADS, INTER_NODE, INTRA_NODE, CostFile, LinkSpeed
@@ -146,7 +145,7 @@ class _RunCosts:
         if block.replacement_layers is not None:
             fed = self.layout.objective.block_input_shape(block.spec)
             specs = list(
-                models.infer_layers(block.replacement_layers, fed, self.layout.layer_specs[0].dtype)
+                infer_layers(block.replacement_layers, fed, self.layout.layer_specs[0].dtype)
             )
         asked = any(
             r.name == GRADIENT and r.source.block == block.spec.index for r in self.layout.routes
@@ -165,9 +164,7 @@ class _RunCosts:
         shape = objective.head_input_shape(task)
         if helper is None or shape is None:
             return 0.0, 0.0, 0.0, 0.0
-        return self._module_seconds(
-            models.profile_module(helper.to(task.dtype), shape, task.dtype), HEADS
-        )
+        return self._module_seconds(profile_module(helper.to(task.dtype), shape, task.dtype), HEADS)
 
     def _module_seconds(self, spec: LayerSpec, name: str) -> tuple[float, float, float, float]:
         """Return the seconds of one sample: forward, both gradients, and what nobody may ask."""

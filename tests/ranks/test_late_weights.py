@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from dtrain import data
 from dtrain.comm.backends.threads import run_ranks as ranks
-from dtrain.data import epoch_order
+from dtrain.data import load_data
+from dtrain.data.sampler import epoch_order
 from dtrain.errors import DtrainError
 from dtrain.train import train
 from tests import stale, tiny
@@ -147,7 +147,7 @@ def test_runs_are_those_of_the_simulator(case: str, net: str, tmp_path: Path) ->
     layers.load_state_dict(model(tmp_path / "start"))
     blocks = [flat(part) for part in (layers[0], layers[1], layers[2], layers[3:])]
     run = told(case, net, 1)
-    samples = data.load(run.dataset.name, {}, run.folder).train
+    samples = load_data(run.dataset.name, {}, run.folder).train
     rows = epoch_order(50, 3, 0, "full")
     size, micros = run.settings.batch_size, run.settings.micro_batches
     updates = [

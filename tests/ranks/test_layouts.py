@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from dtrain import data
 from dtrain.config.run import RunConfig
-from dtrain.data import epoch_order
+from dtrain.data import load_data
+from dtrain.data.sampler import epoch_order
 from tests import tiny
 from tests.outcome import close, model
 from tests.ranks.test_laws import Summary, trained
@@ -200,7 +200,7 @@ def test_other_numbers_of_replicas_apart_all_start_from_the_view(
 def gone_on(view: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return `view` after updates 5 and 6, the second and third of epoch 1, by a plain loop."""
     run = tiny.run()
-    samples = data.load(run.dataset.name, {}, run.folder).train
+    samples = load_data(run.dataset.name, {}, run.folder).train
     held = {name: tensor.clone().requires_grad_() for name, tensor in view.items()}
     step = torch.optim.SGD(held.values(), lr=0.1, momentum=0.9)
     sequence = epoch_order(samples.size, run.settings.seed, 1, "full")

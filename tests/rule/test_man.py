@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from dtrain import models
 from dtrain.block.block import Block
 from dtrain.block.micro_batch import MicroBatch
 from dtrain.build import build_rank
 from dtrain.comm.backends.threads import run_ranks as ranks
-from dtrain.data import epoch_order
+from dtrain.data.sampler import epoch_order
 from dtrain.errors import DtrainError
+from dtrain.models import load_model
 from dtrain.models.layers import as_layers
+from dtrain.models.shape_inference import infer_layers
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.common.reconstruction import ReconstructionHead
 from dtrain.objectives.man import LAYER, EmaPair, Man, flat_parameters
@@ -37,8 +38,8 @@ SHAPE = (3, 8, 8)
 
 @cache
 def net(width: int = 4) -> Any:
-    made = models.load("resnet", {"depth": 8, "width": width}, Path(), SHAPE, 3)
-    return made, models.infer_layers(made, SHAPE, D)
+    made = load_model("resnet", {"depth": 8, "width": width}, Path(), SHAPE, 3)
+    return made, infer_layers(made, SHAPE, D)
 
 
 def step(parameters: Any) -> torch.optim.Optimizer:
@@ -102,15 +103,15 @@ def test_drawn_copies_start_apart(index: int) -> None:
     ]
     for one, other in itertools.combinations(convolutions, 2):
         assert not any(map(torch.equal, one, other))
-    wide = models.load("resnet", {"depth": 8, "width": 64}, Path(), SHAPE, 3)
+    wide = load_model("resnet", {"depth": 8, "width": 64}, Path(), SHAPE, 3)
     layer = EmaPair(wide.rebuild_layer(2, 0, D), redraw=True).learnt
     weight = next(layer.parameters())
     assert float(weight.detach().std()) == pytest.approx((2 / (9 * 128)) ** 0.5, rel=0.02)
 
 
 def test_copies_of_a_perceptrons_layer() -> None:
-    mlp = models.load("mlp", {"widths": [9, 7, 6]}, Path(), (10,), 3)
-    specs = models.infer_layers(mlp, (10,), D)
+    mlp = load_model("mlp", {"widths": [9, 7, 6]}, Path(), (10,), 3)
+    specs = infer_layers(mlp, (10,), D)
     for start in ("next", "drawn"):
         objective = Man(start=start)
         task = BlockCosts(specs, objective, mlp, BlockSpec.from_data((10,), 3), 1).block_spec(
@@ -271,7 +272,7 @@ def test_a_layer_without_parameters_is_told_of_and_runs() -> None:
     """Nothing travels but the empty message."""
     layers = [nn.Flatten, lambda: nn.Linear(10, 7), nn.ReLU, lambda: nn.Linear(7, 3)]
     made = as_layers(lambda: [(f"l{n}", each) for n, each in enumerate(layers)], "own")
-    specs = models.infer_layers(made, (2, 5), D)
+    specs = infer_layers(made, (2, 5), D)
     prices = BlockCosts(specs, Man(), made, BlockSpec.from_data((2, 5), 3), 1)
     both = [prices.block_spec(0, 2, 0, 2), prices.block_spec(1, 2, 2, 4)]
     [told] = Man().warnings(both, 8)

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
-from dtrain import data, models
 from dtrain.comm.backends.threads import run_ranks as ranks
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
-from dtrain.data import epoch_order
+from dtrain.data import load_data
+from dtrain.data.sampler import epoch_order
 from dtrain.errors import DtrainError
+from dtrain.models import load_model
 from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.cafo import Cafo
 from dtrain.objectives.ccl import Ccl
@@ -78,7 +79,7 @@ def test_it_learns(objective: str, tmp_path: Path) -> None:
 def features(out: Path, count: int) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Return what the random layers of a run make of the training samples, and the labels."""
     run = tiny.run()
-    samples = data.load(run.dataset.name, {}, run.folder).train
+    samples = load_data(run.dataset.name, {}, run.folder).train
     x = samples.inputs(range(50)).double()
     held, made = model(out), []
     for name in ("fc1", "fc2", "fc3", "fc4"):
@@ -106,8 +107,8 @@ def test_two_passes_are_the_rule_of_the_paper(tmp_path: Path) -> None:
         updates=1, micro_batches=2, partition__blocks=5,
     )  # fmt: skip
     run, net = tiny.run(), []
-    samples = data.load(run.dataset.name, {}, run.folder).train
-    layers = models.load("mlp", run.model.fields, run.folder, (2, 5), 3).build(
+    samples = load_data(run.dataset.name, {}, run.folder).train
+    layers = load_model("mlp", run.model.fields, run.folder, (2, 5), 3).build(
         range(5), 3, torch.float64
     )
     net = [*layers.items()]

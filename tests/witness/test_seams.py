@@ -15,7 +15,7 @@ from dtrain.block.block import Block
 from dtrain.comm.backends.threads import run_ranks as ranks
 from dtrain.comm.communicator import Comm
 from dtrain.errors import DtrainError
-from dtrain.models import as_layers
+from dtrain.models.layers import as_layers
 from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.base import Objective
 from dtrain.objectives.block_spec import BlockSpec
@@ -146,6 +146,6 @@ def test_heads_are_priced_where_they_stand() -> None:
 
 
 def _layers(run: Any) -> Any:
-    from dtrain.models import Cnn
+    from dtrain.models.cnn import Cnn
 
     return Cnn(((12, 16), (16,)), norm="none").layers((3, 8, 8), 3)
