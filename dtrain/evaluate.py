@@ -30,8 +30,8 @@ from dtrain.comm.agree import all_or_none
 from dtrain.comm.communicator import Comm
 from dtrain.config.parse import read_resolved_run
 from dtrain.config.run import RunConfig
-from dtrain.data import Loader, even_ranges
-from dtrain.data.sampler import BatchSplitter, Indices
+from dtrain.data.loader import Loader
+from dtrain.data.sampler import BatchSplitter, Indices, even_ranges
 from dtrain.errors import ConfigError
 from dtrain.monitoring.run_totals import RunTotals, evaluation_metrics
 from dtrain.planning.plan import make_plan

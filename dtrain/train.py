@@ -27,7 +27,7 @@ from dtrain.checkpoint.resume import (
 from dtrain.comm.agree import all_or_none, broadcast_object
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
-from dtrain.data import epoch_order
+from dtrain.data.sampler import epoch_order
 from dtrain.engine.trace import TRACE_FILE, Trace
 from dtrain.errors import ConfigError, DtrainError, Interrupted, add_location, one_line
 from dtrain.evaluate import EvalWeights, evaluate_weights, evaluation_weights

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from dtrain.data import epoch_order, load
+from dtrain.data import load_data
+from dtrain.data.sampler import epoch_order
 
 WIDTHS = (3072, 1000, 1000, 1000)
 
@@ -28,7 +29,7 @@ def main() -> None:
     train, test = sys.argv[1:3]
     batch, steps, segments = map(int, sys.argv[3:])
     torch.set_num_threads(1)
-    source = load("hdf5", {"train": train, "test": test}, Path()).train
+    source = load_data("hdf5", {"train": train, "test": test}, Path()).train
     sequence = epoch_order(source.size, 0, 0, "full")
     hidden = [each for pair in pairwise(WIDTHS) for each in (nn.Linear(*pair), nn.ReLU())]
     net = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(WIDTHS[-1], 10))

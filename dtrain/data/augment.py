@@ -1,7 +1,7 @@
-r"""Augmentation: images are changed as they are read, by draws that belong to sample and epoch.
+r"""Augmentation: random changes of training images as they are read.
 
-Invariant: a sample's draw is pure in (seed, epoch, index): batch, order, layout, thread and every
-generator's state leave it as it is, and so does the numpy that is installed. Labels never change.
+Invariant: a sample's random numbers depend only on (seed, epoch, index), never on batch, order,
+layout, thread, the state of a generator or the installed numpy. Labels never change.
 
 ::
 
@@ -9,7 +9,7 @@ generator's state leave it as it is, and so does the numpy that is installed. La
     +--------+         +--------+          0 0 0 0 0 0 0 0
     |  /|    |         |    |\  |          0 0+--------+
     |   |    |   ->    |    |   |   ->     0 0|    |\  |       first row and column 0 ... 8,
-    |   |    |         |    |   |          0 0|    |   |       each as likely as the others
+    |   |    |         |    |   |          0 0|    |   |       all equally likely
     +--------+         +--------+          0 0|    |   |
                                            0 0+--------+
 """
@@ -30,22 +30,23 @@ from dtrain.errors import ConfigError, unknown_name
 from dtrain.rng import derive_seed
 
 PAD = 4
-"""Pixels of zero around an image before it is cropped."""
+"""Pixels of zero on each side of an image before it is cropped."""
 
 
-GOLDEN = 0x9E3779B97F4A7C15
+SPLITMIX_INCREMENT = 0x9E3779B97F4A7C15
 
 
-MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+SPLITMIX_ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+"""Shift and factor of each round of SplitMix64."""
 
 
 class Augment(ABC):
-    """What is done to training samples when they are read.
+    """A random change of training samples as they are read.
 
     Parameters
     ----------
     seed : int
-        The run's.
+        The run's seed.
     """
 
     def __init__(self, seed: int) -> None:
@@ -53,24 +54,24 @@ class Augment(ABC):
 
     @abstractmethod
     def check_shape(self, shape: tuple[int, ...]) -> None:
-        """Refuse samples of a shape that this cannot be done to.
+        """Refuse samples of a shape that cannot be augmented in this way.
 
         Raises
         ------
-        DtrainError
-            Says the shape.
+        ConfigError
+            The shape is unsuitable.
         """
 
     @abstractmethod
     def __call__(self, x: Tensor, indices: Indices, epoch: int) -> Tensor:
-        """Return new samples of x's shape and dtype; x is left as it was.
+        """Return augmented copies of samples, of the same shape and dtype; `x` is not written to.
 
         Parameters
         ----------
         x : Tensor
             Samples, (n, *shape).
         indices : array
-            Which samples of the training split they are, (n,).
+            The samples' indices in the training split, (n,).
         epoch : int
             From 0.
         """
@@ -78,24 +79,25 @@ class Augment(ABC):
 
 @final
 class CropFlip(Augment):
-    """Mirror one image in two, pad by 4 zeros, crop at random to the size before.
+    """Mirror one image in two, pad with 4 zeros on each side, crop at random to the old size.
 
-    As He et al. 2015 (Deep residual learning, section 4.2) train on CIFAR. The zeros come after
-    standardisation, so the border has the training split's mean colour; without it, it is black.
+    He et al., "Deep residual learning for image recognition", arXiv 1512.03385, section 4.2. The
+    zeros are added after standardisation, so the border has the training split's mean colour;
+    without standardisation it is black.
     """
 
     def check_shape(self, shape: tuple[int, ...]) -> None:
         if len(shape) != 3:
             raise ConfigError(
-                "todo.key",
-                f'[data] augment = "crop-flip" is for images (channels, height, width): these '
-                f'samples have shape {shape}: give augment = "none"',
+                "data.augment-needs-images",
+                f'[data] augment = "crop-flip" needs images (channels, height, width), but the '
+                f'samples have shape {shape}: set augment = "none"',
             )
 
     def __call__(self, x: Tensor, indices: Indices, epoch: int) -> Tensor:
         n, channels, height, width = x.shape
         top, left, mirrored = self.draw(indices, epoch)
-        # In numpy: this may run in a thread of its own, where torch would start its own team.
+        # In numpy, since torch would start more threads inside the loader's thread.
         images, result = x.numpy(), torch.empty_like(x, memory_format=torch.contiguous_format)
         padded = np.zeros((n, channels, height + 2 * PAD, width + 2 * PAD), images.dtype)
         middle = padded[:, :, PAD : PAD + height, PAD : PAD + width]
@@ -108,23 +110,24 @@ class CropFlip(Augment):
     def draw(
         self, indices: Indices, epoch: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
-        """Return first row and column of each crop, 0 ... 2 * PAD, and whether it is mirrored."""
+        """Draw each crop's first row and column, 0 ... 2 * PAD, and whether it is mirrored."""
         bits = random_bits(indices, derive_seed("augment", self.seed, epoch))
-        places = 2 * PAD + 1
-        # A product's upper half is uniform to 2e-8; the mirror has bits of its own.
-        place = ((bits >> np.uint64(32)) * np.uint64(places**2) >> np.uint64(32)).astype(np.int64)
-        return place // places, place % places, (bits & np.uint64(1)).astype(np.bool_)
+        offsets = 2 * PAD + 1
+        # The upper half of the product is uniform to 2e-8. The mirror uses the lowest bit, which
+        # the crop does not.
+        crop = ((bits >> np.uint64(32)) * np.uint64(offsets**2) >> np.uint64(32)).astype(np.int64)
+        return crop // offsets, crop % offsets, (bits & np.uint64(1)).astype(np.bool_)
 
 
 AUGMENTS: dict[str, type[Augment] | None] = {"none": None, "crop-flip": CropFlip}
 
 
 def build_augment(name: str, seed: int) -> Augment | None:
-    """Return the named augmentation, or None for "none".
+    """Make the augmentation of a run file's `[data] augment`; None for "none".
 
     Raises
     ------
-    DtrainError
+    ConfigError
         An unknown name.
     """
     if name not in AUGMENTS:
@@ -134,12 +137,13 @@ def build_augment(name: str, seed: int) -> Augment | None:
 
 
 def random_bits(indices: Indices, seed: int) -> NDArray[np.uint64]:
-    """Return 64 random bits for each index, the same in whatever company it is drawn.
+    """Return 64 random bits for each index, whatever the other indices are.
 
-    SplitMix64 (Steele, Lea & Flood 2014), which can jump: output number i of the seed `start`.
+    SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA
+    2014), which can jump: index i has output i of the generator that starts at `seed`.
     """
     bits = indices.astype(np.uint64) + np.uint64(1)
-    bits = bits * np.uint64(GOLDEN) + np.uint64(seed)  # arrays of uint64 wrap around
-    for shift, factor in MIX:
+    bits = bits * np.uint64(SPLITMIX_INCREMENT) + np.uint64(seed)  # uint64 arrays wrap around
+    for shift, factor in SPLITMIX_ROUNDS:
         bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)
     return bits ^ (bits >> np.uint64(31))

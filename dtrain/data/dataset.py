@@ -1,16 +1,17 @@
-"""Sources: samples by index; inputs and targets apart, since inner stages need only labels.
+"""Data sets: inputs and targets by index. They are read separately: inner stages need only labels.
 
-Invariant: what a source returns depends on the indices alone, never on what was read before; it is
-new memory that the caller owns, contiguous and aligned as torch aligns.
+Invariant: the result of a read depends only on its indices, never on earlier reads. It is new
+memory that the caller owns, contiguous and aligned as torch aligns.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, TypeVar, final
+from itertools import chain
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -23,12 +24,11 @@ Array = NDArray[Any]
 
 
 Moments = tuple[NDArray[np.float64], NDArray[np.float64]]
-
-
-T = TypeVar("T")
+"""Mean and standard deviation per channel, each (channels,)."""
 
 
 DTYPES = ("uint8", "float16", "float32", "float64")
+"""Dtypes that stored samples may have."""
 
 
 SAMPLES_PER_READ = 4096
@@ -45,8 +45,8 @@ class Dataset(ABC):
         Shape of one sample, (C, H, W) or (features,) or another with the channels first.
     classes : int
         Number of classes.
-    span : (float, float) or None
-        The lowest and the highest value that an input can have, where that is known.
+    value_range : (float, float) or None
+        The lowest and the highest value that an input can have; None where unknown.
     """
 
     size: int
@@ -56,32 +56,35 @@ class Dataset(ABC):
 
     @property
     def slow(self) -> bool:
-        """Whether inputs come from a disk or a network, so that they are better read ahead.
+        """Whether inputs come from a disk or a network, so that a thread reads them ahead.
 
-        They are then read in a thread of its own; a subclass may simply say ``slow = True``.
+        A subclass may set the class attribute ``slow = True``.
         """
         return False
 
     @abstractmethod
     def inputs(self, indices: ArrayLike) -> Tensor:
-        """Return samples of shape (n, *shape) in the order of `indices`.
+        """Read the samples at `indices`, in their order, as (n, *shape).
 
-        float32, or float64 where the data are; bytes are scaled from 0 ... 255 to 0 ... 1.
+        float32, or float64 where the data are; bytes are scaled from 0 ... 255 to 0 ... 1. The
+        loader may call it in another thread than `targets`, at the same time.
         """
 
     @abstractmethod
     def targets(self, indices: ArrayLike) -> Tensor:
-        """Return labels of shape (n,), int64, 0 <= label < classes, without reading inputs."""
+        """Read the labels at `indices`, as (n,) int64, 0 <= label < classes, but no inputs."""
 
     def to_unit_range(self, x: Tensor) -> Tensor:
-        """Return inputs (n, *shape) as they were before anything was done to their values, scaled
-        from the `span`, which must be known, to 0 ... 1."""
+        """Undo standardisation of inputs (n, *shape) and scale them from `value_range` to 0 ... 1.
+
+        `value_range` must be known.
+        """
         assert self.value_range is not None
         low, high = self.value_range
         return ((x - low) / (high - low)).clamp_(0, 1)
 
     def moments(self) -> Moments:
-        """Return mean and standard deviation per channel; by default all inputs are read once."""
+        """Compute mean and standard deviation per channel, by reading all inputs once."""
         batches = (
             np.arange(i, min(i + SAMPLES_PER_READ, self.size))
             for i in range(0, self.size, SAMPLES_PER_READ)
@@ -92,7 +95,7 @@ class Dataset(ABC):
 @final
 @dataclass(frozen=True)
 class DatasetSplits:
-    """Two splits of the same samples' shape and classes."""
+    """Training and test split, with samples of one shape and the same classes."""
 
     train: Dataset
     test: Dataset
@@ -100,18 +103,18 @@ class DatasetSplits:
 
 @final
 class ArrayDataset(Dataset):
-    """Arrays in memory, kept as they are (bytes as bytes) and converted batch by batch.
+    """Arrays in memory, which keep their dtype and are converted batch by batch.
 
     Parameters
     ----------
     size, shape, classes
-        As in `Source`: known before anything is read.
+        As in `Dataset`: known before anything is read.
     x : callable
-        Returns the samples, (size, *shape), of a dtype in `KINDS`; called on first need.
+        Returns the samples, (size, *shape), of a dtype in `DTYPES`; called on first need.
     y : callable
-        Returns the labels, (size,) integers; likewise.
-    span : (float, float), optional
-        As in `Source`.
+        Returns the labels, (size,) integers; called on first need.
+    value_range : (float, float), optional
+        As in `Dataset`.
     """
 
     def __init__(
@@ -123,7 +126,10 @@ class ArrayDataset(Dataset):
         y: Callable[[], Array],
         value_range: tuple[float, float] | None = None,
     ) -> None:
-        self.size, self.shape, self.classes, self.value_range = size, shape, classes, value_range
+        self.size = size
+        self.shape = shape
+        self.classes = classes
+        self.value_range = value_range
         self._x, self._y = cache(x), cache(y)
 
     def inputs(self, indices: ArrayLike) -> Tensor:
@@ -135,28 +141,28 @@ class ArrayDataset(Dataset):
 
 @final
 class Standardised(Dataset):
-    """Another source's samples, per channel less a mean and over a standard deviation.
+    """Another data set, standardised per channel: (x - mean) / standard deviation.
 
     Parameters
     ----------
-    source : Source
-        Whose samples are standardised.
-    known : callable
-        Returns the training split's moments; called on first need of inputs, so that a stage that
-        needs only labels never asks. A constant channel is left at scale 1.
+    dataset : Dataset
+        The samples to standardise.
+    training_moments : callable
+        Returns the training split's moments. It is called on first need of inputs, hence never on
+        a stage that needs only labels. A constant channel is left at scale 1.
     """
 
     def __init__(self, dataset: Dataset, training_moments: Callable[[], Moments]) -> None:
-        self.size, self.shape, self.classes = dataset.size, dataset.shape, dataset.classes
-        self._dataset, self._training_moments, self.value_range = (
-            dataset,
-            training_moments,
-            dataset.value_range,
-        )
+        self.size = dataset.size
+        self.shape = dataset.shape
+        self.classes = dataset.classes
+        self.value_range = dataset.value_range
+        self._dataset = dataset
+        self._training_moments = training_moments
 
     @property
     def slow(self) -> bool:
-        """Whether the other source is."""
+        """Whether the other data set is slow."""
         return self._dataset.slow
 
     @cached_property
@@ -173,55 +179,59 @@ class Standardised(Dataset):
         return (x - mean.to(x.dtype)).div_(deviation.to(x.dtype))
 
     def to_unit_range(self, x: Tensor) -> Tensor:
-        mean, deviation = (each.to(x) for each in self._scale)
+        mean, deviation = (statistic.to(x) for statistic in self._scale)
         return self._dataset.to_unit_range(x * deviation + mean)
 
     def targets(self, indices: ArrayLike) -> Tensor:
         return self._dataset.targets(indices)
 
 
-def standardise(data: DatasetSplits) -> DatasetSplits:
-    """Standardise both splits with the moments of the training split, which are found once."""
-    known = cache(data.train.moments)
-    return DatasetSplits(Standardised(data.train, known), Standardised(data.test, known))
+def standardise(splits: DatasetSplits) -> DatasetSplits:
+    """Standardise both splits with the moments of the training split, computed once."""
+    training_moments = cache(splits.train.moments)
+    return DatasetSplits(
+        Standardised(splits.train, training_moments), Standardised(splits.test, training_moments)
+    )
 
 
 def value_range(dtype: Any) -> tuple[float, float] | None:
-    """Return the span of samples of a numpy dtype as `floats` gives them: known of bytes."""
+    """Return the range of `to_float_tensor` for a numpy dtype: 0 ... 1 for bytes, else None."""
     return (0.0, 1.0) if dtype == np.uint8 else None
 
 
 def moments(batches: Iterable[Array]) -> Moments:
-    """Return mean and standard deviation per channel (dim 1) over batches of (n, C, ...).
+    """Compute mean and standard deviation per channel (dim 1) over batches of (n, C, ...).
 
-    Sums are float64 and of differences to the first value of each channel: a constant channel has
-    a deviation of exactly 0, and a large mean does not drown a small deviation.
+    Float64 sums of the differences to each channel's first value: a constant channel has a
+    deviation of exactly 0, and a small deviation is not lost beside a large mean.
     """
     iterator = iter(batches)
-    first, batches = _peek(iterator)
+    first = next(iterator)
     origin = first[0].reshape(first.shape[1], -1)[:, :1].astype(np.float64)
-    number, total, square = 0, np.zeros(len(origin)), np.zeros(len(origin))
-    with np.errstate(invalid="ignore"):  # an infinite input shows as a loss that is none
-        for batch in batches:
-            rows = np.moveaxis(batch, 1, 0).reshape(len(origin), -1) - origin
-            number += rows.shape[1]
-            total += rows.sum(axis=1)
-            square += np.square(rows).sum(axis=1)
-    shift = total / number
-    variance = np.maximum(square / number - shift**2, 0.0)
+    count = 0
+    total = np.zeros(len(origin))
+    square = np.zeros(len(origin))
+    with np.errstate(invalid="ignore"):  # an infinite input is reported later, as the loss it gives
+        for batch in chain([first], iterator):
+            values = np.moveaxis(batch, 1, 0).reshape(len(origin), -1) - origin
+            count += values.shape[1]
+            total += values.sum(axis=1)
+            square += np.square(values).sum(axis=1)
+    shift = total / count
+    variance = np.maximum(square / count - shift**2, 0.0)
     return origin[:, 0] + shift, np.sqrt(variance)
 
 
 def to_float_tensor(rows: Array) -> Tensor:
-    """Return an own tensor of float32 (float64 stays), bytes scaled to 0 ... 1."""
-    kind = torch.float64 if rows.dtype == np.float64 else torch.float32
+    """Copy samples to a tensor of float32 (float64 stays); scale bytes to 0 ... 1."""
+    dtype = torch.float64 if rows.dtype == np.float64 else torch.float32
     native = rows.astype(rows.dtype.newbyteorder("="), copy=False)
-    x = torch.from_numpy(native).to(kind, copy=True, memory_format=torch.contiguous_format)
+    x = torch.from_numpy(native).to(dtype, copy=True, memory_format=torch.contiguous_format)
     return x.div_(255) if rows.dtype == np.uint8 else x
 
 
 def to_int_tensor(labels: Array) -> Tensor:
-    """Return an own tensor of int64."""
+    """Copy labels to a tensor of int64."""
     return torch.from_numpy(labels.astype(np.int64))
 
 
@@ -231,81 +241,84 @@ def check_arrays(x: Any, y: Array, location: str) -> None:
     Parameters
     ----------
     x : array or HDF5 dataset
-        Only its shape and dtype are looked at.
+        Samples, (n, channels, ...); only shape and dtype are read.
     y : array
-        Labels.
-    where : str
+        Labels, (n,).
+    location : str
         A file's path or a function's name, for the messages.
 
     Raises
     ------
-    DtrainError
-        With code 3: no samples, unequal lengths, no dimension of channels, illegal dtypes, labels
-        that are negative.
+    DataError
+        No samples, unequal lengths, no dimension of channels, an illegal dtype, a negative label.
     """
     if x.ndim < 2:
         raise DataError(
-            "todo.key", f"{location}: x has shape {x.shape}: give (samples, channels, ...)"
+            "data.samples-flat", f"{location}: x has shape {x.shape}: give (samples, channels, ...)"
         )
     if x.dtype.name not in DTYPES:
         raise DataError(
-            "todo.key", f"{location}: x has dtype {x.dtype}: convert it to {' or '.join(DTYPES)}"
+            "data.samples-dtype",
+            f"{location}: x has dtype {x.dtype}: convert it to {' or '.join(DTYPES)}",
         )
     if y.ndim != 1 or y.dtype.kind not in "iu":
         raise DataError(
-            "todo.key",
+            "data.labels-not-integers",
             f"{location}: y has dtype {y.dtype} and shape {y.shape}: give one integer "
             f"label per sample",
         )
     if len(x) != len(y):
         raise DataError(
-            "todo.key",
+            "data.lengths-differ",
             f"{location}: x has {len(x)} samples and y {len(y)} labels: give one label per sample",
         )
     if 0 in x.shape:
         raise DataError(
-            "todo.key", f"{location}: x has shape {x.shape}, so there is nothing to learn from"
+            "data.samples-empty", f"{location}: x has shape {x.shape}: give at least one value"
         )
     if y.min() < 0:
         raise DataError(
-            "todo.key", f"{location}: label {y.min()} at sample {y.argmin()}: labels start at 0"
+            "data.labels-negative",
+            f"{location}: label {y.min()} at sample {y.argmin()} is negative: number the classes "
+            f"from 0",
         )
 
 
 def check_labels(y: Array, classes: int, location: str) -> None:
-    """Refuse a label that is none of the classes."""
+    """Refuse labels (n,) of `classes` or more.
+
+    Raises
+    ------
+    DataError
+        A label is too large.
+    """
     if y.max() >= classes:
         raise DataError(
-            "todo.key",
+            "data.labels-out-of-range",
             f"{location}: label {y.max()} at sample {y.argmax()} is out of range: there are "
             f"{classes} classes, 0 to {classes - 1}",
         )
 
 
-def check_splits(data: DatasetSplits, location: str) -> DatasetSplits:
-    """Return `data`, or refuse splits that differ in their samples' shape or classes."""
-    train, test = data.train, data.test
+def check_splits(splits: DatasetSplits, location: str) -> DatasetSplits:
+    """Return `splits`, or refuse those that differ in their samples' shape or classes.
+
+    Raises
+    ------
+    DataError
+        Shapes or classes differ.
+    """
+    train, test = splits.train, splits.test
     if train.shape != test.shape:
         raise DataError(
-            "todo.key",
+            "data.splits-shapes-differ",
             f"{location}: training samples have shape {train.shape} and test samples "
             f"{test.shape}: make them equal",
         )
     if train.classes != test.classes:
         raise DataError(
-            "todo.key",
+            "data.splits-classes-differ",
             f"{location}: {train.classes} classes in training and {test.classes} in test: "
             f"make them equal",
         )
-    return data
-
-
-def _peek(iterator: Iterator[T]) -> tuple[T, Iterator[T]]:
-    """Return the first item, and all items again."""
-
-    def all_() -> Iterator[T]:
-        yield first
-        yield from iterator
-
-    first = next(iterator)
-    return first, all_()
+    return splits

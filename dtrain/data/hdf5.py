@@ -1,15 +1,15 @@
-"""HDF5 files: `x` (N, C, H, W or N, ...), `y` (N,), and attributes of the file.
+"""HDF5 files with `x` (N, C, H, W or N, ...), `y` (N,) and optional attributes of the file.
 
 ===========  ==========================================================================
-attribute    meaning; each may be left out
+attribute    meaning
 ===========  ==========================================================================
-`classes`    the names of the classes, or their number; else the largest label says it
+`classes`    the classes' names or their number; without it, the largest label plus one
 `mean`       per channel, over the training split, in the units of `x` as stored
 `std`        likewise; both are computed from the training file where one is absent
 ===========  ==========================================================================
 
-Invariant: header and labels are read and checked at once, images on first need; files are opened
-read-only and without locks, which parallel file systems often lack.
+Invariant: shape and labels are read and checked when a file is opened, images on first need. Files
+are opened read-only and without locks, which parallel file systems often lack.
 """
 
 from __future__ import annotations
@@ -45,12 +45,17 @@ from dtrain.errors import ConfigError, DataError, DtrainError
 @final
 @dataclass(frozen=True)
 class Hdf5:
-    """Two files, one per split.
+    """Two HDF5 files, one per split.
 
     Parameters
     ----------
     train, test : str
         Paths, relative to the run file's folder.
+
+    Raises
+    ------
+    ConfigError
+        A path is empty or no string.
     """
 
     train: str
@@ -60,16 +65,16 @@ class Hdf5:
         for key, value in (("train", self.train), ("test", self.test)):
             if not isinstance(value, str) or not value:
                 raise ConfigError(
-                    "todo.key", f"[data] {key} = {value!r}: give the path of an HDF5 file"
+                    "data.path-invalid", f"[data] {key} = {value!r}: give the path of an HDF5 file"
                 )
 
     def open(self, folder: Path) -> DatasetSplits:
-        """Return both splits; no image is read.
+        """Open both files; no image is read.
 
         Raises
         ------
-        DtrainError
-            With code 3, for whatever is wrong with the files.
+        DataError
+            A file is missing or damaged, or the two do not fit each other.
         """
         train = Hdf5Dataset(folder / self.train)
         test = Hdf5Dataset(folder / self.test, train)
@@ -78,25 +83,35 @@ class Hdf5:
 
 @final
 class Hdf5Dataset(Dataset):
-    """One split in one file: in memory where it fits (see `memory`), else read piece by piece.
+    """One split in one file: in memory where `fits_in_memory`, else read piece by piece.
 
     Parameters
     ----------
     path : Path
         The file.
-    train : File, optional
-        The training split, whose classes count for this one too.
+    train : Hdf5Dataset, optional
+        The training split, whose number of classes this one takes over.
+
+    Raises
+    ------
+    DataError
+        The file is missing, damaged, or does not fit `train`.
     """
 
     def __init__(self, path: Path, train: Hdf5Dataset | None = None) -> None:
         self.path = path
-        with open_file(path) as file:
+        with _open_file(path) as file:
             for key in ("x", "y"):
                 if not isinstance(file.get(key), h5py.Dataset):
-                    raise DataError("todo.key", f"{path}: no data set '{key}': found {list(file)}")
+                    raise DataError(
+                        "data.hdf5-dataset-missing",
+                        f"{path}: no HDF5 dataset '{key}': found {list(file)}",
+                    )
             x, self._y = file["x"], np.asarray(file["y"][()])
             check_arrays(x, self._y, str(path))
-            self.size, self.shape, self._dtype = len(x), tuple(x.shape[1:]), x.dtype
+            self.size = len(x)
+            self.shape = tuple(x.shape[1:])
+            self._dtype = x.dtype
             self.class_names = _class_names(file)
             self.value_range = value_range(x.dtype)
             self._file_moments = _read_moments(file, self.shape[0], path)
@@ -108,33 +123,32 @@ class Hdf5Dataset(Dataset):
             return len(self.class_names) or int(self._y.max()) + 1
         if train.class_names and self.class_names and self.class_names != train.class_names:
             raise DataError(
-                "todo.key",
-                f"{self.path} has the {len(self.class_names)} classes {_shorten(self.class_names)} and "
-                f"{train.path} the {len(train.class_names)} classes {_shorten(train.class_names)}: import both "
-                f"from the same classes",
+                "data.class-names-differ",
+                f"{self.path} has the {len(self.class_names)} classes "
+                f"{_shorten(self.class_names)} and {train.path} the {len(train.class_names)} "
+                f"classes {_shorten(train.class_names)}: import both from the same classes",
             )
         return train.classes
 
     @cached_property
     def slow(self) -> bool:
-        """Whether the samples do not fit into memory; found out on first need."""
+        """Whether the samples do not fit in memory; decided on first need."""
         return not fits_in_memory(self.size * int(np.prod(self.shape)) * self._dtype.itemsize)
 
     @cached_property
     def _rows(self) -> Any:
-        """The samples: an array, or the data set of a file that stays open."""
+        """The samples: an array, or an HDF5 dataset whose file stays open."""
         if not self.slow:
-            with open_file(self.path) as file:
+            with _open_file(self.path) as file:
                 return file["x"][()]
         return _open_unlocked(self.path)["x"]
 
     def inputs(self, indices: ArrayLike) -> Tensor:
-        wanted = np.asarray(indices)
+        order = np.asarray(indices)
         try:
             rows = self._rows
-            return to_float_tensor(
-                rows[wanted] if isinstance(rows, np.ndarray) else gather(rows, wanted)
-            )
+            in_memory = isinstance(rows, np.ndarray)
+            return to_float_tensor(rows[order] if in_memory else _gather(rows, order))
         except (OSError, RuntimeError) as error:
             raise _read_error(self.path, error) from error
 
@@ -149,8 +163,8 @@ class Hdf5Dataset(Dataset):
 
 
 @contextmanager
-def open_file(path: Path) -> Iterator[h5py.File]:
-    """Open a file to read; a missing or damaged one is a refusal."""
+def _open_file(path: Path) -> Iterator[h5py.File]:
+    """Open a file for reading; a missing or damaged one raises `DataError`."""
     try:
         with _open_unlocked(path) as file:
             yield file
@@ -158,19 +172,19 @@ def open_file(path: Path) -> Iterator[h5py.File]:
         raise _read_error(path, error) from error
 
 
-def gather(rows: h5py.Dataset, indices: Array) -> Array:
-    """Return samples in the order of `indices`, reading each stretch of a file once.
+def _gather(rows: h5py.Dataset, indices: Array) -> Array:
+    """Read samples in the order of `indices`, those of one chunk as one slice.
 
-    128 single rows cost a hundred times a slice: rows in the same chunk are read as one slice.
+    Reading 128 single rows takes a hundred times as long as one slice of 128.
     """
     result = np.empty((len(indices), *rows.shape[1:]), rows.dtype)
     order = np.argsort(indices, kind="stable")
     step = rows.chunks[0] if rows.chunks else 64
     breaks = np.flatnonzero(np.diff(indices[order] // step)) + 1
     for part in np.split(order, breaks) if len(order) else []:
-        wanted = indices[part]
-        low, high = int(wanted[0]), int(wanted[-1]) + 1
-        result[part] = rows[low:high][wanted - low]
+        in_chunk = indices[part]
+        low, high = int(in_chunk[0]), int(in_chunk[-1]) + 1
+        result[part] = rows[low:high][in_chunk - low]
     return result
 
 
@@ -179,30 +193,33 @@ def _open_unlocked(path: Path) -> h5py.File:
 
 
 def _class_names(file: h5py.File) -> tuple[str, ...]:
-    """Return the names of the classes; numbers where only their count is known, () if not even."""
-    found = np.asarray(file.attrs.get("classes", ()))
-    if found.ndim == 0 and found.dtype.kind in "iu":
-        return tuple(str(number) for number in range(int(found)))
-    return tuple(each.decode() if isinstance(each, bytes) else str(each) for each in found.flat)
+    """Return the classes' names; numbers where the file has only their count, () without it."""
+    names = np.asarray(file.attrs.get("classes", ()))
+    if names.ndim == 0 and names.dtype.kind in "iu":
+        return tuple(str(number) for number in range(int(names)))
+    return tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names.flat)
 
 
 def _read_moments(file: h5py.File, channels: int, path: Path) -> Moments | None:
-    """Return the moments that the file states, or None."""
+    """Return the file's attributes `mean` and `std`, or None where one is absent."""
     if "mean" not in file.attrs or "std" not in file.attrs:
         return None
     mean, deviation = (np.asarray(file.attrs[key]) for key in ("mean", "std"))
-    if any(each.shape != (channels,) or each.dtype.kind not in "iuf" for each in (mean, deviation)):
+    if any(
+        statistic.shape != (channels,) or statistic.dtype.kind not in "iuf"
+        for statistic in (mean, deviation)
+    ):
         raise DataError(
-            "todo.key",
+            "data.statistics-shape",
             f"{path}: attributes mean and std have shapes {mean.shape} and "
             f"{deviation.shape}: give {channels} numbers each, one per channel",
         )
     mean, deviation = mean.astype(np.float64), deviation.astype(np.float64)
     if not np.isfinite([mean, deviation]).all() or (deviation < 0).any():
         raise DataError(
-            "todo.key",
-            f"{path}: attributes mean = {mean} and std = {deviation} are no statistics: "
-            f"delete them, and they will be computed",
+            "data.statistics-invalid",
+            f"{path}: attributes mean = {mean} and std = {deviation} must be finite, and std not "
+            f"negative: delete them, and they will be computed",
         )
     return mean, deviation
 
@@ -214,13 +231,13 @@ def _shorten(names: tuple[str, ...]) -> str:
 def _read_error(path: Path, error: Exception) -> DtrainError:
     if not path.is_file():
         return DataError(
-            "todo.key",
-            f"{path}: no such file (looked for HDF5 with x and y): make it with "
-            f"'dtrain data import'",
+            "data.file-missing",
+            f"{path}: no such file: make an HDF5 file with x and y with 'dtrain data import'",
         )
     text = str(error).strip().splitlines()[0]
     return DataError(
-        "todo.key", f"{path}: cannot be read as HDF5, {path.stat().st_size} bytes: {text}"
+        "data.file-damaged",
+        f"{path} cannot be read as HDF5 ({path.stat().st_size} bytes): {text}",
     )
 
 
@@ -231,16 +248,16 @@ MAX_BYTES = 4 * 2**30
 
 
 def fits_in_memory(size_bytes: int) -> bool:
-    """Say whether `size_bytes` are at most an eighth of the available memory, and at most 4 GiB.
+    """Return whether `size_bytes` are at most an eighth of the available memory and 4 GiB.
 
-    An eighth, since several ranks on a host each hold their own copy; 4 GiB, since batch systems
-    grant a job less than the host shows.
+    An eighth, because each rank of a host holds a copy of its own. At most 4 GiB, because batch
+    systems may grant a job less memory than the host reports as available.
     """
     return size_bytes <= min(MEMORY_FRACTION * available_bytes(), MAX_BYTES)
 
 
 def available_bytes() -> int:
-    """Return the memory that new data can have, by the kernel's estimate; else all there is."""
+    """Return the kernel's estimate of the available memory; without one, the host's memory."""
     table = Path("/proc/meminfo")
     if table.is_file():
         for line in table.read_text().splitlines():

@@ -1,12 +1,13 @@
-"""Image folders, and tars of them: which images there are, and their pixels.
+"""Image folders and tars of them: the images' paths, headers and pixels.
 
 ::
 
     airplane/0001.png        train/airplane/0001.png         cifar/train/airplane/0001.png
     <class>/<image>          <split>/<class>/<image>         the same within one outer folder
 
-Invariant: nothing is written to disk and no link in a tar is followed: members are read as a
-stream, their names are only compared. Hidden files and files without an image's suffix are ignored.
+Invariant: nothing is written to disk and no link in a tar is followed. Members of a tar are read as
+a stream; their names are compared, never opened. Hidden files and files without an image's suffix
+are ignored.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
 
 
-# Only decoders of pixels: Pillow's others may start programs (EPS).
+# Decoders of pixels only, since others of Pillow may start programs (EPS).
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 
 
@@ -41,62 +42,66 @@ READ_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
 
 
 PathParts = tuple[str, ...]
+"""A path within the source, split at the slashes."""
 
 
 Opener = Callable[[], IO[bytes]]
 
 
 Header = tuple[tuple[int, int], str]
+"""(width, height) in pixels, and Pillow's mode."""
 
 
-def images(source: Path) -> Iterator[tuple[PathParts, Opener]]:
-    """Yield every image's path, split at the slashes, and a function that opens it.
+def iter_images(source: Path) -> Iterator[tuple[PathParts, Opener]]:
+    """Yield the path of every image and a function that opens it.
 
     Parameters
     ----------
     source : Path
-        A folder or a tar, compressed or not. A tar's image must be opened before the next is
-        asked for.
+        A folder or a tar, compressed or not. An image of a tar must be opened before the iterator
+        advances.
 
     Raises
     ------
-    DtrainError
-        With code 3: no such source, neither folder nor tar, or a damaged tar.
+    DataError
+        The source does not exist, is neither a folder nor a tar, or is a damaged tar.
     """
     if source.is_dir():
         yield from _folder_images(source)
     elif not source.exists():
         raise DataError(
-            "todo.key", f"{source}: no such folder or file: give an image folder or a tar"
+            "import.source-missing",
+            f"{source}: no such folder or file: give an image folder or a tar",
         )
     else:
         yield from _tar_images(source)
 
 
-def header(opener: Opener, location: str) -> Header:
-    """Return (width, height) and Pillow's mode of an image, without decoding its pixels.
+def read_header(opener: Opener, location: str) -> Header:
+    """Read an image's size and mode, without decoding its pixels.
 
     Raises
     ------
-    DtrainError
-        With code 3: not an image, or one of more than 8 bits.
+    DataError
+        The file is no image, or its pixels have more than 8 bits.
     """
     with _open_image(opener, location) as image:
         if image.mode[0] in "IF":
             raise DataError(
-                "todo.key",
-                f"{location}: pixels of mode {image.mode} have more than 8 bits: convert them first",
+                "import.image-depth",
+                f"{location}: pixels of mode {image.mode} have more than 8 bits: convert the image "
+                f"to 8 bits",
             )
         return image.size, image.mode
 
 
-def pixels(opener: Opener, mode: str, location: str) -> NDArray[np.uint8]:
-    """Return an image as (channels, height, width), converted to `mode`, "L" or "RGB".
+def read_pixels(opener: Opener, mode: str, location: str) -> NDArray[np.uint8]:
+    """Read an image as (channels, height, width), converted to `mode`, "L" or "RGB".
 
     Raises
     ------
-    DtrainError
-        With code 3: a damaged image.
+    DataError
+        The image is damaged.
     """
     with _open_image(opener, location) as image:
         array = np.asarray(image if image.mode == mode else image.convert(mode))
@@ -120,7 +125,9 @@ def _tar_images(source: Path) -> Iterator[tuple[PathParts, Opener]]:
                 if member.isreg() and _is_image(parts):
                     yield parts, lambda member=member: _open_member(tar, member)  # type: ignore[misc]
     except READ_ERRORS as error:
-        raise DataError("todo.key", f"{source}: cannot be read as a tar: {error}") from error
+        raise DataError(
+            "import.tar-damaged", f"{source}: cannot be read as a tar: {error}"
+        ) from error
 
 
 def _open_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
@@ -130,18 +137,20 @@ def _open_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
 
 
 def _is_image(parts: PathParts) -> bool:
-    """Say whether a path is an image's; hidden ones (`._x.jpg`) and `..` are not."""
+    """Return whether a path is an image's; hidden files (`._x.jpg`) and `..` are excluded."""
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
     return not hidden and parts[-1].lower().endswith(SUFFIXES)
 
 
 @contextmanager
 def _open_image(opener: Opener, location: str) -> Iterator[Image.Image]:
-    """Open an image; whatever a decoder or a broken archive raises is a refusal."""
+    """Open an image; errors of decoders and of broken archives are raised as `DataError`."""
     from PIL import Image
 
     try:
         with opener() as stream, Image.open(stream, formats=FORMATS) as image:
             yield image
     except (*READ_ERRORS, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError("todo.key", f"{location}: cannot be read as an image: {error}") from error
+        raise DataError(
+            "import.image-damaged", f"{location}: cannot be read as an image: {error}"
+        ) from error

@@ -1,14 +1,14 @@
-"""Reader: inputs in the order in which they will be wanted, read ahead where that pays.
+"""Read the inputs of a segment, micro-batch by micro-batch, ahead of time where that pays.
 
-Invariant: what is read is the same bits whether ahead or in place; at most `ahead` micro-batches
-are held; after `close` no thread is left. A micro-batch that is wanted several times in a row, by
-several blocks of a rank, is read once, so nobody may write to what is read.
+Invariant: reading ahead and in place give the same bits. At most `prefetch` micro-batches are held
+ahead. After `close` no thread is left. A micro-batch that several blocks of a rank need one after
+another is read once, so no reader may write to it.
 
 ::
 
-    thread     | read 0 | read 1 |      | read 2 | read 3 |             ahead = 2
+    thread     | read 0 | read 1 |      | read 2 | read 3 |             prefetch = 2
     caller     open  ...  read -> 0, compute  read -> 1, compute  read -> 2, compute  close
-                                 `- asks for 2         `- asks for 3
+                                 `- submits 2          `- submits 3
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from dtrain.data.dataset import Dataset
 from dtrain.data.sampler import Indices
 
 ALIGNMENT = 64
-"""Bytes: where torch lets its own tensors begin."""
+"""Bytes to which torch aligns the start of its own tensors."""
 
 
 @final
 class Loader:
     """Reads the inputs of one segment after another.
 
-    A thread of its own reads where the source is slow or samples are augmented. Elsewhere a copy
-    costs less than handing it over. Meanwhile the source's `targets` may be asked by another
-    thread than its `inputs`.
+    A thread reads ahead where the data set is slow or samples are augmented. Elsewhere inputs are
+    read in place, since passing a tensor between threads takes longer than copying it. The data
+    set's `targets` may be called meanwhile from another thread than its `inputs`.
 
     Parameters
     ----------
-    source : Source
-        What is read.
+    dataset : Dataset
+        The samples to read.
     dtype : torch.dtype
-        Of inputs that are floats; others stay as they are.
+        Dtype of floating-point inputs; others keep theirs.
     augment : Augment, optional
-        What is done to them.
-    ahead : int
-        Micro-batches that may be held before they are asked for; 0 reads in place.
+        Augmentation of the samples.
+    prefetch : int
+        Most micro-batches that are read ahead; 0 reads in place.
 
     Raises
     ------
-    DtrainError
+    ConfigError
         The samples' shape cannot be augmented.
     """
 
@@ -64,20 +64,24 @@ class Loader:
     ) -> None:
         if augment is not None:
             augment.check_shape(dataset.shape)
-        self.dataset, self._dtype, self._augment, self._prefetch = dataset, dtype, augment, prefetch
+        self.dataset = dataset
+        self._dtype = dtype
+        self._augment = augment
+        self._prefetch = prefetch
         self._index_batches: Iterator[Indices] = iter(())
         self._epoch = 0
-        self._thread: ThreadPoolExecutor | None = None
+        self._executor: ThreadPoolExecutor | None = None
         self._pending_reads: deque[Future[Tensor]] = deque()
         self._latest_read: tuple[Indices, Future[Tensor]] | None = None
 
     def open(self, index_batches: Iterable[Indices], epoch: int) -> None:
-        """Begin a segment; what an earlier one left is dropped.
+        """Begin a segment; remaining reads of an earlier one are dropped.
 
         Parameters
         ----------
-        wanted : iterable of arrays
-            The samples of each micro-batch, in the order of the reads.
+        index_batches : iterable of arrays
+            The sample indices of each micro-batch, in the order of the reads. The iterable is
+            advanced in the caller's thread only.
         epoch : int
             From 0; augmentation depends on it.
         """
@@ -87,16 +91,16 @@ class Loader:
             self._submit_reads(self._prefetch)
 
     def read(self) -> Tensor:
-        """Return the next micro-batch, contiguous and aligned; not to be written to.
+        """Return the next micro-batch, contiguous and aligned; callers must not write to it.
 
-        It is the very tensor of the read before where the same array of indices is wanted again.
+        The same tensor is returned again where the same array of indices comes twice in a row.
 
         Raises
         ------
         Exception
-            Whatever the source raised, with its traceback.
+            Any exception of the data set, with its traceback.
         RuntimeError
-            More reads than were wanted.
+            More reads than micro-batches.
         """
         if self._pending_reads:
             x = self._pending_reads.popleft().result()
@@ -104,33 +108,33 @@ class Loader:
             return x
         for indices in self._index_batches:
             return self._read_once(indices, self._read_in_place).result()
-        raise RuntimeError("nothing more is to be read: every micro-batch that was wanted is")
+        raise RuntimeError("every micro-batch of the segment has been read")
 
     def close(self) -> None:
-        """End the segment, read to its end or not; waits for a read that is under way."""
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            thread.shutdown(cancel_futures=True)
+        """End the segment, even before its last read; wait for a read in progress."""
+        executor, self._executor = self._executor, None
+        if executor is not None:
+            executor.shutdown(cancel_futures=True)
         self._pending_reads.clear()
         self._index_batches, self._latest_read = iter(()), None
 
     def _submit_reads(self, count: int) -> None:
-        """Have the thread read so many more; where nothing is wanted, none is started."""
+        """Submit the next `count` reads to the thread, as far as there are any."""
         for indices in islice(self._index_batches, count):
             self._pending_reads.append(self._read_once(indices, self._read_in_thread))
 
     def _read_once(
         self, indices: Indices, start_read: Callable[[Indices], Future[Tensor]]
     ) -> Future[Tensor]:
-        """Return the read of a micro-batch, begun unless it is the one that was begun last."""
+        """Return the latest read where it is of this very array; else start a read."""
         if self._latest_read is None or self._latest_read[0] is not indices:
-            self._latest_read = None  # its memory is free before the next is read
+            self._latest_read = None  # frees its memory before the next read
             self._latest_read = indices, start_read(indices)
         return self._latest_read[1]
 
     def _read_in_thread(self, indices: Indices) -> Future[Tensor]:
-        self._thread = self._thread or _make_thread()
-        return self._thread.submit(self._load, indices, self._epoch)
+        self._executor = self._executor or _make_thread()
+        return self._executor.submit(self._load, indices, self._epoch)
 
     def _read_in_place(self, indices: Indices) -> Future[Tensor]:
         done: Future[Tensor] = Future()
@@ -142,23 +146,23 @@ class Loader:
         if self._augment is not None:
             x = self._augment(x, indices, epoch)
         x = x.to(self._dtype) if x.is_floating_point() else x
-        good = x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0
-        return x if good else x.clone(memory_format=torch.contiguous_format)
+        aligned = x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0
+        return x if aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 def _make_thread() -> ThreadPoolExecutor:
-    """Return a thread that reads, and in which torch works alone.
+    """Start a reader thread in which torch uses one core.
 
-    A team of its own (OpenMP) would fight with the caller's for the same cores. Setting a thread's
-    number also sets that of threads that do not exist yet, so the caller's is set once more.
+    A second OpenMP team would compete with the caller's for the same cores. `set_num_threads` in
+    one thread also sets the default of threads to come, so the caller's number is set again.
     """
-    number = torch.get_num_threads()
-    thread = ThreadPoolExecutor(1, "dtrain-reader")
-    thread.submit(_use_one_torch_thread).result()
-    torch.set_num_threads(number)
-    return thread
+    threads = torch.get_num_threads()
+    executor = ThreadPoolExecutor(1, "dtrain-reader")
+    executor.submit(_use_one_torch_thread).result()
+    torch.set_num_threads(threads)
+    return executor
 
 
 def _use_one_torch_thread() -> None:
-    torch.get_num_threads()  # a new thread takes over the number of others on its first use
+    torch.get_num_threads()  # a new thread takes the default over on its first use, so use it first
     torch.set_num_threads(1)

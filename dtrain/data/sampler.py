@@ -1,13 +1,13 @@
-"""Order: which samples an update learns from, pure in (seed, epoch, update).
+"""The samples of each update, replica and micro-batch, as a function of (seed, epoch, update).
 
 ::
 
-    order    7 2 9 0 4 | 1 8 3 6 5 | 11 10      updates of batch-size samples, the last one short
-    parts    7 2 9  0 4                         replicas: contiguous, differ by at most one sample
-    parts    7 2|9  0|4                         micro-batches: the same, within a replica's part
+    epoch          7 2 9 0 4 | 1 8 3 6 5 | 11 10    updates of batch-size samples, the last short
+    replicas       7 2 9  0 4                       contiguous, sizes differ by at most one
+    micro-batches  7 2|9  0|4                       the same, within a replica's samples
 
-Invariant: an epoch's order holds every sample once, whatever the shuffle, and is the same on every
-machine: only the raw bits of Philox are used, which numpy keeps stable, and not its methods.
+Invariant: an epoch visits every sample once, whatever the shuffle, in the same order on every
+machine. For that, only the raw bits of Philox are used, which numpy keeps stable, not its methods.
 """
 
 from __future__ import annotations
@@ -25,26 +25,33 @@ from dtrain.rng import derive_seed
 SHUFFLES = ("full", "chunks")
 
 
+Indices = NDArray[np.int64]
+
+
 def epoch_order(
     size: int, seed: int, epoch: int, shuffle: str = "full", chunk: int = 256, window: int = 16
-) -> NDArray[np.int64]:
-    """Return all sample indices in an epoch's order.
+) -> Indices:
+    """Return all sample indices in an epoch's order, (size,).
 
     Parameters
     ----------
     size : int
         Number of samples.
-    seed, epoch : int
-        The run's seed, the epoch from 0.
+    seed : int
+        The run's seed.
+    epoch : int
+        From 0.
     shuffle : str
-        "full": any order. "chunks": runs of `chunk` neighbours come in random order and are
-        shuffled within windows of `window` runs, so that a file is read in long pieces.
-    chunk, window : int
-        Samples in a run, runs in a window.
+        "full": a random permutation. "chunks": chunks of neighbouring samples in random order,
+        their samples shuffled within windows of chunks, so that a file is read in long pieces.
+    chunk : int
+        Samples per chunk.
+    window : int
+        Chunks per window.
 
     Raises
     ------
-    DtrainError
+    ConfigError
         An unknown shuffle.
     """
     if shuffle not in SHUFFLES:
@@ -52,48 +59,45 @@ def epoch_order(
     noise = _random_bits(size, "order", seed, epoch)
     if shuffle == "full":
         return np.argsort(noise, kind="stable")
-    drawn = np.argsort(_random_bits(-(-size // chunk), "chunks", seed, epoch), kind="stable")
-    place = np.argsort(drawn)
-    windows = place[np.arange(size) // chunk] // window
+    chunk_order = np.argsort(_random_bits(-(-size // chunk), "chunks", seed, epoch), kind="stable")
+    position = np.argsort(chunk_order)
+    windows = position[np.arange(size) // chunk] // window
     return np.lexsort((noise, windows))
 
 
 def even_ranges(count: int, n: int) -> tuple[range, ...]:
-    """Split `count` samples into `n` contiguous parts that differ by at most one.
+    """Split `count` samples into `n` contiguous ranges whose lengths differ by at most one.
 
-    Earlier parts are the larger ones; parts may be empty, and callers skip those.
+    Earlier ranges are the longer ones. Ranges may be empty; callers skip those.
     """
-    each, more = divmod(count, n)
-    starts = [part * each + min(part, more) for part in range(n + 1)]
+    length, longer = divmod(count, n)
+    starts = [index * length + min(index, longer) for index in range(n + 1)]
     return tuple(range(*pair) for pair in pairwise(starts))
 
 
 def updates_per_epoch(size: int, batch_size: int) -> int:
-    """Return the number of updates; the last one may be short and is never dropped."""
+    """Return the number of updates of an epoch; the last one may be short and is not dropped."""
     return -(-size // batch_size)
 
 
 def _random_bits(count: int, *parts: int | str) -> NDArray[np.uint64]:
-    """Return random bits that depend on `parts` alone."""
+    """Return (count,) random bits that depend only on `parts`."""
     bits: NDArray[np.uint64] = Philox(key=derive_seed(*parts)).random_raw(count)
     return bits
 
 
-Indices = NDArray[np.int64]
-
-
 @dataclass(frozen=True)
 class Batch:
-    """One replica's part of one update.
+    """One replica's samples of one update.
 
     Attributes
     ----------
-    shares : tuple of int
-        Samples of each replica in the update.
-    micros : tuple of arrays
-        Indices of each micro-batch that is not empty; together this replica's n_r samples.
-    first : int
-        Where they begin among the samples of the update.
+    replica_rows : tuple of int
+        Number of samples of each replica in the update.
+    micro_batch_indices : tuple of arrays
+        Sample indices of each micro-batch that is not empty.
+    first_row : int
+        Position of this replica's first sample among the samples of the update.
     """
 
     replica_rows: tuple[int, ...]
@@ -102,24 +106,31 @@ class Batch:
 
     @property
     def rows(self) -> int:
-        """Samples of the update over all replicas (n)."""
+        """Number of samples of the update over all replicas (n)."""
         return sum(self.replica_rows)
 
     @property
     def local_rows(self) -> int:
-        """Samples of this replica (n_r)."""
-        return sum(len(micro) for micro in self.micro_batch_indices)
+        """Number of samples of this replica (n_r)."""
+        return sum(map(len, self.micro_batch_indices))
 
 
 @dataclass(frozen=True)
 class BatchSplitter:
-    """How updates are shared out: `size` samples an update, over replicas, then micro-batches.
+    """Split updates over replicas, and each replica's samples over micro-batches.
 
     Attributes
     ----------
-    least : int
-        Samples that a part must have, where it has any: 2 for models with batch statistics, which
-        a lone sample does not have. It joins its neighbour, and a later part stays empty.
+    batch_size : int
+        Samples per update.
+    replicas : int
+        Number of replicas.
+    micro_batches : int
+        Micro-batches per update and replica.
+    min_rows : int
+        Fewest samples of a micro-batch or replica that is not empty. It is 2 for models with batch
+        statistics, which one sample does not have: that sample joins its neighbours, and a later
+        micro-batch or replica stays empty.
     """
 
     batch_size: int
@@ -129,38 +140,47 @@ class BatchSplitter:
 
     @property
     def largest_micro_batch(self) -> int:
-        """Rows of the largest micro-batch."""
-        return len(
-            self._ranges(len(self._ranges(self.batch_size, self.replicas)[0]), self.micro_batches)[
-                0
-            ]
-        )
+        """Number of samples of the largest micro-batch."""
+        replica = self._ranges(self.batch_size, self.replicas)[0]
+        return len(self._ranges(len(replica), self.micro_batches)[0])
 
     def batch(self, order: Indices, update: int, replica: int) -> Batch:
-        """Return the part of `replica` in the update at position `update` of an epoch's order."""
+        """Return the samples of `replica` in the update at position `update` of an epoch."""
         samples = order[update * self.batch_size : (update + 1) * self.batch_size]
-        shared = self._ranges(len(samples), self.replicas)
-        part = shared[replica]
-        own = _slice(samples, part)
-        micros = (_slice(own, part) for part in self._ranges(len(own), self.micro_batches))
-        return Batch(tuple(map(len, shared)), tuple(m for m in micros if len(m)), part.start)
+        replica_ranges = self._ranges(len(samples), self.replicas)
+        start = replica_ranges[replica].start
+        local = _slice(samples, replica_ranges[replica])
+        micro_batches = tuple(
+            _slice(local, rows) for rows in self._ranges(len(local), self.micro_batches) if rows
+        )
+        return Batch(tuple(map(len, replica_ranges)), micro_batches, start)
 
     def count_micro_batches(self, samples: int, start: int, stop: int) -> list[list[int]]:
-        """Return ``[replica][update]``: micro-batches in the updates first to last (excluded)."""
-        rows = [
-            min(self.batch_size, samples - update * self.batch_size)
+        """Count micro-batches that are not empty, as ``[replica][update]``.
+
+        Parameters
+        ----------
+        samples : int
+            Size of the training split.
+        start, stop : int
+            Updates of an epoch, the last one excluded.
+        """
+        updates = [
+            self._ranges(min(self.batch_size, samples - update * self.batch_size), self.replicas)
             for update in range(start, stop)
         ]
-        shares = [[len(part) for part in self._ranges(n, self.replicas)] for n in rows]
-        return [[self._count_nonempty(share[r]) for share in shares] for r in range(self.replicas)]
+        return [
+            [self._count_nonempty(len(ranges[replica])) for ranges in updates]
+            for replica in range(self.replicas)
+        ]
 
     def _count_nonempty(self, count: int) -> int:
-        return sum(len(part) > 0 for part in self._ranges(count, self.micro_batches))
+        return sum(len(rows) > 0 for rows in self._ranges(count, self.micro_batches))
 
-    def _ranges(self, count: int, number: int) -> tuple[range, ...]:
-        """Return `most` parts, as many of them filled as have `least` samples each."""
-        filled = even_ranges(count, max(1, min(number, count // self.min_rows)))
-        return filled + (range(count, count),) * (number - len(filled))
+    def _ranges(self, count: int, n: int) -> tuple[range, ...]:
+        """Return `n` ranges, of which as many are filled as can have `min_rows` samples each."""
+        filled = even_ranges(count, max(1, min(n, count // self.min_rows)))
+        return filled + (range(count, count),) * (n - len(filled))
 
 
 def _slice(samples: Indices, rows: range) -> Indices:

@@ -1,7 +1,6 @@
-"""A user's own data: a function that returns four arrays, or a `Data` of its own sources.
+"""Data of a user's function, which returns four arrays or a `DatasetSplits`.
 
-Invariant: what the function returns is checked as a file would be; what it raises is the user's
-own error and keeps its traceback.
+Invariant: the result is checked like a file. An exception inside the function keeps its traceback.
 """
 
 from __future__ import annotations
@@ -24,50 +23,48 @@ from dtrain.errors import DataError
 
 
 def as_splits(value: object, location: str) -> DatasetSplits:
-    """Return a user's data as `Data`.
+    """Check the result of a user's function and return it as two splits.
 
     Parameters
     ----------
-    made : object
-        `Data`, or (x_train, y_train, x_test, y_test) as arrays or tensors; those are kept, not
-        copied, where they are arrays or CPU tensors.
-    where : str
+    value : object
+        `DatasetSplits`, or (x_train, y_train, x_test, y_test) as arrays or tensors. Arrays and CPU
+        tensors are not copied.
+    location : str
         The function's name, for the messages.
 
     Raises
     ------
-    DtrainError
-        With code 3, for anything else, or for arrays that do not fit each other.
+    DataError
+        A value of another type, or arrays that do not fit each other.
     """
     if isinstance(value, DatasetSplits):
         return check_splits(value, location)
     if not isinstance(value, list | tuple) or len(value) != 4:
         raise DataError(
-            "todo.key",
-            f"{location} returned {_kind(value)}: return (x_train, y_train, x_test, y_test), "
-            f"arrays or tensors, or a dtrain Data",
+            "data.function-result",
+            f"{location} returned {_describe(value)}: return (x_train, y_train, x_test, y_test) "
+            f"as arrays or tensors, or a dtrain.data.dataset.DatasetSplits",
         )
-    x_train, y_train, x_test, y_test = (_array(each) for each in value)
+    x_train, y_train, x_test, y_test = (_to_array(item) for item in value)
     check_arrays(x_train, y_train, f"{location}, train")
     check_arrays(x_test, y_test, f"{location}, test")
     classes = int(y_train.max()) + 1
     check_labels(y_test, classes, f"{location}, test")
-    return check_splits(
-        DatasetSplits(_arrays(x_train, y_train, classes), _arrays(x_test, y_test, classes)),
-        location,
-    )
+    train, test = _make_split(x_train, y_train, classes), _make_split(x_test, y_test, classes)
+    return check_splits(DatasetSplits(train, test), location)
 
 
-def _arrays(x: Array, y: Array, classes: int) -> ArrayDataset:
+def _make_split(x: Array, y: Array, classes: int) -> ArrayDataset:
     return ArrayDataset(
         len(x), tuple(x.shape[1:]), classes, lambda: x, lambda: y, value_range(x.dtype)
     )
 
 
-def _array(value: Any) -> Array:
+def _to_array(value: Any) -> Array:
     return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
 
 
-def _kind(value: object) -> str:
-    number = f" of {len(value)}" if isinstance(value, list | tuple) else ""
-    return f"a {type(value).__name__}{number}"
+def _describe(value: object) -> str:
+    length = f" of {len(value)}" if isinstance(value, list | tuple) else ""
+    return f"a {type(value).__name__}{length}"

@@ -1,11 +1,10 @@
-"""A plain convolutional network in the manner of VGG: `conv1` ... `convN`, then `head`.
+"""A plain convolutional network like VGG, for small images: `conv1` ... `convN`, then `head`.
 
-Simonyan and Zisserman, arXiv 1409.1556, for small images: 3x3 convolutions, each with a norm and
-ReLU, maximum over 2x2 pixels wherever the resolution falls, and one linear layer behind the mean
-over all pixels instead of three wide ones.
+Simonyan and Zisserman, arXiv 1409.1556: 3x3 convolutions, each with ReLU, and 2x2 max pooling where
+the resolution halves. Unlike VGG, each convolution may have a norm, and the head is global average
+pooling and one linear layer instead of three wide ones. Initialisation: see `image_layers`.
 
-Invariant: a layer ends with its pooling, so that the smaller tensor crosses a cut. Initialisation:
-see `images`.
+Invariant: a layer ends with its pooling, so that the smaller tensor crosses a cut.
 """
 
 from __future__ import annotations
@@ -17,13 +16,14 @@ from typing import final
 
 from dtrain.errors import ConfigError
 from dtrain.models.image_layers import Convolution, Norm, PooledLinear, image_shape
-from dtrain.models.layers import NamedFactories
+from dtrain.models.layers import Factory, NamedFactories
+from dtrain.schema import toml_text
 
 
 @final
 @dataclass(frozen=True)
 class Cnn:
-    """Convolutions by resolution, each resolution half of the one before.
+    """Convolutions at resolutions that halve each time.
 
     Parameters
     ----------
@@ -31,9 +31,14 @@ class Cnn:
         Channels of each convolution, one list per resolution. VGG-11 is
         ``[[64], [128], [256, 256], [512, 512], [512, 512]]``.
     norm : str
-        "batch", "group" or "none"; without one a convolution has a bias.
+        "batch", "group" or "none"; with "none" convolutions have biases.
     groups : int
         Groups of channels, for "group".
+
+    Raises
+    ------
+    ConfigError
+        A resolution without convolutions, or a convolution without channels.
     """
 
     widths: tuple[tuple[int, ...], ...] = ((32, 32), (64, 64), (128, 128))
@@ -41,11 +46,11 @@ class Cnn:
     groups: int = 8
 
     def __post_init__(self) -> None:
-        if not self.widths or not all(part and min(part) >= 1 for part in self.widths):
+        if not self.widths or not all(widths and min(widths) >= 1 for widths in self.widths):
             raise ConfigError(
-                "todo.key",
-                "[model] widths: give one list per resolution, each with the channels of its "
-                "convolutions, as in widths = [[64], [128], [256, 256]]",
+                "model.cnn-widths",
+                f"[model] widths = {toml_text(self.widths)}: give one list per resolution, each "
+                f"with the channels of its convolutions, as in widths = [[64], [128], [256, 256]]",
             )
 
     def layers(self, shape: tuple[int, ...], classes: int) -> NamedFactories:
@@ -53,28 +58,33 @@ class Cnn:
 
         ::
 
-            widths = [[a], [b, c]]     (C, H, W) -> conv1 -> (a, H/2, W/2)     2x2 maximum behind
+            widths = [[a], [b, c]]     (C, H, W) -> conv1 -> (a, H/2, W/2)     pooled
                                     -> conv2 -> (b, H/2, W/2) -> conv3 -> (c, H/2, W/2)
                                     -> head -> (classes,)
+
+        Raises
+        ------
+        ConfigError
+            The samples are no images, or too small for so many resolutions.
         """
-        inputs, *size = image_shape("cnn", shape)
-        most = min(size).bit_length()
-        if len(self.widths) > most:
+        inputs, height, width = image_shape("cnn", shape)
+        limit = min(height, width).bit_length()
+        if len(self.widths) > limit:
             raise ConfigError(
-                "todo.key",
+                "model.cnn-resolutions",
                 f"[model] widths has {len(self.widths)} resolutions, but an image of "
-                f"{size[0]}x{size[1]} pixels can be halved {most - 1} times: give at most {most} "
+                f"{height}x{width} pixels can be halved {limit - 1} times: give at most {limit} "
                 f"lists",
             )
-        made = []
-        for number, (outputs, pools) in enumerate(self._convolutions(), start=1):
-            build = partial(Convolution, inputs, outputs, self.norm, self.groups, pools)
-            made.append((f"conv{number}", build))
+        layers: list[tuple[str, Factory]] = []
+        for number, (outputs, pool) in enumerate(self._convolutions(), start=1):
+            factory = partial(Convolution, inputs, outputs, self.norm, self.groups, pool)
+            layers.append((f"conv{number}", factory))
             inputs = outputs
-        return [*made, ("head", partial(PooledLinear, inputs, classes))]
+        return [*layers, ("head", partial(PooledLinear, inputs, classes))]
 
     def _convolutions(self) -> Iterator[tuple[int, bool]]:
-        """Yield channels of each convolution, and whether the resolution falls behind it."""
-        for resolution, part in enumerate(self.widths, start=1):
-            for number, outputs in enumerate(part, start=1):
-                yield outputs, number == len(part) and resolution < len(self.widths)
+        """Yield the channels of each convolution, and whether pooling follows it."""
+        for resolution, widths in enumerate(self.widths, start=1):
+            for number, outputs in enumerate(widths, start=1):
+                yield outputs, number == len(widths) and resolution < len(self.widths)

@@ -1,14 +1,15 @@
-"""Model: ordered, named layers, of which a rank builds its own.
+"""Models as ordered, named layers, of which each rank builds only its own.
 
-Two kinds. `Listed`: (name, factory) pairs; a rank calls only its own factories, each under
-(seed, name). `Whole`: a user's `nn.Sequential`; built whole under the seed on every rank, then
-trimmed to the rank's own layers, so that its own initialisation is kept::
+`FactoryLayers`: (name, factory) pairs. A rank calls the factories of its own layers, each with
+torch's generator seeded by (seed, name). `SequentialLayers`: a user's `nn.Sequential`. Every rank
+builds all of it with torch's generator seeded by the seed, which keeps the user's initialisation,
+and drops the layers of other ranks::
 
-    rank with layers 2, 3      Listed   . . f2 f3 . .     calls two factories
-                               Whole    0 1 2 3 4 5       builds all (a transient peak), keeps 2, 3
+    rank with layers 2, 3      FactoryLayers      . . f2 f3 . .    calls two factories
+                               SequentialLayers   0 1 2 3 4 5      builds all (a peak), keeps 2, 3
 
-Invariant: a layer's initial weights are pure in (seed, name) or in (seed, function), whatever else
-is built in the process, and torch's own generator is left as it was.
+Invariant: a layer's initial weights depend only on (seed, name) or (seed, function), whatever else
+is built in the process. The state of torch's generator is unchanged afterwards.
 """
 
 from __future__ import annotations
@@ -41,62 +42,63 @@ class LayerStack(ABC):
     Parameters
     ----------
     names : tuple of str
-        The layers' names in order; a parameter's global name is `<layer>.<name in the layer>`.
+        The layers' names in order. A parameter's global name is `<layer>.<name in the layer>`.
     """
 
     names: tuple[str, ...]
 
     def build(self, indices: Iterable[int], seed: int, dtype: torch.dtype) -> dict[str, nn.Module]:
-        """Return the layers at `indices`, initialised, in training mode, on the CPU.
+        """Build the layers at `indices`, initialised, in training mode, on the CPU; by name.
 
-        Weights are drawn in torch's default dtype and then cast. Not collective: no layer knows
-        of any other.
+        Weights are drawn in torch's default dtype and then cast to `dtype`. Not collective.
 
         Raises
         ------
-        DtrainError
-            A layer that holds tensors which its factory did not make, or makes no module.
+        ConfigError
+            A layer holds tensors that its factory did not make, or a factory returns no module.
         """
         chosen = tuple(indices)
-        layers = self._make_layers(chosen, seed)
-        for index, layer in zip(chosen, layers, strict=True):
+        layers = {
+            self.names[index]: layer
+            for index, layer in zip(chosen, self._make_layers(chosen, seed), strict=True)
+        }
+        for name, layer in layers.items():
+            # A tensor that exists already when `as_layers` calls the function is on meta.
             if any(tensor.is_meta for tensor in [*layer.parameters(), *layer.buffers()]):
                 raise ConfigError(
-                    "todo.key",
-                    f"layer '{self.names[index]}' holds tensors that were made before its factory "
-                    f"was called, so (seed, name) cannot decide them: make them in the factory",
+                    "model.factory-reuses-tensors",
+                    f"layer '{name}' holds tensors that were made before its factory was called, "
+                    f"so they do not depend on (seed, name): make them in the factory",
                 )
-        return {
-            self.names[index]: layer.to(dtype) for index, layer in zip(chosen, layers, strict=True)
-        }
+        return {name: layer.to(dtype) for name, layer in layers.items()}
 
     def rebuild_layer(self, index: int, seed: int, dtype: torch.dtype) -> nn.Module:
-        """Return one layer anew, as `build` first made it; without memory on the meta device."""
+        """Build one layer again, equal to that of `build`; on the meta device without memory."""
         [layer] = self._make_layers([index], seed)
         return layer.to(dtype)
 
     def structure_key(self, index: int) -> Hashable:
-        """Return what layers of equal structure have in common, None where that is not known."""
+        """Return a key that layers of equal structure share; None where structure is unknown."""
         return None
 
     @property
     @abstractmethod
     def builds_all_layers(self) -> bool:
-        """Whether a rank must make all layers to get its own."""
+        """Whether a rank must build all layers to get its own."""
 
     @abstractmethod
     def _make_layers(self, indices: Sequence[int], seed: int) -> list[nn.Module]:
-        """Return new layers in the order of `indices`, drawn as the class promises."""
+        """Make new layers in the order of `indices`."""
 
     @abstractmethod
     def meta_layers(self, dtype: torch.dtype) -> list[nn.Module | None]:
-        """Return all layers without memory (on the meta device); None where that cannot be."""
+        """Make all layers without memory, on the meta device; None where a layer cannot be."""
 
 
 @final
 @dataclass(frozen=True)
 class FactoryLayers(LayerStack):
-    """Layers that are made one by one, each by its own factory."""
+    """Layers that are each made by a factory of their own."""
 
     factories: tuple[Factory, ...] = field(repr=False)
 
@@ -104,12 +106,12 @@ class FactoryLayers(LayerStack):
         factory = self.factories[index]
         if not isinstance(factory, partial) or not isinstance(factory.func, type):
             return None
-        kind = factory.func, factory.args, tuple(factory.keywords.items())
+        key = factory.func, factory.args, tuple(factory.keywords.items())
         try:
-            hash(kind)
+            hash(key)
         except TypeError:  # such as a list among the arguments
             return None
-        return kind
+        return key
 
     @property
     def builds_all_layers(self) -> bool:
@@ -123,9 +125,10 @@ class FactoryLayers(LayerStack):
         with seeded(seed, name):
             layer: object = self.factories[index]()
         if not isinstance(layer, nn.Module):
-            kind = type(layer).__name__
             raise ConfigError(
-                "todo.key", f"the factory of layer '{name}' returned {kind}, not a torch.nn.Module"
+                "model.factory-result",
+                f"the factory of layer '{name}' returned {type(layer).__name__}: return a "
+                f"torch.nn.Module",
             )
         return layer
 
@@ -138,14 +141,14 @@ class FactoryLayers(LayerStack):
                 return self._make_layer(index, seed=0).to(dtype)
         except DtrainError:
             raise
-        except Exception:  # not every layer can be made on meta; a real fault shows when it is run
+        except Exception:  # not supported on meta, or a fault, which the run on the CPU repeats
             return None
 
 
 @final
 @dataclass(frozen=True)
 class SequentialLayers(LayerStack):
-    """A user's `nn.Sequential`, made again by its function whenever layers are built."""
+    """Layers of a user's `nn.Sequential`, which its function makes again for every build."""
 
     function: Function = field(repr=False)
 
@@ -155,147 +158,151 @@ class SequentialLayers(LayerStack):
 
     def _make_layers(self, indices: Sequence[int], seed: int) -> list[nn.Module]:
         with torch.random.fork_rng(devices=[]):
-            # The plain seed, so that a user gets the same weights after torch.manual_seed(seed).
+            # The plain seed, so that the weights are those after the user's manual_seed(seed).
             torch.default_generator.manual_seed(seed)
             children = _children(self.function())
         return [children[index][1] for index in indices]
 
     def meta_layers(self, dtype: torch.dtype) -> list[nn.Module | None]:
-        made = _children(call_on_meta(self.function))
-        return [layer.to(dtype) for _, layer in made]
+        return [layer.to(dtype) for _, layer in _children(_call_on_meta(self.function))]
 
 
 def as_layers(function: Function, name: str) -> LayerStack:
-    """Return the model that a function without arguments describes.
+    """Return the layers of the model that a function without arguments makes.
 
     Parameters
     ----------
     function : callable
-        Returns an `nn.Sequential`, or a list of (name, factory) pairs. It is called on the meta
-        device here, and a `Sequential`'s once more per `build`.
+        Returns an `nn.Sequential`, or a list of (name, factory) pairs. It is called here on the
+        meta device; a function that returns a `Sequential` is called again in every `build`.
     name : str
-        What the run file calls it, for the messages.
+        The model's name in the run file, for the messages.
 
     Raises
     ------
-    DtrainError
-        Another return type; no layers; an empty, dotted or repeated name; a shared module.
+    ConfigError
+        Another result; no layers; an illegal or repeated name; a shared module or parameter.
     """
-    made = call_on_meta(function)
-    if isinstance(made, nn.Sequential):
-        return _from_sequential(made, function, name)
-    pairs = _named_factories(made, name)
-    _check_names([each for each, _ in pairs], name)
-    return FactoryLayers(tuple(each for each, _ in pairs), tuple(make for _, make in pairs))
+    result = _call_on_meta(function)
+    if isinstance(result, nn.Sequential):
+        return _from_sequential(result, function, name)
+    pairs = _named_factories(result, name)
+    names = tuple(layer_name for layer_name, _ in pairs)
+    _check_names(names, name)
+    return FactoryLayers(names, tuple(factory for _, factory in pairs))
 
 
 def require_unshared(layers: dict[str, nn.Module]) -> None:
-    """Refuse modules and parameters that occur twice, in one layer or in two, by their names.
+    """Refuse modules and parameters that occur twice, in one layer or in two.
 
-    A shared weight would be trained by two blocks, or be two weights as soon as a cut parts them.
+    A shared weight would be trained by two blocks, or become two weights once a cut separates its
+    layers.
+
+    Raises
+    ------
+    ConfigError
+        A module or parameter has two names.
     """
-    seen: dict[int, str] = {}
+    paths: dict[int, str] = {}
     for name, layer in layers.items():
         members = [
             *layer.named_modules(prefix=name, remove_duplicate=False),
             *layer.named_parameters(prefix=name, remove_duplicate=False),
         ]
         for path, member in members:
-            other = seen.setdefault(id(member), path)
-            if other != path:
+            first_path = paths.setdefault(id(member), path)
+            if first_path != path:
+                kind = "module" if isinstance(member, nn.Module) else "parameter"
                 raise ConfigError(
-                    "todo.key",
-                    f"'{path}' is the same {_kind(member)} as '{other}', and a layer "
-                    f"cannot share with another place: make one for each",
+                    "model.shared",
+                    f"'{path}' is the same {kind} as '{first_path}': make one for each",
                 )
 
 
-def call_on_meta(function: Function) -> object:
-    """Call a function on the meta device, so that tensors take no memory; for real if it must."""
+def _call_on_meta(function: Function) -> object:
+    """Call a function on the meta device, without memory; on the CPU where that fails."""
     with torch.random.fork_rng(devices=[]):
         try:
             with torch.device("meta"):
                 return function()
         except DtrainError:
             raise
-        except Exception:  # such as .item(): called for real, where a true fault shows again
+        except Exception:  # such as .item(), which meta lacks; a fault is raised again on the CPU
             return function()
 
 
 def _from_sequential(sequential: nn.Sequential, function: Function, name: str) -> SequentialLayers:
-    """Return the model of a Sequential, or refuse one that cannot be cut or made again."""
+    """Return the layers of a Sequential, or refuse one that cannot be cut or made again."""
     if type(sequential).forward is not nn.Sequential.forward:
         raise ConfigError(
-            "todo.key",
+            "model.own-forward",
             f"model '{name}' is a Sequential with a forward() of its own, which cannot be cut: "
             f"return a plain nn.Sequential or (name, factory) pairs",
         )
     children = _children(sequential)
-    names = tuple(each for each, _ in children)
+    names = tuple(layer_name for layer_name, _ in children)
     _check_names(names, name)
     require_unshared(dict(children))
-    if call_on_meta(function) is sequential:
+    if _call_on_meta(function) is sequential:
         raise ConfigError(
-            "todo.key",
-            f"model '{name}' returned the same Sequential twice, so the seed cannot decide its "
-            f"weights: make it in the function",
+            "model.sequential-reused",
+            f"model '{name}' returned the same Sequential twice, so its weights do not depend on "
+            f"the seed: make it in the function",
         )
     return SequentialLayers(names, function)
 
 
 def _children(sequential: object) -> list[tuple[str, nn.Module]]:
-    """Return a Sequential's layers; `named_children` would drop one that occurs twice."""
+    """Return a Sequential's layers, including repeated ones, which `named_children` drops."""
     assert isinstance(sequential, nn.Sequential)
     paths = sequential.named_modules(remove_duplicate=False)
     return [(path, layer) for path, layer in paths if path and "." not in path]
 
 
 def _named_factories(value: object, name: str) -> list[tuple[str, Factory]]:
-    """Check that a user's list holds (name, factory) pairs."""
+    """Return a user's list of (name, factory) pairs, or refuse another value."""
     if not isinstance(value, list | tuple):
         raise ConfigError(
-            "todo.key",
+            "model.function-result",
             f"model '{name}' is {type(value).__name__}: return an nn.Sequential, or a "
             f"list of (name, factory) pairs",
         )
     for index, pair in enumerate(value):
         match pair:
-            case (str(label), nn.Module()):
+            case (str(layer_name), nn.Module()):
                 raise ConfigError(
-                    "todo.key",
-                    f"model '{name}': layer '{label}' is a module, not a factory: "
+                    "model.layer-not-a-factory",
+                    f"model '{name}': layer '{layer_name}' is a module, not a factory: "
                     f"return a function that makes it",
                 )
             case (str(), factory) if callable(factory):
                 continue
         raise ConfigError(
-            "todo.key", f"model '{name}': item {index} of its list is no (name, factory) pair"
+            "model.pair-invalid",
+            f"model '{name}': item {index} of its list must be a (name, factory) pair",
         )
-    return [(label, factory) for label, factory in value]
+    return [(layer_name, factory) for layer_name, factory in value]
 
 
-def _check_names(names: Sequence[str], name: str) -> None:
-    """Refuse names that could not be told apart, or not be told from a parameter's path."""
+def _check_names(names: Sequence[str], model: str) -> None:
+    """Refuse names that are repeated, or ambiguous as a part of a parameter's path."""
     if not names:
-        raise ConfigError("todo.key", f"model '{name}' has no layers: return at least one")
-    for each in names:
-        if each == "heads":
+        raise ConfigError("model.no-layers", f"model '{model}' has no layers: return at least one")
+    for name in names:
+        if name == "heads":
             raise ConfigError(
-                "todo.key",
-                f"model '{name}': a layer called 'heads' would share its name with the local "
+                "model.layer-name-reserved",
+                f"model '{model}': a layer called 'heads' would share its name with the auxiliary "
                 f"heads of an objective (heads.0, ...): rename it",
             )
-        if not each or "." in each:
+        if not name or "." in name:
             raise ConfigError(
-                "todo.key", f"model '{name}': layer name '{each}' is empty or has a dot: rename it"
+                "model.layer-name-invalid",
+                f"model '{model}': layer name '{name}' is empty or has a dot: rename it",
             )
-        if names.count(each) > 1:
+        if names.count(name) > 1:
             raise ConfigError(
-                "todo.key",
-                f"model '{name}' has {names.count(each)} layers called '{each}': "
+                "model.layer-name-repeated",
+                f"model '{model}' has {names.count(name)} layers called '{name}': "
                 f"give each its own name",
             )
-
-
-def _kind(member: object) -> str:
-    return "module" if isinstance(member, nn.Module) else "parameter"

@@ -1,6 +1,6 @@
-"""The multi-layer perceptron: `fc1` ... `fcN`, each linear and activation, then `head`.
+"""Multi-layer perceptron: `fc1` ... `fcN`, each a linear layer with an activation, then `head`.
 
-Invariant: every layer flattens what enters and is one module, so its parameters are called
+Invariant: every layer is one module that flattens its input, so parameters are called
 `fc1.weight`, `fc1.bias`, ..., `head.bias`. Initialisation is torch's own for `nn.Linear`.
 """
 
@@ -39,6 +39,11 @@ class Mlp:
         Units of `fc1`, `fc2`, ...; the head has one unit per class.
     activation : str
         A key of `ACTIVATIONS`.
+
+    Raises
+    ------
+    ConfigError
+        Widths that are not whole numbers of at least 1, or an unknown activation.
     """
 
     widths: tuple[int, ...]
@@ -46,10 +51,11 @@ class Mlp:
 
     def __post_init__(self) -> None:
         if not isinstance(self.widths, tuple) or not all(
-            _is_positive_int(each) for each in self.widths
+            _is_positive_int(width) for width in self.widths
         ):
             raise ConfigError(
-                "todo.key", f"[model] widths = {self.widths!r}: give a list of whole numbers >= 1"
+                "model.mlp-widths",
+                f"[model] widths = {self.widths!r} must be a list of whole numbers >= 1",
             )
         if self.activation not in ACTIVATIONS:
             raise unknown_name("activation", str(self.activation), ACTIVATIONS)
@@ -80,12 +86,12 @@ class Dense(nn.Linear):
     ) -> None:
         super().__init__(inputs, outputs)
         self.activation = activation
-        self.sums = nn.Identity()  # a place where an objective taps what is not yet activated
+        self.sums = nn.Identity()  # objectives tap its output, the pre-activations
 
     def forward(self, input: Tensor) -> Tensor:
         """Return activation(x W^T + b) for the flattened x."""
-        sums: Tensor = self.sums(super().forward(input.flatten(1)))
-        return sums if self.activation is None else self.activation(sums)
+        preactivation: Tensor = self.sums(super().forward(input.flatten(1)))
+        return preactivation if self.activation is None else self.activation(preactivation)
 
 
 def _is_positive_int(value: object) -> bool:

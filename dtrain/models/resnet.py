@@ -1,11 +1,11 @@
 """Residual networks for small images: `stem`, residual units, `head`.
 
 He et al., "Deep residual learning for image recognition", arXiv 1512.03385, section 4.2: depth
-6 n + 2, n units at each of three resolutions, with 16, 32 and 64 channels. Shortcuts are option A
-there (no parameters: every second pixel, zeros as the new channels); option B projects.
+6 n + 2, n units at each of three resolutions, with 16, 32 and 64 channels. The paper's shortcuts
+there are option A: no parameters, every second pixel, zeros for the new channels. Option B is a
+projection. Initialisation: see `image_layers`.
 
-Invariant: a cut may stand between any two units, and one tensor crosses it. Initialisation: see
-`images`.
+Invariant: the network can be cut between any two units, and one tensor crosses the cut.
 """
 
 from __future__ import annotations
@@ -39,21 +39,26 @@ RESOLUTIONS = 3
 @final
 @dataclass(frozen=True)
 class ResNet:
-    """A CIFAR ResNet of 6 n + 2 layers with weights.
+    """A CIFAR ResNet with 6 n + 2 weight layers.
 
     Parameters
     ----------
     depth : int
         14, 20, 32, 44, 56, 110 or any other 6 n + 2 with n >= 1.
     width : int
-        Channels at the first resolution; each next one has twice as many. 16 k widens by k.
+        Channels at the first resolution, doubled at each next one. 16 k is the paper's times k.
     norm : str
-        "batch", "group" or "none"; without one a convolution has a bias.
+        "batch", "group" or "none"; with "none" convolutions have biases.
     groups : int
         Groups of channels, for "group".
     shortcut : str
-        Where the resolution falls: "identity" (option A) or "projection" (option B, 1x1
+        Shortcut where the resolution halves: "identity" (option A) or "projection" (option B, 1x1
         convolution and norm).
+
+    Raises
+    ------
+    ConfigError
+        A depth that is not 6 n + 2, or a width below 1.
     """
 
     depth: int = 20
@@ -67,12 +72,11 @@ class ResNet:
             below = self.depth - (self.depth - 2) % 6
             legal = f"{below} or {below + 6}" if below >= 8 else "8 or 14"
             raise ConfigError(
-                "todo.key",
-                f"[model] depth = {self.depth}: a ResNet for small images has 6 n + 2 layers, "
-                f"n >= 1: set depth = {legal}",
+                "model.resnet-depth",
+                f"[model] depth = {self.depth} must be 6 n + 2 with n >= 1: set depth = {legal}",
             )
         if self.width < 1:
-            raise ConfigError("todo.key", f"[model] width = {self.width}: give at least 1 channel")
+            raise ConfigError("model.resnet-width", f"[model] width = {self.width} must be >= 1")
 
     def layers(self, shape: tuple[int, ...], classes: int) -> NamedFactories:
         """Return the layers for images of `shape`, as (name, factory) pairs.
@@ -83,28 +87,26 @@ class ResNet:
                               -> unit2-1 ... unit2-n      (2 w, H/2, W/2), rounded up
                               -> unit3-1 ... unit3-n      (4 w, H/4, W/4)
                               -> head                     (classes,)
+
+        Raises
+        ------
+        ConfigError
+            The samples are no images.
         """
         inputs, *_ = image_shape("resnet", shape)
-        made: list[tuple[str, Factory]] = [
+        layers: list[tuple[str, Factory]] = [
             ("stem", partial(Convolution, inputs, self.width, self.norm, self.groups))
         ]
         inputs = self.width
+        options = self.norm, self.groups, self.shortcut
         for resolution in range(RESOLUTIONS):
             outputs = self.width << resolution
             for number in range((self.depth - 2) // 6):
-                falls = resolution > 0 and number == 0
-                build = partial(
-                    ResidualUnit,
-                    inputs,
-                    outputs,
-                    2 if falls else 1,
-                    self.norm,
-                    self.groups,
-                    self.shortcut,
-                )
-                made.append((f"unit{resolution + 1}-{number + 1}", build))
+                stride = 2 if resolution > 0 and number == 0 else 1
+                factory = partial(ResidualUnit, inputs, outputs, stride, *options)
+                layers.append((f"unit{resolution + 1}-{number + 1}", factory))
                 inputs = outputs
-        return [*made, ("head", partial(PooledLinear, inputs, classes))]
+        return [*layers, ("head", partial(PooledLinear, inputs, classes))]
 
 
 @final
@@ -145,15 +147,16 @@ class ResidualUnit(nn.Module):
 
 @final
 class ZeroPadShortcut(nn.Module):
-    """Every `stride`-th pixel, and `more` channels of zeros behind the others (option A)."""
+    """Take every `stride`-th pixel and append `extra_channels` channels of zeros (option A)."""
 
     uses_rng = False
 
     def __init__(self, extra_channels: int, stride: int) -> None:
         super().__init__()
-        self.extra_channels, self.stride = extra_channels, stride
+        self.extra_channels = extra_channels
+        self.stride = stride
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return (n, C + more, ceil(H / stride), ceil(W / stride))."""
-        kept = input[:, :, :: self.stride, :: self.stride]
-        return pad(kept, (0, 0, 0, 0, 0, self.extra_channels))
+        """Return (n, C + extra_channels, ceil(H / stride), ceil(W / stride))."""
+        pixels = input[:, :, :: self.stride, :: self.stride]
+        return pad(pixels, (0, 0, 0, 0, 0, self.extra_channels))

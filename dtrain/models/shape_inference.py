@@ -1,12 +1,12 @@
-"""Walk: shapes and costs of all layers, known to every rank without a message.
+"""Shapes and costs of all layers, inferred on every rank without communication.
 
-One walk over the whole list on the meta device, which has shapes but no memory. Multiply-adds are
-counted by torch's flop counter (one multiply-add is two flops) over two samples, since
-normalisation over a batch refuses one. A layer that cannot run on meta is run for real, on zeros,
-in a transient copy.
+All layers are run once on the meta device, which has shapes but no memory. Multiply-adds are
+counted with torch's flop counter (one multiply-add is two flops) over two samples, since batch
+normalisation needs two. A layer that cannot run on meta is run on the CPU, as a temporary copy, on
+zeros.
 
-Invariant: a `Spec` depends on the model, the shape and the dtype alone: it is the same on every
-machine and for every number of ranks.
+Invariant: a `LayerSpec` depends only on model, shape and dtype. It is the same on every machine and
+for every number of ranks.
 """
 
 from __future__ import annotations
@@ -28,27 +28,28 @@ SAMPLES = 2
 @final
 @dataclass(frozen=True)
 class LayerSpec:
-    """Shapes and costs of one layer; costs are multiply-adds of ONE sample.
+    """Shapes and costs of one layer; costs are multiply-adds (macs) of one sample.
 
     Parameters
     ----------
     name : str
         The layer's name.
-    inputs, outputs : tuple of int
-        Shape of one sample that enters and leaves.
+    input_shape, output_shape : tuple of int
+        Shape of one sample of the input and of the output.
     dtype : torch.dtype
-        Of what leaves.
-    forward : int
-        Cost of the forward.
-    weight_gradient, input_gradient : int
-        Cost of the two halves of the backward; what leads from one module inside the layer to the
-        one before it belongs to the second.
-    unasked : int
-        What the backward saves where nobody asks for the gradient of what enters.
+        Dtype of the output.
+    forward_macs : int
+        Cost of the forward pass.
+    weight_gradient_macs, input_gradient_macs : int
+        Cost of the two halves of the backward pass. Gradients between modules inside the layer
+        belong to the second.
     parameters : int
         Number of parameters (elements).
-    couples : bool
-        Whether it has batch statistics, so that samples of a micro-batch depend on each other.
+    couples_samples : bool
+        Whether the layer has batch statistics, which make samples of a micro-batch depend on each
+        other.
+    skippable_macs : int
+        Cost that the backward pass saves where the gradient of the layer's input is not needed.
     """
 
     name: str
@@ -66,43 +67,40 @@ class LayerSpec:
 def infer_layers(
     model: LayerStack, shape: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[LayerSpec, ...]:
-    """Return the specs of all layers, in order.
+    """Infer the specs of all layers, in order.
 
     Parameters
     ----------
-    model : Model
-        Whose layers are walked.
+    model : LayerStack
+        The layers.
     shape : tuple of int
         Shape of one sample.
     dtype : torch.dtype
-        Of the weights and of the sample.
+        Dtype of the weights and of the sample.
 
     Raises
     ------
-    DtrainError
-        A layer that cannot take what the one before it gives, does not return one tensor with the
-        samples first, or shares a module or parameter. An exception that is raised in the user's
-        own code keeps its traceback.
+    ConfigError
+        A layer cannot take the output of the layer before it, does not return one tensor with the
+        samples first, or shares a module or parameter. An exception in the user's own code keeps
+        its type and traceback.
     """
     layers = model.meta_layers(dtype)
     require_unshared(
         {name: layer for name, layer in zip(model.names, layers, strict=True) if layer is not None}
     )
     specs: list[LayerSpec] = []
-    known: dict[
-        Hashable, LayerSpec
-    ] = {}  # a deep net repeats itself: equal layers are counted once
-    entering = dtype
+    # Layers of equal structure and input are measured once: deep networks repeat their layers.
+    measured: dict[Hashable, LayerSpec] = {}
+    input_dtype = dtype
     for index, layer in enumerate(layers):
-        name, kind = model.names[index], model.structure_key(index)
-        spec = known.get((kind, shape, entering)) if kind else None
+        name, structure = model.names[index], model.structure_key(index)
+        spec = measured.get((structure, shape, input_dtype)) if structure else None
         if spec is None:
-            build = _builder(model, index, dtype)
-            spec = _measure(layer, build, shape, entering, name)
-            known[kind, shape, entering] = spec
-        spec = replace(spec, name=name)
-        specs.append(spec)
-        shape, entering = spec.output_shape, spec.dtype
+            spec = _measure(layer, _builder(model, index, dtype), shape, input_dtype, name)
+            measured[structure, shape, input_dtype] = spec
+        specs.append(replace(spec, name=name))
+        shape, input_dtype = spec.output_shape, spec.dtype
     return tuple(specs)
 
 
@@ -113,49 +111,49 @@ def profile_module(
     name: str = "",
     device: str = "meta",
 ) -> LayerSpec:
-    """Return the spec of one module, by running it on `device`, where its parameters must be.
+    """Measure one module by running it on `device`, where its parameters must be.
 
     Parameters
     ----------
     layer : nn.Module
-        Any module of one tensor; a local head is costed in the same way. Its buffers may change.
+        A module of one tensor, such as a layer or an auxiliary head. Its buffers may change.
     shape : tuple of int
-        Shape of one sample that enters.
+        Shape of one sample of the input.
     dtype : torch.dtype
-        Of what enters.
+        Dtype of the input.
+    name : str
+        The layer's name, for the spec and the messages.
 
     Raises
     ------
-    DtrainError
-        A result that is not one tensor with the samples first.
+    ConfigError
+        The result is not one tensor with the samples first.
     """
     with torch.device(device), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         sample = torch.zeros(SAMPLES, *shape, dtype=dtype)
-        entering = [sample.requires_grad_()] if dtype.is_floating_point else []
-        # A copy enters, since a layer may work in place and a leaf may not be written to.
-        leaving, forward = _count_macs(lambda: layer(sample.clone()))
-        if not isinstance(leaving, Tensor) or leaving.shape[:1] != (SAMPLES,):
-            raise _output_error(name, shape, leaving)
-        weights = [each for each in layer.parameters() if each.requires_grad]
-        inside = list(layer.modules())
-        # The way to weights deep inside leads through the input gradients of those behind them.
-        both, passed = (
-            _backward_macs(leaving, weights + entering),
-            _backward_macs(leaving, entering),
-        )
+        inputs = [sample.requires_grad_()] if dtype.is_floating_point else []
+        # A clone, since a layer may work in place and autograd forbids that on a leaf.
+        output, forward_macs = _count_macs(lambda: layer(sample.clone()))
+        if not isinstance(output, Tensor) or output.shape[:1] != (SAMPLES,):
+            raise _output_error(name, shape, output)
+        weights = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+        # Weight gradients of inner modules need the input gradients of the modules after them, so
+        # the weights' cost is a difference.
+        all_macs = _backward_macs(output, weights + inputs)
+        input_macs = _backward_macs(output, inputs)
         return LayerSpec(
             name=name,
             input_shape=tuple(shape),
-            output_shape=tuple(leaving.shape[1:]),
-            dtype=leaving.dtype,
-            forward_macs=forward,
-            weight_gradient_macs=both - passed,
-            input_gradient_macs=passed,
-            parameters=sum(each.numel() for each in layer.parameters()),
+            output_shape=tuple(output.shape[1:]),
+            dtype=output.dtype,
+            forward_macs=forward_macs,
+            weight_gradient_macs=all_macs - input_macs,
+            input_gradient_macs=input_macs,
+            parameters=sum(parameter.numel() for parameter in layer.parameters()),
             couples_samples=any(
-                isinstance(each, nn.modules.batchnorm._BatchNorm) for each in inside
+                isinstance(module, nn.modules.batchnorm._BatchNorm) for module in layer.modules()
             ),
-            skippable_macs=both - _backward_macs(leaving, weights),
+            skippable_macs=all_macs - _backward_macs(output, weights),
         )
 
 
@@ -170,15 +168,15 @@ def _measure(
     dtype: torch.dtype,
     name: str,
 ) -> LayerSpec:
-    """Return the spec of a layer: on meta where that works, else of a real copy."""
+    """Return the spec of a layer, run on meta where that works, else as a copy on the CPU."""
     try:
         if layer is not None:
             return profile_module(layer, shape, dtype, name)
-    except Exception:  # whatever meta cannot do; a true fault shows again on the copy
+    except Exception:  # not supported on meta, or a fault, which the copy repeats
         pass
-    real = build()
+    copy = build()
     try:
-        return profile_module(real, shape, dtype, name, device="cpu")
+        return profile_module(copy, shape, dtype, name, device="cpu")
     except DtrainError:
         raise
     except Exception as error:
@@ -186,44 +184,45 @@ def _measure(
             raise
         text = str(error).strip().splitlines()[0]
         raise ConfigError(
-            "todo.key", f"layer '{name}' cannot take a sample of shape {shape}: {text}"
+            "model.layer-input", f"layer '{name}' cannot take a sample of shape {shape}: {text}"
         ) from error
 
 
 def _raised_by_torch(error: Exception) -> bool:
-    """Say whether torch itself raised: under the counter, every operation passes through it."""
-    step = error.__traceback__
-    while step is not None and step.tb_next is not None:
-        step = step.tb_next
-    module = step.tb_frame.f_globals.get("__name__", "") if step is not None else ""
+    """Return whether torch raised the error: under the flop counter, its frame is innermost then."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    module = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
     return module.partition(".")[0] == "torch"
 
 
 def _count_macs(function: Callable[[], object]) -> tuple[object, int]:
-    """Return what `run` returns and its multiply-adds per sample."""
+    """Call a function; return its result and its multiply-adds per sample."""
     with FlopCounterMode(display=False) as counter:
         result = function()
     return result, counter.get_total_flops() // (2 * SAMPLES)
 
 
 def _backward_macs(output: Tensor, tensors: Sequence[Tensor]) -> int:
-    """Return the cost of the gradients to `tensors` alone."""
+    """Return the multiply-adds per sample of the gradients to `tensors`."""
     if not tensors or not output.requires_grad:
         return 0
-    told = torch.ones_like(output)
-    return _count_macs(
-        lambda: torch.autograd.grad(output, tensors, told, retain_graph=True, allow_unused=True)
-    )[1]
+    cotangent = torch.ones_like(output)
+    _, macs = _count_macs(
+        lambda: torch.autograd.grad(
+            output, tensors, cotangent, retain_graph=True, allow_unused=True
+        )
+    )
+    return macs
 
 
 def _output_error(name: str, shape: tuple[int, ...], output: object) -> DtrainError:
-    gave = (
-        f"a tensor of shape {tuple(output.shape)}"
-        if isinstance(output, Tensor)
-        else type(output).__name__
-    )
+    result = type(output).__name__
+    if isinstance(output, Tensor):
+        result = f"a tensor of shape {tuple(output.shape)}"
     return ConfigError(
-        "todo.key",
-        f"layer '{name}' made {gave} of {SAMPLES} samples of shape {shape}: a layer "
-        f"returns one tensor with the samples first",
+        "model.layer-output",
+        f"layer '{name}' returned {result} for {SAMPLES} samples of shape {shape}: return one "
+        f"tensor with the samples first",
     )

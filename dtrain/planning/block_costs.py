@@ -14,7 +14,8 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-from dtrain.models import LayerSpec, LayerStack, profile_module
+from dtrain.models.layers import LayerStack
+from dtrain.models.shape_inference import LayerSpec, profile_module
 from dtrain.objectives.base import Objective, input_gradient_blocks
 from dtrain.objectives.block_spec import BlockSpec, DownstreamLayer
 from dtrain.planning.structure_cache import StructureCache, module_key

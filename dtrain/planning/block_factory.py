@@ -22,7 +22,7 @@ from dtrain.block import optimizer as optimizers
 from dtrain.block.block import Block
 from dtrain.block.parameters import OptimizerFactory
 from dtrain.config.run import RunConfig
-from dtrain.models import LayerStack
+from dtrain.models.layers import LayerStack
 from dtrain.planning.layout import Layout
 from dtrain.rng import seeded
 

@@ -21,8 +21,8 @@ from dtrain.config.run import RunConfig
 from dtrain.config.sections import PartitionSection
 from dtrain.errors import ConfigError
 from dtrain.mesh import Mesh
-from dtrain.models import LayerSpec, LayerStack, infer_layers
-from dtrain.models.layers import FactoryLayers
+from dtrain.models.layers import FactoryLayers, LayerStack
+from dtrain.models.shape_inference import LayerSpec, infer_layers
 from dtrain.objectives.base import ExecutionMode, Objective, input_gradient_blocks
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.planning.block_costs import BlockCosts, total_macs

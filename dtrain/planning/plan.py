@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dtrain import data, models
 from dtrain.config.run import RunConfig
-from dtrain.data import DatasetSplits, updates_per_epoch
 from dtrain.data import augment as augments
-from dtrain.data.sampler import BatchSplitter
+from dtrain.data import load_data
+from dtrain.data.dataset import DatasetSplits
+from dtrain.data.sampler import BatchSplitter, updates_per_epoch
 from dtrain.errors import ConfigError
+from dtrain.models import load_model
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.planning.layout import Layout, make_layout
 from dtrain.schedules.segments import TrainingLength
@@ -54,7 +55,7 @@ def make_plan(run: RunConfig, ranks: int) -> Plan:
     DtrainError
         Data, model, mesh, partition or schedule do not fit each other.
     """
-    samples = data.load(
+    samples = load_data(
         run.dataset.name, run.dataset.fields, run.folder, normalise=run.data.normalise
     )
     train = samples.train
@@ -65,7 +66,7 @@ def make_plan(run: RunConfig, ranks: int) -> Plan:
         train.shape, train.classes, train.size, train.value_range is not None
     )
     input_shape = run.objective.instance.model_input_shape(train.shape, train.classes)
-    model = models.load(run.model.name, run.model.fields, run.folder, input_shape, train.classes)
+    model = load_model(run.model.name, run.model.fields, run.folder, input_shape, train.classes)
     layout = make_layout(run, model, data_spec, ranks)
     settings = run.settings
     length = TrainingLength.from_settings(

@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar, final
 import torch
 from torch import Tensor, nn
 
-from dtrain.models import LayerStack
+from dtrain.models.layers import LayerStack
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ from collections import Counter
 from typing import Any, NamedTuple, final
 
 from dtrain.errors import ConfigError, unknown_name
-from dtrain.models import LayerSpec
+from dtrain.models.shape_inference import LayerSpec
 from dtrain.planning.block_costs import profile_head
 from dtrain.planning.block_memory import BlockMemory
 from dtrain.planning.cost_file import HEADS, INTER_NODE, INTRA_NODE, CostFile, LinkSpeed

@@ -11,7 +11,7 @@ import torch
 
 from dtrain.comm.backends.threads import run_ranks as ranks
 from dtrain.config.parse import parse_run
-from dtrain.data import load
+from dtrain.data import load_data
 from dtrain.objectives import OBJECTIVES
 from dtrain.planning.block_factory import make_block
 from dtrain.planning.plan import make_plan
@@ -40,7 +40,7 @@ STILL = ("cafo",)
 
 def test_digits() -> None:
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-    digits = load("digits", {}, Path())
+    digits = load_data("digits", {}, Path())
     assert (digits.train.size, digits.test.size) == (1437, 360)
     assert digits.train.shape == digits.test.shape == (1, 8, 8)
     x, y = digits.train.inputs(range(1437)), digits.train.targets(range(1437))
@@ -49,7 +49,7 @@ def test_digits() -> None:
     assert abs(float(x.std()) - 1) < 1e-3
     share = torch.bincount(y) / 1437 - torch.bincount(digits.test.targets(range(360))) / 360
     assert float(share.abs().max()) < 2 / 360
-    again = load("digits", {}, Path()).train.targets(range(1437))
+    again = load_data("digits", {}, Path()).train.targets(range(1437))
     assert torch.equal(y, again)
     assert not torch.equal(y, y.sort().values)
 

@@ -18,7 +18,7 @@ from dtrain.block.block import Block
 from dtrain.build import RankJob, build_rank
 from dtrain.comm.backends.single import SingleBackend
 from dtrain.comm.communicator import Comm
-from dtrain.data import epoch_order
+from dtrain.data.sampler import epoch_order
 from dtrain.objectives import OBJECTIVES
 from dtrain.planning.plan import make_plan
 from dtrain.schedules import SCHEDULES

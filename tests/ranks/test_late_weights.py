@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from dtrain import data
 from dtrain.comm.backends.threads import run_ranks
+from dtrain.data import load_data
 from dtrain.data.sampler import epoch_order
 from dtrain.errors import ConfigError, DtrainError
 from dtrain.train import train
@@ -160,7 +160,7 @@ def test_runs_equal_the_simulator(case: str, net: str, tmp_path: Path) -> None:
     layers.load_state_dict(model(tmp_path / "start"))
     blocks = [leaf_modules(part) for part in (layers[0], layers[1], layers[2], layers[3:])]
     run = make_run(case, net, 1)
-    samples = data.load(run.dataset.name, {}, run.folder).train
+    samples = load_data(run.dataset.name, {}, run.folder).train
     order = epoch_order(50, 3, 0, "full")
     size, micros = run.settings.batch_size, run.settings.micro_batches
     updates = [

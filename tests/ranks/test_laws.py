@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from dtrain import data, models
 from dtrain.checkpoint.manifest import latest_checkpoint
 from dtrain.comm.backends.threads import run_ranks as ranks
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
-from dtrain.data import epoch_order
+from dtrain.data import load_data
+from dtrain.data.sampler import epoch_order
 from dtrain.errors import DtrainError
+from dtrain.models import load_model
 from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.mono_forward import MonoForward
@@ -103,8 +104,8 @@ def test_streaming_is_sequential_local_learning(tmp_path: Path) -> None:
     """Law 2, against an independent loop: block after block, one optimizer each."""
     run = tiny.run(micro_batches=1, mesh__stages=3)
     trained(run, tmp_path, 3)
-    samples = data.load(run.dataset.name, {}, run.folder)
-    net = models.load("mlp", run.model.fields, run.folder, samples.train.shape, 3)
+    samples = load_data(run.dataset.name, {}, run.folder)
+    net = load_model("mlp", run.model.fields, run.folder, samples.train.shape, 3)
     layers = net.build(range(5), run.settings.seed, torch.float64)
     parts = [["fc1"], ["fc2"], ["fc3", "fc4", "head"]]
     widths, heads, steps = [13, 11], [], []

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from dtrain import data
 from dtrain.config.run import RunConfig
-from dtrain.data import epoch_order
+from dtrain.data import load_data
+from dtrain.data.sampler import epoch_order
 from tests import tiny
 from tests.outcome import close, model
 from tests.ranks.test_laws import Summary, trained
@@ -202,7 +202,7 @@ def test_other_numbers_of_diverged_replicas_start_from_the_evaluation_weights(
 def trained_further(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return `weights` after updates 5 and 6, the second and third of epoch 1, by a plain loop."""
     run = tiny.run()
-    samples = data.load(run.dataset.name, {}, run.folder).train
+    samples = load_data(run.dataset.name, {}, run.folder).train
     parameters = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
     optimizer = torch.optim.SGD(parameters.values(), lr=0.1, momentum=0.9)
     order = epoch_order(samples.size, run.settings.seed, 1, "full")

@@ -11,10 +11,11 @@ import torch
 from torch import nn, optim
 from torch.nn.functional import cross_entropy
 
-from dtrain import data, models
 from dtrain.config.run import RunConfig
-from dtrain.data import epoch_order
+from dtrain.data import load_data
+from dtrain.data.sampler import epoch_order
 from dtrain.errors import DtrainError
+from dtrain.models import load_model
 from dtrain.objectives import OBJECTIVES
 from dtrain.schedules import SCHEDULES
 from dtrain.schedules.asynchronous import AsyncSchedule
@@ -67,8 +68,8 @@ def plain(
         Layers whose gradients are clipped together, to `LIMIT`.
     """
     run = tiny.run()
-    samples = data.load(run.dataset.name, {}, run.folder).train
-    made = models.load("mlp", run.model.fields, run.folder, samples.shape, samples.classes)
+    samples = load_data(run.dataset.name, {}, run.folder).train
+    made = load_model("mlp", run.model.fields, run.folder, samples.shape, samples.classes)
     net = nn.Sequential()
     for name, layer in made.build(range(5), run.settings.seed, torch.float64).items():
         net.add_module(name, layer)

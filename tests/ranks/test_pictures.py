@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 
-from dtrain import data, models
 from dtrain.comm.backends.threads import run_ranks as ranks
-from dtrain.data import epoch_order
+from dtrain.data import load_data
+from dtrain.data.sampler import epoch_order
+from dtrain.models import load_model
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.local_head import LocalHead
 from dtrain.rng import seeded
@@ -66,8 +67,8 @@ def test_streaming_is_sequential_local_learning(tmp_path: Path) -> None:
         partition={"cuts": ["unit2-1", "unit3-1"]}, mesh__stages=3,
     )  # fmt: skip
     ranks(3, lambda comm: train(run, comm, tmp_path))
-    source = data.load(run.dataset.name, {}, run.folder).train
-    net = models.load("resnet", run.model.fields, run.folder, source.shape, 3)
+    source = load_data(run.dataset.name, {}, run.folder).train
+    net = load_model("resnet", run.model.fields, run.folder, source.shape, 3)
     layers = net.build(range(len(net.names)), run.settings.seed, D)
     parts = [["stem", "unit1-1"], ["unit2-1"], ["unit3-1", "head"]]
     shapes, heads = [(4, 8, 8), (8, 4, 4)], nn.ModuleDict()

@@ -28,7 +28,7 @@ from dtrain.build import build_rank
 from dtrain.comm.backends.threads import run_ranks as ranks
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
-from dtrain.data import epoch_order
+from dtrain.data.sampler import epoch_order
 from dtrain.errors import DtrainError
 from dtrain.mesh import Mesh
 from dtrain.objectives import OBJECTIVES

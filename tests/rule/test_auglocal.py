@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from dtrain import models
 from dtrain.block.block import Block
 from dtrain.block.micro_batch import MicroBatch
 from dtrain.errors import DtrainError
+from dtrain.models import load_model
 from dtrain.models.resnet import ResidualUnit
+from dtrain.models.shape_inference import infer_layers
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.common.head_networks import auglocal, sample_shapes
 from dtrain.objectives.local_head import LocalHead
@@ -76,8 +77,8 @@ def test_samples_are_evenly_spread_and_end_with_the_last_layer() -> None:
 @cache
 def walked() -> Any:
     """Return ResNet-20 and what is known of its layers."""
-    net = models.load("resnet", {"depth": 20}, Path(), (3, 32, 32), 10)
-    return net, models.infer_layers(net, (3, 32, 32), torch.float32)
+    net = load_model("resnet", {"depth": 20}, Path(), (3, 32, 32), 10)
+    return net, infer_layers(net, (3, 32, 32), torch.float32)
 
 
 def priced(objective: Any) -> tuple[BlockCosts, Any]:
@@ -182,8 +183,8 @@ def test_flat_heads_are_linear_and_relu() -> None:
 
 def blocks(cuts: tuple[int, ...]) -> list[tuple[BlockSpec, Block]]:
     """Return a ResNet-8 of width 4 with its heads, cut at layers, in float64."""
-    net = models.load("resnet", {"depth": 8, "width": 4}, Path(), (3, 8, 8), 3)
-    specs = models.infer_layers(net, (3, 8, 8), D)
+    net = load_model("resnet", {"depth": 8, "width": 4}, Path(), (3, 8, 8), 3)
+    specs = infer_layers(net, (3, 8, 8), D)
     prices = BlockCosts(specs, AUG, net, BlockSpec.from_data((3, 8, 8), 3), 1)
     made = []
     for index, (i, j) in enumerate(itertools.pairwise((0, *cuts, len(specs)))):

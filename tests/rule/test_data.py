@@ -13,19 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain import data
-from dtrain.data import (
+from dtrain.data import hdf5, load_data
+from dtrain.data import hdf5 as memory
+from dtrain.data.dataset import (
     ArrayDataset,
     Dataset,
     DatasetSplits,
-    epoch_order,
-    even_ranges,
-    hdf5,
-    load,
-    updates_per_epoch,
+    moments,
+    standardise,
+    to_float_tensor,
 )
-from dtrain.data import hdf5 as memory
-from dtrain.data.dataset import moments, to_float_tensor
+from dtrain.data.sampler import SHUFFLES, epoch_order, even_ranges, updates_per_epoch
 from dtrain.errors import ConfigError, DataError, DtrainError
 
 RNG = np.random.default_rng(0)
@@ -65,13 +63,13 @@ def refused(call: Callable[[], object], *words: str, code: int = DataError.code)
 # Order
 
 
-@pytest.mark.parametrize("shuffle", data.SHUFFLES)
+@pytest.mark.parametrize("shuffle", SHUFFLES)
 @pytest.mark.parametrize("size", [1, 2, 255, 256, 257, 10_000])
 def test_an_order_holds_every_sample_once(shuffle: str, size: int) -> None:
     assert np.array_equal(np.sort(epoch_order(size, 0, 0, shuffle)), np.arange(size))
 
 
-@pytest.mark.parametrize("shuffle", data.SHUFFLES)
+@pytest.mark.parametrize("shuffle", SHUFFLES)
 def test_an_order_is_pure_in_seed_and_epoch(shuffle: str) -> None:
     first = epoch_order(10_000, 1, 2, shuffle)
     np.random.default_rng().random(3)
@@ -117,7 +115,7 @@ def test_updates_per_epoch() -> None:
 
 def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    refused(lambda: load("digits", {}, Path()), "pip install 'dtrain[demo]'")
+    refused(lambda: load_data("digits", {}, Path()), "pip install 'dtrain[demo]'")
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -125,7 +123,7 @@ def test_hdf5_gives_what_was_written(
     folder: Path, whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hdf5, "fits_in_memory", lambda size: whole)
-    train = load("hdf5", FILES, folder, normalise=False).train
+    train = load_data("hdf5", FILES, folder, normalise=False).train
     assert (train.size, train.shape, train.classes) == (300, (3, 4, 5), 7)
     for indices in (RNG.permutation(300)[:128], np.array([5]), np.array([299, 0, 299]), []):
         indices = np.asarray(indices, np.int64)
@@ -144,7 +142,7 @@ def test_floats_are_kept(folder: Path, kind: str, expected: str) -> None:
     x = RNG.normal(size=(40, 6)).astype(kind)
     write(folder / "train.h5", x, Y[:40])
     write(folder / "test.h5", x, Y[:40])
-    got = load("hdf5", FILES, folder, normalise=False).test.inputs([3, 1])
+    got = load_data("hdf5", FILES, folder, normalise=False).test.inputs([3, 1])
     assert got.dtype == getattr(torch, expected)
     assert np.array_equal(got.numpy(), x[[3, 1]].astype(expected))
 
@@ -156,7 +154,7 @@ def test_labels_and_shape_are_known_without_images(
         raise AssertionError("images were read")
 
     monkeypatch.setattr(hdf5, "to_float_tensor", never)
-    both = load("hdf5", FILES, folder)
+    both = load_data("hdf5", FILES, folder)
     assert (both.train.shape, both.test.classes) == ((3, 4, 5), 7)
     assert both.train.targets([8, 0]).tolist() == [1, 0]
     with pytest.raises(AssertionError, match="images were read"):
@@ -177,7 +175,7 @@ def test_batches_are_the_callers_own() -> None:
 
 
 def test_standardised_by_the_training_split(folder: Path) -> None:
-    both = load("hdf5", FILES, folder)
+    both = load_data("hdf5", FILES, folder)
     raw = torch.from_numpy(X).double()
     mean = raw.mean((0, 2, 3), keepdim=True)
     deviation = raw.std((0, 2, 3), keepdim=True, correction=0)
@@ -190,7 +188,7 @@ def test_stated_statistics_are_used_and_nothing_is_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(folder / "train.h5", mean=[10.0, 20.0, 30.0], std=[2.0, 4.0, 0.0])
-    both = load("hdf5", FILES, folder)
+    both = load_data("hdf5", FILES, folder)
     monkeypatch.setattr(Dataset, "moments", None)
     expected = (X[[1]].astype(float) - np.reshape([10, 20, 30], (1, 3, 1, 1))) / np.reshape(
         [2, 4, 255], (1, 3, 1, 1)
@@ -213,7 +211,7 @@ def test_moments_of_constant_and_of_shifted_channels() -> None:
 def test_constant_channels_do_not_explode() -> None:
     x = np.full((10, 2), 0.1, np.float32)
     source = ArrayDataset(10, (2,), 2, lambda: x, lambda: np.zeros(10, np.int64))
-    both = data.standardise(DatasetSplits(source, source))
+    both = standardise(DatasetSplits(source, source))
     assert float(both.train.inputs(range(10)).abs().max()) < 1e-6
 
 
@@ -247,47 +245,54 @@ CHANGES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 def test_damaged_contents(folder: Path, split: str, change: str) -> None:
     wrong, words = CHANGES[change]
     write(folder / f"{split}.h5", **({"x": X, "y": Y} | wrong))
-    refused(lambda: load("hdf5", FILES, folder), f"{split}.h5", *words)
+    refused(lambda: load_data("hdf5", FILES, folder), f"{split}.h5", *words)
 
 
 @pytest.mark.parametrize("classes", [list("abcdef"), 6])
 def test_labels_out_of_range(folder: Path, classes: object) -> None:
     write(folder / "train.h5", classes=classes)
-    refused(lambda: load("hdf5", FILES, folder), "train.h5", "label 6 at sample 6", "6 classes")
+    refused(
+        lambda: load_data("hdf5", FILES, folder), "train.h5", "label 6 at sample 6", "6 classes"
+    )
 
 
 def test_splits_that_do_not_fit(folder: Path) -> None:
     write(folder / "test.h5", X[:, :2])
-    refused(lambda: load("hdf5", FILES, folder), "(3, 4, 5)", "(2, 4, 5)")
+    refused(lambda: load_data("hdf5", FILES, folder), "(3, 4, 5)", "(2, 4, 5)")
     write(folder / "test.h5", X, Y + 1)
-    refused(lambda: load("hdf5", FILES, folder), "label 7", "7 classes")
+    refused(lambda: load_data("hdf5", FILES, folder), "label 7", "7 classes")
     write(folder / "train.h5", classes=list("abcdefg"))
     write(folder / "test.h5", classes=list("hbcdefg"))
-    refused(lambda: load("hdf5", FILES, folder), "h, b, c, ...", "a, b, c, ...")
+    refused(lambda: load_data("hdf5", FILES, folder), "h, b, c, ...", "a, b, c, ...")
 
 
 def test_files_that_are_not_hdf5(folder: Path) -> None:
     good = (folder / "train.h5").read_bytes()
     for content in (b"", b"hello", good[: len(good) // 2]):
         (folder / "train.h5").write_bytes(content)
-        refused(lambda: load("hdf5", FILES, folder), "train.h5", f"{len(content)} bytes")
+        refused(lambda: load_data("hdf5", FILES, folder), "train.h5", f"{len(content)} bytes")
     (folder / "train.h5").unlink()
-    refused(lambda: load("hdf5", FILES, folder), "train.h5", "no such file", "dtrain data import")
+    refused(
+        lambda: load_data("hdf5", FILES, folder), "train.h5", "no such file", "dtrain data import"
+    )
     (folder / "train.h5").mkdir()
-    refused(lambda: load("hdf5", FILES, folder), "train.h5")
+    refused(lambda: load_data("hdf5", FILES, folder), "train.h5")
 
 
 def test_keys_of_hdf5(folder: Path) -> None:
-    refused(lambda: load("hdf5", {"train": "a"}, folder), "test", code=ConfigError.code)
+    refused(lambda: load_data("hdf5", {"train": "a"}, folder), "test", code=ConfigError.code)
     refused(
-        lambda: load("hdf5", {"train": "", "test": "b"}, folder),
+        lambda: load_data("hdf5", {"train": "", "test": "b"}, folder),
         "train = ''",
         code=ConfigError.code,
     )
     refused(
-        lambda: load("hdf5", FILES | {"tset": 1}, folder), "'tset'", "'test'", code=ConfigError.code
+        lambda: load_data("hdf5", FILES | {"tset": 1}, folder),
+        "'tset'",
+        "'test'",
+        code=ConfigError.code,
     )
-    refused(lambda: load("hdf6", FILES, folder), "did you mean 'hdf5'", code=ConfigError.code)
+    refused(lambda: load_data("hdf6", FILES, folder), "did you mean 'hdf5'", code=ConfigError.code)
 
 
 def test_memory_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +308,7 @@ def test_memory_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
 
 CODE = """
 import numpy as np, torch
-from dtrain.data import ArrayDataset, DatasetSplits
+from dtrain.data.dataset import ArrayDataset, DatasetSplits
 
 def arrays(size=8):
     x = torch.arange(size * 3.0).reshape(size, 3)
@@ -329,11 +334,11 @@ def raises(): raise KeyError("my own")
 def test_custom_data(folder: Path) -> None:
     (folder / "mydata.py").write_text(CODE)
     for name, fields in (("arrays", {"size": 8}), ("own", {})):
-        both = load(f"mydata:{name}", fields, folder, normalise=False)
+        both = load_data(f"mydata:{name}", fields, folder, normalise=False)
         assert (both.train.size, both.train.shape, both.train.classes) == (8, (3,), 2)
         assert both.train.inputs([2, 0]).tolist() == [[6, 7, 8], [0, 1, 2]]
         assert both.train.targets([1, 0]).tolist() == [1, 0]
-    normal = load("mydata:arrays", {}, folder).train.inputs(range(8))
+    normal = load_data("mydata:arrays", {}, folder).train.inputs(range(8))
     torch.testing.assert_close(normal.mean(0), torch.zeros(3), atol=1e-6, rtol=0)
 
 
@@ -341,7 +346,7 @@ def test_wrong_custom_data(folder: Path) -> None:
     (folder / "wrongdata.py").write_text(CODE)
 
     def asked(name: str, **fields: object) -> Callable[[], object]:
-        return lambda: load(f"wrongdata:{name}", fields, folder)
+        return lambda: load_data(f"wrongdata:{name}", fields, folder)
 
     refused(asked("three"), "tuple of 3", "x_train")
     refused(asked("nothing"), "NoneType")
@@ -349,4 +354,4 @@ def test_wrong_custom_data(folder: Path) -> None:
     refused(asked("strange"), "label 1", "test")
     refused(asked("arrays", sizes=3), "did you mean 'size'", code=ConfigError.code)
     with pytest.raises(KeyError, match="my own"):
-        load("wrongdata:raises", {}, folder)
+        load_data("wrongdata:raises", {}, folder)

@@ -12,9 +12,9 @@ import h5py
 import numpy as np
 import pytest
 
-from dtrain.data import import_images as importing
-from dtrain.data import load
+from dtrain.data import load_data
 from dtrain.data.import_images import import_images
+from dtrain.data.import_images import import_images as importing
 from dtrain.errors import ConfigError, DataError, DtrainError
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
@@ -107,7 +107,7 @@ def test_train_and_test(split: Path, tmp_path: Path, packed: bool) -> None:
     with h5py.File(out) as train, h5py.File(other) as test:
         for key in ("mean", "std"):
             assert np.array_equal(train.attrs[key], test.attrs[key])
-    both = load("hdf5", {"train": "out.h5", "test": "out-test.h5"}, tmp_path)
+    both = load_data("hdf5", {"train": "out.h5", "test": "out-test.h5"}, tmp_path)
     x = both.train.inputs(range(5)).double()
     np.testing.assert_allclose(x.mean((0, 2, 3)), 0, atol=1e-6)
     np.testing.assert_allclose(x.std((0, 2, 3), correction=0), 1, atol=1e-6)

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.functional import cross_entropy
 
-from dtrain import models
 from dtrain.block.block import Block
 from dtrain.block.micro_batch import MicroBatch
 from dtrain.errors import ConfigError
-from dtrain.models import LayerStack, profile_module
-from dtrain.models.shape_inference import LayerSpec
+from dtrain.models import load_model
+from dtrain.models.layers import LayerStack
+from dtrain.models.shape_inference import LayerSpec, infer_layers, profile_module
 from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.local_head import LocalHead
@@ -110,8 +110,8 @@ def test_multiply_adds_of_a_head_are_counted_by_hand() -> None:
 
 
 def test_a_cut_costs_what_its_head_costs() -> None:
-    net = models.load("resnet", {"depth": 8}, Path(), (3, 32, 32), 10)
-    layer_specs = models.infer_layers(net, (3, 32, 32), torch.float32)
+    net = load_model("resnet", {"depth": 8}, Path(), (3, 32, 32), 10)
+    layer_specs = infer_layers(net, (3, 32, 32), torch.float32)
     data_spec = BlockSpec.from_data((3, 32, 32), 10)
     alone, with_head, greedy, dgl = (
         BlockCosts(layer_specs, objective, net, data_spec)
@@ -143,8 +143,8 @@ def test_wrong_heads_are_refused() -> None:
 
 @cache
 def small_model() -> tuple[LayerStack, tuple[LayerSpec, ...]]:
-    net = models.load("resnet", {"depth": 8, "width": 4}, Path(), (3, 8, 8), 3)
-    return net, models.infer_layers(net, (3, 8, 8), D)
+    net = load_model("resnet", {"depth": 8, "width": 4}, Path(), (3, 8, 8), 3)
+    return net, infer_layers(net, (3, 8, 8), D)
 
 
 def make_blocks(

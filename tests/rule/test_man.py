@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from dtrain import models
 from dtrain.block.block import Block
 from dtrain.block.micro_batch import MicroBatch
 from dtrain.build import build_rank
 from dtrain.comm.backends.threads import run_ranks
-from dtrain.data import epoch_order
+from dtrain.data.sampler import epoch_order
 from dtrain.errors import ConfigError
+from dtrain.models import load_model
 from dtrain.models.layers import as_layers
+from dtrain.models.shape_inference import infer_layers
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.common.reconstruction import ReconstructionHead
 from dtrain.objectives.man import LAYER, EmaPair, Man, flat_parameters
@@ -39,8 +40,8 @@ SHAPE = (3, 8, 8)
 
 @cache
 def resnet(width: int = 4) -> Any:
-    model = models.load("resnet", {"depth": 8, "width": width}, Path(), SHAPE, 3)
-    return model, models.infer_layers(model, SHAPE, D)
+    model = load_model("resnet", {"depth": 8, "width": width}, Path(), SHAPE, 3)
+    return model, infer_layers(model, SHAPE, D)
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
@@ -107,15 +108,15 @@ def test_drawn_copies_start_from_different_weights(index: int) -> None:
     ]
     for one, other in itertools.combinations(convolutions, 2):
         assert not any(map(torch.equal, one, other))
-    wide = models.load("resnet", {"depth": 8, "width": 64}, Path(), SHAPE, 3)
+    wide = load_model("resnet", {"depth": 8, "width": 64}, Path(), SHAPE, 3)
     layer = EmaPair(wide.rebuild_layer(2, 0, D), redraw=True).learnt
     weight = next(layer.parameters())
     assert float(weight.detach().std()) == pytest.approx((2 / (9 * 128)) ** 0.5, rel=0.02)
 
 
 def test_copies_of_a_perceptrons_layer() -> None:
-    mlp = models.load("mlp", {"widths": [9, 7, 6]}, Path(), (10,), 3)
-    layer_specs = models.infer_layers(mlp, (10,), D)
+    mlp = load_model("mlp", {"widths": [9, 7, 6]}, Path(), (10,), 3)
+    layer_specs = infer_layers(mlp, (10,), D)
     for start in ("next", "drawn"):
         objective = Man(start=start)
         costs = BlockCosts(layer_specs, objective, mlp, BlockSpec.from_data((10,), 3), 1)
@@ -278,7 +279,7 @@ def test_a_layer_without_parameters_is_warned_of_and_runs() -> None:
     """Its messages are empty."""
     layers = [nn.Flatten, lambda: nn.Linear(10, 7), nn.ReLU, lambda: nn.Linear(7, 3)]
     model = as_layers(lambda: [(f"l{n}", layer) for n, layer in enumerate(layers)], "own")
-    layer_specs = models.infer_layers(model, (2, 5), D)
+    layer_specs = infer_layers(model, (2, 5), D)
     costs = BlockCosts(layer_specs, Man(), model, BlockSpec.from_data((2, 5), 3), 1)
     specs = [costs.block_spec(0, 2, 0, 2), costs.block_spec(1, 2, 2, 4)]
     [warning] = Man().warnings(specs, 8)

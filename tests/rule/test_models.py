@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.errors import ConfigError, DtrainError
-from dtrain.models import LayerStack, Mlp, as_layers, infer_layers, load, profile_module
-from dtrain.models.layers import Function, NamedFactories
+from dtrain.models import load_model
+from dtrain.models.layers import Function, LayerStack, NamedFactories, as_layers
+from dtrain.models.mlp import Mlp
+from dtrain.models.shape_inference import infer_layers, profile_module
 
 SHAPE = (1, 8, 8)
 PAIRS = [
@@ -320,15 +322,17 @@ def test_factories_must_make_modules_of_their_own() -> None:
 
 
 def test_load_by_name(tmp_path: Path) -> None:
-    net = load("mlp", {"widths": [4, 3], "activation": "tanh"}, tmp_path, SHAPE, 10)
+    net = load_model("mlp", {"widths": [4, 3], "activation": "tanh"}, tmp_path, SHAPE, 10)
     assert [spec.output_shape for spec in infer_layers(net, SHAPE, torch.float32)] == [
         (4,),
         (3,),
         (10,),
     ]
-    refused(lambda: load("mpl", {}, tmp_path, SHAPE, 10), "did you mean 'mlp'", "module:function")
-    refused(lambda: load("mlp", {}, tmp_path, SHAPE, 10), "widths", "run file")
-    refused(lambda: load("mlp", {"width": 3}, tmp_path, SHAPE, 10), "did you mean 'widths'")
+    refused(
+        lambda: load_model("mpl", {}, tmp_path, SHAPE, 10), "did you mean 'mlp'", "module:function"
+    )
+    refused(lambda: load_model("mlp", {}, tmp_path, SHAPE, 10), "widths", "run file")
+    refused(lambda: load_model("mlp", {"width": 3}, tmp_path, SHAPE, 10), "did you mean 'widths'")
 
 
 CODE = """
@@ -349,10 +353,10 @@ number = 3
 
 def test_load_a_users_function(folder: Path) -> None:
     (folder / "mynet.py").write_text(CODE)
-    net = load("mynet:net", {"hidden_units": 6, "depth": 2}, folder, SHAPE, 10)
+    net = load_model("mynet:net", {"hidden_units": 6, "depth": 2}, folder, SHAPE, 10)
     specs = infer_layers(net, SHAPE, torch.float32)
     assert [spec.output_shape for spec in specs] == [(64,), (6,), (6,), (10,)]
-    assert load("mynet:plain", {}, folder, SHAPE, 10).names == ("only",)
+    assert load_model("mynet:plain", {}, folder, SHAPE, 10).names == ("only",)
 
 
 def test_the_run_files_folder_comes_first(folder: Path) -> None:
@@ -361,7 +365,7 @@ def test_the_run_files_folder_comes_first(folder: Path) -> None:
     sys.path.insert(0, str(other))
     (other / "firstnet.py").write_text("def plain(): raise RuntimeError('the wrong one')")
     (folder / "firstnet.py").write_text(CODE)
-    assert load("firstnet:plain", {}, folder, SHAPE, 10).names == ("only",)
+    assert load_model("firstnet:plain", {}, folder, SHAPE, 10).names == ("only",)
 
 
 def test_wrong_users_functions(folder: Path) -> None:
@@ -369,7 +373,7 @@ def test_wrong_users_functions(folder: Path) -> None:
     (folder / "needs.py").write_text("import a_module_that_is_missing")
 
     def asked(name: str, **fields: object) -> object:
-        return lambda: load(name, fields, folder, SHAPE, 10)
+        return lambda: load_model(name, fields, folder, SHAPE, 10)
 
     refused(asked("badnet:net"), "hidden-units")
     refused(asked("badnet:net", hidden_unit=3), "'hidden-unit'", "did you mean 'hidden-units'")
@@ -380,4 +384,4 @@ def test_wrong_users_functions(folder: Path) -> None:
     refused(asked("badnet.deep:net"), "badnet.deep")
     refused(asked("bad net:net"), "package.module:function")
     with pytest.raises(ModuleNotFoundError, match="a_module_that_is_missing"):
-        load("needs:net", {}, folder, SHAPE, 10)
+        load_model("needs:net", {}, folder, SHAPE, 10)

@@ -14,8 +14,9 @@ from torch.nn import functional
 
 from dtrain.block.block import Block
 from dtrain.errors import ConfigError, DtrainError
-from dtrain.models import LayerStack, infer_layers, load
-from dtrain.models.shape_inference import LayerSpec
+from dtrain.models import load_model
+from dtrain.models.layers import LayerStack
+from dtrain.models.shape_inference import LayerSpec, infer_layers
 
 CIFAR, DIGITS = (3, 32, 32), (1, 8, 8)
 LEAST: dict[str, dict[str, Any]] = {"resnet": {"depth": 8}, "cnn": {}}
@@ -26,7 +27,7 @@ VGG16 = [[64] * 2, [128] * 2, [256] * 3, [512] * 3, [512] * 3]
 
 
 def net(name: str, shape: tuple[int, ...] = CIFAR, **fields: Any) -> LayerStack:
-    return load(name, fields, Path(), shape, 10)
+    return load_model(name, fields, Path(), shape, 10)
 
 
 @cache

@@ -17,7 +17,7 @@ from dtrain.block.micro_batch import MicroBatch, RowRandom
 from dtrain.build import RankJob, build_rank
 from dtrain.comm.backends.single import SingleBackend
 from dtrain.comm.communicator import Comm
-from dtrain.data import epoch_order
+from dtrain.data.sampler import epoch_order
 from dtrain.objectives.forward import forward_micro_batch
 from dtrain.planning.plan import make_plan
 from tests import tiny

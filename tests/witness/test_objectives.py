@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
-from dtrain import data, models
 from dtrain.comm.backends.threads import run_ranks
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
+from dtrain.data import load_data
 from dtrain.data.sampler import epoch_order
 from dtrain.errors import ConfigError
+from dtrain.models import load_model
 from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.cafo import Cafo
 from dtrain.objectives.ccl import Ccl
@@ -81,7 +82,7 @@ def test_it_learns(objective: str, tmp_path: Path) -> None:
 def random_features(out: Path, layers: int) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Return the features of the first random layers of a run, and the labels."""
     run = tiny.run()
-    samples = data.load(run.dataset.name, {}, run.folder).train
+    samples = load_data(run.dataset.name, {}, run.folder).train
     x = samples.inputs(range(50)).double()
     weights, features = model(out), []
     for name in ("fc1", "fc2", "fc3", "fc4")[:layers]:
@@ -110,8 +111,8 @@ def test_pepita_follows_the_rule_of_its_paper(tmp_path: Path) -> None:
         updates=1, micro_batches=2, partition__blocks=5,
     )  # fmt: skip
     run = tiny.run()
-    samples = data.load(run.dataset.name, {}, run.folder).train
-    layer_stack = models.load("mlp", run.model.fields, run.folder, (2, 5), 3)
+    samples = load_data(run.dataset.name, {}, run.folder).train
+    layer_stack = load_model("mlp", run.model.fields, run.folder, (2, 5), 3)
     layers = [*layer_stack.build(range(5), 3, torch.float64).items()]
     batch = epoch_order(50, 3, 0, "full")[:16]
     x, targets = samples.inputs(batch).double().flatten(1), one_hot(samples.targets(batch), 3)

@@ -19,8 +19,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from dtrain.comm.backends import threads
-from dtrain.data import ArrayDataset, Dataset, hdf5, load
+from dtrain.data import hdf5, load_data
 from dtrain.data.augment import CropFlip
+from dtrain.data.dataset import ArrayDataset, Dataset
 from dtrain.data.loader import Loader
 from dtrain.errors import DtrainError
 
@@ -147,7 +148,7 @@ def test_hdf5_from_disk_is_slow_and_the_same(
     got = []
     for whole in (True, False):
         monkeypatch.setattr(hdf5, "fits_in_memory", lambda size, whole=whole: whole)
-        source = load("hdf5", {"train": "a.h5", "test": "a.h5"}, tmp_path).train
+        source = load_data("hdf5", {"train": "a.h5", "test": "a.h5"}, tmp_path).train
         assert source.slow is not whole
         got.append(segment(Loader(source, torch.float32, CropFlip(0))))
     assert all(torch.equal(*pair) for pair in zip(*got, strict=True))
