@@ -70,14 +70,14 @@ def evaluate_weights(
     """
     engine, control, position = job.engine, job.groups.control, job.position
     batches = evaluation_batches(loader.dataset.size, batch_splitter)
-    own = even_ranges(len(batches), position.mesh.replicas)[position.replica]
+    own_range = even_ranges(len(batches), position.mesh.replicas)[position.replica]
     with control.without_counting(), ExitStack() as swapped:
         for index, block in engine.blocks.items():
             swapped.enter_context(block.swap_tensors(eval_weights[index]))
-        sums_per_batch = job.evaluator.evaluate(loader, batches[own.start : own.stop])
+        sums_per_batch = job.evaluator.evaluate(loader, batches[own_range.start : own_range.stop])
     own_records = [
         {"micro": micro, "stage": position.stage, **asdict(sums)}
-        for micro, sums in zip(own, sums_per_batch, strict=True)
+        for micro, sums in zip(own_range, sums_per_batch, strict=True)
     ]
     records = [record for rank in control.allgather_object(own_records) for record in rank]
     records.sort(key=lambda record: int(record["micro"]))

@@ -133,16 +133,16 @@ def restore(
     sync = next(iter(syncs.values()))
     traits = sync.traits()
     same = not traits.replicas_diverge or manifest.replicas == sync.replicas.size
-    own = f"replica/{replica if traits.replicas_diverge else 0}"
-    root = own if same and (traits.replicas_diverge or traits.reparametrises) else "model"
+    own_root = f"replica/{replica if traits.replicas_diverge else 0}"
+    root = own_root if same and (traits.replicas_diverge or traits.reparametrises) else "model"
     if same:
         for index in syncs:
-            syncs[index].restore_shapes(manifest.load_prefix(f"{own}/sync/{index}/"))
+            syncs[index].restore_shapes(manifest.load_prefix(f"{own_root}/sync/{index}/"))
     load_blocks(manifest, blocks, root)
     if same:
         for index, block in blocks.items():
-            block.load_optimizer_state(_optimizer_state(manifest, block, own))
-            syncs[index].restore(manifest.load_prefix(f"{own}/sync/{index}/"))
+            block.load_optimizer_state(_optimizer_state(manifest, block, own_root))
+            syncs[index].restore(manifest.load_prefix(f"{own_root}/sync/{index}/"))
     return same
 
 

@@ -152,8 +152,8 @@ def _section(table: Mapping[str, Any], name: str) -> Table:
 def _split_keys(table: Table, kind: type) -> tuple[Table, Table]:
     """Return the part of a table that is of the fields of `kind`, and the rest."""
     keys = {kebab(field.name) for field in dataclasses.fields(kind)}
-    own = {key: value for key, value in table.items() if key in keys}
-    return own, {key: value for key, value in table.items() if key not in keys}
+    inside = {key: value for key, value in table.items() if key in keys}
+    return inside, {key: value for key, value in table.items() if key not in keys}
 
 
 def _choice(table: Table, section: str) -> StrategyChoice:

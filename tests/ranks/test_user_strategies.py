@@ -110,7 +110,7 @@ def test_a_run_file_names_them_by_module_and_class(tmp_path: Path) -> None:
 
 
 def test_instances_are_the_same_run(user: ModuleType, tmp_path: Path) -> None:
-    """Of the user's classes and of dtrain's own."""
+    """Both classes of the user and classes of dtrain."""
     named = read(tmp_path)
     instances: dict[str, Any] = {
         "objective": user.DeepHead(hidden=5),
