@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain.comm.backends.threads import run_ranks as ranks
-from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
 from dtrain.errors import DtrainError
 from dtrain.objectives import OBJECTIVES
@@ -22,35 +19,28 @@ from dtrain.planning.report import plan_table, plan_text
 from dtrain.schedules import SCHEDULES
 from dtrain.schedules.asynchronous import AsyncSchedule
 from dtrain.syncs import SYNCS
-from dtrain.train import train
 from tests import tiny
+from tests.harness import pairs, train_in_threads
 from tests.outcome import break_off, model
 
-PAIRS = [
-    (objective, schedule)
-    for objective, schedule in itertools.product(OBJECTIVES, SCHEDULES)
-    if SCHEDULES[schedule]().supports_all(OBJECTIVES[objective]().routes(3, "train"))
-]
+PAIRS = pairs()
 NORMAL = {"model": {"name": "tests.tiny:normalised"}, "micro_batches": 1}
 
 
-def asked(objective: str, schedule: str, **told: Any) -> RunConfig:
+def block_run(objective: str, schedule: str, **changes: Any) -> RunConfig:
     """Return a run of a single epoch; what updates at once gets one micro-batch."""
     micros = 1 if issubclass(SCHEDULES[schedule], AsyncSchedule) else 2
     named = {"objective__name": objective, "schedule__name": schedule, "micro_batches": micros}
-    return tiny.run(**{"epochs": 1, "mesh__stages": 2} | named | told)
+    return tiny.run(**{"epochs": 1, "mesh__stages": 2} | named | changes)
 
 
-def trained(run: RunConfig, out: Path, count: int) -> dict[str, Any]:
-    """Train on `count` threads and return the summary."""
-
-    def work(comm: Comm) -> dict[str, Any]:
-        return train(run, comm, out)
-
-    return ranks(count, work)[0]
+def trained(run: RunConfig, out: Path, ranks: int) -> dict[str, Any]:
+    """Train on a number of threads and return the summary."""
+    stages = run.mesh.stages or ranks
+    return train_in_threads(run, out, stages=stages, replicas=ranks // stages)
 
 
-def first(run: RunConfig, count: int) -> list[dict[str, Tensor]]:
+def first_parameters(run: RunConfig, count: int) -> list[dict[str, Tensor]]:
     """Return the parameters of every block as the seed draws them."""
     layout = make_plan(run, count).layout
     blocks = [
@@ -59,15 +49,15 @@ def first(run: RunConfig, count: int) -> list[dict[str, Tensor]]:
     return [{name: p.detach() for name, p in block.parameters.items()} for block in blocks]
 
 
-def kept(run: RunConfig, out: Path, count: int, frozen: set[int]) -> None:
+def assert_frozen(run: RunConfig, out: Path, count: int, frozen: set[int]) -> None:
     """Assert that the layers of the frozen blocks are what they were, and that the last block
     moved, unless it is one of them."""
-    found, moved, blocks = model(out), set(), first(run, count)
+    tensors, moved, blocks = model(out), set(), first_parameters(run, count)
     for block, before in enumerate(blocks):
         for name, tensor in before.items():
             if block in frozen and not name.startswith("heads."):
-                assert torch.equal(found[name], tensor), name
-            elif not torch.equal(found[name], tensor):
+                assert torch.equal(tensors[name], tensor), name
+            elif not torch.equal(tensors[name], tensor):
                 moved.add(block)
     assert moved >= {len(blocks) - 1} - frozen
 
@@ -75,8 +65,8 @@ def kept(run: RunConfig, out: Path, count: int, frozen: set[int]) -> None:
 CELLS = [
     (*pair, sync)
     for turn, pair in enumerate(PAIRS)
-    for suited in [tiny.suited(pair[1])]
-    for sync in (suited if pair[0] == "mono-forward" else [suited[turn % len(suited)]])
+    for syncs in [tiny.suited(pair[1])]
+    for sync in (syncs if pair[0] == "mono-forward" else [syncs[turn % len(syncs)]])
     if pair[1] == OBJECTIVES[pair[0]]().default_schedule
 ]
 """Every objective in its own order with, by turns, every sync; one objective with all of them."""
@@ -90,10 +80,10 @@ def test_frozen_weights_never_change(
 
     Thirds of three equal weights do not always add up to them.
     """
-    told = {"sync__name": sync, "partition__frozen": True, "optimizer__clip": 0.5}
-    run = asked(objective, schedule, **told, mesh__stages=1)
+    changes = {"sync__name": sync, "partition__frozen": True, "optimizer__clip": 0.5}
+    run = block_run(objective, schedule, **changes, mesh__stages=1)
     trained(run, tmp_path, 3)
-    kept(run, tmp_path, 3, {0, 1})
+    assert_frozen(run, tmp_path, 3, {0, 1})
 
 
 @pytest.mark.parametrize("objective", tiny.PATTERNS)
@@ -101,24 +91,31 @@ def test_frozen_weights_never_change(
 def test_blocks_are_frozen_by_number(objective: str, frozen: list[int], tmp_path: Path) -> None:
     """Gradients pass through a frozen block; nothing at all may be left to train."""
     schedule = OBJECTIVES[objective]().default_schedule
-    run = asked(objective, schedule, partition__frozen=frozen)
+    run = block_run(objective, schedule, partition__frozen=frozen)
     trained(run, tmp_path, 2)
-    kept(run, tmp_path, 2, set(frozen))
+    assert_frozen(run, tmp_path, 2, set(frozen))
 
 
 @pytest.mark.parametrize("objective", tiny.PATTERNS)
 def test_a_frozen_run_is_resumed_as_if_uninterrupted(objective: str, tmp_path: Path) -> None:
     """Law 5, in the middle of an epoch, where a rank may own nothing that learns."""
-    suited = tiny.suited(OBJECTIVES[objective]().default_schedule)
-    sync = suited[list(OBJECTIVES).index(objective) % len(suited)]
-    told = {"sync__name": sync, "partition__frozen": True, "epochs": None, "checkpoint__every": 3}
+    syncs = tiny.suited(OBJECTIVES[objective]().default_schedule)
+    sync = syncs[list(OBJECTIVES).index(objective) % len(syncs)]
+    changes = {
+        "sync__name": sync,
+        "partition__frozen": True,
+        "epochs": None,
+        "checkpoint__every": 3,
+    }
     schedule = OBJECTIVES[objective]().default_schedule
-    whole = trained(asked(objective, schedule, **told, updates=6), tmp_path / "whole", 4)
+    whole = trained(block_run(objective, schedule, **changes, updates=6), tmp_path / "whole", 4)
     for updates in (3, 6):
         length = (
             6 if SYNCS[sync]().traits().depends_on_run_length else updates
         )  # its phases follow it
-        parts = trained(asked(objective, schedule, **told, updates=length), tmp_path / "parts", 4)
+        parts = trained(
+            block_run(objective, schedule, **changes, updates=length), tmp_path / "parts", 4
+        )
         if updates < 6:
             break_off(tmp_path / "parts", updates)
     assert parts["attempts"] == 2
@@ -128,19 +125,21 @@ def test_a_frozen_run_is_resumed_as_if_uninterrupted(objective: str, tmp_path: P
 @pytest.mark.parametrize("objective", tiny.PATTERNS)
 def test_a_frozen_block_is_the_same_on_any_number_of_ranks(objective: str, tmp_path: Path) -> None:
     schedule = OBJECTIVES[objective]().default_schedule
-    told = {"partition": {"blocks": 3, "frozen": [0, 1], "recompute": True}}
+    changes = {"partition": {"blocks": 3, "frozen": [0, 1], "recompute": True}}
     digests = {
-        trained(asked(objective, schedule, **told, mesh__stages=n), tmp_path / str(n), n)["digest"]
+        trained(block_run(objective, schedule, **changes, mesh__stages=n), tmp_path / str(n), n)[
+            "digest"
+        ]
         for n in (1, 2, 3)
     }
     assert len(digests) == 1
 
 
 def test_batch_statistics_of_a_frozen_block_go_on(tmp_path: Path) -> None:
-    told = NORMAL | {"partition": {"cuts": [3], "frozen": True}, "mesh__stages": 1}
-    run = tiny.run(**told)
+    changes = NORMAL | {"partition": {"cuts": [3], "frozen": True}, "mesh__stages": 1}
+    run = tiny.run(**changes)
     trained(run, tmp_path, 1)
-    kept(run, tmp_path, 1, {0})
+    assert_frozen(run, tmp_path, 1, {0})
     assert model(tmp_path)["2.running_mean"].abs().sum() > 0
     assert model(tmp_path)["2.num_batches_tracked"] == 8
 
@@ -157,13 +156,13 @@ def test_a_block_that_is_not_there_is_refused_by_name(frozen: list[int], named: 
 def test_a_plan_knows_what_is_frozen(stages: int, tmp_path: Path) -> None:
     """No gradients and no optimizer of frozen layers; the heads' remain. And what is counted is
     what is planned."""
-    told = {"model": {"name": "mlp", "widths": [300, 200, 100]}, "mesh__stages": stages}
-    free = make_plan(tiny.run(**told), stages)
-    run = tiny.run(**told, partition__frozen=[0, 1])
-    held = make_plan(run, stages)
+    changes = {"model": {"name": "mlp", "widths": [300, 200, 100]}, "mesh__stages": stages}
+    free = make_plan(tiny.run(**changes), stages)
+    run = tiny.run(**changes, partition__frozen=[0, 1])
+    plan = make_plan(run, stages)
     parts = [(part.parameters, part.head_parameters) for part in free.layout.block_layouts]
     trains = [heads + layers * (block == 2) for block, (layers, heads) in enumerate(parts)]
-    rows = MemoryPlan(held).to_dicts()
+    rows = MemoryPlan(plan).to_dicts()
     assert sum(row["gradients_bytes"] for row in rows) == 8 * sum(trains)
     assert sum(row["parameters_bytes"] for row in rows) == 8 * sum(map(sum, parts))
     before = sum(row["optimizer_bytes"] for row in MemoryPlan(free).to_dicts())
@@ -171,12 +170,12 @@ def test_a_plan_knows_what_is_frozen(stages: int, tmp_path: Path) -> None:
     after = sum(row["optimizer_bytes"] for row in rows)
     assert after < before * (sum(trains) / tensors) * 1.1
     counted = trained(run, tmp_path, stages)["peak_memory_bytes"]
-    for one, other in zip(MemoryPlan(held).rank_memory(), counted, strict=True):
+    for one, other in zip(MemoryPlan(plan).rank_memory(), counted, strict=True):
         assert abs(one.peak / other - 1) < 0.1
 
 
 def test_a_plan_says_what_is_frozen() -> None:
-    held = make_plan(tiny.run(partition__frozen=True), 1)
-    assert [block["frozen"] for block in plan_table(held)["blocks"]] == [True, True, False]
-    assert plan_text(held).count("(frozen)") == 2
+    plan = make_plan(tiny.run(partition__frozen=True), 1)
+    assert [block["frozen"] for block in plan_table(plan)["blocks"]] == [True, True, False]
+    assert plan_text(plan).count("(frozen)") == 2
     assert "(frozen)" not in plan_text(make_plan(tiny.run(), 1))

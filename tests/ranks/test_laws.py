@@ -11,8 +11,6 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from dtrain.checkpoint.manifest import latest_checkpoint
-from dtrain.comm.backends.threads import run_ranks as ranks
-from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
 from dtrain.data import load_data
 from dtrain.data.sampler import epoch_order
@@ -26,66 +24,56 @@ from dtrain.planning.plan import make_plan
 from dtrain.rng import seeded
 from dtrain.schedules import SCHEDULES
 from dtrain.syncs import SYNCS
-from dtrain.train import train
 from tests import tiny
-from tests.outcome import break_off, close, model
+from tests.harness import assert_close_model, train_in_threads
+from tests.outcome import break_off, model
 
 Summary = dict[str, Any]
 LATE = {name for name, kind in OBJECTIVES.items() if any(r.lag for r in kind().routes(3, "train"))}
 SUMMED = {name for name, kind in OBJECTIVES.items() if kind().accumulated_buffers}
 STALE = {n for n, kind in OBJECTIVES.items() if SCHEDULES[kind().default_schedule].asynchronous}
-"""Whose feedback comes updates late: a segment's end drains it, so it is a part of the training."""
-
-PLAIN = ("mono-forward", "backprop")
-"""With which all syncs are tried where others have one of them, in turns."""
+"""Their feedback is delayed: the end of a segment drains it, so segments are part of training."""
 
 
-def runs(objective: str, schedule: str) -> bool:
-    """Say whether a schedule runs all that an objective sends."""
-    routes = OBJECTIVES[objective]().routes(3, "train")
-    return SCHEDULES[schedule]().supports_all(routes)
-
-
-def asked(objective: str, **told: Any) -> RunConfig:
-    """Return the tiny run of an objective, in one micro-batch where its order asks for that."""
+def objective_run(objective: str, **changes: Any) -> RunConfig:
+    """Return the tiny run of an objective, in one micro-batch where its schedule needs that."""
     if objective in STALE:
-        told["micro_batches"] = 1
-    return tiny.run(objective__name=objective, **told)
+        changes["micro_batches"] = 1
+    return tiny.run(objective__name=objective, **changes)
 
 
 def trained(
     run: RunConfig, out: Path, stages: int = 1, replicas: int = 1, seed: int = 0
 ) -> Summary:
-    """Train on `stages` x `replicas` threads and return the summary."""
-
-    def work(comm: Comm) -> Summary:
-        return train(run, comm, out)
-
-    return ranks(stages * replicas, work, seed=seed)[0]
+    """Train on stages x replicas threads and return the summary."""
+    return train_in_threads(run, out, stages=stages, replicas=replicas, seed=seed)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", tiny.PATTERNS)
 def test_any_number_of_ranks_trains_the_same_bits(objective: str, tmp_path: Path) -> None:
     """Law 1 over stages: 1, 2 (uneven) and 3 ranks, three micro-batches, a short last batch.
 
-    In float32 and each objective's own order; `test_product` has all orders, in float64.
+    In float32 and the default schedule; `test_product` has all objectives and schedules, in
+    float64.
     """
     summaries = [
-        trained(asked(objective, dtype="float32", mesh__stages=n), tmp_path / str(n), n, seed=n)
+        trained(
+            objective_run(objective, dtype="float32", mesh__stages=n), tmp_path / str(n), n, seed=n
+        )
         for n in (1, 2, 3)
     ]
     assert len({summary["digest"] for summary in summaries}) == 1
     assert [summary["stages"] for summary in summaries] == [1, 2, 3]
     keys = ("test_accuracy", "test_loss", "test_accuracy_vote", "train_loss", "accuracy_per_block")
-    assert all(summaries[0][key] == each[key] for key in keys for each in summaries)
+    assert all(summaries[0][key] == summary[key] for key in keys for summary in summaries)
 
 
 @pytest.mark.parametrize("objective", tiny.PATTERNS)
 def test_layers_that_draw_train_the_same_bits(objective: str, tmp_path: Path) -> None:
     """Law 1 with dropout, in a user's own Sequential, on 1 to 4 ranks."""
-    told: dict[str, Any] = {"model": {"name": "tests.tiny:dropping"}, "partition__blocks": 4}
+    changes: dict[str, Any] = {"model": {"name": "tests.tiny:dropping"}, "partition__blocks": 4}
     digests = {
-        trained(asked(objective, **told, mesh__stages=n), tmp_path / str(n), n)["digest"]
+        trained(objective_run(objective, **changes, mesh__stages=n), tmp_path / str(n), n)["digest"]
         for n in (1, 2, 4)
     }
     assert len(digests) == 1
@@ -94,10 +82,10 @@ def test_layers_that_draw_train_the_same_bits(objective: str, tmp_path: Path) ->
 @pytest.mark.parametrize("objective", [*tiny.PATTERNS, "cafo"])
 def test_replicas_train_the_same_model(objective: str, tmp_path: Path) -> None:
     """Law 1 over replicas, from the same run file, the last batch too small for all of them."""
-    run = asked(objective, mesh__stages=2)
+    run = objective_run(objective, mesh__stages=2)
     trained(run, tmp_path / "one", 2)
     trained(run, tmp_path / "many", 2, 3)
-    close(tmp_path / "one", tmp_path / "many", 1e-9 if objective == "cafo" else 1e-12)
+    assert_close_model(tmp_path / "one", tmp_path / "many", 1e-9 if objective == "cafo" else 1e-12)
 
 
 def test_streaming_is_sequential_local_learning(tmp_path: Path) -> None:
@@ -132,12 +120,12 @@ def test_streaming_is_sequential_local_learning(tmp_path: Path) -> None:
                 steps[block].zero_grad()
                 cross_entropy(scores, y).backward()
                 steps[block].step()
-    found = model(tmp_path)
-    wanted = {f"{n}.{p}": t for n, layer in layers.items() for p, t in layer.named_parameters()}
-    wanted |= {f"heads.{b}.{p}": t for b, h in enumerate(heads) for p, t in h.named_parameters()}
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert torch.equal(found[name], tensor), name
+    trained_model = model(tmp_path)
+    expected = {f"{n}.{p}": t for n, layer in layers.items() for p, t in layer.named_parameters()}
+    expected |= {f"heads.{b}.{p}": t for b, h in enumerate(heads) for p, t in h.named_parameters()}
+    assert trained_model.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(trained_model[name], tensor), name
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -151,10 +139,9 @@ def test_timing_changes_nothing(seed: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("objective", "sync"),
     [
-        (name, suited[(number + turn) % len(suited)])
+        (name, syncs[(2 * number) % len(syncs)])
         for number, name in enumerate([*tiny.PATTERNS, "cafo", "dni"])
-        for suited in [tiny.suited(OBJECTIVES[name]().default_schedule)]
-        for turn in range(1 + 2 * (name in PLAIN))
+        for syncs in [tiny.suited(OBJECTIVES[name]().default_schedule)]
     ],
 )
 def test_resumed_is_uninterrupted(objective: str, sync: str, tmp_path: Path) -> None:
@@ -164,12 +151,12 @@ def test_resumed_is_uninterrupted(objective: str, sync: str, tmp_path: Path) -> 
     late would be drained by a stop, and sums be closed, so such go on from segment ends alone.
     Where phases follow the length of the run, that stays as it is.
     """
-    told: dict[str, Any] = {"sync__name": sync, "mesh__stages": 2}
-    told |= {"epochs": None, "checkpoint__every": 3}
-    whole = trained(asked(objective, **told, updates=9), tmp_path / "whole", 2, 2)
+    changes: dict[str, Any] = {"sync__name": sync, "mesh__stages": 2}
+    changes |= {"epochs": None, "checkpoint__every": 3}
+    whole = trained(objective_run(objective, **changes, updates=9), tmp_path / "whole", 2, 2)
     horizon, ends = SYNCS[sync]().traits().depends_on_run_length, objective in LATE | STALE | SUMMED
     for updates in (3, 4, 7, 9) if horizon or ends else (3, 4, 6, 9):
-        run = asked(objective, **told, updates=9 if horizon else updates)
+        run = objective_run(objective, **changes, updates=9 if horizon else updates)
         parts = trained(run, tmp_path / "parts", 2, 2)
         if updates < 9:
             break_off(tmp_path / "parts", updates)
@@ -180,12 +167,12 @@ def test_resumed_is_uninterrupted(objective: str, sync: str, tmp_path: Path) -> 
     assert (whole["attempts"], parts["attempts"]) == (1, 4)
 
 
-@pytest.mark.parametrize("objective", [*PLAIN, "cafo", "f3", "dfa"])
+@pytest.mark.parametrize("objective", ["mono-forward", "cafo", "f3", "dfa"])
 def test_a_run_asked_for_more_epochs_is_one_that_was_longer(objective: str, tmp_path: Path) -> None:
     """Law 5 with nothing but `epochs`."""
-    whole = trained(asked(objective, epochs=3, mesh__stages=2), tmp_path / "whole", 2, 2)
-    trained(asked(objective, epochs=1, mesh__stages=2), tmp_path / "parts", 2, 2)
-    parts = trained(asked(objective, epochs=3, mesh__stages=2), tmp_path / "parts", 2, 2)
+    whole = trained(objective_run(objective, epochs=3, mesh__stages=2), tmp_path / "whole", 2, 2)
+    trained(objective_run(objective, epochs=1, mesh__stages=2), tmp_path / "parts", 2, 2)
+    parts = trained(objective_run(objective, epochs=3, mesh__stages=2), tmp_path / "parts", 2, 2)
     for key in ("digest", "train_loss", "test_loss", "samples", "bytes_intra_node"):
         assert whole[key] == parts[key], key
 
@@ -198,7 +185,7 @@ def test_a_run_goes_on_with_other_numbers_of_stages_and_replicas(tmp_path: Path)
     assert moved["digest"] == trained(tiny.run(epochs=3), tmp_path / "one")["digest"]
     trained(tiny.run(epochs=4, mesh__stages=2), tmp_path / "out", 2, 2)
     trained(tiny.run(epochs=4), tmp_path / "one")
-    close(tmp_path / "out", tmp_path / "one")
+    assert_close_model(tmp_path / "out", tmp_path / "one")
 
 
 def test_a_finished_run_says_so_and_stays_what_it_is(
@@ -234,7 +221,7 @@ def test_one_replica_is_the_identity_of_every_sync(tmp_path: Path) -> None:
         digests[name] = trained(run, tmp_path / name)["digest"]
     assert len({digests[name] for name in averaging if name not in OUTER}) == 1
     for name in OUTER:
-        close(tmp_path / name, tmp_path / "every-step")
+        assert_close_model(tmp_path / name, tmp_path / "every-step")
 
 
 def test_replicas_that_never_agree_are_averaged_for_the_view(tmp_path: Path) -> None:
@@ -258,10 +245,10 @@ SENT = {
     "pepita": (2 * 24 + 3) * ROWS,  # two passes, the error to the first block
     "forward-forward": 3 * 24 * ROWS,  # positives, negatives, neutral
     "layer-collaboration": (3 * 24 + 2 * 2 + 2 * 2) * ROWS,  # sums so far, the total
-    # Two updates late: of four updates an epoch the first two are heard of, in both replicas.
+    # Two updates late: two of four updates an epoch are received, in both replicas.
     "man": 24 * ROWS + 2 * 2 * 2 * (13 * 11 + 11 + 11 * 7 + 7),  # first layers of blocks 1 and 2
     "ccl": 24 * ROWS + 2 * 2 * 2 * 3 * 11,  # codes of block 1; the next ones are one-hot
-    # The fourth update has one micro-batch in each replica: it hears of one of three rows.
+    # The fourth update has one micro-batch in each replica: it receives one of three rows.
     "dni": 24 * ROWS + 2 * 24 * (16 + 2 * 3),
 }
 SPREAD = {
@@ -276,7 +263,7 @@ SPREAD = {
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_counted_bytes_are_the_formula(objective: str, tmp_path: Path) -> None:
     """Activations once, what else flows, and 2 (n - 1) / n times the gradients per replica."""
-    run = asked(objective, mesh__stages=3, partition={"cuts": [1, 2]})
+    run = objective_run(objective, mesh__stages=3, partition={"cuts": [1, 2]})
     summary = trained(run, tmp_path, 3, 2)
     layout = make_plan(run, 6).layout
     blocks = [make_block(run, layout, b, torch.device("cpu")) for b in range(3)]

@@ -20,7 +20,8 @@ from dtrain.objectives import OBJECTIVES
 from dtrain.schedules import SCHEDULES
 from dtrain.schedules.asynchronous import AsyncSchedule
 from tests import pictures, tiny
-from tests.outcome import break_off, close, model
+from tests.harness import assert_close_model
+from tests.outcome import break_off, model
 from tests.ranks.test_laws import Summary, trained
 
 Rates = Callable[[optim.Optimizer], optim.lr_scheduler.LRScheduler]
@@ -44,7 +45,7 @@ def cosine(optimizer: optim.Optimizer) -> optim.lr_scheduler.LRScheduler:
 
 
 def step(optimizer: optim.Optimizer) -> optim.lr_scheduler.LRScheduler:
-    """Return torch's own stairs, asked after each update."""
+    """Return the step schedule of torch, called after each update."""
     return optim.lr_scheduler.StepLR(optimizer, PER_EPOCH, gamma=0.25)
 
 
@@ -69,16 +70,16 @@ def plain(
     """
     run = tiny.run()
     samples = load_data(run.dataset.name, {}, run.folder).train
-    made = load_model("mlp", run.model.fields, run.folder, samples.shape, samples.classes)
+    stack = load_model("mlp", run.model.fields, run.folder, samples.shape, samples.classes)
     net = nn.Sequential()
-    for name, layer in made.build(range(5), run.settings.seed, torch.float64).items():
+    for name, layer in stack.build(range(5), run.settings.seed, torch.float64).items():
         net.add_module(name, layer)
 
-    def own(names: Sequence[str]) -> list[nn.Parameter]:
+    def parameters(names: Sequence[str]) -> list[nn.Parameter]:
         return [p for name in names for p in net.get_submodule(name).parameters()]
 
-    steps = [optim.SGD(own(part), lr=RATE, momentum=0.9) for part in parts]
-    clocks = [rates(each) for each in steps] if rates else []
+    optimizers = [optim.SGD(parameters(part), lr=RATE, momentum=0.9) for part in parts]
+    schedulers = [rates(optimizer) for optimizer in optimizers] if rates else []
     norms: list[float] = []
     for epoch in range(2):
         sequence = epoch_order(samples.size, run.settings.seed, epoch, "full")
@@ -87,46 +88,62 @@ def plain(
             net.zero_grad()
             cross_entropy(net(samples.inputs(batch).double()), samples.targets(batch)).backward()
             for names in over:
-                norms.append(float(nn.utils.clip_grad_norm_(own(names), LIMIT)))
-            for each in (*steps, *clocks):
-                each.step()
+                norms.append(float(nn.utils.clip_grad_norm_(parameters(names), LIMIT)))
+            for stepper in (*optimizers, *schedulers):
+                stepper.step()
     assert not norms or min(norms) < LIMIT < max(norms)
     return net
 
 
-def same(out: Path, net: nn.Module) -> None:
+def assert_is_plain_loop(out: Path, net: nn.Module) -> None:
     """Assert that a run ended in the parameters of `net`, up to rounding."""
-    found = model(out)
-    assert found.keys() == dict(net.named_parameters()).keys()
+    tensors = model(out)
+    assert tensors.keys() == dict(net.named_parameters()).keys()
     for name, parameter in net.named_parameters():
-        torch.testing.assert_close(found[name], parameter.detach(), rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(tensors[name], parameter.detach(), rtol=1e-12, atol=1e-13)
 
 
-def laws(out: Path, make: Callable[..., RunConfig] = tiny.run, **told: Any) -> Summary:
-    """Hold laws 1, 3 and 5 for one run; return the summary of one rank, which is in ``out/1``.
+def assert_laws(out: Path, make: Callable[..., RunConfig] = tiny.run, **changes: Any) -> Summary:
+    """Assert laws 1 and 3 for one run; return the summary of one rank, whose folder is ``out/1``.
 
-    Three replicas, since no batch here divides by them.
+    Three stages give the same bits; two stages of three replicas, whose parts no batch here divides
+    by, in four micro-batches, give the same up to rounding.
     """
-    epochs = told.pop("epochs", 2)
-    told = {"micro_batches": 3, **told}
-    whole = {
-        n: trained(make(**told, epochs=epochs, mesh__stages=n), out / f"{n}", n) for n in (1, 2, 3)
-    }
-    assert len({each["digest"] for each in whole.values()}) == 1
-    assert len({each["test_loss"] for each in whole.values()}) == 1
-    # Asked for the same length, since learning rates may follow it.
-    parts = {**told, "epochs": epochs, "checkpoint__every": 2, "mesh__stages": 2}
-    trained(make(**parts), out / "parts", 2)
-    break_off(out / "parts", 2)
-    again = trained(make(**parts), out / "parts", 2)
-    assert (again["digest"], again["attempts"]) == (whole[1]["digest"], 2)
-    for micros in (1, 4):
-        run = make(**{**told, "micro_batches": micros}, epochs=epochs, mesh__stages=2)
-        trained(run, out / f"micros-{micros}", 2)
-        close(out / "1", out / f"micros-{micros}")
-    trained(make(**told, epochs=epochs, mesh__stages=1), out / "replicas", 1, 3)
-    close(out / "1", out / "replicas")
-    return whole[1]
+    changes = {"micro_batches": 3, "epochs": 2, **changes}
+    one = trained(make(**changes, mesh__stages=1), out / "1")
+    three = trained(make(**changes, mesh__stages=3), out / "3", 3)
+    for key in ("digest", "test_loss"):
+        assert one[key] == three[key], key
+    other = make(**{**changes, "micro_batches": 4}, mesh__stages=2)
+    trained(other, out / "replicas", 2, 3)
+    assert_close_model(out / "1", out / "replicas")
+    return one
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "cosine": {"lr": RATES["cosine"][0]},
+    "step, clip of blocks": {
+        "lr": RATES["step"][0],
+        "optimizer": {**SGD, "clip": LIMIT, "clip-over": "block"},
+    },
+    "clip of the model": {
+        "objective__name": "backprop",
+        "optimizer": {**SGD, "clip": LIMIT, "clip-over": "model"},
+    },
+}
+
+
+@pytest.mark.parametrize("option", [*OPTIONS, "augmented"])
+def test_options_survive_a_restart(option: str, tmp_path: Path) -> None:
+    """Law 5, cut in the middle of an epoch."""
+    make = pictures.run if option == "augmented" else tiny.run
+    changes = OPTIONS.get(option, {"data__augment": "crop-flip", "model": GROUPS})
+    changes = {**changes, "epochs": 2, "checkpoint__every": 2, "mesh__stages": 2}
+    whole = trained(make(**changes), tmp_path / "whole", 2)
+    trained(make(**changes), tmp_path / "parts", 2)
+    break_off(tmp_path / "parts", 2)
+    parts = trained(make(**changes), tmp_path / "parts", 2)
+    assert (parts["digest"], parts["attempts"]) == (whole["digest"], 2)
 
 
 @pytest.mark.parametrize("name", RATES)
@@ -134,20 +151,20 @@ def laws(out: Path, make: Callable[..., RunConfig] = tiny.run, **told: Any) -> S
 def test_rates_and_clips_are_those_of_a_plain_loop(name: str, over: str, tmp_path: Path) -> None:
     """Backpropagation in three blocks, with one optimizer, clip and schedule each."""
     clip = {} if over == "none" else {"clip": LIMIT, "clip-over": over}
-    told = {"objective__name": "backprop", "optimizer": {**SGD, **clip}, "lr": RATES[name][0]}
-    laws(tmp_path, **told)
+    changes = {"objective__name": "backprop", "optimizer": {**SGD, **clip}, "lr": RATES[name][0]}
+    assert_laws(tmp_path, **changes)
     groups = {"none": [], "block": THREE, "model": [NAMES]}[over]
-    same(tmp_path / "1", plain(THREE, groups, RATES[name][1]))
+    assert_is_plain_loop(tmp_path / "1", plain(THREE, groups, RATES[name][1]))
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "fill-drain"])
 def test_a_clip_over_the_model_knows_no_blocks(schedule: str, tmp_path: Path) -> None:
     """Three blocks or one: the same model."""
     clip = {**SGD, "clip": LIMIT, "clip-over": "model"}
-    told = {"objective__name": "backprop", "schedule__name": schedule, "optimizer": clip}
-    trained(tiny.run(**told, mesh__stages=3), tmp_path / "three", 3)
-    trained(tiny.run(**told, partition__blocks=1), tmp_path / "one")
-    close(tmp_path / "three", tmp_path / "one")
+    changes = {"objective__name": "backprop", "schedule__name": schedule, "optimizer": clip}
+    trained(tiny.run(**changes, mesh__stages=3), tmp_path / "three", 3)
+    trained(tiny.run(**changes, partition__blocks=1), tmp_path / "one")
+    assert_close_model(tmp_path / "three", tmp_path / "one")
 
 
 @pytest.mark.parametrize("objective", ["mono-forward", "local-head"])
@@ -155,12 +172,12 @@ def test_a_clip_over_the_model_knows_no_blocks(schedule: str, tmp_path: Path) ->
 def test_clips_of_local_objectives_keep_the_laws(objective: str, over: str, tmp_path: Path) -> None:
     """Heads are clipped with their blocks; over the model the blocks are no longer isolated."""
     schedule = "stream" if over == "block" else "1f1b"
-    told = {"objective__name": objective, "schedule__name": schedule}
-    clipped = laws(tmp_path, **told, optimizer={**SGD, "clip": LIMIT, "clip-over": over})
-    free = trained(tiny.run(**told, optimizer=SGD), tmp_path / "free")
+    changes = {"objective__name": objective, "schedule__name": schedule}
+    clipped = assert_laws(tmp_path, **changes, optimizer={**SGD, "clip": LIMIT, "clip-over": over})
+    free = trained(tiny.run(**changes, optimizer=SGD), tmp_path / "free")
     assert clipped["digest"] != free["digest"]
     if over == "block":
-        other = {**told, "schedule__name": "1f1b", "optimizer": {**SGD, "clip": LIMIT}}
+        other = {**changes, "schedule__name": "1f1b", "optimizer": {**SGD, "clip": LIMIT}}
         assert trained(tiny.run(**other), tmp_path / "other")["digest"] == clipped["digest"]
 
 
@@ -173,15 +190,15 @@ def test_a_clip_over_the_model_needs_all_gradients_at_once(tmp_path: Path) -> No
 @pytest.mark.parametrize("limit", [1e-9, 1e9])
 def test_clips_that_always_or_never_hold(limit: float, tmp_path: Path) -> None:
     """A huge one is none, bit for bit; a tiny one lets every update move by that norm alone."""
-    told: dict[str, Any] = {"objective__name": "backprop", "epochs": None, "updates": 1}
+    changes: dict[str, Any] = {"objective__name": "backprop", "epochs": None, "updates": 1}
     optimizer = {"name": "sgd", "lr": 1.0}
-    free = trained(tiny.run(**told, optimizer=optimizer), tmp_path / "free")
-    run = tiny.run(**told, optimizer={**optimizer, "clip": limit, "clip-over": "model"})
+    free = trained(tiny.run(**changes, optimizer=optimizer), tmp_path / "free")
+    run = tiny.run(**changes, optimizer={**optimizer, "clip": limit, "clip-over": "model"})
     clipped = trained(run, tmp_path / "clipped")
     if limit > 1:
         assert clipped["digest"] == free["digest"]
         return
-    still = tiny.run(**told, optimizer={**optimizer, "lr": 0.0})
+    still = tiny.run(**changes, optimizer={**optimizer, "lr": 0.0})
     trained(still, tmp_path / "still")
     start, end = model(tmp_path / "still"), model(tmp_path / "clipped")
     moved = sum(float((end[name] - start[name]).square().sum()) for name in start) ** 0.5
@@ -191,23 +208,23 @@ def test_clips_that_always_or_never_hold(limit: float, tmp_path: Path) -> None:
 
 def test_a_rate_is_asked_by_the_runs_clock(tmp_path: Path) -> None:
     """A cosine over 8 updates, broken off anywhere, drained anywhere: the same bits."""
-    told = {"lr": RATES["cosine"][0], "checkpoint__every": 3}
-    wanted = trained(tiny.run(**told), tmp_path / "whole")["digest"]
+    changes = {"lr": RATES["cosine"][0], "checkpoint__every": 3}
+    expected = trained(tiny.run(**changes), tmp_path / "whole")["digest"]
     for segment in (1, 3):
         out = tmp_path / f"{segment}"
-        assert trained(tiny.run(**told, segment=segment), out)["digest"] == wanted
-    with pytest.raises(DtrainError, match=r"epochs \(was 2, is 3\)"):
-        trained(tiny.run(**told, epochs=3), tmp_path / "whole")
+        assert trained(tiny.run(**changes, segment=segment), out)["digest"] == expected
+    with pytest.raises(DtrainError, match="followed the length"):
+        trained(tiny.run(**changes, epochs=3), tmp_path / "whole")
 
 
 @pytest.mark.parametrize("objective", [*tiny.NEIGHBOURS, "infopro"])
 def test_augmented_images_keep_the_laws(objective: str, tmp_path: Path) -> None:
     """Drawn per sample and epoch, whoever reads them, and read ahead by a thread."""
     chosen = {"name": objective} | ({"norm": "none"} if objective == "infopro" else {})
-    told = {"objective": chosen, "model": GROUPS, "data__augment": "crop-flip"}
-    told |= {"make": pictures.run, "partition__blocks": 3}
-    augmented = laws(tmp_path, **told)
-    run = pictures.run(objective=told["objective"], model=GROUPS, epochs=2, micro_batches=3)
+    changes = {"objective": chosen, "model": GROUPS, "data__augment": "crop-flip"}
+    changes |= {"make": pictures.run, "partition__blocks": 3}
+    augmented = assert_laws(tmp_path, **changes)
+    run = pictures.run(objective=changes["objective"], model=GROUPS, epochs=2, micro_batches=3)
     assert trained(run, tmp_path / "plain")["digest"] != augmented["digest"]
 
 
@@ -219,13 +236,17 @@ def test_networks_for_images_keep_the_laws(objective: str, norm: str, tmp_path: 
     """Batch statistics couple samples: over stages the same bits, all else is no promise."""
     kind = SCHEDULES[OBJECTIVES[objective]().default_schedule]
     micros = 1 if issubclass(kind, AsyncSchedule) else 3  # some update after each
-    told: dict[str, Any] = {"objective": {"name": objective}, "epochs": 1, "micro_batches": micros}
-    told["model"] = {"name": "resnet", "depth": 8, "width": 4, "norm": norm}
-    told["model"] |= {"groups": 2} if norm == "group" else {}
+    changes: dict[str, Any] = {
+        "objective": {"name": objective},
+        "epochs": 1,
+        "micro_batches": micros,
+    }
+    changes["model"] = {"name": "resnet", "depth": 8, "width": 4, "norm": norm}
+    changes["model"] |= {"groups": 2} if norm == "group" else {}
     if norm == "group":
-        laws(tmp_path, make=pictures.run, **told)
+        assert_laws(tmp_path, make=pictures.run, **changes)
         return
-    runs = (pictures.run(**told, mesh__stages=n) for n in (1, 3))
+    runs = (pictures.run(**changes, mesh__stages=n) for n in (1, 3))
     digests = {
         trained(run, tmp_path / f"{n}", n)["digest"] for n, run in zip((1, 3), runs, strict=True)
     }
@@ -239,33 +260,36 @@ def test_recomputation_beside_all_other_options(
     objective: str, schedule: str, tmp_path: Path
 ) -> None:
     """Clip, ramp, augmentation, batch statistics: computed again, the same bits in less memory."""
-    told: dict[str, Any] = {"objective": {"name": objective}, "schedule__name": schedule}
-    told |= {"optimizer": {**SGD, "clip": LIMIT}, "lr": RATES["cosine"][0], "epochs": 2}
-    told |= {"data__augment": "crop-flip", "model": {"name": "resnet", "depth": 8, "width": 4}}
-    told |= {"micro_batches": 3}
-    found = {}
+    changes: dict[str, Any] = {"objective": {"name": objective}, "schedule__name": schedule}
+    changes |= {"optimizer": {**SGD, "clip": LIMIT}, "lr": RATES["cosine"][0], "epochs": 2}
+    changes |= {"data__augment": "crop-flip", "model": {"name": "resnet", "depth": 8, "width": 4}}
+    changes |= {"micro_batches": 3}
+    summaries = {}
     for chosen in (False, True, [1]):
         for stages in (1, 3):
-            run = pictures.run(**told, partition__recompute=chosen, mesh__stages=stages)
-            found[str(chosen), stages] = trained(run, tmp_path / f"{chosen}-{stages}", stages)
-    assert len({each["digest"] for each in found.values()}) == 1
+            run = pictures.run(**changes, partition__recompute=chosen, mesh__stages=stages)
+            summaries[str(chosen), stages] = trained(run, tmp_path / f"{chosen}-{stages}", stages)
+    assert len({summary["digest"] for summary in summaries.values()}) == 1
     if (
         schedule == "1f1b"
     ):  # the first stage has three micro-batches alive, in a stream there is one
-        assert found["True", 3]["peak_memory_bytes"][0] < found["False", 3]["peak_memory_bytes"][0]
+        assert (
+            summaries["True", 3]["peak_memory_bytes"][0]
+            < summaries["False", 3]["peak_memory_bytes"][0]
+        )
 
 
-@pytest.mark.parametrize("schedule", [n for n, each in SCHEDULES.items() if not each.asynchronous])
+@pytest.mark.parametrize("schedule", [n for n, kind in SCHEDULES.items() if not kind.asynchronous])
 @pytest.mark.parametrize("micros", [2, 5, 16])
 def test_accumulated_gradients_are_those_of_the_batch(
     schedule: str, micros: int, tmp_path: Path
 ) -> None:
     """One rank, parts of one sample at the least: a plain loop over whole batches."""
     objective = "mono-forward" if schedule == "stream" else "backprop"
-    told = {"objective__name": objective, "schedule__name": schedule, "optimizer": SGD}
-    trained(tiny.run(**told, micro_batches=micros), tmp_path / "parts")
+    changes = {"objective__name": objective, "schedule__name": schedule, "optimizer": SGD}
+    trained(tiny.run(**changes, micro_batches=micros), tmp_path / "parts")
     if objective == "backprop":
-        same(tmp_path / "parts", plain(THREE))
+        assert_is_plain_loop(tmp_path / "parts", plain(THREE))
         return
-    trained(tiny.run(**told, micro_batches=1), tmp_path / "whole")
-    close(tmp_path / "whole", tmp_path / "parts")
+    trained(tiny.run(**changes, micro_batches=1), tmp_path / "whole")
+    assert_close_model(tmp_path / "whole", tmp_path / "parts")

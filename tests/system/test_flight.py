@@ -1,4 +1,4 @@
-"""A run hangs: SIGUSR1 makes every rank write what it waits for, and the run goes on."""
+"""A run hangs: SIGUSR1 makes every rank write what it waits for, and the run continues."""
 
 from __future__ import annotations
 

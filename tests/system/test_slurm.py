@@ -140,27 +140,21 @@ def signalled(name: str, cluster: Cluster, out: Path) -> None:
     assert "is in no wait" in middle
 
 
-def test_ranks_under_srun_say_what_they_wait_for(
+def test_ranks_under_srun_report_their_waits_and_end_when_cancelled(
     cluster: Cluster, hung: subprocess.Popen[str], tmp_path: Path
 ) -> None:
     signalled("USR1", cluster, tmp_path / "out")
     words = [sys.executable, "-m", "dtrain", "flight", str(tmp_path / "out")]
-    told = start(words, env=cluster.env, cwd=ROOT)
-    assert "3 of 3 ranks answered" in told.out
-    assert "culprit    likely rank 1 on n" in told.out
-    (tmp_path / "go").touch()
-    hung.communicate(timeout=60)
-    assert hung.returncode == 0
-    assert summary(tmp_path / "out")["status"] == "finished"
-
-
-def test_a_cancelled_step_leaves_what_its_ranks_waited_for(
-    cluster: Cluster, hung: subprocess.Popen[str], tmp_path: Path
-) -> None:
+    report = start(words, env=cluster.env, cwd=ROOT)
+    assert report.code == 0, report.err
+    assert "rank 1 on n" in report.out
+    for record in (tmp_path / "out" / "flight").glob("rank-*.txt"):
+        record.unlink()
     signalled("TERM", cluster, tmp_path / "out")
     _, err = hung.communicate(timeout=30)
     assert hung.returncode != 0
-    assert err.count("dtrain: stopped by SIGTERM (a time limit, scancel, or another rank") == 1
+    assert err.count("dtrain: ") == 1
+    assert "SIGTERM" in err
     assert "Traceback" not in err
     assert summary(tmp_path / "out")["status"] == "stopped"
     assert not (tmp_path / "out" / "owner.json").exists()
