@@ -14,7 +14,7 @@ from dtrain.errors import DtrainError
 from dtrain.schedules import SCHEDULES
 from dtrain.schedules.base import Schedule
 from tests import tiny
-from tests.ranks.test_docs import module
+from tests.docs_reader import load_example as module
 from tests.ranks.test_rounds import trained
 
 DOCS = Path(__file__).parents[2] / "docs" / "adding-a-schedule.md"

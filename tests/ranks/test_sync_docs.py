@@ -5,7 +5,6 @@ Invariant: nothing of the example stands here; a change of the docs is a change 
 
 from __future__ import annotations
 
-import ast
 import re
 from pathlib import Path
 
@@ -15,8 +14,8 @@ from dtrain.errors import DtrainError
 from dtrain.syncs import SYNCS
 from dtrain.syncs.base import Sync
 from tests import tiny
+from tests.docs_reader import load_example as module
 from tests.ranks.killed import killed
-from tests.ranks.test_docs import LINES, module
 from tests.ranks.test_rounds import run, trained
 
 DOCS = Path(__file__).parents[2] / "docs" / "adding-a-sync.md"
@@ -66,10 +65,3 @@ def test_its_own_test_passes_and_can_fail(
 def _slack(self: Sync, clock: object) -> None:
     """Meet never."""
     self.in_sync = False
-
-
-def test_it_is_short() -> None:
-    """Counted without what a module of dtrain has anyway: docstring and imports."""
-    [kind] = [node for node in ast.parse(CODE).body if isinstance(node, ast.ClassDef)]
-    assert kind.end_lineno is not None
-    assert kind.end_lineno - kind.lineno + 1 in LINES
