@@ -1,4 +1,4 @@
-"""Objectives by the name that a run file gives them; one file each."""
+"""Objectives by their names in run files; one file per method."""
 
 from dtrain.objectives.backprop import Backprop
 from dtrain.objectives.base import Objective

@@ -73,8 +73,8 @@ def _recompute_forwards(
     passes = micro_batch.passes()
     saved_tensors.drop(micro_batch)
     with saved_tensors.record(micro_batch):
-        for each in passes:
-            if objective.needs_graph(spec, each.pass_):
-                block.recompute_forward(each)
-    for each in passes:
-        saved_tensors.add_micro_batch(each)
+        for forward_pass in passes:
+            if objective.needs_graph(spec, forward_pass.pass_):
+                block.recompute_forward(forward_pass)
+    for forward_pass in passes:
+        saved_tensors.add_micro_batch(forward_pass)

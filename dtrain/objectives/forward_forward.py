@@ -47,7 +47,7 @@ from dtrain.objectives.common.goodness import PAIRS, SCORES, Goodness
 from dtrain.schedules.actions import Point, Route
 
 MOMENTUM = 0.9
-"""Of the running means of peer normalisation."""
+"""Momentum of the running means of peer normalisation."""
 
 
 @final

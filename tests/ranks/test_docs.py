@@ -5,11 +5,7 @@ Invariant: the example is read from the docs; a change of the docs changes what 
 
 from __future__ import annotations
 
-import importlib.util
-import re
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,6 +14,7 @@ from dtrain.errors import ConfigError
 from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.base import Objective
 from tests import tiny
+from tests.docs_reader import load_example, python_blocks
 from tests.outcome import close, model
 from tests.ranks.test_isolation import test_one_block_is_ordinary_backprop as law_4
 from tests.ranks.test_isolation import test_the_learning_of_a_block_moves_no_other as law_7
@@ -25,26 +22,13 @@ from tests.ranks.test_laws import trained
 from tests.refusals import refuses
 
 DOCS = Path(__file__).parents[2] / "docs" / "adding-an-objective.md"
-CODE, TEST = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(encoding="utf-8"), re.M | re.S)
-
-
-def load_module(name: str, code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Return the module `name` with the source `code`; it can be imported within this test."""
-    path = folder / f"{name.rpartition('.')[2]}.py"
-    path.write_text(code, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)
-    spec.loader.exec_module(module)
-    return module
+CODE, TEST = python_blocks(DOCS)
 
 
 @pytest.fixture(autouse=True)
 def margin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Install the example as the docs say: a file in the package and a line in the dict."""
-    module = load_module("dtrain.objectives.margin", CODE, tmp_path, monkeypatch)
+    module = load_example("dtrain.objectives.margin", CODE, tmp_path, monkeypatch)
     assert '`"margin": Margin,`' in DOCS.read_text(encoding="utf-8")
     kind: type[Objective] = module.Margin
     monkeypatch.setitem(OBJECTIVES, "margin", kind)
@@ -86,7 +70,7 @@ def test_a_wrong_key_is_refused() -> None:
 
 
 def test_its_own_test_passes_and_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = load_module("test_margin", TEST, tmp_path, monkeypatch)
+    module = load_example("test_margin", TEST, tmp_path, monkeypatch)
     [formula] = [value for name, value in vars(module).items() if name.startswith("test_")]
     formula()
     monkeypatch.setattr(module, "Margin", lambda margin: OBJECTIVES["mono-forward"]())
