@@ -1,7 +1,7 @@
-"""Trains a run file on ranks that are threads of one process, on hosts of made-up names.
+"""Train a run file on ranks that are threads of one process, on hosts with made-up names.
 
-What is learnt and which bytes are counted do not depend on the transport, so accuracies can be had
-without oversubscribed processes, two such runs beside each other. Times mean nothing here.
+Accuracies and counted bytes do not depend on the transport, so they can be measured without
+oversubscribed processes, also for two runs at once. Times mean nothing here.
 
     python inside.py RUN.toml OUT HOST HOST ...        one host per rank, as in a a b b
 """
@@ -11,18 +11,20 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from dtrain.comm.backends.threads import run_ranks as ranks
+from dtrain.comm.backends.threads import run_ranks
 from dtrain.config.parse import read_run
 from dtrain.train import train
 
-LIMIT_S = 7200.0
+TIMEOUT_S = 7200.0
 
 
 def main() -> None:
-    """Train."""
+    """Train the run file of the command line."""
     path, out, *hosts = sys.argv[1:]
     run = read_run(Path(path))
-    ranks(len(hosts), lambda comm: train(run, comm, Path(out)), hosts=hosts, timeout_s=LIMIT_S)
+    run_ranks(
+        len(hosts), lambda comm: train(run, comm, Path(out)), hosts=hosts, timeout_s=TIMEOUT_S
+    )
 
 
 if __name__ == "__main__":

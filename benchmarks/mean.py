@@ -1,9 +1,10 @@
-"""The mean of 40 MB over two ranks of one host against the library's own all-reduce.
+"""The mean of 40 MB over two ranks of one host, against MPI's all-reduce.
 
-Measured: `Comm.mean_` of one float32 tensor of 40 MB, and MPI's blocking `Allreduce` with a product
-after it, in turns inside one program on two ranks. `ratio` = our seconds over the library's, the
-median over the pairs; below 1 ours is faster. `spread` = its range. `small_mean_s` is a mean of
-4 KiB, `round_trip_s` a message of 64 bytes there and back, over `Comm` and over blocking MPI.
+Measured: `Comm.mean_` of one float32 tensor of 40 MB, and MPI's blocking `Allreduce` followed by a
+product, alternately in one program on two ranks. `ratio` = seconds of `mean_` over those of MPI,
+the median over the pairs; below 1, `mean_` is faster. `spread` = its range. `small_mean_s` is a
+mean of 4 KiB, `round_trip_s` a message of 64 bytes there and back, over `Comm` and over blocking
+MPI.
 
     python benchmarks/mean.py [--quick]
 """
@@ -22,17 +23,17 @@ from record import publish
 
 from dtrain.comm import world
 
-RANKS, WORDS, FEW, TIMES = 2, 10_000_000, 1024, 20
+RANKS, LARGE, SMALL, TIMES = 2, 10_000_000, 1024, 20
 WORKER = "--worker"
 
 
 def main() -> None:
-    """Start the ranks and publish what they tell."""
+    """Start the ranks and publish their measurements."""
     quick = asked(__doc__)
-    told = ranked(RANKS, Path(__file__).resolve(), WORKER, 11 if quick else 51)
-    ratios = told.pop("ratios")
-    ours = {key.removeprefix("our_"): v for key, v in told.items() if key.startswith("our_")}
-    theirs = {key.removeprefix("mpi_"): v for key, v in told.items() if key.startswith("mpi_")}
+    times = ranked(RANKS, Path(__file__).resolve(), WORKER, 11 if quick else 51)
+    ratios = times.pop("ratios")
+    ours = {key.removeprefix("our_"): v for key, v in times.items() if key.startswith("our_")}
+    theirs = {key.removeprefix("mpi_"): v for key, v in times.items() if key.startswith("mpi_")}
     publish("mean", "measured", ours, theirs, median(ratios), spread(ratios), quick=quick)
 
 
@@ -42,60 +43,61 @@ def work(pairs: int) -> None:
     import torch
     from mpi4py import MPI
 
-    own = MPI.COMM_WORLD.Dup()
+    library_comm = MPI.COMM_WORLD.Dup()
     other = 1 - comm.rank
 
     def mean(tensor: torch.Tensor) -> tuple[Callable[[], object], Callable[[], object]]:
         data = tensor.numpy()
 
         def library() -> None:
-            own.Allreduce(MPI.IN_PLACE, data)
+            library_comm.Allreduce(MPI.IN_PLACE, data)
             tensor.mul_(0.5)
 
         return lambda: comm.mean_([tensor]), library
 
-    small = torch.zeros(16)
+    message = torch.zeros(16)
     comm.post_recv(other, 0, [((16,), torch.float32)] * (TIMES * (pairs + 2)))
 
     def ping() -> None:
         if comm.rank == 0:
-            comm.isend(small, other, 0)
+            comm.isend(message, other, 0)
         comm.recv(other, 0)
         if comm.rank:
-            comm.isend(small, other, 0)
+            comm.isend(message, other, 0)
 
-    def blocking() -> None:
-        buffer = small.numpy()
+    def blocking_ping() -> None:
+        buffer = message.numpy()
         for turn in (0, 1):
             if comm.rank == turn:
-                own.Send(buffer, other, 1)
+                library_comm.Send(buffer, other, 1)
             else:
-                own.Recv(buffer, other, 1)
+                library_comm.Recv(buffer, other, 1)
 
     def timed(call: Callable[[], object], times: int) -> float:
-        own.Barrier()
+        library_comm.Barrier()
         start = time.perf_counter()
         for _ in range(times):
             call()
-        own.Barrier()
+        library_comm.Barrier()
         return (time.perf_counter() - start) / times
 
     torch.set_num_threads(1)
-    names = {"mean_s": mean(torch.ones(WORDS)), "small_mean_s": mean(torch.ones(FEW))}
-    names["round_trip_s"] = ping, blocking
-    told: dict[str, float | list[float]] = {}
-    for name, calls in names.items():
+    calls = {
+        "mean_s": mean(torch.ones(LARGE)),
+        "small_mean_s": mean(torch.ones(SMALL)),
+        "round_trip_s": (ping, blocking_ping),
+    }
+    result: dict[str, float | list[float]] = {}
+    for name, pair in calls.items():
         times = 1 if name == "mean_s" else TIMES
-        rows = [[timed(call, times) for call in calls] for _ in range(pairs + 2)][2:]
-        told |= {
-            f"our_{name}": median(a for a, _ in rows),
-            f"mpi_{name}": median(b for _, b in rows),
-        }
+        rows = [[timed(call, times) for call in pair] for _ in range(pairs + 2)][2:]
+        result[f"our_{name}"] = median(ours for ours, _ in rows)
+        result[f"mpi_{name}"] = median(theirs for _, theirs in rows)
         if name == "mean_s":
-            told["ratios"] = [a / b for a, b in rows]
+            result["ratios"] = [ours / theirs for ours, theirs in rows]
     comm.flush()
     if comm.rank == 0:
-        print(json.dumps(told), flush=True)
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

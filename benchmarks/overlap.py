@@ -1,13 +1,14 @@
-"""A mean of 37.8 MB while the block computes: between two hosts, and inside one.
+"""Overlap of a mean of 37.8 MB with computation, between two hosts and inside one.
 
 Measured, fixed work: 2 ranks, one thread each, on two hosts joined by 1 Gbit, then on one host. The
-work is 50 pieces of matrix products, each of as many as take 10 ms, with a turn of `Comm.progress`
-after each as the engine takes one after each action. Timed in turns, from a common start to the
-later rank's end: the work alone, the mean alone, and both, the mean started before the work and
-waited for after it. `ratio` = (work alone + mean alone - both) / mean alone between hosts: the
-share of the mean that the work hides, the median over the repetitions; `spread` = its range. Peer:
-the same one after the other. Inside one host, where both ends of a copy are the cores that
-compute, nothing is hidden: `near_over_blocking` = both / (mean, then work), at most 1 up to noise.
+work is 50 pieces of 10 ms of matrix products, each followed by `Comm.progress`, as the engine calls
+it after each action. Timed alternately, from a common start to the end of the later rank: the work
+alone, the mean alone, and both, with the mean started before the work and waited for after it.
+`ratio` = (work alone + mean alone - both) / mean alone, between hosts: the fraction of the mean
+that the work hides, the median over the repetitions; `spread` = its range. Peer: one after the
+other.
+Inside one host the cores that compute also copy, so nothing is hidden: `near_over_blocking` =
+both / (mean, then work), at most 1 up to noise.
 
     python benchmarks/overlap.py [--quick]
 """
@@ -27,14 +28,14 @@ from record import ROOT, publish
 
 from dtrain.comm import world
 
-RATE, RANKS, WORDS = "1gbit", 2, 9_450_000
+RATE, RANKS, ELEMENTS = "1gbit", 2, 9_450_000
 PIECES, PIECE_S, SIDE = 50, 0.01, 256
 WORKER = "--worker"
 KINDS = "work_s", "mean_s", "both_s", "blocking_s"
 
 
 def main() -> None:
-    """Start the ranks, between hosts and inside one, and publish what they tell."""
+    """Start the ranks, on two hosts and on one, and publish their measurements."""
     quick = asked(__doc__)
     from hosts import hosts  # needs root and Slurm
 
@@ -42,8 +43,8 @@ def main() -> None:
     script = Path(__file__).resolve()
     with hosts(RANKS, 1) as pair:
         pair.shape(RATE)
-        words = [sys.executable, str(script), WORKER, str(times)]
-        far = json.loads(pair.start(words, ROOT, quiet=True).strip().splitlines()[-1])
+        command = [sys.executable, str(script), WORKER, str(times)]
+        far = json.loads(pair.start(command, ROOT, quiet=True).strip().splitlines()[-1])
     near = ranked(RANKS, script, WORKER, times)
     hidden = [(row[0] + row[1] - row[2]) / row[1] for row in far["rows"]]
     figures = {
@@ -56,8 +57,8 @@ def main() -> None:
     publish("overlap", "measured", figures, peer, median(hidden), spread(hidden), quick=quick)
 
 
-def _figures(name: str, told: dict[str, Any]) -> dict[str, float]:
-    columns = zip(*told["rows"], strict=True)
+def _figures(name: str, result: dict[str, Any]) -> dict[str, float]:
+    columns = zip(*result["rows"], strict=True)
     return {f"{name}_{kind}": median(column) for kind, column in zip(KINDS, columns, strict=True)}
 
 
@@ -68,22 +69,22 @@ def work(times: int) -> None:
 
     torch.set_num_threads(1)
     matrix, product = torch.randn(SIDE, SIDE), torch.empty(SIDE, SIDE)
-    data = torch.ones(WORDS)
+    data = torch.ones(ELEMENTS)
 
     def multiply(count: int) -> None:
         for _ in range(count):
             torch.mm(matrix, matrix, out=product)
 
     def timed(call: Callable[[], object]) -> float:
-        """Return the seconds from a common start to the later rank's end."""
+        """Return the seconds from a common start to the end of the later rank."""
         comm.allgather_object(None)
         start = time.perf_counter()
         call()
         return float(max(comm.allgather_object(time.perf_counter() - start)))
 
     multiply(200)
-    lone = median(timed(lambda: multiply(20)) / 20 for _ in range(15))
-    count = max(1, round(PIECE_S / lone))
+    product_s = median(timed(lambda: multiply(20)) / 20 for _ in range(15))
+    count = max(1, round(PIECE_S / product_s))
 
     def compute() -> None:
         for _ in range(PIECES):

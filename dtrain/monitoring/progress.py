@@ -284,19 +284,19 @@ def _next_command(plan: Plan, ranks: int, out: Path) -> str:
     """Return a command that trains the run twice as long, or evaluates it where the learning rate
     depends on the length; it can be pasted into a shell."""
     program = Path(sys.prefix) / "bin" / "dtrain"
-    words = [str(program) if program.exists() else "dtrain"]
+    command = [str(program) if program.exists() else "dtrain"]
     if any(length_dependent_parts(plan.run)):
-        return shlex.join([*words, "evaluate", str(out)])
-    words += ["train", str(plan.run.path)]
-    words += ["--ranks", str(ranks)] if ranks > 1 else []
+        return shlex.join([*command, "evaluate", str(out)])
+    command += ["train", str(plan.run.path)]
+    command += ["--ranks", str(ranks)] if ranks > 1 else []
     key, length = "epochs", plan.run.settings.epochs
     if length is None:
         key, length = "updates", plan.training_length.total_updates
     overrides = [text for text in plan.run.overrides if text.partition("=")[0].strip() != key]
-    words += ["--out", str(out)]
+    command += ["--out", str(out)]
     for override in [*overrides, f"{key}={2 * length}"]:
-        words += ["--set", override]
-    return shlex.join(words)
+        command += ["--set", override]
+    return shlex.join(command)
 
 
 def _make_bar() -> Bar | None:

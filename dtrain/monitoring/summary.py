@@ -79,11 +79,11 @@ def low_rank_savings(weights: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]
     """
 
     def savings(entries: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
-        elements, held, sent, full = (
+        elements, stored, sent, full = (
             sum(entry[key] for entry in entries) for key in ("numbers", "held", "sent", "plain")
         )
         return {
-            "compression": elements / held if held else None,
+            "compression": elements / stored if stored else None,
             "traffic_saved": 1 - sent / full if full else None,
         }
 

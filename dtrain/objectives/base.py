@@ -309,5 +309,5 @@ def cross_entropy_pair(micro_batch: MicroBatch, scores: Tensor) -> BackwardPair:
 
 
 def input_gradient_blocks(routes: Iterable[Route]) -> set[int]:
-    """Return the blocks that compute the gradient of their input: a "gradient" route leaves them."""
+    """Return the blocks that compute their input's gradient: a "gradient" route leaves them."""
     return {route.source.block for route in routes if route.name == GRADIENT}

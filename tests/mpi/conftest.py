@@ -1,7 +1,7 @@
-"""Tests under mpirun: a rank that fails or hangs is seen, and takes the others down.
+"""Tests under mpirun: a rank that fails or hangs prints why and ends the others.
 
-Invariant: no test waits for a rank that has failed: that one says so and, after a grace in which
-the others may say why they failed, too, ends the job.
+Invariant: no test waits for a rank that has failed. A rank that fails prints its report and, after
+a delay in which other failing ranks can print theirs, ends the job.
 """
 
 from __future__ import annotations
@@ -15,43 +15,44 @@ import pytest
 
 from dtrain.comm.backends import mpi  # before torch
 from dtrain.comm.communicator import Comm
+from tests.ranks.contract import ObservedBackend
 
-GRACE_S = 2.0
+ABORT_DELAY_S = 2.0
 LIMIT_S = 90.0
 
 WORLD = mpi.world_backend()
-SCREEN = pytest.StashKey[int]()
+STDERR = pytest.StashKey[int]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keep the real stderr: pytest captures it while tests run."""
-    config.stash[SCREEN] = os.dup(2)
+    config.stash[STDERR] = os.dup(2)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """End the job where one of several ranks fails."""
+    """End the job if one of several ranks fails."""
     report = yield
     if report.failed and WORLD.size > 1:
-        words = f"\nrank {WORLD.rank} of {WORLD.size}: {item.nodeid}\n{report.longreprtext}\n"
-        os.write(item.config.stash[SCREEN], words.encode())
-        time.sleep(GRACE_S)
+        text = f"\nrank {WORLD.rank} of {WORLD.size}: {item.nodeid}\n{report.longreprtext}\n"
+        os.write(item.config.stash[STDERR], text.encode())
+        time.sleep(ABORT_DELAY_S)
         WORLD.abort(1)
     return report
 
 
 @pytest.fixture(autouse=True)
 def limit(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Dump all stacks and leave where a test takes too long."""
-    screen = request.config.stash[SCREEN]
-    faulthandler.dump_traceback_later(LIMIT_S, exit=True, file=screen)
+    """Dump all stacks and exit if a test takes too long."""
+    stderr = request.config.stash[STDERR]
+    faulthandler.dump_traceback_later(LIMIT_S, exit=True, file=stderr)
     yield
     faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture
 def comm(limit: None) -> Comm:
-    """A world of this test's own."""
-    return Comm(WORLD.split(0, 0), timeout_s=60.0)
+    """Return a world of this test's own."""
+    return Comm(ObservedBackend(WORLD.split(0, 0)), timeout_s=60.0)

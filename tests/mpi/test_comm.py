@@ -12,7 +12,7 @@ import torch
 
 from dtrain.comm.communicator import Comm
 from tests.need import lack
-from tests.ranks.contract import CASES, looking
+from tests.ranks.contract import CASES, observing, raises_naming
 
 
 @pytest.mark.mpi
@@ -25,18 +25,18 @@ def test_contract(case: Callable[[Comm], None], comm: Comm) -> None:
 def test_sizes_must_agree(comm: Comm) -> None:
     comm.post_recv(comm.rank, 1, [((3,), torch.float32)])
     comm.isend(torch.ones(2), comm.rank, 1)
-    with pytest.raises(RuntimeError, match=r"message of 8 bytes from rank .* receive of 12 bytes"):
+    with raises_naming(RuntimeError, "8 bytes", "12 bytes"):
         comm.recv(comm.rank, 1)
     comm.flush()
 
 
 @pytest.mark.mpi(min_size=2)
 def test_an_idle_rank_delays_but_does_not_hang(comm: Comm) -> None:
-    """Means need all ranks; one that comes late is waited for outside MPI."""
+    """Means need all ranks; the wait for a late one is outside MPI."""
     turns: list[int] = []
     ready = comm.dup()
     tensor = torch.full((1 << 18,), float(comm.rank))
-    with looking(comm, lambda: turns.append(1)):
+    with observing(comm, lambda: turns.append(1)):
         if comm.rank == 0:
             comm.wait(lambda: len(turns) > 1000, "a thousand turns")
         ready.mean_([tensor])
@@ -44,20 +44,20 @@ def test_an_idle_rank_delays_but_does_not_hang(comm: Comm) -> None:
 
 
 @pytest.mark.mpi(min_size=2)
-def test_progress_alone_takes_a_large_message(comm: Comm) -> None:
-    """A rank that computes between turns of progress, and never waits, lets others send to it."""
+def test_progress_alone_receives_a_large_message(comm: Comm) -> None:
+    """A rank that computes between calls of `progress`, and never waits, receives from others."""
     with TemporaryDirectory() as folder:
-        gone = Path(comm.allgather_object(folder)[0]) / "gone"
+        sent = Path(comm.allgather_object(folder)[0]) / "sent"
         if comm.rank == 0:
             comm.isend(torch.full((1 << 21,), 3.0), 1, 1)
             comm.flush()
-            gone.touch()
+            sent.touch()
         if comm.rank == 1:
             comm.post_recv(0, 1, [((1 << 21,), torch.float32)])
             limit = time.monotonic() + 10
-            while not gone.exists():
+            while not sent.exists():
                 comm.progress()
-                assert time.monotonic() < limit, "nobody took the message"
+                assert time.monotonic() < limit, "the message was not received"
             assert comm.recv(0, 1).eq(3).all()
         comm.allgather_object(None)
 
@@ -66,9 +66,9 @@ def test_progress_alone_takes_a_large_message(comm: Comm) -> None:
 def test_a_message_above_two_gib(comm: Comm) -> None:
     """Counts of MPI end at 2^31 - 1; a message does not."""
     count = (1 << 31) + 12_345
-    room = min(comm.allgather_object(_available_bytes()))
-    if room < 6 * count:
-        lack("memory", f"{room >> 20} MiB are available, {6 * count >> 20} wanted")
+    available = min(comm.allgather_object(_available_bytes()))
+    if available < 6 * count:
+        lack("memory", f"{available >> 20} MiB are available, {6 * count >> 20} needed")
     if comm.size > 2:
         pytest.skip("two ranks show it")
     if comm.rank == 0:
@@ -79,15 +79,16 @@ def test_a_message_above_two_gib(comm: Comm) -> None:
         comm.flush()
     else:
         comm.post_recv(0, 1, [(((count,), torch.uint8), ((), torch.int64))])
-        got, after = comm.recv(0, 1)
-        assert after.item() == 5
-        assert got[:: 1 << 20][:-1].equal(torch.arange(2048, dtype=torch.int64).to(torch.uint8))
-        assert got[-3:].tolist() == [7, 8, 9]
+        received, number = comm.recv(0, 1)
+        assert number.item() == 5
+        pages = torch.arange(2048, dtype=torch.int64).to(torch.uint8)
+        assert received[:: 1 << 20][:-1].equal(pages)
+        assert received[-3:].tolist() == [7, 8, 9]
 
 
 def _available_bytes() -> int:
-    words = Path("/proc/meminfo")
-    if not words.exists():
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
         return 0
-    rows = dict(row.split(":") for row in words.read_text().splitlines())
+    rows = dict(row.split(":") for row in meminfo.read_text().splitlines())
     return int(rows["MemAvailable"].split()[0]) * 1024

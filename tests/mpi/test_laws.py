@@ -1,4 +1,4 @@
-"""The laws of training over MPI: groups of one world train side by side, one start for all."""
+"""The laws of training over MPI, on groups of one world, which starts once for all tests."""
 
 from __future__ import annotations
 
@@ -21,45 +21,51 @@ from tests import tiny
 from tests.outcome import close, summary
 
 Cell = tuple[str, str, str, str]
-CHOSEN = ("mono-forward", "backprop", "dfa", "f3")
+OBJECTIVE_NAMES = ("mono-forward", "backprop", "dfa", "f3")
 
 
 def legal(cell: Cell) -> bool:
-    """Say whether the schedule runs all that the objective sends, and with this sync."""
-    routes = OBJECTIVES[cell[0]]().routes(3, "train")
-    return SCHEDULES[cell[1]]().supports_all(routes) and cell[2] in tiny.suited(cell[1])
+    """Return whether the schedule supports the routes of the objective, and the sync."""
+    objective, schedule, sync, _ = cell
+    routes = OBJECTIVES[objective]().routes(3, "train")
+    return SCHEDULES[schedule]().supports_all(routes) and sync in tiny.suited(schedule)
 
 
 def cover(cells: Sequence[Cell]) -> list[Cell]:
-    """Return cells in which every choice occurs, and every schedule with every dtype.
+    """Return cells that contain every choice, and every schedule with every dtype (greedy cover).
 
-    A start costs seconds and there are ever more strategies: the whole product runs in process. The
-    cell that brings most that is new comes next.
+    Runs over MPI cost seconds and the number of strategies grows, so the full product runs only in
+    threads.
     """
 
-    def marks(cell: Cell) -> set[tuple[str, ...]]:
+    def choices(cell: Cell) -> set[tuple[str, ...]]:
         objective, schedule, sync, dtype = cell
         return {("objective", objective), ("sync", sync), ("schedule", schedule, dtype)}
 
-    missing, chosen = set().union(*map(marks, cells)), []
+    missing, selection = set().union(*map(choices, cells)), []
     while missing:
-        chosen.append(max(cells, key=lambda cell: len(marks(cell) & missing)))
-        missing -= marks(chosen[-1])
-    return chosen
+        selection.append(max(cells, key=lambda cell: len(choices(cell) & missing)))
+        missing -= choices(selection[-1])
+    return selection
 
 
-ALL = product(CHOSEN, SCHEDULES, SYNCS, ("float32", "float64"))
+ALL = product(OBJECTIVE_NAMES, SCHEDULES, SYNCS, ("float32", "float64"))
 CELLS = cover([cell for cell in ALL if legal(cell)])
 
 
-def digits(stages: int, objective: str = "mono-forward", **top: Any) -> RunConfig:
+def digits_run(
+    stages: int,
+    objective: str = "mono-forward",
+    schedule: str | None = None,
+    sync: str = "every-step",
+    **settings: Any,
+) -> RunConfig:
     """Return a run on digits: batches of 256 in three micro-batches, the last one of 157."""
-    schedule, sync = top.pop("schedule", None), top.pop("sync", "every-step")
     kind = SCHEDULES[schedule or OBJECTIVES[objective]().default_schedule]
     micros = 1 if issubclass(kind, AsyncSchedule) else 3  # some update after each
-    top = {"epochs": 1, "batch-size": 256, "micro-batches": micros, "threads": 1} | top
     table = {
-        **top,
+        **{"epochs": 1, "batch-size": 256, "micro-batches": micros, "threads": 1},
+        **settings,
         "data": {"name": "digits"},
         "model": {"name": "mlp", "widths": [61, 47, 53]},
         "mesh": {"stages": stages},
@@ -75,9 +81,9 @@ def digits(stages: int, objective: str = "mono-forward", **top: Any) -> RunConfi
 def trained(comm: Comm, ranks: int, run: RunConfig, out: Path) -> dict[str, Any]:
     """Train on the first `ranks` of `comm`, into rank 0's `out`; return the summary on all."""
     out = Path(comm.allgather_object(str(out))[0])
-    part = comm.split(int(comm.rank >= ranks), comm.rank)
+    group = comm.split(int(comm.rank >= ranks), comm.rank)
     if comm.rank < ranks:
-        train(run, part, out)
+        train(run, group, out)
     comm.allgather_object("trained")
     return summary(out)
 
@@ -88,24 +94,23 @@ def test_any_number_of_stages_trains_the_same_bits(
     objective: str, schedule: str, sync: str, dtype: str, comm: Comm, tmp_path: Path
 ) -> None:
     """Law 1 over stages, of one replica and of two; two ranks hold four layers unevenly."""
-    told = {"objective": objective, "schedule": schedule, "sync": sync, "dtype": dtype}
 
-    def run(stages: int, replicas: int) -> dict[str, Any]:
-        out = tmp_path / f"{stages}-{replicas}"
-        return trained(comm, stages * replicas, digits(stages, **told), out)
+    def train_on(stages: int, replicas: int) -> dict[str, Any]:
+        run = digits_run(stages, objective, schedule, sync, dtype=dtype)
+        return trained(comm, stages * replicas, run, tmp_path / f"{stages}-{replicas}")
 
     for layouts in (((1, 1), (2, 1), (3, 1)), ((1, 2), (2, 2))):
-        found = [run(*layout) for layout in layouts]
-        assert [(each["stages"], each["replicas"]) for each in found] == list(layouts)
-        assert len({each["digest"] for each in found}) == 1
-        assert {each["samples"] for each in found} == {1437}
+        summaries = [train_on(*layout) for layout in layouts]
+        assert [(row["stages"], row["replicas"]) for row in summaries] == list(layouts)
+        assert len({row["digest"] for row in summaries}) == 1
+        assert {row["samples"] for row in summaries} == {1437}
 
 
 @pytest.mark.mpi(min_size=4)
-@pytest.mark.parametrize("objective", CHOSEN)
+@pytest.mark.parametrize("objective", OBJECTIVE_NAMES)
 def test_replicas_train_the_same_model(objective: str, comm: Comm, tmp_path: Path) -> None:
     """Law 1 over replicas, from the same run file, in float64."""
-    run = digits(2, objective, dtype="float64")
+    run = digits_run(2, objective, dtype="float64")
     outs = [Path(comm.allgather_object(str(tmp_path / f"{ranks}"))[0]) for ranks in (2, 4)]
     for ranks, out in zip((2, 4), outs, strict=True):
         trained(comm, ranks, run, out)
@@ -116,8 +121,8 @@ def test_replicas_train_the_same_model(objective: str, comm: Comm, tmp_path: Pat
 def test_resumed_is_uninterrupted(comm: Comm, tmp_path: Path) -> None:
     """Law 5 on the same layout, 2 stages x 2 replicas."""
     for epochs in (1, 3):
-        parts = trained(comm, 4, digits(2, epochs=epochs), tmp_path / "parts")
-    whole = trained(comm, 4, digits(2, epochs=3), tmp_path / "whole")
+        parts = trained(comm, 4, digits_run(2, epochs=epochs), tmp_path / "parts")
+    whole = trained(comm, 4, digits_run(2, epochs=3), tmp_path / "whole")
     for key in ("digest", "test_accuracy", "test_loss", "train_loss", "samples"):
         assert parts[key] == whole[key], key
     assert (parts["attempts"], whole["attempts"]) == (2, 1)

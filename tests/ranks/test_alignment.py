@@ -1,4 +1,4 @@
-"""What feedback through fixed matrices does to a net: the angles of `dfa` fall under 90 degrees."""
+"""Feedback alignment: the angles of `dfa` to the gradient fall under 90 degrees."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from dtrain.config.run import RunConfig
 from tests import tiny
 from tests.ranks.test_laws import trained
 
@@ -25,12 +26,17 @@ DIGITS: dict[str, Any] = {
 
 @pytest.mark.parametrize("schedule", ["1f1b", "pipelined"])
 def test_every_inner_block_aligns(schedule: str, tmp_path: Path) -> None:
-    """From about 90 degrees, as random vectors have, on digits in three blocks on two ranks."""
-    told = {"objective": {"name": "dfa", "angles": True}, "schedule__name": schedule}
-    summary = trained(tiny.run(**DIGITS, **told, mesh__stages=2), tmp_path, 2)
+    """Angles start at about 90 degrees, as of random vectors; digits, three blocks, two ranks."""
+    run = tiny.run(
+        **DIGITS,
+        objective={"name": "dfa", "angles": True},
+        schedule__name=schedule,
+        mesh__stages=2,
+    )
+    summary = trained(run, tmp_path, 2)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    records = [each for each in map(json.loads, lines) if each["kind"] == "train"]
-    first, last = (each["alignment_deg"] for each in (records[0], records[-1]))
+    records = [record for record in map(json.loads, lines) if record["kind"] == "train"]
+    first, last = records[0]["alignment_deg"], records[-1]["alignment_deg"]
     assert len(records) == 6
     assert last == summary["alignment_deg"]
     assert first[2] is last[2] is None
@@ -40,25 +46,29 @@ def test_every_inner_block_aligns(schedule: str, tmp_path: Path) -> None:
     assert summary["test_accuracy"] > 0.8
 
 
-def test_angles_are_recorded_only_where_they_are_asked_for(tmp_path: Path) -> None:
-    told = {"objective__name": "dfa", "schedule__name": "1f1b", "mesh__stages": 3}
-    without = trained(tiny.run(**told), tmp_path / "without", 3)
-    told["objective__angles"] = True
+def dfa_run(angles: bool, **changes: Any) -> RunConfig:
+    """Return a run of `dfa` that flushes the pipeline."""
+    objective = {"name": "dfa", "angles": angles}
+    return tiny.run(objective=objective, schedule__name="1f1b", **changes)
+
+
+def test_angles_are_recorded_only_if_the_run_file_says_so(tmp_path: Path) -> None:
+    """Recording them changes nothing that is trained, and no layout changes them."""
+    without = trained(dfa_run(False, mesh__stages=3), tmp_path / "without", 3)
     assert "alignment_deg" not in without
-    digests = set()
+    outcomes = set()
     for stages in (1, 2, 3):
-        run = tiny.run(**told | {"mesh__stages": stages})
-        summary = trained(run, tmp_path / str(stages), stages)
-        digests.add((summary["digest"], *summary["alignment_deg"]))
-    ((digest, *_),) = digests
-    assert digest == without["digest"], "it is looked at, not changed"
+        summary = trained(dfa_run(True, mesh__stages=stages), tmp_path / str(stages), stages)
+        outcomes.add((summary["digest"], *summary["alignment_deg"]))
+    ((digest, *_),) = outcomes
+    assert digest == without["digest"]
 
 
 def test_angles_do_not_depend_on_micro_batches_or_replicas(tmp_path: Path) -> None:
-    told = {"objective": {"name": "dfa", "angles": True}, "schedule__name": "1f1b"}
-    found = [
-        trained(tiny.run(**told, micro_batches=m, mesh__stages=2), tmp_path / f"{m}{n}", 2, n)
-        for m, n in ((1, 1), (3, 1), (2, 2))
-    ]
-    for each in found[1:]:
-        assert each["alignment_deg"][:2] == pytest.approx(found[0]["alignment_deg"][:2], rel=1e-9)
+    angles = []
+    for micros, replicas in ((1, 1), (3, 1), (2, 2)):
+        run = dfa_run(True, micro_batches=micros, mesh__stages=2)
+        summary = trained(run, tmp_path / f"{micros}{replicas}", 2, replicas)
+        angles.append(summary["alignment_deg"][:2])
+    for other in angles[1:]:
+        assert other == pytest.approx(angles[0], rel=1e-9)

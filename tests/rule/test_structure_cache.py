@@ -41,9 +41,9 @@ def test_kept_results_are_those_of_a_plan_by_itself(
     objective: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_table(objective)
-    kept = make_table(objective, **changes)
+    cached = make_table(objective, **changes)
     monkeypatch.setattr(StructureCache, "get", lambda self, key, compute: compute())
-    assert make_table(objective, **changes) == kept
+    assert make_table(objective, **changes) == cached
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "none"])
