@@ -1,4 +1,4 @@
-"""AugLocal's heads: which layers they are shaped by, how many units, and what they cost."""
+"""AugLocal's heads: the layers that they sample, their numbers of units and their costs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from torch.nn.functional import cross_entropy
 
 from dtrain.block.block import Block
 from dtrain.block.micro_batch import MicroBatch
-from dtrain.errors import DtrainError
+from dtrain.errors import ConfigError
 from dtrain.models import load_model
+from dtrain.models.layers import LayerStack
 from dtrain.models.resnet import ResidualUnit
-from dtrain.models.shape_inference import infer_layers
+from dtrain.models.shape_inference import LayerSpec, infer_layers
+from dtrain.objectives.base import Objective
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.common.head_networks import auglocal, sample_shapes
 from dtrain.objectives.local_head import LocalHead
@@ -33,14 +35,14 @@ def at(block: int, blocks: int) -> BlockSpec:
     return BlockSpec(block, blocks, (3, 8, 8), (4, 8, 8), D, 10)
 
 
-# How many units
+# Numbers of units
 
 
 @pytest.mark.parametrize(
     ("blocks", "depth", "aux"), [(16, 2, 30), (55, 3, 135), (55, 5, 216), (3, 4, 6), (2, 4, 4)]
 )
 def test_units_over_all_blocks(blocks: int, depth: int, aux: int) -> None:
-    """The published sums; beside them three blocks (4 and 2) and two (4), counted by hand."""
+    """The published sums, and those of three blocks (4 + 2) and of two (4), counted by hand."""
     objective = LocalHead("auglocal", depth=depth)
     units = [objective.unit_count(at(block, blocks)) for block in range(blocks - 1)]
     assert sum(units) == aux
@@ -53,18 +55,18 @@ def test_a_pyramid_ends_where_it_says(pyramid: float, units: list[int]) -> None:
     assert [objective.unit_count(at(block, 4)) for block in range(3)] == units
 
 
-def test_wrong_numbers_are_refused() -> None:
-    for fields, text in (({"depth": 0}, "depth = 0.*greedy"), ({"pyramid": 1.5}, "pyramid = 1.5")):
-        with pytest.raises(DtrainError, match=text):
-            LocalHead("auglocal", **fields)
+@pytest.mark.parametrize("fields", [{"depth": 0}, {"pyramid": 1.5}], ids=str)
+def test_wrong_numbers_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        LocalHead("auglocal", **fields)
 
 
-# Which layers
+# Sampled layers
 
 
 def test_samples_are_evenly_spread_and_end_with_the_last_layer() -> None:
     """Layers k + 1 ... n - 1 of n = 14, with k = 4: round(k + (n - k - 1) i / d), i = 1 ... d."""
-    later = [(each,) for each in range(5, 14)]
+    later = [(layer,) for layer in range(5, 14)]
     for count in (1, 3, 4, 5, 7, 8):  # none of them falls between two layers
         assert sample_shapes(later, count) == [
             (round(4 + 9 * i / count),) for i in range(1, count + 1)
@@ -75,34 +77,29 @@ def test_samples_are_evenly_spread_and_end_with_the_last_layer() -> None:
 
 
 @cache
-def walked() -> Any:
-    """Return ResNet-20 and what is known of its layers."""
+def resnet20() -> tuple[LayerStack, tuple[LayerSpec, ...]]:
     net = load_model("resnet", {"depth": 20}, Path(), (3, 32, 32), 10)
     return net, infer_layers(net, (3, 32, 32), torch.float32)
 
 
-def priced(objective: Any) -> tuple[BlockCosts, Any]:
-    net, specs = walked()
-    return BlockCosts(specs, objective, net, BlockSpec.from_data((3, 32, 32), 10), 7), specs
+def resnet20_costs(objective: Objective) -> BlockCosts:
+    net, specs = resnet20()
+    return BlockCosts(specs, objective, net, BlockSpec.from_data((3, 32, 32), 10), 7)
 
 
-def test_only_this_head_looks_ahead() -> None:
-    assert (
-        AUG.needs_downstream_layers,
-        LocalHead().needs_downstream_layers,
-        LocalHead("dgl").needs_downstream_layers,
-    ) == (True, False, False)
-    assert priced(LocalHead())[0].block_spec(0, 2, 0, 3).downstream_layers == ()
+def test_only_this_head_needs_downstream_layers() -> None:
+    heads = [AUG, LocalHead(), LocalHead("dgl")]
+    assert [head.needs_downstream_layers for head in heads] == [True, False, False]
+    assert resnet20_costs(LocalHead()).block_spec(0, 2, 0, 3).downstream_layers == ()
 
 
 def test_the_shapes_of_a_resnets_head() -> None:
-    """ResNet-20 cut behind unit1-2: seven units come later, of which d = 2 are 4 and 7."""
-    prices, _ = priced(AUG)
-    task = prices.block_spec(0, 2, 0, 3)
-    assert [each.name for each in task.downstream_layers][3::3] == ["unit2-3", "unit3-3"]
+    """ResNet-20 cut behind unit1-2: of the seven later units, d = 2 samples numbers 4 and 7."""
+    spec = resnet20_costs(AUG).block_spec(0, 2, 0, 3)
+    assert [layer.name for layer in spec.downstream_layers][3::3] == ["unit2-3", "unit3-3"]
     with torch.device("meta"):
-        head = AUG.build_head(task)
-    units = [each for each in head.modules() if isinstance(each, ResidualUnit)]
+        head = AUG.build_head(spec)
+    units = [module for module in head.modules() if isinstance(module, ResidualUnit)]
     shapes, x = [], torch.zeros(2, 16, 32, 32, device="meta")
     for unit in units:
         x = unit(x)
@@ -112,32 +109,34 @@ def test_the_shapes_of_a_resnets_head() -> None:
 
 
 def test_a_head_before_the_models_own_is_greedy() -> None:
-    prices, specs = priced(AUG)
-    task = prices.block_spec(0, 2, 0, len(specs) - 1)
-    assert [each.name for each in task.downstream_layers] == ["head"]
+    _, specs = resnet20()
+    spec = resnet20_costs(AUG).block_spec(0, 2, 0, len(specs) - 1)
+    assert [layer.name for layer in spec.downstream_layers] == ["head"]
     with torch.device("meta"):
-        assert [tuple(p.shape) for p in AUG.build_head(task).parameters()] == [(10, 64), (10,)]
+        parameters = list(AUG.build_head(spec).parameters())
+    assert [tuple(parameter.shape) for parameter in parameters] == [(10, 64), (10,)]
 
 
-def test_heads_are_part_of_what_is_balanced() -> None:
-    """The first block of two is shorter than without them, and the price is the unit's by hand."""
-    (prices, _), (plain, _) = priced(AUG), priced(LocalHead())
+def test_balancing_includes_the_heads() -> None:
+    """The first block of two is shorter than with greedy heads; costs are counted by hand."""
+    auglocal_costs, greedy_costs = resnet20_costs(AUG), resnet20_costs(LocalHead())
     j = 3
     first, second = 9 * 16 * 32 + 9 * 32 * 32 + 16 * 32, 9 * 32 * 64 + 9 * 64 * 64 + 32 * 64
-    forward = 256 * first + 64 * second + 640
-    found = prices.head_spec(prices.block_spec(0, 2, 0, j))
-    assert found is not None
-    assert (found.forward_macs, found.couples_samples) == (forward, True)
-    greedy = plain.head_spec(plain.block_spec(0, 2, 0, j))
-    assert prices.flops(0, j) - plain.flops(0, j) == total_macs(found) - total_macs(greedy)
+    forward_macs = 256 * first + 64 * second + 640
+    head = auglocal_costs.head_spec(auglocal_costs.block_spec(0, 2, 0, j))
+    assert head is not None
+    assert (head.forward_macs, head.couples_samples) == (forward_macs, True)
+    greedy_head = greedy_costs.head_spec(greedy_costs.block_spec(0, 2, 0, j))
+    difference = total_macs(head) - total_macs(greedy_head)
+    assert auglocal_costs.flops(0, j) - greedy_costs.flops(0, j) == difference
 
-    def cut(own: BlockCosts) -> int:
-        return min((2, 4, 5, 6), key=lambda j: max(own.flops(0, j), own.flops(j, 10)))
+    def best_cut(costs: BlockCosts) -> int:
+        return min((2, 4, 5, 6), key=lambda j: max(costs.flops(0, j), costs.flops(j, 10)))
 
-    assert cut(prices) < cut(plain)
+    assert best_cut(auglocal_costs) < best_cut(greedy_costs)
 
 
-# What they are made of
+# Networks of the heads
 
 
 @pytest.mark.parametrize("unit", ["residual", "convolution"])
@@ -157,46 +156,45 @@ def test_heads_are_part_of_what_is_balanced() -> None:
 def test_units_have_the_shapes_that_were_sampled(
     unit: Any, norm: Any, first: Any, images: Any, flat: Any
 ) -> None:
-    made = auglocal(first, [*images, *flat], 3, unit, norm, 2).to(D)
-    found: list[Any] = [first]
-    for each in made:
-        each.register_forward_hook(lambda _m, _a, out: found.append(tuple(out.shape[1:])))
-    assert made(torch.randn(5, *first, dtype=D)).shape == (5, 3)
-    kept = [shape for shape in images if shape in found]
-    assert kept == images
-    linear = [each.out_features for each in made.modules() if isinstance(each, nn.Linear)]
+    head = auglocal(first, [*images, *flat], 3, unit, norm, 2).to(D)
+    shapes: list[Any] = [first]
+    for layer in head:
+        layer.register_forward_hook(lambda _m, _a, out: shapes.append(tuple(out.shape[1:])))
+    assert head(torch.randn(5, *first, dtype=D)).shape == (5, 3)
+    assert [shape for shape in images if shape in shapes] == images
+    linear = [module.out_features for module in head.modules() if isinstance(module, nn.Linear)]
     assert linear == [*map(math.prod, flat), 3]
-    norms = [each for each in made.modules() if "Norm" in type(each).__name__]
+    norms = [module for module in head.modules() if "Norm" in type(module).__name__]
     assert bool(norms) == (norm != "none" and bool(images))
 
 
 def test_flat_heads_are_linear_and_relu() -> None:
-    made = auglocal((12,), [(7,), (6,)], 3, "residual", "batch", 8).to(D)
+    head = auglocal((12,), [(7,), (6,)], 3, "residual", "batch", 8).to(D)
     x = torch.randn(5, 12, dtype=D)
-    w = list(made.parameters())
+    w = list(head.parameters())
     hidden = ((x @ w[0].T + w[1]).relu() @ w[2].T + w[3]).relu()
-    torch.testing.assert_close(made(x), hidden @ w[4].T + w[5])
+    torch.testing.assert_close(head(x), hidden @ w[4].T + w[5])
 
 
 # The laws
 
 
-def blocks(cuts: tuple[int, ...]) -> list[tuple[BlockSpec, Block]]:
-    """Return a ResNet-8 of width 4 with its heads, cut at layers, in float64."""
+def make_blocks(cuts: tuple[int, ...]) -> list[tuple[BlockSpec, Block]]:
+    """Return the blocks of a ResNet-8 of width 4 with its heads, cut at layers, in float64."""
     net = load_model("resnet", {"depth": 8, "width": 4}, Path(), (3, 8, 8), 3)
     specs = infer_layers(net, (3, 8, 8), D)
-    prices = BlockCosts(specs, AUG, net, BlockSpec.from_data((3, 8, 8), 3), 1)
-    made = []
+    costs = BlockCosts(specs, AUG, net, BlockSpec.from_data((3, 8, 8), 3), 1)
+    blocks = []
     for index, (i, j) in enumerate(itertools.pairwise((0, *cuts, len(specs)))):
-        task = prices.block_spec(index, len(cuts) + 1, i, j)
+        spec = costs.block_spec(index, len(cuts) + 1, i, j)
         with seeded("heads", index):
-            helper = AUG.make_head(task)
+            head = AUG.make_head(spec)
         layers = net.build(range(i, j), 1, D)
-        made.append((task, Block(index, layers, helper and helper.to(D), step)))
-    return made
+        blocks.append((spec, Block(index, layers, head and head.to(D), make_sgd)))
+    return blocks
 
 
-def step(parameters: Any) -> torch.optim.Optimizer:
+def make_sgd(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1)
 
 
@@ -208,20 +206,21 @@ def batch() -> tuple[Tensor, Tensor]:
 
 def test_the_loss_of_a_block_moves_no_other(batch: tuple[Tensor, Tensor]) -> None:
     x, y = batch
-    made = blocks((2, 3))
-    for own, (task, learner) in enumerate(made):
-        live = MicroBatch(x.detach(), learner.forward(x.detach(), ()), y)
-        learner.backward(AUG.backward_pairs(task, learner, live))
-        for other, (_, each) in enumerate(made):
-            assert all((p.grad is not None) == (own == other) for p in each.trainable_parameters)
-            for parameter in each.trainable_parameters:
+    blocks = make_blocks((2, 3))
+    for index, (spec, block) in enumerate(blocks):
+        micro_batch = MicroBatch(x.detach(), block.forward(x.detach(), ()), y)
+        block.backward(AUG.backward_pairs(spec, block, micro_batch))
+        for other, (_, other_block) in enumerate(blocks):
+            for parameter in other_block.trainable_parameters:
+                assert (parameter.grad is not None) == (other == index)
                 parameter.grad = None
-        x = live.y
+        x = micro_batch.y
 
 
 def test_one_block_is_backprop(batch: tuple[Tensor, Tensor]) -> None:
     x, y = batch
-    [(task, ours)], [(_, theirs)] = blocks(()), blocks(())
-    ours.backward(AUG.backward_pairs(task, ours, MicroBatch(x, ours.forward(x, ()), y)))
-    cross_entropy(nn.Sequential(*theirs.layers.values())(x), y).backward()
-    assert all(map(torch.equal, ours.gradients(), theirs.gradients()))
+    [(spec, block)], [(_, reference)] = make_blocks(()), make_blocks(())
+    micro_batch = MicroBatch(x, block.forward(x, ()), y)
+    block.backward(AUG.backward_pairs(spec, block, micro_batch))
+    cross_entropy(nn.Sequential(*reference.layers.values())(x), y).backward()
+    assert all(map(torch.equal, block.gradients(), reference.gradients()))

@@ -1,9 +1,9 @@
-"""Data: what is read is pure in the indices, orders are permutations, damage is refused."""
+"""Data: reads depend only on the indices, orders are permutations, damage is refused."""
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from dtrain.data import hdf5, load_data
-from dtrain.data import hdf5 as memory
 from dtrain.data.dataset import (
     ArrayDataset,
     Dataset,
@@ -24,7 +23,8 @@ from dtrain.data.dataset import (
     to_float_tensor,
 )
 from dtrain.data.sampler import SHUFFLES, epoch_order, even_ranges, updates_per_epoch
-from dtrain.errors import ConfigError, DataError, DtrainError
+from dtrain.errors import ConfigError, DataError
+from tests.refusals import refuses
 
 RNG = np.random.default_rng(0)
 X = RNG.integers(0, 256, (300, 3, 4, 5), dtype=np.uint8)
@@ -33,7 +33,7 @@ FILES = {"train": "train.h5", "test": "test.h5"}
 
 
 def write(path: Path, x: Any = X, y: Any = Y, **attributes: Any) -> None:
-    """Write what is not None."""
+    """Write an HDF5 file with those of `x` and `y` that are not None."""
     with h5py.File(path, "w") as file:
         for key, value in (("x", x), ("y", y)):
             if value is not None:
@@ -44,20 +44,12 @@ def write(path: Path, x: Any = X, y: Any = Y, **attributes: Any) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a good pair of files, first on an import path that is restored afterwards."""
+    """Return a folder with a valid pair of files; restore the import path afterwards."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     write(tmp_path / "train.h5")
     write(tmp_path / "test.h5", X[:50], Y[:50])
     return tmp_path
-
-
-def refused(call: Callable[[], object], *words: str, code: int = DataError.code) -> None:
-    with pytest.raises(DtrainError) as caught:
-        call()
-    assert caught.value.code == code
-    for word in words:
-        assert word in caught.value.message
 
 
 # Order
@@ -70,7 +62,7 @@ def test_an_order_holds_every_sample_once(shuffle: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("shuffle", SHUFFLES)
-def test_an_order_is_pure_in_seed_and_epoch(shuffle: str) -> None:
+def test_an_order_depends_only_on_seed_and_epoch(shuffle: str) -> None:
     first = epoch_order(10_000, 1, 2, shuffle)
     np.random.default_rng().random(3)
     assert np.array_equal(first, epoch_order(10_000, 1, 2, shuffle))
@@ -84,23 +76,23 @@ def test_an_order_is_the_same_for_ever() -> None:
 
 
 def test_chunks_are_read_in_long_runs() -> None:
-    got = epoch_order(10_000, 0, 0, "chunks", chunk=100, window=4)
+    chunks = epoch_order(10_000, 0, 0, "chunks", chunk=100, window=4) // 100
     for start in range(0, 10_000, 400):
-        runs = np.unique(got[start : start + 400] // 100)
-        assert len(runs) == 4
-    assert not np.array_equal(got[:100] // 100, np.full(100, got[0] // 100))
+        assert len(np.unique(chunks[start : start + 400])) == 4
+    assert not np.array_equal(chunks[:100], np.full(100, chunks[0]))
 
 
 def test_unknown_shuffle() -> None:
-    refused(lambda: epoch_order(10, 0, 0, "ful"), "did you mean 'full'", code=ConfigError.code)
+    with refuses(ConfigError, "shuffle.unknown"):
+        epoch_order(10, 0, 0, "ful")
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 6, 7, 128])
 @pytest.mark.parametrize("n", [1, 2, 3, 7])
-def test_parts(count: int, n: int) -> None:
-    got = even_ranges(count, n)
-    assert [i for part in got for i in part] == list(range(count))
-    sizes = [len(part) for part in got]
+def test_even_ranges(count: int, n: int) -> None:
+    ranges = even_ranges(count, n)
+    assert list(itertools.chain(*ranges)) == list(range(count))
+    sizes = [len(samples) for samples in ranges]
     assert len(sizes) == n
     assert max(sizes) - min(sizes) <= 1
     assert sizes == sorted(sizes, reverse=True)
@@ -110,64 +102,65 @@ def test_updates_per_epoch() -> None:
     assert [updates_per_epoch(n, 4) for n in (1, 4, 5, 8)] == [1, 1, 2, 2]
 
 
-# Sources
+# Data sets
 
 
 def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    refused(lambda: load_data("digits", {}, Path()), "pip install 'dtrain[demo]'")
+    with refuses(DataError, "data.scikit-learn-missing"):
+        load_data("digits", {}, Path())
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_hdf5_gives_what_was_written(
-    folder: Path, whole: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_hdf5_returns_the_written_samples(
+    folder: Path, in_memory: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hdf5, "fits_in_memory", lambda size: whole)
+    monkeypatch.setattr(hdf5, "fits_in_memory", lambda size: in_memory)
     train = load_data("hdf5", FILES, folder, normalise=False).train
     assert (train.size, train.shape, train.classes) == (300, (3, 4, 5), 7)
     for indices in (RNG.permutation(300)[:128], np.array([5]), np.array([299, 0, 299]), []):
         indices = np.asarray(indices, np.int64)
-        got = train.inputs(indices)
-        assert got.dtype == torch.float32
-        assert got.is_contiguous()
-        assert torch.equal(got, torch.from_numpy(X[indices]).float() / 255)
+        x = train.inputs(indices)
+        assert x.dtype == torch.float32
+        assert x.is_contiguous()
+        assert torch.equal(x, torch.from_numpy(X[indices]).float() / 255)
         assert torch.equal(train.targets(indices), torch.from_numpy(Y[indices]))
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected"),
+    ("dtype", "expected"),
     [("float16", "float32"), (">f4", "float32"), ("float32", "float32"), ("float64", "float64")],
 )
-def test_floats_are_kept(folder: Path, kind: str, expected: str) -> None:
-    x = RNG.normal(size=(40, 6)).astype(kind)
+def test_floats_are_kept(folder: Path, dtype: str, expected: str) -> None:
+    x = RNG.normal(size=(40, 6)).astype(dtype)
     write(folder / "train.h5", x, Y[:40])
     write(folder / "test.h5", x, Y[:40])
-    got = load_data("hdf5", FILES, folder, normalise=False).test.inputs([3, 1])
-    assert got.dtype == getattr(torch, expected)
-    assert np.array_equal(got.numpy(), x[[3, 1]].astype(expected))
+    inputs = load_data("hdf5", FILES, folder, normalise=False).test.inputs([3, 1])
+    assert inputs.dtype == getattr(torch, expected)
+    assert np.array_equal(inputs.numpy(), x[[3, 1]].astype(expected))
 
 
 def test_labels_and_shape_are_known_without_images(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def never(*_: object) -> Tensor:
+    def fail(*_: object) -> Tensor:
         raise AssertionError("images were read")
 
-    monkeypatch.setattr(hdf5, "to_float_tensor", never)
-    both = load_data("hdf5", FILES, folder)
-    assert (both.train.shape, both.test.classes) == ((3, 4, 5), 7)
-    assert both.train.targets([8, 0]).tolist() == [1, 0]
+    monkeypatch.setattr(hdf5, "to_float_tensor", fail)
+    splits = load_data("hdf5", FILES, folder)
+    assert (splits.train.shape, splits.test.classes) == ((3, 4, 5), 7)
+    assert splits.train.targets([8, 0]).tolist() == [1, 0]
     with pytest.raises(AssertionError, match="images were read"):
-        both.train.inputs([0])
+        splits.train.inputs([0])
 
 
 def test_batches_are_the_callers_own() -> None:
     x = np.ones((4, 3), np.float32)
-    source = ArrayDataset(4, (3,), 2, lambda: x, lambda: np.zeros(4, np.int64))
+    dataset = ArrayDataset(4, (3,), 2, lambda: x, lambda: np.zeros(4, np.int64))
     for indices in (range(4), [1, 2]):
-        got = source.inputs(indices)
-        assert got.data_ptr() % 64 == 0
-        got.zero_()
+        batch = dataset.inputs(indices)
+        assert batch.data_ptr() % 64 == 0
+        batch.zero_()
         assert x.min() == 1
 
 
@@ -175,28 +168,27 @@ def test_batches_are_the_callers_own() -> None:
 
 
 def test_standardised_by_the_training_split(folder: Path) -> None:
-    both = load_data("hdf5", FILES, folder)
+    splits = load_data("hdf5", FILES, folder)
     raw = torch.from_numpy(X).double()
     mean = raw.mean((0, 2, 3), keepdim=True)
     deviation = raw.std((0, 2, 3), keepdim=True, correction=0)
     expected = ((raw - mean) / deviation).float()
-    torch.testing.assert_close(both.train.inputs(range(300)), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(both.test.inputs(range(50)), expected[:50], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(splits.train.inputs(range(300)), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(splits.test.inputs(range(50)), expected[:50], atol=1e-5, rtol=1e-5)
 
 
-def test_stated_statistics_are_used_and_nothing_is_read(
+def test_statistics_of_the_file_are_used_instead_of_computed_ones(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(folder / "train.h5", mean=[10.0, 20.0, 30.0], std=[2.0, 4.0, 0.0])
-    both = load_data("hdf5", FILES, folder)
+    splits = load_data("hdf5", FILES, folder)
     monkeypatch.setattr(Dataset, "moments", None)
-    expected = (X[[1]].astype(float) - np.reshape([10, 20, 30], (1, 3, 1, 1))) / np.reshape(
-        [2, 4, 255], (1, 3, 1, 1)
-    )
-    got = both.test.inputs([1])
-    np.testing.assert_allclose(got.numpy()[:, :2], expected[:, :2], rtol=1e-5)
-    # A constant channel is left at scale 1, which for bytes is that of 0 ... 1.
-    np.testing.assert_allclose(got.numpy()[:, 2], expected[:, 2], rtol=1e-5, atol=1e-6)
+    # A constant channel is left at scale 1, and bytes are scaled to 0 ... 1: hence 255.
+    mean, deviation = (np.reshape(row, (1, 3, 1, 1)) for row in ([10, 20, 30], [2, 4, 255]))
+    expected = (X[[1]].astype(float) - mean) / deviation
+    inputs = splits.test.inputs([1]).numpy()
+    np.testing.assert_allclose(inputs[:, :2], expected[:, :2], rtol=1e-5)
+    np.testing.assert_allclose(inputs[:, 2], expected[:, 2], rtol=1e-5, atol=1e-6)
 
 
 def test_moments_of_constant_and_of_shifted_channels() -> None:
@@ -210,97 +202,100 @@ def test_moments_of_constant_and_of_shifted_channels() -> None:
 
 def test_constant_channels_do_not_explode() -> None:
     x = np.full((10, 2), 0.1, np.float32)
-    source = ArrayDataset(10, (2,), 2, lambda: x, lambda: np.zeros(10, np.int64))
-    both = standardise(DatasetSplits(source, source))
-    assert float(both.train.inputs(range(10)).abs().max()) < 1e-6
+    dataset = ArrayDataset(10, (2,), 2, lambda: x, lambda: np.zeros(10, np.int64))
+    splits = standardise(DatasetSplits(dataset, dataset))
+    assert float(splits.train.inputs(range(10)).abs().max()) < 1e-6
 
 
-def test_bytes_become_shares() -> None:
-    assert to_float_tensor(np.array([[0, 51, 255]], np.uint8)).tolist() == [
-        [0.0, pytest.approx(0.2), 1.0]
-    ]
+def test_bytes_are_scaled_to_the_unit_range() -> None:
+    x = to_float_tensor(np.array([0, 51, 255], np.uint8))
+    assert x.tolist() == [0.0, pytest.approx(0.2), 1.0]
 
 
 # Damage
 
 
-CHANGES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "no x": ({"x": None}, ("'x'", "['y']")),
-    "no y": ({"y": None}, ("'y'", "['x']")),
-    "lengths": ({"y": Y[:299]}, ("300 samples", "299 labels")),
-    "empty": ({"x": X[:0], "y": Y[:0]}, ("(0, 3, 4, 5)",)),
-    "no pixels": ({"x": X[:, :, :0]}, ("(300, 3, 0, 5)",)),
-    "flat x": ({"x": np.zeros(300, np.float32)}, ("(300,)", "channels")),
-    "float labels": ({"y": Y.astype(float)}, ("float64", "integer")),
-    "wide labels": ({"y": Y.reshape(-1, 1)}, ("(300, 1)",)),
-    "negative": ({"y": Y - 1}, ("-1", "sample 0")),
-    "int x": ({"x": X.astype(np.int32)}, ("int32", "uint8")),
-    "mean": ({"mean": [1.0], "std": [1.0]}, ("(1,)", "3 numbers")),
-    "nan": ({"mean": [np.nan] * 3, "std": [1.0] * 3}, ("nan", "no statistics")),
+DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
+    "no x": ({"x": None}, "data.hdf5-dataset-missing"),
+    "no y": ({"y": None}, "data.hdf5-dataset-missing"),
+    "lengths": ({"y": Y[:299]}, "data.lengths-differ"),
+    "empty": ({"x": X[:0], "y": Y[:0]}, "data.samples-empty"),
+    "no pixels": ({"x": X[:, :, :0]}, "data.samples-empty"),
+    "flat x": ({"x": np.zeros(300, np.float32)}, "data.samples-flat"),
+    "float labels": ({"y": Y.astype(float)}, "data.labels-not-integers"),
+    "wide labels": ({"y": Y.reshape(-1, 1)}, "data.labels-not-integers"),
+    "negative": ({"y": Y - 1}, "data.labels-negative"),
+    "int x": ({"x": X.astype(np.int32)}, "data.samples-dtype"),
+    "mean": ({"mean": [1.0], "std": [1.0]}, "data.statistics-shape"),
+    "nan": ({"mean": [np.nan] * 3, "std": [1.0] * 3}, "data.statistics-invalid"),
 }
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-@pytest.mark.parametrize("change", CHANGES)
-def test_damaged_contents(folder: Path, split: str, change: str) -> None:
-    wrong, words = CHANGES[change]
-    write(folder / f"{split}.h5", **({"x": X, "y": Y} | wrong))
-    refused(lambda: load_data("hdf5", FILES, folder), f"{split}.h5", *words)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_contents(folder: Path, split: str, damage: str) -> None:
+    contents, key = DAMAGES[damage]
+    write(folder / f"{split}.h5", **({"x": X, "y": Y} | contents))
+    with refuses(DataError, key) as caught:
+        load_data("hdf5", FILES, folder)
+    assert f"{split}.h5" in caught.value.message
 
 
 @pytest.mark.parametrize("classes", [list("abcdef"), 6])
 def test_labels_out_of_range(folder: Path, classes: object) -> None:
     write(folder / "train.h5", classes=classes)
-    refused(
-        lambda: load_data("hdf5", FILES, folder), "train.h5", "label 6 at sample 6", "6 classes"
-    )
+    with refuses(DataError, "data.labels-out-of-range") as caught:
+        load_data("hdf5", FILES, folder)
+    assert "train.h5" in caught.value.message
 
 
-def test_splits_that_do_not_fit(folder: Path) -> None:
+def test_splits_of_other_shapes(folder: Path) -> None:
     write(folder / "test.h5", X[:, :2])
-    refused(lambda: load_data("hdf5", FILES, folder), "(3, 4, 5)", "(2, 4, 5)")
+    with refuses(DataError, "data.splits-shapes-differ"):
+        load_data("hdf5", FILES, folder)
+
+
+def test_splits_of_other_classes(folder: Path) -> None:
     write(folder / "test.h5", X, Y + 1)
-    refused(lambda: load_data("hdf5", FILES, folder), "label 7", "7 classes")
+    with refuses(DataError, "data.labels-out-of-range"):
+        load_data("hdf5", FILES, folder)
     write(folder / "train.h5", classes=list("abcdefg"))
     write(folder / "test.h5", classes=list("hbcdefg"))
-    refused(lambda: load_data("hdf5", FILES, folder), "h, b, c, ...", "a, b, c, ...")
+    with refuses(DataError, "data.class-names-differ"):
+        load_data("hdf5", FILES, folder)
 
 
 def test_files_that_are_not_hdf5(folder: Path) -> None:
-    good = (folder / "train.h5").read_bytes()
-    for content in (b"", b"hello", good[: len(good) // 2]):
-        (folder / "train.h5").write_bytes(content)
-        refused(lambda: load_data("hdf5", FILES, folder), "train.h5", f"{len(content)} bytes")
-    (folder / "train.h5").unlink()
-    refused(
-        lambda: load_data("hdf5", FILES, folder), "train.h5", "no such file", "dtrain data import"
-    )
-    (folder / "train.h5").mkdir()
-    refused(lambda: load_data("hdf5", FILES, folder), "train.h5")
+    path = folder / "train.h5"
+    valid = path.read_bytes()
+    for content in (b"", b"hello", valid[: len(valid) // 2]):
+        path.write_bytes(content)
+        with refuses(DataError, "data.file-damaged"):
+            load_data("hdf5", FILES, folder)
+    path.unlink()
+    with refuses(DataError, "data.file-missing"):
+        load_data("hdf5", FILES, folder)
+    path.mkdir()
+    with refuses(DataError, "data.file-missing"):
+        load_data("hdf5", FILES, folder)
 
 
 def test_keys_of_hdf5(folder: Path) -> None:
-    refused(lambda: load_data("hdf5", {"train": "a"}, folder), "test", code=ConfigError.code)
-    refused(
-        lambda: load_data("hdf5", {"train": "", "test": "b"}, folder),
-        "train = ''",
-        code=ConfigError.code,
-    )
-    refused(
-        lambda: load_data("hdf5", FILES | {"tset": 1}, folder),
-        "'tset'",
-        "'test'",
-        code=ConfigError.code,
-    )
-    refused(lambda: load_data("hdf6", FILES, folder), "did you mean 'hdf5'", code=ConfigError.code)
+    with refuses(ConfigError, "data.path-invalid"):
+        load_data("hdf5", {"train": "", "test": "b"}, folder)
+    with refuses(ConfigError, "data.unknown"):
+        load_data("hdf6", FILES, folder)
+    for fields in ({"train": "a"}, FILES | {"tset": 1}):
+        with pytest.raises(ConfigError):
+            load_data("hdf5", fields, folder)
 
 
 def test_memory_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "available_bytes", lambda: 8000)
-    assert memory.fits_in_memory(1000)
-    assert not memory.fits_in_memory(1001)
-    monkeypatch.setattr(memory, "available_bytes", lambda: 2**50)
-    assert not memory.fits_in_memory(2**33)
+    monkeypatch.setattr(hdf5, "available_bytes", lambda: 8000)
+    assert hdf5.fits_in_memory(1000)
+    assert not hdf5.fits_in_memory(1001)
+    monkeypatch.setattr(hdf5, "available_bytes", lambda: 2**50)
+    assert not hdf5.fits_in_memory(2**33)
 
 
 # A user's own data
@@ -314,44 +309,52 @@ def arrays(size=8):
     x = torch.arange(size * 3.0).reshape(size, 3)
     return x, torch.arange(size) % 2, x[:4].numpy(), np.array([0, 1, 1, 0])
 
-def own():
+def splits():
     x, y, *_ = arrays()
-    source = ArrayDataset(8, (3,), 2, x.numpy, y.numpy)
-    return DatasetSplits(source, source)
+    dataset = ArrayDataset(8, (3,), 2, x.numpy, y.numpy)
+    return DatasetSplits(dataset, dataset)
 
 def three(): return arrays()[:3]
 def nothing(): return None
 def uneven():
     x, y, *test = arrays()
     return x, y[1:], *test
-def strange():
+def more_classes_in_test():
     x, y, *test = arrays()
     return x, y * 0, *test
 def raises(): raise KeyError("my own")
 """
 
 
-def test_custom_data(folder: Path) -> None:
+@pytest.mark.parametrize(("function", "fields"), [("arrays", {"size": 8}), ("splits", {})])
+def test_a_users_function(folder: Path, function: str, fields: dict[str, object]) -> None:
     (folder / "mydata.py").write_text(CODE)
-    for name, fields in (("arrays", {"size": 8}), ("own", {})):
-        both = load_data(f"mydata:{name}", fields, folder, normalise=False)
-        assert (both.train.size, both.train.shape, both.train.classes) == (8, (3,), 2)
-        assert both.train.inputs([2, 0]).tolist() == [[6, 7, 8], [0, 1, 2]]
-        assert both.train.targets([1, 0]).tolist() == [1, 0]
-    normal = load_data("mydata:arrays", {}, folder).train.inputs(range(8))
-    torch.testing.assert_close(normal.mean(0), torch.zeros(3), atol=1e-6, rtol=0)
+    train = load_data(f"mydata:{function}", fields, folder, normalise=False).train
+    assert (train.size, train.shape, train.classes) == (8, (3,), 2)
+    assert train.inputs([2, 0]).tolist() == [[6, 7, 8], [0, 1, 2]]
+    assert train.targets([1, 0]).tolist() == [1, 0]
+    standardised = load_data(f"mydata:{function}", fields, folder).train.inputs(range(8))
+    torch.testing.assert_close(standardised.mean(0), torch.zeros(3), atol=1e-6, rtol=0)
 
 
-def test_wrong_custom_data(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("function", "key"),
+    [
+        ("three", "data.function-result"),
+        ("nothing", "data.function-result"),
+        ("uneven", "data.lengths-differ"),
+        ("more_classes_in_test", "data.labels-out-of-range"),
+    ],
+)
+def test_wrong_results_of_a_users_function(folder: Path, function: str, key: str) -> None:
     (folder / "wrongdata.py").write_text(CODE)
+    with refuses(DataError, key):
+        load_data(f"wrongdata:{function}", {}, folder)
 
-    def asked(name: str, **fields: object) -> Callable[[], object]:
-        return lambda: load_data(f"wrongdata:{name}", fields, folder)
 
-    refused(asked("three"), "tuple of 3", "x_train")
-    refused(asked("nothing"), "NoneType")
-    refused(asked("uneven"), "8 samples", "7 labels", "train")
-    refused(asked("strange"), "label 1", "test")
-    refused(asked("arrays", sizes=3), "did you mean 'size'", code=ConfigError.code)
+def test_errors_around_a_users_function(folder: Path) -> None:
+    (folder / "raisingdata.py").write_text(CODE)
+    with pytest.raises(ConfigError):
+        load_data("raisingdata:arrays", {"sizes": 3}, folder)
     with pytest.raises(KeyError, match="my own"):
-        load_data("wrongdata:raises", {}, folder)
+        load_data("raisingdata:raises", {}, folder)

@@ -1,8 +1,9 @@
-"""Networks for images: the papers' counts and functions, names for cuts, what is refused."""
+"""Networks for images: the papers' counts and functions, names for cuts, refused settings."""
 
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dtrain.block.block import Block
-from dtrain.errors import ConfigError, DtrainError
+from dtrain.errors import ConfigError
 from dtrain.models import load_model
 from dtrain.models.layers import LayerStack
 from dtrain.models.shape_inference import LayerSpec, infer_layers
+from tests.refusals import refuses
 
 CIFAR, DIGITS = (3, 32, 32), (1, 8, 8)
-LEAST: dict[str, dict[str, Any]] = {"resnet": {"depth": 8}, "cnn": {}}
-"""With one unit for each resolution."""
+SMALLEST: dict[str, dict[str, Any]] = {"resnet": {"depth": 8}, "cnn": {}}
+"""Fields of a network with one unit at each resolution."""
 
 VGG11 = [[64], [128], [256, 256], [512, 512], [512, 512]]
 VGG16 = [[64] * 2, [128] * 2, [256] * 3, [512] * 3, [512] * 3]
@@ -31,9 +33,13 @@ def net(name: str, shape: tuple[int, ...] = CIFAR, **fields: Any) -> LayerStack:
 
 
 @cache
-def walked(name: str, **fields: Any) -> tuple[LayerSpec, ...]:
-    """Return the specs of a network for CIFAR, which several tests read."""
+def inferred(name: str, **fields: Any) -> tuple[LayerSpec, ...]:
+    """Infer the layers of a network for CIFAR once for several tests."""
     return infer_layers(net(name, **fields), CIFAR, torch.float32)
+
+
+def macs(spec: LayerSpec) -> tuple[int, int, int]:
+    return spec.forward_macs, spec.weight_gradient_macs, spec.input_gradient_macs
 
 
 def parameters(name: str, **fields: Any) -> int:
@@ -41,7 +47,7 @@ def parameters(name: str, **fields: Any) -> int:
     return sum(p.numel() for layer in layers if layer is not None for p in layer.parameters())
 
 
-# What the papers say
+# Counts and functions of the papers
 
 
 @pytest.mark.parametrize(
@@ -54,9 +60,9 @@ def test_parameters_of_residual_networks_are_the_papers(depth: int, exact: int, 
     pairs = [(3, 16), *[(16, 16)] * 2 * n, (16, 32), *[(32, 32)] * (2 * n - 1)]
     pairs += [(32, 64), *[(64, 64)] * (2 * n - 1)]
     formula = sum(9 * a * b + 2 * b for a, b in pairs) + 64 * 10 + 10
-    found = parameters("resnet", depth=depth)
-    assert found == formula == exact
-    assert f"{found / 1e6:.{len(table) - 2}f}" == table
+    count = parameters("resnet", depth=depth)
+    assert count == formula == exact
+    assert f"{count / 1e6:.{len(table) - 2}f}" == table
 
 
 def test_projections_add_two_small_convolutions() -> None:
@@ -66,79 +72,72 @@ def test_projections_add_two_small_convolutions() -> None:
 
 def test_vgg_has_the_convolutions_of_the_paper() -> None:
     """Simonyan and Zisserman 2014, table 1, column D: 13 convolutions of 14.7 million weights."""
-    found = infer_layers(net("cnn", widths=VGG16, norm="none"), CIFAR, torch.float32)
-    assert len(found) == 13 + 1
-    assert sum(spec.parameters for spec in found[:-1]) == 14714688
+    specs = infer_layers(net("cnn", widths=VGG16, norm="none"), CIFAR, torch.float32)
+    assert len(specs) == 13 + 1
+    assert sum(spec.parameters for spec in specs[:-1]) == 14714688
 
 
 @pytest.mark.parametrize("name", ["resnet", "cnn"])
 def test_multiply_adds_of_a_convolution_are_the_formula(name: str) -> None:
-    """k^2 * inputs * outputs * pixels, alike in the forward and both halves of the backward."""
-    spec = walked(name)[0]
+    """k^2 * inputs * outputs * pixels, in the forward and in both halves of the backward."""
+    spec = inferred(name)[0]
     outputs = {"resnet": 16, "cnn": 32}[name]
-    once = 9 * 3 * outputs * 32 * 32
-    assert (spec.forward_macs, spec.weight_gradient_macs, spec.input_gradient_macs) == (
-        once,
-        once,
-        once,
-    )
+    assert macs(spec) == (9 * 3 * outputs * 32 * 32,) * 3
 
 
 def test_multiply_adds_of_a_unit_are_those_of_its_convolutions() -> None:
-    """The way back through the second convolution is counted once, not with the first's weights."""
-    spec = walked("resnet")[1]
-    once = 9 * 16 * 16 * 32 * 32
-    assert (spec.forward_macs, spec.weight_gradient_macs, spec.input_gradient_macs) == (
-        2 * once,
-    ) * 3
-    assert spec.skippable_macs == once
+    """The second convolution's input gradient is counted once, not with the first's weights."""
+    spec = inferred("resnet")[1]
+    convolution = 9 * 16 * 16 * 32 * 32
+    assert macs(spec) == (2 * convolution,) * 3
+    assert spec.skippable_macs == convolution
 
 
 def test_multiply_adds_of_resnet_20() -> None:
-    """41 million: 7 convolutions of 16 channels, 6 of 32, 6 of 64, each falls with the pixels."""
-    found = walked("resnet")
-    wide = 9 * 16 * 16 * 1024
-    wanted = 9 * 3 * 16 * 1024 + 6 * wide + 5 * wide + wide // 2 + 5 * wide + wide // 2 + 640
-    assert sum(spec.forward_macs for spec in found) == wanted
+    """41 million: 7 convolutions of 16 channels, 6 of 32 and 6 of 64, whose pixels fall by 4."""
+    convolution = 9 * 16 * 16 * 1024
+    halving = convolution // 2
+    stem, head = 9 * 3 * 16 * 1024, 640
+    expected = stem + 6 * convolution + 2 * (halving + 5 * convolution) + head
+    assert sum(spec.forward_macs for spec in inferred("resnet")) == expected
 
 
 @pytest.mark.parametrize("fields", [{}, {"shortcut": "projection"}], ids=["A", "B"])
 def test_a_unit_is_the_papers_function(fields: dict[str, Any]) -> None:
-    """relu(F(x) + shortcut(x)), fig. 2 and section 3.3, written out with plain functions."""
+    """relu(F(x) + shortcut(x)), fig. 2 and section 3.3, against plain functions."""
     model = net("resnet", **fields)
     unit = model.build([4], 0, torch.float64)["unit2-1"]
     x = torch.randn(5, 16, 7, 9, dtype=torch.float64)
     state = unit.state_dict()
 
-    def normed(y: Tensor, name: str) -> Tensor:
+    def normalise(y: Tensor, name: str) -> Tensor:
         mean, variance = y.mean((0, 2, 3), True), y.var((0, 2, 3), unbiased=False, keepdim=True)
         scale, shift = (state[f"{name}.{key}"].view(1, -1, 1, 1) for key in ("weight", "bias"))
         return (y - mean) / (variance + 1e-5).sqrt() * scale + shift
 
-    inner = functional.conv2d(x, state["conv1.weight"], stride=2, padding=1)
-    inner = functional.conv2d(normed(inner, "norm1").relu(), state["conv2.weight"], padding=1)
+    hidden = functional.conv2d(x, state["conv1.weight"], stride=2, padding=1)
+    hidden = functional.conv2d(normalise(hidden, "norm1").relu(), state["conv2.weight"], padding=1)
     if fields:
-        short = normed(functional.conv2d(x, state["shortcut.0.weight"], stride=2), "shortcut.1")
+        projected = functional.conv2d(x, state["shortcut.0.weight"], stride=2)
+        shortcut = normalise(projected, "shortcut.1")
     else:
-        short = torch.zeros(5, 32, 4, 5, dtype=torch.float64)
-        short[:, :16] = x[:, :, ::2, ::2]
-    torch.testing.assert_close(unit(x), (normed(inner, "norm2") + short).relu())
+        shortcut = torch.zeros(5, 32, 4, 5, dtype=torch.float64)
+        shortcut[:, :16] = x[:, :, ::2, ::2]
+    torch.testing.assert_close(unit(x), (normalise(hidden, "norm2") + shortcut).relu())
 
 
 def test_a_convolution_pools_behind_its_resolution() -> None:
-    model = net("cnn", DIGITS, widths=[[4], [6, 8]], norm="none")
-    layers = model.build(range(4), 0, torch.float64)
+    stack = net("cnn", DIGITS, widths=[[4], [6, 8]], norm="none")
+    layers = stack.build(range(4), 0, torch.float64)
     x = torch.randn(3, *DIGITS, dtype=torch.float64)
-    state = {
-        f"{n}.{key}": t for n, layer in layers.items() for key, t in layer.state_dict().items()
-    }
-    found = nn.Sequential(*layers.values())(x)
+    model = nn.Sequential(OrderedDict(layers))
+    state, output = model.state_dict(), model(x)
     for number in (1, 2, 3):
         weight, bias = state[f"conv{number}.conv.weight"], state[f"conv{number}.conv.bias"]
         x = functional.conv2d(x, weight, bias, padding=1).relu()
         x = functional.max_pool2d(x, 2) if number == 1 else x
-    wanted = x.mean((2, 3)) @ state["head.weight"].T + state["head.bias"]
-    torch.testing.assert_close(found, wanted)
+    expected = x.mean((2, 3)) @ state["head.weight"].T + state["head.bias"]
+    torch.testing.assert_close(output, expected)
 
 
 @pytest.mark.parametrize("name", ["resnet", "cnn"])
@@ -146,16 +145,16 @@ def test_convolutions_are_drawn_with_variance_two_over_n(name: str) -> None:
     """Eq. 10 of arXiv 1502.01852, by the standard error of a standard deviation."""
     model = net(name, norm="none")
     for layer in model.build(range(len(model.names)), 1, torch.float32).values():
-        for each in layer.modules():
-            if isinstance(each, nn.Conv2d) and each.bias is not None:
-                weight = each.weight.detach()
-                wanted = math.sqrt(2 / weight[0].numel())
-                error = wanted / math.sqrt(2 * weight.numel())
-                assert abs(weight.std().item() - wanted) < 5 * error
-                assert not each.bias.detach().any()
+        for module in layer.modules():
+            if isinstance(module, nn.Conv2d) and module.bias is not None:
+                weight = module.weight.detach()
+                expected = math.sqrt(2 / weight[0].numel())
+                standard_error = expected / math.sqrt(2 * weight.numel())
+                assert abs(weight.std().item() - expected) < 5 * standard_error
+                assert not module.bias.detach().any()
 
 
-# What cuts, blocks and the stream need
+# Names, shapes and conduct of layers
 
 
 def test_a_cut_may_stand_between_any_two_units() -> None:
@@ -172,13 +171,13 @@ def test_layers_of_a_cnn_end_with_their_pooling() -> None:
     assert list(model.names) == [f"conv{number}" for number in range(1, 9)] + ["head"]
     sizes = [(64, 16), (128, 8), (256, 8), (256, 4), (512, 4), (512, 2), (512, 2), (512, 2)]
     shapes = [spec.output_shape for spec in infer_layers(model, CIFAR, torch.float32)]
-    assert shapes == [*((c, s, s) for c, s in sizes), (10,)]
+    assert shapes == [*((channels, size, size) for channels, size in sizes), (10,)]
 
 
 @pytest.mark.parametrize("name", ["resnet", "cnn"])
 @pytest.mark.parametrize("shape", [DIGITS, (3, 7, 9), CIFAR])
 def test_small_and_odd_images_pass(name: str, shape: tuple[int, ...]) -> None:
-    model = net(name, shape, **LEAST[name])
+    model = net(name, shape, **SMALLEST[name])
     specs = infer_layers(model, shape, torch.float32)
     x = torch.randn(2, *shape)
     for layer, spec in zip(model.build(range(len(specs)), 0, x.dtype).values(), specs, strict=True):
@@ -188,30 +187,30 @@ def test_small_and_odd_images_pass(name: str, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("name", ["resnet", "cnn"])
 def test_gradients_lie_in_memory_as_their_weights_do(name: str) -> None:
-    """Images are turned inside a layer; what replicas send each other is not."""
+    """Images are in channels-last order inside a layer; gradients, which are sent, are not."""
     model = net(name, DIGITS)
     layers = nn.Sequential(*model.build(range(len(model.names)), 0, torch.float32).values())
     x = torch.randn(4, *DIGITS, requires_grad=True)
     layers(x).sum().backward()
     gradients = [parameter.grad for parameter in [x, *layers.parameters()]]
-    assert all(each is not None and each.is_contiguous() for each in gradients)
+    assert all(gradient is not None and gradient.is_contiguous() for gradient in gradients)
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "none"])
 @pytest.mark.parametrize("name", ["resnet", "cnn"])
 def test_batch_statistics_alone_couple_samples(name: str, norm: str) -> None:
-    model = net(name, DIGITS, norm=norm, **LEAST[name])
+    model = net(name, DIGITS, norm=norm, **SMALLEST[name])
     specs = infer_layers(model, DIGITS, torch.float64)
     assert {spec.couples_samples for spec in specs[:-1]} == {norm == "batch"}
-    whole = nn.Sequential(*model.build(range(len(specs)), 0, torch.float64).values())
+    module = nn.Sequential(*model.build(range(len(specs)), 0, torch.float64).values())
     x = torch.randn(4, *DIGITS, dtype=torch.float64)
-    alone = torch.cat([whole(x[:2]), whole(x[2:])])
-    assert torch.allclose(whole(x), alone, rtol=1e-12) == (norm != "batch")
+    halves = torch.cat([module(x[:2]), module(x[2:])])
+    assert torch.allclose(module(x), halves, rtol=1e-12) == (norm != "batch")
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "none"])
 @pytest.mark.parametrize("name", ["resnet", "cnn"])
-def test_layers_neither_draw_nor_write_to_what_enters(name: str, norm: str) -> None:
+def test_layers_neither_draw_nor_write_to_their_input(name: str, norm: str) -> None:
     model = net(name, DIGITS, norm=norm)
     layers = model.build(range(len(model.names)), 0, torch.float32)
     block = Block(0, layers, None, lambda parameters: torch.optim.SGD(parameters, 0.1))
@@ -221,42 +220,49 @@ def test_layers_neither_draw_nor_write_to_what_enters(name: str, norm: str) -> N
     x = torch.randn(3, *DIGITS)
     torch.set_rng_state(state)
     for layer in layers.values():
-        kept = x.clone()
-        made = layer(x)
-        assert torch.equal(x, kept)
-        x = made
+        before = x.clone()
+        output = layer(x)
+        assert torch.equal(x, before)
+        x = output
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# What is refused
+# Refused settings
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "fields", "words"),
+    ("name", "shape", "fields", "key"),
     [
-        ("resnet", CIFAR, {"depth": 19}, "depth = 19: 6 n + 2 set depth = 14 or 20"),
-        ("resnet", CIFAR, {"depth": 2}, "depth = 2: set depth = 8 or 14"),
-        ("resnet", CIFAR, {"depth": "20"}, 'depth = "20" does not fit: give a whole number'),
-        ("resnet", CIFAR, {"width": 0}, "width = 0"),
-        ("resnet", CIFAR, {"norm": "layer"}, '"layer" does not fit "batch" or "group" or "none"'),
-        ("resnet", CIFAR, {"shortcut": "A"}, '[model] shortcut "identity" or "projection"'),
-        ("resnet", CIFAR, {"norm": "group", "groups": 6}, "groups = 6: 16 channels 1, 2, 4, 8, 16"),
-        ("resnet", CIFAR, {"norm": "group", "groups": 0}, "groups = 0"),
-        ("resnet", CIFAR, {"depht": 20}, "did you mean 'depth'"),
-        ("resnet", (10,), {}, "resnet (10,) mlp"),
-        ("cnn", (10,), {}, "cnn (10,) mlp"),
-        ("cnn", DIGITS, {"widths": VGG11}, "5 resolutions 8x8 halved 3 times at most 4 lists"),
-        ("cnn", CIFAR, {"widths": []}, "one list per resolution"),
-        ("cnn", CIFAR, {"widths": [[8], []]}, "one list per resolution"),
-        ("cnn", CIFAR, {"widths": [8, 16]}, "widths[0] = 8 does not fit"),
-        ("cnn", CIFAR, {"widths": [[0]]}, "one list per resolution"),
+        ("resnet", CIFAR, {"depth": 19}, "model.resnet-depth"),
+        ("resnet", CIFAR, {"depth": 2}, "model.resnet-depth"),
+        ("resnet", CIFAR, {"width": 0}, "model.resnet-width"),
+        ("resnet", CIFAR, {"norm": "group", "groups": 6}, "norm.groups-indivisible"),
+        ("resnet", CIFAR, {"norm": "group", "groups": 0}, "norm.groups-indivisible"),
+        ("resnet", (10,), {}, "model.needs-images"),
+        ("cnn", (10,), {}, "model.needs-images"),
+        ("cnn", DIGITS, {"widths": VGG11}, "model.cnn-resolutions"),
+        ("cnn", CIFAR, {"widths": []}, "model.cnn-widths"),
+        ("cnn", CIFAR, {"widths": [[8], []]}, "model.cnn-widths"),
+        ("cnn", CIFAR, {"widths": [[0]]}, "model.cnn-widths"),
     ],
 )
-def test_what_is_refused(
-    name: str, shape: tuple[int, ...], fields: dict[str, Any], words: str
+def test_unsuitable_settings(
+    name: str, shape: tuple[int, ...], fields: dict[str, Any], key: str
 ) -> None:
-    with pytest.raises(DtrainError) as caught:
+    with refuses(ConfigError, key):
         infer_layers(net(name, shape, **fields), shape, torch.float32)
-    assert caught.value.code == ConfigError.code
-    for word in words.split():
-        assert word in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("resnet", {"depth": "20"}),
+        ("resnet", {"norm": "layer"}),
+        ("resnet", {"shortcut": "A"}),
+        ("resnet", {"depht": 20}),
+        ("cnn", {"widths": [8, 16]}),
+    ],
+)
+def test_settings_of_another_type_or_name(name: str, fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        net(name, **fields)
