@@ -106,9 +106,7 @@ def test_groups_train_one_factor_each_and_merge_as_the_mode_says(mode: str, size
     def work(comm: Comm) -> dict[str, Any]:
         sync, block = made(comm, mode)
         stepped(sync, block, 0)  # full rank; then split, uncut
-        whole = {
-            n: product(f.left, f.right, f.product.shape) for n, f in block.low_rank_weights.items()
-        }
+        whole = {n: product(f.left, f.right, f.shape) for n, f in block.low_rank_weights.items()}
         start = {
             n: (f.left.detach().clone(), f.right.detach().clone())
             for n, f in block.low_rank_weights.items()
