@@ -1,7 +1,7 @@
-"""Factors: the matrix of a linear map or a convolution as a product of two or three, in its place.
+"""Low-rank weights: a layer's weight as a product of two or three factors.
 
-Invariant: the layer computes what it would with the product as its weight, up to rounding; whoever
-asks for its weight is given the product.
+Invariant: the layer computes what it would with the product as its weight, up to rounding, and code
+that reads its weight gets the product. The layer keeps its class, its `forward` and its hooks.
 
 ::
 
@@ -9,86 +9,188 @@ asks for its weight is given the product.
                      =  left (a, k) @ core (k, k) @ right (k, b)
 
     linear, convolution    x -- right --> k numbers -- left --> y      where that is less work,
-                           x -- left @ right --> y                     else
+                           x -- left @ right --> y                     otherwise
 
-A convolution's right factor is one of k channels, its left one of one pixel. A core stands between
-them where few rows come, else it is multiplied into `left` first.
+The factors are parameters of the layer, and its weight is a `FactoredWeight`: a tensor that
+`linear` and the convolutions apply factor by factor. The right factor of a convolution has k
+channels, its left one a kernel of one pixel. A core is applied between them where few rows come,
+otherwise it is multiplied into `left` first.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from functools import reduce
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial, reduce
 from typing import Any, final
 
 import torch
 from torch import Tensor, matmul, nn
-from torch.nn.functional import linear
+from torch.nn import functional
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_map
 
 FACTOR_NAMES = {2: ("left", "right"), 3: ("left", "core", "right")}
-"""What factors are called, by how many there are."""
+"""Names of the factors, by their number."""
 
 
-@final
-class ProductParametrization(nn.Module):
-    """What torch's parametrisation calls for the weight."""
+LOW_RANK_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Layers whose weight can be factorized."""
 
-    def __init__(self, shape: torch.Size, initial_factors: tuple[Tensor, ...]) -> None:
-        super().__init__()
-        self.shape, self.weight_override = shape, None
-        self._initial_factors = initial_factors
 
-    weight_override: Tensor | None
+FACTORS_MODULE = "low_rank"
+"""Name of the factors' module inside the layer: ``<layer>.low_rank.left``."""
 
-    def forward(self, *factors: Tensor) -> Tensor:
-        """Return the product, or the weight that is shown instead."""
-        return (
-            reduce(matmul, factors).view(self.shape)
-            if self.weight_override is None
-            else self.weight_override
-        )
 
-    def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """Return the factors to begin with."""
-        return self._initial_factors
+class FactoredWeight(Tensor):
+    """A weight that is the product of factors, computed only where it is needed.
+
+    `linear` and the convolutions apply the factors in turn where that is less work; every other
+    function of torch gets the product.
+
+    Attributes
+    ----------
+    factors : tuple of Tensor
+        From left to right: (a, k), maybe (k, k), (k, b).
+    weight_shape : torch.Size
+        Shape of the weight.
+    """
+
+    factors: tuple[Tensor, ...]
+    weight_shape: torch.Size
+
+    @staticmethod
+    def of(factors: Sequence[Tensor], shape: torch.Size) -> FactoredWeight:
+        """Return the weight of this shape that is the product of `factors`."""
+        placeholder = factors[0].detach().new_empty(()).expand(shape)  # shape and dtype, no memory
+        weight: FactoredWeight = placeholder.as_subclass(FactoredWeight)
+        weight.factors = tuple(factors)
+        weight.weight_shape = shape
+        return weight
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call a function of torch with the product, or let it apply the factors in turn."""
+        apply_factors = FACTOR_FUNCTIONS.get(func)
+        if apply_factors is not None:
+            output = apply_factors(*args, **(kwargs or {}))
+            if output is not None:
+                return output
+        args, kwargs = tree_map(_product_of, (tuple(args), dict(kwargs or {})))
+        return func(*args, **kwargs)
+
+    def product(self) -> Tensor:
+        """Return the product, with its graph."""
+        return reduce(matmul, self.factors).view(self.weight_shape)
+
+    def factors_in_turn(self, rows: int) -> Sequence[Tensor] | None:
+        """Return the factors to apply to so many rows, the last first; None for the product.
+
+        The way with the fewest multiplications wins. A core is a factor of its own, or part of the
+        left factor.
+        """
+        a, b, k = self.weight_shape[0], self.weight_shape[1:].numel(), len(self.factors[-1])
+        core = k * k * (len(self.factors) - 2)
+        in_turn = rows * k * (a + b) + min(a, rows) * core
+        if in_turn >= a * (core + k * b) + rows * a * b:
+            return None
+        if rows < a:
+            return self.factors
+        return [reduce(matmul, self.factors[:-1]), self.factors[-1]]
+
+
+def _product_of(value: Any) -> Any:
+    return value.product() if isinstance(value, FactoredWeight) else value
+
+
+def _factored_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """Return `linear` by factors, None where the product is less work."""
+    if not isinstance(weight, FactoredWeight):
+        return None
+    factors = weight.factors_in_turn(x.numel() // x.shape[-1])
+    if factors is None:
+        return None
+    for factor in reversed(factors[1:]):
+        x = functional.linear(x, factor)
+    return functional.linear(x, factors[0], bias)
+
+
+def _factored_conv(
+    conv: Callable[..., Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor | None:
+    """Return a convolution by factors, None where the product is less work."""
+    if not isinstance(weight, FactoredWeight) or groups > 1:
+        return None
+    _, channels, *kernel = weight.weight_shape
+    step = stride ** len(kernel) if isinstance(stride, int) else math.prod(stride)
+    factors = weight.factors_in_turn(x.numel() // channels // step)
+    if factors is None:
+        return None
+    *outer, right = factors
+    x = conv(x, right.view(len(right), channels, *kernel), None, stride, padding, dilation)
+    pixel = [1] * len(kernel)
+    for factor in reversed(outer[1:]):
+        x = conv(x, factor.view(*factor.shape, *pixel))
+    return conv(x, outer[0].view(*outer[0].shape, *pixel), bias)
+
+
+FACTOR_FUNCTIONS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+    functional.linear: _factored_linear,
+    **{
+        conv: partial(_factored_conv, conv)
+        for conv in (functional.conv1d, functional.conv2d, functional.conv3d)
+    },
+}
+"""Functions of torch that apply the factors of a weight in turn."""
 
 
 @final
 class LowRankWeight:
-    """A layer whose weight is a product, until it is dissolved.
+    """The factors of one layer's weight, until they are merged.
 
     Parameters
     ----------
-    module : nn.Module
-        One of `THIN`, or derived from one.
-    sides : Tensor
+    layer : nn.Module
+        One of `LOW_RANK_LAYERS`, or of a subclass.
+    factors : Tensor
         Of shapes (a, k) and (k, b), between them one of (k, k) if there are three; they become
         parameters.
 
     Attributes
     ----------
-    names : tuple of str
-        What each is called: left, right; left, core, right.
+    shape : torch.Size
+        Of the weight.
+    factor_names : tuple of str
+        left, right; or left, core, right.
     """
 
-    def __init__(self, module: nn.Module, *factors: Tensor) -> None:
-        self.module, self.factor_names = module, FACTOR_NAMES[len(factors)]
-        shape = module.weight.shape
-        assert isinstance(shape, torch.Size)
-        self.product = ProductParametrization(shape, factors)
-        parametrize.register_parametrization(module, "weight", self.product, unsafe=True)
-        # Behind the layer's own class, so that what this makes of a map stays as it is.
-        kind = next(thin for base, thin in LOW_RANK_CLASSES.items() if isinstance(module, base))
-        module.__class__ = type(type(module).__name__, (type(module), kind), {})
-        module.__dict__["low_rank_forward"] = self.low_rank_forward
+    def __init__(self, layer: nn.Module, *factors: Tensor) -> None:
+        assert isinstance(layer.weight, Tensor)
+        self.layer = layer
+        self.shape = layer.weight.shape
+        self.factor_names = FACTOR_NAMES[len(factors)]
+        self._parameters = nn.ParameterDict(dict(zip(self.factor_names, factors, strict=True)))
+        del layer.weight
+        layer.add_module(FACTORS_MODULE, self._parameters)
+        self.show()
 
     @property
     def factors(self) -> list[nn.Parameter]:
         """The factors, from left to right."""
-        own: Any = self.module.parametrizations.weight  # type: ignore[union-attr]
-        return [getattr(own, f"original{place}") for place in range(len(self.factor_names))]
+        return [self._parameters[name] for name in self.factor_names]
 
     @property
     def left(self) -> nn.Parameter:
@@ -105,95 +207,52 @@ class LowRankWeight:
         """Columns of the left factor (k)."""
         return len(self.right)
 
+    def product(self) -> Tensor:
+        """Return the weight, with its graph."""
+        return FactoredWeight.of(self.factors, self.shape).product()
+
+    def show(self, weight: Tensor | None = None) -> None:
+        """Let the layer compute with `weight`; by default with the product of the factors."""
+        self.layer.weight = (
+            FactoredWeight.of(self.factors, self.shape) if weight is None else weight
+        )
+
     def set_factors(self, *factors: Tensor) -> None:
-        """Take others, of another rank, say; what rested rests."""
-        own: Any = self.module.parametrizations.weight  # type: ignore[union-attr]
-        for place, (old, new) in enumerate(zip(self.factors, factors, strict=True)):
-            setattr(own, f"original{place}", nn.Parameter(new, requires_grad=old.requires_grad))
+        """Replace the factors, maybe by those of another rank; frozen ones stay frozen."""
+        for name, old, new in zip(self.factor_names, self.factors, factors, strict=True):
+            self._parameters[name] = nn.Parameter(new, requires_grad=old.requires_grad)
+        self.show()
 
     def set_trainable(self, *names: str) -> None:
-        """Let these factors learn, and no others."""
-        for name, side in zip(self.factor_names, self.factors, strict=True):
-            side.requires_grad_(name in names)
+        """Train the factors of these names and freeze the others."""
+        for name, factor in zip(self.factor_names, self.factors, strict=True):
+            factor.requires_grad_(name in names)
 
     def merge(self) -> None:
-        """Give the layer its weight back: the product, a new parameter."""
-        self.left.requires_grad_(True)  # torch makes a parameter of what can learn alone
-        del self.module.__dict__["low_rank_forward"]
-        self.module.__class__ = type(self.module).__bases__[0]
-        parametrize.remove_parametrizations(self.module, "weight", leave_parametrized=True)
-        own = self.module._parameters  # where the weight came first, and shall again
-        for name in [each for each in own if each != "weight"]:
-            own[name] = own.pop(name)
-
-    def low_rank_forward(self, x: Tensor) -> Tensor | None:
-        """Return the map of `x` by thin ones in turn, None where one whole map is less work."""
-        module, shape = self.module, self.product.shape
-        if self.product.weight_override is not None or (sides := self._cheapest_factors(x)) is None:
-            return None
-        *outer, right = sides
-        biases: list[Any] = [None] * len(outer[1:]) + [module.bias]
-        if isinstance(module, nn.Linear):
-            made = linear(x, right)
-            for side, bias in zip(reversed(outer), biases, strict=True):
-                made = linear(made, side, bias)
-            return made
-        assert isinstance(module, nn.modules.conv._ConvNd)
-        made = module._conv_forward(x, right.view(self.rank, *shape[1:]), None)
-        call = getattr(nn.functional, f"conv{len(shape) - 2}d")
-        for side, bias in zip(reversed(outer), biases, strict=True):
-            made = call(made, side.view(*side.shape, *[1] * (len(shape) - 2)), bias)
-        return made
-
-    def _cheapest_factors(self, x: Tensor) -> Sequence[Tensor] | None:
-        """Return by what to map `x` in turn, the last first, None for the whole weight at once.
-
-        By the least number of products. A core is a map of its own, or part of the left factor.
-        """
-        module, shape = self.module, self.product.shape
-        sides: list[Tensor] = [*self.factors]
-        a, b, k = shape[0], math.prod(shape[1:]), self.rank
-        count = x.numel() // x.shape[-1]
-        if isinstance(module, nn.modules.conv._ConvNd):
-            if module.groups > 1:
-                return None
-            count = x.numel() // shape[1] // math.prod(module.stride)
-        core = k * k * (len(sides) - 2)
-        thin = count * k * (a + b) + min(a, count) * core
-        if thin >= a * (core + k * b) + count * a * b:
-            return None
-        return sides if count < a else [reduce(matmul, sides[:-1]), sides[-1]]
-
-
-def _low_rank_class(base: Any) -> type[nn.Module]:
-    """Return a class that stands behind a layer's own and maps by factors where those are thin."""
-
-    def forward(self: Any, input: Tensor) -> Tensor:
-        made: Tensor | None = self.low_rank_forward(input)
-        whole: Tensor = base.forward(self, input) if made is None else made
-        return whole
-
-    return type(f"Thin{base.__name__}", (base,), {"forward": forward})
-
-
-LOW_RANK_CLASSES = {
-    base: _low_rank_class(base) for base in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-}
-"""What can have factors, and what it then maps by."""
+        """Give the layer a plain weight again: the product, as a new parameter."""
+        weight = nn.Parameter(self.product().detach())
+        del self.layer.weight
+        delattr(self.layer, FACTORS_MODULE)
+        self.layer.weight = weight
+        parameters = self.layer._parameters  # the weight goes back to the first place
+        for name in [each for each in parameters if each != "weight"]:
+            parameters[name] = parameters.pop(name)
 
 
 def merged_parameters(layer: nn.Module) -> Iterator[Tensor]:
-    """Yield the parameters of a layer, detached, in their order; products for factors."""
+    """Yield the parameters of a layer, detached, in their order; products in place of factors."""
     for name, module in layer.named_modules():
-        if "parametrizations" in name.split("."):
+        if {"parametrizations", FACTORS_MODULE}.intersection(name.split(".")):
             continue
-        if parametrize.is_parametrized(module, "weight"):
-            weight = module.weight
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, FactoredWeight) or parametrize.is_parametrized(module, "weight"):
             assert isinstance(weight, Tensor)
             yield weight.detach()
-        yield from (each.detach() for each in module._parameters.values() if each is not None)
+        yield from (
+            parameter.detach() for parameter in module._parameters.values() if parameter is not None
+        )
 
 
 def is_factorizable(module: nn.Module) -> bool:
-    """Say whether a layer is of a kind that can have factors, and is not one of others already."""
-    return isinstance(module, tuple(LOW_RANK_CLASSES)) and not parametrize.is_parametrized(module)
+    """Return whether the weight of a layer can be factorized: a plain parameter, not a product."""
+    return isinstance(module, LOW_RANK_LAYERS) and isinstance(module.weight, nn.Parameter)

@@ -14,13 +14,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn, optim
 
-from dtrain.block.low_rank import FACTOR_NAMES, LowRankWeight, is_factorizable
+from dtrain.block.low_rank import FACTOR_NAMES, FACTORS_MODULE, LowRankWeight, is_factorizable
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], optim.Optimizer]
-
-
-PARAMETRIZATION_INFIX = ".parametrizations.weight.original"
-"""What torch calls a factor: this in the place of ``.weight``, and its place."""
 
 
 class BlockParameters:
@@ -76,9 +72,9 @@ class BlockParameters:
 
     def _global_name(self, name: str) -> str:
         """Return the global name of a parameter that torch calls so."""
-        root, _, place = name.partition(PARAMETRIZATION_INFIX)
-        own = self.low_rank_weights.get(f"{root}.weight")
-        return name if own is None or not place else f"{root}.weight.{own.factor_names[int(place)]}"
+        layer, _, factor = name.rpartition(f".{FACTORS_MODULE}.")
+        matrix = f"{layer}.weight"
+        return f"{matrix}.{factor}" if matrix in self.low_rank_weights else name
 
     def _build_optimizer(self) -> None:
         self._collect_parameters()
@@ -152,7 +148,7 @@ class BlockParameters:
     def matrix_shape(self, name: str) -> tuple[int, int]:
         """Return rows and columns of a weight seen as a matrix."""
         own = self.low_rank_weights.get(name)
-        shape = self.parameters[name].shape if own is None else own.product.shape
+        shape = self.parameters[name].shape if own is None else own.shape
         return shape[0], shape[1:].numel()
 
     def factorize(self, name: str, *factors: Tensor) -> LowRankWeight:
@@ -196,7 +192,7 @@ class BlockParameters:
             for name, t in self.tensors().items()
             if matrix_name(name) not in self.low_rank_weights
         }
-        return own | {n: f.product(*f.factors).detach() for n, f in self.low_rank_weights.items()}
+        return own | {n: f.product().detach() for n, f in self.low_rank_weights.items()}
 
     def name_gradients(self, gradients: Iterable[Tensor]) -> dict[str, Tensor]:
         """Return one tensor for each of `values` under their names, such as `gradients()`."""
@@ -210,14 +206,14 @@ class BlockParameters:
         for name, tensor in own.items():
             tensor.data = replacements[name]
         for name, product in self.low_rank_weights.items():
-            product.product.weight_override = replacements[name]
+            product.show(replacements[name])
         try:
             yield
         finally:
             for tensor, data in kept:
                 tensor.data = data
             for product in self.low_rank_weights.values():
-                product.product.weight_override = None
+                product.show()
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Return the optimizer's state as ``<parameter>/<key>``: tensors, scalars as 0-dim."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn, optim
 from torch.func import functional_call
 
-from dtrain.block.low_rank import LowRankWeight, ProductParametrization
+from dtrain.block.low_rank import FactoredWeight, LowRankWeight
 from dtrain.block.parameters import BlockParameters
 from dtrain.errors import DtrainError
 from dtrain.models.mlp import Dense
@@ -126,10 +126,8 @@ def test_thin_factors_of_few_rows_are_not_multiplied(monkeypatch: pytest.MonkeyP
     layer = nn.Linear(40, 30)
     made = LowRankWeight(layer, *factors(layer, 2))
     calls: list[int] = []
-    whole = ProductParametrization.forward
-    monkeypatch.setattr(
-        ProductParametrization, "forward", lambda self, *both: calls.append(1) or whole(self, *both)
-    )
+    product = FactoredWeight.product
+    monkeypatch.setattr(FactoredWeight, "product", lambda self: calls.append(1) or product(self))
     layer(torch.randn(8, 40))
     assert not calls
     made.merge()
@@ -145,7 +143,7 @@ def test_what_is_shown_is_what_computes() -> None:
     weight = layer.weight.detach().clone()
     made = LowRankWeight(layer, *factors(layer, 1))
     assert not torch.allclose(layer(x), plain)
-    made.product.weight_override = weight
+    made.show(weight)
     assert torch.equal(layer(x), plain)
     assert torch.equal(layer.weight, weight)
 

@@ -13,7 +13,6 @@ import pytest
 
 from dtrain.data import load_data
 from dtrain.data.import_images import import_images
-from dtrain.data.import_images import import_images as import_module
 from dtrain.errors import ConfigError, DataError
 from tests.refusals import refuses
 
@@ -128,7 +127,7 @@ def test_grey_stays_grey_and_mixed_becomes_rgb(tmp_path: Path) -> None:
 
 def test_many_rows_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two full writes and a partial one."""
-    monkeypatch.setattr(import_module, "ROWS_PER_WRITE", 64)
+    monkeypatch.setattr("dtrain.data.import_images.ROWS_PER_WRITE", 64)
     values = RNG.integers(0, 256, (140, 2, 2), dtype=np.uint8)
     names = [f"{'ab'[i % 2]}/{i:04}.png" for i in range(140)]
     draw(tmp_path / "many", dict(zip(names, values, strict=True)))

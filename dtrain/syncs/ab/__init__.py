@@ -285,7 +285,7 @@ class AB(LocalUpdates):
                 for name in products
             }
         return merged | {
-            name: matrix.view(products[name].product.shape) for name, matrix in matrices.items()
+            name: matrix.view(products[name].shape) for name, matrix in matrices.items()
         }
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor]:
