@@ -45,7 +45,7 @@ from functools import lru_cache
 from itertools import accumulate, count, pairwise
 from typing import Literal, NamedTuple
 
-from dtrain.errors import ConfigError, DtrainError
+from dtrain.errors import ConfigError
 from dtrain.schedules.actions import UNSPLIT_KINDS, Action, Point, Route
 from dtrain.schedules.base import blocks_of_stage
 from dtrain.schedules.messages import count_forward_passes
@@ -311,7 +311,7 @@ def _circle_error(
     place: tuple[int, ...],
     lengths: tuple[int, float, int],
     circle: Sequence[_Edge],
-) -> DtrainError:
+) -> ConfigError:
     """Return the error for a circle; it names the route that flows back and its least lag."""
     in_circle = [edge.route for edge in circle if edge.route is not None]
     feedback = next((route for route in in_circle if _flows_back(route)), in_circle[-1])
