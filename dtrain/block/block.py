@@ -97,10 +97,6 @@ class Block(BlockParameters):
 
     # ---- forward and learning
 
-    def writable_input(self, x: Tensor, samples: Tensor | None) -> Tensor:
-        """Return x, in memory of its own where a layer may write to the sample that others read."""
-        return x.clone() if self.inplace_layers and samples is not None else x
-
     def forward(self, x: Tensor, rng_key: tuple[int, ...]) -> Tensor:
         """Run the layers in order on `x` (rows, ...); `draw` keys the layers' random numbers."""
         if self.inplace_layers and (x.requires_grad or self.recompute):
@@ -200,6 +196,11 @@ class Block(BlockParameters):
             else:
                 optimizer_step(self.optimizer)
             self.optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def caches_tensors(self) -> bool:
+        """Whether the head keeps tensors from update to update."""
+        return hasattr(self.head, "cached_tensors")
 
     def cached_tensors(self) -> list[Tensor]:
         """Return what the helper keeps from update to update, beside parameters and buffers."""

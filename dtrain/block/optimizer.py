@@ -128,7 +128,7 @@ def _prepare_fused_step(optimizer: optim.Optimizer, *_: Any) -> None:
     for group in optimizer.param_groups:
         learning = [each for each in group["params"] if each.grad is not None]
         for each in learning:
-            if each.grad.stride() != each.stride():
+            if not each.grad.is_contiguous():
                 each.grad = torch.empty_like(each).copy_(each.grad)
         if not group.get("momentum"):
             continue

@@ -84,6 +84,7 @@ class BlockParameters:
         )
         groups = self.optimizer.param_groups if self.optimizer else []
         self.base_lrs = [float(group["lr"]) for group in groups]
+        self.base_lr = self.base_lrs[0] if self.base_lrs else 0.0
 
     @property
     def buffers(self) -> dict[str, Tensor]:
@@ -112,11 +113,6 @@ class BlockParameters:
     def lr(self) -> float:
         """The optimizer's present learning rate, 0 where there is nothing to train."""
         return float(self.optimizer.param_groups[0].get("lr", 0)) if self.optimizer else 0.0
-
-    @property
-    def base_lr(self) -> float:
-        """The learning rate that the optimizer was made with, 0 where there is nothing to train."""
-        return self.base_lrs[0] if self.base_lrs else 0.0
 
     def set_lr_factor(self, lr_factor: float) -> None:
         """Set every group's learning rate to `factor` times the one that it was made with."""

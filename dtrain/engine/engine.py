@@ -43,6 +43,11 @@ from dtrain.schedules.actions import Action
 from dtrain.syncs.base import Sync
 
 MicroBatchKey = tuple[int, int, int]
+"""Block, update and micro-batch: `Action.key`."""
+
+
+PRESENT_WEIGHTS = nullcontext()
+"""The context in which a block without weight versions computes."""
 
 
 class Engine:
@@ -83,15 +88,16 @@ class Engine:
         )
         self.saved_tensors = SavedTensors(self._model_tensors(), engine_spec.schedule.asynchronous)
         self.weight_versions = self._make_weight_versions()
-        self.update_step = UpdateStep(
-            blocks, syncs, self.weight_versions, engine_spec, groups.pipeline
-        )
+        self.update_step = UpdateStep(blocks, syncs, self.weight_versions, engine_spec, groups)
         self.micro_batches: dict[MicroBatchKey, MicroBatch] = {}
         self.peak_live = 0
         self.peak_cached_bytes = 0
         self.largest_update_rows = 0
         self.reparametrisations = 0
         self.max_lag = max((route.lag for route in self.router.routes), default=0)
+        self.counts_after_updates = any(
+            sync.traits().reparametrises for sync in syncs.values()
+        ) or any(block.caches_tensors for block in blocks.values())
         self.metric_sums = MetricSums()
         self.trace: Trace | None = None
         self.needs_input_gradient = input_gradient_blocks(self.router.routes)
@@ -120,6 +126,7 @@ class Engine:
         plan = self._open_segment(loader, batches, first_update, epoch)
         previous_sums = self.closed_form.clear()
         control, last_block = self.groups.control, max(self.blocks)
+        alone = control.size == 1  # nothing is ever in flight
         try:
             for action in plan:
                 began = time.perf_counter()
@@ -129,14 +136,17 @@ class Engine:
                     received = self.router.receive(action)
                     micro_batch = self._compute(action, update, received, loader)
                     self.router.send(action, self.blocks[action.block], micro_batch)
+                    del received, micro_batch  # frees their memory before the next action
                 except BaseException:
                     with self.position.error_context(action, f"update {update.number}"):
                         raise
-                control.progress()
+                if not alone:
+                    control.progress()
                 if self.trace is not None:
                     self.trace.note(action, update.number, began)
                 if action.kind == "U" and action.block == last_block:
-                    self._end_update(action.update)
+                    if self.saved_tensors.counting:
+                        self._stop_counting(action.update)
                     yield update.number
         finally:
             loader.close()
@@ -207,7 +217,9 @@ class Engine:
                 self._release(action, micro_batch)
                 return micro_batch
             case _:
-                self._update(action, update, received)
+                self.update_step.step(action, update, received)
+                if self.counts_after_updates:
+                    self._count_after_update()
                 return None
 
     def _reads_samples(self, action: Action) -> bool:
@@ -228,7 +240,7 @@ class Engine:
         )
         versions = self.weight_versions.get(action.block)
         last = action.micro + 1 == update.micro_batches
-        with nullcontext() if versions is None else versions.forward_weights(action, last):
+        with PRESENT_WEIGHTS if versions is None else versions.forward_weights(action, last):
             forward_micro_batch(
                 self.objective,
                 self.block_specs[action.block],
@@ -282,7 +294,7 @@ class Engine:
         block, micro_batch = self.blocks[action.block], self.micro_batches[action.key]
         micro_batch.received = {**micro_batch.received, **received}
         spec, versions = self.block_specs[action.block], self.weight_versions.get(action.block)
-        with nullcontext() if versions is None else versions.backward_weights(action):
+        with PRESENT_WEIGHTS if versions is None else versions.backward_weights(action):
             pairs = backward_pairs(self.objective, spec, block, micro_batch, self.saved_tensors)
             self._add_metrics(block.index, micro_batch)
             if action.kind == "I":
@@ -314,8 +326,8 @@ class Engine:
         if action.block in self.weight_versions:
             self.weight_versions[action.block].done(action)
 
-    def _update(self, action: Action, update: BatchUpdate, received: dict[str, Tensor]) -> None:
-        self.update_step.step(action, update, received)
+    def _count_after_update(self) -> None:
+        """Follow parameters that a sync has replaced, and tensors that heads have cached."""
         versions = sum(block.parametrisation_version for block in self.blocks.values())
         if versions != self.reparametrisations:
             self.reparametrisations = versions
@@ -323,10 +335,9 @@ class Engine:
         cached = sum(t.nbytes for b in self.blocks.values() for t in b.cached_tensors())
         self.peak_cached_bytes = max(self.peak_cached_bytes, cached)
 
-    def _end_update(self, index: int) -> None:
-        """Stop counting saved tensors once the largest update was counted, all routes in use."""
-        largest = self.updates[index].local_rows == self.largest_update_rows
-        if self.saved_tensors.counting and largest and index >= self.max_lag:
+    def _stop_counting(self, index: int) -> None:
+        """Stop counting saved tensors if update `index` was a largest one, with all its messages."""
+        if index >= self.max_lag and self.updates[index].local_rows == self.largest_update_rows:
             self.saved_tensors.stop_counting()
 
     def _model_tensors(self) -> Iterator[Tensor]:
