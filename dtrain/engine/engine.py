@@ -96,8 +96,9 @@ class Engine:
         self.reparametrisations = 0
         self.max_lag = max((route.lag for route in self.router.routes), default=0)
         self.counts_after_updates = any(
-            sync.traits().reparametrises for sync in syncs.values()
-        ) or any(block.caches_tensors for block in blocks.values())
+            [block.caches_tensors for block in blocks.values()]
+            + [sync.traits().reparametrises for sync in syncs.values()]
+        )
         self.metric_sums = MetricSums()
         self.trace: Trace | None = None
         self.needs_input_gradient = input_gradient_blocks(self.router.routes)
@@ -126,21 +127,30 @@ class Engine:
         plan = self._open_segment(loader, batches, first_update, epoch)
         previous_sums = self.closed_form.clear()
         control, last_block = self.groups.control, max(self.blocks)
-        alone = control.size == 1  # nothing is ever in flight
         try:
             for action in plan:
                 began = time.perf_counter()
                 update = self.updates[action.update]
                 control.flight.note("action", action, "update", update.number)
                 try:
-                    received = self.router.receive(action)
-                    micro_batch = self._compute(action, update, received, loader)
+                    received, micro_batch = self.router.receive(action), None
+                    match action.kind:
+                        case "F":
+                            micro_batch = self._forward(action, update, received, loader)
+                        case "B" | "I":
+                            micro_batch = self._backward(action, update, received)
+                        case "W":
+                            micro_batch = self._backward_weight(action)
+                        case _:
+                            self.update_step.step(action, update, received)
+                            if self.counts_after_updates:
+                                self._count_after_update()
                     self.router.send(action, self.blocks[action.block], micro_batch)
                     del received, micro_batch  # frees their memory before the next action
                 except BaseException:
                     with self.position.error_context(action, f"update {update.number}"):
                         raise
-                if not alone:
+                if control.size > 1:  # otherwise nothing is ever in flight
                     control.progress()
                 if self.trace is not None:
                     self.trace.note(action, update.number, began)
@@ -197,30 +207,6 @@ class Engine:
             for index, block in self.blocks.items()
             if block.trainable_parameters
         }
-
-    def _compute(
-        self,
-        action: Action,
-        update: BatchUpdate,
-        received: dict[str, Tensor],
-        loader: Loader,
-    ) -> MicroBatch | None:
-        """Do the computation of an action; return its micro-batch, None of an update."""
-        match action.kind:
-            case "F":
-                return self._forward(action, update, received, loader)
-            case "B" | "I":
-                return self._backward(action, update, received)
-            case "W":
-                micro_batch = self.micro_batches[action.key]
-                SplitBackward.backward_weight(micro_batch)
-                self._release(action, micro_batch)
-                return micro_batch
-            case _:
-                self.update_step.step(action, update, received)
-                if self.counts_after_updates:
-                    self._count_after_update()
-                return None
 
     def _reads_samples(self, action: Action) -> bool:
         return action.kind == "F" and not action.pass_ and action.block in self.needs_samples
@@ -306,6 +292,12 @@ class Engine:
             self._release(action, micro_batch)
         return micro_batch
 
+    def _backward_weight(self, action: Action) -> MicroBatch:
+        micro_batch = self.micro_batches[action.key]
+        SplitBackward.backward_weight(micro_batch)
+        self._release(action, micro_batch)
+        return micro_batch
+
     def _add_metrics(self, index: int, micro_batch: MicroBatch) -> None:
         """Add the loss and the metrics of a micro-batch; refuse a loss that is not finite."""
         rows = len(micro_batch.targets)
@@ -336,8 +328,9 @@ class Engine:
         self.peak_cached_bytes = max(self.peak_cached_bytes, cached)
 
     def _stop_counting(self, index: int) -> None:
-        """Stop counting saved tensors if update `index` was a largest one, with all its messages."""
-        if index >= self.max_lag and self.updates[index].local_rows == self.largest_update_rows:
+        """Stop counting saved tensors if update `index` of the segment needed the most memory."""
+        largest = self.updates[index].local_rows == self.largest_update_rows
+        if largest and index >= self.max_lag:  # all routes carry messages by then
             self.saved_tensors.stop_counting()
 
     def _model_tensors(self) -> Iterator[Tensor]:

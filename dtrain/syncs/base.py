@@ -243,7 +243,8 @@ class Sync(ABC):
         if self.replicas.size > 1:
             if not self.reducer.started:
                 self.reducer.start(block, self.gradient_group(weight, clock))
-            self.reducer.finish()
+            for mean in self.reducer.finish():
+                mean.wait()
         self.before_update(gradients, weight, clock)
 
     def lr_factor(self, clock: UpdateClock) -> float:
