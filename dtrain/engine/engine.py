@@ -1,14 +1,14 @@
-"""The engine: runs one rank's plan, where maths meets messages.
+"""The engine: runs the plan of one rank, and connects computation with communication.
 
-Invariant: an action takes what its routes bring, computes, and offers what leaves it, in the order
-of the plan and in no other; nobody subclasses it, and no schedule or objective has one of its own.
+Invariant: each action receives the messages of its routes, computes, and sends its own, in the
+order of the plan. No schedule and no objective has an engine of its own.
 
 ::
 
-    F   x = feed(take)   y = block.forward(x)         offer(y): sent before the update
-    B   told = take      block.learn(pulls)           offer(feedback)
-    I W   the same in two halves: I takes and offers, W owes nobody
-    U   sync.before_update    block.update    sync.after_update
+    F     received -> make_input -> x -> layers -> y      send y: before the update
+    B     received -> backward_pairs -> backward          send gradients
+    I W   B in two halves: I receives and sends, W computes weight gradients
+    U     sync.reduce_gradients   block.update   sync.after_update
 """
 
 from __future__ import annotations
@@ -305,7 +305,9 @@ class Engine:
             loss = float(micro_batch.loss)
             if not math.isfinite(loss):
                 advice = "lower [optimizer] lr, or set clip"
-                raise NumericalError("todo.key", f"the loss of block {index} is {loss}: {advice}")
+                raise NumericalError(
+                    "training.loss-not-finite", f"the loss of block {index} is {loss}: {advice}"
+                )
             self.metric_sums.add_loss(index, loss * rows)
         for name, mean in micro_batch.metrics.items():
             self.metric_sums.add_metric(index, name, float(mean) * rows)
@@ -339,14 +341,15 @@ class Engine:
             yield from (*block.parameters.values(), *block.buffers.values())
 
     def _check_finite(self) -> None:
-        """Refuse weights that the segment's last updates made NaN or infinite."""
+        """Raise `NumericalError` if the last updates made a weight NaN or infinite."""
         for index, block in self.blocks.items():
             for name, tensor in block.parameters.items():
-                # The extremes tell, NaN included, and take a fifteenth of the time of `isfinite`.
+                # The extremes are NaN if any element is; they take 1/15 of the time of `isfinite`.
                 if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
                     place = f"[replica {self.position.replica} stage {self.position.stage}]"
                     raise NumericalError(
-                        "todo.key", f"'{name}' of block {index} is not finite {place}"
+                        "training.weight-not-finite",
+                        f"'{name}' of block {index} is not finite {place}",
                     )
 
     def peak_bytes(self) -> int:
