@@ -1,7 +1,7 @@
-"""One run on one rank: everything that `train` needs, made in order and agreed upon.
+"""RankJob: the engine, loaders and communicators of one rank, made from a plan.
 
-Invariant: nothing is written before every rank has accepted the run; each step is local work on
-what all ranks share, so that all refuse or none.
+Invariant: nothing is written before every rank has accepted the run. Each step is local work on
+values that all ranks share, so all ranks raise or none.
 """
 
 from __future__ import annotations
@@ -32,14 +32,16 @@ from dtrain.planning.plan import Plan
 
 @dataclass(frozen=True)
 class RankJob:
-    """A plan, and this rank's part in it.
+    """A plan, and the objects with which this rank runs it.
 
     Attributes
     ----------
-    engine, judge : Engine, Judge
-        What trains, and what evaluates.
-    train, test : Reader
-        Through which they read.
+    engine, evaluator : Engine, Evaluator
+        They train and evaluate.
+    train_loader, test_loader : Loader
+        They read the samples of both splits.
+    groups : ProcessGroups
+        The communicators of this rank.
     """
 
     plan: Plan
@@ -51,47 +53,58 @@ class RankJob:
 
     @property
     def position(self) -> RankPosition:
-        """This rank's place on the mesh."""
-        return self.engine.router.position
+        """This rank's coordinates on the mesh."""
+        return self.engine.position
 
 
 def build_rank(plan: Plan, comm: Comm) -> RankJob:
-    """Make this rank's blocks, with the weights of the seed, and its communicators. Collective."""
-    layout = plan.layout
-    if plan.run.settings.debug:
+    """Make this rank's blocks with their initial weights, and its communicators.
+
+    Collective over all ranks.
+    """
+    layout, settings = plan.layout, plan.run.settings
+    if settings.debug:
         comm.context.debug()
     replica, stage = layout.mesh.coords(comm.rank)
-    seat = RankPosition(layout.mesh, replica, stage, layout.place)
-    replicas, column = comm.split(stage, replica, "replicas"), comm.split(replica, stage, "column")
-    lines = ProcessGroups(comm.dup("onward"), comm.dup("back"), comm, replicas, column)
-    device = all_or_none(
-        comm, lambda: select_device(plan.run.settings.device, comm.rank, comm.hosts)
+    position = RankPosition(layout.mesh, replica, stage, layout.place)
+    groups = ProcessGroups(
+        replicas=comm.split(stage, replica, "replicas"),
+        pipeline=comm.split(replica, stage, "pipeline"),
+        forward=comm.dup("forward"),
+        backward=comm.dup("backward"),
+        control=comm,
     )
+    local_rank, host = comm.topology.local_rank, comm.hosts[comm.rank]
+    device = all_or_none(comm, lambda: select_device(settings.device, local_rank, host))
     comm.set_device(device)
-    own = layout.blocks_of_stage(stage)
-    blocks = all_or_none(comm, lambda: {b: make_block(plan.run, layout, b, device) for b in own})
-    syncs = {block: plan.run.new_sync() for block in blocks}
-    for block, sync in syncs.items():
-        sync.setup(blocks[block], lines.replicas)
-    course = _engine_spec(plan, device)
-    engine, judge = (
-        Engine(seat, lines, blocks, syncs, course),
-        Evaluator(seat, lines, blocks, course),
+    indices = layout.blocks_of_stage(stage)
+    blocks = all_or_none(
+        comm, lambda: {index: make_block(plan.run, layout, index, device) for index in indices}
     )
-    augment = augments.build_augment(plan.run.data.augment, plan.run.settings.seed)
-    train = Loader(plan.data.train, layout.dtype, augment)
-    return RankJob(plan, engine, judge, train, Loader(plan.data.test, layout.dtype), lines)
+    syncs = {index: plan.run.new_sync() for index in blocks}
+    for index, sync in syncs.items():
+        sync.setup(blocks[index], groups.replicas)
+    engine_spec = _engine_spec(plan, device)
+    augment = augments.build_augment(plan.run.data.augment, settings.seed)
+    return RankJob(
+        plan=plan,
+        engine=Engine(position, groups, blocks, syncs, engine_spec),
+        evaluator=Evaluator(position, groups, blocks, engine_spec),
+        train_loader=Loader(plan.data.train, layout.dtype, augment),
+        test_loader=Loader(plan.data.test, layout.dtype),
+        groups=groups,
+    )
 
 
 def _engine_spec(plan: Plan, device: torch.device) -> EngineSpec:
-    run, layout = plan.run, plan.layout
+    run, layout, options = plan.run, plan.layout, plan.run.optimizer_options
     return EngineSpec(
-        layout.objective,
-        layout.schedule,
-        layout.block_specs,
+        objective=layout.objective,
+        schedule=layout.schedule,
+        block_specs=layout.block_specs,
         lr_schedule=run.lr_schedule.instance,
-        clip=run.optimizer_options.clip,
-        clips_model=run.optimizer_options.clip > 0 and run.optimizer_options.clip_over == "model",
+        clip=options.clip,
+        clips_model=options.clip > 0 and options.clip_over == "model",
         device=device,
         seed=run.settings.seed,
         training_length=plan.training_length,
@@ -100,20 +113,25 @@ def _engine_spec(plan: Plan, device: torch.device) -> EngineSpec:
 
 
 def check_same_data(plan: Plan, comm: Comm) -> None:
-    """Refuse data that are not the same on all ranks, as far as a sample shows. Collective.
+    """Verify on some samples that all ranks read the same data. Collective over all ranks.
 
-    Stages read inputs and labels apart, so a data function that draws unseeded random numbers
+    Inputs and labels are read by different stages. So a data function with unseeded random numbers
     would pair the images of one rank with the labels of another.
+
+    Raises
+    ------
+    DataError
+        On all ranks, if labels or inputs differ.
     """
-    rows = comm.allgather_object(_fingerprint(plan, comm.rank))
-    labels = {row[0] for row in rows}
-    inputs = {row[1] for row in rows if row[1] is not None}
+    fingerprints = comm.allgather_object(_fingerprint(plan, comm.rank))
+    labels = {label_hash for label_hash, _ in fingerprints}
+    inputs = {input_hash for _, input_hash in fingerprints if input_hash is not None}
     if len(labels) > 1 or len(inputs) > 1:
-        what = "labels" if len(labels) > 1 else "inputs"
+        differing = "labels" if len(labels) > 1 else "inputs"
         raise DataError(
-            "todo.key",
-            f"the ranks read different {what} from '{plan.run.dataset.name}': make the data the "
-            "same in every process (seed whatever is random)",
+            "data.ranks-differ",
+            f"the ranks read different {differing} from '{plan.run.dataset.name}': make the data "
+            "the same in every process (seed its random numbers)",
             agreed=True,
         )
 
@@ -121,44 +139,43 @@ def check_same_data(plan: Plan, comm: Comm) -> None:
 def _fingerprint(plan: Plan, rank: int) -> tuple[str, str | None]:
     """Return hashes of some labels, and of some inputs where this rank reads inputs."""
     _, stage = plan.layout.mesh.coords(rank)
-    objective, tasks = plan.layout.objective, plan.layout.block_specs
-    own = [tasks[block] for block in plan.layout.blocks_of_stage(stage)]
-    reads = any(
-        objective.needs_samples(task, "train") or objective.needs_samples(task, "predict")
-        for task in own
+    objective = plan.layout.objective
+    specs = [plan.layout.block_specs[index] for index in plan.layout.blocks_of_stage(stage)]
+    reads_inputs = any(
+        objective.needs_samples(spec, "train") or objective.needs_samples(spec, "predict")
+        for spec in specs
     )
     labels, inputs = blake2b(), blake2b()
-    for source in (plan.data.train, plan.data.test):
-        some = np.unique(np.linspace(0, source.size - 1, 32).astype(np.int64))
-        labels.update(str((source.size, source.shape, source.classes)).encode())
-        labels.update(source.targets(some).numpy().tobytes())
-        if reads:
-            inputs.update(source.inputs(some).numpy().tobytes())
-    return labels.hexdigest(), inputs.hexdigest() if reads else None
+    for split in (plan.data.train, plan.data.test):
+        indices = np.unique(np.linspace(0, split.size - 1, 32).astype(np.int64))
+        labels.update(str((split.size, split.shape, split.classes)).encode())
+        labels.update(split.targets(indices).numpy().tobytes())
+        if reads_inputs:
+            inputs.update(split.inputs(indices).numpy().tobytes())
+    return labels.hexdigest(), inputs.hexdigest() if reads_inputs else None
 
 
 def set_threads(run: RunConfig, comm: Comm) -> int:
-    """Set and return torch's threads of this rank. Collective.
+    """Set torch's threads of this rank; return their number. Collective over all ranks.
 
-    ``OMP_NUM_THREADS``, where set, wins; then the run file's number; else the cores that the
-    ranks of this host may use, divided by those ranks.
+    ``OMP_NUM_THREADS`` comes first, then the run file's number. The default is the number of cores
+    that the ranks of this host may use, over the number of those ranks.
     """
     try:
-        mine = sorted(os.sched_getaffinity(0))
+        cores = sorted(os.sched_getaffinity(0))
     except AttributeError:  # macOS
-        mine = list(range(os.cpu_count() or 1))
-    near = [
-        cores
-        for host, cores in comm.allgather_object([comm.hosts[comm.rank], mine])
-        if host == comm.hosts[comm.rank]
-    ]
-    share = len({core for cores in near for core in cores}) // len(near)
-    asked = run.settings.threads
-    number = max(1, min(len(mine), share)) if asked == "auto" else asked
-    told = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    number = int(told) if told.isdigit() and int(told) else number
-    torch.set_num_threads(number)
+        cores = list(range(os.cpu_count() or 1))
+    all_cores = comm.allgather_object(cores)
+    node_ranks = comm.topology.node_ranks
+    node_cores = {core for rank in node_ranks for core in all_cores[rank]}
+    setting = run.settings.threads
+    fair_number = max(1, min(len(cores), len(node_cores) // len(node_ranks)))
+    threads = fair_number if setting == "auto" else setting
+    environment = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    if environment.isdigit() and int(environment):
+        threads = int(environment)
+    torch.set_num_threads(threads)
     keep_freed_memory()
     with suppress(RuntimeError):  # it can be set once in a process
         torch.set_num_interop_threads(1)
-    return number
+    return threads

@@ -1,11 +1,11 @@
-"""One block: consecutive layers, the objective's helper modules, one optimizer.
+"""One block: consecutive layers, the head that the objective adds, and one optimizer.
 
-Invariant: a block knows nothing of ranks or messages, and a loss of one block moves no parameter
-of another, because what arrives is detached from what sent it.
+Invariant: a block knows nothing of ranks or messages. Received tensors are detached, so the loss of
+one block changes no parameter of another.
 
 ::
 
-        x (leaf)          y                      pulls = [(tensor, cotangent), ...]
+        x (leaf)          y                      pairs = [(tensor, cotangent), ...]
     ----------> layers ------> heads.<block>  ------> backward ------> gradients, x.grad
 """
 
@@ -25,19 +25,22 @@ from dtrain.block.split_backward import SplitBackward
 from dtrain.rng import seeded
 
 BackwardPair = tuple[Tensor, Tensor]
+"""A tensor and its cotangent, as in ``torch.autograd.backward(tensors, grad_tensors)``."""
 
 
 DetachEvery = Literal["block", "layer"]
 
 
 GradientHook = Callable[[Tensor], None]
+"""Called with a parameter whose gradient is complete."""
 
 
 OptimizerStep = Callable[[optim.Optimizer], None]
+"""Takes an optimizer's step in its place."""
 
 
 class Block(BlockParameters):
-    """Layers, helpers and optimizer of one block.
+    """Layers, head and optimizer of one block.
 
     Parameters
     ----------
@@ -45,19 +48,29 @@ class Block(BlockParameters):
         Position among the run's blocks.
     layers : mapping of str to nn.Module
         The block's layers under their global names, in order.
-    helper : nn.Module or None
-        What the objective adds; its parameters are named ``heads.<index>.*``.
-    step : callable
+    head : nn.Module or None
+        The module that the objective adds; its parameters are named ``heads.<index>.*``.
+    make_optimizer : callable
         Makes the block's optimizer from its parameters.
     seed : int
-        The run's seed; with a layer's name and the clock it keys the layer's random draws.
-    grain : "block" or "layer"
-        Where the graph is cut: after the block, or after every layer too.
-    ends : (bool, bool)
-        Whether it holds the first layer of the model, and the last.
+        The run's seed; together with a layer's name and `rng_key` it keys the layer's random
+        numbers.
+    detach_every : "block" or "layer"
+        Where the graph is cut: after the block, or also after every layer.
     recompute : bool
-        Keep only what enters and leaves; compute the rest again when it is learnt (Chen et al.
-        2016, "Training Deep Nets with Sublinear Memory Cost").
+        Keep only the input and output of a forward, and compute the rest again in the backward
+        (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
+    model_ends : (bool, bool)
+        Whether the block holds the first layer of the model, and the last.
+
+    Attributes
+    ----------
+    rng_layers, inplace_layers : set of str
+        Names of the layers that may use random numbers, and that work in place.
+    layer_outputs, taps : dict of str to Tensor
+        Of the present forward; see `MicroBatch`.
+    split_backward : SplitBackward or None
+        Set where the schedule splits the backward.
     """
 
     def __init__(
@@ -71,10 +84,14 @@ class Block(BlockParameters):
         recompute: bool = False,
         model_ends: tuple[bool, bool] = (False, False),
     ) -> None:
-        self.index, self.layers, self.head = index, dict(layers), head
+        self.index = index
+        self.layers = dict(layers)
+        self.head = head
         roots = {**self.layers, **({} if head is None else {f"heads.{index}": head})}
         super().__init__(roots, make_optimizer, model_ends)
-        self.seed, self.detach_every, self.recompute = seed, detach_every, recompute
+        self.seed = seed
+        self.detach_every = detach_every
+        self.recompute = recompute
         self.rng_layers = {name for name, layer in self.layers.items() if may_use_rng(layer)}
         self.head_uses_rng = head is not None and may_use_rng(head)
         self.inplace_layers = {name for name, layer in self.layers.items() if works_in_place(layer)}
@@ -88,26 +105,22 @@ class Block(BlockParameters):
             module.train(mode)
 
     def register_taps(self, names: Iterable[str]) -> None:
-        """Keep in `taps`, in every forward, what the modules of these global names make."""
+        """Record the outputs of the modules of these global names in `taps`, in every forward."""
         modules = self.modules()
         for name in names:
             modules[name].register_forward_hook(
-                lambda _module, _args, out, name=name: self.taps.__setitem__(name, out)
+                lambda _module, _args, output, name=name: self.taps.__setitem__(name, output)
             )
 
-    # ---- forward and learning
-
-    def writable_input(self, x: Tensor, samples: Tensor | None) -> Tensor:
-        """Return x, in memory of its own where a layer may write to the sample that others read."""
-        return x.clone() if self.inplace_layers and samples is not None else x
+    # ---- forward and backward
 
     def forward(self, x: Tensor, rng_key: tuple[int, ...]) -> Tensor:
-        """Run the layers in order on `x` (rows, ...); `draw` keys the layers' random numbers."""
+        """Run the layers in order on `x` (rows, ...); `rng_key` keys their random numbers."""
         if self.inplace_layers and (x.requires_grad or self.recompute):
-            x = x.clone()  # neither a leaf nor what is needed again may be written to
+            x = x.clone()  # a leaf, and an input that is needed again, must not be written to
         for name, layer in self.layers.items():
             if self.detach_every == "layer" and name in self.inplace_layers:
-                x = x.clone()  # the layer before it learns from what it made
+                x = x.clone()  # the backward of the layer before needs its output
             if name in self.rng_layers:
                 with seeded(self.seed, name, *rng_key, device=x.device):
                     x = layer(x)
@@ -119,7 +132,7 @@ class Block(BlockParameters):
         return x
 
     def head_rng(self, micro_batch: MicroBatch) -> AbstractContextManager[None]:
-        """Return a context in which the helper's random numbers are those of this micro-batch."""
+        """Return a context in which the head's random numbers depend on this micro-batch."""
         if not self.head_uses_rng:
             return nullcontext()
         return seeded(
@@ -154,46 +167,58 @@ class Block(BlockParameters):
             micro_batch.leaf_calls = self.split_backward.pop_leaf_calls()
 
     def _copy_layer_buffers(self) -> dict[str, Tensor]:
-        """Return copies of the layers' buffers; the helper is not run in a forward."""
-        helper = f"heads.{self.index}."
-        own = self.buffers.items()
-        return {name: buffer.clone() for name, buffer in own if not name.startswith(helper)}
+        """Return copies of the layers' buffers; those of the head do not change in a forward."""
+        head = f"heads.{self.index}."
+        return {
+            name: buffer.clone()
+            for name, buffer in self.buffers.items()
+            if not name.startswith(head)
+        }
 
     def _swap_buffers(self, replacements: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Let buffers hold the memory of others; return what they held.
+        """Give buffers the memory of `replacements`; return the memory that they had.
 
-        Nothing is copied: autograd may have saved a buffer and would see that it was written to.
+        Nothing is copied: autograd may have saved a buffer, and would raise if it was written to.
         """
-        own = self.buffers
-        held = {name: own[name].data for name in replacements}
+        buffers = self.buffers
+        previous = {name: buffers[name].data for name in replacements}
         for name, data in replacements.items():
-            own[name].data = data
-        return held
+            buffers[name].data = data
+        return previous
 
     def backward(
         self, backward_pairs: Iterable[BackwardPair], gradient_hook: GradientHook | None = None
     ) -> None:
         """Add the gradients of ``sum <tensor, cotangent>`` to this block's parameters and to x.
 
-        `heard` is called with each trained parameter that is reached, once its gradient is there.
-        A block without parameters whose input nobody asks about has nothing to learn.
+        Does nothing where no tensor has a graph: the block has no parameters, and no gradient of
+        its input is needed.
+
+        Parameters
+        ----------
+        gradient_hook : callable, optional
+            Called with each trained parameter in the graph, once its gradient is complete.
         """
-        reached = [(tensor, force) for tensor, force in backward_pairs if tensor.requires_grad]
-        if not reached:
+        pairs = [pair for pair in backward_pairs if pair[0].requires_grad]
+        if not pairs:
             return
-        tensors, forces = zip(*reached, strict=True)
-        asked = self.trainable_parameters if gradient_hook is not None else []
-        hooks = [each.register_post_accumulate_grad_hook(gradient_hook) for each in asked]  # type: ignore[no-untyped-call]
+        tensors, cotangents = zip(*pairs, strict=True)
+        handles = []
+        if gradient_hook is not None:
+            handles = [
+                parameter.register_post_accumulate_grad_hook(gradient_hook)  # type: ignore[no-untyped-call]
+                for parameter in self.trainable_parameters
+            ]
         try:
-            torch.autograd.backward(tensors, forces)
+            torch.autograd.backward(tensors, cotangents)
         finally:
-            for hook in hooks:
-                hook.remove()
+            for handle in handles:
+                handle.remove()
 
     # ---- updates
 
     def update(self, optimizer_step: OptimizerStep | None = None) -> None:
-        """Take one optimizer step, by a `rule` where one is given; forget the gradients."""
+        """Take one step of the optimizer, or `optimizer_step` in its place; drop the gradients."""
         if self.optimizer is not None:
             if optimizer_step is None:
                 self.optimizer.step()
@@ -201,6 +226,11 @@ class Block(BlockParameters):
                 optimizer_step(self.optimizer)
             self.optimizer.zero_grad(set_to_none=True)
 
+    @property
+    def caches_tensors(self) -> bool:
+        """Whether the head keeps tensors from update to update."""
+        return hasattr(self.head, "cached_tensors")
+
     def cached_tensors(self) -> list[Tensor]:
-        """Return what the helper keeps from update to update, beside parameters and buffers."""
+        """Return the tensors that the head keeps between updates, beside parameters and buffers."""
         return list(getattr(self.head, "cached_tensors", ()))

@@ -1,61 +1,61 @@
-"""Where a rank computes, the CPU or its own accelerator of this host, and with what memory.
+"""The device of a rank, the CPU or an accelerator of its host, and the memory of its process.
 
-Invariant: ranks of one host take its accelerators in turn, so that none is left over while another
-is shared. No accelerator has confirmed this yet: see `docs/comm.md`.
+Invariant: the ranks of one host take its accelerators in turn, so none is idle while another is
+shared. See `docs/comm.md` for the tests on hardware.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 
 import torch
 
 from dtrain.errors import ConfigError
 
 
-def select_device(device: str, rank: int, hosts: Sequence[str]) -> torch.device:
-    """Return the device of `rank`: number = position among the ranks of its host, modulo devices.
+def select_device(device: str, local_rank: int, host: str) -> torch.device:
+    """Return the device of a rank; its number is the local rank modulo the number of devices.
 
     Parameters
     ----------
-    asked : "auto", "cpu" or "cuda"
-        "auto" is CUDA where torch sees a device, else the CPU.
-    hosts : sequence of str
-        Host of each rank.
+    device : "auto", "cpu" or "cuda"
+        "auto" is CUDA where torch sees a device, otherwise the CPU.
+    local_rank : int
+        Position among the ranks of the host.
+    host : str
+        Name of the host.
 
     Raises
     ------
-    DtrainError
-        "cuda" where torch sees none.
+    ConfigError
+        "cuda" where torch sees no device.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cuda" and not count:
         raise ConfigError(
-            "todo.key",
-            f'device = "cuda", but torch {torch.__version__} sees no CUDA device on {hosts[rank]}: '
+            "device.no-cuda",
+            f'device = "cuda", but torch {torch.__version__} sees no CUDA device on {host}: '
             'set device = "auto", or install a torch that fits the driver',
         )
     if device == "cpu" or not count:
         return torch.device("cpu")
-    near = [other for other, host in enumerate(hosts) if host == hosts[rank]]
-    return torch.device("cuda", near.index(rank) % count)
+    return torch.device("cuda", local_rank % count)
 
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
-"""Of `mallopt` in glibc."""
+"""Parameters of `mallopt` in glibc."""
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep freed memory for this process; return whether it could be told.
+    """Make the C library keep freed memory for this process; return whether it accepted.
 
-    Gradients are made anew in every update. glibc would give blocks of megabytes back to the
-    kernel in between and take a page fault for every 4 KiB of them: some 3,000 in an update of 4 M
-    weights, 4 to 6 % of its time. The price is that what was used once stays with the process.
+    Gradients are allocated anew in every update. By default glibc returns blocks of megabytes to
+    the kernel in between, and each 4 KiB of a new block is a page fault: some 3,000 in an update of
+    4 M weights, 4 to 6 % of its time. The cost is that the process keeps its peak memory.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):  # another C library
         return False
-    largest = 4 * 1024 * 1024 * ctypes.sizeof(ctypes.c_long)  # what glibc accepts at most
-    return bool(mallopt(MMAP_THRESHOLD, largest) and mallopt(TRIM_THRESHOLD, 2**30))
+    threshold = 4 * 1024 * 1024 * ctypes.sizeof(ctypes.c_long)  # the largest that glibc accepts
+    return bool(mallopt(MMAP_THRESHOLD, threshold) and mallopt(TRIM_THRESHOLD, 2**30))

@@ -1,12 +1,12 @@
-"""Learning-rate schedules: by what factor an update's rate differs from the optimizer's own.
+"""Learning-rate schedules: the factor by which the learning rate of an update is scaled.
 
-Invariant: a factor is pure in (update, updates per epoch, updates of the run), so it has no state
-to save and no order to be asked in; a resumed run and any rank finds the same number.
+Invariant: a factor is pure in (update, updates per epoch, updates of the run). So a schedule has no
+state to save, and a resumed run and all ranks compute the same number.
 
 ::
 
-    factor = ramp x shape              1 |    ____            ramp: (u + 1) / w for u < w = 4
-                                         |   /    ``--.       shape: cosine from the ramp's end
+    factor = warm-up x decay           1 |    ____            warm-up: (u + 1) / w for u < w = 4
+                                         |   /    ``--.       decay: cosine from its end
     update u = 0, 1, ...,                |  /          ``-.
     counted from the start of the run    | /               ``--..
                                        0 +-----------------------> u
@@ -29,11 +29,11 @@ class LRSchedule(ABC):
 
     Attributes
     ----------
-    horizon : bool
-        Whether factors depend on the length of the run: then a run cannot be made longer later.
+    depends_on_run_length : bool
+        Whether factors depend on the length of the run, which then cannot be extended later.
     warmup_updates : int
-        Updates of the linear ramp: update u < w has (u + 1) / w of its rate, so the first one
-        moves and update w - 1 is the first at the full rate.
+        Updates of the linear warm-up (w): update u < w has (u + 1) / w of its learning rate, so
+        update w - 1 is the first at the full one.
     """
 
     depends_on_run_length: ClassVar[bool]
@@ -44,32 +44,32 @@ class LRSchedule(ABC):
 
     @final
     def lr_factor(self, update: int, updates_per_epoch: int, total_updates: int) -> float:
-        """Return what each parameter group's own learning rate is multiplied by.
+        """Return the factor by which each parameter group's base learning rate is multiplied.
 
         Parameters
         ----------
         update : int
             Counted from 0 at the start of the run.
-        per_epoch, total : int
-            Updates in an epoch, and in the whole run.
+        updates_per_epoch, total_updates : int
+            Updates of an epoch, and of the run.
         """
-        ramp = min(1.0, (update + 1) / self.warmup_updates) if self.warmup_updates else 1.0
-        return ramp * self.decay_factor(update, updates_per_epoch, total_updates)
+        warmup = min(1.0, (update + 1) / self.warmup_updates) if self.warmup_updates else 1.0
+        return warmup * self.decay_factor(update, updates_per_epoch, total_updates)
 
     @abstractmethod
     def decay_factor(self, update: int, updates_per_epoch: int, total_updates: int) -> float:
-        """Return the factor without the ramp; arguments as of `factor`."""
+        """Return the factor without warm-up; arguments as of `lr_factor`."""
 
     def _decay_progress(self, update: int, total_updates: int) -> float:
-        """Return which share of the updates after the ramp lies behind, 0 to 1."""
-        after = max(total_updates - self.warmup_updates, 1)
-        return min(max(update - self.warmup_updates, 0) / after, 1.0)
+        """Return the fraction of the updates after the warm-up that are done, 0 to 1."""
+        decay_updates = max(total_updates - self.warmup_updates, 1)
+        return min(max(update - self.warmup_updates, 0) / decay_updates, 1.0)
 
 
 @final
 @dataclass(frozen=True)
 class ConstantLR(LRSchedule):
-    """The optimizer's own rate."""
+    """The optimizer's base learning rate, after the warm-up."""
 
     depends_on_run_length: ClassVar[bool] = False
 
@@ -81,7 +81,9 @@ class ConstantLR(LRSchedule):
 @final
 @dataclass(frozen=True)
 class CosineLR(LRSchedule):
-    """Half a cosine from 1, at the end of the ramp, to `final`, which update `total` would have.
+    """Half a cosine from 1, at the end of the warm-up, to `final` at the end of the run.
+
+    Update `total_updates`, the first after the run, would have the factor `final`.
 
     Source: Loshchilov and Hutter 2017, "SGDR: Stochastic Gradient Descent with Warm Restarts",
     eq. 5, without restarts; torch's `CosineAnnealingLR`.
@@ -95,17 +97,18 @@ class CosineLR(LRSchedule):
         _require_fraction("final", self.final)
 
     def decay_factor(self, update: int, updates_per_epoch: int, total_updates: int) -> float:
-        """Return ``final + (1 - final) (1 + cos(pi t)) / 2`` at share t of the way."""
-        wave = (1 + math.cos(math.pi * self._decay_progress(update, total_updates))) / 2
-        return self.final + (1 - self.final) * wave
+        """Return ``final + (1 - final) (1 + cos(pi t)) / 2`` with t the fraction that is done."""
+        cosine = (1 + math.cos(math.pi * self._decay_progress(update, total_updates))) / 2
+        return self.final + (1 - self.final) * cosine
 
 
 @final
 @dataclass(frozen=True)
 class LinearLR(LRSchedule):
-    """A straight line from 1, at the end of the ramp, to `final`, which update `total` would have.
+    """A straight line from 1, at the end of the warm-up, to `final` at the end of the run.
 
-    torch's `LinearLR` with ``start_factor = 1``.
+    Update `total_updates`, the first after the run, would have the factor `final`. torch's
+    `LinearLR` with ``start_factor = 1``.
     """
 
     depends_on_run_length: ClassVar[bool] = True
@@ -116,25 +119,27 @@ class LinearLR(LRSchedule):
         _require_fraction("final", self.final)
 
     def decay_factor(self, update: int, updates_per_epoch: int, total_updates: int) -> float:
-        """Return ``1 - (1 - final) t`` at share t of the way."""
+        """Return ``1 - (1 - final) t`` with t the fraction that is done."""
         return 1 - (1 - self.final) * self._decay_progress(update, total_updates)
 
 
 @final
 @dataclass(frozen=True)
 class StepLR(LRSchedule):
-    """Stairs: times `gamma` after every so many epochs, or at the beginning of named ones.
+    """Multiplication by `gamma` after every `every_epochs` epochs, or after the given `epochs`.
 
-    Epochs are counted from the start of the run, the ramp included. torch's `StepLR` and
+    Epochs are counted from the start of the run, the warm-up included. torch's `StepLR` and
     `MultiStepLR`, stepped once per epoch.
 
     Attributes
     ----------
     every_epochs : int
-        Epochs on one stair; 0: `epochs` says where stairs begin.
+        Epochs between two steps; 0: `epochs` lists them.
     epochs : tuple of int
-        Epochs behind when a stair begins: ``[30, 60]`` is two stairs down, the first before the
-        31st epoch.
+        Epochs after which a step comes: ``[30, 60]`` is two steps, the first before the 31st
+        epoch.
+    gamma : float
+        Factor of each step, 0 to 1.
     """
 
     depends_on_run_length: ClassVar[bool] = False
@@ -149,18 +154,19 @@ class StepLR(LRSchedule):
             _require_at_least("epochs", epoch, 1)
         _require_fraction("gamma", self.gamma)
         if bool(self.every_epochs) == bool(self.epochs):
-            found = "both stand there" if self.epochs else "neither stands there"
+            state = "both are" if self.epochs else "neither is"
             raise ConfigError(
-                "todo.key", f"[lr] 'step' needs every-epochs or epochs = [...] ({found})"
+                "lr.step-epochs",
+                f"[lr] set either every-epochs or epochs = [...] of 'step' ({state} set)",
             )
 
     def decay_factor(self, update: int, updates_per_epoch: int, total_updates: int) -> float:
-        """Return `gamma` to the power of the stairs passed."""
+        """Return `gamma` to the power of the number of steps so far."""
         epoch = update // updates_per_epoch
-        stairs = sum(epoch >= each for each in self.epochs)
+        steps = sum(epoch >= step_epoch for step_epoch in self.epochs)
         if self.every_epochs:
-            stairs = epoch // self.every_epochs
-        return self.gamma**stairs
+            steps = epoch // self.every_epochs
+        return self.gamma**steps
 
 
 LR_SCHEDULES: dict[str, type[LRSchedule]] = {
@@ -173,9 +179,9 @@ LR_SCHEDULES: dict[str, type[LRSchedule]] = {
 
 def _require_at_least(key: str, value: int, minimum: int) -> None:
     if value < minimum:
-        raise ConfigError("todo.key", f"[lr] {key} = {value} is too small: give at least {minimum}")
+        raise ConfigError("lr.too-small", f"[lr] {key} = {value} must be at least {minimum}")
 
 
 def _require_fraction(key: str, value: float) -> None:
     if not 0 <= value <= 1:
-        raise ConfigError("todo.key", f"[lr] {key} = {value} is no share of the rate: give 0 to 1")
+        raise ConfigError("lr.no-fraction", f"[lr] {key} = {value} must be between 0 and 1")

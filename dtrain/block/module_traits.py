@@ -1,7 +1,7 @@
-"""What a layer might do beside returning a result: draw random numbers, or write in place.
+"""What a layer may do besides returning its output: use random numbers, or work in place.
 
-Invariant: read from the modules' types and attributes alone, nothing is run; where a type does not
-tell, it is taken to draw.
+Invariant: only types and attributes of modules are read; nothing is run. A module of an unknown
+type counts as one that uses random numbers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from torch import nn
 
 from dtrain.block.split_backward import LEAF_MODULES
 
-# Layers made of these alone never draw random numbers, so they need no generator of their own.
 DETERMINISTIC_MODULES = (
     *LEAF_MODULES,
     nn.modules.batchnorm._NormBase,
@@ -20,23 +19,24 @@ DETERMINISTIC_MODULES = (
     *(nn.LayerNorm, nn.GroupNorm, nn.Flatten, nn.Identity),
     *(nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.Hardtanh),
 )
+"""Modules that never use random numbers, so that their layers are not seeded."""
 
 
 def works_in_place(layer: nn.Module) -> bool:
-    """Tell whether a layer works in place, as far as its modules say."""
+    """Return whether a module of the layer has an attribute ``inplace = True``."""
     return any(getattr(module, "inplace", False) for module in layer.modules())
 
 
 def may_use_rng(layer: nn.Module) -> bool:
-    """Tell whether a layer might use random numbers: any module inside that is not known calm.
+    """Return whether a layer may use random numbers: a module of it is not known not to.
 
-    A subclass may do what its parent does not, so a user's class is calm only if it says so,
-    by an attribute ``draws = False``.
+    A subclass may use them where its parent does not. So a user's class counts as deterministic
+    only with an attribute ``uses_rng = False``.
     """
     return not all(_is_deterministic(module) for module in layer.modules())
 
 
 def _is_deterministic(module: nn.Module) -> bool:
-    own = type(module).forward.__module__.startswith("torch.nn.modules.")
-    known = own and isinstance(module, (*DETERMINISTIC_MODULES, nn.Sequential))
+    from_torch = type(module).forward.__module__.startswith("torch.nn.modules.")
+    known = from_torch and isinstance(module, (*DETERMINISTIC_MODULES, nn.Sequential))
     return known or getattr(module, "uses_rng", True) is False

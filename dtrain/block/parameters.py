@@ -1,8 +1,8 @@
-"""What a block holds: parameters, buffers and optimizer state, all by global names.
+"""Parameters, buffers and optimizer state of a block, by global names.
 
-Invariant: a name says what a tensor is in every rank and every file; a matrix that is a product for
-a while is shown under its own name, its factors under ``<name>.left`` and ``<name>.right``, and
-``<name>.core`` where there are three.
+Invariant: a name means the same tensor on every rank and in every file. A matrix that is factorized
+keeps its name; its factors are ``<name>.left`` and ``<name>.right``, and ``<name>.core`` where
+there are three.
 """
 
 from __future__ import annotations
@@ -20,29 +20,32 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], optim.Optimizer]
 
 
 class BlockParameters:
-    """The tensors of one block, and the optimizer that moves them.
+    """The tensors of one block, and its optimizer.
 
     Parameters
     ----------
     roots : mapping of str to nn.Module
-        Layers and helper under their global names.
-    step : callable
+        Layers and head under their global names.
+    make_optimizer : callable
         Makes the optimizer from parameters.
-    ends : (bool, bool)
-        Whether it holds the first layer of the model, and the last.
+    model_ends : (bool, bool)
+        Whether the block holds the first layer of the model, and the last.
 
     Attributes
     ----------
     parameters : dict of str to nn.Parameter
-        Under their global names.
-    trained : list of nn.Parameter
-        Those that learn.
+        By global name, in the order of the model.
+    trainable_parameters : list of nn.Parameter
+        Those that require a gradient, in the same order.
     optimizer : Optimizer or None
-        None where nothing learns.
-    factors : dict of str to Factors
-        Matrices that are products now.
-    form : int
-        How often other parameters have taken the place of these.
+        None where nothing is trained.
+    base_lrs, base_lr : list of float, float
+        Learning rates with which the optimizer's groups were made, and that of the first group: 0
+        where nothing is trained.
+    low_rank_weights : dict of str to LowRankWeight
+        The matrices that are factorized now, by name.
+    parametrisation_version : int
+        How often the parameters were replaced by others.
     """
 
     def __init__(
@@ -51,27 +54,29 @@ class BlockParameters:
         make_optimizer: OptimizerFactory,
         model_ends: tuple[bool, bool] = (False, False),
     ) -> None:
-        self.roots, self.model_ends, self._make_optimizer = dict(roots), model_ends, make_optimizer
+        self.roots = dict(roots)
+        self.model_ends = model_ends
+        self._make_optimizer = make_optimizer
         self.low_rank_weights: dict[str, LowRankWeight] = {}
         self.parametrisation_version = 0
         self._initial_order: dict[str, int] = {}
         self._build_optimizer()
 
     def _collect_parameters(self) -> None:
-        """Find the parameters, in the order that they had at first."""
-        found = {
-            self._global_name(f"{root}.{name}"): tensor
+        """Collect the parameters in their initial order."""
+        parameters = {
+            self._global_name(f"{root}.{name}"): parameter
             for root, module in self.roots.items()
-            for name, tensor in module.named_parameters()
+            for name, parameter in module.named_parameters()
         }
         self._initial_order = self._initial_order or {
-            name: place for place, name in enumerate(found)
+            name: number for number, name in enumerate(parameters)
         }
-        names = sorted(found, key=lambda name: (self._initial_order[matrix_name(name)], name))
-        self.parameters = {name: found[name] for name in names}
+        names = sorted(parameters, key=lambda name: (self._initial_order[matrix_name(name)], name))
+        self.parameters = {name: parameters[name] for name in names}
 
     def _global_name(self, name: str) -> str:
-        """Return the global name of a parameter that torch calls so."""
+        """Return the global name of a parameter, given its name in the modules."""
         layer, _, factor = name.rpartition(f".{FACTORS_MODULE}.")
         matrix = f"{layer}.weight"
         return f"{matrix}.{factor}" if matrix in self.low_rank_weights else name
@@ -84,10 +89,11 @@ class BlockParameters:
         )
         groups = self.optimizer.param_groups if self.optimizer else []
         self.base_lrs = [float(group["lr"]) for group in groups]
+        self.base_lr = self.base_lrs[0] if self.base_lrs else 0.0
 
     @property
     def buffers(self) -> dict[str, Tensor]:
-        """The buffers under their global names, looked up anew: a layer may rebind its own."""
+        """The buffers by global name, looked up anew since a layer may rebind its own."""
         return {
             f"{root}.{name}": tensor
             for root, module in self.roots.items()
@@ -96,65 +102,66 @@ class BlockParameters:
 
     @property
     def unsynced_buffers(self) -> dict[str, Tensor]:
-        """The buffers in which replicas may differ, such as batch statistics: all but those that
-        their module names in an attribute ``alike``."""
-        alike = {
+        """The buffers in which replicas may differ, such as batch statistics.
+
+        Left out are the buffers that their module lists in an attribute ``identical_buffers``.
+        """
+        identical = {
             ".".join(filter(None, (root, path, name)))
-            for root, module in self.roots.items()
-            for path, each in module.named_modules()
-            for name in getattr(each, "identical_buffers", ())
+            for root, layer in self.roots.items()
+            for path, module in layer.named_modules()
+            for name in getattr(module, "identical_buffers", ())
         }
-        return {name: buffer for name, buffer in self.buffers.items() if name not in alike}
+        return {name: buffer for name, buffer in self.buffers.items() if name not in identical}
 
     # ---- the optimizer
 
     @property
     def lr(self) -> float:
-        """The optimizer's present learning rate, 0 where there is nothing to train."""
+        """The optimizer's present learning rate, 0 where nothing is trained."""
         return float(self.optimizer.param_groups[0].get("lr", 0)) if self.optimizer else 0.0
 
-    @property
-    def base_lr(self) -> float:
-        """The learning rate that the optimizer was made with, 0 where there is nothing to train."""
-        return self.base_lrs[0] if self.base_lrs else 0.0
-
     def set_lr_factor(self, lr_factor: float) -> None:
-        """Set every group's learning rate to `factor` times the one that it was made with."""
+        """Set every group's learning rate to `lr_factor` times its base learning rate."""
         if self.optimizer is not None:
-            for group, rate in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-                group["lr"] = rate * lr_factor
+            for group, base_lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+                group["lr"] = base_lr * lr_factor
 
     def gradients(self) -> list[Tensor]:
-        """Return the gradients of all trained parameters, zeros where no sample gave one."""
+        """Return the gradients of all trained parameters; missing ones become zeros."""
         for parameter in self.trainable_parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         return [p.grad for p in self.trainable_parameters if p.grad is not None]
 
-    # ---- matrices that are products
+    # ---- factorized matrices
 
     def factorizable_weights(self, include_first: bool = False) -> list[str]:
-        """Return the names of the weights that learn and may become products: those of linear maps
-        and convolutions, heads and the last of the model excepted, and its first unless asked."""
-        found = [
+        """Return the names of the trained weights that can be factorized.
+
+        These are the weights of linear and convolution layers. Left out are heads, the last such
+        weight of the model, and the first one unless `include_first`.
+        """
+        names = [
             f"{name}.weight"
             for name, module in self.modules().items()
-            if is_factorizable(module) and self.parameters[f"{name}.weight"].requires_grad
+            if not name.startswith("heads.")
+            and is_factorizable(module)
+            and self.parameters[f"{name}.weight"].requires_grad
         ]
-        own = [name for name in found if not name.startswith("heads.")]
-        begins, ends = self.model_ends
-        return own[begins and not include_first : len(own) - ends]
+        holds_first, holds_last = self.model_ends
+        return names[holds_first and not include_first : len(names) - holds_last]
 
     def matrix_shape(self, name: str) -> tuple[int, int]:
-        """Return rows and columns of a weight seen as a matrix."""
-        own = self.low_rank_weights.get(name)
-        shape = self.parameters[name].shape if own is None else own.shape
+        """Return rows and columns of a weight as a matrix (shape[0], product of the others)."""
+        low_rank = self.low_rank_weights.get(name)
+        shape = self.parameters[name].shape if low_rank is None else low_rank.shape
         return shape[0], shape[1:].numel()
 
     def factorize(self, name: str, *factors: Tensor) -> LowRankWeight:
-        """Put a product in the place of a weight, or of another; `reform` must follow.
+        """Replace a weight, or its factors, by a product of `factors` from left to right.
 
-        Its factors are `sides`, from left to right; see `Factors`.
+        `rebuild_optimizer` must follow.
         """
         if name in self.low_rank_weights:
             self.low_rank_weights[name].set_factors(*factors)
@@ -165,12 +172,12 @@ class BlockParameters:
         return self.low_rank_weights[name]
 
     def merge_factors(self, name: str) -> None:
-        """Put a weight, the product, in the place of its factors; `reform` must follow."""
+        """Replace the factors of a weight by their product; `rebuild_optimizer` must follow."""
         self.low_rank_weights.pop(name).merge()
         self._collect_parameters()
 
     def rebuild_optimizer(self, optimizer_state: Mapping[str, Tensor]) -> None:
-        """Let the optimizer move what learns now, with this state."""
+        """Make a new optimizer for the present parameters, with this state."""
         self._build_optimizer()
         self.parametrisation_version += 1
         self.load_optimizer_state(optimizer_state)
@@ -178,45 +185,48 @@ class BlockParameters:
     # ---- state
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return parameters and buffers under their global names, detached, not copied."""
+        """Return parameters and buffers by global name, detached, not copied."""
         return {name: t.detach() for name, t in {**self.parameters, **self.buffers}.items()}
 
     def trainable_tensors(self) -> dict[str, Tensor]:
-        """Return what of them is trained, likewise, in the order of `trained`."""
+        """Return the trained parameters by global name, detached, not copied."""
         return {name: p.detach() for name, p in self.parameters.items() if p.requires_grad}
 
     def merged_tensors(self) -> dict[str, Tensor]:
-        """Return parameters and buffers, products in the place of factors; detached."""
-        own = {
-            name: t
-            for name, t in self.tensors().items()
+        """Return parameters and buffers by global name, products in place of their factors."""
+        tensors = {
+            name: tensor
+            for name, tensor in self.tensors().items()
             if matrix_name(name) not in self.low_rank_weights
         }
-        return own | {n: f.product().detach() for n, f in self.low_rank_weights.items()}
+        for name, low_rank in self.low_rank_weights.items():
+            tensors[name] = low_rank.product().detach()
+        return tensors
 
     def name_gradients(self, gradients: Iterable[Tensor]) -> dict[str, Tensor]:
-        """Return one tensor for each of `values` under their names, such as `gradients()`."""
+        """Return the gradients of the trained parameters, in their order, by global name."""
         return dict(zip(self.trainable_tensors(), gradients, strict=True))
 
     @contextmanager
     def swap_tensors(self, replacements: Mapping[str, Tensor]) -> Iterator[None]:
-        """Hold the tensors of `view` instead of its own ones while the body runs."""
-        own = {n: t for n, t in {**self.parameters, **self.buffers}.items() if n in replacements}
-        kept = [(tensor, tensor.data) for tensor in own.values()]
-        for name, tensor in own.items():
+        """Compute with `replacements`, under the names of `merged_tensors`, while the body runs."""
+        tensors = {**self.parameters, **self.buffers}
+        swapped = {name: tensor for name, tensor in tensors.items() if name in replacements}
+        own_data = [(tensor, tensor.data) for tensor in swapped.values()]
+        for name, tensor in swapped.items():
             tensor.data = replacements[name]
-        for name, product in self.low_rank_weights.items():
-            product.show(replacements[name])
+        for name, low_rank in self.low_rank_weights.items():
+            low_rank.show(replacements[name])
         try:
             yield
         finally:
-            for tensor, data in kept:
+            for tensor, data in own_data:
                 tensor.data = data
-            for product in self.low_rank_weights.values():
-                product.show()
+            for low_rank in self.low_rank_weights.values():
+                low_rank.show()
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Return the optimizer's state as ``<parameter>/<key>``: tensors, scalars as 0-dim."""
+        """Return the optimizer's state as ``<parameter>/<entry>``; numbers as 0-dim tensors."""
         if self.optimizer is None:
             return {}
         return {
@@ -227,22 +237,22 @@ class BlockParameters:
         }
 
     def load_optimizer_state(self, optimizer_state: Mapping[str, Tensor]) -> None:
-        """Restore the optimizer's state from what `memory()` once returned."""
+        """Load a state that `optimizer_state` returned."""
         if self.optimizer is None:
             return
-        place = {
+        numbers = {
             id(parameter): number for number, parameter in enumerate(self.trainable_parameters)
         }
         state: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
         for name, tensor in optimizer_state.items():
             parameter, _, entry = name.rpartition("/")
-            state[place[id(self.parameters[parameter])]][entry] = tensor
+            state[numbers[id(self.parameters[parameter])]][entry] = tensor
         groups = self.optimizer.state_dict()["param_groups"]
-        # torch knows which entry belongs on which device.
+        # `load_state_dict` moves each entry to the right device.
         self.optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
 
     def modules(self) -> dict[str, nn.Module]:
-        """Return all modules under their global names."""
+        """Return all modules by global name."""
         return {
             f"{root}.{name}".rstrip("."): module
             for root, layer in self.roots.items()
@@ -251,6 +261,6 @@ class BlockParameters:
 
 
 def matrix_name(name: str) -> str:
-    """Return the name of the matrix that a factor is of, other names as they are."""
-    root, _, side = name.rpartition(".")
-    return root if root.endswith(".weight") and side in FACTOR_NAMES[3] else name
+    """Return the name of the matrix of a factor; other names are returned unchanged."""
+    matrix, _, factor = name.rpartition(".")
+    return matrix if matrix.endswith(".weight") and factor in FACTOR_NAMES[3] else name

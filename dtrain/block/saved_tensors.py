@@ -1,14 +1,14 @@
-"""What autograd keeps between a forward and its backward: how much it is, and which weights.
+"""Tensors that autograd saves between a forward and its backward: their bytes, and stale weights.
 
-Invariant: where a learning may come `late`, a backward uses what the parameters hold at its own
-moment (plain autograd would raise), and `versions` decides what that is; everything else is what
-the forward saw, or an error.
+Invariant: in asynchronous schedules a backward uses the values that the parameters hold at its own
+time (plain autograd would raise); `WeightVersions` decides which these are. Every other tensor is
+the one that the forward saved, or an error.
 
 ::
 
-    forward   w_t   saves activations, and of weights only their names
+    forward   w_t        saves activations, and references to the weights
     updates   w_t -> w_t+D
-    backward        reads w_t+D by name, or what stands in for it
+    backward             reads w_t+D through the references, or a tensor that stands in for it
 
 Source: Kosson et al. 2020, "Pipelined Backpropagation at Scale" (weight inconsistency).
 """
@@ -25,24 +25,28 @@ from torch.autograd.graph import saved_tensors_hooks
 from dtrain.block.micro_batch import MicroBatch
 
 NOT_RECORDED = nullcontext()
+"""The context of a micro-batch whose saved tensors are neither counted nor resolved."""
 
 
 class SavedTensors:
-    """Watches what micro-batches keep until they are learnt: what forwards save for backward, and
-    what their `Live` holds. The model's own tensors do not count as memory.
+    """Counts the memory that micro-batches keep for their backward.
+
+    It counts the tensors that autograd saves and those of the `MicroBatch` records, but not the
+    model's own. A storage counts once per micro-batch, however many operations saved it.
 
     Parameters
     ----------
-    own : iterable of Tensor
+    model_tensors : iterable of Tensor
         The model's parameters and buffers.
-    late : bool
+    asynchronous : bool
         Whether updates may come between a forward and its backward.
 
     Attributes
     ----------
-    peak_bytes : int
-        The largest sum over live micro-batches, until `stop()`. A storage counts once per
-        micro-batch, however many operations saved it.
+    counting : bool
+        Whether tensors are counted now.
+    live_bytes, peak_bytes : int
+        Bytes of all live micro-batches, now and at most.
     """
 
     def __init__(self, model_tensors: Iterable[Tensor], asynchronous: bool = False) -> None:
@@ -99,11 +103,11 @@ class SavedTensors:
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
     def register_stand_in(self, tensor: Tensor, parameter: Tensor) -> None:
-        """Hear that a tensor's memory stands in for a parameter's."""
+        """Treat the memory of `tensor` as that of `parameter` from now on."""
         self.storage_owners[_storage_id(tensor)] = parameter
 
     def unregister_stand_in(self, tensor: Tensor) -> None:
-        """Hear that it does so no more."""
+        """End what `register_stand_in` began."""
         del self.storage_owners[_storage_id(tensor)]
 
     def drop(self, micro_batch: MicroBatch) -> None:
@@ -122,12 +126,12 @@ class SavedTensors:
 
 
 def _storage_id(tensor: Tensor) -> int:
-    """Return what tells storages apart while they live, on the meta device as well."""
+    """Return a number that is unique among live storages, on the meta device too."""
     return int(tensor.untyped_storage()._cdata)
 
 
 def _unpack(packed: Any) -> Tensor:
-    """Return what was saved, or the present content of the weight that it was a view of."""
+    """Return the saved tensor, or the present values of the weight that it was a view of."""
     tensor: Tensor = packed[0]
     if len(packed) == 4:
         return tensor.detach().as_strided(*packed[1:])

@@ -1,16 +1,15 @@
-"""The backward in two halves: `I`, whom others wait for, and `W`, which only this block needs.
+"""The backward in two halves: `I` computes the input gradient, `W` the weight gradients.
 
-`I` is one `autograd.grad` to the block's input, to the outputs of its leaf modules (linear,
-convolution, embedding) and to the small parameters (norms); `W` visits each leaf's own node.
-A leaf that is called more than once in a forward is learnt in `I`.
+`I` is one `autograd.grad` for the block's input, the outputs of its leaf modules (linear,
+convolution, embedding) and the small parameters (norms). `W` then visits the node of each leaf. A
+leaf that is called more than once in a forward gets its gradients in `I`.
 
-Invariant: after `I` and `W` of a micro-batch the gradients are, bit for bit, those of one whole
-backward.
+Invariant: after `I` and `W` of a micro-batch the gradients are, bit for bit, those of one backward.
 
 ::
 
     x ---- conv ---- norm ---- linear ---- loss
-    x.grad <----- g <-- (norm) --- g <----- pull          I
+    x.grad <----- g <-- (norm) --- g <----- cotangent     I
             conv.weight           linear.weight           W
 
 Source: Qi et al. 2023, "Zero Bubble Pipeline Parallelism", arXiv 2401.10241, section 2.
@@ -28,19 +27,21 @@ from torch import Tensor, nn
 from dtrain.block.micro_batch import MicroBatch
 
 LEAF_MODULES = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)
+"""Modules whose weight gradients `W` computes."""
 
 
 LeafCall = tuple[nn.Module, Tensor]
+"""A leaf module and its output."""
 
 
 @final
 class SplitBackward:
-    """Halves the backward of the modules that it watches.
+    """Splits the backward of the modules of one block.
 
     Parameters
     ----------
     roots : iterable of nn.Module
-        The block's layers and helper; hooks note every call of their leaves.
+        The block's layers and head; hooks record every call of their leaf modules.
     """
 
     def __init__(self, roots: Iterable[nn.Module]) -> None:
@@ -56,45 +57,59 @@ class SplitBackward:
             self.leaf_calls.append((module, output))
 
     def pop_leaf_calls(self) -> list[LeafCall]:
-        """Return the calls since the last time, and forget them."""
+        """Return the recorded calls, and start a new record."""
         calls, self.leaf_calls = self.leaf_calls, []
         return calls
 
     def backward_input(
         self, backward_pairs: Iterable[tuple[Tensor, Tensor]], micro_batch: MicroBatch
     ) -> None:
-        """`I`: leave ``x.grad`` and the small gradients, and what is owed in ``live.owed``."""
-        reached = [(tensor, force) for tensor, force in backward_pairs if tensor.requires_grad]
-        if not reached:
+        """Compute `I`: gradients of the input, of the leaves' outputs and of small parameters.
+
+        Sets `pending_weight_gradients` of the micro-batch for `backward_weight`.
+        """
+        pairs = [pair for pair in backward_pairs if pair[0].requires_grad]
+        if not pairs:
             return
-        calls = [
-            *micro_batch.leaf_calls,
-            *self.pop_leaf_calls(),
-        ]  # those of the layers, those of the helper
-        number = Counter(id(module) for module, _ in calls)
-        leaves = [(m, out) for m, out in calls if number[id(m)] == 1 and _trainable_parameters(m)]
-        later = {id(weight) for module, _ in leaves for weight in _trainable_parameters(module)}
-        own = [p for root in self.roots for p in root.parameters() if p.requires_grad]
-        small: list[Tensor] = [p for p in own if id(p) not in later]
-        asked = [micro_batch.x] if micro_batch.x.requires_grad else []
-        tensors, forces = zip(*reached, strict=True)
-        wanted = [*asked, *small, *(out for _, out in leaves)]
-        found = torch.autograd.grad(tensors, wanted, forces, retain_graph=True, allow_unused=True)
-        for tensor, gradient in zip(asked + small, found, strict=False):
+        calls = [*micro_batch.leaf_calls, *self.pop_leaf_calls()]  # of the layers, of the head
+        call_counts = Counter(id(module) for module, _ in calls)
+        leaves = [
+            (module, output)
+            for module, output in calls
+            if call_counts[id(module)] == 1 and _trainable_parameters(module)
+        ]
+        leaf_parameters = {id(p) for module, _ in leaves for p in _trainable_parameters(module)}
+        accumulated: list[Tensor] = [micro_batch.x] if micro_batch.x.requires_grad else []
+        accumulated += [
+            parameter
+            for root in self.roots
+            for parameter in root.parameters()
+            if parameter.requires_grad and id(parameter) not in leaf_parameters
+        ]
+        tensors, cotangents = zip(*pairs, strict=True)
+        gradients = torch.autograd.grad(
+            tensors,
+            [*accumulated, *(output for _, output in leaves)],
+            cotangents,
+            retain_graph=True,
+            allow_unused=True,
+        )
+        for tensor, gradient in zip(accumulated, gradients, strict=False):
             if gradient is not None:
                 tensor.grad = gradient if tensor.grad is None else tensor.grad.add_(gradient)
-        outs = found[len(asked) + len(small) :]
         micro_batch.pending_weight_gradients = [
-            (out, _trainable_parameters(module), gradient)
-            for (module, out), gradient in zip(leaves, outs, strict=True)
+            (output, _trainable_parameters(module), gradient)
+            for (module, output), gradient in zip(
+                leaves, gradients[len(accumulated) :], strict=True
+            )
             if gradient is not None
         ]
 
     @staticmethod
     def backward_weight(micro_batch: MicroBatch) -> None:
-        """`W`: add the gradients that are owed."""
-        for out, parameters, gradient in reversed(micro_batch.pending_weight_gradients):
-            torch.autograd.backward(out, gradient, inputs=parameters)
+        """Compute `W`: add the pending weight gradients."""
+        for output, parameters, gradient in reversed(micro_batch.pending_weight_gradients):
+            torch.autograd.backward(output, gradient, inputs=parameters)
         micro_batch.pending_weight_gradients = []
 
 

@@ -1,12 +1,12 @@
-"""Weights foretold, and late gradients compensated: formulas over an optimizer's own state.
+"""Weight prediction and spike compensation: formulas over an optimizer's own state.
 
-Invariant: nothing here changes the optimizer's state but `spiked`, which leaves it as the optimizer
-itself would have; so checkpoints do not know of it.
+Invariant: predictions do not change the optimizer's state, and `spike_compensated_step` leaves it
+as the optimizer itself would. So checkpoints hold no state of either.
 
 With m the momentum, v the velocity (`momentum_buffer`), lr the present learning rate, T updates::
 
     velocity    w - lr T v                          SGD with momentum
-    coasting    w - lr v (m - m^(T+1)) / (1 - m)    the same, without a further gradient
+    coasting    w - lr v (m - m^(T+1)) / (1 - m)    the same, without further gradients
     difference  w + T (w - w of one update before)  any optimizer
     optimizer   T times the present step            SGD, Adam: m^ / (sqrt v^ + eps), AdamW: + decay
 
@@ -28,7 +28,7 @@ ParameterState = Mapping[str, Any]
 
 
 VELOCITY_PREDICTIONS = ("velocity", "coasting", "spectrain")
-"""Predictions that need the velocity of SGD."""
+"""Predictions that need SGD with momentum."""
 
 
 def predict_weights(
@@ -37,30 +37,30 @@ def predict_weights(
     steps: float,
     previous_weights: Sequence[Tensor] | None,
 ) -> list[Tensor]:
-    """Return copies of an optimizer's parameters, `steps` updates ahead.
+    """Return copies of an optimizer's parameters as predicted for `steps` updates later.
+
+    Parameters without optimizer state are not moved.
 
     Parameters
     ----------
-    before : sequence of Tensor, optional
-        The parameters of one update before, for "difference".
-
-    What has no state yet stays where it is.
+    previous_weights : sequence of Tensor, optional
+        The parameters before the last update, for "difference".
     """
-    found: list[Tensor] = []
+    predicted: list[Tensor] = []
     decoupled = isinstance(optimizer, optim.AdamW)
     with torch.no_grad():
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 state = optimizer.state.get(parameter, {})
-                moved = parameter.detach().clone()
+                weights = parameter.detach().clone()
                 if prediction == "difference":
                     if previous_weights is not None:
-                        moved.add_(moved - previous_weights[len(found)], alpha=steps)
+                        weights.add_(weights - previous_weights[len(predicted)], alpha=steps)
                 elif state:
                     decay = group["weight_decay"] if decoupled else 0.0
-                    _extrapolate(prediction, moved, state, group, steps, decay)
-                found.append(moved)
-    return found
+                    _extrapolate(prediction, weights, state, group, steps, decay)
+                predicted.append(weights)
+    return predicted
 
 
 def _extrapolate(
@@ -71,54 +71,54 @@ def _extrapolate(
     steps: float,
     weight_decay: float,
 ) -> None:
-    """Move a copy of a parameter by what its optimizer's state says; `decay` is apart from it."""
+    """Move a copy of a parameter along its optimizer's state, and along decoupled weight decay."""
     lr = float(group["lr"])
     velocity = state.get("momentum_buffer")
     if velocity is not None:
-        m = group["momentum"]
-        far = steps if prediction != "coasting" else _geometric_sum(m, steps + 1) - 1
-        weights.add_(velocity, alpha=-lr * far)
+        momentum = group["momentum"]
+        distance = steps if prediction != "coasting" else _geometric_sum(momentum, steps + 1) - 1
+        weights.add_(velocity, alpha=-lr * distance)
     elif "exp_avg" in state:
         step, (beta1, beta2) = float(state["step"]), group["betas"]
-        top = state.get("max_exp_avg_sq", state["exp_avg_sq"])
-        scale = (top / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        way = (state["exp_avg"] / (1 - beta1**step)).div_(scale)
+        second_moment = state.get("max_exp_avg_sq", state["exp_avg_sq"])
+        scale = (second_moment / (1 - beta2**step)).sqrt_().add_(group["eps"])
+        direction = (state["exp_avg"] / (1 - beta1**step)).div_(scale)
         if weight_decay:
-            way.add_(weights, alpha=weight_decay)
-        weights.add_(way, alpha=-lr * steps * (-1 if group["maximize"] else 1))
+            direction.add_(weights, alpha=weight_decay)
+        weights.add_(direction, alpha=-lr * steps * (-1 if group["maximize"] else 1))
 
 
 def spike_compensated_step(optimizer: optim.Optimizer, delay: int) -> None:
-    """Take a step of SGD whose gradients are `delay` updates late.
+    """Take a step of SGD whose gradients are `delay` updates late (D).
 
-    w <- w - lr (a v + b g) with a = m^D and b = 1 + m + ... + m^(D-1): at once what a gradient that
-    had come in time would have moved by now, and from now on the same. D = 1 is Nesterov's momentum
-    in the form of torch.
+    w <- w - lr (a v + b g) with a = m^D and b = 1 + m + ... + m^(D-1). The step makes up at once
+    for the movement that a gradient without delay would have caused by now; later steps are the
+    same. D = 1 is Nesterov's momentum in the form of torch.
     """
     if not delay:
         optimizer.step()
         return
     with torch.no_grad():
         for group in optimizer.param_groups:
-            m, lr = group["momentum"], float(group["lr"])
-            now, once = m**delay, _geometric_sum(m, delay)
+            momentum, lr = group["momentum"], float(group["lr"])
+            velocity_factor, gradient_factor = momentum**delay, _geometric_sum(momentum, delay)
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
                 gradient = parameter.grad
                 if group["weight_decay"]:
                     gradient = gradient.add(parameter, alpha=group["weight_decay"])
-                if m:
+                if momentum:
                     state = optimizer.state[parameter]
                     velocity = state.get("momentum_buffer")
                     if velocity is None:
                         velocity = state["momentum_buffer"] = gradient.clone()
                     else:
-                        velocity.mul_(m).add_(gradient)
-                    parameter.add_(velocity, alpha=-lr * now)
-                parameter.add_(gradient, alpha=-lr * once)
+                        velocity.mul_(momentum).add_(gradient)
+                    parameter.add_(velocity, alpha=-lr * velocity_factor)
+                parameter.add_(gradient, alpha=-lr * gradient_factor)
 
 
-def _geometric_sum(m: float, count: float) -> float:
-    """Return 1 + m + ... + m^(count - 1)."""
-    return count if m == 1 else (1 - m**count) / (1 - m)
+def _geometric_sum(ratio: float, count: float) -> float:
+    """Return 1 + ratio + ... + ratio^(count - 1)."""
+    return count if ratio == 1 else (1 - ratio**count) / (1 - ratio)

@@ -1,13 +1,13 @@
-"""Versions: the weights that one block shows while it computes, and those that it keeps for it.
+"""Weight versions of one block: the weights of its forwards and backwards, and stashed copies.
 
-Invariant: outside `forward` and `backward` the parameters hold the present weights, which alone are
-updated, averaged, saved and evaluated; nothing is kept beyond a segment.
+Invariant: outside `forward_weights` and `backward_weights` the parameters hold the present weights,
+which alone are updated, averaged, saved and evaluated. No copy outlives a segment.
 
 ::
 
-    forward    parameters hold: the present weights | an older version | foretold ones
-    backward   the present weights | those of its forward | foretold ones
-    step       keeps a copy of the present version where somebody needs it, then moves on
+    forward    the present weights | an older version | predicted weights
+    backward   the present weights | those of its forward | predicted weights
+    step       copies the present version where it is needed later, then updates
 """
 
 from __future__ import annotations
@@ -30,25 +30,30 @@ MicroBatchKey = tuple[int, int, int]
 
 @final
 class WeightVersions:
-    """One block's weights through a segment.
+    """The weight versions of one block whose updates come between forward and backward.
 
     Parameters
     ----------
-    block : Block
-        Whose weights they are.
-    policy : Policy or None
-        With which weights it computes; None: no update comes between forward and learning.
-    saved : Saved
-        Told which tensors stand in for parameters.
+    policy : WeightPolicy
+        Selects the weights of each forward and backward.
+    saved_tensors : SavedTensors
+        Resolves saved weights; it must know which tensors stand in for parameters.
+
+    Attributes
+    ----------
+    peak_copies : int
+        The most copies of the weights that were kept at once.
     """
 
     def __init__(self, block: Block, policy: WeightPolicy, saved_tensors: SavedTensors) -> None:
-        self.block, self.policy, self.saved_tensors = block, policy, saved_tensors
+        self.block = block
+        self.policy = policy
+        self.saved_tensors = saved_tensors
         self.peak_copies = 0
         self.start_segment()
 
     def start_segment(self) -> None:
-        """Start a segment; the one before has left nothing in flight."""
+        """Start a segment, without micro-batches in flight."""
         self._older_versions: dict[int, list[Tensor]] = {}
         self._predicted_weights: dict[MicroBatchKey, list[Tensor]] = {}
         self._previous_weights: list[Tensor] | None = None
@@ -56,39 +61,42 @@ class WeightVersions:
 
     @contextmanager
     def forward_weights(self, action: Action, is_last: bool) -> Iterator[None]:
-        """Hold the weights of a forward; `last` says whether it is its update's last one."""
-        policy, tracker, key = self.policy, self._tracker, action.key
+        """Give the parameters the weights of a forward; `is_last`: the last one of its update."""
+        tracker, weights = self._tracker, None
         if action.pass_:
-            shown = self._predicted_weights.get(key)
-            version = tracker.backward(key)
+            version = tracker.backward(action.key)
+            weights = self._predicted_weights.get(action.key)
         else:
-            version, shown = tracker.forward(key, action.update, is_last), None
-            steps = policy.prediction_steps(self.block.index, action.update, "F")
+            version = tracker.forward(action.key, action.update, is_last)
+            steps = self.policy.prediction_steps(self.block.index, action.update, "F")
             if steps:
-                shown = self._predict(steps)
-                if policy.stash:
-                    self._predicted_weights[key] = shown
+                weights = self._predict(steps)
+                if self.policy.stash:
+                    self._predicted_weights[action.key] = weights
         self.peak_copies = max(self.peak_copies, tracker.peak_copies)
-        with self._swap_weights(
-            shown
-            or self._older_versions.get(tracker.current_version if version is None else version)
-        ):
+        if weights is None:
+            weights = self._older_versions.get(
+                tracker.current_version if version is None else version
+            )
+        with self._swap_weights(weights):
             yield
 
     @contextmanager
     def backward_weights(self, action: Action) -> Iterator[None]:
-        """Hold the weights of a backward."""
-        policy, tracker, key = self.policy, self._tracker, action.key
-        version = tracker.backward(key)
-        shown = (
-            self._predicted_weights[key] if version is None else self._older_versions.get(version)
-        )
-        steps = policy.prediction_steps(self.block.index, action.update, "B")
-        with self._swap_weights(self._predict(steps) if steps else shown):
+        """Give the parameters the weights of a backward."""
+        version = self._tracker.backward(action.key)
+        steps = self.policy.prediction_steps(self.block.index, action.update, "B")
+        if steps:
+            weights: list[Tensor] | None = self._predict(steps)
+        elif version is None:
+            weights = self._predicted_weights[action.key]
+        else:
+            weights = self._older_versions.get(version)
+        with self._swap_weights(weights):
             yield
 
     def done(self, action: Action) -> None:
-        """Let go of what only this micro-batch needed."""
+        """Free the versions that only this micro-batch needed."""
         self._tracker.release(action.key)
         self._predicted_weights.pop(action.key, None)
         self._drop_unneeded()
@@ -96,14 +104,23 @@ class WeightVersions:
     def step(
         self, update: int, takes_step: bool, optimizer_step: OptimizerStep | None = None
     ) -> None:
-        """Go on to the next version: update the block, where it `moves` at all, by a `rule` if
-        one is given."""
+        """Advance to the next version.
+
+        Parameters
+        ----------
+        update : int
+            Counted from the start of the segment.
+        takes_step : bool
+            Whether the block takes an optimizer step at all.
+        optimizer_step : callable, optional
+            Replaces the optimizer's own step, unless a spike-compensated one is due.
+        """
         policy, tracker, block = self.policy, self._tracker, self.block
-        now = tracker.current_version
+        version = tracker.current_version
         if tracker.update():
-            self._older_versions[now] = self._copy_weights()
+            self._older_versions[version] = self._copy_weights()
         if policy.prediction == "difference":
-            self._previous_weights = self._older_versions.get(now) or self._copy_weights()
+            self._previous_weights = self._older_versions.get(version) or self._copy_weights()
         self._drop_unneeded()
         self.peak_copies = max(self.peak_copies, tracker.peak_copies)
         delay = policy.delay(block.index, update) if policy.spike_compensation else 0
@@ -114,7 +131,7 @@ class WeightVersions:
 
     @property
     def peak_bytes(self) -> int:
-        """The most bytes of copies so far."""
+        """The most bytes of copies that were kept at once."""
         return self.peak_copies * sum(
             parameter.nbytes for parameter in self.block.trainable_parameters
         )
@@ -134,17 +151,17 @@ class WeightVersions:
 
     @contextmanager
     def _swap_weights(self, replacements: Sequence[Tensor] | None) -> Iterator[None]:
-        """Let the parameters hold the memory of others while the body runs."""
+        """Give the parameters the memory of `replacements` while the body runs."""
         if replacements is None:
             yield
             return
-        own = [(parameter, parameter.data) for parameter in self.block.trainable_parameters]
+        own_data = [(parameter, parameter.data) for parameter in self.block.trainable_parameters]
         try:
-            for (parameter, _), other in zip(own, replacements, strict=True):
-                parameter.data = other
-                self.saved_tensors.register_stand_in(other, parameter)
+            for (parameter, _), weights in zip(own_data, replacements, strict=True):
+                parameter.data = weights
+                self.saved_tensors.register_stand_in(weights, parameter)
             yield
         finally:
-            for (parameter, data), other in zip(own, replacements, strict=True):
+            for (parameter, data), weights in zip(own_data, replacements, strict=True):
                 parameter.data = data
-                self.saved_tensors.unregister_stand_in(other)
+                self.saved_tensors.unregister_stand_in(weights)

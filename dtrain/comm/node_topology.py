@@ -39,6 +39,10 @@ class NodeTopology:
         Index of this rank's node.
     node_ranks : list of int
         Ranks of this rank's node, ascending.
+    node_peers : list of int
+        The other ranks of this rank's node, ascending.
+    node_sizes : list of int
+        Number of ranks of each node.
     local_rank : int
         Position of this rank among them.
     pieces_per_round : int
@@ -55,18 +59,10 @@ class NodeTopology:
         self.node_ranks = ranks_by_host[hosts[rank]]
         self.node_index = self.nodes.index(self.node_ranks)
         self.local_rank = self.node_ranks.index(rank)
+        self.node_sizes = [len(ranks) for ranks in self.nodes]
+        self.node_peers = [other for other in self.node_ranks if other != rank]
         self.pieces_per_round = len(self.nodes) * max(self.node_sizes)
         self._is_local = [host == hosts[rank] for host in hosts]
-
-    @property
-    def node_sizes(self) -> list[int]:
-        """Number of ranks of each node."""
-        return [len(ranks) for ranks in self.nodes]
-
-    @property
-    def node_peers(self) -> list[int]:
-        """The other ranks of this rank's node, ascending."""
-        return [rank for rank in self.node_ranks if rank != self.rank]
 
     def is_local(self, rank: int) -> bool:
         """Return whether a rank is on this rank's node."""

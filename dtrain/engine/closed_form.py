@@ -1,7 +1,8 @@
-"""Closed forms: what blocks add up over a segment and solve at its end.
+"""ClosedFormSolver: statistics that heads accumulate in a segment, and the solve at its end.
 
-Invariant: each replica adds its own part from zero, and the sums of all are added to what was
-before: the same bits however a run was cut into segments of replicas that share a sample order.
+Invariant: each replica accumulates from zero, and the sum over the replicas is added to the sum of
+earlier segments. So cutting a run into other segments changes no bits, as long as the replicas get
+the same samples.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from dtrain.objectives.block_spec import BlockSpec
 
 @final
 class ClosedFormSolver:
-    """The sums of one rank's blocks.
+    """The accumulated buffers of one rank's blocks.
 
     Parameters
     ----------
-    last : int
+    last_stage : int
         The stage of the last block.
     """
 
@@ -35,46 +36,53 @@ class ClosedFormSolver:
         groups: ProcessGroups,
         last_stage: int,
     ) -> None:
-        self.blocks, self.objective, self.block_specs = blocks, objective, block_specs
-        self.groups, self.last_stage = groups, last_stage
-
-    def _accumulated_buffers(self) -> list[Tensor]:
-        """Return the buffers that add up over samples."""
-        return [
-            block.buffers[f"heads.{index}.{name}"]
-            for index, block in self.blocks.items()
-            for name in self.objective.accumulated_buffers
-            if f"heads.{index}.{name}" in block.buffers
-        ]
+        self.blocks = blocks
+        self.objective = objective
+        self.block_specs = block_specs
+        self.groups = groups
+        self.last_stage = last_stage
 
     def clear(self) -> list[Tensor]:
-        """Return copies of all sums, and start them at zero: each replica adds its own part."""
-        before = [each.clone() for each in self._accumulated_buffers()]
-        for each in self._accumulated_buffers():
-            each.zero_()
-        return before
+        """Set all accumulated buffers to zero; return copies of their values."""
+        buffers = self._head_buffers(*self.objective.accumulated_buffers)
+        previous_sums = [buffer.clone() for buffer in buffers]
+        for buffer in buffers:
+            buffer.zero_()
+        return previous_sums
 
     def solve(self, previous_sums: Sequence[Tensor]) -> None:
-        """Add the sums over the replicas to what was before, then solve. Collective."""
+        """Add the sums over the replicas to `previous_sums`, then solve every head.
+
+        Collective over the replicas, and over the stages.
+        """
+        buffers = self._head_buffers(*self.objective.accumulated_buffers)
         if self.objective.accumulated_buffers:
-            self.groups.replicas.mean_(self._accumulated_buffers(), weight=1.0)
-        for total, old in zip(self._accumulated_buffers(), previous_sums, strict=True):
-            total.add_(old)
+            self.groups.replicas.mean_(buffers, weight=1.0)
+        for buffer, previous in zip(buffers, previous_sums, strict=True):
+            buffer.add_(previous)
         for index, block in self.blocks.items():
             self.objective.solve(self.block_specs[index], block)
         self._broadcast_buffers()
 
     def _broadcast_buffers(self) -> None:
-        """Give all blocks what the last one has found out. Collective over the stages."""
-        last, column = len(self.block_specs) - 1, self.groups.pipeline
+        """Give the last block's broadcast buffers to all blocks. Collective over the stages."""
+        output_dtype = self.block_specs[-1].dtype
         for name in self.objective.broadcast_buffers:
-            keys = [(f"heads.{index}.{name}", block) for index, block in self.blocks.items()]
-            own = [block.buffers[key] for key, block in keys if key in block.buffers]
-            if not own:
+            buffers = self._head_buffers(name)
+            if not buffers:
                 continue
-            # Blocks are held in order, so the last stage's last is the last.
-            kind = self.block_specs[last].dtype if own[-1].is_floating_point() else own[-1].dtype
-            whole = own[-1].to(kind, copy=True)
-            column.broadcast_([whole], self.last_stage)
-            for each in own:
-                each.copy_(whole)
+            last = buffers[-1]  # blocks are in order: on the last stage it is the last block's
+            dtype = output_dtype if last.is_floating_point() else last.dtype
+            message = last.to(dtype, copy=True)
+            self.groups.pipeline.broadcast_([message], self.last_stage)
+            for buffer in buffers:
+                buffer.copy_(message)
+
+    def _head_buffers(self, *names: str) -> list[Tensor]:
+        """Return the buffers of these names in the heads, as far as they have them."""
+        buffers = []
+        for index, block in self.blocks.items():
+            block_buffers = block.buffers
+            keys = [f"heads.{index}.{name}" for name in names]
+            buffers += [block_buffers[key] for key in keys if key in block_buffers]
+        return buffers

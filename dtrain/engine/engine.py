@@ -1,14 +1,14 @@
-"""The engine: runs one rank's plan, where maths meets messages.
+"""The engine: runs the plan of one rank, and connects computation with communication.
 
-Invariant: an action takes what its routes bring, computes, and offers what leaves it, in the order
-of the plan and in no other; nobody subclasses it, and no schedule or objective has one of its own.
+Invariant: each action receives the messages of its routes, computes, and sends its own, in the
+order of the plan. No schedule and no objective has an engine of its own.
 
 ::
 
-    F   x = feed(take)   y = block.forward(x)         offer(y): sent before the update
-    B   told = take      block.learn(pulls)           offer(feedback)
-    I W   the same in two halves: I takes and offers, W owes nobody
-    U   sync.before_update    block.update    sync.after_update
+    F     received -> make_input -> x -> layers -> y      send y: before the update
+    B     received -> backward_pairs -> backward          send gradients
+    I W   B in two halves: I receives and sends, W computes weight gradients
+    U     sync.reduce_gradients   block.update   sync.after_update
 """
 
 from __future__ import annotations
@@ -43,6 +43,11 @@ from dtrain.schedules.actions import Action
 from dtrain.syncs.base import Sync
 
 MicroBatchKey = tuple[int, int, int]
+"""Block, update and micro-batch: `Action.key`."""
+
+
+PRESENT_WEIGHTS = nullcontext()
+"""The context in which a block without weight versions computes."""
 
 
 class Engine:
@@ -83,15 +88,17 @@ class Engine:
         )
         self.saved_tensors = SavedTensors(self._model_tensors(), engine_spec.schedule.asynchronous)
         self.weight_versions = self._make_weight_versions()
-        self.update_step = UpdateStep(
-            blocks, syncs, self.weight_versions, engine_spec, groups.pipeline
-        )
+        self.update_step = UpdateStep(blocks, syncs, self.weight_versions, engine_spec, groups)
         self.micro_batches: dict[MicroBatchKey, MicroBatch] = {}
         self.peak_live = 0
         self.peak_cached_bytes = 0
         self.largest_update_rows = 0
         self.reparametrisations = 0
         self.max_lag = max((route.lag for route in self.router.routes), default=0)
+        self.counts_after_updates = any(
+            [block.caches_tensors for block in blocks.values()]
+            + [sync.traits().reparametrises for sync in syncs.values()]
+        )
         self.metric_sums = MetricSums()
         self.trace: Trace | None = None
         self.needs_input_gradient = input_gradient_blocks(self.router.routes)
@@ -126,17 +133,30 @@ class Engine:
                 update = self.updates[action.update]
                 control.flight.note("action", action, "update", update.number)
                 try:
-                    received = self.router.receive(action)
-                    micro_batch = self._compute(action, update, received, loader)
+                    received, micro_batch = self.router.receive(action), None
+                    match action.kind:
+                        case "F":
+                            micro_batch = self._forward(action, update, received, loader)
+                        case "B" | "I":
+                            micro_batch = self._backward(action, update, received)
+                        case "W":
+                            micro_batch = self._backward_weight(action)
+                        case _:
+                            self.update_step.step(action, update, received)
+                            if self.counts_after_updates:
+                                self._count_after_update()
                     self.router.send(action, self.blocks[action.block], micro_batch)
+                    del received, micro_batch  # frees their memory before the next action
                 except BaseException:
                     with self.position.error_context(action, f"update {update.number}"):
                         raise
-                control.progress()
+                if control.size > 1:  # otherwise nothing is ever in flight
+                    control.progress()
                 if self.trace is not None:
                     self.trace.note(action, update.number, began)
                 if action.kind == "U" and action.block == last_block:
-                    self._end_update(action.update)
+                    if self.saved_tensors.counting:
+                        self._stop_counting(action.update)
                     yield update.number
         finally:
             loader.close()
@@ -188,28 +208,6 @@ class Engine:
             if block.trainable_parameters
         }
 
-    def _compute(
-        self,
-        action: Action,
-        update: BatchUpdate,
-        received: dict[str, Tensor],
-        loader: Loader,
-    ) -> MicroBatch | None:
-        """Do the computation of an action; return its micro-batch, None of an update."""
-        match action.kind:
-            case "F":
-                return self._forward(action, update, received, loader)
-            case "B" | "I":
-                return self._backward(action, update, received)
-            case "W":
-                micro_batch = self.micro_batches[action.key]
-                SplitBackward.backward_weight(micro_batch)
-                self._release(action, micro_batch)
-                return micro_batch
-            case _:
-                self._update(action, update, received)
-                return None
-
     def _reads_samples(self, action: Action) -> bool:
         return action.kind == "F" and not action.pass_ and action.block in self.needs_samples
 
@@ -228,7 +226,7 @@ class Engine:
         )
         versions = self.weight_versions.get(action.block)
         last = action.micro + 1 == update.micro_batches
-        with nullcontext() if versions is None else versions.forward_weights(action, last):
+        with PRESENT_WEIGHTS if versions is None else versions.forward_weights(action, last):
             forward_micro_batch(
                 self.objective,
                 self.block_specs[action.block],
@@ -282,7 +280,7 @@ class Engine:
         block, micro_batch = self.blocks[action.block], self.micro_batches[action.key]
         micro_batch.received = {**micro_batch.received, **received}
         spec, versions = self.block_specs[action.block], self.weight_versions.get(action.block)
-        with nullcontext() if versions is None else versions.backward_weights(action):
+        with PRESENT_WEIGHTS if versions is None else versions.backward_weights(action):
             pairs = backward_pairs(self.objective, spec, block, micro_batch, self.saved_tensors)
             self._add_metrics(block.index, micro_batch)
             if action.kind == "I":
@@ -294,6 +292,12 @@ class Engine:
             self._release(action, micro_batch)
         return micro_batch
 
+    def _backward_weight(self, action: Action) -> MicroBatch:
+        micro_batch = self.micro_batches[action.key]
+        SplitBackward.backward_weight(micro_batch)
+        self._release(action, micro_batch)
+        return micro_batch
+
     def _add_metrics(self, index: int, micro_batch: MicroBatch) -> None:
         """Add the loss and the metrics of a micro-batch; refuse a loss that is not finite."""
         rows = len(micro_batch.targets)
@@ -301,7 +305,9 @@ class Engine:
             loss = float(micro_batch.loss)
             if not math.isfinite(loss):
                 advice = "lower [optimizer] lr, or set clip"
-                raise NumericalError("todo.key", f"the loss of block {index} is {loss}: {advice}")
+                raise NumericalError(
+                    "training.loss-not-finite", f"the loss of block {index} is {loss}: {advice}"
+                )
             self.metric_sums.add_loss(index, loss * rows)
         for name, mean in micro_batch.metrics.items():
             self.metric_sums.add_metric(index, name, float(mean) * rows)
@@ -314,8 +320,8 @@ class Engine:
         if action.block in self.weight_versions:
             self.weight_versions[action.block].done(action)
 
-    def _update(self, action: Action, update: BatchUpdate, received: dict[str, Tensor]) -> None:
-        self.update_step.step(action, update, received)
+    def _count_after_update(self) -> None:
+        """Follow parameters that a sync has replaced, and tensors that heads have cached."""
         versions = sum(block.parametrisation_version for block in self.blocks.values())
         if versions != self.reparametrisations:
             self.reparametrisations = versions
@@ -323,10 +329,10 @@ class Engine:
         cached = sum(t.nbytes for b in self.blocks.values() for t in b.cached_tensors())
         self.peak_cached_bytes = max(self.peak_cached_bytes, cached)
 
-    def _end_update(self, index: int) -> None:
-        """Stop counting saved tensors once the largest update was counted, all routes in use."""
+    def _stop_counting(self, index: int) -> None:
+        """Stop counting saved tensors if update `index` of the segment needed the most memory."""
         largest = self.updates[index].local_rows == self.largest_update_rows
-        if self.saved_tensors.counting and largest and index >= self.max_lag:
+        if largest and index >= self.max_lag:  # all routes carry messages by then
             self.saved_tensors.stop_counting()
 
     def _model_tensors(self) -> Iterator[Tensor]:
@@ -335,14 +341,15 @@ class Engine:
             yield from (*block.parameters.values(), *block.buffers.values())
 
     def _check_finite(self) -> None:
-        """Refuse weights that the segment's last updates made NaN or infinite."""
+        """Raise `NumericalError` if the last updates made a weight NaN or infinite."""
         for index, block in self.blocks.items():
             for name, tensor in block.parameters.items():
-                # The extremes tell, NaN included, and take a fifteenth of the time of `isfinite`.
+                # The extremes are NaN if any element is; they take 1/15 of the time of `isfinite`.
                 if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
                     place = f"[replica {self.position.replica} stage {self.position.stage}]"
                     raise NumericalError(
-                        "todo.key", f"'{name}' of block {index} is not finite {place}"
+                        "training.weight-not-finite",
+                        f"'{name}' of block {index} is not finite {place}",
                     )
 
     def peak_bytes(self) -> int:

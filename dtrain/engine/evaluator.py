@@ -1,12 +1,11 @@
-"""Evaluation: the forward of every block over a test split, its scores and the vote.
+"""Evaluator: the forward of all blocks over a test split, their scores and the vote.
 
-Invariant: nothing is learnt and no buffer moves; only rows of the "predict" routes travel.
+Invariant: no parameter and no buffer changes; only messages of the "predict" routes are sent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,12 +30,14 @@ class Evaluator:
 
     Parameters
     ----------
-    seat, lines : Seat, Lines
-        This rank's place, and its communicators.
+    position : RankPosition
+        This rank's coordinates on the mesh.
+    groups : ProcessGroups
+        Its communicators.
     blocks : dict of int to Block
-        What it holds.
-    course : Course
-        Whose objective predicts.
+        Its blocks, by index.
+    engine_spec : EngineSpec
+        The training settings; its objective predicts.
     """
 
     def __init__(
@@ -46,7 +47,9 @@ class Evaluator:
         blocks: dict[int, Block],
         engine_spec: EngineSpec,
     ) -> None:
-        self.position, self.blocks, self.engine_spec = position, blocks, engine_spec
+        self.position = position
+        self.blocks = blocks
+        self.engine_spec = engine_spec
         self.router = MessageRouter(
             "predict", engine_spec.objective, engine_spec.block_specs, position, groups
         )
@@ -57,27 +60,36 @@ class Evaluator:
         }
 
     @torch.no_grad()
-    def evaluate(self, loader: Loader, micros: Sequence[Indices]) -> list[MetricSums]:
-        """Return the sums over each micro-batch of losses, of right answers and of right votes.
+    def evaluate(self, loader: Loader, index_batches: Sequence[Indices]) -> list[MetricSums]:
+        """Return the sums of losses, of right predictions and of right votes by micro-batch.
 
-        Collective over all ranks of the replica; `micros` are this replica's, none of them empty.
+        Collective over all ranks of the replica.
+
+        Parameters
+        ----------
+        index_batches : sequence of arrays
+            The samples of this replica's micro-batches, none of them empty.
         """
-        plan = partial(evaluation_plan, self.position.stage, self.position.place, len(micros))
-        tallies = [MetricSums(rows=len(micro)) for micro in micros]
+        count = len(index_batches)
+        plan = list(evaluation_plan(self.position.stage, self.position.place, count))
+        metric_sums = [MetricSums(rows=len(indices)) for indices in index_batches]
         for block in self.blocks.values():
             block.train(False)
-        self.router.open(plan(), [len(micros)], lambda _, micro: len(micros[micro]))
-        loader.open((micros[a.micro] for a in plan() if a.block in self.needs_samples), epoch=0)
+        self.router.open(plan, [count], lambda _, micro: len(index_batches[micro]))
+        loader.open(
+            (index_batches[action.micro] for action in plan if action.block in self.needs_samples),
+            epoch=0,
+        )
         try:
-            for action in plan():
+            for action in plan:
                 with self.position.error_context(action, "evaluation"):
                     self._evaluate_action(
-                        action, loader, micros[action.micro], tallies[action.micro]
+                        action, loader, index_batches[action.micro], metric_sums[action.micro]
                     )
         finally:
             loader.close()
         self.router.close()
-        return tallies
+        return metric_sums
 
     def _evaluate_action(
         self, action: Action, loader: Loader, indices: Indices, metric_sums: MetricSums

@@ -1,6 +1,6 @@
-"""Sums over the rows that one rank has seen: what becomes losses and accuracies.
+"""MetricSums: sums of losses and metrics over the samples that one rank has processed.
 
-Invariant: sums, never means, so that adding over ranks, segments and parts is exact in kind.
+Invariant: sums, never means, so that ranks, segments and parts can be added.
 """
 
 from __future__ import annotations
@@ -10,22 +10,24 @@ from dataclasses import dataclass, field
 
 @dataclass
 class MetricSums:
-    """Sums over rows, by block where blocks differ.
+    """Sums over samples, by block where blocks differ.
 
     Attributes
     ----------
     rows : int
         Samples.
     loss : dict of int to float
-        Sum of the losses over rows.
-    correct, voted : dict of int to int, int
-        Rows that a block, and that the vote, predicted rightly.
-    figures : dict of int to dict of str to float
-        Sums over rows of what else objectives measure, by name.
-    voted_loss : float
-        Sum over rows of the vote's cross-entropy.
+        Sum of the losses.
+    correct : dict of int to int
+        Samples that a block predicted rightly.
+    vote_correct : int
+        Samples that the vote predicted rightly.
+    vote_loss : float
+        Sum of the vote's cross-entropy.
+    metrics : dict of int to dict of str to float
+        Sums of further quantities that objectives measure, by name.
     busy_s, wall_s : float
-        Seconds at work, and seconds in all; the rest was spent in waits.
+        Seconds of computation, and of all; the rest were waits.
     """
 
     rows: int = 0
@@ -38,10 +40,10 @@ class MetricSums:
     wall_s: float = 0.0
 
     def add_loss(self, block: int, total: float) -> None:
-        """Add a sum of losses over rows."""
+        """Add a sum of losses of a block."""
         self.loss[block] = self.loss.get(block, 0.0) + total
 
     def add_metric(self, block: int, name: str, total: float) -> None:
-        """Add a sum of another measure over rows."""
-        own = self.metrics.setdefault(block, {})
-        own[name] = own.get(name, 0.0) + total
+        """Add a sum of another quantity of a block."""
+        totals = self.metrics.setdefault(block, {})
+        totals[name] = totals.get(name, 0.0) + total

@@ -29,7 +29,7 @@ from dtrain.comm.wire_format import EXACT, WireFormat
 from dtrain.mesh import RankPosition
 from dtrain.objectives.base import ExecutionMode, Objective
 from dtrain.objectives.block_spec import BlockSpec
-from dtrain.schedules.actions import Action, Route
+from dtrain.schedules.actions import Action, Kind, Point, Route
 from dtrain.schedules.messages import MessageTable
 
 
@@ -88,6 +88,7 @@ class Link:
         receivers: Sequence[Receiver],
     ) -> None:
         self.route = route
+        self.once_per_update = route.once_per_update
         self.spec = spec
         self.wire_format = wire_format
         self._senders = cycle(senders)
@@ -144,6 +145,8 @@ class MessageRouter:
         self.groups = groups
         self.wire_format = wire_format
         self.links: dict[int, Link] = {}
+        self.targets = _action_kinds(route.target for route in self.routes)
+        self.sources = _action_kinds(route.source for route in self.routes)
         self.update_messages: dict[tuple[int, str, int], dict[str, Tensor]] = {}
 
     def open(
@@ -186,11 +189,13 @@ class MessageRouter:
         it.
         """
         received: dict[str, Tensor] = {}
+        if (action.block, action.kind) not in self.targets:
+            return received
         for index in self.messages.incoming(action):
             link = self.links[index]
             route, tensor = link.route, link.receive()
             received[route.name] = tensor
-            if route.once_per_update:
+            if link.once_per_update:
                 self.update_messages.setdefault(_action_point(action), {})[route.name] = tensor
         if action.micro > 0 and self.update_messages:
             received |= self.update_messages.get(_action_point(action), {})
@@ -198,6 +203,8 @@ class MessageRouter:
 
     def send(self, action: Action, block: Block, micro_batch: MicroBatch | None) -> None:
         """Send the messages of all routes from `action`, without waiting for their arrival."""
+        if (action.block, action.kind) not in self.sources:
+            return
         for index in self.messages.outgoing(action):
             link = self.links[index]
             tensor = self.objective.make_message(link.route, block, micro_batch)
@@ -248,6 +255,12 @@ class MessageRouter:
             first_tags.append(used[pair])
             used[pair] += self.messages.window(index)
         return first_tags
+
+
+def _action_kinds(points: Iterable[Point]) -> set[tuple[int, Kind]]:
+    """Return (block, kind) of the actions at these points; in a split backward `I` acts for `B`."""
+    kinds = {(point.block, point.kind) for point in points}
+    return kinds | {(block, "I") for block, kind in kinds if kind == "B"}
 
 
 def _action_point(action: Action) -> tuple[int, str, int]:

@@ -1,6 +1,6 @@
-"""What is learnt and how: the part of a run that the engine needs, the same on all ranks.
+"""EngineSpec: the part of a run that the engine needs, the same on all ranks.
 
-Invariant: plain values and strategies; nothing here knows of run files or of this rank.
+Invariant: plain values and strategies; it depends neither on run files nor on the rank.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from dtrain.schedules.segments import TrainingLength
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """What is learnt, and in which order.
+    """The training settings.
 
     Attributes
     ----------
-    tasks : sequence of Task
+    block_specs : sequence of BlockSpec
         One per block of the run.
     clip : float
-        The largest norm of a gradient, 0 for no limit.
+        Largest norm of a gradient, 0 for no limit.
     clips_model : bool
-        Whether that is the norm of the whole model's gradient, not of a block's.
+        Whether that is the norm of the model's gradient; if not, of each block's.
     device : torch.device
-        Where this rank computes.
+        The device of this rank.
     seed : int
-        Of the objective's own draws.
-    calendar : Calendar
-        Of the syncs' clock and of the learning rate's.
-    parcel : Parcel
-        How tensors travel between blocks in training.
+        Seed of the objective's random numbers.
+    training_length : TrainingLength
+        Updates of an epoch and of the run, for syncs and the learning-rate schedule.
+    wire_format : WireFormat
+        Encoding of messages between blocks in training.
     """
 
     objective: Objective

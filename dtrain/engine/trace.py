@@ -1,6 +1,6 @@
-"""Trace: when each rank did what, on one clock, for Perfetto (ui.perfetto.dev).
+"""Trace: when each rank ran each action, on one clock, for Perfetto (ui.perfetto.dev).
 
-Invariant: the file is whole JSON after every segment; nothing that is trained follows from it.
+Invariant: the file is complete JSON after every segment. The trace has no effect on training.
 
 ::
 
@@ -9,7 +9,8 @@ Invariant: the file is whole JSON after every segment; nothing that is trained f
     plan         stage 0   [F0.0][F0.1]    [ B0.0 ]            the same plan, each action as long as
                  stage 1        [F1.0][ B1.0 ]                 the median of its kind and block
 
-Clocks of hosts differ, and drift: they are compared at every segment's end, with a line between.
+Clocks of hosts differ, and drift. Their offsets are measured at the end of every segment and
+interpolated in between.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, final
@@ -26,9 +27,10 @@ import torch
 from torch import Tensor
 
 from dtrain.comm.communicator import Comm
+from dtrain.comm.context import WaitSpan
 from dtrain.engine.clock_sync import ClockOffset, ClockSync
 from dtrain.mesh import RankPosition
-from dtrain.schedules.actions import Action, Route
+from dtrain.schedules.actions import KINDS, Action, Route
 from dtrain.schedules.base import Schedule
 from dtrain.schedules.cost_model import BlockCost, CostModel
 from dtrain.schedules.forecast import timeline
@@ -45,6 +47,7 @@ PLANNED_MICRO_BATCHES = 400
 
 
 Event = dict[str, Any]
+"""An event of Chrome's trace format."""
 
 
 class ActionRecord(NamedTuple):
@@ -56,22 +59,70 @@ class ActionRecord(NamedTuple):
     end: float
 
 
+class RankRecord(NamedTuple):
+    """The actions and waits of one rank in a segment, by its own clock.
+
+    Attributes
+    ----------
+    waits : list of (float, float, str)
+        Start, end and description.
+    clock_offsets : (ClockOffset, ClockOffset)
+        Measured before and after the segment.
+    """
+
+    replica: int
+    stage: int
+    actions: list[ActionRecord]
+    waits: list[WaitSpan]
+    clock_offsets: tuple[ClockOffset, ClockOffset]
+
+    def to_json(self) -> bytes:
+        """Return the record as JSON."""
+        return json.dumps(self).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> RankRecord:
+        """Return the record that `to_json` wrote."""
+        replica, stage, actions, waits, clock_offsets = json.loads(text)
+        before, after = (ClockOffset(*offset) for offset in clock_offsets)
+        records = [ActionRecord(Action(*action), *times) for action, *times in actions]
+        return cls(replica, stage, records, waits, (before, after))
+
+    def global_time(self, local_time: float) -> float:
+        """Return a time of this rank's clock by rank 0's clock."""
+        before, after = self.clock_offsets
+        elapsed = after.measured_at - before.measured_at
+        drift = (after.offset - before.offset) / elapsed if elapsed > 0 else 0.0
+        return local_time - (before.offset + drift * (local_time - before.measured_at))
+
+    def action_seconds(self) -> Iterator[tuple[Action, float]]:
+        """Yield the actions and their seconds, without the waits inside them."""
+        number = 0
+        for record in self.actions:
+            wait_seconds = 0.0
+            while number < len(self.waits) and self.waits[number][0] < record.end:
+                start, end, _ = self.waits[number]
+                wait_seconds += end - start if start >= record.start else 0.0
+                number += 1
+            yield record.action, record.end - record.start - wait_seconds
+
+
 @final
 class Trace:
-    """One rank's part of a run's trace. Collective to make.
+    """One rank's part of the trace of a run. Making it is collective over all ranks.
 
     Parameters
     ----------
     comm : Comm
         All ranks.
-    seat : Seat
-        This rank's place.
+    position : RankPosition
+        This rank's coordinates on the mesh.
     schedule, routes
-        What is drawn as planned.
+        For the plan that is drawn beside the measurement.
     path : Path
         The file; rank 0 writes it.
-    since_s : float
-        Seconds of earlier attempts, after which this one is drawn.
+    elapsed_s : float
+        Seconds of earlier attempts; this attempt is drawn after them.
     """
 
     def __init__(
@@ -83,8 +134,11 @@ class Trace:
         path: Path,
         elapsed_s: float,
     ) -> None:
-        self.comm, self.position, self.path = comm, position, path
-        self.schedule, self.routes = schedule, routes
+        self.comm = comm
+        self.position = position
+        self.schedule = schedule
+        self.routes = routes
+        self.path = path
         self.trace_comm = comm.dup("trace")
         self.clock_sync = ClockSync(self.trace_comm)
         self.records: list[ActionRecord] = []
@@ -93,101 +147,108 @@ class Trace:
         comm.context.trace(True)
         if comm.rank == 0 and not elapsed_s:
             path.unlink(missing_ok=True)
-        names = comm.allgather_object([position.replica, position.stage, comm.hosts[comm.rank]])
+        ranks = comm.allgather_object([position.replica, position.stage, comm.hosts[comm.rank]])
         if comm.rank == 0:
-            self._write([each for row in enumerate(names) for each in _track_names(*row)])
+            self._write([event for rank in enumerate(ranks) for event in _track_names(*rank)])
 
     def note(self, action: Action, update: int, start: float) -> None:
-        """Note that an action has just ended that began at `start`; `update` is the run's."""
+        """Record an action that has just ended; `update` counts from the start of the run."""
         self.records.append(ActionRecord(action, update, start, time.perf_counter()))
 
-    def write_segment(self, sizes: MicroBatchCounts) -> None:
-        """Write a segment. Collective.
+    def write_segment(self, micro_batches: MicroBatchCounts) -> None:
+        """Append a segment to the file. Collective over all ranks.
 
         Parameters
         ----------
-        sizes : sequence of sequence of int
+        micro_batches : sequence of sequence of int
             Micro-batches by [replica][update] of the segment.
         """
-        before, self.clock_offset = self.clock_offset, self.clock_sync.measure_offset()
-        waits = self.comm.context.trace(True)
-        rows = [[*each.action, each.update, each.start, each.end] for each in self.records]
-        told = {"done": rows, "waits": waits, "clocks": [before, self.clock_offset]}
-        self.records = []
-        everybody = self._gather_to_root(
-            json.dumps([self.position.replica, self.position.stage, told]).encode()
+        previous_offset, self.clock_offset = self.clock_offset, self.clock_sync.measure_offset()
+        record = RankRecord(
+            replica=self.position.replica,
+            stage=self.position.stage,
+            actions=self.records,
+            waits=self.comm.context.trace(True),
+            clock_offsets=(previous_offset, self.clock_offset),
         )
+        self.records = []
+        payloads = self._gather_to_root(record.to_json())
         if self.comm.rank == 0:
-            events: list[Event] = []
-            ranks = [json.loads(text) for text in everybody]
-            for replica, stage, each in ranks:
-                events += self._measured_events(replica, stage, each)
-            self._write(events + self._planned_events(ranks, sizes))
+            ranks = [RankRecord.from_json(payload) for payload in payloads]
+            events = [event for rank in ranks for event in self._measured_events(rank)]
+            self._write(events + self._planned_events(ranks, micro_batches))
 
-    # ---- what all ranks do together
+    # ---- on all ranks
 
     def _gather_to_root(self, payload: bytes) -> list[bytes]:
-        """Return what all ranks have, on rank 0. Collective."""
-        line, sizes = self.trace_comm, self.comm.allgather_object(len(payload))
+        """Return the payloads of all ranks on rank 0, nothing elsewhere. Collective over all ranks.
+
+        Its messages are not counted as traffic.
+        """
+        comm, sizes = self.trace_comm, self.comm.allgather_object(len(payload))
         with self.comm.without_counting():
-            if line.rank:
-                line.isend(torch.frombuffer(bytearray(payload), dtype=torch.uint8), 0, TAG)
-                line.flush()
+            if comm.rank:
+                comm.isend(torch.frombuffer(bytearray(payload), dtype=torch.uint8), 0, TAG)
+                comm.flush()
                 return []
-            found = [payload]
-            for rank in range(1, line.size):
-                line.post_recv(rank, TAG, [((sizes[rank],), torch.uint8)])
-                told = line.recv(rank, TAG)
-                assert isinstance(told, Tensor)
-                found.append(told.numpy().tobytes())
-        return found
+            payloads = [payload]
+            for rank in range(1, comm.size):
+                comm.post_recv(rank, TAG, [((sizes[rank],), torch.uint8)])
+                message = comm.recv(rank, TAG)
+                assert isinstance(message, Tensor)
+                payloads.append(message.numpy().tobytes())
+        return payloads
 
-    # ---- what rank 0 makes of it
+    # ---- on rank 0
 
-    def _measured_events(self, replica: int, stage: int, record: dict[str, Any]) -> list[Event]:
+    def _measured_events(self, rank: RankRecord) -> list[Event]:
         """Return a rank's actions, and its waits inside them, by rank 0's clock."""
-        one, two = (ClockOffset(*each) for each in record["clocks"])
-        drift = (
-            (two.offset - one.offset) / (two.measured_at - one.measured_at)
-            if two.measured_at > one.measured_at
-            else 0.0
-        )
 
-        def moment(at: float) -> float:
-            return at - (one.offset + drift * (at - one.measured_at)) - self.time_origin
+        def seconds(local_time: float) -> float:
+            return rank.global_time(local_time) - self.time_origin
 
-        place = {"pid": replica, "tid": stage}
-        events = []
-        for *words, update, start, end in record["done"]:
-            action = Action(*words)
-            args = {"update": update, "micro": action.micro, "block": action.block}
-            events.append(_event(str(action), action.kind, moment(start), moment(end), place, args))
-        for start, end, what in record["waits"]:
-            events.append(_event("wait", "wait", moment(start), moment(end), place, {"for": what}))
-        return events
+        track = {"pid": rank.replica, "tid": rank.stage}
+        events = [
+            _event(
+                str(action),
+                action.kind,
+                seconds(start),
+                seconds(end),
+                track,
+                {"update": update, "micro": action.micro, "block": action.block},
+            )
+            for action, update, start, end in rank.actions
+        ]
+        return events + [
+            _event("wait", "wait", seconds(start), seconds(end), track, {"for": description})
+            for start, end, description in rank.waits
+        ]
 
-    def _planned_events(self, ranks: list[Any], sizes: MicroBatchCounts) -> list[Event]:
-        """Return the first updates of the segment as planned, by the medians that were measured."""
-        seat, took = self.position, defaultdict[tuple[int, str], list[float]](list)
-        for _, _, told in ranks:
-            for action, seconds in _action_seconds(told):
-                took[action.block, action.kind].append(seconds)
-        middle = {key: median(values) for key, values in took.items()}
-        prices = []
-        for block in range(len(seat.place)):
-            f, b, i, w, u = (middle.get((block, kind), 0.0) for kind in "FBIWU")
-            prices.append(BlockCost(f, i or b, w, u))
-        updates, micros = 0, 0
-        while updates < len(sizes[0]) and micros < PLANNED_MICRO_BATCHES:
-            micros += sizes[0][updates]
+    def _planned_events(
+        self, ranks: Sequence[RankRecord], micro_batches: MicroBatchCounts
+    ) -> list[Event]:
+        """Return the first updates of the segment as planned, with the measured median times."""
+        place = self.position.place
+        seconds = defaultdict[tuple[int, str], list[float]](list)
+        for rank in ranks:
+            for action, action_seconds in rank.action_seconds():
+                seconds[action.block, action.kind].append(action_seconds)
+        costs = []
+        for block in range(len(place)):
+            f, b, i, w, u = (median(seconds.get((block, kind), [0.0])) for kind in KINDS)
+            costs.append(BlockCost(f, i or b, w, u))
+        updates = drawn_micro_batches = 0
+        while updates < len(micro_batches[0]) and drawn_micro_batches < PLANNED_MICRO_BATCHES:
+            drawn_micro_batches += micro_batches[0][updates]
             updates += 1
-        rows = [row[:updates] for row in sizes]
-        spans = timeline(self.schedule, seat.place, rows, self.routes, CostModel(tuple(prices)))
+        counts = [replica[:updates] for replica in micro_batches]
+        spans = timeline(self.schedule, place, counts, self.routes, CostModel(tuple(costs)))
         starts = [
-            each["done"][0][-2] - each["clocks"][0][1] for _, _, each in ranks if each["done"]
+            rank.actions[0].start - rank.clock_offsets[0].offset for rank in ranks if rank.actions
         ]
         begin = min(starts, default=self.time_origin) - self.time_origin
-        pid = seat.mesh.replicas
+        pid = self.position.mesh.replicas
+        title = "plan, each action as long as its median"
         return [
             _event(
                 str(span.action),
@@ -198,12 +259,10 @@ class Trace:
                 {"micro": span.action.micro, "block": span.action.block},
             )
             for span in spans
-        ] + [
-            _metadata_event("process_name", {"pid": pid}, "plan, each action as long as its median")
-        ]
+        ] + [_metadata_event("process_name", {"pid": pid}, title)]
 
     def _write(self, events: list[Event]) -> None:
-        """Add events to the file, which is whole before and after."""
+        """Append events to the file, which is complete JSON before and after."""
         lines = ",\n".join(json.dumps(event) for event in events)
         if not self.path.exists():
             self.path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
@@ -213,22 +272,10 @@ class Trace:
             file.write(f",\n{lines}\n]\n".encode())
 
 
-def _action_seconds(record: dict[str, Any]) -> list[tuple[Action, float]]:
-    """Return a rank's actions and their seconds, without the waits inside them."""
-    waits, at, found = record["waits"], 0, []
-    for *words, _, start, end in record["done"]:
-        lost = 0.0
-        while at < len(waits) and waits[at][0] < end:
-            lost += waits[at][1] - waits[at][0] if waits[at][0] >= start else 0.0
-            at += 1
-        found.append((Action(*words), end - start - lost))
-    return found
-
-
 def _event(name: str, kind: str, start: float, end: float, track: Event, args: Event) -> Event:
-    """Return a span as Chrome's trace format has it: times in microseconds.
+    """Return a span in Chrome's trace format: times in microseconds.
 
-    Both ends are rounded, since a viewer drops spans that overlap by less than it shows.
+    Start and end are rounded, not the duration: a viewer drops spans that overlap, however little.
     """
     first, last = round(1e6 * start, 1), round(1e6 * end, 1)
     times = {"ts": first, "dur": round(last - first, 1)}
@@ -239,9 +286,9 @@ def _metadata_event(kind: str, track: Event, name: str) -> Event:
     return {"name": kind, "ph": "M", **track, "args": {"name": name}}
 
 
-def _track_names(rank: int, row: list[Any]) -> list[Event]:
-    """Return the names of a rank's rows."""
-    replica, stage, host = row
-    place = {"pid": replica, "tid": stage}
-    thread = _metadata_event("thread_name", place, f"stage {stage} (rank {rank} on {host})")
+def _track_names(rank: int, coordinates: tuple[int, int, str]) -> list[Event]:
+    """Return the events that name the tracks of a rank, given replica, stage and host."""
+    replica, stage, host = coordinates
+    track = {"pid": replica, "tid": stage}
+    thread = _metadata_event("thread_name", track, f"stage {stage} (rank {rank} on {host})")
     return [_metadata_event("process_name", {"pid": replica}, f"replica {replica}"), thread]

@@ -23,7 +23,7 @@ from torch import Tensor
 from dtrain.block.block import Block, GradientHook
 from dtrain.block.optimizer import clip_by_norm_, squared_norm
 from dtrain.block.weight_versions import WeightVersions
-from dtrain.comm.communicator import Comm
+from dtrain.comm.groups import ProcessGroups
 from dtrain.data.sampler import Batch
 from dtrain.engine.spec import EngineSpec
 from dtrain.schedules.actions import Action
@@ -45,6 +45,8 @@ class BatchUpdate:
         Number of micro-batches.
     local_rows, total_rows : int
         Samples of this replica, and of all replicas.
+    weight : float
+        Their ratio.
     lr_factor : float
         The factor of the learning-rate schedule.
     """
@@ -55,12 +57,8 @@ class BatchUpdate:
     micro_batches: int
     local_rows: int
     total_rows: int
+    weight: float
     lr_factor: float
-
-    @property
-    def weight(self) -> float:
-        """Rows of this replica over the rows of all replicas."""
-        return self.local_rows / self.total_rows
 
 
 class UpdateStep:
@@ -68,8 +66,8 @@ class UpdateStep:
 
     Parameters
     ----------
-    pipeline : Comm
-        The stages of this replica.
+    groups : ProcessGroups
+        The communicators of this rank.
     """
 
     def __init__(
@@ -78,15 +76,15 @@ class UpdateStep:
         syncs: dict[int, Sync],
         weight_versions: dict[int, WeightVersions],
         engine_spec: EngineSpec,
-        pipeline: Comm,
+        groups: ProcessGroups,
     ) -> None:
         self.blocks = blocks
         self.syncs = syncs
         self.weight_versions = weight_versions
         self.engine_spec = engine_spec
-        self.pipeline = pipeline
+        self.groups = groups
         self.first_block = min(blocks)
-        self.checks_replicas = pipeline.context.debug_mode
+        self.checks_replicas = groups.control.context.debug_mode
         self.gradient_norm = 0.0
         self.overlaps_reduction = False
         self._clocks: dict[int, UpdateClock] = {}
@@ -100,7 +98,8 @@ class UpdateStep:
         order: a rank with several blocks follows its plan, which depends on the replicas' rows.
         """
         equal = len(self.blocks) == 1 or all(len(set(batch.replica_rows)) == 1 for batch in batches)
-        self.overlaps_reduction = equal and not self.engine_spec.schedule.splits_backward
+        whole = not self.engine_spec.schedule.splits_backward
+        self.overlaps_reduction = equal and whole and self.groups.replicas.size > 1
         lr_schedule, length = self.engine_spec.lr_schedule, self.engine_spec.training_length
         return [
             BatchUpdate(
@@ -110,6 +109,7 @@ class UpdateStep:
                 micro_batches=len(batch.micro_batch_indices),
                 local_rows=batch.local_rows,
                 total_rows=batch.rows,
+                weight=batch.local_rows / batch.rows,
                 lr_factor=lr_schedule.lr_factor(
                     number, length.updates_per_epoch, length.total_updates
                 ),
@@ -176,6 +176,8 @@ class UpdateStep:
             self.syncs[index].reduce_gradients(block, update.weight, clock)
             squares.append((index, squared_norm(block.gradients())))
         all_squares = sorted(
-            (int(b), float(s)) for rank in self.pipeline.allgather_object(squares) for b, s in rank
+            (int(b), float(s))
+            for rank in self.groups.pipeline.allgather_object(squares)
+            for b, s in rank
         )
         self.gradient_norm = sum(square for _, square in all_squares) ** 0.5

@@ -35,8 +35,9 @@ def forward_micro_batch(
         Counts the memory that the micro-batch keeps for its backward.
     """
     with torch.no_grad():
-        x = objective.make_input(spec, block, micro_batch)
-        x = block.writable_input(x, micro_batch.samples).detach()
+        x = objective.make_input(spec, block, micro_batch).detach()
+        if block.inplace_layers and micro_batch.samples is not None:
+            x = x.clone()  # a layer may write to its input, and others read the samples
     if needs_input_gradient and x.is_floating_point():
         x.requires_grad_()
     micro_batch.x = x

@@ -1,13 +1,13 @@
-"""Blocks put together: which layers a block has, what of them is trained, and by what step.
+"""Making of blocks: their layers, the parameters that are frozen, and the optimizer.
 
-Invariant: a rank that trains and a plan that counts put a block together alike; whether its tensors
-have memory is the business of who made the layers.
+Invariant: training and planning assemble a block in the same way; only the layers differ, which the
+plan makes without memory.
 
 ::
 
-    layout.parts[index] -- origin --> layers to make
-                                         |-- drawn: under the seed ----------.
-                                         `-- budget: fake, without memory --- assembled --> Block
+    layout.block_layouts[index] -- layer_source --> layers to make
+                                         |-- make_block: with initial weights --.
+                                         `-- MemoryPlan: fake, no memory --------- assemble_block
 """
 
 from __future__ import annotations
@@ -28,26 +28,29 @@ from dtrain.rng import seeded
 
 
 def make_block(run: RunConfig, layout: Layout, index: int, device: torch.device) -> Block:
-    """Return one block: layers and helper drawn under the seed and their own names."""
-    seed, task = run.settings.seed, layout.block_layouts[index].spec
+    """Return a block; the initial weights depend on the seed and on the names of its layers."""
+    seed, spec = run.settings.seed, layout.block_layouts[index].spec
     model, indices = layer_source(layout, index)
     layers = model.build(indices, seed, layout.dtype)
     for layer in layers.values():
         layer.to(device)
     with seeded(seed, f"heads.{index}"):
-        helper = layout.objective.make_head(task)
-    if helper is not None:
-        helper = helper.to(device, task.dtype)
-    return assemble_block(run, layout, index, layers, helper)
+        head = layout.objective.make_head(spec)
+    if head is not None:
+        head = head.to(device, spec.dtype)
+    return assemble_block(run, layout, index, layers, head)
 
 
 def layer_source(layout: Layout, index: int) -> tuple[LayerStack, Sequence[int]]:
-    """Return the model that a block's layers are of, the objective's own or the run's, and their
-    indices in it."""
-    part = layout.block_layouts[index]
-    if part.replacement_layers is None:
-        return layout.model, part.layers
-    return part.replacement_layers, range(len(part.replacement_layers.names))
+    """Return the stack that a block's layers come from, and their indices in it.
+
+    The stack is the model, or the layers with which the objective replaces those of the block.
+    """
+    block_layout = layout.block_layouts[index]
+    replacement = block_layout.replacement_layers
+    if replacement is None:
+        return layout.model, block_layout.layers
+    return replacement, range(len(replacement.names))
 
 
 def assemble_block(
@@ -57,17 +60,28 @@ def assemble_block(
     layers: Mapping[str, nn.Module],
     head: nn.Module | None,
 ) -> Block:
-    """Return the block of given layers and helper."""
-    objective, chosen = layout.objective, run.partition.recompute
-    part = layout.block_layouts[index]
-    for kept in layers.values() if part.frozen else objective.frozen_modules(part.spec, layers):
-        kept.requires_grad_(False)
-    again = chosen if isinstance(chosen, bool) else index in chosen
-    ends = index == 0, index + 1 == len(layout.block_layouts)
-    made = layers, head, optimizer_factory(run), run.settings.seed
-    return Block(index, *made, objective.detach_every, again, ends)
+    """Return the block of these layers and this head."""
+    objective, recompute = layout.objective, run.partition.recompute
+    block_layout = layout.block_layouts[index]
+    frozen_modules = (
+        layers.values()
+        if block_layout.frozen
+        else objective.frozen_modules(block_layout.spec, layers)
+    )
+    for module in frozen_modules:
+        module.requires_grad_(False)
+    return Block(
+        index,
+        layers,
+        head,
+        optimizer_factory(run),
+        seed=run.settings.seed,
+        detach_every=objective.detach_every,
+        recompute=recompute if isinstance(recompute, bool) else index in recompute,
+        model_ends=(index == 0, index + 1 == len(layout.block_layouts)),
+    )
 
 
 def optimizer_factory(run: RunConfig) -> OptimizerFactory:
-    """Return what makes a block's optimizer."""
+    """Return the function that makes a block's optimizer from its parameters."""
     return partial(optimizers.make_optimizer, run.optimizer.name, run.optimizer_fields())

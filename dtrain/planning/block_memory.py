@@ -1,16 +1,17 @@
-"""What a block will hold in memory, found without holding it: its layers run on fake tensors.
+"""BlockMemory: the bytes that a block will need, measured on fake tensors.
 
-Fake tensors have shapes, strides and storages, but no memory, and every operation takes the way
-that it takes on a CPU. (Plain meta tensors take a CUDA device's: other strides, other copies.)
+Fake tensors have shapes, strides and storages but no memory, and operations on them behave as on a
+CPU. (Plain meta tensors behave as on a CUDA device: other strides, other copies.)
 
-Invariant: the same forward and the same pulls as in a run, watched by the same `Saved`; what looks
-at values is run for real on zeros, with few rows, and carried on to many.
+Invariant: the forward and the backward pairs are those of training, counted by the same
+`SavedTensors`. A block that reads values is run for real on zeros with few rows, and the bytes are
+extrapolated.
 
 ::
 
-    parameters | gradients | optimizer       there all the time
-    F   + kept                               of one micro-batch: x, y, what autograd saves
-    B         + learning                     the head; with recomputation the interior once more
+    parameters | gradients | optimizer       all the time
+    F   + activations                        of one micro-batch: x, y, what autograd saves
+    B         + backward                     the head; with recomputation the interior once more
     B ends:   - both
 """
 
@@ -38,16 +39,16 @@ from dtrain.schedules.actions import Action, Point, Route
 from dtrain.schedules.messages import count_forward_passes
 
 BlockFactory = Callable[[], Block]
-"""Returns the block anew."""
+"""Makes the block."""
 
 
 Measure = Callable[[BlockFactory, int], tuple[Block, tuple[int, ...]]]
-"""Returns the block that is made, and what each forward and the learning of one micro-batch of so
+"""Returns a new block, and the bytes that each forward and the backward of one micro-batch of so
 many rows add."""
 
 
 FEW_ROWS, MORE_ROWS = 2, 4
-"""Rows of the two real runs through which a line is laid, where fake tensors cannot."""
+"""Rows of the two real runs from which bytes are extrapolated, where fake tensors fail."""
 
 
 @final
@@ -58,15 +59,15 @@ class BlockMemory:
     Attributes
     ----------
     parameters : int
-        Parameters and buffers, the helper's included.
+        Parameters and buffers, with those of the head.
     gradients, optimizer : int
-        Of what is trained; the optimizer's state after its first step.
-    kept : int
-        Of one micro-batch from its first forward until it is learnt.
-    learning : int
-        What learning it adds until it ends.
-    later : tuple of int
-        Of `kept`, what each forward after the first one adds.
+        Gradients of the trained parameters, and the optimizer's state after its first step.
+    activations : int
+        Of one micro-batch, from its first forward to the end of its backward.
+    backward : int
+        Added by the backward of a micro-batch until its end.
+    later_passes : tuple of int
+        The part of `activations` that each forward after the first one adds.
     """
 
     parameters: int
@@ -86,49 +87,53 @@ def measure_block_memory(
     index: int,
     rows: int,
 ) -> BlockMemory:
-    """Return what block `index` holds with micro-batches of `rows` samples.
+    """Return the bytes of block `index` with micro-batches of `rows` samples.
 
     Parameters
     ----------
-    real, fake : callable
-        Make the block: for real; of fake tensors (called in their mode), None where it cannot be.
-    step : callable
+    make_real, make_fake : callable
+        Make the block of real tensors, and of fake ones (called in `FakeTensorMode`); None where
+        the block cannot be made of fake tensors.
+    make_optimizer : callable
         Makes the block's optimizer.
-    tasks : sequence of Task
+    block_specs : sequence of BlockSpec
         One per block of the run.
 
-    Whatever the block's layers or the objective raise on zeros is raised.
+    Raises
+    ------
+    Exception
+        Any exception of the block's layers or of the objective on zeros.
     """
     measure = partial(_measure_block, objective, block_specs, index)
     with torch.random.fork_rng(devices=[]):
-        found = None if make_fake is None else _measure_fake(measure, make_fake, rows)
-        block, (*passed, learning) = found or _extrapolate(measure, make_real, rows)
+        measured = None if make_fake is None else _measure_fake(measure, make_fake, rows)
+        block, (*passes, backward) = measured or _extrapolate(measure, make_real, rows)
         return BlockMemory(
             parameters=_nbytes(block.tensors().values()),
             gradients=_nbytes(block.trainable_parameters),
             optimizer=_optimizer_bytes(make_optimizer, block.trainable_parameters),
-            activations=sum(passed),
-            backward=learning,
-            later_passes=tuple(passed[1:]),
+            activations=sum(passes),
+            backward=backward,
+            later_passes=tuple(passes[1:]),
         )
 
 
 def _measure_fake(
     measure: Measure, make: BlockFactory, rows: int
 ) -> tuple[Block, tuple[int, ...]] | None:
-    """Return what fake tensors tell, None where the block looks at values, which they lack."""
+    """Return the measure on fake tensors, None where the block reads values: they have none."""
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             return measure(make, rows)
-    except Exception:  # of any kind; a true fault shows again for real
+    except Exception:  # of any kind; a real fault is raised again on real tensors
         return None
 
 
 def _extrapolate(measure: Measure, make: BlockFactory, rows: int) -> tuple[Block, tuple[int, ...]]:
-    """Return what two real runs with few rows tell, carried on to `rows`."""
+    """Return the measures of two real runs with few rows, extrapolated to `rows`."""
     (_, few), (block, more) = measure(make, FEW_ROWS), measure(make, MORE_ROWS)
-    steps = (rows - FEW_ROWS) / (MORE_ROWS - FEW_ROWS)
-    return block, tuple(round(a + (b - a) * steps) for a, b in zip(few, more, strict=True))
+    ratio = (rows - FEW_ROWS) / (MORE_ROWS - FEW_ROWS)
+    return block, tuple(round(a + (b - a) * ratio) for a, b in zip(few, more, strict=True))
 
 
 def _measure_block(
@@ -138,35 +143,38 @@ def _measure_block(
     make: BlockFactory,
     rows: int,
 ) -> tuple[Block, tuple[int, ...]]:
-    """Return the block, and the bytes that forwards and learning of one micro-batch add."""
+    """Return a new block, and the bytes that forwards and backward of one micro-batch add."""
     with torch.enable_grad():
         block = make()
         return block, _measure_passes(block, objective, block_specs, index, rows)
 
 
 def _optimizer_bytes(make_optimizer: OptimizerFactory, parameters: Iterable[Tensor]) -> int:
-    """Return the bytes of an optimizer's state after its first step; equal shapes have equal."""
+    """Return the bytes of an optimizer's state after its first step, measured once per shape."""
     shapes = Counter((tensor.shape, tensor.dtype) for tensor in parameters)
     try:
         return _state_bytes(make_optimizer, shapes, "meta")
-    except Exception:  # an optimizer that looks at values
+    except Exception:  # an optimizer that reads values
         return _state_bytes(make_optimizer, shapes, "cpu")
 
 
 def _state_bytes(
     make_optimizer: OptimizerFactory, shapes: Counter[tuple[torch.Size, torch.dtype]], device: str
 ) -> int:
-    trained = [nn.Parameter(torch.zeros(s, dtype=d, device=device)) for s, d in shapes]
-    if not trained:
+    parameters = [
+        nn.Parameter(torch.zeros(shape, dtype=dtype, device=device)) for shape, dtype in shapes
+    ]
+    if not parameters:
         return 0
-    for each in trained:
-        each.grad = torch.zeros_like(each)
-    optimizer = make_optimizer(trained)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = make_optimizer(parameters)
     optimizer.step()
-    return sum(
-        count * _nbytes(torch.as_tensor(v) for v in optimizer.state[each].values() if v is not None)
-        for each, count in zip(trained, shapes.values(), strict=True)
-    )
+    total = 0
+    for parameter, count in zip(parameters, shapes.values(), strict=True):
+        entries = [entry for entry in optimizer.state[parameter].values() if entry is not None]
+        total += count * _nbytes(map(torch.as_tensor, entries))
+    return total
 
 
 def _nbytes(tensors: Iterable[Tensor]) -> int:
@@ -176,7 +184,7 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
 def _measure_passes(
     block: Block, objective: Objective, block_specs: Sequence[BlockSpec], index: int, rows: int
 ) -> tuple[int, ...]:
-    """Return the bytes that each forward of one micro-batch adds, and that learning it adds."""
+    """Return the bytes that each forward and the backward of one micro-batch add."""
     spec, routes = block_specs[index], objective.routes(len(block_specs), "train")
     block.register_taps(objective.taps(block))
     saved = SavedTensors([*block.parameters.values(), *block.buffers.values()])
@@ -224,28 +232,35 @@ def _received_zeros(
     point: Point,
     rows: int,
 ) -> dict[str, Tensor]:
-    """Return zeros in place of what routes bring to a point."""
-    shapes = {
-        r.name: objective.message_spec(r, block_specs, rows) for r in routes if r.target == point
-    }
-    return {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+    """Return messages of zeros for all routes to a point."""
+    messages = {}
+    for route in routes:
+        if route.target == point:
+            shape, dtype = objective.message_spec(route, block_specs, rows)
+            messages[route.name] = torch.zeros(shape, dtype=dtype)
+    return messages
 
 
 def peak_live_bytes(actions: Iterable[Action], blocks: Mapping[int, BlockMemory]) -> int:
-    """Return the most bytes of live micro-batches while one rank runs a plan."""
-    now = most = 0
+    """Return the peak bytes of live micro-batches while one rank runs a plan."""
+    live = peak = 0
     for action in actions:
-        each = blocks[action.block] if action.kind != "U" else None
-        if each is None:
+        if action.kind == "U":
             continue
+        memory = blocks[action.block]
         match action.kind:
+            case "F" if action.pass_:
+                live += memory.later_passes[action.pass_ - 1]
+                peak = max(peak, live)
             case "F":
-                first, later = each.activations - sum(each.later_passes), each.later_passes
-                now += later[action.pass_ - 1] if action.pass_ else first
-                most = max(most, now)
+                live += memory.activations - sum(memory.later_passes)
+                peak = max(peak, live)
+            case "B":
+                peak = max(peak, live + memory.backward)
+                live -= memory.activations
+            case "I":
+                live += memory.backward
+                peak = max(peak, live)
             case "W":
-                now -= each.activations + each.backward
-            case kind:
-                most = max(most, now + each.backward)
-                now += -each.activations if kind == "B" else each.backward
-    return most
+                live -= memory.activations + memory.backward
+    return peak

@@ -239,10 +239,12 @@ class Sync(ABC):
 
         Parameters that no sample reached get gradients of zero.
         """
-        gradients, reducer = block.gradients(), self.reducer
-        if not reducer.started:
-            reducer.start(block, self.gradient_group(weight, clock))
-        reducer.finish()
+        gradients = block.gradients()
+        if self.replicas.size > 1:
+            if not self.reducer.started:
+                self.reducer.start(block, self.gradient_group(weight, clock))
+            for mean in self.reducer.finish():
+                mean.wait()
         self.before_update(gradients, weight, clock)
 
     def lr_factor(self, clock: UpdateClock) -> float:

@@ -83,16 +83,18 @@ class GradientReducer:
         if self._pending_means:
             self._group.comm.progress()
 
-    def finish(self) -> None:
-        """Start the other buckets; return when each gradient is ``sum of weight * gradient``."""
+    def finish(self) -> list[MeanReduction]:
+        """Start the other buckets; return all all-reduces of the update, to wait for.
+
+        After them each gradient is ``sum of weight * gradient``.
+        """
         if self._group is not None:
             for bucket in self._buckets[len(self._pending_means) :]:
                 self._reduce(bucket, self._group)
-            for mean in self._pending_means:
-                mean.wait()
+        means, self._pending_means = self._pending_means, []
+        self._ready_parameters.clear()
         self.started = False
-        self._pending_means = []
-        self._ready_parameters = set()
+        return means
 
     def _reduce(self, bucket: Mapping[str, nn.Parameter], group: WeightedGroup) -> None:
         gradients = {name: each.grad for name, each in bucket.items() if each.grad is not None}

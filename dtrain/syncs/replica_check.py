@@ -1,13 +1,13 @@
-"""Replicas of a block, compared bit for bit: what the debug mode does after each update.
+"""The debug check that the replicas of a block are equal, bit for bit, after an update.
 
-Invariant: only control data is exchanged, and nothing is changed; all replicas come to the same
-verdict, from the same words.
+Invariant: only control data is sent and nothing is changed. All replicas compare the same checksums
+and raise or not together.
 
 ::
 
     replica 0   fc1.weight 5f03..  fc1.bias 9a11..  --+
-    replica 1   fc1.weight 5f03..  fc1.bias 9a11..  --+--> the first that differs from replica 0
-    replica 2   fc1.weight 5f03..  fc1.bias 0c4e..  --+    is named: replica 2, fc1.bias
+    replica 1   fc1.weight 5f03..  fc1.bias 9a11..  --+--> the first tensor that differs from
+    replica 2   fc1.weight 5f03..  fc1.bias 0c4e..  --+    replica 0: fc1.bias of replica 2
 """
 
 from __future__ import annotations
@@ -22,36 +22,40 @@ from dtrain.comm.communicator import Comm
 from dtrain.errors import NumericalError
 
 CHECKSUM_BYTES = 8
-"""Of a checksum."""
 
 
 def check_replicas_equal(block: Block, replicas: Comm, update: int) -> None:
-    """Refuse trained parameters of a block that are not the same on all replicas. Collective.
+    """Verify that all replicas hold the same trained parameters. Collective over the replicas.
 
-    Sends a checksum of 16 letters per parameter. Does nothing but in debug mode.
+    It sends a checksum of 16 letters per parameter.
 
     Raises
     ------
-    DtrainError
-        On all replicas, with code 4: names the first replica and tensor, the block and the update.
+    NumericalError
+        On all replicas: names the first replica and tensor that differ, the block and the update.
     """
     if replicas.size == 1:
         return
     trained = {name: p for name, p in block.parameters.items() if p.requires_grad}
-    first, *others = replicas.allgather_object([checksum(each) for each in trained.values()])
-    for replica, sums in enumerate(others, 1):
-        wrong = [name for name, a, b in zip(trained, first, sums, strict=True) if a != b]
-        if wrong:
+    own_checksums = [checksum(parameter) for parameter in trained.values()]
+    first, *others = replicas.allgather_object(own_checksums)
+    for replica, checksums in enumerate(others, 1):
+        differing = [
+            name
+            for name, ours, theirs in zip(trained, first, checksums, strict=True)
+            if ours != theirs
+        ]
+        if differing:
             raise NumericalError(
-                "todo.key",
-                f"replica {replica} holds another '{wrong[0]}' than replica 0 after update "
-                f"{update} (block {block.index}; {len(wrong)} of its {len(sums)} trained tensors "
-                "differ), but the sync says that all are equal: look for what one replica alone "
-                "does to its weights, such as random numbers without a seed",
+                "sync.replicas-differ",
+                f"replica {replica} holds another '{differing[0]}' than replica 0 after update "
+                f"{update} (block {block.index}; {len(differing)} of {len(checksums)} trained "
+                "tensors differ), but the sync keeps replicas equal: look for an operation that "
+                "only one replica applies to its weights, such as unseeded random numbers",
             )
 
 
 def checksum(tensor: Tensor) -> str:
-    """Return a hash of a tensor's bits, in C order."""
+    """Return a hash of a tensor's bits in C order, as text."""
     flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
     return blake2b(flat.numpy().data, digest_size=CHECKSUM_BYTES).hexdigest()
