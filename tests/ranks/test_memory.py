@@ -149,8 +149,10 @@ def test_a_rank_holds_no_weights_of_another_stage(net: str) -> None:
     Without the cycle collector, so that what a rank let go of does not linger in a run either.
     """
     asked = run(net, "mono-forward", "stream", mesh__stages=2, partition={"blocks": 2})
-    comm = Comm(SingleBackend())
-    comm.rank = 1  # of two stages: all that `build` asks its world
+    backend = SingleBackend()
+    backend.hosts = (*backend.hosts, *backend.hosts)  # of two stages on one host ...
+    comm = Comm(backend)
+    comm.rank = 1  # ... the second one
     gc.collect()
     before = weights()
     known = {id(each) for each in before}
