@@ -1,4 +1,4 @@
-"""The head of a small run on the digits, for tests that write run files: their tables follow it."""
+"""The beginning of a small run file on the digits; tests append further tables to it."""
 
 HEAD = """
 epochs = 1

@@ -1,4 +1,4 @@
-"""Runs on images so small that networks for images can be tried in process: 22 of 3 x 8 x 8."""
+"""A run on 22 images of 3 x 8 x 8, small enough to train networks for images in process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RESNET: dict[str, Any] = {"name": "resnet", "depth": 8, "width": 4, "norm": "gro
 
 
 def samples() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return 22 training and 8 test images in three classes, told apart by a pattern and noise."""
+    """Return 22 training and 8 test images in three classes: a pattern per class, and noise."""
     random = np.random.default_rng(0)
     centres = random.normal(size=(3, 3, 8, 8))
     y = random.integers(0, 3, 30)
@@ -22,8 +22,8 @@ def samples() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 
 def run(**changes: Any) -> RunConfig:
-    """Return the tiny run on these images, three blocks of a ResNet with dgl heads."""
-    told: dict[str, Any] = {
+    """Return the tiny run on these images: three blocks of a ResNet with DGL heads."""
+    keys: dict[str, Any] = {
         "data__name": "tests.pictures:samples",
         "model": dict(RESNET),
         "objective": {"name": "local-head", "head": "dgl", "norm": "group", "groups": 2},
@@ -31,4 +31,4 @@ def run(**changes: Any) -> RunConfig:
         "batch_size": 8,
         "micro_batches": 1,
     }
-    return tiny.run(**(told | changes))
+    return tiny.run(**(keys | changes))

@@ -26,6 +26,7 @@ from dtrain.objectives.common.head_networks import auglocal, sample_shapes
 from dtrain.objectives.local_head import LocalHead
 from dtrain.planning.block_costs import BlockCosts, total_macs
 from dtrain.rng import seeded
+from tests.refusals import refuses
 
 D = torch.float64
 AUG = LocalHead("auglocal")
@@ -55,9 +56,15 @@ def test_a_pyramid_ends_where_it_says(pyramid: float, units: list[int]) -> None:
     assert [objective.unit_count(at(block, 4)) for block in range(3)] == units
 
 
-@pytest.mark.parametrize("fields", [{"depth": 0}, {"pyramid": 1.5}], ids=str)
-def test_wrong_numbers_are_refused(fields: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError):
+@pytest.mark.parametrize(
+    ("fields", "key"),
+    [
+        ({"depth": 0}, "objective.depth-too-small"),
+        ({"pyramid": 1.5}, "objective.pyramid-out-of-range"),
+    ],
+)
+def test_wrong_numbers_are_refused(fields: dict[str, Any], key: str) -> None:
+    with refuses(ConfigError, key):
         LocalHead("auglocal", **fields)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import tomllib
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -12,11 +14,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dtrain.config.parse import parse_run
 from dtrain.errors import ConfigError
 from dtrain.models import load_model
 from dtrain.models.layers import Function, NamedFactories, as_layers
 from dtrain.models.mlp import Mlp
 from dtrain.models.shape_inference import infer_layers, profile_module
+from dtrain.planning.plan import make_plan
 from tests.refusals import refuses
 
 SHAPE = (1, 8, 8)
@@ -310,15 +314,26 @@ def test_factories_must_make_modules_of_their_own() -> None:
 # By name
 
 
+def test_the_example_of_the_docs(folder: Path) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    docs = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"^```python\n(.*?)^```", docs, re.M | re.S)
+    [toml] = re.findall(r"^```toml\n(.*?)^```", docs, re.M | re.S)
+    (folder / "mynet.py").write_text(code)
+    layout = make_plan(parse_run(tomllib.loads(toml), folder / "run.toml"), 2).layout
+    assert [block.layers for block in layout.block_layouts] == [range(2), range(2, 4)]
+
+
 def test_load_by_name(tmp_path: Path) -> None:
     net = load_model("mlp", {"widths": [4, 3], "activation": "tanh"}, tmp_path, SHAPE, 10)
     specs = infer_layers(net, SHAPE, torch.float32)
     assert [spec.output_shape for spec in specs] == [(4,), (3,), (10,)]
     with refuses(ConfigError, "model.unknown"):
         load_model("mpl", {}, tmp_path, SHAPE, 10)
-    for fields in ({}, {"width": 3}):
-        with pytest.raises(ConfigError):
-            load_model("mlp", fields, tmp_path, SHAPE, 10)
+    with refuses(ConfigError, "user-code.missing-argument"):
+        load_model("mlp", {}, tmp_path, SHAPE, 10)
+    with refuses(ConfigError, "run-file.unknown-key"):
+        load_model("mlp", {"width": 3}, tmp_path, SHAPE, 10)
 
 
 CODE = """
@@ -338,11 +353,11 @@ number = 3
 
 
 def test_load_a_users_function(folder: Path) -> None:
-    (folder / "mynet.py").write_text(CODE)
-    net = load_model("mynet:net", {"hidden_units": 6, "depth": 2}, folder, SHAPE, 10)
+    (folder / "usernet.py").write_text(CODE)
+    net = load_model("usernet:net", {"hidden_units": 6, "depth": 2}, folder, SHAPE, 10)
     specs = infer_layers(net, SHAPE, torch.float32)
     assert [spec.output_shape for spec in specs] == [(64,), (6,), (6,), (10,)]
-    assert load_model("mynet:plain", {}, folder, SHAPE, 10).names == ("only",)
+    assert load_model("usernet:plain", {}, folder, SHAPE, 10).names == ("only",)
 
 
 def test_the_run_files_folder_comes_first(folder: Path) -> None:
@@ -355,21 +370,23 @@ def test_the_run_files_folder_comes_first(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "fields"),
+    ("name", "fields", "key"),
     [
-        ("badnet:net", {}),
-        ("badnet:net", {"hidden_unit": 3}),
-        ("badnet:net", {"hidden_units": 3, "classes": 4}),
-        ("badnet:nets", {}),
-        ("badnet:number", {}),
-        ("nonet:net", {}),
-        ("badnet.deep:net", {}),
-        ("bad net:net", {}),
+        ("badnet:net", {}, "user-code.missing-argument"),
+        ("badnet:net", {"hidden_unit": 3}, "run-file.unknown-key"),
+        ("badnet:net", {"hidden_units": 3, "classes": 4}, "run-file.unknown-key"),
+        ("badnet:nets", {}, "user-code.no-function"),
+        ("badnet:number", {}, "user-code.no-function"),
+        ("nonet:net", {}, "user-code.no-module"),
+        ("badnet.deep:net", {}, "user-code.no-module"),
+        ("bad net:net", {}, "user-code.malformed-name"),
     ],
 )
-def test_wrong_users_functions(folder: Path, name: str, fields: dict[str, object]) -> None:
+def test_wrong_users_functions(
+    folder: Path, name: str, fields: dict[str, object], key: str
+) -> None:
     (folder / "badnet.py").write_text(CODE)
-    with pytest.raises(ConfigError):
+    with refuses(ConfigError, key):
         load_model(name, fields, folder, SHAPE, 10)
 
 

@@ -254,15 +254,15 @@ def test_unsuitable_settings(
 
 
 @pytest.mark.parametrize(
-    ("name", "fields"),
+    ("name", "fields", "key"),
     [
-        ("resnet", {"depth": "20"}),
-        ("resnet", {"norm": "layer"}),
-        ("resnet", {"shortcut": "A"}),
-        ("resnet", {"depht": 20}),
-        ("cnn", {"widths": [8, 16]}),
+        ("resnet", {"depth": "20"}, "run-file.wrong-type"),
+        ("resnet", {"norm": "layer"}, "run-file.wrong-type"),
+        ("resnet", {"shortcut": "A"}, "run-file.wrong-type"),
+        ("resnet", {"depht": 20}, "run-file.unknown-key"),
+        ("cnn", {"widths": [8, 16]}, "run-file.wrong-type"),
     ],
 )
-def test_settings_of_another_type_or_name(name: str, fields: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError):
+def test_settings_of_another_type_or_name(name: str, fields: dict[str, Any], key: str) -> None:
+    with refuses(ConfigError, key):
         net(name, **fields)
