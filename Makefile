@@ -7,7 +7,7 @@
 # PYTHON and MPI are remembered in .venv until they are given again.
 # Written for POSIX sh and GNU make 3.81, which is what macOS has.
 
-.PHONY: help install demo test check FORCE
+.PHONY: help install demo test test-full check FORCE
 .NOTPARALLEL:
 # Modules of a site set these; pip must see what is in .venv and nothing else.
 unexport PYTHONPATH PYTHONHOME
@@ -61,6 +61,10 @@ demo: $(READY)
 test: $(READY)
 	$(BESIDE) tests/plan tests/rule tests/ranks tests/witness
 	$(VENV)/python -m pytest tests/system
+
+# All combinations of objectives, schedules and syncs; `make test` has a pairwise cover of them.
+test-full: $(READY)
+	DTRAIN_FULL=1 $(BESIDE) tests/ranks/test_product.py
 
 check: $(READY)
 	$(VENV)/ruff format --check .

@@ -189,7 +189,7 @@ def _measure(
 
 
 def _raised_by_torch(error: Exception) -> bool:
-    """Return whether torch raised the error: under the flop counter, its frame is innermost then."""
+    """Return whether torch raised the error: its frame is then innermost."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next

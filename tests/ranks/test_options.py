@@ -213,7 +213,7 @@ def test_a_rate_is_asked_by_the_runs_clock(tmp_path: Path) -> None:
     for segment in (1, 3):
         out = tmp_path / f"{segment}"
         assert trained(tiny.run(**changes, segment=segment), out)["digest"] == expected
-    with pytest.raises(DtrainError, match="followed the length"):
+    with pytest.raises(DtrainError, match="epochs"):
         trained(tiny.run(**changes, epochs=3), tmp_path / "whole")
 
 

@@ -9,7 +9,7 @@ import torch
 
 from tests import tiny
 from tests.outcome import model
-from tests.ranks.test_frozen import first
+from tests.ranks.test_frozen import first_parameters as first
 from tests.ranks.test_laws import trained
 
 

@@ -147,9 +147,9 @@ def test_a_hang_is_told_by_those_who_wait(run: Path, hung: subprocess.Popen[byte
     assert told.code == 0, told.err
     assert "(SIGUSR1): 3 of 3 ranks answered" in told.out
     assert re.search(
-        r"^at work    rank 1 on .*: F1.0 of update 2 for \d+ s, at user.py:", told.out, re.M
+        r"^running    rank 1 on .*: F1.0 of update 2 for \d+ s, at user.py:", told.out, re.M
     )
-    assert "culprit    likely rank 1 on " in told.out
+    assert "cause      likely rank 1 on " in told.out
     assert "2 of the other 2 ranks wait for it" in told.out
     # Nothing was disturbed: the run ends as if nobody had asked.
     (run.parent / "go").touch()
@@ -201,7 +201,7 @@ def test_a_rank_that_does_not_come_back_to_python_leaves_its_stack(
     assert re.search(
         r"^no answer  rank 1 on .*: inside compiled code, .*in forward", told.out, re.M
     )
-    assert "culprit    likely rank 1 on " in told.out
+    assert "cause      likely rank 1 on " in told.out
 
 
 def hooked(run: Path, action: str) -> dict[str, str]:
