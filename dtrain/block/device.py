@@ -1,7 +1,7 @@
 """The device of a rank, the CPU or an accelerator of its host, and the memory of its process.
 
 Invariant: the ranks of one host take its accelerators in turn, so none is idle while another is
-shared. See `docs/comm.md` for the tests on hardware.
+shared. This has not run on accelerators yet: see `docs/comm.md`.
 """
 
 from __future__ import annotations

@@ -235,7 +235,7 @@ class LowRankWeight:
         delattr(self.layer, FACTORS_MODULE)
         self.layer.weight = weight
         parameters = self.layer._parameters  # the weight goes back to the first place
-        for name in [each for each in parameters if each != "weight"]:
+        for name in [name for name in parameters if name != "weight"]:
             parameters[name] = parameters.pop(name)
 
 

@@ -77,7 +77,7 @@ class GradientReducer:
         assert self._group is not None
         self._ready_parameters.add(id(parameter))
         for bucket in self._buckets[len(self._pending_means) :]:
-            if not all(id(each) in self._ready_parameters for each in bucket.values()):
+            if not self._ready_parameters.issuperset(map(id, bucket.values())):
                 break
             self._reduce(bucket, self._group)
         if self._pending_means:
@@ -97,7 +97,7 @@ class GradientReducer:
         return means
 
     def _reduce(self, bucket: Mapping[str, nn.Parameter], group: WeightedGroup) -> None:
-        gradients = {name: each.grad for name, each in bucket.items() if each.grad is not None}
+        gradients = {name: p.grad for name, p in bucket.items() if p.grad is not None}
         self._pending_means.append(group.comm.imean_(gradients, group.weight))
 
 

@@ -1,7 +1,7 @@
 """Laws 4 and 7 over all objectives, through the real engine on one rank.
 
-Invariant: an objective is covered by being in the dict; one whose last block does not learn the
-true loss through the model's own head stands in `OWN`, with the reason.
+Invariant: an objective is covered by being in the dict. An objective whose last block does not
+train by the true loss of the model's own head is listed in `OWN`, with the reason.
 """
 
 from __future__ import annotations
@@ -25,35 +25,34 @@ from dtrain.schedules import SCHEDULES
 from tests import tiny
 
 OWN = {
-    "cafo": "layers keep their first weights, and the head is solved",
+    "cafo": "layers keep their initial weights, and the head is solved",
     "forward-forward": "the last block learns by goodness, and the head is a probe",
     "layer-collaboration": "the last block learns by goodness, and the head is a probe",
     "scalable-ff": "the last block learns by goodness, and the head is a probe",
 }
 """Objectives with which one block is no ordinary backpropagation."""
 
-Marks = dict[tuple[int, str], tuple[int, int, int]]
+ParameterName = tuple[int, str]
 
 
-def job(objective: str, **told: Any) -> RankJob:
+def build_job(objective: str, **changes: Any) -> RankJob:
     """Return a run on one rank, ready to train."""
-    run = tiny.run(objective__name=objective, epochs=1, optimizer__lr=0.02, **told)
+    run = tiny.run(objective__name=objective, epochs=1, optimizer__lr=0.02, **changes)
     return build_rank(make_plan(run, 1), Comm(SingleBackend()))
 
 
-def walk(job: RankJob) -> None:
+def train_epoch(job: RankJob) -> None:
     """Train an epoch of four updates."""
-    agreed = job.plan
-    sequence = epoch_order(
-        agreed.data.train.size, agreed.run.settings.seed, 0, agreed.run.data.shuffle
-    )
-    offsets = range(agreed.training_length.total_updates)
-    batches = [agreed.batch_splitter.batch(sequence, each, 0) for each in offsets]
+    plan = job.plan
+    seed, shuffle = plan.run.settings.seed, plan.run.data.shuffle
+    sequence = epoch_order(plan.data.train.size, seed, 0, shuffle)
+    updates = range(plan.training_length.total_updates)
+    batches = [plan.batch_splitter.batch(sequence, update, 0) for update in updates]
     assert len(list(job.engine.run(job.train_loader, batches, 0, 0))) == 4
 
 
-def marks(blocks: dict[int, Block]) -> Marks:
-    """Return what changes when a parameter or its gradient does: identities and versions."""
+def parameter_states(blocks: dict[int, Block]) -> dict[ParameterName, tuple[int, int, int]]:
+    """Return the versions of all parameters and gradients, which every change of them changes."""
     return {
         (index, name): (
             parameter._version,
@@ -65,59 +64,63 @@ def marks(blocks: dict[int, Block]) -> Marks:
     }
 
 
-def watch(blocks: dict[int, Block], own: int, act: str, moved: set[tuple[int, str]]) -> None:
-    """Let a method of a block tell what it moves, and assert that it is the block's own."""
-    work: Callable[..., None] = getattr(blocks[own], act)
+def watch(blocks: dict[int, Block], index: int, method: str, changed: set[ParameterName]) -> None:
+    """Add the parameters that a method of a block changes to `changed`, and assert that they are
+    the block's own."""
+    original: Callable[..., None] = getattr(blocks[index], method)
 
     def watched(*args: Any) -> None:
-        before = marks(blocks)
-        work(*args)
-        found = {key for key, mark in marks(blocks).items() if mark != before[key]}
-        assert {index for index, _ in found} <= {own}, f"{act} of block {own} moved {found}"
-        moved.update(found)
+        before = parameter_states(blocks)
+        original(*args)
+        after = parameter_states(blocks)
+        names = {name for name, state in after.items() if state != before[name]}
+        assert {owner for owner, _ in names} <= {index}, f"{method} of {index} changed {names}"
+        changed.update(names)
 
-    setattr(blocks[own], act, watched)
+    setattr(blocks[index], method, watched)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_learning_of_a_block_moves_no_other(objective: str) -> None:
     """Law 7: neither gradients nor weights, in no action of a whole epoch."""
-    stale = SCHEDULES[OBJECTIVES[objective]().default_schedule].asynchronous
-    made = job(objective, micro_batches=1 if stale else 2)
-    blocks, moved = made.engine.blocks, set[tuple[int, str]]()
-    for own in blocks:
-        for act in ("backward", "update"):
-            watch(blocks, own, act, moved)
-    walk(made)
+    asynchronous = SCHEDULES[OBJECTIVES[objective]().default_schedule].asynchronous
+    job = build_job(objective, micro_batches=1 if asynchronous else 2)
+    blocks, changed = job.engine.blocks, set[ParameterName]()
+    for index in blocks:
+        for method in ("backward", "update"):
+            watch(blocks, index, method, changed)
+    train_epoch(job)
     trained = {
         (index, name)
         for index, block in blocks.items()
         for name, parameter in block.parameters.items()
         if parameter.requires_grad
     }
-    assert moved >= trained  # or nothing was watched
+    assert changed >= trained, "otherwise nothing was watched"
 
 
-def differs(objective: str) -> bool:
-    """Say whether one block trains to other weights than an independent loop of backpropagation."""
-    made = job(objective, partition={"blocks": 1}, micro_batches=1)
-    layers = made.plan.layout.model.build(range(5), made.plan.run.settings.seed, torch.float64)
-    net = nn.Sequential(*layers.values())
-    optimizer = torch.optim.Adam(net.parameters(), lr=0.02, fused=True)
-    samples = made.plan.data.train
-    sequence = epoch_order(samples.size, made.plan.run.settings.seed, 0, "full")
+def differs_from_backprop(objective: str) -> bool:
+    """Return whether one block gets other weights than in an independent loop of backprop."""
+    job = build_job(objective, partition={"blocks": 1}, micro_batches=1)
+    seed = job.plan.run.settings.seed
+    layers = job.plan.layout.model.build(range(5), seed, torch.float64)
+    model = nn.Sequential(*layers.values())
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02, fused=True)
+    samples = job.plan.data.train
+    sequence = epoch_order(samples.size, seed, 0, "full")
     for start in range(0, 50, 16):
-        batch = sequence[start : start + 16]
+        indices = sequence[start : start + 16]
         optimizer.zero_grad()
-        cross_entropy(net(samples.inputs(batch).double()), samples.targets(batch)).backward()
+        output = model(samples.inputs(indices).double())
+        cross_entropy(output, samples.targets(indices)).backward()
         optimizer.step()
-    walk(made)
-    found = made.engine.blocks[0].parameters
-    wanted = {f"{n}.{p}": t for n, layer in layers.items() for p, t in layer.named_parameters()}
-    return any(not torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    train_epoch(job)
+    ours = job.engine.blocks[0].parameters
+    theirs = {f"{n}.{p}": t for n, layer in layers.items() for p, t in layer.named_parameters()}
+    return any(not torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_one_block_is_ordinary_backprop(objective: str) -> None:
-    """Law 4, bit for bit; and who is excused from it really does something else."""
-    assert differs(objective) == (objective in OWN)
+    """Law 4, bit for bit; the objectives in `OWN` really do something else."""
+    assert differs_from_backprop(objective) == (objective in OWN)

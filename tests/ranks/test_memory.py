@@ -1,4 +1,4 @@
-"""Law of memory: what a plan promises is what a run counts; and no rank holds another's weights."""
+"""The planned memory is the counted memory, and no rank holds the weights of another stage."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from torch import nn
 
-from dtrain.build import build_rank
-from dtrain.comm.backends.single import SingleBackend
-from dtrain.comm.backends.threads import run_ranks as ranks
+from dtrain.build import RankJob, build_rank
+from dtrain.comm.backends.threads import run_ranks
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
 from dtrain.objectives import OBJECTIVES
@@ -21,11 +20,11 @@ from dtrain.planning.memory import MemoryPlan
 from dtrain.planning.plan import make_plan
 from dtrain.schedules import SCHEDULES
 from dtrain.schedules.asynchronous import AsyncSchedule
-from dtrain.train import train
 from tests import tiny
+from tests.harness import pairs, train_in_threads
 
 HERE = "tests.ranks.test_memory"
-NETS: dict[str, dict[str, Any]] = {
+MODELS: dict[str, dict[str, Any]] = {
     "mlp": {"name": "mlp", "widths": [96, 80, 64, 48]},
     "cnn": {"name": "cnn", "widths": [[8, 8, 8, 8, 8], [12, 12, 12, 12]]},
     "resnet": {"name": "resnet", "depth": 14, "width": 4},
@@ -36,13 +35,8 @@ OPTIMIZERS: list[dict[str, Any]] = [
     {"name": "sgd", "lr": 1e-3, "momentum": 0.9},
     {"name": "adam", "lr": 1e-3},
 ]
-PAIRS = [
-    (objective, schedule)
-    for objective, schedule in itertools.product(OBJECTIVES, SCHEDULES)
-    if SCHEDULES[schedule]().supports_all(OBJECTIVES[objective]().routes(3, "train"))
-]
-# stages, replicas, recompute
 GRIDS = [(1, 1, False), (2, 1, False), (3, 1, False), (2, 2, False), (1, 2, True), (3, 1, True)]
+"""Stages, replicas, recompute."""
 
 
 def pictures() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -68,111 +62,117 @@ def dropping() -> nn.Sequential:
     )
 
 
-def run(net: str, objective: str, schedule: str, **told: Any) -> RunConfig:
+def make_run(model: str, objective: str, schedule: str, **changes: Any) -> RunConfig:
     """Return a run whose activations are a good part of its memory."""
-    # Where micro-batches of several updates live together, a plan takes all for full ones, and
-    # two messages of a route for under way: so all are full here, and small.
-    stale = issubclass(SCHEDULES[schedule], AsyncSchedule)
-    rows = {"batch_size": 16 if stale else 32, "micro_batches": 1 if stale else 4}
+    # Where micro-batches of several updates are live together, the plan takes all for full ones,
+    # and counts two messages of a route as in flight: so here all are full, and small.
+    asynchronous = issubclass(SCHEDULES[schedule], AsyncSchedule)
+    sizes = {
+        "batch_size": 16 if asynchronous else 32,
+        "micro_batches": 1 if asynchronous else 4,
+    }
     return tiny.run(
         data={"name": f"{HERE}:pictures"},
-        model=NETS[net],
+        model=MODELS[model],
         objective={"name": objective},
         schedule={"name": schedule},
         dtype="float32",
-        **rows,
-        **told,
+        **sizes,
+        **changes,
     )
 
 
 CASES = [
-    (*pair, list(NETS)[(one + two) % 4], OPTIMIZERS[(one + 2 * two) % 3], *grid)
-    for (one, pair), (two, grid) in itertools.product(enumerate(PAIRS), enumerate(GRIDS))
+    (*pair, list(MODELS)[(i + j) % 4], OPTIMIZERS[(i + 2 * j) % 3], *grid)
+    for (i, pair), (j, grid) in itertools.product(enumerate(pairs()), enumerate(GRIDS))
     if pair in (("mono-forward", "stream"), ("backprop", "1f1b"))
     or (
-        two == one % 6
+        j == i % 6
         and (pair[0] in tiny.PATTERNS or pair[1] == OBJECTIVES[pair[0]]().default_schedule)
     )
 ]
-"""Two pairs on all grids; on one of them, in turns, every objective in its own order, and one for
-each pattern of messages in all orders."""
+"""Two pairs on all grids. On one grid, in turns, every objective in its default schedule, and one
+objective for each pattern of messages in all schedules."""
 
 
-def words(case: tuple[Any, ...]) -> str:
-    """Return the name of a case."""
-    objective, schedule, net, optimizer, stages, replicas, recompute = case
+def case_name(case: tuple[Any, ...]) -> str:
+    objective, schedule, model, optimizer, stages, replicas, recompute = case
     momentum = "-momentum" if "momentum" in optimizer else ""
     again = "-recompute" if recompute else ""
-    return f"{objective}-{schedule}-{net}-{optimizer['name']}{momentum}-{stages}x{replicas}{again}"
+    return (
+        f"{objective}-{schedule}-{model}-{optimizer['name']}{momentum}-{stages}x{replicas}{again}"
+    )
 
 
-@pytest.mark.parametrize("case", CASES, ids=words)
+@pytest.mark.parametrize("case", CASES, ids=case_name)
 def test_planned_memory_is_counted_memory(case: tuple[Any, ...], tmp_path: Path) -> None:
-    """Within 10 % on every rank, whatever is trained, and how.
+    """Within 10 % on every rank, for every objective and schedule.
 
-    Blocks of several layers: a message more or less under way, which timing decides, is less.
+    Blocks of several layers: one message more or less in flight, which timing decides, is less.
     """
-    objective, schedule, net, optimizer, stages, replicas, recompute = case
-    part = {"blocks": 3, "balance": "layers", "recompute": recompute}
-    told = {"optimizer": optimizer, "partition": part, "mesh__stages": stages}
-    asked = run(net, objective, schedule, **told)
-    planned = [each.peak for each in MemoryPlan(make_plan(asked, stages * replicas)).rank_memory()]
-
-    def work(comm: Comm) -> Any:
-        return train(asked, comm, tmp_path)
-
-    counted = ranks(stages * replicas, work)[0]["peak_memory_bytes"]
-    for one, other in zip(planned, counted, strict=True):
-        assert abs(one / other - 1) < 0.1, (planned, counted)
+    objective, schedule, model, optimizer, stages, replicas, recompute = case
+    partition = {"blocks": 3, "balance": "layers", "recompute": recompute}
+    changes = {"optimizer": optimizer, "partition": partition, "mesh__stages": stages}
+    run = make_run(model, objective, schedule, **changes)
+    memory = MemoryPlan(make_plan(run, stages * replicas)).rank_memory()
+    summary = train_in_threads(run, tmp_path, stages=stages, replicas=replicas)
+    planned, counted = [rank.peak for rank in memory], summary["peak_memory_bytes"]
+    for planned_bytes, counted_bytes in zip(planned, counted, strict=True):
+        assert abs(planned_bytes / counted_bytes - 1) < 0.1, (planned, counted)
 
 
 def test_memory_is_planned_though_updates_of_two_ranks_end_together() -> None:
     for stages in (2, 3):
-        asked = tiny.run(objective__name="man", mesh__stages=stages, batch_size=4)
-        assert min(each.messages for each in MemoryPlan(make_plan(asked, stages)).rank_memory()) > 0
+        run = tiny.run(objective__name="man", mesh__stages=stages, batch_size=4)
+        memory = MemoryPlan(make_plan(run, stages)).rank_memory()
+        assert min(rank.messages for rank in memory) > 0
 
 
 def test_recomputation_is_planned_to_take_less() -> None:
-    """What it is for: many live micro-batches of a deep block."""
-    peaks = []
+    """Its purpose: many live micro-batches of a deep block."""
+    live_bytes = []
     for recompute in (False, True):
-        told = {"partition": {"blocks": 3, "recompute": recompute}, "mesh__stages": 1}
-        asked = run("resnet", "backprop", "fill-drain", **told)
-        peaks.append(MemoryPlan(make_plan(asked, 1)).rank_memory()[0].live)
-    assert peaks[1] < peaks[0] / 2
+        changes = {"partition": {"blocks": 3, "recompute": recompute}, "mesh__stages": 1}
+        run = make_run("resnet", "backprop", "fill-drain", **changes)
+        live_bytes.append(MemoryPlan(make_plan(run, 1)).rank_memory()[0].live)
+    assert live_bytes[1] < live_bytes[0] / 2
 
 
-@pytest.mark.parametrize("net", ["mlp", "drop"])
-def test_a_rank_holds_no_weights_of_another_stage(net: str) -> None:
-    """Of a listed model they are never made; a whole one is made, then given back at once.
+@pytest.mark.parametrize("model", ["mlp", "drop"])
+def test_a_rank_holds_no_weights_of_another_stage(model: str) -> None:
+    """Two ranks together hold every weight once.
 
-    Without the cycle collector, so that what a rank let go of does not linger in a run either.
+    The layers of a listed model are never made for another stage; a whole model is made, then
+    freed at once: without the cycle collector, so that it does not linger in a run either.
     """
-    asked = run(net, "mono-forward", "stream", mesh__stages=2, partition={"blocks": 2})
-    backend = SingleBackend()
-    backend.hosts = (*backend.hosts, *backend.hosts)  # of two stages on one host ...
-    comm = Comm(backend)
-    comm.rank = 1  # ... the second one
+    run = make_run(model, "mono-forward", "stream", mesh__stages=2, partition={"blocks": 2})
+
+    def build(comm: Comm) -> dict[int, list[int]]:
+        job = build_rank(make_plan(run, 2), comm)
+        jobs.append(job)
+        return {index: storages(*b.parameters.values()) for index, b in job.engine.blocks.items()}
+
     gc.collect()
-    before = weights()
-    known = {id(each) for each in before}
+    before = set(storages(*living_parameters()))
+    jobs: list[RankJob] = []
     gc.disable()
     try:
-        job = build_rank(make_plan(asked, 2), comm)
-        found = [each for each in weights() if id(each) not in known]
+        first, second = run_ranks(2, build)
+        after = storages(*living_parameters())
     finally:
         gc.enable()
-    assert list(job.engine.blocks) == [1]
-    block = job.engine.blocks[1]
-    own = {each.untyped_storage().data_ptr() for each in block.parameters.values()}
-    assert own
-    assert {each.untyped_storage().data_ptr() for each in found} == own
+    assert [*first, *second] == [0, 1]
+    assert sorted(set(after) - before) == sorted([*first[0], *second[1]])
 
 
-def weights() -> list[nn.Parameter]:
-    """Return all parameters that live in this process and take memory."""
+def living_parameters() -> list[nn.Parameter]:
+    """Return all parameters of this process that take memory."""
     return [
-        each
-        for each in gc.get_objects()
-        if type(each) is nn.Parameter and not each.is_meta and each.untyped_storage().nbytes()
+        item
+        for item in gc.get_objects()
+        if type(item) is nn.Parameter and not item.is_meta and item.untyped_storage().nbytes()
     ]
+
+
+def storages(*parameters: nn.Parameter) -> list[int]:
+    return [parameter.untyped_storage().data_ptr() for parameter in parameters]

@@ -16,7 +16,7 @@ from dtrain.objectives.dfa import ANGLE, Dfa
 from dtrain.planning.plan import make_plan
 from dtrain.rng import seeded
 from tests import tiny
-from tests.rule.walked import D, build_blocks, train_micro_batch
+from tests.rule.blocks_in_process import D, build_blocks, train_micro_batch
 
 Net = list[list[nn.Module]]
 Blocks = list[tuple[BlockSpec, Block]]

@@ -16,7 +16,7 @@ from dtrain.objectives.dfa import Dfa
 from dtrain.objectives.drtp import Drtp
 from dtrain.objectives.f3 import DELAYED_ERROR, F3
 from dtrain.rng import seeded
-from tests.rule.walked import SAMPLES, D, build_blocks, train_micro_batch
+from tests.rule.blocks_in_process import SAMPLES, D, build_blocks, train_micro_batch
 from tests.rule.warning_numbers import numbers_in
 
 Blocks = list[tuple[BlockSpec, Block]]

@@ -18,7 +18,7 @@ from dtrain.objectives.common import goodness, negatives
 from dtrain.objectives.forward_forward import MOMENTUM, ForwardForward, PeerNormalisation
 from tests import tiny
 from tests.refusals import refuses
-from tests.rule.updated import ROWS, Updated, assert_same, autograd, first_update, predictions
+from tests.rule.first_update import ROWS, Updated, assert_same, autograd, first_update, predictions
 from tests.rule.warning_numbers import numbers_in
 
 D = torch.float64

@@ -13,7 +13,7 @@ from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.common import negatives
 from dtrain.objectives.layer_collaboration import LayerCollaboration
 from dtrain.schedules import SCHEDULES
-from tests.rule.updated import ROWS, Updated, assert_same, autograd, first_update
+from tests.rule.first_update import ROWS, Updated, assert_same, autograd, first_update
 
 C = 3
 

@@ -20,7 +20,7 @@ from dtrain.planning.plan import make_plan
 from dtrain.rng import seeded
 from tests import tiny
 from tests.refusals import refuses
-from tests.rule.walked import D, build_blocks, train_micro_batch
+from tests.rule.blocks_in_process import D, build_blocks, train_micro_batch
 from tests.rule.warning_numbers import numbers_in
 
 Blocks = list[tuple[BlockSpec, Block]]

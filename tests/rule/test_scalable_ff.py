@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, softplus
 from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.scalable_ff import ChannelGoodness, ScalableFf
-from tests.rule.updated import ROWS, Updated, assert_same, autograd, first_update, predictions
+from tests.rule.first_update import ROWS, Updated, assert_same, autograd, first_update, predictions
 
 D = torch.float64
 C = 3
