@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate
 from typing import final
 
@@ -148,21 +148,32 @@ class MeanReduction(Request):
         """Return a description for people."""
         return f"a mean of {len(self._tensors)} tensors"
 
-    def _run_lane(self, lane: int) -> Iterator[None]:
-        topology = self._transport.topology
+    def _run_lane(self, lane: int) -> Steps:
+        """Reduce the pieces of a lane, one after the other."""
+        transport, topology = self._transport, self._transport.topology
+        tag, counted = self._tag + lane, self._count_bytes
         for number in range(lane, len(self._pieces), self._lane_count):
-            leaders = [topology.leader(number, node) for node in range(len(topology.nodes))]
-            leader, owner = leaders[topology.node_index], leaders[topology.owner_node(number)]
-            tag = self._tag + lane
-            with self._pack_piece(self._pieces[number]) as data:
-                if leader != topology.rank:
-                    yield from self._reduce_remotely(data, leader, tag)
-                elif leader == owner:
-                    yield from self._reduce_as_owner(data, leaders, tag)
-                elif len(topology.node_ranks) == 1:
-                    yield from self._reduce_remotely(data, owner, tag)
+            leaders, owner = topology.leaders(number)
+            leader = leaders[topology.node_index]
+            mean_receivers = topology.node_peers if leader == topology.rank else []
+            with self._pack_piece(self._pieces[number]) as data, ExitStack() as buffers:
+                if owner == topology.rank:
+                    yield from self._reduce_nodes(data, leaders, tag)
+                    others = [other for other in leaders if other != owner]
+                    mean_receivers = [*others, *mean_receivers]
                 else:
-                    yield from self._reduce_in_node(data, owner, tag)
+                    part, reducer = data, leader
+                    if leader == topology.rank:
+                        reducer = owner
+                    if mean_receivers:
+                        part = yield from self._reduce_node(data, tag, buffers)
+                    yield from wait_all(transport.isend(as_bytes(part), reducer, tag, counted))
+                    buffers.close()
+                    yield from wait_all(transport.irecv(as_bytes(data), reducer, tag))
+                mean = as_bytes(data)
+                yield from wait_all(
+                    *[transport.isend(mean, rank, tag, counted) for rank in mean_receivers]
+                )
 
     def _exchange_weights(self, weight: npt.NDArray[np.float64]) -> Steps:
         """Send the weight to the ranks that multiply by it; receive those to multiply by here."""
@@ -182,23 +193,16 @@ class MeanReduction(Request):
         self._weights = weights[:, 0].tolist()
         yield from wait_all(*sends)
 
-    def _reduce_remotely(self, data: Tensor, reducer: int, tag: int) -> Steps:
-        """Send this rank's part to the rank that adds it up; receive the mean in its place."""
-        yield from wait_all(self._transport.isend(as_bytes(data), reducer, tag, self._count_bytes))
-        yield from wait_all(self._transport.irecv(as_bytes(data), reducer, tag))
+    def _reduce_node(
+        self, data: Tensor, tag: int, buffers: ExitStack
+    ) -> Generator[None, None, Tensor]:
+        """Return the weighted sum of the parts of this node, in the memory of `buffers`."""
+        parts, requests = buffers.enter_context(self._gather_parts(data, tag))
+        yield from wait_all(*requests)
+        return (yield from self._weighted_sum(parts))
 
-    def _reduce_in_node(self, data: Tensor, owner: int, tag: int) -> Steps:
-        """Add up the parts of this node, send the sum to the owner, and send the mean on."""
-        transport = self._transport
-        with self._gather_parts(data, tag) as (parts, requests):
-            yield from wait_all(*requests)
-            node_sum = yield from self._weighted_sum(parts)
-            yield from wait_all(transport.isend(as_bytes(node_sum), owner, tag, self._count_bytes))
-        yield from wait_all(transport.irecv(as_bytes(data), owner, tag))
-        yield from self._send_to_ranks(data, transport.topology.node_peers, tag)
-
-    def _reduce_as_owner(self, data: Tensor, leaders: Sequence[int], tag: int) -> Steps:
-        """Add up the parts of this node and the sums of the others; send the mean to all."""
+    def _reduce_nodes(self, data: Tensor, leaders: Sequence[int], tag: int) -> Steps:
+        """Add up the parts of this node and the sums of the others, in `data`."""
         transport, topology = self._transport, self._transport.topology
         other_leaders = [leader for leader in leaders if leader != transport.rank]
         sizes = dict(zip(leaders, topology.node_sizes, strict=True))
@@ -219,7 +223,6 @@ class MeanReduction(Request):
             for leader in lone:
                 sums[leader] = yield from self._weighted_sum({leader: sums[leader]})
             data.copy_(ordered_sum([sums[leader] for leader in leaders]))
-        yield from self._send_to_ranks(data, [*other_leaders, *topology.node_peers], tag)
 
     @contextmanager
     def _gather_parts(
@@ -241,11 +244,6 @@ class MeanReduction(Request):
         while self._weights is None:
             yield
         return weighted_sum(list(parts.values()), [self._weights[rank] for rank in parts])
-
-    def _send_to_ranks(self, data: Tensor, ranks: Sequence[int], tag: int) -> Steps:
-        yield from wait_all(
-            *[self._transport.isend(as_bytes(data), r, tag, self._count_bytes) for r in ranks]
-        )
 
     @contextmanager
     def _pack_piece(self, piece: Piece) -> Iterator[Tensor]:

@@ -22,7 +22,7 @@ from dtrain.comm.allreduce import MeanReduction
 from dtrain.comm.backends.base import Backend
 from dtrain.comm.call_order import CallOrder, Tensors, unnamed_tensors
 from dtrain.comm.channels import MessageSpec, RecvChannel, SendChannel
-from dtrain.comm.context import CommContext
+from dtrain.comm.context import Collective, CommContext
 from dtrain.comm.flight_recorder import Pending, flush_output
 from dtrain.comm.staging import Host, Message, Pinned
 from dtrain.comm.transport import Transport
@@ -94,9 +94,9 @@ class Comm:
         self.node_index = self.topology.node_index
         self.node_count = len(self.topology.nodes)
         self._call_order = CallOrder(self.transport, self.context)
-        self._send_channels: dict[tuple[int, int], SendChannel] = {}
-        self._recv_channels: dict[tuple[int, int], RecvChannel] = {}
-        self._collectives: list[MeanReduction | AllToAll] = []  # open at the last look
+        self.send_channels: dict[tuple[int, int], SendChannel] = {}
+        self.recv_channels: dict[tuple[int, int], RecvChannel] = {}
+        self.collectives: list[Collective] = []  # open at the last look
         self._split_count = 0  # the same on all ranks
         self.context.groups.append(self)
 
@@ -133,27 +133,13 @@ class Comm:
         self.context.progress(all_lanes=True)
         self.context.poll_receives()
 
-    def progress_group(self, all_lanes: bool = False) -> None:
-        """Free the messages of this group that have arrived and advance its collectives."""
-        for channel in self._send_channels.values():
-            if channel:
-                channel.release_completed()
-        if self._collectives:
-            self._collectives = [
-                collective for collective in self._collectives if not collective.test(all_lanes)
-            ]
-
-    def poll_receives(self) -> bool:
-        """Test posted receives up to the first open one; return whether there is one."""
-        return any(channel.is_open() for channel in self._recv_channels.values())
-
     def pending(self) -> Iterator[Pending]:
         """Yield start time and description of what was in flight at the last look."""
-        for send_channel in self._send_channels.values():
+        for send_channel in self.send_channels.values():
             yield from send_channel.pending()
-        for recv_channel in self._recv_channels.values():
+        for recv_channel in self.recv_channels.values():
             yield from recv_channel.pending()
-        for collective in self._collectives:
+        for collective in self.collectives:
             yield collective.start_time, f"{collective.describe()} of {self.name}"
 
     def close(self) -> None:
@@ -166,7 +152,7 @@ class Comm:
         RuntimeError
             Something is in flight, or was declared and has not arrived.
         """
-        self.progress_group()
+        self.context.progress()
         if pending := list(self.pending()):
             raise RuntimeError(
                 f"{self.name} is closed with {len(pending)} in flight: {pending[0][1]}"
@@ -190,10 +176,10 @@ class Comm:
         ``send_channel(dest, tag).send(message)`` is ``isend(message, dest, tag)`` without the
         look-up.
         """
-        channel = self._send_channels.get((dest, tag))
+        channel = self.send_channels.get((dest, tag))
         if channel is None:
             channel = SendChannel(self.transport, self.context, self.wait, dest, tag, self.credits)
-            self._send_channels[dest, tag] = channel
+            self.send_channels[dest, tag] = channel
         return channel
 
     def recv_channel(self, source: int, tag: int) -> RecvChannel:
@@ -201,10 +187,10 @@ class Comm:
 
         Its `post_recv(specs)` and `receive()` are those of `Comm` without the look-up.
         """
-        channel = self._recv_channels.get((source, tag))
+        channel = self.recv_channels.get((source, tag))
         if channel is None:
             channel = RecvChannel(self.transport, self.context, self.wait, source, tag)
-            self._recv_channels[source, tag] = channel
+            self.recv_channels[source, tag] = channel
         return channel
 
     def isend(self, message: Message, dest: int, tag: int) -> None:
@@ -247,7 +233,7 @@ class Comm:
 
     def flush(self) -> None:
         """Wait until every `isend` of this group is complete."""
-        for channel in tuple(self._send_channels.values()):
+        for channel in tuple(self.send_channels.values()):
             channel.flush()
 
     # ---- among all ranks
@@ -277,7 +263,7 @@ class Comm:
             Elements of a tensor, or two tensors, share memory; the message names them.
         """
         self.imean_(tensors, weight).wait()
-        self.progress_group()  # drops the reference to the tensors
+        self.context.progress()  # drops the reference to the tensors
 
     def imean_(self, tensors: Tensors, weight: float | None = None) -> MeanReduction:
         """Start `mean_` and return its handle (`test`, `wait`). Collective over the group.
@@ -296,7 +282,7 @@ class Comm:
             self.wait,
         )
         if not mean.test():
-            self._collectives.append(mean)
+            self.collectives.append(mean)
         return mean
 
     def broadcast_(self, tensors: Tensors, root: int = 0) -> None:
@@ -330,7 +316,7 @@ class Comm:
         self.flight.note("all-to-all", len(parts), "parts of", self.name)
         exchange = AllToAll(self.transport, parts, tag, self.context.staging, self.wait)
         if not exchange.test():
-            self._collectives.append(exchange)
+            self.collectives.append(exchange)
         return exchange
 
     def allgather_object(self, item: Any) -> list[Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol, final
 
@@ -31,14 +31,53 @@ SLOW_WAIT_S = 300.0
 """A wait that lasts longer writes a flight record, once, and goes on."""
 
 
+class Sends(Protocol):
+    """The sends of a channel."""
+
+    def __len__(self) -> int:
+        """Return how many messages were in flight at the last look."""
+
+    def release_completed(self) -> None:
+        """Free the messages that have arrived."""
+
+
+class Receives(Protocol):
+    """The receives of a channel."""
+
+    def is_open(self) -> bool:
+        """Return whether the posted receive is not complete; tests it."""
+
+
+class Collective(Protocol):
+    """A collective in flight."""
+
+    start_time: float
+
+    def describe(self) -> str:
+        """Return a description for people."""
+
+    def test(self, all_lanes: bool = False) -> bool:
+        """Advance it; return whether it is complete."""
+
+
 class Group(Protocol):
-    """A group of ranks, as the waits of all groups use it."""
+    """A group of ranks, as the waits of all groups use it.
 
-    def progress_group(self, all_lanes: bool = False) -> None:
-        """Free the messages that have arrived and advance the collectives; never wait."""
+    Attributes
+    ----------
+    collectives : list of Collective
+        Those that were not complete at the last look.
+    """
 
-    def poll_receives(self) -> bool:
-        """Test posted receives up to the first open one; return whether there is one."""
+    collectives: list[Collective]
+
+    @property
+    def send_channels(self) -> Mapping[tuple[int, int], Sends]:
+        """Its channels to other ranks, by rank and tag."""
+
+    @property
+    def recv_channels(self) -> Mapping[tuple[int, int], Receives]:
+        """Its channels from other ranks, by rank and tag."""
 
     def pending(self) -> Iterator[Pending]:
         """Yield what is in flight, as of the last look."""
@@ -106,17 +145,23 @@ class CommContext:
         `all_lanes` advances every lane of a mean: there is no next turn soon.
         """
         for group in self.groups:
-            group.progress_group(all_lanes)
+            for channel in group.send_channels.values():
+                if channel:
+                    channel.release_completed()
+            if group.collectives:
+                group.collectives = [
+                    collective for collective in group.collectives if not collective.test(all_lanes)
+                ]
 
-    def poll_receives(self) -> None:
-        """Let the backend work on incoming messages although no rank waits for them.
+    def poll_receives(self) -> bool:
+        """Test posted receives up to the first open one; return whether there is one.
 
-        A library such as MPI moves large messages only inside its calls: a test of one open
-        receive moves all of them.
+        The backend works on incoming messages although no rank waits for them: a library such as
+        MPI moves large messages only inside its calls, and one test moves all of them.
         """
-        for group in self.groups:
-            if group.poll_receives():
-                return
+        return any(
+            channel.is_open() for group in self.groups for channel in group.recv_channels.values()
+        )
 
     def wait(
         self,

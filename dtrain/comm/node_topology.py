@@ -68,14 +68,11 @@ class NodeTopology:
         """Return whether a rank is on this rank's node."""
         return self._is_local[rank]
 
-    def leader(self, piece: int, node: int) -> int:
-        """Return the rank that adds up a node's parts of a piece."""
-        ranks = self.nodes[node]
-        return ranks[piece // len(self.nodes) % len(ranks)]
-
-    def owner_node(self, piece: int) -> int:
-        """Return the node whose leader owns a piece."""
-        return piece % len(self.nodes)
+    def leaders(self, piece: int) -> tuple[list[int], int]:
+        """Return the ranks that add up the parts of a piece on each node, and its owner."""
+        node_count = len(self.nodes)
+        leaders = [ranks[piece // node_count % len(ranks)] for ranks in self.nodes]
+        return leaders, leaders[piece % node_count]
 
     def weight_receivers(self, rank: int, piece_count: int) -> set[int]:
         """Return the ranks that multiply parts of `rank` by its weight, without `rank`.

@@ -201,7 +201,7 @@ def test_traffic_between_nodes_does_not_depend_on_their_ranks(
         width
         for piece in range(pieces)
         for node, width in enumerate(widths)
-        if node != topology.owner_node(piece)
+        if topology.leaders(piece)[1] not in topology.nodes[node]
     )
     piece_bytes = tensor.nbytes // pieces
     assert sum(inter for _, inter in sent) == (to_owners + pieces * (m - 1)) * piece_bytes
@@ -253,8 +253,8 @@ def test_weights_go_where_they_multiply(nodes: str, pieces: int) -> None:
     """A rank's weight goes to the ranks that multiply its parts, and to no others."""
     topologies = [NodeTopology(nodes, rank) for rank in range(len(nodes))]
     for rank, topology in enumerate(topologies):
-        owners = {topology.leader(k, topology.owner_node(k)) for k in range(pieces)}
-        leaders = {topology.leader(k, topology.node_index) for k in range(pieces)}
+        owners = {topology.leaders(k)[1] for k in range(pieces)}
+        leaders = {topology.leaders(k)[0][topology.node_index] for k in range(pieces)}
         multipliers = owners if len(topology.node_ranks) == 1 else leaders
         assert topology.weight_receivers(rank, pieces) == multipliers - {rank}
         for other in topologies:
