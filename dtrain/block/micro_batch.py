@@ -80,6 +80,9 @@ class MicroBatch:
     loss_scale : float
         Rows of this micro-batch over the rows of this replica in this update (n_i / n_r). A loss
         is multiplied by it once, by the objective that computes it.
+    skip_inputs, skip_outputs : dict of str to Tensor
+        Further inputs of the layers, leaves, and outputs that later blocks read, with their graph;
+        by name. Empty where the model is a chain.
     received : dict of str to Tensor
         Messages of the routes to this forward, and later to its backward, by the route's name;
         `make_input` may remove messages that are not needed again.
@@ -124,6 +127,8 @@ class MicroBatch:
     y: Tensor = NO_TENSOR
     targets: Tensor = NO_INDICES
     loss_scale: float = 1.0
+    skip_inputs: dict[str, Tensor] = field(default_factory=dict)
+    skip_outputs: dict[str, Tensor] = field(default_factory=dict)
     received: dict[str, Tensor] = field(default_factory=dict)
     samples: Tensor | None = None
     raw_samples: Tensor | None = None

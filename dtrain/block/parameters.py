@@ -64,10 +64,17 @@ class BlockParameters:
 
     def _collect_parameters(self) -> None:
         """Collect the parameters in their initial order."""
-        parameters = {
-            self._global_name(f"{root}.{name}"): parameter
+        named = [
+            (self._global_name(join(root, name)), parameter)
             for root, module in self.roots.items()
             for name, parameter in module.named_parameters()
+        ]
+        # A parameter that two layers share has the name of the first one.
+        first_names: dict[int, str] = {}
+        for name, parameter in named:
+            first_names.setdefault(id(parameter), name)
+        parameters = {
+            name: parameter for name, parameter in named if first_names[id(parameter)] == name
         }
         self._initial_order = self._initial_order or {
             name: number for number, name in enumerate(parameters)
@@ -95,7 +102,7 @@ class BlockParameters:
     def buffers(self) -> dict[str, Tensor]:
         """The buffers by global name, looked up anew since a layer may rebind its own."""
         return {
-            f"{root}.{name}": tensor
+            join(root, name): tensor
             for root, module in self.roots.items()
             for name, tensor in module.named_buffers()
         }
@@ -254,10 +261,15 @@ class BlockParameters:
     def modules(self) -> dict[str, nn.Module]:
         """Return all modules by global name."""
         return {
-            f"{root}.{name}".rstrip("."): module
+            join(root, name): module
             for root, layer in self.roots.items()
             for name, module in layer.named_modules()
         }
+
+
+def join(root: str, name: str) -> str:
+    """Return the global name of a part of a root; a root without a name adds nothing."""
+    return f"{root}.{name}".strip(".")
 
 
 def matrix_name(name: str) -> str:

@@ -32,6 +32,7 @@ class Backprop(Objective):
     """Pipelined backpropagation; its staleness is 0 under every synchronous schedule."""
 
     default_schedule: ClassVar[str] = "1f1b"
+    sends_gradients_back: ClassVar[bool] = True
 
     def routes(self, blocks: int, mode: ExecutionMode) -> tuple[Route, ...]:
         """Send activations forward, and in training gradients (rows, ...) back."""

@@ -66,12 +66,16 @@ class Objective(ABC):
         all other blocks, rounded to the dtype of each block's output.
     needs_raw_samples : bool
         Whether ``micro_batch.raw_samples`` is read: the samples before standardisation, in 0 ... 1.
+    sends_gradients_back : bool
+        Whether blocks learn from the true gradients of all later blocks, so that gradients of skips
+        are sent back, too; elsewhere skips are detached.
     """
 
     detach_every: ClassVar[DetachEvery] = "block"
     accumulated_buffers: ClassVar[tuple[str, ...]] = ()
     broadcast_buffers: ClassVar[tuple[str, ...]] = ()
     needs_raw_samples: ClassVar[bool] = False
+    sends_gradients_back: ClassVar[bool] = False
 
     # ---- 1. properties of the method
 

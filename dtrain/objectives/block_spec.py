@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from dtrain.models.flow import SkipInput
+
 
 @dataclass(frozen=True)
 class DownstreamLayer:
@@ -66,6 +68,10 @@ class BlockSpec:
         The block's last layer, if the objective `needs_downstream_layers`.
     downstream_layers : tuple of DownstreamLayer
         All layers after the block, if the objective `needs_downstream_layers`.
+    skip_inputs : tuple of SkipInput
+        Tensors that the block reads beside the output of the block before.
+    data_inputs : tuple of int
+        Positions of the inputs of a sample that the block reads beside the first one in block 0.
     """
 
     index: int
@@ -82,6 +88,8 @@ class BlockSpec:
     frozen: bool = False
     last_layer: DownstreamLayer | None = None
     downstream_layers: tuple[DownstreamLayer, ...] = ()
+    skip_inputs: tuple[SkipInput, ...] = ()
+    data_inputs: tuple[int, ...] = ()
 
     @classmethod
     def from_data(

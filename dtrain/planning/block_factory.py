@@ -79,6 +79,7 @@ def assemble_block(
         detach_every=objective.detach_every,
         recompute=recompute if isinstance(recompute, bool) else index in recompute,
         model_ends=(index == 0, index + 1 == len(layout.block_layouts)),
+        program=layout.program(index),
     )
 
 

@@ -35,6 +35,7 @@ from dtrain.block.saved_tensors import SavedTensors
 from dtrain.objectives.base import Objective, input_gradient_blocks
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.forward import backward_pairs, forward_micro_batch
+from dtrain.objectives.messages import all_routes, message_spec
 from dtrain.schedules.actions import Action, Point, Route
 from dtrain.schedules.messages import count_forward_passes
 
@@ -185,7 +186,7 @@ def _measure_passes(
     block: Block, objective: Objective, block_specs: Sequence[BlockSpec], index: int, rows: int
 ) -> tuple[int, ...]:
     """Return the bytes that each forward and the backward of one micro-batch add."""
-    spec, routes = block_specs[index], objective.routes(len(block_specs), "train")
+    spec, routes = block_specs[index], all_routes(objective, block_specs, "train")
     block.register_taps(objective.taps(block))
     saved = SavedTensors([*block.parameters.values(), *block.buffers.values()])
     sends_gradient = index in input_gradient_blocks(routes)
@@ -236,7 +237,7 @@ def _received_zeros(
     messages = {}
     for route in routes:
         if route.target == point:
-            shape, dtype = objective.message_spec(route, block_specs, rows)
+            shape, dtype = message_spec(objective, route, block_specs, rows)
             messages[route.name] = torch.zeros(shape, dtype=dtype)
     return messages
 

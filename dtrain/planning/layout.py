@@ -21,10 +21,13 @@ from dtrain.config.run import RunConfig
 from dtrain.config.sections import PartitionSection
 from dtrain.errors import ConfigError
 from dtrain.mesh import Mesh
+from dtrain.models.flow import BlockFlow, BlockProgram, block_flows
+from dtrain.models.graph import ModelGraph, chain_graph
 from dtrain.models.layers import FactoryLayers, LayerStack
 from dtrain.models.shape_inference import LayerSpec, infer_layers
 from dtrain.objectives.base import ExecutionMode, Objective, input_gradient_blocks
 from dtrain.objectives.block_spec import BlockSpec
+from dtrain.objectives.messages import all_routes, message_spec
 from dtrain.planning.block_costs import BlockCosts, total_macs
 from dtrain.planning.structure_cache import StructureCache, layers_key
 from dtrain.schedules.actions import Route
@@ -62,6 +65,8 @@ class BlockLayout:
         Whether the layers keep their initial weights.
     recompute : bool
         Whether the backward recomputes what the block's interior saved.
+    flow : BlockFlow or None
+        The tensors that enter and leave the block; None where the layers are a chain.
     """
 
     spec: BlockSpec
@@ -74,6 +79,7 @@ class BlockLayout:
     couples_samples: bool = False
     frozen: bool = False
     recompute: bool = False
+    flow: BlockFlow | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,8 @@ class Layout:
         The stage of each block.
     routes : tuple of Route
         The messages of training.
+    graph : ModelGraph or None
+        The calls of the model; None where its layers are a chain.
     """
 
     mesh: Mesh
@@ -102,6 +110,7 @@ class Layout:
     schedule: Schedule
     routes: tuple[Route, ...]
     wire_format: WireFormat
+    graph: ModelGraph | None = None
 
     @property
     def block_specs(self) -> list[BlockSpec]:
@@ -120,6 +129,13 @@ class Layout:
         heads = [f"heads.{b.spec.index}" for b in self.block_layouts if b.couples_samples]
         return layers + heads
 
+    def program(self, block: int) -> BlockProgram | None:
+        """Return the calls of a block, None where its layers are a chain."""
+        block_layout = self.block_layouts[block]
+        if self.graph is None or block_layout.flow is None:
+            return None
+        return BlockProgram(self.graph, block_layout.layers, self.layer_specs, block_layout.flow)
+
     def needs_input_gradient(self, block: int) -> bool:
         """Return whether a block computes the gradient of its input and sends it."""
         return block in input_gradient_blocks(self.routes)
@@ -137,8 +153,8 @@ class Layout:
 
     def messages(self, rows: int, mode: ExecutionMode = "train") -> Iterator[tuple[Route, int]]:
         """Yield every route and the payload bytes of its message for `rows` samples."""
-        for route in self.objective.routes(len(self.block_layouts), mode):
-            spec = self.objective.message_spec(route, self.block_specs, rows)
+        for route in all_routes(self.objective, self.block_specs, mode):
+            spec = message_spec(self.objective, route, self.block_specs, rows)
             shape, dtype = self.wire_format.encoded_spec(route, spec) if mode == "train" else spec
             yield route, math.prod(shape) * dtype.itemsize
 
@@ -171,10 +187,13 @@ def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: 
     cuts = _choose_cuts(run, block_costs, mesh.stages)
     layers = partition.layer_ranges(len(layer_specs), cuts)
     _check_block_numbers(run, len(layers))
-    routes = objective.routes(len(layers), "train")
-    schedule.check_routes(routes)
     _check_clip(run, schedule)
+    graph = _used_graph(model, layer_specs)
     blocks = _block_layouts(block_costs, layers, run.partition)
+    if graph is not None:
+        blocks = _add_flows(graph, layer_specs, blocks)
+    routes = all_routes(objective, [block.spec for block in blocks], "train")
+    schedule.check_routes(routes)
     return Layout(
         mesh=mesh,
         model=model,
@@ -186,6 +205,38 @@ def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: 
         schedule=schedule,
         routes=routes,
         wire_format=WireFormat(run.partition.activation_compression),
+        graph=graph,
+    )
+
+
+def _used_graph(model: LayerStack, layer_specs: Sequence[LayerSpec]) -> ModelGraph | None:
+    """Return the graph with which the layers were inferred, None where they are a chain."""
+    if not any(spec.writes for spec in layer_specs):
+        return None
+    return model.graph or chain_graph(model.names)
+
+
+def _add_flows(
+    graph: ModelGraph, layer_specs: Sequence[LayerSpec], blocks: Sequence[BlockLayout]
+) -> tuple[BlockLayout, ...]:
+    """Return the blocks with the tensors that enter and leave them."""
+    for block in blocks:
+        if block.replacement_layers is not None:
+            raise ConfigError(
+                "objective.needs-chain",
+                "this objective replaces the layers of a block, which must then be a chain of "
+                "modules: return an nn.Sequential, or choose another objective",
+            )
+    flows = block_flows(graph, layer_specs, [block.layers for block in blocks])
+    return tuple(
+        dataclasses.replace(
+            block,
+            flow=flow,
+            spec=dataclasses.replace(
+                block.spec, skip_inputs=flow.skip_inputs, data_inputs=flow.data_inputs
+            ),
+        )
+        for block, flow in zip(blocks, flows, strict=True)
     )
 
 
