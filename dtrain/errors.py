@@ -38,6 +38,15 @@ class DtrainError(Exception):
         self.message = message
         self.agreed = agreed
 
+    def text_with_key(self) -> str:
+        """Return the text of the command line: the message, and the key in brackets at its end.
+
+        The key of a message of several lines stands in its own line, so that the last line of the
+        message, often a command, can be copied.
+        """
+        separator = "\n" if "\n" in self.message else " "
+        return f"{self.message}{separator}[{self.key}]"
+
     def with_prefix(self, prefix: str) -> DtrainError:
         """Return a copy of the error whose message begins with `prefix` and a colon."""
         return type(self)(self.key, f"{prefix}: {self.message}", agreed=self.agreed)

@@ -269,7 +269,7 @@ def _report_failure(
     """
     if isinstance(error, DtrainError) and error.agreed:
         if owner is not None and comm.rank == 0:
-            run_folder.release_unfinished(out, owner, "failed", str(error))
+            run_folder.release_unfinished(out, owner, "failed", str(error), error.key)
         return
     is_stopped = isinstance(error, Interrupted)
     if not is_stopped:
@@ -279,7 +279,8 @@ def _report_failure(
     is_first = comm.rank == 0
     if owner is not None:
         status = "stopped" if is_stopped else "failed"
-        is_first = run_folder.release_unfinished(out, owner, status, one_line(error))
+        key = error.key if isinstance(error, (DtrainError, Interrupted)) else None
+        is_first = run_folder.release_unfinished(out, owner, status, one_line(error), key)
     comm.flight.close()
     if isinstance(error, Interrupted):
         error.quiet = not is_first

@@ -142,8 +142,8 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     return summary if isinstance(summary, dict) else None
 
 
-def release_unfinished(folder: Path, owner: Owner, status: str, reason: str) -> bool:
-    """Record how a run ended that did not finish, and unlock its folder.
+def release_unfinished(folder: Path, owner: Owner, status: str, reason: str, key: str | None = None) -> bool:
+    """Record the status, reason and error key of a run that did not finish, and unlock its folder.
 
     Returns
     -------
@@ -156,7 +156,7 @@ def release_unfinished(folder: Path, owner: Owner, status: str, reason: str) -> 
         return False
     if summary is not None:
         with suppress(OSError):
-            write_summary(folder, summary | {"status": status, "error": reason})
+            write_summary(folder, summary | {"status": status, "error": reason, "error_key": key})
     return True
 
 
