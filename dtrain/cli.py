@@ -206,10 +206,10 @@ def _run_rank(options: argparse.Namespace) -> int:
     try:
         options.work(options, comm)
     except DtrainError as error:
-        if error.agreed and comm.rank:
+        if error.on_all_ranks and comm.rank:
             return error.code
         print_error(f"dtrain: {error.text_with_key()}")
-        if not error.agreed:
+        if not error.on_all_ranks:
             comm.abort(error.code)
         return error.code
     except Interrupted as stop:

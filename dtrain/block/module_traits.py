@@ -38,5 +38,5 @@ def may_use_rng(layer: nn.Module) -> bool:
 
 def _is_deterministic(module: nn.Module) -> bool:
     from_torch = type(module).forward.__module__.startswith("torch.nn.modules.")
-    known = from_torch and isinstance(module, (*DETERMINISTIC_MODULES, nn.Sequential))
-    return known or getattr(module, "uses_rng", True) is False
+    is_known = from_torch and isinstance(module, (*DETERMINISTIC_MODULES, nn.Sequential))
+    return is_known or getattr(module, "uses_rng", True) is False

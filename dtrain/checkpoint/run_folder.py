@@ -142,7 +142,9 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     return summary if isinstance(summary, dict) else None
 
 
-def release_unfinished(folder: Path, owner: Owner, status: str, reason: str, key: str | None = None) -> bool:
+def release_unfinished(
+    folder: Path, owner: Owner, status: str, reason: str, key: str | None = None
+) -> bool:
     """Record the status, reason and error key of a run that did not finish, and unlock its folder.
 
     Returns

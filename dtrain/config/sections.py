@@ -96,7 +96,7 @@ class OptimizerSection:
     Attributes
     ----------
     clip : float
-        Largest L2 norm of a gradient, after the replicas agreed on it; 0: no limit.
+        Largest L2 norm of a gradient, after it was averaged over the replicas; 0: no limit.
     clip_over : "block" or "model"
         The gradient whose norm is limited: that of each block, or that of the model, which couples
         the blocks.
@@ -117,7 +117,7 @@ class OptimizerSection:
 
 @dataclass(frozen=True)
 class CheckpointSection:
-    """``[checkpoint]``: after every epoch, and every `every` updates in it; `keep` of them stay."""
+    """``[checkpoint]``: after each epoch, and every `every` updates in it; the last `keep` stay."""
 
     every: int = 0
     keep: int = 2

@@ -185,8 +185,8 @@ class MessageRouter:
     def receive(self, action: Action) -> dict[str, Tensor]:
         """Return the messages of all routes to `action`, by route name; the caller owns them.
 
-        A message that comes once per update is returned for all its micro-batches: do not write to
-        it.
+        A message that is sent once per update is returned for all its micro-batches: do not write
+        to it.
         """
         received: dict[str, Tensor] = {}
         if (action.block, action.kind) not in self.targets:

@@ -1,4 +1,4 @@
-"""The asynchronous mean of DASO: weights that nodes average while their blocks go on training.
+"""The asynchronous mean of DASO: weights that nodes average while their blocks continue to train.
 
 One replica of each node takes part, the member of the active inter-node group. It sends its
 weights, receives their mean over the P nodes B updates later, merges it, and broadcasts the result
@@ -129,7 +129,7 @@ class AsyncMean:
         return sent
 
     def merge(self, sent: InFlightMean) -> None:
-        """Merge a mean into the weights, x <- (k x + P mean) / (k + P), and share them in the node.
+        """Merge a mean, x <- (k x + P mean) / (k + P), and broadcast the weights in the node.
 
         k is 2 B, or 1 without a delay. Collective over the inter-node group and the node.
         """
