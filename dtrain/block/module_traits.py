@@ -1,4 +1,4 @@
-"""What a layer may do besides returning its output: use random numbers, or work in place.
+"""Traits of a layer besides its output: it may use random numbers, and it may work in place.
 
 Invariant: only types and attributes of modules are read; nothing is run. A module of an unknown
 type counts as one that uses random numbers.

@@ -219,8 +219,8 @@ def _is_gone(owner: Mapping[str, Any], claimant: Mapping[str, Any]) -> bool:
 def _process_start(pid: int) -> str | None:
     """Return when a process started, as the kernel writes it; None where it does not run.
 
-    A process number may be used again; the pair of number and start may not. Where there is no
-    /proc, a running process has an unknown but constant start.
+    A process number may be used again; the pair of number and start may not. Without /proc, a
+    running process has an unknown but constant start.
     """
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[19]

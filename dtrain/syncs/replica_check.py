@@ -49,9 +49,9 @@ def check_replicas_equal(block: Block, replicas: Comm, update: int) -> None:
             raise NumericalError(
                 "sync.replicas-differ",
                 f"'{differing[0]}' of replica {replica} differs from that of replica 0 after "
-                f"update {update} (block {block.index}; {len(differing)} of {len(checksums)} trained "
-                "tensors differ), but the sync keeps replicas equal: look for an operation that "
-                "only one replica applies to its weights, such as unseeded random numbers",
+                f"update {update} (block {block.index}; {len(differing)} of {len(checksums)} "
+                "trained tensors differ), but the sync keeps replicas equal: look for an operation "
+                "that only one replica applies to its weights, such as unseeded random numbers",
             )
 
 

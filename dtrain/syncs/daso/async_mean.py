@@ -11,7 +11,7 @@ inside its node::
     rank 2   copy --'                 '-- merge --> broadcast to 3
     rank 3
 
-Where the compressor is lossy, deltas since all replicas were equal are averaged instead of weights.
+If the compressor is lossy, deltas since all replicas were equal are averaged instead of weights.
 
 Invariant: all replicas of a node know what is in flight; those outside the inter-node group hold
 no tensors of it.
