@@ -1,4 +1,4 @@
-"""Work of which all ranks get the result, or all raise the same error."""
+"""Run work so that all ranks get its result, or all raise the same error."""
 
 from __future__ import annotations
 

@@ -336,7 +336,7 @@ class Comm:
     def allgather_object(self, item: Any) -> list[Any]:
         """Return the items of all ranks, in rank order. Collective over the group.
 
-        An item is whatever JSON can hold; tuples are returned as lists.
+        An item must be plain values of JSON; tuples are returned as lists.
         """
         self.flight.note("exchange", "of", self.name)
         tag = self._call_order.reserve_tags("exchange")

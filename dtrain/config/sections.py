@@ -98,8 +98,7 @@ class OptimizerSection:
     clip : float
         Largest L2 norm of a gradient, after it was averaged over the replicas; 0: no limit.
     clip_over : "block" or "model"
-        The gradient whose norm is limited: that of each block, or that of the model, which couples
-        the blocks.
+        The gradient whose norm is limited. The norm of the model couples its blocks.
     scale_from : int
         Batch size for which lr and momentum are given, where it is not `batch-size`; 0 leaves
         them as they are.

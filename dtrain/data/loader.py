@@ -1,4 +1,4 @@
-"""Read the inputs of a segment, micro-batch by micro-batch, ahead of time where that pays.
+"""Read the inputs of a segment, micro-batch by micro-batch, ahead of time where that is faster.
 
 Invariant: reading ahead and in place give the same bits. At most `prefetch` micro-batches are held
 ahead. After `close` no thread is left. A micro-batch that several blocks of a rank need one after

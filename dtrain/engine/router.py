@@ -1,4 +1,4 @@
-"""MessageRouter: the messages of one rank, posted receives and sends, and those that stay on it.
+"""MessageRouter: the messages of one rank, to other ranks and between its own blocks.
 
 Invariant: a block gets the same tensors whether its neighbour is on this rank or on another: memory
 of its own, contiguous and aligned. So it computes the same bits on any number of ranks.

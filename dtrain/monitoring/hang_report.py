@@ -1,4 +1,4 @@
-"""Hang report: which rank blocks which in a run that hangs, from the records of its ranks.
+"""Hang report: the waits of a hanging run as a graph, from the records of its ranks.
 
 Invariant: reads files only, with neither torch nor MPI, and contacts no rank. The likely cause is a
 guess; everything else stands in the records.

@@ -1,4 +1,4 @@
-"""Making of blocks: their layers, the parameters that are frozen, and the optimizer.
+"""Make blocks: their layers, the parameters that are frozen, and the optimizer.
 
 Invariant: training and planning assemble a block in the same way; only the layers differ, which the
 plan makes without memory.
