@@ -236,7 +236,7 @@ def _save_checkpoint(job: RankJob, eval_weights: EvalWeights, totals: RunTotals,
         f"replica-{position.replica}-stage-{position.stage}",
         store.collect_tensors(engine.blocks, engine.syncs, eval_weights, position.replica),
         run.to_table(),
-        totals.state(),
+        totals.state() | {"tied_names": dict(job.plan.layout.model.tied_names)},
         job.groups.control,
         run.checkpoint.keep,
     )

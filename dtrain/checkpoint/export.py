@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,11 +52,13 @@ def export(
         The checkpoint is damaged.
     """
     write = _state_dict_writer(out)
-    state, low_rank_names = load_newest(folder, _load_model, Comm(SingleBackend()))
+    model = load_newest(folder, _load_model, Comm(SingleBackend()))
+    state, low_rank_names = model.tensors, model.low_rank_names
     if factors:
         state = _with_factors(state, low_rank_names)
     if not heads:
         state = {name: t for name, t in state.items() if not name.startswith("heads.")}
+    state = _with_aliases(state, model.tied_names)
     try:
         with replacing(out) as draft, draft.open("wb") as file:
             write(state, file)
@@ -84,11 +86,34 @@ def _with_factors(state: dict[str, Tensor], low_rank_names: set[str]) -> dict[st
     return factored
 
 
-def _load_model(manifest: Manifest) -> tuple[dict[str, Tensor], set[str]]:
-    """Return the tensors of a checkpoint's model, and the names of those trained in low rank."""
+class _SavedModel(NamedTuple):
+    """The model of a checkpoint: tensors, names of those trained in low rank, and other names of
+    tensors that the user's module holds under several."""
+
+    tensors: dict[str, Tensor]
+    low_rank_names: set[str]
+    tied_names: dict[str, str]
+
+
+def _load_model(manifest: Manifest) -> _SavedModel:
     weights = manifest.state.get("weights", {})
     low_rank_names = {name for name, stats in weights.items() if stats["rank"] is not None}
-    return manifest.load_prefix("model/"), low_rank_names
+    tied_names = manifest.state.get("tied_names", {})
+    return _SavedModel(manifest.load_prefix("model/"), low_rank_names, tied_names)
+
+
+def _with_aliases(state: dict[str, Tensor], tied_names: dict[str, str]) -> dict[str, Tensor]:
+    """Return the state dict with every tensor under all names that the user's module has for it."""
+    names: dict[str, list[str]] = {}
+    for alias, first in tied_names.items():
+        names.setdefault(first, [first]).append(alias)
+    state = dict(state)
+    for same in names.values():
+        saved = [state[name] for name in same if name in state]
+        for name in same:
+            if saved and name not in state:
+                state[name] = saved[0].clone()
+    return state
 
 
 def _state_dict_writer(out: Path) -> Callable[[dict[str, Tensor], BinaryIO], object]:

@@ -17,6 +17,7 @@ from dtrain.config.sections import (
     EvaluateSection,
     LogSection,
     MeshSection,
+    ModelSection,
     OptimizerSection,
     PartitionSection,
     RunSection,
@@ -107,6 +108,7 @@ def parse_run(table: Mapping[str, Any], path: Path, overrides: Sequence[str] = (
             "[partition] cuts already say where every block starts: leave out balance",
         )
     data_keys, dataset = _split_keys(sections["data"], DataSection)
+    model_keys, model = _split_keys(sections["model"], ModelSection)
     optimizer_keys, optimizer = _split_keys(sections["optimizer"], OptimizerSection)
     defaults = {"objective": "mono-forward", "sync": "every-step", "lr": "constant"}
     strategies = {
@@ -121,7 +123,8 @@ def parse_run(table: Mapping[str, Any], path: Path, overrides: Sequence[str] = (
         settings=from_table(RunSection, settings, "", other_keys=SECTIONS),
         data=from_table(DataSection, data_keys, "[data] "),
         dataset=_choice(dataset, "data"),
-        model=_choice(sections["model"], "model"),
+        model=_choice(model, "model"),
+        model_options=from_table(ModelSection, model_keys, "[model] "),
         mesh=from_table(MeshSection, sections["mesh"], "[mesh] "),
         partition=from_table(PartitionSection, sections["partition"], "[partition] "),
         objective=objective,

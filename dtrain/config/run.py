@@ -19,6 +19,7 @@ from dtrain.config.sections import (
     EvaluateSection,
     LogSection,
     MeshSection,
+    ModelSection,
     OptimizerSection,
     PartitionSection,
     RunSection,
@@ -55,6 +56,7 @@ class RunConfig:
     data: DataSection
     dataset: StrategyChoice
     model: StrategyChoice
+    model_options: ModelSection
     mesh: MeshSection
     partition: PartitionSection
     objective: NamedStrategy[Objective]
@@ -80,6 +82,19 @@ class RunConfig:
         """Folder in which relative paths and imports start."""
         return self.path.parent
 
+    @property
+    def weights_path(self) -> Path | None:
+        """The file with initial weights, None where the run file names none."""
+        name = self.model_options.weights
+        return None if name is None else self.folder / name
+
+    def open_modules(self) -> frozenset[str]:
+        """Return the dotted names of the sub-modules whose parts are layers of their own."""
+        cuts = [cut for cut in self.partition.cuts or () if isinstance(cut, str)]
+        paths = [cut.partition("@")[0].split(".") for cut in cuts]
+        around = {".".join(path[:end]) for path in paths for end in range(1, len(path))}
+        return frozenset({*self.model_options.open, *around})
+
     def new_sync(self) -> Sync:
         """Return a fresh copy of the sync; every block needs one of its own."""
         return copy.deepcopy(self.sync.instance)
@@ -100,7 +115,7 @@ class RunConfig:
         """Return the resolved run as the nested tables of a run file, defaults included."""
         tables = {
             "data": self.dataset.to_table() | to_table(self.data),
-            "model": self.model.to_table(),
+            "model": self.model.to_table() | self.model_options.to_table(),
             "mesh": to_table(self.mesh),
             "partition": to_table(self.partition),
             "objective": self.objective.to_table(),

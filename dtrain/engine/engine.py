@@ -33,6 +33,7 @@ from dtrain.engine.closed_form import ClosedFormSolver
 from dtrain.engine.metrics import MetricSums
 from dtrain.engine.router import MessageRouter
 from dtrain.engine.spec import EngineSpec
+from dtrain.engine.tied_parameters import TiedParameters
 from dtrain.engine.trace import Trace
 from dtrain.engine.update import BatchUpdate, UpdateStep
 from dtrain.errors import NumericalError
@@ -88,7 +89,9 @@ class Engine:
         )
         self.saved_tensors = SavedTensors(self._model_tensors(), engine_spec.schedule.asynchronous)
         self.weight_versions = self._make_weight_versions()
-        self.update_step = UpdateStep(blocks, syncs, self.weight_versions, engine_spec, groups)
+        self.update_step = UpdateStep(
+            blocks, syncs, self.weight_versions, engine_spec, groups, self._tied_parameters()
+        )
         self.micro_batches: dict[MicroBatchKey, MicroBatch] = {}
         self.peak_live = 0
         self.peak_cached_bytes = 0
@@ -196,6 +199,14 @@ class Engine:
             epoch,
         )
         return plan
+
+    def _tied_parameters(self) -> TiedParameters | None:
+        """Return the parameters with copies in several blocks. Collective over the stages."""
+        ties = self.engine_spec.ties
+        if not ties:
+            return None
+        pipeline = self.groups.pipeline.dup("tied parameters")
+        return TiedParameters(ties, self.blocks, self.position.place, pipeline)
 
     def _make_weight_versions(self) -> dict[int, WeightVersions]:
         """Return the weight versions of the blocks that learn from late gradients."""

@@ -12,6 +12,7 @@ import torch
 
 from dtrain.block.lr_schedule import LRSchedule
 from dtrain.comm.wire_format import WireFormat
+from dtrain.models.ties import Ties
 from dtrain.objectives.base import Objective
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.schedules.base import Schedule
@@ -38,6 +39,8 @@ class EngineSpec:
         Updates of an epoch and of the run, for syncs and the learning-rate schedule.
     wire_format : WireFormat
         Encoding of messages between blocks in training.
+    ties : Ties
+        The copies of every parameter that several blocks hold, in the order of the blocks.
     """
 
     objective: Objective
@@ -50,3 +53,4 @@ class EngineSpec:
     seed: int
     training_length: TrainingLength
     wire_format: WireFormat
+    ties: Ties = ()

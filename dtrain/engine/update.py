@@ -26,6 +26,7 @@ from dtrain.block.weight_versions import WeightVersions
 from dtrain.comm.groups import ProcessGroups
 from dtrain.data.sampler import Batch
 from dtrain.engine.spec import EngineSpec
+from dtrain.engine.tied_parameters import TiedParameters
 from dtrain.schedules.actions import Action
 from dtrain.syncs.base import Sync, UpdateClock
 from dtrain.syncs.replica_check import check_replicas_equal
@@ -68,6 +69,8 @@ class UpdateStep:
     ----------
     groups : ProcessGroups
         The communicators of this rank.
+    tied : TiedParameters, optional
+        Parameters with copies in several blocks.
     """
 
     def __init__(
@@ -77,7 +80,9 @@ class UpdateStep:
         weight_versions: dict[int, WeightVersions],
         engine_spec: EngineSpec,
         groups: ProcessGroups,
+        tied: TiedParameters | None = None,
     ) -> None:
+        self.tied = tied
         self.blocks = blocks
         self.syncs = syncs
         self.weight_versions = weight_versions
@@ -131,9 +136,9 @@ class UpdateStep:
         block, sync = self.blocks[index], self.syncs[index]
         clock = self._clocks.pop(index, None) or self._make_clock(index, update)
         block.set_lr_factor(update.lr_factor * sync.lr_factor(clock))
-        if spec.clips_model:
+        if spec.clips_model or self.tied is not None:
             if index == self.first_block:
-                self._compute_model_norm(update)
+                self._reduce_all_blocks(update)
         else:
             sync.reduce_gradients(block, update.weight, clock)
             if spec.clip:
@@ -164,17 +169,29 @@ class UpdateStep:
             rows_per_replica=update.batch.replica_rows,
         )
 
-    def _compute_model_norm(self, update: BatchUpdate) -> None:
-        """Compute the norm of the whole model's gradient. Collective over the stages.
+    def _reduce_all_blocks(self, update: BatchUpdate) -> None:
+        """Reduce the gradients of all blocks, add those of tied parameters, and compute the norm of
+        the whole model's gradient if that is clipped. Collective over the stages.
 
         The schedule guarantees that all backwards of the update come before its first `U`.
         """
-        squares = []
         for index, block in self.blocks.items():
             clock = self._clocks.get(index) or self._make_clock(index, update)
             self._clocks[index] = clock
             self.syncs[index].reduce_gradients(block, update.weight, clock)
-            squares.append((index, squared_norm(block.gradients())))
+        if self.tied is not None:
+            self.tied.sum_gradients()
+        if self.engine_spec.clips_model:
+            self._compute_model_norm()
+
+    def _compute_model_norm(self) -> None:
+        """Compute the norm of the whole model's gradient. Collective over the stages."""
+        squares = []
+        for index, block in self.blocks.items():
+            copies = set() if self.tied is None else self.tied.repeated_names(index)
+            named = zip(block.trainable_tensors(), block.gradients(), strict=True)
+            gradients = [gradient for name, gradient in named if name not in copies]
+            squares.append((index, squared_norm(gradients)))
         all_squares = sorted(
             (int(b), float(s))
             for rank in self.groups.pipeline.allgather_object(squares)

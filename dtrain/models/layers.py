@@ -343,6 +343,9 @@ def _from_module(
         tensor_paths: list[tuple[str, ...]] = [() for _ in names]
     else:
         graph = trace_model(module, name, inputs, open_names)
+        while len(graph.layers) == 1 and _is_container(module, graph.layers[0].name):
+            open_names = {*open_names, graph.layers[0].name}  # a forward that calls one container
+            graph = trace_model(module, name, inputs, open_names)
         names = tuple(layer.name for layer in graph.layers)
         paths = [tuple(layer.modules) for layer in graph.layers]
         tensor_paths = [tuple(layer.tensors) for layer in graph.layers]
@@ -355,6 +358,11 @@ def _from_module(
         model_graph=graph,
         aliases=shared_names({"": module}),
     )
+
+
+def _is_container(module: nn.Module, name: str) -> bool:
+    sub_module = module.get_submodule(name.partition("@")[0])
+    return type(sub_module).forward is nn.Sequential.forward and len(sub_module._modules) > 0
 
 
 def _children(

@@ -95,8 +95,9 @@ class RunTotals:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> RunTotals:
-        """Return the totals of a checkpoint."""
-        return cls(**state)
+        """Return the totals of a checkpoint, whose state may hold other facts of the run, too."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in state.items() if name in names})
 
     def state(self) -> dict[str, Any]:
         """Return the totals as plain values, for a checkpoint."""

@@ -23,6 +23,7 @@ from dtrain.block.block import Block
 from dtrain.block.parameters import OptimizerFactory
 from dtrain.config.run import RunConfig
 from dtrain.models.layers import LayerStack
+from dtrain.models.pretrained import PretrainedWeights, load_pretrained
 from dtrain.planning.layout import Layout
 from dtrain.rng import seeded
 
@@ -32,6 +33,8 @@ def make_block(run: RunConfig, layout: Layout, index: int, device: torch.device)
     seed, spec = run.settings.seed, layout.block_layouts[index].spec
     model, indices = layer_source(layout, index)
     layers = model.build(indices, seed, layout.dtype)
+    if run.weights_path is not None and model is layout.model:
+        load_pretrained(PretrainedWeights(run.weights_path), layers, model.tied_names)
     for layer in layers.values():
         layer.to(device)
     with seeded(seed, f"heads.{index}"):

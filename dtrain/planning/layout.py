@@ -25,6 +25,7 @@ from dtrain.models.flow import BlockFlow, BlockProgram, block_flows
 from dtrain.models.graph import ModelGraph, chain_graph
 from dtrain.models.layers import FactoryLayers, LayerStack
 from dtrain.models.shape_inference import LayerSpec, infer_layers
+from dtrain.models.ties import Ties, find_ties
 from dtrain.objectives.base import ExecutionMode, Objective, input_gradient_blocks
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.messages import all_routes, message_spec
@@ -98,6 +99,8 @@ class Layout:
         The messages of training.
     graph : ModelGraph or None
         The calls of the model; None where its layers are a chain.
+    ties : Ties
+        The parameters that several blocks hold.
     """
 
     mesh: Mesh
@@ -111,6 +114,7 @@ class Layout:
     routes: tuple[Route, ...]
     wire_format: WireFormat
     graph: ModelGraph | None = None
+    ties: Ties = ()
 
     @property
     def block_specs(self) -> list[BlockSpec]:
@@ -206,6 +210,7 @@ def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: 
         routes=routes,
         wire_format=WireFormat(run.partition.activation_compression),
         graph=graph,
+        ties=_find_ties(run, model, schedule, layers),
     )
 
 
@@ -214,6 +219,49 @@ def _used_graph(model: LayerStack, layer_specs: Sequence[LayerSpec]) -> ModelGra
     if not any(spec.writes for spec in layer_specs):
         return None
     return model.graph or chain_graph(model.names)
+
+
+def _find_ties(
+    run: RunConfig, model: LayerStack, schedule: Schedule, layers: Sequence[range]
+) -> Ties:
+    """Return the parameters that several blocks hold; refuse what cannot keep them equal."""
+    ties = find_ties(model, layers)
+    if not ties:
+        return ()
+    first, last, *_ = ties[0]
+    where = (
+        f"'{first.name}' of block {first.block} and '{last.name}' of block {last.block} are one "
+        f"parameter"
+    )
+    cure = "or cut so that one block holds both"
+    if not schedule.flushes:
+        raise ConfigError(
+            "model.tied-schedule",
+            f"{where}, but '{run.schedule.name}' updates blocks at different times: set "
+            f'schedule.name = "1f1b" or "fill-drain", {cure}',
+        )
+    options, traits = run.optimizer_options, run.sync.instance.traits()
+    if options.clip and options.clip_over == "block":
+        raise ConfigError(
+            "model.tied-clip",
+            f"{where}, but each block clips its own gradient: set [optimizer] clip-over = "
+            f'"model", {cure}',
+        )
+    if traits.lossy or traits.reparametrises or traits.replaces_optimizer:
+        raise ConfigError(
+            "model.tied-sync",
+            f"{where}, and the sync '{run.sync.name}' would change its copies differently: choose "
+            f"a sync that does not compress, {cure}",
+        )
+    for copies in ties:
+        frozen = {run.partition.is_frozen(copy.block, len(layers)) for copy in copies}
+        if len(frozen) > 1:
+            raise ConfigError(
+                "model.tied-frozen",
+                f"'{copies[0].name}' is trained in one block and frozen in another: freeze both "
+                f"blocks or none, {cure}",
+            )
+    return ties
 
 
 def _add_flows(

@@ -14,6 +14,7 @@ from dtrain.data.dataset import DatasetSplits
 from dtrain.data.sampler import BatchSplitter, updates_per_epoch
 from dtrain.errors import ConfigError
 from dtrain.models import load_model
+from dtrain.models.pretrained import PretrainedWeights, check_pretrained
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.planning.layout import Layout, make_layout
 from dtrain.schedules.segments import TrainingLength
@@ -66,7 +67,16 @@ def make_plan(run: RunConfig, ranks: int) -> Plan:
         train.shape, train.classes, train.size, train.value_range is not None
     )
     input_shape = run.objective.instance.model_input_shape(train.shape, train.classes)
-    model = load_model(run.model.name, run.model.fields, run.folder, input_shape, train.classes)
+    model = load_model(
+        run.model.name,
+        run.model.fields,
+        run.folder,
+        input_shape,
+        train.classes,
+        open_names=run.open_modules(),
+    )
+    if run.weights_path is not None:
+        check_pretrained(PretrainedWeights(run.weights_path), model, run.model_options.strict)
     layout = make_layout(run, model, data_spec, ranks)
     settings = run.settings
     length = TrainingLength.from_settings(

@@ -1,0 +1,136 @@
+"""Laws of models that are no chain: skips, tuples, tied weights, nested containers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from dtrain.checkpoint.export import export
+from dtrain.data.sampler import epoch_order
+from dtrain.errors import ConfigError
+from tests import graph_nets, tiny
+from tests.harness import assert_close_model, assert_same_model, train_in_threads
+from tests.outcome import break_off, model
+from tests.refusals import refuses
+from tests.single import one_thread  # noqa: F401
+
+NETS: dict[str, tuple[str, ...]] = {
+    "skips": ("mid", "up"),
+    "noisy_skips": ("deep", "out"),
+    "recurrent": ("2", "3"),
+    "nested": ("0.3", "1.1"),
+    "repeated": ("3", "5"),
+    "tied": ("middle", "last"),
+}
+"""Nets of `graph_nets`, and cuts through their skips, tuples, containers and ties."""
+
+
+SCHEDULES = {
+    "1f1b": {"objective__name": "backprop", "schedule__name": "1f1b"},
+    "pipelined": {"objective__name": "backprop", "schedule__name": "pipelined"},
+    "pipedream": {"objective__name": "backprop", "schedule__name": "pipedream"},
+    "stream": {"objective__name": "local-head", "schedule__name": "stream"},
+    "mono": {"objective__name": "mono-forward"},
+}
+
+
+def run(net: str, schedule: str = "1f1b", **changes: Any) -> Any:
+    """Return a tiny run of a net, cut in three."""
+    micros = 1 if schedule in ("pipelined", "pipedream") else 3
+    named = {
+        "model": {"name": f"tests.graph_nets:{net}"},
+        "partition": {"cuts": list(NETS[net])},
+        "micro_batches": micros,
+    }
+    return tiny.run(**named | SCHEDULES[schedule] | changes)
+
+
+CASES = [
+    (net, schedule)
+    for net in NETS
+    for schedule in SCHEDULES
+    if net not in ("tied", "repeated") or schedule == "1f1b"
+]
+
+
+@pytest.mark.parametrize(("net", "schedule"), CASES)
+def test_any_number_of_stages_trains_the_same_bits(net: str, schedule: str, tmp_path: Path) -> None:
+    digests = {
+        train_in_threads(run(net, schedule), tmp_path / str(stages), stages=stages)["digest"]
+        for stages in (1, 2, 3)
+    }
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("net", [net for net in NETS if net != "noisy_skips"])
+def test_micro_batches_and_replicas_change_nothing(net: str, tmp_path: Path) -> None:
+    train_in_threads(run(net, micro_batches=1, mesh__stages=3), tmp_path / "whole")
+    train_in_threads(run(net, micro_batches=2, mesh__stages=2), tmp_path / "parts", replicas=2)
+    assert_close_model(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_a_resumed_run_equals_an_uninterrupted_one(net: str, tmp_path: Path) -> None:
+    train_in_threads(run(net), tmp_path / "whole", stages=3)
+    train_in_threads(run(net), tmp_path / "broken", stages=2)
+    break_off(tmp_path / "broken", 4)
+    train_in_threads(run(net), tmp_path / "broken", stages=3)
+    assert_same_model(tmp_path / "whole", tmp_path / "broken")
+
+
+def plain_loop(make: Callable[[int], nn.Module], lr: float, epochs: int) -> dict[str, Tensor]:
+    """Train a net as plain PyTorch does, in the order of dtrain, and return its state dict."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        net = make(3).double()
+    x, y, *_ = tiny.samples()
+    mean, deviation = x.mean((0, 2), keepdims=True), x.std((0, 2), keepdims=True)
+    inputs, labels = torch.from_numpy((x - mean) / deviation), torch.from_numpy(y)
+    optimizer = torch.optim.Adam(net.parameters(), lr=lr)
+    for epoch in range(epochs):
+        for batch in torch.from_numpy(epoch_order(50, 3, epoch)).split(16):
+            optimizer.zero_grad()
+            cross_entropy(net(inputs[batch]), labels[batch]).backward()
+            optimizer.step()
+    return net.state_dict()
+
+
+@pytest.mark.parametrize("net", [net for net in NETS if net != "noisy_skips"])
+def test_backprop_equals_a_plain_loop(net: str, tmp_path: Path) -> None:
+    """Also the names: those of the user's module, a tied weight under both."""
+    train_in_threads(run(net), tmp_path / "run", stages=3)
+    expected = plain_loop(getattr(graph_nets, net), 0.01, 2)
+    exported = export(tmp_path / "run", tmp_path / "net.pt")
+    assert exported.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(exported[name], tensor, rtol=1e-12, atol=1e-12)
+    getattr(graph_nets, net)(3).load_state_dict(exported)
+
+
+def test_copies_of_a_tied_weight_stay_equal(tmp_path: Path) -> None:
+    clip = {"optimizer__clip": 0.1, "optimizer__clip_over": "model"}
+    train_in_threads(run("tied", **clip), tmp_path, stages=3)
+    tensors = model(tmp_path)
+    assert torch.equal(tensors["first.weight"], tensors["last.weight"])
+
+
+@pytest.mark.parametrize(
+    ("key", "changes"),
+    [
+        ("model.tied-schedule", {"schedule__name": "pipelined", "micro_batches": 1}),
+        ("model.tied-clip", {"optimizer__clip": 1.0}),
+        ("model.tied-sync", {"sync": {"name": "terngrad"}}),
+        ("model.tied-frozen", {"partition__frozen": [0]}),
+    ],
+)
+def test_what_cannot_keep_copies_equal_is_refused(
+    key: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    with refuses(ConfigError, key):
+        train_in_threads(run("tied", **changes), tmp_path, stages=3)
