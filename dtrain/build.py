@@ -26,6 +26,7 @@ from dtrain.engine.evaluator import Evaluator
 from dtrain.engine.spec import EngineSpec
 from dtrain.errors import DataError
 from dtrain.mesh import RankPosition
+from dtrain.objectives.messages import reads_samples
 from dtrain.planning.block_factory import make_block
 from dtrain.planning.plan import Plan
 
@@ -143,7 +144,7 @@ def _fingerprint(plan: Plan, rank: int) -> tuple[str, str | None]:
     objective = plan.layout.objective
     specs = [plan.layout.block_specs[index] for index in plan.layout.blocks_of_stage(stage)]
     reads_inputs = any(
-        objective.needs_samples(spec, "train") or objective.needs_samples(spec, "predict")
+        reads_samples(objective, spec, "train") or reads_samples(objective, spec, "predict")
         for spec in specs
     )
     labels, inputs = blake2b(), blake2b()

@@ -51,6 +51,10 @@ class Program(Protocol):
         """Name of the block's output."""
 
     @property
+    def data_inputs(self) -> tuple[str, ...]:
+        """Names of the inputs of the data that the block reads beside its main input."""
+
+    @property
     def skip_outputs(self) -> tuple[str, ...]:
         """Names of the tensors that later blocks read beside the output of the block before."""
 
@@ -206,6 +210,9 @@ class Block(BlockParameters):
         """Run the calls of the block; set `y` and `skip_outputs`."""
         x, rng_key = micro_batch.x, micro_batch.rng_key
         inputs = {program.main_input: x, **micro_batch.skip_inputs}
+        if program.data_inputs:
+            assert micro_batch.samples is not None
+            inputs |= dict.fromkeys(program.data_inputs, micro_batch.samples)
         if self.inplace_layers:
             inputs = {
                 name: tensor.clone() if tensor.requires_grad or self.recompute else tensor

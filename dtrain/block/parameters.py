@@ -152,7 +152,7 @@ class BlockParameters:
         names = [
             f"{name}.weight"
             for name, module in self.modules().items()
-            if not name.startswith("heads.")
+            if not is_head_name(name)
             and is_factorizable(module)
             and self.parameters[f"{name}.weight"].requires_grad
         ]
@@ -265,6 +265,15 @@ class BlockParameters:
             for root, layer in self.roots.items()
             for name, module in layer.named_modules()
         }
+
+
+def is_head_name(name: str) -> bool:
+    """Return whether a global name is that of a head of the objective, ``heads.<block>``.
+
+    A model may have a sub-module called "heads", too, whose parts have no numbers as names.
+    """
+    first, _, rest = name.partition(".")
+    return first == "heads" and rest.partition(".")[0].isdigit()
 
 
 def join(root: str, name: str) -> str:

@@ -14,6 +14,7 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from dtrain.block.parameters import is_head_name
 from dtrain.checkpoint.files import replacing
 from dtrain.checkpoint.manifest import Manifest
 from dtrain.checkpoint.resume import load_newest
@@ -57,7 +58,7 @@ def export(
     if factors:
         state = _with_factors(state, low_rank_names)
     if not heads:
-        state = {name: t for name, t in state.items() if not name.startswith("heads.")}
+        state = {name: t for name, t in state.items() if not is_head_name(name)}
     state = _with_aliases(state, model.tied_names)
     try:
         with replacing(out) as draft, draft.open("wb") as file:

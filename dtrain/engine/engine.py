@@ -40,6 +40,7 @@ from dtrain.errors import NumericalError
 from dtrain.mesh import RankPosition
 from dtrain.objectives.base import input_gradient_blocks
 from dtrain.objectives.forward import backward_pairs, forward_micro_batch
+from dtrain.objectives.messages import reads_samples
 from dtrain.schedules.actions import Action
 from dtrain.syncs.base import Sync
 
@@ -106,7 +107,7 @@ class Engine:
         self.trace: Trace | None = None
         self.needs_input_gradient = input_gradient_blocks(self.router.routes)
         self.needs_samples = {
-            b for b in blocks if self.objective.needs_samples(self.block_specs[b], "train")
+            b for b in blocks if reads_samples(self.objective, self.block_specs[b], "train")
         }
         for block in blocks.values():
             block.register_taps(self.objective.taps(block))

@@ -21,6 +21,7 @@ from dtrain.engine.spec import EngineSpec
 from dtrain.mesh import RankPosition
 from dtrain.objectives.base import VOTE_DTYPE, VOTES
 from dtrain.objectives.forward import forward_micro_batch
+from dtrain.objectives.messages import reads_samples
 from dtrain.schedules.actions import Action
 from dtrain.schedules.base import evaluation_plan
 
@@ -56,7 +57,7 @@ class Evaluator:
         self.needs_samples = {
             b
             for b in blocks
-            if engine_spec.objective.needs_samples(engine_spec.block_specs[b], "predict")
+            if reads_samples(engine_spec.objective, engine_spec.block_specs[b], "predict")
         }
 
     @torch.no_grad()

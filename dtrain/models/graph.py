@@ -336,14 +336,12 @@ def make_graph(
     """Group the nodes of an fx graph into layers."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     [result] = [node for node in graph.nodes if node.op == "output"]
-    output = result.args[0]
-    if isinstance(output, (tuple, list)) and len(output) == 1:
-        [output] = output
+    output = _main_output(result.args[0])
     if not isinstance(output, fx.Node):
         raise ConfigError(
             "model.output-not-a-tensor",
-            f"the forward of model '{model}' returns {type(output).__name__}: return one tensor, "
-            f"from a small wrapper module if need be",
+            f"the forward of model '{model}' returns {type(output).__name__}: return a tensor, or "
+            f"a tuple or dict whose first entry is one",
         )
     names = {node.name: str(node.target) for node in placeholders}
     groups = _group_nodes(graph, model, module)
@@ -370,6 +368,15 @@ def make_graph(
         tuple(layers),
         output.name,
     )
+
+
+def _main_output(output: Any) -> Any:
+    """Return the value that is trained: of a dict the entry "out" or "logits", else the first."""
+    if isinstance(output, dict) and output:
+        return output.get("out", output.get("logits", next(iter(output.values()))))
+    if isinstance(output, tuple | list) and output:
+        return output[0]
+    return output
 
 
 def _group_nodes(

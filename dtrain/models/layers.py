@@ -350,6 +350,9 @@ def _from_module(
         paths = [tuple(layer.modules) for layer in graph.layers]
         tensor_paths = [tuple(layer.tensors) for layer in graph.layers]
     _check_names(names, name, dotted=True)
+    for path, _ in module.named_parameters():
+        if _is_head_name(path):
+            _check_names([path], name, dotted=True)
     return ModuleLayers(
         names=names,
         function=function,
@@ -441,6 +444,12 @@ def _named_factories(value: object, name: str) -> list[tuple[str, Factory]]:
     return [(layer_name, factory) for layer_name, factory in value]
 
 
+def _is_head_name(name: str) -> bool:
+    """Return whether the name of a layer would be that of a head of the objective."""
+    first, _, rest = name.partition(".")
+    return first == "heads" and rest.partition(".")[0].isdigit()
+
+
 def _check_names(names: Sequence[str], model: str, dotted: bool = False) -> None:
     """Refuse names that are repeated, or ambiguous as a part of a parameter's path.
 
@@ -449,7 +458,7 @@ def _check_names(names: Sequence[str], model: str, dotted: bool = False) -> None
     if not names:
         raise ConfigError("model.no-layers", f"model '{model}' has no layers: return at least one")
     for name in names:
-        if name.partition(".")[0] == "heads":
+        if (name == "heads" and not dotted) or _is_head_name(name):
             raise ConfigError(
                 "model.layer-name-reserved",
                 f"model '{model}': a layer called 'heads' would share its name with the auxiliary "

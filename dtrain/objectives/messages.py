@@ -74,6 +74,11 @@ def message_spec(
     return objective.message_spec(route, specs, rows)
 
 
+def reads_samples(objective: Objective, spec: BlockSpec, mode: ExecutionMode) -> bool:
+    """Return whether a block reads the samples themselves: for the objective or for its layers."""
+    return bool(spec.data_inputs) or objective.needs_samples(spec, mode)
+
+
 def skip_pairs(micro_batch: MicroBatch) -> list[BackwardPair]:
     """Return the skip outputs of a block, each with a gradient that it received."""
     pairs = []

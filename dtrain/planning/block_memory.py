@@ -35,7 +35,7 @@ from dtrain.block.saved_tensors import SavedTensors
 from dtrain.objectives.base import Objective, input_gradient_blocks
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.forward import backward_pairs, forward_micro_batch
-from dtrain.objectives.messages import all_routes, message_spec
+from dtrain.objectives.messages import all_routes, message_spec, reads_samples
 from dtrain.schedules.actions import Action, Point, Route
 from dtrain.schedules.messages import count_forward_passes
 
@@ -212,7 +212,7 @@ def _zero_micro_batch(block: Block, objective: Objective, spec: BlockSpec, rows:
     """Return a micro-batch of zeros, with the data where the objective needs them."""
     dtype = next((parameter.dtype for parameter in block.parameters.values()), spec.dtype)
     samples = raw_samples = None
-    if objective.needs_samples(spec, "train"):
+    if reads_samples(objective, spec, "train"):
         samples = torch.zeros(rows, *spec.sample_shape, dtype=dtype)
         if objective.needs_raw_samples and spec.has_raw_samples:
             raw_samples = torch.zeros_like(samples)
