@@ -39,14 +39,16 @@ def main() -> None:
     folder = ROOT / "runs" / ("cifar10_mlp-quick" if quick else "cifar10_mlp")
     if not (folder / "cifar10.h5").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        dtrain("data", "import", str(source / "cifar10-jpeg.tar.gz"), str(folder / "cifar10.h5"))
+        run_dtrain(
+            "data", "import", str(source / "cifar10-jpeg.tar.gz"), str(folder / "cifar10.h5")
+        )
     seeds, epochs = (range(1), 1) if quick else (range(5), 10)
     cells = {
         (objective, seed): train(folder, objective, seed, epochs)
         for seed in seeds
         for objective in ("mono-forward", "backprop")
     }
-    ours, peer = (figures(cells, objective) for objective in ("mono-forward", "backprop"))
+    ours, peer = (median_figures(cells, objective) for objective in ("mono-forward", "backprop"))
     ratios = [
         cells["mono-forward", seed]["test_accuracy"] / cells["backprop", seed]["test_accuracy"]
         for seed in seeds
@@ -65,9 +67,9 @@ def main() -> None:
     )
 
 
-def dtrain(*words: str) -> None:
+def run_dtrain(*arguments: str) -> None:
     """Run one command of dtrain, its output to stderr."""
-    argv = [sys.executable, "-m", "dtrain", *words]
+    argv = [sys.executable, "-m", "dtrain", *arguments]
     subprocess.run(argv, cwd=ROOT, stdout=sys.stderr, check=True)
 
 
@@ -77,19 +79,20 @@ def train(folder: Path, objective: str, seed: int, epochs: int) -> dict[str, Any
     A cell that was cut short goes on from its last epoch, one that finished says so.
     """
     out = folder / f"{objective}-{seed}"
-    sets = [f"objective.name={objective}", f"seed={seed}", f"epochs={epochs}", "threads=1"]
-    sets += [f"data.train={folder / 'cifar10.h5'}", f"data.test={folder / 'cifar10-test.h5'}"]
-    words = [word for each in sets for word in ("--set", each)]
+    settings = [f"objective.name={objective}", f"seed={seed}", f"epochs={epochs}", "threads=1"]
+    settings += [f"data.train={folder / 'cifar10.h5'}", f"data.test={folder / 'cifar10-test.h5'}"]
+    options = [word for setting in settings for word in ("--set", setting)]
     run = str(ROOT / "jobs" / "cifar10.toml")
-    dtrain("train", run, "--ranks", str(RANKS), "--out", str(out), *words)
-    told: dict[str, Any] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    return told
+    run_dtrain("train", run, "--ranks", str(RANKS), "--out", str(out), *options)
+    return dict(json.loads((out / "summary.json").read_text(encoding="utf-8")))
 
 
-def figures(cells: dict[tuple[str, int], dict[str, Any]], objective: str) -> dict[str, float]:
+def median_figures(
+    cells: dict[tuple[str, int], dict[str, Any]], objective: str
+) -> dict[str, float]:
     """Return the medians over seeds of one objective."""
-    own = [cell for (name, _), cell in cells.items() if name == objective]
-    return {key: median(cell[key] for cell in own) for key in KEYS}
+    summaries = [cell for (name, _), cell in cells.items() if name == objective]
+    return {key: median(cell[key] for cell in summaries) for key in KEYS}
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from bench import asked, ranked, spread
+from bench import parse_quick, run_on_ranks, spread
 from record import publish
 
 from dtrain.comm import world
@@ -29,8 +29,8 @@ WORKER = "--worker"
 
 def main() -> None:
     """Start the ranks and publish their measurements."""
-    quick = asked(__doc__)
-    times = ranked(RANKS, Path(__file__).resolve(), WORKER, 11 if quick else 51)
+    quick = parse_quick(__doc__)
+    times = run_on_ranks(RANKS, Path(__file__).resolve(), WORKER, 11 if quick else 51)
     ratios = times.pop("ratios")
     ours = {key.removeprefix("our_"): v for key, v in times.items() if key.startswith("our_")}
     theirs = {key.removeprefix("mpi_"): v for key, v in times.items() if key.startswith("mpi_")}

@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench import asked, ranked, spread
+from bench import parse_quick, run_on_ranks, spread
 from record import ROOT, publish
 
 from dtrain.comm import world
@@ -36,7 +36,7 @@ KINDS = "work_s", "mean_s", "both_s", "blocking_s"
 
 def main() -> None:
     """Start the ranks, on two hosts and on one, and publish their measurements."""
-    quick = asked(__doc__)
+    quick = parse_quick(__doc__)
     from hosts import hosts  # needs root and Slurm
 
     times = 5 if quick else 15
@@ -45,7 +45,7 @@ def main() -> None:
         pair.shape(RATE)
         command = [sys.executable, str(script), WORKER, str(times)]
         far = json.loads(pair.start(command, ROOT, quiet=True).strip().splitlines()[-1])
-    near = ranked(RANKS, script, WORKER, times)
+    near = run_on_ranks(RANKS, script, WORKER, times)
     hidden = [(row[0] + row[1] - row[2]) / row[1] for row in far["rows"]]
     figures = {
         **_figures("far", far),

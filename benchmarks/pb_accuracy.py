@@ -36,7 +36,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
-from bench import Bench, asked, complete
+from bench import Bench, exit_if_incomplete, parse_quick
 from record import publish
 
 from dtrain.schema import Table
@@ -61,7 +61,7 @@ Cell = tuple[str, str, int, float]
 
 def main() -> None:
     """Train the missing cells; publish the record once all are there."""
-    quick = asked(__doc__)
+    quick = parse_quick(__doc__)
     bench, seeds = Bench("pb_accuracy", quick), range(2) if quick else SEEDS
     epochs = 1 if quick else EPOCHS
     tuning = [(f"rate-{lr}-{s}", "sgd", s, lr) for lr in RATES for s in TUNED]
@@ -102,14 +102,14 @@ def train_cells(bench: Bench, cells: list[Cell], epochs: int) -> dict[str, float
             return None
 
         def measure() -> dict[str, Any]:
-            result = bench.train(make_run(variant, seed, lr, epochs), 1, where=name)
+            result = bench.train(make_run(variant, seed, lr, epochs), 1, subfolder=name)
             return {"test_accuracy": result.summary["test_accuracy"]}
 
-        return name, float(bench.kept(name, measure)["test_accuracy"])
+        return name, float(bench.cached(name, measure)["test_accuracy"])
 
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(train_cell, cells))
-    complete(results.count(None))
+    exit_if_incomplete(results.count(None))
     return dict(filter(None, results))
 
 

@@ -28,7 +28,7 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-from bench import Bench, Told, asked, middle, peer, spread, turns
+from bench import Bench, RunResult, alternate, medians, parse_quick, run_peer, spread
 from record import publish
 
 from dtrain.schema import Table
@@ -48,24 +48,24 @@ Row = dict[str, Any]
 
 def main() -> None:
     """Measure pairs and publish the record."""
-    quick = asked(__doc__)
+    quick = parse_quick(__doc__)
     bench = Bench("pipeline_utilisation", quick)
     rank_counts = RANKS[:1] if quick else RANKS
-    ours, theirs = turns(
+    ours, theirs = alternate(
         1 if quick else PAIRS,
-        lambda number: bench.kept(f"ours-{number}", lambda: measure_ours(bench, rank_counts)),
-        lambda number: bench.kept(f"peer-{number}", lambda: measure_peer(rank_counts)),
+        lambda number: bench.cached(f"ours-{number}", lambda: measure_ours(bench, rank_counts)),
+        lambda number: bench.cached(f"peer-{number}", lambda: measure_peer(rank_counts)),
     )
     largest = rank_counts[-1]
     ratios = [
         b[f"micro_s_{largest}_8"] / max(a["micro_s"][f"{name}_{largest}"] for name in SCHEDULES)
         for a, b in zip(ours, theirs, strict=True)
     ]
-    figures = middle([row["shares"] for row in ours])
-    details = {key: middle([row[key] for row in ours]) for key in ("micro_s", "busy")}
+    figures = medians([row["shares"] for row in ours])
+    details = {key: medians([row[key] for row in ours]) for key in ("micro_s", "busy")}
     ratio_range = spread(ratios) if len(ratios) > 1 else None
     publish(
-        "pipeline_utilisation", "emulated", figures, middle(theirs), median(ratios), ratio_range,
+        "pipeline_utilisation", "emulated", figures, medians(theirs), median(ratios), ratio_range,
         quick=quick, **details,
     )  # fmt: skip
 
@@ -83,9 +83,9 @@ def measure_ours(bench: Bench, rank_counts: tuple[int, ...]) -> Row:
     return row
 
 
-def update_seconds(result: Told) -> float:
+def update_seconds(result: RunResult) -> float:
     """Return the seconds per update in the steady state, without fill and drain."""
-    _, long_s, short_s = result.walls()
+    _, long_s, short_s = result.segment_seconds()
     return (long_s - short_s) / (LONG - SHORT)
 
 
@@ -113,7 +113,7 @@ def measure_peer(rank_counts: tuple[int, ...]) -> dict[str, float]:
     figures = {}
     for ranks in rank_counts:
         for micros in MICROS:
-            result = peer("sleep", ranks, micros, STEPS[micros], FORWARD_S, BACKWARD_S)
+            result = run_peer("sleep_1f1b", ranks, micros, STEPS[micros], FORWARD_S, BACKWARD_S)
             figures[f"1f1b_{ranks}_{micros}"] = result["efficiency"]
             figures[f"micro_s_{ranks}_{micros}"] = result["update_s"] / micros
     return figures

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from statistics import median
 
-from bench import Bench, asked, cifar, middle, peer, spread, turns
+from bench import Bench, alternate, cifar_paths, medians, parse_quick, run_peer, spread
 from record import publish
 
 from dtrain.schema import Table
@@ -24,24 +24,24 @@ BATCH, WIDTHS, SEGMENTS = 128, [1000] * 3, 6
 
 def main() -> None:
     """Measure pairs and publish the record."""
-    quick = asked(__doc__)
+    quick = parse_quick(__doc__)
     bench, steps = Bench("single_rank_overhead", quick), 20 if quick else 60
-    train, test = cifar()
+    train, test = cifar_paths()
 
     def ours() -> dict[str, float]:
-        return {"update_s": BATCH / bench.train(run(train, test, steps), 1).rate()}
+        return {"update_s": BATCH / bench.train(run(train, test, steps), 1).samples_per_s()}
 
     def theirs() -> dict[str, float]:
-        return peer("plain", 1, train, test, BATCH, steps, SEGMENTS)
+        return run_peer("plain_loop", 1, train, test, BATCH, steps, SEGMENTS)
 
-    mine, others = turns(
+    our_rows, peer_rows = alternate(
         5 if quick else 7,
-        lambda number: bench.kept(f"ours-{number}", ours),
-        lambda number: bench.kept(f"peer-{number}", theirs),
+        lambda number: bench.cached(f"ours-{number}", ours),
+        lambda number: bench.cached(f"peer-{number}", theirs),
     )
-    ratios = [a["update_s"] / b["update_s"] for a, b in zip(mine, others, strict=True)]
+    ratios = [a["update_s"] / b["update_s"] for a, b in zip(our_rows, peer_rows, strict=True)]
     publish(
-        "single_rank_overhead", "measured", middle(mine), middle(others), median(ratios),
+        "single_rank_overhead", "measured", medians(our_rows), medians(peer_rows), median(ratios),
         spread(ratios), quick=quick,
     )  # fmt: skip
 
