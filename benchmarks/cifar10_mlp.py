@@ -1,16 +1,18 @@
-"""CIFAR-10 with an MLP 3072-1000-1000-1000 in three blocks on three ranks: accuracy.
+"""Accuracy of Mono-Forward on CIFAR-10 with an MLP in three blocks, over backpropagation.
 
-`jobs/cifar10.toml` as it stands, 10 epochs, seeds 0 to 4, Mono-Forward and, from the same run
-file, backpropagation (1F1B) as the peer, in turns. `figures` and `peer` hold the medians over the
-seeds of the test accuracy after the last epoch (0-1), of the last block and of the vote. `ratio` =
-accuracy of Mono-Forward over that of backpropagation with the same seed, the median; `spread` =
-its largest less its smallest value. No figure is a time: three ranks on two cores say nothing.
+`ratio` = accuracy of Mono-Forward over that of backpropagation with the same seed, the median over
+seeds; `spread` = its range.
+
+Set-up: `jobs/cifar10.toml`, an MLP 3072-1000-1000-1000 on three ranks, 10 epochs, seeds 0 to 4;
+Mono-Forward and, from the same run file, backpropagation (1F1B) as the peer, alternately. `figures`
+and `peer` hold the medians over the seeds of the test accuracy after the last epoch (0-1), of the
+last block and of the vote. No figure is a time: three ranks share two cores.
 
     python benchmarks/cifar10_mlp.py [--quick]
 
-The images are looked for in ``DTRAIN_DATA`` (default ``../shared/data``): `cifar10-jpeg.tar.gz`.
-JPEG costs a little accuracy against the original files. Cells are kept in ``runs/cifar10_mlp`` and
-those that finished are not trained again: delete it to start anew. `--quick`: one epoch, one seed.
+Label: measured. Reads `cifar10-jpeg.tar.gz` from ``DTRAIN_DATA`` (default ``../shared/data``); JPEG
+costs a little accuracy against the original files. Finished cells stay in ``runs/cifar10_mlp`` and
+are not trained again; delete the folder to start anew. `--quick`: one epoch, one seed.
 """
 
 from __future__ import annotations
@@ -76,7 +78,7 @@ def run_dtrain(*arguments: str) -> None:
 def train(folder: Path, objective: str, seed: int, epochs: int) -> dict[str, Any]:
     """Train one cell on three ranks of this host, one thread each; return its summary.
 
-    A cell that was cut short goes on from its last epoch, one that finished says so.
+    An interrupted cell resumes from its last epoch; a finished cell is not trained again.
     """
     out = folder / f"{objective}-{seed}"
     settings = [f"objective.name={objective}", f"seed={seed}", f"epochs={epochs}", "threads=1"]

@@ -1,12 +1,15 @@
-"""Two replicas of an MLP 3072-1024x7-10 (37.8 MB): one step against torch DDP.
+"""Seconds of a step of two replicas of an MLP of 37.8 MB, over torch DDP.
 
-Measured: 2 ranks, one thread each, 128 samples per rank, `backprop`, one block, gradients averaged
-in every step, SGD with momentum 0.9 on both sides. Peer: torch DDP over gloo, the fastest of its
-defaults, `gradient_as_bucket_view` and that with `static_graph`, chosen anew in every pair.
 `ratio` = seconds of our step over those of the peer's, the median of the pairs; below 1 ours is
 faster. `spread` = its range.
 
+Set-up: MLP 3072-1024x7-10 on 2 ranks, one thread each, 128 samples per rank, `backprop`, one block,
+`every-step`, SGD with momentum 0.9 on both sides. Peer: torch DDP over gloo, the fastest of its
+defaults, `gradient_as_bucket_view` and that with `static_graph`, chosen anew in every pair.
+
     python benchmarks/data_parallel_step.py [--quick]
+
+Label: measured.
 """
 
 from __future__ import annotations

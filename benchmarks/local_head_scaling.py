@@ -1,13 +1,15 @@
-"""ResNet-20 with DGL heads in two blocks: two ranks against one.
+"""Samples per second of ResNet-20 with DGL heads on two ranks, over dtrain on one rank.
 
-Measured: the same run file on 2 ranks and on 1, one thread per rank, CIFAR-10, `local-head` with
-`head = "dgl"`, `stream`. The peer is dtrain itself on one rank. `ratio` = samples per second of two
-ranks over those of one, the median of the pairs; `spread` = its range. `bound` is what the cut
-allows: the sum of the blocks' multiply-adds over the largest (`dtrain plan --json`).
+`ratio` = samples per second of two ranks over those of one, the median of the pairs; `spread` = its
+range. `bound` is the largest ratio that the cut allows: the sum of the blocks' multiply-adds over
+the maximum (`dtrain plan --json`).
+
+Set-up: the same run file on 2 ranks and on 1, one thread per rank, CIFAR-10, two blocks,
+`local-head` with `head = "dgl"`, `stream`.
 
     python benchmarks/local_head_scaling.py [--quick]
 
-The images are looked for in ``DTRAIN_DATA`` (default ``../shared/data``): `cifar10-jpeg.tar.gz`.
+Label: measured. Reads `cifar10-jpeg.tar.gz` from ``DTRAIN_DATA`` (default ``../shared/data``).
 """
 
 from __future__ import annotations

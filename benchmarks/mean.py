@@ -1,12 +1,15 @@
-"""The mean of 40 MB over two ranks of one host, against MPI's all-reduce.
+"""Seconds of a mean of 40 MB over two ranks, over MPI's `Allreduce` followed by a product.
 
-Measured: `Comm.mean_` of one float32 tensor of 40 MB, and MPI's blocking `Allreduce` followed by a
-product, alternately in one program on two ranks. `ratio` = seconds of `mean_` over those of MPI,
-the median over the pairs; below 1, `mean_` is faster. `spread` = its range. `small_mean_s` is a
-mean of 4 KiB, `round_trip_s` a message of 64 bytes there and back, over `Comm` and over blocking
-MPI.
+`ratio` = seconds of `Comm.mean_` over those of MPI, the median over the pairs; below 1 `mean_` is
+faster. `spread` = its range.
+
+Set-up: 2 ranks of one host, one float32 tensor of 40 MB, both sides alternately in one program.
+`small_mean_s` is a mean of 4 KiB, `round_trip_s` a message of 64 bytes there and back, over `Comm`
+and over blocking MPI.
 
     python benchmarks/mean.py [--quick]
+
+Label: measured.
 """
 
 from __future__ import annotations

@@ -1,19 +1,23 @@
-"""Samples per second of two ranks with eight layers of 1024 and a head, against torch's 1F1B.
+"""Samples per second of a two-rank pipeline of eight layers of 1024, over torch's 1F1B.
 
-Measured: 2 ranks, one thread each, 256 samples per update, plain SGD on both sides, blocks of four
-layers. `ratio` = `stream` with `mono-forward` at its best number of micro-batches (1, 2, 4, 8) over
-torch 1F1B over gloo at its best of 2, 4, 8, as the median of the pairs; `spread` = its range. The
-best numbers are chosen in one round before the pairs. Further figures:
+`ratio` = samples per second of `mono-forward` with `stream`, at its best number of micro-batches
+(1, 2, 4, 8), over those of torch 1F1B over gloo at its best of 2, 4, 8; the median of the pairs,
+above 1 ours is faster. `spread` = its range. One round before the pairs chooses the best numbers.
+
+Set-up: 2 ranks, one thread each, 256 samples per update, SGD without momentum on both sides, blocks
+of four layers and a head. Further figures:
 
     ratio_1f1b          our `1f1b` with backprop over theirs, best micro-batches each
     bound_share         our 1f1b's efficiency over M / (M + P - 1); efficiency = its samples per
                         second over P times those of the same blocks on one rank, updates included
     ratio_rows          `ratio` at equal rows per micro-batch: both sides at the peer's best M
-    work_factor         our backprop's seconds on one rank over those of mono-forward: the work that
-                        is saved (no input gradient at a block's first layer), less the heads
-    parallel_factor     `ratio` over `work_factor`: the waiting that is saved
+    work_factor         our backprop's seconds on one rank over those of mono-forward: the saved
+                        work (no input gradient at a block's first layer), less that of the heads
+    parallel_factor     `ratio` over `work_factor`: the saved waiting time
 
     python benchmarks/pipeline_step.py [--quick]
+
+Label: measured.
 """
 
 from __future__ import annotations

@@ -1,26 +1,27 @@
-"""Utilisation of asynchronous backpropagation on four and eight ranks, against torch's 1F1B.
+"""Utilisation of asynchronous backpropagation on four and eight ranks, over torch's 1F1B.
 
-Emulated: every layer sleeps 50 ms forward and 100 ms backward (see `user.py`), so that eight ranks
+`ratio` = seconds per micro-batch of torch's 1F1B with M = 8 over those of ours, the slower of
+`pipelined` and `pipedream`, at P = 8, as the median of the pairs; above 1 ours is faster. `spread`
+= its range.
+
+Set-up: every layer sleeps 50 ms forward and 100 ms backward (see `user.py`), so that eight ranks
 fit on two cores. `backprop`, P blocks of one layer on P ranks, an update after every micro-batch of
 4 rows, SGD with momentum. `pipelined` runs with weight prediction (LWP-v) and spike compensation,
-`pipedream` with its stash.
+`pipedream` with its stash. Peer: torch 1F1B over gloo with the same sleeps, M = 8 and 32
+micro-batches per step; `1f1b_P_M` = its stage alone over its step.
 
 `NAME_P` = (time of an update of one stage alone: the same layer, by the same program, on one rank)
 over (time of an update in the steady state). This is the share of the bound, which is one
 micro-batch in the time of the slowest stage. The steady state is a difference: a run has two
-segments of 50 updates and one of 20, which fill and drain in the same way, so 30 updates cost
+segments of 50 updates and one of 20, which fill and drain in the same way, so 30 updates take
 exactly T(50) - T(20); the first segment warms up. The stage alone is measured by the same
 difference; the record holds it in `micro_s`, and it exceeds the 150 ms of sleep by the time of
-engine and autograd.
-
-Peer: torch 1F1B over gloo with the same sleeps, M = 8 and 32 micro-batches per step; `1f1b_P_M` =
-its stage alone over its step. `ratio` = seconds per micro-batch of torch's 1F1B with M = 8 over
-those of ours, the slower of the two schedules, at P = 8, as the median of the pairs; `spread` = its
-range. `micro_s` holds all seconds per micro-batch, `busy` the busy share per stage from the run.
+engine and autograd. `micro_s` holds all seconds per micro-batch, `busy` the busy share per stage
+from the run.
 
     python benchmarks/pipeline_utilisation.py [--quick]
 
-`--quick`: P = 4 alone, and one pair.
+Label: emulated. `--quick`: P = 4 alone, and one pair.
 """
 
 from __future__ import annotations

@@ -1,14 +1,16 @@
-"""ResNet-20 on a part of CIFAR-10: local heads in two blocks and backprop, accuracy per epoch.
+"""Accuracy per epoch of ResNet-20 with DGL heads in two blocks, over backpropagation.
 
-Measured: 10,000 training images, 2,000 test images, 3 epochs, 128 samples an update, SGD with
-momentum, one seed, under five minutes in all. Ours: `local-head` with DGL heads on 2 ranks; peer:
-`backprop` as one block on one rank with two threads. `curves` holds the test accuracy (0-1) after
-each epoch of both. `ratio` = final accuracy with local heads over that with backprop. One
-repetition, hence no `spread` (null). `--quick`: 1,000 and 500 images, 2 epochs.
+`ratio` = final accuracy with local heads over that with backprop. One repetition, hence no `spread`
+(null).
+
+Set-up: 10,000 training and 2,000 test images of CIFAR-10, 3 epochs, 128 samples per update, SGD
+with momentum, one seed. Ours: `local-head` with DGL heads on 2 ranks; peer: `backprop` as one block
+on one rank with two threads. `curves` holds the test accuracy (0-1) after each epoch of both.
 
     python benchmarks/resnet_curves.py [--quick]
 
-The images are looked for in ``DTRAIN_DATA`` (default ``../shared/data``): `cifar10-jpeg.tar.gz`.
+Label: measured. Time: under five minutes. `--quick`: 1,000 and 500 images, 2 epochs. Reads
+`cifar10-jpeg.tar.gz` from ``DTRAIN_DATA`` (default ``../shared/data``).
 """
 
 from __future__ import annotations

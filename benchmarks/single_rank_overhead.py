@@ -1,13 +1,16 @@
-"""One rank, the CIFAR-10 MLP: what does dtrain cost over a plain PyTorch loop?
+"""Seconds of an update of the CIFAR-10 MLP on one rank, over a plain PyTorch loop.
 
-Measured: 3072-1000-1000-1000-10, `backprop`, one block, Adam, 128 samples an update, one thread on
-both sides. The peer reads the same file through the same source, standardised likewise, in an
-order drawn likewise, and records no loss. `ratio` = our seconds of an update over the peer's, the
-median of the pairs; `spread` = its range. The first segment of both warms up and does not count.
+`ratio` = our seconds per update over the peer's, the median of the pairs; 1 means no overhead.
+`spread` = its range.
+
+Set-up: 3072-1000-1000-1000-10, `backprop`, one block, Adam, 128 samples per update, one thread on
+both sides. The peer reads the same file through the same dataset class, standardised likewise, in
+an equally random order, and records no loss. Both use fused optimizer steps. The first segment of
+both warms up and does not count.
 
     python benchmarks/single_rank_overhead.py [--quick]
 
-The images are looked for in ``DTRAIN_DATA`` (default ``../shared/data``): `cifar10-jpeg.tar.gz`.
+Label: measured. Reads `cifar10-jpeg.tar.gz` from ``DTRAIN_DATA`` (default ``../shared/data``).
 """
 
 from __future__ import annotations

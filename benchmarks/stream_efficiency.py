@@ -1,18 +1,22 @@
-"""Efficiency of a streaming pipeline of eight stages whose devices sleep, against torch's 1F1B.
+"""Efficiency of a streaming pipeline of eight sleeping stages, over torch's 1F1B.
 
-Emulated: every layer sleeps 20 ms forward and 40 ms backward, so that eight ranks fit on two cores.
+`ratio` = our `efficiency` over the peer's, as the median of the pairs; above 1 ours is better.
+`spread` = its range.
+
+Set-up: every layer sleeps 20 ms forward and 40 ms backward, so that eight ranks fit on two cores.
 The sleep is a layer of user code, and no input gradient is needed. `stream`, `mono-forward`,
 8 blocks of one layer, updates of 8 micro-batches, one segment of 30 updates (240 micro-batches).
+Peer: torch 1F1B over gloo, 8 micro-batches, the same sleeps, its own stage alone over its step.
 
 `efficiency` = (time of an update of one stage alone: the same layer, by the same program, on one
 rank) over (time of an update in the steady state). The steady state is a difference: one run has a
 segment of 30 updates and one of 5, which fill and drain in the same way, so 25 updates (200
-micro-batches) cost exactly T(30) - T(5); nothing is cut out by hand. `efficiency_with_fill` is over
-the whole T(30). The stage alone is measured by the same difference. Peer: torch 1F1B over gloo, 8
-micro-batches, the same sleeps, its own stage alone over its step. `ratio` = our `efficiency` over
-the peer's, as the median of the pairs; `spread` = its range.
+micro-batches) take exactly T(30) - T(5). `efficiency_with_fill` is over the whole T(30). The stage
+alone is measured by the same difference.
 
     python benchmarks/stream_efficiency.py [--quick]
+
+Label: emulated.
 """
 
 from __future__ import annotations

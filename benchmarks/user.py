@@ -34,8 +34,8 @@ def subset(train: str, test: str, rows: int, tests: int) -> tuple[Any, Any, Any,
     for path, count in ((train, rows), (test, tests)):
         with h5py.File(path, "r") as file:
             x, y = file["x"][:], file["y"][:]
-        rows = np.random.default_rng(0).permutation(len(y))[:count]
-        parts += [x[rows], y[rows]]
+        indices = np.random.default_rng(0).permutation(len(y))[:count]
+        parts += [x[indices], y[indices]]
     return parts[0], parts[1], parts[2], parts[3]
 
 
