@@ -5,8 +5,8 @@
 
 Set-up: 3072-1000-1000-1000-10, `backprop`, one block, Adam, 128 samples per update, one thread on
 both sides. The peer reads the same file through the same dataset class, standardised likewise, in
-an equally random order, and records no loss. Both use fused optimizer steps. The first segment of
-both warms up and does not count.
+an order drawn the same way, and records no loss. Both use fused optimizer steps. The first segment
+of both warms up and does not count.
 
     python benchmarks/single_rank_overhead.py [--quick]
 
