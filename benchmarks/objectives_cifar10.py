@@ -134,8 +134,7 @@ def main() -> None:
         results |= run_jobs(bench, jobs, 1, until)
     exit_if_incomplete(len(cells) + len(speeds) - len(results))
     rows = {
-        label: _summarise_label(several, results)
-        for label, several in group_by_label(cells).items()
+        label: _summarise_label(group, results) for label, group in group_by_label(cells).items()
     }
     _add_differences(rows)
     figures = {label: row["test_accuracy"] for label, row in rows.items()}

@@ -60,8 +60,8 @@ def main() -> None:
     results = run_jobs(bench, jobs, 2, time.monotonic() + BUDGET_S)
     exit_if_incomplete(len(cells) - len(results))
     accuracies = {
-        label: [float(results[cell.name]["test_accuracy"]) for cell in several]
-        for label, several in group_by_label(cells).items()
+        label: [float(results[cell.name]["test_accuracy"]) for cell in group]
+        for label, group in group_by_label(cells).items()
     }
     rows = {
         label: {

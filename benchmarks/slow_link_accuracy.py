@@ -67,7 +67,7 @@ def main() -> None:
     by_seed = {
         name: [rows[cell_name(name, seed)] for seed in numbers] for name, numbers in seeds.items()
     }
-    averages = {name: average_seeds(several) for name, several in by_seed.items()}
+    averages = {name: average_seeds(seed_rows) for name, seed_rows in by_seed.items()}
     tables = accuracy_tables(averages, timings)
     ratios = [
         daso_ratio(accuracy_tables({name: by_seed[name][seed] for name in SEVERAL}, timings))
