@@ -5,11 +5,11 @@ target. `spread` = its range over the seeds (`ratios`), each with its own target
 
 Set-up: eight epochs of CIFAR-10 with the model, the replicas and the strategies of `slow_link`. One
 seed, and three for the strategies that decide the target and the ratio or end near the target
-(`SEVERAL`). Accuracies are measured here; step times come from the record of `slow_link` (`steps`
-names its commit). Accuracies depend neither on links nor on transport, so replicas are threads of
-one process with host names. The learning rate is the one at which `every-step` has the best
-accuracy after the last epoch. All strategies use it, along a cosine, except `demo`, whose steps are
-signs. Tuning runs have one rank, since the layout does not change the trained model.
+(`THREE_SEEDS`). Accuracies are measured here; step times come from the record of `slow_link`
+(`steps` names its commit). Accuracies depend neither on links nor on transport, so replicas are
+threads of one process with host names. The learning rate is the one at which `every-step` has the
+best accuracy after the last epoch. All strategies use it, along a cosine, except `demo`, whose
+steps are signs. Tuning runs have one rank, since the layout does not change the trained model.
 
 Time to accuracy = the seconds of all updates up to the first epoch with an accuracy (mean over
 seeds) of at least the final one of `every-step` minus one point (`target`). The peer takes as many
@@ -43,7 +43,7 @@ from dtrain.schema import Table
 BUDGET_S = 28 * 60
 RATES = (0.025, 0.05, 0.1, 0.2)
 SEEDS = 3
-SEVERAL = ("every-step", "daso", "local-sgd", "qsr")
+THREE_SEEDS = ("every-step", "daso", "local-sgd", "qsr")
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
     timings = json.loads(path.read_text(encoding="utf-8"))
     bench, until = Bench("slow_link_accuracy", quick), time.monotonic() + BUDGET_S
     rates = RATES[1:3] if quick else RATES
-    seeds = {name: range(SEEDS if name in SEVERAL and not quick else 1) for name in STRATEGIES}
+    seeds = {name: range(SEEDS if name in THREE_SEEDS and not quick else 1) for name in STRATEGIES}
     cells = [(name, seed) for name, numbers in seeds.items() for seed in numbers]
     jobs = [(f"rate-{lr}", partial(measure_learning_rate, bench, quick, lr)) for lr in rates]
     rows = run_jobs(bench, jobs, 2, until)
@@ -70,7 +70,7 @@ def main() -> None:
     averages = {name: average_seeds(seed_rows) for name, seed_rows in by_seed.items()}
     tables = accuracy_tables(averages, timings)
     ratios = [
-        daso_ratio(accuracy_tables({name: by_seed[name][seed] for name in SEVERAL}, timings))
+        daso_ratio(accuracy_tables({name: by_seed[name][seed] for name in THREE_SEEDS}, timings))
         for seed in seeds["every-step"]
     ]
     tables |= {"lr": best, "tuning": {str(lr): curve for lr, curve in tuning.items()}}
