@@ -66,9 +66,7 @@ def run_of(
     )
 
 
-def trained(
-    comm: Comm, out: Path, *sizes: int, runs: Sequence[RunConfig]
-) -> list[dict[str, Any]]:
+def trained(comm: Comm, out: Path, *sizes: int, runs: Sequence[RunConfig]) -> list[dict[str, Any]]:
     """Train runs side by side, each on the next `size` ranks; return their summaries on all ranks.
 
     Rank 0's `out` holds a run folder for each.

@@ -25,12 +25,15 @@ name = "blobs:blobs"
 [model]
 name = "mlp"
 widths = [61, 47, 53]
+[mesh]
+stages = 2
 [partition]
 blocks = 3
 [optimizer]
 name = "adam"
 lr = 1e-3
 """
+"""Twelve updates on two stages."""
 
 
 def write_run(folder: Path, text: str = RUN, *modules: str) -> Path:
