@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from dtrain.errors import ConfigError
 from tests.conftest import ROOT
+from tests.need import lack
 from tests.outcome import summary
 from tests.process import start
 from tests.system.conftest import Shared
@@ -37,9 +39,13 @@ def test_the_same_command_resumes_and_a_finished_run_trains_no_more(
     assert summary(out)["digest"] == summary(tmp_path / "straight")["digest"]
 
 
-def test_the_demo_is_a_pleasure(tmp_path: Path) -> None:
-    """At least 95 % in under a minute; the first and the last lines of what it prints."""
-    ended = train(ROOT / "jobs" / "demo.toml", tmp_path / "out", 4, limit_s=60.0)
+def test_the_demo_trains_in_under_a_minute(tmp_path: Path) -> None:
+    """At least 95 %; a minute of processor time, since other programs may share the machine."""
+    before = os.times()
+    ended = train(ROOT / "jobs" / "demo.toml", tmp_path / "out", 4, limit_s=240.0)
+    after = os.times()
+    used_s = after.children_user + after.children_system
+    assert used_s - before.children_user - before.children_system < 60
     result = summary(tmp_path / "out")
     assert result["test_accuracy"] >= 0.95
     assert (result["stages"], result["replicas"], result["ranks"]) == (2, 2, 4)
@@ -163,3 +169,19 @@ def test_data_given_by_a_function(tmp_path: Path) -> None:
     assert run_in_process(*words) == 0
     assert summary(tmp_path / "out")["test_accuracy"] > 0.9
     assert np.isfinite(summary(tmp_path / "out")["train_loss"])
+
+
+def test_cifar10_is_imported_and_trained(data_dir: Path, tmp_path: Path) -> None:
+    """The test images of the real archive, 10,000 JPEG files, in both splits."""
+    source = data_dir / "cifar10-jpeg.tar.gz"
+    if not source.exists():
+        lack("data", f"no {source}")
+    images = tmp_path / "cifar10.h5"
+    assert run_in_process("data", "import", source, images, "--split", "test") == 0
+    text = RUN.replace('"blobs:blobs"', '"hdf5"\ntrain = "cifar10.h5"\ntest = "cifar10.h5"')
+    run = write_run(tmp_path, text.replace("epochs = 1", "updates = 4"))
+    words = ["train", run, "--out", tmp_path / "out", "--set", "mesh.stages=1"]
+    assert run_in_process(*words) == 0
+    result = summary(tmp_path / "out")
+    assert (result["status"], result["updates"]) == ("finished", 4)
+    assert 0 < result["test_accuracy"] < 1
