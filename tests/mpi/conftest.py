@@ -54,7 +54,7 @@ def limit(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def comm(limit: None) -> Comm:
-    """Return the group of all ranks, with communicators of this test's own."""
+    """Return a new group of all ranks."""
     return Comm(ObservedBackend(WORLD.split(0, 0)), timeout_s=60.0)
 
 

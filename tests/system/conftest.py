@@ -1,4 +1,4 @@
-"""What tests that start whole programs may use.
+"""Tools for tests that start whole programs.
 
 `cluster`
     A Slurm cluster of four hosts, n1 to n4, that works and is idle::
@@ -49,7 +49,7 @@ LAUNCHERS = ("OMPI_", "PMI", "PRTE_", "SLURM_", "MPI_LOCAL", "HYDRA_", "MPIR_")
 
 @pytest.fixture(scope="session", autouse=True)
 def cached_bytecode() -> Iterator[None]:
-    """Let programs write bytecode: without it each rank compiles all of dtrain anew."""
+    """Let programs write bytecode: otherwise every rank compiles dtrain again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
         yield

@@ -68,7 +68,7 @@ class Hang:
 
 
 class HangingRun:
-    """A run that hangs, in a folder of its own."""
+    """A training run whose middle stage hangs, see `tests/hang.py`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.flight = folder, folder / "out" / "flight"

@@ -20,7 +20,7 @@ from dtrain.comm.launcher import start_ranks
 sys.exit(start_ranks(int(sys.argv[1]), [sys.executable, *sys.argv[2:]], os.environ))
 """
 
-# Only MPI: torch would take each rank a second to import.
+# Without torch, which takes every rank a second to import.
 WORKER = """
 import sys, time
 from mpi4py import MPI
@@ -39,7 +39,7 @@ sys.exit(int(mode))
 
 
 def ranks(folder: Path, count: int, mode: str, environ: Mapping[str, str]) -> Ended:
-    """Start ranks in a process of its own and return how it ended."""
+    """Start ranks from a separate process and return how it ended."""
     worker = folder / "worker.py"
     worker.write_text(WORKER)
     return start([sys.executable, "-c", STARTER, str(count), worker, mode], env=environ)
@@ -53,7 +53,7 @@ def root(clean: dict[str, str], mpirun: str) -> dict[str, str]:
 
 
 def test_the_exit_code_of_the_ranks_is_returned(tmp_path: Path, root: dict[str, str]) -> None:
-    """Without the launcher's own messages."""
+    """The messages of the launcher are dropped."""
     ended = ranks(tmp_path, 3, "3", root)
     assert (ended.code, ended.err, ended.left) == (3, "", ())
 
