@@ -1,13 +1,13 @@
-"""What all tests may use.
+"""Tools for all tests.
 
 `data_dir`
     Fixture: the folder with the data files (`DTRAIN_DATA`, else `../shared/data` beside the
     repository). A test that misses a file in it calls `lack("data", reason)`.
 `tests.need.lack(what, reason)`
-    Skips, or fails where `DTRAIN_REQUIRE` names `what`. Names in use: cluster, data, mpich.
+    Skips, or fails if `DTRAIN_REQUIRE` names `what`. Names in use: cluster, data, mpich.
 `tests.process.start(argv, limit_s, env, cwd)`
     Runs a program with a limit, returns how it `Ended` (code, out, err, wall_s, late, left) and
-    kills what it left behind, ranks included.
+    kills the processes that it left behind, including ranks.
 `tests.cluster`
     Slurm hosts on this machine; tests take the fixture `cluster` of `tests/system/conftest.py`.
 """
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_finish() -> None:
-    """Spare the garbage collector all of torch and of the tests, and call it less often."""
+    """Exclude torch and the tests from garbage collection, and collect less often."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000)
