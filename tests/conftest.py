@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -24,12 +25,17 @@ from tests.need import lack
 
 ROOT = Path(__file__).resolve().parent.parent
 
-
-def pytest_collection_finish() -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
     """Spare the garbage collector all of torch and of the tests, and call it less often."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000)
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(20_000)
+        gc.enable()
 
 
 @pytest.fixture(scope="session")

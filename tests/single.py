@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     """Compute with one thread, as the runs do."""
+    import torch  # pytest loads the conftests of all processes, those that run no test too
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
