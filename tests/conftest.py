@@ -25,6 +25,7 @@ from tests.need import lack
 
 ROOT = Path(__file__).resolve().parent.parent
 
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
     """Spare the garbage collector all of torch and of the tests, and call it less often."""

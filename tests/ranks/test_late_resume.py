@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from dtrain.comm.backends.threads import run_ranks
 from dtrain.config.run import RunConfig
-from dtrain.train import train
 from tests import tiny
+from tests.harness import train_in_threads
 from tests.outcome import break_off, close
 
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -42,10 +41,6 @@ def make_run(name: str, **changes: Any) -> RunConfig:
     )
 
 
-def train_in_threads(run: RunConfig, out: Path, ranks: int = 2) -> dict[str, Any]:
-    return run_ranks(ranks, lambda comm: train(run, comm, out))[0]
-
-
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_resumed_run_trains_the_same_bits(name: str, tmp_path: Path) -> None:
     """Interrupted between two segments of an epoch: no state of a segment survives it."""
@@ -61,7 +56,7 @@ def test_two_replicas_train_the_model_of_one(name: str, tmp_path: Path) -> None:
     """Delayed gradients are averaged too; the last update leaves one replica without samples."""
     uneven: dict[str, Any] = {"micro_batches": 3} if name == "2bw" else {"batch_size": 7}
     train_in_threads(make_run(name, **uneven), tmp_path / "one", 2)
-    train_in_threads(make_run(name, **uneven), tmp_path / "two", 4)
+    train_in_threads(make_run(name, **uneven), tmp_path / "two", 2, 2)
     close(tmp_path / "one", tmp_path / "two")
 
 

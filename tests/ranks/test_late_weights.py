@@ -10,12 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from dtrain.comm.backends.threads import run_ranks
 from dtrain.data import load_data
 from dtrain.data.sampler import epoch_order
 from dtrain.errors import ConfigError, DtrainError
-from dtrain.train import train
 from tests import stale, tiny
+from tests.harness import train_in_threads
 from tests.outcome import close, model
 from tests.refusals import refuses
 from tests.stale import DelayedTraining
@@ -138,11 +137,6 @@ def make_run(case: str, net: str, stages: int, **changes: Any) -> Any:
             **changes,
         }
     )
-
-
-def train_in_threads(run: Any, out: Path, stages: int) -> dict[str, Any]:
-    """Train on `stages` ranks; return the summary."""
-    return run_ranks(stages, lambda comm: train(run, comm, out), seed=stages)[0]
 
 
 @pytest.mark.parametrize("net", NETS)

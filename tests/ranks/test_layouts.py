@@ -26,8 +26,8 @@ from dtrain.config.run import RunConfig
 from dtrain.data import load_data
 from dtrain.data.sampler import epoch_order
 from tests import tiny
+from tests.harness import train_in_threads
 from tests.outcome import close, model
-from tests.ranks.test_laws import Summary, trained
 
 Layout = tuple[int, int]
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -51,7 +51,7 @@ LOSSES = ("test_loss", "train_loss")
 COUNTS = ("test_accuracy", "test_accuracy_vote", "accuracy_per_block", "samples", "updates")
 
 
-def train_on(out: Path, stops: Sequence[tuple[int, Layout]], **changes: Any) -> Summary:
+def train_on(out: Path, stops: Sequence[tuple[int, Layout]], **changes: Any) -> dict[str, Any]:
     """Train to each number of updates on its layout, stages x replicas; return the last summary."""
     summaries = []
     for updates, (stages, replicas) in stops:
@@ -60,13 +60,13 @@ def train_on(out: Path, stops: Sequence[tuple[int, Layout]], **changes: Any) -> 
             updates=updates,
             mesh__stages=stages,
         )
-        summaries.append(trained(run, out, stages, replicas, seed=updates))
+        summaries.append(train_in_threads(run, out, stages, replicas, seed=updates))
         assert (summaries[-1]["stages"], summaries[-1]["replicas"]) == (stages, replicas)
     assert summaries[-1]["attempts"] == len(stops)
     return summaries[-1]
 
 
-def same(one: Summary, other: Summary, bits: bool) -> None:
+def same(one: dict[str, Any], other: dict[str, Any], bits: bool) -> None:
     """Assert that two summaries agree, with losses that are equal in bits or up to rounding."""
     for key in COUNTS:
         assert one[key] == other[key], key
@@ -147,10 +147,12 @@ def test_a_checkpoint_without_a_test_is_tested_on_any_layout(after: Layout, tmp_
     assert again["digest"] == first["digest"]
 
 
-def resume(out: Path, layout: Layout, updates: int, **changes: Any) -> Summary:
+def resume(out: Path, layout: Layout, updates: int, **changes: Any) -> dict[str, Any]:
     """Resume the run in a folder on a layout, up to `updates`; return the summary."""
     changes = {"epochs": None, "checkpoint__every": 3, **changes}
-    return trained(tiny.run(**changes, updates=updates, mesh__stages=layout[0]), out, *layout)
+    return train_in_threads(
+        tiny.run(**changes, updates=updates, mesh__stages=layout[0]), out, *layout
+    )
 
 
 LOCAL: dict[str, Any] = {"sync": {"name": "local-sgd", "every": 2}}
