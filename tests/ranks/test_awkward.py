@@ -17,7 +17,7 @@ from dtrain.config.run import RunConfig
 from dtrain.errors import CheckpointError, ConfigError, DataError, NumericalError
 from dtrain.train import train
 from tests import tiny
-from tests.harness import train_in_threads
+from tests.harness import FULL, train_in_threads
 from tests.outcome import break_off, model, summary
 from tests.refusals import refuses
 
@@ -42,7 +42,7 @@ def test_awkward_models_keep_laws_1_and_5(name: str, objective: str, tmp_path: P
     changes = {"model": {"name": f"tests.tiny:{name}"}, "objective__name": objective}
     changes |= {"partition__blocks": None, "partition__cuts": [2, 4]}
     one_rank = train_in_threads(tiny.run(**changes), tmp_path / "1")
-    for stages in (2, 3):
+    for stages in (2, 3) if FULL else (2,) if objective == "backprop" else (3,):
         out = tmp_path / f"{stages}"
         train_in_threads(tiny.run(**changes, mesh__stages=stages, epochs=1), out, stages)
         resumed = train_in_threads(tiny.run(**changes, mesh__stages=stages), out, stages)

@@ -38,7 +38,7 @@ def initial_parameters(run: Any) -> dict[str, Tensor]:
 def test_any_number_of_ranks_trains_the_same_bits(head: str, blocks: str, tmp_path: Path) -> None:
     summaries = [
         train_in_threads(make_run(head, blocks, mesh__stages=n), tmp_path / str(n), n)
-        for n in (1, 2, 3)
+        for n in (1, 3)
     ]
     assert len({summary["digest"] for summary in summaries}) == 1
     assert len({summary["test_accuracy"] for summary in summaries}) == 1
@@ -87,7 +87,7 @@ def test_a_restart_within_an_epoch_continues_its_sums(blocks: str, tmp_path: Pat
 @every_variant
 def test_heads_learn(head: str, blocks: str, tmp_path: Path) -> None:
     """The classes are easy to separate."""
-    summary = train_in_threads(make_run(head, blocks, epochs=25, optimizer__lr=0.03), tmp_path)
+    summary = train_in_threads(make_run(head, blocks, epochs=6, optimizer__lr=0.1), tmp_path)
     assert summary["test_accuracy"] > 0.6
 
 

@@ -64,13 +64,17 @@ def test_any_number_of_ranks_trains_the_same_bits(objective: str, tmp_path: Path
 
 @pytest.mark.parametrize("objective", tiny.PATTERNS)
 def test_layers_that_draw_train_the_same_bits(objective: str, tmp_path: Path) -> None:
-    """Law 1 with dropout, in a user's own Sequential, on 1 to 4 ranks."""
-    changes: dict[str, Any] = {"model": {"name": "tests.tiny:dropping"}, "partition__blocks": 4}
+    """Law 1 with dropout, in a user's own Sequential, on 1 and 4 ranks."""
+    changes: dict[str, Any] = {
+        "model": {"name": "tests.tiny:dropping"},
+        "partition__blocks": 4,
+        "epochs": 1,
+    }
     digests = {
         train_in_threads(objective_run(objective, **changes, mesh__stages=n), tmp_path / str(n), n)[
             "digest"
         ]
-        for n in (1, 2, 4)
+        for n in (1, 4)
     }
     assert len(digests) == 1
 
@@ -78,7 +82,7 @@ def test_layers_that_draw_train_the_same_bits(objective: str, tmp_path: Path) ->
 @pytest.mark.parametrize("objective", [*tiny.PATTERNS, "cafo"])
 def test_replicas_train_the_same_model(objective: str, tmp_path: Path) -> None:
     """Law 1 over replicas, from the same run file, the last batch too small for all of them."""
-    run = objective_run(objective, mesh__stages=2)
+    run = objective_run(objective, mesh__stages=2, epochs=1)
     train_in_threads(run, tmp_path / "one", 2)
     train_in_threads(run, tmp_path / "many", 2, 3)
     assert_close_model(tmp_path / "one", tmp_path / "many", 1e-9 if objective == "cafo" else 1e-12)
@@ -153,7 +157,7 @@ def test_resumed_is_uninterrupted(objective: str, sync: str, tmp_path: Path) -> 
         objective_run(objective, **changes, updates=9), tmp_path / "whole", 2, 2
     )
     horizon, ends = SYNCS[sync]().traits().depends_on_run_length, objective in LATE | STALE | SUMMED
-    for updates in (3, 4, 7, 9) if horizon or ends else (3, 4, 6, 9):
+    for updates in (4, 7, 9) if horizon or ends else (4, 6, 9):
         run = objective_run(objective, **changes, updates=9 if horizon else updates)
         parts = train_in_threads(run, tmp_path / "parts", 2, 2)
         if updates < 9:
@@ -162,7 +166,7 @@ def test_resumed_is_uninterrupted(objective: str, sync: str, tmp_path: Path) -> 
     counted += ("bytes_intra_node", "bytes_inter_node")
     for key in counted:
         assert whole[key] == parts[key], key
-    assert (whole["attempts"], parts["attempts"]) == (1, 4)
+    assert (whole["attempts"], parts["attempts"]) == (1, 3)
 
 
 @pytest.mark.parametrize("objective", ["mono-forward", "cafo", "f3", "dfa"])

@@ -40,11 +40,11 @@ GRIDS = [(1, 1, False), (2, 1, False), (3, 1, False), (2, 2, False), (1, 2, True
 
 
 def pictures() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return 160 training and 40 test images of 12 x 12 pixels."""
+    """Return 96 training and 24 test images of 12 x 12 pixels."""
     random = np.random.default_rng(0)
-    x = random.normal(size=(200, 3, 12, 12)).astype("float32")
-    y = random.integers(0, 5, 200)
-    return x[:160], y[:160], x[160:], y[160:]
+    x = random.normal(size=(120, 3, 12, 12)).astype("float32")
+    y = random.integers(0, 5, 120)
+    return x[:96], y[:96], x[96:], y[96:]
 
 
 def dropping() -> nn.Sequential:
@@ -77,6 +77,7 @@ def make_run(model: str, objective: str, schedule: str, **changes: Any) -> RunCo
         objective={"name": objective},
         schedule={"name": schedule},
         dtype="float32",
+        epochs=1,
         **sizes,
         **changes,
     )
