@@ -122,7 +122,7 @@ def test_instances_are_the_same_run(user: ModuleType, tmp_path: Path) -> None:
     assert run.to_table() == named.to_table()
     assert run.lr_schedule.name == "constant"
     digests = [
-        trained(each, tmp_path / name)["digest"] for name, each in (("a", run), ("b", named))
+        trained(variant, tmp_path / name)["digest"] for name, variant in (("a", run), ("b", named))
     ]
     assert len(set(digests)) == 1
 
