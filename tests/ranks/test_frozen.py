@@ -13,7 +13,7 @@ from dtrain.config.run import RunConfig
 from dtrain.errors import ConfigError
 from dtrain.objectives import OBJECTIVES
 from dtrain.planning.block_factory import make_block
-from dtrain.planning.memory import MemoryPlan
+from dtrain.planning.memory_plan import MemoryPlan
 from dtrain.planning.plan import make_plan
 from dtrain.planning.report import plan_table, plan_text
 from dtrain.schedules import SCHEDULES

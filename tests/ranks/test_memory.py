@@ -16,7 +16,7 @@ from dtrain.comm.backends.threads import run_ranks
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
 from dtrain.objectives import OBJECTIVES
-from dtrain.planning.memory import MemoryPlan
+from dtrain.planning.memory_plan import MemoryPlan
 from dtrain.planning.plan import make_plan
 from dtrain.schedules import SCHEDULES
 from dtrain.schedules.asynchronous import AsyncSchedule

@@ -18,7 +18,7 @@ from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.base import Objective
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.planning.block_memory import BlockMemory, measure_block_memory, peak_live_bytes
-from dtrain.planning.memory import MemoryPlan
+from dtrain.planning.memory_plan import MemoryPlan
 from dtrain.planning.plan import make_plan
 from dtrain.schedules.actions import Action
 from dtrain.schedules.gpipe_1f1b import FillDrain, OneFOneB

@@ -65,7 +65,7 @@ def test_a_second_plan_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None
 
     for name in ("layout.infer_layers", "block_costs.profile_module"):
         monkeypatch.setattr(f"dtrain.planning.{name}", fail)
-    monkeypatch.setattr("dtrain.planning.memory.measure_block_memory", fail)
+    monkeypatch.setattr("dtrain.planning.memory_plan.measure_block_memory", fail)
     make_table("mono-forward")
 
 
