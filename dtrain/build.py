@@ -109,6 +109,7 @@ def _engine_spec(plan: Plan, device: torch.device) -> EngineSpec:
         seed=run.settings.seed,
         training_length=plan.training_length,
         wire_format=layout.wire_format,
+        task=layout.task,
     )
 
 

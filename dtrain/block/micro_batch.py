@@ -18,6 +18,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from dtrain.rng import derive_seed
+from dtrain.tasks.task import DEFAULT_TASK, Task
 
 
 class RowRandom(NamedTuple):
@@ -76,10 +77,13 @@ class MicroBatch:
         Output of the block's layers, with its graph in training; detached where the graph is cut
         at every layer: then `layer_outputs` have the graphs. Empty before the forward.
     targets : Tensor
-        Labels of the rows, (rows,) int64.
+        Targets of the rows, (rows, ...): one int64 label each, unless `task` says otherwise.
+    task : Task
+        Loss, targets and metrics of the run.
     loss_scale : float
-        Rows of this micro-batch over the rows of this replica in this update (n_i / n_r). A loss
-        is multiplied by it once, by the objective that computes it.
+        Rows of this micro-batch over the rows of this replica in this update (n_i / n_r), or the
+        ratio of their counted positions. A loss is multiplied by it once, by the objective that
+        computes it.
     received : dict of str to Tensor
         Messages of the routes to this forward, and later to its backward, by the route's name;
         `make_input` may remove messages that are not needed again.
@@ -123,6 +127,7 @@ class MicroBatch:
     x: Tensor = NO_TENSOR
     y: Tensor = NO_TENSOR
     targets: Tensor = NO_INDICES
+    task: Task = DEFAULT_TASK
     loss_scale: float = 1.0
     received: dict[str, Tensor] = field(default_factory=dict)
     samples: Tensor | None = None
@@ -144,10 +149,18 @@ class MicroBatch:
         default_factory=list
     )
 
+    @property
+    def sample_scale(self) -> float:
+        """The factor of the gradient of a *sum* of losses: `loss_scale` over the count of the
+        targets."""
+        count = self.task.count(self.targets)
+        return self.loss_scale / count if count else 0.0
+
     def next_pass(self, received: dict[str, Tensor]) -> MicroBatch:
         """Return the record of the next forward pass of the same samples."""
         return MicroBatch(
             targets=self.targets,
+            task=self.task,
             loss_scale=self.loss_scale,
             received=received,
             samples=self.samples,

@@ -35,11 +35,17 @@ from dtrain.data.dataset import (
     check_arrays,
     check_labels,
     check_splits,
+    count_outputs,
+    stores_integers,
+    target_dtype,
     to_float_tensor,
     to_int_tensor,
+    to_target_tensor,
+    torch_dtype,
     value_range,
 )
 from dtrain.errors import ConfigError, DataError, DtrainError
+from dtrain.tasks.task import DEFAULT_TASK, Task
 
 
 @final
@@ -68,7 +74,7 @@ class Hdf5:
                     "data.path-invalid", f"[data] {key} = {value!r}: give the path of an HDF5 file"
                 )
 
-    def open(self, folder: Path) -> DatasetSplits:
+    def open(self, folder: Path, task: Task = DEFAULT_TASK) -> DatasetSplits:
         """Open both files; no image is read.
 
         Raises
@@ -76,8 +82,8 @@ class Hdf5:
         DataError
             A file is missing or damaged, or the two do not fit each other.
         """
-        train = Hdf5Dataset(folder / self.train)
-        test = Hdf5Dataset(folder / self.test, train)
+        train = Hdf5Dataset(folder / self.train, task=task)
+        test = Hdf5Dataset(folder / self.test, train, task)
         return check_splits(DatasetSplits(train, test), f"{train.path} and {test.path}")
 
 
@@ -91,6 +97,8 @@ class Hdf5Dataset(Dataset):
         The file.
     train : Hdf5Dataset, optional
         The training split, whose number of classes this one takes over.
+    task : Task
+        Decides which targets are legal.
 
     Raises
     ------
@@ -98,29 +106,38 @@ class Hdf5Dataset(Dataset):
         The file is missing, damaged, or does not fit `train`.
     """
 
-    def __init__(self, path: Path, train: Hdf5Dataset | None = None) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, train: Hdf5Dataset | None = None, task: Task = DEFAULT_TASK
+    ) -> None:
+        self.path, self.task = path, task
         with _open_file(path) as file:
-            for key in ("x", "y"):
+            for key in ("x", "y") if task.target == "data" else ("x",):
                 if not isinstance(file.get(key), h5py.Dataset):
                     raise DataError(
                         "data.hdf5-dataset-missing",
                         f"{path}: no HDF5 dataset '{key}': found {list(file)}",
                     )
-            x, self._y = file["x"], np.asarray(file["y"][()])
-            check_arrays(x, self._y, str(path))
+            x = file["x"]
+            y = file["y"][()] if task.target == "data" else np.zeros(len(x), np.int64)
+            self._y = np.asarray(y)
+            check_arrays(x, self._y, str(path), task)
             self.size = len(x)
             self.shape = tuple(x.shape[1:])
             self._dtype = x.dtype
+            self.input_dtype = torch_dtype(x.dtype)
             self.class_names = _class_names(file)
             self.value_range = value_range(x.dtype)
             self._file_moments = _read_moments(file, self.shape[0], path)
         self.classes = self._count_classes(train)
-        check_labels(self._y, self.classes, str(path))
+        self.target_shape = tuple(self._y.shape[1:])
+        self.target_dtype = target_dtype(self._y.dtype)
+        check_labels(self._y, self.classes, str(path), task)
 
     def _count_classes(self, train: Hdf5Dataset | None) -> int:
         if train is None:
-            return len(self.class_names) or int(self._y.max()) + 1
+            has_classes = self.task.kind_of(is_integer=self._y.dtype.kind in "iub") == "classes"
+            named = len(self.class_names) if has_classes else 0
+            return named or count_outputs(self._y, self.task, str(self.path))
         if train.class_names and self.class_names and self.class_names != train.class_names:
             raise DataError(
                 "data.class-names-differ",
@@ -144,16 +161,24 @@ class Hdf5Dataset(Dataset):
         return _open_unlocked(self.path)["x"]
 
     def inputs(self, indices: ArrayLike) -> Tensor:
+        return to_float_tensor(self._read_rows(indices))
+
+    def integer_inputs(self, indices: ArrayLike) -> Tensor:
+        if not stores_integers(self.input_dtype):
+            return super().integer_inputs(indices)  # an error
+        return to_int_tensor(self._read_rows(indices))
+
+    def _read_rows(self, indices: ArrayLike) -> Array:
+        """Return the stored samples at `indices`."""
         order = np.asarray(indices)
         try:
             rows = self._rows
-            in_memory = isinstance(rows, np.ndarray)
-            return to_float_tensor(rows[order] if in_memory else _gather(rows, order))
+            return rows[order] if isinstance(rows, np.ndarray) else _gather(rows, order)
         except (OSError, RuntimeError) as error:
             raise _read_error(self.path, error) from error
 
     def targets(self, indices: ArrayLike) -> Tensor:
-        return to_int_tensor(self._y[np.asarray(indices)])
+        return to_target_tensor(self._y[np.asarray(indices)])
 
     def moments(self) -> Moments:
         if self._file_moments is None:

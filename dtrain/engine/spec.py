@@ -16,6 +16,7 @@ from dtrain.objectives.base import Objective
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.schedules.base import Schedule
 from dtrain.schedules.segments import TrainingLength
+from dtrain.tasks.task import DEFAULT_TASK, Task
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class EngineSpec:
         Updates of an epoch and of the run, for syncs and the learning-rate schedule.
     wire_format : WireFormat
         Encoding of messages between blocks in training.
+    task : Task
+        Loss, targets and metrics.
     """
 
     objective: Objective
@@ -50,3 +53,4 @@ class EngineSpec:
     seed: int
     training_length: TrainingLength
     wire_format: WireFormat
+    task: Task = DEFAULT_TASK
