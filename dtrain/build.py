@@ -133,7 +133,7 @@ def check_same_data(plan: Plan, comm: Comm) -> None:
             "data.ranks-differ",
             f"the ranks read different {differing} from '{plan.run.dataset.name}': make the data "
             "the same in every process (seed its random numbers)",
-            agreed=True,
+            on_all_ranks=True,
         )
 
 
@@ -159,8 +159,8 @@ def _fingerprint(plan: Plan, rank: int) -> tuple[str, str | None]:
 def set_threads(run: RunConfig, comm: Comm) -> int:
     """Set torch's threads of this rank; return their number. Collective over all ranks.
 
-    ``OMP_NUM_THREADS`` comes first, then the run file's number. The default is the number of cores
-    that the ranks of this host may use, over the number of those ranks.
+    ``OMP_NUM_THREADS`` has precedence, then the run file's number. The default is the number of
+    cores that the ranks of this host may use, over the number of those ranks.
     """
     try:
         cores = sorted(os.sched_getaffinity(0))

@@ -1,4 +1,4 @@
-"""What a layer may do besides returning its output: use random numbers, or work in place.
+"""Traits of a layer besides its output: it may use random numbers, and it may work in place.
 
 Invariant: only types and attributes of modules are read; nothing is run. A module of an unknown
 type counts as one that uses random numbers.
@@ -38,5 +38,5 @@ def may_use_rng(layer: nn.Module) -> bool:
 
 def _is_deterministic(module: nn.Module) -> bool:
     from_torch = type(module).forward.__module__.startswith("torch.nn.modules.")
-    known = from_torch and isinstance(module, (*DETERMINISTIC_MODULES, nn.Sequential))
-    return known or getattr(module, "uses_rng", True) is False
+    is_known = from_torch and isinstance(module, (*DETERMINISTIC_MODULES, nn.Sequential))
+    return is_known or getattr(module, "uses_rng", True) is False

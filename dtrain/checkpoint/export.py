@@ -47,7 +47,7 @@ def export(
     ------
     ConfigError
         There is no run or no checkpoint, the suffix is unknown, the file cannot be written, or
-        the run trained no weight in low rank and `factors` are asked for.
+        the run trained no weight in low rank and `factors` is true.
     CheckpointError
         The checkpoint is damaged.
     """

@@ -211,7 +211,10 @@ def test_a_run_that_cannot_be_evaluated_is_refused_by_all_ranks(fault: str, tmp_
             key = "run-folder.no-source-path"
     with refuses(kind, key) as caught:
         evaluated(out, 2)
-    assert (caught.value.code, caught.value.agreed) == (5 if kind is CheckpointError else 2, True)
+    assert (caught.value.code, caught.value.on_all_ranks) == (
+        5 if kind is CheckpointError else 2,
+        True,
+    )
 
 
 @pytest.mark.parametrize(("size", "replicas", "batch", "micros"), [(17, 2, 16, 3), (5, 3, 4, 1)])

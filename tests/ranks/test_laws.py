@@ -307,4 +307,4 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_place(tmp_path: Path) -
     assert refusal.value.code == 4
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["status"] == "failed"
-    assert "loss" in summary["error"]
+    assert summary["error_key"] == refusal.value.key == "training.loss-not-finite"

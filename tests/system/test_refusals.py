@@ -51,7 +51,9 @@ def test_ranks_print_one_error(change: str, code: int, tmp_path: Path) -> None:
 
 def test_a_missing_run_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_in_process("train", str(tmp_path / "none.toml")) == ConfigError.code
-    assert str(tmp_path / "none.toml") in capsys.readouterr().err
+    text = capsys.readouterr().err
+    assert str(tmp_path / "none.toml") in text
+    assert text.endswith(" [toml.unreadable]\n")
 
 
 def test_several_stages_without_ranks_print_the_commands_that_work(
@@ -61,6 +63,7 @@ def test_several_stages_without_ranks_print_the_commands_that_work(
     text = capsys.readouterr().err
     assert "--ranks 2" in text
     assert "srun --mpi=pmix -n 2" in text
+    assert text.endswith("\n[mesh.no-launcher]\n")
 
 
 def test_ranks_of_a_users_own_launcher_print_one_error(
