@@ -78,8 +78,6 @@ class MicroBatch:
         at every layer: then `layer_outputs` have the graphs. Empty before the forward.
     targets : Tensor
         Targets of the rows, (rows, ...): one int64 label each, unless `task` says otherwise.
-    task : Task
-        Loss, targets and metrics of the run.
     loss_scale : float
         Rows of this micro-batch over the rows of this replica in this update (n_i / n_r), or the
         ratio of their counted positions. A loss is multiplied by it once, by the objective that
@@ -122,12 +120,13 @@ class MicroBatch:
     pending_weight_gradients : list of (Tensor, list of Parameter, Tensor)
         Weight gradients that a split backward has not computed yet: output of a leaf module, its
         parameters, and the gradient of that output.
+    task : Task
+        Loss, targets and metrics of the run.
     """
 
     x: Tensor = NO_TENSOR
     y: Tensor = NO_TENSOR
     targets: Tensor = NO_INDICES
-    task: Task = DEFAULT_TASK
     loss_scale: float = 1.0
     received: dict[str, Tensor] = field(default_factory=dict)
     samples: Tensor | None = None
@@ -148,6 +147,7 @@ class MicroBatch:
     pending_weight_gradients: list[tuple[Tensor, list[nn.Parameter], Tensor]] = field(
         default_factory=list
     )
+    task: Task = DEFAULT_TASK
 
     @property
     def sample_scale(self) -> float:

@@ -422,6 +422,8 @@ class Task:
         may."""
         shape, classes = self.target_spec.shape, self.target_spec.classes
         if self.kind == "classes":
+            if not classes:
+                return None
             return (*shape, classes) if self.classes_last else (classes, *shape)
         return shape if isinstance(self._loss, TorchLoss) else None
 
