@@ -19,7 +19,6 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from dtrain.errors import DataError
-from dtrain.tasks.task import DEFAULT_TASK, Task
 
 Array = NDArray[Any]
 
@@ -364,22 +363,22 @@ def _no_integers(dtype: torch.dtype) -> DataError:
     )
 
 
-def check_arrays(x: Any, y: Array, location: str, task: Task = DEFAULT_TASK) -> None:
-    """Refuse samples and targets that do not fit each other, or the task.
+def check_arrays(x: Any, y: Any, location: str) -> None:
+    """Refuse samples of a wrong shape or dtype, and targets that are not one per sample.
 
     Parameters
     ----------
     x : array or HDF5 dataset
         Samples, (n, channels, ...); only shape and dtype are read.
-    y : array
-        Targets, (n, ...).
+    y : array or HDF5 dataset
+        Targets, (n, ...); only their number is read.
     location : str
         A file's path or a function's name, for the messages.
 
     Raises
     ------
     DataError
-        No samples, unequal lengths, no dimension of channels, an illegal dtype, a negative label.
+        No samples, unequal lengths, no dimension of channels, an illegal dtype.
     """
     if x.ndim < 2:
         raise DataError(
@@ -390,7 +389,6 @@ def check_arrays(x: Any, y: Array, location: str, task: Task = DEFAULT_TASK) -> 
             "data.samples-dtype",
             f"{location}: x has dtype {x.dtype}: convert it to integers or real numbers",
         )
-    _check_target_dtype(y, location, task)
     if len(x) != len(y):
         raise DataError(
             "data.lengths-differ",
@@ -399,99 +397,6 @@ def check_arrays(x: Any, y: Array, location: str, task: Task = DEFAULT_TASK) -> 
     if 0 in x.shape:
         raise DataError(
             "data.samples-empty", f"{location}: x has shape {x.shape}: give at least one value"
-        )
-    if y.dtype.kind == "f":
-        _check_finite(y, location)
-    elif task.kind_of(is_integer=True) == "classes":
-        _check_not_negative(y, location, task)
-
-
-def _check_target_dtype(y: Array, location: str, task: Task) -> None:
-    """Refuse targets of a dtype or of dimensions that the loss cannot have."""
-    kind = task.kind_of(is_integer=y.dtype.kind in "iub")
-    if y.ndim < 1 or y.dtype.kind not in NUMERIC_KINDS:
-        raise DataError(
-            "data.targets-dtype",
-            f"{location}: y has dtype {y.dtype} and shape {y.shape}: give one target of integers "
-            "or real numbers per sample",
-        )
-    is_labels = kind == "probabilities" and (y.ndim < 2 or task.loss != "cross-entropy")
-    is_column = kind == "classes" and y.shape[1:] == (1,)
-    if is_labels or is_column or (kind == "classes" and y.dtype.kind == "b"):
-        raise DataError(
-            "data.labels-not-integers",
-            f"{location}: y has dtype {y.dtype} and shape {y.shape}: give one integer label per "
-            f"sample or position{', or probabilities (samples, classes)' if is_labels else ''}; "
-            'for real numbers set [task] loss, as in loss = "mse"',
-        )
-
-
-def _check_finite(y: Array, location: str) -> None:
-    if not np.isfinite(y).all():
-        sample = int(np.argwhere(~np.isfinite(y))[0, 0])
-        raise DataError(
-            "data.targets-not-finite",
-            f"{location}: the target of sample {sample} is not finite: mend it, or leave the "
-            "sample out",
-        )
-
-
-def _check_not_negative(y: Array, location: str, task: Task) -> None:
-    labels = counted_labels(y, task)
-    if labels.size and labels.min() < 0:
-        sample = int(np.argwhere(y == labels.min())[0, 0])
-        raise DataError(
-            "data.labels-negative",
-            f"{location}: label {labels.min()} at sample {sample} is negative: number the classes "
-            f"from 0, or skip such positions by [task] ignore-index = {labels.min()}",
-        )
-
-
-def counted_labels(y: Array, task: Task) -> Array:
-    """Return the labels (k,) that the task does not ignore."""
-    return y.ravel() if task.ignore_index is None else y[y != task.ignore_index]
-
-
-def count_outputs(y: Array, task: Task, location: str) -> int:
-    """Return the number of classes of targets (n, ...), or of the values per position.
-
-    Raises
-    ------
-    DataError
-        No label counts.
-    """
-    kind = task.kind_of(is_integer=y.dtype.kind in "iub")
-    if kind == "classes":
-        labels = counted_labels(y, task)
-        if not labels.size:
-            raise DataError(
-                "data.labels-all-ignored",
-                f"{location}: every label is [task] ignore-index = {task.ignore_index}: give "
-                "others",
-            )
-        return len(task.class_weights) or int(labels.max()) + 1
-    if kind == "probabilities" and task.classes_last:
-        return int(y.shape[-1])
-    return int(y.shape[1]) if y.ndim > 1 else 1
-
-
-def check_labels(y: Array, classes: int, location: str, task: Task = DEFAULT_TASK) -> None:
-    """Refuse labels (n, ...) of `classes` or more; targets that are no labels pass.
-
-    Raises
-    ------
-    DataError
-        A label is too large.
-    """
-    if task.kind_of(is_integer=y.dtype.kind in "iub") != "classes":
-        return
-    labels = counted_labels(y, task)
-    if labels.size and labels.max() >= classes:
-        sample = int(np.argwhere(y == labels.max())[0, 0])
-        raise DataError(
-            "data.labels-out-of-range",
-            f"{location}: label {labels.max()} at sample {sample} is out of range: there are "
-            f"{classes} classes, 0 to {classes - 1}",
         )
 
 

@@ -16,13 +16,12 @@ from dtrain.data.dataset import (
     ArrayDataset,
     DatasetSplits,
     check_arrays,
-    check_labels,
     check_splits,
-    count_outputs,
     target_dtype,
     torch_dtype,
     value_range,
 )
+from dtrain.data.targets import TargetScan
 from dtrain.errors import DataError
 from dtrain.tasks.task import DEFAULT_TASK, Task
 
@@ -54,11 +53,15 @@ def as_splits(value: object, location: str, task: Task = DEFAULT_TASK) -> Datase
             f"as arrays or tensors, or a dtrain.data.dataset.DatasetSplits",
         )
     x_train, y_train, x_test, y_test = _to_arrays(value, task)
-    check_arrays(x_train, y_train, f"{location}, train", task)
-    check_arrays(x_test, y_test, f"{location}, test", task)
-    classes = count_outputs(y_train, task, f"{location}, train")
-    check_labels(y_train, classes, f"{location}, train", task)
-    check_labels(y_test, classes, f"{location}, test", task)
+    scans = []
+    for x, y, name in ((x_train, y_train, "train"), (x_test, y_test, "test")):
+        scan = TargetScan(y, f"{location}, {name}", task)
+        check_arrays(x, y, f"{location}, {name}")
+        scan.add(y)
+        scans.append(scan)
+    classes = scans[0].count_outputs()
+    for scan in scans:
+        scan.check_classes(classes)
     train, test = _make_split(x_train, y_train, classes), _make_split(x_test, y_test, classes)
     return check_splits(DatasetSplits(train, test), location)
 

@@ -378,7 +378,7 @@ class Task:
     def measure(self, output: Tensor, target: Tensor) -> dict[str, list[float]]:
         """Return the sums of all metrics over outputs and targets (rows, ...)."""
         return {
-            name: [float(each) for each in metric.update(*self._views(metric, output, target))]
+            name: metric.update(*self._views(metric, output, target)).tolist()
             for name, metric in self._metrics.items()
         }
 

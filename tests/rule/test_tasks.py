@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.testing import assert_close
 
+from dtrain.data import hdf5, load_data
 from dtrain.data.dataset import ArrayDataset, DatasetSplits, standardise, torch_dtype
 from dtrain.data.user import as_splits
 from dtrain.errors import ConfigError, DataError
+from dtrain.monitoring.run_totals import RunTotals
 from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.common.prediction_heads import per_position
@@ -463,6 +466,57 @@ X = np.arange(24.0).reshape(4, 6)
 def test_targets_that_a_task_cannot_have(task: Task, y: np.ndarray | None, key: str) -> None:
     with refuses(DataError, key):
         splits(task, X, y)
+
+
+def write(folder: Path, y: np.ndarray | None) -> None:
+    """Write two HDF5 files of len(y), or 9, samples (6,)."""
+    rows = 9 if y is None else len(y)
+    for split in ("train", "test"):
+        with h5py.File(folder / f"{split}.h5", "w") as file:
+            file["x"] = np.arange(6.0 * rows).reshape(rows, 6)
+            if y is not None:
+                file.create_dataset("y", data=y, chunks=(2, *y.shape[1:]))
+
+
+def open_hdf5(folder: Path, task: Task) -> DatasetSplits:
+    files = {"train": "train.h5", "test": "test.h5"}
+    return load_data("hdf5", files, folder, normalise=False, task=task)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_targets_of_a_file_are_checked_and_read_part_by_part(
+    in_memory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hdf5, "available_bytes", lambda: 2**30 if in_memory else 8)
+    monkeypatch.setattr(hdf5, "SAMPLES_PER_READ", 4)
+    y = np.random.default_rng(0).integers(0, 4, (9, 5))
+    y[6, 2] = 255
+    write(tmp_path, y)
+    train = open_hdf5(tmp_path, Task(ignore_index=255)).train
+    assert (train.classes, train.target_shape) == (4, (5,))
+    assert torch.equal(train.targets([7, 6, 0, 8]), torch.from_numpy(y[[7, 6, 0, 8]]))
+    with refuses(DataError, "data.labels-out-of-range") as caught:
+        open_hdf5(tmp_path, Task(weight=[1.0] * 4))
+    assert "sample 6" in caught.value.message
+    write(tmp_path, np.where(y == 255, np.nan, y))
+    with refuses(DataError, "data.targets-not-finite") as caught:
+        open_hdf5(tmp_path, Task("mse"))
+    assert "sample 6" in caught.value.message
+
+
+def test_a_file_without_targets_is_its_own_target(tmp_path: Path) -> None:
+    write(tmp_path, None)
+    train = open_hdf5(tmp_path, Task("mse", target="input")).train
+    assert torch.equal(train.targets([8, 3]), train.inputs([8, 3]))
+    with refuses(DataError, "data.hdf5-dataset-missing"):
+        open_hdf5(tmp_path, Task("mse"))
+
+
+def test_the_totals_of_an_older_checkpoint_have_means_over_samples() -> None:
+    totals = RunTotals(rows=8, loss_weight=8.0, loss=[4.0])
+    state = totals.state()
+    del state["loss_weight"]
+    assert RunTotals.from_state(state).losses() == totals.losses() == [0.5]
 
 
 def test_ignored_labels_are_no_classes() -> None:
