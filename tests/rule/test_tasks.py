@@ -498,9 +498,10 @@ def test_targets_of_a_file_are_checked_and_read_part_by_part(
     with refuses(DataError, "data.labels-out-of-range") as caught:
         open_hdf5(tmp_path, Task(weight=[1.0] * 4))
     assert "sample 6" in caught.value.message
-    write(tmp_path, np.where(y == 255, np.nan, y))
+    (tmp_path / "real").mkdir()
+    write(tmp_path / "real", np.where(y == 255, np.nan, y))
     with refuses(DataError, "data.targets-not-finite") as caught:
-        open_hdf5(tmp_path, Task("mse"))
+        open_hdf5(tmp_path / "real", Task("mse"))
     assert "sample 6" in caught.value.message
 
 
