@@ -111,6 +111,7 @@ def _engine_spec(plan: Plan, device: torch.device) -> EngineSpec:
         training_length=plan.training_length,
         wire_format=layout.wire_format,
         ties=layout.ties,
+        task=layout.task,
     )
 
 

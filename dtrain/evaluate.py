@@ -43,7 +43,7 @@ EvalWeights = Mapping[int, Mapping[str, Tensor]]
 SplitName = Literal["train", "test"]
 
 
-OVERRIDABLE_KEYS = ("device", "threads")
+OVERRIDABLE_KEYS = ("device", "threads", "task.metrics")
 """Keys that an evaluation may change, beside those of [data]: none of them changes the weights."""
 
 
@@ -81,7 +81,12 @@ def evaluate_weights(
     ]
     records = [record for rank in control.allgather_object(own_records) for record in rank]
     records.sort(key=lambda record: int(record["micro"]))
-    return evaluation_metrics(records, len(engine.block_specs), engine.objective.predicts_by_vote)
+    return evaluation_metrics(
+        records,
+        len(engine.block_specs),
+        engine.objective.predicts_by_vote,
+        engine.engine_spec.task,
+    )
 
 
 def evaluation_batches(size: int, batch_splitter: BatchSplitter) -> list[Indices]:
@@ -134,6 +139,7 @@ def evaluate_run(
     loader = job.test_loader if split == "test" else Loader(plan.data.train, plan.layout.dtype)
     eval_weights = {index: block.tensors() for index, block in job.engine.blocks.items()}
     batch_splitter = replace(plan.batch_splitter, replicas=_replicas(totals))
+    votes = plan.layout.objective.predicts_by_vote and plan.layout.task.has_classes
     metrics = evaluate_weights(job, eval_weights, loader, batch_splitter)
     return {
         "folder": str(folder.resolve()),
@@ -141,13 +147,15 @@ def evaluate_run(
         "updates": totals.update,
         "epochs": totals.update // plan.training_length.updates_per_epoch,
         "objective": run.objective.name,
-        "prediction": "vote" if plan.layout.objective.predicts_by_vote else "last block",
+        "prediction": "vote" if votes else "last block",
         "split": split,
         "samples": loader.dataset.size,
         "loss": metrics["test_loss"],
         "accuracy": metrics["test_accuracy"],
+        "accuracy_of": "samples" if plan.layout.task.counts_samples else "positions",
         "accuracy_vote": metrics["test_accuracy_vote"],
         "accuracy_per_block": metrics["accuracy_per_block"],
+        "metrics": metrics["metrics"],
         "ranks": plan.layout.mesh.ranks,
         "stages": plan.layout.mesh.stages,
     }

@@ -18,6 +18,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from dtrain.rng import derive_seed
+from dtrain.tasks.task import DEFAULT_TASK, Task
 
 
 class RowRandom(NamedTuple):
@@ -76,10 +77,11 @@ class MicroBatch:
         Output of the block's layers, with its graph in training; detached where the graph is cut
         at every layer: then `layer_outputs` have the graphs. Empty before the forward.
     targets : Tensor
-        Labels of the rows, (rows,) int64.
+        Targets of the rows, (rows, ...): one int64 label each, unless `task` says otherwise.
     loss_scale : float
-        Rows of this micro-batch over the rows of this replica in this update (n_i / n_r). A loss
-        is multiplied by it once, by the objective that computes it.
+        Rows of this micro-batch over the rows of this replica in this update (n_i / n_r), or the
+        ratio of their counted positions. A loss is multiplied by it once, by the objective that
+        computes it.
     skip_inputs, skip_outputs : dict of str to Tensor
         Further inputs of the layers, leaves, and outputs that later blocks read, with their graph;
         by name. Empty where the model is a chain.
@@ -121,6 +123,8 @@ class MicroBatch:
     pending_weight_gradients : list of (Tensor, list of Parameter, Tensor)
         Weight gradients that a split backward has not computed yet: output of a leaf module, its
         parameters, and the gradient of that output.
+    task : Task
+        Loss, targets and metrics of the run.
     """
 
     x: Tensor = NO_TENSOR
@@ -148,11 +152,20 @@ class MicroBatch:
     pending_weight_gradients: list[tuple[Tensor, list[nn.Parameter], Tensor]] = field(
         default_factory=list
     )
+    task: Task = DEFAULT_TASK
+
+    @property
+    def sample_scale(self) -> float:
+        """The factor of the gradient of a *sum* of losses: `loss_scale` over the count of the
+        targets."""
+        count = self.task.count(self.targets)
+        return self.loss_scale / count if count else 0.0
 
     def next_pass(self, received: dict[str, Tensor]) -> MicroBatch:
         """Return the record of the next forward pass of the same samples."""
         return MicroBatch(
             targets=self.targets,
+            task=self.task,
             loss_scale=self.loss_scale,
             received=received,
             samples=self.samples,

@@ -35,6 +35,7 @@ CHANGEABLE_KEYS = (
     "threads",
     "debug",
     "trace",
+    "task.metrics",
     "mesh.",
     "log.",
     "partition.recompute",

@@ -27,9 +27,10 @@ from dtrain.config.strategies import read_strategy
 from dtrain.config.validate import validate_run
 from dtrain.errors import ConfigError, DtrainError
 from dtrain.schema import Table, from_table, kebab, load_toml, snake, strategy_name
+from dtrain.tasks.task import Task
 
 SECTIONS = (
-    *("data", "model", "mesh", "partition", "objective", "schedule", "sync"),
+    *("data", "task", "model", "mesh", "partition", "objective", "schedule", "sync"),
     *("optimizer", "lr", "checkpoint", "evaluate", "log"),
 )
 """The tables of a run file."""
@@ -136,6 +137,7 @@ def parse_run(table: Mapping[str, Any], path: Path, overrides: Sequence[str] = (
         checkpoint=from_table(CheckpointSection, sections["checkpoint"], "[checkpoint] "),
         evaluate=from_table(EvaluateSection, sections["evaluate"], "[evaluate] "),
         log=from_table(LogSection, sections["log"], "[log] "),
+        task=_task(sections["task"], path.parent),
     )
     validate_run(run)
     return run
@@ -159,16 +161,26 @@ def _split_keys(table: Table, kind: type) -> tuple[Table, Table]:
     return inside, {key: value for key, value in table.items() if key not in keys}
 
 
-def _choice(table: Table, section: str) -> StrategyChoice:
-    """Return the name and the fields that a table gives; they are checked when it is made."""
+def _refuse_underscores(table: Table, section: str) -> None:
     for key in table:
         if "_" in key:
             raise ConfigError(
                 "run-file.underscore",
                 f"[{section}] {key}: keys are written with hyphens, as {kebab(key)}",
             )
+
+
+def _choice(table: Table, section: str) -> StrategyChoice:
+    """Return the name and the fields that a table gives; they are checked when it is made."""
+    _refuse_underscores(table, section)
     fields = {snake(key): value for key, value in table.items() if key != "name"}
     return StrategyChoice(strategy_name(table, section), fields)
+
+
+def _task(table: Table, folder: Path) -> Task:
+    """Return the task of a run file's table."""
+    _refuse_underscores(table, "task")
+    return Task.from_table(table, folder)
 
 
 def _optimizer_options(table: Table) -> OptimizerSection:

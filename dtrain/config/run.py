@@ -30,6 +30,7 @@ from dtrain.objectives.base import Objective
 from dtrain.schedules.base import Schedule
 from dtrain.schema import Table, dump_toml, to_table
 from dtrain.syncs.base import Sync
+from dtrain.tasks.task import DEFAULT_TASK, Task
 
 RUN_FILE_HEADER = "# resolved from {}, where relative paths and imports start"
 """The first line of the `run.toml` of a run folder."""
@@ -68,6 +69,7 @@ class RunConfig:
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
     log: LogSection = field(default_factory=LogSection)
+    task: Task = DEFAULT_TASK
 
     def __post_init__(self) -> None:
         """Name the strategies that were given as plain instances."""
@@ -127,6 +129,8 @@ class RunConfig:
             "evaluate": to_table(self.evaluate),
             "log": to_table(self.log),
         }
+        if self.task != DEFAULT_TASK:  # a run of an earlier version has no such table
+            tables = {"data": tables.pop("data"), "task": self.task.to_table()} | tables
         if self.partition.cuts is not None:
             del tables["partition"]["balance"]  # explicit cuts balance nothing
         return to_table(self.settings) | tables

@@ -5,6 +5,7 @@ Invariant: the result is checked like a file. An exception inside the function k
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,17 @@ from dtrain.data.dataset import (
     ArrayDataset,
     DatasetSplits,
     check_arrays,
-    check_labels,
     check_splits,
+    target_dtype,
+    torch_dtype,
     value_range,
 )
+from dtrain.data.targets import TargetScan
 from dtrain.errors import DataError
+from dtrain.tasks.task import DEFAULT_TASK, Task
 
 
-def as_splits(value: object, location: str) -> DatasetSplits:
+def as_splits(value: object, location: str, task: Task = DEFAULT_TASK) -> DatasetSplits:
     """Check the result of a user's function and return it as two splits.
 
     Parameters
@@ -32,6 +36,8 @@ def as_splits(value: object, location: str) -> DatasetSplits:
         tensors are not copied.
     location : str
         The function's name, for the messages.
+    task : Task
+        Decides which targets are legal.
 
     Raises
     ------
@@ -46,19 +52,42 @@ def as_splits(value: object, location: str) -> DatasetSplits:
             f"{location} returned {_describe(value)}: return (x_train, y_train, x_test, y_test) "
             f"as arrays or tensors, or a dtrain.data.dataset.DatasetSplits",
         )
-    x_train, y_train, x_test, y_test = (_to_array(item) for item in value)
-    check_arrays(x_train, y_train, f"{location}, train")
-    check_arrays(x_test, y_test, f"{location}, test")
-    classes = int(y_train.max()) + 1
-    check_labels(y_test, classes, f"{location}, test")
+    x_train, y_train, x_test, y_test = _to_arrays(value, task)
+    scans = []
+    for x, y, name in ((x_train, y_train, "train"), (x_test, y_test, "test")):
+        scan = TargetScan(y, f"{location}, {name}", task)
+        check_arrays(x, y, f"{location}, {name}")
+        scan.add(y)
+        scans.append(scan)
+    classes = scans[0].count_outputs()
+    for scan in scans:
+        scan.check_classes(classes)
     train, test = _make_split(x_train, y_train, classes), _make_split(x_test, y_test, classes)
     return check_splits(DatasetSplits(train, test), location)
 
 
 def _make_split(x: Array, y: Array, classes: int) -> ArrayDataset:
     return ArrayDataset(
-        len(x), tuple(x.shape[1:]), classes, lambda: x, lambda: y, value_range(x.dtype)
+        len(x),
+        tuple(x.shape[1:]),
+        classes,
+        lambda: x,
+        lambda: y,
+        value_range(x.dtype),
+        tuple(y.shape[1:]),
+        target_dtype(y.dtype),
+        torch_dtype(x.dtype),
     )
+
+
+def _to_arrays(values: Sequence[Any], task: Task) -> list[Array]:
+    """Return the four arrays; targets may be None where the input is the target."""
+    arrays: list[Array] = []
+    for value in values:
+        if value is None and len(arrays) % 2 and task.target == "input":
+            value = np.zeros(len(arrays[-1]), np.int64)  # never read
+        arrays.append(_to_array(value))
+    return arrays
 
 
 def _to_array(value: Any) -> Array:

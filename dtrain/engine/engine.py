@@ -180,8 +180,11 @@ class Engine:
                 self.position.stage, self.position.place, sizes, self.router.routes
             )
         )
-        self.updates = self.update_step.start_segment(batches, first_update, epoch)
-        self.metric_sums = MetricSums(rows=sum(update.local_rows for update in self.updates))
+        self.updates = self.update_step.start_segment(batches, loader.dataset, first_update, epoch)
+        self.metric_sums = MetricSums(
+            rows=sum(update.local_rows for update in self.updates),
+            loss_weight=sum(update.loss_count for update in self.updates),
+        )
         largest = max(update.local_rows for update in self.updates)
         if largest > self.largest_update_rows:  # it needs more memory than those counted so far
             self.largest_update_rows = largest
@@ -267,9 +270,12 @@ class Engine:
             samples = loader.read().to(device)
             if self.objective.needs_raw_samples and loader.dataset.value_range is not None:
                 raw_samples = loader.dataset.to_unit_range(samples)
+        targets, task = loader.dataset.targets(indices), self.engine_spec.task
+        count = task.count(targets)
         return MicroBatch(
-            targets=loader.dataset.targets(indices).to(device),
-            loss_scale=len(indices) / update.local_rows,
+            targets=targets.to(device),
+            task=task,
+            loss_scale=count / update.loss_count if count else 0.0,
             received=received,
             samples=samples,
             raw_samples=raw_samples,
@@ -312,7 +318,7 @@ class Engine:
 
     def _add_metrics(self, index: int, micro_batch: MicroBatch) -> None:
         """Add the loss and the metrics of a micro-batch; refuse a loss that is not finite."""
-        rows = len(micro_batch.targets)
+        rows, count = len(micro_batch.targets), micro_batch.task.count(micro_batch.targets)
         if micro_batch.loss is not None:
             loss = float(micro_batch.loss)
             if not math.isfinite(loss):
@@ -320,7 +326,7 @@ class Engine:
                 raise NumericalError(
                     "training.loss-not-finite", f"the loss of block {index} is {loss}: {advice}"
                 )
-            self.metric_sums.add_loss(index, loss * rows)
+            self.metric_sums.add_loss(index, loss * count)
         for name, mean in micro_batch.metrics.items():
             self.metric_sums.add_metric(index, name, float(mean) * rows)
 

@@ -17,6 +17,7 @@ from dtrain.objectives.base import Objective
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.schedules.base import Schedule
 from dtrain.schedules.segments import TrainingLength
+from dtrain.tasks.task import DEFAULT_TASK, Task
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class EngineSpec:
         Encoding of messages between blocks in training.
     ties : Ties
         The copies of every parameter that several blocks hold, in the order of the blocks.
+    task : Task
+        Loss, targets and metrics.
     """
 
     objective: Objective
@@ -54,3 +57,4 @@ class EngineSpec:
     training_length: TrainingLength
     wire_format: WireFormat
     ties: Ties = ()
+    task: Task = DEFAULT_TASK

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from dtrain.block.block import Block, GradientHook
 from dtrain.block.optimizer import clip_by_norm_, squared_norm
 from dtrain.block.weight_versions import WeightVersions
 from dtrain.comm.groups import ProcessGroups
+from dtrain.data.dataset import Dataset
 from dtrain.data.sampler import Batch
 from dtrain.engine.spec import EngineSpec
 from dtrain.engine.tied_parameters import TiedParameters
@@ -46,8 +48,12 @@ class BatchUpdate:
         Number of micro-batches.
     local_rows, total_rows : int
         Samples of this replica, and of all replicas.
+    counts : tuple of float
+        Samples of each replica, or their counted positions.
+    loss_count : float
+        The count of this replica.
     weight : float
-        Their ratio.
+        Its share of the sum of the counts.
     lr_factor : float
         The factor of the learning-rate schedule.
     """
@@ -58,6 +64,8 @@ class BatchUpdate:
     micro_batches: int
     local_rows: int
     total_rows: int
+    counts: tuple[float, ...]
+    loss_count: float
     weight: float
     lr_factor: float
 
@@ -95,7 +103,7 @@ class UpdateStep:
         self._clocks: dict[int, UpdateClock] = {}
 
     def start_segment(
-        self, batches: Sequence[Batch], first_update: int, epoch: int
+        self, batches: Sequence[Batch], dataset: Dataset, first_update: int, epoch: int
     ) -> list[BatchUpdate]:
         """Return the updates of a segment.
 
@@ -105,22 +113,37 @@ class UpdateStep:
         equal = len(self.blocks) == 1 or all(len(set(batch.replica_rows)) == 1 for batch in batches)
         whole = not self.engine_spec.schedule.splits_backward
         self.overlaps_reduction = equal and whole and self.groups.replicas.size > 1
-        lr_schedule, length = self.engine_spec.lr_schedule, self.engine_spec.training_length
         return [
-            BatchUpdate(
-                number=number,
-                epoch=epoch,
-                batch=batch,
-                micro_batches=len(batch.micro_batch_indices),
-                local_rows=batch.local_rows,
-                total_rows=batch.rows,
-                weight=batch.local_rows / batch.rows,
-                lr_factor=lr_schedule.lr_factor(
-                    number, length.updates_per_epoch, length.total_updates
-                ),
-            )
+            self._make_update(batch, dataset, number, epoch)
             for number, batch in enumerate(batches, first_update)
         ]
+
+    def _make_update(self, batch: Batch, dataset: Dataset, number: int, epoch: int) -> BatchUpdate:
+        lr_schedule, length = self.engine_spec.lr_schedule, self.engine_spec.training_length
+        counts, replica = self._count_replicas(batch, dataset), self.groups.replicas.rank
+        total = sum(counts)
+        return BatchUpdate(
+            number=number,
+            epoch=epoch,
+            batch=batch,
+            micro_batches=len(batch.micro_batch_indices),
+            local_rows=batch.local_rows,
+            total_rows=batch.rows,
+            counts=counts,
+            loss_count=counts[replica],
+            weight=counts[replica] / total if total else batch.local_rows / batch.rows,
+            lr_factor=lr_schedule.lr_factor(number, length.updates_per_epoch, length.total_updates),
+        )
+
+    def _count_replicas(self, batch: Batch, dataset: Dataset) -> tuple[float, ...]:
+        """Return the samples of each replica, or their counted positions: targets are read by
+        index, so no message is needed."""
+        if not self.engine_spec.task.counts_positions:
+            return batch.replica_rows
+        ends = accumulate(batch.replica_rows, initial=0)
+        parts = [batch.update_indices[start:stop] for start, stop in pairwise(ends)]
+        count = self.engine_spec.task.count
+        return tuple(count(dataset.targets(part)) if len(part) else 0.0 for part in parts)
 
     def gradient_hook(self, action: Action, update: BatchUpdate) -> GradientHook | None:
         """Return the hook of a block's last `B` before its `U`, where gradients are averaged."""
@@ -166,7 +189,7 @@ class UpdateStep:
             lr=base_lr * update.lr_factor,
             base_lr=base_lr,
             in_lr_warmup=update.number < self.engine_spec.lr_schedule.warmup_updates,
-            rows_per_replica=update.batch.replica_rows,
+            rows_per_replica=update.counts,
         )
 
     def _reduce_all_blocks(self, update: BatchUpdate) -> None:

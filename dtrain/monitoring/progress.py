@@ -21,6 +21,7 @@ from dtrain.checkpoint.resume import length_dependent_parts
 from dtrain.comm.communicator import Comm
 from dtrain.comm.launcher import TERMINAL_VARIABLE, detect_launcher
 from dtrain.monitoring.run_totals import RunTotals
+from dtrain.monitoring.summary import metric_text
 from dtrain.planning.formatting import percent, pluralise
 from dtrain.planning.plan import Plan
 from dtrain.planning.warnings import plan_warnings
@@ -142,7 +143,7 @@ class Progress:
             return
         self._record("eval", **totals.test, eval_s=eval_s)
         loss = "-" if totals.train_loss is None else f"{totals.train_loss:.4f}"
-        result = f"loss {loss}  test {percent(totals.test['test_accuracy'])}"
+        result = f"loss {loss}  test {metric_text(totals.test['metrics'])}"
         if sum(accuracy is not None for accuracy in totals.test["accuracy_per_block"]) > 1:
             result += f"  vote {percent(totals.test['test_accuracy_vote'])}"
         print(
@@ -164,11 +165,9 @@ class Progress:
         self.stop()
         if self.first_update >= self.total_updates:
             print(self._already_finished_text())
-        samples, accuracy = self.plan.data.test.size, summary["test_accuracy"]
         print()
         print(
-            f"test accuracy {percent(accuracy)} ({round(accuracy * samples):,} of {samples:,}) "
-            f"after {pluralise(summary['updates'], 'update')} "
+            f"test {self._result_text(summary)} after {pluralise(summary['updates'], 'update')} "
             f"({pluralise(summary['epochs'], 'epoch')}), {summary['wall_s']:.1f} s"
         )
         if summary["low_rank"]:
@@ -185,6 +184,13 @@ class Progress:
         folder = self.out.resolve()
         print(f"folder  {folder}")
         print(f"next    {_next_command(self.plan, self.comm.size, folder)}", flush=True)
+
+    def _result_text(self, summary: dict[str, Any]) -> str:
+        """Return the accuracy with its counts, or the first metric."""
+        accuracy, samples = summary["test_accuracy"], self.plan.data.test.size
+        if not self.plan.layout.task.counts_samples or accuracy is None:
+            return metric_text(summary["metrics"] or {})
+        return f"accuracy {percent(accuracy)} ({round(accuracy * samples):,} of {samples:,})"
 
     def _already_finished_text(self) -> str:
         text = (
@@ -242,7 +248,7 @@ def _introduction(plan: Plan, comm: Comm, threads: int) -> list[str]:
         f"{pluralise(mesh.stages, 'stage')} on {pluralise(comm.node_count, 'host')}, "
         f"{pluralise(threads, 'thread')} each",
         f"data      {run.dataset.name}: {train.size:,} training and {test.size:,} test samples of "
-        f"{shape}, {train.classes} classes",
+        f"{shape}, {_target_text(plan)}",
         f"model     {run.model.name}: {parameters:,} parameters"
         + (f", {head_parameters:,} more in local heads" if head_parameters else "")
         + (builds_all if layout.model.builds_all_layers else ""),
@@ -252,6 +258,14 @@ def _introduction(plan: Plan, comm: Comm, threads: int) -> list[str]:
         *(f"note      {line}" for line in plan_warnings(plan)),
         *(f"stage {stage:<3} {_stage_text(plan, stage)}" for stage in range(mesh.stages)),
     ]
+
+
+def _target_text(plan: Plan) -> str:
+    """Return the classes, or the shape of the targets."""
+    task, train = plan.layout.task, plan.data.train
+    if task.has_classes:
+        return f"{train.classes} classes"
+    return f"targets of {' x '.join(map(str, train.target_shape)) or '1'}, loss {task.loss_name}"
 
 
 def _partition_lines(plan: Plan) -> list[str]:

@@ -6,6 +6,7 @@ rank. `DownstreamLayer.make` makes a layer under the run's own seed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from dtrain.models.flow import SkipInput
+from dtrain.tasks.task import DEFAULT_TASK, Task
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class BlockSpec:
     dtype : torch.dtype
         Of the output.
     classes : int
-        Number of labels.
+        Number of outputs of the model per position: of labels, where targets are classes.
     sample_shape : tuple of int
         Shape of the data.
     next_output_shape : tuple of int
@@ -64,6 +66,10 @@ class BlockSpec:
         Whether the value range of the data is known, so that ``micro_batch.raw_samples`` exists.
     frozen : bool
         Whether the run file freezes the layers of the block.
+    prediction_shape : tuple of int or None
+        Shape of the model's output; None where it is ``(classes,)``.
+    task : Task
+        Loss, targets and metrics of the run.
     last_layer : DownstreamLayer or None
         The block's last layer, if the objective `needs_downstream_layers`.
     downstream_layers : tuple of DownstreamLayer
@@ -86,6 +92,8 @@ class BlockSpec:
     train_samples: int = 0
     has_raw_samples: bool = False
     frozen: bool = False
+    prediction_shape: tuple[int, ...] | None = None
+    task: Task = DEFAULT_TASK
     last_layer: DownstreamLayer | None = None
     downstream_layers: tuple[DownstreamLayer, ...] = ()
     skip_inputs: tuple[SkipInput, ...] = ()
@@ -98,6 +106,7 @@ class BlockSpec:
         classes: int,
         train_samples: int = 0,
         has_raw_samples: bool = False,
+        task: Task = DEFAULT_TASK,
     ) -> BlockSpec:
         """Return a spec that describes the data only, with the shapes of a model of one block."""
         return cls(
@@ -110,7 +119,23 @@ class BlockSpec:
             sample_shape=sample_shape,
             train_samples=train_samples,
             has_raw_samples=has_raw_samples,
+            task=task,
         )
+
+    @property
+    def scores_shape(self) -> tuple[int, ...]:
+        """The shape of a prediction, of the model or of a head."""
+        return (self.classes,) if self.prediction_shape is None else self.prediction_shape
+
+    @property
+    def scores_width(self) -> int:
+        """The numbers of a prediction."""
+        return math.prod(self.scores_shape)
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether a prediction has several positions, such as pixels."""
+        return len(self.scores_shape) > 1
 
     @property
     def is_last(self) -> bool:

@@ -216,12 +216,12 @@ def _zero_micro_batch(block: Block, objective: Objective, spec: BlockSpec, rows:
         samples = torch.zeros(rows, *spec.sample_shape, dtype=dtype)
         if objective.needs_raw_samples and spec.has_raw_samples:
             raw_samples = torch.zeros_like(samples)
-    labels = torch.zeros(rows, dtype=torch.int64)
     return MicroBatch(
-        targets=labels,
+        targets=spec.task.zero_targets(rows),
+        task=spec.task,
         samples=samples,
         raw_samples=raw_samples,
-        indices=labels,
+        indices=torch.zeros(rows, dtype=torch.int64),
         row_random=RowRandom(0, spec.index, 0, rows, 0, rows),
         training=True,
         rng_key=(0, 0, 0),

@@ -34,6 +34,7 @@ from dtrain.planning.structure_cache import StructureCache, layers_key
 from dtrain.schedules.actions import Route
 from dtrain.schedules.base import Schedule
 from dtrain.schedules.verify import ScheduleReport, verify_schedule
+from dtrain.tasks.task import Task
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -140,6 +141,11 @@ class Layout:
             return None
         return BlockProgram(self.graph, block_layout.layers, self.layer_specs, block_layout.flow)
 
+    @property
+    def task(self) -> Task:
+        """Loss, targets and metrics."""
+        return self.block_layouts[0].spec.task
+
     def needs_input_gradient(self, block: int) -> bool:
         """Return whether a block computes the gradient of its input and sends it."""
         return block in input_gradient_blocks(self.routes)
@@ -186,7 +192,8 @@ def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: 
     objective, schedule = run.objective.instance, run.schedule.instance
     shape = objective.model_input_shape(data_spec.sample_shape, data_spec.classes)
     layer_specs = _infer_layers(model, shape, dtype)
-    _check_outputs(layer_specs, data_spec.classes)
+    _check_outputs(layer_specs, data_spec)
+    data_spec = dataclasses.replace(data_spec, prediction_shape=layer_specs[-1].output_shape)
     block_costs = BlockCosts(layer_specs, objective, model, data_spec, run.settings.seed)
     cuts = _choose_cuts(run, block_costs, mesh.stages)
     layers = partition.layer_ranges(len(layer_specs), cuts)
@@ -297,10 +304,11 @@ def _infer_layers(
     return _LAYER_SPECS.get(key, lambda: infer_layers(model, shape, dtype))
 
 
-def _check_outputs(layer_specs: Sequence[LayerSpec], classes: int) -> None:
-    """Refuse a model whose outputs are not one real number per class."""
-    last = layer_specs[-1]
-    if last.output_shape != (classes,):
+def _check_outputs(layer_specs: Sequence[LayerSpec], data_spec: BlockSpec) -> None:
+    """Refuse a model whose outputs are not real, or not those of the task: for class labels, one
+    number per class."""
+    last, classes, task = layer_specs[-1], data_spec.classes, data_spec.task
+    if task.class_per_sample and last.output_shape != (classes,):
         raise ConfigError(
             "model.outputs-not-classes",
             f"layer '{last.name}' returns {last.output_shape} for a sample, but the data has "
@@ -312,6 +320,7 @@ def _check_outputs(layer_specs: Sequence[LayerSpec], classes: int) -> None:
                 "model.layer-not-real",
                 f"layer '{spec.name}' returns {spec.dtype}: a layer must return real numbers",
             )
+    task.check_output(last.output_shape, last.dtype)
 
 
 def _check_stages(run: RunConfig, ranks: int) -> None:

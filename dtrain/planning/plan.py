@@ -19,6 +19,7 @@ from dtrain.objectives.block_spec import BlockSpec
 from dtrain.planning.layout import Layout, make_layout
 from dtrain.schedules.segments import TrainingLength
 from dtrain.schedules.verify import ScheduleReport
+from dtrain.tasks.task import Task
 
 PROOF_UPDATES = 8
 """Updates at an epoch's start that the proof and the drawing contain."""
@@ -57,14 +58,26 @@ def make_plan(run: RunConfig, ranks: int) -> Plan:
         Data, model, mesh, partition or schedule do not fit each other.
     """
     samples = load_data(
-        run.dataset.name, run.dataset.fields, run.folder, normalise=run.data.normalise
+        run.dataset.name,
+        run.dataset.fields,
+        run.folder,
+        normalise=run.data.normalise,
+        task=run.task,
     )
     train = samples.train
+    task = run.task.bind(train.target_shape, train.target_dtype, train.classes)
+    _check_objective(run, task)
     augment = augments.build_augment(run.data.augment, run.settings.seed)
     if augment is not None:
+        if task.target == "input":
+            raise ConfigError(
+                "task.input-target-augmented",
+                f'[task] target = "input" is the input before augment = "{run.data.augment}", '
+                'not what the model sees: set augment = "none"',
+            )
         augment.check_shape(train.shape)
     data_spec = BlockSpec.from_data(
-        train.shape, train.classes, train.size, train.value_range is not None
+        train.shape, train.classes, train.size, train.value_range is not None, task
     )
     input_shape = run.objective.instance.model_input_shape(train.shape, train.classes)
     model = load_model(
@@ -96,6 +109,18 @@ def make_plan(run: RunConfig, ranks: int) -> Plan:
         proof=layout.prove(_proof_sizes(splitter, train.size, length.updates_per_epoch)),
         blocks_assumed=run.partition.blocks is None and run.partition.cuts is None,
     )
+
+
+def _check_objective(run: RunConfig, task: Task) -> None:
+    """Refuse an objective that cannot learn the task."""
+    reason = run.objective.instance.serves(task)
+    if reason is not None:
+        raise ConfigError(
+            "task.objective-needs-classes",
+            f"[objective] '{run.objective.name}' {reason}, but [task] loss = \"{task.loss_name}\" "
+            f"has targets of shape {task.target_spec.shape} that are {task.kind}: set "
+            '[objective] name = "backprop" or "local-head"',
+        )
 
 
 def _split_batches(run: RunConfig, layout: Layout, samples: int) -> BatchSplitter:

@@ -22,19 +22,23 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(FLAT[1:], FLAT),
     "schedules": FLAT,
     "comm": (*FLAT, "schedules"),
+    "tasks": FLAT,
     "models": FLAT,
-    "data": FLAT,
-    "block": (*FLAT, "schedules"),
-    "objectives": (*FLAT, "schedules", "models", "block"),
+    "data": (*FLAT, "tasks"),
+    "block": (*FLAT, "schedules", "tasks"),
+    "objectives": (*FLAT, "schedules", "tasks", "models", "block"),
     "syncs": (*FLAT, "comm", "block"),
-    "engine": (*FLAT, "schedules", "comm", "models", "data", "block", "objectives", "syncs"),
-    "config": (*FLAT, "schedules", "block", "objectives", "syncs"),
+    "engine": (
+        *(*FLAT, "schedules", "comm", "tasks", "models", "data", "block"),
+        *("objectives", "syncs"),
+    ),
+    "config": (*FLAT, "schedules", "tasks", "block", "objectives", "syncs"),
     "checkpoint": (*FLAT, "comm", "block", "syncs", "config"),
     "planning": (
-        *(*FLAT, "schedules", "models", "data", "block", "objectives", "config"),
+        *(*FLAT, "schedules", "tasks", "models", "data", "block", "objectives", "config"),
         "comm.wire_format",
     ),
-    "monitoring": (*FLAT, "schedules", "comm", "checkpoint", "planning"),
+    "monitoring": (*FLAT, "schedules", "comm", "tasks", "checkpoint", "planning"),
 }
 """Packages that are not listed (`build`, `evaluate`, `train`, `cli`, ...) may import everything."""
 NO_TORCH = ("errors", "schema", "user_code", "partition", "mesh", "schedules")
