@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -96,3 +97,101 @@ def nested(classes: int) -> nn.Sequential:
 def lazy(classes: int) -> nn.Sequential:
     """Return a chain of layers that learn their input's size from the first input."""
     return nn.Sequential(nn.Flatten(), nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(classes))
+
+
+VOCABULARY, LENGTH = 11, 7
+"""Of the sequences of `tokens`."""
+
+
+class CausalBlock(nn.Module):
+    """A transformer layer in which a step attends to itself and to earlier steps."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU())
+        self.down = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (rows, steps, width) of the same."""
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        scores = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).masked_fill(~mask, float("-inf"))
+        x = x + self.project(scores.softmax(-1) @ v)
+        return x + self.down(self.mlp(x))
+
+
+class LanguageModel(nn.Module):
+    """A causal transformer over tokens; the head is the embedding."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.positions = nn.Parameter(0.1 * torch.randn(LENGTH, width))
+        self.blocks = nn.ModuleList([CausalBlock(width) for _ in range(2)])
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, VOCABULARY, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return scores (rows, steps, vocabulary) of tokens (rows, steps)."""
+        x = self.embedding(tokens) + self.positions
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def language_model() -> nn.Module:
+    """Return a causal transformer."""
+    return LanguageModel()
+
+
+def tokens() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return 67 sequences of bytes, and the next token of each step."""
+    random = np.random.default_rng(0)
+    steps = random.integers(1, 3, (67, LENGTH + 1)).cumsum(1) % VOCABULARY
+    x, y = steps[:, :-1].astype(np.uint8), steps[:, 1:].astype(np.int64)
+    return x[:50], y[:50], x[50:], y[50:]
+
+
+class MaskedMean(nn.Module):
+    """Averages embeddings where a mask says so; two blocks read the mask."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.embedding, self.mix = nn.Embedding(VOCABULARY, 8), nn.Linear(8, 8)
+        self.out = nn.Linear(8, classes)
+
+    def forward(self, tokens: Tensor, mask: Tensor, scale: float = 1.0) -> Tensor:
+        """Return scores (rows, classes) of tokens and mask (rows, steps)."""
+        x = self.embedding(tokens) * mask[..., None]
+        x = torch.tanh(self.mix(x)) * mask[..., None] * scale
+        return self.out(x.sum(1) / mask.sum(1, keepdim=True))
+
+
+def masked_mean(classes: int) -> nn.Module:
+    """Return a net of two inputs."""
+    return MaskedMean(classes)
+
+
+def masked_tokens() -> tuple[tuple[np.ndarray, ...], np.ndarray, tuple[np.ndarray, ...], np.ndarray]:
+    """Return tokens with a mask, and a class of three."""
+    random = np.random.default_rng(1)
+    x = random.integers(0, VOCABULARY, (67, LENGTH))
+    mask = np.arange(LENGTH) < random.integers(2, LENGTH + 1, (67, 1))
+    y = (x * mask).sum(1) % 3
+    weights = mask.astype(np.float64)
+    return (x[:50], weights[:50]), y[:50], (x[50:], weights[50:]), y[50:]
+
+
+class Filter(nn.Module):
+    """A filter in frequency space, with complex weights."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(size // 2 + 1, dtype=torch.cfloat))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x (rows, size), filtered."""
+        return torch.fft.irfft(torch.fft.rfft(x) * self.weight, n=x.shape[-1])

@@ -51,8 +51,9 @@ class Program(Protocol):
         """Name of the block's output."""
 
     @property
-    def data_inputs(self) -> tuple[str, ...]:
-        """Names of the inputs of the data that the block reads beside its main input."""
+    def data_inputs(self) -> Mapping[str, int]:
+        """Names and positions of the inputs of the data that the block reads beside its main
+        input."""
 
     @property
     def skip_outputs(self) -> tuple[str, ...]:
@@ -212,7 +213,8 @@ class Block(BlockParameters):
         inputs = {program.main_input: x, **micro_batch.skip_inputs}
         if program.data_inputs:
             assert micro_batch.samples is not None
-            inputs |= dict.fromkeys(program.data_inputs, micro_batch.samples)
+            samples = (micro_batch.samples, *micro_batch.other_samples)
+            inputs |= {name: samples[number] for name, number in program.data_inputs.items()}
         if self.inplace_layers:
             inputs = {
                 name: tensor.clone() if tensor.requires_grad or self.recompute else tensor

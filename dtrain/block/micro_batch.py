@@ -91,6 +91,8 @@ class MicroBatch:
     samples : Tensor or None
         The data, (rows, ...), standardised and augmented, where the objective needs them in this
         block. They are shared: do not write to them.
+    other_samples : tuple of Tensor
+        Further inputs of the data, (rows, ...) each, where the layers of this block read them.
     raw_samples : Tensor or None
         The data before they were standardised, in 0 ... 1, where the objective needs them and
         their range is known.
@@ -135,6 +137,7 @@ class MicroBatch:
     skip_outputs: dict[str, Tensor] = field(default_factory=dict)
     received: dict[str, Tensor] = field(default_factory=dict)
     samples: Tensor | None = None
+    other_samples: tuple[Tensor, ...] = ()
     raw_samples: Tensor | None = None
     indices: Tensor = NO_INDICES
     row_random: RowRandom = NO_ROW_RANDOM
@@ -169,6 +172,7 @@ class MicroBatch:
             loss_scale=self.loss_scale,
             received=received,
             samples=self.samples,
+            other_samples=self.other_samples,
             raw_samples=self.raw_samples,
             indices=self.indices,
             row_random=self.row_random,

@@ -7,11 +7,11 @@ memory that the caller owns, contiguous and aligned as torch aligns.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import chain
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
@@ -34,6 +34,13 @@ NUMERIC_KINDS = "biuf"
 SAMPLES_PER_READ = 4096
 
 
+class InputSpec(NamedTuple):
+    """A further input of a sample: its shape, and its dtype as it is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
 class Dataset(ABC):
     """One split of a data set.
 
@@ -53,6 +60,8 @@ class Dataset(ABC):
         Dtype of the stored samples.
     value_range : (float, float) or None
         The lowest and the highest value that an input can have; None where unknown.
+    other_inputs : tuple of InputSpec
+        Further inputs of a sample (a mask, a second image), as the model takes them.
     """
 
     size: int
@@ -62,6 +71,7 @@ class Dataset(ABC):
     target_dtype: torch.dtype = torch.int64
     input_dtype: torch.dtype = torch.float32
     value_range: tuple[float, float] | None = None
+    other_inputs: tuple[InputSpec, ...] = ()
 
     @property
     def slow(self) -> bool:
@@ -94,6 +104,11 @@ class Dataset(ABC):
             The data set does not store integers.
         """
         raise _no_integers(self.input_dtype)
+
+    def read_other_inputs(self, indices: ArrayLike) -> tuple[Tensor, ...]:
+        """Read the further inputs at `indices`, each (n, *shape): neither scaled nor
+        standardised."""
+        return ()
 
     def to_unit_range(self, x: Tensor) -> Tensor:
         """Undo standardisation of inputs (n, *shape) and scale them from `value_range` to 0 ... 1.
@@ -150,6 +165,8 @@ class ArrayDataset(Dataset):
         Returns the targets, (size, *target_shape); called on first need.
     value_range, target_shape, target_dtype, input_dtype
         As in `Dataset`.
+    others : sequence of array
+        The further inputs, (size, ...) each.
     """
 
     def __init__(
@@ -163,6 +180,7 @@ class ArrayDataset(Dataset):
         target_shape: tuple[int, ...] = (),
         target_dtype: torch.dtype = torch.int64,
         input_dtype: torch.dtype = torch.float32,
+        others: Sequence[Array] = (),
     ) -> None:
         self.size = size
         self.shape = shape
@@ -171,6 +189,13 @@ class ArrayDataset(Dataset):
         self.target_shape, self.target_dtype = target_shape, target_dtype
         self.input_dtype = input_dtype
         self._x, self._y = cache(x), cache(y)
+        self._others = tuple(others)
+        self.other_inputs = tuple(
+            InputSpec(tuple(array.shape[1:]), to_input_tensor(array[:0]).dtype) for array in others
+        )
+
+    def read_other_inputs(self, indices: ArrayLike) -> tuple[Tensor, ...]:
+        return tuple(to_input_tensor(array[np.asarray(indices)]) for array in self._others)
 
     def inputs(self, indices: ArrayLike) -> Tensor:
         return to_float_tensor(self._x()[np.asarray(indices)])
@@ -194,6 +219,7 @@ class DatasetView(Dataset):
         self.target_shape, self.target_dtype = dataset.target_shape, dataset.target_dtype
         self.input_dtype = dataset.input_dtype
         self.value_range = dataset.value_range
+        self.other_inputs = dataset.other_inputs
         self._dataset = dataset
 
     @property
@@ -206,6 +232,9 @@ class DatasetView(Dataset):
 
     def integer_inputs(self, indices: ArrayLike) -> Tensor:
         return self._dataset.integer_inputs(indices)
+
+    def read_other_inputs(self, indices: ArrayLike) -> tuple[Tensor, ...]:
+        return self._dataset.read_other_inputs(indices)
 
     def targets(self, indices: ArrayLike) -> Tensor:
         return self._dataset.targets(indices)
@@ -319,6 +348,13 @@ def moments(batches: Iterable[Array]) -> Moments:
     return origin[:, 0] + shift, np.sqrt(variance)
 
 
+def to_input_tensor(rows: Array) -> Tensor:
+    """Copy a further input to a tensor: integers to int64, bool and real numbers as they are."""
+    if rows.dtype.kind == "b":
+        return torch.from_numpy(rows.copy())
+    return to_int_tensor(rows) if rows.dtype.kind in "iu" else to_float_tensor(rows)
+
+
 def to_float_tensor(rows: Array) -> Tensor:
     """Copy samples to a tensor of float32 (float64 stays); scale bytes to 0 ... 1."""
     dtype = torch.float64 if rows.dtype.kind == "f" and rows.dtype.itemsize >= 8 else torch.float32
@@ -427,5 +463,11 @@ def check_splits(splits: DatasetSplits, location: str) -> DatasetSplits:
             f"{location}: training targets have shape {train.target_shape} and dtype "
             f"{train.target_dtype}, test targets {test.target_shape} and {test.target_dtype}: make "
             "them equal",
+        )
+    if train.other_inputs != test.other_inputs:
+        raise DataError(
+            "data.splits-inputs-differ",
+            f"{location}: the further inputs of training and test samples differ: "
+            f"{train.other_inputs} and {test.other_inputs}: make them equal",
         )
     return splits

@@ -265,9 +265,10 @@ class Engine:
         batch, device = update.batch, self.engine_spec.device
         indices = batch.micro_batch_indices[action.micro]
         start = batch.first_row + sum(map(len, batch.micro_batch_indices[: action.micro]))
-        samples = raw_samples = None
+        samples, raw_samples, others = None, None, ()
         if action.block in self.needs_samples:
             samples = loader.read().to(device)
+            others = tuple(x.to(device) for x in loader.read_other_inputs(indices))
             if self.objective.needs_raw_samples and loader.dataset.value_range is not None:
                 raw_samples = loader.dataset.to_unit_range(samples)
         targets, task = loader.dataset.targets(indices), self.engine_spec.task
@@ -278,6 +279,7 @@ class Engine:
             loss_scale=count / update.loss_count if count else 0.0,
             received=received,
             samples=samples,
+            other_samples=others,
             raw_samples=raw_samples,
             indices=torch.from_numpy(indices).to(device),
             row_random=RowRandom(

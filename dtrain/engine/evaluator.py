@@ -99,9 +99,12 @@ class Evaluator:
         objective, block = self.engine_spec.objective, self.blocks[action.block]
         spec, device = self.engine_spec.block_specs[action.block], self.engine_spec.device
         targets, received = loader.dataset.targets(indices).to(device), self.router.receive(action)
-        samples = loader.read().to(device) if action.block in self.needs_samples else None
         task = self.engine_spec.task
-        micro_batch = MicroBatch(targets=targets, task=task, received=received, samples=samples)
+        micro_batch = MicroBatch(targets=targets, task=task, received=received)
+        if action.block in self.needs_samples:
+            micro_batch.samples = loader.read().to(device)
+            others = loader.read_other_inputs(indices)
+            micro_batch.other_samples = tuple(x.to(device) for x in others)
         forward_micro_batch(objective, spec, block, micro_batch)
         scores = objective.predict(spec, block, micro_batch)
         if scores is not None:

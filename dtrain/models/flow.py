@@ -165,7 +165,7 @@ class BlockProgram:
         self.main_input = flow.main_input
         self.main_output = flow.main_output
         self.skip_outputs = flow.skip_outputs
-        self.data_inputs = tuple(graph.inputs[position] for position in flow.data_inputs)
+        self.data_inputs = {graph.inputs[position]: position for position in flow.data_inputs}
         self._outputs = {flow.main_output, *flow.skip_outputs}
         writes = [value for spec in self.layer_specs for value in spec.writes]
         self._written = {value.node: value for value in writes}

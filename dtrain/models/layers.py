@@ -252,6 +252,12 @@ def as_layers(
             )
         return _from_module(result, function, name, inputs, open_names)
     pairs = _named_factories(result, name)
+    if inputs > 1:
+        raise ConfigError(
+            "model.chain-of-several-inputs",
+            f"model '{name}' is a list of layers, which takes one input, but a sample has "
+            f"{inputs}: return a module whose forward takes {inputs} arguments",
+        )
     names = tuple(layer_name for layer_name, _ in pairs)
     _check_names(names, name)
     return FactoryLayers(names, tuple(factory for _, factory in pairs))

@@ -74,6 +74,10 @@ class BlockSpec:
         The block's last layer, if the objective `needs_downstream_layers`.
     downstream_layers : tuple of DownstreamLayer
         All layers after the block, if the objective `needs_downstream_layers`.
+    integer_samples : bool
+        Whether samples are integers (int64), which the model takes as they are: tokens, say.
+    other_inputs : tuple of (shape, dtype)
+        Further inputs of a sample.
     skip_inputs : tuple of SkipInput
         Tensors that the block reads beside the output of the block before.
     data_inputs : tuple of int
@@ -96,6 +100,8 @@ class BlockSpec:
     task: Task = DEFAULT_TASK
     last_layer: DownstreamLayer | None = None
     downstream_layers: tuple[DownstreamLayer, ...] = ()
+    integer_samples: bool = False
+    other_inputs: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
     skip_inputs: tuple[SkipInput, ...] = ()
     data_inputs: tuple[int, ...] = ()
 

@@ -211,6 +211,7 @@ def _measure_passes(
 def _zero_micro_batch(block: Block, objective: Objective, spec: BlockSpec, rows: int) -> MicroBatch:
     """Return a micro-batch of zeros, with the data where the objective needs them."""
     dtype = next((parameter.dtype for parameter in block.parameters.values()), spec.dtype)
+    dtype = torch.int64 if spec.integer_samples else dtype
     samples = raw_samples = None
     if reads_samples(objective, spec, "train"):
         samples = torch.zeros(rows, *spec.sample_shape, dtype=dtype)
@@ -220,6 +221,9 @@ def _zero_micro_batch(block: Block, objective: Objective, spec: BlockSpec, rows:
         targets=spec.task.zero_targets(rows),
         task=spec.task,
         samples=samples,
+        other_samples=tuple(
+            torch.zeros(rows, *shape, dtype=dtype) for shape, dtype in spec.other_inputs
+        ),
         raw_samples=raw_samples,
         indices=torch.zeros(rows, dtype=torch.int64),
         row_random=RowRandom(0, spec.index, 0, rows, 0, rows),

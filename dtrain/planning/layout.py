@@ -191,12 +191,14 @@ def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: 
     dtype = DTYPES[run.settings.dtype]
     objective, schedule = run.objective.instance, run.schedule.instance
     shape = objective.model_input_shape(data_spec.sample_shape, data_spec.classes)
-    layer_specs = _infer_layers(model, shape, dtype)
+    input_dtype = torch.int64 if data_spec.integer_samples else dtype
+    layer_specs = _infer_layers(model, shape, dtype, input_dtype, data_spec.other_inputs)
     _check_outputs(layer_specs, data_spec)
     data_spec = dataclasses.replace(data_spec, prediction_shape=layer_specs[-1].output_shape)
     block_costs = BlockCosts(layer_specs, objective, model, data_spec, run.settings.seed)
     cuts = _choose_cuts(run, block_costs, mesh.stages)
     layers = partition.layer_ranges(len(layer_specs), cuts)
+    _check_cuts(layer_specs, layers)
     _check_block_numbers(run, len(layers))
     _check_clip(run, schedule)
     graph = _used_graph(model, layer_specs)
@@ -296,12 +298,18 @@ def _add_flows(
 
 
 def _infer_layers(
-    model: LayerStack, shape: tuple[int, ...], dtype: torch.dtype
+    model: LayerStack,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    input_dtype: torch.dtype | None = None,
+    other_inputs: Sequence[tuple[tuple[int, ...], torch.dtype]] = (),
 ) -> tuple[LayerSpec, ...]:
     """Return the specs of a model's layers."""
     structure = layers_key(model)
-    key = None if structure is None else (structure, tuple(shape), dtype)
-    return _LAYER_SPECS.get(key, lambda: infer_layers(model, shape, dtype))
+    key = None if structure is None else (structure, tuple(shape), dtype, input_dtype)
+    return _LAYER_SPECS.get(
+        key, lambda: infer_layers(model, shape, dtype, input_dtype, other_inputs)
+    )
 
 
 def _check_outputs(layer_specs: Sequence[LayerSpec], data_spec: BlockSpec) -> None:
@@ -314,13 +322,24 @@ def _check_outputs(layer_specs: Sequence[LayerSpec], data_spec: BlockSpec) -> No
             f"layer '{last.name}' returns {last.output_shape} for a sample, but the data has "
             f"{classes} classes: end the model with {classes} outputs",
         )
-    for spec in layer_specs:
+    if not last.dtype.is_floating_point:
+        raise ConfigError(
+            "model.layer-not-real",
+            f"layer '{last.name}' returns {last.dtype}: the model must return real numbers",
+        )
+    task.check_output(last.output_shape, last.dtype)
+
+
+def _check_cuts(layer_specs: Sequence[LayerSpec], layers: Sequence[range]) -> None:
+    """Refuse a cut behind a layer that returns no real numbers: nothing could be learnt there."""
+    for indices in layers:
+        spec = layer_specs[indices.stop - 1]
         if not spec.dtype.is_floating_point:
             raise ConfigError(
-                "model.layer-not-real",
-                f"layer '{spec.name}' returns {spec.dtype}: a layer must return real numbers",
+                "partition.cut-not-real",
+                f"layer '{spec.name}' returns {spec.dtype}, so no block can end there: cut behind "
+                f"a layer that returns real numbers",
             )
-    task.check_output(last.output_shape, last.dtype)
 
 
 def _check_stages(run: RunConfig, ranks: int) -> None:

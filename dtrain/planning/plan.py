@@ -5,6 +5,7 @@ Invariant: every rank makes the same plan without a message.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from dtrain.config.run import RunConfig
@@ -14,9 +15,10 @@ from dtrain.data.dataset import DatasetSplits
 from dtrain.data.sampler import BatchSplitter, updates_per_epoch
 from dtrain.errors import ConfigError
 from dtrain.models import load_model
+from dtrain.models.integer_inputs import takes_integers
 from dtrain.models.pretrained import PretrainedWeights, check_pretrained
 from dtrain.objectives.block_spec import BlockSpec
-from dtrain.planning.layout import Layout, make_layout
+from dtrain.planning.layout import DTYPES, Layout, make_layout
 from dtrain.schedules.segments import TrainingLength
 from dtrain.schedules.verify import ScheduleReport
 from dtrain.tasks.task import Task
@@ -86,10 +88,20 @@ def make_plan(run: RunConfig, ranks: int) -> Plan:
         run.folder,
         input_shape,
         train.classes,
+        inputs=1 + len(train.other_inputs),
         open_names=run.open_modules(),
     )
     if run.weights_path is not None:
         check_pretrained(PretrainedWeights(run.weights_path), model, run.model_options.strict)
+    dtype = DTYPES[run.settings.dtype]
+    others = tuple(
+        (spec.shape, dtype if spec.dtype.is_floating_point else spec.dtype)
+        for spec in train.other_inputs
+    )
+    data_spec = dataclasses.replace(data_spec, other_inputs=others)
+    if takes_integers(model, input_shape, train.input_dtype, others):
+        samples = samples.as_integers()
+        data_spec = dataclasses.replace(data_spec, integer_samples=True, has_raw_samples=False)
     layout = make_layout(run, model, data_spec, ranks)
     settings = run.settings
     length = TrainingLength.from_settings(

@@ -4,13 +4,14 @@
 
     block's output     prediction         head
     (c, *P)            (K, *P)            convolution 1x1
+    (c, *Q)            (K, *P)            the same, then linear interpolation to P
     (*P, d)            (*P, K)            linear on the last dimension
     (*P, d)            (K, *P)            the same, then the classes to the front
     (c, *P)            (*P, K)            the channels to the back, then linear
     anything           (K,) or ()         the caller's network; () drops its only output
 
-Invariant: a head per position needs the positions of the block's output to be those of the
-prediction; nothing is resized.
+Invariant: a head per position is linear. Positions are resized only where channels come first in
+both, as in the coarse blocks of a U-Net.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
     3: nn.Conv3d,
 }
 """The convolution for each number of dimensions of the positions."""
+
+
+INTERPOLATIONS = {1: "linear", 2: "bilinear", 3: "trilinear"}
+"""The interpolation for each number of dimensions of the positions."""
 
 
 def flat(spec: BlockSpec, network: nn.Module) -> nn.Module:
@@ -53,6 +58,10 @@ def per_position(spec: BlockSpec, bias: bool = True) -> nn.Module:
         return nn.Linear(inner[-1], outer[-1], bias=bias)
     if has_classes and not classes_last and inner[:-1] == outer[1:]:
         return nn.Sequential(nn.Linear(inner[-1], outer[0], bias=bias), MoveDim(-1, 1))
+    if not classes_last and dims in CONVOLUTIONS and len(inner) == len(outer):
+        convolution = CONVOLUTIONS[dims](inner[0], outer[0], 1, bias=bias)
+        resize = nn.Upsample(size=outer[1:], mode=INTERPOLATIONS[dims], align_corners=False)
+        return nn.Sequential(convolution, resize)
     if classes_last and inner[1:] == outer[:-1]:
         return nn.Sequential(MoveDim(1, -1), nn.Linear(inner[0], outer[-1], bias=bias))
     raise ConfigError(
