@@ -431,9 +431,18 @@ def test_a_head_per_position_has_the_shape_of_the_prediction(
     assert int((gradient != 0).sum()) == 6  # reads the channels of its position alone
 
 
-def test_a_head_per_position_needs_the_positions_of_the_prediction() -> None:
+def test_a_head_behind_a_coarse_block_interpolates() -> None:
+    """A constant field stays constant."""
     task = Task().bind((4, 4), torch.int64, 3)
     spec = BlockSpec(0, 2, (), (6, 2, 2), REAL, 3, prediction_shape=(3, 4, 4), task=task)
+    output = per_position(spec).to(REAL)(torch.ones(2, 6, 2, 2, dtype=REAL))
+    assert output.shape == (2, 3, 4, 4)
+    torch.testing.assert_close(output, output[:, :, :1, :1].expand_as(output))
+
+
+def test_a_head_per_position_needs_the_positions_of_the_prediction() -> None:
+    task = Task().bind((4, 4), torch.int64, 3)
+    spec = BlockSpec(0, 2, (), (96,), REAL, 3, prediction_shape=(3, 4, 4), task=task)
     with refuses(ConfigError, "task.head-positions"):
         LocalHead().build_head(spec)
     with refuses(ConfigError, "task.head-not-per-position"):
