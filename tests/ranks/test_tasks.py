@@ -16,7 +16,7 @@ from dtrain.data import load_data
 from dtrain.data.sampler import epoch_order
 from dtrain.evaluate import evaluate_run
 from dtrain.models import load_model
-from dtrain.planning.memory import MemoryPlan
+from dtrain.planning.memory_plan import MemoryPlan
 from dtrain.planning.plan import make_plan
 from tests import task_data, tiny
 from tests.harness import assert_close_model, assert_same_model, train_in_threads
