@@ -1,7 +1,7 @@
-"""What a layer may do besides returning its output: use random numbers, or work in place.
+"""What a layer may do besides returning its output: use random numbers, work in place, skip parts.
 
 Invariant: only types and attributes of modules are read; nothing is run. A module of an unknown
-type counts as one that uses random numbers.
+type counts as one that uses random numbers, and as one that may skip its parameters.
 """
 
 from __future__ import annotations
@@ -34,6 +34,17 @@ def may_use_rng(layer: nn.Module) -> bool:
     only with an attribute ``uses_rng = False``.
     """
     return not all(_is_deterministic(module) for module in layer.modules())
+
+
+def may_skip_parameters(module: nn.Module) -> bool:
+    """Return whether some forwards may leave out parameters that others use.
+
+    The forwards of torch and dtrain use the same parameters every time; others may branch.
+    """
+    return not all(
+        type(part).forward.__module__.startswith(("torch.nn.", "dtrain."))
+        for part in module.modules()
+    )
 
 
 def _is_deterministic(module: nn.Module) -> bool:

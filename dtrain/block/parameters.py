@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn, optim
 
+from dtrain.block.complex_tensors import real_view
 from dtrain.block.low_rank import FACTOR_NAMES, FACTORS_MODULE, LowRankWeight, is_factorizable
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], optim.Optimizer]
@@ -128,11 +129,25 @@ class BlockParameters:
                 group["lr"] = base_lr * lr_factor
 
     def gradients(self) -> list[Tensor]:
-        """Return the gradients of all trained parameters; missing ones become zeros."""
-        for parameter in self.trainable_parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        return [p.grad for p in self.trainable_parameters if p.grad is not None]
+        """Return the gradients of the trained parameters that have one, complex as `real_view`."""
+        return [real_view(p.grad) for p in self.trainable_parameters if p.grad is not None]
+
+    def fill_gradients(self) -> list[nn.Parameter]:
+        """Give gradients of zero to the trained parameters without one; return those parameters.
+
+        `drop_gradients` removes them again: the optimizer leaves a parameter without a gradient
+        unchanged, weight decay and momentum included.
+        """
+        missing = [p for p in self.trainable_parameters if p.grad is None]
+        for parameter in missing:
+            parameter.grad = torch.zeros_like(parameter)
+        return missing
+
+    @staticmethod
+    def drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
+        """Remove the gradients of parameters."""
+        for parameter in parameters:
+            parameter.grad = None
 
     # ---- factorized matrices
 
@@ -189,8 +204,12 @@ class BlockParameters:
         return {name: t.detach() for name, t in {**self.parameters, **self.buffers}.items()}
 
     def trainable_tensors(self) -> dict[str, Tensor]:
-        """Return the trained parameters by global name, detached, not copied."""
-        return {name: p.detach() for name, p in self.parameters.items() if p.requires_grad}
+        """Return the trained parameters by global name, detached, not copied.
+
+        A complex one is returned as `real_view`, so that syncs meet real numbers only.
+        """
+        trained = {name: p for name, p in self.parameters.items() if p.requires_grad}
+        return {name: real_view(parameter.detach()) for name, parameter in trained.items()}
 
     def merged_tensors(self) -> dict[str, Tensor]:
         """Return parameters and buffers by global name, products in place of their factors."""

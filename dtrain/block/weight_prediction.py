@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, optim
 
+from dtrain.block.complex_tensors import real_view
 from dtrain.schedules.weight_policy import Prediction
 
 ParameterState = Mapping[str, Any]
@@ -73,6 +74,8 @@ def _extrapolate(
 ) -> None:
     """Move a copy of a parameter along its optimizer's state, and along decoupled weight decay."""
     lr = float(group["lr"])
+    weights = real_view(weights)
+    state = {key: real_view(torch.as_tensor(value)) for key, value in state.items() if value is not None}
     velocity = state.get("momentum_buffer")
     if velocity is not None:
         momentum = group["momentum"]

@@ -70,12 +70,12 @@ class LayerStack(ABC):
                     f"layer '{name}' holds tensors that were made before its factory was called, "
                     f"so they do not depend on (seed, name): make them in the factory",
                 )
-        return {name: layer.to(dtype) for name, layer in layers.items()}
+        return {name: cast_module(layer, dtype) for name, layer in layers.items()}
 
     def rebuild_layer(self, index: int, seed: int, dtype: torch.dtype) -> nn.Module:
         """Build one layer again, equal to that of `build`; on the meta device without memory."""
         [layer] = self._make_layers([index], seed)
-        return layer.to(dtype)
+        return cast_module(layer, dtype)
 
     def structure_key(self, index: int) -> Hashable:
         """Return a key that layers of equal structure share; None where structure is unknown."""
@@ -138,7 +138,7 @@ class FactoryLayers(LayerStack):
     def _meta_layer(self, index: int, dtype: torch.dtype) -> nn.Module | None:
         try:
             with torch.device("meta"):
-                return self._make_layer(index, seed=0).to(dtype)
+                return cast_module(self._make_layer(index, seed=0), dtype)
         except DtrainError:
             raise
         except Exception:  # not supported on meta, or a fault, which the run on the CPU repeats
@@ -164,7 +164,8 @@ class SequentialLayers(LayerStack):
         return [children[index][1] for index in indices]
 
     def meta_layers(self, dtype: torch.dtype) -> list[nn.Module | None]:
-        return [layer.to(dtype) for _, layer in _children(_call_on_meta(self.function))]
+        layers = _children(_call_on_meta(self.function))
+        return [cast_module(layer, dtype) for _, layer in layers]
 
 
 def as_layers(function: Function, name: str) -> LayerStack:
@@ -190,6 +191,17 @@ def as_layers(function: Function, name: str) -> LayerStack:
     names = tuple(layer_name for layer_name, _ in pairs)
     _check_names(names, name)
     return FactoryLayers(names, tuple(factory for _, factory in pairs))
+
+
+def cast_module(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast the floats of a module to `dtype` and its complex numbers to pairs of it, in place."""
+
+    def cast(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_complex():
+            return tensor.to(dtype.to_complex())
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    return module._apply(cast)
 
 
 def require_unshared(layers: dict[str, nn.Module]) -> None:

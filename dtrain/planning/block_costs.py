@@ -14,7 +14,7 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-from dtrain.models.layers import LayerStack
+from dtrain.models.layers import LayerStack, cast_module
 from dtrain.models.shape_inference import LayerSpec, profile_module
 from dtrain.objectives.base import Objective, input_gradient_blocks
 from dtrain.objectives.block_spec import BlockSpec, DownstreamLayer
@@ -138,7 +138,7 @@ def build_meta_head(objective: Objective, block_spec: BlockSpec) -> nn.Module | 
     """Return a block's head on the meta device, None where it has none."""
     with torch.device("meta"):
         head = objective.make_head(block_spec)
-    return None if head is None else head.to(block_spec.dtype)
+    return None if head is None else cast_module(head, block_spec.dtype)
 
 
 def profile_head(objective: Objective, block_spec: BlockSpec) -> LayerSpec | None:

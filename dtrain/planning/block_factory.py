@@ -22,7 +22,7 @@ from dtrain.block import optimizer as optimizers
 from dtrain.block.block import Block
 from dtrain.block.parameters import OptimizerFactory
 from dtrain.config.run import RunConfig
-from dtrain.models.layers import LayerStack
+from dtrain.models.layers import LayerStack, cast_module
 from dtrain.planning.layout import Layout
 from dtrain.rng import seeded
 
@@ -37,7 +37,7 @@ def make_block(run: RunConfig, layout: Layout, index: int, device: torch.device)
     with seeded(seed, f"heads.{index}"):
         head = layout.objective.make_head(spec)
     if head is not None:
-        head = head.to(device, spec.dtype)
+        head = cast_module(head, spec.dtype).to(device)
     return assemble_block(run, layout, index, layers, head)
 
 
@@ -70,7 +70,7 @@ def assemble_block(
     )
     for module in frozen_modules:
         module.requires_grad_(False)
-    return Block(
+    block = Block(
         index,
         layers,
         head,
@@ -80,6 +80,8 @@ def assemble_block(
         recompute=recompute if isinstance(recompute, bool) else index in recompute,
         model_ends=(index == 0, index + 1 == len(layout.block_layouts)),
     )
+    block.may_skip_parameters |= not type(objective).__module__.startswith("dtrain.")
+    return block
 
 
 def optimizer_factory(run: RunConfig) -> OptimizerFactory:

@@ -207,7 +207,8 @@ def _measure_passes(
 
 def _zero_micro_batch(block: Block, objective: Objective, spec: BlockSpec, rows: int) -> MicroBatch:
     """Return a micro-batch of zeros, with the data where the objective needs them."""
-    dtype = next((parameter.dtype for parameter in block.parameters.values()), spec.dtype)
+    dtypes = (parameter.dtype for parameter in block.parameters.values())
+    dtype = next((dtype for dtype in dtypes if not dtype.is_complex), spec.dtype)
     samples = raw_samples = None
     if objective.needs_samples(spec, "train"):
         samples = torch.zeros(rows, *spec.sample_shape, dtype=dtype)

@@ -63,6 +63,10 @@ class OnlyLarge(Wrapper):
         """Return None: `before_update` averages all gradients."""
         return None
 
+    def averaging_group(self, weight: float, clock: UpdateClock) -> WeightedGroup | None:
+        """Return all replicas."""
+        return WeightedGroup(self.replicas, weight)
+
     def before_update(self, gradients: Sequence[Tensor], weight: float, clock: UpdateClock) -> None:
         """Average small gradients, and large ones where the inner sync does."""
         named, large = self.block.name_gradients(gradients), self.large_tensors.trainable_tensors()

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from dtrain.syncs.base import Sync, SyncTraits, replica_mean
+from dtrain.syncs.base import Sync, SyncTraits, has_mean, replica_mean
 
 
 class SynchronousSync(Sync):
@@ -31,7 +31,7 @@ class SynchronousSync(Sync):
         buffers = self.block.unsynced_buffers
         for name, mean in replica_mean(self.replicas, buffers).items():
             buffers[name].copy_(mean)
-        self.replicas.broadcast_([b for b in buffers.values() if not b.is_floating_point()])
+        self.replicas.broadcast_([b for b in buffers.values() if not has_mean(b)])
 
     def evaluation_weights(self) -> dict[str, Tensor]:
         """Return the block's own tensors, not copied: all replicas hold the same ones."""
