@@ -116,7 +116,9 @@ class PerClass(nn.Module):
 
 def sometimes(shape: tuple[int, ...], classes: int) -> nn.Sequential:
     """Return a net with a parameter that some micro-batches do not use."""
-    return nn.Sequential(PerClass(shape[0]), nn.Linear(shape[0], 12), nn.ReLU(), nn.Linear(12, classes))
+    return nn.Sequential(
+        PerClass(shape[0]), nn.Linear(shape[0], 12), nn.ReLU(), nn.Linear(12, classes)
+    )
 
 
 def train_plainly(net: nn.Module, optimizer: str, **fields: Any) -> None:
@@ -131,5 +133,7 @@ def train_plainly(net: nn.Module, optimizer: str, **fields: Any) -> None:
     for start in range(0, 96, 32):
         rows = order[start : start + 32]
         rule.zero_grad()
-        nn.functional.cross_entropy(net(torch.from_numpy(x[rows])), torch.from_numpy(y[rows])).backward()
+        nn.functional.cross_entropy(
+            net(torch.from_numpy(x[rows])), torch.from_numpy(y[rows])
+        ).backward()
         rule.step()

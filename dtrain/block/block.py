@@ -20,7 +20,8 @@ from torch import Tensor, nn, optim
 
 from dtrain.block.micro_batch import MicroBatch
 from dtrain.block.module_traits import may_skip_parameters, may_use_rng, works_in_place
-from dtrain.block.parameters import BlockParameters, OptimizerFactory
+from dtrain.block.optimizer import OptimizerFactory
+from dtrain.block.parameters import BlockParameters
 from dtrain.block.split_backward import SplitBackward
 from dtrain.rng import seeded
 

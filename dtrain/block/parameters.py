@@ -8,16 +8,15 @@ there are three.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn, optim
+from torch import Tensor, nn
 
 from dtrain.block.complex_tensors import real_view
 from dtrain.block.low_rank import FACTOR_NAMES, FACTORS_MODULE, LowRankWeight, is_factorizable
-
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], optim.Optimizer]
+from dtrain.block.optimizer import NamedParameter, OptimizerFactory
 
 
 class BlockParameters:
@@ -85,12 +84,25 @@ class BlockParameters:
     def _build_optimizer(self) -> None:
         self._collect_parameters()
         self.trainable_parameters = [p for p in self.parameters.values() if p.requires_grad]
-        self.optimizer = (
-            self._make_optimizer(self.trainable_parameters) if self.trainable_parameters else None
-        )
+        named = self.named_parameters()
+        self.optimizer = self._make_optimizer(named) if named else None
         groups = self.optimizer.param_groups if self.optimizer else []
         self.base_lrs = [float(group["lr"]) for group in groups]
         self.base_lr = self.base_lrs[0] if self.base_lrs else 0.0
+
+    def named_parameters(self) -> list[NamedParameter]:
+        """Return the trained parameters with their names and the classes of their modules."""
+        modules = self.modules()
+
+        def module_class(name: str) -> str:
+            owner = modules.get(matrix_name(name).rpartition(".")[0])
+            return type(owner).__name__
+
+        return [
+            NamedParameter(name, parameter, module_class(name))
+            for name, parameter in self.parameters.items()
+            if parameter.requires_grad
+        ]
 
     @property
     def buffers(self) -> dict[str, Tensor]:
@@ -259,14 +271,13 @@ class BlockParameters:
         """Load a state that `optimizer_state` returned."""
         if self.optimizer is None:
             return
-        numbers = {
-            id(parameter): number for number, parameter in enumerate(self.trainable_parameters)
-        }
+        groups = self.optimizer.state_dict()["param_groups"]
+        in_order = [p for group in self.optimizer.param_groups for p in group["params"]]
+        numbers = {id(parameter): number for number, parameter in enumerate(in_order)}
         state: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
         for name, tensor in optimizer_state.items():
             parameter, _, entry = name.rpartition("/")
             state[numbers[id(self.parameters[parameter])]][entry] = tensor
-        groups = self.optimizer.state_dict()["param_groups"]
         # `load_state_dict` moves each entry to the right device.
         self.optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
 

@@ -201,7 +201,8 @@ def cast_module(module: nn.Module, dtype: torch.dtype) -> nn.Module:
             return tensor.to(dtype.to_complex())
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
-    return module._apply(cast)
+    module._apply(cast)  # type: ignore[no-untyped-call]
+    return module
 
 
 def require_unshared(layers: dict[str, nn.Module]) -> None:

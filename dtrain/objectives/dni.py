@@ -127,6 +127,9 @@ class Dni(Objective):
             and 2 * micro_batch.row_random.total_rows >= past.update_rows
         ):
             pairs.append(synthesiser_loss_pair(synthesiser, past, micro_batch))
+        else:  # a gradient of zero, so that the moments of the optimizer decay
+            total = torch.stack([p.sum() for p in synthesiser.parameters()]).sum()
+            pairs.append((total, torch.zeros_like(total)))
         return pairs
 
 

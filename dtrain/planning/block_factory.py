@@ -13,14 +13,11 @@ plan makes without memory.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import nn
 
-from dtrain.block import optimizer as optimizers
 from dtrain.block.block import Block
-from dtrain.block.parameters import OptimizerFactory
 from dtrain.config.run import RunConfig
 from dtrain.models.layers import LayerStack, cast_module
 from dtrain.planning.layout import Layout
@@ -74,7 +71,7 @@ def assemble_block(
         index,
         layers,
         head,
-        optimizer_factory(run),
+        run.optimizer_settings(),
         seed=run.settings.seed,
         detach_every=objective.detach_every,
         recompute=recompute if isinstance(recompute, bool) else index in recompute,
@@ -82,8 +79,3 @@ def assemble_block(
     )
     block.may_skip_parameters |= not type(objective).__module__.startswith("dtrain.")
     return block
-
-
-def optimizer_factory(run: RunConfig) -> OptimizerFactory:
-    """Return the function that makes a block's optimizer from its parameters."""
-    return partial(optimizers.make_optimizer, run.optimizer.name, run.optimizer_fields())

@@ -208,9 +208,7 @@ class DASO(LocalUpdates):
         """Make all replicas equal: weights, moments and step counts. Collective over them."""
         state = self.block.optimizer_state()
         moments = {
-            key: tensor
-            for key, tensor in state.items()
-            if tensor.dim() and has_mean(tensor)
+            key: tensor for key, tensor in state.items() if tensor.dim() and has_mean(tensor)
         }
         self.replicas.mean_(self.block.trainable_tensors() | moments)
         self.replicas.broadcast_({key: count for key, count in state.items() if not count.dim()})
