@@ -1,12 +1,15 @@
 """RankJob: the engine, loaders and communicators of one rank, made from a plan.
 
 Invariant: nothing is written before every rank has accepted the run. Each step is local work on
-values that all ranks share, so all ranks raise or none.
+values that all ranks share, so all ranks raise or none. The ranks compare their layouts before they
+train, and the replicas of a block start with equal weights.
 """
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -14,6 +17,7 @@ from hashlib import blake2b
 import numpy as np
 import torch
 
+from dtrain.block.block import Block
 from dtrain.block.device import keep_freed_memory, select_device
 from dtrain.comm.agree import all_or_none
 from dtrain.comm.communicator import Comm
@@ -24,10 +28,12 @@ from dtrain.data.loader import Loader
 from dtrain.engine.engine import Engine
 from dtrain.engine.evaluator import Evaluator
 from dtrain.engine.spec import EngineSpec
-from dtrain.errors import DataError
+from dtrain.errors import ConfigError, DataError
 from dtrain.mesh import RankPosition
 from dtrain.planning.block_factory import make_block
+from dtrain.planning.layout import layout_rows
 from dtrain.planning.plan import Plan
+from dtrain.syncs.replica_check import checksum
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,9 @@ class RankJob:
         They read the samples of both splits.
     groups : ProcessGroups
         The communicators of this rank.
+    copied_blocks : list of int
+        Blocks whose initial weights differed between replicas, so that all replicas have those of
+        the first one; of all stages, in order.
     """
 
     plan: Plan
@@ -50,6 +59,7 @@ class RankJob:
     train_loader: Loader
     test_loader: Loader
     groups: ProcessGroups
+    copied_blocks: list[int]
 
     @property
     def position(self) -> RankPosition:
@@ -81,6 +91,7 @@ def build_rank(plan: Plan, comm: Comm) -> RankJob:
     blocks = all_or_none(
         comm, lambda: {index: make_block(plan.run, layout, index, device) for index in indices}
     )
+    copied_blocks = _equalise_replicas(blocks, groups)
     syncs = {index: plan.run.new_sync() for index in blocks}
     for index, sync in syncs.items():
         sync.setup(blocks[index], groups.replicas)
@@ -93,7 +104,28 @@ def build_rank(plan: Plan, comm: Comm) -> RankJob:
         train_loader=Loader(plan.data.train, layout.dtype, augment),
         test_loader=Loader(plan.data.test, layout.dtype),
         groups=groups,
+        copied_blocks=copied_blocks,
     )
+
+
+def _equalise_replicas(blocks: Mapping[int, Block], groups: ProcessGroups) -> list[int]:
+    """Give all replicas of a block the weights of the first one where they differ.
+
+    Collective over all ranks. Initial weights differ where a user's function draws them from
+    generators that dtrain does not seed. Returns the blocks that differed, of all stages.
+    """
+    replicas, copied = groups.replicas, []
+    for index, block in blocks.items() if replicas.size > 1 else ():
+        tensors = block.tensors()
+        checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
+        first, *others = replicas.allgather_object(checksums)
+        names = [n for n in tensors if any(other[n] != first[n] for other in others)]
+        if names:
+            with replicas.without_counting():
+                replicas.broadcast_({name: tensors[name] for name in names})
+            copied.append(index)
+    all_copied = groups.control.allgather_object(copied) if groups.control.size > 1 else [copied]
+    return sorted({index for indices in all_copied for index in indices})
 
 
 def _engine_spec(plan: Plan, device: torch.device) -> EngineSpec:
@@ -110,6 +142,34 @@ def _engine_spec(plan: Plan, device: torch.device) -> EngineSpec:
         training_length=plan.training_length,
         wire_format=layout.wire_format,
     )
+
+
+def check_same_layout(plan: Plan, comm: Comm) -> None:
+    """Verify that all ranks made the same plan. Collective over all ranks.
+
+    Raises
+    ------
+    ConfigError
+        On all ranks, if layouts differ; it names the first difference.
+    """
+    if comm.size == 1:
+        return
+    rows = layout_rows(plan.layout) | {"run": repr(plan.run.to_table())}
+    rows = {key: re.sub(" at 0x[0-9a-f]+", "", text) for key, text in rows.items()}
+    own_hash = blake2b(repr(rows).encode()).hexdigest()
+    if len(set(comm.allgather_object(own_hash))) == 1:
+        return
+    first, *others = comm.allgather_object(rows)
+    for rank, other in enumerate(others, 1):
+        for key in {**first, **other}:
+            if first.get(key) != other.get(key):
+                raise ConfigError(
+                    "layout.ranks-differ",
+                    f"rank {rank} has another layout than rank 0: {key} is {other.get(key)} there "
+                    f"and {first.get(key)} on rank 0; make the model the same in every process "
+                    "(seed its random numbers), or set [partition] cuts",
+                    agreed=True,
+                )
 
 
 def check_same_data(plan: Plan, comm: Comm) -> None:

@@ -22,7 +22,13 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from dtrain.build import RankJob, build_rank, check_same_data, set_threads
+from dtrain.build import (
+    RankJob,
+    build_rank,
+    check_same_data,
+    check_same_layout,
+    set_threads,
+)
 from dtrain.checkpoint.manifest import Manifest
 from dtrain.checkpoint.resume import load_newest, newest_checkpoint
 from dtrain.checkpoint.store import load_blocks
@@ -122,6 +128,7 @@ def evaluate_run(
     run = all_or_none(comm, lambda: _read_run(folder, overrides))
     set_threads(run, comm)
     plan = all_or_none(comm, lambda: make_plan(_fit_stages(run, comm.size), comm.size))
+    check_same_layout(plan, comm)
     check_same_data(plan, comm)
     job = build_rank(plan, comm)
 

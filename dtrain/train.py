@@ -13,7 +13,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dtrain.build import RankJob, build_rank, check_same_data, set_threads
+from dtrain.build import (
+    RankJob,
+    build_rank,
+    check_same_data,
+    check_same_layout,
+    set_threads,
+)
 from dtrain.checkpoint import run_folder, store
 from dtrain.checkpoint.digest import model_digest
 from dtrain.checkpoint.manifest import read_manifest
@@ -64,6 +70,7 @@ def train(run: RunConfig, comm: Comm, out: Path, resume: str = "auto") -> dict[s
         point = find_resume_point(comm, out, resume)
         with_blocks = run.with_checkpoint_blocks(point.run_table)
         plan = all_or_none(comm, lambda: make_plan(with_blocks, comm.size))
+        check_same_layout(plan, comm)
         check_same_data(plan, comm)
         is_trained = point.updates >= plan.training_length.total_updates
         all_or_none(comm, lambda: check_same_run(out, point.run_table, plan.run, is_trained))
@@ -78,7 +85,8 @@ def train(run: RunConfig, comm: Comm, out: Path, resume: str = "auto") -> dict[s
             _write_plan(plan, totals, out)
         if plan.run.settings.trace:
             job.engine.trace = _start_trace(job, comm, out, totals)
-        progress.start(threads, merged_replicas)
+        copied_blocks = job.copied_blocks if point.checkpoint is None else []
+        progress.start(threads, merged_replicas, copied_blocks)
         for segment in plan.training_length.segments(totals.update):
             _train_segment(job, segment, totals, progress)
             _finish_segment(job, segment, totals, progress, out)

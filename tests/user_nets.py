@@ -5,6 +5,7 @@ Made after reports of users of other tools: each was trained wrongly, or not at 
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,30 @@ class Drop(nn.Module):
 def layer_drop(shape: tuple[int, ...], classes: int) -> nn.Sequential:
     """Return a net of residual units that are skipped at random."""
     return nn.Sequential(*[Drop(shape[0]) for _ in range(5)], nn.Linear(shape[0], classes))
+
+
+def python_drop(shape: tuple[int, ...], classes: int) -> nn.Sequential:
+    """Return a net whose units are skipped by Python's own generator."""
+    layers = [nn.Sequential(PythonDrop(shape[0])) for _ in range(5)]
+    return nn.Sequential(*layers, nn.Linear(shape[0], classes))
+
+
+class PythonDrop(Drop):
+    """A residual unit that is skipped by a number of Python's global generator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.training and random.random() < 0.5 else x + torch.tanh(self.linear(x))
+
+
+def numpy_initialised(shape: tuple[int, ...], classes: int) -> nn.Sequential:
+    """Return a net with initial weights of an unseeded generator of numpy."""
+    net = nn.Sequential(nn.Linear(shape[0], 12), nn.ReLU(), nn.Linear(12, classes))
+    generator = np.random.default_rng()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            values = generator.normal(scale=0.2, size=tuple(parameter.shape))
+            parameter.copy_(torch.from_numpy(values))
+    return net
 
 
 class Unused(nn.Linear):

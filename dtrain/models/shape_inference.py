@@ -122,7 +122,8 @@ def profile_module(
     Parameters
     ----------
     layer : nn.Module
-        A module of one tensor, such as a layer or an auxiliary head. Its buffers may change.
+        A module of one tensor, such as a layer or an auxiliary head. Its buffers may change, and
+        so may the states of random number generators.
     shape : tuple of int
         Shape of one sample of the input.
     dtype : torch.dtype
@@ -135,7 +136,7 @@ def profile_module(
     ConfigError
         The result is not one tensor with the samples first.
     """
-    with torch.device(device), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+    with torch.device(device), torch.enable_grad():
         sample = torch.zeros(SAMPLES, *shape, dtype=dtype)
         inputs = [sample.requires_grad_()] if dtype.is_floating_point else []
         # A clone, since a layer may work in place and autograd forbids that on a leaf.

@@ -19,6 +19,7 @@ from dtrain.models.shape_inference import LayerSpec, profile_module
 from dtrain.objectives.base import Objective, input_gradient_blocks
 from dtrain.objectives.block_spec import BlockSpec, DownstreamLayer
 from dtrain.planning.structure_cache import StructureCache, module_key
+from dtrain.rng import fixed_random_numbers
 
 _PROFILES: StructureCache[LayerSpec] = StructureCache()
 """Specs of heads by structure, input shape and dtype."""
@@ -154,7 +155,8 @@ def profile_head(objective: Objective, block_spec: BlockSpec) -> LayerSpec | Non
     if shape is not None:
         structure = module_key(head)
         key = None if structure is None else (structure, tuple(shape), dtype)
-        spec = _PROFILES.get(key, lambda: profile_module(head, shape, dtype, name))
+        with fixed_random_numbers(0):
+            spec = _PROFILES.get(key, lambda: profile_module(head, shape, dtype, name))
         return replace(spec, name=name)
     elements = sum(parameter.numel() for parameter in head.parameters())
     norms = nn.modules.batchnorm._BatchNorm
