@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from dtrain.config.parse import parse_run
 from dtrain.config.run import RunConfig
@@ -144,6 +145,43 @@ def sometimes(shape: tuple[int, ...], classes: int) -> nn.Sequential:
     return nn.Sequential(
         PerClass(shape[0]), nn.Linear(shape[0], 12), nn.ReLU(), nn.Linear(12, classes)
     )
+
+
+def spectral(shape: tuple[int, ...], classes: int) -> nn.Sequential:
+    """Return a net with spectral norm, of the new kind and of the old one."""
+    first = parametrizations.spectral_norm(nn.Linear(shape[0], 16))
+    second = nn.utils.spectral_norm(nn.Linear(16, 16))
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Linear(16, classes))
+
+
+def orthogonal(shape: tuple[int, ...], classes: int) -> nn.Sequential:
+    """Return a net with spectral norm of wide matrices whose singular values start equal."""
+    layers: list[nn.Module] = []
+    for inputs in (shape[0], 64):
+        linear = nn.Linear(inputs, 64)
+        nn.init.orthogonal_(linear.weight)
+        layers += [parametrizations.spectral_norm(linear), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(64, classes))
+
+
+class Centred(nn.Linear):
+    """A layer with a buffer of signs that its author wants to be those of the first replica."""
+
+    first_replica_buffers = ("signs",)
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.register_buffer("signs", torch.ones(inputs))
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training:
+            self.signs = torch.sign(input[0].detach())
+        return super().forward(input)
+
+
+def centred(shape: tuple[int, ...], classes: int) -> nn.Sequential:
+    """Return a net with a user's buffer that has no mean."""
+    return nn.Sequential(Centred(shape[0], 12), nn.ReLU(), nn.Linear(12, classes))
 
 
 def train_plainly(net: nn.Module, optimizer: str, **fields: Any) -> None:

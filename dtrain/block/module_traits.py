@@ -6,7 +6,11 @@ type counts as one that uses random numbers, and as one that may skip its parame
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from dtrain.block.split_backward import LEAF_MODULES
 
@@ -45,6 +49,21 @@ def may_skip_parameters(module: nn.Module) -> bool:
         type(part).forward.__module__.startswith(("torch.nn.", "dtrain."))
         for part in module.modules()
     )
+
+
+def first_replica_buffers(module: nn.Module) -> Sequence[str]:
+    """Return the names of a module's buffers that have no mean: one replica's are right for all.
+
+    These are the singular vectors of spectral norm, whose means over replicas may cancel, and the
+    buffers that a user's module lists in an attribute ``first_replica_buffers``.
+    """
+    names = [*getattr(module, "first_replica_buffers", ())]
+    if isinstance(module, _SpectralNorm):
+        names += ["_u", "_v"]
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, SpectralNorm):
+            names += [f"{hook.name}_u", f"{hook.name}_v"]
+    return names
 
 
 def _is_deterministic(module: nn.Module) -> bool:

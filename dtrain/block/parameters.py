@@ -8,7 +8,7 @@ there are three.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dtrain.block.complex_tensors import real_view
 from dtrain.block.low_rank import FACTOR_NAMES, FACTORS_MODULE, LowRankWeight, is_factorizable
+from dtrain.block.module_traits import first_replica_buffers
 from dtrain.block.optimizer import NamedParameter, OptimizerFactory
 
 
@@ -119,13 +120,22 @@ class BlockParameters:
 
         Left out are the buffers that their module lists in an attribute ``identical_buffers``.
         """
-        identical = {
+        identical = self._listed_buffers(lambda m: getattr(m, "identical_buffers", ()))
+        return {name: buffer for name, buffer in self.buffers.items() if name not in identical}
+
+    @property
+    def first_replica_buffers(self) -> set[str]:
+        """The names of the unsynced buffers that are not averaged, but those of replica 0."""
+        return self._listed_buffers(first_replica_buffers)
+
+    def _listed_buffers(self, list_names: Callable[[nn.Module], Iterable[str]]) -> set[str]:
+        """Return the global names of the buffers that a function lists for their modules."""
+        return {
             ".".join(filter(None, (root, path, name)))
             for root, layer in self.roots.items()
             for path, module in layer.named_modules()
-            for name in getattr(module, "identical_buffers", ())
+            for name in list_names(module)
         }
-        return {name: buffer for name, buffer in self.buffers.items() if name not in identical}
 
     # ---- the optimizer
 

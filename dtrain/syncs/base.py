@@ -15,7 +15,7 @@ world. All replicas call the same methods in the same order, so each method may 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, TypedDict, final
@@ -112,6 +112,10 @@ class SyncTarget(Protocol):
     @property
     def unsynced_buffers(self) -> dict[str, Tensor]:
         """The buffers in which replicas may differ."""
+
+    @property
+    def first_replica_buffers(self) -> set[str]:
+        """The names of the unsynced buffers that are not averaged, but those of replica 0."""
 
     def trainable_tensors(self) -> dict[str, Tensor]:
         """Return the trained parameters by name, detached, not copied."""
@@ -340,13 +344,18 @@ def diverging_tensors(block: SyncTarget) -> dict[str, Tensor]:
     return block.trainable_tensors() | block.unsynced_buffers
 
 
-def replica_mean(replicas: Comm, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def replica_mean(
+    replicas: Comm, tensors: Mapping[str, Tensor], first_replica: Container[str] = ()
+) -> dict[str, Tensor]:
     """Return the means of `tensors` over the replicas, as copies. Collective over the replicas.
 
-    Integers are not averaged: they are this replica's own.
+    Integers are not averaged: they are this replica's own. Tensors whose names are in
+    `first_replica` are those of replica 0.
     """
     copies = clone_all(tensors)
-    replicas.mean_([tensor for tensor in copies.values() if has_mean(tensor)])
+    averaged = {name: tensor for name, tensor in copies.items() if name not in first_replica}
+    replicas.mean_([tensor for tensor in averaged.values() if has_mean(tensor)])
+    replicas.broadcast_([tensor for name, tensor in copies.items() if name not in averaged])
     return copies
 
 

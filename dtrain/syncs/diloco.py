@@ -102,7 +102,9 @@ class DiLoCo(PeriodicSync):
 
     def evaluation_weights(self) -> dict[str, Tensor]:
         """Return the outer weights, and the mean of buffers. Collective over the replicas."""
-        buffers = replica_mean(self.replicas, self.block.unsynced_buffers)
+        buffers = replica_mean(
+            self.replicas, self.block.unsynced_buffers, self.block.first_replica_buffers
+        )
         tensors = self.block.tensors()
         return tensors | view_as_originals(self._outer_weights, tensors) | buffers
 

@@ -93,6 +93,11 @@ class TensorSubset:
         """All unsynced buffers of the block."""
         return self.block.unsynced_buffers
 
+    @property
+    def first_replica_buffers(self) -> set[str]:
+        """The names of the buffers that are not averaged."""
+        return self.block.first_replica_buffers
+
     def trainable_tensors(self) -> dict[str, Tensor]:
         """Return the trained tensors of the subset."""
         return {

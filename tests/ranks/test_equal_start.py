@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from dtrain.errors import ConfigError
-from dtrain.models.shape_inference import infer_layers
 from dtrain.models import load_model
+from dtrain.models.shape_inference import infer_layers
 from dtrain.planning.plan import make_plan
 from tests import user_nets
 from tests.harness import assert_same_model, train_in_threads

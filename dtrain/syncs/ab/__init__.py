@@ -347,7 +347,9 @@ class AB(LocalUpdates):
         """Return the tensors as a merge would make them. Collective over the replicas."""
         if not self.in_low_rank:
             return super().evaluation_weights()
-        buffers = replica_mean(self.replicas, self.block.unsynced_buffers)
+        buffers = replica_mean(
+            self.replicas, self.block.unsynced_buffers, self.block.first_replica_buffers
+        )
         tensors = self.weights.merged_tensors()
         return tensors | view_as_originals(self._merged_tensors(), tensors) | buffers
 
