@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +21,12 @@ import torch
 from dtrain.block.block import Block
 from dtrain.block.device import keep_freed_memory, select_device
 from dtrain.comm.agree import all_or_none
+from dtrain.comm.buffers import describe_tensor
 from dtrain.comm.communicator import Comm
 from dtrain.comm.groups import ProcessGroups
 from dtrain.config.run import RunConfig
 from dtrain.data import augment as augments
+from dtrain.data.dataset import unstandardised
 from dtrain.data.loader import Loader
 from dtrain.engine.engine import Engine
 from dtrain.engine.evaluator import Evaluator
@@ -51,6 +54,8 @@ class RankJob:
     copied_blocks : list of int
         Blocks whose initial weights differed between replicas, so that all replicas have those of
         the first one; of all stages, in order.
+    model_fingerprint : dict of str to str
+        Shape and dtype of every parameter and buffer of the model, by name.
     """
 
     plan: Plan
@@ -60,6 +65,7 @@ class RankJob:
     test_loader: Loader
     groups: ProcessGroups
     copied_blocks: list[int]
+    model_fingerprint: dict[str, str]
 
     @property
     def position(self) -> RankPosition:
@@ -92,6 +98,7 @@ def build_rank(plan: Plan, comm: Comm) -> RankJob:
         comm, lambda: {index: make_block(plan.run, layout, index, device) for index in indices}
     )
     copied_blocks = _equalise_replicas(blocks, groups)
+    model_fingerprint = _model_fingerprint(blocks, groups)
     syncs = {index: plan.run.new_sync() for index in blocks}
     for index, sync in syncs.items():
         sync.setup(blocks[index], groups.replicas)
@@ -105,6 +112,7 @@ def build_rank(plan: Plan, comm: Comm) -> RankJob:
         test_loader=Loader(plan.data.test, layout.dtype),
         groups=groups,
         copied_blocks=copied_blocks,
+        model_fingerprint=model_fingerprint,
     )
 
 
@@ -126,6 +134,17 @@ def _equalise_replicas(blocks: Mapping[int, Block], groups: ProcessGroups) -> li
             copied.append(index)
     all_copied = groups.control.allgather_object(copied) if groups.control.size > 1 else [copied]
     return sorted({index for indices in all_copied for index in indices})
+
+
+def _model_fingerprint(blocks: Mapping[int, Block], groups: ProcessGroups) -> dict[str, str]:
+    """Return shape and dtype of the tensors of all stages, by name. Collective over all ranks."""
+    own_tensors = {
+        name: describe_tensor(tensor)
+        for block in blocks.values()
+        for name, tensor in block.tensors().items()
+    }
+    rows = groups.pipeline.allgather_object(own_tensors)
+    return {name: text for row in rows for name, text in sorted(row.items())}
 
 
 def _engine_spec(plan: Plan, device: torch.device) -> EngineSpec:
@@ -172,11 +191,12 @@ def check_same_layout(plan: Plan, comm: Comm) -> None:
                 )
 
 
-def check_same_data(plan: Plan, comm: Comm) -> None:
+def check_same_data(plan: Plan, comm: Comm) -> dict[str, Any]:
     """Verify on some samples that all ranks read the same data. Collective over all ranks.
 
     Inputs and labels are read by different stages. So a data function with unseeded random numbers
-    would pair the images of one rank with the labels of another.
+    would pair the images of one rank with the labels of another. Returns what identifies the data
+    in a later start: sizes, a hash of some labels, and a number for each of some inputs.
 
     Raises
     ------
@@ -184,8 +204,8 @@ def check_same_data(plan: Plan, comm: Comm) -> None:
         On all ranks, if labels or inputs differ.
     """
     fingerprints = comm.allgather_object(_fingerprint(plan, comm.rank))
-    labels = {label_hash for label_hash, _ in fingerprints}
-    inputs = {input_hash for _, input_hash in fingerprints if input_hash is not None}
+    labels = {label_hash for label_hash, _, _ in fingerprints}
+    inputs = {input_hash for _, input_hash, _ in fingerprints if input_hash is not None}
     if len(labels) > 1 or len(inputs) > 1:
         differing = "labels" if len(labels) > 1 else "inputs"
         raise DataError(
@@ -194,10 +214,21 @@ def check_same_data(plan: Plan, comm: Comm) -> None:
             "the same in every process (seed its random numbers)",
             agreed=True,
         )
+    splits = {"training split": plan.data.train, "test split": plan.data.test}
+    sizes = {
+        name: f"{split.size} samples of {list(split.shape)}, {split.classes} classes"
+        for name, split in splits.items()
+    }
+    numbers = next(numbers for _, _, numbers in fingerprints if numbers is not None)
+    return sizes | {"labels": min(labels), "inputs": numbers}
 
 
-def _fingerprint(plan: Plan, rank: int) -> tuple[str, str | None]:
-    """Return hashes of some labels, and of some inputs where this rank reads inputs."""
+def _fingerprint(plan: Plan, rank: int) -> tuple[str, str | None, list[float] | None]:
+    """Return hashes of some labels, and of some inputs where this rank reads inputs.
+
+    Inputs are read by the first stage at least. The numbers are weighted means of inputs before
+    they are standardised, which hardly depend on the machine.
+    """
     _, stage = plan.layout.mesh.coords(rank)
     objective = plan.layout.objective
     specs = [plan.layout.block_specs[index] for index in plan.layout.blocks_of_stage(stage)]
@@ -205,14 +236,18 @@ def _fingerprint(plan: Plan, rank: int) -> tuple[str, str | None]:
         objective.needs_samples(spec, "train") or objective.needs_samples(spec, "predict")
         for spec in specs
     )
-    labels, inputs = blake2b(), blake2b()
+    labels, inputs, numbers = blake2b(), blake2b(), list[float]()
     for split in (plan.data.train, plan.data.test):
         indices = np.unique(np.linspace(0, split.size - 1, 32).astype(np.int64))
         labels.update(str((split.size, split.shape, split.classes)).encode())
         labels.update(split.targets(indices).numpy().tobytes())
         if reads_inputs:
             inputs.update(split.inputs(indices).numpy().tobytes())
-    return labels.hexdigest(), inputs.hexdigest() if reads_inputs else None
+            rows = unstandardised(split).inputs(indices).double().flatten(1)
+            numbers += (rows * torch.linspace(0.5, 1.5, rows.shape[1])).mean(1).tolist()
+    if not reads_inputs:
+        return labels.hexdigest(), None, None
+    return labels.hexdigest(), inputs.hexdigest(), numbers
 
 
 def set_threads(run: RunConfig, comm: Comm) -> int:

@@ -36,6 +36,7 @@ from dtrain.comm.agree import all_or_none
 from dtrain.comm.communicator import Comm
 from dtrain.config.parse import read_resolved_run
 from dtrain.config.run import RunConfig
+from dtrain.data.dataset import Standardised
 from dtrain.data.loader import Loader
 from dtrain.data.sampler import BatchSplitter, Indices, even_ranges
 from dtrain.errors import ConfigError
@@ -134,6 +135,7 @@ def evaluate_run(
 
     def load(manifest: Manifest) -> Manifest:
         load_blocks(manifest, job.engine.blocks, "model")
+        _use_saved_statistics(manifest, job)
         return manifest
 
     manifest = load_newest(folder, load, job.groups.control)
@@ -158,6 +160,14 @@ def evaluate_run(
         "ranks": plan.layout.mesh.ranks,
         "stages": plan.layout.mesh.stages,
     }
+
+
+def _use_saved_statistics(manifest: Manifest, job: RankJob) -> None:
+    """Standardise inputs as the training did, whatever training split is there now."""
+    statistics = manifest.load_prefix("statistics/") if job.evaluator.needs_samples else {}
+    for split in (job.plan.data.train, job.plan.data.test):
+        if statistics and isinstance(split, Standardised):
+            split.use_statistics(statistics)
 
 
 def _read_run(folder: Path, overrides: Sequence[str]) -> RunConfig:

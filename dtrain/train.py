@@ -26,13 +26,16 @@ from dtrain.checkpoint.manifest import read_manifest
 from dtrain.checkpoint.resume import (
     CHECKPOINT_FOLDER,
     ResumePoint,
+    check_same_model,
     check_same_run,
+    check_saved_data,
     find_checkpoint,
     find_resume_point,
 )
 from dtrain.comm.agree import all_or_none, broadcast_object
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
+from dtrain.data.dataset import Standardised
 from dtrain.data.sampler import epoch_order
 from dtrain.engine.trace import TRACE_FILE, Trace
 from dtrain.errors import ConfigError, DtrainError, Interrupted, add_location, one_line
@@ -43,6 +46,7 @@ from dtrain.monitoring.summary import make_summary
 from dtrain.planning import report
 from dtrain.planning.plan import Plan, make_plan
 from dtrain.schedules.segments import Segment
+from dtrain.schema import Table
 
 REPORT_DELAY_S = 2.0
 """Seconds by which a rank that fails after another one delays its report."""
@@ -71,13 +75,16 @@ def train(run: RunConfig, comm: Comm, out: Path, resume: str = "auto") -> dict[s
         with_blocks = run.with_checkpoint_blocks(point.run_table)
         plan = all_or_none(comm, lambda: make_plan(with_blocks, comm.size))
         check_same_layout(plan, comm)
-        check_same_data(plan, comm)
+        data_fingerprint = check_same_data(plan, comm)
         is_trained = point.updates >= plan.training_length.total_updates
         all_or_none(comm, lambda: check_same_run(out, point.run_table, plan.run, is_trained))
+        all_or_none(comm, lambda: check_saved_data(point.fingerprint, data_fingerprint))
         owner, attempt = broadcast_object(comm, lambda: _acquire_folder(out, resume, point))
         all_or_none(comm, lambda: run_folder.check_visible(out, comm.hosts[comm.rank]))
         comm.flight.set_folder(out / run_folder.FLIGHT_FOLDER)
         job = build_rank(plan, comm)
+        fingerprint = {"model": job.model_fingerprint, "data": data_fingerprint}
+        all_or_none(comm, lambda: check_same_model(point.fingerprint, job.model_fingerprint))
         totals, merged_replicas = _restore(job, point)
         totals.attempt = attempt
         progress = Progress(plan, comm, out, totals)
@@ -89,7 +96,7 @@ def train(run: RunConfig, comm: Comm, out: Path, resume: str = "auto") -> dict[s
         progress.start(threads, merged_replicas, copied_blocks)
         for segment in plan.training_length.segments(totals.update):
             _train_segment(job, segment, totals, progress)
-            _finish_segment(job, segment, totals, progress, out)
+            _finish_segment(job, segment, totals, progress, out, fingerprint)
         summary = _finish_run(job, totals, out)
         progress.finish(summary)
         return summary
@@ -199,7 +206,12 @@ def _train_segment(job: RankJob, segment: Segment, totals: RunTotals, progress: 
 
 
 def _finish_segment(
-    job: RankJob, segment: Segment, totals: RunTotals, progress: Progress, out: Path
+    job: RankJob,
+    segment: Segment,
+    totals: RunTotals,
+    progress: Progress,
+    out: Path,
+    fingerprint: Table,
 ) -> None:
     """Evaluate and save where that is due, and report. Collective over all ranks."""
     eval_s = save_s = None
@@ -213,7 +225,7 @@ def _finish_segment(
         totals.tick()
         if saves:
             start = time.perf_counter()
-            _save_checkpoint(job, eval_weights, totals, out)
+            _save_checkpoint(job, eval_weights, totals, out, fingerprint)
             save_s = time.perf_counter() - start
     progress.end_segment(segment, eval_s, save_s)
     if job.groups.control.rank == 0:
@@ -235,17 +247,25 @@ def _evaluate(job: RankJob, eval_weights: EvalWeights, totals: RunTotals) -> Non
     totals.tested = totals.update
 
 
-def _save_checkpoint(job: RankJob, eval_weights: EvalWeights, totals: RunTotals, out: Path) -> None:
+def _save_checkpoint(
+    job: RankJob, eval_weights: EvalWeights, totals: RunTotals, out: Path, fingerprint: Table
+) -> None:
     """Write a checkpoint. Collective over all ranks."""
     run, engine, position = job.plan.run, job.engine, job.position
+    tensors = store.collect_tensors(engine.blocks, engine.syncs, eval_weights, position.replica)
+    train_split = job.plan.data.train
+    if position.replica == position.stage == 0 and isinstance(train_split, Standardised):
+        statistics = train_split.statistics()
+        tensors |= {f"statistics/{name}": tensor for name, tensor in statistics.items()}
     store.save(
         out / CHECKPOINT_FOLDER,
         f"replica-{position.replica}-stage-{position.stage}",
-        store.collect_tensors(engine.blocks, engine.syncs, eval_weights, position.replica),
+        tensors,
         run.to_table(),
         totals.state(),
         job.groups.control,
         run.checkpoint.keep,
+        fingerprint,
     )
 
 

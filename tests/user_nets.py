@@ -29,7 +29,7 @@ def blobs() -> Arrays:
     return x[:96], y[:96], x[96:], y[96:]
 
 
-def run(model: str, **tables: Any) -> RunConfig:
+def run(net: str, **tables: Any) -> RunConfig:
     """Return a run of three epochs; a table of `tables` is merged with that of the run."""
     table: dict[str, Any] = {
         "seed": 1,
@@ -39,7 +39,7 @@ def run(model: str, **tables: Any) -> RunConfig:
         "threads": 1,
         "dtype": "float64",
         "data": {"name": f"{__name__}:blobs"},
-        "model": {"name": f"{__name__}:{model}"},
+        "model": {"name": f"{__name__}:{net}"},
         "objective": {"name": "backprop"},
         "optimizer": {"name": "adamw", "lr": 0.01, "weight-decay": 0.1},
         "log": {"every-s": 1000},

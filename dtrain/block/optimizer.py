@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from dtrain.errors import ConfigError, unknown_name
+from dtrain.schema import is_quoted_number
 
 
 def scale_lr_and_momentum(
@@ -352,17 +353,6 @@ def clip_by_norm_(gradients: Sequence[Tensor], norm: float, max_norm: float) -> 
     if math.isfinite(norm) and scale < 1:
         for gradient in gradients:
             gradient.mul_(scale)
-
-
-def is_quoted_number(value: object) -> bool:
-    """Return whether a value is a text that reads as a number."""
-    if not isinstance(value, str):
-        return False
-    try:
-        float(value)
-    except ValueError:
-        return False
-    return True
 
 
 def _optimizer_class(name: str) -> type[optim.Optimizer]:

@@ -14,8 +14,10 @@ is built in the process. The state of torch's generator is unchanged afterwards.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import final
@@ -137,7 +139,7 @@ class FactoryLayers(LayerStack):
 
     def _meta_layer(self, index: int, dtype: torch.dtype) -> nn.Module | None:
         try:
-            with torch.device("meta"):
+            with on_meta():
                 return cast_module(self._make_layer(index, seed=0), dtype)
         except DtrainError:
             raise
@@ -193,6 +195,18 @@ def as_layers(function: Function, name: str) -> LayerStack:
     return FactoryLayers(names, tuple(factory for _, factory in pairs))
 
 
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Make tensors on the meta device; without the warnings of torch for weights that are loaded.
+
+    A user's function may load weights into its modules. On the meta device torch leaves them out,
+    with one warning for each.
+    """
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.filterwarnings("ignore", ".*copying from a non-meta parameter.*")
+        yield
+
+
 def cast_module(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Cast the floats of a module to `dtype` and its complex numbers to pairs of it, in place."""
 
@@ -236,7 +250,7 @@ def _call_on_meta(function: Function) -> object:
     """Call a function on the meta device, without memory; on the CPU where that fails."""
     with torch.random.fork_rng(devices=[]):
         try:
-            with torch.device("meta"):
+            with on_meta():
                 return function()
         except DtrainError:
             raise
