@@ -6,6 +6,7 @@ Made after reports of users of other tools: each was trained wrongly, or not at 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,45 @@ class Centred(nn.Linear):
 def centred(shape: tuple[int, ...], classes: int) -> nn.Sequential:
     """Return a net with a user's buffer that has no mean."""
     return nn.Sequential(Centred(shape[0], 12), nn.ReLU(), nn.Linear(12, classes))
+
+
+COMPILED_GRAPHS: list[int] = []
+"""One entry for each graph that `compiled` has compiled."""
+
+
+def counting_backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    """Run a graph as it is, and count it."""
+    COMPILED_GRAPHS.append(len(inputs))
+    return graph.forward
+
+
+def uncompiled(shape: tuple[int, ...], classes: int) -> nn.Sequential:
+    """Return a net of a linear layer, a normalised one and a head."""
+    inner = nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12), nn.ReLU())
+    return nn.Sequential(nn.Linear(shape[0], 12), nn.ReLU(), inner, nn.Linear(12, classes))
+
+
+def compiled(shape: tuple[int, ...], classes: int) -> nn.Sequential:
+    """Return the same net, in which a layer and the inside of another one are compiled."""
+    net = uncompiled(shape, classes)
+    net[0] = torch.compile(net[0], backend=counting_backend)  # type: ignore[assignment]
+    inner = net[2]
+    assert isinstance(inner, nn.Sequential)
+    inner[0] = torch.compile(inner[0], backend=counting_backend)  # type: ignore[assignment]
+    return net
+
+
+class Autocast(nn.Linear):
+    """A linear layer that computes in bfloat16."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(input)
+
+
+def autocast(shape: tuple[int, ...], classes: int) -> nn.Sequential:
+    """Return a net whose layers return bfloat16."""
+    return nn.Sequential(Autocast(shape[0], 16), nn.ReLU(), Autocast(16, 16), Autocast(16, classes))
 
 
 def train_plainly(net: nn.Module, optimizer: str, **fields: Any) -> None:

@@ -1,6 +1,7 @@
 """Parameters, buffers and optimizer state of a block, by global names.
 
-Invariant: a name means the same tensor on every rank and in every file. A matrix that is factorized
+Invariant: a name means the same tensor on every rank and in every file, whether its layer is
+compiled by `torch.compile` or not. A matrix that is factorized
 keeps its name; its factors are ``<name>.left`` and ``<name>.right``, and ``<name>.core`` where
 there are three.
 """
@@ -18,6 +19,9 @@ from dtrain.block.complex_tensors import real_view
 from dtrain.block.low_rank import FACTOR_NAMES, FACTORS_MODULE, LowRankWeight, is_factorizable
 from dtrain.block.module_traits import first_replica_buffers
 from dtrain.block.optimizer import NamedParameter, OptimizerFactory
+
+WRAPPER = "_orig_mod"
+"""Name of a module inside the one that `torch.compile` returns for it."""
 
 
 class BlockParameters:
@@ -66,7 +70,7 @@ class BlockParameters:
     def _collect_parameters(self) -> None:
         """Collect the parameters in their initial order."""
         parameters = {
-            self._global_name(f"{root}.{name}"): parameter
+            self._global_name(plain_name(f"{root}.{name}")): parameter
             for root, module in self.roots.items()
             for name, parameter in module.named_parameters()
         }
@@ -109,7 +113,7 @@ class BlockParameters:
     def buffers(self) -> dict[str, Tensor]:
         """The buffers by global name, looked up anew since a layer may rebind its own."""
         return {
-            f"{root}.{name}": tensor
+            plain_name(f"{root}.{name}"): tensor
             for root, module in self.roots.items()
             for name, tensor in module.named_buffers()
         }
@@ -131,7 +135,7 @@ class BlockParameters:
     def _listed_buffers(self, list_names: Callable[[nn.Module], Iterable[str]]) -> set[str]:
         """Return the global names of the buffers that a function lists for their modules."""
         return {
-            ".".join(filter(None, (root, path, name)))
+            plain_name(".".join(filter(None, (root, path, name))))
             for root, layer in self.roots.items()
             for path, module in layer.named_modules()
             for name in list_names(module)
@@ -176,18 +180,29 @@ class BlockParameters:
     def factorizable_weights(self, include_first: bool = False) -> list[str]:
         """Return the names of the trained weights that can be factorized.
 
-        These are the weights of linear and convolution layers. Left out are heads, the last such
-        weight of the model, and the first one unless `include_first`.
+        These are the weights of linear and convolution layers. Left out are heads, compiled
+        modules, the last such weight of the model, and the first one unless `include_first`.
         """
+        compiled = self._compiled_names()
         names = [
             f"{name}.weight"
             for name, module in self.modules().items()
             if not name.startswith("heads.")
             and is_factorizable(module)
             and self.parameters[f"{name}.weight"].requires_grad
+            and name not in compiled
         ]
         holds_first, holds_last = self.model_ends
         return names[holds_first and not include_first : len(names) - holds_last]
+
+    def _compiled_names(self) -> set[str]:
+        """Return the global names of the modules inside those that `torch.compile` returned."""
+        return {
+            plain_name(f"{root}.{name}".rstrip("."))
+            for root, layer in self.roots.items()
+            for name, _ in layer.named_modules()
+            if WRAPPER in name.split(".")
+        }
 
     def matrix_shape(self, name: str) -> tuple[int, int]:
         """Return rows and columns of a weight as a matrix (shape[0], product of the others)."""
@@ -292,12 +307,23 @@ class BlockParameters:
         self.optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
 
     def modules(self) -> dict[str, nn.Module]:
-        """Return all modules by global name."""
+        """Return all modules by global name; a compiled one is the module that was compiled."""
         return {
-            f"{root}.{name}".rstrip("."): module
+            plain_name(f"{root}.{name}".rstrip(".")): module
             for root, layer in self.roots.items()
             for name, module in layer.named_modules()
         }
+
+
+def plain_name(name: str) -> str:
+    """Return a dotted name without the wrappers of modules that `torch.compile` returned.
+
+    >>> plain_name("0._orig_mod.weight")
+    '0.weight'
+    """
+    if WRAPPER not in name:
+        return name
+    return ".".join(part for part in name.split(".") if part != WRAPPER)
 
 
 def matrix_name(name: str) -> str:

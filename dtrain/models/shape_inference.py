@@ -2,9 +2,9 @@
 
 All layers are run once on the meta device, which has shapes but no memory. Multiply-adds are
 counted with torch's flop counter (one multiply-add is two flops) over two samples, since batch
-normalisation needs two. A layer that cannot run on meta is run on the CPU, as a temporary copy, on
-zeros. A layer that draws random numbers is run several times, with seeds of its own, and costed by
-the most that it cost.
+normalisation needs two. A layer that cannot run on meta, or that uses autocast, which does nothing
+there, is run on the CPU, as a temporary copy, on zeros. A layer that draws random numbers is run
+several times, with fixed seeds, and costed by the most that it cost.
 
 Invariant: a `LayerSpec` depends only on model, shape and dtype. It is the same on every machine and
 for every number of ranks.
@@ -12,15 +12,17 @@ for every number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dtrain.errors import ConfigError, DtrainError
+from dtrain.models.compiled import without_compiling
 from dtrain.models.layers import LayerStack, require_unshared
 from dtrain.rng import fixed_random_numbers
 
@@ -136,7 +138,7 @@ def profile_module(
     ConfigError
         The result is not one tensor with the samples first.
     """
-    with torch.device(device), torch.enable_grad():
+    with torch.device(device), torch.enable_grad(), without_compiling([layer]):
         sample = torch.zeros(SAMPLES, *shape, dtype=dtype)
         inputs = [sample.requires_grad_()] if dtype.is_floating_point else []
         # A clone, since a layer may work in place and autograd forbids that on a leaf.
@@ -162,6 +164,29 @@ def profile_module(
             ),
             skippable_macs=all_macs - _backward_macs(output, weights),
         )
+
+
+class AutocastWatch(TorchFunctionMode):
+    """Notes whether a function of torch was called under autocast.
+
+    Attributes
+    ----------
+    seen : bool
+        Whether one was.
+    """
+
+    seen = False
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call the function, and look at the state of autocast."""
+        self.seen = self.seen or torch.is_autocast_enabled("cpu")
+        return func(*args, **(kwargs or {}))
 
 
 def _profile_draws(
@@ -212,7 +237,10 @@ def _measure(
     """Return the spec of a layer, run on meta where that works, else as a copy on the CPU."""
     try:
         if layer is not None:
-            return _profile_draws(layer, shape, dtype, name)
+            with AutocastWatch() as watch:
+                spec = _profile_draws(layer, shape, dtype, name)
+            if not watch.seen:  # autocast does nothing on meta
+                return spec
     except Exception:  # not supported on meta, or a fault, which the copy repeats
         pass
     copy = build()

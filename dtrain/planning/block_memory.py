@@ -33,6 +33,7 @@ from dtrain.block.micro_batch import MicroBatch, RowRandom
 from dtrain.block.optimizer import NamedParameter, OptimizerFactory
 from dtrain.block.saved_tensors import SavedTensors
 from dtrain.errors import ConfigError
+from dtrain.models.compiled import without_compiling
 from dtrain.objectives.base import Objective, input_gradient_blocks
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.forward import backward_pairs, forward_micro_batch
@@ -147,7 +148,8 @@ def _measure_block(
     """Return a new block, and the bytes that forwards and backward of one micro-batch add."""
     with torch.enable_grad():
         block = make()
-        return block, _measure_passes(block, objective, block_specs, index, rows)
+        with without_compiling(block.roots.values()):
+            return block, _measure_passes(block, objective, block_specs, index, rows)
 
 
 def _optimizer_bytes(make_optimizer: OptimizerFactory, parameters: Iterable[NamedParameter]) -> int:
