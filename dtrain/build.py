@@ -97,6 +97,7 @@ def build_rank(plan: Plan, comm: Comm) -> RankJob:
     blocks = all_or_none(
         comm, lambda: {index: make_block(plan.run, layout, index, device) for index in indices}
     )
+    _check_no_decay(plan, blocks, comm)
     copied_blocks = _equalise_replicas(blocks, groups)
     model_fingerprint = _model_fingerprint(blocks, groups)
     syncs = {index: plan.run.new_sync() for index in blocks}
@@ -114,6 +115,24 @@ def build_rank(plan: Plan, comm: Comm) -> RankJob:
         copied_blocks=copied_blocks,
         model_fingerprint=model_fingerprint,
     )
+
+
+def _check_no_decay(plan: Plan, blocks: Mapping[int, Block], comm: Comm) -> None:
+    """Refuse patterns of parameters without weight decay that match none. Collective over all."""
+    patterns = plan.run.optimizer_options.no_decay
+    if not patterns:
+        return
+    named = [parameter for block in blocks.values() for parameter in block.named_parameters()]
+    own_matches = [p for p in patterns if any(parameter.matches(p) for parameter in named)]
+    matches = {pattern for row in comm.allgather_object(own_matches) for pattern in row}
+    for pattern in patterns:
+        if pattern not in matches:
+            raise ConfigError(
+                "optimizer.no-decay-unmatched",
+                f'[optimizer] no-decay: "{pattern}" is in no parameter\'s name and in no class of '
+                "a module with parameters: correct it, or leave it out",
+                agreed=True,
+            )
 
 
 def _equalise_replicas(blocks: Mapping[int, Block], groups: ProcessGroups) -> list[int]:

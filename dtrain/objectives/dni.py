@@ -127,9 +127,8 @@ class Dni(Objective):
             and 2 * micro_batch.row_random.total_rows >= past.update_rows
         ):
             pairs.append(synthesiser_loss_pair(synthesiser, past, micro_batch))
-        else:  # a gradient of zero, so that the moments of the optimizer decay
-            total = torch.stack([p.sum() for p in synthesiser.parameters()]).sum()
-            pairs.append((total, torch.zeros_like(total)))
+        else:  # gradients of zero, so that the moments of the optimizer decay
+            pairs += [(p, torch.zeros_like(p)) for p in synthesiser.parameters()]
         return pairs
 
 

@@ -65,10 +65,7 @@ def copied_blocks(out: Path) -> list[list[int]]:
 
 @pytest.mark.parametrize("sync", ["every-step", "local-sgd"])
 def test_replicas_start_from_the_weights_of_the_first(sync: str, tmp_path: Path) -> None:
-    """The debug mode compares them after every update; a resumed run has those of its checkpoint.
-
-    A checkpoint after the first update holds what the replicas started from, plus one step.
-    """
+    """The debug mode compares them after each update; a resumed run has those of its checkpoint."""
     tables: dict[str, Any] = {"partition": {"blocks": 2}, "sync": {"name": sync}, "debug": True}
     tables["mesh"] = {"stages": 2}
     train_in_threads(user_nets.run("numpy_initialised", **tables), tmp_path, replicas=2)
@@ -90,3 +87,13 @@ def test_replicas_without_a_step_hold_the_weights_of_the_first(tmp_path: Path) -
 def test_seeded_weights_are_not_copied(tmp_path: Path) -> None:
     train_in_threads(user_nets.run("layer_drop", mesh={"stages": 1}), tmp_path, replicas=2)
     assert copied_blocks(tmp_path) == [[]]
+
+
+def test_a_pattern_that_matches_nothing_is_refused_on_all_ranks(tmp_path: Path) -> None:
+    """A pattern may match on one stage only."""
+    tables: dict[str, Any] = {"partition": {"blocks": 2}}
+    run = user_nets.run("layer_drop", optimizer={"no-decay": ["5.bias", "linear"]}, **tables)
+    train_in_threads(run, tmp_path / "run", stages=2)
+    run = user_nets.run("layer_drop", optimizer={"no-decay": ["bias", "nrom"]}, **tables)
+    with refuses(ConfigError, "optimizer.no-decay-unmatched"):
+        train_in_threads(run, tmp_path / "wrong", stages=2)
