@@ -1,11 +1,12 @@
-"""Starts runs of dtrain and programs of peers, one at a time and in turns, for all benchmarks.
+"""Start training runs and peer programs one at a time, and cache their results.
 
-Invariant: nothing runs beside what is being timed; a part that finished is kept on disk under the
-clean commit that made it, so a benchmark that was cut short goes on where it was.
+Invariant: no other program of the benchmark runs beside a timed one. A finished part is cached on
+disk under the clean commit that measured it, so an interrupted benchmark resumes after its last
+finished part.
 
 ::
 
-    turns(5, ours, theirs)      ours theirs | ours theirs | ...      five pairs, one after another
+    alternate(5, ours, theirs)      ours theirs | ours theirs | ...      five pairs
 """
 
 from __future__ import annotations
@@ -29,120 +30,121 @@ from dtrain.comm.launcher import find_mpirun, launch_command, rank_environment
 from dtrain.schema import Table, dump_toml
 
 T = TypeVar("T")
+DTRAIN = [sys.executable, "-m", "dtrain"]
 PEERS = ROOT / "benchmarks" / "peers"
-KEEPING = (f"MALLOC_MMAP_THRESHOLD_={2**25}", f"MALLOC_TRIM_THRESHOLD_={2**30}")
+MALLOC_ENVIRONMENT = (f"MALLOC_MMAP_THRESHOLD_={2**25}", f"MALLOC_TRIM_THRESHOLD_={2**30}")
+"""Lets the C library reuse freed memory (see `dtrain.block.device.keep_freed_memory`)."""
 
 
-def asked(told: str | None) -> bool:
-    """Return whether `--quick` was given; `told` is what `--help` says."""
+def parse_quick(description: str | None) -> bool:
+    """Parse the command line; return whether it has `--quick`."""
     plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=told, formatter_class=plain)
+    parser = argparse.ArgumentParser(description=description, formatter_class=plain)
     parser.add_argument("--quick", action="store_true", help="at most 10 minutes, writes no record")
     return bool(parser.parse_args().quick)
 
 
 @final
 @dataclass(frozen=True)
-class Told:
-    """What one run of dtrain left behind.
+class RunResult:
+    """Summary and metrics of one training run.
 
     Attributes
     ----------
     summary : dict
         `summary.json`.
-    trained, tested : list of dict
+    train_records, eval_records : list of dict
         The records of `metrics.jsonl` at segment ends and at evaluations, in order.
     """
 
     summary: dict[str, Any]
-    trained: list[dict[str, Any]]
-    tested: list[dict[str, Any]] = field(default_factory=list)
+    train_records: list[dict[str, Any]]
+    eval_records: list[dict[str, Any]] = field(default_factory=list)
 
-    def walls(self) -> list[float]:
-        """Return the seconds of each segment, its fill and its drain included."""
-        done = [0, *(record["samples"] for record in self.trained)]
-        rates = [record["samples_per_s"] for record in self.trained]
-        return [(b - a) / rate for a, b, rate in zip(done, done[1:], rates, strict=False)]
+    def segment_seconds(self) -> list[float]:
+        """Return the seconds of each segment, pipeline fill and drain included."""
+        samples = [0, *(record["samples"] for record in self.train_records)]
+        rates = [record["samples_per_s"] for record in self.train_records]
+        return [(b - a) / rate for a, b, rate in zip(samples, samples[1:], rates, strict=False)]
 
-    def rate(self) -> float:
-        """Return samples per second: the median of all segments but the first, which warms up."""
-        return median(float(record["samples_per_s"]) for record in self.trained[1:])
+    def samples_per_s(self) -> float:
+        """Return the median over all segments but the first, which warms up."""
+        return median(float(record["samples_per_s"]) for record in self.train_records[1:])
 
 
 @final
 class Bench:
-    """One benchmark's folder of run files, run folders and finished parts.
+    """The folder of one benchmark: run files, run folders and cached parts.
 
     Parameters
     ----------
     name : str
-        The script's name.
+        The name of the script.
     quick : bool
-        Kept apart from full mode.
+        Quick mode has a folder of its own.
     """
 
     def __init__(self, name: str, quick: bool) -> None:
-        mark = commit()
-        clean = not mark.endswith("-changed")
-        self.folder = ROOT / "runs" / name / ("quick" if quick else "full") / mark[:12]
-        if not clean:  # nobody knows what made the parts that lie there
+        version = commit()
+        self.folder = ROOT / "runs" / name / ("quick" if quick else "full") / version[:12]
+        if version.endswith("-changed"):  # the code that measured cached parts is unknown
             shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "benchmarks" / "user.py", self.folder)
 
     def has(self, part: str) -> bool:
-        """Say whether a part is there from an earlier start."""
+        """Return whether an earlier start cached a part."""
         return (self.folder / f"{part}.json").exists()
 
-    def kept(self, part: str, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """Return what `make` returns, from disk where an earlier start made it: plain values."""
+    def cached(self, part: str, measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """Return a cached part; if there is none, measure it and cache it as JSON."""
         path = self.folder / f"{part}.json"
         if not path.exists():
-            text = json.dumps(make())
+            text = json.dumps(measure())
             path.with_suffix(".part").write_text(text, encoding="utf-8")
             path.with_suffix(".part").rename(path)
         return dict(json.loads(path.read_text(encoding="utf-8")))
 
-    def train(self, run: Table, ranks: int, threads: int = 1, where: str = ".") -> Told:
-        """Train `run`, the tables of a run file, on `ranks` ranks of this host; in the sub-folder
-        `where`, if another run goes on beside it."""
+    def train(self, run: Table, ranks: int, threads: int = 1, subfolder: str = ".") -> RunResult:
+        """Train a run file on `ranks` ranks of this host; concurrent runs need a `subfolder`."""
 
-        def start(words: list[str], folder: Path) -> None:
-            call([*words, "--ranks", str(ranks)], folder, threads)
+        def start(command: list[str], folder: Path) -> None:
+            run_program([*command, "--ranks", str(ranks)], folder, threads)
 
-        return self.started(run | {"threads": threads}, start, where)
+        return self.train_with(start, run | {"threads": threads}, subfolder)
 
-    def inside(self, run: Table, hosts: Sequence[str], where: str = ".") -> Told:
-        """Train `run` on threads of one process, one per host named; for what is no time."""
-        program = [sys.executable, str(ROOT / "benchmarks" / "inside.py"), "run.toml", "out"]
+    def train_in_threads(self, run: Table, hosts: Sequence[str], subfolder: str = ".") -> RunResult:
+        """Train a run file on threads of one process, one per host name; not for timings."""
+        script = ROOT / "benchmarks" / "train_in_threads.py"
+        program = [sys.executable, str(script), "run.toml", "out"]
 
         def start(_: list[str], folder: Path) -> None:
-            call([*program, *hosts], folder, 1)
+            run_program([*program, *hosts], folder, 1)
 
-        return self.started(run | {"threads": 1}, start, where)
+        return self.train_with(start, run | {"threads": 1}, subfolder)
 
-    def started(
-        self, run: Table, start: Callable[[list[str], Path], object], where: str = "."
-    ) -> Told:
-        """Train `run` by `start(words, folder)`, which runs a command in a folder to its end."""
-        folder = self._write(run, where)
+    def train_with(
+        self, start: Callable[[list[str], Path], object], run: Table, subfolder: str = "."
+    ) -> RunResult:
+        """Train a run file by `start(command, folder)`, which runs a command to its end."""
+        folder = self._write_run(run, subfolder)
         out = folder / "out"
         shutil.rmtree(out, ignore_errors=True)
         start([*DTRAIN, "train", "run.toml", "--out", "out"], folder)
         lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         records = [json.loads(line) for line in lines]
-        by = {kind: [r for r in records if r["kind"] == kind] for kind in ("train", "eval")}
+        train, evaluation = ([r for r in records if r["kind"] == k] for k in ("train", "eval"))
         summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-        return Told(summary, by["train"], by["eval"])
+        return RunResult(summary, train, evaluation)
 
     def plan(self, run: Table, ranks: int) -> dict[str, Any]:
-        """Return what `dtrain plan --json` tells of `run`."""
-        self._write(run)
-        words = [*DTRAIN, "plan", "run.toml", "--json", "--ranks", str(ranks)]
-        return dict(json.loads(call(words, self.folder, 1, quiet=True)))
+        """Return the output of `dtrain plan --json`."""
+        self._write_run(run)
+        command = [*DTRAIN, "plan", "run.toml", "--json", "--ranks", str(ranks)]
+        return dict(json.loads(run_program(command, self.folder, 1, capture=True)))
 
-    def _write(self, run: Table, where: str = ".") -> Path:
-        folder = self.folder / where
+    def _write_run(self, run: Table, subfolder: str = ".") -> Path:
+        folder = self.folder / subfolder
         folder.mkdir(exist_ok=True)
         if folder != self.folder:
             shutil.copy(self.folder / "user.py", folder)
@@ -150,85 +152,81 @@ class Bench:
         return folder
 
 
-DTRAIN = [sys.executable, "-m", "dtrain"]
-
-
-def cifar() -> tuple[str, str]:
-    """Return the paths of CIFAR-10's training and test files, imported on first need."""
+def cifar_paths() -> tuple[str, str]:
+    """Return the paths of CIFAR-10's training and test files; the first call imports them."""
     source = Path(os.environ.get("DTRAIN_DATA", ROOT.parent / "shared" / "data"))
     folder = ROOT / "runs" / "cifar10"
     paths = folder / "cifar10.h5", folder / "cifar10-test.h5"
     if not all(path.exists() for path in paths):
         folder.mkdir(parents=True, exist_ok=True)
-        tar = str(source / "cifar10-jpeg.tar.gz")
-        call([*DTRAIN, "data", "import", tar, str(paths[0])], ROOT, 1)
+        archive = str(source / "cifar10-jpeg.tar.gz")
+        run_program([*DTRAIN, "data", "import", archive, str(paths[0])], ROOT, 1)
     return str(paths[0]), str(paths[1])
 
 
-def peer(script: str, ranks: int, *words: object) -> dict[str, float]:
-    """Return the figures that `peers/SCRIPT.py` prints as its last line, on torch's own ranks.
+def run_peer(script: str, ranks: int, *arguments: object) -> dict[str, float]:
+    """Run `peers/SCRIPT.py` on torchrun's ranks; return the figures of its last line.
 
-    The C library keeps freed memory for it as for us (see `dtrain.device.keep_freed`): a peer is
-    measured at its best setting, and this one gains 2 to 5 %.
+    `MALLOC_ENVIRONMENT` makes the peer 2 to 5 % faster: a peer is measured at its best setting.
     """
-    run = Path(sysconfig.get_path("scripts")) / "torchrun"
-    start = [str(run), "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    program = ["env", *KEEPING, *(start or [sys.executable])]
-    program += [str(PEERS / f"{script}.py"), *map(str, words)]
-    return _last(call(program, ROOT, 1, quiet=True))
+    torchrun = Path(sysconfig.get_path("scripts")) / "torchrun"
+    several = [str(torchrun), "--standalone", "--nproc-per-node", str(ranks)]
+    command = ["env", *MALLOC_ENVIRONMENT, *(several if ranks > 1 else [sys.executable])]
+    command += [str(PEERS / f"{script}.py"), *map(str, arguments)]
+    return last_record(run_program(command, ROOT, 1, capture=True))
 
 
-def ranked(ranks: int, *words: object) -> dict[str, Any]:
-    """Return the last line that a program of ours prints, started on MPI ranks of this host."""
+def run_on_ranks(ranks: int, *arguments: object) -> dict[str, Any]:
+    """Run a Python script on MPI ranks of this host; return the record of its last line."""
     launcher = find_mpirun(os.environ)
     if launcher is None:
         raise FileNotFoundError("no mpirun was found: make install")
-    argv = launch_command(launcher, ranks, [sys.executable, *map(str, words)])
-    return _last(call(argv, ROOT, 1, quiet=True))
+    command = launch_command(launcher, ranks, [sys.executable, *map(str, arguments)])
+    return last_record(run_program(command, ROOT, 1, capture=True))
 
 
-def turns(
+def alternate(
     pairs: int, ours: Callable[[int], T], theirs: Callable[[int], T]
 ) -> tuple[list[T], list[T]]:
-    """Call both in turns, with the number of the pair; return what they returned."""
-    told = [(ours(number), theirs(number)) for number in range(pairs)]
-    return [a for a, _ in told], [b for _, b in told]
+    """Call both alternately with the number of the pair; return the results of each."""
+    results = [(ours(number), theirs(number)) for number in range(pairs)]
+    return [a for a, _ in results], [b for _, b in results]
 
 
-def middle(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Return the medians of figures that were taken several times."""
+def medians(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Return the median of each figure over repetitions."""
     return {key: median(row[key] for row in rows) for key in rows[0]}
 
 
 def spread(values: list[float]) -> float:
-    """Return the range of repeated values: the largest less the smallest."""
+    """Return the largest value minus the smallest."""
     return max(values) - min(values)
 
 
-def complete(left: int) -> None:
-    """End this start, and say how many cells are left, where some are."""
-    if left:
-        print(f"{left} cells are left: start again to go on", file=sys.stderr)
+def exit_if_incomplete(missing: int) -> None:
+    """End this start if cells are missing, and print their number."""
+    if missing:
+        print(f"{missing} cells are left: start again to go on", file=sys.stderr)
         sys.exit(0)
 
 
-def _last(text: str) -> dict[str, Any]:
+def last_record(text: str) -> dict[str, Any]:
+    """Return the JSON record on the last line of a program's output."""
     return dict(json.loads(text.strip().splitlines()[-1]))
 
 
-def call(
-    words: list[str],
+def run_program(
+    command: list[str],
     folder: Path,
     threads: int,
-    quiet: bool = False,
-    more: Mapping[str, str] | None = None,
+    capture: bool = False,
+    variables: Mapping[str, str] | None = None,
 ) -> str:
-    """Run a program to its end, with `more` variables; return what it printed, or pass that on to
-    stderr."""
-    environ = rank_environment(os.environ) | {"OMP_NUM_THREADS": str(threads)} | dict(more or {})
+    """Run a program to its end; return its stdout if `capture`, else pass it on to stderr."""
+    environ = rank_environment(os.environ) | {"OMP_NUM_THREADS": str(threads)}
+    environ |= dict(variables or {})
     path = os.pathsep.join(filter(None, [environ.get("PYTHONPATH"), str(ROOT)]))
-    out = subprocess.PIPE if quiet else sys.stderr
-    told = subprocess.run(
-        words, cwd=folder, env=environ | {"PYTHONPATH": path}, stdout=out, text=True, check=True
-    )
-    return told.stdout or ""
+    environ |= {"PYTHONPATH": path}
+    out = subprocess.PIPE if capture else sys.stderr
+    result = subprocess.run(command, cwd=folder, env=environ, stdout=out, text=True, check=True)
+    return result.stdout or ""

@@ -1,22 +1,25 @@
-"""How many functions of the package one micro-batch, and one all-reduced gradient, pass through.
+"""Functions of the package that a micro-batch and a gradient pass through, over another checkout.
 
-Counted with `sys.setprofile`, one rank of each run, on the package of this folder and, with
-``--before``, on that of another checkout:
+`ratio` = `micro_batch` of this checkout over that of the other; `peer` holds the other's figures.
+
+Set-up: counted with `sys.setprofile` on one rank of each run, medians over updates:
 
 ``micro_batch``
     Three stages under MPI, `mono-forward` with `stream`, the inner stage: distinct functions of the
     package between two optimizer steps, which are one micro-batch and its update.
 ``gradient``
     Two replicas under MPI, `backprop`: distinct functions from the start of torch's backward to the
-    optimizer's step.
+    optimizer step.
 ``send_frames``, ``gradient_frames``
-    Frames of the package on the stack at the MPI backend's `isend`, counted from `train`, the
-    deepest of all updates.
+    Frames of the package on the stack at the MPI backend's `isend`, counted from `train`; the
+    maximum over updates.
 
-Comprehensions count with the function that they stand in. Functions are medians over updates;
-`peer` holds those of the other checkout and `ratio` is `micro_batch` over the other's.
+A comprehension counts with its enclosing function.
 
     python benchmarks/call_paths.py [--quick] [--before DIR] [--list]
+
+Label: measured (an exact count). Without ``--before`` the figures are printed and no record is
+written.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 UPDATES, FIRST = 24, 8
-"""Updates of a run, and those at its start that do not count."""
+"""Updates of a run, and uncounted updates at its start."""
 
 RUN = """
 updates = {updates}
@@ -76,10 +79,12 @@ def main() -> None:
     """Count, print, and in full mode write the record."""
     options = _options()
     if options.worker:
-        return work(options.worker, options.package)
-    figures = {"package": count(Path.cwd() if (Path.cwd() / "dtrain").is_dir() else ROOT, options)}
+        return count_rank(options.worker, options.package)
+    figures = {
+        "package": count_package(Path.cwd() if (Path.cwd() / "dtrain").is_dir() else ROOT, options)
+    }
     if options.before:
-        figures["before"] = count(options.before.resolve(), options)
+        figures["before"] = count_package(options.before.resolve(), options)
     if not options.before:
         print(json.dumps(figures["package"]))
         return
@@ -103,7 +108,7 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def count(tree: Path, options: argparse.Namespace) -> dict[str, float]:
+def count_package(tree: Path, options: argparse.Namespace) -> dict[str, float]:
     """Return the figures of the package in a checkout."""
     figures: dict[str, float] = {}
     for name, case in CASES.items():
@@ -111,7 +116,7 @@ def count(tree: Path, options: argparse.Namespace) -> dict[str, float]:
             folder = Path(scratch)
             (folder / "run.toml").write_text(RUN.format(updates=UPDATES, **case), encoding="utf-8")
             (folder / "counted_data.py").write_text(DATA, encoding="utf-8")
-            _start(tree, folder, name, int(str(case["ranks"])))
+            _train(tree, folder, name, int(str(case["ranks"])))
             windows = json.loads((folder / f"rank-{case['rank']}.json").read_text("utf-8"))
         functions = [len(window["functions"]) for window in windows]
         frames = [window["frames"] for window in windows]
@@ -123,7 +128,7 @@ def count(tree: Path, options: argparse.Namespace) -> dict[str, float]:
     return figures
 
 
-def _start(tree: Path, folder: Path, name: str, ranks: int) -> None:
+def _train(tree: Path, folder: Path, name: str, ranks: int) -> None:
     mpirun = Path(sys.executable).with_name("mpirun")
     environ = os.environ | {
         "PYTHONPATH": str(tree),
@@ -132,13 +137,21 @@ def _start(tree: Path, folder: Path, name: str, ranks: int) -> None:
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "OMPI_MCA_mpi_yield_when_idle": "1",
     }
-    argv = [str(mpirun), "--oversubscribe", "--bind-to", "none", "-n", str(ranks), sys.executable]
-    argv += [__file__, "--worker", name, "--package", str(tree / "dtrain")]
-    subprocess.run(argv, cwd=folder, env=environ, check=True, timeout=300, stdout=sys.stderr)
+    command = [
+        str(mpirun),
+        "--oversubscribe",
+        "--bind-to",
+        "none",
+        "-n",
+        str(ranks),
+        sys.executable,
+    ]
+    command += [__file__, "--worker", name, "--package", str(tree / "dtrain")]
+    subprocess.run(command, cwd=folder, env=environ, check=True, timeout=300, stdout=sys.stderr)
 
 
-def work(case: str, package: Path) -> None:
-    """Train as one rank, counting."""
+def count_rank(case: str, package: Path) -> None:
+    """Train as one rank and count calls."""
     counter = Counter(case, f"{package}{os.sep}")
     sys.setprofile(counter.event)
     from dtrain.cli import main as dtrain
@@ -156,7 +169,7 @@ def work(case: str, package: Path) -> None:
 
 
 class Counter:
-    """Functions of the package that are called, window by window."""
+    """Called functions of the package, by window (from one boundary in torch to the next)."""
 
     def __init__(self, case: str, package: str) -> None:
         self.case = case
@@ -167,18 +180,18 @@ class Counter:
         self.counting = case == "micro_batch"
 
     def event(self, frame: FrameType, event: str, _: Any) -> None:
-        """Note a call; open and close windows by torch's own functions."""
+        """Record a call; calls of torch's backward and optimizer step bound the windows."""
         if event == "call":
             code = frame.f_code
             if code.co_filename.startswith(self.package):
-                self._note(frame, code)
+                self._record(frame, code)
             elif code.co_name == "backward" and code.co_filename.endswith("autograd/__init__.py"):
                 if self.case == "gradient":
                     self.functions, self.frames, self.counting = set(), 0, True
             elif code.co_name == "step" and "torch/optim/" in code.co_filename:
-                self._close()
+                self._close_window()
 
-    def _note(self, frame: FrameType, code: CodeType) -> None:
+    def _record(self, frame: FrameType, code: CodeType) -> None:
         if not self.counting:
             return
         if not code.co_name.endswith("comp>") and code.co_name != "<genexpr>":
@@ -188,10 +201,10 @@ class Counter:
             self.frames = max(self.frames, self._depth(frame))
 
     def _depth(self, frame: FrameType) -> int:
-        """Return the frames of the package from `train` on, comprehensions apart."""
+        """Return the number of frames of the package from `train` on, without comprehensions."""
         names = [
             (f.f_code.co_filename.removeprefix(self.package), f.f_code.co_name)
-            for f in stack(frame)
+            for f in caller_frames(frame)
             if f.f_code.co_filename.startswith(self.package)
         ]
         if ("train.py", "train") not in names:
@@ -199,15 +212,15 @@ class Counter:
         inner = names[: names.index(("train.py", "train")) + 1]
         return sum(not name.endswith("comp>") and name != "<genexpr>" for _, name in inner)
 
-    def _close(self) -> None:
+    def _close_window(self) -> None:
         if self.counting:
             self.windows.append((self.functions, self.frames))
         self.functions, self.frames = set(), 0
         self.counting = self.case == "micro_batch"
 
 
-def stack(frame: FrameType | None) -> Iterator[FrameType]:
-    """Yield a frame and those that called it."""
+def caller_frames(frame: FrameType | None) -> Iterator[FrameType]:
+    """Yield a frame and its callers."""
     while frame is not None:
         yield frame
         frame = frame.f_back

@@ -1,16 +1,18 @@
-"""CIFAR-10 with an MLP 3072-1000-1000-1000 in three blocks on three ranks: accuracy.
+"""Accuracy of Mono-Forward on CIFAR-10 with an MLP in three blocks, over backpropagation.
 
-`jobs/cifar10.toml` as it stands, 10 epochs, seeds 0 to 4, Mono-Forward and, from the same run
-file, backpropagation (1F1B) as the peer, in turns. `figures` and `peer` hold the medians over the
-seeds of the test accuracy after the last epoch (0-1), of the last block and of the vote. `ratio` =
-accuracy of Mono-Forward over that of backpropagation with the same seed, the median; `spread` =
-its largest less its smallest value. No figure is a time: three ranks on two cores say nothing.
+`ratio` = accuracy of Mono-Forward over that of backpropagation with the same seed, the median over
+seeds; `spread` = its range.
+
+Set-up: `jobs/cifar10.toml`, an MLP 3072-1000-1000-1000 on three ranks, 10 epochs, seeds 0 to 4;
+Mono-Forward and, from the same run file, backpropagation (1F1B) as the peer, alternately. `figures`
+and `peer` hold the medians over the seeds of the test accuracy after the last epoch (0-1), of the
+last block and of the vote. No figure is a time: three ranks share two cores.
 
     python benchmarks/cifar10_mlp.py [--quick]
 
-The images are looked for in ``DTRAIN_DATA`` (default ``../shared/data``): `cifar10-jpeg.tar.gz`.
-JPEG costs a little accuracy against the original files. Cells are kept in ``runs/cifar10_mlp`` and
-those that finished are not trained again: delete it to start anew. `--quick`: one epoch, one seed.
+Label: measured. Reads `cifar10-jpeg.tar.gz` from ``DTRAIN_DATA`` (default ``../shared/data``); JPEG
+costs a little accuracy against the original files. Finished cells stay in ``runs/cifar10_mlp`` and
+are not trained again; delete the folder to start anew. `--quick`: one epoch, one seed.
 """
 
 from __future__ import annotations
@@ -39,14 +41,16 @@ def main() -> None:
     folder = ROOT / "runs" / ("cifar10_mlp-quick" if quick else "cifar10_mlp")
     if not (folder / "cifar10.h5").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        dtrain("data", "import", str(source / "cifar10-jpeg.tar.gz"), str(folder / "cifar10.h5"))
+        run_dtrain(
+            "data", "import", str(source / "cifar10-jpeg.tar.gz"), str(folder / "cifar10.h5")
+        )
     seeds, epochs = (range(1), 1) if quick else (range(5), 10)
     cells = {
         (objective, seed): train(folder, objective, seed, epochs)
         for seed in seeds
         for objective in ("mono-forward", "backprop")
     }
-    ours, peer = (figures(cells, objective) for objective in ("mono-forward", "backprop"))
+    ours, peer = (median_figures(cells, objective) for objective in ("mono-forward", "backprop"))
     ratios = [
         cells["mono-forward", seed]["test_accuracy"] / cells["backprop", seed]["test_accuracy"]
         for seed in seeds
@@ -65,31 +69,32 @@ def main() -> None:
     )
 
 
-def dtrain(*words: str) -> None:
+def run_dtrain(*arguments: str) -> None:
     """Run one command of dtrain, its output to stderr."""
-    argv = [sys.executable, "-m", "dtrain", *words]
+    argv = [sys.executable, "-m", "dtrain", *arguments]
     subprocess.run(argv, cwd=ROOT, stdout=sys.stderr, check=True)
 
 
 def train(folder: Path, objective: str, seed: int, epochs: int) -> dict[str, Any]:
     """Train one cell on three ranks of this host, one thread each; return its summary.
 
-    A cell that was cut short goes on from its last epoch, one that finished says so.
+    An interrupted cell resumes from its last epoch; a finished cell is not trained again.
     """
     out = folder / f"{objective}-{seed}"
-    sets = [f"objective.name={objective}", f"seed={seed}", f"epochs={epochs}", "threads=1"]
-    sets += [f"data.train={folder / 'cifar10.h5'}", f"data.test={folder / 'cifar10-test.h5'}"]
-    words = [word for each in sets for word in ("--set", each)]
+    settings = [f"objective.name={objective}", f"seed={seed}", f"epochs={epochs}", "threads=1"]
+    settings += [f"data.train={folder / 'cifar10.h5'}", f"data.test={folder / 'cifar10-test.h5'}"]
+    options = [word for setting in settings for word in ("--set", setting)]
     run = str(ROOT / "jobs" / "cifar10.toml")
-    dtrain("train", run, "--ranks", str(RANKS), "--out", str(out), *words)
-    told: dict[str, Any] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    return told
+    run_dtrain("train", run, "--ranks", str(RANKS), "--out", str(out), *options)
+    return dict(json.loads((out / "summary.json").read_text(encoding="utf-8")))
 
 
-def figures(cells: dict[tuple[str, int], dict[str, Any]], objective: str) -> dict[str, float]:
+def median_figures(
+    cells: dict[tuple[str, int], dict[str, Any]], objective: str
+) -> dict[str, float]:
     """Return the medians over seeds of one objective."""
-    own = [cell for (name, _), cell in cells.items() if name == objective]
-    return {key: median(cell[key] for cell in own) for key in KEYS}
+    summaries = [cell for (name, _), cell in cells.items() if name == objective]
+    return {key: median(cell[key] for cell in summaries) for key in KEYS}
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""The engine's own time per update, on a net that computes almost nothing: 64-32-32-10, one rank.
+"""Microseconds of an update on a tiny net that dtrain adds, over another checkout or a plain loop.
 
-Measured: random inputs in memory, `backprop`, one block, SGD, 32 samples an update, one thread.
-`update_us` is an update of dtrain; the peer `plain_update_us` is an update of a plain PyTorch loop
-over the same net, rows and optimizer, which records no loss. `overhead_us` is their difference.
-With ``--before DIR`` the package of another checkout is measured in turns with them: `ratio` is our
-overhead over the other's, `spread` its range over the rounds. Without, `ratio` is our update over
-the plain one.
+With ``--before DIR``: `ratio` = our overhead over that of the package in another checkout. Without:
+`ratio` = our update over that of a plain PyTorch loop. `spread` = its range over the rounds.
+
+Set-up: net 64-32-32-10 on one rank, random inputs in memory, `backprop`, one block, SGD, 32 samples
+per update, one thread. `update_us` is an update of dtrain. The peer `plain_update_us` is an update
+of a plain PyTorch loop over the same net, rows and optimizer, which records no loss. `overhead_us`
+is their difference. All sides alternate.
 
     python benchmarks/engine_overhead.py [--quick] [--before DIR]
+
+Label: measured.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH, STEPS, SEGMENTS = 32, 1000, 6
-"""Samples of an update, updates of a segment, and segments, of which the first warms up."""
+"""Samples per update, updates per segment, and segments; the first segment warms up."""
 
 RUN = f"""
 updates = {STEPS * SEGMENTS}
@@ -52,68 +55,70 @@ every-s = 1000
 
 
 def main() -> None:
-    """Measure in turns and publish the record."""
+    """Measure alternately and publish the record."""
     options = _options()
     if options.plain:
-        return plain()
+        return train_plain()
     rounds = 3 if options.quick else 7
-    rows = [_round(options) for _ in range(rounds)]
+    rows = [_measure_round(options) for _ in range(rounds)]
     ours = {key: median(row[key] for row in rows) for key in ("update_us", "overhead_us")}
-    others = {key: median(row[key] for row in rows) for key in rows[0] if key not in ours}
-    top, base = ("overhead_us", "before_overhead_us") if options.before else (
+    peer = {key: median(row[key] for row in rows) for key in rows[0] if key not in ours}
+    numerator, denominator = ("overhead_us", "before_overhead_us") if options.before else (
         "update_us", "plain_update_us",
     )  # fmt: skip
-    ratios = [row[top] / row[base] for row in rows]
+    ratios = [row[numerator] / row[denominator] for row in rows]
     from record import publish
 
     publish(
-        "engine_overhead", "measured", ours, others, median(ratios), max(ratios) - min(ratios),
+        "engine_overhead", "measured", ours, peer, median(ratios), max(ratios) - min(ratios),
         quick=options.quick,
     )  # fmt: skip
 
 
 def _options() -> argparse.Namespace:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("--quick", action="store_true", help="three rounds, no record")
     parser.add_argument("--before", type=Path, metavar="DIR", help="another checkout to compare")
     parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def _round(options: argparse.Namespace) -> dict[str, float]:
-    """Return one measurement of each side, in turns."""
-    peer = json.loads(_run([__file__, "--plain"], ROOT, ROOT))["update_us"]
-    row = {"update_us": _trained(ROOT), "plain_update_us": float(peer)}
+def _measure_round(options: argparse.Namespace) -> dict[str, float]:
+    """Return one measurement of each side."""
+    plain = json.loads(_run_python([__file__, "--plain"], ROOT, ROOT))["update_us"]
+    row = {"update_us": _measure_package(ROOT), "plain_update_us": float(plain)}
     row["overhead_us"] = row["update_us"] - row["plain_update_us"]
     if options.before:
-        row["before_update_us"] = _trained(options.before.resolve())
+        row["before_update_us"] = _measure_package(options.before.resolve())
         row["before_overhead_us"] = row["before_update_us"] - row["plain_update_us"]
     return row
 
 
-def _trained(tree: Path) -> float:
+def _measure_package(tree: Path) -> float:
     """Return microseconds per update of the package in a checkout."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "run.toml").write_text(RUN, encoding="utf-8")
         (folder / "user.py").write_bytes((ROOT / "benchmarks" / "user.py").read_bytes())
-        _run(["-m", "dtrain", "train", "run.toml", "--out", "out"], folder, tree)
+        _run_python(["-m", "dtrain", "train", "run.toml", "--out", "out"], folder, tree)
         lines = (folder / "out" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rates = [r["samples_per_s"] for r in map(json.loads, lines) if r["kind"] == "train"]
     return float(1e6 * BATCH / median(rates[1:]))
 
 
-def _run(words: list[str], folder: Path, tree: Path) -> str:
-    """Return what a program printed last."""
+def _run_python(arguments: list[str], folder: Path, tree: Path) -> str:
+    """Run Python with the package of a checkout; return the last line of its output."""
     environ = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
-    argv = [sys.executable, *words]
-    done = subprocess.run(argv, cwd=folder, env=environ, check=True, capture_output=True, text=True)
-    return done.stdout.strip().splitlines()[-1]
+    command = [sys.executable, *arguments]
+    result = subprocess.run(
+        command, cwd=folder, env=environ, check=True, capture_output=True, text=True
+    )
+    return result.stdout.strip().splitlines()[-1]
 
 
-def plain() -> None:
-    """Train the same net by a plain loop and print microseconds per update."""
+def train_plain() -> None:
+    """Train the same net in a plain loop and print microseconds per update."""
     import time
 
     import torch

@@ -1,20 +1,22 @@
-"""ResNet-20 with DGL heads in two blocks: two ranks against one.
+"""Samples per second of ResNet-20 with DGL heads on two ranks, over dtrain on one rank.
 
-Measured: the same run file on 2 ranks and on 1, one thread per rank, CIFAR-10, `local-head` with
-`head = "dgl"`, `stream`. The peer is dtrain itself on one rank. `ratio` = samples per second of two
-ranks over those of one, the median of the pairs; `spread` = its range. `bound` is what the cut
-allows: the sum of the blocks' multiply-adds over the largest (`dtrain plan --json`).
+`ratio` = samples per second of two ranks over those of one, the median of the pairs; `spread` = its
+range. `bound` is the largest ratio that the cut allows: the sum of the blocks' multiply-adds over
+the maximum (`dtrain plan --json`).
+
+Set-up: the same run file on 2 ranks and on 1, one thread per rank, CIFAR-10, two blocks,
+`local-head` with `head = "dgl"`, `stream`.
 
     python benchmarks/local_head_scaling.py [--quick]
 
-The images are looked for in ``DTRAIN_DATA`` (default ``../shared/data``): `cifar10-jpeg.tar.gz`.
+Label: measured. Reads `cifar10-jpeg.tar.gz` from ``DTRAIN_DATA`` (default ``../shared/data``).
 """
 
 from __future__ import annotations
 
 from statistics import median
 
-from bench import Bench, asked, cifar, middle, spread, turns
+from bench import Bench, alternate, cifar_paths, medians, parse_quick, spread
 from record import publish
 
 from dtrain.schema import Table
@@ -24,24 +26,26 @@ RANKS, BATCH = 2, 128
 
 def main() -> None:
     """Measure pairs and publish the record."""
-    quick = asked(__doc__)
+    quick = parse_quick(__doc__)
     bench, steps = Bench("local_head_scaling", quick), 6 if quick else 20
-    run = resnet(*cifar(), steps)
+    run = resnet(*cifar_paths(), steps)
 
-    def rate(part: str, ranks: int) -> dict[str, float]:
-        def made() -> dict[str, float]:
-            told = bench.train(run, ranks)
-            busy = {f"busy_{s}": share for s, share in enumerate(told.summary["utilisation"])}
-            return {"samples_per_s": told.rate(), **busy}
+    def measure_rate(part: str, ranks: int) -> dict[str, float]:
+        def measure() -> dict[str, float]:
+            result = bench.train(run, ranks)
+            busy = {f"busy_{s}": share for s, share in enumerate(result.summary["utilisation"])}
+            return {"samples_per_s": result.samples_per_s(), **busy}
 
-        return bench.kept(part, made)
+        return bench.cached(part, measure)
 
-    ours, single = turns(5, lambda n: rate(f"two-{n}", RANKS), lambda n: rate(f"one-{n}", 1))
+    ours, single = alternate(
+        5, lambda n: measure_rate(f"two-{n}", RANKS), lambda n: measure_rate(f"one-{n}", 1)
+    )
     ratios = [a["samples_per_s"] / b["samples_per_s"] for a, b in zip(ours, single, strict=True)]
     costs = [block["multiply_adds"] for block in bench.plan(run, RANKS)["blocks"]]
-    figures = middle(ours) | {"bound": sum(costs) / max(costs)}
+    figures = medians(ours) | {"bound": sum(costs) / max(costs)}
     publish(
-        "local_head_scaling", "measured", figures, middle(single), median(ratios), spread(ratios),
+        "local_head_scaling", "measured", figures, medians(single), median(ratios), spread(ratios),
         quick=quick,
     )  # fmt: skip
 

@@ -1,12 +1,15 @@
-"""The mean of 40 MB over two ranks of one host, against MPI's all-reduce.
+"""Seconds of a mean of 40 MB over two ranks, over MPI's `Allreduce` followed by a product.
 
-Measured: `Comm.mean_` of one float32 tensor of 40 MB, and MPI's blocking `Allreduce` followed by a
-product, alternately in one program on two ranks. `ratio` = seconds of `mean_` over those of MPI,
-the median over the pairs; below 1, `mean_` is faster. `spread` = its range. `small_mean_s` is a
-mean of 4 KiB, `round_trip_s` a message of 64 bytes there and back, over `Comm` and over blocking
-MPI.
+`ratio` = seconds of `Comm.mean_` over those of MPI, the median over the pairs; below 1 `mean_` is
+faster. `spread` = its range.
+
+Set-up: 2 ranks of one host, one float32 tensor of 40 MB, both sides alternately in one program.
+`small_mean_s` is a mean of 4 KiB, `round_trip_s` a message of 64 bytes there and back, over `Comm`
+and over blocking MPI.
 
     python benchmarks/mean.py [--quick]
+
+Label: measured.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from bench import asked, ranked, spread
+from bench import parse_quick, run_on_ranks, spread
 from record import publish
 
 from dtrain.comm import world
@@ -29,8 +32,8 @@ WORKER = "--worker"
 
 def main() -> None:
     """Start the ranks and publish their measurements."""
-    quick = asked(__doc__)
-    times = ranked(RANKS, Path(__file__).resolve(), WORKER, 11 if quick else 51)
+    quick = parse_quick(__doc__)
+    times = run_on_ranks(RANKS, Path(__file__).resolve(), WORKER, 11 if quick else 51)
     ratios = times.pop("ratios")
     ours = {key.removeprefix("our_"): v for key, v in times.items() if key.startswith("our_")}
     theirs = {key.removeprefix("mpi_"): v for key, v in times.items() if key.startswith("mpi_")}

@@ -1,27 +1,30 @@
-"""All objectives side by side on CIFAR-10: an MLP in three blocks, and a ResNet-32 in 2 and in 8.
+"""Accuracy of every objective on CIFAR-10, over backpropagation of the same net.
 
-Measured, in cells that are kept: a start trains what is missing for 35 minutes, then says how many
-cells are left; the record is written by the start that finds none. Two parts:
+`ratio` = accuracy of Mono-Forward over that of backpropagation on the MLP with the same seed, the
+median over seeds; `spread` = its range.
 
-* `mlp`: 3072-1000-1000-1000, three blocks, Adam 1e-3, batch 128, 5 epochs, all 50,000 images, three
-  seeds, every objective with its default fields.
+Set-up, three seeds each:
+
+* `mlp`: 3072-1000-1000-1000, three blocks, Adam 1e-3, batch 128, 5 epochs of all 50,000 images,
+  every objective with its default keys.
 * `resnet`: ResNet-32 with BatchNorm, cut after equal numbers of residual units (K = 2: eight of the
   16 layers below the head; K = 8: two), SGD with Nesterov momentum 0.9 and weight decay 1e-4,
-  learning rate 0.05 along a cosine, batch 128, 4 epochs of 5,000 images, 2,000 test images, seeds.
+  learning rate 0.05 along a cosine, batch 128, 4 epochs of 5,000 images, 2,000 test images.
 
-Baselines in both: `backprop`; `deep-supervision`, which is backpropagation with the same heads; and
-`frozen`, random features with linear heads. Accuracy cells run two at a time, one rank and one
-thread each: no layout changes what is learnt. Speed, memory and bytes are measured once per
-objective, alone, on two ranks, over updates that follow a warm-up.
+Baselines of both: `backprop`; `deep-supervision`, which is backpropagation with the same heads; and
+`frozen`, random features with linear heads. Accuracy cells run two at a time with one rank and one
+thread each, since the layout does not change the trained model. Speed, memory and bytes are
+measured once per objective, alone, on two ranks, after a warm-up.
 
-`figures` has the mean test accuracy (0-1) of every cell. `peer` has backpropagation's. `ratio` =
-accuracy of Mono-Forward over backpropagation's on the MLP, the median over seeds; `spread` = its
-range. `cells` tells all: accuracies per seed, mean, standard error, the paired difference to
-backpropagation (the same seeds) with its standard error and, beyond two of them, an `order`.
+`figures` has the mean test accuracy (0-1) of every cell, `peer` that of backpropagation. `cells`
+has accuracies by seed, mean, standard error, the paired difference to backpropagation (same seeds)
+with its standard error, and an `order` if the difference exceeds two standard errors.
 
     python benchmarks/objectives_cifar10.py [--quick]
 
-`--quick`: one seed, the MLP alone, 2,000 images, one epoch.
+Label: measured. Time: starts of 35 minutes; each prints how many cells are left, and the start that
+finishes the last cell writes the record. `--quick`: one seed, the MLP alone, one epoch of 2,000
+images.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from math import sqrt
 from statistics import mean, median, stdev
 from typing import Any, final
 
-from bench import Bench, Told, asked, cifar, complete
+from bench import Bench, RunResult, cifar_paths, exit_if_incomplete, parse_quick, spread
 from record import publish
 
 from dtrain.schema import Table
@@ -45,7 +48,7 @@ SEEDS = 3
 FROZEN: Table = {"partition": {"frozen": True}}
 
 MLP: dict[str, tuple[Table, Table]] = {
-    # label: objective, what else its run file says
+    # label: objective, further sections of its run file
     "backprop": ({"name": "backprop"}, {}),
     "deep-supervision": ({"name": "deep-supervision"}, {}),
     "frozen": ({"name": "mono-forward"}, FROZEN),
@@ -81,7 +84,7 @@ RESNET: dict[str, tuple[Table, Table]] = {
     "man": ({"name": "man"}, {}),
 }
 CUTS = {2: [8], 8: [2, 4, 6, 8, 10, 12, 14]}
-"""Layers of ResNet-32 at which blocks start: stem, 15 units, head."""
+"""Layers of ResNet-32 at which blocks start; its layers are a stem, 15 units and a head."""
 
 Row = dict[str, Any]
 
@@ -89,70 +92,74 @@ Row = dict[str, Any]
 @final
 @dataclass(frozen=True)
 class Cell:
-    """One run: what is trained, and under which name it is kept."""
+    """One run file, the name of its cached results and its label in the record."""
 
     name: str
     label: str
     run: Table
 
-    def accuracy(self, bench: Bench) -> Row:
+    def measure_accuracy(self, bench: Bench) -> Row:
         """Train to the end on one rank."""
-        told = bench.train(self.run, 1, where=self.name)
-        final = {key: told.summary[key] for key in ("test_accuracy", "test_accuracy_vote")}
-        return final | {"per_block": told.summary["accuracy_per_block"]}
+        result = bench.train(self.run, 1, subfolder=self.name)
+        final = {key: result.summary[key] for key in ("test_accuracy", "test_accuracy_vote")}
+        return final | {"per_block": result.summary["accuracy_per_block"]}
 
-    def speed(self, bench: Bench) -> Row:
+    def measure_speed(self, bench: Bench) -> Row:
         """Train three short segments on two ranks; the first warms up."""
         short = {key: value for key, value in self.run.items() if key != "epochs"}
-        told = bench.train(short | {"updates": 45, "segment": 15}, 2, where=self.name)
+        result = bench.train(short | {"updates": 45, "segment": 15}, 2, subfolder=self.name)
         return {
-            "samples_per_s": told.rate(),
-            "peak_memory_bytes": told.summary["peak_memory_bytes"],
-            "bytes_per_sample": _sent(told) / told.summary["samples"],
-            "staleness": told.summary["staleness"],
+            "samples_per_s": result.samples_per_s(),
+            "peak_memory_bytes": result.summary["peak_memory_bytes"],
+            "bytes_per_sample": _bytes_sent(result) / result.summary["samples"],
+            "staleness": result.summary["staleness"],
         }
 
 
 def main() -> None:
     """Train the cells that are missing; publish the record when none is."""
-    quick = asked(__doc__)
-    bench, paths = Bench("objectives_cifar10", quick), cifar()
+    quick = parse_quick(__doc__)
+    bench, paths = Bench("objectives_cifar10", quick), cifar_paths()
     seeds = range(1 if quick else SEEDS)
-    cells = [cell for seed in seeds for cell in mlp(paths, seed, quick)]
+    cells = [cell for seed in seeds for cell in mlp_cells(paths, seed, quick)]
     if not quick:
-        cells += [cell for seed in seeds for cell in resnet(paths, seed)]
+        cells += [cell for seed in seeds for cell in resnet_cells(paths, seed)]
     speeds = [cell for cell in cells if cell.name.endswith("-0")]
     until = time.monotonic() + BUDGET_S
-    told = trained(bench, [(cell.name, partial(cell.accuracy, bench)) for cell in cells], 2, until)
-    # Only what is measured runs: the accuracy cells are all there before a speed is taken.
-    if len(told) == len(cells):
-        jobs = [(f"speed-{cell.name}", partial(cell.speed, bench)) for cell in speeds]
-        told |= trained(bench, jobs, 1, until)
-    left = len(cells) + len(speeds) - len(told)
-    complete(left)
-    rows = {label: _row(own, told) for label, own in grouped(cells).items()}
-    _compare(rows)
+    jobs = [(cell.name, partial(cell.measure_accuracy, bench)) for cell in cells]
+    results = run_jobs(bench, jobs, 2, until)
+    # Speeds are measured alone, after all accuracy cells.
+    if len(results) == len(cells):
+        jobs = [(f"speed-{cell.name}", partial(cell.measure_speed, bench)) for cell in speeds]
+        results |= run_jobs(bench, jobs, 1, until)
+    exit_if_incomplete(len(cells) + len(speeds) - len(results))
+    rows = {
+        label: _summarise_label(group, results) for label, group in group_by_label(cells).items()
+    }
+    _add_differences(rows)
     figures = {label: row["test_accuracy"] for label, row in rows.items()}
     peer = {label: rows[_baseline(label)]["test_accuracy"] for label in rows}
     pairs = zip(rows["mlp mono-forward"]["seeds"], rows["mlp backprop"]["seeds"], strict=True)
     ratios = [ours / theirs for ours, theirs in pairs]
-    ratio, spread = median(ratios), max(ratios) - min(ratios)
-    publish("objectives_cifar10", "measured", figures, peer, ratio, spread, quick=quick, cells=rows)
+    publish(
+        "objectives_cifar10", "measured", figures, peer, median(ratios), spread(ratios),
+        quick=quick, cells=rows,
+    )  # fmt: skip
 
 
-def mlp(paths: tuple[str, str], seed: int, quick: bool) -> Iterator[Cell]:
-    """Yield one seed's cells of the perceptron."""
+def mlp_cells(paths: tuple[str, str], seed: int, quick: bool) -> Iterator[Cell]:
+    """Yield the MLP cells of one seed."""
     train, test = paths
     data: Table = {"name": "hdf5", "train": train, "test": test}
     if quick:
         data = {"name": "user:subset", "train": train, "test": test, "rows": 2000, "tests": 500}
-    for label, (objective, more) in MLP.items():
+    for label, (objective, sections) in MLP.items():
         base: Table = {
             "seed": seed,
             "epochs": 1 if quick else 5,
             "data": data,
             "model": {"name": "mlp", "widths": [1000, 1000, 1000]},
-            "partition": {"cuts": [1, 2]} | more.get("partition", {}),
+            "partition": {"cuts": [1, 2]} | sections.get("partition", {}),
             "objective": objective,
             "optimizer": {"name": "adam", "lr": 1e-3},
             "evaluate": {"every": 5},
@@ -160,20 +167,20 @@ def mlp(paths: tuple[str, str], seed: int, quick: bool) -> Iterator[Cell]:
         yield Cell(f"mlp-{label.replace(' ', '-')}-{seed}", f"mlp {label}", base)
 
 
-def resnet(paths: tuple[str, str], seed: int) -> Iterator[Cell]:
-    """Yield one seed's cells of the residual network, in 2 and in 8 blocks."""
+def resnet_cells(paths: tuple[str, str], seed: int) -> Iterator[Cell]:
+    """Yield the ResNet-32 cells of one seed, in 2 and in 8 blocks."""
     train, test = paths
     files = {"train": train, "test": test, "rows": 5000, "tests": 2000}
     for blocks, cuts in CUTS.items():
-        for label, (objective, more) in RESNET.items():
+        for label, (objective, sections) in RESNET.items():
             if label == "backprop" and blocks == 8:
-                continue  # the same net, the same gradient
+                continue  # equal to 2 blocks: the same net and gradient
             base: Table = {
                 "seed": seed,
                 "epochs": 4,
                 "data": {"name": "user:subset", **files},
                 "model": {"name": "resnet", "depth": 32},
-                "partition": {"cuts": cuts} | more.get("partition", {}),
+                "partition": {"cuts": cuts} | sections.get("partition", {}),
                 "objective": objective,
                 "optimizer": {
                     "name": "sgd",
@@ -185,29 +192,29 @@ def resnet(paths: tuple[str, str], seed: int) -> Iterator[Cell]:
                 "lr": {"name": "cosine"},
                 "evaluate": {"every": 4},
             }
-            stem = f"resnet-k{blocks}-{label.replace(' ', '-')}-{seed}"
-            yield Cell(stem, f"resnet k{blocks} {label}", base)
+            name = f"resnet-k{blocks}-{label.replace(' ', '-')}-{seed}"
+            yield Cell(name, f"resnet k{blocks} {label}", base)
 
 
-def trained(
-    bench: Bench, jobs: Sequence[tuple[str, Callable[[], Row]]], beside: int, until: float
+def run_jobs(
+    bench: Bench, jobs: Sequence[tuple[str, Callable[[], Row]]], workers: int, until: float
 ) -> dict[str, Row]:
-    """Return what the jobs returned, some beside each other; none starts after `until`."""
+    """Return the rows of all jobs that are cached or start before `until`, by name."""
 
-    def one(job: tuple[str, Callable[[], Row]]) -> tuple[str, Row] | None:
-        name, make = job
+    def run_job(job: tuple[str, Callable[[], Row]]) -> tuple[str, Row] | None:
+        name, measure = job
         late = time.monotonic() > until
-        return None if late and not bench.has(name) else (name, bench.kept(name, make))
+        return None if late and not bench.has(name) else (name, bench.cached(name, measure))
 
-    with ThreadPoolExecutor(beside) as pool:
-        return dict(filter(None, pool.map(one, jobs)))
-
-
-def _sent(told: Told) -> int:
-    return int(told.summary["bytes_intra_node"] + told.summary["bytes_inter_node"])
+    with ThreadPoolExecutor(workers) as pool:
+        return dict(filter(None, pool.map(run_job, jobs)))
 
 
-def grouped(cells: list[Cell]) -> dict[str, list[Cell]]:
+def _bytes_sent(result: RunResult) -> int:
+    return int(result.summary["bytes_intra_node"] + result.summary["bytes_inter_node"])
+
+
+def group_by_label(cells: list[Cell]) -> dict[str, list[Cell]]:
     """Return the cells of each label, seed by seed."""
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
@@ -215,16 +222,16 @@ def grouped(cells: list[Cell]) -> dict[str, list[Cell]]:
     return groups
 
 
-def _row(own: list[Cell], told: Mapping[str, Row]) -> Row:
-    """Return what one label's cells tell together."""
-    seeds = [told[cell.name]["test_accuracy"] for cell in own]
-    votes = [told[cell.name]["test_accuracy_vote"] for cell in own]
+def _summarise_label(cells: list[Cell], results: Mapping[str, Row]) -> Row:
+    """Return means over the seeds of one label, and its speed."""
+    seeds = [results[cell.name]["test_accuracy"] for cell in cells]
+    votes = [results[cell.name]["test_accuracy_vote"] for cell in cells]
     return {
         "test_accuracy": mean(seeds),
-        "standard_error": error(seeds),
+        "standard_error": standard_error(seeds),
         "seeds": seeds,
         "vote": mean(votes),
-        **told[f"speed-{own[0].name}"],
+        **results[f"speed-{cells[0].name}"],
     }
 
 
@@ -233,23 +240,23 @@ def _baseline(label: str) -> str:
     return "mlp backprop" if label.startswith("mlp") else "resnet k2 backprop"
 
 
-def _compare(rows: Mapping[str, Row]) -> None:
-    """Add the paired difference to backpropagation, and an order where it is beyond doubt."""
+def _add_differences(rows: Mapping[str, Row]) -> None:
+    """Add the paired difference to backpropagation to each row."""
     for label, row in rows.items():
-        row |= difference(row["seeds"], rows[_baseline(label)]["seeds"])
+        row |= paired_difference(row["seeds"], rows[_baseline(label)]["seeds"])
 
 
-def difference(own: Sequence[float], base: Sequence[float]) -> Row:
-    """Return the mean difference of pairs, its standard error and, beyond two of them, an order."""
-    differences = [ours - theirs for ours, theirs in zip(own, base, strict=True)]
-    gap, off = mean(differences), error(differences)
-    sure = off is not None and abs(gap) > 2 * off
-    order = ("above" if gap > 0 else "below") if sure else None
-    return {"difference": gap, "difference_error": off, "order": order}
+def paired_difference(values: Sequence[float], base: Sequence[float]) -> Row:
+    """Return the mean difference, its standard error, and its sign if beyond two of them."""
+    differences = [value - other for value, other in zip(values, base, strict=True)]
+    difference, error = mean(differences), standard_error(differences)
+    significant = error is not None and abs(difference) > 2 * error
+    order = ("above" if difference > 0 else "below") if significant else None
+    return {"difference": difference, "difference_error": error, "order": order}
 
 
-def error(values: list[float]) -> float | None:
-    """Return the standard error of a mean, None of one value."""
+def standard_error(values: list[float]) -> float | None:
+    """Return the standard error of the mean; None for a single value."""
     return stdev(values) / sqrt(len(values)) if len(values) > 1 else None
 
 

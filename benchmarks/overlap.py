@@ -1,16 +1,19 @@
-"""Overlap of a mean of 37.8 MB with computation, between two hosts and inside one.
+"""Share of a mean of 37.8 MB that computation hides, over the mean before the computation.
 
-Measured, fixed work: 2 ranks, one thread each, on two hosts joined by 1 Gbit, then on one host. The
-work is 50 pieces of 10 ms of matrix products, each followed by `Comm.progress`, as the engine calls
-it after each action. Timed alternately, from a common start to the end of the later rank: the work
-alone, the mean alone, and both, with the mean started before the work and waited for after it.
-`ratio` = (work alone + mean alone - both) / mean alone, between hosts: the fraction of the mean
-that the work hides, the median over the repetitions; `spread` = its range. Peer: one after the
-other.
-Inside one host the cores that compute also copy, so nothing is hidden: `near_over_blocking` =
-both / (mean, then work), at most 1 up to noise.
+`ratio` = (work alone + mean alone - both) / mean alone, between two hosts: the share of the mean
+that the work hides, the median over the repetitions. `spread` = its range. Peer: the mean, then the
+work.
+
+Set-up: 2 ranks, one thread each, on two hosts joined by 1 Gbit, then on one host. The work is 50
+pieces of 10 ms of matrix products; `Comm.progress` follows each, as the engine calls it after each
+action. Timed alternately, from a common start to the end of the later rank: the work alone, the
+mean alone, and both, with the mean started before the work and waited for after it. Inside one host
+the cores that compute also copy, so nothing is hidden: `near_over_blocking` = both / (mean, then
+work), at most 1 up to noise.
 
     python benchmarks/overlap.py [--quick]
+
+Label: measured. Needs the packages that `tests/cluster` needs.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench import asked, ranked, spread
+from bench import last_record, parse_quick, run_on_ranks, spread
 from record import ROOT, publish
 
 from dtrain.comm import world
@@ -36,28 +39,36 @@ KINDS = "work_s", "mean_s", "both_s", "blocking_s"
 
 def main() -> None:
     """Start the ranks, on two hosts and on one, and publish their measurements."""
-    quick = asked(__doc__)
-    from hosts import hosts  # needs root and Slurm
+    quick = parse_quick(__doc__)
+    from hosts import start_hosts  # needs root and Slurm
 
     times = 5 if quick else 15
     script = Path(__file__).resolve()
-    with hosts(RANKS, 1) as pair:
-        pair.shape(RATE)
+    with start_hosts(RANKS, 1) as hosts:
+        hosts.set_rate(RATE)
         command = [sys.executable, str(script), WORKER, str(times)]
-        far = json.loads(pair.start(command, ROOT, quiet=True).strip().splitlines()[-1])
-    near = ranked(RANKS, script, WORKER, times)
-    hidden = [(row[0] + row[1] - row[2]) / row[1] for row in far["rows"]]
+        far = last_record(hosts.run(command, ROOT, capture=True))
+    near = run_on_ranks(RANKS, script, WORKER, times)
+    hidden_shares = [(row[0] + row[1] - row[2]) / row[1] for row in far["rows"]]
     figures = {
-        **_figures("far", far),
-        **_figures("near", near),
+        **_median_figures("far", far),
+        **_median_figures("near", near),
         "near_over_blocking": median(row[2] / row[3] for row in near["rows"]),
         "far_over_blocking": median(row[2] / row[3] for row in far["rows"]),
     }
     peer = {key: figures.pop(key) for key in ("far_blocking_s", "near_blocking_s")}
-    publish("overlap", "measured", figures, peer, median(hidden), spread(hidden), quick=quick)
+    publish(
+        "overlap",
+        "measured",
+        figures,
+        peer,
+        median(hidden_shares),
+        spread(hidden_shares),
+        quick=quick,
+    )
 
 
-def _figures(name: str, result: dict[str, Any]) -> dict[str, float]:
+def _median_figures(name: str, result: dict[str, Any]) -> dict[str, float]:
     columns = zip(*result["rows"], strict=True)
     return {f"{name}_{kind}": median(column) for kind, column in zip(KINDS, columns, strict=True)}
 

@@ -1,11 +1,14 @@
-"""Accuracy of pipelined backpropagation with delayed gradients and their mitigation, against SGD.
+"""Accuracy of pipelined backpropagation with delayed gradients and their mitigation, over SGD.
 
-Measured: digits, a perceptron of ten residual units with LayerNorm, a stem and a head, each a block
-of its own, so that block 0 is 22 updates late; three epochs of batches of 4, SGD with momentum
-0.99, a constant learning rate. Settings and learning rate were fixed beforehand. The learning rate
-is the best of four for SGD alone (`RATES`, by the mean test accuracy of six other seeds, measured
-again in each start); all variants use it. Each run has one rank, and two runs go on at a time: the
-layout does not change the trained model.
+`ratio` = share of the gap to SGD that `both` closes, (both - plain) / (sgd - plain); `spread` = the
+width of its 95 % bootstrap interval over seeds (paired, 10,000 resamples, seed 0).
+
+Set-up: digits, an MLP of ten residual units with LayerNorm, a stem and a head, each a block of its
+own, so that the gradient of block 0 has a delay of 22 updates; three epochs of batches of 4, SGD
+with momentum 0.99, a constant learning rate. Settings and learning rate were fixed beforehand. The
+learning rate is the best of four for SGD alone (`RATES`, by the mean test accuracy of six other
+seeds, measured again in each start); all variants use it. Each run has one rank, and two runs go on
+at a time: the layout does not change the trained model.
 
 The momentum is high because the batch is small: 0.9 for batches of 32 is 0.987 for batches of 4
 (`scale-from`). With 0.9 the delay is longer than the momentum's time constant, and compensation
@@ -15,15 +18,14 @@ costs more accuracy than it gains.
 * `plain`: `pipelined`; `spike`: with spike compensation; `prediction`: with weight prediction
   (LWP-v); `both`; `stash`: with weight stashing
 
-`figures` has the mean test accuracy (0-1) over the seeds, `peer` that of `sgd`. `ratio` = share of
-the gap that `both` closes, (both - plain) / (sgd - plain); `spread` = the width of its 95 %
-bootstrap interval over seeds (paired, 10,000 resamples, seed 0). `shares` has share and interval of
-every variant, `gap_errors` the gap in paired standard errors, `accuracies` all runs.
+`figures` has the mean test accuracy (0-1) over the seeds, `peer` that of `sgd`. `shares` has share
+and interval of every variant, `gap_errors` the gap in paired standard errors, `accuracies` all
+runs.
 
     python benchmarks/pb_accuracy.py [--quick]
 
-Finished runs are kept: a start works for at most 35 minutes, then prints how many are left.
-`--quick`: two seeds, one epoch, no tuning.
+Label: measured. Time: starts of at most 35 minutes; each prints how many runs are left. `--quick`:
+two seeds, one epoch, no tuning.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
-from bench import Bench, asked, complete
+from bench import Bench, exit_if_incomplete, parse_quick
 from record import publish
 
 from dtrain.schema import Table
@@ -61,7 +63,7 @@ Cell = tuple[str, str, int, float]
 
 def main() -> None:
     """Train the missing cells; publish the record once all are there."""
-    quick = asked(__doc__)
+    quick = parse_quick(__doc__)
     bench, seeds = Bench("pb_accuracy", quick), range(2) if quick else SEEDS
     epochs = 1 if quick else EPOCHS
     tuning = [(f"rate-{lr}-{s}", "sgd", s, lr) for lr in RATES for s in TUNED]
@@ -102,14 +104,14 @@ def train_cells(bench: Bench, cells: list[Cell], epochs: int) -> dict[str, float
             return None
 
         def measure() -> dict[str, Any]:
-            result = bench.train(make_run(variant, seed, lr, epochs), 1, where=name)
+            result = bench.train(make_run(variant, seed, lr, epochs), 1, subfolder=name)
             return {"test_accuracy": result.summary["test_accuracy"]}
 
-        return name, float(bench.kept(name, measure)["test_accuracy"])
+        return name, float(bench.cached(name, measure)["test_accuracy"])
 
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(train_cell, cells))
-    complete(results.count(None))
+    exit_if_incomplete(results.count(None))
     return dict(filter(None, results))
 
 

@@ -1,7 +1,7 @@
-"""What follows from the runs of `slow_link` and `slow_link_accuracy`: times of steps and targets.
+"""Compute step times and times to accuracy from the runs of `slow_link` and `slow_link_accuracy`.
 
-Invariant: pure; a segment of the timing part has nothing in flight at its end, so that its length
-over its updates is what an update costs.
+Invariant: pure; a segment of the timing part ends without messages in flight, so its seconds over
+its updates are the cost of an update.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
-from bench import Told
-from strategies import CHANGES, LONG, SEGMENTS, SHORT, STRATEGIES, rounds
+from bench import RunResult
+from strategies import CHANGES, LONG, SEGMENTS, SHORT, STRATEGIES, segment_updates
 
 from dtrain.syncs.ab import AB
 from dtrain.syncs.base import UpdateClock
@@ -24,75 +24,79 @@ SENT = "bytes_inter_node_per_update"
 Row = dict[str, Any]
 
 
-def steps(name: str, told: Told) -> dict[str, list[float]]:
+def step_seconds(name: str, result: RunResult) -> dict[str, list[float]]:
     """Return, by phase, the seconds of a step in each segment that does not end an epoch."""
     phases = STRATEGIES[name].phases
-    found: dict[str, list[float]] = {each: [] for each in phases}
-    for epoch, last, record in _segments(name, told):
-        if not last:
-            found[phases[epoch]].append(record["train_s"] / rounds(name))
-    return found
+    seconds: dict[str, list[float]] = {phase: [] for phase in phases}
+    for epoch, ends_epoch, record in _segments(name, result):
+        if not ends_epoch:
+            seconds[phases[epoch]].append(record["train_s"] / segment_updates(name))
+    return seconds
 
 
-def changes(name: str, told: Told) -> dict[str, float]:
-    """Return the seconds by which segments that end an epoch are longer than their steps, where a
-    change of rank lies in them."""
+def change_seconds(name: str, result: RunResult) -> dict[str, float]:
+    """Return the seconds of each change of rank.
+
+    A change lies in the last segment of an epoch and takes the time beyond that of its steps.
+    """
     if name not in CHANGES:
         return {}
-    own, phases = steps(name, told), STRATEGIES[name].phases
+    steps, phases = step_seconds(name, result), STRATEGIES[name].phases
     return {
-        CHANGES[name][epoch]: record["train_s"] - rounds(name) * median(own[phases[epoch]])
-        for epoch, last, record in _segments(name, told)
-        if last
+        CHANGES[name][epoch]: record["train_s"]
+        - segment_updates(name) * median(steps[phases[epoch]])
+        for epoch, ends_epoch, record in _segments(name, result)
+        if ends_epoch
     }
 
 
-def _segments(name: str, told: Told) -> list[tuple[int, bool, Row]]:
-    """Return epoch, whether it is the last of it, and the record of each segment."""
-    found = []
-    for record in told.trained:
-        epoch, place = divmod(record["update"] // rounds(name) - 1, SEGMENTS)
-        found.append((epoch, place == SEGMENTS - 1, record))
-    return found
+def _segments(name: str, result: RunResult) -> list[tuple[int, bool, Row]]:
+    """Return the epoch, whether it ends there, and the record of each segment."""
+    segments = []
+    for record in result.train_records:
+        epoch, index = divmod(record["update"] // segment_updates(name) - 1, SEGMENTS)
+        segments.append((epoch, index == SEGMENTS - 1, record))
+    return segments
 
 
-def middles(rows: Sequence[Row]) -> dict[str, float]:
-    """Return, by phase, the median seconds of a step over all segments of all turns, and those of
-    changes over the turns."""
-    found = {
-        name: median(value for row in rows for value in row["step_s"][name])
-        for name in rows[0]["step_s"]
+def median_seconds(rows: Sequence[Row]) -> dict[str, float]:
+    """Return the median seconds of a step by phase over all segments, and of each change."""
+    steps = {
+        phase: median(seconds for row in rows for seconds in row["step_s"][phase])
+        for phase in rows[0]["step_s"]
     }
-    changed = {name: [row["changes_s"][name] for row in rows] for name in rows[0]["changes_s"]}
-    return found | {name: median(values) for name, values in changed.items()}
+    changes = {
+        change: median(row["changes_s"][change] for row in rows) for change in rows[0]["changes_s"]
+    }
+    return steps | changes
 
 
-def reached(curve: Sequence[float], target: float) -> int | None:
-    """Return after how many epochs the accuracy is at least `target`; None: after none.
+def epochs_to_target(curve: Sequence[float], target: float) -> int | None:
+    """Return the first epoch with an accuracy of at least `target`; None if there is none.
 
-    >>> reached([0.3, 0.5, 0.49], 0.5), reached([0.3], 0.5)
+    >>> epochs_to_target([0.3, 0.5, 0.49], 0.5), epochs_to_target([0.3], 0.5)
     (2, None)
     """
-    return next((n for n, each in enumerate(curve, 1) if each >= target), None)
+    return next((epoch for epoch, value in enumerate(curve, 1) if value >= target), None)
 
 
-def counts(name: str, epochs: int, whole: int, per_epoch: int) -> dict[str, int]:
-    """Return how many updates of each phase, and changes, are in the first `epochs` of `whole`.
+def count_updates(name: str, epochs: int, total_epochs: int, per_epoch: int) -> dict[str, int]:
+    """Return the number of updates of each phase, and of changes, in the first `epochs`.
 
-    >>> counts("daso", 3, 8, 10), counts("diloco", 3, 8, 10)
+    >>> count_updates("daso", 3, 8, 10), count_updates("diloco", 3, 8, 10)
     ({'warm-up': 10, 'cycling': 20, 'cool-down': 0}, {'steady': 30})
-    >>> counts("ab", 2, 3, 100)
+    >>> count_updates("ab", 2, 3, 100)
     {'full': 126, 'low': 74, 'split': 4, 'merge': 4}
-    >>> counts("oialr", 2, 3, 100)
+    >>> count_updates("oialr", 2, 3, 100)
     {'full': 30, 'low': 170, 'split': 1, 'round': 28}
     """
-    updates, total = epochs * per_epoch, whole * per_epoch
+    updates, total = epochs * per_epoch, total_epochs * per_epoch
     clock = UpdateClock(0, 0, per_epoch, total, 1.0, 1.0, False, ())
     match STRATEGIES[name].phases, name:
         case ("steady",), _:
             return {"steady": updates}
         case ("warm-up", *_), _:
-            cooling = per_epoch * (epochs == whole)
+            cooling = per_epoch * (epochs == total_epochs)
             return {
                 "warm-up": per_epoch,
                 "cycling": updates - per_epoch - cooling,
@@ -101,128 +105,134 @@ def counts(name: str, epochs: int, whole: int, per_epoch: int) -> dict[str, int]
         case _, "ab":
             phases = AB().phases(clock)
             low = [phases.is_low_rank(update) for update in range(updates + 1)]
-            turned = [b - a for a, b in pairwise(low)]
-            split, merge = turned.count(1), turned.count(-1) + (low[-1] and epochs == whole)
+            transitions = [after - before for before, after in pairwise(low)]
+            merges = transitions.count(-1) + (low[-1] and epochs == total_epochs)
             return {
                 "full": updates - sum(low[:-1]),
                 "low": sum(low[:-1]),
-                "split": split,
-                "merge": int(merge),
+                "split": transitions.count(1),
+                "merge": int(merges),
             }
         case _, "oialr":
             delay, every = OIALR().phase_lengths(clock)
-            low_ = updates - delay
-            return {"full": delay, "low": low_, "split": 1, "round": low_ // every}
+            low_updates = updates - delay
+            return {"full": delay, "low": low_updates, "split": 1, "round": low_updates // every}
     raise AssertionError(name)
 
 
-def spent(
-    name: str, step_s: Mapping[str, float], epochs: int, whole: int, per_epoch: int, means: float
+def training_seconds(
+    name: str,
+    step_s: Mapping[str, float],
+    epochs: int,
+    total_epochs: int,
+    per_epoch: int,
+    means: float,
 ) -> float:
-    """Return the seconds of the first `epochs` of a run of `whole` epochs.
+    """Return the seconds of the first `epochs` of a run of `total_epochs`.
 
-    `step_s` holds the seconds of a step by phase, and of changes; `means` are those of the whole
-    run, and count for `qsr` alone, whose rounds grow with each: an upper bound, where the run does
-    not go to its end. From t = work + mean / H at two H follow the seconds of the work and of a
-    mean.
+    `step_s` holds the seconds of a step by phase, and of changes. `means` is the number of means of
+    the whole run; only `qsr` needs it, since its rounds grow. For a shorter run it gives an upper
+    bound. From t = work + mean / H at two values of H follow the seconds of work and of a mean.
 
-    >>> spent("daso", {"warm-up": 1.0, "cycling": 0.2, "cool-down": 1.0}, 3, 8, 10, 0)
+    >>> training_seconds("daso", {"warm-up": 1.0, "cycling": 0.2, "cool-down": 1.0}, 3, 8, 10, 0)
     14.0
-    >>> spent("diloco", {"steady": 0.5}, 3, 8, 10, 0)
+    >>> training_seconds("diloco", {"steady": 0.5}, 3, 8, 10, 0)
     15.0
-    >>> round(spent("qsr", {"short": 1.0 + 0.6 / 4, "long": 1.0 + 0.6 / 24}, 2, 8, 10, 5), 6)
+    >>> qsr = {"short": 1.0 + 0.6 / 4, "long": 1.0 + 0.6 / 24}
+    >>> round(training_seconds("qsr", qsr, 2, 8, 10, 5), 6)
     23.0
     """
     if "short" in step_s:
         mean = (step_s["short"] - step_s["long"]) / (1 / SHORT - 1 / LONG)
         return (step_s["long"] - mean / LONG) * epochs * per_epoch + mean * means
-    found = counts(name, epochs, whole, per_epoch)
-    return sum(count * step_s[each] for each, count in found.items())
+    counts = count_updates(name, epochs, total_epochs, per_epoch)
+    return sum(count * step_s[phase] for phase, count in counts.items())
 
 
-def timings(times: Mapping[str, Mapping[str, list[Row]]]) -> Row:
-    """Return figures, the peer's and the tables of the timing part.
+def timing_tables(times: Mapping[str, Mapping[str, list[Row]]]) -> Row:
+    """Return our figures, the peer's and the tables of the timing part.
 
     Parameters
     ----------
     times : mapping
-        Rows by rate of the links and strategy, `ddp` among them, turn by turn.
+        Rows by rate of the links and strategy, `ddp` among them, one row per repetition.
     """
     figures: dict[str, float] = {}
     peer: dict[str, float] = {}
     links: dict[str, dict[str, Row]] = {}
     for link, rows in times.items():
         links[link] = {}
-        for name in [each for each in rows if each != "ddp"]:
-            own, phases = middles(rows[name]), STRATEGIES[name].phases
-            labels = {f"{link} {name} {each} step_s": own[each] for each in phases}
+        for name in [name for name in rows if name != "ddp"]:
+            seconds, phases = median_seconds(rows[name]), STRATEGIES[name].phases
+            labels = {f"{link} {name} {phase} step_s": seconds[phase] for phase in phases}
             figures |= labels
             peer |= dict.fromkeys(labels, median(row["step_s"] for row in rows["ddp"]))
-            links[link][name] = {"step_s": own, **traffic(rows[name])}
+            links[link][name] = {"step_s": seconds, **interface_traffic(rows[name])}
     ddp = {link: rows["ddp"] for link, rows in times.items()}
     return {"figures": figures, "peer": peer, "links": links, "ddp": ddp}
 
 
-def together(rows: Sequence[Row]) -> Row:
-    """Return the row of several seeds: the mean accuracy per epoch, and `curves` seed by seed.
+def average_seeds(rows: Sequence[Row]) -> Row:
+    """Return one row for several seeds: the mean accuracy per epoch, and `curves` by seed.
 
-    >>> together([{"curve": [0.5], "updates": 9}, {"curve": [0.25], "updates": 9}])
+    >>> average_seeds([{"curve": [0.5], "updates": 9}, {"curve": [0.25], "updates": 9}])
     {'curve': [0.375], 'updates': 9, 'curves': [[0.5], [0.25]]}
     """
     curves = [row["curve"] for row in rows]
     return rows[0] | {
-        "curve": [fmean(each) for each in zip(*curves, strict=True)],
+        "curve": [fmean(values) for values in zip(*curves, strict=True)],
         "curves": curves,
     }
 
 
-def joined(learnt: Mapping[str, Row], steps: Row) -> Row:
-    """Return the times to accuracy, the peer's, and the tables that follow from both parts.
+def accuracy_tables(accuracies: Mapping[str, Row], timings: Row) -> Row:
+    """Return the times to accuracy, the peer's, and the tables of both parts.
 
     Parameters
     ----------
-    learnt : mapping
+    accuracies : mapping
         Rows of the accuracy part by strategy: curve, updates, bytes per update.
-    steps : mapping
+    timings : mapping
         The record of the timing part.
     """
-    first, epochs = learnt["every-step"], len(learnt["every-step"]["curve"])
+    first, epochs = accuracies["every-step"], len(accuracies["every-step"]["curve"])
     target, per_epoch = first["curve"][-1] - POINT, first["updates"] // epochs
-    whole = reached(first["curve"], target) or epochs
+    peer_epochs = epochs_to_target(first["curve"], target) or epochs
     figures: dict[str, float] = {}
     peer: dict[str, float] = {}
-    table: dict[str, Row] = {name: {**row, "links": {}} for name, row in learnt.items()}
+    table: dict[str, Row] = {name: {**row, "links": {}} for name, row in accuracies.items()}
     for name, row in table.items():
-        # A mean of `every-step` is one per update, and all means are of the same bytes.
-        row["means_per_update"] = row[SENT] / first[SENT] / STRATEGIES[name].part
-        row["epochs"] = reached(row["curve"], target)
-    for link, rows in steps["links"].items():
-        theirs = median(row["step_s"] for row in steps["ddp"][link]) * whole * per_epoch
+        # `every-step` sends one mean per update, and all means of a strategy have the same size.
+        row["means_per_update"] = row[SENT] / first[SENT] / STRATEGIES[name].mean_size
+        row["epochs"] = epochs_to_target(row["curve"], target)
+    for link, rows in timings["links"].items():
+        ddp_step_s = median(row["step_s"] for row in timings["ddp"][link])
+        peer_s = ddp_step_s * peer_epochs * per_epoch
         for name, row in table.items():
-            means, own = row["means_per_update"] * row["updates"], rows[name]["step_s"]
-            run_s = spent(name, own, epochs, epochs, per_epoch, means)
+            means, step_s = row["means_per_update"] * row["updates"], rows[name]["step_s"]
+            run_s = training_seconds(name, step_s, epochs, epochs, per_epoch, means)
             row["links"][link] = {"run_s": run_s, "to_accuracy_s": None}
             if row["epochs"] is None:
                 continue
-            ours = spent(name, own, row["epochs"], epochs, per_epoch, means)
-            figures[f"{link} {name} to_accuracy_s"] = ours
-            peer[f"{link} {name} to_accuracy_s"] = theirs
-            row["links"][link] |= {"to_accuracy_s": ours, "of_peer": ours / theirs}
-    tables = {"target": target, "strategies": table, "steps": steps["commit"]}
+            our_s = training_seconds(name, step_s, row["epochs"], epochs, per_epoch, means)
+            figures[f"{link} {name} to_accuracy_s"] = our_s
+            peer[f"{link} {name} to_accuracy_s"] = peer_s
+            row["links"][link] |= {"to_accuracy_s": our_s, "of_peer": our_s / peer_s}
+    tables = {"target": target, "strategies": table, "steps": timings["commit"]}
     return {"figures": figures, "peer": peer, **tables}
 
 
-def counted(told: Told) -> dict[str, float]:
+def counted_bytes(result: RunResult) -> dict[str, float]:
     """Return the counted bytes of a run, inside nodes and between them."""
-    return {key: told.summary[key] for key in ("bytes_intra_node", "bytes_inter_node")}
+    return {key: result.summary[key] for key in ("bytes_intra_node", "bytes_inter_node")}
 
 
-def traffic(rows: Sequence[Row]) -> Row:
-    """Return counted bytes between the hosts, those of their interfaces, and these over those."""
-    ours = sum(row["bytes_inter_node"] for row in rows)
+def interface_traffic(rows: Sequence[Row]) -> Row:
+    """Return counted bytes between hosts, bytes sent by their interfaces, and the quotient."""
+    counted = sum(row["bytes_inter_node"] for row in rows)
     interface = sum(row["interface_bytes"] for row in rows)
     return {
-        "bytes_inter_node": ours,
+        "bytes_inter_node": counted,
         "interface_bytes": interface,
-        "interface_over_counted": interface / ours,
+        "interface_over_counted": interface / counted,
     }

@@ -1,19 +1,23 @@
-"""Samples per second of two ranks with eight layers of 1024 and a head, against torch's 1F1B.
+"""Samples per second of a two-rank pipeline of eight layers of 1024, over torch's 1F1B.
 
-Measured: 2 ranks, one thread each, 256 samples per update, plain SGD on both sides, blocks of four
-layers. `ratio` = `stream` with `mono-forward` at its best number of micro-batches (1, 2, 4, 8) over
-torch 1F1B over gloo at its best of 2, 4, 8, as the median of the pairs; `spread` = its range. The
-best numbers are chosen in one round before the pairs. Further figures:
+`ratio` = samples per second of `mono-forward` with `stream`, at its best number of micro-batches
+(1, 2, 4, 8), over those of torch 1F1B over gloo at its best of 2, 4, 8; the median of the pairs,
+above 1 ours is faster. `spread` = its range. One round before the pairs chooses the best numbers.
+
+Set-up: 2 ranks, one thread each, 256 samples per update, SGD without momentum on both sides, blocks
+of four layers and a head. Further figures:
 
     ratio_1f1b          our `1f1b` with backprop over theirs, best micro-batches each
     bound_share         our 1f1b's efficiency over M / (M + P - 1); efficiency = its samples per
                         second over P times those of the same blocks on one rank, updates included
     ratio_rows          `ratio` at equal rows per micro-batch: both sides at the peer's best M
-    work_factor         our backprop's seconds on one rank over those of mono-forward: the work that
-                        is saved (no input gradient at a block's first layer), less the heads
-    parallel_factor     `ratio` over `work_factor`: the waiting that is saved
+    work_factor         our backprop's seconds on one rank over those of mono-forward: the saved
+                        work (no input gradient at a block's first layer), less that of the heads
+    parallel_factor     `ratio` over `work_factor`: the saved waiting time
 
     python benchmarks/pipeline_step.py [--quick]
+
+Label: measured.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-from bench import Bench, asked, middle, peer, spread, turns
+from bench import Bench, alternate, medians, parse_quick, run_peer, spread
 from record import publish
 
 from dtrain.schema import Table
@@ -35,33 +39,33 @@ Row = dict[str, float]
 
 def main() -> None:
     """Choose the best settings, measure pairs and publish the record."""
-    quick = asked(__doc__)
+    quick = parse_quick(__doc__)
     bench, steps = Bench("pipeline_step", quick), 8 if quick else 20
 
     def ours(method: tuple[str, str], micros: int, ranks: int = RANKS) -> Row:
         result = bench.train(make_run(method, micros, steps), ranks)
-        return {"rate": result.rate(), "busy": max(result.summary["utilisation"])}
+        return {"rate": result.samples_per_s(), "busy": max(result.summary["utilisation"])}
 
     def theirs(micros: int) -> Row:
-        return peer("pipeline", RANKS, micros, steps, BATCH, WIDTH, LAYERS)
+        return run_peer("pipeline_1f1b", RANKS, micros, steps, BATCH, WIDTH, LAYERS)
 
     local = best_micros(bench, "local", OURS, lambda m: ours(LOCAL, m)["rate"])
     flush = best_micros(bench, "flush", THEIRS, lambda m: ours(GLOBAL, m)["rate"])
     other = best_micros(bench, "peer", THEIRS, lambda m: theirs(m)["samples_per_s"])
 
     def measure_ours(number: int) -> Row:
-        return bench.kept(f"ours-{number}", lambda: sample_rates(ours, local, flush, other))
+        return bench.cached(f"ours-{number}", lambda: sample_rates(ours, local, flush, other))
 
     def measure_peer(number: int) -> Row:
-        return bench.kept(f"theirs-{number}", lambda: theirs(other))
+        return bench.cached(f"theirs-{number}", lambda: theirs(other))
 
-    our_rows, peer_rows = turns(5, measure_ours, measure_peer)
+    our_rows, peer_rows = alternate(5, measure_ours, measure_peer)
     pairs = [pair_ratios(a, b, flush) for a, b in zip(our_rows, peer_rows, strict=True)]
     ratios = [pair["ratio"] for pair in pairs]
-    figures = middle(pairs) | middle(our_rows)
+    figures = medians(pairs) | medians(our_rows)
     figures |= {"micros": local, "micros_1f1b": flush}
     del figures["ratio"]
-    peer_figures = middle(peer_rows) | {"micros": other}
+    peer_figures = medians(peer_rows) | {"micros": other}
     publish(
         "pipeline_step", "measured", figures, peer_figures, median(ratios), spread(ratios),
         quick=quick,
@@ -72,7 +76,7 @@ def best_micros(
     bench: Bench, part: str, micros: tuple[int, ...], rate: Callable[[int], float]
 ) -> int:
     """Return the fastest number of micro-batches; each is tried once."""
-    rates = bench.kept(f"best-{part}", lambda: {str(m): rate(m) for m in micros})
+    rates = bench.cached(f"best-{part}", lambda: {str(m): rate(m) for m in micros})
     return int(max(rates, key=lambda m: rates[m]))
 
 

@@ -1,26 +1,27 @@
-"""Utilisation of asynchronous backpropagation on four and eight ranks, against torch's 1F1B.
+"""Utilisation of asynchronous backpropagation on four and eight ranks, over torch's 1F1B.
 
-Emulated: every layer sleeps 50 ms forward and 100 ms backward (see `user.py`), so that eight ranks
+`ratio` = seconds per micro-batch of torch's 1F1B with M = 8 over those of ours, the slower of
+`pipelined` and `pipedream`, at P = 8, as the median of the pairs; above 1 ours is faster. `spread`
+= its range.
+
+Set-up: every layer sleeps 50 ms forward and 100 ms backward (see `user.py`), so that eight ranks
 fit on two cores. `backprop`, P blocks of one layer on P ranks, an update after every micro-batch of
 4 rows, SGD with momentum. `pipelined` runs with weight prediction (LWP-v) and spike compensation,
-`pipedream` with its stash.
+`pipedream` with its stash. Peer: torch 1F1B over gloo with the same sleeps, M = 8 and 32
+micro-batches per step; `1f1b_P_M` = its stage alone over its step.
 
 `NAME_P` = (time of an update of one stage alone: the same layer, by the same program, on one rank)
 over (time of an update in the steady state). This is the share of the bound, which is one
 micro-batch in the time of the slowest stage. The steady state is a difference: a run has two
-segments of 50 updates and one of 20, which fill and drain in the same way, so 30 updates cost
+segments of 50 updates and one of 20, which fill and drain in the same way, so 30 updates take
 exactly T(50) - T(20); the first segment warms up. The stage alone is measured by the same
 difference; the record holds it in `micro_s`, and it exceeds the 150 ms of sleep by the time of
-engine and autograd.
-
-Peer: torch 1F1B over gloo with the same sleeps, M = 8 and 32 micro-batches per step; `1f1b_P_M` =
-its stage alone over its step. `ratio` = seconds per micro-batch of torch's 1F1B with M = 8 over
-those of ours, the slower of the two schedules, at P = 8, as the median of the pairs; `spread` = its
-range. `micro_s` holds all seconds per micro-batch, `busy` the busy share per stage from the run.
+engine and autograd. `micro_s` holds all seconds per micro-batch, `busy` the busy share per stage
+from the run.
 
     python benchmarks/pipeline_utilisation.py [--quick]
 
-`--quick`: P = 4 alone, and one pair.
+Label: emulated. `--quick`: P = 4 alone, and one pair.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-from bench import Bench, Told, asked, middle, peer, spread, turns
+from bench import Bench, RunResult, alternate, medians, parse_quick, run_peer, spread
 from record import publish
 
 from dtrain.schema import Table
@@ -48,24 +49,24 @@ Row = dict[str, Any]
 
 def main() -> None:
     """Measure pairs and publish the record."""
-    quick = asked(__doc__)
+    quick = parse_quick(__doc__)
     bench = Bench("pipeline_utilisation", quick)
     rank_counts = RANKS[:1] if quick else RANKS
-    ours, theirs = turns(
+    ours, theirs = alternate(
         1 if quick else PAIRS,
-        lambda number: bench.kept(f"ours-{number}", lambda: measure_ours(bench, rank_counts)),
-        lambda number: bench.kept(f"peer-{number}", lambda: measure_peer(rank_counts)),
+        lambda number: bench.cached(f"ours-{number}", lambda: measure_ours(bench, rank_counts)),
+        lambda number: bench.cached(f"peer-{number}", lambda: measure_peer(rank_counts)),
     )
     largest = rank_counts[-1]
     ratios = [
         b[f"micro_s_{largest}_8"] / max(a["micro_s"][f"{name}_{largest}"] for name in SCHEDULES)
         for a, b in zip(ours, theirs, strict=True)
     ]
-    figures = middle([row["shares"] for row in ours])
-    details = {key: middle([row[key] for row in ours]) for key in ("micro_s", "busy")}
+    figures = medians([row["shares"] for row in ours])
+    details = {key: medians([row[key] for row in ours]) for key in ("micro_s", "busy")}
     ratio_range = spread(ratios) if len(ratios) > 1 else None
     publish(
-        "pipeline_utilisation", "emulated", figures, middle(theirs), median(ratios), ratio_range,
+        "pipeline_utilisation", "emulated", figures, medians(theirs), median(ratios), ratio_range,
         quick=quick, **details,
     )  # fmt: skip
 
@@ -83,9 +84,9 @@ def measure_ours(bench: Bench, rank_counts: tuple[int, ...]) -> Row:
     return row
 
 
-def update_seconds(result: Told) -> float:
+def update_seconds(result: RunResult) -> float:
     """Return the seconds per update in the steady state, without fill and drain."""
-    _, long_s, short_s = result.walls()
+    _, long_s, short_s = result.segment_seconds()
     return (long_s - short_s) / (LONG - SHORT)
 
 
@@ -113,7 +114,7 @@ def measure_peer(rank_counts: tuple[int, ...]) -> dict[str, float]:
     figures = {}
     for ranks in rank_counts:
         for micros in MICROS:
-            result = peer("sleep", ranks, micros, STEPS[micros], FORWARD_S, BACKWARD_S)
+            result = run_peer("sleep_1f1b", ranks, micros, STEPS[micros], FORWARD_S, BACKWARD_S)
             figures[f"1f1b_{ranks}_{micros}"] = result["efficiency"]
             figures[f"micro_s_{ranks}_{micros}"] = result["update_s"] / micros
     return figures

@@ -1,6 +1,6 @@
-"""What every benchmark prints and commits: one flat JSON record.
+"""Print a benchmark's result as one flat JSON record, and write it to `records/`.
 
-Invariant: a record names its commit and its machine, and is written by full mode alone.
+Invariant: a record names its commit and its machine; only full mode writes it.
 """
 
 from __future__ import annotations
@@ -27,20 +27,23 @@ def publish(
     spread: float | None,
     *,
     quick: bool,
-    **more: Any,
+    **details: Any,
 ) -> None:
-    """Print the record as the last line; in full mode write it to ``records/NAME.json`` too.
+    """Print the record as the last line; full mode also writes it to ``records/NAME.json``.
 
     Parameters
     ----------
     label : str
         "measured", "emulated" or "simulated".
     figures, peer : mapping of str to number
-        Ours and, from the same run, the peer's.
+        Ours and the peer's, measured in the same run.
     ratio, spread : float
-        What the benchmark's docstring says, and its range over the repetitions (None: one only).
+        The ratio that the benchmark's docstring defines, and its range over the repetitions (None
+        for a single repetition).
+    details : JSON values
+        Further keys of the record.
     """
-    told = {
+    record = {
         "name": name,
         "label": label,
         "commit": commit(),
@@ -49,27 +52,27 @@ def publish(
         "peer": dict(peer),
         "ratio": ratio,
         "spread": spread,
-        **more,
+        **details,
     }
     if not quick:
         path = ROOT / "benchmarks" / "records" / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(told))
+        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(record))
 
 
 def commit() -> str:
-    """Return the commit that ran, marked where the working tree differs from it in more than
-    records.
+    """Return the commit, with "-changed" if the working tree differs from it outside records.
 
-    A copy without git, on a machine of another kind, is told by ``DTRAIN_COMMIT``.
+    ``DTRAIN_COMMIT`` names it for a copy without git.
     """
     if "DTRAIN_COMMIT" in os.environ:
         return os.environ["DTRAIN_COMMIT"]
 
-    def git(*words: str) -> str:
-        told = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
-        return told.stdout.strip()
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        return result.stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no", ".", ":!benchmarks/records")
     return git("rev-parse", "HEAD") + ("-changed" if changed else "")

@@ -1,21 +1,23 @@
-"""ResNet-20 on a part of CIFAR-10: local heads in two blocks and backprop, accuracy per epoch.
+"""Accuracy per epoch of ResNet-20 with DGL heads in two blocks, over backpropagation.
 
-Measured: 10,000 training images, 2,000 test images, 3 epochs, 128 samples an update, SGD with
-momentum, one seed, under five minutes in all. Ours: `local-head` with DGL heads on 2 ranks; peer:
-`backprop` as one block on one rank with two threads. `curves` holds the test accuracy (0-1) after
-each epoch of both. `ratio` = final accuracy with local heads over that with backprop. One
-repetition, hence no `spread` (null). `--quick`: 1,000 and 500 images, 2 epochs.
+`ratio` = final accuracy with local heads over that with backprop. One repetition, hence no `spread`
+(null).
+
+Set-up: 10,000 training and 2,000 test images of CIFAR-10, 3 epochs, 128 samples per update, SGD
+with momentum, one seed. Ours: `local-head` with DGL heads on 2 ranks; peer: `backprop` as one block
+on one rank with two threads. `curves` holds the test accuracy (0-1) after each epoch of both.
 
     python benchmarks/resnet_curves.py [--quick]
 
-The images are looked for in ``DTRAIN_DATA`` (default ``../shared/data``): `cifar10-jpeg.tar.gz`.
+Label: measured. Time: under five minutes. `--quick`: 1,000 and 500 images, 2 epochs. Reads
+`cifar10-jpeg.tar.gz` from ``DTRAIN_DATA`` (default ``../shared/data``).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from bench import Bench, asked, cifar
+from bench import Bench, cifar_paths, parse_quick
 from record import publish
 
 from dtrain.schema import Table
@@ -29,24 +31,24 @@ METHODS: dict[str, tuple[Table, int, int, int]] = {
 
 def main() -> None:
     """Train both and publish the record."""
-    quick = asked(__doc__)
-    bench, paths = Bench("resnet_curves", quick), cifar()
+    quick = parse_quick(__doc__)
+    bench, paths = Bench("resnet_curves", quick), cifar_paths()
     sizes = (1000, 500, 2) if quick else (10000, 2000, 3)
 
-    def curve(name: str) -> dict[str, Any]:
+    def measure_curve(name: str) -> dict[str, Any]:
         objective, blocks, ranks, threads = METHODS[name]
-        told = bench.train(run(paths, sizes, objective, blocks), ranks, threads)
-        accuracies = [record["test_accuracy"] for record in told.tested]
-        return {"curve": accuracies, "wall_s": told.summary["wall_s"]}
+        result = bench.train(run(paths, sizes, objective, blocks), ranks, threads)
+        accuracies = [record["test_accuracy"] for record in result.eval_records]
+        return {"curve": accuracies, "wall_s": result.summary["wall_s"]}
 
-    told = {name: bench.kept(name, lambda name=name: curve(name)) for name in METHODS}  # type: ignore[misc]
+    results = {name: bench.cached(name, lambda name=name: measure_curve(name)) for name in METHODS}  # type: ignore[misc]
     figures = {
-        name: {"test_accuracy": each["curve"][-1], "wall_s": each["wall_s"]}
-        for name, each in told.items()
+        name: {"test_accuracy": row["curve"][-1], "wall_s": row["wall_s"]}
+        for name, row in results.items()
     }
     ours, peer = figures["local-head"], figures["backprop"]
     ratio = ours["test_accuracy"] / peer["test_accuracy"]
-    curves = {name: each["curve"] for name, each in told.items()}
+    curves = {name: row["curve"] for name, row in results.items()}
     publish("resnet_curves", "measured", ours, peer, ratio, None, quick=quick, curves=curves)
 
 

@@ -1,20 +1,23 @@
-"""One rank, the CIFAR-10 MLP: what does dtrain cost over a plain PyTorch loop?
+"""Seconds of an update of the CIFAR-10 MLP on one rank, over a plain PyTorch loop.
 
-Measured: 3072-1000-1000-1000-10, `backprop`, one block, Adam, 128 samples an update, one thread on
-both sides. The peer reads the same file through the same source, standardised likewise, in an
-order drawn likewise, and records no loss. `ratio` = our seconds of an update over the peer's, the
-median of the pairs; `spread` = its range. The first segment of both warms up and does not count.
+`ratio` = our seconds per update over the peer's, the median of the pairs; 1 means no overhead.
+`spread` = its range.
+
+Set-up: 3072-1000-1000-1000-10, `backprop`, one block, Adam, 128 samples per update, one thread on
+both sides. The peer reads the same file through the same dataset class, standardised likewise, in
+an order drawn the same way, and records no loss. Both use fused optimizer steps. The first segment
+of both warms up and does not count.
 
     python benchmarks/single_rank_overhead.py [--quick]
 
-The images are looked for in ``DTRAIN_DATA`` (default ``../shared/data``): `cifar10-jpeg.tar.gz`.
+Label: measured. Reads `cifar10-jpeg.tar.gz` from ``DTRAIN_DATA`` (default ``../shared/data``).
 """
 
 from __future__ import annotations
 
 from statistics import median
 
-from bench import Bench, asked, cifar, middle, peer, spread, turns
+from bench import Bench, alternate, cifar_paths, medians, parse_quick, run_peer, spread
 from record import publish
 
 from dtrain.schema import Table
@@ -24,24 +27,24 @@ BATCH, WIDTHS, SEGMENTS = 128, [1000] * 3, 6
 
 def main() -> None:
     """Measure pairs and publish the record."""
-    quick = asked(__doc__)
+    quick = parse_quick(__doc__)
     bench, steps = Bench("single_rank_overhead", quick), 20 if quick else 60
-    train, test = cifar()
+    train, test = cifar_paths()
 
     def ours() -> dict[str, float]:
-        return {"update_s": BATCH / bench.train(run(train, test, steps), 1).rate()}
+        return {"update_s": BATCH / bench.train(run(train, test, steps), 1).samples_per_s()}
 
     def theirs() -> dict[str, float]:
-        return peer("plain", 1, train, test, BATCH, steps, SEGMENTS)
+        return run_peer("plain_loop", 1, train, test, BATCH, steps, SEGMENTS)
 
-    mine, others = turns(
+    our_rows, peer_rows = alternate(
         5 if quick else 7,
-        lambda number: bench.kept(f"ours-{number}", ours),
-        lambda number: bench.kept(f"peer-{number}", theirs),
+        lambda number: bench.cached(f"ours-{number}", ours),
+        lambda number: bench.cached(f"peer-{number}", theirs),
     )
-    ratios = [a["update_s"] / b["update_s"] for a, b in zip(mine, others, strict=True)]
+    ratios = [a["update_s"] / b["update_s"] for a, b in zip(our_rows, peer_rows, strict=True)]
     publish(
-        "single_rank_overhead", "measured", middle(mine), middle(others), median(ratios),
+        "single_rank_overhead", "measured", medians(our_rows), medians(peer_rows), median(ratios),
         spread(ratios), quick=quick,
     )  # fmt: skip
 

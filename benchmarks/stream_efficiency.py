@@ -1,25 +1,29 @@
-"""Efficiency of a streaming pipeline of eight stages whose devices sleep, against torch's 1F1B.
+"""Efficiency of a streaming pipeline of eight sleeping stages, over torch's 1F1B.
 
-Emulated: every layer sleeps 20 ms forward and 40 ms backward, so that eight ranks fit on two cores.
+`ratio` = our `efficiency` over the peer's, as the median of the pairs; above 1 ours is better.
+`spread` = its range.
+
+Set-up: every layer sleeps 20 ms forward and 40 ms backward, so that eight ranks fit on two cores.
 The sleep is a layer of user code, and no input gradient is needed. `stream`, `mono-forward`,
 8 blocks of one layer, updates of 8 micro-batches, one segment of 30 updates (240 micro-batches).
+Peer: torch 1F1B over gloo, 8 micro-batches, the same sleeps, its own stage alone over its step.
 
 `efficiency` = (time of an update of one stage alone: the same layer, by the same program, on one
 rank) over (time of an update in the steady state). The steady state is a difference: one run has a
 segment of 30 updates and one of 5, which fill and drain in the same way, so 25 updates (200
-micro-batches) cost exactly T(30) - T(5); nothing is cut out by hand. `efficiency_with_fill` is over
-the whole T(30). The stage alone is measured by the same difference. Peer: torch 1F1B over gloo, 8
-micro-batches, the same sleeps, its own stage alone over its step. `ratio` = our `efficiency` over
-the peer's, as the median of the pairs; `spread` = its range.
+micro-batches) take exactly T(30) - T(5). `efficiency_with_fill` is over the whole T(30). The stage
+alone is measured by the same difference.
 
     python benchmarks/stream_efficiency.py [--quick]
+
+Label: emulated.
 """
 
 from __future__ import annotations
 
 from statistics import median
 
-from bench import Bench, Told, asked, middle, peer, spread, turns
+from bench import Bench, RunResult, alternate, medians, parse_quick, run_peer, spread
 from record import publish
 
 from dtrain.schema import Table
@@ -32,16 +36,16 @@ STEPS = 8
 
 def main() -> None:
     """Measure pairs and publish the record."""
-    quick = asked(__doc__)
+    quick = parse_quick(__doc__)
     bench = Bench("stream_efficiency", quick)
-    ours, theirs = turns(
+    ours, theirs = alternate(
         5,
-        lambda number: bench.kept(f"ours-{number}", lambda: measure_ours(bench)),
-        lambda number: bench.kept(f"peer-{number}", lambda: measure_peer(2 if quick else STEPS)),
+        lambda number: bench.cached(f"ours-{number}", lambda: measure_ours(bench)),
+        lambda number: bench.cached(f"peer-{number}", lambda: measure_peer(2 if quick else STEPS)),
     )
     ratios = [a["efficiency"] / b["efficiency"] for a, b in zip(ours, theirs, strict=True)]
     publish(
-        "stream_efficiency", "emulated", middle(ours), middle(theirs), median(ratios),
+        "stream_efficiency", "emulated", medians(ours), medians(theirs), median(ratios),
         spread(ratios), quick=quick,
     )  # fmt: skip
 
@@ -52,15 +56,15 @@ def measure_ours(bench: Bench) -> dict[str, float]:
     alone_s, update_s = update_seconds(alone), update_seconds(pipeline)
     return {
         "efficiency": alone_s / update_s,
-        "efficiency_with_fill": alone_s * LONG / pipeline.walls()[0],
+        "efficiency_with_fill": alone_s * LONG / pipeline.segment_seconds()[0],
         "update_s": update_s,
         "update_alone_s": alone_s,
     }
 
 
-def update_seconds(result: Told) -> float:
+def update_seconds(result: RunResult) -> float:
     """Return the seconds per update in the steady state, without fill and drain."""
-    long_s, short_s = result.walls()
+    long_s, short_s = result.segment_seconds()
     return (long_s - short_s) / (LONG - SHORT)
 
 
@@ -86,7 +90,7 @@ def make_run(stages: int) -> Table:
 
 def measure_peer(steps: int) -> dict[str, float]:
     """Return the figures of torch's 1F1B."""
-    return peer("sleep", STAGES, MICROS, steps, FORWARD_S, BACKWARD_S)
+    return run_peer("sleep_1f1b", STAGES, MICROS, steps, FORWARD_S, BACKWARD_S)
 
 
 if __name__ == "__main__":

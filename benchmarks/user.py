@@ -1,6 +1,6 @@
-"""What the benchmarks' runs use as a user would: data out of a generator, layers that sleep.
+"""User code of the benchmarks' runs: generated data and sleeping layers.
 
-Invariant: it stands beside the run file and knows nothing of benchmarks; equal arguments give
+Invariant: it lies beside the run file and imports nothing of the benchmarks; equal arguments give
 equal arrays on every rank.
 """
 
@@ -18,29 +18,29 @@ Layers = list[tuple[str, Any]]
 
 
 def noise(rows: int, width: int, classes: int = 10, tests: int = 64) -> tuple[Any, Any, Any, Any]:
-    """Return normal inputs (rows, width) in float32 and labels in turn, for training and test."""
-    drawn = np.random.default_rng(0)
-    x = [drawn.standard_normal((count, width), dtype=np.float32) for count in (rows, tests)]
+    """Return normal inputs (rows, width) in float32 and cyclic labels, for training and test."""
+    rng = np.random.default_rng(0)
+    x = [rng.standard_normal((count, width), dtype=np.float32) for count in (rows, tests)]
     y = [np.arange(count) % classes for count in (rows, tests)]
     return x[0], y[0], x[1], y[1]
 
 
 def subset(train: str, test: str, rows: int, tests: int) -> tuple[Any, Any, Any, Any]:
-    """Return samples and labels drawn from two HDF5 files, bytes as bytes.
+    """Return a random subset of two HDF5 files, bytes as bytes.
 
-    Drawn, since a file made of class folders holds one class after the other.
+    The subset is random because a file imported from class folders is sorted by class.
     """
     parts = []
     for path, count in ((train, rows), (test, tests)):
         with h5py.File(path, "r") as file:
             x, y = file["x"][:], file["y"][:]
-        drawn = np.random.default_rng(0).permutation(len(y))[:count]
-        parts += [x[drawn], y[drawn]]
+        indices = np.random.default_rng(0).permutation(len(y))[:count]
+        parts += [x[indices], y[indices]]
     return parts[0], parts[1], parts[2], parts[3]
 
 
 def deep(inputs: int, width: int, depth: int, classes: int) -> Layers:
-    """Return a perceptron of residual units with LayerNorm, one layer each, a stem and a head."""
+    """Return a residual MLP with LayerNorm: a stem, one layer per unit, and a head."""
     units = [(f"unit{number}", lambda: Unit(width)) for number in range(depth)]
     return [
         ("stem", lambda: nn.Sequential(nn.Flatten(), nn.Linear(inputs, width))),
@@ -50,7 +50,7 @@ def deep(inputs: int, width: int, depth: int, classes: int) -> Layers:
 
 
 class Unit(nn.Module):
-    """Adds what one linear layer makes of its normalised input."""
+    """A residual unit: LayerNorm, linear layer, ReLU."""
 
     uses_rng = False
 
@@ -64,7 +64,7 @@ class Unit(nn.Module):
 
 
 def sleepers(layers: int, width: int, forward_s: float, backward_s: float) -> Layers:
-    """Return linear layers (width to width) that sleep as a device would compute."""
+    """Return linear layers (width to width) whose forward and backward sleep."""
     return [
         (f"layer{number}", lambda: Sleeper(width, forward_s, backward_s))
         for number in range(layers)
@@ -72,7 +72,7 @@ def sleepers(layers: int, width: int, forward_s: float, backward_s: float) -> La
 
 
 class Sleeper(nn.Module):
-    """A small linear layer, then a device that takes its time in both directions."""
+    """A small linear layer followed by a sleep in forward and backward."""
 
     uses_rng = False
 
@@ -82,13 +82,13 @@ class Sleeper(nn.Module):
         self.times = forward_s, backward_s
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the linear map of `x` after the forward's seconds."""
+        """Apply the linear layer, then sleep."""
         y: Tensor = Sleep.apply(self.linear(x), *self.times)  # type: ignore[no-untyped-call]
         return y
 
 
 class Sleep(torch.autograd.Function):
-    """The identity, slowly."""
+    """The identity, with a sleep in forward and backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, forward_s: float, backward_s: float) -> Tensor:
@@ -98,7 +98,7 @@ class Sleep(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, *told: Tensor) -> tuple[Tensor, None, None]:
-        """Sleep, then pass the gradient on."""
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """Sleep, then return the gradient."""
         time.sleep(ctx.backward_s)
-        return told[0].clone(), None, None
+        return gradients[0].clone(), None, None

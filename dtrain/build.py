@@ -131,7 +131,7 @@ def _check_no_decay(plan: Plan, blocks: Mapping[int, Block], comm: Comm) -> None
                 "optimizer.no-decay-unmatched",
                 f'[optimizer] no-decay: "{pattern}" is in no parameter\'s name and in no class of '
                 "a module with parameters: correct it, or leave it out",
-                agreed=True,
+                on_all_ranks=True,
             )
 
 
@@ -206,7 +206,7 @@ def check_same_layout(plan: Plan, comm: Comm) -> None:
                     f"rank {rank} has another layout than rank 0: {key} is {other.get(key)} there "
                     f"and {first.get(key)} on rank 0; make the model the same in every process "
                     "(seed its random numbers), or set [partition] cuts",
-                    agreed=True,
+                    on_all_ranks=True,
                 )
 
 
@@ -231,7 +231,7 @@ def check_same_data(plan: Plan, comm: Comm) -> dict[str, Any]:
             "data.ranks-differ",
             f"the ranks read different {differing} from '{plan.run.dataset.name}': make the data "
             "the same in every process (seed its random numbers)",
-            agreed=True,
+            on_all_ranks=True,
         )
     splits = {"training split": plan.data.train, "test split": plan.data.test}
     sizes = {
@@ -272,8 +272,8 @@ def _fingerprint(plan: Plan, rank: int) -> tuple[str, str | None, list[float] | 
 def set_threads(run: RunConfig, comm: Comm) -> int:
     """Set torch's threads of this rank; return their number. Collective over all ranks.
 
-    ``OMP_NUM_THREADS`` comes first, then the run file's number. The default is the number of cores
-    that the ranks of this host may use, over the number of those ranks.
+    ``OMP_NUM_THREADS`` has precedence, then the run file's number. The default is the number of
+    cores that the ranks of this host may use, over the number of those ranks.
     """
     try:
         cores = sorted(os.sched_getaffinity(0))

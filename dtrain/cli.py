@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = options.command(options)
         return code
     except DtrainError as error:
-        print(f"dtrain: {error.message}", file=sys.stderr)
+        print(f"dtrain: {error.text_with_key()}", file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
         print("dtrain: interrupted", file=sys.stderr)
@@ -211,10 +211,10 @@ def _run_rank(options: argparse.Namespace) -> int:
     try:
         options.work(options, comm)
     except DtrainError as error:
-        if error.agreed and comm.rank:
+        if error.on_all_ranks and comm.rank:
             return error.code
-        print_error(f"dtrain: {error.message}")
-        if not error.agreed:
+        print_error(f"dtrain: {error.text_with_key()}")
+        if not error.on_all_ranks:
             comm.abort(error.code)
         return error.code
     except Interrupted as stop:

@@ -21,7 +21,7 @@ class DtrainError(Exception):
         Stable name of the mistake, "area.what" in kebab-case, for programs and tests.
     message : str
         The text for people: first the wrong value, then the fix.
-    agreed : bool
+    on_all_ranks : bool
         Whether every rank raises it. Otherwise the rank that raises it has to end the others.
 
     Attributes
@@ -32,15 +32,24 @@ class DtrainError(Exception):
 
     code: int = 1
 
-    def __init__(self, key: str, message: str, *, agreed: bool = False) -> None:
+    def __init__(self, key: str, message: str, *, on_all_ranks: bool = False) -> None:
         super().__init__(message)
         self.key = key
         self.message = message
-        self.agreed = agreed
+        self.on_all_ranks = on_all_ranks
+
+    def text_with_key(self) -> str:
+        """Return the text of the command line: the message, and the key in brackets at its end.
+
+        The key of a message of several lines stands in its own line, so that the last line of the
+        message, often a command, can be copied.
+        """
+        separator = "\n" if "\n" in self.message else " "
+        return f"{self.message}{separator}[{self.key}]"
 
     def with_prefix(self, prefix: str) -> DtrainError:
         """Return a copy of the error whose message begins with `prefix` and a colon."""
-        return type(self)(self.key, f"{prefix}: {self.message}", agreed=self.agreed)
+        return type(self)(self.key, f"{prefix}: {self.message}", on_all_ranks=self.on_all_ranks)
 
     def to_record(self) -> tuple[str, str, str]:
         """Return class name, key and message, which JSON can hold."""
@@ -51,7 +60,7 @@ class DtrainError(Exception):
     def from_record(record: Sequence[str]) -> DtrainError:
         """Return the error of a record, as one that every rank raises."""
         name, key, message = record
-        return _kinds()[name](key, message, agreed=True)
+        return _kinds()[name](key, message, on_all_ranks=True)
 
     def at(self, location: str) -> None:
         """Append the place of the error to its message."""
@@ -96,13 +105,13 @@ class RankLostError(DtrainError):
 
 
 def _kinds() -> dict[str, type[DtrainError]]:
-    """Return the classes of this module by name; ranks share no others."""
+    """Return the classes of this module by name; ranks exchange no others."""
     kinds: list[type[DtrainError]] = [DtrainError, *DtrainError.__subclasses__()]
     return {kind.__name__: kind for kind in kinds if kind.__module__ == __name__}
 
 
 class Interrupted(BaseException):
-    """A signal asked this process to end.
+    """A signal ended this process.
 
     It derives from `BaseException`, as `KeyboardInterrupt` does, so that an `except Exception` in
     user code does not swallow it.

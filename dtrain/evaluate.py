@@ -177,8 +177,8 @@ def _read_run(folder: Path, overrides: Sequence[str]) -> RunConfig:
         if not key.startswith("data.") and key not in OVERRIDABLE_KEYS:
             raise ConfigError(
                 "evaluate.override",
-                f"--set {override}: the trained weights stay as they are; evaluate takes data.*, "
-                f"{' and '.join(OVERRIDABLE_KEYS)}",
+                f"--set {override} would change the trained model: set only data.*, "
+                f"{' or '.join(OVERRIDABLE_KEYS)}",
             )
     newest_checkpoint(folder)
     return read_resolved_run(folder / "run.toml", overrides)

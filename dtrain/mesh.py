@@ -140,23 +140,6 @@ class Mesh:
             return replica * self.stages + stage
         return stage * self.replicas + replica
 
-    def ranks_along(self, axis: str, rank: int) -> tuple[int, ...]:
-        """Return the ranks along an axis through `rank`, itself included, in order.
-
-        Parameters
-        ----------
-        axis : "replica" or "stage"
-            The replicas of this rank's stage, or the stages of this rank's pipeline.
-        rank : int
-            Any rank of the mesh.
-        """
-        replica, stage = self.coords(rank)
-        if axis == "replica":
-            return tuple(self.rank(r, stage) for r in range(self.replicas))
-        if axis == "stage":
-            return tuple(self.rank(replica, s) for s in range(self.stages))
-        raise ValueError(f"axis '{axis}' is neither 'replica' nor 'stage'")
-
 
 def _indivisible_error(ranks: int, stages: int) -> ConfigError:
     """Return the error for `ranks` that `stages` does not divide, with the nearest fixes."""

@@ -124,7 +124,7 @@ def from_table(
     for key, field in fields_by_key.items():
         required = field.default is field.default_factory is dataclasses.MISSING
         if required and key not in table:
-            raise ConfigError("run-file.key-missing", f"{location}{key} is missing")
+            raise ConfigError("run-file.key-missing", f"{location}{key} is missing: add it")
     return kind(**values)
 
 

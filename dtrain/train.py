@@ -1,6 +1,6 @@
 """Train one run, from a checked run file to its summary.
 
-Invariant: until the first segment every error is agreed on, so that all ranks raise it or none.
+Invariant: until the first segment all ranks raise an error or none does.
 Afterwards the first rank that fails ends the job. Collective work is done at the ends of segments.
 """
 
@@ -118,7 +118,8 @@ def _acquire_folder(out: Path, resume: str, point: ResumePoint) -> tuple[run_fol
         newest = ResumePoint.from_manifest(find_checkpoint(out, resume))
         if newest.checkpoint != point.checkpoint:
             raise ConfigError(
-                "run-folder.changed", f"another run has just written into {out}: start this again"
+                "run-folder.changed",
+                f"another run has just written into {out}: start this run again",
             )
     except DtrainError:
         run_folder.release(out, owner)
@@ -213,7 +214,7 @@ def _finish_segment(
     out: Path,
     fingerprint: Table,
 ) -> None:
-    """Evaluate and save where that is due, and report. Collective over all ranks."""
+    """Evaluate and save if configured at this point, and report. Collective over all ranks."""
     eval_s = save_s = None
     evaluates, saves = _due_work(job.plan, segment)
     if evaluates or saves:
@@ -233,7 +234,7 @@ def _finish_segment(
 
 
 def _due_work(plan: Plan, segment: Segment) -> tuple[bool, bool]:
-    """Return whether an evaluation, and whether a checkpoint is due at a segment's end."""
+    """Return whether to evaluate, and whether to save a checkpoint, at a segment's end."""
     run, end = plan.run, segment.offset + segment.stop - segment.start
     interval = run.checkpoint.every
     evaluates = segment.ends_epoch and (segment.epoch + 1) % run.evaluate.every == 0
@@ -295,9 +296,9 @@ def _report_failure(
     The first report ends the job, so only that one is printed. A rank that a signal stops has
     written its flight record already, before its waits ended.
     """
-    if isinstance(error, DtrainError) and error.agreed:
+    if isinstance(error, DtrainError) and error.on_all_ranks:
         if owner is not None and comm.rank == 0:
-            run_folder.release_unfinished(out, owner, "failed", str(error))
+            run_folder.release_unfinished(out, owner, "failed", str(error), error.key)
         return
     is_stopped = isinstance(error, Interrupted)
     if not is_stopped:
@@ -307,7 +308,8 @@ def _report_failure(
     is_first = comm.rank == 0
     if owner is not None:
         status = "stopped" if is_stopped else "failed"
-        is_first = run_folder.release_unfinished(out, owner, status, one_line(error))
+        key = error.key if isinstance(error, (DtrainError, Interrupted)) else None
+        is_first = run_folder.release_unfinished(out, owner, status, one_line(error), key)
     comm.flight.close()
     if isinstance(error, Interrupted):
         error.quiet = not is_first

@@ -1,6 +1,6 @@
 """Import user code by name: `"package.module:function"`, found beside the run file first.
 
-Invariant: a missing module or function is a `ConfigError` that says where it was looked for. An
+Invariant: a missing module or function is a `ConfigError` that names the places of the search. An
 exception inside a module that is imported is the user's own error and keeps its traceback.
 """
 
@@ -56,7 +56,7 @@ def import_object(target: str, folder: Path, kind: str) -> Callable[..., Any]:
         file = getattr(module, "__file__", None) or "a built-in module"
         raise ConfigError(
             "user-code.no-function",
-            f"{kind} '{target}': {file} has no function called '{function}'",
+            f"{kind} '{target}': {file} has no function called '{function}': define it there",
         )
     return imported  # type: ignore[no-any-return]
 

@@ -1,4 +1,4 @@
-"""Run files and job scripts that are shipped with dtrain, installed as `dtrain.jobs`.
+"""Run files and job scripts of the distribution, installed as `dtrain.jobs`.
 
 Invariant: data only. Read them with `importlib.resources.files("dtrain.jobs")`.
 """

@@ -1,12 +1,12 @@
 #!/bin/bash
-# Trains one run file under Slurm:
+# Train one run file under Slurm:
 #     sbatch jobs/slurm.sh RUN.toml [more arguments of dtrain train]
-# Options of sbatch win over the lines below, for example
+# Options of sbatch override the lines below, for example
 #     sbatch --nodes=4 --ntasks=16 --time=08:00:00 jobs/slurm.sh jobs/cifar10.toml
-# Submitted again with the same --out, a run goes on from its last checkpoint.
-# Does it hang?  scancel --signal=USR1 JOB; dtrain flight RUN_FOLDER  (docs/comm.md, docs/faults.md)
+# Resubmit the same command with the same --out to resume from the last checkpoint.
+# To diagnose a hang: scancel --signal=USR1 JOB; dtrain flight RUN_FOLDER  (docs/faults.md)
 #
-# Change here, or on the command line, what your site asks for:
+# Your site may require further options, here or on the command line:
 #     --account, --partition, --time, --gres (GPUs per node)
 #SBATCH --job-name=dtrain
 #SBATCH --nodes=1
@@ -18,21 +18,20 @@ set -euo pipefail
 
 : "${1:?which run file? sbatch jobs/slurm.sh RUN.toml}"
 
-# Load your site's modules here if dtrain was installed with MPI=site:
+# If dtrain was installed with MPI=site, load the modules of your site here:
 #     module load GCC OpenMPI Python
 
-# The environment that holds dtrain; this line serves a clone in which `make install` was run.
-# Slurm runs a copy of this script, so the folder is the one in which you typed sbatch.
+# The dtrain program; the default is that of a clone after `make install`, with sbatch run from it.
+# Slurm runs a copy of this script, so a path relative to the script does not work.
 DTRAIN=${DTRAIN:-$SLURM_SUBMIT_DIR/.venv/bin/dtrain}
 
-# srun does not inherit --cpus-per-task (Slurm 22.05 and later), and each rank computes with that
-# many threads.
+# srun does not inherit --cpus-per-task (Slurm 22.05 and later). Each rank uses that many threads.
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
 
-# The Open MPI wheel has no munge module and would say so, at length, for every rank.
+# The Open MPI wheel has no munge module; without this line every rank prints a long warning.
 export PMIX_MCA_psec=${PMIX_MCA_psec:-native}
 
-# Without --kill-on-bad-exit the other ranks would wait for a dead one for ever. Open MPI speaks
-# pmix; MPICH and Intel MPI need pmi2: `srun --mpi=list` says what this Slurm offers.
+# Without --kill-on-bad-exit the other ranks wait for a dead rank forever. Open MPI needs pmix,
+# MPICH and Intel MPI need pmi2; `srun --mpi=list` prints the types that this Slurm supports.
 exec srun --mpi="${DTRAIN_PMI:-pmix}" --kill-on-bad-exit=1 "$DTRAIN" train "$@"

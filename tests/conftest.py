@@ -1,13 +1,13 @@
-"""What all tests may use.
+"""Tools for all tests.
 
 `data_dir`
     Fixture: the folder with the data files (`DTRAIN_DATA`, else `../shared/data` beside the
     repository). A test that misses a file in it calls `lack("data", reason)`.
 `tests.need.lack(what, reason)`
-    Skips, or fails where `DTRAIN_REQUIRE` names `what`. Names in use: cluster, data, mpich.
+    Skips, or fails if `DTRAIN_REQUIRE` names `what`. Names in use: cluster, data, mpich.
 `tests.process.start(argv, limit_s, env, cwd)`
     Runs a program with a limit, returns how it `Ended` (code, out, err, wall_s, late, left) and
-    kills what it left behind, ranks included.
+    kills the processes that it left behind, including ranks.
 `tests.cluster`
     Slurm hosts on this machine; tests take the fixture `cluster` of `tests/system/conftest.py`.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -25,11 +26,17 @@ from tests.need import lack
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def pytest_collection_finish() -> None:
-    """Spare the garbage collector all of torch and of the tests, and call it less often."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000)
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Exclude torch and the tests from garbage collection, and collect less often."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(20_000)
+        gc.enable()
 
 
 @pytest.fixture(scope="session")

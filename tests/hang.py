@@ -1,22 +1,46 @@
-"""A run that hangs: the middle one of three stages stops in its third batch until a file exists."""
+"""A run that hangs: the middle one of three stages stops in three of its batches, one by one.
+
+Phases, by the name of the file that exists while the rank hangs; `release` ends a phase.
+
+`stuck`
+    A loop in compiled code, as in a kernel or a dead file system: no signal handler of Python runs.
+`sleeps`
+    A loop in Python.
+`last`
+    The same, once the run has gone on.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
+PHASES = ("stuck", "sleeps", "last")
+
 HANGING = """
+import collections
+import functools
+import os
 import pathlib
 import time
 
 from torch import nn
 
+FOLDER = pathlib.Path(__file__).parent
+PHASES = dict(zip((3, 5, 7), PHASE_NAMES))
+
 
 class Hanging(nn.Linear):
     def forward(self, input):
         self.batches = getattr(self, "batches", 0) + self.training
-        if self.batches == 3:
-            pathlib.Path("HUNG").touch()
-            while not pathlib.Path("GO").exists():
+        phase = PHASES.get(self.batches)
+        if phase and self.training:
+            (FOLDER / phase).touch()
+            released = functools.partial(os.access, f"{FOLDER}/{phase}.go", os.F_OK)
+            if phase == "stuck":
+                collections.deque(iter(released, True), maxlen=0)
+            while not released():
                 time.sleep(0.05)
         return super().forward(input)
 
@@ -32,7 +56,7 @@ epochs = 1
 batch-size = 50
 threads = 1
 [data]
-name = "digits"
+name = "blobs:blobs"
 [model]
 name = "user:hanging"
 [mesh]
@@ -44,12 +68,27 @@ name = "adam"
 """
 
 
-def place(folder: Path, more: str = "") -> Path:
-    """Write the user's code, with `more` appended, and the run file beside it; return the latter.
+def write_hanging_run(folder: Path, phases: Iterable[str] = PHASES) -> Path:
+    """Write the user's code, its data and the run file into a folder; return the run file.
 
-    The rank that hangs touches `folder/hung` and continues once `folder/go` exists.
+    Only the given phases occur.
     """
-    code = (HANGING + more).replace("HUNG", f"{folder}/hung").replace("GO", f"{folder}/go")
-    (folder / "user.py").write_text(code)
+    names = repr([phase if phase in phases else None for phase in PHASES])
+    (folder / "user.py").write_text(HANGING.replace("PHASE_NAMES", names))
+    blobs = Path(__file__).parent / "system" / "user" / "blobs.py"
+    (folder / "blobs.py").write_text(blobs.read_text())
     (folder / "run.toml").write_text(RUN)
     return folder / "run.toml"
+
+
+def release(folder: Path, phase: str) -> None:
+    """Let the rank that hangs in a phase continue."""
+    (folder / f"{phase}.go").touch()
+
+
+def wait_for(*paths: Path, limit_s: float = 60.0) -> None:
+    """Wait until all files exist."""
+    deadline = time.monotonic() + limit_s
+    while missing := [path.name for path in paths if not path.exists()]:
+        assert time.monotonic() < deadline, f"missing after {limit_s} s: {missing}"
+        time.sleep(0.02)

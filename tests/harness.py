@@ -1,7 +1,7 @@
 """Tools of the tests that train: runs on threads, legal combinations of strategies, comparisons.
 
-`train_in_threads(config, out, stages=2, replicas=2)`
-    Trains with ranks as threads of this process and returns the summary.
+`train_in_threads(config, out, 2, 3)`
+    Trains two stages of three replicas, with ranks as threads, and returns the summary.
 `pairs()`, `cells()`, `pairwise(cells)`
     The legal (objective, schedule) and (objective, schedule, sync), and a subset of cells in which
     every pair of strategies that occurs together still does. `DTRAIN_FULL=1` keeps all cells.
@@ -38,9 +38,9 @@ Cell = TypeVar("Cell", bound=tuple[Hashable, ...])
 def train_in_threads(
     config: RunConfig,
     out: Path,
-    *,
     stages: int | None = None,
     replicas: int = 1,
+    *,
     hosts: Sequence[str] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:

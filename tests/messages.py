@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,9 +49,9 @@ def messages() -> list[Message]:
     return sorted(message for path in paths for message in _messages_of(path))
 
 
-def golden_text() -> str:
-    """Return the contents of the golden file, as the source has them."""
-    return "".join(f"{line}\n" for line in dict.fromkeys(each.line for each in messages()))
+def golden_lines(messages: Sequence[Message]) -> list[str]:
+    """Return the lines of the golden file, as the source has them."""
+    return list(dict.fromkeys(message.line for message in messages))
 
 
 def _messages_of(path: Path) -> Iterator[Message]:
@@ -90,7 +90,8 @@ def _text(node: ast.expr) -> str:
 
 
 if __name__ == "__main__":
+    text = "".join(f"{line}\n" for line in golden_lines(messages()))
     if sys.argv[1:] == ["--write"]:
-        FILE.write_text(golden_text(), encoding="utf-8")
+        FILE.write_text(text, encoding="utf-8")
     else:
-        print(golden_text(), end="")
+        print(text, end="")

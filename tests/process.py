@@ -1,8 +1,8 @@
-"""Starting other programs from a test, and leaving none of them behind.
+"""Start programs from a test, and kill every process that they leave behind.
 
-Invariant: a program and whatever it starts carry a mark in their environment. Ranks leave their
-launcher's process group and outlive it, so the mark is what finds them (on Linux; elsewhere the
-process group must do).
+Invariant: a program and all that it starts carry a mark in their environment. Ranks leave the
+process group of their launcher and outlive it, so they are found by the mark (on Linux; elsewhere
+by the process group).
 """
 
 from __future__ import annotations
@@ -32,10 +32,9 @@ class Ended:
     wall_s : float
         How long it ran.
     late : bool
-        It, or something that holds its output open, ran into the limit and was killed.
+        It, or a process that holds its output open, reached the limit and was killed.
     left : tuple of str
-        Command lines of processes that it left behind (if late: that were running); they were
-        killed.
+        Command lines of the processes that it left behind (if late: that were running), now killed.
     """
 
     code: int
@@ -55,8 +54,8 @@ def start(
 ) -> Ended:
     """Run a program to its end, or to its limit, and return how it ended.
 
-    `env` is its whole environment (None: this process's). What it started may take `grace_s`
-    seconds longer before it counts as left behind.
+    `env` is its whole environment (None: this process's). Its processes may end up to `grace_s`
+    seconds later before they count as left behind.
     """
     mark = f"DTRAIN_MARK={uuid.uuid4().hex}"
     marked = dict(os.environ if env is None else env) | dict([mark.split("=")])
@@ -88,16 +87,16 @@ def start(
 
 def carriers(mark: str) -> list[int]:
     """Return the living processes whose environment has `mark`, this one excepted."""
-    found = []
+    pids = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             if mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(int(folder.name))
-    return [pid for pid in found if pid != os.getpid()]
+                pids.append(int(folder.name))
+    return [pid for pid in pids if pid != os.getpid()]
 
 
 def remain(mark: str, grace_s: float) -> tuple[str, ...]:
-    """Return the command lines of the carriers that are still there after a while."""
+    """Return the command lines of the carriers that still run after `grace_s` seconds."""
     deadline = time.monotonic() + grace_s
     while (pids := carriers(mark)) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -119,7 +118,7 @@ def kill(group: int, mark: str) -> None:
 
 
 def sweep(mark: str) -> None:
-    """Kill all carriers of a mark, those that start meanwhile included."""
+    """Kill all carriers of a mark, including those that start meanwhile."""
     while pids := carriers(mark):
         for pid in pids:
             with suppress(ProcessLookupError):
@@ -128,5 +127,5 @@ def sweep(mark: str) -> None:
 
 
 if __name__ == "__main__":
-    # python -m tests.process KEY=VALUE: kill what an interrupted test run left behind.
+    # python -m tests.process KEY=VALUE: kill what an interrupted run left behind.
     sweep(sys.argv[1])

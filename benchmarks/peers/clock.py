@@ -1,4 +1,4 @@
-"""The clock of the peers that run on torch's own ranks."""
+"""Time the steps of peers that run on ranks of torch.distributed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 
-def timed(step: Callable[[], None], steps: int, warm: int = 3) -> float:
-    """Return the seconds of one step, after `warm` to warm up, between two barriers."""
-    for _ in range(warm):
+def seconds_per_step(step: Callable[[], None], steps: int, warmup: int = 3) -> float:
+    """Return the seconds of one step between two barriers, after `warmup` steps."""
+    for _ in range(warmup):
         step()
     dist.barrier()
     start = time.perf_counter()

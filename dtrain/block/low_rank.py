@@ -13,7 +13,7 @@ that reads its weight gets the product. The layer keeps its class, its `forward`
 
 The factors are parameters of the layer, and its weight is a `FactoredWeight`: a tensor that
 `linear` and the convolutions apply factor by factor. The right factor of a convolution has k
-channels, its left one a kernel of one pixel. A core is applied between them where few rows come,
+channels, its left one a kernel of one pixel. A core is applied between them to few rows,
 otherwise it is multiplied into `left` first.
 """
 
@@ -92,8 +92,8 @@ class FactoredWeight(Tensor):
     def factors_in_turn(self, rows: int) -> Sequence[Tensor] | None:
         """Return the factors to apply to so many rows, the last first; None for the product.
 
-        The way with the fewest multiplications wins. A core is a factor of its own, or part of the
-        left factor.
+        The way with the fewest multiplications is chosen. A core is a separate factor, or part of
+        the left factor.
         """
         a, b, k = self.weight_shape[0], self.weight_shape[1:].numel(), len(self.factors[-1])
         core = k * k * (len(self.factors) - 2)

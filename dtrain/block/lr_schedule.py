@@ -136,7 +136,7 @@ class StepLR(LRSchedule):
     every_epochs : int
         Epochs between two steps; 0: `epochs` lists them.
     epochs : tuple of int
-        Epochs after which a step comes: ``[30, 60]`` is two steps, the first before the 31st
+        Epochs after which the rate steps: ``[30, 60]`` is two steps, the first before the 31st
         epoch.
     gamma : float
         Factor of each step, 0 to 1.
@@ -157,7 +157,8 @@ class StepLR(LRSchedule):
             state = "both are" if self.epochs else "neither is"
             raise ConfigError(
                 "lr.step-epochs",
-                f"[lr] set either every-epochs or epochs = [...] of 'step' ({state} set)",
+                f"[lr] 'step' has one of two keys ({state} set): set either every-epochs or "
+                "epochs = [...]",
             )
 
     def decay_factor(self, update: int, updates_per_epoch: int, total_updates: int) -> float:

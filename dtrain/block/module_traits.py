@@ -1,4 +1,4 @@
-"""What a layer may do besides returning its output: use random numbers, work in place, skip parts.
+"""Traits of a layer besides its output: it may use random numbers, work in place, or skip parts.
 
 Invariant: only types and attributes of modules are read; nothing is run. A module of an unknown
 type counts as one that uses random numbers, and as one that may skip its parameters.
@@ -68,5 +68,5 @@ def first_replica_buffers(module: nn.Module) -> Sequence[str]:
 
 def _is_deterministic(module: nn.Module) -> bool:
     from_torch = type(module).forward.__module__.startswith("torch.nn.modules.")
-    known = from_torch and isinstance(module, (*DETERMINISTIC_MODULES, nn.Sequential))
-    return known or getattr(module, "uses_rng", True) is False
+    is_known = from_torch and isinstance(module, (*DETERMINISTIC_MODULES, nn.Sequential))
+    return is_known or getattr(module, "uses_rng", True) is False

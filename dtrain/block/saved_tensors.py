@@ -39,7 +39,7 @@ class SavedTensors:
     model_tensors : iterable of Tensor
         The model's parameters and buffers.
     asynchronous : bool
-        Whether updates may come between a forward and its backward.
+        Whether updates may run between a forward and its backward.
 
     Attributes
     ----------

@@ -30,7 +30,7 @@ MicroBatchKey = tuple[int, int, int]
 
 @final
 class WeightVersions:
-    """The weight versions of one block whose updates come between forward and backward.
+    """The weight versions of one block with updates between forward and backward.
 
     Parameters
     ----------
@@ -113,7 +113,7 @@ class WeightVersions:
         takes_step : bool
             Whether the block takes an optimizer step at all.
         optimizer_step : callable, optional
-            Replaces the optimizer's own step, unless a spike-compensated one is due.
+            Replaces the optimizer's own step, unless it is spike-compensated.
         """
         policy, tracker, block = self.policy, self._tracker, self.block
         version = tracker.current_version

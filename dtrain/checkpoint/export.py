@@ -85,8 +85,8 @@ def export(
     ------
     ConfigError
         There is no run or no checkpoint, the suffix is unknown, the file cannot be written, or
-        the run trained no weight in low rank and `factors` are asked for, or it did not
-        standardise inputs and `with_normalisation` is asked for.
+        the run trained no weight in low rank and `factors` is true, or it did not standardise
+        inputs and `with_normalisation` is true.
     CheckpointError
         The checkpoint is damaged.
     """

@@ -1,4 +1,4 @@
-"""Write files so that a reader or a power cut never finds half of one."""
+"""Write files so that they are whole even after a power cut, for every reader."""
 
 from __future__ import annotations
 

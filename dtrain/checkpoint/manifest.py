@@ -1,4 +1,4 @@
-"""Read a checkpoint: its manifest says which shard holds which tensor, and the hash of each shard.
+"""Read a checkpoint: its manifest lists the tensors of each shard, and the hash of each shard.
 
 Invariant: a tensor is read only from a shard whose hash was compared.
 """
@@ -168,7 +168,7 @@ def load_latest(folder: Path, load: Callable[[Manifest], T], comm: Comm) -> T | 
         "checkpoint.replaced-while-read",
         f"{MAX_RELOADS} checkpoints in {folder} were replaced while they were read: try again when "
         "the run has ended",
-        agreed=True,
+        on_all_ranks=True,
     )
 
 

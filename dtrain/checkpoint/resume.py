@@ -175,7 +175,7 @@ def load_newest(folder: Path, load: Callable[[Manifest], T], comm: Comm) -> T:
             "run-folder.no-checkpoint",
             f"there is no complete checkpoint in {folder / CHECKPOINT_FOLDER}: a run writes one at "
             "the end of its first epoch (or sooner, by [checkpoint] every); wait until then",
-            agreed=True,
+            on_all_ranks=True,
         )
     return loaded
 
@@ -185,12 +185,12 @@ def _check_run_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise ConfigError(
             "run-folder.missing",
-            f"there is no run folder {folder}: give the one that `dtrain train` named",
+            f"there is no run folder {folder}: give the one that `dtrain train` printed",
         )
     if not (folder / "run.toml").is_file():
         raise ConfigError(
             "run-folder.no-run-file",
-            f"{folder} holds no run.toml: give a folder that `dtrain train` named",
+            f"{folder} has no run.toml: give a run folder that `dtrain train` printed",
         )
 
 
@@ -230,15 +230,15 @@ def check_same_run(
     if forbidden:
         raise ConfigError(
             "resume.settings-changed",
-            f"cannot resume: settings differ from the checkpoint: {', '.join(forbidden)}; put them "
-            f"back, or choose another --out than {out}",
+            f"cannot resume: settings differ from the checkpoint: {', '.join(forbidden)}; "
+            f"restore them, or choose another --out than {out}",
         )
     length = [changes[key] for key in LENGTH_KEYS if key in changes]
     for part in length_dependent_parts(run) if length and not fully_trained else ():
         raise ConfigError(
             "resume.length-changed",
-            f"cannot resume with another length: the {part} depend on it: {', '.join(length)}; put "
-            f"it back, or choose another --out than {out}",
+            f"cannot resume with another length, on which the {part} depend: "
+            f"{', '.join(length)}; restore it, or choose another --out than {out}",
         )
 
 

@@ -142,8 +142,10 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     return summary if isinstance(summary, dict) else None
 
 
-def release_unfinished(folder: Path, owner: Owner, status: str, reason: str) -> bool:
-    """Record how a run ended that did not finish, and unlock its folder.
+def release_unfinished(
+    folder: Path, owner: Owner, status: str, reason: str, key: str | None = None
+) -> bool:
+    """Record the status, reason and error key of a run that did not finish, and unlock its folder.
 
     Returns
     -------
@@ -156,7 +158,7 @@ def release_unfinished(folder: Path, owner: Owner, status: str, reason: str) -> 
         return False
     if summary is not None:
         with suppress(OSError):
-            write_summary(folder, summary | {"status": status, "error": reason})
+            write_summary(folder, summary | {"status": status, "error": reason, "error_key": key})
     return True
 
 
@@ -217,8 +219,8 @@ def _is_gone(owner: Mapping[str, Any], claimant: Mapping[str, Any]) -> bool:
 def _process_start(pid: int) -> str | None:
     """Return when a process started, as the kernel writes it; None where it does not run.
 
-    A process number may be used again; the pair of number and start may not. Where there is no
-    /proc, a running process has an unknown but constant start.
+    A process number may be used again; the pair of number and start may not. Without /proc, a
+    running process has an unknown but constant start.
     """
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[19]

@@ -205,6 +205,6 @@ def _convert_write_errors(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise CheckpointError(
             "checkpoint.write-failed",
-            f"cannot write the checkpoint {folder}: {error}; the one before it is complete: make "
-            "room and start again",
+            f"cannot write the checkpoint {folder}: {error}; the one before it is complete: free "
+            "space and start the same command again",
         ) from error

@@ -1,4 +1,4 @@
-"""Work of which all ranks get the result, or all raise the same error."""
+"""Run work so that all ranks get its result, or all raise the same error."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def all_or_none(comm: Comm, work: Callable[[], T]) -> T:
 def broadcast_object(comm: Comm, work: Callable[[], Any]) -> Any:
     """Run `work` on rank 0 and return its result on all ranks. Collective over `comm`.
 
-    The result is whatever JSON can hold; on rank 0, too, it comes back as JSON has it (a tuple as a
-    list). `work` must not be collective itself.
+    The result must be plain values of JSON; on all ranks, rank 0 included, a tuple is returned as a
+    list. `work` must not be collective itself.
 
     Raises
     ------

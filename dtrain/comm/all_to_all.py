@@ -1,7 +1,7 @@
 """All-to-all: each rank sends one tensor to each other rank.
 
 Invariant: nothing is computed here. A received part has the shape and dtype of the part that this
-rank keeps for itself, so no rank has to ask for sizes.
+rank keeps for itself, so sizes are not sent.
 
     rank 0 has a0 b0 c0            rank 0 receives a0 a1 a2
     rank 1 has a1 b1 c1     ->     rank 1 receives b0 b1 b2
@@ -26,7 +26,7 @@ from dtrain.comm.transport import Transport
 
 @final
 class AllToAll(Request):
-    """An all-to-all in flight; `Comm.ialltoall` makes it and says what it does."""
+    """An all-to-all in flight; `Comm.ialltoall` makes and describes it."""
 
     def __init__(
         self,

@@ -69,7 +69,11 @@ class Call(NamedTuple):
             return self.describe(group), other.describe(group)
         pairs = enumerate(zip(self.tensors, other.tensors, strict=False))
         first = next(
-            (number for number, (mine, theirs) in pairs if mine != theirs),
+            (
+                number
+                for number, (this_tensor, other_tensor) in pairs
+                if this_tensor != other_tensor
+            ),
             min(len(self.tensors), len(other.tensors)),
         )
         return (
@@ -130,10 +134,11 @@ class CallOrder:
             raise CollectiveMismatch(self._timeout_message(call, calls, timeout)) from timeout
         for rank in range(1, transport.size):
             if calls[rank] != calls[0]:
-                theirs, first = calls[rank].describe_mismatch(calls[0], transport.name)
+                rank_text, first_text = calls[rank].describe_mismatch(calls[0], transport.name)
                 raise CollectiveMismatch(
-                    f"{self._describe_rank(rank)} calls {theirs}, where rank 0 calls {first}: all "
-                    "ranks of a group must make the same calls, in the same order"
+                    f"{self._describe_rank(rank)} calls {rank_text}, where rank 0 calls "
+                    f"{first_text}: all ranks of a group must make the same calls, in the same "
+                    "order"
                 )
 
     def _advance(self) -> bool:

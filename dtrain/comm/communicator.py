@@ -112,7 +112,7 @@ class Comm:
         Raises
         ------
         CommTimeout
-            After `timeout_s`; as `Deadlock` where no rank can go on (threads and single only).
+            After `timeout_s`; as `Deadlock` where no rank can continue (threads and single only).
         """
         if not is_done():
             backend = self.transport.backend
@@ -322,7 +322,7 @@ class Comm:
     def allgather_object(self, item: Any) -> list[Any]:
         """Return the items of all ranks, in rank order. Collective over the group.
 
-        An item is whatever JSON can hold; tuples come back as lists.
+        An item must be plain values of JSON; tuples are returned as lists.
         """
         self.flight.note("exchange", "of", self.name)
         tag = self._call_order.reserve_tags("exchange")

@@ -28,7 +28,7 @@ DEBUG_TIMEOUT_S = 60.0
 
 
 SLOW_WAIT_S = 300.0
-"""A wait that lasts longer writes a flight record, once, and goes on."""
+"""A wait that lasts longer writes a flight record, once, and continues."""
 
 
 class Sends(Protocol):
@@ -178,7 +178,7 @@ class CommContext:
         Raises
         ------
         CommTimeout
-            After `timeout_s`; as `Deadlock` where no rank can go on (threads and single only).
+            After `timeout_s`; as `Deadlock` where no rank can continue (threads and single only).
         """
         start, turn = time.perf_counter(), 0
         open_waits, alarm = self.flight.open_waits, start + SLOW_WAIT_S

@@ -206,13 +206,13 @@ class FlightRecorder:
             print_error(f"dtrain: no flight record of {self.name}: {error}")
 
     def warn_slow_wait(self, seconds: float, description: str) -> None:
-        """Write a record, and rank 0 a warning, if `folder` is set; the wait goes on."""
+        """Write a record, and rank 0 a warning, if `folder` is set; the wait continues."""
         if self.folder is None:
             return
         self.dump(f"no message for {seconds:g} s", sys._getframe(1))
         if self.rank == 0:
             print_error(
-                f"dtrain: {self.name} has waited {seconds:g} s for {description} and goes on "
+                f"dtrain: {self.name} has waited {seconds:g} s for {description} and continues to "
                 f"waiting: see {self._path('txt')}; `dtrain flight {self.folder.parent}` shows "
                 "which rank waits for which, docs/comm.md how to get a record of every rank"
             )

@@ -138,7 +138,7 @@ def _is_installed(name: str) -> bool:
 def start_ranks(ranks: int, argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Run `argv` on `ranks` ranks of this host and return the launcher's exit code.
 
-    Both streams are forwarded as they come; stderr without the launcher's own banners. SIGINT,
+    Both streams are forwarded as they are read; stderr without the launcher's own banners. SIGINT,
     SIGTERM and SIGHUP end all ranks, and the code is then 128 + the signal's number; SIGUSR1 is
     forwarded.
 

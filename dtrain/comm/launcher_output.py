@@ -3,7 +3,7 @@
 Invariant: only a whole block between two rules that begins with a known sentence is dropped. Every
 other byte passes at once, also a progress bar that is redrawn in place.
 
-    ----------------------------------------------  <- a rule: kept back until the next line comes
+    ----------------------------------------------  <- a rule: kept back until the next line is read
     prterun detected that one or more processes     <- known: dropped up to the next rule
     ...
     ----------------------------------------------
@@ -32,7 +32,7 @@ a signal killed is not among them: no rank prints that."""
 
 @final
 class BannerFilter:
-    """Filters a stream that comes in pieces."""
+    """Filters a stream that is read in pieces."""
 
     def __init__(self) -> None:
         self._buffer = b""

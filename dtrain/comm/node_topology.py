@@ -3,8 +3,8 @@
 Pure arithmetic; the only place that groups ranks by host.
 
 Invariant: for each piece exactly one rank of each node, its leader, exchanges data with other
-nodes. The leader of the owner node owns the piece. Over the pieces of a round the owner goes round
-the nodes, and the leader round the ranks of each node.
+nodes. The leader of the owner node owns the piece. In a round of pieces each node is the owner in
+turn, and each rank of a node is its leader in turn.
 
     3 nodes of 2, 1 and 3 ranks: leaders of piece k, the owner in brackets
 

@@ -1,6 +1,6 @@
 """Broadcast of bytes over a binomial tree, and all-gather of control data.
 
-Invariant: nothing here blocks; each function is a generator that yields until it can go on.
+Invariant: nothing here blocks; each function is a generator that yields until it can continue.
 
     binomial tree of 8 ranks; the numbers are rounds, ranks are relative to the root
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dtrain.comm.buffers import TensorSpec
-from dtrain.comm.quantize import dequantize, quantize
+from dtrain.comm.int8_codec import dequantize, quantize
 from dtrain.schedules.actions import Route
 
 Compression = Literal["exact", "int8"]

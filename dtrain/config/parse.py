@@ -91,7 +91,7 @@ def parse_run(table: Mapping[str, Any], path: Path, overrides: Sequence[str] = (
     Parameters
     ----------
     path : Path
-        The run file; its folder comes first on the import path.
+        The run file; its folder is first on the import path.
 
     Raises
     ------
@@ -187,14 +187,13 @@ def _optimizer_options(table: Table) -> OptimizerSection:
     if not 0 <= options.clip < math.inf:
         raise ConfigError(
             "optimizer.clip-out-of-range",
-            f"[optimizer] clip = {options.clip} is no norm: give a number above 0, or 0 for no "
-            "limit",
+            f"[optimizer] clip = {options.clip} must be finite and at least 0 (0: no limit)",
         )
     if not options.clip and "clip-over" in table:
         raise ConfigError(
             "optimizer.clip-over-without-clip",
-            f'[optimizer] clip-over = "{options.clip_over}" without a clip: give clip, too, the '
-            "largest norm, or leave clip-over out",
+            f'[optimizer] clip-over = "{options.clip_over}" has no effect without clip: set clip '
+            "to the largest norm, or leave out clip-over",
         )
     return options
 
@@ -211,7 +210,10 @@ def _override(table: Table, override: str) -> None:
     for name in sections:
         table = table.setdefault(name, {})
         if not isinstance(table, dict):
-            raise ConfigError("override.no-table", f"--set {override}: '{name}' is not a table")
+            raise ConfigError(
+                "override.no-table",
+                f"--set {override}: '{name}' is not a table: name a key of a table",
+            )
     try:
         table[key] = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:

@@ -34,7 +34,7 @@ def refuse_old_keys(table: Table) -> None:
 def translate_old_keys(table: Table) -> Table:
     """Return a resolved run of an earlier version with the keys of this one.
 
-    A key that is gone stays where it was switched on, so that such a run is not taken for another.
+    A removed key that was switched on is kept, so that such a run differs from all others.
     """
     translated = copy.deepcopy(table)
     for _, section, part in _sections(translated):

@@ -149,7 +149,7 @@ class RunConfig:
         return dataclasses.replace(self, partition=dataclasses.replace(partition, blocks=blocks))
 
     def resolve(self, blocks: int, stages: int) -> RunConfig:
-        """Return this run with the numbers of blocks and stages that its start settled."""
+        """Return this run with the numbers of blocks and stages that were chosen at its start."""
         mesh = dataclasses.replace(self.mesh, stages=stages)
         partition = self.partition
         if partition.cuts is None:

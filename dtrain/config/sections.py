@@ -96,10 +96,9 @@ class OptimizerSection:
     Attributes
     ----------
     clip : float
-        Largest L2 norm of a gradient, after the replicas agreed on it; 0: no limit.
+        Largest L2 norm of a gradient, after it was averaged over the replicas; 0: no limit.
     clip_over : "block" or "model"
-        The gradient whose norm is limited: that of each block, or that of the model, which couples
-        the blocks.
+        The gradient whose norm is limited. The norm of the model couples its blocks.
     scale_from : int
         Batch size for which lr and momentum are given, where it is not `batch-size`; 0 leaves
         them as they are.
@@ -122,7 +121,7 @@ class OptimizerSection:
 
 @dataclass(frozen=True)
 class CheckpointSection:
-    """``[checkpoint]``: after every epoch, and every `every` updates in it; `keep` of them stay."""
+    """``[checkpoint]``: after each epoch, and every `every` updates in it; the last `keep` stay."""
 
     every: int = 0
     keep: int = 2

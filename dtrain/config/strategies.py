@@ -68,7 +68,7 @@ def read_strategy(section: str, table: Table, folder: Path) -> NamedStrategy[Any
     section : str
         A key of `BASES`.
     folder : Path
-        The run file's folder; it comes first on the import path.
+        The run file's folder; it is first on the import path.
 
     Raises
     ------
@@ -106,7 +106,8 @@ def _import_strategy(section: str, name: str, folder: Path) -> type[Any]:
     if not (isinstance(kind, type) and issubclass(kind, base)):
         raise ConfigError(
             "user-code.no-strategy",
-            f"[{section}] '{name}' is not derived from {base.__module__}.{base.__name__}",
+            f"[{section}] '{name}' is not derived from {base.__module__}.{base.__name__}: "
+            "derive it",
         )
     return _as_dataclass(kind)
 

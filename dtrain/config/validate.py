@@ -155,7 +155,8 @@ def _check_lr_scaling(run: RunConfig) -> None:
     if reference < 0:
         raise ConfigError(
             "optimizer.scale-from-negative",
-            f"[optimizer] scale-from = {reference} is no batch size: give 1 or more",
+            f"[optimizer] scale-from = {reference} must be a batch size of at least 1 (0: no "
+            "scaling)",
         )
     has_formula = all(
         optimizer.name.lower() == "sgd" and 0 < optimizer.fields.get("momentum", 0) < 1

@@ -35,7 +35,7 @@ def load_data(
     fields : mapping
         The table's other keys, in snake_case, without `COMMON_KEYS`.
     folder : Path
-        The run file's folder: paths are relative to it, and it comes first on the import path.
+        The run file's folder: paths are relative to it, and it is first on the import path.
     normalise : bool
         Standardise inputs per channel with the training split's statistics.
 

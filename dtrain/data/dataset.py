@@ -56,7 +56,7 @@ class Dataset(ABC):
 
     @property
     def slow(self) -> bool:
-        """Whether inputs come from a disk or a network, so that a thread reads them ahead.
+        """Whether inputs are read from a disk or a network, so that a thread reads them ahead.
 
         A subclass may set the class attribute ``slow = True``.
         """

@@ -105,7 +105,7 @@ class Hdf5Dataset(Dataset):
                 if not isinstance(file.get(key), h5py.Dataset):
                     raise DataError(
                         "data.hdf5-dataset-missing",
-                        f"{path}: no HDF5 dataset '{key}': found {list(file)}",
+                        f"{path} has no HDF5 dataset '{key}', only {list(file)}: write x and y",
                     )
             x, self._y = file["x"], np.asarray(file["y"][()])
             check_arrays(x, self._y, str(path))
@@ -219,7 +219,7 @@ def _read_moments(file: h5py.File, channels: int, path: Path) -> Moments | None:
         raise DataError(
             "data.statistics-invalid",
             f"{path}: attributes mean = {mean} and std = {deviation} must be finite, and std not "
-            f"negative: delete them, and they will be computed",
+            "negative: delete both, and dtrain computes them",
         )
     return mean, deviation
 
@@ -232,12 +232,13 @@ def _read_error(path: Path, error: Exception) -> DtrainError:
     if not path.is_file():
         return DataError(
             "data.file-missing",
-            f"{path}: no such file: make an HDF5 file with x and y with 'dtrain data import'",
+            f"{path} does not exist: correct the path, or make the file with 'dtrain data import'",
         )
     text = str(error).strip().splitlines()[0]
     return DataError(
         "data.file-damaged",
-        f"{path} cannot be read as HDF5 ({path.stat().st_size} bytes): {text}",
+        f"{path} cannot be read as HDF5 ({path.stat().st_size} bytes): {text}; copy or "
+        "import it again",
     )
 
 

@@ -126,7 +126,7 @@ def _tar_images(source: Path) -> Iterator[tuple[PathParts, Opener]]:
                     yield parts, lambda member=member: _open_member(tar, member)  # type: ignore[misc]
     except READ_ERRORS as error:
         raise DataError(
-            "import.tar-damaged", f"{source}: cannot be read as a tar: {error}"
+            "import.tar-damaged", f"{source}: cannot be read as a tar: {error}; make it again"
         ) from error
 
 
@@ -152,5 +152,6 @@ def _open_image(opener: Opener, location: str) -> Iterator[Image.Image]:
             yield image
     except (*READ_ERRORS, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(
-            "import.image-damaged", f"{location}: cannot be read as an image: {error}"
+            "import.image-damaged",
+            f"{location}: cannot be read as an image: {error}; replace or remove it",
         ) from error

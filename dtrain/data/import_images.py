@@ -134,7 +134,9 @@ def _read_headers(source: Path) -> dict[PathParts, Header]:
         headers[path] = read_header(opener, location)
         _show_progress("headers", len(headers))
     if not headers:
-        raise DataError("import.no-images", f"{source}: no images in it: expected <class>/<image>")
+        raise DataError(
+            "import.no-images", f"{source} has no images: arrange them as <class>/<image>"
+        )
     return headers
 
 
@@ -146,7 +148,8 @@ def _splits(headers: dict[PathParts, Header], split: str | None, source: Path) -
     if split is not None:
         if split not in tops:
             raise DataError(
-                "import.split-missing", f"{source}: no folder '{split}': found {_shorten(tops)}"
+                "import.split-missing",
+                f"{source} has no folder '{split}': choose one of {_shorten(tops)}",
             )
         return [_make_split(paths, depth, split, source)]
     if set(SPLITS) <= set(tops):
@@ -181,8 +184,8 @@ def _make_split(paths: list[PathParts], depth: int, name: str | None, source: Pa
         if len(path) != depth + 2:
             raise DataError(
                 "import.image-misplaced",
-                f"{_location(source, path)}: expected <class>/<image>, found "
-                f"{'/'.join(path[depth:])}",
+                f"{_location(source, path)} is at {'/'.join(path[depth:])}: move it to "
+                "<class>/<image>",
             )
     classes = sorted({path[depth] for path in paths})
     labels = {label: number for number, label in enumerate(classes)}

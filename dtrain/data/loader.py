@@ -1,4 +1,4 @@
-"""Read the inputs of a segment, micro-batch by micro-batch, ahead of time where that pays.
+"""Read the inputs of a segment, micro-batch by micro-batch, ahead of time where that is faster.
 
 Invariant: reading ahead and in place give the same bits. At most `prefetch` micro-batches are held
 ahead. After `close` no thread is left. A micro-batch that several blocks of a rank need one after
@@ -93,7 +93,7 @@ class Loader:
     def read(self) -> Tensor:
         """Return the next micro-batch, contiguous and aligned; callers must not write to it.
 
-        The same tensor is returned again where the same array of indices comes twice in a row.
+        The same tensor is returned again if the same array of indices is read twice in a row.
 
         Raises
         ------
@@ -154,7 +154,7 @@ def _make_thread() -> ThreadPoolExecutor:
     """Start a reader thread in which torch uses one core.
 
     A second OpenMP team would compete with the caller's for the same cores. `set_num_threads` in
-    one thread also sets the default of threads to come, so the caller's number is set again.
+    one thread also sets the default of later threads, so the caller's number is set again.
     """
     threads = torch.get_num_threads()
     executor = ThreadPoolExecutor(1, "dtrain-reader")

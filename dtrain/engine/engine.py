@@ -351,7 +351,8 @@ class Engine:
                     place = f"[replica {self.position.replica} stage {self.position.stage}]"
                     raise NumericalError(
                         "training.weight-not-finite",
-                        f"'{name}' of block {index} is not finite {place}",
+                        f"'{name}' of block {index} is not finite: lower [optimizer] lr, or set "
+                        f"clip {place}",
                     )
 
     def peak_bytes(self) -> int:

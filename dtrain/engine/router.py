@@ -1,4 +1,4 @@
-"""MessageRouter: the messages of one rank, posted receives and sends, and those that stay on it.
+"""MessageRouter: the messages of one rank, to other ranks and between its own blocks.
 
 Invariant: a block gets the same tensors whether its neighbour is on this rank or on another: memory
 of its own, contiguous and aligned. So it computes the same bits on any number of ranks.
@@ -185,8 +185,8 @@ class MessageRouter:
     def receive(self, action: Action) -> dict[str, Tensor]:
         """Return the messages of all routes to `action`, by route name; the caller owns them.
 
-        A message that comes once per update is returned for all its micro-batches: do not write to
-        it.
+        A message that is sent once per update is returned for all its micro-batches: do not write
+        to it.
         """
         received: dict[str, Tensor] = {}
         if (action.block, action.kind) not in self.targets:

@@ -37,7 +37,7 @@ def load_model(
     fields : mapping
         The table's other keys, in snake_case.
     folder : Path
-        The run file's folder; it comes first on the import path.
+        The run file's folder; it is first on the import path.
     shape : tuple of int
         Shape of one sample. A user's function receives it as the argument `shape`, if it has one.
     classes : int

@@ -57,7 +57,7 @@ class LayerStack(ABC):
         Raises
         ------
         ConfigError
-            A layer holds tensors that its factory did not make, or a factory returns no module.
+            A layer has tensors that its factory did not make, or a factory returns no module.
         """
         chosen = tuple(indices)
         layers = {
@@ -69,7 +69,7 @@ class LayerStack(ABC):
             if any(tensor.is_meta for tensor in [*layer.parameters(), *layer.buffers()]):
                 raise ConfigError(
                     "model.factory-reuses-tensors",
-                    f"layer '{name}' holds tensors that were made before its factory was called, "
+                    f"layer '{name}' has tensors that were made before its factory was called, "
                     f"so they do not depend on (seed, name): make them in the factory",
                 )
         return {name: cast_module(layer, dtype) for name, layer in layers.items()}

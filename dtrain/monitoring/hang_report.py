@@ -1,4 +1,4 @@
-"""Hang report: which rank blocks which in a run that hangs, from the records of its ranks.
+"""Hang report: the waits of a hanging run as a graph, from the records of its ranks.
 
 Invariant: reads files only, with neither torch nor MPI, and contacts no rank. The likely cause is a
 guess; everything else stands in the records.
@@ -89,7 +89,7 @@ class HangAnalysis:
     Raises
     ------
     ConfigError
-        The folder holds no record.
+        The folder has no record.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -97,7 +97,7 @@ class HangAnalysis:
         if not records:
             raise ConfigError(
                 "flight.no-records",
-                f"{folder / FLIGHT_FOLDER} holds no record of a rank: ask the ranks first, with "
+                f"{folder / FLIGHT_FOLDER} has no record of a rank: signal the ranks first, with "
                 "`scancel --signal=USR1 JOB`, or `kill -USR1 PID` of the process that started them",
             )
         self.folder = folder
@@ -180,7 +180,7 @@ def hang_report(folder: Path) -> list[str]:
     Raises
     ------
     ConfigError
-        The folder holds no record.
+        The folder has no record.
     """
     analysis = HangAnalysis(folder)
     newest, roots = analysis.newest_record, analysis.roots()
@@ -269,7 +269,7 @@ def _root_line(analysis: HangAnalysis, rank: int, names: _RankNames) -> str:
 
 
 def _silent_rank_text(analysis: HangAnalysis, rank: int) -> str:
-    """Return all that is known of a rank without a current record."""
+    """Return the text of a rank without a current record."""
     stacks = analysis.stacks_path(rank)
     if stacks is not None:
         return f"inside compiled code, {_innermost_frame(stacks)} ({stacks})"
@@ -281,8 +281,8 @@ def _silent_rank_text(analysis: HangAnalysis, rank: int) -> str:
         )
     earlier = sorted(analysis.folder.glob(f"{FLIGHT_FOLDER}-*/rank-{rank:05d}.txt"))
     if earlier:
-        return f"ended, or not asked; its last record is of an earlier attempt ({earlier[-1]})"
-    return "ended, or not asked; it has no record"
+        return f"ended, or not signalled; its last record is of an earlier attempt ({earlier[-1]})"
+    return "ended, or not signalled; it has no record"
 
 
 def _innermost_frame(stacks: Path) -> str:
@@ -319,8 +319,8 @@ def _conclusion_lines(analysis: HangAnalysis, roots: list[int], names: _RankName
     """Yield the likely cause, where there is one, and what to do."""
     blocked = len(analysis.blocked_by(roots[0])) if roots else 0
     if roots and (blocked or analysis.has_failed(roots[0])):
-        others = f"{blocked} of the other {analysis.world_size - 1} ranks wait for it"
-        reason = f"{others}, directly or through other ranks" if blocked else "it failed"
+        blocked_text = f"{blocked} of the other {analysis.world_size - 1} ranks wait for it"
+        reason = f"{blocked_text}, directly or through other ranks" if blocked else "it failed"
         yield f"cause      likely {names.text(roots[0])}: {reason}"
         yield f"to do      {_advice(analysis, roots[0], names)}"
     elif analysis.deadlocked_ranks():

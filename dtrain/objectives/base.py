@@ -214,8 +214,8 @@ class Objective(ABC):
             return (rows, specs[0].classes), VOTE_DTYPE
         if route.name == ERROR:
             return (rows, specs[-1].classes), specs[-1].dtype
-        known = route.name in (ACTIVATION, GRADIENT)
-        assert known, f"{route}: the objective must define message_spec"
+        has_known_shape = route.name in (ACTIVATION, GRADIENT)
+        assert has_known_shape, f"{route}: the objective must define message_spec"
         # An activation and its gradient have the shape of the earlier block's output.
         earlier = specs[min(route.source.block, route.target.block)]
         return (rows, *earlier.output_shape), earlier.dtype

@@ -15,7 +15,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class DownstreamLayer:
-    """A layer of the model that comes after a block, or is the block's last one.
+    """A layer of the model after a block, or the block's last one.
 
     Attributes
     ----------

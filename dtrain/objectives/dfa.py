@@ -15,7 +15,7 @@ block b of K after K - b updates (the run's `staleness`; that of the last block 
 "drained" are the synchronous form, with micro-batches. One block is ordinary backpropagation.
 
 DFA learns by alignment: the angle between e B_k and the true gradient at h_k falls below 90
-degrees, since the weights downstream come to resemble B_k. `angles` records it per block, as the
+degrees, since the weights downstream become similar to B_k. `angles` records it per block, as the
 mean over samples of the angle between the two vectors (90 if one of them is zero), so that it does
 not depend on the cut into micro-batches. It costs the messages of backpropagation and a second
 backward of each inner block. Under "pipelined" error and gradient then take 2 (K - 1 - b) updates.

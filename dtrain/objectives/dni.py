@@ -3,7 +3,7 @@
 Jaderberg et al. 2017, arXiv 1608.05343. A synthesiser m_k(h_k, one-hot label) predicts the gradient
 of a sample's loss at the output h_k of block k. The block learns from the prediction without
 waiting. The next block sends the gradient at its input back, `lag` updates later, and m_k learns
-the mean squared error to it. That gradient comes from the next block's own prediction
+the mean squared error to it. That gradient follows from the next block's own prediction
 (bootstrapped), in the last block from the true loss. With a perfect m_k the method is
 backpropagation, and so it is with one block::
 

@@ -56,7 +56,7 @@ def backward_pairs(
     micro_batch: MicroBatch,
     saved_tensors: SavedTensors,
 ) -> list[BackwardPair]:
-    """Return the objective's pairs (tensor, cotangent); recompute the forwards where asked."""
+    """Return the objective's pairs (tensor, cotangent); recompute the forwards if configured."""
     if block.recompute:
         _recompute_forwards(objective, spec, block, micro_batch, saved_tensors)
     with saved_tensors.record(micro_batch), block.head_rng(micro_batch):

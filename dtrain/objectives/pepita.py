@@ -23,7 +23,7 @@ the default is the paper's), and F is He-uniform times 0.05 (`scale`). Dropout m
 both passes, there and here. Batch statistics include both passes, modulated inputs too.
 
 The error must be back before the second pass begins ("drained"). "pipelined" runs without waiting,
-but does not train: h_k and h'_k then come from weights that are K updates apart, the cotangent
+but does not train: h_k and h'_k then depend on weights that are K updates apart, the cotangent
 undoes what those updates changed, and accuracy on digits stays near chance.
 
 Invariant: no gradient crosses the border of a block; the first pass leaves no graph behind.

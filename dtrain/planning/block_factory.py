@@ -1,4 +1,4 @@
-"""Making of blocks: their layers, the parameters that are frozen, and the optimizer.
+"""Make blocks: their layers, the parameters that are frozen, and the optimizer.
 
 Invariant: training and planning assemble a block in the same way; only the layers differ, which the
 plan makes without memory.
@@ -39,7 +39,7 @@ def make_block(run: RunConfig, layout: Layout, index: int, device: torch.device)
 
 
 def layer_source(layout: Layout, index: int) -> tuple[LayerStack, Sequence[int]]:
-    """Return the stack that a block's layers come from, and their indices in it.
+    """Return the stack that has a block's layers, and their indices in it.
 
     The stack is the model, or the layers with which the objective replaces those of the block.
     """

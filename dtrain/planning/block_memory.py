@@ -133,9 +133,11 @@ def _measure_fake(
 
 def _extrapolate(measure: Measure, make: BlockFactory, rows: int) -> tuple[Block, tuple[int, ...]]:
     """Return the measures of two real runs with few rows, extrapolated to `rows`."""
-    (_, few), (block, more) = measure(make, FEW_ROWS), measure(make, MORE_ROWS)
+    (_, few_bytes), (block, more_bytes) = measure(make, FEW_ROWS), measure(make, MORE_ROWS)
     ratio = (rows - FEW_ROWS) / (MORE_ROWS - FEW_ROWS)
-    return block, tuple(round(a + (b - a) * ratio) for a, b in zip(few, more, strict=True))
+    return block, tuple(
+        round(a + (b - a) * ratio) for a, b in zip(few_bytes, more_bytes, strict=True)
+    )
 
 
 def _measure_block(

@@ -117,7 +117,7 @@ def _tables(table: Mapping[str, Any], name: str, kind: type[T]) -> dict[str, T]:
     if not isinstance(tables, dict) or not all(isinstance(t, dict) for t in tables.values()):
         raise ConfigError(
             "costs-file.not-a-table",
-            f"{name} must hold tables: write [{name}.<name>] and its keys under it",
+            f"{name} must have tables: write [{name}.<name>] and its keys under it",
         )
     return {key: from_table(kind, keys, f"[{name}.{key}] ") for key, keys in tables.items()}
 

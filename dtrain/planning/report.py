@@ -11,7 +11,7 @@ from typing import Any
 from dtrain.planning.cost_file import CostFile
 from dtrain.planning.formatting import align_columns, percent, pluralise
 from dtrain.planning.layout import describe
-from dtrain.planning.memory import MemoryPlan
+from dtrain.planning.memory_plan import MemoryPlan
 from dtrain.planning.plan import Plan
 from dtrain.planning.time_estimate import estimate_time, estimate_timeline
 from dtrain.planning.warnings import plan_warnings

@@ -21,7 +21,7 @@ from dtrain.planning.block_costs import profile_head
 from dtrain.planning.block_memory import BlockMemory
 from dtrain.planning.cost_file import HEADS, INTER_NODE, INTRA_NODE, CostFile, LinkSpeed
 from dtrain.planning.layout import BlockLayout
-from dtrain.planning.memory import MemoryPlan, message_sizes
+from dtrain.planning.memory_plan import MemoryPlan, message_sizes
 from dtrain.planning.plan import Plan
 from dtrain.schedules.cost_model import BlockCost, CostModel, Link
 from dtrain.schedules.forecast import Forecast, forecast, timeline

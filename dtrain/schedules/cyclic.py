@@ -21,7 +21,7 @@ together, so nothing is stale; no padding is needed.
 
 With a period of two, a micro-batch enters every other cycle, and the last block runs its backward
 one cycle after its forward: one forward, one backward, in turns. The delays are half as long,
-K-1-b updates, since an update comes every other cycle too.
+K-1-b updates, since there is an update in every other cycle too.
 
     cycle         0    1    2    3      4    5      6
     block 0       F         F           F    B U    F        Offsets   F 0 -> F 1 -> F 2
@@ -184,7 +184,7 @@ def _cyclic_actions(
 def _due_updates(
     finished_slots: Sequence[tuple[int, int]], update_ends: Sequence[int]
 ) -> Iterator[Action]:
-    """Yield the updates that are due, given (block, slots done), empty updates included.
+    """Yield the updates that follow a finished slot (block, slots done), empty updates included.
 
     They are sorted by update: replicas with other micro-batch counts synchronise here, so all must
     use the same order.

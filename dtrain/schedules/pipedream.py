@@ -56,7 +56,7 @@ class _LinearPipeline(Schedule):
         if not self.supports_all(routes):
             raise ConfigError(
                 "schedule.no-backward-routes",
-                "no route leads back to an earlier block, so there is no pipeline to keep full: "
+                "no route leads back to an earlier block, so late updates would gain nothing: "
                 'set schedule.name = "stream", which has no stale weights',
             )
 

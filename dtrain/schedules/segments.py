@@ -62,7 +62,7 @@ class TrainingLength:
         updates_per_segment: int,
         checkpoint_interval: int,
     ) -> TrainingLength:
-        """Return the length that a run file asks for.
+        """Return the length that the keys of a run file set.
 
         Parameters
         ----------

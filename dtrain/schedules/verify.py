@@ -304,7 +304,7 @@ class _PlanChecker:
         return Action(kind, block, *self._micro_batches[count], pass_)
 
     def fault(self, action: Action) -> tuple[str, str] | None:
-        """Return key and text of the fault if `action` cannot come next, else None."""
+        """Return key and text of the fault if `action` cannot be next, else None."""
         point = Point(action.block, action.kind, action.pass_)
         if point not in self.counts:
             text = f"block {action.block} has no {point.kind} on this stage"
@@ -313,7 +313,7 @@ class _PlanChecker:
         if expected is None:
             return "plan.repeated-action", f"every {point} is done already"
         if action != expected:
-            return "plan.wrong-order", f"{expected} of update {expected.update} comes first"
+            return "plan.wrong-order", f"{expected} of update {expected.update} must be before it"
         before = self._predecessor.get(point, point)
         if action.kind == "U":
             if self.counts[before] < self._update_ends[action.update]:

@@ -94,7 +94,7 @@ class DeMo(LocalUpdates):
         self._leaders = NodeLeaders(replicas)
 
     def takes_step(self, weight: float, clock: UpdateClock) -> bool:
-        """Say yes: every replica steps by the coefficients of all."""
+        """Return True: every replica steps by the coefficients of all."""
         return True
 
     def communication_cost(self) -> tuple[float, float]:

@@ -21,7 +21,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from dtrain.comm.quantize import QuantizationKind, dequantize, max_abs, quantize
+from dtrain.comm.int8_codec import QuantizationKind, dequantize, max_abs, quantize
 from dtrain.syncs.common.compressed import CompressedSync
 from dtrain.syncs.common.compressor import Codec, Compressor, QuantizedMean
 

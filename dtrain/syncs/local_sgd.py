@@ -38,7 +38,7 @@ from dtrain.syncs.gradient_reducer import WeightedGroup
 class LocalSGD(PeriodicSync):
     """Periodic averaging of parameters; optimizer state stays local.
 
-    The mean is over replicas, not over samples: a replica with a sample less counts as much. In an
+    The mean is over replicas, not over samples: a replica with fewer samples counts as much. In an
     update without samples a replica skips its step, but takes part in the mean. During the warm-up
     gradients are averaged over samples and all replicas step, so they end it with equal momentum.
 
@@ -73,7 +73,7 @@ class LocalSGD(PeriodicSync):
         return 1.0 if self.within == "node" else 1 / self.every, 1 / self.every
 
     def takes_step(self, weight: float, clock: UpdateClock) -> bool:
-        """Say whether the replica or its node has samples, or gradients are averaged over all."""
+        """Return whether the replica or its node has samples; in the warm-up True."""
         if clock.update < self.warmup_updates:
             return True
         if self._nodes is None:
@@ -87,7 +87,7 @@ class LocalSGD(PeriodicSync):
         return None if self._nodes is None else self._nodes.weighted_group(clock.rows_per_replica)
 
     def after_update(self, clock: UpdateClock) -> None:
-        """Average the parameters where it is due. Collective over the replicas.
+        """Average the parameters at the end of a round. Collective over the replicas.
 
         In the warm-up equal gradients move equal parameters, which are not averaged.
         """

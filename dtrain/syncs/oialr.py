@@ -131,7 +131,7 @@ class OIALR(SynchronousSync):
         self._ledger = TrafficLedger(self.weights, replicas.hosts)
 
     def _is_worth_factorizing(self, name: str) -> bool:
-        """Say whether a matrix is square enough; a convolution always is."""
+        """Return whether a matrix is square enough; a convolution always is."""
         short, long = sorted(self.weights.matrix_shape(name))
         linear = self.weights.parameters[name].dim() == 2
         return not linear or short * MAX_ASPECT_RATIO > long

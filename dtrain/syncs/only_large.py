@@ -56,7 +56,7 @@ class OnlyLarge(Wrapper):
         self.inner_sync.setup(self.large_tensors, replicas, compressor)
 
     def takes_step(self, weight: float, clock: UpdateClock) -> bool:
-        """Say yes: small tensors have the gradient of all samples on every replica."""
+        """Return True: small tensors have the gradient of all samples on every replica."""
         return True
 
     def gradient_group(self, weight: float, clock: UpdateClock) -> WeightedGroup | None:

@@ -120,7 +120,7 @@ class PowerSGDCompressor(Compressor):
         return finish
 
     def is_worth_compressing(self, tensor: Tensor) -> bool:
-        """Say whether a tensor is a matrix that reaches the minimum compression rate."""
+        """Return whether a tensor is a matrix that reaches the minimum compression rate."""
         if tensor.dim() < 2:
             return False
         rows, columns = len(tensor), tensor.numel() // max(len(tensor), 1)

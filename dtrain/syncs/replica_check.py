@@ -48,10 +48,10 @@ def check_replicas_equal(block: Block, replicas: Comm, update: int) -> None:
         if differing:
             raise NumericalError(
                 "sync.replicas-differ",
-                f"replica {replica} holds another '{differing[0]}' than replica 0 after update "
-                f"{update} (block {block.index}; {len(differing)} of {len(checksums)} trained "
-                "tensors differ), but the sync keeps replicas equal: look for an operation that "
-                "only one replica applies to its weights, such as unseeded random numbers",
+                f"'{differing[0]}' of replica {replica} differs from that of replica 0 after "
+                f"update {update} (block {block.index}; {len(differing)} of {len(checksums)} "
+                "trained tensors differ), but the sync keeps replicas equal: look for an operation "
+                "that only one replica applies to its weights, such as unseeded random numbers",
             )
 
 

@@ -1,6 +1,6 @@
 """Warm-up: `every-step` for some updates, then another sync.
 
-Some syncs need weights or an optimizer state that have settled: PowerSGD's paper and torch's hook
+Some syncs need weights or an optimizer state after some training: PowerSGD's paper and torch's hook
 start so. During the warm-up it sends what `every-step` does, afterwards what the inner sync does.
 
 Invariant: replicas are equal, optimizers included, when the inner sync starts.
@@ -47,11 +47,11 @@ class Warmup(Wrapper):
         )
 
     def in_warmup(self, clock: UpdateClock) -> bool:
-        """Say whether an update comes before the start of the inner sync."""
+        """Return whether an update is before the start of the inner sync."""
         return clock.update < (clock.total_updates // 10 if self.updates is None else self.updates)
 
     def takes_step(self, weight: float, clock: UpdateClock) -> bool:
-        """Say yes in the warm-up: all replicas have the gradient of all samples."""
+        """Return True in the warm-up: all replicas have the gradient of all samples."""
         return self.in_warmup(clock) or super().takes_step(weight, clock)
 
     def gradient_group(self, weight: float, clock: UpdateClock) -> WeightedGroup | None:

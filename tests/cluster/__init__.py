@@ -8,13 +8,13 @@ Hosts are network namespaces (`tests.cluster.net`), on which an unchanged Slurm 
 
 or by hand: `python -m tests.cluster up 4`, `eval "$(python -m tests.cluster env)"`, `... down`.
 
-Invariant: one cluster per machine, described by a state file, which is written before anything
-else is made and deleted after everything else is gone. So whatever a crash left
-behind is known to be ours, and `up` and `down` remove it; what bears our names without that
-file is somebody else's, and is refused.
+Invariant: there is one cluster per machine. A state file describes it; it is written first and
+deleted last. After a crash the state file therefore marks the remains as ours, and `up` and `down`
+remove them. Without a state file, objects with our names belong to another program, and `up`
+refuses to start.
 
-Needs Linux, root, iproute2, munge and Slurm with PMIx; `Lacking` says what a machine lacks.
-Users of the cluster take turns: `hold` is the lock.
+Needs Linux, root, iproute2, munge and Slurm with PMIx; `Lacking` names the missing part. `hold`
+locks the cluster for one user at a time.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TOOLS = ("ip", "tc", "nsenter", "unshare", "munged", "slurmctld", "slurmd", "sru
 
 
 class Taken(Exception):
-    """Something that is not ours has the cluster's names, addresses, port or turn."""
+    """Another program uses the cluster's lock, or its names, addresses or port."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Cluster:
     Parameters
     ----------
     hosts : int
-        Their names are n1, n2, ...
+        Number of hosts, named n1, n2, ...
     rate : str or None
-        What each host can send, in tc's words; None: as fast as the machine.
+        Send rate of each host in tc's notation ("1gbit"); None: no limit.
     boot : str
-        The machine's boot that it belongs to: after another one nothing of it is left to remove.
+        The boot id of the machine. After a reboot there are no processes or links to remove.
     """
 
     hosts: int
@@ -64,17 +64,17 @@ class Cluster:
 
     @property
     def env(self) -> dict[str, str]:
-        """The environment in which srun, sbatch and their like speak to this cluster."""
-        mine = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
-        return mine | {"SLURM_CONF": str(FOLDER / "slurm.conf")}
+        """The environment in which Slurm commands use this cluster."""
+        environ = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+        return environ | {"SLURM_CONF": str(FOLDER / "slurm.conf")}
 
 
 def check() -> None:
-    """Raise Lacking where this machine cannot have a cluster."""
+    """Raise Lacking if this machine cannot run a cluster."""
     if os.geteuid() != 0:
         raise Lacking("a cluster of network namespaces needs root")
-    if lacking := [tool for tool in TOOLS if not shutil.which(tool)]:
-        raise Lacking(f"not installed: {', '.join(lacking)} (Debian: slurm-wlm munge iproute2)")
+    if missing := [tool for tool in TOOLS if not shutil.which(tool)]:
+        raise Lacking(f"not installed: {', '.join(missing)} (Debian: slurm-wlm munge iproute2)")
     probe = subprocess.run(("unshare", "--net", "--uts", "true"), capture_output=True, timeout=60)
     if probe.returncode:
         raise Lacking("this machine does not allow network namespaces")
@@ -82,12 +82,12 @@ def check() -> None:
 
 @contextmanager
 def hold(wait_s: float = 0.0) -> Iterator[None]:
-    """Have the machine's one cluster to oneself; Taken after waiting in vain."""
+    """Lock the cluster for the length of a block; raise Taken if another process keeps the lock."""
     flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW
     lock = os.open(FOLDER.with_suffix(".lock"), flags, 0o600)
     deadline = time.monotonic() + wait_s
     try:
-        while not locked(lock):
+        while not try_lock(lock):
             if time.monotonic() >= deadline:
                 raise Taken(f"the cluster is in use by process {os.pread(lock, 20, 0).decode()}")
             time.sleep(0.2)
@@ -98,8 +98,8 @@ def hold(wait_s: float = 0.0) -> Iterator[None]:
         os.close(lock)
 
 
-def locked(lock: int) -> bool:
-    """Try to take a lock."""
+def try_lock(lock: int) -> bool:
+    """Try to acquire a file lock; return whether it succeeded."""
     with suppress(BlockingIOError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -108,7 +108,7 @@ def locked(lock: int) -> bool:
 
 @contextmanager
 def cluster(hosts: int = 4, rate: str | None = None) -> Iterator[Cluster]:
-    """Have a cluster for the length of a block, waiting for one's turn for up to five minutes."""
+    """Run a cluster for the length of a block; wait up to five minutes for the lock."""
     with hold(wait_s=300.0):
         try:
             yield up(hosts, rate)
@@ -117,90 +117,90 @@ def cluster(hosts: int = 4, rate: str | None = None) -> Iterator[Cluster]:
 
 
 def up(hosts: int = 4, rate: str | None = None) -> Cluster:
-    """Return a working cluster: the present one if it is of that size, else a new one.
+    """Return a working cluster: the running one if it has that size, else a new one.
 
-    Raises Lacking where the machine cannot have one, Taken where something else has its names,
-    addresses or port, RuntimeError where a command fails; nothing is left behind then. The
-    caller holds the lock.
+    The caller holds the lock. Raises Lacking if the machine cannot run a cluster, Taken if another
+    program uses its names, addresses or port, RuntimeError if a command fails; no part of
+    the new cluster remains then.
     """
     check()
-    if not 1 <= hosts <= net.MOST:
-        raise ValueError(f"{hosts} hosts: choose 1 to {net.MOST}")
-    asked = Cluster(hosts, rate, boot())
-    if not (present := state()) or present.hosts != hosts or not alive(present):
+    if not 1 <= hosts <= net.MAX_HOSTS:
+        raise ValueError(f"{hosts} hosts: choose 1 to {net.MAX_HOSTS}")
+    requested = Cluster(hosts, rate, boot_id())
+    if not (running := state()) or running.hosts != hosts or not is_healthy(running):
         down()
-        return anew(asked)
+        return build(requested)
     net.shape(hosts, rate)
-    STATE.write_text(json.dumps(asdict(asked)))
-    return asked
+    STATE.write_text(json.dumps(asdict(requested)))
+    return requested
 
 
-def anew(asked: Cluster) -> Cluster:
-    """Build a cluster where there is none."""
+def build(requested: Cluster) -> Cluster:
+    """Build a cluster; raise Taken if another program uses its names, addresses or port."""
     folder = [f"folder {FOLDER}"] if FOLDER.exists() else []
-    if others := net.taken() + slurm.taken() + named(asked.hosts) + folder:
+    if conflicts := net.taken() + slurm.taken() + host_name_conflicts(requested.hosts) + folder:
         raise Taken(
-            f"not ours, and in the way of a cluster: {', '.join(others)}; remove them first"
+            f"not ours, and in the way of a cluster: {', '.join(conflicts)}; remove them first"
         )
-    STATE.write_text(json.dumps(asdict(asked)))
+    STATE.write_text(json.dumps(asdict(requested)))
     try:
-        # Open to all for passing through: munge demands it of its socket's folder.
+        # munge requires execute permission for all on the folder of its socket.
         FOLDER.mkdir(mode=0o711)
-        net.build(asked.hosts)
-        net.shape(asked.hosts, asked.rate)
-        slurm.start(FOLDER, asked.hosts)
+        net.build(requested.hosts)
+        net.shape(requested.hosts, requested.rate)
+        slurm.start(FOLDER, requested.hosts)
     except BaseException:
         down()
         raise
-    return asked
+    return requested
 
 
 def down() -> None:
-    """Remove the cluster, whole or what a crash left of it; nothing to remove is no error."""
-    if not (present := state()):
+    """Remove the cluster, or the remains of a crash; do nothing if there is none."""
+    if not (running := state()):
         return
-    if present.boot == boot():
-        end(daemons())
-        end(net.pids())
-        net.raze()
+    if running.boot == boot_id():
+        end_processes(daemons())
+        end_processes(net.pids())
+        net.remove()
     if FOLDER.exists():
         shutil.rmtree(FOLDER)
     STATE.unlink()
 
 
 def state() -> Cluster | None:
-    """Return the cluster that is up, or was before a crash; None where there is nothing of ours."""
+    """Return the cluster that runs, or ran before a crash; None without a state file of ours."""
     with suppress(FileNotFoundError):
         if STATE.lstat().st_uid == os.geteuid():
             return Cluster(**json.loads(STATE.read_text()))
     return None
 
 
-def alive(present: Cluster) -> bool:
-    """Whether all daemons run and all hosts can be given work."""
-    if len(daemons()) != present.hosts + 2:  # asking Slurm would take it most of a minute
+def is_healthy(cluster: Cluster) -> bool:
+    """Return whether all daemons run and all hosts accept jobs."""
+    if len(daemons()) != cluster.hosts + 2:  # sinfo would take most of a minute to fail
         return False
-    fit = {"idle", "mixed", "allocated", "completing"}
-    states = slurm.survey(FOLDER / "slurm.conf")
-    return len(states) == present.hosts and fit.issuperset(states)
+    usable = {"idle", "mixed", "allocated", "completing"}
+    states = slurm.host_states(FOLDER / "slurm.conf")
+    return len(states) == cluster.hosts and usable.issuperset(states)
 
 
 def daemons() -> list[int]:
-    """Return our living daemons: those in pid files whose command line names our folder."""
+    """Return the running daemons: the pid files' processes whose command line has our folder."""
     files = (FOLDER / "run").glob("*.pid")
     pids = (int(text) for file in files if (text := file.read_text().strip()).isdigit())
     return [pid for pid in pids if os.fsencode(FOLDER) in command(pid)]
 
 
 def command(pid: int) -> bytes:
-    """Return a process's command line; empty where it is gone."""
+    """Return a process's command line; empty if it has ended."""
     with suppress(FileNotFoundError, ProcessLookupError):
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     return b""
 
 
-def end(pids: list[int], grace_s: float = 1.0) -> None:
-    """End processes: politely, and by force after a while; nothing that they save is needed."""
+def end_processes(pids: list[int], grace_s: float = 1.0) -> None:
+    """End processes with SIGTERM, then with SIGKILL after `grace_s`."""
     for kind, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 10.0)):
         for pid in pids:
             with suppress(ProcessLookupError):
@@ -211,18 +211,18 @@ def end(pids: list[int], grace_s: float = 1.0) -> None:
             pids = [pid for pid in pids if command(pid)]
 
 
-def named(hosts: int) -> list[str]:
-    """Return host names of ours that /etc/hosts gives to another address."""
-    ours = {f"n{host}": net.address(host) for host in range(1, hosts + 1)}
+def host_name_conflicts(hosts: int) -> list[str]:
+    """Return our host names that /etc/hosts maps to another address."""
+    addresses = {f"n{host}": net.address(host) for host in range(1, hosts + 1)}
     rows = [line.split("#")[0].split() for line in Path("/etc/hosts").read_text().splitlines()]
     return [
         f"host name {name} ({row[0]} in /etc/hosts)"
         for row in rows
         for name in row[1:]
-        if name in ours and row[0] != ours[name]
+        if name in addresses and row[0] != addresses[name]
     ]
 
 
-def boot() -> str:
-    """Return the name of the machine's present boot."""
+def boot_id() -> str:
+    """Return the id of the machine's current boot."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

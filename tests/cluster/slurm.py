@@ -1,7 +1,7 @@
 """Slurm daemons of a cluster: one slurmctld on this machine, one slurmd per host, one munged.
 
-Invariant: key, socket, configuration, logs and pid files are all in the cluster's own folder, so
-a Slurm or munge that the machine runs is neither used nor touched.
+Invariant: key, socket, configuration, logs and pid files are in the cluster's own folder; other
+Slurm and munge daemons of the machine are neither used nor changed.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ PORT, HOST_PORT = 16817, 17001
 
 
 class Lacking(Exception):
-    """This machine cannot have a cluster: something is not installed, or not allowed."""
+    """This machine cannot run a cluster: a program is not installed, or a right is missing."""
 
 
 # SchedulerParameters: a waiting job starts within a second of another's end, not within minutes.
-# TmpFS per host: else the PMIx plugins of several slurmd collide in one folder.
-# linuxproc, task/none: no cgroups, which a container may not offer.
+# TmpFS per host: otherwise the PMIx plugins of several slurmd collide in one folder.
+# linuxproc, task/none: no cgroups, since a container may lack them.
 CONFIGURATION = """\
 ClusterName=dtrain
-SlurmctldHost={name}({gate})
+SlurmctldHost={name}({gateway})
 SlurmctldPort={port}
 SlurmUser=root
 AuthType=auth/munge
@@ -55,7 +55,7 @@ NODE = "NodeName=n{k} NodeHostname=n{k} NodeAddr={address} Port={port} CPUs=2 Re
 
 
 def taken() -> list[str]:
-    """Return what stands in the way of `start`, one phrase each."""
+    """Return the obstacles to `start`, one phrase each."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -73,26 +73,26 @@ def configuration(folder: Path, hosts: int) -> str:
     ]
     name = socket.gethostname().split(".")[0]
     return CONFIGURATION.format(
-        name=name, gate=net.GATE, port=PORT, folder=folder, nodes="\n".join(nodes)
+        name=name, gateway=net.GATEWAY, port=PORT, folder=folder, nodes="\n".join(nodes)
     )
 
 
 def start(folder: Path, hosts: int) -> None:
     """Start all daemons and wait until every host is idle.
 
-    Raises Lacking where Slurm finds no PMIx, RuntimeError where a daemon fails.
+    Raises Lacking if Slurm finds no PMIx, RuntimeError if a daemon fails.
     """
     names = [f"n{host}" for host in range(1, hosts + 1)]
-    parts = ["state", "run", "log", "munge", *(f"spool/{n}" for n in names)]
-    for part in (*parts, *(f"tmp/{n}" for n in names)):
-        (folder / part).mkdir(parents=True)
+    folders = ["state", "run", "log", "munge", *(f"spool/{n}" for n in names)]
+    for name in (*folders, *(f"tmp/{n}" for n in names)):
+        (folder / name).mkdir(parents=True)
     conf = folder / "slurm.conf"
     conf.write_text(configuration(folder, hosts))
     (folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
-    munge(folder / "munge")
+    start_munge(folder / "munge")
     net.call("slurmctld", "-f", str(conf))
     for host, name in enumerate(names, start=1):
-        # nsenter, not `ip netns exec`: that hides the cgroup tree, and slurmd would not start.
+        # `ip netns exec` hides the cgroup tree, so that slurmd would not start; nsenter does not.
         command = f'hostname {name} && exec slurmd -f "$0" -N {name}'
         namespace = f"--net=/run/netns/{net.space(host)}"
         net.call("nsenter", namespace, "unshare", "--uts", "sh", "-c", command, str(conf))
@@ -101,8 +101,8 @@ def start(folder: Path, hosts: int) -> None:
         raise Lacking("Slurm finds no PMIx library (Debian: libpmix-dev)")
 
 
-def munge(folder: Path) -> None:
-    """Start a munged with a key of its own."""
+def start_munge(folder: Path) -> None:
+    """Start a munged with its own key."""
     key = folder / "key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o600)
@@ -115,20 +115,20 @@ def munge(folder: Path) -> None:
 def settle(conf: Path, hosts: int, limit_s: float = 30.0) -> None:
     """Wait until all hosts are idle."""
     deadline = time.monotonic() + limit_s
-    while (states := survey(conf)) != ["idle"] * hosts:
+    while (states := host_states(conf)) != ["idle"] * hosts:
         if time.monotonic() > deadline:
             log = (conf.parent / "log/slurmctld.log").read_text()[-2000:]
             raise RuntimeError(f"hosts are {states} after {limit_s:.0f} s; slurmctld says:\n{log}")
         time.sleep(0.1)
 
 
-def survey(conf: Path) -> list[str]:
-    """Return the state of every host, such as "idle" or "down*"; none where nobody answers."""
-    done = subprocess.run(
+def host_states(conf: Path) -> list[str]:
+    """Return the state of every host, such as "idle" or "down*"; empty if slurmctld fails."""
+    result = subprocess.run(
         ("sinfo", "--noheader", "--Node", "--format=%T"),
         env=os.environ | {"SLURM_CONF": str(conf)},
         capture_output=True,
         text=True,
         timeout=60,
     )
-    return done.stdout.split()
+    return result.stdout.split()

@@ -54,5 +54,17 @@ def limit(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def comm(limit: None) -> Comm:
-    """Return a world of this test's own."""
+    """Return a new group of all ranks."""
     return Comm(ObservedBackend(WORLD.split(0, 0)), timeout_s=60.0)
+
+
+@pytest.fixture(params=range(WORLD.size, (WORLD.size + 1) // 2 - 1, -1))
+def group(request: pytest.FixtureRequest, limit: None) -> Comm:
+    """Return this rank's group: the first `param` ranks are one group, all others another.
+
+    Four ranks are in turn groups of 4, of 3 and 1, and of 2 and 2, so a test runs on groups of
+    every size. Each group is numbered as a world.
+    """
+    backend = WORLD.split(int(WORLD.rank >= request.param), 0)
+    backend.world_ranks = tuple(range(backend.size))
+    return Comm(ObservedBackend(backend), timeout_s=60.0)

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from dtrain.comm.communicator import Comm
-from dtrain.config.parse import parse_run
 from dtrain.config.run import RunConfig
 from dtrain.objectives import OBJECTIVES
 from dtrain.schedules import SCHEDULES
@@ -32,20 +31,15 @@ def legal(cell: Cell) -> bool:
 
 
 def cover(cells: Sequence[Cell]) -> list[Cell]:
-    """Return cells that contain every choice, and every schedule with every dtype (greedy cover).
+    """Return cells that contain every choice of every kind (greedy cover).
 
-    Runs over MPI cost seconds and the number of strategies grows, so the full product runs only in
-    threads.
+    Runs over MPI cost seconds and the number of strategies grows, so pairs of strategies run only
+    in threads.
     """
-
-    def choices(cell: Cell) -> set[tuple[str, ...]]:
-        objective, schedule, sync, dtype = cell
-        return {("objective", objective), ("sync", sync), ("schedule", schedule, dtype)}
-
-    missing, selection = set().union(*map(choices, cells)), []
+    missing, selection = set().union(*(set(enumerate(cell)) for cell in cells)), []
     while missing:
-        selection.append(max(cells, key=lambda cell: len(choices(cell) & missing)))
-        missing -= choices(selection[-1])
+        selection.append(max(cells, key=lambda cell: len(set(enumerate(cell)) & missing)))
+        missing -= set(enumerate(selection[-1]))
     return selection
 
 
@@ -53,39 +47,38 @@ ALL = product(OBJECTIVE_NAMES, SCHEDULES, SYNCS, ("float32", "float64"))
 CELLS = cover([cell for cell in ALL if legal(cell)])
 
 
-def digits_run(
+def run_of(
     stages: int,
     objective: str = "mono-forward",
     schedule: str | None = None,
     sync: str = "every-step",
     **settings: Any,
 ) -> RunConfig:
-    """Return a run on digits: batches of 256 in three micro-batches, the last one of 157."""
+    """Return the tiny run with these strategies; batches of 16 leave a last one of 2 samples."""
     kind = SCHEDULES[schedule or OBJECTIVES[objective]().default_schedule]
-    micros = 1 if issubclass(kind, AsyncSchedule) else 3  # some update after each
-    table = {
-        **{"epochs": 1, "batch-size": 256, "micro-batches": micros, "threads": 1},
+    return tiny.run(
+        micro_batches=1 if issubclass(kind, AsyncSchedule) else 3,  # some update after each
+        mesh__stages=stages,
+        objective__name=objective,
+        schedule={"name": schedule} if schedule else {},
+        sync__name=sync,
         **settings,
-        "data": {"name": "digits"},
-        "model": {"name": "mlp", "widths": [61, 47, 53]},
-        "mesh": {"stages": stages},
-        "partition": {"blocks": 3},
-        "objective": {"name": objective},
-        "schedule": {"name": schedule} if schedule else {},
-        "sync": {"name": sync},
-        "optimizer": {"name": "adam", "lr": 1e-3},
-    }
-    return parse_run(table, Path(__file__))
+    )
 
 
-def trained(comm: Comm, ranks: int, run: RunConfig, out: Path) -> dict[str, Any]:
-    """Train on the first `ranks` of `comm`, into rank 0's `out`; return the summary on all."""
+def trained(comm: Comm, out: Path, *sizes: int, runs: Sequence[RunConfig]) -> list[dict[str, Any]]:
+    """Train runs side by side, each on the next `size` ranks; return their summaries on all ranks.
+
+    Rank 0's `out` holds a run folder for each.
+    """
     out = Path(comm.allgather_object(str(out))[0])
-    group = comm.split(int(comm.rank >= ranks), comm.rank)
-    if comm.rank < ranks:
-        train(run, group, out)
-    comm.allgather_object("trained")
-    return summary(out)
+    places = [place for place, size in enumerate(sizes) for _ in range(size)]
+    place = places[comm.rank] if comm.rank < len(places) else len(sizes)
+    group = comm.split(place, comm.rank)
+    if place < len(sizes):
+        train(runs[place], group, out / str(place))
+    comm.allgather_object(None)  # the summaries are written
+    return [summary(out / str(number)) for number in range(len(sizes))]
 
 
 @pytest.mark.mpi(min_size=4)
@@ -94,35 +87,35 @@ def test_any_number_of_stages_trains_the_same_bits(
     objective: str, schedule: str, sync: str, dtype: str, comm: Comm, tmp_path: Path
 ) -> None:
     """Law 1 over stages, of one replica and of two; two ranks hold four layers unevenly."""
-
-    def train_on(stages: int, replicas: int) -> dict[str, Any]:
-        run = digits_run(stages, objective, schedule, sync, dtype=dtype)
-        return trained(comm, stages * replicas, run, tmp_path / f"{stages}-{replicas}")
-
-    for layouts in (((1, 1), (2, 1), (3, 1)), ((1, 2), (2, 2))):
-        summaries = [train_on(*layout) for layout in layouts]
+    digests: dict[int, set[str]] = {1: set(), 2: set()}
+    for layouts in (((1, 1), (3, 1)), ((1, 2), (2, 1)), ((2, 2),)):
+        runs = [run_of(stages, objective, schedule, sync, dtype=dtype) for stages, _ in layouts]
+        sizes = [stages * replicas for stages, replicas in layouts]
+        summaries = trained(comm, tmp_path / f"{layouts}", *sizes, runs=runs)
         assert [(row["stages"], row["replicas"]) for row in summaries] == list(layouts)
-        assert len({row["digest"] for row in summaries}) == 1
-        assert {row["samples"] for row in summaries} == {1437}
+        for row in summaries:
+            digests[row["replicas"]].add(row["digest"])
+            assert row["samples"] == 2 * 50
+    assert [len(digests[replicas]) for replicas in (1, 2)] == [1, 1]
 
 
 @pytest.mark.mpi(min_size=4)
 @pytest.mark.parametrize("objective", OBJECTIVE_NAMES)
 def test_replicas_train_the_same_model(objective: str, comm: Comm, tmp_path: Path) -> None:
     """Law 1 over replicas, from the same run file, in float64."""
-    run = digits_run(2, objective, dtype="float64")
+    run = run_of(2, objective, dtype="float64")
     outs = [Path(comm.allgather_object(str(tmp_path / f"{ranks}"))[0]) for ranks in (2, 4)]
     for ranks, out in zip((2, 4), outs, strict=True):
-        trained(comm, ranks, run, out)
-    close(*outs)
+        trained(comm, out, ranks, runs=[run])
+    close(*(out / "0" for out in outs))
 
 
 @pytest.mark.mpi(min_size=4)
 def test_resumed_is_uninterrupted(comm: Comm, tmp_path: Path) -> None:
     """Law 5 on the same layout, 2 stages x 2 replicas."""
     for epochs in (1, 3):
-        parts = trained(comm, 4, digits_run(2, epochs=epochs), tmp_path / "parts")
-    whole = trained(comm, 4, digits_run(2, epochs=3), tmp_path / "whole")
+        (parts,) = trained(comm, tmp_path / "parts", 4, runs=[run_of(2, epochs=epochs)])
+    (whole,) = trained(comm, tmp_path / "whole", 4, runs=[run_of(2, epochs=3)])
     for key in ("digest", "test_accuracy", "test_loss", "train_loss", "samples"):
         assert parts[key] == whole[key], key
     assert (parts["attempts"], whole["attempts"]) == (2, 1)

@@ -22,20 +22,9 @@ def test_coords_and_rank_are_inverse(replicas: int, stages: int, placement: str)
 
 
 def test_placements_match_the_diagram() -> None:
-    assert Mesh(2, 3).ranks_along("stage", 4) == (3, 4, 5)
-    assert Mesh(2, 3).ranks_along("replica", 4) == (1, 4)
-    other = Mesh(2, 3, "replicas-in-node")
-    assert other.ranks_along("stage", 2) == (0, 2, 4)
-    assert other.ranks_along("replica", 2) == (2, 3)
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_the_ranks_along_an_axis_partition_the_mesh(placement: str) -> None:
-    mesh = Mesh(3, 4, placement)
-    for axis in ("replica", "stage"):
-        groups = {mesh.ranks_along(axis, rank) for rank in range(mesh.ranks)}
-        assert sorted(rank for group in groups for rank in group) == list(range(12))
-        assert all(rank in mesh.ranks_along(axis, rank) for rank in range(12))
+    mesh, other = Mesh(2, 3), Mesh(2, 3, "replicas-in-node")
+    assert [[mesh.rank(r, s) for s in range(3)] for r in range(2)] == [[0, 1, 2], [3, 4, 5]]
+    assert [[other.rank(r, s) for s in range(3)] for r in range(2)] == [[0, 2, 4], [1, 3, 5]]
 
 
 def test_meshes_for_a_number_of_ranks() -> None:
@@ -72,7 +61,6 @@ def test_impossible_meshes_are_refused() -> None:
     [
         lambda mesh: mesh.coords(6),
         lambda mesh: mesh.rank(2, 0),
-        lambda mesh: mesh.ranks_along("block", 0),
     ],
 )
 def test_ranks_outside_the_mesh_are_a_fault_of_the_caller(

@@ -657,10 +657,10 @@ def errors_are_raised_on_all_ranks_or_none(comm: Comm) -> None:
     assert all_or_none(comm, lambda: fail([])) == comm.rank
     with refuses(DataError, f"test.rank-{last}") as caught:
         all_or_none(comm, lambda: fail([last]))
-    assert caught.value.agreed
+    assert caught.value.on_all_ranks
     with refuses(ConfigError, "test.rank-0") as caught:
         comm.raise_together(ConfigError(f"test.rank-{comm.rank}", "a message"))
-    assert caught.value.agreed
+    assert caught.value.on_all_ranks
 
 
 def broadcast_objects_come_from_rank_zero(comm: Comm) -> None:
@@ -679,7 +679,7 @@ def broadcast_objects_come_from_rank_zero(comm: Comm) -> None:
     assert broadcast_object(comm, lambda: None) is None
     with refuses(DataError, "test.broadcast") as caught:
         broadcast_object(comm, fail)
-    assert caught.value.agreed
+    assert caught.value.on_all_ranks
 
 
 def split_orders_by_key_then_rank(comm: Comm) -> None:

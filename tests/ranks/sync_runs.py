@@ -18,12 +18,10 @@ from torch import Tensor, nn, optim
 
 from dtrain.block.block import Block
 from dtrain.checkpoint.manifest import latest_checkpoint
-from dtrain.comm.backends.threads import run_ranks
-from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
 from dtrain.syncs.base import Sync, UpdateClock
-from dtrain.train import train
 from tests import tiny
+from tests.harness import train_in_threads
 
 FOUR = "aabb"
 """The hosts of four replicas on two nodes."""
@@ -51,11 +49,7 @@ def train_on(
 
     `seed` is that of the order in which the threads take turns.
     """
-
-    def work(comm: Comm) -> dict[str, Any]:
-        return train(run, comm, out)
-
-    return run_ranks(len(hosts), work, seed=seed, hosts=list(hosts))[0]
+    return train_in_threads(run, out, 1, len(hosts), hosts=hosts, seed=seed)
 
 
 def replica_tensors(out: Path, count: int) -> list[dict[str, Tensor]]:

@@ -102,12 +102,12 @@ def test_the_learning_rate_rises_again_after_a_change() -> None:
 
     def work(comm: Comm) -> list[float]:
         sync, block = attach(comm, "full", rebound_updates=2)
-        found = []
+        lr_factors = []
         for update in range(4):
             clock = clock_at(update, (1, 1))
-            found.append(sync.lr_factor(clock))
+            lr_factors.append(sync.lr_factor(clock))
             take_step(sync, block, update)
-        return found
+        return lr_factors
 
     middle = LOWEST_LR_FACTOR + (1 - LOWEST_LR_FACTOR) / 2
     assert run_ranks(2, work)[0] == pytest.approx([1, LOWEST_LR_FACTOR, middle, 1])

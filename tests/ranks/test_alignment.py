@@ -10,7 +10,7 @@ import pytest
 
 from dtrain.config.run import RunConfig
 from tests import tiny
-from tests.ranks.test_laws import trained
+from tests.harness import train_in_threads
 
 DIGITS: dict[str, Any] = {
     "data": {"name": "digits"},
@@ -33,7 +33,7 @@ def test_every_inner_block_aligns(schedule: str, tmp_path: Path) -> None:
         schedule__name=schedule,
         mesh__stages=2,
     )
-    summary = trained(run, tmp_path, 2)
+    summary = train_in_threads(run, tmp_path, 2)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if record["kind"] == "train"]
     first, last = records[0]["alignment_deg"], records[-1]["alignment_deg"]
@@ -54,11 +54,13 @@ def dfa_run(angles: bool, **changes: Any) -> RunConfig:
 
 def test_angles_are_recorded_only_if_the_run_file_says_so(tmp_path: Path) -> None:
     """Recording them changes nothing that is trained, and no layout changes them."""
-    without = trained(dfa_run(False, mesh__stages=3), tmp_path / "without", 3)
+    without = train_in_threads(dfa_run(False, mesh__stages=3), tmp_path / "without", 3)
     assert "alignment_deg" not in without
     outcomes = set()
     for stages in (1, 2, 3):
-        summary = trained(dfa_run(True, mesh__stages=stages), tmp_path / str(stages), stages)
+        summary = train_in_threads(
+            dfa_run(True, mesh__stages=stages), tmp_path / str(stages), stages
+        )
         outcomes.add((summary["digest"], *summary["alignment_deg"]))
     ((digest, *_),) = outcomes
     assert digest == without["digest"]
@@ -68,7 +70,7 @@ def test_angles_do_not_depend_on_micro_batches_or_replicas(tmp_path: Path) -> No
     angles = []
     for micros, replicas in ((1, 1), (3, 1), (2, 2)):
         run = dfa_run(True, micro_batches=micros, mesh__stages=2)
-        summary = trained(run, tmp_path / f"{micros}{replicas}", 2, replicas)
+        summary = train_in_threads(run, tmp_path / f"{micros}{replicas}", 2, replicas)
         angles.append(summary["alignment_deg"][:2])
     for other in angles[1:]:
         assert other == pytest.approx(angles[0], rel=1e-9)

@@ -17,7 +17,7 @@ from dtrain.config.run import RunConfig
 from dtrain.errors import CheckpointError, ConfigError, DataError, NumericalError
 from dtrain.train import train
 from tests import tiny
-from tests.harness import train_in_threads
+from tests.harness import FULL, train_in_threads
 from tests.outcome import break_off, model, summary
 from tests.refusals import refuses
 
@@ -36,21 +36,16 @@ def clipped() -> nn.Sequential:
     )
 
 
-def train_on(run: RunConfig, out: Path, stages: int = 1, replicas: int = 1) -> dict[str, Any]:
-    """Train on stages x replicas threads and return the summary."""
-    return train_in_threads(run, out, stages=stages, replicas=replicas)
-
-
 @pytest.mark.parametrize("objective", tiny.NEIGHBOURS)
 @pytest.mark.parametrize("name", MODELS)
 def test_awkward_models_keep_laws_1_and_5(name: str, objective: str, tmp_path: Path) -> None:
     changes = {"model": {"name": f"tests.tiny:{name}"}, "objective__name": objective}
     changes |= {"partition__blocks": None, "partition__cuts": [2, 4]}
-    one_rank = train_on(tiny.run(**changes), tmp_path / "1")
-    for stages in (2, 3):
+    one_rank = train_in_threads(tiny.run(**changes), tmp_path / "1")
+    for stages in (2, 3) if FULL else (2,) if objective == "backprop" else (3,):
         out = tmp_path / f"{stages}"
-        train_on(tiny.run(**changes, mesh__stages=stages, epochs=1), out, stages)
-        resumed = train_on(tiny.run(**changes, mesh__stages=stages), out, stages)
+        train_in_threads(tiny.run(**changes, mesh__stages=stages, epochs=1), out, stages)
+        resumed = train_in_threads(tiny.run(**changes, mesh__stages=stages), out, stages)
         for key in ("digest", "test_loss", "test_accuracy_vote", "train_loss"):
             assert resumed[key] == one_rank[key], key
 
@@ -63,7 +58,7 @@ def test_nobody_writes_to_samples_that_several_blocks_read(recompute: bool, tmp_
 
     def digest(stages: int) -> Any:
         run = tiny.run(**fields, partition=partition, mesh__stages=stages)
-        return train_on(run, tmp_path / str(stages), stages)["digest"]
+        return train_in_threads(run, tmp_path / str(stages), stages)["digest"]
 
     assert digest(1) == digest(3)
 
@@ -71,27 +66,29 @@ def test_nobody_writes_to_samples_that_several_blocks_read(recompute: bool, tmp_
 def test_a_lone_sample_joins_its_neighbour_where_it_must(tmp_path: Path) -> None:
     """The last update has 2 samples for 3 replicas of 3 micro-batches."""
     run = tiny.run(model={"name": "tests.tiny:normalised"}, mesh__stages=1, partition__blocks=2)
-    assert train_on(run, tmp_path, 1, 3)["samples"] == 100
+    assert train_in_threads(run, tmp_path, 1, 3)["samples"] == 100
     with refuses(ConfigError, "data.last-batch-too-small"):
-        train_on(replace(run, settings=replace(run.settings, batch_size=7)), tmp_path / "new")
+        train_in_threads(
+            replace(run, settings=replace(run.settings, batch_size=7)), tmp_path / "new"
+        )
 
 
 def test_buffers_that_are_rebound_are_saved(tmp_path: Path) -> None:
-    train_on(tiny.run(model={"name": "tests.tiny:rebinding"}), tmp_path)
+    train_in_threads(tiny.run(model={"name": "tests.tiny:rebinding"}), tmp_path)
     assert model(tmp_path)["1.seen"].abs().sum() > 0
 
 
 def test_data_that_differ_between_ranks_are_refused(tmp_path: Path) -> None:
     run = tiny.run(data={"name": "tests.tiny:unseeded"}, mesh__stages=2)
     with refuses(DataError, "data.ranks-differ"):
-        train_on(run, tmp_path / "out", 2)
+        train_in_threads(run, tmp_path / "out", 2)
     assert not (tmp_path / "out").exists()
 
 
 def test_weights_that_the_last_update_broke_end_the_run(tmp_path: Path) -> None:
     run = tiny.run(**BROKEN, epochs=None, updates=1)
     with refuses(NumericalError, "training.weight-not-finite"):
-        train_on(run, tmp_path)
+        train_in_threads(run, tmp_path)
     assert latest_checkpoint(tmp_path / "checkpoints") is None
     assert summary(tmp_path)["status"] == "failed"
 
@@ -102,11 +99,11 @@ def test_a_run_that_is_found_finished_is_tested_where_it_ended(
 ) -> None:
     """It was stopped after a checkpoint inside an epoch, and resumed with just that length."""
     changes = {"checkpoint__every": 3, "epochs": None}
-    straight = train_on(tiny.run(**changes, updates=updates), tmp_path / "straight")
+    straight = train_in_threads(tiny.run(**changes, updates=updates), tmp_path / "straight")
     stopped = tmp_path / "stopped"
-    train_on(tiny.run(**changes, updates=updates + 4), stopped)
+    train_in_threads(tiny.run(**changes, updates=updates + 4), stopped)
     break_off(stopped, updates)
-    resumed = train_on(tiny.run(**changes, updates=updates), stopped)
+    resumed = train_in_threads(tiny.run(**changes, updates=updates), stopped)
     if resumed["updates"] == straight["updates"]:
         for key in ("digest", "test_loss", "test_accuracy"):
             assert resumed[key] == straight[key], key
@@ -119,17 +116,17 @@ def test_other_numbers_of_replicas_start_from_the_evaluated_weights(
 ) -> None:
     """Law 5, second half, where replicas diverge: training resumes from the evaluated weights."""
     run = tiny.run(sync__name="never", mesh__stages=1)
-    first = train_on(run, tmp_path, 1, 2)
-    resumed = train_on(run, tmp_path, 1, replicas)
+    first = train_in_threads(run, tmp_path, 1, 2)
+    resumed = train_in_threads(run, tmp_path, 1, replicas)
     assert resumed["test_loss"] == first["test_loss"]
     if replicas == 1:
         assert resumed["digest"] == first["digest"]
     longer = tiny.run(sync__name="never", mesh__stages=1, epochs=3)
-    assert train_on(longer, tmp_path, 1, replicas)["updates"] == 12
+    assert train_in_threads(longer, tmp_path, 1, replicas)["updates"] == 12
 
 
 def test_a_damaged_shard_is_refused(tmp_path: Path) -> None:
-    train_on(tiny.run(), tmp_path)
+    train_in_threads(tiny.run(), tmp_path)
     manifest = latest_checkpoint(tmp_path / "checkpoints")
     assert manifest is not None
     before = summary(tmp_path)
@@ -138,16 +135,16 @@ def test_a_damaged_shard_is_refused(tmp_path: Path) -> None:
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     with refuses(CheckpointError, "checkpoint.shard-damaged"):
-        train_on(tiny.run(epochs=3), tmp_path)
+        train_in_threads(tiny.run(epochs=3), tmp_path)
     after = {key: value for key, value in summary(tmp_path).items() if key in before}
     assert after | {"status": "finished"} == before
     (manifest.folder / "manifest.json").write_text("{")
     with refuses(CheckpointError, "checkpoint.manifest-damaged"):
-        train_on(tiny.run(epochs=3), tmp_path)
+        train_in_threads(tiny.run(epochs=3), tmp_path)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
-    train_on(tiny.run(), tmp_path)
+    train_in_threads(tiny.run(), tmp_path)
     manifest = latest_checkpoint(tmp_path / "checkpoints")
     assert manifest is not None
     path = manifest.folder / "manifest.json"
@@ -155,20 +152,20 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     content["run"]["model"]["widths"] = [12, 11, 7, 6]
     path.write_text(json.dumps(content))
     with refuses(CheckpointError, "checkpoint.wrong-shape"):
-        train_on(tiny.run(model__widths=[12, 11, 7, 6]), tmp_path)
+        train_in_threads(tiny.run(model__widths=[12, 11, 7, 6]), tmp_path)
 
 
 def test_attempts_that_died_early_are_counted(tmp_path: Path) -> None:
     for _ in range(2):
         with refuses(NumericalError, "training.loss-not-finite"):
-            train_on(tiny.run(**BROKEN), tmp_path)
-    assert train_on(tiny.run(), tmp_path)["attempts"] == 3
+            train_in_threads(tiny.run(**BROKEN), tmp_path)
+    assert train_in_threads(tiny.run(), tmp_path)["attempts"] == 3
 
 
 def test_stages_that_differ_keep_the_blocks_of_the_checkpoint(tmp_path: Path) -> None:
     run = tiny.run(partition__blocks=None, epochs=1)
-    train_on(tiny.run(partition__blocks=None, epochs=1, mesh__stages=3), tmp_path, 3)
-    assert train_on(run, tmp_path)["blocks"] == 3
+    train_in_threads(tiny.run(partition__blocks=None, epochs=1, mesh__stages=3), tmp_path, 3)
+    assert train_in_threads(run, tmp_path)["blocks"] == 3
 
 
 def test_going_on_from_another_folder_can_be_repeated(tmp_path: Path) -> None:
@@ -178,10 +175,10 @@ def test_going_on_from_another_folder_can_be_repeated(tmp_path: Path) -> None:
 
         return run_ranks(1, work)[0]
 
-    train_on(tiny.run(epochs=1), tmp_path / "a")
+    train_in_threads(tiny.run(epochs=1), tmp_path / "a")
     digests = set()
     for epochs in (2, 2, 3):
         run = tiny.run(epochs=epochs)
         digests.add(resume_from_a(run)["digest"])
     assert len(digests) == 2
-    assert train_on(tiny.run(epochs=3), tmp_path / "c")["digest"] in digests
+    assert train_in_threads(tiny.run(epochs=3), tmp_path / "c")["digest"] in digests

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from dtrain.syncs.demo import ChunkedDCT
 from dtrain.syncs.int8 import Int8Codec
 from dtrain.syncs.powersgd import PowerSGDCompressor
 from dtrain.syncs.terngrad import TernaryCodec
+from tests.harness import FULL
 from tests.outcome import close, model
 from tests.ranks.killed import killed
 from tests.ranks.sync_runs import FOUR, UPDATES, WIDE, replica_tensors, sync_run, train_on
@@ -93,32 +95,48 @@ def test_bytes_of_demo_are_the_formula(tmp_path: Path) -> None:
 # ---- identities
 
 
+@pytest.fixture(scope="module")
+def inner_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return the folder of a run under an inner sync alone, which is trained once."""
+
+    @cache
+    def trained_folder(inner: str, hosts: str, wide: bool = False) -> Path:
+        out = tmp_path_factory.mktemp("inner")
+        train_on(sync_run(inner, sync=INNERS[inner], **(WIDE if wide else {})), out, hosts)
+        return out
+
+    return trained_folder
+
+
 @pytest.mark.parametrize("inner", INNERS)
 @pytest.mark.parametrize("name", COMPRESSED)
-def test_on_one_node_it_is_the_inner_sync(name: str, inner: str, tmp_path: Path) -> None:
+def test_on_one_node_it_is_the_inner_sync(
+    name: str, inner: str, inner_run: Callable[..., Path], tmp_path: Path
+) -> None:
     """Deltas may be added up where weights were averaged, which rounds otherwise."""
-    train_on(sync_run(inner, sync=INNERS[inner]), tmp_path / "inner", "aa")
-    train_on(sync_run(name, sync=around(inner)), tmp_path / "outer", "aa")
-    close(tmp_path / "inner", tmp_path / "outer", 1e-10)
+    train_on(sync_run(name, sync=around(inner)), tmp_path, "aa")
+    close(inner_run(inner, "aa"), tmp_path, 1e-10)
 
 
 @pytest.mark.parametrize("inner", INNERS)
-def test_factors_of_full_rank_are_the_inner_sync(inner: str, tmp_path: Path) -> None:
+def test_factors_of_full_rank_are_the_inner_sync(
+    inner: str, inner_run: Callable[..., Path], tmp_path: Path
+) -> None:
     """PowerSGD of the smaller side's rank loses nothing."""
     full = around(inner, rank=99, **{"min-compression-rate": 1.0})
-    train_on(sync_run(inner, sync=INNERS[inner]), tmp_path / "inner")
-    train_on(sync_run("powersgd", sync=full), tmp_path / "full")
-    close(tmp_path / "inner", tmp_path / "full", 1e-9)
+    train_on(sync_run("powersgd", sync=full), tmp_path)
+    close(inner_run(inner, "ab"), tmp_path, 1e-9)
 
 
-@pytest.mark.parametrize("inner", INNERS)
+@pytest.mark.parametrize("inner", INNERS if FULL else ["every-step", "diloco"])
 @pytest.mark.parametrize("name", COMPRESSED)
-def test_it_is_not_the_inner_sync_between_nodes(name: str, inner: str, tmp_path: Path) -> None:
-    """The identities above could not fail otherwise."""
-    train_on(sync_run(inner, sync=INNERS[inner], **WIDE), tmp_path / "inner")
-    train_on(sync_run(name, sync=around(inner), **WIDE), tmp_path / "outer")
+def test_it_is_not_the_inner_sync_between_nodes(
+    name: str, inner: str, inner_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The identities above could not fail otherwise, for means of gradients and of deltas."""
+    train_on(sync_run(name, sync=around(inner), **WIDE), tmp_path, "ab")
     with pytest.raises(AssertionError):
-        close(tmp_path / "inner", tmp_path / "outer", 1e-6)
+        close(inner_run(inner, "ab", wide=True), tmp_path, 1e-6)
 
 
 # ---- compressors
@@ -346,16 +364,16 @@ def test_deltas_are_compressed_inside_a_warm_up(tmp_path: Path) -> None:
     assert summary["bytes_inter_node"] == (2 + 3) * 2 * code_bytes(tmp_path, 1)
 
 
-@pytest.mark.parametrize("name", COMPRESSED)
-def test_factors_of_changing_rank_are_compressed(name: str, tmp_path: Path) -> None:
+def test_factors_of_changing_rank_are_compressed(tmp_path: Path) -> None:
     """AB inside, in groups that span nodes: errors of other shapes are dropped."""
     ab = {"warmup-updates": 1, "every": 3, "full-updates": 1, "cutoff": 0.6}
     changes = {"epochs": 4, **WIDE}
-    outer = sync_run(name, sync={"inner": {"name": "ab", **ab}}, **changes)
-    compressed = train_on(outer, tmp_path / name, "abab")
     plain = train_on(sync_run("ab", sync=ab, **changes), tmp_path / "ab", "abab")
-    assert compressed["bytes_inter_node"] < plain["bytes_inter_node"]
-    assert compressed["updates"] == plain["updates"] == 16
+    for name in COMPRESSED:
+        outer = sync_run(name, sync={"inner": {"name": "ab", **ab}}, **changes)
+        compressed = train_on(outer, tmp_path / name, "abab")
+        assert compressed["bytes_inter_node"] < plain["bytes_inter_node"], name
+        assert compressed["updates"] == plain["updates"] == 16
 
 
 @pytest.mark.parametrize("inner", ["demo", "never", "int8", "only-large"])

@@ -16,15 +16,14 @@ from dtrain.checkpoint import run_folder
 from dtrain.checkpoint.manifest import Manifest, latest_checkpoint
 from dtrain.comm.backends.threads import run_ranks
 from dtrain.comm.communicator import Comm
-from dtrain.config.run import RunConfig
 from dtrain.data.sampler import BatchSplitter
 from dtrain.errors import CheckpointError, ConfigError, DtrainError
 from dtrain.evaluate import evaluate_run, evaluation_batches
 from dtrain.monitoring.summary import evaluation_text
 from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.mono_forward import MonoForward
-from dtrain.train import train
 from tests import tiny
+from tests.harness import train_in_threads
 from tests.outcome import summary
 from tests.refusals import refuses
 
@@ -60,15 +59,6 @@ def other_samples() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     return x, y, x[:9] + 1, y[:9]
 
 
-def trained(run: RunConfig, out: Path, stages: int, replicas: int = 1) -> dict[str, Any]:
-    """Train on threads and return the summary."""
-
-    def work(comm: Comm) -> dict[str, Any]:
-        return train(run, comm, out)
-
-    return run_ranks(stages * replicas, work)[0]
-
-
 def evaluated(out: Path, ranks: int = 1, *arguments: Any) -> dict[str, Any]:
     """Evaluate the run in `out` on threads and return the result, the same on all ranks."""
 
@@ -96,7 +86,7 @@ def test_the_numbers_of_the_summary_on_any_number_of_ranks(
     name: str, replicas: int, tmp_path: Path
 ) -> None:
     """More ranks than blocks too; the last micro-batches of both replicas are short."""
-    training = trained(tiny.run(**RUNS[name], mesh__stages=2), tmp_path, 2, replicas)
+    training = train_in_threads(tiny.run(**RUNS[name], mesh__stages=2), tmp_path, 2, replicas)
     files = content(tmp_path)
     for ranks in (1, 2, 3, 4, 5):
         result = evaluated(tmp_path, ranks)
@@ -111,14 +101,14 @@ def test_the_numbers_of_the_summary_on_any_number_of_ranks(
 def test_every_objective_predicts_as_in_its_run(objective: str, tmp_path: Path) -> None:
     """By the last block, by votes, by passes of its own; two replicas, short micro-batches."""
     run = tiny.run(objective__name=objective, mesh__stages=1, epochs=1, micro_batches=1)
-    training = trained(run, tmp_path, 1, 2)
+    training = train_in_threads(run, tmp_path, 1, 2)
     for ranks in (1, 3):
         assert_metrics_of(evaluated(tmp_path, ranks), training)
 
 
 @pytest.mark.parametrize("sync", ["never", "local-sgd"])
 def test_the_mean_of_diverged_replicas_is_evaluated(sync: str, tmp_path: Path) -> None:
-    training = trained(tiny.run(sync__name=sync, mesh__stages=1), tmp_path, 1, 3)
+    training = train_in_threads(tiny.run(sync__name=sync, mesh__stages=1), tmp_path, 1, 3)
     for ranks in (1, 3):
         assert_metrics_of(evaluated(tmp_path, ranks), training)
 
@@ -127,7 +117,7 @@ def test_the_prediction_is_the_objectives_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(MonoForward, "predicts_by_vote", True)
-    training = trained(tiny.run(), tmp_path, 1)
+    training = train_in_threads(tiny.run(), tmp_path, 1)
     result = evaluated(tmp_path, 2)
     assert result["accuracy"] == training["test_accuracy"] == result["accuracy_vote"]
     assert result["prediction"] == "vote"
@@ -136,7 +126,7 @@ def test_the_prediction_is_the_objectives_own(
 
 def test_the_training_split_and_other_data(tmp_path: Path) -> None:
     """In order, without augmentation; `--set` takes data, but no key of training."""
-    trained(tiny.run(), tmp_path, 1)
+    train_in_threads(tiny.run(), tmp_path, 1)
     result = evaluated(tmp_path, 2, "train")
     assert (result["split"], result["samples"]) == ("train", 50)
     assert result["accuracy"] * 50 == pytest.approx(round(result["accuracy"] * 50))
@@ -148,7 +138,7 @@ def test_the_training_split_and_other_data(tmp_path: Path) -> None:
 
 
 def test_a_training_run_is_evaluated_at_its_newest_checkpoint(tmp_path: Path) -> None:
-    trained(tiny.run(), tmp_path, 1)
+    train_in_threads(tiny.run(), tmp_path, 1)
     owner = run_folder.acquire(tmp_path)
     newest = latest_checkpoint(tmp_path / "checkpoints")
     assert newest is not None
@@ -164,7 +154,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read_is_left_for_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By all ranks, also by those that could still read it."""
-    trained(tiny.run(), tmp_path, 1)
+    train_in_threads(tiny.run(), tmp_path, 1)
     newest, load = tmp_path / "checkpoints" / "update-00000008", Manifest.load
 
     def load_late(self: Manifest, keys: Iterable[str]) -> dict[str, Tensor]:
@@ -181,7 +171,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read_is_left_for_the_next(
 )
 def test_a_run_that_cannot_be_evaluated_is_refused_by_all_ranks(fault: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    trained(tiny.run(epochs=1), out, 1)
+    train_in_threads(tiny.run(epochs=1), out, 1)
     (newest,) = (out / "checkpoints").iterdir()
     kind: type[DtrainError] = ConfigError
     match fault:
@@ -211,7 +201,10 @@ def test_a_run_that_cannot_be_evaluated_is_refused_by_all_ranks(fault: str, tmp_
             key = "run-folder.no-source-path"
     with refuses(kind, key) as caught:
         evaluated(out, 2)
-    assert (caught.value.code, caught.value.agreed) == (5 if kind is CheckpointError else 2, True)
+    assert (caught.value.code, caught.value.on_all_ranks) == (
+        5 if kind is CheckpointError else 2,
+        True,
+    )
 
 
 @pytest.mark.parametrize(("size", "replicas", "batch", "micros"), [(17, 2, 16, 3), (5, 3, 4, 1)])
@@ -225,7 +218,7 @@ def test_micro_batches_of_an_evaluation_are_those_of_the_run(
 
 
 def test_the_printed_evaluation_has_the_numbers(tmp_path: Path) -> None:
-    training = trained(tiny.run(mesh__stages=1), tmp_path, 1)
+    training = train_in_threads(tiny.run(mesh__stages=1), tmp_path, 1)
     text = evaluation_text(evaluated(tmp_path))
     correct = round(training["test_accuracy"] * 17)
     for number in (
@@ -242,7 +235,7 @@ def test_the_printed_evaluation_has_the_numbers(tmp_path: Path) -> None:
 def test_a_run_folder_of_an_earlier_version_is_evaluated_and_resumed(tmp_path: Path) -> None:
     """Its run table and `run.toml` have keys that were renamed since."""
     run = tiny.run(epochs=1, mesh__stages=1, sync={"name": "powersgd"})
-    trained(run, tmp_path, 1)
+    train_in_threads(run, tmp_path, 1)
     (newest,) = (tmp_path / "checkpoints").iterdir()
     for path in (tmp_path / "run.toml", newest / "manifest.json"):
         text = path.read_text().replace("activation-compression", "wire")
@@ -250,4 +243,4 @@ def test_a_run_folder_of_an_earlier_version_is_evaluated_and_resumed(tmp_path: P
         assert "wire" in text
     evaluated(tmp_path)
     longer = tiny.run(mesh__stages=1, sync={"name": "powersgd"})
-    assert trained(longer, tmp_path, 1)["updates"] == 8
+    assert train_in_threads(longer, tmp_path, 1)["updates"] == 8

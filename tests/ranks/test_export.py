@@ -19,8 +19,8 @@ from dtrain.checkpoint.manifest import Manifest, latest_checkpoint
 from dtrain.cli import main
 from dtrain.errors import CheckpointError, ConfigError
 from tests import tiny
+from tests.harness import train_in_threads
 from tests.outcome import model, summary
-from tests.ranks.test_evaluate import trained
 from tests.refusals import refuses
 
 
@@ -52,7 +52,7 @@ def accuracy(module: nn.Module) -> float:
 def test_it_loads_into_the_users_module_and_scores_the_same(tmp_path: Path) -> None:
     """Names are those of the user's own modules."""
     changes: dict[str, Any] = {"model": {"name": f"{__name__}:net"}, "partition__blocks": 2}
-    training = trained(
+    training = train_in_threads(
         tiny.run(**changes, data__normalise=False, mesh__stages=2), tmp_path / "run", 2, 2
     )
     export(tmp_path / "run", tmp_path / "net.pt")
@@ -65,7 +65,7 @@ def test_it_loads_into_the_users_module_and_scores_the_same(tmp_path: Path) -> N
 
 
 def test_names_and_bits_are_those_of_the_checkpoint(tmp_path: Path) -> None:
-    trained(tiny.run(), tmp_path / "run", 3)
+    train_in_threads(tiny.run(), tmp_path / "run", 3)
     saved = model(tmp_path / "run")
     plain = export(tmp_path / "run", tmp_path / "a.pt")
     with_heads = export(tmp_path / "run", tmp_path / "b.pt", heads=True)
@@ -87,7 +87,7 @@ def depth(name: str) -> tuple[bool, str]:
 
 def test_safetensors_hold_the_same(tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
-    trained(tiny.run(epochs=1), tmp_path / "run", 1)
+    train_in_threads(tiny.run(epochs=1), tmp_path / "run", 1)
     state = export(tmp_path / "run", tmp_path / "net.safetensors")
     loaded: dict[str, Tensor] = safetensors.load_file(tmp_path / "net.safetensors")
     assert loaded.keys() == state.keys()
@@ -106,7 +106,7 @@ def test_a_run_or_a_path_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         export(tmp_path, tmp_path / "net.h5")
     with refuses(ConfigError, "run-folder.missing"):
         export(tmp_path / "none", tmp_path / "net.pt")
-    trained(tiny.run(epochs=1), tmp_path / "run", 1)
+    train_in_threads(tiny.run(epochs=1), tmp_path / "run", 1)
     with refuses(ConfigError, "export.unwritable"):
         export(tmp_path / "run", tmp_path / "none" / "net.pt")
     manifest = latest_checkpoint(tmp_path / "run" / "checkpoints")
@@ -121,7 +121,7 @@ def test_a_run_or_a_path_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 def test_a_checkpoint_that_is_deleted_while_it_is_read_is_left_for_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained(tiny.run(), tmp_path / "run", 1)
+    train_in_threads(tiny.run(), tmp_path / "run", 1)
     load_prefix, moved = Manifest.load_prefix, []
 
     def load_late(self: Manifest, prefix: str) -> dict[str, Tensor]:
@@ -138,7 +138,7 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read_is_left_for_the_next(
 def test_checkpoints_that_are_deleted_forever_end_in_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained(tiny.run(), tmp_path / "run", 1)
+    train_in_threads(tiny.run(), tmp_path / "run", 1)
 
     def rename(self: Manifest, prefix: str) -> dict[str, Tensor]:
         number = int(self.folder.name.removeprefix("update-"))
@@ -153,7 +153,7 @@ def test_checkpoints_that_are_deleted_forever_end_in_an_error(
 def test_the_command_prints_what_it_wrote(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trained(tiny.run(epochs=1), tmp_path / "run", 1)
+    train_in_threads(tiny.run(epochs=1), tmp_path / "run", 1)
     capsys.readouterr()
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "net.pt")]) == 0
     first, second = capsys.readouterr().out.splitlines()
@@ -176,7 +176,7 @@ class Normalise(nn.Module):
 
 def test_weights_with_their_statistics_score_the_same_on_raw_inputs(tmp_path: Path) -> None:
     run = tiny.run(model={"name": f"{__name__}:net"}, partition__blocks=2)
-    training = trained(run, tmp_path / "run", 1, 2)
+    training = train_in_threads(run, tmp_path / "run", 1, 2)
     export(tmp_path / "run", tmp_path / "net.pt", with_normalisation=True)
     layers = OrderedDict(normalise=Normalise(2, 1), **dict(net().named_children()))
     module = nn.Sequential(layers).double()
@@ -189,13 +189,13 @@ def test_weights_with_their_statistics_score_the_same_on_raw_inputs(tmp_path: Pa
 
 
 def test_statistics_lie_beside_the_weights(tmp_path: Path) -> None:
-    trained(tiny.run(epochs=1), tmp_path / "run", 1)
+    train_in_threads(tiny.run(epochs=1), tmp_path / "run", 1)
     export(tmp_path / "run", tmp_path / "net.pt")
     statistics = json.loads((tmp_path / "net.pt.statistics.json").read_text())
     x = tiny.samples()[0]
     assert statistics["mean"] == pytest.approx(x.mean(axis=(0, 2)))
     assert statistics["std"] == pytest.approx(x.std(axis=(0, 2)))
-    trained(tiny.run(epochs=1, data__normalise=False), tmp_path / "raw", 1)
+    train_in_threads(tiny.run(epochs=1, data__normalise=False), tmp_path / "raw", 1)
     with refuses(ConfigError, "export.no-statistics"):
         export(tmp_path / "raw", tmp_path / "net.pt", with_normalisation=True)
     export(tmp_path / "raw", tmp_path / "net.pt")
@@ -203,7 +203,9 @@ def test_statistics_lie_beside_the_weights(tmp_path: Path) -> None:
 
 
 def test_a_layer_with_the_name_of_the_statistics_is_refused(tmp_path: Path) -> None:
-    trained(tiny.run(epochs=1, model={"name": f"{__name__}:named_normalise"}), tmp_path / "run", 1)
+    train_in_threads(
+        tiny.run(epochs=1, model={"name": f"{__name__}:named_normalise"}), tmp_path / "run", 1
+    )
     with refuses(ConfigError, "export.name-taken"):
         export(tmp_path / "run", tmp_path / "net.pt", with_normalisation=True)
 
@@ -217,7 +219,9 @@ def named_normalise() -> nn.Sequential:
 def test_factors_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Their products are the weights, and there are fewer numbers."""
     sync = {"name": "oialr", "delay-updates": 1, "every": 1, "cutoff": 0.9, "share": 1.0}
-    training = trained(tiny.run(sync=sync, model__widths=[40, 30, 20]), tmp_path / "run", 2)
+    training = train_in_threads(
+        tiny.run(sync=sync, model__widths=[40, 30, 20]), tmp_path / "run", 2
+    )
     plain = export(tmp_path / "run", tmp_path / "net.pt", heads=True)
     factored = export(tmp_path / "run", tmp_path / "factored.pt", heads=True, factors=True)
     low_rank = training["low_rank"]
@@ -235,6 +239,6 @@ def test_factors_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_factors_of_a_run_without_are_refused(tmp_path: Path) -> None:
-    trained(tiny.run(epochs=1), tmp_path / "run", 1)
+    train_in_threads(tiny.run(epochs=1), tmp_path / "run", 1)
     with refuses(ConfigError, "export.no-factors"):
         export(tmp_path / "run", tmp_path / "net.pt", factors=True)

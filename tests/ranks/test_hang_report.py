@@ -113,7 +113,7 @@ def write_nothing(out: Path) -> tuple[str, str]:
     """Leave the rank without a record; its host stands in `metrics.jsonl`."""
     run = {"kind": "run", "hosts": [f"h{rank}" for rank in range(WORLD_SIZE)]}
     (out / "metrics.jsonl").write_text(json.dumps(run) + "\n")
-    line = "no answer  rank 300 on h300: ended, or not asked; it has no record"
+    line = "no answer  rank 300 on h300: ended, or not signalled; it has no record"
     return line, "check whether the rank still runs on h300"
 
 
@@ -128,7 +128,9 @@ def write_earlier_attempt(out: Path) -> tuple[str, str]:
     """Write the record of an earlier attempt."""
     (out / "flight-001").mkdir()
     (out / "flight-001" / "rank-00300.txt").touch()
-    line = "no answer  rank 300: ended, or not asked; its last record is of an earlier attempt ("
+    line = (
+        "no answer  rank 300: ended, or not signalled; its last record is of an earlier attempt ("
+    )
     return line, "check whether the rank still runs"
 
 

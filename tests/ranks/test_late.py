@@ -7,16 +7,15 @@ from typing import Any
 
 import torch
 
-from dtrain.comm.backends.threads import run_ranks
-from dtrain.train import train
 from tests import tiny
+from tests.harness import train_in_threads
 from tests.outcome import close, model
 
 
 def train_tiny(out: Path, stages: int, replicas: int = 1, **changes: Any) -> dict[str, Any]:
     """Train the tiny run on threads, with updates of 16, 16, 16 and 2 samples."""
     run = tiny.run(**{"mesh__stages": stages, **changes})
-    return run_ranks(stages * replicas, lambda comm: train(run, comm, out), seed=stages)[0]
+    return train_in_threads(run, out, stages, replicas)
 
 
 DNI: dict[str, Any] = {"objective__name": "dni"}

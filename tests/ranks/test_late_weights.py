@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from dtrain.comm.backends.threads import run_ranks
+from dtrain.config.run import RunConfig
 from dtrain.data import load_data
 from dtrain.data.sampler import epoch_order
 from dtrain.errors import ConfigError, DtrainError
-from dtrain.train import train
+from dtrain.planning.block_factory import make_block
+from dtrain.planning.plan import make_plan
 from tests import stale, tiny
+from tests.harness import FULL, train_in_threads
 from tests.outcome import close, model
 from tests.refusals import refuses
 from tests.stale import DelayedTraining
@@ -140,24 +142,17 @@ def make_run(case: str, net: str, stages: int, **changes: Any) -> Any:
     )
 
 
-def train_in_threads(run: Any, out: Path, stages: int) -> dict[str, Any]:
-    """Train on `stages` ranks; return the summary."""
-    return run_ranks(stages, lambda comm: train(run, comm, out), seed=stages)[0]
-
-
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("case", CASES)
 def test_runs_equal_the_simulator(case: str, net: str, tmp_path: Path) -> None:
-    """One and four ranks, for the perceptron two as well: one digest, the simulator's weights."""
-    counts = (1, 2, 4) if net == "mlp" else (1, 4)
+    """The perceptron on one and four ranks, convolutions on two: the simulator's weights."""
+    counts = (1, 2, 4) if FULL else (1, 4) if net == "mlp" else (2,)
     digests = {
         train_in_threads(make_run(case, net, n), tmp_path / str(n), n)["digest"] for n in counts
     }
     assert len(digests) == 1
-    untrained = make_run(case, net, 1, epochs=None, updates=1, optimizer__lr=0.0)
-    train_in_threads(untrained, tmp_path / "start", 1)
     layers = NETS[net]().double()
-    layers.load_state_dict(model(tmp_path / "start"))
+    layers.load_state_dict(initial_parameters(make_run(case, net, 1)))
     blocks = [leaf_modules(part) for part in (layers[0], layers[1], layers[2], layers[3:])]
     run = make_run(case, net, 1)
     samples = load_data(run.dataset.name, {}, run.folder).train
@@ -171,11 +166,18 @@ def test_runs_equal_the_simulator(case: str, net: str, tmp_path: Path) -> None:
         for start in range(0, 50, size)
     ]
     expected = stale.train(blocks, updates, CASES[case][1])
-    weights = model(tmp_path / "1")
+    weights = model(tmp_path / str(counts[0]))
     names = [name for name, _ in layers.named_parameters()]
     simulated = (weight for block in expected for weight in block)
     for name, weight in zip(names, simulated, strict=True):
         torch.testing.assert_close(weights[name], weight, rtol=1e-11, atol=1e-13)
+
+
+def initial_parameters(run: RunConfig) -> dict[str, torch.Tensor]:
+    """Return the parameters of the model as the seed draws them."""
+    layout = make_plan(run, 1).layout
+    blocks = [make_block(run, layout, b, torch.device("cpu")) for b in range(BLOCKS)]
+    return {name: p.detach() for block in blocks for name, p in block.parameters.items()}
 
 
 def leaf_modules(module: nn.Module) -> list[nn.Module]:

@@ -45,11 +45,11 @@ def test_a_rank_that_raises_ends_all_and_the_tensors_go() -> None:
         handle = comm.imean_([tensor])
         comm.allgather_object(None)
         if comm.rank == 1:
-            raise ZeroDivisionError("of rank 1")
+            raise ZeroDivisionError
         handle.wait()
         comm.allgather_object(None)
 
-    with pytest.raises(ZeroDivisionError, match="of rank 1") as caught:
+    with pytest.raises(ZeroDivisionError) as caught:
         run_ranks(3, work)
     caught.value.__traceback__ = None
     del caught

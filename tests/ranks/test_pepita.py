@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.harness import train_in_threads
 from tests.outcome import model
 from tests.ranks.test_frozen import first_parameters as first
-from tests.ranks.test_laws import trained
 
 
 @pytest.mark.parametrize("net", ["dropping", "noisy"])
@@ -25,7 +25,7 @@ def test_random_layers_draw_the_same_numbers_in_both_passes(
     for scale in (1e-200, 0.5):
         objective = {"name": "pepita", "scale": scale}
         run = tiny.run(**changes, objective=objective, mesh__stages=2)
-        trained(run, tmp_path / str(scale), 2)
+        train_in_threads(run, tmp_path / str(scale), 2)
         final, blocks = model(tmp_path / str(scale)), first(run, 2)
         trained_blocks.append(
             [any(not torch.equal(final[n], t) for n, t in block.items()) for block in blocks]

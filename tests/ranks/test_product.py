@@ -190,12 +190,21 @@ def test_any_number_of_stages_trains_the_same_bits(
     assert [sorted(losses) for losses in one.loss] == [sorted(one.loss[0])] * 2
 
 
-@pytest.mark.parametrize(("objective", "schedule"), PAIRS)
+UNEVEN = [
+    (objective, schedule)
+    for objective, schedule in PAIRS
+    if harness.FULL
+    or objective in tiny.PATTERNS
+    or schedule == OBJECTIVES[objective]().default_schedule
+]
+"""The schedules of each pattern of routes, and each objective in one of them."""
+
+
+@pytest.mark.parametrize(("objective", "schedule"), UNEVEN)
 def test_stages_may_be_uneven(objective: str, schedule: str) -> None:
-    """Three blocks on 1, 2 and 3 stages, each in the cell's own order."""
-    one, two, three = (trained(objective, schedule, "every-step", n, 2) for n in (1, 2, 3))
+    """Three blocks on 1 and 2 stages, each in the cell's own order."""
+    one, two = (trained(objective, schedule, "every-step", n, 2) for n in (1, 2))
     assert_equal(one, two)
-    assert_equal(one, three)
 
 
 @pytest.mark.parametrize(

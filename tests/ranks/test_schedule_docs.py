@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.comm.backends.threads import run_ranks
 from dtrain.errors import ConfigError
 from dtrain.schedules import SCHEDULES
-from dtrain.train import train
 from tests import tiny
 from tests.docs_reader import load_example, python_blocks
+from tests.harness import train_in_threads
 from tests.refusals import refuses
 
 DOCS = Path(__file__).parents[2] / "docs" / "adding-a-schedule.md"
@@ -34,7 +33,7 @@ def test_it_trains_as_1f1b_does(live: int, tmp_path: Path) -> None:
     def digest(name: str, **fields: int) -> str:
         schedule = {"name": name} | fields
         run = tiny.run(mesh__stages=3, schedule=schedule, objective__name="backprop")
-        return str(run_ranks(3, lambda comm: train(run, comm, tmp_path / name))[0]["digest"])
+        return str(train_in_threads(run, tmp_path / name)["digest"])
 
     assert digest("capped", live=live) == digest("1f1b")
 

@@ -5,42 +5,26 @@ Invariant: the code of the example is read from the docs, so a change of the doc
 
 from __future__ import annotations
 
-import importlib.util
-import re
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from dtrain.errors import ConfigError
 from dtrain.syncs import SYNCS
 from dtrain.syncs.base import Sync
+from tests.docs_reader import load_example, python_blocks
 from tests.ranks.killed import killed
 from tests.ranks.sync_runs import sync_run, train_on
 from tests.refusals import refuses
 
 DOCS = Path(__file__).parents[2] / "docs" / "adding-a-sync.md"
-EXAMPLE, TEST = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(encoding="utf-8"), re.M | re.S)
-
-
-def load_module(name: str, code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Return the module `name` with this code; other modules can import it during the test."""
-    path = folder / f"{name.rpartition('.')[2]}.py"
-    path.write_text(code, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)
-    spec.loader.exec_module(module)
-    return module
+EXAMPLE, TEST = python_blocks(DOCS)
 
 
 @pytest.fixture(autouse=True)
 def elastic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Sync]:
     """Put the example where the docs say: a file in the package and a line in the dict."""
-    module = load_module("dtrain.syncs.elastic", EXAMPLE, tmp_path, monkeypatch)
+    module = load_example("dtrain.syncs.elastic", EXAMPLE, tmp_path, monkeypatch)
     assert '`"elastic": Elastic,`' in DOCS.read_text(encoding="utf-8")
     monkeypatch.setitem(SYNCS, "elastic", module.Elastic)
     kind: type[Sync] = module.Elastic
@@ -69,7 +53,7 @@ def test_a_wrong_key_is_refused() -> None:
 def test_its_own_test_passes_and_can_fail(
     elastic: type[Sync], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = load_module("test_elastic", TEST, tmp_path, monkeypatch)
+    module = load_example("test_elastic", TEST, tmp_path, monkeypatch)
     [test] = [value for name, value in vars(module).items() if name.startswith("test_")]
     test(tmp_path / "one")
 

@@ -16,7 +16,7 @@ from dtrain.comm.backends.threads import run_ranks
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
 from dtrain.errors import ConfigError
-from dtrain.planning.memory import MemoryPlan
+from dtrain.planning.memory_plan import MemoryPlan
 from dtrain.planning.plan import make_plan
 from dtrain.schema import build_strategy
 from dtrain.syncs import SYNCS, PeriodicSync, Sync, UpdateClock

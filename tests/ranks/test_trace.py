@@ -13,8 +13,8 @@ from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
 from dtrain.engine import trace
 from dtrain.engine.clock_sync import ClockOffset, ClockSync
-from dtrain.train import train
 from tests import tiny
+from tests.harness import train_in_threads
 from tests.outcome import break_off
 
 
@@ -22,11 +22,6 @@ def traced_run(**changes: Any) -> RunConfig:
     """Return a tiny run on two stages that writes its timeline."""
     fields = {"mesh__stages": 2, "objective__name": "backprop", "trace": True}
     return tiny.run(**(fields | changes))
-
-
-def train_ranks(run: RunConfig, out: Path, ranks: int = 4) -> dict[str, Any]:
-    """Train `run` and return the summary."""
-    return run_ranks(ranks, lambda comm: train(run, comm, out))[0]
 
 
 def read_events(out: Path) -> list[dict[str, Any]]:
@@ -39,7 +34,7 @@ def tenths(event: dict[str, Any]) -> tuple[int, int]:
 
 
 def test_every_action_of_every_rank_is_there_once(tmp_path: Path) -> None:
-    summary = train_ranks(traced_run(), tmp_path)
+    summary = train_in_threads(traced_run(), tmp_path, replicas=2)
     events = read_events(tmp_path)
     spans = [event for event in events if event["ph"] == "X"]
     actions = [event for event in spans if event["cat"] in "FBU" and event["pid"] < 2]
@@ -63,7 +58,7 @@ def test_every_action_of_every_rank_is_there_once(tmp_path: Path) -> None:
 
 def test_messages_come_after_they_were_sent(tmp_path: Path) -> None:
     """The forward of block 1 ends after that of block 0 on the same micro-batch has begun."""
-    train_ranks(traced_run(partition__blocks=2, micro_batches=2), tmp_path)
+    train_in_threads(traced_run(partition__blocks=2, micro_batches=2), tmp_path, replicas=2)
     spans = {
         (e["pid"], e["args"]["update"], e["name"]): e
         for e in read_events(tmp_path)
@@ -79,7 +74,7 @@ def test_messages_come_after_they_were_sent(tmp_path: Path) -> None:
 
 
 def test_the_plan_lies_beside_it(tmp_path: Path) -> None:
-    train_ranks(traced_run(epochs=1), tmp_path)
+    train_in_threads(traced_run(epochs=1), tmp_path, replicas=2)
     spans = [event for event in read_events(tmp_path) if event["ph"] == "X"]
     planned = [event for event in spans if event["cat"].startswith("planned")]
     measured = [event for event in spans if event["cat"] in "FBU" and event["pid"] == 0]
@@ -89,18 +84,18 @@ def test_the_plan_lies_beside_it(tmp_path: Path) -> None:
 
 
 def test_it_changes_nothing_and_costs_nothing_that_is_counted(tmp_path: Path) -> None:
-    traced = train_ranks(traced_run(), tmp_path / "on")
-    plain = train_ranks(traced_run(trace=False), tmp_path / "off")
+    traced = train_in_threads(traced_run(), tmp_path / "on", replicas=2)
+    plain = train_in_threads(traced_run(trace=False), tmp_path / "off", replicas=2)
     for key in ("digest", "bytes_intra_node", "bytes_inter_node"):
         assert traced[key] == plain[key]
     assert not (tmp_path / "off" / trace.TRACE_FILE).exists()
 
 
 def test_a_resumed_run_appends_to_the_timeline(tmp_path: Path) -> None:
-    train_ranks(traced_run(), tmp_path)
+    train_in_threads(traced_run(), tmp_path, replicas=2)
     before = read_events(tmp_path)
     break_off(tmp_path, 4)
-    train_ranks(traced_run(), tmp_path)
+    train_in_threads(traced_run(), tmp_path, replicas=2)
     after = read_events(tmp_path)
     assert after[: len(before)] == before
     later = [event["ts"] for event in after[len(before) :] if event["ph"] == "X"]

@@ -17,10 +17,10 @@ from dtrain.config.parse import read_run
 from dtrain.config.run import RunConfig
 from dtrain.evaluate import evaluate_run
 from dtrain.schema import dump_toml
-from dtrain.train import train
 from dtrain.user_code import import_object
 from tests import tiny
 from tests.conftest import ROOT
+from tests.harness import train_in_threads
 
 MODULE = "strategies_of_a_user"
 SOURCE = '''
@@ -88,7 +88,7 @@ def read(folder: Path, **changes: Any) -> RunConfig:
 def trained(run: RunConfig, out: Path) -> dict[str, Any]:
     """Train on two stages and two replicas; return the summary."""
     run = replace(run, mesh=replace(run.mesh, stages=2))
-    return run_ranks(4, lambda comm: train(run, comm, out))[0]
+    return train_in_threads(run, out, 2, 2)
 
 
 @pytest.mark.usefixtures("user")
@@ -122,7 +122,7 @@ def test_instances_are_the_same_run(user: ModuleType, tmp_path: Path) -> None:
     assert run.to_table() == named.to_table()
     assert run.lr_schedule.name == "constant"
     digests = [
-        trained(each, tmp_path / name)["digest"] for name, each in (("a", run), ("b", named))
+        trained(variant, tmp_path / name)["digest"] for name, variant in (("a", run), ("b", named))
     ]
     assert len(set(digests)) == 1
 

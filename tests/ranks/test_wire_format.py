@@ -8,17 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from dtrain.comm.backends.threads import run_ranks
 from dtrain.comm.wire_format import EXACT, WireFormat
 from dtrain.config.run import RunConfig
 from dtrain.planning.plan import make_plan
 from dtrain.planning.report import plan_table
 from dtrain.schedules.actions import Point, Route
-from dtrain.train import train
 from tests import tiny
+from tests.harness import train_in_threads
 from tests.outcome import close
 from tests.ranks.killed import killed
-from tests.ranks.sync_runs import train_on as trained
 
 ROUTE = Route(Point(0, "F"), Point(1, "F"), "activation")
 INT8 = WireFormat("int8")
@@ -30,11 +28,6 @@ def make_run(
     """Return a run of four blocks whose messages are compressed."""
     partition = {"blocks": 4, "activation-compression": compression}
     return tiny.run(objective__name=objective, partition=partition, **changes)
-
-
-def train_on(run: RunConfig, out: Path, ranks: int) -> dict[str, Any]:
-    """Train on ranks that are threads and return the summary."""
-    return run_ranks(ranks, lambda comm: train(run, comm, out))[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -85,17 +78,17 @@ def test_any_number_of_stages_trains_the_same_bits(objective: str, tmp_path: Pat
     digests = set()
     for stages in (1, 2, 4):  # one micro-batch: some schedules update after each
         run = make_run(objective, mesh__stages=stages, micro_batches=1)
-        digests.add(train_on(run, tmp_path / str(stages), stages)["digest"])
+        digests.add(train_in_threads(run, tmp_path / str(stages), stages)["digest"])
     assert len(digests) == 1
     exact = make_run(objective, "exact", mesh__stages=1, micro_batches=1)
-    assert train_on(exact, tmp_path / "exact", 1)["digest"] not in digests
+    assert train_in_threads(exact, tmp_path / "exact", 1)["digest"] not in digests
 
 
 def test_micro_batches_change_nothing_but_rounding(tmp_path: Path) -> None:
     """A value next to a boundary may be rounded to its other side, one step away."""
     for micros in (1, 4):
         run = make_run("backprop", micro_batches=micros, mesh__stages=1)
-        train_on(run, tmp_path / str(micros), 1)
+        train_in_threads(run, tmp_path / str(micros), 1)
     close(tmp_path / "1", tmp_path / "4", 1e-9)
 
 
@@ -103,7 +96,7 @@ def test_micro_batches_change_nothing_but_rounding(tmp_path: Path) -> None:
 def test_bytes_are_one_per_number_and_four_per_sample(objective: str, tmp_path: Path) -> None:
     """As counted, and as planned; outputs, and gradients, cross three boundaries of blocks."""
     run = make_run(objective, mesh__stages=4)
-    summary = train_on(run, tmp_path, 4)
+    summary = train_in_threads(run, tmp_path, 4)
     plan = make_plan(run, 4)
     widths = [part.spec.output_shape[0] for part in plan.layout.block_layouts[:-1]]
     message_widths = 2 * widths if objective == "backprop" else widths
@@ -118,5 +111,6 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path: Path) -> None:
     uninterrupted = make_run(mesh__stages=1, epochs=2)
     run = make_run(mesh__stages=1, epochs=2, checkpoint__every=1)
     killed(run, tmp_path / "parts", 3, "ab")
-    resumed = trained(run, tmp_path / "parts", "ab")
-    assert resumed["digest"] == trained(uninterrupted, tmp_path / "whole", "ab")["digest"]
+    resumed = train_in_threads(run, tmp_path / "parts", 1, 2, hosts="ab")
+    whole = train_in_threads(uninterrupted, tmp_path / "whole", 1, 2, hosts="ab")
+    assert resumed["digest"] == whole["digest"]

@@ -18,7 +18,7 @@ from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.base import Objective
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.planning.block_memory import BlockMemory, measure_block_memory, peak_live_bytes
-from dtrain.planning.memory import MemoryPlan
+from dtrain.planning.memory_plan import MemoryPlan
 from dtrain.planning.plan import make_plan
 from dtrain.schedules.actions import Action
 from dtrain.schedules.gpipe_1f1b import FillDrain, OneFOneB
@@ -86,16 +86,16 @@ def measure(
 ) -> tuple[BlockMemory, list[bool]]:
     """Return the memory of a block, and for each block that was made whether it was real."""
     make = OptimizerSettings(optimizer, {"lr": 0.1})
-    made: list[bool] = []
+    are_real: list[bool] = []
 
     def make_block(real: bool) -> Block:
-        made.append(real)
+        are_real.append(real)
         return Block(0, make_layers(*(kind() for kind in more)), None, make, recompute=recompute)
 
     objective: Objective = OBJECTIVES["backprop"]()
     fake = partial(make_block, False) if fakes else None
     memory = measure_block_memory(partial(make_block, True), fake, make, objective, [SPEC], 0, rows)
-    return memory, made
+    return memory, are_real
 
 
 def count_activations(rows: int, *more: nn.Module) -> int:
@@ -112,20 +112,20 @@ def count_activations(rows: int, *more: nn.Module) -> int:
 
 @pytest.mark.parametrize("more", [(), (nn.Dropout,), (nn.GELU, nn.Tanh)])
 def test_fake_tensors_keep_what_real_ones_keep(more: tuple[type[nn.Module], ...]) -> None:
-    memory, made = measure(ROWS, *more)
-    assert made == [False]
+    memory, are_real = measure(ROWS, *more)
+    assert are_real == [False]
     assert memory.activations == count_activations(ROWS, *(kind() for kind in more))
 
 
 def test_a_block_that_reads_values_is_run_with_few_rows_and_extrapolated() -> None:
-    memory, made = measure(64, ReadsValue)
-    assert made == [False, True, True]
+    memory, are_real = measure(64, ReadsValue)
+    assert are_real == [False, True, True]
     assert memory.activations == count_activations(64, ReadsValue())
 
 
 def test_a_block_that_cannot_be_fake_is_run_for_real_at_once() -> None:
-    memory, made = measure(64, fakes=False)
-    assert made == [True, True]
+    memory, are_real = measure(64, fakes=False)
+    assert are_real == [True, True]
     assert memory == measure(64)[0]
 
 
@@ -155,11 +155,14 @@ def test_the_state_of_any_optimizer_is_what_it_really_keeps(name: str) -> None:
 
 def test_recomputation_keeps_input_and_output() -> None:
     """And the buffers before the forward: two times six statistics and a count."""
-    kept, _ = measure(ROWS)
+    without_recomputation, _ = measure(ROWS)
     recomputed, _ = measure(ROWS, recompute=True)
     ends = ROWS * (3 * 8 * 8 + 5) * 4
     assert recomputed.activations == ends + 2 * 6 * 4 + 8
-    assert recomputed.activations + recomputed.backward >= kept.activations + kept.backward
+    assert (
+        recomputed.activations + recomputed.backward
+        >= without_recomputation.activations + without_recomputation.backward
+    )
 
 
 def test_live_micro_batches_add_up_in_the_order_of_the_plan() -> None:

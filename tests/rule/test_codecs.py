@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain.comm.quantize import QuantizationKind, boundaries, code_values, quantize
+from dtrain.comm.int8_codec import QuantizationKind, boundaries, code_values, quantize
 from dtrain.syncs.common.compressor import Codec
 from dtrain.syncs.demo import ChunkedDCT, dct_matrix
 from dtrain.syncs.int8 import Int8Codec

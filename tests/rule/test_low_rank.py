@@ -225,7 +225,7 @@ def test_a_cut_keeps_up_to_the_last_large_value_and_one_at_least() -> None:
 def test_the_state_of_a_factor_is_that_of_its_matrix_by_the_chain_rule() -> None:
     """Sums of gradients exactly; squares as their mean over the signs of a gradient's elements."""
     for side in ("left", "right"):
-        layer = nn.Conv2d(3, 2, (1, 2), dtype=torch.float64)
+        layer = nn.Conv2d(2, 2, (1, 2), dtype=torch.float64)
         count, step = layer.weight.numel(), torch.tensor(3.0)
         size = torch.rand(layer.weight.shape, dtype=torch.float64)
         signs = torch.tensor(list(product((-1.0, 1.0), repeat=count)), dtype=torch.float64)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from dtrain.cli import main
 from tests.conftest import ROOT
-from tests.process import Ended, start
+from tests.process import Ended, carriers, start
 
 USER = ROOT / "tests" / "system" / "user"
 DTRAIN = [sys.executable, "-m", "dtrain"]
@@ -25,12 +26,15 @@ name = "blobs:blobs"
 [model]
 name = "mlp"
 widths = [61, 47, 53]
+[mesh]
+stages = 2
 [partition]
 blocks = 3
 [optimizer]
 name = "adam"
 lr = 1e-3
 """
+"""Twelve updates on two stages."""
 
 
 def write_run(folder: Path, text: str = RUN, *modules: str) -> Path:
@@ -71,6 +75,14 @@ def assert_one_error(ended: Ended, code: int) -> None:
     assert (ended.late, ended.code, ended.left) == (False, code, ()), text
     assert "Traceback" not in text
     assert text.count("dtrain: ") == 1, text
+
+
+def wait_until_gone(mark: str, limit_s: float) -> None:
+    """Assert that every process with a mark ends within a limit."""
+    deadline = time.monotonic() + limit_s
+    while carriers(mark) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert carriers(mark) == []
 
 
 def run_in_process(*words: str | Path) -> int:

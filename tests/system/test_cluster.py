@@ -1,4 +1,7 @@
-"""The Slurm harness itself: it starts, mends, refuses and removes."""
+"""The Slurm harness itself: it starts, repairs, refuses and removes.
+
+Tests that need no cluster stand at both ends, so that few have to start one.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,10 @@ from tests import cluster as hosts
 from tests.cluster import Cluster, Taken, net
 from tests.conftest import ROOT
 from tests.process import start
+from tests.system.jobs import submit, wait_for_job
 
-# The nap: a rank of Open MPI 5 that hears a faster one in MPI_Init may crash (its issue 12495).
+# The sleep: in Open MPI 5 a message from a faster rank during MPI_Init may crash a rank (its issue
+# 12495).
 HELLO = """
 import time
 from mpi4py import MPI
@@ -40,13 +45,13 @@ def names(cluster: Cluster) -> list[str]:
 
 @pytest.fixture
 def absent(turn: None) -> None:
-    """No cluster, for the length of a test that needs its names free."""
+    """No cluster: the test needs its names free."""
     hosts.down()
 
 
 @pytest.fixture
 def bridge(absent: None) -> Iterator[str]:
-    """Somebody else's bridge that has our bridge's name."""
+    """A foreign bridge with the name of the cluster's."""
     ip("link", "add", net.BRIDGE, "type", "bridge")
     yield net.BRIDGE
     ip("link", "del", net.BRIDGE)
@@ -54,7 +59,7 @@ def bridge(absent: None) -> Iterator[str]:
 
 @pytest.fixture
 def namespace(absent: None) -> Iterator[str]:
-    """Somebody else's namespace that has the name of one of ours."""
+    """A foreign namespace with the name of a host's."""
     ip("netns", "add", net.space(3))
     yield net.space(3)
     ip("netns", "del", net.space(3))
@@ -62,7 +67,7 @@ def namespace(absent: None) -> Iterator[str]:
 
 @pytest.fixture
 def route(absent: None) -> Iterator[str]:
-    """Somebody else's network in our subnet."""
+    """A foreign network in the cluster's subnet."""
     ip("link", "add", "other0", "type", "bridge")
     ip("addr", "add", "10.77.0.129/25", "dev", "other0")
     ip("link", "set", "other0", "up")
@@ -70,8 +75,16 @@ def route(absent: None) -> Iterator[str]:
     ip("link", "del", "other0")
 
 
-def test_srun_reaches_four_hosts(cluster: Cluster) -> None:
-    assert names(cluster) == ["n1", "n2", "n3", "n4"]
+def test_up_repairs_what_an_interrupted_up_left(
+    absent: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(hosts, "down", lambda: None)  # a killed process does not clean up
+        patch.setattr(hosts.slurm, "settle", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            hosts.up(2)
+    assert len(net.spaces()) == 2
+    assert names(hosts.up(4)) == ["n1", "n2", "n3", "n4"]
 
 
 def test_mpi_sees_one_world_on_four_hosts(cluster: Cluster) -> None:
@@ -90,45 +103,61 @@ def test_up_again_is_the_same_cluster(cluster: Cluster) -> None:
     assert len(net.spaces()) == 4
 
 
+def test_links_are_shaped(cluster: Cluster) -> None:
+    hosts.up(4, rate="1gbit")
+    assert "rate 1Gbit" in net.call("tc", "-n", net.space(4), "qdisc", "show", "dev", "eth0")
+    hosts.up(4)
+    assert "tbf" not in net.call("tc", "-n", net.space(4), "qdisc", "show", "dev", "eth0")
+
+
+def test_users_take_turns(turn: None) -> None:
+    other = [sys.executable, "-m", "tests.cluster", "down"]
+    ended = start(other, limit_s=30, cwd=ROOT)
+    assert ended.code == 1
+    assert str(os.getpid()) in ended.err
+
+
+def test_env_is_for_a_shell(cluster: Cluster) -> None:
+    ended = start([sys.executable, "-m", "tests.cluster", "env"], limit_s=30, cwd=ROOT)
+    assert ended.out == f"export SLURM_CONF={hosts.FOLDER / 'slurm.conf'}\n"
+    assert Path(cluster.env["SLURM_CONF"]).exists()
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    """A stand-in for dtrain that prints its host, threads and arguments; it fails for bad.toml."""
+    path = tmp_path / "dtrain"
+    path.write_text('#!/bin/sh\necho "$(hostname) $OMP_NUM_THREADS $*"\n[ "$2" != bad.toml ]\n')
+    path.chmod(0o755)
+    return path
+
+
+def test_the_job_script_runs_ranks_and_returns_their_code(
+    cluster: Cluster, program: Path, tmp_path: Path
+) -> None:
+    options = ["--nodes=4", "--ntasks=4", "--cpus-per-task=2"]
+    env = cluster.env | {"DTRAIN": str(program)}
+    good, bad = (
+        submit([*options, f"--output={name}.log"], [f"{name}.toml", "--out", "a b"], env, tmp_path)
+        for name in ("good", "bad")
+    )
+    assert wait_for_job(good, env) == ("COMPLETED", 0)
+    rows = [row for row in (tmp_path / "good.log").read_text().splitlines() if row[0] == "n"]
+    assert sorted(rows) == [f"n{host} 2 train good.toml --out a b" for host in range(1, 5)]
+    # With --kill-on-bad-exit the first rank that leaves has the others ended by SIGTERM, and Slurm
+    # returns the largest code of all.
+    state, code = wait_for_job(bad, env)
+    assert state == "FAILED"
+    assert code in (1, 128 + signal.SIGTERM)
+
+
 @pytest.mark.parametrize("daemon", ["slurmctld", "slurmd.n2", "munged"])
-def test_up_mends_a_crash(cluster: Cluster, daemon: str) -> None:
+def test_up_replaces_a_daemon_that_died(cluster: Cluster, daemon: str) -> None:
     pid = int((hosts.FOLDER / "run" / f"{daemon}.pid").read_text())
     os.kill(pid, signal.SIGKILL)
     while hosts.command(pid):
         time.sleep(0.01)
     assert names(hosts.up(4)) == ["n1", "n2", "n3", "n4"]
-
-
-def test_up_mends_a_crash_in_the_middle_of_up(
-    absent: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(hosts, "down", lambda: None)  # a killed process does not clean up
-        patch.setattr(hosts.slurm, "settle", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            hosts.up(2)
-    assert len(net.spaces()) == 2
-    assert names(hosts.up(4)) == ["n1", "n2", "n3", "n4"]
-
-
-@pytest.mark.parametrize("thing", ["bridge", "namespace", "route"])
-def test_what_is_not_ours_is_refused_and_stays(thing: str, request: pytest.FixtureRequest) -> None:
-    name = request.getfixturevalue(thing)
-    with pytest.raises(Taken, match=f"not ours.*{name}"):
-        hosts.up(4)
-    hosts.down()
-    assert any(name in other for other in net.taken())
-    assert hosts.state() is None
-
-
-def test_somebody_elses_folder_is_refused_and_stays(absent: None) -> None:
-    hosts.FOLDER.mkdir()
-    try:
-        with pytest.raises(Taken, match=f"not ours.*{hosts.FOLDER}"):
-            hosts.up(4)
-        assert hosts.FOLDER.exists()
-    finally:
-        hosts.FOLDER.rmdir()
 
 
 def test_down_leaves_nothing_and_may_be_repeated(cluster: Cluster) -> None:
@@ -149,47 +178,21 @@ def test_down_leaves_nothing_and_may_be_repeated(cluster: Cluster) -> None:
     hosts.down()
 
 
-def test_links_are_shaped(cluster: Cluster) -> None:
-    hosts.up(4, rate="1gbit")
-    assert "rate 1Gbit" in net.call("tc", "-n", net.space(4), "qdisc", "show", "dev", "eth0")
-    hosts.up(4)
-    assert "tbf" not in net.call("tc", "-n", net.space(4), "qdisc", "show", "dev", "eth0")
+@pytest.mark.parametrize("kind", ["bridge", "namespace", "route"])
+def test_foreign_objects_are_refused_and_stay(kind: str, request: pytest.FixtureRequest) -> None:
+    name = request.getfixturevalue(kind)
+    with pytest.raises(Taken, match=name):
+        hosts.up(4)
+    hosts.down()
+    assert any(name in other for other in net.taken())
+    assert hosts.state() is None
 
 
-def test_users_take_turns(turn: None) -> None:
-    other = [sys.executable, "-m", "tests.cluster", "down"]
-    ended = start(other, limit_s=30, cwd=ROOT)
-    assert ended.code == 1
-    assert f"in use by process {os.getpid()}" in ended.err
-
-
-def test_env_is_for_a_shell(cluster: Cluster) -> None:
-    ended = start([sys.executable, "-m", "tests.cluster", "env"], limit_s=30, cwd=ROOT)
-    assert ended.out == f"export SLURM_CONF={hosts.FOLDER / 'slurm.conf'}\n"
-    assert Path(cluster.env["SLURM_CONF"]).exists()
-
-
-@pytest.fixture
-def program(tmp_path: Path) -> Path:
-    """A stand-in for dtrain that tells what it was asked and where; it fails for bad.toml."""
-    path = tmp_path / "dtrain"
-    path.write_text('#!/bin/sh\necho "$(hostname) $OMP_NUM_THREADS $*"\n[ "$2" != bad.toml ]\n')
-    path.chmod(0o755)
-    return path
-
-
-@pytest.mark.parametrize(("job", "code"), [("good.toml", 0), ("bad.toml", 1)])
-def test_the_job_script_runs(
-    cluster: Cluster, program: Path, tmp_path: Path, job: str, code: int
-) -> None:
-    sbatch = ["sbatch", "--wait", "--nodes=4", "--ntasks=4", "--cpus-per-task=2"]
-    script = [str(ROOT / "jobs" / "slurm.sh"), job, "--out", "a b"]
-    env = cluster.env | {"DTRAIN": str(program)}
-    ended = start([*sbatch, *script], limit_s=60, env=env, cwd=tmp_path)
-    # With --kill-on-bad-exit the first rank that leaves has the others ended by SIGTERM, and Slurm
-    # tells the largest code of all.
-    assert ended.code in ((0,) if code == 0 else (code, 128 + signal.SIGTERM)), ended.err
-    (log,) = tmp_path.glob("dtrain-*.log")
-    rows = [line for line in log.read_text().splitlines() if line.startswith("n")]
-    if code == 0:
-        assert sorted(rows) == [f"n{host} 2 train {job} --out a b" for host in range(1, 5)]
+def test_a_foreign_folder_is_refused_and_stays(absent: None) -> None:
+    hosts.FOLDER.mkdir()
+    try:
+        with pytest.raises(Taken, match=str(hosts.FOLDER)):
+            hosts.up(4)
+        assert hosts.FOLDER.exists()
+    finally:
+        hosts.FOLDER.rmdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import signal
 import subprocess
 import time
@@ -15,8 +16,14 @@ import pytest
 from dtrain.errors import CheckpointError, ConfigError
 from tests import outcome
 from tests.conftest import ROOT
-from tests.process import carriers, start, sweep
-from tests.system.programs import run_in_process, train, train_command, write_run
+from tests.process import start, sweep
+from tests.system.programs import (
+    run_in_process,
+    train,
+    train_command,
+    wait_until_gone,
+    write_run,
+)
 
 RUN = """
 epochs = 2
@@ -53,16 +60,11 @@ def summary(run: Path, out: str = "out") -> dict[str, Any]:
     return outcome.summary(run.parent / out)
 
 
-def wait_until_gone(mark: str, limit_s: float) -> None:
-    """Assert that every process with a mark ends within a limit."""
-    deadline = time.monotonic() + limit_s
-    while carriers(mark) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert carriers(mark) == []
-
-
-def test_user_code_that_raises_ends_the_job_with_its_traceback_first(run: Path) -> None:
-    """Everything has ended ten seconds after the report, with replicas that are not involved."""
+def test_user_code_that_raises_ends_the_job_with_its_traceback_first(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Everything has ended ten seconds after the report, with replicas that are not involved; the
+    failed rank leaves its last events."""
     mark = f"DTRAIN_MARK={os.getpid()}faults"
     child = subprocess.Popen(
         command(run, "raising", ranks=4),
@@ -88,7 +90,7 @@ def test_user_code_that_raises_ends_the_job_with_its_traceback_first(run: Path) 
     assert text.count("Traceback (most recent call last)") == 1
     assert 'faults.py", line' in text
     result = summary(run)
-    assert result["status"] == "failed"
+    assert (result["status"], result["error_key"]) == ("failed", None)
     # One of two replicas was first.
     replica = 0 if "replica 0" in result["error"] else 1
     location = f"[replica {replica} stage 1 | update 2 | action F1.0]"
@@ -97,6 +99,12 @@ def test_user_code_that_raises_ends_the_job_with_its_traceback_first(run: Path) 
     assert location in text
     assert rank in text
     assert not (run.parent / "out" / "owner.json").exists()
+    record = run.parent / "out" / "flight" / f"rank-{2 * replica + 1:05d}.txt"
+    assert "ArithmeticError: the user's own mistake" in record.read_text().splitlines()[0]
+    capsys.readouterr()
+    assert run_in_process("flight", run.parent / "out") == 0
+    row = rf"^failed +rank {2 * replica + 1} on .*: ArithmeticError: .* at faults.py:"
+    assert re.search(row, capsys.readouterr().out, re.M)
 
 
 @pytest.mark.parametrize(("net", "error"), [("leaving", "SystemExit"), ("failing", "KeyError")])
@@ -112,21 +120,29 @@ def test_user_code_that_leaves_or_cannot_be_built_ends_the_job(
         assert summary(run)["status"] == "failed"
 
 
+def train_here(run: Path, out: str, net: str) -> None:
+    """Train a net of the user's in this process, on one stage."""
+    sets = ["--set", f"model.name=faults:{net}", "--set", "mesh.stages=1"]
+    assert run_in_process("train", run, "--out", run.parent / out, *sets) == 0
+
+
 def test_a_killed_rank_ends_the_job_and_the_same_command_resumes(run: Path) -> None:
+    """The digest is that of an uninterrupted run on one stage."""
     environ = {"DTRAIN_TEST_DIED": str(run.parent / "died")}
     ended = start(command(run, "dying"), limit_s=60, env=os.environ | environ, cwd=ROOT)
     assert (run.parent / "died").exists()
     assert ended.code != 0
     assert (ended.late, ended.left) == (False, ())
     assert summary(run)["status"] in ("running", "stopped")  # by what the launcher sends
-    for out in ("out", "straight"):
-        train(run, run.parent / out, 2, "model.name=faults:dying", env=environ)
+    train(run, run.parent / "out", 2, "model.name=faults:dying", env=environ)
+    train_here(run, "straight", "dying")
     assert summary(run)["digest"] == summary(run, "straight")["digest"]
     assert (summary(run)["attempts"], summary(run, "straight")["attempts"]) == (2, 1)
 
 
-def test_a_full_disk_is_named_and_ends_the_job(run: Path) -> None:
-    """A rank's files must be shorter than a shard, once a checkpoint is complete."""
+def test_a_full_disk_is_named_and_ends_the_job(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank's files must be shorter than a shard, once a checkpoint is complete; with space again
+    the run resumes."""
     environ = {"DTRAIN_TEST_OUT": str(run.parent / "out")}
     ended = start(command(run, "filling"), limit_s=60, env=os.environ | environ, cwd=ROOT)
     assert (ended.late, ended.code, ended.left) == (False, CheckpointError.code, ()), ended.err
@@ -136,15 +152,14 @@ def test_a_full_disk_is_named_and_ends_the_job(run: Path) -> None:
     result = summary(run)
     assert result["status"] == "failed"
     assert part in result["error"]
-    environ["DTRAIN_TEST_OUT"] = str(run.parent / "elsewhere")
-    train(run, run.parent / "out", 2, "model.name=faults:filling", env=environ)
+    monkeypatch.setenv("DTRAIN_TEST_OUT", str(run.parent / "elsewhere"))
+    train_here(run, "out", "filling")
     assert (summary(run)["updates"], summary(run)["attempts"]) == (58, 2)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_nothing(run: Path, number: int) -> None:
-    """While it runs, its folder is refused to others, who learn where its owner is written."""
-    mark = f"DTRAIN_MARK={os.getpid()}signal{number}"
+def test_an_interrupted_run_leaves_nothing(run: Path) -> None:
+    """While it runs, its folder is locked; `test_flight.py` has SIGTERM."""
+    mark = f"DTRAIN_MARK={os.getpid()}interrupt"
     child = subprocess.Popen(
         command(run, "slow", "epochs=50"),
         env=os.environ | dict([mark.split("=")]),
@@ -157,15 +172,14 @@ def test_an_interrupted_run_leaves_nothing(run: Path, number: int) -> None:
     try:
         assert child.stdout is not None
         assert any("update " in line for line in child.stdout)
-        if number == signal.SIGINT:
-            sets = ["--set", "model.name=faults:slow", "--set", "mesh.stages=1"]
-            second = run_in_process("train", run, "--out", run.parent / "out", *sets)
-            assert second == ConfigError.code
-            assert owner.exists()
-            assert summary(run)["status"] == "running"
-        child.send_signal(number)
+        sets = ["--set", "model.name=faults:slow", "--set", "mesh.stages=1"]
+        second = run_in_process("train", run, "--out", run.parent / "out", *sets)
+        assert second == ConfigError.code
+        assert owner.exists()
+        assert summary(run)["status"] == "running"
+        child.send_signal(signal.SIGINT)
         child.communicate(timeout=15)
-        assert child.returncode == 128 + number
+        assert child.returncode == 128 + signal.SIGINT
         assert summary(run)["status"] == "stopped"
         assert not owner.exists()
         wait_until_gone(mark, 5)

@@ -1,4 +1,8 @@
-"""A run hangs: SIGUSR1 makes every rank write what it waits for, and the run continues."""
+"""A run hangs: SIGUSR1 makes every rank write what it waits for, and the run continues.
+
+One run on three ranks hangs three times, see `tests/hang.py`: stuck in compiled code, in a loop of
+Python, and in another one once it has gone on, in which it is stopped.
+"""
 
 from __future__ import annotations
 
@@ -8,235 +12,197 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests import outcome
 from tests.conftest import ROOT
-from tests.hang import place
+from tests.hang import release, wait_for, write_hanging_run
 from tests.process import start, sweep
+from tests.system.programs import train_command, wait_until_gone, write_run
 
-MORE = """
-import collections
-import itertools
-
-
-class Failing(nn.Linear):
-    def forward(self, input):
-        self.seen = getattr(self, "seen", 0) + self.training
-        if self.seen == 3:
-            raise ArithmeticError("the user's own mistake")
-        return super().forward(input)
-
-
-class Stuck(nn.Linear):
-    def forward(self, input):
-        self.seen = getattr(self, "seen", 0) + self.training
-        if self.seen == 3:
-            pathlib.Path("HUNG").touch()
-            collections.deque(itertools.repeat(0), maxlen=0)
-        return super().forward(input)
-
-
-def plain():
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 10)
-    )
-
-
-def stuck():
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), Stuck(16, 16), nn.Linear(16, 10)
-    )
-
-
-def failing():
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 16), Failing(16, 10)
-    )
-"""
+WAIT_S = 0.5
+"""Seconds for which ranks have waited at least when a signal comes."""
 
 HOOK = """
-import os, signal, sys
+import os, sys
 
 
 class Finder:
     def find_spec(self, name, path=None, target=None):
         if name == "torch":
             sys.meta_path.remove(self)
-            ACTION
+            if os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK")) == "1":
+                raise ImportError("libtorch of this node")
 
 
 sys.meta_path.insert(0, Finder())
 """
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """A run file beside user code whose middle stage hangs in its third batch."""
-    return place(tmp_path, MORE)
+@dataclass(frozen=True)
+class Answer:
+    """Files that the ranks wrote on a signal, by name, and the report of `dtrain flight`."""
+
+    files: dict[str, str]
+    report: str
+
+    @property
+    def records(self) -> list[str]:
+        """The records of the three ranks."""
+        return [self.files[f"rank-{rank:05d}.txt"] for rank in range(3)]
 
 
-def command(run: Path, *more: str) -> list[str]:
-    words = [sys.executable, "-m", "dtrain", "train", str(run), "--ranks", "3"]
-    return [*words, "--out", str(run.parent / "out"), *more]
+@dataclass(frozen=True)
+class Hang:
+    """The answers of the phases, and how the run ended."""
+
+    answers: dict[str, Answer]
+    code: int
+    summary: dict[str, Any]
+    files: set[str]
 
 
-@pytest.fixture
-def hung(run: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Such a run, hanging for two seconds already."""
-    yield from started(run)
+class HangingRun:
+    """A training run whose middle stage hangs, see `tests/hang.py`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.flight = folder, folder / "out" / "flight"
+        self.mark = f"DTRAIN_MARK={os.getpid()}flight"
+        words = train_command(write_hanging_run(folder), folder / "out", 3)
+        environ = os.environ | dict([self.mark.split("=")])
+        self.child = subprocess.Popen(words, env=environ, cwd=ROOT)
+
+    def ask(
+        self, phase: str, number: int, records: tuple[int, ...], report: Callable[[], str]
+    ) -> Answer:
+        """Send a signal in a phase; return the answer once these ranks have written records."""
+        wait_for(self.folder / phase)
+        time.sleep(2 * WAIT_S)
+        for path in self.flight.glob("rank-*.txt"):
+            path.unlink()
+        self.child.send_signal(number)
+        wait_for(*(self.flight / f"rank-{rank:05d}.txt" for rank in records))
+        if phase == "stuck":
+            wait_for_text(self.flight / "rank-00001.stacks", "in forward")
+        files = {path.name: path.read_text() for path in self.flight.iterdir()}
+        return Answer(files, report())
+
+    def ended(self) -> int:
+        """Return the exit code; assert that no process of the run is left."""
+        code = self.child.wait(timeout=30)
+        wait_until_gone(self.mark, 5)
+        return code
 
 
-@pytest.fixture
-def stuck(run: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A run that hangs where no handler of Python runs."""
-    yield from started(run, "--set", "model.name=user:stuck")
+def wait_for_text(path: Path, text: str, limit_s: float = 30.0) -> None:
+    """Wait until a file contains a text."""
+    deadline = time.monotonic() + limit_s
+    while text not in path.read_text():
+        assert time.monotonic() < deadline, f"{path.name} has no '{text}'"
+        time.sleep(0.02)
 
 
-def started(run: Path, *more: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Yield a run that hangs, and sweep it away afterwards."""
-    mark = f"DTRAIN_MARK={os.getpid()}flight"
-    environ = os.environ | dict([mark.split("=")])
-    child = subprocess.Popen(command(run, *more), env=environ, cwd=ROOT)
+@pytest.fixture(scope="module")
+def hang(tmp_path_factory: pytest.TempPathFactory) -> Hang:
+    """A run that hung three times, answered a signal each time, and was stopped in the last."""
+    run = HangingRun(tmp_path_factory.mktemp("hang"))
+
+    def report() -> str:
+        words = [sys.executable, "-m", "dtrain", "flight", str(run.folder / "out")]
+        ended = start(words, limit_s=30, cwd=ROOT)
+        assert ended.code == 0, ended.err
+        return ended.out
+
     try:
-        wait_for(run.parent / "hung")
-        time.sleep(2)
-        yield child
+        answers = {"stuck": run.ask("stuck", signal.SIGUSR1, (0, 2), report)}
+        release(run.folder, "stuck")
+        answers["sleeps"] = run.ask("sleeps", signal.SIGUSR1, (0, 1, 2), report)
+        release(run.folder, "sleeps")
+        answers["last"] = run.ask("last", signal.SIGTERM, (0, 1, 2), lambda: "")
+        code = run.ended()
+        names = {path.name for path in (run.folder / "out").iterdir()}
+        return Hang(answers, code, outcome.summary(run.folder / "out"), names)
     finally:
-        sweep(mark)
-        child.wait()
+        sweep(run.mark)
+        run.child.wait()
 
 
-def wait_for(path: Path) -> None:
-    limit = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < limit, f"{path.name} never came"
-        time.sleep(0.05)
-
-
-def dumps(run: Path) -> list[str]:
-    """Return what the three ranks wrote, once all have."""
-    paths = [run.parent / "out" / "flight" / f"rank-{rank:05d}.txt" for rank in range(3)]
-    for path in paths:
-        wait_for(path)
-    return [path.read_text() for path in paths]
-
-
-def test_a_hang_is_told_by_those_who_wait(run: Path, hung: subprocess.Popen[bytes]) -> None:
-    hung.send_signal(signal.SIGUSR1)
-    first, middle, last = dumps(run)
-    head = [text.splitlines()[0] for text in (first, middle, last)]
-    assert all(f"rank {rank} of 3 on " in line for rank, line in enumerate(head))
-    assert all(line.endswith(": SIGUSR1") for line in head)
-    # The last waits for what the middle one has not made; the first for it to take what it made.
-    assert "(50, 16) float32 from rank 1 with tag" in waits(last)
-    assert "receive (50, 16) float32 from rank 1 of " in last
-    assert "(world rank 1 on " in last
-    assert "to rank 1 with tag" in waits(first) or "rank 1 to take" in waits(first)
-    assert "send (50, 16) float32 to rank 1 of " in first
-    # The middle one is at work: its stack says where, its last action which batch.
-    assert "is in no wait" in middle
-    assert "user.py" in middle
-    assert "in forward" in middle
-    # One command says it of all of them.
-    words = [sys.executable, "-m", "dtrain", "flight", str(run.parent / "out")]
-    told = start(words, limit_s=30, cwd=ROOT)
-    assert told.code == 0, told.err
-    assert "(SIGUSR1): 3 of 3 ranks answered" in told.out
-    assert re.search(
-        r"^running    rank 1 on .*: F1.0 of update 2 for \d+ s, at user.py:", told.out, re.M
-    )
-    assert "cause      likely rank 1 on " in told.out
-    assert "2 of the other 2 ranks wait for it" in told.out
-    # Nothing was disturbed: the run ends as if nobody had asked.
-    (run.parent / "go").touch()
-    assert hung.wait(timeout=60) == 0
-    assert outcome.summary(run.parent / "out")["status"] == "finished"
-    # Who asked may still read; C wrote stacks beside what Python wrote.
-    names = {path.name for path in (run.parent / "out" / "flight").iterdir()}
-    assert names == {f"rank-0000{rank}.{kind}" for rank in range(3) for kind in ("txt", "stacks")}
-
-
-def waits(text: str) -> str:
-    """Return the line that tells the wait, which has lasted for seconds."""
-    (line,) = (line for line in text.splitlines() if line.startswith("waits for"))
-    assert float(line.split()[2]) > 1.5
+def wait_line(record: str) -> str:
+    """Return the line of the wait, which has lasted for a while."""
+    (line,) = (line for line in record.splitlines() if line.startswith("waits for"))
+    assert float(line.split()[2]) > WAIT_S
     return line
 
 
-def test_a_stopped_run_leaves_what_its_ranks_did(run: Path, hung: subprocess.Popen[bytes]) -> None:
-    hung.send_signal(signal.SIGTERM)
-    assert hung.wait(timeout=30) == 128 + signal.SIGTERM
-    texts = dumps(run)
-    assert all("Stopped: stopped by SIGTERM" in text.splitlines()[0] for text in texts)
-    assert all("last events: " in text for text in texts)
-    first, middle, last = texts
-    assert "rank 1 " in waits(first)
-    assert "(50, 16) float32 from rank 1 with tag" in waits(last)
-    assert "is in no wait" in middle
-    told = outcome.summary(run.parent / "out")
-    assert told["status"] == "stopped"
-    assert "another rank that died: see the job's log" in told["error"]
-    assert not (run.parent / "out" / "owner.json").exists()
+def test_waiting_ranks_name_the_rank_they_wait_for(hang: Hang) -> None:
+    first, middle, last = hang.answers["sleeps"].records
+    heads = [record.splitlines()[0] for record in (first, middle, last)]
+    assert all(f"rank {rank} of 3 on " in line for rank, line in enumerate(heads))
+    assert all("SIGUSR1" in line for line in heads)
+    # The last rank waits for a message of the middle one, the first for the receipt of its own.
+    assert "(50, 16) float32 from rank 1 with tag" in wait_line(last)
+    assert "receive (50, 16) float32 from rank 1 of " in last
+    assert "(world rank 1 on " in last
+    assert "rank 1 " in wait_line(first)
+    assert "send (50, 16) float32 to rank 1 of " in first
+    # The middle one computes: its stack shows the line.
+    assert not [line for line in middle.splitlines() if line.startswith("waits for")]
+    assert "user.py" in middle
+    assert "in forward" in middle
 
 
-def test_a_rank_that_does_not_come_back_to_python_leaves_its_stack(
-    run: Path, stuck: subprocess.Popen[bytes]
-) -> None:
+def test_one_command_reports_all_ranks(hang: Hang) -> None:
+    report = hang.answers["sleeps"].report
+    assert "3 of 3 ranks" in report
+    assert re.search(r"^running +rank 1 on .*: F1.0 of update 4 .*user.py:", report, re.M)
+    assert re.search(r"^cause .*rank 1 on ", report, re.M)
+
+
+def test_the_run_goes_on_after_a_signal_and_all_ranks_leave_files(hang: Hang) -> None:
+    """The run reaches the next phase; compiled code wrote stacks beside what Python wrote."""
+    names = {f"rank-0000{rank}.{kind}" for rank in range(3) for kind in ("txt", "stacks")}
+    assert set(hang.answers["sleeps"].files) == names
+    assert "F1.0 update 6" in hang.answers["last"].records[1]
+
+
+def test_a_rank_that_does_not_return_to_python_leaves_its_stack(hang: Hang) -> None:
     """As in a kernel or a dead file system: the handler of Python never runs there."""
-    stuck.send_signal(signal.SIGUSR1)
-    stacks = run.parent / "out" / "flight" / "rank-00001.stacks"
-    limit = time.monotonic() + 30
-    while "in forward" not in stacks.read_text():
-        assert time.monotonic() < limit, "no stack was written"
-        time.sleep(0.05)
-    for rank in (0, 2):
-        wait_for(run.parent / "out" / "flight" / f"rank-0000{rank}.txt")
-    assert not (run.parent / "out" / "flight" / "rank-00001.txt").exists()
-    told = start([sys.executable, "-m", "dtrain", "flight", str(run.parent / "out")], cwd=ROOT)
-    assert "2 of 3 ranks answered" in told.out
-    assert re.search(
-        r"^no answer  rank 1 on .*: inside compiled code, .*in forward", told.out, re.M
-    )
-    assert "cause      likely rank 1 on " in told.out
+    answer = hang.answers["stuck"]
+    assert {name for name in answer.files if name.endswith(".txt")} == {
+        "rank-00000.txt",
+        "rank-00002.txt",
+    }
+    assert "2 of 3 ranks" in answer.report
+    assert re.search(r"^no answer +rank 1 on .*in forward", answer.report, re.M)
+    assert re.search(r"^cause .*rank 1 on ", answer.report, re.M)
 
 
-def hooked(run: Path, action: str) -> dict[str, str]:
-    """Return an environment in which ranks do `action` when they import torch, after MPI."""
-    (run.parent / "sitecustomize.py").write_text(HOOK.replace("ACTION", action))
-    return os.environ | {"PYTHONPATH": str(run.parent)}
+def test_a_stopped_run_leaves_the_records_of_its_ranks(hang: Hang) -> None:
+    """And nothing else: no process, no owner of the folder."""
+    first, middle, last = hang.answers["last"].records
+    for record in (first, middle, last):
+        assert "SIGTERM" in record.splitlines()[0]
+        assert "last events: " in record
+    assert "rank 1 " in wait_line(first)
+    assert "(50, 16) float32 from rank 1 with tag" in wait_line(last)
+    assert not [line for line in middle.splitlines() if line.startswith("waits for")]
+    assert hang.code == 128 + signal.SIGTERM
+    assert hang.summary["status"] == "stopped"
+    assert "SIGTERM" in hang.summary["error"]
+    assert "owner.json" not in hang.files
 
 
-def test_asking_while_ranks_start_ends_nothing(run: Path) -> None:
-    """Until there is a world and a run folder, stacks go to the log."""
-    environ = hooked(run, "os.kill(os.getpid(), signal.SIGUSR1)")
-    words = command(run, "--set", "model.name=user:plain")
-    ended = start(words, limit_s=60, env=environ, cwd=ROOT)
-    assert ended.code == 0, ended.err
-    assert ended.err.count("Current thread") == 3
-    assert outcome.summary(run.parent / "out")["status"] == "finished"
-
-
-def test_a_rank_without_torch_ends_the_others(run: Path) -> None:
+def test_a_rank_without_torch_ends_the_others(tmp_path: Path) -> None:
     """They wait in MPI already, in a barrier that would never end."""
-    rank = "os.environ.get('OMPI_COMM_WORLD_RANK', os.environ.get('PMI_RANK')) == '1'"
-    environ = hooked(run, f"if {rank}: raise ImportError('libtorch of this node')")
-    ended = start(command(run), limit_s=60, env=environ, cwd=ROOT)
+    (tmp_path / "sitecustomize.py").write_text(HOOK)
+    environ = os.environ | {"PYTHONPATH": str(tmp_path)}
+    words = train_command(write_run(tmp_path), tmp_path / "out", 2)
+    ended = start(words, limit_s=60, env=environ, cwd=ROOT)
     assert not ended.late
     assert (ended.code, ended.left) == (1, ())
     assert "ImportError: libtorch of this node" in ended.err
-
-
-def test_a_failed_rank_leaves_its_last_events(run: Path) -> None:
-    ended = start(command(run, "--set", "model.name=user:failing"), limit_s=60, cwd=ROOT)
-    assert ended.code == 1, ended.err
-    text = (run.parent / "out" / "flight" / "rank-00002.txt").read_text()
-    assert "ArithmeticError: the user's own mistake" in text.splitlines()[0]
-    assert "has failed; its last event is " in text
-    assert "is at work" not in text
-    told = start([sys.executable, "-m", "dtrain", "flight", str(run.parent / "out")], cwd=ROOT)
-    assert re.search(r"^failed     rank 2 on .*: ArithmeticError: .* at user.py:", told.out, re.M)
-    assert "received  " in text

@@ -18,7 +18,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.process import Ended, start
 
-# Answers what the Makefile asks of a Python: its version, whether it has ensurepip, a .venv.
+# Answers the questions of the Makefile: version, ensurepip; creates a .venv.
 PYTHON = """#!/bin/sh
 case "$*" in
     *--pip) exit {bare} ;;
@@ -26,7 +26,7 @@ case "$*" in
     -c*) echo {version}; exit {old} ;;
 esac
 """
-# The Python inside .venv: its pip writes down what it is asked, and reports what the test says.
+# The Python inside .venv: its pip logs its arguments and prints the report of the test.
 INNER = f"""#!/bin/sh
 case "$*" in
     *--report*) cat report.json ;;
@@ -38,7 +38,7 @@ SHIM = "#!/bin/sh\necho 'shim: no such version' >&2\nexit 127\n"
 
 
 @dataclass(frozen=True)
-class Desk:
+class Setup:
     """A folder with the Makefile, and a PATH on which only chosen programs are."""
 
     folder: Path
@@ -63,7 +63,7 @@ class Desk:
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Desk:
+def setup(tmp_path: Path) -> Setup:
     if not shutil.which("make"):
         pytest.skip("make is not installed")
     (tmp_path / "bin").mkdir()
@@ -71,67 +71,67 @@ def desk(tmp_path: Path) -> Desk:
         (tmp_path / "bin" / name).symlink_to(shutil.which(name) or name)
     for name in ("Makefile", "setup.cfg", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
-    desk = Desk(tmp_path)
-    desk.program("inner", INNER)
-    return desk
+    setup = Setup(tmp_path)
+    setup.program("inner", INNER)
+    return setup
 
 
-def test_the_newest_python_that_works_is_taken(desk: Desk) -> None:
-    desk.program("python3.14", SHIM)
-    desk.python("python3.12", "3.12")
-    desk.python("python3.11", "3.11")
-    ended = desk.make("install")
+def test_the_newest_working_python_is_chosen(setup: Setup) -> None:
+    setup.program("python3.14", SHIM)
+    setup.python("python3.12", "3.12")
+    setup.python("python3.11", "3.11")
+    ended = setup.make("install")
     assert ended.code == 0, ended.err
-    assert desk.log("venv") == [f"{desk.folder}/bin/python3.12"]
-    (command,) = desk.log("pip")
+    assert setup.log("venv") == [f"{setup.folder}/bin/python3.12"]
+    (command,) = setup.log("pip")
     assert command.startswith("constraints.txt -m pip install")
     assert "-e .[mpi,demo,export,images,plots,terminal,test]" in command
 
 
-def test_a_shim_does_not_hide_the_same_name_later_on_path(desk: Desk) -> None:
-    python = desk.python("python3.11", "3.11")
-    shims = desk.folder / "shims"
+def test_a_shim_does_not_hide_the_same_name_later_on_path(setup: Setup) -> None:
+    python = setup.python("python3.11", "3.11")
+    shims = setup.folder / "shims"
     shims.mkdir()
-    shutil.move(desk.program("shim", SHIM), shims / "python3.11")
-    assert desk.make("install", PATH=f"{shims}:{desk.folder}/bin").code == 0
-    assert desk.log("venv") == [str(python)]
+    shutil.move(setup.program("shim", SHIM), shims / "python3.11")
+    assert setup.make("install", PATH=f"{shims}:{setup.folder}/bin").code == 0
+    assert setup.log("venv") == [str(python)]
 
 
-def test_nothing_is_done_twice_until_the_dependencies_change(desk: Desk) -> None:
-    desk.python("python3.11", "3.11")
-    desk.make("install")
-    desk.make("install")
-    assert (len(desk.log("venv")), len(desk.log("pip"))) == (1, 1)
+def test_nothing_is_done_twice_until_the_dependencies_change(setup: Setup) -> None:
+    setup.python("python3.11", "3.11")
+    setup.make("install")
+    setup.make("install")
+    assert (len(setup.log("venv")), len(setup.log("pip"))) == (1, 1)
     for changed in ("setup.cfg", "constraints.txt"):
-        later = (desk.folder / ".venv" / "ready").stat().st_mtime + 1
-        os.utime(desk.folder / changed, (later, later))
-        desk.make("install")
-        os.utime(desk.folder / ".venv" / "ready", (later + 1, later + 1))
-    assert (len(desk.log("venv")), len(desk.log("pip"))) == (1, 3)
+        later = (setup.folder / ".venv" / "ready").stat().st_mtime + 1
+        os.utime(setup.folder / changed, (later, later))
+        setup.make("install")
+        os.utime(setup.folder / ".venv" / "ready", (later + 1, later + 1))
+    assert (len(setup.log("venv")), len(setup.log("pip"))) == (1, 3)
 
 
-def test_the_choice_of_mpi_is_kept_and_another_starts_anew(desk: Desk) -> None:
-    desk.python("python3.11", "3.11")
-    desk.make("install", "MPI=site", "PIP_ARGS=--no-index --find-links wheels")
-    desk.make("install")
-    (command,) = desk.log("pip")
+def test_the_choice_of_mpi_persists_and_another_starts_anew(setup: Setup) -> None:
+    setup.python("python3.11", "3.11")
+    setup.make("install", "MPI=site", "PIP_ARGS=--no-index --find-links wheels")
+    setup.make("install")
+    (command,) = setup.log("pip")
     assert "-e .[demo,export,images,plots,terminal,test]" in command
     assert "--no-index --find-links wheels" in command
-    desk.make("install", "MPI=wheel")
-    assert len(desk.log("venv")) == 2
-    assert "-e .[mpi," in desk.log("pip")[-1]
+    setup.make("install", "MPI=wheel")
+    assert len(setup.log("venv")) == 2
+    assert "-e .[mpi," in setup.log("pip")[-1]
 
 
-def test_a_failed_set_up_is_tried_again(desk: Desk) -> None:
-    desk.python("python3.11", "3.11")
-    desk.program("inner", INNER.replace("pip.log", "pip.log; exit 1"))
-    assert desk.make("install").code != 0
-    assert desk.make("install").code != 0
-    assert len(desk.log("pip")) == 2
+def test_a_failed_set_up_is_tried_again(setup: Setup) -> None:
+    setup.python("python3.11", "3.11")
+    setup.program("inner", INNER.replace("pip.log", "pip.log; exit 1"))
+    assert setup.make("install").code != 0
+    assert setup.make("install").code != 0
+    assert len(setup.log("pip")) == 2
 
 
 @pytest.mark.parametrize(
-    ("pythons", "words", "told"),
+    ("pythons", "words", "cause"),
     [
         ([], [], "needs Python 3.11 or newer, found: none"),
         ([("python3", "3.9", True, False)], [], "bin/python3 (3.9)"),
@@ -141,20 +141,20 @@ def test_a_failed_set_up_is_tried_again(desk: Desk) -> None:
     ],
 )
 def test_a_missing_piece_is_one_line(
-    desk: Desk, pythons: list[tuple[str, str, bool, bool]], words: list[str], told: str
+    setup: Setup, pythons: list[tuple[str, str, bool, bool]], words: list[str], cause: str
 ) -> None:
     for name, version, old, bare in pythons:
-        desk.python(name, version, old, bare)
-    ended = desk.make("install", *words)
+        setup.python(name, version, old, bare)
+    ended = setup.make("install", *words)
     lines = [line for line in ended.err.splitlines() if "Error 1" not in line]
     assert ended.code == 2
     assert len(lines) == 1
-    assert told in lines[0]
-    assert not (desk.folder / ".venv").exists()
+    assert cause in lines[0]
+    assert not (setup.folder / ".venv").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "env", "noted"),
+    ("words", "env", "is_noted"),
     [
         ([], {}, False),
         ([], {"EBROOTOPENMPI": "/sw/openmpi"}, True),
@@ -163,45 +163,49 @@ def test_a_missing_piece_is_one_line(
     ],
 )
 def test_a_visible_site_mpi_is_noted_unless_one_was_chosen(
-    desk: Desk, words: list[str], env: dict[str, str], noted: bool
+    setup: Setup, words: list[str], env: dict[str, str], is_noted: bool
 ) -> None:
-    desk.python("python3.11", "3.11")
+    setup.python("python3.11", "3.11")
     for _ in range(2):  # the second time nothing is left to install
-        assert ("make install MPI=site" in desk.make("install", *words, **env).out) == noted
+        assert ("make install MPI=site" in setup.make("install", *words, **env).out) == is_noted
 
 
-def test_mpicc_on_path_is_a_site_mpi(desk: Desk) -> None:
-    desk.python("python3.11", "3.11")
-    mpicc = shutil.move(desk.program("mpicc", SHIM), desk.folder.parent / "mpicc")
+def test_mpicc_on_path_is_a_site_mpi(setup: Setup) -> None:
+    setup.python("python3.11", "3.11")
+    mpicc = shutil.move(setup.program("mpicc", SHIM), setup.folder.parent / "mpicc")
     try:
-        noted = desk.make("install", PATH=f"{desk.folder}/bin:{desk.folder.parent}")
-        assert f"({mpicc})" in noted.out
+        ended = setup.make("install", PATH=f"{setup.folder}/bin:{setup.folder.parent}")
+        assert f"({mpicc})" in ended.out
     finally:
         os.unlink(mpicc)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has CUDA wheels")
 @pytest.mark.skipif(Path("/proc/driver/nvidia/version").exists(), reason="a driver is here")
-@pytest.mark.parametrize(("need", "noted"), [("nvidia-nccl-cu13==2.1", True), ("filelock", False)])
-def test_cuda_wheels_are_noted_before_they_are_fetched(desk: Desk, need: str, noted: bool) -> None:
-    desk.python("python3.11", "3.11")
+@pytest.mark.parametrize(
+    ("need", "is_noted"), [("nvidia-nccl-cu13==2.1", True), ("filelock", False)]
+)
+def test_cuda_wheels_are_noted_before_they_are_fetched(
+    setup: Setup, need: str, is_noted: bool
+) -> None:
+    setup.python("python3.11", "3.11")
     report = {"install": [{"metadata": {"requires_dist": ["numpy", need]}}]}
-    (desk.folder / "report.json").write_text(json.dumps(report))
-    told = desk.make("install").out
-    assert ("no NVIDIA driver" in told.split("installing dtrain")[0]) == noted
-    assert "installing dtrain" in told
+    (setup.folder / "report.json").write_text(json.dumps(report))
+    out = setup.make("install").out
+    assert ("no NVIDIA driver" in out.split("installing dtrain")[0]) == is_noted
+    assert "installing dtrain" in out
 
 
 def test_every_package_is_listed() -> None:
     metadata = configparser.ConfigParser()
     metadata.read(ROOT / "setup.cfg")
-    listed = set(metadata["options"]["packages"].split())
+    packages = set(metadata["options"]["packages"].split())
     files = (ROOT / "dtrain").rglob("*.py")
     folders = {".".join(file.parent.relative_to(ROOT).parts) for file in files}
-    assert listed == folders | {"dtrain.jobs"}
+    assert packages == folders | {"dtrain.jobs"}
 
 
-def test_every_pin_is_exact_and_local_to_nobody() -> None:
+def test_every_pin_is_exact_and_public() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
     assert all(pin.count("==") == 1 and not set(pin) & set("+/@ ") for pin in pins)
@@ -209,7 +213,7 @@ def test_every_pin_is_exact_and_local_to_nobody() -> None:
 
 
 def test_the_installed_package_has_its_jobs(tmp_path: Path) -> None:
-    # Looked for where packages are, since a build leaves its metadata beside the source too.
+    # Search only the folder of packages, since a build leaves its metadata beside the source too.
     if not list(distributions(name="dtrain", path=[sysconfig.get_path("purelib")])):
         pytest.skip("dtrain is not installed in this environment: make install")
     listing = (
@@ -223,9 +227,9 @@ def test_the_installed_package_has_its_jobs(tmp_path: Path) -> None:
 
 def test_a_wheel_has_all_packages_and_the_jobs(tmp_path: Path) -> None:
     source = tmp_path / "source"
-    hidden = shutil.ignore_patterns("__pycache__")
+    ignore = shutil.ignore_patterns("__pycache__")
     for folder in ("dtrain", "jobs"):
-        shutil.copytree(ROOT / folder, source / folder, ignore=hidden)
+        shutil.copytree(ROOT / folder, source / folder, ignore=ignore)
     for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, source)
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]

@@ -1,4 +1,4 @@
-"""The tests of tests/mpi under 1 to 4 ranks, each time in processes of their own.
+"""The tests of tests/mpi under one mpirun.
 
 The limit stands outside: a hang may come in finalise, after all tests passed.
 """
@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import sys
 
-import pytest
-
 from tests.conftest import ROOT
 from tests.process import start
 
+RANKS = 4
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_suite_passes_under_mpirun(ranks: int, mpirun: str, clean: dict[str, str]) -> None:
+
+def test_suite_passes_under_mpirun(mpirun: str, clean: dict[str, str]) -> None:
+    """Groups of 1 to 4 ranks run the contract, see `tests/mpi/conftest.py`."""
     pytest_ = [sys.executable, "-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider"]
-    suite = [mpirun, "-n", str(ranks), *pytest_, "--with-mpi", "tests/mpi"]
+    suite = [mpirun, "-n", str(RANKS), *pytest_, "--with-mpi", "tests/mpi"]
     ended = start(suite, limit_s=240, env=clean, cwd=ROOT)
-    told = f"{ended.out}\n{ended.err}"
-    assert not ended.late, told
-    assert ended.code == 0, told
-    assert not ended.left, told
-    assert ended.out.count(" passed") == ranks, told
+    text = f"{ended.out}\n{ended.err}"
+    assert not ended.late, text
+    assert ended.code == 0, text
+    assert not ended.left, text
+    assert ended.out.count(" passed") == RANKS, text

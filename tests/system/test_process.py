@@ -1,4 +1,4 @@
-"""The helper that starts programs: it tells how they ended and leaves none behind."""
+"""`tests.process.start` returns how a program ended and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 
 from tests.process import carriers, start
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="finding strays needs Linux's /proc")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="finding processes needs Linux's /proc")
 
 
-def test_output_and_code_are_told() -> None:
+def test_output_and_code_are_returned() -> None:
     ended = start(["sh", "-c", "echo out; echo err >&2; exit 3"])
     assert (ended.code, ended.out, ended.err, ended.late) == (3, "out\n", "err\n", False)
     assert ended.left == ()
@@ -27,20 +27,20 @@ def test_a_program_beyond_its_limit_is_killed() -> None:
 
 
 @linux
-def test_a_stray_that_left_its_group_is_told_and_killed() -> None:
+def test_a_process_that_left_its_group_is_named_and_killed() -> None:
     ended = start(["sh", "-c", "setsid sleep 99 >/dev/null 2>&1 & sleep 0.2"], grace_s=0.2)
     assert ended.left == ("sleep 99",)
     assert not ended.late
 
 
 @linux
-def test_sweep_kills_what_carries_a_mark_and_nothing_else() -> None:
+def test_sweep_kills_the_carriers_of_a_mark_only() -> None:
     marked = subprocess.Popen(["env", "DTRAIN_MARK=a", "sleep", "98"])
     other = subprocess.Popen(["env", "DTRAIN_MARK=ab", "sleep", "98"])
     try:
         while marked.pid not in carriers("DTRAIN_MARK=a") or not carriers("DTRAIN_MARK=ab"):
             time.sleep(0.01)
-        # A zombie has no environment, so the sweep ends although nobody waits for it here.
+        # A zombie has no environment, so the sweep ends before this process has waited for it.
         assert start([sys.executable, "-m", "tests.process", "DTRAIN_MARK=a"]).code == 0
         assert marked.wait(timeout=10) == -9
         assert other.poll() is None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,8 +13,11 @@ import pytest
 
 from dtrain.errors import ConfigError
 from tests.conftest import ROOT
+from tests.need import lack
 from tests.outcome import summary
 from tests.process import start
+from tests.system.conftest import Shared
+from tests.system.on_ranks import STACK
 from tests.system.programs import RUN, run_in_process, train, write_run
 
 
@@ -21,20 +26,27 @@ def run(tmp_path: Path) -> Path:
     return write_run(tmp_path)
 
 
-def test_the_same_command_resumes_and_says_when_there_is_nothing_to_do(
-    run: Path, tmp_path: Path
+def test_the_same_command_resumes_and_a_finished_run_trains_no_more(
+    shared: Shared, tmp_path: Path
 ) -> None:
-    for epochs in (1, 2, 2):
-        train(run, tmp_path / "out", 2, "mesh.stages=2", f"epochs={epochs}")
-        assert summary(tmp_path / "out")["updates"] == 12 * epochs
-    train(run, tmp_path / "straight", 1, "epochs=2")
-    assert summary(tmp_path / "out")["attempts"] == 3
-    assert summary(tmp_path / "out")["digest"] == summary(tmp_path / "straight")["digest"]
+    run, out = shared.folder / "run.toml", tmp_path / "out"
+    shutil.copytree(shared.folder / "out", out)
+    train(run, out, 2, "epochs=2")
+    assert (summary(out)["updates"], summary(out)["attempts"]) == (24, 2)
+    for folder in (out, tmp_path / "straight"):
+        sets = ["--set", "epochs=2", "--set", "mesh.stages=1"]
+        assert run_in_process("train", run, "--out", folder, *sets) == 0
+    assert (summary(out)["updates"], summary(out)["attempts"]) == (24, 3)
+    assert summary(out)["digest"] == summary(tmp_path / "straight")["digest"]
 
 
-def test_the_demo_is_a_pleasure(tmp_path: Path) -> None:
-    """At least 95 % in under a minute; the first and the last lines of what it prints."""
-    ended = train(ROOT / "jobs" / "demo.toml", tmp_path / "out", 4, limit_s=60.0)
+def test_the_demo_trains_in_under_a_minute(tmp_path: Path) -> None:
+    """At least 95 %; a minute of processor time, since other programs may share the machine."""
+    before = os.times()
+    ended = train(ROOT / "jobs" / "demo.toml", tmp_path / "out", 4, limit_s=240.0)
+    after = os.times()
+    used_s = after.children_user + after.children_system
+    assert used_s - before.children_user - before.children_system < 60
     result = summary(tmp_path / "out")
     assert result["test_accuracy"] >= 0.95
     assert (result["stages"], result["replicas"], result["ranks"]) == (2, 2, 4)
@@ -49,18 +61,20 @@ def test_the_demo_is_a_pleasure(tmp_path: Path) -> None:
 
 
 def test_a_plan_needs_no_mpi_and_shows_what_train_does(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shared: Shared, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [sys.executable, "-m", "dtrain", "plan", str(run), "--ranks", "4"]
-    words += ["--set", "mesh.stages=2"]
-    plan = start(words, cwd=ROOT)
+    words = ["plan", str(shared.folder / "run.toml"), "--ranks", "2"]
+    code = (
+        "import sys; from dtrain.cli import main; code = main(sys.argv[1:])\n"
+        "assert not {'mpi4py', 'dtrain.comm.backends.mpi'} & set(sys.modules); sys.exit(code)"
+    )
+    plan = start([sys.executable, "-c", code, *words], cwd=ROOT)
     assert plan.code == 0, plan.err
-    assert run_in_process(*words[3:], "--json") == 0
+    assert plan.out == (shared.folder / "out" / "plan.txt").read_text()
+    assert run_in_process(*words, "--json") == 0
     table = json.loads(capsys.readouterr().out)
     assert table["place"] == [0, 1, 1]
     assert [block["layers"] for block in table["blocks"]] == [["fc1"], ["fc2"], ["fc3", "head"]]
-    train(run, tmp_path / "out", 4, "mesh.stages=2")
-    assert (tmp_path / "out" / "plan.txt").read_text() == plan.out
 
 
 COSTS = """
@@ -83,7 +97,6 @@ def test_a_plan_predicts_time_by_a_costs_file(
 ) -> None:
     (tmp_path / "costs.toml").write_text(COSTS)
     words = ["plan", str(run), "--ranks", "4", "--costs", str(tmp_path / "costs.toml")]
-    words += ["--set", "mesh.stages=2"]
     assert run_in_process(*words, "--json") == 0
     table = json.loads(capsys.readouterr().out)
     prediction = table["prediction"]
@@ -92,7 +105,7 @@ def test_a_plan_predicts_time_by_a_costs_file(
     assert 0 < prediction["bubble"] < 1
     rate = prediction["samples"] / prediction["makespan_s"]
     assert prediction["samples_per_s"] == pytest.approx(rate)
-    # Of a rank, the mean of its gradients crosses between two nodes: 2 (n - 1) / n of the bytes.
+    # The mean of a rank's gradients crosses between two nodes: 2 (n - 1) / n of the bytes.
     for stage, times in enumerate(prediction["stages"]):
         rows = [row for row in table["memory"] if row["stage"] == stage]
         mean_s = rows[0]["gradients_bytes"] / 1e8 + 2e-5 * (1 + stage)
@@ -120,7 +133,7 @@ def test_a_costs_file_that_does_not_fit_is_refused(
     change: tuple[str, str], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "costs.toml").write_text(COSTS.replace(*change))
-    words = ["plan", str(run), "--ranks", "4", "--set", "mesh.stages=2"]
+    words = ["plan", str(run), "--ranks", "4"]
     assert run_in_process(*words, "--costs", tmp_path / "costs.toml") == ConfigError.code
     assert str(tmp_path / "costs.toml") in capsys.readouterr().err
 
@@ -136,16 +149,11 @@ def test_help_imports_neither_torch_nor_mpi(argv: list[str]) -> None:
     assert ended.code == 0, ended.err
 
 
-def test_ranks_import_mpi_before_torch(clean: dict[str, str], mpirun: str) -> None:
-    code = (
-        "import sys; from dtrain.comm import world; assert 'torch' not in sys.modules\n"
-        "class Watch:\n"
-        "    def find_spec(self, name, *rest):\n"
-        "        if name == 'torch': assert 'mpi4py.MPI' in sys.modules\n"
-        "sys.meta_path.insert(0, Watch()); world(); assert 'torch' in sys.modules"
-    )
-    ended = start([mpirun, "-n", "2", sys.executable, "-c", code], env=clean, cwd=ROOT)
-    assert ended.code == 0, ended.err
+def test_ranks_import_mpi_before_torch_and_answer_a_signal_in_between(shared: Shared) -> None:
+    """Until there is a world and a run folder, SIGUSR1 prints stacks and ends nothing."""
+    assert shared.ended.err.count(STACK) == 2
+    assert [result.code for result in shared.results["train"]] == [0, 0]
+    assert summary(shared.folder / "out")["status"] == "finished"
 
 
 def test_data_given_by_a_function(tmp_path: Path) -> None:
@@ -158,6 +166,23 @@ def test_data_given_by_a_function(tmp_path: Path) -> None:
     )
     text = RUN.replace('name = "blobs:blobs"', 'name = "mine:data"\nrows = 256')
     run = write_run(tmp_path, text.replace("epochs = 1", "epochs = 60"))
-    assert run_in_process("train", run, "--out", tmp_path / "out") == 0
+    words = ["train", run, "--out", tmp_path / "out", "--set", "mesh.stages=1"]
+    assert run_in_process(*words) == 0
     assert summary(tmp_path / "out")["test_accuracy"] > 0.9
     assert np.isfinite(summary(tmp_path / "out")["train_loss"])
+
+
+def test_cifar10_is_imported_and_trained(data_dir: Path, tmp_path: Path) -> None:
+    """The test images of the real archive, 10,000 JPEG files, in both splits."""
+    source = data_dir / "cifar10-jpeg.tar.gz"
+    if not source.exists():
+        lack("data", f"no {source}")
+    images = tmp_path / "cifar10.h5"
+    assert run_in_process("data", "import", source, images, "--split", "test") == 0
+    text = RUN.replace('"blobs:blobs"', '"hdf5"\ntrain = "cifar10.h5"\ntest = "cifar10.h5"')
+    run = write_run(tmp_path, text.replace("epochs = 1", "updates = 4"))
+    words = ["train", run, "--out", tmp_path / "out", "--set", "mesh.stages=1"]
+    assert run_in_process(*words) == 0
+    result = summary(tmp_path / "out")
+    assert (result["status"], result["updates"]) == ("finished", 4)
+    assert 0 < result["test_accuracy"] < 1

@@ -33,7 +33,7 @@ from dtrain.syncs.base import SyncTarget, UpdateClock
 from dtrain.syncs.common.compressor import NO_COMPRESSION, Compressor
 from dtrain.syncs.common.local_updates import LocalUpdates
 from dtrain.syncs.common.node_groups import NodeGroups, inter_node_groups
-from dtrain.syncs.daso.async_mean import AsyncMean
+from dtrain.syncs.daso.async_merge import AsyncMean
 from dtrain.syncs.daso.plateau import PlateauDetector
 from dtrain.syncs.gradient_reducer import WeightedGroup
 

@@ -13,8 +13,6 @@ from torch import nn
 from dtrain.block.block import Block
 from dtrain.block.micro_batch import MicroBatch
 from dtrain.block.optimizer import OptimizerSettings
-from dtrain.comm.backends.threads import run_ranks
-from dtrain.comm.communicator import Comm
 from dtrain.errors import ConfigError, DtrainError
 from dtrain.models.cnn import Cnn
 from dtrain.models.layers import as_layers
@@ -24,8 +22,8 @@ from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.dfa import Dfa
 from dtrain.objectives.mono_forward import MonoForward
 from dtrain.planning.layout import make_layout
-from dtrain.train import train
 from tests import tiny
+from tests.harness import train_in_threads
 from tests.outcome import close
 
 WRITING = {"name": "tests.tiny:writing"}
@@ -76,11 +74,7 @@ def register_objectives(monkeypatch: pytest.MonkeyPatch) -> None:
 def train_tiny(out: Path, stages: int = 1, replicas: int = 1, **changes: Any) -> dict[str, Any]:
     """Train the tiny run in four blocks on `stages` x `replicas` threads."""
     run = tiny.run(**{"partition__blocks": 4, "mesh__stages": stages, **changes})
-
-    def work(comm: Comm) -> dict[str, Any]:
-        return train(run, comm, out)
-
-    return run_ranks(stages * replicas, work, seed=stages)[0]
+    return train_in_threads(run, out, stages, replicas)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -103,9 +97,9 @@ def test_replicas_and_micro_batches_train_the_same_model(name: str, tmp_path: Pa
 def test_recomputation_changes_no_bit(name: str, net: dict[str, Any], tmp_path: Path) -> None:
     """All passes are recomputed, and layers that work in place do not change a block's input."""
     changes = {**RUNS[name], "model": net}
-    kept = train_tiny(tmp_path / "kept", 2, **changes)
+    without = train_tiny(tmp_path / "without", 2, **changes)
     recomputed = train_tiny(tmp_path / "recomputed", 2, partition__recompute=True, **changes)
-    assert recomputed["digest"] == kept["digest"]
+    assert recomputed["digest"] == without["digest"]
 
 
 def test_batch_statistics_of_heads_are_checked(tmp_path: Path) -> None:

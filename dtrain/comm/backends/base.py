@@ -33,7 +33,7 @@ class CommTimeout(HangError):
 
 @final
 class Deadlock(CommTimeout):
-    """No rank can go on; only backends inside one process detect it."""
+    """No rank can continue; only backends inside one process detect it."""
 
 
 class Request(ABC):
@@ -101,7 +101,7 @@ class Backend(ABC):
         Raises
         ------
         Deadlock
-            No rank can go on.
+            No rank can continue.
         """
 
     @abstractmethod

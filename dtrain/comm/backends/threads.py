@@ -29,12 +29,12 @@ T = TypeVar("T")
 
 
 DEADLOCK_TURNS = 3
-"""No rank can go on after so many turns of every rank without any event."""
+"""No rank can continue after so many turns of every rank without any event."""
 
 
 @final
 class ThreadScheduler:
-    """Chooses the rank that runs, and ends all ranks when one fails or none can go on.
+    """Chooses the rank that runs, and ends all ranks when one fails or none can continue.
 
     Attributes
     ----------
@@ -61,7 +61,7 @@ class ThreadScheduler:
         self._idle_turns: Counter[int] = Counter()
 
     def wait_turn(self, rank: int) -> None:
-        """Wait for this rank's turn; raise if meanwhile no rank could go on or another failed."""
+        """Wait for this rank's turn; raise if no rank can continue, or if another one failed."""
         self._turn_semaphores[rank].acquire()
         if rank in self._deadlocks:
             raise self._deadlocks.pop(rank)
@@ -182,7 +182,7 @@ def run_ranks(
     Raises
     ------
     Deadlock
-        In every rank and here, when no rank can go on.
+        In every rank and here, when no rank can continue.
     CommTimeout
         Here, after `timeout_s`.
     BaseException

@@ -165,7 +165,7 @@ class AB(LocalUpdates):
         return self.phases(clock).lr_factor(clock.update - self._last_change)
 
     def takes_step(self, weight: float, clock: UpdateClock) -> bool:
-        """Say whether the replica's group has samples, or all replicas average in full rank."""
+        """Return whether the replica's group has samples, or all replicas average in full rank."""
         return not self.in_low_rank or self._group_rows(clock) > 0
 
     def gradient_group(self, weight: float, clock: UpdateClock) -> WeightedGroup | None:
@@ -236,7 +236,7 @@ class AB(LocalUpdates):
         return {name: max(ranks.get(name, 0) for ranks in all_ranks) for name in self._matrix_names}
 
     def _a_is_left(self, name: str) -> bool:
-        """Say whether A, the tall factor, is the left one."""
+        """Return whether A, the tall factor, is the left one."""
         rows, columns = self.weights.matrix_shape(name)
         return rows >= columns
 
@@ -296,7 +296,7 @@ class AB(LocalUpdates):
         return (left, right) if self._a_is_left(name) else (right, left)
 
     def _average_factors(self, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
-        """Average the factors in place as the mode says. Collective over the replicas."""
+        """Average the factors in place, by the mode. Collective over the replicas."""
         if self.mode == "only-learned":
             training_a = self._groups.replicas_training_a()
             training_b = self.replicas.size - training_a

@@ -35,13 +35,13 @@ class Phases(NamedTuple):
     rebound: int
 
     def is_low_rank(self, update: int) -> bool:
-        """Say whether an update is in a low-rank phase."""
+        """Return whether an update is in a low-rank phase."""
         offset = update % self.period
         first_period = update - offset <= self.warmup
         return update >= self.warmup and (first_period or offset >= self.full_rank)
 
     def truncates(self, update: int) -> bool:
-        """Say whether a factorization before this update truncates; the first one does not."""
+        """Return whether a factorization before this update truncates; the first one does not."""
         return update - update % self.period > self.warmup
 
     def lr_factor(self, updates_since_change: int) -> float:
@@ -91,7 +91,7 @@ class FactorGroups:
                 f"[sync] group-size = {size} puts all {replicas} replicas into one group, which "
                 f"cannot train both factors: it must be at most {replicas - 1}, or set "
                 'mode = "only-b"',
-                agreed=True,
+                on_all_ranks=True,
             )
         default_size = -(-replicas // 2) if trains_both else replicas
         size = min(size or default_size, replicas)
@@ -104,7 +104,7 @@ class FactorGroups:
         return rank // self.size
 
     def trains_a(self, group: int) -> bool:
-        """Say whether a group trains A."""
+        """Return whether a group trains A."""
         return self.trains_both and group < len(self.members) / 2
 
     def replicas_training_a(self) -> int:

@@ -1,4 +1,4 @@
-"""Base classes of local updates: replicas step on their own and average their parameters sometimes.
+"""Base classes of local updates: replicas take local steps and average parameters periodically.
 
 Invariant: while all replicas hold the same parameters, those are evaluated, bit for bit. Otherwise
 their plain mean over replicas is. The two cases differ, because a mean of equal numbers need not be
@@ -85,7 +85,7 @@ class PeriodicSync(LocalUpdates):
 
     @abstractmethod
     def is_due(self, clock: UpdateClock) -> bool:
-        """Say whether the replicas synchronise after this update; pure in clock and state."""
+        """Return whether the replicas synchronise after this update; pure in clock and state."""
 
     def synchronise(self, clock: UpdateClock) -> None:
         """Replace the parameters by their plain mean over the replicas. Collective over them."""
@@ -104,7 +104,7 @@ class PeriodicSync(LocalUpdates):
             self._base_weights = clone_all(self.block.trainable_tensors())
 
     def after_update(self, clock: UpdateClock) -> None:
-        """Synchronise where it is due. Collective over the replicas."""
+        """Synchronise at the end of a round. Collective over the replicas."""
         self.in_sync = self.is_due(clock)
         if self.in_sync:
             self.synchronise(clock)

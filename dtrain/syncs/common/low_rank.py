@@ -44,7 +44,7 @@ def require_whole_block(block: object, sync_name: str) -> BlockParameters:
         raise ConfigError(
             "sync.needs-whole-block",
             f"[sync] '{sync_name}' needs whole blocks: it cannot be inside 'only-large'",
-            agreed=True,
+            on_all_ranks=True,
         )
     return block
 

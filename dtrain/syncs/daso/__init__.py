@@ -3,7 +3,7 @@
 A run has a blocking warm-up, a cycling phase and a blocking cool-down. In the blocking phases
 gradients are averaged over all replicas, as `every-step` does. While cycling, gradients are
 averaged inside a node; every S updates one replica of each node, another one each time, sends its
-weights. Their mean over the P nodes is computed while B updates go on, and is merged (k = 2 B)::
+weights. Their mean over the P nodes is computed during the next B updates, then merged (k = 2 B)::
 
     x <- (k x + sum over nodes of x_i) / (k + P)
 
@@ -41,7 +41,7 @@ from dtrain.syncs.base import SyncTarget, SyncTraits, UpdateClock, has_mean, req
 from dtrain.syncs.common.compressor import NO_COMPRESSION, Compressor
 from dtrain.syncs.common.local_updates import LocalUpdates
 from dtrain.syncs.common.node_groups import NodeGroups, inter_node_groups
-from dtrain.syncs.daso.async_mean import AsyncMean
+from dtrain.syncs.daso.async_merge import AsyncMean
 from dtrain.syncs.daso.plateau import PlateauDetector
 from dtrain.syncs.gradient_reducer import WeightedGroup
 
@@ -112,11 +112,11 @@ class DASO(LocalUpdates):
         return 1 / self.local_every, 1 / self.max_global_skips
 
     def takes_step(self, weight: float, clock: UpdateClock) -> bool:
-        """Say yes: all replicas step, so that their optimizers count the same steps."""
+        """Return True: all replicas step, so that their optimizers count the same steps."""
         return True
 
     def is_blocking(self, clock: UpdateClock) -> bool:
-        """Say whether an update is in a blocking phase."""
+        """Return whether an update is in a blocking phase."""
         first_cooldown_epoch = clock.total_epochs - _phase_epochs(self.cooldown_epochs, clock)
         return self._in_warmup(clock.epoch, clock) or clock.epoch >= first_cooldown_epoch
 
@@ -198,7 +198,7 @@ class DASO(LocalUpdates):
             async_mean.rotate()
 
     def _sends(self, clock: UpdateClock) -> bool:
-        """Say whether a send is due that can be merged before the epoch ends."""
+        """Return whether to send a mean; it must be merged before the epoch ends."""
         return clock.epoch_offset % self._skips == 0 and self._delay < clock.epoch_updates_left
 
     def _average_in_node(self) -> None:
@@ -227,7 +227,7 @@ class DASO(LocalUpdates):
             self._reset_skips()
 
     def finish_pending(self) -> None:
-        """Wait for the mean in flight, which is merged when it is due."""
+        """Wait for the mean in flight, which is merged later."""
         if self._async_mean.in_flight is not None:
             self._async_mean.in_flight.finish()
 

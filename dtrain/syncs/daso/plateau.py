@@ -27,7 +27,7 @@ class PlateauDetector:
     bad_epochs: int = 0
 
     def observe(self, loss: float) -> bool:
-        """Record the loss of an epoch, and say whether a plateau is reached."""
+        """Record the loss of an epoch, and return whether a plateau is reached."""
         factor = 1 - self.threshold if self.best >= 0 else 1 + self.threshold
         if loss < self.best * factor:
             self.best = loss

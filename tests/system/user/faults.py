@@ -20,8 +20,8 @@ class Raising(nn.Linear):
     """Raises in the forward of its third batch while training."""
 
     def forward(self, input: Tensor) -> Tensor:
-        self.seen = getattr(self, "seen", 0) + self.training
-        if self.seen == 3:
+        self.batches = getattr(self, "batches", 0) + self.training
+        if self.batches == 3:
             raise ArithmeticError("the user's own mistake")
         return super().forward(input)
 
@@ -30,26 +30,27 @@ class Leaving(nn.Linear):
     """Leaves the program on one rank, in the forward of its third batch while training."""
 
     def forward(self, input: Tensor) -> Tensor:
-        self.seen = getattr(self, "seen", 0) + self.training
-        if self.seen == 3:
+        self.batches = getattr(self, "batches", 0) + self.training
+        if self.batches == 3:
             sys.exit(0)
         return super().forward(input)
 
 
 class Dying(nn.Linear):
-    """Kills its process, once, in the training batch that `DTRAIN_TEST_DIE` counts."""
+    """Kills its process in training batch 30, once: `DTRAIN_TEST_DIED` names the file that shows
+    that it has."""
 
     def forward(self, input: Tensor) -> Tensor:
-        self.seen = getattr(self, "seen", 0) + self.training
-        mark = Path(os.environ.get("DTRAIN_TEST_DIED", "/nonexistent"))
-        if mark.parent.is_dir() and not mark.exists() and self.seen == 30:
-            mark.touch()
+        self.batches = getattr(self, "batches", 0) + self.training
+        mark = os.environ.get("DTRAIN_TEST_DIED")
+        if mark and self.batches == 30 and not Path(mark).exists():
+            Path(mark).touch()
             os.kill(os.getpid(), 9)
         return super().forward(input)
 
 
 class Slow(nn.Linear):
-    """Takes its time."""
+    """Takes 50 ms."""
 
     def forward(self, input: Tensor) -> Tensor:
         time.sleep(0.05)
@@ -57,7 +58,7 @@ class Slow(nn.Linear):
 
 
 class Filling(nn.Linear):
-    """Finds a disk that is full once the first checkpoint stands."""
+    """Makes the disk full once the first checkpoint is complete."""
 
     def forward(self, input: Tensor) -> Tensor:
         if list(Path(os.environ["DTRAIN_TEST_OUT"]).glob("checkpoints/update-*/manifest.json")):

@@ -1,7 +1,7 @@
-"""User code for tests: a mean of every block is in flight all the time, while one rank fails.
+"""User code for tests: a mean of every block is always in flight; one rank fails or sleeps.
 
-Invariant: nothing here waits for a mean before the next one starts, so there is one in flight
-wherever a rank is, from the first update on.
+Invariant: a mean is completed only before the next one starts, so one is in flight wherever a rank
+is, from the first update on.
 """
 
 from __future__ import annotations
@@ -18,58 +18,53 @@ from dtrain.syncs.base import UpdateClock
 from dtrain.syncs.never import Never
 
 WORDS = 1 << 20
-FLYING: list[MeanReduction] = []
+IN_FLIGHT: list[MeanReduction] = []
 
 
-def _start(self: Never, clock: UpdateClock) -> None:
-    """Land the mean of the update before; start the next."""
-    for mean in FLYING:
-        mean.wait()
+def start_mean(self: Never, clock: UpdateClock) -> None:
+    """Complete the mean of the previous update; start the next."""
+    complete_means(self)
     self.in_sync = False
-    FLYING[:] = [self.replicas.imean_([torch.ones(WORDS)])]
+    IN_FLIGHT[:] = [self.replicas.imean_([torch.ones(WORDS)])]
 
 
-def _land(self: Never) -> None:
-    for mean in FLYING:
+def complete_means(self: Never) -> None:
+    """Complete the mean that is in flight."""
+    for mean in IN_FLIGHT:
         mean.wait()
-    FLYING.clear()
+    IN_FLIGHT.clear()
 
 
-def _flies() -> None:
-    Never.after_update = _start  # type: ignore[method-assign]
-    Never.finish_pending = _land  # type: ignore[method-assign]
-
-
-def _alone() -> bool:
-    """Say whether this is the rank that fails."""
+def _is_faulty_rank() -> bool:
     return os.environ.get("OMPI_COMM_WORLD_RANK") == "1"
 
 
 class Raising(nn.Linear):
-    """Raises on rank 1 in its third batch, its mean not landed."""
+    """Raises on rank 1 in its third batch, with a mean in flight."""
 
     def forward(self, input: Tensor) -> Tensor:
-        self.seen = getattr(self, "seen", 0) + self.training
-        if self.seen == 3 and _alone():
-            assert len(FLYING) == 1
+        self.batches = getattr(self, "batches", 0) + self.training
+        if self.batches == 3 and _is_faulty_rank():
+            assert len(IN_FLIGHT) == 1
             raise ArithmeticError("raised with a mean in flight")
         return super().forward(input)
 
 
-class Napping(nn.Linear):
-    """Rank 1 says in a file that it has a mean in flight, and computes no more."""
+class Sleeping(nn.Linear):
+    """Creates a file on rank 1 once a mean is in flight, then sleeps."""
 
     def forward(self, input: Tensor) -> Tensor:
-        self.seen = getattr(self, "seen", 0) + self.training
-        if self.seen == 3 and _alone():
-            assert len(FLYING) == 1
-            Path(os.environ["DTRAIN_TEST_NAPS"]).touch()
+        self.batches = getattr(self, "batches", 0) + self.training
+        if self.batches == 3 and _is_faulty_rank():
+            assert len(IN_FLIGHT) == 1
+            Path(os.environ["DTRAIN_TEST_SLEEPS"]).touch()
             time.sleep(60)
         return super().forward(input)
 
 
 def _net(last: type[nn.Linear]) -> nn.Sequential:
-    _flies()
+    Never.after_update = start_mean  # type: ignore[method-assign]
+    Never.finish_pending = complete_means  # type: ignore[method-assign]
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), last(16, 10))
 
 
@@ -77,9 +72,5 @@ def raising() -> nn.Sequential:
     return _net(Raising)
 
 
-def napping() -> nn.Sequential:
-    return _net(Napping)
-
-
-def plain() -> nn.Sequential:
-    return _net(nn.Linear)
+def sleeping() -> nn.Sequential:
+    return _net(Sleeping)

@@ -200,7 +200,7 @@ class MemoryPlan:
     # ---- blocks
 
     def _block_key(self, rows: int) -> Hashable | None:
-        """Return all that decides the memory of the blocks, None where that is not known."""
+        """Return the key of the memory of the blocks, None if it has no key."""
         run, layout = self.plan.run, self.layout
         blocks = layout.block_layouts
         replaced = [block.replacement_layers for block in blocks]

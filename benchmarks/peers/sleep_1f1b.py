@@ -1,9 +1,9 @@
-"""Peer: torch.distributed.pipelining, 1F1B over gloo, where a sleep stands for the device.
+"""Peer: torch.distributed.pipelining, 1F1B over gloo, with a sleep in place of the device.
 
-Prints one JSON line: `efficiency` = `update_alone_s` (one stage's micro-batches, forward and
-backward, one after the other on one rank while the others wait) over `update_s`.
+Prints one JSON line: `efficiency` = `update_alone_s` (forward and backward of one stage's
+micro-batches in sequence on one rank while the others wait) over `update_s`.
 
-    torchrun --nproc-per-node 8 sleep.py MICROS STEPS FORWARD_S BACKWARD_S
+    torchrun --nproc-per-node 8 sleep_1f1b.py MICROS STEPS FORWARD_S BACKWARD_S
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from peers.clock import timed
+from peers.clock import seconds_per_step
 from user import Sleeper
 
 ROWS, WIDTH = 4, 16
@@ -45,12 +45,18 @@ def main() -> None:
 
     def alone() -> None:
         if rank == 0:
-            for part in x.chunk(micros):
-                module(part).sum().backward()
+            for rows in x.chunk(micros):
+                module(rows).sum().backward()
 
-    spent, own = timed(step, steps, warm=1), timed(alone, steps, warm=1)
+    update_s = seconds_per_step(step, steps, warmup=1)
+    alone_s = seconds_per_step(alone, steps, warmup=1)
     if rank == 0:
-        print(json.dumps({"efficiency": own / spent, "update_s": spent, "update_alone_s": own}))
+        figures = {
+            "efficiency": alone_s / update_s,
+            "update_s": update_s,
+            "update_alone_s": alone_s,
+        }
+        print(json.dumps(figures))
     dist.destroy_process_group()
 
 

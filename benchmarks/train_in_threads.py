@@ -1,9 +1,9 @@
-"""Train a run file on ranks that are threads of one process, on hosts with made-up names.
+"""Train a run file on ranks that are threads of one process, with made-up host names.
 
-Accuracies and counted bytes do not depend on the transport, so they can be measured without
-oversubscribed processes, also for two runs at once. Times mean nothing here.
+Accuracies and counted bytes do not depend on the transport. Threads measure them without
+oversubscribed processes, also for two runs at once. Times are meaningless here.
 
-    python inside.py RUN.toml OUT HOST HOST ...        one host per rank, as in a a b b
+    python train_in_threads.py RUN.toml OUT HOST HOST ...      one host per rank, as in a a b b
 """
 
 from __future__ import annotations

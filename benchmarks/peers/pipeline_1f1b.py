@@ -1,9 +1,9 @@
 """Peer: torch.distributed.pipelining, 1F1B over gloo, eight layers of one width and a head.
 
-Prints one JSON line: `step_s`, `samples_per_s` and `compute_s`, the slowest stage's update computed
-alone (its micro-batches one after the other, nothing sent).
+Prints one JSON line: `step_s`, `samples_per_s` and `compute_s`, the update of the slowest stage
+without communication (its micro-batches in sequence).
 
-    torchrun --nproc-per-node 2 pipeline.py MICROS STEPS [BATCH WIDTH LAYERS]
+    torchrun --nproc-per-node 2 pipeline_1f1b.py MICROS STEPS [BATCH WIDTH LAYERS]
 """
 
 from __future__ import annotations
@@ -18,21 +18,23 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from peers.clock import timed
+from peers.clock import seconds_per_step
 
 LR = 0.01
 
 
 def main() -> None:
     """Measure, and print on rank 0."""
-    micros, steps, *more = map(int, sys.argv[1:])
-    batch, width, count = [*more, *(256, 1024, 8)[len(more) :]]
+    micros, steps, *sizes = map(int, sys.argv[1:])
+    batch, width, layers = [*sizes, *(256, 1024, 8)[len(sizes) :]]
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
-    own = [each for _ in range(count // size) for each in (nn.Linear(width, width), nn.ReLU())]
-    module = nn.Sequential(*own, *([nn.Linear(width, 10)] if rank == size - 1 else []))
+    hidden = [
+        layer for _ in range(layers // size) for layer in (nn.Linear(width, width), nn.ReLU())
+    ]
+    module = nn.Sequential(*hidden, *([nn.Linear(width, 10)] if rank == size - 1 else []))
     stage = PipelineStage(module, rank, size, torch.device("cpu"))
     schedule = Schedule1F1B(stage, micros, loss_fn=nn.CrossEntropyLoss())
     optimizer = torch.optim.SGD(module.parameters(), LR, fused=True)
@@ -50,15 +52,20 @@ def main() -> None:
 
     def compute() -> None:
         optimizer.zero_grad()
-        for part in x.chunk(micros):
-            module(part.requires_grad_(rank > 0)).sum().backward()
+        for rows in x.chunk(micros):
+            module(rows.requires_grad_(rank > 0)).sum().backward()
         optimizer.step()
 
-    spent, alone = timed(step, steps), torch.tensor(timed(compute, steps))
-    dist.all_reduce(alone, dist.ReduceOp.MAX)
+    step_s = seconds_per_step(step, steps)
+    compute_s = torch.tensor(seconds_per_step(compute, steps))
+    dist.all_reduce(compute_s, dist.ReduceOp.MAX)
     if rank == 0:
-        told = {"step_s": spent, "samples_per_s": batch / spent, "compute_s": float(alone)}
-        print(json.dumps(told), flush=True)
+        figures = {
+            "step_s": step_s,
+            "samples_per_s": batch / step_s,
+            "compute_s": float(compute_s),
+        }
+        print(json.dumps(figures), flush=True)
     dist.destroy_process_group()
 
 

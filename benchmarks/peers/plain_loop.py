@@ -1,8 +1,8 @@
-"""Peer: a plain PyTorch loop over the CIFAR-10 MLP on one process, reading dtrain's own source.
+"""Peer: a plain PyTorch loop over the CIFAR-10 MLP in one process, on dtrain's dataset.
 
-Prints one JSON line: `update_s`, the median over the segments but the first.
+Prints one JSON line: `update_s`, the median over all segments but the first.
 
-    python plain.py TRAIN.h5 TEST.h5 BATCH STEPS SEGMENTS
+    python plain_loop.py TRAIN.h5 TEST.h5 BATCH STEPS SEGMENTS
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ def main() -> None:
     train, test = sys.argv[1:3]
     batch, steps, segments = map(int, sys.argv[3:])
     torch.set_num_threads(1)
-    source = load_data("hdf5", {"train": train, "test": test}, Path()).train
-    sequence = epoch_order(source.size, 0, 0, "full")
-    hidden = [each for pair in pairwise(WIDTHS) for each in (nn.Linear(*pair), nn.ReLU())]
+    dataset = load_data("hdf5", {"train": train, "test": test}, Path()).train
+    order = epoch_order(dataset.size, 0, 0, "full")
+    hidden = [layer for pair in pairwise(WIDTHS) for layer in (nn.Linear(*pair), nn.ReLU())]
     net = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(WIDTHS[-1], 10))
     optimizer = torch.optim.Adam(net.parameters(), 1e-3, fused=True)
-    spent = []
+    seconds = []
     for segment in range(segments):
         start = time.perf_counter()
         for update in range(segment * steps, (segment + 1) * steps):
-            rows = sequence[update * batch : (update + 1) * batch]
+            rows = order[update * batch : (update + 1) * batch]
             optimizer.zero_grad()
-            loss = cross_entropy(net(source.inputs(rows)), source.targets(rows))
+            loss = cross_entropy(net(dataset.inputs(rows)), dataset.targets(rows))
             torch.autograd.backward(loss)
             optimizer.step()
-        spent.append((time.perf_counter() - start) / steps)
-    print(json.dumps({"update_s": median(spent[1:])}))
+        seconds.append((time.perf_counter() - start) / steps)
+    print(json.dumps({"update_s": median(seconds[1:])}))
 
 
 if __name__ == "__main__":

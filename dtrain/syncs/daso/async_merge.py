@@ -1,4 +1,4 @@
-"""The asynchronous mean of DASO: weights that nodes average while their blocks go on training.
+"""The asynchronous mean of DASO: weights that nodes average while their blocks continue to train.
 
 One replica of each node takes part, the member of the active inter-node group. It sends its
 weights, receives their mean over the P nodes B updates later, merges it, and broadcasts the result
@@ -11,7 +11,7 @@ inside its node::
     rank 2   copy --'                 '-- merge --> broadcast to 3
     rank 3
 
-Where the compressor is lossy, deltas since all replicas were equal are averaged instead of weights.
+If the compressor is lossy, deltas since all replicas were equal are averaged instead of weights.
 
 Invariant: all replicas of a node know what is in flight; those outside the inter-node group hold
 no tensors of it.
@@ -129,7 +129,7 @@ class AsyncMean:
         return sent
 
     def merge(self, sent: InFlightMean) -> None:
-        """Merge a mean into the weights, x <- (k x + P mean) / (k + P), and share them in the node.
+        """Merge a mean, x <- (k x + P mean) / (k + P), and broadcast the weights in the node.
 
         k is 2 B, or 1 without a delay. Collective over the inter-node group and the node.
         """
