@@ -129,12 +129,12 @@ def bind_arguments(
     required = [p.name for p in named if p.default is p.empty]
     missing = [key for key in required if key not in fields and key not in context]
     for key in missing:
-        for known in context:
-            if known in key or key in known:
+        for context_key in context:
+            if context_key in key or key in context_key:
                 raise ConfigError(
                     "user-code.argument-name",
                     f"{section} lacks {kebab(key)}: rename the argument '{key}' of the function to "
-                    f"'{known}', which is filled in, or set {kebab(key)} in the run file",
+                    f"'{context_key}', which is filled in, or set {kebab(key)} in the run file",
                 )
     if missing:
         raise ConfigError(

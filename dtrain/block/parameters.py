@@ -243,7 +243,7 @@ class BlockParameters:
     def trainable_tensors(self) -> dict[str, Tensor]:
         """Return the trained parameters by global name, detached, not copied.
 
-        A complex one is returned as `real_view`, so that syncs meet real numbers only.
+        A complex one is returned as `real_view`, so that syncs need no complex arithmetic.
         """
         trained = {name: p for name, p in self.parameters.items() if p.requires_grad}
         return {name: real_view(parameter.detach()) for name, parameter in trained.items()}

@@ -122,11 +122,11 @@ def _normalisation(model: ExportedModel) -> dict[str, Tensor]:
             "this run did not standardise its inputs ([data] normalise = false), or an earlier "
             "version trained it: leave --with-normalisation out",
         )
-    taken = [name for name in model.state if name.partition(".")[0] == "normalise"]
-    if taken:
+    conflicts = [name for name in model.state if name.partition(".")[0] == "normalise"]
+    if conflicts:
         raise ConfigError(
             "export.name-taken",
-            f"the model has a layer 'normalise' of its own ('{taken[0]}'): leave "
+            f"the model has a layer 'normalise' of its own ('{conflicts[0]}'): leave "
             "--with-normalisation out",
         )
     floats = (tensor.dtype for tensor in model.state.values() if tensor.is_floating_point())

@@ -167,15 +167,15 @@ def profile_module(
 
 
 class AutocastWatch(TorchFunctionMode):
-    """Notes whether a function of torch was called under autocast.
+    """Records whether a function of torch is called under autocast.
 
     Attributes
     ----------
-    seen : bool
-        Whether one was.
+    uses_autocast : bool
+        Whether one was called so.
     """
 
-    seen = False
+    uses_autocast = False
 
     def __torch_function__(
         self,
@@ -184,8 +184,8 @@ class AutocastWatch(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Call the function, and look at the state of autocast."""
-        self.seen = self.seen or torch.is_autocast_enabled("cpu")
+        """Call the function, and read the state of autocast."""
+        self.uses_autocast = self.uses_autocast or torch.is_autocast_enabled("cpu")
         return func(*args, **(kwargs or {}))
 
 
@@ -195,11 +195,11 @@ def _profile_draws(
     """Return the spec of a layer; one that draws random numbers is run `DRAWS` times."""
     spec: LayerSpec | None = None
     for draw in range(DRAWS):
-        with fixed_random_numbers(draw) as used:
+        with fixed_random_numbers(draw) as uses_generators:
             other = profile_module(layer, shape, dtype, name, device)
-            drawn = used()
+            is_random = uses_generators()
         spec = other if spec is None else _costlier(spec, other)
-        if not drawn:
+        if not is_random:
             break
     assert spec is not None
     return spec
@@ -239,7 +239,7 @@ def _measure(
         if layer is not None:
             with AutocastWatch() as watch:
                 spec = _profile_draws(layer, shape, dtype, name)
-            if not watch.seen:  # autocast does nothing on meta
+            if not watch.uses_autocast:  # autocast does nothing on meta
                 return spec
     except Exception:  # not supported on meta, or a fault, which the copy repeats
         pass

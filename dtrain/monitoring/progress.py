@@ -260,7 +260,8 @@ def _introduction(plan: Plan, comm: Comm, threads: int) -> list[str]:
         + (f", {head_parameters:,} more in local heads" if head_parameters else "")
         + (builds_all if layout.model.builds_all_layers else ""),
         f"learning  {run.objective.name}, {run.schedule.name}, {run.sync.name}, "
-        f"{run.optimizer.name} {settings}".rstrip(),
+        f"{run.optimizer.name} {settings}".rstrip()
+        + ("" if run.optimizer_rest is None else f" and {run.optimizer_rest.name}"),
         *_partition_lines(plan),
         *(f"note      {line}" for line in plan_warnings(plan)),
         *(f"stage {stage:<3} {_stage_text(plan, stage)}" for stage in range(mesh.stages)),

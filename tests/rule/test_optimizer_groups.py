@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,6 @@ from tests import tiny
 from tests.refusals import refuses
 
 ADAMW = OptimizerSettings("adamw", {"lr": 0.1, "weight_decay": 0.5})
-SGD = OptimizerSettings("sgd", {"lr": 0.1, "momentum": 0.9})
 
 
 def layers() -> dict[str, nn.Module]:
@@ -43,12 +43,9 @@ def groups_of(one: Block) -> dict[str, dict[str, Any]]:
 
 def test_no_decay_matches_names_and_classes() -> None:
     """The norm is called "1.weight"; its class has the word."""
-    groups = groups_of(block(OptimizerSettings(*ADAMW_FIELDS, no_decay=("bias", "norm"))))
+    groups = groups_of(block(replace(ADAMW, no_decay=("bias", "norm"))))
     decayed = {name for name, group in groups.items() if group["weight_decay"]}
     assert decayed == {"0.weight", "2.0.weight", "3.weight"}
-
-
-ADAMW_FIELDS = ("adamw", {"lr": 0.1, "weight_decay": 0.5})
 
 
 def test_the_rest_is_what_is_no_hidden_matrix() -> None:
@@ -115,20 +112,22 @@ def test_predictions_keep_the_order_of_the_parameters() -> None:
     fields = {"lr": 0.1, "momentum": 0.9}
     rest = OptimizerSettings("sgd", fields)
     composite, one = block(OptimizerSettings("sgd", fields, ("bias",), rest)), block(rest)
-    for each in (composite, one):
-        take_steps(each, 2)
+    for trained_block in (composite, one):
+        take_steps(trained_block, 2)
     assert isinstance(composite.optimizer, CompositeOptimizer)
     assert one.optimizer is not None
-    pairs = [
-        predict_weights("velocity", each.optimizer, each.trainable_parameters, 3.0, None)
-        for each in (composite, one)
-        if each.optimizer is not None
+    predictions = [
+        predict_weights(
+            "velocity", trained_block.optimizer, trained_block.trainable_parameters, 3.0, None
+        )
+        for trained_block in (composite, one)
+        if trained_block.optimizer is not None
     ]
-    assert all(map(torch.equal, *pairs))
-    for each in (composite, one):
-        for parameter in each.trainable_parameters:
+    assert all(map(torch.equal, *predictions))
+    for trained_block in (composite, one):
+        for parameter in trained_block.trainable_parameters:
             parameter.grad = torch.ones_like(parameter)
-        each.update(lambda optimizer: spike_compensated_step(optimizer, 2))
+        trained_block.update(lambda optimizer: spike_compensated_step(optimizer, 2))
     assert all(map(torch.equal, composite.trainable_parameters, one.trainable_parameters))
 
 
