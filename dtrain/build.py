@@ -1,34 +1,43 @@
 """RankJob: the engine, loaders and communicators of one rank, made from a plan.
 
 Invariant: nothing is written before every rank has accepted the run. Each step is local work on
-values that all ranks share, so all ranks raise or none.
+values that all ranks share, so all ranks raise or none. The ranks compare their layouts before they
+train, and the replicas of a block start with equal weights.
 """
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 import torch
 
+from dtrain.block.block import Block
 from dtrain.block.device import keep_freed_memory, select_device
 from dtrain.comm.agree import all_or_none
+from dtrain.comm.buffers import describe_tensor
 from dtrain.comm.communicator import Comm
 from dtrain.comm.groups import ProcessGroups
 from dtrain.config.run import RunConfig
 from dtrain.data import augment as augments
+from dtrain.data.dataset import unstandardised
 from dtrain.data.loader import Loader
 from dtrain.engine.engine import Engine
 from dtrain.engine.evaluator import Evaluator
 from dtrain.engine.spec import EngineSpec
-from dtrain.errors import DataError
+from dtrain.errors import ConfigError, DataError
 from dtrain.mesh import RankPosition
 from dtrain.objectives.messages import reads_samples
 from dtrain.planning.block_factory import make_block
+from dtrain.planning.layout import layout_rows
 from dtrain.planning.plan import Plan
+from dtrain.syncs.replica_check import checksum
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,11 @@ class RankJob:
         They read the samples of both splits.
     groups : ProcessGroups
         The communicators of this rank.
+    copied_blocks : list of int
+        Blocks whose initial weights differed between replicas, so that all replicas have those of
+        the first one; of all stages, in order.
+    model_fingerprint : dict of str to str
+        Shape and dtype of every parameter and buffer of the model, by name.
     """
 
     plan: Plan
@@ -51,6 +65,8 @@ class RankJob:
     train_loader: Loader
     test_loader: Loader
     groups: ProcessGroups
+    copied_blocks: list[int]
+    model_fingerprint: dict[str, str]
 
     @property
     def position(self) -> RankPosition:
@@ -82,6 +98,9 @@ def build_rank(plan: Plan, comm: Comm) -> RankJob:
     blocks = all_or_none(
         comm, lambda: {index: make_block(plan.run, layout, index, device) for index in indices}
     )
+    _check_no_decay(plan, blocks, comm)
+    copied_blocks = _equalise_replicas(blocks, groups)
+    model_fingerprint = _model_fingerprint(blocks, groups)
     syncs = {index: plan.run.new_sync() for index in blocks}
     for index, sync in syncs.items():
         sync.setup(blocks[index], groups.replicas)
@@ -94,7 +113,58 @@ def build_rank(plan: Plan, comm: Comm) -> RankJob:
         train_loader=Loader(plan.data.train, layout.dtype, augment),
         test_loader=Loader(plan.data.test, layout.dtype),
         groups=groups,
+        copied_blocks=copied_blocks,
+        model_fingerprint=model_fingerprint,
     )
+
+
+def _check_no_decay(plan: Plan, blocks: Mapping[int, Block], comm: Comm) -> None:
+    """Refuse patterns of parameters without weight decay that match none. Collective over all."""
+    patterns = plan.run.optimizer_options.no_decay
+    if not patterns:
+        return
+    named = [parameter for block in blocks.values() for parameter in block.named_parameters()]
+    own_matches = [p for p in patterns if any(parameter.matches(p) for parameter in named)]
+    matches = {pattern for row in comm.allgather_object(own_matches) for pattern in row}
+    for pattern in patterns:
+        if pattern not in matches:
+            raise ConfigError(
+                "optimizer.no-decay-unmatched",
+                f'[optimizer] no-decay: "{pattern}" is in no parameter\'s name and in no class of '
+                "a module with parameters: correct it, or leave it out",
+                on_all_ranks=True,
+            )
+
+
+def _equalise_replicas(blocks: Mapping[int, Block], groups: ProcessGroups) -> list[int]:
+    """Give all replicas of a block the weights of the first one where they differ.
+
+    Collective over all ranks. Initial weights differ where a user's function draws them from
+    generators that dtrain does not seed. Returns the blocks that differed, of all stages.
+    """
+    replicas, copied = groups.replicas, []
+    for index, block in blocks.items() if replicas.size > 1 else ():
+        tensors = block.tensors()
+        checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
+        first, *others = replicas.allgather_object(checksums)
+        names = [n for n in tensors if any(other[n] != first[n] for other in others)]
+        if names:
+            with replicas.without_counting():
+                replicas.broadcast_({name: tensors[name] for name in names})
+            copied.append(index)
+    all_copied = groups.control.allgather_object(copied) if groups.control.size > 1 else [copied]
+    return sorted({index for indices in all_copied for index in indices})
+
+
+def _model_fingerprint(blocks: Mapping[int, Block], groups: ProcessGroups) -> dict[str, str]:
+    """Return shape and dtype of the tensors of all stages, by name. Collective over all ranks."""
+    own_tensors = {
+        name: describe_tensor(tensor)
+        for block in blocks.values()
+        for name, tensor in block.tensors().items()
+    }
+    rows = groups.pipeline.allgather_object(own_tensors)
+    return {name: text for row in rows for name, text in sorted(row.items())}
 
 
 def _engine_spec(plan: Plan, device: torch.device) -> EngineSpec:
@@ -115,11 +185,40 @@ def _engine_spec(plan: Plan, device: torch.device) -> EngineSpec:
     )
 
 
-def check_same_data(plan: Plan, comm: Comm) -> None:
+def check_same_layout(plan: Plan, comm: Comm) -> None:
+    """Verify that all ranks made the same plan. Collective over all ranks.
+
+    Raises
+    ------
+    ConfigError
+        On all ranks, if layouts differ; it names the first difference.
+    """
+    if comm.size == 1:
+        return
+    rows = layout_rows(plan.layout) | {"run": repr(plan.run.to_table())}
+    rows = {key: re.sub(" at 0x[0-9a-f]+", "", text) for key, text in rows.items()}
+    own_hash = blake2b(repr(rows).encode()).hexdigest()
+    if len(set(comm.allgather_object(own_hash))) == 1:
+        return
+    first, *others = comm.allgather_object(rows)
+    for rank, other in enumerate(others, 1):
+        for key in {**first, **other}:
+            if first.get(key) != other.get(key):
+                raise ConfigError(
+                    "layout.ranks-differ",
+                    f"rank {rank} has another layout than rank 0: {key} is {other.get(key)} there "
+                    f"and {first.get(key)} on rank 0; make the model the same in every process "
+                    "(seed its random numbers), or set [partition] cuts",
+                    on_all_ranks=True,
+                )
+
+
+def check_same_data(plan: Plan, comm: Comm) -> dict[str, Any]:
     """Verify on some samples that all ranks read the same data. Collective over all ranks.
 
     Inputs and labels are read by different stages. So a data function with unseeded random numbers
-    would pair the images of one rank with the labels of another.
+    would pair the images of one rank with the labels of another. Returns what identifies the data
+    in a later start: sizes, a hash of some labels, and a number for each of some inputs.
 
     Raises
     ------
@@ -127,8 +226,8 @@ def check_same_data(plan: Plan, comm: Comm) -> None:
         On all ranks, if labels or inputs differ.
     """
     fingerprints = comm.allgather_object(_fingerprint(plan, comm.rank))
-    labels = {label_hash for label_hash, _ in fingerprints}
-    inputs = {input_hash for _, input_hash in fingerprints if input_hash is not None}
+    labels = {label_hash for label_hash, _, _ in fingerprints}
+    inputs = {input_hash for _, input_hash, _ in fingerprints if input_hash is not None}
     if len(labels) > 1 or len(inputs) > 1:
         differing = "labels" if len(labels) > 1 else "inputs"
         raise DataError(
@@ -137,10 +236,21 @@ def check_same_data(plan: Plan, comm: Comm) -> None:
             "the same in every process (seed its random numbers)",
             on_all_ranks=True,
         )
+    splits = {"training split": plan.data.train, "test split": plan.data.test}
+    sizes = {
+        name: f"{split.size} samples of {list(split.shape)}, {split.classes} classes"
+        for name, split in splits.items()
+    }
+    numbers = next(numbers for _, _, numbers in fingerprints if numbers is not None)
+    return sizes | {"labels": min(labels), "inputs": numbers}
 
 
-def _fingerprint(plan: Plan, rank: int) -> tuple[str, str | None]:
-    """Return hashes of some labels, and of some inputs where this rank reads inputs."""
+def _fingerprint(plan: Plan, rank: int) -> tuple[str, str | None, list[float] | None]:
+    """Return hashes of some labels, and of some inputs where this rank reads inputs.
+
+    Inputs are read by the first stage at least. The numbers are weighted means of inputs before
+    they are standardised, which hardly depend on the machine.
+    """
     _, stage = plan.layout.mesh.coords(rank)
     objective = plan.layout.objective
     specs = [plan.layout.block_specs[index] for index in plan.layout.blocks_of_stage(stage)]
@@ -148,14 +258,18 @@ def _fingerprint(plan: Plan, rank: int) -> tuple[str, str | None]:
         reads_samples(objective, spec, "train") or reads_samples(objective, spec, "predict")
         for spec in specs
     )
-    labels, inputs = blake2b(), blake2b()
+    labels, inputs, numbers = blake2b(), blake2b(), list[float]()
     for split in (plan.data.train, plan.data.test):
         indices = np.unique(np.linspace(0, split.size - 1, 32).astype(np.int64))
         labels.update(str((split.size, split.shape, split.classes)).encode())
         labels.update(split.targets(indices).numpy().tobytes())
         if reads_inputs:
             inputs.update(split.inputs(indices).numpy().tobytes())
-    return labels.hexdigest(), inputs.hexdigest() if reads_inputs else None
+            rows = unstandardised(split).inputs(indices).double().flatten(1)
+            numbers += (rows * torch.linspace(0.5, 1.5, rows.shape[1])).mean(1).tolist()
+    if not reads_inputs:
+        return labels.hexdigest(), None, None
+    return labels.hexdigest(), inputs.hexdigest(), numbers
 
 
 def set_threads(run: RunConfig, comm: Comm) -> int:

@@ -132,6 +132,11 @@ def _add_local_commands(commands: Commands) -> None:
     export.add_argument(
         "--factors", action="store_true", help="write low-rank weights as two factors"
     )
+    export.add_argument(
+        "--with-normalisation",
+        action="store_true",
+        help="also write mean and deviation of the inputs, as normalise.mean and normalise.std",
+    )
     export.set_defaults(command=_export)
 
     data = commands.add_parser("data", help="prepare data sets")
@@ -314,11 +319,20 @@ def _flight(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     """Write a state dict and print its size."""
-    from dtrain.checkpoint.export import export
+    from dtrain.checkpoint.export import export, statistics_path
 
-    state = export(options.folder, options.out, options.heads, options.factors)
+    normalises = options.with_normalisation
+    state = export(options.folder, options.out, options.heads, options.factors, normalises)
     count = sum(tensor.numel() for tensor in state.values())
     print(f"{options.out}: {len(state)} tensors, {count:,} numbers")
+    statistics = statistics_path(options.out)
+    if normalises:
+        print("inputs    (x - normalise.mean) / normalise.std, as in training")
+    elif statistics.exists():
+        print(
+            f"inputs    must be standardised as in training: mean and std are in {statistics}; "
+            "--with-normalisation writes them into the file"
+        )
     return 0
 
 

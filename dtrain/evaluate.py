@@ -22,7 +22,13 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from dtrain.build import RankJob, build_rank, check_same_data, set_threads
+from dtrain.build import (
+    RankJob,
+    build_rank,
+    check_same_data,
+    check_same_layout,
+    set_threads,
+)
 from dtrain.checkpoint.manifest import Manifest
 from dtrain.checkpoint.resume import load_newest, newest_checkpoint
 from dtrain.checkpoint.store import load_blocks
@@ -30,6 +36,7 @@ from dtrain.comm.agree import all_or_none
 from dtrain.comm.communicator import Comm
 from dtrain.config.parse import read_resolved_run
 from dtrain.config.run import RunConfig
+from dtrain.data.dataset import Standardised
 from dtrain.data.loader import Loader
 from dtrain.data.sampler import BatchSplitter, Indices, even_ranges
 from dtrain.errors import ConfigError
@@ -127,11 +134,13 @@ def evaluate_run(
     run = all_or_none(comm, lambda: _read_run(folder, overrides))
     set_threads(run, comm)
     plan = all_or_none(comm, lambda: make_plan(_fit_stages(run, comm.size), comm.size))
+    check_same_layout(plan, comm)
     check_same_data(plan, comm)
     job = build_rank(plan, comm)
 
     def load(manifest: Manifest) -> Manifest:
         load_blocks(manifest, job.engine.blocks, "model")
+        _use_saved_statistics(manifest, job)
         return manifest
 
     manifest = load_newest(folder, load, job.groups.control)
@@ -159,6 +168,14 @@ def evaluate_run(
         "ranks": plan.layout.mesh.ranks,
         "stages": plan.layout.mesh.stages,
     }
+
+
+def _use_saved_statistics(manifest: Manifest, job: RankJob) -> None:
+    """Standardise inputs as the training did, whatever training split is there now."""
+    statistics = manifest.load_prefix("statistics/") if job.evaluator.needs_samples else {}
+    for split in (job.plan.data.train, job.plan.data.test):
+        if statistics and isinstance(split, Standardised):
+            split.use_statistics(statistics)
 
 
 def _read_run(folder: Path, overrides: Sequence[str]) -> RunConfig:

@@ -6,10 +6,12 @@ and the state of torch's global generators is restored.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
 
+import numpy as np
 import torch
 
 
@@ -38,3 +40,28 @@ def seeded(*parts: int | str, device: torch.device | None = None) -> Iterator[No
         torch.set_rng_state(cpu_state)
         if cuda is not None and cuda_state is not None:
             torch.cuda.set_rng_state(cuda_state, cuda)
+
+
+@contextmanager
+def fixed_random_numbers(number: int) -> Iterator[Callable[[], bool]]:
+    """Run the body with the global generators of torch, numpy and Python seeded by a number.
+
+    Their states are restored afterwards. Yields a function that says whether any has been used.
+    """
+    states = torch.get_rng_state(), np.random.get_state(legacy=False), random.getstate()
+    torch.default_generator.manual_seed(number)
+    np.random.seed(number)
+    random.seed(number)
+    start = _generator_states()
+    try:
+        yield lambda: _generator_states() != start
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+
+
+def _generator_states() -> tuple[bytes, bytes, object]:
+    numpy_state = np.random.get_state(legacy=False)["state"]
+    numpy_bytes = numpy_state["key"].tobytes() + bytes(str(numpy_state["pos"]), "ascii")
+    return torch.get_rng_state().numpy().tobytes(), numpy_bytes, random.getstate()

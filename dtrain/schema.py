@@ -146,10 +146,25 @@ def convert(value: Any, hint: Any, location: str) -> Any:
         matches, converted = _match_type(value, option, location)
         if matches:
             return converted
+    if is_quoted_number(value) and {int, float}.intersection(options):
+        raise ConfigError(
+            "run-file.quoted-number", f'{location} = "{value}" is a text: drop the quotes'
+        )
     legal = " or ".join(dict.fromkeys(_type_text(option) for option in options))
     raise ConfigError(
         "run-file.wrong-type", f"{location} = {toml_text(value)} does not fit: give {legal}"
     )
+
+
+def is_quoted_number(value: object) -> bool:
+    """Return whether a value is a text that reads as a number."""
+    if not isinstance(value, str):
+        return False
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
 
 
 def _union_members(hint: Any) -> list[Any]:

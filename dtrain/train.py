@@ -13,20 +13,29 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dtrain.build import RankJob, build_rank, check_same_data, set_threads
+from dtrain.build import (
+    RankJob,
+    build_rank,
+    check_same_data,
+    check_same_layout,
+    set_threads,
+)
 from dtrain.checkpoint import run_folder, store
 from dtrain.checkpoint.digest import model_digest
 from dtrain.checkpoint.manifest import read_manifest
 from dtrain.checkpoint.resume import (
     CHECKPOINT_FOLDER,
     ResumePoint,
+    check_same_model,
     check_same_run,
+    check_saved_data,
     find_checkpoint,
     find_resume_point,
 )
 from dtrain.comm.agree import all_or_none, broadcast_object
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
+from dtrain.data.dataset import Standardised
 from dtrain.data.sampler import epoch_order
 from dtrain.engine.trace import TRACE_FILE, Trace
 from dtrain.errors import ConfigError, DtrainError, Interrupted, add_location, one_line
@@ -37,6 +46,7 @@ from dtrain.monitoring.summary import make_summary
 from dtrain.planning import report
 from dtrain.planning.plan import Plan, make_plan
 from dtrain.schedules.segments import Segment
+from dtrain.schema import Table
 
 REPORT_DELAY_S = 2.0
 """Seconds by which a rank that fails after another one delays its report."""
@@ -64,13 +74,17 @@ def train(run: RunConfig, comm: Comm, out: Path, resume: str = "auto") -> dict[s
         point = find_resume_point(comm, out, resume)
         with_blocks = run.with_checkpoint_blocks(point.run_table)
         plan = all_or_none(comm, lambda: make_plan(with_blocks, comm.size))
-        check_same_data(plan, comm)
+        check_same_layout(plan, comm)
+        data_fingerprint = check_same_data(plan, comm)
         is_trained = point.updates >= plan.training_length.total_updates
         all_or_none(comm, lambda: check_same_run(out, point.run_table, plan.run, is_trained))
+        all_or_none(comm, lambda: check_saved_data(point.fingerprint, data_fingerprint))
         owner, attempt = broadcast_object(comm, lambda: _acquire_folder(out, resume, point))
         all_or_none(comm, lambda: run_folder.check_visible(out, comm.hosts[comm.rank]))
         comm.flight.set_folder(out / run_folder.FLIGHT_FOLDER)
         job = build_rank(plan, comm)
+        fingerprint = {"model": job.model_fingerprint, "data": data_fingerprint}
+        all_or_none(comm, lambda: check_same_model(point.fingerprint, job.model_fingerprint))
         totals, merged_replicas = _restore(job, point)
         totals.attempt = attempt
         progress = Progress(plan, comm, out, totals)
@@ -78,10 +92,11 @@ def train(run: RunConfig, comm: Comm, out: Path, resume: str = "auto") -> dict[s
             _write_plan(plan, totals, out)
         if plan.run.settings.trace:
             job.engine.trace = _start_trace(job, comm, out, totals)
-        progress.start(threads, merged_replicas)
+        copied_blocks = job.copied_blocks if point.checkpoint is None else []
+        progress.start(threads, merged_replicas, copied_blocks)
         for segment in plan.training_length.segments(totals.update):
             _train_segment(job, segment, totals, progress)
-            _finish_segment(job, segment, totals, progress, out)
+            _finish_segment(job, segment, totals, progress, out, fingerprint)
         summary = _finish_run(job, totals, out)
         progress.finish(summary)
         return summary
@@ -192,7 +207,12 @@ def _train_segment(job: RankJob, segment: Segment, totals: RunTotals, progress: 
 
 
 def _finish_segment(
-    job: RankJob, segment: Segment, totals: RunTotals, progress: Progress, out: Path
+    job: RankJob,
+    segment: Segment,
+    totals: RunTotals,
+    progress: Progress,
+    out: Path,
+    fingerprint: Table,
 ) -> None:
     """Evaluate and save if configured at this point, and report. Collective over all ranks."""
     eval_s = save_s = None
@@ -206,7 +226,7 @@ def _finish_segment(
         totals.tick()
         if saves:
             start = time.perf_counter()
-            _save_checkpoint(job, eval_weights, totals, out)
+            _save_checkpoint(job, eval_weights, totals, out, fingerprint)
             save_s = time.perf_counter() - start
     progress.end_segment(segment, eval_s, save_s)
     if job.groups.control.rank == 0:
@@ -228,17 +248,25 @@ def _evaluate(job: RankJob, eval_weights: EvalWeights, totals: RunTotals) -> Non
     totals.tested = totals.update
 
 
-def _save_checkpoint(job: RankJob, eval_weights: EvalWeights, totals: RunTotals, out: Path) -> None:
+def _save_checkpoint(
+    job: RankJob, eval_weights: EvalWeights, totals: RunTotals, out: Path, fingerprint: Table
+) -> None:
     """Write a checkpoint. Collective over all ranks."""
     run, engine, position = job.plan.run, job.engine, job.position
+    tensors = store.collect_tensors(engine.blocks, engine.syncs, eval_weights, position.replica)
+    train_split = job.plan.data.train
+    if position.replica == position.stage == 0 and isinstance(train_split, Standardised):
+        statistics = train_split.statistics()
+        tensors |= {f"statistics/{name}": tensor for name, tensor in statistics.items()}
     store.save(
         out / CHECKPOINT_FOLDER,
         f"replica-{position.replica}-stage-{position.stage}",
-        store.collect_tensors(engine.blocks, engine.syncs, eval_weights, position.replica),
+        tensors,
         run.to_table(),
         totals.state() | {"tied_names": dict(job.plan.layout.model.tied_names)},
         job.groups.control,
         run.checkpoint.keep,
+        fingerprint,
     )
 
 

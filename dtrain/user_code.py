@@ -40,6 +40,12 @@ def import_object(target: str, folder: Path, kind: str) -> Callable[..., Any]:
         The target is malformed, the module or the function is missing, or it cannot be called.
     """
     name, _, function = target.partition(":")
+    if "-" in name and all(part.isidentifier() for part in name.replace("-", "_").split(".")):
+        raise ConfigError(
+            "user-code.module-name-hyphen",
+            f"{kind} '{target}': Python cannot import a module whose name has a hyphen: rename "
+            f"the file to {name.replace('-', '_').replace('.', '/')}.py",
+        )
     if not all(part.isidentifier() for part in [*name.split("."), function]):
         raise ConfigError(
             "user-code.malformed-name", f"{kind} '{target}' is not of the form '{PATTERN}'"
@@ -122,6 +128,14 @@ def bind_arguments(
             raise unknown_key(f"in {section}", kebab(key), legal_keys)
     required = [p.name for p in named if p.default is p.empty]
     missing = [key for key in required if key not in fields and key not in context]
+    for key in missing:
+        for context_key in context:
+            if context_key in key or key in context_key:
+                raise ConfigError(
+                    "user-code.argument-name",
+                    f"{section} lacks {kebab(key)}: rename the argument '{key}' of the function to "
+                    f"'{context_key}', which is filled in, or set {kebab(key)} in the run file",
+                )
     if missing:
         raise ConfigError(
             "user-code.missing-argument",

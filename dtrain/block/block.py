@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn, optim
 
 from dtrain.block.micro_batch import MicroBatch
-from dtrain.block.module_traits import may_use_rng, works_in_place
-from dtrain.block.parameters import BlockParameters, OptimizerFactory
+from dtrain.block.module_traits import may_skip_parameters, may_use_rng, works_in_place
+from dtrain.block.optimizer import OptimizerFactory
+from dtrain.block.parameters import BlockParameters
 from dtrain.block.split_backward import SplitBackward
 from dtrain.rng import seeded
 
@@ -103,6 +104,8 @@ class Block(BlockParameters):
     ----------
     rng_layers, inplace_layers : set of str
         Names of the layers that may use random numbers, and that work in place.
+    may_skip_parameters : bool
+        Whether some micro-batches may leave out parameters that others use.
     layer_outputs, taps : dict of str to Tensor
         Of the present forward; see `MicroBatch`.
     split_backward : SplitBackward or None
@@ -133,6 +136,7 @@ class Block(BlockParameters):
         self.rng_layers = {name for name, layer in self.layers.items() if may_use_rng(layer)}
         self.head_uses_rng = head is not None and may_use_rng(head)
         self.inplace_layers = {name for name, layer in self.layers.items() if works_in_place(layer)}
+        self.may_skip_parameters = any(map(may_skip_parameters, roots.values()))
         self.layer_outputs: dict[str, Tensor] = {}
         self.taps: dict[str, Tensor] = {}
         self.split_backward: SplitBackward | None = None

@@ -254,5 +254,9 @@ def merged_parameters(layer: nn.Module) -> Iterator[Tensor]:
 
 
 def is_factorizable(module: nn.Module) -> bool:
-    """Return whether the weight of a layer can be factorized: a plain parameter, not a product."""
-    return isinstance(module, LOW_RANK_LAYERS) and isinstance(module.weight, nn.Parameter)
+    """Return whether the weight of a layer can be factorized: a real parameter, not a product."""
+    return (
+        isinstance(module, LOW_RANK_LAYERS)
+        and isinstance(module.weight, nn.Parameter)
+        and not module.weight.is_complex()
+    )

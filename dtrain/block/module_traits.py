@@ -1,12 +1,16 @@
-"""Traits of a layer besides its output: it may use random numbers, and it may work in place.
+"""Traits of a layer besides its output: it may use random numbers, work in place, or skip parts.
 
 Invariant: only types and attributes of modules are read; nothing is run. A module of an unknown
-type counts as one that uses random numbers.
+type counts as one that uses random numbers, and as one that may skip its parameters.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from dtrain.block.split_backward import LEAF_MODULES
 
@@ -34,6 +38,32 @@ def may_use_rng(layer: nn.Module) -> bool:
     only with an attribute ``uses_rng = False``.
     """
     return not all(_is_deterministic(module) for module in layer.modules())
+
+
+def may_skip_parameters(module: nn.Module) -> bool:
+    """Return whether some forwards may leave out parameters that others use.
+
+    The forwards of torch and dtrain use the same parameters every time; others may branch.
+    """
+    return not all(
+        type(part).forward.__module__.startswith(("torch.nn.", "dtrain."))
+        for part in module.modules()
+    )
+
+
+def first_replica_buffers(module: nn.Module) -> Sequence[str]:
+    """Return the names of a module's buffers that have no mean: one replica's are right for all.
+
+    These are the singular vectors of spectral norm, whose means over replicas may cancel, and the
+    buffers that a user's module lists in an attribute ``first_replica_buffers``.
+    """
+    names = [*getattr(module, "first_replica_buffers", ())]
+    if isinstance(module, _SpectralNorm):
+        names += ["_u", "_v"]
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, SpectralNorm):
+            names += [f"{hook.name}_u", f"{hook.name}_v"]
+    return names
 
 
 def _is_deterministic(module: nn.Module) -> bool:

@@ -1,20 +1,28 @@
-"""The optimizers of `torch.optim` by name, and gradient clipping.
+"""The optimizers of `torch.optim` by name, parameter groups, and gradient clipping.
 
-Invariant: one optimizer per block. An unknown name or field is an error before anything is built.
-Clipping leaves finite gradients finite.
+Invariant: one optimizer per block, which may be a `CompositeOptimizer`. An unknown name or field is
+an error before anything is built. Clipping leaves finite gradients finite.
+
+::
+
+    [optimizer]         matrices      | decay | no-decay |      groups of one optimizer
+    [optimizer.rest]    all others    | decay | no-decay |      groups of a second one
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn, optim
 
 from dtrain.errors import ConfigError, unknown_name
+from dtrain.schema import is_quoted_number
 
 
 def scale_lr_and_momentum(
@@ -40,7 +48,7 @@ UNSUPPORTED = {"lbfgs", "sparseadam", "optimizer"}
 """LBFGS evaluates its loss several times per step, SparseAdam needs sparse gradients."""
 
 
-EXTRA_KEYS = ("clip", "clip_over", "scale_from")
+EXTRA_KEYS = ("clip", "clip_over", "scale_from", "no_decay", "rest")
 """Keys of [optimizer] that are not fields of torch's optimizers; see `ClipSection`."""
 
 
@@ -65,45 +73,218 @@ def optimizer_classes() -> dict[str, type[optim.Optimizer]]:
     }
 
 
-def check_optimizer(name: str, fields: Mapping[str, Any]) -> None:
+def check_optimizer(
+    name: str,
+    fields: Mapping[str, Any],
+    section: str = "optimizer",
+    extra_keys: Sequence[str] = EXTRA_KEYS,
+) -> None:
     """Raise `ConfigError` for an unknown optimizer or field, or a value that torch rejects."""
     legal_fields = list(inspect.signature(_optimizer_class(name)).parameters)[1:]
-    for field in fields:
+    for field, value in fields.items():
         if field not in legal_fields:
             raise unknown_name(
-                f"key in [optimizer] of '{name}'",
+                f"key in [{section}] of '{name}'",
                 field.replace("_", "-"),
-                (legal.replace("_", "-") for legal in (*legal_fields, *EXTRA_KEYS)),
+                (legal.replace("_", "-") for legal in (*legal_fields, *extra_keys)),
                 key="run-file.unknown-key",
+            )
+        if is_quoted_number(value):
+            raise ConfigError(
+                "run-file.quoted-number",
+                f'[{section}] {field.replace("_", "-")} = "{value}" is a text: drop the quotes',
             )
     make_optimizer(name, fields, [nn.Parameter(torch.zeros(2, 2))])
 
 
+class NamedParameter(NamedTuple):
+    """A parameter with its global name, and the class of the module that holds it."""
+
+    name: str
+    parameter: nn.Parameter
+    module_class: str
+
+    @property
+    def is_hidden_matrix(self) -> bool:
+        """Whether it is a real matrix, but no embedding; muon is made for these."""
+        parameter = self.parameter
+        is_embedding = self.module_class.startswith("Embedding")
+        return parameter.dim() == 2 and not parameter.is_complex() and not is_embedding
+
+    def matches(self, pattern: str) -> bool:
+        """Return whether its name, or the class of its module, contains a pattern; any case."""
+        return pattern.lower() in self.name.lower() or pattern.lower() in self.module_class.lower()
+
+
+OptimizerFactory = Callable[[Sequence[NamedParameter]], optim.Optimizer]
+"""Makes the optimizer of a block from its trained parameters."""
+
+
+@final
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """An optimizer that a run file describes; call it with parameters to make one.
+
+    Attributes
+    ----------
+    name, fields
+        Those of `make_optimizer`.
+    no_decay : tuple of str
+        Parameters that match any of these patterns have a weight decay of 0.
+    rest : OptimizerSettings or None
+        The optimizer of all parameters that are no hidden matrices; None: there is one for all.
+    """
+
+    name: str
+    fields: Mapping[str, Any]
+    no_decay: tuple[str, ...] = ()
+    rest: OptimizerSettings | None = None
+
+    def __call__(self, parameters: Sequence[NamedParameter]) -> optim.Optimizer:
+        """Return the optimizer of these parameters, of which there is at least one."""
+        if self.rest is None:
+            return self._make(parameters)
+        matrices = [parameter for parameter in parameters if parameter.is_hidden_matrix]
+        others = [parameter for parameter in parameters if not parameter.is_hidden_matrix]
+        optimizers = [self._make(matrices)] if matrices else []
+        return combine_optimizers([*optimizers, *([self.rest._make(others)] if others else [])])
+
+    def _make(self, parameters: Sequence[NamedParameter]) -> optim.Optimizer:
+        no_decay = [p for p in parameters if any(map(p.matches, self.no_decay))]
+        names = {parameter.name for parameter in no_decay}
+        return make_optimizer(
+            self.name,
+            self.fields,
+            [p.parameter for p in parameters if p.name not in names],
+            [p.parameter for p in no_decay],
+        )
+
+
 def make_optimizer(
-    name: str, fields: Mapping[str, Any], parameters: Iterable[nn.Parameter]
+    name: str,
+    fields: Mapping[str, Any],
+    parameters: Iterable[nn.Parameter],
+    no_decay: Iterable[nn.Parameter] = (),
 ) -> optim.Optimizer:
-    """Return the optimizer `name` over `parameters`, which it updates in place.
+    """Return the optimizer `name` over `parameters` and, without weight decay, over `no_decay`.
 
     On the CPU it takes torch's fused step where there is one, unless a field selects another
-    implementation: the same rule up to rounding, in one pass over memory.
+    implementation: the same rule up to rounding, in one pass over memory. Complex parameters have
+    no fused step.
 
     Raises
     ------
     ConfigError
-        torch rejects a field.
+        torch rejects a field, or the shape of a parameter.
     """
-    trainable = list(parameters)
+    decaying, undecayed, optimizers = list(parameters), list(no_decay), []
+    for is_complex in (False, True):
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in decaying if p.is_complex() == is_complex]},
+            {
+                "params": [p for p in undecayed if p.is_complex() == is_complex],
+                "weight_decay": 0.0,
+            },
+        ]
+        groups = [group for group in groups if group["params"]]
+        optimizers += [_make_plain_optimizer(name, fields, groups)] if groups else []
+    return combine_optimizers(optimizers)
+
+
+def _make_plain_optimizer(
+    name: str, fields: Mapping[str, Any], groups: list[dict[str, Any]]
+) -> optim.Optimizer:
+    """Return one optimizer of torch over parameter groups."""
+    trainable = [parameter for group in groups for parameter in group["params"]]
     optimizer_class = _optimizer_class(name)
+    if "weight_decay" not in inspect.signature(optimizer_class).parameters and any(
+        "weight_decay" in group for group in groups
+    ):
+        raise ConfigError(
+            "optimizer.no-decay-without-weight-decay",
+            f"[optimizer] no-decay is for optimizers with weight-decay, which '{name}' has not: "
+            "leave it out",
+        )
     fused = _fused_option(optimizer_class, fields, trainable)
     try:
-        optimizer = optimizer_class(trainable, **fields, **fused)
+        optimizer = optimizer_class(groups, **fields, **fused)
     except (TypeError, ValueError, RuntimeError, LookupError, AssertionError) as error:
+        _refuse_other_shapes(name, fields, trainable)
         raise ConfigError(
             "optimizer.rejected", f"[optimizer] '{name}' rejects {dict(fields)}: {error}"
         ) from error
     if optimizer.defaults.get("fused"):
         optimizer.register_step_pre_hook(_prepare_fused_step)
     return optimizer
+
+
+def _refuse_other_shapes(
+    name: str, fields: Mapping[str, Any], parameters: Sequence[nn.Parameter]
+) -> None:
+    """Refuse parameters that are no matrices where the optimizer takes nothing else."""
+    others = [parameter for parameter in parameters if parameter.dim() != 2]
+    try:
+        _optimizer_class(name)([nn.Parameter(torch.zeros(2, 2))], **fields)
+    except Exception:  # then the fields are at fault
+        return
+    if others:
+        raise ConfigError(
+            "optimizer.needs-matrices",
+            f"[optimizer] '{name}' takes matrices only, but {len(others)} parameters of a block "
+            f"have other shapes, such as {tuple(others[0].shape)}: give them an optimizer in "
+            'a table [optimizer.rest], such as name = "adamw" and an lr',
+        )
+
+
+def combine_optimizers(optimizers: Sequence[optim.Optimizer]) -> optim.Optimizer:
+    """Return the only optimizer, or all of them as one."""
+    return optimizers[0] if len(optimizers) == 1 else CompositeOptimizer(optimizers)
+
+
+@final
+class CompositeOptimizer(optim.Optimizer):
+    """Several optimizers that step together.
+
+    Parameter groups and states are those of the parts, not copies: a learning rate that is set
+    here acts there.
+    """
+
+    def __init__(self, optimizers: Sequence[optim.Optimizer]) -> None:
+        self.optimizers = list(optimizers)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        super().__init__(groups, {})
+        self._share_parts()
+
+    def _share_parts(self) -> None:
+        """Use the parameter groups of the parts, and one state for all."""
+        self.param_groups = [group for part in self.optimizers for group in part.param_groups]
+        self.state: defaultdict[Tensor, Any] = defaultdict(dict)
+        for part in self.optimizers:
+            self.state.update(part.state)
+            part.state = self.state
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Take the steps of all parts."""
+        assert closure is None
+        for part in self.optimizers:
+            part.step()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the states of all parts; parameters are numbered in the order of the groups."""
+        start = 0
+        for part in self.optimizers:
+            own_groups = part.param_groups
+            count = sum(len(group["params"]) for group in own_groups)
+            state = {n: state_dict["state"].get(start + n) for n in range(count)}
+            part.state = defaultdict(dict)
+            part.load_state_dict(
+                {
+                    "state": {n: entries for n, entries in state.items() if entries is not None},
+                    "param_groups": part.state_dict()["param_groups"],
+                }
+            )
+            start += count
+        self._share_parts()
 
 
 def _fused_option(

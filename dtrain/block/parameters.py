@@ -1,6 +1,7 @@
 """Parameters, buffers and optimizer state of a block, by global names.
 
-Invariant: a name means the same tensor on every rank and in every file. A matrix that is factorized
+Invariant: a name means the same tensor on every rank and in every file, whether its layer is
+compiled by `torch.compile` or not. A matrix that is factorized
 keeps its name; its factors are ``<name>.left`` and ``<name>.right``, and ``<name>.core`` where
 there are three.
 """
@@ -12,11 +13,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn, optim
+from torch import Tensor, nn
 
+from dtrain.block.complex_tensors import real_view
 from dtrain.block.low_rank import FACTOR_NAMES, FACTORS_MODULE, LowRankWeight, is_factorizable
+from dtrain.block.module_traits import first_replica_buffers
+from dtrain.block.optimizer import NamedParameter, OptimizerFactory
 
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], optim.Optimizer]
+WRAPPER = "_orig_mod"
+"""Name of a module inside the one that `torch.compile` returns for it."""
 
 
 class BlockParameters:
@@ -65,7 +70,7 @@ class BlockParameters:
     def _collect_parameters(self) -> None:
         """Collect the parameters in their initial order."""
         named = [
-            (self._global_name(join(root, name)), parameter)
+            (self._global_name(plain_name(join(root, name))), parameter)
             for root, module in self.roots.items()
             for name, parameter in module.named_parameters()
         ]
@@ -91,18 +96,31 @@ class BlockParameters:
     def _build_optimizer(self) -> None:
         self._collect_parameters()
         self.trainable_parameters = [p for p in self.parameters.values() if p.requires_grad]
-        self.optimizer = (
-            self._make_optimizer(self.trainable_parameters) if self.trainable_parameters else None
-        )
+        named = self.named_parameters()
+        self.optimizer = self._make_optimizer(named) if named else None
         groups = self.optimizer.param_groups if self.optimizer else []
         self.base_lrs = [float(group["lr"]) for group in groups]
         self.base_lr = self.base_lrs[0] if self.base_lrs else 0.0
+
+    def named_parameters(self) -> list[NamedParameter]:
+        """Return the trained parameters with their names and the classes of their modules."""
+        modules = self.modules()
+
+        def module_class(name: str) -> str:
+            owner = modules.get(matrix_name(name).rpartition(".")[0])
+            return type(owner).__name__
+
+        return [
+            NamedParameter(name, parameter, module_class(name))
+            for name, parameter in self.parameters.items()
+            if parameter.requires_grad
+        ]
 
     @property
     def buffers(self) -> dict[str, Tensor]:
         """The buffers by global name, looked up anew since a layer may rebind its own."""
         return {
-            join(root, name): tensor
+            plain_name(join(root, name)): tensor
             for root, module in self.roots.items()
             for name, tensor in module.named_buffers()
         }
@@ -113,13 +131,22 @@ class BlockParameters:
 
         Left out are the buffers that their module lists in an attribute ``identical_buffers``.
         """
-        identical = {
-            ".".join(filter(None, (root, path, name)))
+        identical = self._listed_buffers(lambda m: getattr(m, "identical_buffers", ()))
+        return {name: buffer for name, buffer in self.buffers.items() if name not in identical}
+
+    @property
+    def first_replica_buffers(self) -> set[str]:
+        """The names of the unsynced buffers that are not averaged, but those of replica 0."""
+        return self._listed_buffers(first_replica_buffers)
+
+    def _listed_buffers(self, list_names: Callable[[nn.Module], Iterable[str]]) -> set[str]:
+        """Return the global names of the buffers that a function lists for their modules."""
+        return {
+            plain_name(".".join(filter(None, (root, path, name))))
             for root, layer in self.roots.items()
             for path, module in layer.named_modules()
-            for name in getattr(module, "identical_buffers", ())
+            for name in list_names(module)
         }
-        return {name: buffer for name, buffer in self.buffers.items() if name not in identical}
 
     # ---- the optimizer
 
@@ -135,29 +162,54 @@ class BlockParameters:
                 group["lr"] = base_lr * lr_factor
 
     def gradients(self) -> list[Tensor]:
-        """Return the gradients of all trained parameters; missing ones become zeros."""
-        for parameter in self.trainable_parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        return [p.grad for p in self.trainable_parameters if p.grad is not None]
+        """Return the gradients of the trained parameters that have one, complex as `real_view`."""
+        return [real_view(p.grad) for p in self.trainable_parameters if p.grad is not None]
+
+    def fill_gradients(self) -> list[nn.Parameter]:
+        """Give gradients of zero to the trained parameters without one; return those parameters.
+
+        `drop_gradients` removes them again: the optimizer leaves a parameter without a gradient
+        unchanged, weight decay and momentum included.
+        """
+        missing = [p for p in self.trainable_parameters if p.grad is None]
+        for parameter in missing:
+            parameter.grad = torch.zeros_like(parameter)
+        return missing
+
+    @staticmethod
+    def drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
+        """Remove the gradients of parameters."""
+        for parameter in parameters:
+            parameter.grad = None
 
     # ---- factorized matrices
 
     def factorizable_weights(self, include_first: bool = False) -> list[str]:
         """Return the names of the trained weights that can be factorized.
 
-        These are the weights of linear and convolution layers. Left out are heads, the last such
-        weight of the model, and the first one unless `include_first`.
+        These are the weights of linear and convolution layers. Left out are heads, compiled
+        modules, the last such weight of the model, and the first one unless `include_first`.
         """
+        compiled = self._compiled_names()
         names = [
             f"{name}.weight"
             for name, module in self.modules().items()
             if not is_head_name(name)
             and is_factorizable(module)
             and self.parameters[f"{name}.weight"].requires_grad
+            and name not in compiled
         ]
         holds_first, holds_last = self.model_ends
         return names[holds_first and not include_first : len(names) - holds_last]
+
+    def _compiled_names(self) -> set[str]:
+        """Return the global names of the modules inside those that `torch.compile` returned."""
+        return {
+            plain_name(join(root, name))
+            for root, layer in self.roots.items()
+            for name, _ in layer.named_modules()
+            if WRAPPER in name.split(".")
+        }
 
     def matrix_shape(self, name: str) -> tuple[int, int]:
         """Return rows and columns of a weight as a matrix (shape[0], product of the others)."""
@@ -196,8 +248,12 @@ class BlockParameters:
         return {name: t.detach() for name, t in {**self.parameters, **self.buffers}.items()}
 
     def trainable_tensors(self) -> dict[str, Tensor]:
-        """Return the trained parameters by global name, detached, not copied."""
-        return {name: p.detach() for name, p in self.parameters.items() if p.requires_grad}
+        """Return the trained parameters by global name, detached, not copied.
+
+        A complex one is returned as `real_view`, so that syncs need no complex arithmetic.
+        """
+        trained = {name: p for name, p in self.parameters.items() if p.requires_grad}
+        return {name: real_view(parameter.detach()) for name, parameter in trained.items()}
 
     def merged_tensors(self) -> dict[str, Tensor]:
         """Return parameters and buffers by global name, products in place of their factors."""
@@ -247,21 +303,20 @@ class BlockParameters:
         """Load a state that `optimizer_state` returned."""
         if self.optimizer is None:
             return
-        numbers = {
-            id(parameter): number for number, parameter in enumerate(self.trainable_parameters)
-        }
+        groups = self.optimizer.state_dict()["param_groups"]
+        in_order = [p for group in self.optimizer.param_groups for p in group["params"]]
+        numbers = {id(parameter): number for number, parameter in enumerate(in_order)}
         state: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
         for name, tensor in optimizer_state.items():
             parameter, _, entry = name.rpartition("/")
             state[numbers[id(self.parameters[parameter])]][entry] = tensor
-        groups = self.optimizer.state_dict()["param_groups"]
         # `load_state_dict` moves each entry to the right device.
         self.optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
 
     def modules(self) -> dict[str, nn.Module]:
-        """Return all modules by global name."""
+        """Return all modules by global name; a compiled one is the module that was compiled."""
         return {
-            join(root, name): module
+            plain_name(join(root, name)): module
             for root, layer in self.roots.items()
             for name, module in layer.named_modules()
         }
@@ -279,6 +334,17 @@ def is_head_name(name: str) -> bool:
 def join(root: str, name: str) -> str:
     """Return the global name of a part of a root; a root without a name adds nothing."""
     return f"{root}.{name}".strip(".")
+
+
+def plain_name(name: str) -> str:
+    """Return a dotted name without the wrappers of modules that `torch.compile` returned.
+
+    >>> plain_name("0._orig_mod.weight")
+    '0.weight'
+    """
+    if WRAPPER not in name:
+        return name
+    return ".".join(part for part in name.split(".") if part != WRAPPER)
 
 
 def matrix_name(name: str) -> str:

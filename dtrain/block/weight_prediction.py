@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, optim
 
+from dtrain.block.complex_tensors import real_view
 from dtrain.schedules.weight_policy import Prediction
 
 ParameterState = Mapping[str, Any]
@@ -34,6 +35,7 @@ VELOCITY_PREDICTIONS = ("velocity", "coasting", "spectrain")
 def predict_weights(
     prediction: Prediction,
     optimizer: optim.Optimizer,
+    parameters: Sequence[Tensor],
     steps: float,
     previous_weights: Sequence[Tensor] | None,
 ) -> list[Tensor]:
@@ -43,23 +45,25 @@ def predict_weights(
 
     Parameters
     ----------
+    parameters : sequence of Tensor
+        The parameters, in the order of the result.
     previous_weights : sequence of Tensor, optional
         The parameters before the last update, for "difference".
     """
     predicted: list[Tensor] = []
-    decoupled = isinstance(optimizer, optim.AdamW)
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     with torch.no_grad():
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                state = optimizer.state.get(parameter, {})
-                weights = parameter.detach().clone()
-                if prediction == "difference":
-                    if previous_weights is not None:
-                        weights.add_(weights - previous_weights[len(predicted)], alpha=steps)
-                elif state:
-                    decay = group["weight_decay"] if decoupled else 0.0
-                    _extrapolate(prediction, weights, state, group, steps, decay)
-                predicted.append(weights)
+        for parameter in parameters:
+            state, group = optimizer.state.get(parameter, {}), groups[id(parameter)]
+            weights = parameter.detach().clone()
+            if prediction == "difference":
+                if previous_weights is not None:
+                    weights.add_(weights - previous_weights[len(predicted)], alpha=steps)
+            elif state:
+                decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, optim.AdamW))
+                decay = group["weight_decay"] if decoupled else 0.0
+                _extrapolate(prediction, weights, state, group, steps, decay)
+            predicted.append(weights)
     return predicted
 
 
@@ -73,6 +77,10 @@ def _extrapolate(
 ) -> None:
     """Move a copy of a parameter along its optimizer's state, and along decoupled weight decay."""
     lr = float(group["lr"])
+    weights = real_view(weights)
+    state = {
+        key: real_view(torch.as_tensor(value)) for key, value in state.items() if value is not None
+    }
     velocity = state.get("momentum_buffer")
     if velocity is not None:
         momentum = group["momentum"]

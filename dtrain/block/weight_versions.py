@@ -137,9 +137,14 @@ class WeightVersions:
         )
 
     def _predict(self, steps: float) -> list[Tensor]:
-        assert self.block.optimizer is not None
+        block = self.block
+        assert block.optimizer is not None
         return predict_weights(
-            self.policy.prediction, self.block.optimizer, steps, self._previous_weights
+            self.policy.prediction,
+            block.optimizer,
+            block.trainable_parameters,
+            steps,
+            self._previous_weights,
         )
 
     def _copy_weights(self) -> list[Tensor]:

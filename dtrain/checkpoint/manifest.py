@@ -49,6 +49,8 @@ class Manifest:
         The shard of every key.
     hashes : dict of str to str
         SHA-256 of every shard.
+    fingerprint : dict
+        What identifies model and data; empty in checkpoints of earlier versions.
     """
 
     folder: Path
@@ -56,6 +58,7 @@ class Manifest:
     state: dict[str, Any]
     files: dict[str, str]
     hashes: dict[str, str]
+    fingerprint: dict[str, Any] = field(default_factory=dict)
     _intact: set[str] = field(default_factory=set, repr=False, compare=False)
 
     @property
@@ -199,7 +202,8 @@ def read_manifest(folder: Path) -> Manifest:
         shards = content["shards"]
         files = {key: name for name, shard in shards.items() for key in shard["keys"]}
         hashes = {name: shard["sha256"] for name, shard in shards.items()}
-        return Manifest(folder, content["run"], content["state"], files, hashes)
+        fingerprint = content.get("fingerprint", {})
+        return Manifest(folder, content["run"], content["state"], files, hashes, fingerprint)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
             "checkpoint.manifest-damaged",

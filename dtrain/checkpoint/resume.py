@@ -6,11 +6,13 @@ device and reporting may change; the length not where learning rates or phases d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
 
 from dtrain.checkpoint.manifest import Manifest, latest_checkpoint, load_latest
 from dtrain.checkpoint.run_folder import OWNER_FILE
@@ -62,18 +64,26 @@ class ResumePoint:
         The resolved run that wrote it.
     updates : int
         Updates that it holds.
+    fingerprint : dict
+        What identifies its model and its data; empty where that is not known.
     """
 
     checkpoint: str | None = None
     run_table: Table | None = None
     updates: int = 0
+    fingerprint: Table = field(default_factory=dict)
 
     @staticmethod
     def from_manifest(manifest: Manifest | None) -> ResumePoint:
         """Return the resume point of a checkpoint, or of none."""
         if manifest is None:
             return ResumePoint()
-        return ResumePoint(str(manifest.folder), manifest.run_table, int(manifest.state["update"]))
+        return ResumePoint(
+            str(manifest.folder),
+            manifest.run_table,
+            int(manifest.state["update"]),
+            manifest.fingerprint,
+        )
 
 
 def find_resume_point(comm: Comm, out: Path, resume: str) -> ResumePoint:
@@ -231,6 +241,72 @@ def check_same_run(
             f"cannot resume with another length, on which the {part} depend: "
             f"{', '.join(length)}; restore it, or choose another --out than {out}",
         )
+
+
+def check_same_model(saved: Table, current: Mapping[str, str]) -> None:
+    """Refuse a model whose tensors are not those of the checkpoint.
+
+    Parameters
+    ----------
+    saved : dict
+        The fingerprint of the checkpoint.
+    current : mapping of str to str
+        Shape and dtype of every parameter and buffer of the model, by name.
+
+    Raises
+    ------
+    ConfigError
+        It names the first tensor that differs.
+    """
+    old = saved.get("model")
+    if old is None or old == current:
+        return
+    name = next(name for name in sorted({**old, **current}) if old.get(name) != current.get(name))
+    raise ConfigError(
+        "resume.model-changed",
+        f"cannot resume: the model has changed since the checkpoint: '{name}' was "
+        f"{old.get(name, 'absent')} and is {current.get(name, 'absent')}; put it back, or choose "
+        "another --out",
+    )
+
+
+def check_saved_data(saved: Table, current: Mapping[str, Any]) -> None:
+    """Refuse data that are not those of the checkpoint.
+
+    Parameters
+    ----------
+    saved : dict
+        The fingerprint of the checkpoint.
+    current : mapping
+        That of the data, as `data_fingerprint` returns it.
+
+    Raises
+    ------
+    ConfigError
+        It names the first part that differs.
+    """
+    old = saved.get("data")
+    if old is None:
+        return
+    for part, value in current.items():
+        if not _is_same(old.get(part), value):
+            change = "" if isinstance(value, list) else f" (was {old.get(part)}, is {value})"
+            raise ConfigError(
+                "resume.data-changed",
+                f"cannot resume: the data have changed since the checkpoint: {part}{change}; put "
+                "them back, or choose another --out",
+            )
+
+
+def _is_same(old: Any, new: Any) -> bool:
+    """Return whether two parts of a fingerprint are equal, numbers up to rounding."""
+    if not isinstance(new, list):
+        return bool(old == new)
+    return (
+        isinstance(old, list)
+        and len(old) == len(new)
+        and np.allclose(old, new, rtol=1e-4, atol=1e-6, equal_nan=True)
+    )
 
 
 def length_dependent_parts(run: RunConfig) -> Iterator[str]:

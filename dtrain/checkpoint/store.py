@@ -8,8 +8,10 @@ tensors whichever rank wrote them. Nothing is ever unpickled.
 
     checkpoints/
       update-00000072/
-        manifest.json            update, run table, counters; file, bytes, sha256 and keys per shard
+        manifest.json            update, run table, counters, fingerprint of model and data;
+                                 file, bytes, sha256 and keys per shard
         replica-0-stage-0.h5     model/fc1.weight            evaluated and exported
+                                 statistics/mean             of the training inputs, by channel
                                  replica/0/optimizer/fc1.weight/exp_avg
         replica-0-stage-1.h5     ...
 """
@@ -42,6 +44,7 @@ def save(
     state: dict[str, Any],
     control: Comm,
     keep: int,
+    fingerprint: dict[str, Any] | None = None,
 ) -> None:
     """Write one checkpoint. Collective over `control`.
 
@@ -57,6 +60,8 @@ def save(
         For the manifest; those of rank 0 are written.
     keep : int
         Number of complete checkpoints that remain, this one included.
+    fingerprint : dict, optional
+        What identifies model and data, for the manifest; that of rank 0 is written.
 
     Raises
     ------
@@ -77,7 +82,8 @@ def save(
     if control.rank == 0:
         shards = {row.pop("file"): row for row in rows if row is not None}
         with _convert_write_errors(part):
-            _commit(part, final, {"run": run_table, "state": state, "shards": shards})
+            manifest = {"run": run_table, "state": state, "fingerprint": fingerprint or {}}
+            _commit(part, final, manifest | {"shards": shards})
             for old in sorted(folder.glob("update-*"))[:-keep]:
                 _remove(old)
     control.allgather_object("done")

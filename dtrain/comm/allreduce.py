@@ -113,7 +113,7 @@ class MeanReduction(Request):
             return
         topology = transport.topology
         transport.flight.note("mean", self.describe(), "of", transport.name)
-        self._flats = [staging.to_host(tensor).view(-1) for tensor in tensors]
+        self._flats = [_flat_reals(staging.to_host(tensor)) for tensor in tensors]
         self._pieces = cut_pieces(self._flats, topology.pieces_per_round)
         one_node = len(topology.nodes) == 1
         max_lanes = max(INTRA_NODE_LANES, transport.size) if one_node else MAX_LANES
@@ -130,7 +130,7 @@ class MeanReduction(Request):
         self._lanes = other_lanes + [lane for lane in lanes if next(lane, self) is not self]
         if not self._lanes:
             for tensor, flat in zip(self._tensors, self._flats, strict=True):
-                copy_back(tensor, flat)
+                copy_back(tensor, flat.view(tensor.dtype))
             self._done = True
             seconds = time.perf_counter() - self.start_time
             self._transport.flight.note(
@@ -311,11 +311,20 @@ def _cut_one_dtype(flats: list[Tensor], pieces_per_round: int) -> list[Piece]:
     return pieces
 
 
+def _real_dtype(dtype: torch.dtype) -> torch.dtype:
+    return dtype.to_real() if dtype.is_complex else dtype
+
+
+def _flat_reals(tensor: Tensor) -> Tensor:
+    """Return a contiguous tensor as one dimension of real numbers, two for each complex number."""
+    return tensor.view(-1).view(_real_dtype(tensor.dtype))
+
+
 def _check_tensors(tensors: Sequence[Tensor]) -> None:
     """Refuse tensors that have no mean or cannot be overwritten."""
     for number, tensor in enumerate(tensors):
         require_dense(tensor, "mean_", number)
-        if tensor.dtype not in SUM_DTYPES:
+        if _real_dtype(tensor.dtype) not in SUM_DTYPES:
             legal = ", ".join(str(dtype) for dtype in SUM_DTYPES)
             raise TypeError(
                 f"mean_ of {tensor.dtype} (tensor {number}, shape {tuple(tensor.shape)}): "

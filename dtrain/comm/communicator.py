@@ -250,8 +250,8 @@ class Comm:
         Parameters
         ----------
         tensors : sequence of Tensor, or mapping of str to Tensor
-            float64, float32, bfloat16 or float16; the same shapes on all ranks. The errors of the
-            debug mode show the names.
+            float64, float32, bfloat16, float16 or complex, a pair of these; the same shapes on all
+            ranks. The errors of the debug mode show the names.
         weight : float, optional
             Weight of this rank, 1/size by default; the weights need not add up to 1.
 

@@ -110,6 +110,7 @@ def parse_run(table: Mapping[str, Any], path: Path, overrides: Sequence[str] = (
         )
     data_keys, dataset = _split_keys(sections["data"], DataSection)
     model_keys, model = _split_keys(sections["model"], ModelSection)
+    rest = _take_rest(sections["optimizer"])
     optimizer_keys, optimizer = _split_keys(sections["optimizer"], OptimizerSection)
     defaults = {"objective": "mono-forward", "sync": "every-step", "lr": "constant"}
     strategies = {
@@ -138,6 +139,7 @@ def parse_run(table: Mapping[str, Any], path: Path, overrides: Sequence[str] = (
         evaluate=from_table(EvaluateSection, sections["evaluate"], "[evaluate] "),
         log=from_table(LogSection, sections["log"], "[log] "),
         task=_task(sections["task"], path.parent),
+        optimizer_rest=rest,
     )
     validate_run(run)
     return run
@@ -151,7 +153,18 @@ def _section(table: Mapping[str, Any], name: str) -> Table:
             "run-file.no-table",
             f'{name} is a table: write [{name}] and name = "{section}" under it',
         )
-    return section
+    return dict(section)
+
+
+def _take_rest(optimizer: Table) -> StrategyChoice | None:
+    """Remove ``[optimizer.rest]`` from the table of the optimizer and return its choice."""
+    rest = optimizer.pop("rest", None)
+    if rest is not None and not isinstance(rest, dict):
+        raise ConfigError(
+            "run-file.no-table",
+            f'optimizer.rest is a table: write [optimizer.rest] and name = "{rest}" under it',
+        )
+    return None if rest is None else _choice(rest, "optimizer.rest")
 
 
 def _split_keys(table: Table, kind: type) -> tuple[Table, Table]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dtrain.block.lr_schedule import LRSchedule
-from dtrain.block.optimizer import DEFAULT_LR, scale_lr_and_momentum
+from dtrain.block.optimizer import DEFAULT_LR, OptimizerSettings, scale_lr_and_momentum
 from dtrain.config.sections import (
     CheckpointSection,
     DataSection,
@@ -49,6 +49,8 @@ class RunConfig:
         The run file; relative paths and imports start in its folder.
     overrides : tuple of str
         The ``--set`` options, as they were typed.
+    optimizer_rest : StrategyChoice or None
+        The optimizer of the parameters that are no hidden matrices; None: `optimizer` has all.
     """
 
     path: Path
@@ -70,6 +72,7 @@ class RunConfig:
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
     log: LogSection = field(default_factory=LogSection)
     task: Task = DEFAULT_TASK
+    optimizer_rest: StrategyChoice | None = None
 
     def __post_init__(self) -> None:
         """Name the strategies that were given as plain instances."""
@@ -101,9 +104,21 @@ class RunConfig:
         """Return a fresh copy of the sync; every block needs one of its own."""
         return copy.deepcopy(self.sync.instance)
 
-    def optimizer_fields(self) -> Table:
-        """Return the optimizer's fields, with lr and momentum scaled to the run's batch size."""
-        fields, reference = dict(self.optimizer.fields), self.optimizer_options.scale_from
+    def optimizer_settings(self) -> OptimizerSettings:
+        """Return the optimizer, with lr and momentum scaled to the run's batch size."""
+        no_decay, rest = self.optimizer_options.no_decay, self.optimizer_rest
+        return OptimizerSettings(
+            self.optimizer.name,
+            self._scale_fields(self.optimizer.fields),
+            no_decay,
+            None
+            if rest is None
+            else OptimizerSettings(rest.name, self._scale_fields(rest.fields), no_decay),
+        )
+
+    def _scale_fields(self, fields: Table) -> Table:
+        """Return an optimizer's fields, with lr and momentum scaled to the run's batch size."""
+        fields, reference = dict(fields), self.optimizer_options.scale_from
         if reference:
             fields["lr"], fields["momentum"] = scale_lr_and_momentum(
                 fields.get("lr", DEFAULT_LR),
@@ -129,6 +144,8 @@ class RunConfig:
             "evaluate": to_table(self.evaluate),
             "log": to_table(self.log),
         }
+        if self.optimizer_rest is not None:
+            tables["optimizer"] |= {"rest": self.optimizer_rest.to_table()}
         if self.task != DEFAULT_TASK:  # a run of an earlier version has no such table
             tables = {"data": tables.pop("data"), "task": self.task.to_table()} | tables
         if self.partition.cuts is not None:

@@ -128,16 +128,21 @@ class OptimizerSection:
     scale_from : int
         Batch size for which lr and momentum are given, where it is not `batch-size`; 0 leaves
         them as they are.
+    no_decay : tuple of str
+        Patterns; parameters whose name, or whose module's class, contains one have a weight decay
+        of 0.
     """
 
     clip: float = 0.0
     clip_over: Literal["block", "model"] = "block"
     scale_from: int = 0
+    no_decay: tuple[str, ...] = ()
 
     def to_table(self) -> Table:
         """Return the keys as a run file has them, without those that change nothing."""
         clip = {"clip": self.clip, "clip-over": self.clip_over} if self.clip else {}
-        return clip | ({"scale-from": self.scale_from} if self.scale_from else {})
+        scale_from = {"scale-from": self.scale_from} if self.scale_from else {}
+        return clip | scale_from | ({"no-decay": self.no_decay} if self.no_decay else {})
 
 
 @dataclass(frozen=True)

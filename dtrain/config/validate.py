@@ -11,6 +11,7 @@ from typing import Any
 from dtrain.block.optimizer import check_optimizer
 from dtrain.block.weight_prediction import VELOCITY_PREDICTIONS
 from dtrain.config.run import RunConfig
+from dtrain.config.sections import StrategyChoice
 from dtrain.errors import ConfigError
 
 
@@ -26,11 +27,20 @@ def validate_run(run: RunConfig) -> None:
     _check_length(run)
     _check_cuts(run)
     check_optimizer(run.optimizer.name, run.optimizer.fields)
-    check_optimizer_requirements(
-        run.schedule.instance.optimizer_requirements(), run.optimizer.name, run.optimizer.fields
-    )
+    if run.optimizer_rest is not None:
+        rest = run.optimizer_rest
+        check_optimizer(rest.name, rest.fields, "optimizer.rest", extra_keys=())
+    for optimizer in _optimizers(run):
+        check_optimizer_requirements(
+            run.schedule.instance.optimizer_requirements(), optimizer.name, optimizer.fields
+        )
     _check_lr_scaling(run)
     _check_schedule_and_sync(run)
+
+
+def _optimizers(run: RunConfig) -> list[StrategyChoice]:
+    """Return the optimizer of a run, and that of ``[optimizer.rest]``."""
+    return [run.optimizer, *([] if run.optimizer_rest is None else [run.optimizer_rest])]
 
 
 def check_optimizer_requirements(
@@ -141,14 +151,17 @@ def _check_cuts(run: RunConfig) -> None:
 
 def _check_lr_scaling(run: RunConfig) -> None:
     """Refuse a scaling of learning rate and momentum that has no formula."""
-    reference, fields = run.optimizer_options.scale_from, run.optimizer.fields
+    reference = run.optimizer_options.scale_from
     if reference < 0:
         raise ConfigError(
             "optimizer.scale-from-negative",
             f"[optimizer] scale-from = {reference} must be a batch size of at least 1 (0: no "
             "scaling)",
         )
-    has_formula = run.optimizer.name.lower() == "sgd" and 0 < fields.get("momentum", 0) < 1
+    has_formula = all(
+        optimizer.name.lower() == "sgd" and 0 < optimizer.fields.get("momentum", 0) < 1
+        for optimizer in _optimizers(run)
+    )
     if reference and not has_formula:
         raise ConfigError(
             "optimizer.scale-from-needs-momentum",

@@ -7,7 +7,7 @@ memory that the caller owns, contiguous and aligned as torch aligns.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import chain
@@ -273,6 +273,15 @@ class Standardised(DatasetView):
         mean, deviation = self._scale
         return (x - mean.to(x.dtype)).div_(deviation.to(x.dtype))
 
+    def statistics(self) -> dict[str, Tensor]:
+        """Return mean and standard deviation, each (channels, 1, ...), as they are applied."""
+        mean, deviation = self._scale
+        return {"mean": mean[0], "std": deviation[0]}
+
+    def use_statistics(self, statistics: Mapping[str, Tensor]) -> None:
+        """Standardise by other statistics, as `statistics` returned them."""
+        self.__dict__["_scale"] = statistics["mean"][None], statistics["std"][None]
+
     def to_unit_range(self, x: Tensor) -> Tensor:
         mean, deviation = (statistic.to(x) for statistic in self._scale)
         return self._dataset.to_unit_range(x * deviation + mean)
@@ -310,6 +319,11 @@ class InputTargets(DatasetView):
 
     def targets(self, indices: ArrayLike) -> Tensor:
         return self._dataset.inputs(indices)
+
+
+def unstandardised(split: Dataset) -> Dataset:
+    """Return the data set that a `Standardised` reads, or the split itself."""
+    return split._dataset if isinstance(split, Standardised) else split
 
 
 def standardise(splits: DatasetSplits) -> DatasetSplits:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dtrain.block.block import Block
+from dtrain.block.complex_tensors import real_view
 from dtrain.block.micro_batch import MicroBatch, RowRandom
 from dtrain.block.saved_tensors import SavedTensors
 from dtrain.block.split_backward import SplitBackward
@@ -365,7 +366,8 @@ class Engine:
         for index, block in self.blocks.items():
             for name, tensor in block.parameters.items():
                 # The extremes are NaN if any element is; they take 1/15 of the time of `isfinite`.
-                if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+                reals = real_view(tensor.detach())
+                if reals.numel() and not torch.stack(reals.aminmax()).isfinite().all():
                     place = f"[replica {self.position.replica} stage {self.position.stage}]"
                     raise NumericalError(
                         "training.weight-not-finite",

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dtrain.block.block import Block
+from dtrain.block.complex_tensors import real_view
 from dtrain.comm.communicator import Comm
 from dtrain.models.ties import TiedCopy
 
@@ -71,10 +72,15 @@ class TiedParameters:
                 for copy in mine:
                     self._gradient(copy).copy_(total)
 
-    def repeated_names(self, block: int) -> set[str]:
-        """Return the names of the copies in a block that are not the first ones of their
-        parameters."""
-        return {copy.name for copies in self.ties for copy in copies[1:] if copy.block == block}
+    def gradients_without_copies(self, block: int) -> list[Tensor]:
+        """Return the gradients of a block without those of copies that an earlier block has."""
+        repeated = {c.name for copies in self.ties for c in copies[1:] if c.block == block}
+        named = self.blocks[block].parameters.items()
+        return [
+            real_view(parameter.grad)
+            for name, parameter in named
+            if parameter.grad is not None and name not in repeated
+        ]
 
     def _exchange(self) -> dict[tuple[int, int], Tensor]:
         """Send this rank's gradients to the other holders; return theirs by (tie, copy)."""
@@ -102,6 +108,7 @@ class TiedParameters:
         return received
 
     def _gradient(self, copy: TiedCopy) -> Tensor:
-        gradient = self.blocks[copy.block].parameters[copy.name].grad
-        assert gradient is not None  # the reduction has made zeros of a missing one
-        return gradient
+        parameter = self.blocks[copy.block].parameters[copy.name]
+        if parameter.grad is None:  # other copies may have one
+            parameter.grad = torch.zeros_like(parameter)
+        return parameter.grad

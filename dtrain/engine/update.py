@@ -211,9 +211,9 @@ class UpdateStep:
         """Compute the norm of the whole model's gradient. Collective over the stages."""
         squares = []
         for index, block in self.blocks.items():
-            copies = set() if self.tied is None else self.tied.repeated_names(index)
-            named = zip(block.trainable_tensors(), block.gradients(), strict=True)
-            gradients = [gradient for name, gradient in named if name not in copies]
+            gradients = block.gradients()
+            if self.tied is not None:  # a copy counts once
+                gradients = self.tied.gradients_without_copies(index)
             squares.append((index, squared_norm(gradients)))
         all_squares = sorted(
             (int(b), float(s))

@@ -14,8 +14,10 @@ is built in the process. The state of torch's generator is unchanged afterwards.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import final
@@ -158,7 +160,7 @@ class FactoryLayers(LayerStack):
 
     def _meta_layer(self, index: int, dtype: torch.dtype) -> dict[str, nn.Module] | None:
         try:
-            with torch.device("meta"):
+            with on_meta():
                 layer = self._make_layer(index, seed=0)
                 return {self.names[index]: cast_module(layer, dtype)}
         except DtrainError:
@@ -263,13 +265,24 @@ def as_layers(
     return FactoryLayers(names, tuple(factory for _, factory in pairs))
 
 
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Make tensors on the meta device; without the warnings of torch for weights that are loaded.
+
+    A user's function may load weights into its modules. On the meta device torch leaves them out,
+    with one warning for each.
+    """
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.filterwarnings("ignore", ".*copying from a non-meta parameter.*")
+        yield
+
+
 def cast_module(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast floating-point tensors to `dtype` and complex ones to the same precision, in place."""
-    complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
+    """Cast the floats of a module to `dtype` and its complex numbers to pairs of it, in place."""
 
     def cast(tensor: Tensor) -> Tensor:
         if tensor.is_complex():
-            return tensor.to(complex_dtype)
+            return tensor.to(dtype.to_complex())
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
     module._apply(cast)  # type: ignore[no-untyped-call]
@@ -329,7 +342,7 @@ def _call_on_meta(function: Function) -> object:
     """Call a function on the meta device, without memory; on the CPU where that fails."""
     with torch.random.fork_rng(devices=[]):
         try:
-            with torch.device("meta"):
+            with on_meta():
                 return function()
         except DtrainError:
             raise

@@ -2,8 +2,9 @@
 
 All layers are run once on the meta device, which has shapes but no memory. Multiply-adds are
 counted with torch's flop counter (one multiply-add is two flops) over two samples, since batch
-normalisation needs two. A layer that cannot run on meta is run on the CPU, as a temporary copy, on
-zeros.
+normalisation needs two. A layer that cannot run on meta, or that uses autocast, which does nothing
+there, is run on the CPU, as a temporary copy, on zeros. A layer that draws random numbers is run
+several times, with fixed seeds, and costed by the most that it cost.
 
 Invariant: a `LayerSpec` depends only on model, shape and dtype. It is the same on every machine and
 for every number of ranks.
@@ -18,10 +19,12 @@ from typing import Any, NoReturn, cast, final
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from dtrain.errors import ConfigError, DtrainError
+from dtrain.models.compiled import without_compiling
 from dtrain.models.graph import (
     GraphLayer,
     ModelGraph,
@@ -31,8 +34,13 @@ from dtrain.models.graph import (
     compare_values,
 )
 from dtrain.models.layers import LayerStack, require_unshared
+from dtrain.rng import fixed_random_numbers
 
 SAMPLES = 2
+
+
+DRAWS = 8
+"""Runs of a layer that draws random numbers: one that is skipped half of the time is once run."""
 
 
 @final
@@ -150,7 +158,8 @@ def profile_module(
     Parameters
     ----------
     layer : nn.Module
-        A module of one tensor, such as a layer or an auxiliary head. Its buffers may change.
+        A module of one tensor, such as a layer or an auxiliary head. Its buffers may change, and
+        so may the states of random number generators.
     shape : tuple of int
         Shape of one sample of the input.
     dtype : torch.dtype
@@ -163,7 +172,7 @@ def profile_module(
     ConfigError
         The result is not one tensor with the samples first.
     """
-    with torch.device(device), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+    with torch.device(device), torch.enable_grad(), without_compiling([layer]):
         sample = torch.zeros(SAMPLES, *shape, dtype=dtype)
         inputs = [sample.requires_grad_()] if dtype.is_floating_point else []
         # A clone, since a layer may work in place and autograd forbids that on a leaf.
@@ -193,6 +202,63 @@ def profile_module(
         )
 
 
+class AutocastWatch(TorchFunctionMode):
+    """Records whether a function of torch is called under autocast.
+
+    Attributes
+    ----------
+    uses_autocast : bool
+        Whether one was called so.
+    """
+
+    uses_autocast = False
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call the function, and read the state of autocast."""
+        self.uses_autocast = self.uses_autocast or torch.is_autocast_enabled("cpu")
+        return func(*args, **(kwargs or {}))
+
+
+def _profile_draws(
+    layer: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, name: str, device: str = "meta"
+) -> LayerSpec:
+    """Return the spec of a layer; one that draws random numbers is run `DRAWS` times."""
+    spec: LayerSpec | None = None
+    for draw in range(DRAWS):
+        with fixed_random_numbers(draw) as uses_generators:
+            other = profile_module(layer, shape, dtype, name, device)
+            is_random = uses_generators()
+        spec = other if spec is None else _costlier(spec, other)
+        if not is_random:
+            break
+    assert spec is not None
+    return spec
+
+
+def _costlier(spec: LayerSpec, other: LayerSpec) -> LayerSpec:
+    """Return a spec with the larger of each cost.
+
+    Raises
+    ------
+    ConfigError
+        The outputs differ in shape or dtype.
+    """
+    if (spec.output_shape, spec.dtype) != (other.output_shape, other.dtype):
+        raise ConfigError(
+            "model.layer-output-random",
+            f"layer '{spec.name}' returns {spec.output_shape} {spec.dtype} for some random numbers "
+            f"and {other.output_shape} {other.dtype} for others: return the same shape every time",
+        )
+    costs = ("forward_macs", "weight_gradient_macs", "input_gradient_macs", "skippable_macs")
+    return replace(spec, **{cost: max(getattr(spec, cost), getattr(other, cost)) for cost in costs})
+
+
 def _builder(model: LayerStack, index: int, dtype: torch.dtype) -> Callable[[], nn.Module]:
     return lambda: model.build([index], seed=0, dtype=dtype)[model.names[index]]
 
@@ -211,14 +277,17 @@ def _measure(
     """Return the spec of a layer, run on meta where that works, else as a copy on the CPU."""
     try:
         if layer is not None:
-            return profile_module(layer, shape, dtype, name)
+            with AutocastWatch() as watch:
+                spec = _profile_draws(layer, shape, dtype, name)
+            if not watch.uses_autocast:  # autocast does nothing on meta
+                return spec
     except SeveralTensors:
         raise
     except Exception:  # not supported on meta, or a fault, which the copy repeats
         pass
     copy = build()
     try:
-        return profile_module(copy, shape, dtype, name, device="cpu")
+        return _profile_draws(copy, shape, dtype, name, device="cpu")
     except (DtrainError, SeveralTensors):
         raise
     except Exception as error:
@@ -326,7 +395,11 @@ def _infer_graph(
     specs: list[LayerSpec] = []
     previous = inputs[0][0]
     for layer in graph.layers:
-        with torch.device(device), torch.random.fork_rng(devices=[]):
+        with (
+            torch.device(device),
+            fixed_random_numbers(0),
+            without_compiling(modules[path] for path in layer.modules),
+        ):
             for run in runs:
                 keep = {*run, *layer.writes}
                 with torch.no_grad():

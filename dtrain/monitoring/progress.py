@@ -10,6 +10,7 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,9 @@ class Progress:
         """Updates of the whole run."""
         return self.plan.training_length.total_updates
 
-    def start(self, threads: int, merged_replicas: int = 0) -> None:
+    def start(
+        self, threads: int, merged_replicas: int = 0, copied_blocks: Sequence[int] = ()
+    ) -> None:
         """Print and record what will run, on which software.
 
         Parameters
@@ -72,6 +75,8 @@ class Progress:
             Threads per rank.
         merged_replicas : int
             Number of replicas of a checkpoint that were averaged to start from; 0 for none.
+        copied_blocks : sequence of int
+            Blocks whose initial weights were copied from the first replica.
         """
         if not self.enabled:
             return
@@ -84,6 +89,13 @@ class Progress:
                 f"note      all replicas start from the mean of {merged_replicas} replicas that "
                 "were trained with local updates; optimizers and syncs start anew"
             )
+        if copied_blocks:
+            noun = "block" if len(copied_blocks) == 1 else "blocks"
+            print(
+                f"note      the initial weights of {noun} {', '.join(map(str, copied_blocks))} "
+                "differed between replicas: all replicas start from those of the first one; the "
+                "result depends on that draw, so seed it (torch's generator is seeded)"
+            )
         print(flush=True)
         self._record(
             "run",
@@ -92,6 +104,7 @@ class Progress:
             versions=f"dtrain {version('dtrain')}, {library_versions(self.comm)}",
             job=run_folder.slurm_job_id(),
             resolved=self.plan.run.to_table(),
+            copied_blocks=list(copied_blocks),
         )
         self.start_time = self.last_print_time = time.monotonic()
         if self.bar is not None and self.first_update < self.total_updates:
@@ -253,7 +266,8 @@ def _introduction(plan: Plan, comm: Comm, threads: int) -> list[str]:
         + (f", {head_parameters:,} more in local heads" if head_parameters else "")
         + (builds_all if layout.model.builds_all_layers else ""),
         f"learning  {run.objective.name}, {run.schedule.name}, {run.sync.name}, "
-        f"{run.optimizer.name} {settings}".rstrip(),
+        f"{run.optimizer.name} {settings}".rstrip()
+        + ("" if run.optimizer_rest is None else f" and {run.optimizer_rest.name}"),
         *_partition_lines(plan),
         *(f"note      {line}" for line in plan_warnings(plan)),
         *(f"stage {stage:<3} {_stage_text(plan, stage)}" for stage in range(mesh.stages)),

@@ -136,6 +136,8 @@ class Dni(Objective):
             and 2 * micro_batch.row_random.total_rows >= past.update_rows
         ):
             pairs.append(synthesiser_loss_pair(synthesiser, past, micro_batch))
+        else:  # gradients of zero, so that the moments of the optimizer decay
+            pairs += [(p, torch.zeros_like(p)) for p in synthesiser.parameters()]
         return pairs
 
 

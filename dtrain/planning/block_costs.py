@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from dtrain.errors import ConfigError
-from dtrain.models.layers import LayerStack
+from dtrain.models.layers import LayerStack, cast_module
 from dtrain.models.shape_inference import LayerSpec, profile_module
 from dtrain.objectives.base import Objective, input_gradient_blocks
 from dtrain.objectives.block_spec import BlockSpec, DownstreamLayer
 from dtrain.planning.structure_cache import StructureCache, module_key
+from dtrain.rng import fixed_random_numbers
 
 _PROFILES: StructureCache[LayerSpec] = StructureCache()
 """Specs of heads by structure, input shape and dtype."""
@@ -144,7 +145,7 @@ def build_meta_head(objective: Objective, block_spec: BlockSpec) -> nn.Module | 
     """Return a block's head on the meta device, None where it has none."""
     with torch.device("meta"):
         head = objective.make_head(block_spec)
-    return None if head is None else head.to(block_spec.dtype)
+    return None if head is None else cast_module(head, block_spec.dtype)
 
 
 def profile_head(objective: Objective, block_spec: BlockSpec) -> LayerSpec | None:
@@ -160,7 +161,8 @@ def profile_head(objective: Objective, block_spec: BlockSpec) -> LayerSpec | Non
     if shape is not None:
         structure = module_key(head)
         key = None if structure is None else (structure, tuple(shape), dtype)
-        spec = _PROFILES.get(key, lambda: profile_module(head, shape, dtype, name))
+        with fixed_random_numbers(0):
+            spec = _PROFILES.get(key, lambda: profile_module(head, shape, dtype, name))
         return replace(spec, name=name)
     elements = sum(parameter.numel() for parameter in head.parameters())
     norms = nn.modules.batchnorm._BatchNorm

@@ -13,16 +13,13 @@ plan makes without memory.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import nn
 
-from dtrain.block import optimizer as optimizers
 from dtrain.block.block import Block
-from dtrain.block.parameters import OptimizerFactory
 from dtrain.config.run import RunConfig
-from dtrain.models.layers import LayerStack
+from dtrain.models.layers import LayerStack, cast_module
 from dtrain.models.pretrained import PretrainedWeights, load_pretrained
 from dtrain.planning.layout import Layout
 from dtrain.rng import seeded
@@ -40,7 +37,7 @@ def make_block(run: RunConfig, layout: Layout, index: int, device: torch.device)
     with seeded(seed, f"heads.{index}"):
         head = layout.objective.make_head(spec)
     if head is not None:
-        head = head.to(device, spec.dtype)
+        head = cast_module(head, spec.dtype).to(device)
     return assemble_block(run, layout, index, layers, head)
 
 
@@ -73,19 +70,16 @@ def assemble_block(
     )
     for module in frozen_modules:
         module.requires_grad_(False)
-    return Block(
+    block = Block(
         index,
         layers,
         head,
-        optimizer_factory(run),
+        run.optimizer_settings(),
         seed=run.settings.seed,
         detach_every=objective.detach_every,
         recompute=recompute if isinstance(recompute, bool) else index in recompute,
         model_ends=(index == 0, index + 1 == len(layout.block_layouts)),
         program=layout.program(index),
     )
-
-
-def optimizer_factory(run: RunConfig) -> OptimizerFactory:
-    """Return the function that makes a block's optimizer from its parameters."""
-    return partial(optimizers.make_optimizer, run.optimizer.name, run.optimizer_fields())
+    block.may_skip_parameters |= not type(objective).__module__.startswith("dtrain.")
+    return block

@@ -30,8 +30,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dtrain.block.block import Block
 from dtrain.block.micro_batch import MicroBatch, RowRandom
-from dtrain.block.parameters import OptimizerFactory
+from dtrain.block.optimizer import NamedParameter, OptimizerFactory
 from dtrain.block.saved_tensors import SavedTensors
+from dtrain.errors import ConfigError
+from dtrain.models.compiled import without_compiling
 from dtrain.objectives.base import Objective, input_gradient_blocks
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.forward import backward_pairs, forward_micro_batch
@@ -112,7 +114,7 @@ def measure_block_memory(
         return BlockMemory(
             parameters=_nbytes(block.tensors().values()),
             gradients=_nbytes(block.trainable_parameters),
-            optimizer=_optimizer_bytes(make_optimizer, block.trainable_parameters),
+            optimizer=_optimizer_bytes(make_optimizer, block.named_parameters()),
             activations=sum(passes),
             backward=backward,
             later_passes=tuple(passes[1:]),
@@ -149,32 +151,40 @@ def _measure_block(
     """Return a new block, and the bytes that forwards and backward of one micro-batch add."""
     with torch.enable_grad():
         block = make()
-        return block, _measure_passes(block, objective, block_specs, index, rows)
+        with without_compiling(block.roots.values()):
+            return block, _measure_passes(block, objective, block_specs, index, rows)
 
 
-def _optimizer_bytes(make_optimizer: OptimizerFactory, parameters: Iterable[Tensor]) -> int:
+def _optimizer_bytes(make_optimizer: OptimizerFactory, parameters: Iterable[NamedParameter]) -> int:
     """Return the bytes of an optimizer's state after its first step, measured once per shape."""
-    shapes = Counter((tensor.shape, tensor.dtype) for tensor in parameters)
+    kinds = Counter((p.module_class, p.parameter.shape, p.parameter.dtype) for p in parameters)
     try:
-        return _state_bytes(make_optimizer, shapes, "meta")
+        return _state_bytes(make_optimizer, kinds, "meta")
+    except ConfigError:
+        raise
     except Exception:  # an optimizer that reads values
-        return _state_bytes(make_optimizer, shapes, "cpu")
+        return _state_bytes(make_optimizer, kinds, "cpu")
 
 
 def _state_bytes(
-    make_optimizer: OptimizerFactory, shapes: Counter[tuple[torch.Size, torch.dtype]], device: str
+    make_optimizer: OptimizerFactory,
+    kinds: Counter[tuple[str, torch.Size, torch.dtype]],
+    device: str,
 ) -> int:
     parameters = [
-        nn.Parameter(torch.zeros(shape, dtype=dtype, device=device)) for shape, dtype in shapes
+        NamedParameter(
+            str(number), nn.Parameter(torch.zeros(shape, dtype=dtype, device=device)), module_class
+        )
+        for number, (module_class, shape, dtype) in enumerate(kinds)
     ]
     if not parameters:
         return 0
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
+    for named in parameters:
+        named.parameter.grad = torch.zeros_like(named.parameter)
     optimizer = make_optimizer(parameters)
     optimizer.step()
     total = 0
-    for parameter, count in zip(parameters, shapes.values(), strict=True):
+    for (_, parameter, _), count in zip(parameters, kinds.values(), strict=True):
         entries = [entry for entry in optimizer.state[parameter].values() if entry is not None]
         total += count * _nbytes(map(torch.as_tensor, entries))
     return total
@@ -210,7 +220,8 @@ def _measure_passes(
 
 def _zero_micro_batch(block: Block, objective: Objective, spec: BlockSpec, rows: int) -> MicroBatch:
     """Return a micro-batch of zeros, with the data where the objective needs them."""
-    dtype = next((parameter.dtype for parameter in block.parameters.values()), spec.dtype)
+    dtypes = (parameter.dtype for parameter in block.parameters.values())
+    dtype = next((dtype for dtype in dtypes if not dtype.is_complex), spec.dtype)
     dtype = torch.int64 if spec.integer_samples else dtype
     samples = raw_samples = None
     if reads_samples(objective, spec, "train"):

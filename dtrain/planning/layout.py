@@ -444,6 +444,30 @@ def _block_layout(
     )
 
 
+def layout_rows(layout: Layout) -> dict[str, str]:
+    """Return everything in which the layouts of all ranks must agree, as text by description."""
+    mesh = layout.mesh
+    rows = {
+        "the mesh": f"{mesh.stages} stages x {mesh.replicas} replicas, {mesh.placement}",
+        "the objective": repr(layout.objective),
+        "the schedule": repr(layout.schedule),
+        "the number of layers": str(len(layout.layer_specs)),
+    }
+    for number, spec in enumerate(layout.layer_specs):
+        rows[f"layer {number}"] = (
+            f"'{spec.name}' from {spec.input_shape} to {spec.output_shape} {spec.dtype} with "
+            f"{spec.parameters} parameters"
+        )
+    rows["the cuts"] = str(list(layout.cuts))
+    rows["the stages of the blocks"] = str(list(layout.place))
+    for block in layout.block_layouts:
+        rows[f"block {block.spec.index}"] = (
+            f"layers {[spec.name for spec in block.layer_specs]} with "
+            f"{block.parameters + block.head_parameters} parameters"
+        )
+    return rows
+
+
 def describe(layout: Layout, rows: int) -> dict[str, Any]:
     """Return the layout as plain values, with messages for micro-batches of `rows` samples."""
     return {

@@ -35,7 +35,6 @@ from dtrain.planning.block_factory import (
     assemble_block,
     layer_source,
     make_block,
-    optimizer_factory,
 )
 from dtrain.planning.block_memory import (
     BlockFactory,
@@ -217,8 +216,7 @@ class MemoryPlan:
             layout.objective,
             layout.schedule.splits_backward,
             tuple((b.spec, b.layers, b.replacement_layers is None, b.recompute) for b in blocks),
-            run.optimizer.name,
-            repr(run.optimizer_fields()),
+            repr(run.optimizer_settings()),
             run.settings.seed,  # of a block that is run for real
             rows,
         )
@@ -229,7 +227,7 @@ class MemoryPlan:
             measure_block_memory(
                 partial(self._real_block, index),
                 self._fake_factory(index),
-                optimizer_factory(self.plan.run),
+                self.plan.run.optimizer_settings(),
                 layout.objective,
                 layout.block_specs,
                 index,

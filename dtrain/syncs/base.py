@@ -15,18 +15,23 @@ world. All replicas call the same methods in the same order, so each method may 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, TypedDict, final
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dtrain.block.block import Block, GradientHook, OptimizerStep
 from dtrain.comm.communicator import Comm
 from dtrain.errors import ConfigError
 from dtrain.syncs.common.compressor import NO_COMPRESSION, Compressor
-from dtrain.syncs.gradient_reducer import GradientReducer, WeightedGroup
+from dtrain.syncs.gradient_reducer import (
+    GradientReducer,
+    WeightedGroup,
+    gradient_flags,
+    missing_parameters,
+)
 
 
 @final
@@ -107,6 +112,10 @@ class SyncTarget(Protocol):
     @property
     def unsynced_buffers(self) -> dict[str, Tensor]:
         """The buffers in which replicas may differ."""
+
+    @property
+    def first_replica_buffers(self) -> set[str]:
+        """The names of the unsynced buffers that are not averaged, but those of replica 0."""
 
     def trainable_tensors(self) -> dict[str, Tensor]:
         """Return the trained parameters by name, detached, not copied."""
@@ -231,21 +240,49 @@ class Sync(ABC):
 
         None where no gradients are averaged. `reduce_gradients` must follow.
         """
-        return self.reducer.start(block, self.gradient_group(weight, clock))
+        return self._start_reducer(block, weight, clock)
 
     @final
     def reduce_gradients(self, block: Block, weight: float, clock: UpdateClock) -> None:
         """Average the gradients of an update, then `before_update`. Collective over the replicas.
 
-        Parameters that no sample reached get gradients of zero.
+        Parameters that have no gradient on any replica of the group have none afterwards.
         """
-        gradients = block.gradients()
+        missing = block.fill_gradients()
         if self.replicas.size > 1:
             if not self.reducer.started:
-                self.reducer.start(block, self.gradient_group(weight, clock))
-            for mean in self.reducer.finish():
-                mean.wait()
-        self.before_update(gradients, weight, clock)
+                self._start_reducer(block, weight, clock)
+            missing = self.reducer.finish(missing)
+            if may_differ(block, clock) and not self.reducer.averages:
+                missing = self._agree_on_missing(block, missing, weight, clock)
+        self.before_update(block.gradients(), weight, clock)
+        block.drop_gradients(missing)
+
+    def averaging_group(self, weight: float, clock: UpdateClock) -> WeightedGroup | None:
+        """Return the replicas over which `before_update` averages gradients, None for none.
+
+        Called where `gradient_group` returned None, and replicas may have gradients of different
+        parameters.
+        """
+        return None
+
+    def _start_reducer(
+        self, block: Block, weight: float, clock: UpdateClock
+    ) -> GradientHook | None:
+        return self.reducer.start(
+            block, self.gradient_group(weight, clock), may_differ(block, clock)
+        )
+
+    def _agree_on_missing(
+        self, block: Block, missing: list[nn.Parameter], weight: float, clock: UpdateClock
+    ) -> list[nn.Parameter]:
+        """Return the parameters without a gradient on all replicas of the `averaging_group`."""
+        group = self.averaging_group(weight, clock)
+        if group is None or group.comm.size == 1 or not block.trainable_parameters:
+            return missing
+        flags = gradient_flags(block.trainable_parameters, missing)
+        group.comm.mean_([flags], group.weight)
+        return missing_parameters(block.trainable_parameters, flags)
 
     def lr_factor(self, clock: UpdateClock) -> float:
         """Return the factor by which the learning rate of an update is multiplied."""
@@ -288,6 +325,11 @@ class Sync(ABC):
         """Load the tensors that `state` returned; those of the block are loaded before."""
 
 
+def may_differ(block: Block, clock: UpdateClock) -> bool:
+    """Return whether replicas may have gradients of different parameters in an update."""
+    return block.may_skip_parameters or 0 in clock.rows_per_replica
+
+
 def require_at_least(key: str, value: float | None, minimum: float) -> None:
     """Raise `ConfigError` if a number of ``[sync]`` is below `minimum`; None is accepted."""
     if value is not None and value < minimum:
@@ -302,14 +344,24 @@ def diverging_tensors(block: SyncTarget) -> dict[str, Tensor]:
     return block.trainable_tensors() | block.unsynced_buffers
 
 
-def replica_mean(replicas: Comm, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def replica_mean(
+    replicas: Comm, tensors: Mapping[str, Tensor], first_replica: Container[str] = ()
+) -> dict[str, Tensor]:
     """Return the means of `tensors` over the replicas, as copies. Collective over the replicas.
 
-    Integers are not averaged: they are this replica's own.
+    Integers are not averaged: they are this replica's own. Tensors whose names are in
+    `first_replica` are those of replica 0.
     """
     copies = clone_all(tensors)
-    replicas.mean_([tensor for tensor in copies.values() if tensor.is_floating_point()])
+    averaged = {name: tensor for name, tensor in copies.items() if name not in first_replica}
+    replicas.mean_([tensor for tensor in averaged.values() if has_mean(tensor)])
+    replicas.broadcast_([tensor for name, tensor in copies.items() if name not in averaged])
     return copies
+
+
+def has_mean(tensor: Tensor) -> bool:
+    """Return whether a tensor has a mean over replicas: it holds no integers."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def clone_all(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

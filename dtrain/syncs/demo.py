@@ -44,6 +44,7 @@ from dtrain.syncs.base import (
 from dtrain.syncs.common.compressor import NO_COMPRESSION, Compressor
 from dtrain.syncs.common.local_updates import LocalUpdates
 from dtrain.syncs.common.node_groups import NodeLeaders
+from dtrain.syncs.gradient_reducer import WeightedGroup
 
 INDEX_DTYPE = torch.int16
 """Holds an index into a chunk, of 64 x 64 elements at most."""
@@ -100,6 +101,10 @@ class DeMo(LocalUpdates):
         """Return the bytes of coefficients over those of a mean in float32."""
         fraction = 6 * self.keep / (4 * self.chunk**2)
         return fraction, fraction
+
+    def averaging_group(self, weight: float, clock: UpdateClock) -> WeightedGroup | None:
+        """Return all replicas."""
+        return WeightedGroup(self.replicas, weight)
 
     def before_update(self, gradients: Sequence[Tensor], weight: float, clock: UpdateClock) -> None:
         """Replace the gradients by the signs of the mean coefficients. Collective over replicas."""

@@ -24,6 +24,7 @@ from typing import final
 
 from torch import Tensor
 
+from dtrain.block.complex_tensors import view_as_originals
 from dtrain.comm.communicator import Comm
 from dtrain.syncs.base import (
     SyncTarget,
@@ -101,8 +102,11 @@ class DiLoCo(PeriodicSync):
 
     def evaluation_weights(self) -> dict[str, Tensor]:
         """Return the outer weights, and the mean of buffers. Collective over the replicas."""
-        buffers = replica_mean(self.replicas, self.block.unsynced_buffers)
-        return self.block.tensors() | self._outer_weights | buffers
+        buffers = replica_mean(
+            self.replicas, self.block.unsynced_buffers, self.block.first_replica_buffers
+        )
+        tensors = self.block.tensors()
+        return tensors | view_as_originals(self._outer_weights, tensors) | buffers
 
     def state(self) -> dict[str, Tensor]:
         """Return the outer weights and their velocity."""

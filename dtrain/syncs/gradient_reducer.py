@@ -14,9 +14,10 @@ Source: Li et al. 2020, "PyTorch Distributed", arXiv 2006.15704, section 3.2.3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, final
 
+import torch
 from torch import Tensor, nn
 
 from dtrain.block.block import Block, GradientHook
@@ -51,13 +52,29 @@ class GradientReducer:
         self._buckets: list[dict[str, nn.Parameter]] = []
         self._ready_parameters: set[int] = set()
         self._pending_means: list[MeanReduction] = []
+        self._sends_flags = False
+        self._flags: list[Tensor] = []
 
-    def start(self, block: Block, group: WeightedGroup | None) -> GradientHook | None:
+    @property
+    def averages(self) -> bool:
+        """Whether the present or last reduction is over several replicas."""
+        return self._group is not None
+
+    def start(
+        self, block: Block, group: WeightedGroup | None, may_differ: bool = False
+    ) -> GradientHook | None:
         """Start the reduction of an update; return the hook for its last backward.
 
         With None, or with one replica, it averages nothing and returns None.
+
+        Parameters
+        ----------
+        may_differ : bool
+            Whether replicas may have gradients of different parameters. Then each bucket has one
+            more number per parameter, by which the replicas agree on those without a gradient.
         """
         self.started = True
+        self._sends_flags = may_differ
         self._group = group if group is not None and group.comm.size > 1 else None
         if self._group is None:
             return None
@@ -79,26 +96,62 @@ class GradientReducer:
         for bucket in self._buckets[len(self._pending_means) :]:
             if not self._ready_parameters.issuperset(map(id, bucket.values())):
                 break
-            self._reduce(bucket, self._group)
+            self._reduce(bucket, self._group, ())
         if self._pending_means:
             self._group.comm.progress()
 
-    def finish(self) -> list[MeanReduction]:
-        """Start the other buckets; return all all-reduces of the update, to wait for.
+    def finish(self, missing: Sequence[nn.Parameter] = ()) -> list[nn.Parameter]:
+        """Start the other buckets and wait for all all-reduces of the update.
 
         After them each gradient is ``sum of weight * gradient``.
+
+        Parameters
+        ----------
+        missing : sequence of Parameter
+            The parameters whose gradients are zeros in place of missing ones.
+
+        Returns
+        -------
+        list of Parameter
+            Those that have no gradient on any replica.
         """
         if self._group is not None:
             for bucket in self._buckets[len(self._pending_means) :]:
-                self._reduce(bucket, self._group)
-        means, self._pending_means = self._pending_means, []
+                self._reduce(bucket, self._group, missing)
+        for mean in self._pending_means:
+            mean.wait()
+        if self._flags:
+            pairs = zip(self._buckets, self._flags, strict=True)
+            missing = [p for b, flags in pairs for p in missing_parameters(b.values(), flags)]
+        self._pending_means, self._flags = [], []
         self._ready_parameters.clear()
         self.started = False
-        return means
+        return list(missing)
 
-    def _reduce(self, bucket: Mapping[str, nn.Parameter], group: WeightedGroup) -> None:
-        gradients = {name: p.grad for name, p in bucket.items() if p.grad is not None}
-        self._pending_means.append(group.comm.imean_(gradients, group.weight))
+    def _reduce(
+        self,
+        bucket: Mapping[str, nn.Parameter],
+        group: WeightedGroup,
+        missing: Sequence[nn.Parameter],
+    ) -> None:
+        tensors = {name: p.grad for name, p in bucket.items() if p.grad is not None}
+        if self._sends_flags:
+            self._flags.append(gradient_flags(bucket.values(), missing))
+            tensors["flags"] = self._flags[-1]
+        self._pending_means.append(group.comm.imean_(tensors, group.weight))
+
+
+def gradient_flags(parameters: Iterable[nn.Parameter], missing: Sequence[nn.Parameter]) -> Tensor:
+    """Return 1 for each parameter with a gradient and 0 for each of `missing`."""
+    parameters, without = list(parameters), set(map(id, missing))
+    dtype = parameters[0].dtype.to_real()
+    flags = [float(id(parameter) not in without) for parameter in parameters]
+    return torch.tensor(flags, dtype=dtype, device=parameters[0].device)
+
+
+def missing_parameters(parameters: Iterable[nn.Parameter], flags: Tensor) -> list[nn.Parameter]:
+    """Return the parameters without a gradient on any replica, given the mean of their flags."""
+    return [p for p, flag in zip(parameters, flags.tolist(), strict=True) if not flag > 0]
 
 
 def bucket_names(tensors: Mapping[str, Tensor]) -> list[list[str]]:

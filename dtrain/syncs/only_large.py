@@ -63,6 +63,10 @@ class OnlyLarge(Wrapper):
         """Return None: `before_update` averages all gradients."""
         return None
 
+    def averaging_group(self, weight: float, clock: UpdateClock) -> WeightedGroup | None:
+        """Return all replicas."""
+        return WeightedGroup(self.replicas, weight)
+
     def before_update(self, gradients: Sequence[Tensor], weight: float, clock: UpdateClock) -> None:
         """Average small gradients, and large ones where the inner sync does."""
         named, large = self.block.name_gradients(gradients), self.large_tensors.trainable_tensors()
@@ -88,6 +92,11 @@ class TensorSubset:
     def unsynced_buffers(self) -> dict[str, Tensor]:
         """All unsynced buffers of the block."""
         return self.block.unsynced_buffers
+
+    @property
+    def first_replica_buffers(self) -> set[str]:
+        """The names of the buffers that are not averaged."""
+        return self.block.first_replica_buffers
 
     def trainable_tensors(self) -> dict[str, Tensor]:
         """Return the trained tensors of the subset."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections import OrderedDict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dtrain.checkpoint.export import export
+from dtrain.checkpoint.export import export, statistics_path
 from dtrain.checkpoint.manifest import Manifest, latest_checkpoint
 from dtrain.cli import main
 from dtrain.errors import CheckpointError, ConfigError
@@ -154,8 +156,64 @@ def test_the_command_prints_what_it_wrote(
     train_in_threads(tiny.run(epochs=1), tmp_path / "run", 1)
     capsys.readouterr()
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "net.pt")]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'net.pt'}: 10 tensors, 450 numbers\n"
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"{tmp_path / 'net.pt'}: 10 tensors, 450 numbers"
+    assert str(tmp_path / "net.pt.statistics.json") in second
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "net.bin")]) == 2
+
+
+class Normalise(nn.Module):
+    """The module of the documentation that exported statistics load into."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("std", torch.ones(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+def test_weights_with_their_statistics_score_the_same_on_raw_inputs(tmp_path: Path) -> None:
+    run = tiny.run(model={"name": f"{__name__}:net"}, partition__blocks=2)
+    training = train_in_threads(run, tmp_path / "run", 1, 2)
+    export(tmp_path / "run", tmp_path / "net.pt", with_normalisation=True)
+    layers = OrderedDict(normalise=Normalise(2, 1), **dict(net().named_children()))
+    module = nn.Sequential(layers).double()
+    module.load_state_dict(torch.load(tmp_path / "net.pt", weights_only=True))
+    _, _, x, y = tiny.samples()
+    with torch.no_grad():
+        predicted = module(torch.from_numpy(x)).argmax(1).numpy()
+    assert float(np.mean(predicted == y)) == pytest.approx(training["test_accuracy"])
+    assert not statistics_path(tmp_path / "net.pt").exists()
+
+
+def test_statistics_lie_beside_the_weights(tmp_path: Path) -> None:
+    train_in_threads(tiny.run(epochs=1), tmp_path / "run", 1)
+    export(tmp_path / "run", tmp_path / "net.pt")
+    statistics = json.loads((tmp_path / "net.pt.statistics.json").read_text())
+    x = tiny.samples()[0]
+    assert statistics["mean"] == pytest.approx(x.mean(axis=(0, 2)))
+    assert statistics["std"] == pytest.approx(x.std(axis=(0, 2)))
+    train_in_threads(tiny.run(epochs=1, data__normalise=False), tmp_path / "raw", 1)
+    with refuses(ConfigError, "export.no-statistics"):
+        export(tmp_path / "raw", tmp_path / "net.pt", with_normalisation=True)
+    export(tmp_path / "raw", tmp_path / "net.pt")
+    assert not (tmp_path / "net.pt.statistics.json").exists(), "those of the other run"
+
+
+def test_a_layer_with_the_name_of_the_statistics_is_refused(tmp_path: Path) -> None:
+    train_in_threads(
+        tiny.run(epochs=1, model={"name": f"{__name__}:named_normalise"}), tmp_path / "run", 1
+    )
+    with refuses(ConfigError, "export.name-taken"):
+        export(tmp_path / "run", tmp_path / "net.pt", with_normalisation=True)
+
+
+def named_normalise() -> nn.Sequential:
+    """Return a net with a layer called "normalise"."""
+    layers = {"flat": nn.Flatten(), "normalise": nn.BatchNorm1d(10), "last": nn.Linear(10, 3)}
+    return nn.Sequential(OrderedDict(layers))
 
 
 def test_factors_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

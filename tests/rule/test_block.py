@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from dtrain.block.block import Block
 from dtrain.block.micro_batch import MicroBatch
-from dtrain.block.optimizer import make_optimizer
+from dtrain.block.optimizer import OptimizerSettings
 from dtrain.objectives.backprop import Backprop
 from dtrain.objectives.base import GRADIENT, Objective, forward_routes
 from dtrain.objectives.block_spec import BlockSpec
@@ -21,7 +20,7 @@ from dtrain.objectives.mono_forward import MonoForward
 from dtrain.rng import seeded
 
 D = torch.float64
-sgd = partial(make_optimizer, "sgd", {"lr": 0.1})
+sgd = OptimizerSettings("sgd", {"lr": 0.1})
 
 
 def block_spec(index: int, blocks: int, outputs: int) -> BlockSpec:
@@ -187,7 +186,7 @@ def test_only_layers_that_may_use_random_numbers_are_seeded() -> None:
 def test_an_optimizer_state_is_restored_bit_for_bit(batch: tuple[Tensor, Tensor]) -> None:
     x, y = batch
     objective, spec = Backprop(), block_spec(0, 1, 3)
-    adam = partial(make_optimizer, "adam", {"lr": 0.1})
+    adam = OptimizerSettings("adam", {"lr": 0.1})
 
     def trained(updates: int, start: Block | None = None) -> Block:
         with seeded("w"):

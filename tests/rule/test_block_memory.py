@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dtrain.block.block import Block
 from dtrain.block.micro_batch import MicroBatch
-from dtrain.block.optimizer import make_optimizer
+from dtrain.block.optimizer import OptimizerSettings
 from dtrain.block.saved_tensors import SavedTensors
 from dtrain.models.image_layers import Convolution, PooledLinear
 from dtrain.objectives import OBJECTIVES
@@ -85,7 +85,7 @@ def measure(
     fakes: bool = True,
 ) -> tuple[BlockMemory, list[bool]]:
     """Return the memory of a block, and for each block that was made whether it was real."""
-    make = partial(make_optimizer, optimizer, {"lr": 0.1})
+    make = OptimizerSettings(optimizer, {"lr": 0.1})
     are_real: list[bool] = []
 
     def make_block(real: bool) -> Block:
@@ -100,7 +100,7 @@ def measure(
 
 def count_activations(rows: int, *more: nn.Module) -> int:
     """Return the bytes that one micro-batch of a real block keeps."""
-    block = Block(0, make_layers(*more), None, partial(make_optimizer, "sgd", {"lr": 0.1}))
+    block = Block(0, make_layers(*more), None, OptimizerSettings("sgd", {"lr": 0.1}))
     saved_tensors = SavedTensors([*block.parameters.values(), *block.buffers.values()])
     x, y = torch.randn(rows, 3, 8, 8), torch.zeros(rows, dtype=torch.int64)
     micro_batch = MicroBatch(x=x, targets=y, rng_key=(0, 0, 0))
@@ -143,8 +143,8 @@ def test_a_layer_that_needs_memory_is_planned_as_one_that_does_not() -> None:
 @pytest.mark.parametrize("name", STATE_TENSORS)
 def test_the_state_of_any_optimizer_is_what_it_really_keeps(name: str) -> None:
     memory, _ = measure(ROWS, optimizer=name)
-    block = Block(0, make_layers(), None, partial(make_optimizer, name, {"lr": 0.1}))
-    block.gradients()
+    block = Block(0, make_layers(), None, OptimizerSettings(name, {"lr": 0.1}))
+    block.fill_gradients()
     assert block.optimizer is not None
     block.optimizer.step()
     assert memory.optimizer == sum(tensor.nbytes for tensor in block.optimizer_state().values())

@@ -62,7 +62,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("optimizer__clip", -1.0, "optimizer.clip-out-of-range"),
     ("optimizer__clip", float("nan"), "optimizer.clip-out-of-range"),
     ("optimizer__clip", float("inf"), "optimizer.clip-out-of-range"),
-    ("optimizer__clip", "1", TYPE),
+    ("optimizer__clip", "1", "run-file.quoted-number"),
     ("optimizer__clip_over", "model", "optimizer.clip-over-without-clip"),
     ("optimizer", {"name": "sgd", "clip": 1, "clip-over": "all"}, TYPE),
     ("optimizer", {"name": "sgd", "clip_over": "block"}, "run-file.underscore"),

@@ -256,7 +256,7 @@ def test_unsuitable_settings(
 @pytest.mark.parametrize(
     ("name", "fields", "key"),
     [
-        ("resnet", {"depth": "20"}, "run-file.wrong-type"),
+        ("resnet", {"depth": "20"}, "run-file.quoted-number"),
         ("resnet", {"norm": "layer"}, "run-file.wrong-type"),
         ("resnet", {"shortcut": "A"}, "run-file.wrong-type"),
         ("resnet", {"depht": 20}, "run-file.unknown-key"),

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn, optim
 
-from dtrain.block.optimizer import scale_lr_and_momentum
+from dtrain.block.optimizer import NamedParameter, scale_lr_and_momentum
 from dtrain.block.weight_prediction import predict_weights, spike_compensated_step
 from dtrain.errors import ConfigError
-from dtrain.planning.block_factory import optimizer_factory
 from tests import tiny
 from tests.refusals import refuses
 
@@ -59,7 +58,7 @@ def assert_equal(tensors: list[Tensor], expected: list[Tensor]) -> None:
 @pytest.mark.parametrize("kind", ["velocity", "difference", "coasting", "optimizer", "spectrain"])
 def test_a_prediction_of_no_steps_is_a_copy(kind: Any) -> None:
     parameters, optimizer, previous = after_steps(optim.SGD, lr=0.1, momentum=0.9)
-    predicted = predict_weights(kind, optimizer, 0.0, previous)
+    predicted = predict_weights(kind, optimizer, parameters, 0.0, previous)
     assert_equal(predicted, values(parameters))
     for weights, parameter in zip(predicted, parameters, strict=True):
         assert weights.data_ptr() != parameter.data_ptr()
@@ -68,20 +67,20 @@ def test_a_prediction_of_no_steps_is_a_copy(kind: Any) -> None:
 @pytest.mark.parametrize("kind", ["velocity", "difference", "coasting", "optimizer"])
 def test_parameters_that_never_moved_are_predicted_to_stay(kind: Any) -> None:
     parameters, optimizer, _ = after_steps(optim.SGD, steps=0, lr=0.1, momentum=0.9)
-    assert_equal(predict_weights(kind, optimizer, 6.0, None), values(parameters))
+    assert_equal(predict_weights(kind, optimizer, parameters, 6.0, None), values(parameters))
 
 
 def test_velocity_and_difference_are_one_for_sgd() -> None:
-    _, optimizer, previous = after_steps(optim.SGD, lr=0.1, momentum=0.9)
-    by_velocity = predict_weights("velocity", optimizer, 6.0, previous)
-    assert_equal(by_velocity, predict_weights("difference", optimizer, 6.0, previous))
+    parameters, optimizer, previous = after_steps(optim.SGD, lr=0.1, momentum=0.9)
+    by_velocity = predict_weights("velocity", optimizer, parameters, 6.0, previous)
+    assert_equal(by_velocity, predict_weights("difference", optimizer, parameters, 6.0, previous))
 
 
 def test_coasting_is_what_the_optimizer_does_without_a_gradient() -> None:
     """The velocity alone for six updates; "velocity" predicts 6.0 where it is 4.2."""
     parameters, optimizer, previous = after_steps(optim.SGD, lr=0.1, momentum=0.9)
-    by_velocity = predict_weights("velocity", optimizer, 6.0, previous)
-    coasting = predict_weights("coasting", optimizer, 6.0, previous)
+    by_velocity = predict_weights("velocity", optimizer, parameters, 6.0, previous)
+    coasting = predict_weights("coasting", optimizer, parameters, 6.0, previous)
     start = values(parameters, copy=True)
     for _ in range(6):
         set_gradients(parameters, 0.0)
@@ -105,7 +104,8 @@ def test_a_constant_velocity_is_predicted_exactly() -> None:
     previous = values(parameters, copy=True)
     step()
     predictions = [
-        predict_weights(kind, optimizer, 5.0, previous) for kind in ("velocity", "difference")
+        predict_weights(kind, optimizer, parameters, 5.0, previous)
+        for kind in ("velocity", "difference")
     ]
     for _ in range(5):
         step()
@@ -120,7 +120,7 @@ def test_a_constant_velocity_is_predicted_exactly() -> None:
 def test_the_step_of_adam_is_predicted(optimizer_class: Any, fields: dict[str, Any]) -> None:
     """With the bias corrections of its last step: one step ahead repeats that step."""
     parameters, optimizer, previous = after_steps(optimizer_class, lr=0.01, **fields)
-    predicted = predict_weights("optimizer", optimizer, 1.0, None)
+    predicted = predict_weights("optimizer", optimizer, parameters, 1.0, None)
     decay = 0.01 * fields.get("weight_decay", 0.0)
     expected = []
     for weights, old in zip(values(parameters), previous, strict=True):
@@ -218,7 +218,8 @@ def test_small_batches_end_where_large_ones_do() -> None:
 def test_a_run_file_scales() -> None:
     table = {"name": "sgd", "lr": 0.1, "momentum": 0.9, "scale-from": 128}
     run = tiny.run(optimizer=table, batch_size=1)
-    optimizer = optimizer_factory(run)([nn.Parameter(torch.zeros(1))])
+    parameter = NamedParameter("bias", nn.Parameter(torch.zeros(1)), "Linear")
+    optimizer = run.optimizer_settings()([parameter])
     group = optimizer.param_groups[0]
     assert (group["lr"], group["momentum"]) == scale_lr_and_momentum(0.1, 0.9, 1, 128)
     assert run.to_table()["optimizer"] == table, "the resolved run holds the numbers as given"

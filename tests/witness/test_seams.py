@@ -12,7 +12,7 @@ from torch import nn
 
 from dtrain.block.block import Block
 from dtrain.block.micro_batch import MicroBatch
-from dtrain.block.optimizer import make_optimizer
+from dtrain.block.optimizer import OptimizerSettings
 from dtrain.errors import ConfigError, DtrainError
 from dtrain.models.cnn import Cnn
 from dtrain.models.layers import as_layers
@@ -122,10 +122,7 @@ def test_an_objective_must_make_the_messages_of_its_own_routes(
 def test_a_layer_in_place_does_not_change_the_output_before_it() -> None:
     """With a graph that is detached at every layer, each output is kept as its layer made it."""
     layers = {"one": nn.Linear(4, 4), "two": nn.ReLU(inplace=True)}
-
-    def sgd(parameters: Any) -> torch.optim.Optimizer:
-        return make_optimizer("sgd", {"lr": 0.1}, parameters)
-
+    sgd = OptimizerSettings("sgd", {"lr": 0.1})
     block = Block(0, layers, None, sgd, detach_every="layer")
     x = torch.randn(8, 4)
     outputs = block.run_forward(MicroBatch(x=x)).layer_outputs

@@ -45,6 +45,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from dtrain.block.complex_tensors import view_as_originals
 from dtrain.block.parameters import matrix_name
 from dtrain.comm.communicator import Comm
 from dtrain.syncs.ab.phases import FactorGroups, MergeMode, Phases
@@ -346,8 +347,11 @@ class AB(LocalUpdates):
         """Return the tensors as a merge would make them. Collective over the replicas."""
         if not self.in_low_rank:
             return super().evaluation_weights()
-        buffers = replica_mean(self.replicas, self.block.unsynced_buffers)
-        return self.weights.merged_tensors() | self._merged_tensors() | buffers
+        buffers = replica_mean(
+            self.replicas, self.block.unsynced_buffers, self.block.first_replica_buffers
+        )
+        tensors = self.weights.merged_tensors()
+        return tensors | view_as_originals(self._merged_tensors(), tensors) | buffers
 
     def low_rank_stats(self) -> dict[str, LowRankStats]:
         """Return rank and traffic of every trained tensor."""

@@ -99,6 +99,11 @@ class CompressedSync(Wrapper):
         group = self.inner_sync.gradient_group(weight, clock)
         return None if group is None or group.comm.node_count > 1 else group
 
+    def averaging_group(self, weight: float, clock: UpdateClock) -> WeightedGroup | None:
+        """Return the group over whose nodes `before_update` averages, or that of the inner sync."""
+        group = self.inner_sync.gradient_group(weight, clock)
+        return group or self.inner_sync.averaging_group(weight, clock)
+
     def before_update(self, gradients: Sequence[Tensor], weight: float, clock: UpdateClock) -> None:
         """Average gradients, compressed, where the inner sync averages them over several nodes."""
         group = self.inner_sync.gradient_group(weight, clock)

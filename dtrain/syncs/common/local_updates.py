@@ -56,7 +56,8 @@ class LocalUpdates(Sync):
         """
         tensors = self.block.tensors()
         names = self.block.unsynced_buffers if self.in_sync else diverging_tensors(self.block)
-        return tensors | replica_mean(self.replicas, {name: tensors[name] for name in names})
+        diverging = {name: tensors[name] for name in names}
+        return tensors | replica_mean(self.replicas, diverging, self.block.first_replica_buffers)
 
     def state(self) -> dict[str, Tensor]:
         """Return whether the replicas hold the same parameters."""

@@ -15,6 +15,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from dtrain.block.complex_tensors import real_view
 from dtrain.block.low_rank import LowRankWeight
 from dtrain.block.parameters import BlockParameters, matrix_name
 from dtrain.comm.node_topology import NodeTopology
@@ -192,7 +193,7 @@ def resize_optimizer_state(
     state = {}
     for key, tensor in optimizer_state.items():
         shape = trained[key.rpartition("/")[0]].shape
-        fits = not tensor.dim() or tensor.shape == shape
+        fits = not tensor.dim() or real_view(tensor).shape == shape
         state[key] = tensor if fits else resize_core_moments(tensor, shape)
     return state
 

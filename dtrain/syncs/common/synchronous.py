@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from dtrain.syncs.base import Sync, SyncTraits, replica_mean
+from dtrain.syncs.base import Sync, SyncTraits, has_mean, replica_mean
 
 
 class SynchronousSync(Sync):
@@ -26,12 +26,12 @@ class SynchronousSync(Sync):
         """Average the unsynced buffers in place. Collective over the replicas.
 
         Integer buffers (counts of batch norm) become those of replica 0: they differ by an update
-        in which a replica had no samples.
+        in which a replica had no samples. So do those that have no mean.
         """
-        buffers = self.block.unsynced_buffers
-        for name, mean in replica_mean(self.replicas, buffers).items():
+        buffers, first_replica = self.block.unsynced_buffers, self.block.first_replica_buffers
+        for name, mean in replica_mean(self.replicas, buffers, first_replica).items():
             buffers[name].copy_(mean)
-        self.replicas.broadcast_([b for b in buffers.values() if not b.is_floating_point()])
+        self.replicas.broadcast_([b for b in buffers.values() if not has_mean(b)])
 
     def evaluation_weights(self) -> dict[str, Tensor]:
         """Return the block's own tensors, not copied: all replicas hold the same ones."""

@@ -82,6 +82,9 @@ class Wrapper(Sync):
     def gradient_group(self, weight: float, clock: UpdateClock) -> WeightedGroup | None:
         return self.inner_sync.gradient_group(weight, clock)
 
+    def averaging_group(self, weight: float, clock: UpdateClock) -> WeightedGroup | None:
+        return self.inner_sync.averaging_group(weight, clock)
+
     def before_update(self, gradients: Sequence[Tensor], weight: float, clock: UpdateClock) -> None:
         self.inner_sync.before_update(gradients, weight, clock)
 

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from dtrain.comm.communicator import Comm
-from dtrain.syncs.base import SyncTarget, SyncTraits, UpdateClock, require_at_least
+from dtrain.syncs.base import SyncTarget, SyncTraits, UpdateClock, has_mean, require_at_least
 from dtrain.syncs.common.compressor import NO_COMPRESSION, Compressor
 from dtrain.syncs.common.local_updates import LocalUpdates
 from dtrain.syncs.common.node_groups import NodeGroups, inter_node_groups
@@ -148,6 +148,10 @@ class DASO(LocalUpdates):
             return None
         return self._nodes.weighted_group(clock.rows_per_replica)
 
+    def averaging_group(self, weight: float, clock: UpdateClock) -> WeightedGroup | None:
+        """Return all replicas where gradients are downcast, in the blocking phases."""
+        return WeightedGroup(self.replicas, weight) if self.is_blocking(clock) else None
+
     def before_update(self, gradients: Sequence[Tensor], weight: float, clock: UpdateClock) -> None:
         """Average downcast gradients; copy the weights from which deltas are counted."""
         if self.is_blocking(clock):
@@ -204,9 +208,7 @@ class DASO(LocalUpdates):
         """Make all replicas equal: weights, moments and step counts. Collective over them."""
         state = self.block.optimizer_state()
         moments = {
-            key: tensor
-            for key, tensor in state.items()
-            if tensor.dim() and tensor.is_floating_point()
+            key: tensor for key, tensor in state.items() if tensor.dim() and has_mean(tensor)
         }
         self.replicas.mean_(self.block.trainable_tensors() | moments)
         self.replicas.broadcast_({key: count for key, count in state.items() if not count.dim()})

@@ -1,0 +1,96 @@
+"""Model and data of a resumed run are those of its checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import nn
+
+from dtrain.checkpoint.resume import check_saved_data
+from dtrain.comm.backends.threads import run_ranks
+from dtrain.config.run import RunConfig
+from dtrain.errors import ConfigError
+from dtrain.evaluate import evaluate_run
+from tests import user_nets
+from tests.harness import train_in_threads
+from tests.refusals import refuses
+from tests.single import one_thread  # noqa: F401
+
+STATE: dict[str, Any] = {"width": 12, "noise": 0.0, "rows": 96, "label": 0}
+"""What `net` and `samples` depend on, as the code of a user may change between two starts."""
+
+
+@pytest.fixture(autouse=True)
+def unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in STATE.items():
+        monkeypatch.setitem(STATE, name, value)
+
+
+def net(shape: tuple[int, ...], classes: int) -> nn.Sequential:
+    width = STATE["width"]
+    layers = [nn.Linear(shape[0], width), nn.ReLU(), nn.Linear(width, classes)]
+    return nn.Sequential(*layers, *([nn.Linear(classes, classes)] if width == 8 else []))
+
+
+def samples() -> user_nets.Arrays:
+    x, y, x_test, y_test = user_nets.blobs()
+    y = y.copy()
+    y[0] = (y[0] + STATE["label"]) % 4
+    return x[: STATE["rows"]] + STATE["noise"], y[: STATE["rows"]], x_test, y_test
+
+
+def run(epochs: int) -> RunConfig:
+    """Return a run of these two functions."""
+    tables = {"model": {"name": f"{__name__}:net"}, "data": {"name": f"{__name__}:samples"}}
+    return user_nets.run("", epochs=epochs, **tables)
+
+
+CHANGES = [
+    ("width", 13, "resume.model-changed"),
+    ("width", 8, "resume.model-changed"),
+    ("noise", 0.1, "resume.data-changed"),
+    ("rows", 95, "resume.data-changed"),
+    ("label", 1, "resume.data-changed"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "key"), CHANGES)
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_change_is_refused(
+    name: str, value: float, key: str, stages: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_in_threads(run(1), tmp_path, stages=stages)
+    monkeypatch.setitem(STATE, name, value)
+    with refuses(ConfigError, key):
+        train_in_threads(run(2), tmp_path, stages=stages)
+    monkeypatch.undo()
+    assert train_in_threads(run(2), tmp_path, stages=stages)["epochs"] == 2
+
+
+def test_rounding_of_inputs_is_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another machine may compute the same inputs with other last bits."""
+    train_in_threads(run(1), tmp_path)
+    monkeypatch.setitem(STATE, "noise", 1e-12)
+    assert train_in_threads(run(2), tmp_path)["epochs"] == 2
+
+
+def test_an_evaluation_standardises_by_the_statistics_of_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other training data have another mean; the test split is the same."""
+    summary = train_in_threads(run(2), tmp_path)
+    (tmp_path / "run.toml").write_text(run(2).to_text())
+    monkeypatch.setitem(STATE, "noise", 5.0)
+    result = run_ranks(1, lambda comm: evaluate_run(tmp_path, comm))[0]
+    assert result["loss"] == summary["test_loss"]
+
+
+def test_inputs_with_a_nan_are_the_same_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that failed on them is resumed from its checkpoint before, not refused for its data."""
+    numbers = [float("nan"), 1.0]
+    check_saved_data({"data": {"inputs": numbers}}, {"inputs": list(np.array(numbers))})
