@@ -93,7 +93,7 @@ def train(run: RunConfig, comm: Comm, out: Path, resume: str = "auto") -> dict[s
         if plan.run.settings.trace:
             job.engine.trace = _start_trace(job, comm, out, totals)
         copied_blocks = job.copied_blocks if point.checkpoint is None else []
-        progress.start(threads, merged_replicas, copied_blocks)
+        progress.start(threads, merged_replicas, copied_blocks, job.layer_notes)
         for segment in plan.training_length.segments(totals.update):
             _train_segment(job, segment, totals, progress)
             _finish_segment(job, segment, totals, progress, out, fingerprint)

@@ -65,7 +65,11 @@ class Progress:
         return self.plan.training_length.total_updates
 
     def start(
-        self, threads: int, merged_replicas: int = 0, copied_blocks: Sequence[int] = ()
+        self,
+        threads: int,
+        merged_replicas: int = 0,
+        copied_blocks: Sequence[int] = (),
+        layer_notes: Sequence[str] = (),
     ) -> None:
         """Print and record what will run, on which software.
 
@@ -77,6 +81,8 @@ class Progress:
             Number of replicas of a checkpoint that were averaged to start from; 0 for none.
         copied_blocks : sequence of int
             Blocks whose initial weights were copied from the first replica.
+        layer_notes : sequence of str
+            Notes on layers that couple samples or keep state.
         """
         if not self.enabled:
             return
@@ -96,6 +102,8 @@ class Progress:
                 "differed between replicas: all replicas start from those of the first one; the "
                 "result depends on that draw, so seed it (torch's generator is seeded)"
             )
+        for note in layer_notes:
+            print(f"note      {note}")
         print(flush=True)
         self._record(
             "run",
@@ -105,6 +113,7 @@ class Progress:
             job=run_folder.slurm_job_id(),
             resolved=self.plan.run.to_table(),
             copied_blocks=list(copied_blocks),
+            layer_notes=list(layer_notes),
         )
         self.start_time = self.last_print_time = time.monotonic()
         if self.bar is not None and self.first_update < self.total_updates:
