@@ -37,7 +37,6 @@ from dtrain.objectives.messages import reads_samples
 from dtrain.planning.block_factory import make_block
 from dtrain.planning.layout import layout_rows
 from dtrain.planning.plan import Plan
-from dtrain.start_checks import layer_notes
 from dtrain.syncs.replica_check import checksum
 
 
@@ -56,8 +55,6 @@ class RankJob:
     copied_blocks : list of int
         Blocks whose initial weights differed between replicas, so that all replicas have those of
         the first one; of all stages, in order.
-    layer_notes : list of str
-        Notes on layers that couple samples or keep state.
     model_fingerprint : dict of str to str
         Shape and dtype of every parameter and buffer of the model, by name.
     """
@@ -69,7 +66,6 @@ class RankJob:
     test_loader: Loader
     groups: ProcessGroups
     copied_blocks: list[int]
-    layer_notes: list[str]
     model_fingerprint: dict[str, str]
 
     @property
@@ -108,8 +104,6 @@ def build_rank(plan: Plan, comm: Comm) -> RankJob:
     syncs = {index: plan.run.new_sync() for index in blocks}
     for index, sync in syncs.items():
         sync.setup(blocks[index], groups.replicas)
-    train_loader = Loader(plan.data.train, layout.dtype)
-    notes = layer_notes(plan, blocks, train_loader, comm)
     engine_spec = _engine_spec(plan, device)
     augment = augments.build_augment(plan.run.data.augment, settings.seed)
     return RankJob(
@@ -120,7 +114,6 @@ def build_rank(plan: Plan, comm: Comm) -> RankJob:
         test_loader=Loader(plan.data.test, layout.dtype),
         groups=groups,
         copied_blocks=copied_blocks,
-        layer_notes=notes,
         model_fingerprint=model_fingerprint,
     )
 

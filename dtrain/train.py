@@ -45,6 +45,7 @@ from dtrain.monitoring.run_totals import RunTotals
 from dtrain.monitoring.summary import make_summary
 from dtrain.planning import report
 from dtrain.planning.plan import Plan, make_plan
+from dtrain.layer_notes import layer_notes
 from dtrain.schedules.segments import Segment
 from dtrain.schema import Table
 
@@ -93,7 +94,8 @@ def train(run: RunConfig, comm: Comm, out: Path, resume: str = "auto") -> dict[s
         if plan.run.settings.trace:
             job.engine.trace = _start_trace(job, comm, out, totals)
         copied_blocks = job.copied_blocks if point.checkpoint is None else []
-        progress.start(threads, merged_replicas, copied_blocks, job.layer_notes)
+        notes = layer_notes(plan, job.engine.blocks, job.train_loader, comm)
+        progress.start(threads, merged_replicas, copied_blocks, notes)
         for segment in plan.training_length.segments(totals.update):
             _train_segment(job, segment, totals, progress)
             _finish_segment(job, segment, totals, progress, out, fingerprint)
