@@ -13,6 +13,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from dtrain.errors import ConfigError
 from dtrain.models.layers import LayerStack, merge_layers
@@ -62,7 +63,7 @@ def check_pretrained(weights: PretrainedWeights, model: LayerStack, strict: bool
         A shape differs; with `strict`, a name is missing or unexpected; without, all are.
     """
     layers = [layer for layer in model.meta_layers(torch.float32) if layer is not None]
-    expected = {name: tuple(t.shape) for name, t in _named_tensors(merge_layers(layers)).items()}
+    expected = {name: _shape(t) for name, t in _named_tensors(merge_layers(layers)).items()}
     aliases = model.tied_names
     found = dict(weights.shapes)
     missing = [name for name in expected if _name_in(name, found, aliases) is None]
@@ -70,7 +71,7 @@ def check_pretrained(weights: PretrainedWeights, model: LayerStack, strict: bool
     unexpected = [name for name in found if name not in known]
     for name, shape in expected.items():
         source = _name_in(name, found, aliases)
-        if source is not None and found[source] != shape:
+        if source is not None and shape is not None and found[source] != shape:
             raise ConfigError(
                 "model.weights-shape",
                 f"[model] weights: '{source}' of {weights.path} has shape {found[source]}, but "
@@ -156,6 +157,11 @@ class _SafeFile:
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._file.get_tensor(name)
         return tensor
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...] | None:
+    """Return the shape of a tensor, None where a lazy module has not set it yet."""
+    return None if isinstance(tensor, UninitializedTensorMixin) else tuple(tensor.shape)
 
 
 def _listed(names: list[str]) -> str:

@@ -22,6 +22,7 @@ from dtrain.config.run import RunConfig
 from dtrain.models.layers import LayerStack, cast_module
 from dtrain.models.pretrained import PretrainedWeights, load_pretrained
 from dtrain.planning.layout import Layout
+from dtrain.planning.lazy_modules import materialise
 from dtrain.rng import seeded
 
 
@@ -30,6 +31,7 @@ def make_block(run: RunConfig, layout: Layout, index: int, device: torch.device)
     seed, spec = run.settings.seed, layout.block_layouts[index].spec
     model, indices = layer_source(layout, index)
     layers = model.build(indices, seed, layout.dtype)
+    materialise(layout, index, layers, seed)
     if run.weights_path is not None and model is layout.model:
         load_pretrained(PretrainedWeights(run.weights_path), layers, model.tied_names)
     for layer in layers.values():

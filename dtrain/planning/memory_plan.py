@@ -42,6 +42,7 @@ from dtrain.planning.block_memory import (
     measure_block_memory,
     peak_live_bytes,
 )
+from dtrain.planning.lazy_modules import is_lazy
 from dtrain.planning.plan import Plan
 from dtrain.planning.structure_cache import StructureCache, layers_key
 from dtrain.schedules.actions import Action
@@ -255,7 +256,8 @@ class MemoryPlan:
         )
         layers = [layer for i in indices if (layer := meta_layers[i]) is not None]
         head = build_meta_head(layout.objective, layout.block_specs[index])
-        if len(layers) < len(indices):
+        modules = [module for layer in layers for module in layer.values()]
+        if len(layers) < len(indices) or is_lazy(modules):
             return None
         return partial(self._fake_block, index, merge_layers(layers), head)
 
