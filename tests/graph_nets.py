@@ -195,3 +195,23 @@ class Filter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return x (rows, size), filtered."""
         return torch.fft.irfft(torch.fft.rfft(x) * self.weight, n=x.shape[-1])
+
+
+class OverwritesSkip(nn.Module):
+    """The second layer overwrites the output of the first one, which the third reads, too."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.first, self.relu = nn.Linear(10, 10), nn.ReLU(inplace=True)
+        self.last = nn.Linear(10, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return scores (rows, classes) of x (rows, 2, 5)."""
+        a = self.first(x.flatten(1))
+        b = self.relu(a)
+        return self.last(a + b)
+
+
+def overwrites_skip(classes: int) -> nn.Module:
+    """Return a net that works in place on a skip."""
+    return OverwritesSkip(classes)

@@ -170,3 +170,11 @@ def test_what_cannot_keep_copies_equal_is_refused(
 ) -> None:
     with refuses(ConfigError, key):
         train_in_threads(run("tied", **changes), tmp_path, stages=3)
+
+
+def test_overwriting_a_skip_is_refused_where_a_cut_makes_it_a_copy(tmp_path: Path) -> None:
+    model = {"name": "tests.graph_nets:overwrites_skip"}
+    changes: dict[str, Any] = {"model": model, "objective__name": "backprop"}
+    with refuses(ConfigError, "model.in-place-skip"):
+        train_in_threads(tiny.run(**changes, partition={"cuts": ["relu"]}), tmp_path / "a")
+    train_in_threads(tiny.run(**changes, partition={"cuts": ["last"]}), tmp_path / "b", stages=2)
