@@ -215,3 +215,91 @@ class OverwritesSkip(nn.Module):
 def overwrites_skip(classes: int) -> nn.Module:
     """Return a net that works in place on a skip."""
     return OverwritesSkip(classes)
+
+
+class SmallUNet(nn.Module):
+    """Two resolutions with a skip at the finer one, for fields (1, 8, 8)."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.Tanh())
+        self.down = nn.Conv2d(width, width, 2, stride=2)
+        self.deep = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.Tanh())
+        self.up = nn.ConvTranspose2d(width, width, 2, stride=2)
+        self.out = nn.Conv2d(2 * width, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return fields (rows, 1, 8, 8) of the same."""
+        fine = self.first(x)
+        return self.out(torch.cat([fine, self.up(self.deep(self.down(fine)))], 1))
+
+
+def unet() -> nn.Module:
+    """Return a net that regresses a field."""
+    return SmallUNet()
+
+
+def fields() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return 67 fields (1, 8, 8), and each of them smoothed."""
+    x = np.random.default_rng(0).normal(size=(67, 1, 8, 8))
+    y = (x + np.roll(x, 1, 2) + np.roll(x, 1, 3)) / 3
+    return x[:50], y[:50], x[50:], y[50:]
+
+
+class PatchTransformer(nn.Module):
+    """A vision transformer with a class token and positions, for images (1, 8, 8)."""
+
+    def __init__(self, classes: int, width: int = 8) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(1, width, 4, stride=4)
+        self.token = nn.Parameter(torch.randn(1, 1, width))
+        self.positions = nn.Parameter(torch.randn(1, 5, width))
+        make = nn.TransformerEncoderLayer
+        self.encoder = nn.ModuleList(
+            [make(width, 2, 16, dropout=0.0, batch_first=True) for _ in range(2)]
+        )
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return scores (rows, classes)."""
+        patches = self.patches(x).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.token.expand(patches.shape[0], -1, -1), patches], 1)
+        tokens = tokens + self.positions
+        for layer in self.encoder:
+            tokens = layer(tokens)
+        return self.head(tokens[:, 0])
+
+
+def vision_transformer(classes: int) -> nn.Module:
+    """Return a vision transformer."""
+    return PatchTransformer(classes)
+
+
+def images() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return 67 images (1, 8, 8) with a class of three."""
+    random = np.random.default_rng(0)
+    y = random.integers(0, 3, 67)
+    x = random.normal(size=(67, 1, 8, 8)) + y[:, None, None, None]
+    return x[:50], y[:50], x[50:], y[50:]
+
+
+def forecaster() -> nn.Sequential:
+    """Return an LSTM that forecasts two numbers of a series (6, 3)."""
+    return nn.Sequential(
+        nn.LSTM(3, 6, batch_first=True), LastStep(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2)
+    )
+
+
+def series() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return 67 windows (6, 3) of a series, and two numbers of the step after each."""
+    walk = np.random.default_rng(0).normal(size=(74, 3)).cumsum(0)
+    x = np.stack([walk[i : i + 6] for i in range(67)])
+    y = walk[6:73, :2]
+    return x[:50], y[:50], x[50:], y[50:]
+
+
+def several_labels() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return 67 samples (2, 5) with three yes-or-no labels each."""
+    x = np.random.default_rng(0).normal(size=(67, 2, 5))
+    y = (x[:, 0, :3] > 0).astype(np.int64)
+    return x[:50], y[:50], x[50:], y[50:]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.functional import cross_entropy
 
 from dtrain.checkpoint.export import export
@@ -29,6 +32,10 @@ NETS: dict[str, tuple[str, ...]] = {
     "language_model": ("blocks.0", "norm"),
     "masked_mean": ("mix", "out"),
     "lazy": ("2", "3"),
+    "unet": ("deep", "up"),
+    "vision_transformer": ("encoder.0", "head"),
+    "forecaster": ("1", "2"),
+    "labels": ("mid", "up"),
 }
 """Nets of `graph_nets`, and cuts through their skips, tuples, containers and ties."""
 
@@ -39,6 +46,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "task": {"loss": "cross-entropy", "classes-last": True, "metrics": ["perplexity"]},
     },
     "masked_mean": {"data": {"name": "tests.graph_nets:masked_tokens"}},
+    "unet": {"data": {"name": "tests.graph_nets:fields"}, "task": {"loss": "mse"}},
+    "vision_transformer": {"data": {"name": "tests.graph_nets:images"}},
+    "forecaster": {"data": {"name": "tests.graph_nets:series"}, "task": {"loss": "huber"}},
+    "labels": {
+        "data": {"name": "tests.graph_nets:several_labels"},
+        "model": {"name": "tests.graph_nets:skips"},
+        "task": {"loss": "bce-with-logits"},
+    },
 }
 """Data and tasks of the nets that do not learn the tiny data."""
 
@@ -103,15 +118,24 @@ def test_a_resumed_run_equals_an_uninterrupted_one(net: str, tmp_path: Path) -> 
 
 def plain_data(net: str) -> tuple[list[Tensor], Tensor]:
     """Return the training inputs of a net as dtrain gives them, and the targets."""
-    if net == "language_model":
-        x, y, *_ = graph_nets.tokens()
+    name = SETTINGS.get(net, {}).get("data", {"name": "tests.tiny:samples"})["name"]
+    module = tiny if name.startswith("tests.tiny") else graph_nets
+    x, y, *_ = getattr(module, name.partition(":")[2])()
+    if isinstance(x, tuple):
+        return [torch.from_numpy(array) for array in x], torch.from_numpy(y)
+    if x.dtype.kind in "iu":
         return [torch.from_numpy(x).long()], torch.from_numpy(y)
-    if net == "masked_mean":
-        (x, mask), y, *_ = graph_nets.masked_tokens()
-        return [torch.from_numpy(x), torch.from_numpy(mask)], torch.from_numpy(y)
-    x, y, *_ = tiny.samples()
-    mean, deviation = x.mean((0, 2), keepdims=True), x.std((0, 2), keepdims=True)
+    axes = (0, *range(2, x.ndim))
+    mean, deviation = x.mean(axes, keepdims=True), x.std(axes, keepdims=True)
     return [torch.from_numpy((x - mean) / deviation)], torch.from_numpy(y)
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "language_model": lambda output, y: cross_entropy(output.flatten(0, 1), y.flatten()),
+    "unet": functional.mse_loss,
+    "forecaster": functional.huber_loss,
+    "labels": lambda output, y: functional.binary_cross_entropy_with_logits(output, y.double()),
+}
 
 
 def plain_loop(net: str, lr: float, epochs: int) -> dict[str, Tensor]:
@@ -125,16 +149,17 @@ def plain_loop(net: str, lr: float, epochs: int) -> dict[str, Tensor]:
         for batch in torch.from_numpy(epoch_order(50, 3, epoch)).split(16):
             optimizer.zero_grad()
             output = model(*(x[batch] for x in inputs))
-            scores = output.flatten(0, -2) if net == "language_model" else output
-            cross_entropy(scores, targets[batch].flatten()).backward()
+            LOSSES.get(net, cross_entropy)(output, targets[batch]).backward()
             optimizer.step()
     return model.state_dict()
 
 
 def make(net: str) -> nn.Module:
     """Return a net of `graph_nets`, for three classes where it has classes."""
-    function = getattr(graph_nets, net)
-    return function() if net == "language_model" else function(3)
+    name = SETTINGS.get(net, {}).get("model", {"name": f":{net}"})["name"].partition(":")[2]
+    function = getattr(graph_nets, name)
+    made: nn.Module = function(3) if signature(function).parameters else function()
+    return made
 
 
 @pytest.mark.parametrize("net", [net for net in NETS if net not in OTHER_WEIGHTS])
