@@ -34,7 +34,7 @@ from dtrain.engine.spec import EngineSpec
 from dtrain.errors import ConfigError, DataError
 from dtrain.mesh import RankPosition
 from dtrain.objectives.messages import reads_samples
-from dtrain.planning.block_factory import make_block
+from dtrain.planning.block_factory import make_blocks
 from dtrain.planning.layout import layout_rows
 from dtrain.planning.plan import Plan
 from dtrain.syncs.replica_check import checksum
@@ -96,7 +96,7 @@ def build_rank(plan: Plan, comm: Comm) -> RankJob:
     comm.set_device(device)
     indices = layout.blocks_of_stage(stage)
     blocks = all_or_none(
-        comm, lambda: {index: make_block(plan.run, layout, index, device) for index in indices}
+        comm, lambda: make_blocks(plan.run, layout, indices, device)
     )
     _check_no_decay(plan, blocks, comm)
     copied_blocks = _equalise_replicas(blocks, groups)

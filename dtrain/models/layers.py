@@ -14,10 +14,11 @@ is built in the process. The state of torch's generator is unchanged afterwards.
 
 from __future__ import annotations
 
+import io
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
 from typing import final
@@ -62,16 +63,24 @@ class LayerStack(ABC):
         ConfigError
             A layer has tensors that its factory did not make, or a factory returns no module.
         """
-        layers = merge_layers(self._make_layers(tuple(indices), seed))
-        for name, layer in layers.items():
-            # A tensor that exists already when `as_layers` calls the function is on meta.
-            if any(tensor.is_meta for tensor in [*layer.parameters(), *layer.buffers()]):
-                raise ConfigError(
-                    "model.factory-reuses-tensors",
-                    f"layer '{name}' has tensors that were made before its factory was called, "
-                    f"so they do not depend on (seed, name): make them in the factory",
-                )
-        return {name: cast_module(layer, dtype) for name, layer in layers.items()}
+        return merge_layers(self.build_each(indices, seed, dtype))
+
+    def build_each(
+        self, indices: Iterable[int], seed: int, dtype: torch.dtype
+    ) -> list[dict[str, nn.Module]]:
+        """Build the layers at `indices` as `build` does; return the modules of each by name."""
+        layers = self._make_layers(tuple(indices), seed)
+        for modules in layers:
+            for name, module in modules.items():
+                # A tensor that exists already when `as_layers` calls the function is on meta.
+                if any(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()]):
+                    raise ConfigError(
+                        "model.factory-reuses-tensors",
+                        f"layer '{name}' holds tensors that were made before its factory was "
+                        f"called, so they do not depend on (seed, name): make them in the factory",
+                    )
+                cast_module(module, dtype)
+        return layers
 
     def rebuild_layer(self, index: int, seed: int, dtype: torch.dtype) -> nn.Module:
         """Build one layer again, equal to that of `build`; on the meta device without memory.
@@ -267,13 +276,13 @@ def as_layers(
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """Make tensors on the meta device; without the warnings of torch for weights that are loaded.
+    """Make tensors on the meta device, without the warnings and the output of a user's function.
 
-    A user's function may load weights into its modules. On the meta device torch leaves them out,
-    with one warning for each.
+    The function is called again when weights are made. Weights that it loads are left out on the
+    meta device, with one warning of torch's for each.
     """
-    with warnings.catch_warnings(), torch.device("meta"):
-        warnings.filterwarnings("ignore", ".*copying from a non-meta parameter.*")
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), torch.device("meta"):
+        warnings.simplefilter("ignore")
         yield
 
 
