@@ -299,6 +299,10 @@ class BlockParameters:
             if value is not None
         }
 
+    def add_optimizer_state(self, entries: Mapping[str, Tensor]) -> None:
+        """Add entries to the optimizer's state, or replace those of the same keys."""
+        self.load_optimizer_state(self.optimizer_state() | dict(entries))
+
     def load_optimizer_state(self, optimizer_state: Mapping[str, Tensor]) -> None:
         """Load a state that `optimizer_state` returned."""
         if self.optimizer is None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, TypedDict, final
 
+import torch
 from torch import Tensor, nn
 
 from dtrain.block.block import Block, GradientHook, OptimizerStep
@@ -125,6 +126,9 @@ class SyncTarget(Protocol):
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Return the optimizer's state as ``<parameter>/<entry>``."""
+
+    def add_optimizer_state(self, entries: Mapping[str, Tensor]) -> None:
+        """Add entries to the optimizer's state, or replace those of the same keys."""
 
     def name_gradients(self, gradients: Iterable[Tensor]) -> dict[str, Tensor]:
         """Return one gradient for each trained parameter, by its name."""
@@ -357,6 +361,28 @@ def replica_mean(
     replicas.mean_([tensor for tensor in averaged.values() if has_mean(tensor)])
     replicas.broadcast_([tensor for name, tensor in copies.items() if name not in averaged])
     return copies
+
+
+def complete_optimizer_state(
+    replicas: Comm, optimizer_state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return an optimizer state with the entries that any replica has. Collective over them.
+
+    A replica has no entries for a parameter that never had a gradient there. Its moments are zeros
+    then, and its counts those of the first replica that has them. The order of the entries is the
+    same on all replicas.
+    """
+    own_entries = {}
+    for key, tensor in optimizer_state.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        own_entries[key] = list(tensor.shape), dtype, None if tensor.dim() else float(tensor)
+    complete: dict[str, Tensor] = {}
+    for entries in replicas.allgather_object(own_entries):
+        for key, (shape, dtype, count) in entries.items():
+            if key not in complete:
+                missing = torch.full(shape, count or 0.0, dtype=getattr(torch, dtype))
+                complete[key] = optimizer_state.get(key, missing)
+    return complete
 
 
 def has_mean(tensor: Tensor) -> bool:

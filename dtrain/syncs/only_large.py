@@ -8,7 +8,7 @@ Invariant: the inner sync never sees a small tensor, and small tensors are equal
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -117,6 +117,10 @@ class TensorSubset:
             for key, tensor in self.block.optimizer_state().items()
             if key.rpartition("/")[0] in self.names
         }
+
+    def add_optimizer_state(self, entries: Mapping[str, Tensor]) -> None:
+        """Add entries to the optimizer's state."""
+        self.block.add_optimizer_state(entries)
 
     def name_gradients(self, gradients: Iterable[Tensor]) -> dict[str, Tensor]:
         """Return one gradient for each trained tensor of the subset, by its name."""

@@ -51,6 +51,10 @@ SYNCS: list[dict[str, Any]] = [
     {"name": "only-large", "elements": 20},
     {"name": "warmup", "updates": 2, "inner": {"name": "int8"}},
     {"name": "daso", "warmup-epochs": 9},
+    {"name": "daso", "warmup-epochs": 0, "cooldown-epochs": 0},
+    {"name": "ab", "warmup-updates": 1, "every": 4, "full-updates": 1},
+    {"name": "oialr", "delay-updates": 1, "every": 1},
+    {"name": "local-sgd", "every": 2},
 ]
 
 

@@ -56,6 +56,7 @@ from dtrain.syncs.base import (
     UpdateClock,
     add_prefix,
     clone_all,
+    complete_optimizer_state,
     replica_mean,
     require_at_least,
     select_prefix,
@@ -257,7 +258,8 @@ class AB(LocalUpdates):
             weights.merge_factors(name)
         for name, weight in weights.trainable_tensors().items():
             weight.copy_(merged[name])
-        state, _ = split_optimizer_state(optimizer_state, self._matrix_names)
+        others, _ = split_optimizer_state(optimizer_state, self._matrix_names)
+        state = complete_optimizer_state(self.replicas, others)
         moments = {key: tensor for key, tensor in state.items() if tensor.dim()}
         self.replicas.mean_(moments)
         for key, moment in moments.items():

@@ -37,7 +37,14 @@ import torch
 from torch import Tensor
 
 from dtrain.comm.communicator import Comm
-from dtrain.syncs.base import SyncTarget, SyncTraits, UpdateClock, has_mean, require_at_least
+from dtrain.syncs.base import (
+    SyncTarget,
+    SyncTraits,
+    UpdateClock,
+    complete_optimizer_state,
+    has_mean,
+    require_at_least,
+)
 from dtrain.syncs.common.compressor import NO_COMPRESSION, Compressor
 from dtrain.syncs.common.local_updates import LocalUpdates
 from dtrain.syncs.common.node_groups import NodeGroups, inter_node_groups
@@ -207,6 +214,11 @@ class DASO(LocalUpdates):
     def _synchronise(self) -> None:
         """Make all replicas equal: weights, moments and step counts. Collective over them."""
         state = self.block.optimizer_state()
+        complete = complete_optimizer_state(self.replicas, state)
+        if complete.keys() != state.keys():
+            self.block.add_optimizer_state(complete)
+            state = self.block.optimizer_state()
+        state = {key: state[key] for key in complete}
         moments = {
             key: tensor for key, tensor in state.items() if tensor.dim() and has_mean(tensor)
         }
