@@ -95,9 +95,7 @@ def build_rank(plan: Plan, comm: Comm) -> RankJob:
     device = all_or_none(comm, lambda: select_device(settings.device, local_rank, host))
     comm.set_device(device)
     indices = layout.blocks_of_stage(stage)
-    blocks = all_or_none(
-        comm, lambda: make_blocks(plan.run, layout, indices, device)
-    )
+    blocks = all_or_none(comm, lambda: make_blocks(plan.run, layout, indices, device))
     _check_no_decay(plan, blocks, comm)
     copied_blocks = _equalise_replicas(blocks, groups)
     model_fingerprint = _model_fingerprint(blocks, groups)

@@ -65,9 +65,10 @@ def _check_block(plan: Plan, block: Block, loader: Loader) -> RowCheck:
     objective, spec = plan.layout.objective, plan.layout.block_specs[block.index]
     if plan.layout.block_layouts[block.index].replacement_layers is not None:
         return RowCheck()
-    if plan.data.train.size < ROWS or block.index and not spec.input_shape:
+    if plan.data.train.size < ROWS or (block.index and not spec.input_shape):
         return RowCheck()
-    samples, others = None, ()
+    samples: Tensor | None = None
+    others: tuple[Tensor, ...] = ()
     if block.index == 0 or reads_samples(objective, spec, "train"):
         indices = torch.arange(ROWS).numpy()
         samples = loader.dataset.inputs(indices)

@@ -40,12 +40,12 @@ from dtrain.data.sampler import epoch_order
 from dtrain.engine.trace import TRACE_FILE, Trace
 from dtrain.errors import ConfigError, DtrainError, Interrupted, add_location, one_line
 from dtrain.evaluate import EvalWeights, evaluate_weights, evaluation_weights
+from dtrain.layer_notes import layer_notes
 from dtrain.monitoring.progress import Progress
 from dtrain.monitoring.run_totals import RunTotals
 from dtrain.monitoring.summary import make_summary
 from dtrain.planning import report
 from dtrain.planning.plan import Plan, make_plan
-from dtrain.layer_notes import layer_notes
 from dtrain.schedules.segments import Segment
 from dtrain.schema import Table
 

@@ -175,7 +175,9 @@ def masked_mean(classes: int) -> nn.Module:
     return MaskedMean(classes)
 
 
-def masked_tokens() -> tuple[tuple[np.ndarray, ...], np.ndarray, tuple[np.ndarray, ...], np.ndarray]:
+def masked_tokens() -> tuple[
+    tuple[np.ndarray, ...], np.ndarray, tuple[np.ndarray, ...], np.ndarray
+]:
     """Return tokens with a mask, and a class of three."""
     random = np.random.default_rng(1)
     x = random.integers(0, VOCABULARY, (67, LENGTH))

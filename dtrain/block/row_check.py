@@ -89,9 +89,7 @@ def _outputs(block: Block, micro_batch: MicroBatch) -> dict[str, list[Tensor]]:
 
 
 @contextmanager
-def _recorded(
-    layers: Mapping[str, nn.Module], outputs: dict[str, list[Tensor]]
-) -> Iterator[None]:
+def _recorded(layers: Mapping[str, nn.Module], outputs: dict[str, list[Tensor]]) -> Iterator[None]:
     def record(name: str, output: Any) -> None:
         tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
         outputs.setdefault(name, tensors)

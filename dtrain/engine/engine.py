@@ -266,7 +266,8 @@ class Engine:
         batch, device = update.batch, self.engine_spec.device
         indices = batch.micro_batch_indices[action.micro]
         start = batch.first_row + sum(map(len, batch.micro_batch_indices[: action.micro]))
-        samples, raw_samples, others = None, None, ()
+        samples = raw_samples = None
+        others: tuple[Tensor, ...] = ()
         if action.block in self.needs_samples:
             samples = loader.read().to(device)
             others = tuple(x.to(device) for x in loader.read_other_inputs(indices))

@@ -10,16 +10,20 @@ from dtrain.models.layers import LayerStack
 from dtrain.models.shape_inference import infer_layers
 
 
+IMAGE_DIMENSIONS = 3
+"""Dimensions of a sample from which bytes are taken for an image."""
+
+
 def takes_integers(
     model: LayerStack,
     shape: tuple[int, ...],
     input_dtype: torch.dtype,
     other_inputs: Sequence[tuple[tuple[int, ...], torch.dtype]] = (),
 ) -> bool:
-    """Return whether all layers run on integer samples, as those behind an embedding do.
+    """Return whether samples are given to a model as integers, neither scaled nor standardised.
 
-    Linear layers and convolutions refuse integers, so a model that begins with them gets real
-    numbers.
+    They are if all layers run on integers, as those behind an embedding do; linear layers and
+    convolutions refuse them. Bytes of images (C, H, W) are real numbers wherever that works, too.
 
     Parameters
     ----------
@@ -32,8 +36,13 @@ def takes_integers(
     """
     if input_dtype.is_floating_point or input_dtype.is_complex:
         return False
-    try:
-        specs = infer_layers(model, shape, torch.float32, torch.int64, other_inputs)
-    except Exception:  # of any kind: with real numbers a real fault is raised again
-        return False
-    return specs[-1].dtype.is_floating_point
+
+    def runs_on(dtype: torch.dtype) -> bool:
+        try:
+            specs = infer_layers(model, shape, torch.float32, dtype, other_inputs)
+        except Exception:  # of any kind: a real fault is raised again when the run is laid out
+            return False
+        return specs[-1].dtype.is_floating_point
+
+    are_images = input_dtype == torch.uint8 and len(shape) >= IMAGE_DIMENSIONS
+    return runs_on(torch.int64) and not (are_images and runs_on(torch.float32))

@@ -13,7 +13,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from dtrain.errors import ConfigError
 from dtrain.models.layers import LayerStack, merge_layers

@@ -39,7 +39,9 @@ def make_blocks(
     built: dict[int, dict[str, nn.Module]] = {}
     if model.builds_all_layers and not model.tied_names and len(own) > 1:
         positions = [i for index in own for i in layout.block_layouts[index].layers]
-        each = dict(zip(positions, model.build_each(positions, run.settings.seed, dtype), strict=True))
+        each = dict(
+            zip(positions, model.build_each(positions, run.settings.seed, dtype), strict=True)
+        )
         modules = [id(m) for layer in each.values() for m in layer.values()]
         if len(set(modules)) == len(modules):
             built = {

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from dtrain.planning.layout import Layout
 from dtrain.rng import seeded

@@ -95,7 +95,7 @@ def test_the_line_that_cannot_be_traced_is_named() -> None:
 
 @pytest.mark.parametrize(
     ("net", "shape", "expected"),
-    [("language_model", (7,), True), ("skips", (2, 5), False)],
+    [("language_model", (7,), True), ("nested", (2, 5), False)],
 )
 def test_integers_pass_untouched_where_the_model_takes_them(
     net: str, shape: tuple[int, ...], expected: bool
