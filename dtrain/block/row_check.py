@@ -74,9 +74,12 @@ def check_rows(block: Block, micro_batch: MicroBatch) -> RowCheck:
                 buffer.data.copy_(buffers[name])
         for name, layer in block.layers.items():
             layer.train(training[name])
-    coupled = next((name for name in both if _differs(both[name], first.get(name))), None)
     keepers = [name for name in names if _keeps_tensor(block.layers[name])]
     stateful = dict.fromkeys([*keepers, *_owners(block, changed)])
+    independent = [
+        name for name in both if not keepers or names.index(name) < names.index(keepers[0])
+    ]
+    coupled = next((n for n in independent if _differs(both[n], first.get(n))), None)
     return RowCheck((coupled,) if coupled else (), tuple(stateful), dropout)
 
 

@@ -141,7 +141,11 @@ def unsafe_loading(path: Path) -> list[str]:
     names = [name for name in imports(path) if name.split(".")[0] in PICKLING]
     names += [name for name in imports(path) if name == "torch.load"]
     for call in calls(path):
-        if ast.unparse(call.func) in ("torch.load", "th.load"):
+        safe = any(
+            keyword.arg == "weights_only" and ast.unparse(keyword.value) == "True"
+            for keyword in call.keywords
+        )
+        if ast.unparse(call.func) in ("torch.load", "th.load") and not safe:
             names.append("torch.load")
         for keyword in call.keywords:
             if keyword.arg == "allow_pickle" and ast.unparse(keyword.value) != "False":
@@ -227,6 +231,7 @@ VIOLATIONS = {
     unsafe_loading: [
         ("data/x", "import pickle"),
         ("engine/x", "import torch\ntorch.load('x')"),
+        ("engine/x", "import torch\ntorch.load('x', weights_only=False)"),
         ("data/x", "from torch import load"),
         ("data/x", "np.load('x', allow_pickle=True)"),
     ],

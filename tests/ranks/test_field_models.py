@@ -118,9 +118,12 @@ def test_attention_over_the_batch_is_named(tmp_path: Path) -> None:
 
 
 def test_attention_over_the_steps_has_no_note_and_no_coupling(tmp_path: Path) -> None:
-    model = {"name": "tests.ranks.test_field_models:attention", "batch-first": True}
+    changes: dict[str, Any] = {
+        "model": {"name": "tests.ranks.test_field_models:attention", "batch-first": True},
+        "optimizer": {"name": "sgd", "lr": 0.1},
+    }
     for micros in (1, 4):
-        changed = run("attention", "sequences", model=model, micro_batches=micros)
+        changed = run("attention", "sequences", **changes, micro_batches=micros)
         train_in_threads(changed, tmp_path / str(micros), stages=2)
         assert notes(tmp_path / str(micros)) == []
     assert_close_model(tmp_path / "1", tmp_path / "4")
@@ -141,7 +144,7 @@ def test_token_ids_pass_untouched(tmp_path: Path) -> None:
 
 def test_counts_of_sixteen_bits_train(tmp_path: Path) -> None:
     summary = train_in_threads(
-        run("embedding", "wide_counts", epochs=8, model={"name": "mlp", "widths": [32]}), tmp_path
+        run("embedding", "wide_counts", epochs=20, model={"name": "mlp", "widths": [32]}), tmp_path
     )
     assert summary["test_accuracy"] >= 0.9
 
