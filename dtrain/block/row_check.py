@@ -76,9 +76,8 @@ def check_rows(block: Block, micro_batch: MicroBatch) -> RowCheck:
             layer.train(training[name])
     keepers = [name for name in names if _keeps_tensor(block.layers[name])]
     stateful = dict.fromkeys([*keepers, *_owners(block, changed)])
-    independent = [
-        name for name in both if not keepers or names.index(name) < names.index(keepers[0])
-    ]
+    end = names.index(keepers[0]) if keepers else len(names)
+    independent = [name for name in both if names.index(name) < end]
     coupled = next((n for n in independent if _differs(both[n], first.get(n))), None)
     return RowCheck((coupled,) if coupled else (), tuple(stateful), dropout)
 

@@ -146,8 +146,8 @@ class RunConfig:
         }
         if self.optimizer_rest is not None:
             tables["optimizer"] |= {"rest": self.optimizer_rest.to_table()}
-        if self.task != DEFAULT_TASK:  # a run of an earlier version has no such table
-            tables = {"data": tables.pop("data"), "task": self.task.to_table()} | tables
+        if task := self.task.to_table():  # a run of an earlier version has no such table
+            tables = {"data": tables.pop("data"), "task": task} | tables
         if self.partition.cuts is not None:
             del tables["partition"]["balance"]  # explicit cuts balance nothing
         return to_table(self.settings) | tables

@@ -57,6 +57,9 @@ from dtrain.user_code import object_name
 Kind = Literal["classes", "probabilities", "decisions", "values"]
 
 
+DEFAULT_LOSS = "cross-entropy"
+
+
 CHECK_ROWS = 3
 """Rows on which the loss is tried before training."""
 
@@ -105,7 +108,7 @@ class Task:
         Names of metrics, "module:function", or functions (output, target) -> mean over the rows. By
         default those of `DEFAULT_METRICS`.
     target : "data" or "input"
-        What the output is compared with: the data's targets, or the input itself.
+        The reference of the loss: the data's targets, or the input itself.
     classes_last : bool
         Whether outputs, and targets that are probabilities, have their classes in the last
         dimension.
@@ -135,7 +138,7 @@ class Task:
 
     def __init__(
         self,
-        loss: str | LossFunction = "cross-entropy",
+        loss: str | LossFunction = DEFAULT_LOSS,
         metrics: Sequence[str | MetricFunction] | None = None,
         *,
         target: Literal["data", "input"] = "data",
@@ -182,7 +185,7 @@ class Task:
 
     def to_table(self) -> Table:
         """Return the task as a run file's table, without the keys that have their defaults."""
-        table: Table = {"loss": self.loss if isinstance(self.loss, str) else object_name(self.loss)}
+        table: Table = {} if self.loss == DEFAULT_LOSS else {"loss": self.loss_name}
         if self.metrics is not None:
             table["metrics"] = [metric_name(metric) for metric in self.metrics]
         if self.target != "data":

@@ -208,8 +208,8 @@ def test_what_cannot_keep_copies_equal_is_refused(
 def test_overwriting_a_skip_is_refused_where_a_cut_makes_it_a_copy(tmp_path: Path) -> None:
     model = {"name": "tests.graph_nets:overwrites_skip"}
     changes: dict[str, Any] = {"model": model, "objective__name": "backprop"}
+    cut_off = tiny.run(**changes, partition={"cuts": ["relu", "middle"]})
     with refuses(ConfigError, "model.in-place-skip"):
-        train_in_threads(
-            tiny.run(**changes, partition={"cuts": ["relu", "middle"]}), tmp_path / "a"
-        )
-    train_in_threads(tiny.run(**changes, partition={"cuts": ["middle"]}), tmp_path / "b", stages=2)
+        train_in_threads(cut_off, tmp_path / "a")
+    together = tiny.run(**changes, partition={"cuts": ["middle"]})
+    train_in_threads(together, tmp_path / "b", stages=2)

@@ -14,6 +14,7 @@ from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
 from dtrain.data import load_data
 from dtrain.data.sampler import epoch_order
+from dtrain.errors import ConfigError
 from dtrain.evaluate import evaluate_run
 from dtrain.models import load_model
 from dtrain.planning.memory_plan import MemoryPlan
@@ -21,7 +22,7 @@ from dtrain.planning.plan import make_plan
 from tests import task_data, tiny
 from tests.harness import assert_close_model, assert_same_model, train_in_threads
 from tests.outcome import model
-from tests.tiny import run as tiny_run
+from tests.refusals import refuses
 
 WEIGHT = (0.5, 2.0, 1.0)
 SEGMENTS = {"weight": [*WEIGHT], "ignore-index": task_data.IGNORED, "metrics": ["iou", "macro-f1"]}
@@ -35,7 +36,7 @@ def task_run(data: str, net: str | None, task: dict[str, Any], **changes: Any) -
     if net is not None:
         changes["model"] = {"name": f"tests.task_data:{net}"}
         changes |= {"partition": {"cuts": [2, 4]}}
-    return tiny_run(data__name=f"tests.task_data:{data}", task=task, **changes)
+    return tiny.run(data__name=f"tests.task_data:{data}", task=task, **changes)
 
 
 def segments(objective: str, **changes: Any) -> RunConfig:
@@ -138,7 +139,7 @@ def test_real_numbers_are_learnt_by_every_objective_that_serves_them(
 
 
 def test_a_regression_explains_four_fifths_of_the_variance(tmp_path: Path) -> None:
-    run = tiny_run(
+    run = tiny.run(
         data__name="tests.task_data:regression",
         model__widths=[32, 32],
         partition__blocks=2,
@@ -185,7 +186,7 @@ def test_other_targets_are_learnt(name: str, objective: str, tmp_path: Path) -> 
 
 
 def test_an_autoencoder_learns_its_input(tmp_path: Path) -> None:
-    run = tiny_run(
+    run = tiny.run(
         task={"loss": "mse", "target": "input", "metrics": ["r2"]},
         model={"name": "tests.task_data:autoencoder"},
         objective__name="backprop",
@@ -200,6 +201,16 @@ def test_metrics_may_be_others_at_the_evaluation(tmp_path: Path) -> None:
     other = evaluate_run(tmp_path, Comm(SingleBackend()), overrides=['task.metrics=["macro-f1"]'])
     assert other["metrics"].keys() == {"macro-f1"}
     assert other["accuracy"] == result["test_accuracy"]
+
+
+def test_a_resumed_run_may_measure_something_else(tmp_path: Path) -> None:
+    train_in_threads(tiny.run(epochs=1), tmp_path / "one")
+    resumed = train_in_threads(tiny.run(task__metrics=["iou"]), tmp_path / "one")
+    whole = train_in_threads(tiny.run(), tmp_path / "whole")
+    assert resumed["metrics"].keys() == {"iou"}
+    assert [resumed[key] for key in ("digest", *KEYS)] == [whole[key] for key in ("digest", *KEYS)]
+    with refuses(ConfigError, "resume.settings-changed"):
+        train_in_threads(tiny.run(task__label_smoothing=0.1), tmp_path / "one")
 
 
 @pytest.mark.parametrize("objective", ["backprop", "mono-forward"])

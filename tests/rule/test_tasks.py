@@ -320,7 +320,7 @@ def test_mistakes_in_a_run_file_are_refused(table: dict[str, Any], key: str) -> 
     "table",
     [
         {"loss": "huber", "delta": 0.5, "metrics": ["mae", "r2"]},
-        {"loss": "cross-entropy", "weight": [1.0, 2.0], "ignore-index": 255, "classes-last": True},
+        {"weight": [1.0, 2.0], "ignore-index": 255, "classes-last": True},
         {"loss": "tests.task_data:quartic", "target": "input"},
     ],
 )
