@@ -244,8 +244,9 @@ class Comm:
         On one node the result is w_0 t_0 + w_1 t_1 + …, in rank order. Over nodes it is the sum of
         the nodes' sums, in order of their first ranks: (w_0 t_0 + w_1 t_1) + (w_2 t_2 + …) + ….
         Every product and sum is rounded, whatever the sizes: the same bits on all ranks and in
-        every repetition. Equal weights of a node that are a power of two multiply its sum once. Sums of bfloat16 and float16 are made in float32, those of float64 in
-        float64. `dtrain.comm.allreduce` states the traffic between nodes.
+        every repetition. Equal weights of a node that are a power of two multiply its sum once.
+        Sums of bfloat16 and float16 are made in float32, those of float64 in float64.
+        `dtrain.comm.allreduce` states the traffic between nodes.
 
         Parameters
         ----------
