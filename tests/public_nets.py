@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from types import ModuleType
 
 import numpy as np
@@ -11,12 +12,21 @@ from torch import Tensor, nn
 IMAGE, CLASSES = 32, 3
 
 
-def torchvision_models() -> ModuleType:
-    """Import `torchvision.models`; its compiled operators, which no model here calls, may lack."""
-    for operator in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, operator):
+def _import_torchvision() -> None:
+    """Import torchvision; where its compiled operators cannot be loaded, as those of a wheel for
+    CUDA beside a torch for the CPU, declare them: no model here calls one."""
+    try:
+        import torchvision
+    except RuntimeError:
+        for operator in ("nms", "qnms"):
             schema = f"torchvision::{operator}"
             torch.library.define(schema, "(Tensor dets, Tensor scores, float iou) -> Tensor")
+        import torchvision  # noqa: F401
+
+
+def torchvision_models() -> ModuleType:
+    """Import `torchvision.models`."""
+    _import_torchvision()
     import torchvision.models
 
     return torchvision.models  # type: ignore[no-any-return]
@@ -60,6 +70,8 @@ class Gpt2(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        with suppress(ImportError):  # transformers imports it where it is installed
+            _import_torchvision()
         from transformers import GPT2LMHeadModel
 
         whole = GPT2LMHeadModel(gpt2_config())

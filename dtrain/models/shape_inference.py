@@ -12,7 +12,7 @@ for every number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, cast, final
@@ -75,6 +75,8 @@ class LayerSpec:
     main_value : str
         Where the model is a graph: the tensor of `output_shape`, the last of `writes` with the
         samples first; empty where there is none, so that no cut may follow.
+    overwrites : tuple of str
+        Where the model is a graph: those of `reads` on which the layer works in place.
     """
 
     name: str
@@ -90,6 +92,7 @@ class LayerSpec:
     reads: tuple[str, ...] = ()
     writes: tuple[NodeValue, ...] = field(default=(), compare=False, repr=False)
     main_value: str = ""
+    overwrites: tuple[str, ...] = ()
 
 
 def infer_layers(
@@ -400,6 +403,7 @@ def _infer_graph(
             fixed_random_numbers(0),
             without_compiling(modules[path] for path in layer.modules),
         ):
+            before = _versions(few, layer.reads)
             for run in runs:
                 keep = {*run, *layer.writes}
                 with torch.no_grad():
@@ -407,11 +411,22 @@ def _infer_graph(
                         graph.run(layer.nodes, modules, tensors, run, keep, no_context)
                     except Exception as error:
                         raise_input_error(error, layer.name, previous)
+            overwritten = [n for n, v in _versions(few, layer.reads).items() if v != before[n]]
             writes = [compare_values(n, few[n], more[n], SAMPLES) for n in layer.writes]
             spec = _profile_layer(graph, layer, modules, tensors, runs[0], writes, previous)
+            spec = replace(spec, overwrites=tuple(overwritten))
         specs.append(spec)
         previous = spec.output_shape
     return tuple(specs)
+
+
+def _versions(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, list[int]]:
+    """Return how often the tensors of values were written to, by name of the value."""
+    leaves = {name: pytree.tree_leaves(values[name]) for name in names}
+    return {
+        name: [leaf._version for leaf in value if isinstance(leaf, Tensor)]
+        for name, value in leaves.items()
+    }
 
 
 def _profile_layer(

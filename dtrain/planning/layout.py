@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from dtrain import partition
-from dtrain.block.module_traits import works_in_place
 from dtrain.comm.wire_format import WireFormat
 from dtrain.config.run import RunConfig
 from dtrain.config.sections import PartitionSection
@@ -206,7 +205,7 @@ def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: 
     blocks = _block_layouts(block_costs, layers, run.partition)
     if graph is not None:
         blocks = _add_flows(graph, layer_specs, blocks)
-        _check_in_place(graph, model, layers)
+        _check_in_place(layer_specs, layers)
     routes = all_routes(objective, [block.spec for block in blocks], "train")
     schedule.check_routes(routes)
     return Layout(
@@ -275,29 +274,26 @@ def _find_ties(
     return ties
 
 
-def _check_in_place(graph: ModelGraph, model: LayerStack, layers: Sequence[range]) -> None:
-    """Refuse a layer that overwrites a tensor of an earlier block that is read once more.
+def _check_in_place(layer_specs: Sequence[LayerSpec], layers: Sequence[range]) -> None:
+    """Refuse a layer that overwrites a tensor of an earlier block that a later block reads, too.
 
     It would overwrite its block's copy alone.
     """
     owners = {
-        node: (block, index)
+        value.node: block
         for block, indices in enumerate(layers)
         for index in indices
-        for node in graph.layers[index].nodes
+        for value in layer_specs[index].writes
     }
-    meta_layers = model.meta_layers(torch.float32)
-    for node, (block, index) in owners.items():
-        module = (meta_layers[index] or {}).get(str(node.target))
-        if node.op != "call_module" or module is None or not works_in_place(module):
-            continue
-        for read in node.all_input_nodes:
-            later = [user for user in read.users if owners.get(user, (block, -1))[1] > index]
-            if later and owners.get(read, (-1, -1))[0] != block:
+    for block, indices in enumerate(layers):
+        later = {name for spec in layer_specs[indices.stop :] for name in spec.reads}
+        for index in indices:
+            spec = layer_specs[index]
+            if any(owners.get(n, -1) != block and n in later for n in spec.overwrites):
                 raise ConfigError(
                     "model.in-place-skip",
-                    f"layer '{graph.layers[index].name}' works in place on a tensor of an earlier "
-                    f"block that a later layer reads, too: set inplace=False, or cut elsewhere",
+                    f"layer '{spec.name}' works in place on a tensor of an earlier block that a "
+                    f"later block reads, too: set inplace=False, or cut elsewhere",
                 )
 
 
