@@ -33,7 +33,8 @@ from dtrain.engine.evaluator import Evaluator
 from dtrain.engine.spec import EngineSpec
 from dtrain.errors import ConfigError, DataError
 from dtrain.mesh import RankPosition
-from dtrain.planning.block_factory import make_block
+from dtrain.objectives.messages import reads_samples
+from dtrain.planning.block_factory import make_blocks
 from dtrain.planning.layout import layout_rows
 from dtrain.planning.plan import Plan
 from dtrain.syncs.replica_check import checksum
@@ -94,9 +95,7 @@ def build_rank(plan: Plan, comm: Comm) -> RankJob:
     device = all_or_none(comm, lambda: select_device(settings.device, local_rank, host))
     comm.set_device(device)
     indices = layout.blocks_of_stage(stage)
-    blocks = all_or_none(
-        comm, lambda: {index: make_block(plan.run, layout, index, device) for index in indices}
-    )
+    blocks = all_or_none(comm, lambda: make_blocks(plan.run, layout, indices, device))
     _check_no_decay(plan, blocks, comm)
     copied_blocks = _equalise_replicas(blocks, groups)
     model_fingerprint = _model_fingerprint(blocks, groups)
@@ -179,6 +178,8 @@ def _engine_spec(plan: Plan, device: torch.device) -> EngineSpec:
         seed=run.settings.seed,
         training_length=plan.training_length,
         wire_format=layout.wire_format,
+        ties=layout.ties,
+        task=layout.task,
     )
 
 
@@ -252,7 +253,7 @@ def _fingerprint(plan: Plan, rank: int) -> tuple[str, str | None, list[float] | 
     objective = plan.layout.objective
     specs = [plan.layout.block_specs[index] for index in plan.layout.blocks_of_stage(stage)]
     reads_inputs = any(
-        objective.needs_samples(spec, "train") or objective.needs_samples(spec, "predict")
+        reads_samples(objective, spec, "train") or reads_samples(objective, spec, "predict")
         for spec in specs
     )
     labels, inputs, numbers = blake2b(), blake2b(), list[float]()

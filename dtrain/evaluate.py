@@ -41,7 +41,7 @@ from dtrain.data.loader import Loader
 from dtrain.data.sampler import BatchSplitter, Indices, even_ranges
 from dtrain.errors import ConfigError
 from dtrain.monitoring.run_totals import RunTotals, evaluation_metrics
-from dtrain.planning.plan import make_plan
+from dtrain.planning.plan import Plan, make_plan
 
 EvalWeights = Mapping[int, Mapping[str, Tensor]]
 """Parameters and buffers that are evaluated, by block and name."""
@@ -50,7 +50,7 @@ EvalWeights = Mapping[int, Mapping[str, Tensor]]
 SplitName = Literal["train", "test"]
 
 
-OVERRIDABLE_KEYS = ("device", "threads")
+OVERRIDABLE_KEYS = ("device", "threads", "task.metrics")
 """Keys that an evaluation may change, beside those of [data]: none of them changes the weights."""
 
 
@@ -88,7 +88,12 @@ def evaluate_weights(
     ]
     records = [record for rank in control.allgather_object(own_records) for record in rank]
     records.sort(key=lambda record: int(record["micro"]))
-    return evaluation_metrics(records, len(engine.block_specs), engine.objective.predicts_by_vote)
+    return evaluation_metrics(
+        records,
+        len(engine.block_specs),
+        engine.objective.predicts_by_vote,
+        engine.engine_spec.task,
+    )
 
 
 def evaluation_batches(size: int, batch_splitter: BatchSplitter) -> list[Indices]:
@@ -144,19 +149,30 @@ def evaluate_run(
     eval_weights = {index: block.tensors() for index, block in job.engine.blocks.items()}
     batch_splitter = replace(plan.batch_splitter, replicas=_replicas(totals))
     metrics = evaluate_weights(job, eval_weights, loader, batch_splitter)
+    place = {"folder": str(folder.resolve()), "checkpoint": manifest.folder.name}
+    result = {"split": split, "samples": loader.dataset.size}
+    return place | _describe_run(plan, totals) | result | _describe_metrics(plan, metrics)
+
+
+def _describe_run(plan: Plan, totals: RunTotals) -> dict[str, Any]:
+    """Return how long a run has trained, and how its model predicts."""
+    votes = plan.layout.objective.predicts_by_vote and plan.layout.task.has_classes
     return {
-        "folder": str(folder.resolve()),
-        "checkpoint": manifest.folder.name,
         "updates": totals.update,
         "epochs": totals.update // plan.training_length.updates_per_epoch,
-        "objective": run.objective.name,
-        "prediction": "vote" if plan.layout.objective.predicts_by_vote else "last block",
-        "split": split,
-        "samples": loader.dataset.size,
+        "objective": plan.run.objective.name,
+        "prediction": "vote" if votes else "last block",
+    }
+
+
+def _describe_metrics(plan: Plan, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {
         "loss": metrics["test_loss"],
         "accuracy": metrics["test_accuracy"],
+        "accuracy_of": "samples" if plan.layout.task.counts_samples else "positions",
         "accuracy_vote": metrics["test_accuracy_vote"],
         "accuracy_per_block": metrics["accuracy_per_block"],
+        "metrics": metrics["metrics"],
         "ranks": plan.layout.mesh.ranks,
         "stages": plan.layout.mesh.stages,
     }

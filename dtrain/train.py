@@ -40,6 +40,7 @@ from dtrain.data.sampler import epoch_order
 from dtrain.engine.trace import TRACE_FILE, Trace
 from dtrain.errors import ConfigError, DtrainError, Interrupted, add_location, one_line
 from dtrain.evaluate import EvalWeights, evaluate_weights, evaluation_weights
+from dtrain.layer_notes import layer_notes
 from dtrain.monitoring.progress import Progress
 from dtrain.monitoring.run_totals import RunTotals
 from dtrain.monitoring.summary import make_summary
@@ -93,7 +94,8 @@ def train(run: RunConfig, comm: Comm, out: Path, resume: str = "auto") -> dict[s
         if plan.run.settings.trace:
             job.engine.trace = _start_trace(job, comm, out, totals)
         copied_blocks = job.copied_blocks if point.checkpoint is None else []
-        progress.start(threads, merged_replicas, copied_blocks)
+        notes = layer_notes(plan, job.engine.blocks, job.train_loader, comm)
+        progress.start(threads, merged_replicas, copied_blocks, notes)
         for segment in plan.training_length.segments(totals.update):
             _train_segment(job, segment, totals, progress)
             _finish_segment(job, segment, totals, progress, out, fingerprint)
@@ -263,7 +265,7 @@ def _save_checkpoint(
         f"replica-{position.replica}-stage-{position.stage}",
         tensors,
         run.to_table(),
-        totals.state(),
+        totals.state() | {"tied_names": dict(job.plan.layout.model.tied_names)},
         job.groups.control,
         run.checkpoint.keep,
         fingerprint,

@@ -61,8 +61,8 @@ def import_object(target: str, folder: Path, kind: str) -> Callable[..., Any]:
     return imported  # type: ignore[no-any-return]
 
 
-def object_name(kind: type) -> str:
-    """Return the name under which `import_object` finds a class again.
+def object_name(kind: Callable[..., Any]) -> str:
+    """Return the name under which `import_object` finds a class or a function again.
 
     The script that Python runs is the module `__main__`; its classes are named by its file.
     """

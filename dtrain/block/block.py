@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn, optim
@@ -40,6 +40,40 @@ OptimizerStep = Callable[[optim.Optimizer], None]
 """Takes an optimizer's step in its place."""
 
 
+class Program(Protocol):
+    """The calls of a block whose layers are no chain."""
+
+    @property
+    def main_input(self) -> str:
+        """Name of the block's input."""
+
+    @property
+    def main_output(self) -> str:
+        """Name of the block's output."""
+
+    @property
+    def data_inputs(self) -> Mapping[str, int]:
+        """Names and positions of the inputs of the data that the block reads beside its main
+        input."""
+
+    @property
+    def skip_outputs(self) -> tuple[str, ...]:
+        """Names of the tensors that later blocks read beside the output of the block before."""
+
+    def run(
+        self,
+        modules: Mapping[str, nn.Module],
+        inputs: Mapping[str, Tensor],
+        context: Callable[[str], AbstractContextManager[None]],
+        layer_outputs: dict[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Run the block; return the outputs by name.
+
+        `context` gives the context of a call, by name. `layer_outputs` receives the main output of
+        every layer; the graph is then cut after every layer.
+        """
+
+
 class Block(BlockParameters):
     """Layers, head and optimizer of one block.
 
@@ -63,6 +97,8 @@ class Block(BlockParameters):
         (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
     model_ends : (bool, bool)
         Whether the block holds the first layer of the model, and the last.
+    program : Program, optional
+        The calls of the block, where its layers are no chain.
 
     Attributes
     ----------
@@ -86,10 +122,12 @@ class Block(BlockParameters):
         detach_every: DetachEvery = "block",
         recompute: bool = False,
         model_ends: tuple[bool, bool] = (False, False),
+        program: Program | None = None,
     ) -> None:
         self.index = index
         self.layers = dict(layers)
         self.head = head
+        self.program = program
         roots = {**self.layers, **({} if head is None else {f"heads.{index}": head})}
         super().__init__(roots, make_optimizer, model_ends)
         self.seed = seed
@@ -165,10 +203,37 @@ class Block(BlockParameters):
 
     def _run_layers(self, micro_batch: MicroBatch) -> None:
         self.layer_outputs, self.taps = {}, {}
-        micro_batch.y = self.forward(micro_batch.x, micro_batch.rng_key)
+        if self.program is None:
+            micro_batch.y = self.forward(micro_batch.x, micro_batch.rng_key)
+        else:
+            self._run_program(self.program, micro_batch)
         micro_batch.layer_outputs, micro_batch.taps = self.layer_outputs, self.taps
         if self.split_backward is not None:
             micro_batch.leaf_calls = self.split_backward.pop_leaf_calls()
+
+    def _run_program(self, program: Program, micro_batch: MicroBatch) -> None:
+        """Run the calls of the block; set `y` and `skip_outputs`."""
+        x, rng_key = micro_batch.x, micro_batch.rng_key
+        inputs = {program.main_input: x, **micro_batch.skip_inputs}
+        if program.data_inputs:
+            assert micro_batch.samples is not None
+            samples = (micro_batch.samples, *micro_batch.other_samples)
+            inputs |= {name: samples[number] for name, number in program.data_inputs.items()}
+        if self.inplace_layers:
+            inputs = {
+                name: tensor.clone() if tensor.requires_grad or self.recompute else tensor
+                for name, tensor in inputs.items()
+            }
+
+        def context(name: str) -> AbstractContextManager[None]:
+            if name in self.layers and name not in self.rng_layers:
+                return nullcontext()
+            return seeded(self.seed, name, *rng_key, device=x.device)
+
+        layer_outputs = self.layer_outputs if self.detach_every == "layer" else None
+        outputs = program.run(self.layers, inputs, context, layer_outputs)
+        micro_batch.y = outputs[program.main_output]
+        micro_batch.skip_outputs = {name: outputs[name] for name in program.skip_outputs}
 
     def _copy_layer_buffers(self) -> dict[str, Tensor]:
         """Return copies of the layers' buffers; those of the head do not change in a forward."""

@@ -18,6 +18,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from dtrain.rng import derive_seed
+from dtrain.tasks.task import DEFAULT_TASK, Task
 
 
 class RowRandom(NamedTuple):
@@ -76,16 +77,22 @@ class MicroBatch:
         Output of the block's layers, with its graph in training; detached where the graph is cut
         at every layer: then `layer_outputs` have the graphs. Empty before the forward.
     targets : Tensor
-        Labels of the rows, (rows,) int64.
+        Targets of the rows, (rows, ...): one int64 label each, unless `task` says otherwise.
     loss_scale : float
-        Rows of this micro-batch over the rows of this replica in this update (n_i / n_r). A loss
-        is multiplied by it once, by the objective that computes it.
+        Rows of this micro-batch over the rows of this replica in this update (n_i / n_r), or the
+        ratio of their counted positions. A loss is multiplied by it once, by the objective that
+        computes it.
+    skip_inputs, skip_outputs : dict of str to Tensor
+        Further inputs of the layers, leaves, and outputs that later blocks read, with their graph;
+        by name. Empty where the model is a chain.
     received : dict of str to Tensor
         Messages of the routes to this forward, and later to its backward, by the route's name;
         `make_input` may remove messages that are not needed again.
     samples : Tensor or None
         The data, (rows, ...), standardised and augmented, where the objective needs them in this
         block. They are shared: do not write to them.
+    other_samples : tuple of Tensor
+        Further inputs of the data, (rows, ...) each, where the layers of this block read them.
     raw_samples : Tensor or None
         The data before they were standardised, in 0 ... 1, where the objective needs them and
         their range is known.
@@ -118,14 +125,19 @@ class MicroBatch:
     pending_weight_gradients : list of (Tensor, list of Parameter, Tensor)
         Weight gradients that a split backward has not computed yet: output of a leaf module, its
         parameters, and the gradient of that output.
+    task : Task
+        Loss, targets and metrics of the run.
     """
 
     x: Tensor = NO_TENSOR
     y: Tensor = NO_TENSOR
     targets: Tensor = NO_INDICES
     loss_scale: float = 1.0
+    skip_inputs: dict[str, Tensor] = field(default_factory=dict)
+    skip_outputs: dict[str, Tensor] = field(default_factory=dict)
     received: dict[str, Tensor] = field(default_factory=dict)
     samples: Tensor | None = None
+    other_samples: tuple[Tensor, ...] = ()
     raw_samples: Tensor | None = None
     indices: Tensor = NO_INDICES
     row_random: RowRandom = NO_ROW_RANDOM
@@ -143,14 +155,24 @@ class MicroBatch:
     pending_weight_gradients: list[tuple[Tensor, list[nn.Parameter], Tensor]] = field(
         default_factory=list
     )
+    task: Task = DEFAULT_TASK
+
+    @property
+    def sample_scale(self) -> float:
+        """The factor of the gradient of a *sum* of losses: `loss_scale` over the count of the
+        targets."""
+        count = self.task.count(self.targets)
+        return self.loss_scale / count if count else 0.0
 
     def next_pass(self, received: dict[str, Tensor]) -> MicroBatch:
         """Return the record of the next forward pass of the same samples."""
         return MicroBatch(
             targets=self.targets,
+            task=self.task,
             loss_scale=self.loss_scale,
             received=received,
             samples=self.samples,
+            other_samples=self.other_samples,
             raw_samples=self.raw_samples,
             indices=self.indices,
             row_random=self.row_random,

@@ -69,10 +69,17 @@ class BlockParameters:
 
     def _collect_parameters(self) -> None:
         """Collect the parameters in their initial order."""
-        parameters = {
-            self._global_name(plain_name(f"{root}.{name}")): parameter
+        named = [
+            (self._global_name(plain_name(join(root, name))), parameter)
             for root, module in self.roots.items()
             for name, parameter in module.named_parameters()
+        ]
+        # A parameter that two layers share has the name of the first one.
+        first_names: dict[int, str] = {}
+        for name, parameter in named:
+            first_names.setdefault(id(parameter), name)
+        parameters = {
+            name: parameter for name, parameter in named if first_names[id(parameter)] == name
         }
         self._initial_order = self._initial_order or {
             name: number for number, name in enumerate(parameters)
@@ -113,7 +120,7 @@ class BlockParameters:
     def buffers(self) -> dict[str, Tensor]:
         """The buffers by global name, looked up anew since a layer may rebind its own."""
         return {
-            plain_name(f"{root}.{name}"): tensor
+            plain_name(join(root, name)): tensor
             for root, module in self.roots.items()
             for name, tensor in module.named_buffers()
         }
@@ -187,7 +194,7 @@ class BlockParameters:
         names = [
             f"{name}.weight"
             for name, module in self.modules().items()
-            if not name.startswith("heads.")
+            if not is_head_name(name)
             and is_factorizable(module)
             and self.parameters[f"{name}.weight"].requires_grad
             and name not in compiled
@@ -198,7 +205,7 @@ class BlockParameters:
     def _compiled_names(self) -> set[str]:
         """Return the global names of the modules inside those that `torch.compile` returned."""
         return {
-            plain_name(f"{root}.{name}".rstrip("."))
+            plain_name(join(root, name))
             for root, layer in self.roots.items()
             for name, _ in layer.named_modules()
             if WRAPPER in name.split(".")
@@ -313,10 +320,24 @@ class BlockParameters:
     def modules(self) -> dict[str, nn.Module]:
         """Return all modules by global name; a compiled one is the module that was compiled."""
         return {
-            plain_name(f"{root}.{name}".rstrip(".")): module
+            plain_name(join(root, name)): module
             for root, layer in self.roots.items()
             for name, module in layer.named_modules()
         }
+
+
+def is_head_name(name: str) -> bool:
+    """Return whether a global name is that of a head of the objective, ``heads.<block>``.
+
+    A model may have a sub-module called "heads", too, whose parts have no numbers as names.
+    """
+    first, _, rest = name.partition(".")
+    return first == "heads" and rest.partition(".")[0].isdigit()
+
+
+def join(root: str, name: str) -> str:
+    """Return the global name of a part of a root; a root without a name adds nothing."""
+    return f"{root}.{name}".strip(".")
 
 
 def plain_name(name: str) -> str:

@@ -91,6 +91,8 @@ class SavedTensors:
         tensors = [
             micro_batch.x,
             micro_batch.y,
+            *micro_batch.skip_inputs.values(),
+            *micro_batch.skip_outputs.values(),
             *micro_batch.layer_outputs.values(),
             *micro_batch.taps.values(),
             *micro_batch.saved_buffers.values(),

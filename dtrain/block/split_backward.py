@@ -79,7 +79,8 @@ class SplitBackward:
             if call_counts[id(module)] == 1 and _trainable_parameters(module)
         ]
         leaf_parameters = {id(p) for module, _ in leaves for p in _trainable_parameters(module)}
-        accumulated: list[Tensor] = [micro_batch.x] if micro_batch.x.requires_grad else []
+        inputs = [micro_batch.x, *micro_batch.skip_inputs.values()]
+        accumulated = [tensor for tensor in inputs if tensor.requires_grad]
         accumulated += [
             parameter
             for root in self.roots

@@ -20,6 +20,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from dtrain.block.parameters import is_head_name
 from dtrain.checkpoint.files import replacing
 from dtrain.checkpoint.manifest import Manifest
 from dtrain.checkpoint.resume import load_newest
@@ -49,11 +50,14 @@ class ExportedModel:
     statistics : dict of str to Tensor
         "mean" and "std" of the training inputs, each (channels, 1, ...) in float64; empty where
         inputs were not standardised.
+    tied_names : dict of str to str
+        Other names of tensors that the user's module holds under several.
     """
 
     state: dict[str, Tensor]
     low_rank_names: set[str]
     statistics: dict[str, Tensor]
+    tied_names: dict[str, str]
 
 
 def export(
@@ -94,7 +98,8 @@ def export(
     model = load_newest(folder, _load_model, Comm(SingleBackend()))
     state = _with_factors(model.state, model.low_rank_names) if factors else model.state
     if not heads:
-        state = {name: t for name, t in state.items() if not name.startswith("heads.")}
+        state = {name: t for name, t in state.items() if not is_head_name(name)}
+    state = _with_aliases(state, model.tied_names)
     if with_normalisation:
         state = _normalisation(model) | state
     try:
@@ -161,12 +166,29 @@ def _with_factors(state: dict[str, Tensor], low_rank_names: set[str]) -> dict[st
     return factored
 
 
+def _with_aliases(state: dict[str, Tensor], tied_names: dict[str, str]) -> dict[str, Tensor]:
+    """Return the state dict with every tensor under all names that the user's module has for it."""
+    names: dict[str, list[str]] = {}
+    for alias, first in tied_names.items():
+        names.setdefault(first, [first]).append(alias)
+    state = dict(state)
+    for same in names.values():
+        saved = [state[name] for name in same if name in state]
+        for name in same:
+            if saved and name not in state:
+                state[name] = saved[0].clone()
+    return state
+
+
 def _load_model(manifest: Manifest) -> ExportedModel:
     """Return the model of a checkpoint."""
     weights = manifest.state.get("weights", {})
     low_rank_names = {name for name, stats in weights.items() if stats["rank"] is not None}
     return ExportedModel(
-        manifest.load_prefix("model/"), low_rank_names, manifest.load_prefix("statistics/")
+        manifest.load_prefix("model/"),
+        low_rank_names,
+        manifest.load_prefix("statistics/"),
+        manifest.state.get("tied_names", {}),
     )
 
 

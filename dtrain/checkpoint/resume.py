@@ -37,6 +37,7 @@ CHANGEABLE_KEYS = (
     "threads",
     "debug",
     "trace",
+    "task.metrics",
     "mesh.",
     "log.",
     "partition.recompute",

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dtrain.comm.buffers import TensorSpec
 from dtrain.comm.int8_codec import dequantize, quantize
-from dtrain.schedules.actions import Route
+from dtrain.schedules.actions import SKIP_PREFIX, Route
 
 Compression = Literal["exact", "int8"]
 
@@ -45,11 +45,11 @@ class WireFormat:
     compression: Compression
 
     def is_encoded(self, route: Route, spec: TensorSpec) -> bool:
-        """Return whether a tensor of a route is quantised; weights and labels are not."""
+        """Return whether a tensor of a route is quantised; weights, labels and skips are not."""
         shape, dtype = spec
         return (
             self.compression == "int8"
-            and not route.once_per_update
+            and not (route.once_per_update or route.name.startswith(SKIP_PREFIX))
             and len(shape) > 1
             and dtype.is_floating_point
         )

@@ -17,6 +17,7 @@ from dtrain.config.sections import (
     EvaluateSection,
     LogSection,
     MeshSection,
+    ModelSection,
     OptimizerSection,
     PartitionSection,
     RunSection,
@@ -26,9 +27,10 @@ from dtrain.config.strategies import read_strategy
 from dtrain.config.validate import validate_run
 from dtrain.errors import ConfigError, DtrainError
 from dtrain.schema import Table, from_table, kebab, load_toml, snake, strategy_name
+from dtrain.tasks.task import Task
 
 SECTIONS = (
-    *("data", "model", "mesh", "partition", "objective", "schedule", "sync"),
+    *("data", "task", "model", "mesh", "partition", "objective", "schedule", "sync"),
     *("optimizer", "lr", "checkpoint", "evaluate", "log"),
 )
 """The tables of a run file."""
@@ -107,6 +109,7 @@ def parse_run(table: Mapping[str, Any], path: Path, overrides: Sequence[str] = (
             "[partition] cuts already say where every block starts: leave out balance",
         )
     data_keys, dataset = _split_keys(sections["data"], DataSection)
+    model_keys, model = _split_keys(sections["model"], ModelSection)
     rest = _take_rest(sections["optimizer"])
     optimizer_keys, optimizer = _split_keys(sections["optimizer"], OptimizerSection)
     defaults = {"objective": "mono-forward", "sync": "every-step", "lr": "constant"}
@@ -122,7 +125,8 @@ def parse_run(table: Mapping[str, Any], path: Path, overrides: Sequence[str] = (
         settings=from_table(RunSection, settings, "", other_keys=SECTIONS),
         data=from_table(DataSection, data_keys, "[data] "),
         dataset=_choice(dataset, "data"),
-        model=_choice(sections["model"], "model"),
+        model=_choice(model, "model"),
+        model_options=from_table(ModelSection, model_keys, "[model] "),
         mesh=from_table(MeshSection, sections["mesh"], "[mesh] "),
         partition=from_table(PartitionSection, sections["partition"], "[partition] "),
         objective=objective,
@@ -134,6 +138,7 @@ def parse_run(table: Mapping[str, Any], path: Path, overrides: Sequence[str] = (
         checkpoint=from_table(CheckpointSection, sections["checkpoint"], "[checkpoint] "),
         evaluate=from_table(EvaluateSection, sections["evaluate"], "[evaluate] "),
         log=from_table(LogSection, sections["log"], "[log] "),
+        task=_task(sections["task"], path.parent),
         optimizer_rest=rest,
     )
     validate_run(run)
@@ -169,16 +174,26 @@ def _split_keys(table: Table, kind: type) -> tuple[Table, Table]:
     return inside, {key: value for key, value in table.items() if key not in keys}
 
 
-def _choice(table: Table, section: str) -> StrategyChoice:
-    """Return the name and the fields that a table gives; they are checked when it is made."""
+def _refuse_underscores(table: Table, section: str) -> None:
     for key in table:
         if "_" in key:
             raise ConfigError(
                 "run-file.underscore",
                 f"[{section}] {key}: keys are written with hyphens, as {kebab(key)}",
             )
+
+
+def _choice(table: Table, section: str) -> StrategyChoice:
+    """Return the name and the fields that a table gives; they are checked when it is made."""
+    _refuse_underscores(table, section)
     fields = {snake(key): value for key, value in table.items() if key != "name"}
     return StrategyChoice(strategy_name(table, section), fields)
+
+
+def _task(table: Table, folder: Path) -> Task:
+    """Return the task of a run file's table."""
+    _refuse_underscores(table, "task")
+    return Task.from_table(table, folder)
 
 
 def _optimizer_options(table: Table) -> OptimizerSection:

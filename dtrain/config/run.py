@@ -19,6 +19,7 @@ from dtrain.config.sections import (
     EvaluateSection,
     LogSection,
     MeshSection,
+    ModelSection,
     OptimizerSection,
     PartitionSection,
     RunSection,
@@ -29,6 +30,7 @@ from dtrain.objectives.base import Objective
 from dtrain.schedules.base import Schedule
 from dtrain.schema import Table, dump_toml, to_table
 from dtrain.syncs.base import Sync
+from dtrain.tasks.task import DEFAULT_TASK, Task
 
 RUN_FILE_HEADER = "# resolved from {}, where relative paths and imports start"
 """The first line of the `run.toml` of a run folder."""
@@ -57,6 +59,7 @@ class RunConfig:
     data: DataSection
     dataset: StrategyChoice
     model: StrategyChoice
+    model_options: ModelSection
     mesh: MeshSection
     partition: PartitionSection
     objective: NamedStrategy[Objective]
@@ -68,6 +71,7 @@ class RunConfig:
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
     log: LogSection = field(default_factory=LogSection)
+    task: Task = DEFAULT_TASK
     optimizer_rest: StrategyChoice | None = None
 
     def __post_init__(self) -> None:
@@ -82,6 +86,19 @@ class RunConfig:
     def folder(self) -> Path:
         """Folder in which relative paths and imports start."""
         return self.path.parent
+
+    @property
+    def weights_path(self) -> Path | None:
+        """The file with initial weights, None where the run file names none."""
+        name = self.model_options.weights
+        return None if name is None else self.folder / name
+
+    def open_modules(self) -> frozenset[str]:
+        """Return the dotted names of the sub-modules whose parts are layers of their own."""
+        cuts = [cut for cut in self.partition.cuts or () if isinstance(cut, str)]
+        paths = [cut.partition("@")[0].split(".") for cut in cuts]
+        around = {".".join(path[:end]) for path in paths for end in range(1, len(path))}
+        return frozenset({*self.model_options.open, *around})
 
     def new_sync(self) -> Sync:
         """Return a fresh copy of the sync; every block needs one of its own."""
@@ -115,7 +132,7 @@ class RunConfig:
         """Return the resolved run as the nested tables of a run file, defaults included."""
         tables = {
             "data": self.dataset.to_table() | to_table(self.data),
-            "model": self.model.to_table(),
+            "model": self.model.to_table() | self.model_options.to_table(),
             "mesh": to_table(self.mesh),
             "partition": to_table(self.partition),
             "objective": self.objective.to_table(),
@@ -129,6 +146,8 @@ class RunConfig:
         }
         if self.optimizer_rest is not None:
             tables["optimizer"] |= {"rest": self.optimizer_rest.to_table()}
+        if task := self.task.to_table():  # a run of an earlier version has no such table
+            tables = {"data": tables.pop("data"), "task": task} | tables
         if self.partition.cuts is not None:
             del tables["partition"]["balance"]  # explicit cuts balance nothing
         return to_table(self.settings) | tables

@@ -41,6 +41,32 @@ class DataSection:
 
 
 @dataclass(frozen=True)
+class ModelSection:
+    """``[model]``: the keys that every model has; the others belong to the named one.
+
+    Attributes
+    ----------
+    open : tuple of str
+        Dotted names of sub-modules whose parts are layers of their own, so that a cut may stand
+        inside. The containers around a layer that `[partition] cuts` names are open anyway.
+    weights : str, optional
+        File with initial weights, `.pt` or `.safetensors`, under the names of the model.
+    strict : bool
+        Whether the file must hold every tensor of the model and no other.
+    """
+
+    open: tuple[str, ...] = ()
+    weights: str | None = None
+    strict: bool = True
+
+    def to_table(self) -> Table:
+        """Return the keys as a run file has them, without those that change nothing."""
+        opened = {"open": list(self.open)} if self.open else {}
+        strict = {} if self.strict else {"strict": False}
+        return opened | ({"weights": self.weights} | strict if self.weights else {})
+
+
+@dataclass(frozen=True)
 class MeshSection:
     """``[mesh]``: ranks along the model, and which axis stays inside a node."""
 

@@ -14,6 +14,7 @@ from dtrain.data.digits import Digits
 from dtrain.data.hdf5 import Hdf5
 from dtrain.data.user import as_splits
 from dtrain.errors import unknown_name
+from dtrain.tasks.task import DEFAULT_TASK, Task
 from dtrain.user_code import PATTERN, bind_arguments, import_object
 
 DATASETS: dict[str, type[Digits | Hdf5]] = {"digits": Digits, "hdf5": Hdf5}
@@ -24,7 +25,12 @@ COMMON_KEYS = ("normalise", "shuffle", "augment")
 
 
 def load_data(
-    name: str, fields: Mapping[str, object], folder: Path, *, normalise: bool = True
+    name: str,
+    fields: Mapping[str, object],
+    folder: Path,
+    *,
+    normalise: bool = True,
+    task: Task = DEFAULT_TASK,
 ) -> DatasetSplits:
     """Open the data set that a run file's `[data]` table names.
 
@@ -38,6 +44,8 @@ def load_data(
         The run file's folder: paths are relative to it, and it is first on the import path.
     normalise : bool
         Standardise inputs per channel with the training split's statistics.
+    task : Task
+        Decides which targets are legal.
 
     Raises
     ------
@@ -46,17 +54,18 @@ def load_data(
     DataError
         The data are missing, damaged or do not fit each other.
     """
-    splits = _open(name, fields, folder)
-    return standardise(splits) if normalise else splits
+    splits = _open(name, fields, folder, task)
+    splits = standardise(splits) if normalise else splits
+    return splits.with_input_targets() if task.target == "input" else splits
 
 
-def _open(name: str, fields: Mapping[str, object], folder: Path) -> DatasetSplits:
+def _open(name: str, fields: Mapping[str, object], folder: Path, task: Task) -> DatasetSplits:
     if ":" in name:
         function = import_object(name, folder, "data")
         arguments = bind_arguments("[data]", function, fields, common_keys=COMMON_KEYS)
-        return as_splits(function(**arguments), f"data '{name}'")
+        return as_splits(function(**arguments), f"data '{name}'", task)
     if name not in DATASETS:
         raise unknown_name("data", name, [*DATASETS, PATTERN])
     kind = DATASETS[name]
     arguments = bind_arguments("[data]", kind, fields, common_keys=COMMON_KEYS)
-    return kind(**arguments).open(folder)
+    return kind(**arguments).open(folder, task)

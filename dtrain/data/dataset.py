@@ -1,4 +1,4 @@
-"""Data sets: inputs and targets by index. They are read separately: inner stages need only labels.
+"""Data sets: inputs and targets by index. They are read separately: inner stages need only targets.
 
 Invariant: the result of a read depends only on its indices, never on earlier reads. It is new
 memory that the caller owns, contiguous and aligned as torch aligns.
@@ -7,11 +7,11 @@ memory that the caller owns, contiguous and aligned as torch aligns.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import chain
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
@@ -27,11 +27,18 @@ Moments = tuple[NDArray[np.float64], NDArray[np.float64]]
 """Mean and standard deviation per channel, each (channels,)."""
 
 
-DTYPES = ("uint8", "float16", "float32", "float64")
-"""Dtypes that stored samples may have."""
+NUMERIC_KINDS = "biuf"
+"""Kinds of numpy dtypes that samples and targets may have: any integers, and real numbers."""
 
 
 SAMPLES_PER_READ = 4096
+
+
+class InputSpec(NamedTuple):
+    """A further input of a sample: its shape, and its dtype as it is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 class Dataset(ABC):
@@ -44,15 +51,27 @@ class Dataset(ABC):
     shape : tuple of int
         Shape of one sample, (C, H, W) or (features,) or another with the channels first.
     classes : int
-        Number of classes.
+        Number of classes; where targets are no classes, of the values per position.
+    target_shape : tuple of int
+        Shape of one target: () for a label or a number.
+    target_dtype : torch.dtype
+        int64 for labels and other integers, else float32 or float64.
+    input_dtype : torch.dtype
+        Dtype of the stored samples.
     value_range : (float, float) or None
         The lowest and the highest value that an input can have; None where unknown.
+    other_inputs : tuple of InputSpec
+        Further inputs of a sample (a mask, a second image), as the model takes them.
     """
 
     size: int
     shape: tuple[int, ...]
     classes: int
+    target_shape: tuple[int, ...] = ()
+    target_dtype: torch.dtype = torch.int64
+    input_dtype: torch.dtype = torch.float32
     value_range: tuple[float, float] | None = None
+    other_inputs: tuple[InputSpec, ...] = ()
 
     @property
     def slow(self) -> bool:
@@ -72,7 +91,24 @@ class Dataset(ABC):
 
     @abstractmethod
     def targets(self, indices: ArrayLike) -> Tensor:
-        """Read the labels at `indices`, as (n,) int64, 0 <= label < classes, but no inputs."""
+        """Read the targets at `indices`, as (n, *target_shape) of `target_dtype`, but no inputs;
+        labels are 0 <= label < classes."""
+
+    def integer_inputs(self, indices: ArrayLike) -> Tensor:
+        """Read the samples at `indices` as they are stored, as int64: neither scaled nor
+        standardised.
+
+        Raises
+        ------
+        DataError
+            The data set does not store integers.
+        """
+        raise _no_integers(self.input_dtype)
+
+    def read_other_inputs(self, indices: ArrayLike) -> tuple[Tensor, ...]:
+        """Read the further inputs at `indices`, each (n, *shape): neither scaled nor
+        standardised."""
+        return ()
 
     def to_unit_range(self, x: Tensor) -> Tensor:
         """Undo standardisation of inputs (n, *shape) and scale them from `value_range` to 0 ... 1.
@@ -100,6 +136,20 @@ class DatasetSplits:
     train: Dataset
     test: Dataset
 
+    def as_integers(self) -> DatasetSplits:
+        """Return the splits with integer inputs: int64, neither scaled nor standardised.
+
+        Raises
+        ------
+        DataError
+            The samples are not stored as integers.
+        """
+        return DatasetSplits(IntegerInputs(self.train), IntegerInputs(self.test))
+
+    def with_input_targets(self) -> DatasetSplits:
+        """Return the splits with the inputs themselves as targets."""
+        return DatasetSplits(InputTargets(self.train), InputTargets(self.test))
+
 
 @final
 class ArrayDataset(Dataset):
@@ -110,11 +160,13 @@ class ArrayDataset(Dataset):
     size, shape, classes
         As in `Dataset`: known before anything is read.
     x : callable
-        Returns the samples, (size, *shape), of a dtype in `DTYPES`; called on first need.
+        Returns the samples, (size, *shape), integers or real numbers; called on first need.
     y : callable
-        Returns the labels, (size,) integers; called on first need.
-    value_range : (float, float), optional
+        Returns the targets, (size, *target_shape); called on first need.
+    value_range, target_shape, target_dtype, input_dtype
         As in `Dataset`.
+    others : sequence of array
+        The further inputs, (size, ...) each.
     """
 
     def __init__(
@@ -125,22 +177,74 @@ class ArrayDataset(Dataset):
         x: Callable[[], Array],
         y: Callable[[], Array],
         value_range: tuple[float, float] | None = None,
+        target_shape: tuple[int, ...] = (),
+        target_dtype: torch.dtype = torch.int64,
+        input_dtype: torch.dtype = torch.float32,
+        others: Sequence[Array] = (),
     ) -> None:
         self.size = size
         self.shape = shape
         self.classes = classes
         self.value_range = value_range
+        self.target_shape, self.target_dtype = target_shape, target_dtype
+        self.input_dtype = input_dtype
         self._x, self._y = cache(x), cache(y)
+        self._others = tuple(others)
+        self.other_inputs = tuple(
+            InputSpec(tuple(array.shape[1:]), to_input_tensor(array[:0]).dtype) for array in others
+        )
+
+    def read_other_inputs(self, indices: ArrayLike) -> tuple[Tensor, ...]:
+        return tuple(to_input_tensor(array[np.asarray(indices)]) for array in self._others)
 
     def inputs(self, indices: ArrayLike) -> Tensor:
         return to_float_tensor(self._x()[np.asarray(indices)])
 
+    def integer_inputs(self, indices: ArrayLike) -> Tensor:
+        if not stores_integers(self.input_dtype):
+            raise _no_integers(self.input_dtype)
+        return to_int_tensor(self._x()[np.asarray(indices)])
+
     def targets(self, indices: ArrayLike) -> Tensor:
-        return to_int_tensor(self._y()[np.asarray(indices)])
+        return to_target_tensor(self._y()[np.asarray(indices)])
+
+
+class DatasetView(Dataset):
+    """Another data set, some of whose results a subclass changes."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.size = dataset.size
+        self.shape = dataset.shape
+        self.classes = dataset.classes
+        self.target_shape, self.target_dtype = dataset.target_shape, dataset.target_dtype
+        self.input_dtype = dataset.input_dtype
+        self.value_range = dataset.value_range
+        self.other_inputs = dataset.other_inputs
+        self._dataset = dataset
+
+    @property
+    def slow(self) -> bool:
+        """Whether the other data set is slow."""
+        return self._dataset.slow
+
+    def inputs(self, indices: ArrayLike) -> Tensor:
+        return self._dataset.inputs(indices)
+
+    def integer_inputs(self, indices: ArrayLike) -> Tensor:
+        return self._dataset.integer_inputs(indices)
+
+    def read_other_inputs(self, indices: ArrayLike) -> tuple[Tensor, ...]:
+        return self._dataset.read_other_inputs(indices)
+
+    def targets(self, indices: ArrayLike) -> Tensor:
+        return self._dataset.targets(indices)
+
+    def to_unit_range(self, x: Tensor) -> Tensor:
+        return self._dataset.to_unit_range(x)
 
 
 @final
-class Standardised(Dataset):
+class Standardised(DatasetView):
     """Another data set, standardised per channel: (x - mean) / standard deviation.
 
     Parameters
@@ -153,17 +257,8 @@ class Standardised(Dataset):
     """
 
     def __init__(self, dataset: Dataset, training_moments: Callable[[], Moments]) -> None:
-        self.size = dataset.size
-        self.shape = dataset.shape
-        self.classes = dataset.classes
-        self.value_range = dataset.value_range
-        self._dataset = dataset
+        super().__init__(dataset)
         self._training_moments = training_moments
-
-    @property
-    def slow(self) -> bool:
-        """Whether the other data set is slow."""
-        return self._dataset.slow
 
     @cached_property
     def _scale(self) -> tuple[Tensor, Tensor]:
@@ -191,8 +286,39 @@ class Standardised(Dataset):
         mean, deviation = (statistic.to(x) for statistic in self._scale)
         return self._dataset.to_unit_range(x * deviation + mean)
 
+
+@final
+class IntegerInputs(DatasetView):
+    """Another data set with its inputs as int64, as they are stored.
+
+    Raises
+    ------
+    DataError
+        The samples are not stored as integers.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        super().__init__(dataset)
+        if not stores_integers(dataset.input_dtype):
+            raise _no_integers(dataset.input_dtype)
+        self.input_dtype = torch.int64
+        self.value_range = None
+
+    def inputs(self, indices: ArrayLike) -> Tensor:
+        return self._dataset.integer_inputs(indices)
+
+
+@final
+class InputTargets(DatasetView):
+    """Another data set whose targets are its inputs."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        super().__init__(dataset)
+        self.target_shape, self.target_dtype = dataset.shape, torch.float32
+        self.classes = dataset.shape[0]
+
     def targets(self, indices: ArrayLike) -> Tensor:
-        return self._dataset.targets(indices)
+        return self._dataset.inputs(indices)
 
 
 def unstandardised(split: Dataset) -> Dataset:
@@ -236,10 +362,19 @@ def moments(batches: Iterable[Array]) -> Moments:
     return origin[:, 0] + shift, np.sqrt(variance)
 
 
+def to_input_tensor(rows: Array) -> Tensor:
+    """Copy a further input to a tensor: integers to int64, bool and real numbers as they are."""
+    if rows.dtype.kind == "b":
+        return torch.from_numpy(rows.copy())
+    return to_int_tensor(rows) if rows.dtype.kind in "iu" else to_float_tensor(rows)
+
+
 def to_float_tensor(rows: Array) -> Tensor:
     """Copy samples to a tensor of float32 (float64 stays); scale bytes to 0 ... 1."""
-    dtype = torch.float64 if rows.dtype == np.float64 else torch.float32
+    dtype = torch.float64 if rows.dtype.kind == "f" and rows.dtype.itemsize >= 8 else torch.float32
     native = rows.astype(rows.dtype.newbyteorder("="), copy=False)
+    if rows.dtype.kind == "f" and rows.dtype.itemsize > 8:  # torch has no such numbers
+        native = native.astype(np.float64)
     x = torch.from_numpy(native).to(dtype, copy=True, memory_format=torch.contiguous_format)
     return x.div_(255) if rows.dtype == np.uint8 else x
 
@@ -249,68 +384,69 @@ def to_int_tensor(labels: Array) -> Tensor:
     return torch.from_numpy(labels.astype(np.int64))
 
 
-def check_arrays(x: Any, y: Array, location: str) -> None:
-    """Refuse samples and labels that do not fit each other.
+def to_target_tensor(targets: Array) -> Tensor:
+    """Copy targets to a tensor: integers to int64, others to float32 (float64 stays)."""
+    return to_float_tensor(targets) if targets.dtype.kind == "f" else to_int_tensor(targets)
+
+
+def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
+    """Return the dtype of torch for a numeric numpy dtype; float64 for longer numbers."""
+    if dtype.kind == "f" and dtype.itemsize > 8:
+        return torch.float64
+    return torch.from_numpy(np.empty(0, dtype.newbyteorder("="))).dtype
+
+
+def target_dtype(dtype: np.dtype[Any]) -> torch.dtype:
+    """Return the dtype of `to_target_tensor`."""
+    return to_target_tensor(np.empty(0, dtype)).dtype
+
+
+def stores_integers(dtype: torch.dtype) -> bool:
+    """Return whether a dtype is one of integers."""
+    return not (dtype.is_floating_point or dtype.is_complex)
+
+
+def _no_integers(dtype: torch.dtype) -> DataError:
+    return DataError(
+        "data.inputs-not-integers",
+        f"the model takes integers, but the samples are stored as {dtype}: store x as integers",
+    )
+
+
+def check_arrays(x: Any, y: Any, location: str) -> None:
+    """Refuse samples of a wrong shape or dtype, and targets that are not one per sample.
 
     Parameters
     ----------
     x : array or HDF5 dataset
         Samples, (n, channels, ...); only shape and dtype are read.
-    y : array
-        Labels, (n,).
+    y : array or HDF5 dataset
+        Targets, (n, ...); only their number is read.
     location : str
         A file's path or a function's name, for the messages.
 
     Raises
     ------
     DataError
-        No samples, unequal lengths, no dimension of channels, an illegal dtype, a negative label.
+        No samples, unequal lengths, no dimension of channels, an illegal dtype.
     """
     if x.ndim < 2:
         raise DataError(
             "data.samples-flat", f"{location}: x has shape {x.shape}: give (samples, channels, ...)"
         )
-    if x.dtype.name not in DTYPES:
+    if x.dtype.kind not in NUMERIC_KINDS:
         raise DataError(
             "data.samples-dtype",
-            f"{location}: x has dtype {x.dtype}: convert it to {' or '.join(DTYPES)}",
-        )
-    if y.ndim != 1 or y.dtype.kind not in "iu":
-        raise DataError(
-            "data.labels-not-integers",
-            f"{location}: y has dtype {y.dtype} and shape {y.shape}: give one integer "
-            f"label per sample",
+            f"{location}: x has dtype {x.dtype}: convert it to integers or real numbers",
         )
     if len(x) != len(y):
         raise DataError(
             "data.lengths-differ",
-            f"{location}: x has {len(x)} samples and y {len(y)} labels: give one label per sample",
+            f"{location}: x has {len(x)} samples and y {len(y)} targets: give one per sample",
         )
     if 0 in x.shape:
         raise DataError(
             "data.samples-empty", f"{location}: x has shape {x.shape}: give at least one value"
-        )
-    if y.min() < 0:
-        raise DataError(
-            "data.labels-negative",
-            f"{location}: label {y.min()} at sample {y.argmin()} is negative: number the classes "
-            f"from 0",
-        )
-
-
-def check_labels(y: Array, classes: int, location: str) -> None:
-    """Refuse labels (n,) of `classes` or more.
-
-    Raises
-    ------
-    DataError
-        A label is too large.
-    """
-    if y.max() >= classes:
-        raise DataError(
-            "data.labels-out-of-range",
-            f"{location}: label {y.max()} at sample {y.argmax()} is out of range: there are "
-            f"{classes} classes, 0 to {classes - 1}",
         )
 
 
@@ -334,5 +470,18 @@ def check_splits(splits: DatasetSplits, location: str) -> DatasetSplits:
             "data.splits-classes-differ",
             f"{location}: {train.classes} classes in training and {test.classes} in test: "
             f"make them equal",
+        )
+    if (train.target_shape, train.target_dtype) != (test.target_shape, test.target_dtype):
+        raise DataError(
+            "data.splits-targets-differ",
+            f"{location}: training targets have shape {train.target_shape} and dtype "
+            f"{train.target_dtype}, test targets {test.target_shape} and {test.target_dtype}: make "
+            "them equal",
+        )
+    if train.other_inputs != test.other_inputs:
+        raise DataError(
+            "data.splits-inputs-differ",
+            f"{location}: the further inputs of training and test samples differ: "
+            f"{train.other_inputs} and {test.other_inputs}: make them equal",
         )
     return splits

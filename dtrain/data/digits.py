@@ -15,6 +15,7 @@ import numpy as np
 
 from dtrain.data.dataset import Array, ArrayDataset, DatasetSplits
 from dtrain.errors import DataError
+from dtrain.tasks.task import DEFAULT_TASK, Task
 
 TRAIN_SIZE, TEST_SIZE = 1437, 360
 
@@ -30,7 +31,7 @@ VALUE_RANGE = (0.0, 16.0)
 class Digits:
     """The digits; `[data]` has no keys for them."""
 
-    def open(self, folder: Path) -> DatasetSplits:
+    def open(self, folder: Path, task: Task = DEFAULT_TASK) -> DatasetSplits:
         """Return both splits: (1, 8, 8) float32 from 0 to 16, ten classes; read on first need.
 
         Raises

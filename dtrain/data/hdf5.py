@@ -8,14 +8,14 @@ attribute    meaning
 `std`        likewise; both are computed from the training file where one is absent
 ===========  ==========================================================================
 
-Invariant: shape and labels are read and checked when a file is opened, images on first need. Files
+Invariant: shape and targets are checked when a file is opened; images are read on first need. Files
 are opened read-only and without locks, which parallel file systems often lack.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,18 +28,24 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from dtrain.data.dataset import (
+    SAMPLES_PER_READ,
     Array,
     Dataset,
     DatasetSplits,
     Moments,
     check_arrays,
-    check_labels,
     check_splits,
+    stores_integers,
+    target_dtype,
     to_float_tensor,
     to_int_tensor,
+    to_target_tensor,
+    torch_dtype,
     value_range,
 )
+from dtrain.data.targets import TargetScan
 from dtrain.errors import ConfigError, DataError, DtrainError
+from dtrain.tasks.task import DEFAULT_TASK, Task
 
 
 @final
@@ -68,7 +74,7 @@ class Hdf5:
                     "data.path-invalid", f"[data] {key} = {value!r}: give the path of an HDF5 file"
                 )
 
-    def open(self, folder: Path) -> DatasetSplits:
+    def open(self, folder: Path, task: Task = DEFAULT_TASK) -> DatasetSplits:
         """Open both files; no image is read.
 
         Raises
@@ -76,8 +82,8 @@ class Hdf5:
         DataError
             A file is missing or damaged, or the two do not fit each other.
         """
-        train = Hdf5Dataset(folder / self.train)
-        test = Hdf5Dataset(folder / self.test, train)
+        train = Hdf5Dataset(folder / self.train, task=task)
+        test = Hdf5Dataset(folder / self.test, train, task)
         return check_splits(DatasetSplits(train, test), f"{train.path} and {test.path}")
 
 
@@ -91,6 +97,8 @@ class Hdf5Dataset(Dataset):
         The file.
     train : Hdf5Dataset, optional
         The training split, whose number of classes this one takes over.
+    task : Task
+        Decides which targets are legal.
 
     Raises
     ------
@@ -98,29 +106,48 @@ class Hdf5Dataset(Dataset):
         The file is missing, damaged, or does not fit `train`.
     """
 
-    def __init__(self, path: Path, train: Hdf5Dataset | None = None) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, train: Hdf5Dataset | None = None, task: Task = DEFAULT_TASK
+    ) -> None:
+        self.path, self.task = path, task
         with _open_file(path) as file:
-            for key in ("x", "y"):
+            for key in ("x", "y") if task.target == "data" else ("x",):
                 if not isinstance(file.get(key), h5py.Dataset):
                     raise DataError(
                         "data.hdf5-dataset-missing",
                         f"{path} has no HDF5 dataset '{key}', only {list(file)}: write x and y",
                     )
-            x, self._y = file["x"], np.asarray(file["y"][()])
-            check_arrays(x, self._y, str(path))
+            x = file["x"]
+            y = file["y"] if task.target == "data" else np.zeros(len(x), np.int64)
+            self._scan = TargetScan(y, str(path), task)
+            check_arrays(x, y, str(path))
+            self._y = self._scan_targets(y)
             self.size = len(x)
             self.shape = tuple(x.shape[1:])
             self._dtype = x.dtype
+            self.input_dtype = torch_dtype(x.dtype)
             self.class_names = _class_names(file)
             self.value_range = value_range(x.dtype)
             self._file_moments = _read_moments(file, self.shape[0], path)
         self.classes = self._count_classes(train)
-        check_labels(self._y, self.classes, str(path))
+        self.target_shape = self._scan.shape[1:]
+        self.target_dtype = target_dtype(self._scan.dtype)
+        self._scan.check_classes(self.classes)
+
+    def _scan_targets(self, y: Any) -> Array | None:
+        """Check all targets; return them where they fit in memory."""
+        if fits_in_memory(int(np.prod(y.shape)) * y.dtype.itemsize):
+            in_memory = np.asarray(y[()])
+            self._scan.add(in_memory)
+            return in_memory
+        for start in range(0, len(y), SAMPLES_PER_READ):
+            self._scan.add(y[start : start + SAMPLES_PER_READ], start)
+        return None
 
     def _count_classes(self, train: Hdf5Dataset | None) -> int:
         if train is None:
-            return len(self.class_names) or int(self._y.max()) + 1
+            named = len(self.class_names) if self._scan.kind == "classes" else 0
+            return named or self._scan.count_outputs()
         if train.class_names and self.class_names and self.class_names != train.class_names:
             raise DataError(
                 "data.class-names-differ",
@@ -144,16 +171,29 @@ class Hdf5Dataset(Dataset):
         return _open_unlocked(self.path)["x"]
 
     def inputs(self, indices: ArrayLike) -> Tensor:
+        return to_float_tensor(self._read(lambda: self._rows, indices))
+
+    def integer_inputs(self, indices: ArrayLike) -> Tensor:
+        if not stores_integers(self.input_dtype):
+            return super().integer_inputs(indices)  # an error
+        return to_int_tensor(self._read(lambda: self._rows, indices))
+
+    @cached_property
+    def _targets(self) -> Any:
+        """The targets: an array, or an HDF5 dataset whose file stays open."""
+        return _open_unlocked(self.path)["y"] if self._y is None else self._y
+
+    def _read(self, open_rows: Callable[[], Any], indices: ArrayLike) -> Array:
+        """Return the stored samples or targets at `indices`."""
         order = np.asarray(indices)
         try:
-            rows = self._rows
-            in_memory = isinstance(rows, np.ndarray)
-            return to_float_tensor(rows[order] if in_memory else _gather(rows, order))
+            rows = open_rows()
+            return rows[order] if isinstance(rows, np.ndarray) else _gather(rows, order)
         except (OSError, RuntimeError) as error:
             raise _read_error(self.path, error) from error
 
     def targets(self, indices: ArrayLike) -> Tensor:
-        return to_int_tensor(self._y[np.asarray(indices)])
+        return to_target_tensor(self._read(lambda: self._targets, indices))
 
     def moments(self) -> Moments:
         if self._file_moments is None:

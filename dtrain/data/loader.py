@@ -110,6 +110,11 @@ class Loader:
             return self._read_once(indices, self._read_in_place).result()
         raise RuntimeError("every micro-batch of the segment has been read")
 
+    def read_other_inputs(self, indices: Indices) -> tuple[Tensor, ...]:
+        """Return the further inputs of samples, floating-point ones in the loader's dtype."""
+        inputs = self.dataset.read_other_inputs(indices)
+        return tuple(x.to(self._dtype) if x.is_floating_point() else x for x in inputs)
+
     def close(self) -> None:
         """End the segment, even before its last read; wait for a read in progress."""
         executor, self._executor = self._executor, None

@@ -12,7 +12,7 @@ machine. For that, only the raw bits of Philox are used, which numpy keeps stabl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -98,11 +98,14 @@ class Batch:
         Sample indices of each micro-batch that is not empty.
     first_row : int
         Position of this replica's first sample among the samples of the update.
+    update_indices : array
+        Sample indices of the update, those of all replicas.
     """
 
     replica_rows: tuple[int, ...]
     micro_batch_indices: tuple[Indices, ...]
     first_row: int = 0
+    update_indices: Indices = field(default_factory=lambda: np.empty(0, np.int64))
 
     @property
     def rows(self) -> int:
@@ -153,7 +156,7 @@ class BatchSplitter:
         micro_batches = tuple(
             _slice(local, rows) for rows in self._ranges(len(local), self.micro_batches) if rows
         )
-        return Batch(tuple(map(len, replica_ranges)), micro_batches, start)
+        return Batch(tuple(map(len, replica_ranges)), micro_batches, start, samples)
 
     def count_micro_batches(self, samples: int, start: int, stop: int) -> list[list[int]]:
         """Count micro-batches that are not empty, as ``[replica][update]``.

@@ -5,6 +5,7 @@ Invariant: the result is checked like a file. An exception inside the function k
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,23 +16,29 @@ from dtrain.data.dataset import (
     ArrayDataset,
     DatasetSplits,
     check_arrays,
-    check_labels,
     check_splits,
+    target_dtype,
+    torch_dtype,
     value_range,
 )
+from dtrain.data.targets import TargetScan
 from dtrain.errors import DataError
+from dtrain.tasks.task import DEFAULT_TASK, Task
 
 
-def as_splits(value: object, location: str) -> DatasetSplits:
+def as_splits(value: object, location: str, task: Task = DEFAULT_TASK) -> DatasetSplits:
     """Check the result of a user's function and return it as two splits.
 
     Parameters
     ----------
     value : object
-        `DatasetSplits`, or (x_train, y_train, x_test, y_test) as arrays or tensors. Arrays and CPU
-        tensors are not copied.
+        `DatasetSplits`, or (x_train, y_train, x_test, y_test) as arrays or tensors. Samples of
+        several inputs are a tuple or dict of arrays, in the order of the model's arguments. Arrays
+        and CPU tensors are not copied.
     location : str
         The function's name, for the messages.
+    task : Task
+        Decides which targets are legal.
 
     Raises
     ------
@@ -46,19 +53,76 @@ def as_splits(value: object, location: str) -> DatasetSplits:
             f"{location} returned {_describe(value)}: return (x_train, y_train, x_test, y_test) "
             f"as arrays or tensors, or a dtrain.data.dataset.DatasetSplits",
         )
-    x_train, y_train, x_test, y_test = (_to_array(item) for item in value)
-    check_arrays(x_train, y_train, f"{location}, train")
-    check_arrays(x_test, y_test, f"{location}, test")
-    classes = int(y_train.max()) + 1
-    check_labels(y_test, classes, f"{location}, test")
-    train, test = _make_split(x_train, y_train, classes), _make_split(x_test, y_test, classes)
+    others = [_other_arrays(value[0]), _other_arrays(value[2])]
+    first_inputs = [_first_input(value[0]), value[1], _first_input(value[2]), value[3]]
+    x_train, y_train, x_test, y_test = _to_arrays(first_inputs, task)
+    scans = []
+    for x, y, name in ((x_train, y_train, "train"), (x_test, y_test, "test")):
+        scan = TargetScan(y, f"{location}, {name}", task)
+        check_arrays(x, y, f"{location}, {name}")
+        scan.add(y)
+        scans.append(scan)
+    classes = scans[0].count_outputs()
+    for scan in scans:
+        scan.check_classes(classes)
+    train = _make_split(x_train, y_train, classes, others[0])
+    test = _make_split(x_test, y_test, classes, others[1])
+    for split in (train, test):
+        _check_others(split, others[0] if split is train else others[1], location)
     return check_splits(DatasetSplits(train, test), location)
 
 
-def _make_split(x: Array, y: Array, classes: int) -> ArrayDataset:
+def _first_input(value: Any) -> Any:
+    """Return the first input of samples that have several: a tuple, list or dict of arrays."""
+    if isinstance(value, Mapping):
+        return next(iter(value.values()))
+    return value[0] if _has_several(value) else value
+
+
+def _has_several(value: Any) -> bool:
+    is_sequence = isinstance(value, list | tuple) and len(value) > 1
+    return is_sequence and all(isinstance(item, np.ndarray | Tensor) for item in value)
+
+
+def _other_arrays(value: Any) -> list[Array]:
+    if isinstance(value, Mapping):
+        return [_to_array(item) for item in list(value.values())[1:]]
+    return [_to_array(item) for item in value[1:]] if _has_several(value) else []
+
+
+def _check_others(split: ArrayDataset, others: Sequence[Array], location: str) -> None:
+    for number, array in enumerate(others, start=1):
+        if array.dtype.kind not in "biuf" or len(array) != split.size:
+            raise DataError(
+                "data.other-input",
+                f"{location}: input {number} has dtype {array.dtype} and {len(array)} samples: "
+                f"give numbers, {split.size} samples as the first input has",
+            )
+
+
+def _make_split(x: Array, y: Array, classes: int, others: Sequence[Array]) -> ArrayDataset:
     return ArrayDataset(
-        len(x), tuple(x.shape[1:]), classes, lambda: x, lambda: y, value_range(x.dtype)
+        len(x),
+        tuple(x.shape[1:]),
+        classes,
+        lambda: x,
+        lambda: y,
+        value_range(x.dtype),
+        tuple(y.shape[1:]),
+        target_dtype(y.dtype),
+        torch_dtype(x.dtype),
+        others,
     )
+
+
+def _to_arrays(values: Sequence[Any], task: Task) -> list[Array]:
+    """Return the four arrays; targets may be None where the input is the target."""
+    arrays: list[Array] = []
+    for value in values:
+        if value is None and len(arrays) % 2 and task.target == "input":
+            value = np.zeros(len(arrays[-1]), np.int64)  # never read
+        arrays.append(_to_array(value))
+    return arrays
 
 
 def _to_array(value: Any) -> Array:

@@ -34,12 +34,14 @@ from dtrain.engine.closed_form import ClosedFormSolver
 from dtrain.engine.metrics import MetricSums
 from dtrain.engine.router import MessageRouter
 from dtrain.engine.spec import EngineSpec
+from dtrain.engine.tied_parameters import TiedParameters
 from dtrain.engine.trace import Trace
 from dtrain.engine.update import BatchUpdate, UpdateStep
 from dtrain.errors import NumericalError
 from dtrain.mesh import RankPosition
 from dtrain.objectives.base import input_gradient_blocks
 from dtrain.objectives.forward import backward_pairs, forward_micro_batch
+from dtrain.objectives.messages import reads_samples
 from dtrain.schedules.actions import Action
 from dtrain.syncs.base import Sync
 
@@ -89,7 +91,9 @@ class Engine:
         )
         self.saved_tensors = SavedTensors(self._model_tensors(), engine_spec.schedule.asynchronous)
         self.weight_versions = self._make_weight_versions()
-        self.update_step = UpdateStep(blocks, syncs, self.weight_versions, engine_spec, groups)
+        self.update_step = UpdateStep(
+            blocks, syncs, self.weight_versions, engine_spec, groups, self._tied_parameters()
+        )
         self.micro_batches: dict[MicroBatchKey, MicroBatch] = {}
         self.peak_live = 0
         self.peak_cached_bytes = 0
@@ -104,7 +108,7 @@ class Engine:
         self.trace: Trace | None = None
         self.needs_input_gradient = input_gradient_blocks(self.router.routes)
         self.needs_samples = {
-            b for b in blocks if self.objective.needs_samples(self.block_specs[b], "train")
+            b for b in blocks if reads_samples(self.objective, self.block_specs[b], "train")
         }
         for block in blocks.values():
             block.register_taps(self.objective.taps(block))
@@ -177,8 +181,11 @@ class Engine:
                 self.position.stage, self.position.place, sizes, self.router.routes
             )
         )
-        self.updates = self.update_step.start_segment(batches, first_update, epoch)
-        self.metric_sums = MetricSums(rows=sum(update.local_rows for update in self.updates))
+        self.updates = self.update_step.start_segment(batches, loader.dataset, first_update, epoch)
+        self.metric_sums = MetricSums(
+            rows=sum(update.local_rows for update in self.updates),
+            loss_weight=sum(update.loss_count for update in self.updates),
+        )
         largest = max(update.local_rows for update in self.updates)
         if largest > self.largest_update_rows:  # it needs more memory than those counted so far
             self.largest_update_rows = largest
@@ -197,6 +204,14 @@ class Engine:
             epoch,
         )
         return plan
+
+    def _tied_parameters(self) -> TiedParameters | None:
+        """Return the parameters with copies in several blocks. Collective over the stages."""
+        ties = self.engine_spec.ties
+        if not ties:
+            return None
+        pipeline = self.groups.pipeline.dup("tied parameters")
+        return TiedParameters(ties, self.blocks, self.position.place, pipeline)
 
     def _make_weight_versions(self) -> dict[int, WeightVersions]:
         """Return the weight versions of the blocks that learn from late gradients."""
@@ -252,15 +267,21 @@ class Engine:
         indices = batch.micro_batch_indices[action.micro]
         start = batch.first_row + sum(map(len, batch.micro_batch_indices[: action.micro]))
         samples = raw_samples = None
+        others: tuple[Tensor, ...] = ()
         if action.block in self.needs_samples:
             samples = loader.read().to(device)
+            others = tuple(x.to(device) for x in loader.read_other_inputs(indices))
             if self.objective.needs_raw_samples and loader.dataset.value_range is not None:
                 raw_samples = loader.dataset.to_unit_range(samples)
+        targets, task = loader.dataset.targets(indices), self.engine_spec.task
+        count = task.count(targets)
         return MicroBatch(
-            targets=loader.dataset.targets(indices).to(device),
-            loss_scale=len(indices) / update.local_rows,
+            targets=targets.to(device),
+            task=task,
+            loss_scale=count / update.loss_count if count else 0.0,
             received=received,
             samples=samples,
+            other_samples=others,
             raw_samples=raw_samples,
             indices=torch.from_numpy(indices).to(device),
             row_random=RowRandom(
@@ -301,7 +322,7 @@ class Engine:
 
     def _add_metrics(self, index: int, micro_batch: MicroBatch) -> None:
         """Add the loss and the metrics of a micro-batch; refuse a loss that is not finite."""
-        rows = len(micro_batch.targets)
+        rows, count = len(micro_batch.targets), micro_batch.task.count(micro_batch.targets)
         if micro_batch.loss is not None:
             loss = float(micro_batch.loss)
             if not math.isfinite(loss):
@@ -309,7 +330,7 @@ class Engine:
                 raise NumericalError(
                     "training.loss-not-finite", f"the loss of block {index} is {loss}: {advice}"
                 )
-            self.metric_sums.add_loss(index, loss * rows)
+            self.metric_sums.add_loss(index, loss * count)
         for name, mean in micro_batch.metrics.items():
             self.metric_sums.add_metric(index, name, float(mean) * rows)
 

@@ -20,7 +20,9 @@ from dtrain.engine.router import MessageRouter
 from dtrain.engine.spec import EngineSpec
 from dtrain.mesh import RankPosition
 from dtrain.objectives.base import VOTE_DTYPE, VOTES
+from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.forward import forward_micro_batch
+from dtrain.objectives.messages import reads_samples
 from dtrain.schedules.actions import Action
 from dtrain.schedules.base import evaluation_plan
 
@@ -56,12 +58,12 @@ class Evaluator:
         self.needs_samples = {
             b
             for b in blocks
-            if engine_spec.objective.needs_samples(engine_spec.block_specs[b], "predict")
+            if reads_samples(engine_spec.objective, engine_spec.block_specs[b], "predict")
         }
 
     @torch.no_grad()
     def evaluate(self, loader: Loader, index_batches: Sequence[Indices]) -> list[MetricSums]:
-        """Return the sums of losses, of right predictions and of right votes by micro-batch.
+        """Return the sums of losses, right predictions and metrics by micro-batch.
 
         Collective over all ranks of the replica.
 
@@ -97,28 +99,51 @@ class Evaluator:
         objective, block = self.engine_spec.objective, self.blocks[action.block]
         spec, device = self.engine_spec.block_specs[action.block], self.engine_spec.device
         targets, received = loader.dataset.targets(indices).to(device), self.router.receive(action)
-        samples = loader.read().to(device) if action.block in self.needs_samples else None
-        micro_batch = MicroBatch(targets=targets, received=received, samples=samples)
+        task = self.engine_spec.task
+        micro_batch = MicroBatch(targets=targets, task=task, received=received)
+        if action.block in self.needs_samples:
+            micro_batch.samples = loader.read().to(device)
+            others = loader.read_other_inputs(indices)
+            micro_batch.other_samples = tuple(x.to(device) for x in others)
         forward_micro_batch(objective, spec, block, micro_batch)
         scores = objective.predict(spec, block, micro_batch)
         if scores is not None:
             scores = scores.to(VOTE_DTYPE)
-            vote = objective.vote(spec, scores)
-            received[VOTES] = received[VOTES] + vote if VOTES in received else vote
-            correct = _correct_count(scores, targets)
-            metric_sums.correct[spec.index] = metric_sums.correct.get(spec.index, 0) + correct
-            metric_sums.add_loss(spec.index, _loss(scores, targets))
-        elif VOTES not in received:
-            received[VOTES] = torch.zeros(len(targets), spec.classes, dtype=VOTE_DTYPE)
-        if spec.is_last:
-            metric_sums.vote_correct += _correct_count(received[VOTES], targets)
-            metric_sums.vote_loss += _loss(received[VOTES], targets)
+            self._add_prediction(spec, scores, targets, metric_sums)
+            if task.has_classes:  # the sum of other predictions means nothing
+                vote = objective.vote(spec, scores)
+                received[VOTES] = received[VOTES] + vote if VOTES in received else vote
+        if VOTES not in received:
+            received[VOTES] = torch.zeros(len(targets), *spec.scores_shape, dtype=VOTE_DTYPE)
+        if spec.is_last and task.has_classes:
+            self._add_vote(received[VOTES], targets, metric_sums)
         self.router.send(action, block, micro_batch)
 
+    def _add_prediction(
+        self, spec: BlockSpec, scores: Tensor, targets: Tensor, metric_sums: MetricSums
+    ) -> None:
+        """Add the loss and the right predictions of a block; of the last one the metrics, too."""
+        task = self.engine_spec.task
+        loss, weight = task.loss_sum(scores, targets)
+        metric_sums.add_loss(spec.index, loss)
+        if task.has_classes:
+            correct, _ = task.correct(scores, targets)
+            metric_sums.correct[spec.index] = metric_sums.correct.get(spec.index, 0) + correct
+        if spec.is_last and not self._predicts_by_vote:
+            metric_sums.loss_weight = weight
+            metric_sums.task_metrics = task.measure(scores, targets)
 
-def _loss(scores: Tensor, targets: Tensor) -> float:
-    return float(torch.nn.functional.cross_entropy(scores, targets, reduction="sum"))
+    def _add_vote(self, vote: Tensor, targets: Tensor, metric_sums: MetricSums) -> None:
+        """Add the loss and the right predictions of the vote; if it is the model's prediction, the
+        metrics, too."""
+        task = self.engine_spec.task
+        loss, metric_sums.loss_weight = task.loss_sum(vote, targets)
+        correct, metric_sums.positions = task.correct(vote, targets)
+        metric_sums.vote_loss += loss
+        metric_sums.vote_correct += correct
+        if self._predicts_by_vote:
+            metric_sums.task_metrics = task.measure(vote, targets)
 
-
-def _correct_count(scores: Tensor, targets: Tensor) -> int:
-    return int((scores.argmax(1) == targets).sum())
+    @property
+    def _predicts_by_vote(self) -> bool:
+        return self.engine_spec.objective.predicts_by_vote and self.engine_spec.task.has_classes

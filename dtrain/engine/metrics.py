@@ -16,14 +16,20 @@ class MetricSums:
     ----------
     rows : int
         Samples.
+    loss_weight : float
+        Samples, or counted positions, by which a mean loss divides.
     loss : dict of int to float
         Sum of the losses.
+    positions : int
+        Counted positions of class labels.
     correct : dict of int to int
-        Samples that a block predicted rightly.
+        Positions that a block predicted rightly.
     vote_correct : int
-        Samples that the vote predicted rightly.
+        Positions that the vote predicted rightly.
     vote_loss : float
-        Sum of the vote's cross-entropy.
+        Sum of the vote's losses.
+    task_metrics : dict of str to list of float
+        Sums of the task's metrics of the model's prediction, by name.
     metrics : dict of int to dict of str to float
         Sums of further quantities that objectives measure, by name.
     busy_s, wall_s : float
@@ -31,10 +37,13 @@ class MetricSums:
     """
 
     rows: int = 0
+    loss_weight: float = 0.0
     loss: dict[int, float] = field(default_factory=dict)
+    positions: int = 0
     correct: dict[int, int] = field(default_factory=dict)
     vote_correct: int = 0
     vote_loss: float = 0.0
+    task_metrics: dict[str, list[float]] = field(default_factory=dict)
     metrics: dict[int, dict[str, float]] = field(default_factory=dict)
     busy_s: float = 0.0
     wall_s: float = 0.0

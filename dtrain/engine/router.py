@@ -29,6 +29,7 @@ from dtrain.comm.wire_format import EXACT, WireFormat
 from dtrain.mesh import RankPosition
 from dtrain.objectives.base import ExecutionMode, Objective
 from dtrain.objectives.block_spec import BlockSpec
+from dtrain.objectives.messages import all_routes, make_message, message_spec
 from dtrain.schedules.actions import Action, Kind, Point, Route
 from dtrain.schedules.messages import MessageTable
 
@@ -138,7 +139,7 @@ class MessageRouter:
         groups: ProcessGroups,
         wire_format: WireFormat = EXACT,
     ) -> None:
-        self.routes = objective.routes(len(block_specs), mode)
+        self.routes = all_routes(objective, block_specs, mode)
         self.objective = objective
         self.block_specs = block_specs
         self.position = position
@@ -167,7 +168,7 @@ class MessageRouter:
         place, stage = self.position.place, self.position.stage
         self.messages = MessageTable(self.routes, place, stage, micro_batches)
         specs = [
-            cache(partial(self.objective.message_spec, route, self.block_specs))
+            cache(partial(message_spec, self.objective, route, self.block_specs))
             for route in self.routes
         ]
         incoming: defaultdict[int, list[TensorSpec]] = defaultdict(list)
@@ -207,7 +208,7 @@ class MessageRouter:
             return
         for index in self.messages.outgoing(action):
             link = self.links[index]
-            tensor = self.objective.make_message(link.route, block, micro_batch)
+            tensor = make_message(self.objective, link.route, block, micro_batch)
             link.send(tensor, 0 if micro_batch is None else len(micro_batch.targets))
 
     def close(self) -> None:

@@ -12,10 +12,12 @@ import torch
 
 from dtrain.block.lr_schedule import LRSchedule
 from dtrain.comm.wire_format import WireFormat
+from dtrain.models.ties import Ties
 from dtrain.objectives.base import Objective
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.schedules.base import Schedule
 from dtrain.schedules.segments import TrainingLength
+from dtrain.tasks.task import DEFAULT_TASK, Task
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,10 @@ class EngineSpec:
         Updates of an epoch and of the run, for syncs and the learning-rate schedule.
     wire_format : WireFormat
         Encoding of messages between blocks in training.
+    ties : Ties
+        The copies of every parameter that several blocks hold, in the order of the blocks.
+    task : Task
+        Loss, targets and metrics.
     """
 
     objective: Objective
@@ -50,3 +56,5 @@ class EngineSpec:
     seed: int
     training_length: TrainingLength
     wire_format: WireFormat
+    ties: Ties = ()
+    task: Task = DEFAULT_TASK

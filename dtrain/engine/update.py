@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from torch import Tensor
 
@@ -24,8 +25,10 @@ from dtrain.block.block import Block, GradientHook
 from dtrain.block.optimizer import clip_by_norm_, squared_norm
 from dtrain.block.weight_versions import WeightVersions
 from dtrain.comm.groups import ProcessGroups
+from dtrain.data.dataset import Dataset
 from dtrain.data.sampler import Batch
 from dtrain.engine.spec import EngineSpec
+from dtrain.engine.tied_parameters import TiedParameters
 from dtrain.schedules.actions import Action
 from dtrain.syncs.base import Sync, UpdateClock
 from dtrain.syncs.replica_check import check_replicas_equal
@@ -45,8 +48,12 @@ class BatchUpdate:
         Number of micro-batches.
     local_rows, total_rows : int
         Samples of this replica, and of all replicas.
+    counts : tuple of float
+        Samples of each replica, or their counted positions.
+    loss_count : float
+        The count of this replica.
     weight : float
-        Their ratio.
+        Its share of the sum of the counts.
     lr_factor : float
         The factor of the learning-rate schedule.
     """
@@ -57,6 +64,8 @@ class BatchUpdate:
     micro_batches: int
     local_rows: int
     total_rows: int
+    counts: tuple[float, ...]
+    loss_count: float
     weight: float
     lr_factor: float
 
@@ -68,6 +77,8 @@ class UpdateStep:
     ----------
     groups : ProcessGroups
         The communicators of this rank.
+    tied : TiedParameters, optional
+        Parameters with copies in several blocks.
     """
 
     def __init__(
@@ -77,7 +88,9 @@ class UpdateStep:
         weight_versions: dict[int, WeightVersions],
         engine_spec: EngineSpec,
         groups: ProcessGroups,
+        tied: TiedParameters | None = None,
     ) -> None:
+        self.tied = tied
         self.blocks = blocks
         self.syncs = syncs
         self.weight_versions = weight_versions
@@ -90,7 +103,7 @@ class UpdateStep:
         self._clocks: dict[int, UpdateClock] = {}
 
     def start_segment(
-        self, batches: Sequence[Batch], first_update: int, epoch: int
+        self, batches: Sequence[Batch], dataset: Dataset, first_update: int, epoch: int
     ) -> list[BatchUpdate]:
         """Return the updates of a segment.
 
@@ -100,22 +113,37 @@ class UpdateStep:
         equal = len(self.blocks) == 1 or all(len(set(batch.replica_rows)) == 1 for batch in batches)
         whole = not self.engine_spec.schedule.splits_backward
         self.overlaps_reduction = equal and whole and self.groups.replicas.size > 1
-        lr_schedule, length = self.engine_spec.lr_schedule, self.engine_spec.training_length
         return [
-            BatchUpdate(
-                number=number,
-                epoch=epoch,
-                batch=batch,
-                micro_batches=len(batch.micro_batch_indices),
-                local_rows=batch.local_rows,
-                total_rows=batch.rows,
-                weight=batch.local_rows / batch.rows,
-                lr_factor=lr_schedule.lr_factor(
-                    number, length.updates_per_epoch, length.total_updates
-                ),
-            )
+            self._make_update(batch, dataset, number, epoch)
             for number, batch in enumerate(batches, first_update)
         ]
+
+    def _make_update(self, batch: Batch, dataset: Dataset, number: int, epoch: int) -> BatchUpdate:
+        lr_schedule, length = self.engine_spec.lr_schedule, self.engine_spec.training_length
+        counts, replica = self._count_replicas(batch, dataset), self.groups.replicas.rank
+        total = sum(counts)
+        return BatchUpdate(
+            number=number,
+            epoch=epoch,
+            batch=batch,
+            micro_batches=len(batch.micro_batch_indices),
+            local_rows=batch.local_rows,
+            total_rows=batch.rows,
+            counts=counts,
+            loss_count=counts[replica],
+            weight=counts[replica] / total if total else batch.local_rows / batch.rows,
+            lr_factor=lr_schedule.lr_factor(number, length.updates_per_epoch, length.total_updates),
+        )
+
+    def _count_replicas(self, batch: Batch, dataset: Dataset) -> tuple[float, ...]:
+        """Return the samples of each replica, or their counted positions: targets are read by
+        index, so no message is needed."""
+        if not self.engine_spec.task.counts_positions:
+            return batch.replica_rows
+        ends = accumulate(batch.replica_rows, initial=0)
+        parts = [batch.update_indices[start:stop] for start, stop in pairwise(ends)]
+        count = self.engine_spec.task.count
+        return tuple(count(dataset.targets(part)) if len(part) else 0.0 for part in parts)
 
     def gradient_hook(self, action: Action, update: BatchUpdate) -> GradientHook | None:
         """Return the hook of a block's last `B` before its `U`, where gradients are averaged."""
@@ -131,9 +159,9 @@ class UpdateStep:
         block, sync = self.blocks[index], self.syncs[index]
         clock = self._clocks.pop(index, None) or self._make_clock(index, update)
         block.set_lr_factor(update.lr_factor * sync.lr_factor(clock))
-        if spec.clips_model:
+        if spec.clips_model or self.tied is not None:
             if index == self.first_block:
-                self._compute_model_norm(update)
+                self._reduce_all_blocks(update)
         else:
             sync.reduce_gradients(block, update.weight, clock)
             if spec.clip:
@@ -161,20 +189,32 @@ class UpdateStep:
             lr=base_lr * update.lr_factor,
             base_lr=base_lr,
             in_lr_warmup=update.number < self.engine_spec.lr_schedule.warmup_updates,
-            rows_per_replica=update.batch.replica_rows,
+            rows_per_replica=update.counts,
         )
 
-    def _compute_model_norm(self, update: BatchUpdate) -> None:
-        """Compute the norm of the whole model's gradient. Collective over the stages.
+    def _reduce_all_blocks(self, update: BatchUpdate) -> None:
+        """Reduce the gradients of all blocks, add those of tied parameters, and compute the norm of
+        the whole model's gradient if that is clipped. Collective over the stages.
 
         The schedule guarantees that all backwards of the update come before its first `U`.
         """
-        squares = []
         for index, block in self.blocks.items():
             clock = self._clocks.get(index) or self._make_clock(index, update)
             self._clocks[index] = clock
             self.syncs[index].reduce_gradients(block, update.weight, clock)
-            squares.append((index, squared_norm(block.gradients())))
+        if self.tied is not None:
+            self.tied.sum_gradients()
+        if self.engine_spec.clips_model:
+            self._compute_model_norm()
+
+    def _compute_model_norm(self) -> None:
+        """Compute the norm of the whole model's gradient. Collective over the stages."""
+        squares = []
+        for index, block in self.blocks.items():
+            gradients = block.gradients()
+            if self.tied is not None:  # a copy counts once
+                gradients = self.tied.gradients_without_copies(index)
+            squares.append((index, squared_norm(gradients)))
         all_squares = sorted(
             (int(b), float(s))
             for rank in self.groups.pipeline.allgather_object(squares)

@@ -6,7 +6,7 @@ Invariant: a layer's initial weights depend only on the seed and the model, neve
 from __future__ import annotations
 
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +27,8 @@ def load_model(
     folder: Path,
     shape: tuple[int, ...],
     classes: int,
+    inputs: int = 1,
+    open_names: Collection[str] = (),
 ) -> LayerStack:
     """Make the model that a run file's `[model]` table names; no layer is built yet.
 
@@ -42,6 +44,10 @@ def load_model(
         Shape of one sample. A user's function receives it as the argument `shape`, if it has one.
     classes : int
         Number of classes. A user's function receives it as `classes`, if it has that argument.
+    inputs : int
+        Number of inputs of a sample.
+    open_names : collection of str
+        Dotted names of sub-modules whose parts are layers of their own.
 
     Raises
     ------
@@ -53,7 +59,10 @@ def load_model(
         function = import_object(name, folder, "model")
         context = {"shape": shape, "classes": classes}
         return as_layers(
-            partial(function, **bind_arguments("[model]", function, fields, context)), name
+            partial(function, **bind_arguments("[model]", function, fields, context)),
+            name,
+            inputs,
+            open_names,
         )
     if name not in MODELS:
         raise unknown_name("model", name, [*MODELS, PATTERN])

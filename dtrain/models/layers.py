@@ -1,12 +1,12 @@
 """Models as ordered, named layers, of which each rank builds only its own.
 
 `FactoryLayers`: (name, factory) pairs. A rank calls the factories of its own layers, each with
-torch's generator seeded by (seed, name). `SequentialLayers`: a user's `nn.Sequential`. Every rank
-builds all of it with torch's generator seeded by the seed, which keeps the user's initialisation,
-and drops the layers of other ranks::
+torch's generator seeded by (seed, name). `ModuleLayers`: a user's module, an `nn.Sequential` or any
+other whose forward can be traced. Every rank builds all of it with torch's generator seeded by the
+seed, which keeps the user's initialisation, and drops the layers of other ranks::
 
     rank with layers 2, 3      FactoryLayers      . . f2 f3 . .    calls two factories
-                               SequentialLayers   0 1 2 3 4 5      builds all (a peak), keeps 2, 3
+                               ModuleLayers       0 1 2 3 4 5      builds all (a peak), keeps 2, 3
 
 Invariant: a layer's initial weights depend only on (seed, name) or (seed, function), whatever else
 is built in the process. The state of torch's generator is unchanged afterwards.
@@ -14,18 +14,20 @@ is built in the process. The state of torch's generator is unchanged afterwards.
 
 from __future__ import annotations
 
+import io
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
 from typing import final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dtrain.errors import ConfigError, DtrainError
+from dtrain.models.graph import ModelGraph, trace_model
 from dtrain.rng import seeded
 
 Factory = Callable[[], nn.Module]
@@ -52,31 +54,49 @@ class LayerStack(ABC):
     def build(self, indices: Iterable[int], seed: int, dtype: torch.dtype) -> dict[str, nn.Module]:
         """Build the layers at `indices`, initialised, in training mode, on the CPU; by name.
 
-        Weights are drawn in torch's default dtype and then cast to `dtype`. Not collective.
+        Where the model is a graph, the names are those of the sub-modules, and "" holds the tensors
+        outside sub-modules. Weights are drawn in torch's default dtype and then cast to `dtype`.
+        Not collective.
 
         Raises
         ------
         ConfigError
             A layer has tensors that its factory did not make, or a factory returns no module.
         """
-        chosen = tuple(indices)
-        layers = {
-            self.names[index]: layer
-            for index, layer in zip(chosen, self._make_layers(chosen, seed), strict=True)
-        }
-        for name, layer in layers.items():
-            # A tensor that exists already when `as_layers` calls the function is on meta.
-            if any(tensor.is_meta for tensor in [*layer.parameters(), *layer.buffers()]):
-                raise ConfigError(
-                    "model.factory-reuses-tensors",
-                    f"layer '{name}' has tensors that were made before its factory was called, "
-                    f"so they do not depend on (seed, name): make them in the factory",
-                )
-        return {name: cast_module(layer, dtype) for name, layer in layers.items()}
+        return merge_layers(self.build_each(indices, seed, dtype))
+
+    def build_each(
+        self, indices: Iterable[int], seed: int, dtype: torch.dtype
+    ) -> list[dict[str, nn.Module]]:
+        """Build the layers at `indices` as `build` does; return the modules of each by name."""
+        layers = self._make_layers(tuple(indices), seed)
+        for modules in layers:
+            for name, module in modules.items():
+                # A tensor that exists already when `as_layers` calls the function is on meta.
+                if any(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()]):
+                    raise ConfigError(
+                        "model.factory-reuses-tensors",
+                        f"layer '{name}' holds tensors that were made before its factory was "
+                        f"called, so they do not depend on (seed, name): make them in the factory",
+                    )
+                cast_module(module, dtype)
+        return layers
 
     def rebuild_layer(self, index: int, seed: int, dtype: torch.dtype) -> nn.Module:
-        """Build one layer again, equal to that of `build`; on the meta device without memory."""
-        [layer] = self._make_layers([index], seed)
+        """Build one layer again, equal to that of `build`; on the meta device without memory.
+
+        Raises
+        ------
+        ConfigError
+            The layer is no single module.
+        """
+        [modules] = self._make_layers([index], seed)
+        if len(modules) != 1:
+            raise ConfigError(
+                "model.layer-not-a-module",
+                f"layer '{self.names[index]}' is no single module, as this objective needs",
+            )
+        [layer] = modules.values()
         return cast_module(layer, dtype)
 
     def structure_key(self, index: int) -> Hashable:
@@ -88,12 +108,22 @@ class LayerStack(ABC):
     def builds_all_layers(self) -> bool:
         """Whether a rank must build all layers to get its own."""
 
-    @abstractmethod
-    def _make_layers(self, indices: Sequence[int], seed: int) -> list[nn.Module]:
-        """Make new layers in the order of `indices`."""
+    @property
+    def graph(self) -> ModelGraph | None:
+        """The calls of the model's forward; None where it is a chain of the layers."""
+        return None
+
+    @property
+    def tied_names(self) -> Mapping[str, str]:
+        """Names of parameters that are the same as another one, with the name of that one."""
+        return {}
 
     @abstractmethod
-    def meta_layers(self, dtype: torch.dtype) -> list[nn.Module | None]:
+    def _make_layers(self, indices: Sequence[int], seed: int) -> list[dict[str, nn.Module]]:
+        """Make new layers in the order of `indices`: the modules of each by name."""
+
+    @abstractmethod
+    def meta_layers(self, dtype: torch.dtype) -> list[dict[str, nn.Module] | None]:
         """Make all layers without memory, on the meta device; None where a layer cannot be."""
 
 
@@ -119,8 +149,8 @@ class FactoryLayers(LayerStack):
     def builds_all_layers(self) -> bool:
         return False
 
-    def _make_layers(self, indices: Sequence[int], seed: int) -> list[nn.Module]:
-        return [self._make_layer(index, seed) for index in indices]
+    def _make_layers(self, indices: Sequence[int], seed: int) -> list[dict[str, nn.Module]]:
+        return [{self.names[index]: self._make_layer(index, seed)} for index in indices]
 
     def _make_layer(self, index: int, seed: int) -> nn.Module:
         name = self.names[index]
@@ -134,13 +164,14 @@ class FactoryLayers(LayerStack):
             )
         return layer
 
-    def meta_layers(self, dtype: torch.dtype) -> list[nn.Module | None]:
+    def meta_layers(self, dtype: torch.dtype) -> list[dict[str, nn.Module] | None]:
         return [self._meta_layer(index, dtype) for index in range(len(self.names))]
 
-    def _meta_layer(self, index: int, dtype: torch.dtype) -> nn.Module | None:
+    def _meta_layer(self, index: int, dtype: torch.dtype) -> dict[str, nn.Module] | None:
         try:
             with on_meta():
-                return cast_module(self._make_layer(index, seed=0), dtype)
+                layer = self._make_layer(index, seed=0)
+                return {self.names[index]: cast_module(layer, dtype)}
         except DtrainError:
             raise
         except Exception:  # not supported on meta, or a fault, which the run on the CPU repeats
@@ -149,47 +180,95 @@ class FactoryLayers(LayerStack):
 
 @final
 @dataclass(frozen=True)
-class SequentialLayers(LayerStack):
-    """Layers of a user's `nn.Sequential`, which its function makes again for every build."""
+class ModuleLayers(LayerStack):
+    """Layers of a user's module, which its function makes again for every build.
+
+    Attributes
+    ----------
+    paths : tuple of tuple of str
+        Dotted names of the sub-modules of each layer.
+    tensor_paths : tuple of tuple of str
+        Dotted names of the parameters and buffers outside sub-modules that each layer is the first
+        to read.
+    """
 
     function: Function = field(repr=False)
+    paths: tuple[tuple[str, ...], ...] = field(repr=False)
+    tensor_paths: tuple[tuple[str, ...], ...] = field(repr=False)
+    model_graph: ModelGraph | None = field(default=None, repr=False)
+    aliases: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def builds_all_layers(self) -> bool:
         return True
 
-    def _make_layers(self, indices: Sequence[int], seed: int) -> list[nn.Module]:
+    @property
+    def graph(self) -> ModelGraph | None:
+        return self.model_graph
+
+    @property
+    def tied_names(self) -> Mapping[str, str]:
+        return self.aliases
+
+    def _make_layers(self, indices: Sequence[int], seed: int) -> list[dict[str, nn.Module]]:
         with torch.random.fork_rng(devices=[]):
             # The plain seed, so that the weights are those after the user's manual_seed(seed).
             torch.default_generator.manual_seed(seed)
-            children = _children(self.function())
-        return [children[index][1] for index in indices]
+            module = self.function()
+        assert isinstance(module, nn.Module)
+        return [self._modules_of(module, index) for index in indices]
 
-    def meta_layers(self, dtype: torch.dtype) -> list[nn.Module | None]:
-        layers = _children(_call_on_meta(self.function))
-        return [cast_module(layer, dtype) for _, layer in layers]
+    def _modules_of(self, module: nn.Module, index: int) -> dict[str, nn.Module]:
+        modules = {path: module.get_submodule(path) for path in self.paths[index]}
+        if self.tensor_paths[index]:
+            modules[""] = _tensor_module(module, self.tensor_paths[index])
+        return modules
+
+    def meta_layers(self, dtype: torch.dtype) -> list[dict[str, nn.Module] | None]:
+        module = _call_on_meta(self.function)
+        assert isinstance(module, nn.Module)
+        cast_module(module, dtype)
+        return [self._modules_of(module, index) for index in range(len(self.names))]
 
 
-def as_layers(function: Function, name: str) -> LayerStack:
+def as_layers(
+    function: Function, name: str, inputs: int = 1, open_names: Collection[str] = ()
+) -> LayerStack:
     """Return the layers of the model that a function without arguments makes.
 
     Parameters
     ----------
     function : callable
-        Returns an `nn.Sequential`, or a list of (name, factory) pairs. It is called here on the
-        meta device; a function that returns a `Sequential` is called again in every `build`.
+        Returns a module, or a list of (name, factory) pairs. It is called here on the meta device;
+        a function that returns a module is called again in every `build`.
     name : str
         The model's name in the run file, for the messages.
+    inputs : int
+        Number of inputs of a sample.
+    open_names : collection of str
+        Dotted names of sub-modules whose parts are layers of their own.
 
     Raises
     ------
     ConfigError
-        Another result; no layers; an illegal or repeated name; a shared module or parameter.
+        Another result; no layers; an illegal or repeated name; a forward that cannot be traced.
     """
     result = _call_on_meta(function)
-    if isinstance(result, nn.Sequential):
-        return _from_sequential(result, function, name)
+    if isinstance(result, nn.Module):
+        if _call_on_meta(function) is result:
+            raise ConfigError(
+                "model.module-reused",
+                f"model '{name}' returned the same module twice, so its weights do not depend on "
+                f"the seed: make it in the function",
+            )
+        return _from_module(result, function, name, inputs, open_names)
     pairs = _named_factories(result, name)
+    if inputs > 1:
+        raise ConfigError(
+            "model.chain-of-several-inputs",
+            f"model '{name}' is a list of layers, which takes one input, but a sample has "
+            f"{inputs}: return a module whose forward takes {inputs} arguments",
+        )
     names = tuple(layer_name for layer_name, _ in pairs)
     _check_names(names, name)
     return FactoryLayers(names, tuple(factory for _, factory in pairs))
@@ -197,20 +276,20 @@ def as_layers(function: Function, name: str) -> LayerStack:
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """Make tensors on the meta device; without the warnings of torch for weights that are loaded.
+    """Make tensors on the meta device, without the warnings and the output of a user's function.
 
-    A user's function may load weights into its modules. On the meta device torch leaves them out,
-    with one warning for each.
+    The function is called again when weights are made. Weights that it loads are left out on the
+    meta device, with one warning of torch's for each.
     """
-    with warnings.catch_warnings(), torch.device("meta"):
-        warnings.filterwarnings("ignore", ".*copying from a non-meta parameter.*")
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), torch.device("meta"):
+        warnings.simplefilter("ignore")
         yield
 
 
 def cast_module(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Cast the floats of a module to `dtype` and its complex numbers to pairs of it, in place."""
 
-    def cast(tensor: torch.Tensor) -> torch.Tensor:
+    def cast(tensor: Tensor) -> Tensor:
         if tensor.is_complex():
             return tensor.to(dtype.to_complex())
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
@@ -219,31 +298,53 @@ def cast_module(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module
 
 
-def require_unshared(layers: dict[str, nn.Module]) -> None:
-    """Refuse modules and parameters that occur twice, in one layer or in two.
+def merge_layers(layers: Iterable[Mapping[str, nn.Module]]) -> dict[str, nn.Module]:
+    """Return the modules of several layers by name; "" holds the tensors outside modules of all."""
+    merged: dict[str, nn.Module] = {}
+    for modules in layers:
+        free_tensors = merged.get("")
+        merged |= modules
+        if free_tensors is not None and "" in modules:
+            merged[""] = _merge_modules(free_tensors, modules[""])
+    return merged
 
-    A shared weight would be trained by two blocks, or become two weights once a cut separates its
-    layers.
+
+def shared_names(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return the names of parameters and buffers that are the same tensor as an earlier one, with
+    the name of that one."""
+    first_names: dict[int, str] = {}
+    shared: dict[str, str] = {}
+    for path, module in modules.items():
+        tensors = [
+            *module.named_parameters(prefix=path, remove_duplicate=False),
+            *module.named_buffers(prefix=path, remove_duplicate=False),
+        ]
+        for name, tensor in tensors:
+            first = first_names.setdefault(id(tensor), name)
+            if first != name:
+                shared[name] = first
+    return shared
+
+
+def require_unshared(layers: Sequence[dict[str, nn.Module] | None]) -> None:
+    """Refuse parameters and buffers that occur in two layers of a list of factories.
+
+    Each factory makes its own tensors, so these would become two tensors on two ranks.
 
     Raises
     ------
     ConfigError
-        A module or parameter has two names.
+        A parameter or buffer has names in two layers.
     """
-    paths: dict[int, str] = {}
-    for name, layer in layers.items():
-        members = [
-            *layer.named_modules(prefix=name, remove_duplicate=False),
-            *layer.named_parameters(prefix=name, remove_duplicate=False),
-        ]
-        for path, member in members:
-            first_path = paths.setdefault(id(member), path)
-            if first_path != path:
-                kind = "module" if isinstance(member, nn.Module) else "parameter"
-                raise ConfigError(
-                    "model.shared",
-                    f"'{path}' is the same {kind} as '{first_path}': make one for each",
-                )
+    modules = {name: m for layer in layers if layer for name, m in layer.items()}
+    for name, first in shared_names(modules).items():
+        layer, other = name.partition(".")[0], first.partition(".")[0]
+        if layer != other:
+            raise ConfigError(
+                "model.shared",
+                f"'{name}' is the same tensor as '{first}': make one for each layer, or return a "
+                f"module whose layers share it",
+            )
 
 
 def _call_on_meta(function: Function) -> object:
@@ -258,32 +359,92 @@ def _call_on_meta(function: Function) -> object:
             return function()
 
 
-def _from_sequential(sequential: nn.Sequential, function: Function, name: str) -> SequentialLayers:
-    """Return the layers of a Sequential, or refuse one that cannot be cut or made again."""
-    if type(sequential).forward is not nn.Sequential.forward:
-        raise ConfigError(
-            "model.own-forward",
-            f"model '{name}' is a Sequential with a forward() of its own, which cannot be cut: "
-            f"return a plain nn.Sequential or (name, factory) pairs",
-        )
-    children = _children(sequential)
-    names = tuple(layer_name for layer_name, _ in children)
-    _check_names(names, name)
-    require_unshared(dict(children))
-    if _call_on_meta(function) is sequential:
-        raise ConfigError(
-            "model.sequential-reused",
-            f"model '{name}' returned the same Sequential twice, so its weights do not depend on "
-            f"the seed: make it in the function",
-        )
-    return SequentialLayers(names, function)
+def _from_module(
+    module: nn.Module, function: Function, name: str, inputs: int, open_names: Collection[str]
+) -> ModuleLayers:
+    """Return the layers of a module: the children of a plain Sequential, else those of its
+    graph."""
+    graph = None
+    if type(module).forward is nn.Sequential.forward and inputs == 1:
+        names = tuple(path for path, _ in _children(module, open_names))
+        paths: list[tuple[str, ...]] = [(path,) for path in names]
+        tensor_paths: list[tuple[str, ...]] = [() for _ in names]
+    else:
+        graph = trace_model(module, name, inputs, open_names)
+        while len(graph.layers) == 1 and _is_container(module, graph.layers[0].name):
+            open_names = {*open_names, graph.layers[0].name}  # a forward that calls one container
+            graph = trace_model(module, name, inputs, open_names)
+        names = tuple(layer.name for layer in graph.layers)
+        paths = [tuple(layer.modules) for layer in graph.layers]
+        tensor_paths = [tuple(layer.tensors) for layer in graph.layers]
+    _check_names(names, name, dotted=True)
+    for path, _ in module.named_parameters():
+        if _is_head_name(path):
+            _check_names([path], name, dotted=True)
+    return ModuleLayers(
+        names=names,
+        function=function,
+        paths=tuple(paths),
+        tensor_paths=tuple(tensor_paths),
+        model_graph=graph,
+        aliases=shared_names({"": module}),
+    )
 
 
-def _children(sequential: object) -> list[tuple[str, nn.Module]]:
-    """Return a Sequential's layers, including repeated ones, which `named_children` drops."""
-    assert isinstance(sequential, nn.Sequential)
-    paths = sequential.named_modules(remove_duplicate=False)
-    return [(path, layer) for path, layer in paths if path and "." not in path]
+def _is_container(module: nn.Module, name: str) -> bool:
+    sub_module = module.get_submodule(name.partition("@")[0])
+    return type(sub_module).forward is nn.Sequential.forward and len(sub_module._modules) > 0
+
+
+def _children(
+    sequential: nn.Module, open_names: Collection[str], prefix: str = ""
+) -> list[tuple[str, nn.Module]]:
+    """Return a Sequential's layers with dotted names, including repeated ones, which
+    `named_children` drops; those of the containers that are open in place of these."""
+    children: list[tuple[str, nn.Module]] = []
+    for key, child in sequential._modules.items():
+        path = f"{prefix}{key}"
+        plain = child is not None and type(child).forward is nn.Sequential.forward
+        if child is not None and plain and path in open_names:
+            children += _children(child, open_names, f"{path}.")
+        elif child is not None:
+            children.append((path, child))
+    return children
+
+
+def _tensor_module(module: nn.Module, paths: Sequence[str]) -> nn.Module:
+    """Return a module that holds parameters and buffers of another one, under the same dotted
+    names."""
+    root = nn.Module()
+    for path in paths:
+        owner_path, _, key = path.rpartition(".")
+        owner = module.get_submodule(owner_path)
+        tensor = getattr(owner, key)
+        parent = root
+        for part in filter(None, owner_path.split(".")):
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        if isinstance(tensor, nn.Parameter):
+            parent.register_parameter(key, tensor)
+        else:
+            parent.register_buffer(key, tensor, key not in owner._non_persistent_buffers_set)
+    return root
+
+
+def _merge_modules(first: nn.Module, second: nn.Module) -> nn.Module:
+    """Return the first module with the tensors of the second, too."""
+    for key, parameter in second._parameters.items():
+        first.register_parameter(key, parameter)
+    for key, buffer in second._buffers.items():
+        first.register_buffer(key, buffer)
+    for key, child in second._modules.items():
+        assert child is not None
+        if key in first._modules:
+            _merge_modules(first.get_submodule(key), child)
+        else:
+            first.add_module(key, child)
+    return first
 
 
 def _named_factories(value: object, name: str) -> list[tuple[str, Factory]]:
@@ -291,8 +452,8 @@ def _named_factories(value: object, name: str) -> list[tuple[str, Factory]]:
     if not isinstance(value, list | tuple):
         raise ConfigError(
             "model.function-result",
-            f"model '{name}' is {type(value).__name__}: return an nn.Sequential, or a "
-            f"list of (name, factory) pairs",
+            f"model '{name}' is {type(value).__name__}: return a torch.nn.Module, or a list of "
+            f"(name, factory) pairs",
         )
     for index, pair in enumerate(value):
         match pair:
@@ -311,18 +472,27 @@ def _named_factories(value: object, name: str) -> list[tuple[str, Factory]]:
     return [(layer_name, factory) for layer_name, factory in value]
 
 
-def _check_names(names: Sequence[str], model: str) -> None:
-    """Refuse names that are repeated, or ambiguous as a part of a parameter's path."""
+def _is_head_name(name: str) -> bool:
+    """Return whether the name of a layer would be that of a head of the objective."""
+    first, _, rest = name.partition(".")
+    return first == "heads" and rest.partition(".")[0].isdigit()
+
+
+def _check_names(names: Sequence[str], model: str, dotted: bool = False) -> None:
+    """Refuse names that are repeated, or ambiguous as a part of a parameter's path.
+
+    With `dotted` a dot is legal: the names are paths in a user's module.
+    """
     if not names:
         raise ConfigError("model.no-layers", f"model '{model}' has no layers: return at least one")
     for name in names:
-        if name == "heads":
+        if (name == "heads" and not dotted) or _is_head_name(name):
             raise ConfigError(
                 "model.layer-name-reserved",
                 f"model '{model}': a layer called 'heads' would share its name with the auxiliary "
                 f"heads of an objective (heads.0, ...): rename it",
             )
-        if not name or "." in name:
+        if not name or ("." in name and not dotted):
             raise ConfigError(
                 "model.layer-name-invalid",
                 f"model '{model}': layer name '{name}' is empty or has a dot: rename it",

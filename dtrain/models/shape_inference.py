@@ -13,16 +13,26 @@ for every number of ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, final
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn, cast, final
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from dtrain.errors import ConfigError, DtrainError
 from dtrain.models.compiled import without_compiling
+from dtrain.models.graph import (
+    GraphLayer,
+    ModelGraph,
+    NodeValue,
+    TensorSpec,
+    chain_graph,
+    compare_values,
+)
 from dtrain.models.layers import LayerStack, require_unshared
 from dtrain.rng import fixed_random_numbers
 
@@ -58,6 +68,13 @@ class LayerSpec:
         other.
     skippable_macs : int
         Cost that the backward pass saves where the gradient of the layer's input is not needed.
+    reads : tuple of str
+        Where the model is a graph: values of earlier layers and of the data that the layer reads.
+    writes : tuple of NodeValue
+        Where the model is a graph: values of the layer that later layers read, or the output.
+    main_value : str
+        Where the model is a graph: the tensor of `output_shape`, the last of `writes` with the
+        samples first; empty where there is none, so that no cut may follow.
     """
 
     name: str
@@ -70,10 +87,17 @@ class LayerSpec:
     parameters: int
     couples_samples: bool = False
     skippable_macs: int = 0
+    reads: tuple[str, ...] = ()
+    writes: tuple[NodeValue, ...] = field(default=(), compare=False, repr=False)
+    main_value: str = ""
 
 
 def infer_layers(
-    model: LayerStack, shape: tuple[int, ...], dtype: torch.dtype
+    model: LayerStack,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    input_dtype: torch.dtype | None = None,
+    other_inputs: Sequence[tuple[tuple[int, ...], torch.dtype]] = (),
 ) -> tuple[LayerSpec, ...]:
     """Infer the specs of all layers, in order.
 
@@ -82,33 +106,43 @@ def infer_layers(
     model : LayerStack
         The layers.
     shape : tuple of int
-        Shape of one sample.
+        Shape of one sample, of its first input where there are several.
     dtype : torch.dtype
-        Dtype of the weights and of the sample.
+        Dtype of the weights.
+    input_dtype : torch.dtype, optional
+        Dtype of the sample; default: that of the weights.
+    other_inputs : sequence of (shape, dtype)
+        Further inputs of a sample.
 
     Raises
     ------
     ConfigError
         A layer cannot take the output of the layer before it, does not return one tensor with the
-        samples first, or shares a module or parameter. An exception in the user's own code keeps
-        its type and traceback.
+        samples first, or shares a parameter with another factory's layer. An exception in the
+        user's own code keeps its type and traceback.
     """
+    inputs = [(shape, input_dtype or dtype), *other_inputs]
+    if model.graph is not None:
+        return infer_graph(model, model.graph, inputs, dtype)
     layers = model.meta_layers(dtype)
-    require_unshared(
-        {name: layer for name, layer in zip(model.names, layers, strict=True) if layer is not None}
-    )
+    if not model.builds_all_layers:
+        require_unshared(layers)
     specs: list[LayerSpec] = []
     # Layers of equal structure and input are measured once: deep networks repeat their layers.
     measured: dict[Hashable, LayerSpec] = {}
-    input_dtype = dtype
-    for index, layer in enumerate(layers):
+    layer_dtype = inputs[0][1]
+    for index, modules in enumerate(layers):
         name, structure = model.names[index], model.structure_key(index)
-        spec = measured.get((structure, shape, input_dtype)) if structure else None
+        spec = measured.get((structure, shape, layer_dtype)) if structure else None
         if spec is None:
-            spec = _measure(layer, _builder(model, index, dtype), shape, input_dtype, name)
-            measured[structure, shape, input_dtype] = spec
+            layer = None if modules is None else modules[name]
+            try:
+                spec = _measure(layer, _builder(model, index, dtype), shape, layer_dtype, name)
+            except SeveralTensors:
+                return infer_graph(model, chain_graph(model.names), inputs, dtype)
+            measured[structure, shape, layer_dtype] = spec
         specs.append(replace(spec, name=name))
-        shape, input_dtype = spec.output_shape, spec.dtype
+        shape, layer_dtype = spec.output_shape, spec.dtype
     return tuple(specs)
 
 
@@ -142,14 +176,16 @@ def profile_module(
         sample = torch.zeros(SAMPLES, *shape, dtype=dtype)
         inputs = [sample.requires_grad_()] if dtype.is_floating_point else []
         # A clone, since a layer may work in place and autograd forbids that on a leaf.
-        output, forward_macs = _count_macs(lambda: layer(sample.clone()))
+        output, forward_macs = count_macs(lambda: layer(sample.clone()))
+        if isinstance(output, tuple | list | dict):
+            raise SeveralTensors(_output_error(name, shape, output))
         if not isinstance(output, Tensor) or output.shape[:1] != (SAMPLES,):
             raise _output_error(name, shape, output)
         weights = [parameter for parameter in layer.parameters() if parameter.requires_grad]
         # Weight gradients of inner modules need the input gradients of the modules after them, so
         # the weights' cost is a difference.
-        all_macs = _backward_macs(output, weights + inputs)
-        input_macs = _backward_macs(output, inputs)
+        all_macs = backward_macs(output, weights + inputs)
+        input_macs = backward_macs(output, inputs)
         return LayerSpec(
             name=name,
             input_shape=tuple(shape),
@@ -162,7 +198,7 @@ def profile_module(
             couples_samples=any(
                 isinstance(module, nn.modules.batchnorm._BatchNorm) for module in layer.modules()
             ),
-            skippable_macs=all_macs - _backward_macs(output, weights),
+            skippable_macs=all_macs - backward_macs(output, weights),
         )
 
 
@@ -227,6 +263,10 @@ def _builder(model: LayerStack, index: int, dtype: torch.dtype) -> Callable[[], 
     return lambda: model.build([index], seed=0, dtype=dtype)[model.names[index]]
 
 
+class SeveralTensors(Exception):
+    """A layer returned a structure of tensors; its argument is the error to raise elsewhere."""
+
+
 def _measure(
     layer: nn.Module | None,
     build: Callable[[], nn.Module],
@@ -241,20 +281,27 @@ def _measure(
                 spec = _profile_draws(layer, shape, dtype, name)
             if not watch.uses_autocast:  # autocast does nothing on meta
                 return spec
+    except SeveralTensors:
+        raise
     except Exception:  # not supported on meta, or a fault, which the copy repeats
         pass
     copy = build()
     try:
         return _profile_draws(copy, shape, dtype, name, device="cpu")
-    except DtrainError:
+    except (DtrainError, SeveralTensors):
         raise
     except Exception as error:
-        if not _raised_by_torch(error):
-            raise
-        text = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            "model.layer-input", f"layer '{name}' cannot take a sample of shape {shape}: {text}"
-        ) from error
+        raise_input_error(error, name, shape)
+
+
+def raise_input_error(error: Exception, name: str, shape: tuple[int, ...]) -> NoReturn:
+    """Raise an error of torch's about the input of a layer as a `ConfigError`; another as it is."""
+    if not _raised_by_torch(error):
+        raise error
+    text = str(error).strip().splitlines()[0]
+    raise ConfigError(
+        "model.layer-input", f"layer '{name}' cannot take a sample of shape {shape}: {text}"
+    ) from error
 
 
 def _raised_by_torch(error: Exception) -> bool:
@@ -266,21 +313,23 @@ def _raised_by_torch(error: Exception) -> bool:
     return module.partition(".")[0] == "torch"
 
 
-def _count_macs(function: Callable[[], object]) -> tuple[object, int]:
+def count_macs(function: Callable[[], object]) -> tuple[object, int]:
     """Call a function; return its result and its multiply-adds per sample."""
     with FlopCounterMode(display=False) as counter:
         result = function()
     return result, counter.get_total_flops() // (2 * SAMPLES)
 
 
-def _backward_macs(output: Tensor, tensors: Sequence[Tensor]) -> int:
-    """Return the multiply-adds per sample of the gradients to `tensors`."""
-    if not tensors or not output.requires_grad:
+def backward_macs(output: Tensor | Sequence[Tensor], tensors: Sequence[Tensor]) -> int:
+    """Return the multiply-adds per sample of the gradients of `output` to `tensors`."""
+    outputs = [output] if isinstance(output, Tensor) else list(output)
+    outputs = [tensor for tensor in outputs if tensor.requires_grad]
+    if not tensors or not outputs:
         return 0
-    cotangent = torch.ones_like(output)
-    _, macs = _count_macs(
+    cotangents = [torch.ones_like(tensor) for tensor in outputs]
+    _, macs = count_macs(
         lambda: torch.autograd.grad(
-            output, tensors, cotangent, retain_graph=True, allow_unused=True
+            outputs, tensors, cotangents, retain_graph=True, allow_unused=True
         )
     )
     return macs
@@ -295,3 +344,149 @@ def _output_error(name: str, shape: tuple[int, ...], output: object) -> DtrainEr
         f"layer '{name}' returned {result} for {SAMPLES} samples of shape {shape}: return one "
         f"tensor with the samples first",
     )
+
+
+# ---- graphs
+
+
+def infer_graph(
+    model: LayerStack,
+    graph: ModelGraph,
+    inputs: Sequence[tuple[tuple[int, ...], torch.dtype]],
+    dtype: torch.dtype,
+) -> tuple[LayerSpec, ...]:
+    """Infer the specs of the layers of a graph, which are run on meta, or else as copies."""
+    try:
+        layers = model.meta_layers(dtype)
+        modules = {name: m for layer in layers for name, m in _known(layer).items()}
+        return _infer_graph(graph, modules, layers, inputs, "meta")
+    except DtrainError:
+        raise
+    except Exception:  # not supported on meta, or a fault, which the copy repeats
+        built = [model.build([index], 0, dtype) for index in range(len(model.names))]
+        modules = {name: m for layer in built for name, m in layer.items()}
+        return _infer_graph(graph, modules, built, inputs, "cpu")
+
+
+def _known(layer: dict[str, nn.Module] | None) -> dict[str, nn.Module]:
+    if layer is None:
+        raise NotImplementedError("a layer that cannot be made on the meta device")
+    return layer
+
+
+def _infer_graph(
+    graph: ModelGraph,
+    modules: Mapping[str, nn.Module],
+    layers: Sequence[Mapping[str, nn.Module] | None],
+    inputs: Sequence[tuple[tuple[int, ...], torch.dtype]],
+    device: str,
+) -> tuple[LayerSpec, ...]:
+    """Run the layers with two numbers of samples, and measure them with the smaller one."""
+    tensors = {name: t for layer in layers for name, t in free_tensors(layer or {}).items()}
+    runs = [
+        {
+            name: torch.zeros(rows, *shape, dtype=dtype, device=device)
+            for name, (shape, dtype) in zip(graph.inputs, inputs, strict=True)
+        }
+        | dict(graph.defaults)
+        for rows in (SAMPLES, SAMPLES + 1)
+    ]
+    few, more = runs
+    specs: list[LayerSpec] = []
+    previous = inputs[0][0]
+    for layer in graph.layers:
+        with (
+            torch.device(device),
+            fixed_random_numbers(0),
+            without_compiling(modules[path] for path in layer.modules),
+        ):
+            for run in runs:
+                keep = {*run, *layer.writes}
+                with torch.no_grad():
+                    try:
+                        graph.run(layer.nodes, modules, tensors, run, keep, no_context)
+                    except Exception as error:
+                        raise_input_error(error, layer.name, previous)
+            writes = [compare_values(n, few[n], more[n], SAMPLES) for n in layer.writes]
+            spec = _profile_layer(graph, layer, modules, tensors, runs[0], writes, previous)
+        specs.append(spec)
+        previous = spec.output_shape
+    return tuple(specs)
+
+
+def _profile_layer(
+    graph: ModelGraph,
+    layer: GraphLayer,
+    modules: Mapping[str, nn.Module],
+    tensors: Mapping[str, Tensor],
+    values: Mapping[str, Any],
+    writes: Sequence[NodeValue],
+    previous: tuple[int, ...],
+) -> LayerSpec:
+    """Return the spec of one layer of a graph, given the values that it reads."""
+    leaves: list[Tensor] = []
+
+    def detach(leaf: object) -> object:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        copy = leaf.detach().clone()
+        if copy.is_floating_point():
+            leaves.append(copy.requires_grad_())
+        return copy.clone() if copy.is_floating_point() else copy
+
+    env = {name: pytree.tree_map(detach, values[name]) for name in layer.reads}
+    with torch.enable_grad():
+        _, forward = count_macs(
+            lambda: graph.run(layer.nodes, modules, tensors, env, layer.writes, no_context)
+        )
+        outputs = [t for value in writes for t in value.flatten(env[value.node]).values()]
+        own = [modules[path] for path in layer.modules]
+        parameters = {id(p): p for module in own for p in module.parameters()}
+        parameters |= {
+            id(tensors[n]): cast(nn.Parameter, tensors[n])
+            for n in layer.tensors
+            if isinstance(tensors[n], nn.Parameter)
+        }
+        weights = [p for p in parameters.values() if p.requires_grad]
+        all_macs = backward_macs(outputs, weights + leaves)
+        input_macs = backward_macs(outputs, leaves)
+        skippable = all_macs - backward_macs(outputs, weights)
+    main = main_tensor(writes)
+    norms = nn.modules.batchnorm._BatchNorm
+    return LayerSpec(
+        name=layer.name,
+        input_shape=previous,
+        output_shape=() if main is None else main.sample_shape or (),
+        dtype=torch.float32 if main is None else main.dtype,
+        forward_macs=forward,
+        weight_gradient_macs=all_macs - input_macs,
+        input_gradient_macs=input_macs,
+        parameters=sum(parameter.numel() for parameter in parameters.values()),
+        couples_samples=any(isinstance(m, norms) for module in own for m in module.modules()),
+        skippable_macs=skippable,
+        reads=layer.reads,
+        writes=tuple(writes),
+        main_value="" if main is None else main.name,
+    )
+
+
+def main_tensor(writes: Sequence[NodeValue]) -> TensorSpec | None:
+    """Return the tensor that a block passes on as its output: the first one with the samples first
+    of the last value that has one."""
+    for value in reversed(writes):
+        for tensor in value.tensors:
+            if tensor.sample_shape is not None and tensor.dtype.is_floating_point:
+                return tensor
+    return None
+
+
+def free_tensors(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Return the parameters and buffers outside sub-modules, by dotted name."""
+    if "" not in layers:
+        return {}
+    return {**dict(layers[""].named_parameters()), **dict(layers[""].named_buffers())}
+
+
+def no_context(_name: str) -> AbstractContextManager[None]:
+    """Return the context of calls whose random numbers do not matter."""
+    return nullcontext()

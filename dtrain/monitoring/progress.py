@@ -22,6 +22,7 @@ from dtrain.checkpoint.resume import length_dependent_parts
 from dtrain.comm.communicator import Comm
 from dtrain.comm.launcher import TERMINAL_VARIABLE, detect_launcher
 from dtrain.monitoring.run_totals import RunTotals
+from dtrain.monitoring.summary import metric_text
 from dtrain.planning.formatting import percent, pluralise
 from dtrain.planning.plan import Plan
 from dtrain.planning.warnings import plan_warnings
@@ -64,7 +65,11 @@ class Progress:
         return self.plan.training_length.total_updates
 
     def start(
-        self, threads: int, merged_replicas: int = 0, copied_blocks: Sequence[int] = ()
+        self,
+        threads: int,
+        merged_replicas: int = 0,
+        copied_blocks: Sequence[int] = (),
+        layer_notes: Sequence[str] = (),
     ) -> None:
         """Print and record what will run, on which software.
 
@@ -76,6 +81,8 @@ class Progress:
             Number of replicas of a checkpoint that were averaged to start from; 0 for none.
         copied_blocks : sequence of int
             Blocks whose initial weights were copied from the first replica.
+        layer_notes : sequence of str
+            Notes on layers that couple samples or keep state.
         """
         if not self.enabled:
             return
@@ -95,6 +102,8 @@ class Progress:
                 "differed between replicas: all replicas start from those of the first one; the "
                 "result depends on that draw, so seed it (torch's generator is seeded)"
             )
+        for note in layer_notes:
+            print(f"note      {note}")
         print(flush=True)
         self._record(
             "run",
@@ -104,6 +113,7 @@ class Progress:
             job=run_folder.slurm_job_id(),
             resolved=self.plan.run.to_table(),
             copied_blocks=list(copied_blocks),
+            layer_notes=list(layer_notes),
         )
         self.start_time = self.last_print_time = time.monotonic()
         if self.bar is not None and self.first_update < self.total_updates:
@@ -155,7 +165,7 @@ class Progress:
             return
         self._record("eval", **totals.test, eval_s=eval_s)
         loss = "-" if totals.train_loss is None else f"{totals.train_loss:.4f}"
-        result = f"loss {loss}  test {percent(totals.test['test_accuracy'])}"
+        result = f"loss {loss}  test {metric_text(totals.test['metrics'])}"
         if sum(accuracy is not None for accuracy in totals.test["accuracy_per_block"]) > 1:
             result += f"  vote {percent(totals.test['test_accuracy_vote'])}"
         print(
@@ -177,11 +187,9 @@ class Progress:
         self.stop()
         if self.first_update >= self.total_updates:
             print(self._already_finished_text())
-        samples, accuracy = self.plan.data.test.size, summary["test_accuracy"]
         print()
         print(
-            f"test accuracy {percent(accuracy)} ({round(accuracy * samples):,} of {samples:,}) "
-            f"after {pluralise(summary['updates'], 'update')} "
+            f"test {self._result_text(summary)} after {pluralise(summary['updates'], 'update')} "
             f"({pluralise(summary['epochs'], 'epoch')}), {summary['wall_s']:.1f} s"
         )
         if summary["low_rank"]:
@@ -198,6 +206,13 @@ class Progress:
         folder = self.out.resolve()
         print(f"folder  {folder}")
         print(f"next    {_next_command(self.plan, self.comm.size, folder)}", flush=True)
+
+    def _result_text(self, summary: dict[str, Any]) -> str:
+        """Return the accuracy with its counts, or the first metric."""
+        accuracy, samples = summary["test_accuracy"], self.plan.data.test.size
+        if not self.plan.layout.task.counts_samples or accuracy is None:
+            return metric_text(summary["metrics"] or {})
+        return f"accuracy {percent(accuracy)} ({round(accuracy * samples):,} of {samples:,})"
 
     def _already_finished_text(self) -> str:
         text = (
@@ -255,7 +270,7 @@ def _introduction(plan: Plan, comm: Comm, threads: int) -> list[str]:
         f"{pluralise(mesh.stages, 'stage')} on {pluralise(comm.node_count, 'host')}, "
         f"{pluralise(threads, 'thread')} each",
         f"data      {run.dataset.name}: {train.size:,} training and {test.size:,} test samples of "
-        f"{shape}, {train.classes} classes",
+        f"{shape}, {_target_text(plan)}",
         f"model     {run.model.name}: {parameters:,} parameters"
         + (f", {head_parameters:,} more in local heads" if head_parameters else "")
         + (builds_all if layout.model.builds_all_layers else ""),
@@ -266,6 +281,14 @@ def _introduction(plan: Plan, comm: Comm, threads: int) -> list[str]:
         *(f"note      {line}" for line in plan_warnings(plan)),
         *(f"stage {stage:<3} {_stage_text(plan, stage)}" for stage in range(mesh.stages)),
     ]
+
+
+def _target_text(plan: Plan) -> str:
+    """Return the classes, or the shape of the targets."""
+    task, train = plan.layout.task, plan.data.train
+    if task.has_classes:
+        return f"{train.classes} classes"
+    return f"targets of {' x '.join(map(str, train.target_shape)) or '1'}, loss {task.loss_name}"
 
 
 def _partition_lines(plan: Plan) -> list[str]:

@@ -15,12 +15,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dtrain.schedules.segments import Segment
+from dtrain.tasks.task import Task
 
 RankRecord = Mapping[str, Any]
 """Counters of one rank over one segment or one evaluation."""
 
 
-TEST_KEYS = ("test_loss", "test_accuracy", "test_accuracy_vote", "accuracy_per_block")
+TEST_KEYS = (
+    *("test_loss", "test_accuracy", "test_accuracy_vote", "accuracy_per_block"),
+    "metrics",
+)
 """Keys of an evaluation in `summary.json`."""
 
 
@@ -43,12 +47,13 @@ class RunTotals:
     latest : dict
         Seconds of the latest segment, and its slowest rank.
     loss : list of float or None
-        Sum of losses per block over `rows` samples of the current epoch; None where a block has no
+        Sum of losses per block over the samples of the current epoch; None where a block has no
         loss.
     figures : dict of str to list of float or None
         Sums of the objective's other metrics, by name.
-    rows : int
-        Samples of the current epoch so far.
+    rows, loss_weight : float
+        Samples of the current epoch so far, and the number by which mean losses divide: the
+        samples, or their counted positions.
     busy_s, stage_s : list of float
         Seconds without waits, and all seconds, per stage, summed over replicas.
     peak_live : list of int
@@ -75,6 +80,7 @@ class RunTotals:
     loss: list[float | None] = field(default_factory=list)
     figures: dict[str, list[float | None]] = field(default_factory=dict)
     rows: int = 0
+    loss_weight: float = 0.0
     busy_s: list[float] = field(default_factory=list)
     stage_s: list[float] = field(default_factory=list)
     peak_live: list[int] = field(default_factory=list)
@@ -95,8 +101,10 @@ class RunTotals:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> RunTotals:
-        """Return the totals of a checkpoint."""
-        return cls(**state)
+        """Return the totals of a checkpoint, whose state may hold other facts of the run, too."""
+        state = {"loss_weight": state["rows"], **state}  # older ones have no weight
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in state.items() if name in names})
 
     def state(self) -> dict[str, Any]:
         """Return the totals as plain values, for a checkpoint."""
@@ -108,7 +116,8 @@ class RunTotals:
         """Add the records of all ranks for one segment, in rank order."""
         self.update = segment.stop
         if segment.offset == 0 or len(self.loss) != blocks:
-            self.loss, self.rows, self.figures = [None] * blocks, 0, {}
+            self.loss, self.figures = [None] * blocks, {}
+            self.rows, self.loss_weight = 0, 0.0
         if len(self.busy_s) != stages:
             self.busy_s, self.stage_s = [0.0] * stages, [0.0] * stages
         self.peak_live = [0] * stages
@@ -128,6 +137,7 @@ class RunTotals:
         stage = record["stage"]
         if stage == 0:
             self.rows += record["rows"]
+            self.loss_weight += record["loss_weight"]
             self.samples += record["rows"]
         self.busy_s[stage] += record["busy_s"]
         self.stage_s[stage] += record["wall_s"]
@@ -143,15 +153,16 @@ class RunTotals:
 
     def losses(self) -> list[float | None]:
         """Return the mean loss of the current epoch, per block."""
-        return self._means(self.loss)
+        weight = self.loss_weight or self.rows
+        return [None if total is None else total / weight for total in self.loss]
 
     def metric_means(self) -> dict[str, list[float | None]]:
         """Return the means of the objective's other metrics in the current epoch, by name and
         block."""
-        return {name: self._means(sums) for name, sums in sorted(self.figures.items())}
-
-    def _means(self, sums: Sequence[float | None]) -> list[float | None]:
-        return [None if total is None else total / self.rows for total in sums]
+        return {
+            name: [None if total is None else total / self.rows for total in sums]
+            for name, sums in sorted(self.figures.items())
+        }
 
     @property
     def train_loss(self) -> float | None:
@@ -179,25 +190,42 @@ def slowest_rank(records: Sequence[RankRecord]) -> dict[str, Any]:
     }
 
 
-def evaluation_metrics(records: Sequence[RankRecord], blocks: int, votes: bool) -> dict[str, Any]:
+def evaluation_metrics(
+    records: Sequence[RankRecord], blocks: int, votes: bool, task: Task
+) -> dict[str, Any]:
     """Return the means over the samples of all ranks, per block and by vote.
 
-    `votes` makes the vote of all blocks the model's prediction, instead of the last block's.
+    Parameters
+    ----------
+    records : sequence of mapping
+        One per micro-batch and stage, in the order of the samples.
+    votes : bool
+        Whether the vote of all blocks is the model's prediction, instead of the last block's.
     """
-    samples = sum(record["rows"] for record in records if record["stage"] == 0)
     loss, correct = [0.0] * blocks, [0] * blocks
     predicting = {int(block) for record in records for block in record["correct"]}
     for record in records:
         for block, count in record["correct"].items():
             correct[int(block)] += count
-            loss[int(block)] += record["loss"][block]
-    accuracy = [correct[b] / samples if b in predicting else None for b in range(blocks)]
-    vote = sum(record["vote_correct"] for record in records) / samples
+        for block, total in record["loss"].items():
+            loss[int(block)] += total
+    positions = sum(record["positions"] for record in records)  # those of the last block
+    weight = sum(record["loss_weight"] for record in records)  # likewise
+    by_vote = votes and task.has_classes
     vote_loss = sum(record["vote_loss"] for record in records)
-    mean_loss = (vote_loss if votes else loss[-1]) / samples
+    mean_loss = (vote_loss if by_vote else loss[-1]) / weight if weight else math.nan
+    metrics = task.compute_metrics(
+        [record["task_metrics"] for record in records if record["task_metrics"]]
+    )
+    predicting = predicting if positions else set()
+    accuracy = [correct[b] / positions if b in predicting else None for b in range(blocks)]
+    votes_right = sum(record["vote_correct"] for record in records)
+    vote = votes_right / positions if positions else None
+    prediction = vote if by_vote else accuracy[-1]
     return {
         "test_loss": mean_loss if math.isfinite(mean_loss) else None,
-        "test_accuracy": vote if votes else accuracy[-1],
+        "test_accuracy": prediction if task.has_classes else metrics.get("accuracy"),
         "test_accuracy_vote": vote,
         "accuracy_per_block": accuracy,
+        "metrics": metrics,
     }

@@ -13,7 +13,6 @@ from dtrain.planning.plan import Plan
 def evaluation_text(result: dict[str, Any]) -> str:
     """Return the result of `dtrain evaluate` for people."""
     per_block, samples = result["accuracy_per_block"], result["samples"]
-    correct = round(result["accuracy"] * samples)
     owner = "the vote's" if result["prediction"] == "vote" else "the last block's"
     loss = "-" if result["loss"] is None else f"{result['loss']:.4f}"
     lines = [
@@ -23,12 +22,35 @@ def evaluation_text(result: dict[str, Any]) -> str:
         f"data      {pluralise(samples, 'sample')} of the {result['split']} split, "
         f"on {pluralise(result['ranks'], 'rank')}",
         f"loss      {loss}",
-        f"accuracy  {percent(result['accuracy'])} ({correct:,} of {samples:,}), {owner}",
+    ]
+    if result["accuracy_vote"] is not None:
+        counts = f" ({round(result['accuracy'] * samples):,} of {samples:,})"
+        counts = counts if result["accuracy_of"] == "samples" else " of the positions"
+        lines.append(f"accuracy  {percent(result['accuracy'])}{counts}, {owner}")
+    lines += [
+        f"{name:<9} {value_text(value)}"
+        for name, value in result["metrics"].items()
+        if name != "accuracy" or result["accuracy_vote"] is None
     ]
     if sum(accuracy is not None for accuracy in per_block) > 1:
         blocks = (f"{i}: {'-' if a is None else percent(a)}" for i, a in enumerate(per_block))
         lines += [f"vote      {percent(result['accuracy_vote'])}", f"blocks    {', '.join(blocks)}"]
     return "\n".join(lines) + "\n"
+
+
+def metric_text(metrics: Mapping[str, float | None]) -> str:
+    """Return the first metric for people, an accuracy without its name; empty where there is
+    none."""
+    for name, value in metrics.items():
+        if name == "accuracy" and value is not None:
+            return percent(value)
+        return f"{name} {value_text(value)}"
+    return ""
+
+
+def value_text(value: float | None) -> str:
+    """Return a metric for people."""
+    return "-" if value is None else f"{value:.4g}"
 
 
 def make_summary(
@@ -55,7 +77,8 @@ def make_summary(
         "train_loss": totals.train_loss,
         "train_loss_per_block": totals.losses(),
         **totals.metric_means(),
-        **(totals.test or dict.fromkeys(TEST_KEYS)),
+        **dict.fromkeys(TEST_KEYS),
+        **totals.test,
         "bytes_intra_node": totals.bytes_intra_node,
         "bytes_inter_node": totals.bytes_inter_node,
         **low_rank_savings(totals.weights),

@@ -20,11 +20,12 @@ from dtrain.objectives.base import (
     ExecutionMode,
     Objective,
     backward_routes,
-    cross_entropy_pair,
     forward_routes,
+    loss_pair,
 )
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.schedules.actions import Route
+from dtrain.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ class Backprop(Objective):
     """Pipelined backpropagation; its staleness is 0 under every synchronous schedule."""
 
     default_schedule: ClassVar[str] = "1f1b"
+    sends_gradients_back: ClassVar[bool] = True
+
+    def serves(self, task: Task) -> None:
+        """Return None: every differentiable loss is served."""
 
     def routes(self, blocks: int, mode: ExecutionMode) -> tuple[Route, ...]:
         """Send activations forward, and in training gradients (rows, ...) back."""
@@ -43,7 +48,7 @@ class Backprop(Objective):
     ) -> list[BackwardPair]:
         """Return the loss in the last block, elsewhere the output with its received gradient."""
         return (
-            [cross_entropy_pair(micro_batch, micro_batch.y)]
+            [loss_pair(micro_batch, micro_batch.y)]
             if spec.is_last
             else [(micro_batch.y, micro_batch.received[GRADIENT])]
         )

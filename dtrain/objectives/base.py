@@ -25,13 +25,13 @@ from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from dtrain.block.block import BackwardPair, Block, DetachEvery
 from dtrain.block.micro_batch import MicroBatch
 from dtrain.models.layers import NamedFactories
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.schedules.actions import Point, Route
+from dtrain.tasks.task import Task
 
 ExecutionMode = Literal["train", "predict"]
 
@@ -66,12 +66,16 @@ class Objective(ABC):
         all other blocks, rounded to the dtype of each block's output.
     needs_raw_samples : bool
         Whether ``micro_batch.raw_samples`` is read: the samples before standardisation, in 0 ... 1.
+    sends_gradients_back : bool
+        Whether blocks learn from the true gradients of all later blocks, so that gradients of skips
+        are sent back, too; elsewhere skips are detached.
     """
 
     detach_every: ClassVar[DetachEvery] = "block"
     accumulated_buffers: ClassVar[tuple[str, ...]] = ()
     broadcast_buffers: ClassVar[tuple[str, ...]] = ()
     needs_raw_samples: ClassVar[bool] = False
+    sends_gradients_back: ClassVar[bool] = False
 
     # ---- 1. properties of the method
 
@@ -101,6 +105,13 @@ class Objective(ABC):
         """Whether the method was published for more than four blocks. If not, a run with more
         blocks is warned, unless the objective sends gradients back."""
         return False
+
+    def serves(self, task: Task) -> str | None:
+        """Return None, or the reason for which blocks cannot learn this task, as in "needs ...".
+
+        By default only one class label per sample, each of which counts alike, is served.
+        """
+        return needs_labels(task)
 
     def couples_samples(self, spec: BlockSpec) -> bool:
         """Whether the loss of a sample depends on other samples, apart from batch statistics."""
@@ -184,8 +195,8 @@ class Objective(ABC):
 
         By default activations are sent forward. The base class knows four names: "activation"
         (`make_input` reads it, the message is y), "gradient" (x.grad is computed, and is the
-        message), "error" (a number per sample and class) and "votes" (summed in prediction). For
-        any other name the objective defines `make_message` and `message_spec`.
+        message), "error" (the numbers of a prediction, per sample) and "votes" (summed in
+        prediction). For any other name the objective defines `make_message` and `message_spec`.
         """
         return forward_routes(blocks)
 
@@ -211,9 +222,9 @@ class Objective(ABC):
         The mode is not known here: messages that differ in training and prediction need two names.
         """
         if route.name == VOTES:
-            return (rows, specs[0].classes), VOTE_DTYPE
+            return (rows, *specs[-1].scores_shape), VOTE_DTYPE
         if route.name == ERROR:
-            return (rows, specs[-1].classes), specs[-1].dtype
+            return (rows, specs[-1].scores_width), specs[-1].dtype
         has_known_shape = route.name in (ACTIVATION, GRADIENT)
         assert has_known_shape, f"{route}: the objective must define message_spec"
         # An activation and its gradient have the shape of the earlier block's output.
@@ -262,7 +273,8 @@ class Objective(ABC):
         replicas compute the same."""
 
     def predict(self, spec: BlockSpec, block: Block, micro_batch: MicroBatch) -> Tensor | None:
-        """Return the class scores (rows, classes) of this block, or None if it has none.
+        """Return the prediction of this block, class scores (rows, classes) or another output of
+        the model's shape; None if it has none.
 
         The last block always has scores; by default no other has.
         """
@@ -303,9 +315,27 @@ def scaled_loss_pair(micro_batch: MicroBatch, loss: Tensor) -> BackwardPair:
     return loss, torch.full_like(loss, micro_batch.loss_scale)
 
 
-def cross_entropy_pair(micro_batch: MicroBatch, scores: Tensor) -> BackwardPair:
-    """Return the scaled backward pair of the cross-entropy of `scores` (rows, classes)."""
-    return scaled_loss_pair(micro_batch, cross_entropy(scores, micro_batch.targets))
+def loss_pair(micro_batch: MicroBatch, output: Tensor) -> BackwardPair:
+    """Return the scaled backward pair of the task's loss of a prediction (rows, ...)."""
+    return scaled_loss_pair(micro_batch, micro_batch.task.mean_loss(output, micro_batch.targets))
+
+
+def output_error(micro_batch: MicroBatch) -> Tensor:
+    """Return the gradient (rows, ...) of each sample's own loss at y, without its graph: for plain
+    classes softmax(y) - onehot."""
+    return micro_batch.task.output_gradient(micro_batch.y, micro_batch.targets)
+
+
+def needs_labels(task: Task) -> str | None:
+    """Return the reason of an objective that needs one class label per sample, all alike."""
+    return None if task.is_plain_classification else "needs one unweighted class label per sample"
+
+
+def needs_means_over_samples(task: Task) -> str | None:
+    """Return the reason of an objective whose own losses are means over samples."""
+    if not task.counts_positions:
+        return None
+    return "averages over samples, so it has no class weights and ignored positions"
 
 
 def input_gradient_blocks(routes: Iterable[Route]) -> set[int]:

@@ -6,11 +6,15 @@ rank. `DownstreamLayer.make` makes a layer under the run's own seed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+
+from dtrain.models.flow import SkipInput
+from dtrain.tasks.task import DEFAULT_TASK, Task
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class BlockSpec:
     dtype : torch.dtype
         Of the output.
     classes : int
-        Number of labels.
+        Number of outputs of the model per position: of labels, where targets are classes.
     sample_shape : tuple of int
         Shape of the data.
     next_output_shape : tuple of int
@@ -62,10 +66,22 @@ class BlockSpec:
         Whether the value range of the data is known, so that ``micro_batch.raw_samples`` exists.
     frozen : bool
         Whether the run file freezes the layers of the block.
+    prediction_shape : tuple of int or None
+        Shape of the model's output; None where it is ``(classes,)``.
+    task : Task
+        Loss, targets and metrics of the run.
     last_layer : DownstreamLayer or None
         The block's last layer, if the objective `needs_downstream_layers`.
     downstream_layers : tuple of DownstreamLayer
         All layers after the block, if the objective `needs_downstream_layers`.
+    integer_samples : bool
+        Whether samples are integers (int64), which the model takes as they are: tokens, say.
+    other_inputs : tuple of (shape, dtype)
+        Further inputs of a sample.
+    skip_inputs : tuple of SkipInput
+        Tensors that the block reads beside the output of the block before.
+    data_inputs : tuple of int
+        Positions of the inputs of a sample that the block reads beside the first one in block 0.
     """
 
     index: int
@@ -80,8 +96,14 @@ class BlockSpec:
     train_samples: int = 0
     has_raw_samples: bool = False
     frozen: bool = False
+    prediction_shape: tuple[int, ...] | None = None
+    task: Task = DEFAULT_TASK
     last_layer: DownstreamLayer | None = None
     downstream_layers: tuple[DownstreamLayer, ...] = ()
+    integer_samples: bool = False
+    other_inputs: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
+    skip_inputs: tuple[SkipInput, ...] = ()
+    data_inputs: tuple[int, ...] = ()
 
     @classmethod
     def from_data(
@@ -90,6 +112,7 @@ class BlockSpec:
         classes: int,
         train_samples: int = 0,
         has_raw_samples: bool = False,
+        task: Task = DEFAULT_TASK,
     ) -> BlockSpec:
         """Return a spec that describes the data only, with the shapes of a model of one block."""
         return cls(
@@ -102,7 +125,23 @@ class BlockSpec:
             sample_shape=sample_shape,
             train_samples=train_samples,
             has_raw_samples=has_raw_samples,
+            task=task,
         )
+
+    @property
+    def scores_shape(self) -> tuple[int, ...]:
+        """The shape of a prediction, of the model or of a head."""
+        return (self.classes,) if self.prediction_shape is None else self.prediction_shape
+
+    @property
+    def scores_width(self) -> int:
+        """The numbers of a prediction."""
+        return math.prod(self.scores_shape)
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether a prediction has several positions, such as pixels."""
+        return len(self.scores_shape) > 1
 
     @property
     def is_last(self) -> bool:

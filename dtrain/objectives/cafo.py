@@ -35,11 +35,10 @@ from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from dtrain.block.block import BackwardPair, Block
 from dtrain.block.micro_batch import MicroBatch
-from dtrain.objectives.base import scaled_loss_pair
+from dtrain.objectives.base import needs_labels, needs_means_over_samples, scaled_loss_pair
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.common import pooling
 from dtrain.objectives.common.aux_heads import AuxHead
@@ -52,6 +51,7 @@ from dtrain.objectives.common.least_squares import (
     tap_head_input,
     width_warnings,
 )
+from dtrain.tasks.task import Task
 
 
 @final
@@ -81,6 +81,14 @@ class Cafo(AuxHead):
 
     def __post_init__(self) -> None:
         pooling.check_limit(self.features)
+
+    def serves(self, task: Task) -> str | None:
+        """Return None where a prediction is flat; sums need samples that count alike."""
+        if self.head == "sparsemax":
+            return needs_labels(task)
+        if task.has_positions:
+            return "needs one prediction per sample"
+        return needs_means_over_samples(task) if self.closed_form else None
 
     @property
     def closed_form(self) -> bool:
@@ -140,19 +148,30 @@ class Cafo(AuxHead):
         return ()
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """Return the loss () that `head` names."""
+        """Return the loss () that `head` names, "ce" excepted: that is the task's."""
         return LOSSES[self.head](output, target)
 
     def backward_pairs(
         self, spec: BlockSpec, block: Block, micro_batch: MicroBatch
     ) -> list[BackwardPair]:
         """Return the loss of the head, and add the samples to the sums if heads are solved."""
-        output, targets = micro_batch.y, micro_batch.targets
+        output, targets, task = micro_batch.y, micro_batch.targets, micro_batch.task
+        if self.closed_form and not task.class_per_sample:
+            targets = task.target_vectors(targets, spec.classes)
         if block.head is not None:
             scores = block.head(head_features(block, micro_batch), targets)
             output = output if spec.is_last else scores
-        loss = self.loss(output, targets)
+        if self.head == "ce":
+            loss = task.mean_loss(output.reshape(-1, *spec.scores_shape), targets)
+        else:
+            loss = self.loss(output.reshape(len(output), -1), targets)
         return [scaled_loss_pair(micro_batch, loss)]
+
+    def predict(self, spec: BlockSpec, block: Block, micro_batch: MicroBatch) -> Tensor:
+        """Return the prediction (rows, ...) of the head, or of the model's own."""
+        if spec.is_last:
+            return micro_batch.y
+        return super().predict(spec, block, micro_batch).reshape(-1, *spec.scores_shape)
 
     def solve(self, spec: BlockSpec, block: Block) -> None:
         """Solve the head from the sums, except the model's own in a last block that is frozen."""
@@ -207,6 +226,5 @@ def sparsemax_loss(scores: Tensor, targets: Tensor) -> Tensor:
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "least-squares": mean_squared_error,
-    "ce": cross_entropy,
     "sparsemax": sparsemax_loss,
 }

@@ -42,8 +42,8 @@ from dtrain.objectives.base import (
     MessageSpec,
     Objective,
     backward_routes,
-    cross_entropy_pair,
     forward_routes,
+    loss_pair,
     scaled_loss_pair,
 )
 from dtrain.objectives.block_spec import BlockSpec
@@ -148,7 +148,7 @@ class Ccl(Objective):
         """Return the squared error of the scores against the codes, from which layers and feedback
         layer learn; in the last block the loss."""
         if block.head is None:
-            return [cross_entropy_pair(micro_batch, micro_batch.y)]
+            return [loss_pair(micro_batch, micro_batch.y)]
         scores, labels = block.head(micro_batch.y), one_hot(micro_batch.targets, spec.classes)
         if self.filter:
             gap = (scores.detach() - labels).abs().mul(labels).sum(1, keepdim=True)

@@ -47,6 +47,7 @@ class DeepSupervision(NetworkHead):
     """
 
     default_schedule: ClassVar[str] = "1f1b"
+    sends_gradients_back: ClassVar[bool] = True
 
     weight: float = 1.0
 

@@ -1,9 +1,9 @@
 """DFA, direct feedback alignment: the last block's error is sent directly to every block.
 
 Nøkland 2016, arXiv 1609.01596; Launay et al. 2020, arXiv 2006.12878 (its code, TinyDFA). With
-e = softmax(out) - onehot (rows, C) and a fixed random B_k (C, d_k), the cotangent of the flat
-output h_k of block k is e B_k. With one layer as a block this is the paper's
-delta_k = (e B_k) * phi'(z_k)::
+e = softmax(out) - onehot (rows, C), or the gradient of another loss at each sample's output, and a
+fixed random B_k (C, d_k), the cotangent of the flat output h_k of block k is e B_k. With one layer
+as a block this is the paper's delta_k = (e B_k) * phi'(z_k)::
 
     F   x --> block 0 --h_0--> block 1 --h_1--> block 2 --> out, model's head, cross-entropy
                  ^                ^                |
@@ -41,15 +41,21 @@ from torch.nn.functional import normalize
 
 from dtrain.block.block import BackwardPair, Block
 from dtrain.block.micro_batch import MicroBatch
-from dtrain.objectives.base import ERROR, GRADIENT, ExecutionMode, forward_routes
+from dtrain.objectives.base import (
+    ERROR,
+    GRADIENT,
+    ExecutionMode,
+    forward_routes,
+    output_error,
+)
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.common.random_feedback import (
     MatrixKind,
     RandomFeedback,
     convolution_warnings,
-    output_error,
 )
 from dtrain.schedules.actions import Point, Route
+from dtrain.tasks.task import Task
 
 TRUE_GRADIENT, ANGLE = "true gradient of x", "alignment_deg"
 
@@ -75,6 +81,9 @@ class Dfa(RandomFeedback):
     normalised: bool = True
     angles: bool = False
 
+    def serves(self, task: Task) -> None:
+        """Return None: every differentiable loss is served."""
+
     def routes(self, blocks: int, mode: ExecutionMode) -> tuple[Route, ...]:
         """Send activations forward and the error from the last block to all others; with `angles`
         also gradients back."""
@@ -91,13 +100,13 @@ class Dfa(RandomFeedback):
         )
 
     def make_message(self, route: Route, block: Block, micro_batch: MicroBatch | None) -> Tensor:
-        """Return the scaled error (rows, classes), or the true gradient: ``x.grad`` of an inner
+        """Return the scaled error (rows, outputs), or the true gradient: ``x.grad`` of an inner
         block is not the true one."""
         assert micro_batch is not None
         if route.name == ERROR and ERROR in micro_batch.received:
             return micro_batch.received[ERROR]
         if route.name == ERROR:
-            return micro_batch.loss_scale / len(micro_batch.targets) * output_error(micro_batch)
+            return (micro_batch.sample_scale * output_error(micro_batch)).flatten(1)
         if route.name == GRADIENT and TRUE_GRADIENT in micro_batch.received:
             return micro_batch.received[TRUE_GRADIENT]
         return super().make_message(route, block, micro_batch)

@@ -41,12 +41,14 @@ from dtrain.objectives.base import (
     ExecutionMode,
     Objective,
     backward_routes,
-    cross_entropy_pair,
     forward_routes,
+    loss_pair,
+    needs_means_over_samples,
 )
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.common.field_checks import check_hidden, check_lag
 from dtrain.schedules.actions import Route
+from dtrain.tasks.task import Task
 
 SYNTHETIC_COSINE = "synthetic_cosine"
 
@@ -80,6 +82,10 @@ class Dni(Objective):
         check_hidden(self.hidden)
         check_lag(self.lag)
 
+    def serves(self, task: Task) -> str | None:
+        """Return None, unless samples count by weight: synthesisers learn a mean over rows."""
+        return needs_means_over_samples(task)
+
     @property
     def default_schedule(self) -> str:
         """Return "stream" if gradients are late enough for it, else "1f1b"."""
@@ -87,8 +93,8 @@ class Dni(Objective):
 
     def build_head(self, spec: BlockSpec) -> nn.Module:
         """Return the synthesiser of an earlier block."""
-        classes = spec.classes if self.conditional else 0
-        return Synthesiser(spec.output_shape, classes, self.hidden)
+        width = spec.task.target_width(spec.classes) if self.conditional else 0
+        return Synthesiser(spec.output_shape, width, self.hidden)
 
     def cached_bytes_per_sample(self, spec: BlockSpec) -> int:
         """Return the bytes of the outputs of `lag` updates."""
@@ -114,13 +120,16 @@ class Dni(Objective):
         gradient has arrived; in the last block the loss."""
         synthesiser = block.head
         if synthesiser is None:
-            return [cross_entropy_pair(micro_batch, micro_batch.y)]
+            return [loss_pair(micro_batch, micro_batch.y)]
         assert isinstance(synthesiser, Synthesiser)
+        task, targets = micro_batch.task, micro_batch.targets
+        if self.conditional and not task.class_per_sample:
+            targets = task.target_vectors(targets, spec.classes)
         with torch.no_grad():
-            gradient = synthesiser(micro_batch.y.detach(), micro_batch.targets)
+            gradient = synthesiser(micro_batch.y.detach(), targets)
         scale = micro_batch.loss_scale / len(micro_batch.targets)
         pairs = [(micro_batch.y, gradient * scale)]
-        past = synthesiser.store_and_fetch(micro_batch, self.lag)
+        past = synthesiser.store_and_fetch(micro_batch, targets, self.lag)
         if (
             GRADIENT in micro_batch.received
             and past is not None
@@ -157,7 +166,7 @@ def synthesiser_loss_pair(
 
 
 class PastMicroBatch(NamedTuple):
-    """Output and labels of an earlier micro-batch, and the number of rows of its whole update."""
+    """Output and targets of an earlier micro-batch, and the number of rows of its whole update."""
 
     y: Tensor
     targets: Tensor
@@ -179,7 +188,7 @@ class Synthesiser(nn.Module):
     output_shape : tuple of int
         Shape of one sample.
     classes : int
-        Number of label inputs; 0 for none.
+        Number of label inputs, or of the numbers of a target; 0 for none.
     hidden : int
         Layers before the last one, each as wide as the output.
     """
@@ -204,12 +213,13 @@ class Synthesiser(nn.Module):
 
     def forward(self, y: Tensor, targets: Tensor | None = None) -> Tensor:
         """Return the predicted gradients (rows, ...) at outputs `y` of samples with labels
-        `targets` (rows,); without labels their inputs are 0."""
+        `targets` (rows,), or vectors (rows, classes); without labels their inputs are 0."""
         h = y if len(self.output_shape) == 3 else y.flatten(1)
         if self.classes:
             labels = h.new_zeros(len(h), self.classes)
             if targets is not None:
-                labels = one_hot(targets, self.classes).to(h.dtype)
+                codes = targets if targets.dim() > 1 else one_hot(targets, self.classes)
+                labels = codes.to(h.dtype)
             labels = labels.reshape(*labels.shape, *[1] * (h.dim() - 2))
             h = torch.cat([h, labels.expand(-1, -1, *h.shape[2:])], 1)
         gradients: Tensor = self.layers(h)
@@ -220,11 +230,12 @@ class Synthesiser(nn.Module):
         """Outputs that are kept between updates."""
         return [past.y for past in self.history.values()]
 
-    def store_and_fetch(self, micro_batch: MicroBatch, lag: int) -> PastMicroBatch | None:
-        """Store a micro-batch; return the one of the same number `lag` updates ago, if any."""
-        current = PastMicroBatch(
-            micro_batch.y.detach(), micro_batch.targets, micro_batch.row_random.total_rows
-        )
+    def store_and_fetch(
+        self, micro_batch: MicroBatch, targets: Tensor, lag: int
+    ) -> PastMicroBatch | None:
+        """Store a micro-batch with its targets; return the one of the same number `lag` updates
+        ago, if any."""
+        current = PastMicroBatch(micro_batch.y.detach(), targets, micro_batch.row_random.total_rows)
         update, micro = (*micro_batch.rng_key, 0, 0)[:2]
         self.history[update, micro] = current
         for key in [key for key in self.history if key[0] < update - lag]:  # never fetched

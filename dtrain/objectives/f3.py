@@ -22,6 +22,9 @@ bits, and each sends the whole table once more. With `one_hot` only the error of
 kept, one number per sample, and e is zero elsewhere. One block is ordinary backpropagation without
 a table.
 
+With another loss than the plain cross-entropy of labels the table keeps raw outputs, zeros at
+first, and e is the negative gradient of each sample's loss at its output.
+
 e is the *negative* of DFA's error: with equal matrices and constant weights the cotangent is that
 of DFA with -B. A matrix is as likely as its negative (except "binary"), so blocks align with both.
 
@@ -44,9 +47,10 @@ from torch.nn.functional import one_hot
 
 from dtrain.block.block import BackwardPair, Block
 from dtrain.block.micro_batch import MicroBatch
-from dtrain.objectives.base import Objective, cross_entropy_pair
+from dtrain.objectives.base import Objective, loss_pair, needs_labels
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.common.random_feedback import MatrixKind, random_matrix
+from dtrain.tasks.task import Task
 
 LARGE_TABLE_BYTES = 2**28
 """Bytes of a block's table above which the run warns."""
@@ -80,6 +84,10 @@ class F3(Objective):
     one_hot: bool = False
     feedback: MatrixKind = "kaiming"
 
+    def serves(self, task: Task) -> str | None:
+        """Return None, unless `one_hot` needs labels."""
+        return needs_labels(task) if self.one_hot else None
+
     def has_head(self, spec: BlockSpec) -> bool:
         """Whether there are several blocks: all of them have a table then."""
         return spec.blocks > 1
@@ -101,19 +109,28 @@ class F3(Objective):
             if isinstance(table, AnswerTable):
                 table.fresh[micro_batch.indices] = self.current_answers(micro_batch)
                 table.seen[micro_batch.indices] = 1
-            return [cross_entropy_pair(micro_batch, micro_batch.y)]
+            return [loss_pair(micro_batch, micro_batch.y)]
         assert isinstance(table, AnswerTable)
-        labels = one_hot(micro_batch.targets, spec.classes)
-        answers = table.answers[micro_batch.indices]
-        error = labels * (1 - answers)[:, None] if self.one_hot else labels - answers
+        error = self.delayed_error(spec, table.answers[micro_batch.indices], micro_batch)
         micro_batch.metrics[DELAYED_ERROR] = error.norm(dim=1).mean()
-        cotangent = micro_batch.loss_scale / len(error) * error @ table.feedback
+        cotangent = micro_batch.sample_scale * error @ table.feedback
         return [(micro_batch.y, cotangent.view_as(micro_batch.y))]
+
+    def delayed_error(self, spec: BlockSpec, answers: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """Return e (rows, outputs), given the rows of the table."""
+        task, targets = micro_batch.task, micro_batch.targets
+        if not task.has_softmax_error:
+            outputs = answers.view(len(answers), *spec.scores_shape)
+            return -task.output_gradient(outputs, targets).flatten(1)
+        labels = one_hot(targets, spec.classes)
+        return labels * (1 - answers)[:, None] if self.one_hot else labels - answers
 
     def current_answers(self, micro_batch: MicroBatch) -> Tensor:
         """Return the last block's outputs (rows, C), or with `one_hot` those (rows,) of the true
         class."""
         scores = micro_batch.y.detach()
+        if not micro_batch.task.has_softmax_error:
+            return scores.reshape(len(scores), -1)
         answers = scores.softmax(1) if self.error == "softmax" else scores
         return answers.gather(1, micro_batch.targets[:, None])[:, 0] if self.one_hot else answers
 
@@ -133,7 +150,7 @@ class F3(Objective):
                 "block's cross-entropy scores outgrow 0 and 1, and the cotangents with them: set "
                 'error = "softmax"'
             )
-        samples, classes = specs[-1].train_samples, 1 if self.one_hot else specs[-1].classes
+        samples, classes = specs[-1].train_samples, 1 if self.one_hot else specs[-1].scores_width
         size = samples * classes * specs[-1].dtype.itemsize
         if size >= LARGE_TABLE_BYTES:
             smaller = "" if self.one_hot else f"; one-hot = true keeps {samples:,} numbers instead"
@@ -178,9 +195,9 @@ class AnswerTable(nn.Module):
     def __init__(self, kind: MatrixKind, spec: BlockSpec, one_hot: bool) -> None:
         super().__init__()
         if not spec.is_last:
-            matrix = random_matrix(kind, spec.classes, math.prod(spec.output_shape))
+            matrix = random_matrix(kind, spec.scores_width, math.prod(spec.output_shape))
             self.register_buffer("feedback", matrix)
-        shape = (spec.train_samples,) if one_hot else (spec.train_samples, spec.classes)
+        shape = (spec.train_samples,) if one_hot else (spec.train_samples, spec.scores_width)
         self.register_buffer("answers", torch.zeros(shape))
         if spec.is_last:
             self.register_buffer("fresh", torch.zeros(shape))

@@ -9,12 +9,14 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from dtrain.block.block import BackwardPair, Block
 from dtrain.block.micro_batch import MicroBatch
 from dtrain.block.saved_tensors import SavedTensors
 from dtrain.objectives.base import Objective
 from dtrain.objectives.block_spec import BlockSpec
+from dtrain.objectives.messages import SKIP, skip_pairs
 
 
 def forward_micro_batch(
@@ -38,8 +40,11 @@ def forward_micro_batch(
         x = objective.make_input(spec, block, micro_batch).detach()
         if block.inplace_layers and micro_batch.samples is not None:
             x = x.clone()  # a layer may write to its input, and others read the samples
-    if needs_input_gradient and x.is_floating_point():
-        x.requires_grad_()
+        micro_batch.skip_inputs = _skip_inputs(block, micro_batch)
+    if needs_input_gradient:
+        for tensor in (x, *micro_batch.skip_inputs.values()):
+            if tensor.is_floating_point():
+                tensor.requires_grad_()
     micro_batch.x = x
     if saved_tensors is None:
         block.run_forward(micro_batch, needs_graph=False)
@@ -60,7 +65,17 @@ def backward_pairs(
     if block.recompute:
         _recompute_forwards(objective, spec, block, micro_batch, saved_tensors)
     with saved_tensors.record(micro_batch), block.head_rng(micro_batch):
-        return list(objective.backward_pairs(spec, block, micro_batch))
+        pairs = list(objective.backward_pairs(spec, block, micro_batch))
+    return pairs + skip_pairs(micro_batch) if micro_batch.skip_outputs else pairs
+
+
+def _skip_inputs(block: Block, micro_batch: MicroBatch) -> dict[str, Tensor]:
+    """Take the received skips out of the messages of a micro-batch; return them by name."""
+    names = [name for name in micro_batch.received if name.startswith(SKIP)]
+    skips = {name.removeprefix(SKIP): micro_batch.received.pop(name).detach() for name in names}
+    if block.inplace_layers:  # a leaf must not be written to
+        skips = {name: tensor.clone() for name, tensor in skips.items()}
+    return skips
 
 
 def _recompute_forwards(

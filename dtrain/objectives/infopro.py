@@ -33,10 +33,12 @@ from torch.nn.functional import normalize
 
 from dtrain.block.block import Block
 from dtrain.block.micro_batch import MicroBatch
+from dtrain.objectives.base import needs_labels
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.common import pooling
 from dtrain.objectives.common.field_checks import check_temperature
 from dtrain.objectives.common.reconstruction import Reconstruction
+from dtrain.tasks.task import Task
 
 MIN_SAMPLES_PER_CLASS = 4
 """Samples of a class in a micro-batch below which the contrastive loss teaches little."""
@@ -72,6 +74,10 @@ class InfoPro(Reconstruction):
         super().__post_init__()
         check_temperature(self.temperature)
         pooling.check_limit(self.features)
+
+    def serves(self, task: Task) -> str | None:
+        """Return None, unless samples count by weight, or a contrastive loss needs labels."""
+        return super().serves(task) if self.loss == "ce" else needs_labels(task)
 
     def feature_path(self, spec: BlockSpec) -> tuple[nn.Module, tuple[int, ...]]:
         """Return the identity: the features are the block's output."""

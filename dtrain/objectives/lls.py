@@ -39,6 +39,7 @@ from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.common import pooling
 from dtrain.objectives.common.aux_heads import AuxHead
 from dtrain.objectives.common.field_checks import check_temperature
+from dtrain.tasks.task import Task
 
 Basis = Literal["sine", "square"]
 
@@ -76,6 +77,11 @@ class LlsBase(AuxHead):
     def __post_init__(self) -> None:
         pooling.check_limit(self.features)
         check_temperature(self.temperature)
+
+    def serves(self, task: Task) -> str | None:
+        """Return None where samples have classes: a wave belongs to a class."""
+        has_waves = task.has_classes and not task.has_positions
+        return None if has_waves else "needs classes, one prediction per sample"
 
     @abstractmethod
     def initial_modulation(self, classes: int) -> Tensor | None:

@@ -21,7 +21,7 @@ from typing import Literal
 from torch import nn
 
 from dtrain.objectives.block_spec import BlockSpec
-from dtrain.objectives.common import pooling
+from dtrain.objectives.common import pooling, prediction_heads
 from dtrain.objectives.common.aux_heads import AuxHead
 
 
@@ -55,9 +55,12 @@ class MonoForward(AuxHead):
         return self.prediction == "vote"
 
     def build_head(self, spec: BlockSpec) -> nn.Module:
-        """Return M: a linear map from the flattened output to the classes."""
+        """Return M: a linear map from the flattened output to the classes, or one per position."""
+        if spec.has_positions:
+            return prediction_heads.per_position(spec, bias=False)
         width = pooling.width(spec.output_shape, self.features)
-        return nn.Sequential(
+        network = nn.Sequential(
             pooling.make_pool(spec.output_shape, self.features),
             nn.Linear(width, spec.classes, bias=False),
         )
+        return prediction_heads.flat(spec, network)

@@ -37,7 +37,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from dtrain.block.block import BackwardPair, Block
 from dtrain.block.micro_batch import MicroBatch
@@ -45,13 +44,15 @@ from dtrain.objectives.base import (
     ERROR,
     ExecutionMode,
     Objective,
-    cross_entropy_pair,
     forward_routes,
+    loss_pair,
+    output_error,
 )
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.common.field_checks import check_scale
-from dtrain.objectives.common.random_feedback import FixedMatrix, output_error
+from dtrain.objectives.common.random_feedback import FixedMatrix
 from dtrain.schedules.actions import Point, Route
+from dtrain.tasks.task import Task
 
 USUAL_BLOCKS = 3
 
@@ -82,13 +83,16 @@ class Pepita(Objective):
     def __post_init__(self) -> None:
         check_scale(self.scale, default=0.05)
 
+    def serves(self, task: Task) -> None:
+        """Return None: every differentiable loss is served."""
+
     def has_head(self, spec: BlockSpec) -> bool:
         """Whether it is the first of several blocks."""
         return spec.index == 0 and spec.blocks > 1
 
     def build_head(self, spec: BlockSpec) -> nn.Module:
-        """Return the matrix (classes, numbers of a sample)."""
-        return FixedMatrix("kaiming", spec.classes, math.prod(spec.sample_shape))
+        """Return the matrix (outputs, numbers of a sample)."""
+        return FixedMatrix("kaiming", spec.scores_width, math.prod(spec.sample_shape))
 
     def head_input_shape(self, spec: BlockSpec) -> None:
         """Return None: the head has no forward."""
@@ -110,12 +114,12 @@ class Pepita(Objective):
         return (*forward_routes(blocks), *forward_routes(blocks, pass_=1), error)
 
     def make_message(self, route: Route, block: Block, micro_batch: MicroBatch | None) -> Tensor:
-        """Return the error (rows, classes) of each sample's own loss, without the factor of the
+        """Return the error (rows, outputs) of each sample's own loss, without the factor of the
         mean."""
         if route.name != ERROR:
             return super().make_message(route, block, micro_batch)
         assert micro_batch is not None
-        return output_error(micro_batch)
+        return output_error(micro_batch).flatten(1)
 
     def needs_graph(self, spec: BlockSpec, pass_: int) -> bool:
         """Whether it is the second pass, or the only one of a single block."""
@@ -139,10 +143,10 @@ class Pepita(Objective):
         error."""
         first = micro_batch.previous_pass
         if first is None:
-            return [cross_entropy_pair(micro_batch, micro_batch.y)]
-        scale = micro_batch.loss_scale / len(micro_batch.targets)
+            return [loss_pair(micro_batch, micro_batch.y)]
+        scale = micro_batch.sample_scale
         if spec.is_last:
-            micro_batch.loss = cross_entropy(first.y, micro_batch.targets)
+            micro_batch.loss = micro_batch.task.mean_loss(first.y, micro_batch.targets)
             error = output_error(first if self.error == "first" else micro_batch)
             return [(micro_batch.y, scale * error)]
         output = next((micro_batch.taps[name] for name in self.taps(block)), micro_batch.y)

@@ -14,6 +14,7 @@ from itertools import accumulate
 import torch
 from torch import nn
 
+from dtrain.errors import ConfigError
 from dtrain.models.layers import LayerStack, cast_module
 from dtrain.models.shape_inference import LayerSpec, profile_module
 from dtrain.objectives.base import Objective, input_gradient_blocks
@@ -132,7 +133,12 @@ class BlockCosts:
     def _provisional_head(self, j: int) -> tuple[BlockSpec, LayerSpec | None]:
         """Return spec and head of a block that ends before layer j, wherever it starts."""
         spec = self.block_spec(1 if j == len(self.layer_specs) else 0, 2, 0, j)
-        return spec, self.head_spec(spec)
+        try:
+            return spec, self.head_spec(spec)
+        except ConfigError as error:
+            if error.key != "task.head-positions":
+                raise
+            return spec, None  # a trial: a block may end elsewhere
 
 
 def build_meta_head(objective: Objective, block_spec: BlockSpec) -> nn.Module | None:

@@ -19,16 +19,59 @@ from torch import nn
 
 from dtrain.block.block import Block
 from dtrain.config.run import RunConfig
-from dtrain.models.layers import LayerStack, cast_module
+from dtrain.models.layers import LayerStack, cast_module, merge_layers
+from dtrain.models.pretrained import PretrainedWeights, load_pretrained
 from dtrain.planning.layout import Layout
+from dtrain.planning.lazy_modules import materialise
 from dtrain.rng import seeded
 
 
-def make_block(run: RunConfig, layout: Layout, index: int, device: torch.device) -> Block:
-    """Return a block; the initial weights depend on the seed and on the names of its layers."""
+def make_blocks(
+    run: RunConfig, layout: Layout, indices: Sequence[int], device: torch.device
+) -> dict[int, Block]:
+    """Return blocks by index, each as `make_block` makes it.
+
+    A user's function that makes a whole model is called once for all of them, unless layers share
+    tensors: then every block needs its own.
+    """
+    model, dtype = layout.model, layout.dtype
+    own = [index for index in indices if layer_source(layout, index)[0] is model]
+    built: dict[int, dict[str, nn.Module]] = {}
+    if model.builds_all_layers and not model.tied_names and len(own) > 1:
+        positions = [i for index in own for i in layout.block_layouts[index].layers]
+        each = dict(
+            zip(positions, model.build_each(positions, run.settings.seed, dtype), strict=True)
+        )
+        modules = [id(m) for layer in each.values() for m in layer.values()]
+        if len(set(modules)) == len(modules):
+            built = {
+                index: merge_layers(each[i] for i in layout.block_layouts[index].layers)
+                for index in own
+            }
+    return {index: make_block(run, layout, index, device, built.get(index)) for index in indices}
+
+
+def make_block(
+    run: RunConfig,
+    layout: Layout,
+    index: int,
+    device: torch.device,
+    layers: dict[str, nn.Module] | None = None,
+) -> Block:
+    """Return a block; the initial weights depend on the seed and on the names of its layers.
+
+    Parameters
+    ----------
+    layers : dict of str to nn.Module, optional
+        Its layers, if they are made already.
+    """
     seed, spec = run.settings.seed, layout.block_layouts[index].spec
     model, indices = layer_source(layout, index)
-    layers = model.build(indices, seed, layout.dtype)
+    if layers is None:
+        layers = model.build(indices, seed, layout.dtype)
+    materialise(layout, index, layers, seed)
+    if run.weights_path is not None and model is layout.model:
+        load_pretrained(PretrainedWeights(run.weights_path), layers, model.tied_names)
     for layer in layers.values():
         layer.to(device)
     with seeded(seed, f"heads.{index}"):
@@ -76,6 +119,7 @@ def assemble_block(
         detach_every=objective.detach_every,
         recompute=recompute if isinstance(recompute, bool) else index in recompute,
         model_ends=(index == 0, index + 1 == len(layout.block_layouts)),
+        program=layout.program(index),
     )
     block.may_skip_parameters |= not type(objective).__module__.startswith("dtrain.")
     return block

@@ -37,6 +37,7 @@ from dtrain.models.compiled import without_compiling
 from dtrain.objectives.base import Objective, input_gradient_blocks
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.forward import backward_pairs, forward_micro_batch
+from dtrain.objectives.messages import all_routes, message_spec, reads_samples
 from dtrain.schedules.actions import Action, Point, Route
 from dtrain.schedules.messages import count_forward_passes
 
@@ -197,7 +198,7 @@ def _measure_passes(
     block: Block, objective: Objective, block_specs: Sequence[BlockSpec], index: int, rows: int
 ) -> tuple[int, ...]:
     """Return the bytes that each forward and the backward of one micro-batch add."""
-    spec, routes = block_specs[index], objective.routes(len(block_specs), "train")
+    spec, routes = block_specs[index], all_routes(objective, block_specs, "train")
     block.register_taps(objective.taps(block))
     saved = SavedTensors([*block.parameters.values(), *block.buffers.values()])
     sends_gradient = index in input_gradient_blocks(routes)
@@ -221,17 +222,21 @@ def _zero_micro_batch(block: Block, objective: Objective, spec: BlockSpec, rows:
     """Return a micro-batch of zeros, with the data where the objective needs them."""
     dtypes = (parameter.dtype for parameter in block.parameters.values())
     dtype = next((dtype for dtype in dtypes if not dtype.is_complex), spec.dtype)
+    dtype = torch.int64 if spec.integer_samples else dtype
     samples = raw_samples = None
-    if objective.needs_samples(spec, "train"):
+    if reads_samples(objective, spec, "train"):
         samples = torch.zeros(rows, *spec.sample_shape, dtype=dtype)
         if objective.needs_raw_samples and spec.has_raw_samples:
             raw_samples = torch.zeros_like(samples)
-    labels = torch.zeros(rows, dtype=torch.int64)
     return MicroBatch(
-        targets=labels,
+        targets=spec.task.zero_targets(rows),
+        task=spec.task,
         samples=samples,
+        other_samples=tuple(
+            torch.zeros(rows, *shape, dtype=dtype) for shape, dtype in spec.other_inputs
+        ),
         raw_samples=raw_samples,
-        indices=labels,
+        indices=torch.zeros(rows, dtype=torch.int64),
         row_random=RowRandom(0, spec.index, 0, rows, 0, rows),
         training=True,
         rng_key=(0, 0, 0),
@@ -249,7 +254,7 @@ def _received_zeros(
     messages = {}
     for route in routes:
         if route.target == point:
-            shape, dtype = objective.message_spec(route, block_specs, rows)
+            shape, dtype = message_spec(objective, route, block_specs, rows)
             messages[route.name] = torch.zeros(shape, dtype=dtype)
     return messages
 

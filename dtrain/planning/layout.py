@@ -16,20 +16,26 @@ from typing import Any
 import torch
 
 from dtrain import partition
+from dtrain.block.module_traits import works_in_place
 from dtrain.comm.wire_format import WireFormat
 from dtrain.config.run import RunConfig
 from dtrain.config.sections import PartitionSection
 from dtrain.errors import ConfigError
 from dtrain.mesh import Mesh
+from dtrain.models.flow import BlockFlow, BlockProgram, block_flows
+from dtrain.models.graph import ModelGraph, chain_graph
 from dtrain.models.layers import FactoryLayers, LayerStack
 from dtrain.models.shape_inference import LayerSpec, infer_layers
+from dtrain.models.ties import Ties, find_ties
 from dtrain.objectives.base import ExecutionMode, Objective, input_gradient_blocks
 from dtrain.objectives.block_spec import BlockSpec
+from dtrain.objectives.messages import all_routes, message_spec
 from dtrain.planning.block_costs import BlockCosts, total_macs
 from dtrain.planning.structure_cache import StructureCache, layers_key
 from dtrain.schedules.actions import Route
 from dtrain.schedules.base import Schedule
 from dtrain.schedules.verify import ScheduleReport, verify_schedule
+from dtrain.tasks.task import Task
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -62,6 +68,8 @@ class BlockLayout:
         Whether the layers keep their initial weights.
     recompute : bool
         Whether the backward recomputes what the block's interior saved.
+    flow : BlockFlow or None
+        The tensors that enter and leave the block; None where the layers are a chain.
     """
 
     spec: BlockSpec
@@ -74,6 +82,7 @@ class BlockLayout:
     couples_samples: bool = False
     frozen: bool = False
     recompute: bool = False
+    flow: BlockFlow | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,10 @@ class Layout:
         The stage of each block.
     routes : tuple of Route
         The messages of training.
+    graph : ModelGraph or None
+        The calls of the model; None where its layers are a chain.
+    ties : Ties
+        The parameters that several blocks hold.
     """
 
     mesh: Mesh
@@ -102,6 +115,8 @@ class Layout:
     schedule: Schedule
     routes: tuple[Route, ...]
     wire_format: WireFormat
+    graph: ModelGraph | None = None
+    ties: Ties = ()
 
     @property
     def block_specs(self) -> list[BlockSpec]:
@@ -120,6 +135,18 @@ class Layout:
         heads = [f"heads.{b.spec.index}" for b in self.block_layouts if b.couples_samples]
         return layers + heads
 
+    def program(self, block: int) -> BlockProgram | None:
+        """Return the calls of a block, None where its layers are a chain."""
+        block_layout = self.block_layouts[block]
+        if self.graph is None or block_layout.flow is None:
+            return None
+        return BlockProgram(self.graph, block_layout.layers, self.layer_specs, block_layout.flow)
+
+    @property
+    def task(self) -> Task:
+        """Loss, targets and metrics."""
+        return self.block_layouts[0].spec.task
+
     def needs_input_gradient(self, block: int) -> bool:
         """Return whether a block computes the gradient of its input and sends it."""
         return block in input_gradient_blocks(self.routes)
@@ -137,8 +164,8 @@ class Layout:
 
     def messages(self, rows: int, mode: ExecutionMode = "train") -> Iterator[tuple[Route, int]]:
         """Yield every route and the payload bytes of its message for `rows` samples."""
-        for route in self.objective.routes(len(self.block_layouts), mode):
-            spec = self.objective.message_spec(route, self.block_specs, rows)
+        for route in all_routes(self.objective, self.block_specs, mode):
+            spec = message_spec(self.objective, route, self.block_specs, rows)
             shape, dtype = self.wire_format.encoded_spec(route, spec) if mode == "train" else spec
             yield route, math.prod(shape) * dtype.itemsize
 
@@ -165,16 +192,23 @@ def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: 
     dtype = DTYPES[run.settings.dtype]
     objective, schedule = run.objective.instance, run.schedule.instance
     shape = objective.model_input_shape(data_spec.sample_shape, data_spec.classes)
-    layer_specs = _infer_layers(model, shape, dtype)
-    _check_outputs(layer_specs, data_spec.classes)
+    input_dtype = torch.int64 if data_spec.integer_samples else dtype
+    layer_specs = _infer_layers(model, shape, dtype, input_dtype, data_spec.other_inputs)
+    _check_outputs(layer_specs, data_spec)
+    data_spec = dataclasses.replace(data_spec, prediction_shape=layer_specs[-1].output_shape)
     block_costs = BlockCosts(layer_specs, objective, model, data_spec, run.settings.seed)
     cuts = _choose_cuts(run, block_costs, mesh.stages)
     layers = partition.layer_ranges(len(layer_specs), cuts)
+    _check_cuts(layer_specs, layers)
     _check_block_numbers(run, len(layers))
-    routes = objective.routes(len(layers), "train")
-    schedule.check_routes(routes)
     _check_clip(run, schedule)
+    graph = _used_graph(model, layer_specs)
     blocks = _block_layouts(block_costs, layers, run.partition)
+    if graph is not None:
+        blocks = _add_flows(graph, layer_specs, blocks)
+        _check_in_place(graph, model, layers)
+    routes = all_routes(objective, [block.spec for block in blocks], "train")
+    schedule.check_routes(routes)
     return Layout(
         mesh=mesh,
         model=model,
@@ -186,32 +220,153 @@ def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: 
         schedule=schedule,
         routes=routes,
         wire_format=WireFormat(run.partition.activation_compression),
+        graph=graph,
+        ties=_find_ties(run, model, schedule, layers),
+    )
+
+
+def _used_graph(model: LayerStack, layer_specs: Sequence[LayerSpec]) -> ModelGraph | None:
+    """Return the graph with which the layers were inferred, None where they are a chain."""
+    if not any(spec.writes for spec in layer_specs):
+        return None
+    return model.graph or chain_graph(model.names)
+
+
+def _find_ties(
+    run: RunConfig, model: LayerStack, schedule: Schedule, layers: Sequence[range]
+) -> Ties:
+    """Return the parameters that several blocks hold; refuse what cannot keep them equal."""
+    ties = find_ties(model, layers)
+    if not ties:
+        return ()
+    first, last, *_ = ties[0]
+    where = (
+        f"'{first.name}' of block {first.block} and '{last.name}' of block {last.block} are one "
+        f"parameter"
+    )
+    cure = "or cut so that one block holds both"
+    if not schedule.flushes:
+        raise ConfigError(
+            "model.tied-schedule",
+            f"{where}, but '{run.schedule.name}' updates blocks at different times: set "
+            f'schedule.name = "1f1b" or "fill-drain", {cure}',
+        )
+    options, traits = run.optimizer_options, run.sync.instance.traits()
+    if options.clip and options.clip_over == "block":
+        raise ConfigError(
+            "model.tied-clip",
+            f"{where}, but each block clips its own gradient: set [optimizer] clip-over = "
+            f'"model", {cure}',
+        )
+    if traits.lossy or traits.reparametrises or traits.replaces_optimizer:
+        raise ConfigError(
+            "model.tied-sync",
+            f"{where}, and the sync '{run.sync.name}' would change its copies differently: choose "
+            f"a sync that does not compress, {cure}",
+        )
+    for copies in ties:
+        frozen = {run.partition.is_frozen(copy.block, len(layers)) for copy in copies}
+        if len(frozen) > 1:
+            raise ConfigError(
+                "model.tied-frozen",
+                f"'{copies[0].name}' is trained in one block and frozen in another: freeze both "
+                f"blocks or none, {cure}",
+            )
+    return ties
+
+
+def _check_in_place(graph: ModelGraph, model: LayerStack, layers: Sequence[range]) -> None:
+    """Refuse a layer that overwrites a tensor of an earlier block that is read once more.
+
+    It would overwrite its block's copy alone.
+    """
+    owners = {
+        node: (block, index)
+        for block, indices in enumerate(layers)
+        for index in indices
+        for node in graph.layers[index].nodes
+    }
+    meta_layers = model.meta_layers(torch.float32)
+    for node, (block, index) in owners.items():
+        module = (meta_layers[index] or {}).get(str(node.target))
+        if node.op != "call_module" or module is None or not works_in_place(module):
+            continue
+        for read in node.all_input_nodes:
+            later = [user for user in read.users if owners.get(user, (block, -1))[1] > index]
+            if later and owners.get(read, (-1, -1))[0] != block:
+                raise ConfigError(
+                    "model.in-place-skip",
+                    f"layer '{graph.layers[index].name}' works in place on a tensor of an earlier "
+                    f"block that a later layer reads, too: set inplace=False, or cut elsewhere",
+                )
+
+
+def _add_flows(
+    graph: ModelGraph, layer_specs: Sequence[LayerSpec], blocks: Sequence[BlockLayout]
+) -> tuple[BlockLayout, ...]:
+    """Return the blocks with the tensors that enter and leave them."""
+    for block in blocks:
+        if block.replacement_layers is not None:
+            raise ConfigError(
+                "objective.needs-chain",
+                "this objective replaces the layers of a block, which must then be a chain of "
+                "modules: return an nn.Sequential, or choose another objective",
+            )
+    flows = block_flows(graph, layer_specs, [block.layers for block in blocks])
+    return tuple(
+        dataclasses.replace(
+            block,
+            flow=flow,
+            spec=dataclasses.replace(
+                block.spec, skip_inputs=flow.skip_inputs, data_inputs=flow.data_inputs
+            ),
+        )
+        for block, flow in zip(blocks, flows, strict=True)
     )
 
 
 def _infer_layers(
-    model: LayerStack, shape: tuple[int, ...], dtype: torch.dtype
+    model: LayerStack,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    input_dtype: torch.dtype | None = None,
+    other_inputs: Sequence[tuple[tuple[int, ...], torch.dtype]] = (),
 ) -> tuple[LayerSpec, ...]:
     """Return the specs of a model's layers."""
     structure = layers_key(model)
-    key = None if structure is None else (structure, tuple(shape), dtype)
-    return _LAYER_SPECS.get(key, lambda: infer_layers(model, shape, dtype))
+    key = None if structure is None else (structure, tuple(shape), dtype, input_dtype)
+    return _LAYER_SPECS.get(
+        key, lambda: infer_layers(model, shape, dtype, input_dtype, other_inputs)
+    )
 
 
-def _check_outputs(layer_specs: Sequence[LayerSpec], classes: int) -> None:
-    """Refuse a model whose outputs are not one real number per class."""
-    last = layer_specs[-1]
-    if last.output_shape != (classes,):
+def _check_outputs(layer_specs: Sequence[LayerSpec], data_spec: BlockSpec) -> None:
+    """Refuse a model whose outputs are not real, or not those of the task: for class labels, one
+    number per class."""
+    last, classes, task = layer_specs[-1], data_spec.classes, data_spec.task
+    if task.class_per_sample and last.output_shape != (classes,):
         raise ConfigError(
             "model.outputs-not-classes",
             f"layer '{last.name}' returns {last.output_shape} for a sample, but the data has "
             f"{classes} classes: end the model with {classes} outputs",
         )
-    for spec in layer_specs:
+    if not last.dtype.is_floating_point:
+        raise ConfigError(
+            "model.layer-not-real",
+            f"layer '{last.name}' returns {last.dtype}: the model must return real numbers",
+        )
+    task.check_output(last.output_shape, last.dtype)
+
+
+def _check_cuts(layer_specs: Sequence[LayerSpec], layers: Sequence[range]) -> None:
+    """Refuse a cut behind a layer that returns no real numbers: nothing could be learnt there."""
+    for indices in layers:
+        spec = layer_specs[indices.stop - 1]
         if not spec.dtype.is_floating_point:
             raise ConfigError(
-                "model.layer-not-real",
-                f"layer '{spec.name}' returns {spec.dtype}: a layer must return real numbers",
+                "partition.cut-not-real",
+                f"layer '{spec.name}' returns {spec.dtype}, so no block can end there: cut behind "
+                f"a layer that returns real numbers",
             )
 
 

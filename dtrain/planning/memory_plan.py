@@ -27,7 +27,9 @@ from torch import nn
 
 from dtrain.block.block import Block
 from dtrain.block.split_backward import SplitBackward
+from dtrain.models.layers import merge_layers
 from dtrain.objectives.base import ExecutionMode
+from dtrain.objectives.messages import all_routes
 from dtrain.planning.block_costs import build_meta_head
 from dtrain.planning.block_factory import (
     assemble_block,
@@ -40,6 +42,7 @@ from dtrain.planning.block_memory import (
     measure_block_memory,
     peak_live_bytes,
 )
+from dtrain.planning.lazy_modules import is_lazy
 from dtrain.planning.plan import Plan
 from dtrain.planning.structure_cache import StructureCache, layers_key
 from dtrain.schedules.actions import Action
@@ -47,8 +50,8 @@ from dtrain.schedules.message_memory import peak_message_bytes
 from dtrain.schedules.simulator import Span
 from dtrain.schedules.weight_policy import peak_weight_copies
 
-MetaLayers = Sequence[nn.Module | None]
-"""A model's layers on the meta device; None where a layer cannot be made there."""
+MetaLayers = Sequence[dict[str, nn.Module] | None]
+"""The modules of a model's layers on the meta device; None where a layer cannot be made there."""
 
 
 EXTRA_MICRO_BATCHES = 4
@@ -192,7 +195,7 @@ class MemoryPlan:
             for micro in range(min(count, len(place) + EXTRA_MICRO_BATCHES))
             for block, stage in enumerate(place)
         ]
-        routes = self.layout.objective.routes(len(place), "predict")
+        routes = all_routes(self.layout.objective, self.layout.block_specs, "predict")
         sizes = message_sizes(plan, largest, "predict")
         predict = peak_message_bytes(forwards, place, routes, sizes)
         return [max(pair) for pair in zip(train, predict, strict=True)]
@@ -247,15 +250,16 @@ class MemoryPlan:
         """Return a factory of a block of fake tensors, None where a layer cannot be made on the
         meta device."""
         layout, replacement = self.layout, self.layout.block_layouts[index].replacement_layers
-        model, indices = layer_source(layout, index)
+        _, indices = layer_source(layout, index)
         meta_layers = (
             self._meta_layers if replacement is None else replacement.meta_layers(layout.dtype)
         )
-        layers = {model.names[i]: layer for i in indices if (layer := meta_layers[i]) is not None}
+        layers = [layer for i in indices if (layer := meta_layers[i]) is not None]
         head = build_meta_head(layout.objective, layout.block_specs[index])
-        if len(layers) < len(indices):
+        modules = [module for layer in layers for module in layer.values()]
+        if len(layers) < len(indices) or is_lazy(modules):
             return None
-        return partial(self._fake_block, index, layers, head)
+        return partial(self._fake_block, index, merge_layers(layers), head)
 
     def _fake_block(
         self, index: int, layers: Mapping[str, nn.Module], head: nn.Module | None

@@ -5,19 +5,24 @@ Invariant: every rank makes the same plan without a message.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from dtrain.config.run import RunConfig
 from dtrain.data import augment as augments
 from dtrain.data import load_data
-from dtrain.data.dataset import DatasetSplits
+from dtrain.data.dataset import Dataset, DatasetSplits
 from dtrain.data.sampler import BatchSplitter, updates_per_epoch
 from dtrain.errors import ConfigError
 from dtrain.models import load_model
+from dtrain.models.integer_inputs import takes_integers
+from dtrain.models.layers import LayerStack
+from dtrain.models.pretrained import PretrainedWeights, check_pretrained
 from dtrain.objectives.block_spec import BlockSpec
-from dtrain.planning.layout import Layout, make_layout
+from dtrain.planning.layout import DTYPES, Layout, make_layout
 from dtrain.schedules.segments import TrainingLength
 from dtrain.schedules.verify import ScheduleReport
+from dtrain.tasks.task import Task
 
 PROOF_UPDATES = 8
 """Updates at an epoch's start that the proof and the drawing contain."""
@@ -56,17 +61,19 @@ def make_plan(run: RunConfig, ranks: int) -> Plan:
         Data, model, mesh, partition or schedule do not fit each other.
     """
     samples = load_data(
-        run.dataset.name, run.dataset.fields, run.folder, normalise=run.data.normalise
+        run.dataset.name,
+        run.dataset.fields,
+        run.folder,
+        normalise=run.data.normalise,
+        task=run.task,
     )
     train = samples.train
-    augment = augments.build_augment(run.data.augment, run.settings.seed)
-    if augment is not None:
-        augment.check_shape(train.shape)
-    data_spec = BlockSpec.from_data(
-        train.shape, train.classes, train.size, train.value_range is not None
-    )
-    input_shape = run.objective.instance.model_input_shape(train.shape, train.classes)
-    model = load_model(run.model.name, run.model.fields, run.folder, input_shape, train.classes)
+    task = run.task.bind(train.target_shape, train.target_dtype, train.classes)
+    _check_objective(run, task)
+    _check_augment(run, train, task)
+    model, data_spec = _load_model(run, train, task)
+    if data_spec.integer_samples:
+        samples = samples.as_integers()
     layout = make_layout(run, model, data_spec, ranks)
     settings = run.settings
     length = TrainingLength.from_settings(
@@ -86,6 +93,57 @@ def make_plan(run: RunConfig, ranks: int) -> Plan:
         proof=layout.prove(_proof_sizes(splitter, train.size, length.updates_per_epoch)),
         blocks_assumed=run.partition.blocks is None and run.partition.cuts is None,
     )
+
+
+def _load_model(run: RunConfig, train: Dataset, task: Task) -> tuple[LayerStack, BlockSpec]:
+    """Return the model, and the facts of the data that all block specs share."""
+    input_shape = run.objective.instance.model_input_shape(train.shape, train.classes)
+    model = load_model(
+        run.model.name,
+        run.model.fields,
+        run.folder,
+        input_shape,
+        train.classes,
+        inputs=1 + len(train.other_inputs),
+        open_names=run.open_modules(),
+    )
+    if run.weights_path is not None:
+        check_pretrained(PretrainedWeights(run.weights_path), model, run.model_options.strict)
+    dtype = DTYPES[run.settings.dtype]
+    others = tuple(
+        (spec.shape, dtype if spec.dtype.is_floating_point else spec.dtype)
+        for spec in train.other_inputs
+    )
+    integers = takes_integers(model, input_shape, train.input_dtype, others)
+    has_raw_samples = train.value_range is not None and not integers
+    data_spec = BlockSpec.from_data(train.shape, train.classes, train.size, has_raw_samples, task)
+    return model, dataclasses.replace(data_spec, other_inputs=others, integer_samples=integers)
+
+
+def _check_augment(run: RunConfig, train: Dataset, task: Task) -> None:
+    """Refuse an augmentation that does not fit the samples or the task."""
+    augment = augments.build_augment(run.data.augment, run.settings.seed)
+    if augment is None:
+        return
+    if task.target == "input":
+        raise ConfigError(
+            "task.input-target-augmented",
+            f'[task] target = "input" is the input before augment = "{run.data.augment}", not what '
+            'the model sees: set augment = "none"',
+        )
+    augment.check_shape(train.shape)
+
+
+def _check_objective(run: RunConfig, task: Task) -> None:
+    """Refuse an objective that cannot learn the task."""
+    reason = run.objective.instance.serves(task)
+    if reason is not None:
+        raise ConfigError(
+            "task.objective-needs-classes",
+            f"[objective] '{run.objective.name}' {reason}, but [task] loss = \"{task.loss_name}\" "
+            f"has targets of shape {task.target_spec.shape} that are {task.kind}: set "
+            '[objective] name = "backprop" or "local-head"',
+        )
 
 
 def _split_batches(run: RunConfig, layout: Layout, samples: int) -> BatchSplitter:

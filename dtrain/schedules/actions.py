@@ -77,6 +77,10 @@ class Point(NamedTuple):
         return f"{self.kind}{self.block}" + (f"/{self.pass_}" if self.pass_ else "")
 
 
+SKIP_PREFIX = "skip"
+"""Start of the names of routes of tensors that pass over blocks, and of their gradients."""
+
+
 class Route(NamedTuple):
     """A tensor that flows from `source` to `target`, once per micro-batch.
 
@@ -105,6 +109,13 @@ class Route(NamedTuple):
     def once_per_update(self) -> bool:
         """Whether there is one message per update."""
         return self.once or "U" in (self.source.kind, self.target.kind)
+
+    @property
+    def blocks_passed(self) -> int:
+        """Blocks between source and target that a skip passes; 0 for any other message."""
+        if not self.name.startswith(SKIP_PREFIX):
+            return 0
+        return abs(self.target.block - self.source.block) - 1
 
     def __str__(self) -> str:
         lag = f" (lag {self.lag})" if self.lag else ""

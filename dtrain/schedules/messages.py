@@ -67,7 +67,9 @@ class MessageTable:
         )
         self._always_sent = not any(route.lag or route.once_per_update for route in routes)
         largest = max(self._micro_batches, default=0)
-        self._windows = tuple(1 + r.lag * (1 if r.once_per_update else largest) for r in routes)
+        self._windows = tuple(
+            r.blocks_passed + 1 + r.lag * (1 if r.once_per_update else largest) for r in routes
+        )
 
     def incoming(self, action: Action) -> tuple[int, ...]:
         """Return the routes that enter an action, those from the same rank included."""
@@ -105,7 +107,8 @@ class MessageTable:
         """Return how many receives of a route are posted at a time.
 
         One without a lag. A message that is sent `lag` updates early must not block its sender, so
-        as many more are posted as `lag` updates of the largest size have messages.
+        as many more are posted as `lag` updates of the largest size have messages. A skip passes
+        blocks, each of which may hold an earlier micro-batch.
         """
         return self._windows[route]
 

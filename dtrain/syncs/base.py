@@ -45,8 +45,8 @@ class UpdateClock:
         The learning rate of this update, and the optimizer's own, which the schedule scales.
     in_lr_warmup : bool
         Whether the learning-rate schedule is still in its warm-up.
-    rows_per_replica : tuple of int
-        Samples of this update in each replica.
+    rows_per_replica : tuple of float
+        Samples of this update in each replica, or their positions that count in the loss.
     """
 
     update: int
@@ -56,7 +56,7 @@ class UpdateClock:
     lr: float
     base_lr: float
     in_lr_warmup: bool
-    rows_per_replica: tuple[int, ...]
+    rows_per_replica: tuple[float, ...]
 
     @property
     def total_epochs(self) -> int:

@@ -24,7 +24,7 @@ from dtrain.block.block import Block, GradientHook
 from dtrain.comm.allreduce import MeanReduction
 from dtrain.comm.communicator import Comm
 
-BUCKET_BYTES = 4 << 20
+BUCKET_BYTES = 16 << 20
 """Least size of a bucket, the last excepted: pieces of a mean are at most 1 MiB."""
 
 
@@ -155,7 +155,7 @@ def bucket_names(tensors: Mapping[str, Tensor]) -> list[list[str]]:
     """Return the names of `tensors` from the last to the first, in buckets of `BUCKET_BYTES`.
 
     >>> import torch
-    >>> bucket_names({name: torch.empty(1 << 19) for name in "abc"})
+    >>> bucket_names({name: torch.empty(1 << 21) for name in "abc"})
     [['c', 'b'], ['a']]
     """
     buckets: list[list[str]] = []

@@ -227,7 +227,7 @@ DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
     "float labels": ({"y": Y.astype(float)}, "data.labels-not-integers"),
     "wide labels": ({"y": Y.reshape(-1, 1)}, "data.labels-not-integers"),
     "negative": ({"y": Y - 1}, "data.labels-negative"),
-    "int x": ({"x": X.astype(np.int32)}, "data.samples-dtype"),
+    "complex x": ({"x": X.astype(np.complex64)}, "data.samples-dtype"),
     "mean": ({"mean": [1.0], "std": [1.0]}, "data.statistics-shape"),
     "nan": ({"mean": [np.nan] * 3, "std": [1.0] * 3}, "data.statistics-invalid"),
 }

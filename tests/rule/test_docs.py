@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import importlib
 import re
+import tomllib
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 from dtrain.objectives import OBJECTIVES
 from dtrain.schema import kebab, toml_text
+from dtrain.tasks.task import Task
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs" / "objectives.md"
@@ -47,6 +50,40 @@ def section(docs: Path, name: str) -> str:
 def cells(line: str) -> list[str]:
     """Return the cells of a row of a table."""
     return [cell.strip() for cell in line.strip().strip("|").split(" | ")]
+
+
+TASKS = {
+    "any": (),
+    "no counted positions": ("counted",),
+    "one prediction per sample": ("counted", "positions"),
+    "classes per sample": ("values", "positions"),
+    "labels": ("counted", "values", "positions"),
+}
+"""The words of the column "tasks": kinds of task that an objective does not serve."""
+
+
+EXAMPLES = {
+    "counted": Task(ignore_index=7),
+    "values": Task("mse").bind((2,), torch.float32, 2),
+    "positions": Task().bind((4, 4), torch.int64, 3),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_tasks_of_an_objective_are_those_that_it_serves(name: str) -> None:
+    refused = {kind for kind, task in EXAMPLES.items() if OBJECTIVES[name]().serves(task)}
+    assert refused == set(TASKS[table_of_all()[name]["tasks"]])
+    assert OBJECTIVES[name]().serves(Task()) is None
+
+
+def test_the_examples_of_tasks_are_tasks() -> None:
+    text = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+    tables = [
+        tomllib.loads(block)["task"] for block in re.findall(r"```toml\n(.*?)```", text, re.S)
+    ]
+    assert [table.get("loss") for table in tables] == ["mse", None, "l1", "mytask:log_cosh"]
+    for table in tables:
+        Task.from_table(table, ROOT)
 
 
 def table_of_all() -> dict[str, dict[str, str]]:

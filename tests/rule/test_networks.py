@@ -44,7 +44,8 @@ def macs(spec: LayerSpec) -> tuple[int, int, int]:
 
 def parameters(name: str, **fields: Any) -> int:
     layers = net(name, **fields).meta_layers(torch.float32)
-    return sum(p.numel() for layer in layers if layer is not None for p in layer.parameters())
+    modules = [module for layer in layers if layer is not None for module in layer.values()]
+    return sum(p.numel() for module in modules for p in module.parameters())
 
 
 # Counts and functions of the papers

@@ -53,8 +53,8 @@ WRONG = [
 """Overrides of the run file, the exit code, and the names that a user needs to mend it."""
 
 USER = [
-    ("model", "faults:nothing", 2, ["nn.Sequential"]),
-    ("model", "faults:shared", 2, ["'1'", "'3'"]),
+    ("model", "faults:nothing", 2, ["torch.nn.Module"]),
+    ("model", "faults:shared", 2, ["'1.weight'", "'3.weight'"]),
     ("model", "faults:narrow", 2, ["'2'", "(16,)"]),
     ("model", "faults:few_outputs", 2, ["'1'"]),
     ("model", "faults:absent", 2, ["'absent'"]),

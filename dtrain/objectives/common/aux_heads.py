@@ -6,7 +6,7 @@
                  |              |              |
     B         heads.0        heads.1       model's head       a loss of each
 
-The last block learns the cross-entropy of the model's own head, so one block is ordinary
+The last block learns the task's loss of the model's own head, so one block is ordinary
 backpropagation.
 
 Invariant: the activations are those of the model alone, so the exported model is the trained one.
@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from dtrain.block.block import BackwardPair, Block
 from dtrain.block.micro_batch import MicroBatch
@@ -28,36 +27,47 @@ from dtrain.models.image_layers import Norm
 from dtrain.objectives.base import (
     ExecutionMode,
     Objective,
-    cross_entropy_pair,
     forward_routes,
+    loss_pair,
     scaled_loss_pair,
     vote_routes,
 )
 from dtrain.objectives.block_spec import BlockSpec
-from dtrain.objectives.common import head_networks
+from dtrain.objectives.common import head_networks, prediction_heads
 from dtrain.objectives.common.field_checks import check_hidden
 from dtrain.objectives.common.head_networks import UnitKind
 from dtrain.schedules.actions import Route
+from dtrain.tasks.task import Task
 
 
 class AuxHead(Objective):
     """A head per earlier block, each with its own loss.
 
-    A subclass writes `build_head`, and `loss` unless it is the cross-entropy. The last block
+    A subclass writes `build_head`, and `loss` unless it is that of the task. The last block
     predicts; the vote is the sum of the scores.
     """
 
     default_schedule: ClassVar[str] = "stream"
 
+    def serves(self, task: Task) -> str | None:
+        """Return None: every differentiable loss is served."""
+        return None
+
     @abstractmethod
     def build_head(self, spec: BlockSpec) -> nn.Module:
         """Return the head of an earlier block: a module from the block's output
-        (rows, *spec.output_shape) to class scores (rows, spec.classes)."""
+        (rows, *spec.output_shape) to a prediction (rows, *spec.scores_shape)."""
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """Return the loss () of a head's output (rows, classes) for labels (rows,): a mean over the
-        rows; by default the cross-entropy."""
-        return cross_entropy(output, target)
+        """Return the loss () of a head's output (rows, ...) for targets (rows, ...): a mean over
+        the rows. A subclass that does not write it learns the loss of the task."""
+        raise NotImplementedError
+
+    def head_loss(self, micro_batch: MicroBatch, output: Tensor) -> Tensor:
+        """Return the loss () of a head's output (rows, ...)."""
+        if type(self).loss is AuxHead.loss:
+            return micro_batch.task.mean_loss(output, micro_batch.targets)
+        return self.loss(output, micro_batch.targets)
 
     def routes(self, blocks: int, mode: ExecutionMode) -> tuple[Route, ...]:
         """Send activations forward, and in prediction the sum of the scores so far."""
@@ -68,12 +78,12 @@ class AuxHead(Objective):
     ) -> list[BackwardPair]:
         """Return the loss of the head, or in the last block that of the model."""
         if spec.is_last:
-            return [cross_entropy_pair(micro_batch, micro_batch.y)]
-        loss = self.loss(self.predict(spec, block, micro_batch), micro_batch.targets)
+            return [loss_pair(micro_batch, micro_batch.y)]
+        loss = self.head_loss(micro_batch, self.predict(spec, block, micro_batch))
         return [scaled_loss_pair(micro_batch, loss)]
 
     def predict(self, spec: BlockSpec, block: Block, micro_batch: MicroBatch) -> Tensor:
-        """Return the class scores (rows, classes) of the head, or of the model's own."""
+        """Return the prediction (rows, ...) of the head, or of the model's own."""
         return micro_batch.y if block.head is None else block.head(micro_batch.y)
 
 
@@ -150,7 +160,14 @@ class NetworkHead(AuxHead):
         return self.head == "auglocal"
 
     def build_head(self, spec: BlockSpec) -> nn.Module:
-        """Return the network that `head` names, for the block's output."""
+        """Return the network that `head` names, for the block's output; where predictions have
+        positions, a linear map per position."""
+        if spec.has_positions:
+            prediction_heads.check_greedy(self.head)
+            return prediction_heads.per_position(spec)
+        return prediction_heads.flat(spec, self._network(spec))
+
+    def _network(self, spec: BlockSpec) -> nn.Module:
         match self.head:
             case "dgl":
                 return head_networks.dgl(

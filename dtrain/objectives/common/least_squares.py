@@ -89,7 +89,7 @@ class Readout(nn.Module):
         rows = pad(features.double(), (0, 1), value=1.0)
         self.gram += rows.T @ rows
         if targets is not None:
-            self.cross += rows.T @ one_hot(targets, self.cross.shape[1]).double()
+            self.cross += rows.T @ target_codes(targets, self.cross.shape[1]).double()
 
     def _sums_to_float64(self) -> None:
         self.gram, self.cross = self.gram.double(), self.cross.double()
@@ -121,9 +121,14 @@ class Readout(nn.Module):
 
 
 def mean_squared_error(scores: Tensor, targets: Tensor) -> Tensor:
-    """Return the squared error of scores (rows, classes) to one-hot labels, a mean over rows and
-    classes."""
-    return mse_loss(scores, one_hot(targets, scores.shape[1]).to(scores.dtype))
+    """Return the squared error of scores (rows, classes) to one-hot labels, or to vectors, a mean
+    over rows and classes."""
+    return mse_loss(scores, target_codes(targets, scores.shape[1]).to(scores.dtype))
+
+
+def target_codes(targets: Tensor, classes: int) -> Tensor:
+    """Return labels (rows,) as one-hot codes; vectors (rows, classes) as they are."""
+    return targets if targets.dim() > 1 else one_hot(targets, classes)
 
 
 def solve_least_squares(gram: Tensor, cross: Tensor) -> Tensor:

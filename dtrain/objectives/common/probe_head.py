@@ -12,7 +12,6 @@ Invariant: the head learns from its input; no gradient of the probe passes below
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from dtrain.block.block import BackwardPair, Block
 from dtrain.block.micro_batch import MicroBatch
@@ -31,12 +30,12 @@ def features(block: Block, micro_batch: MicroBatch) -> Tensor:
 
 
 def probe_pair(block: Block, micro_batch: MicroBatch, features: Tensor) -> BackwardPair:
-    """Return the backward pair of the cross-entropy of the last layer alone, on `features`
+    """Return the backward pair of the loss of the last layer alone, on `features`
     (rows, ...) that are detached.
 
     Records ``probe_loss``, and sets ``micro_batch.loss`` if the block has no other loss.
     """
     *_, head = block.layers.values()
-    loss = cross_entropy(head(features.detach()), micro_batch.targets)
+    loss = micro_batch.task.mean_loss(head(features.detach()), micro_batch.targets)
     micro_batch.metrics["probe_loss"] = loss.detach()
     return scaled_loss_pair(micro_batch, loss)

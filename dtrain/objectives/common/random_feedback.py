@@ -23,11 +23,10 @@ from typing import Literal, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
 from dtrain.block.block import BackwardPair, Block
 from dtrain.block.micro_batch import MicroBatch
-from dtrain.objectives.base import Objective, cross_entropy_pair
+from dtrain.objectives.base import Objective, loss_pair
 from dtrain.objectives.block_spec import BlockSpec
 
 MatrixKind = Literal["uniform", "kaiming", "ternary", "binary", "identity"]
@@ -35,7 +34,7 @@ MatrixKind = Literal["uniform", "kaiming", "ternary", "binary", "identity"]
 
 class RandomFeedback(Objective):
     """A fixed matrix per earlier block, of the distribution `feedback`; the last block learns the
-    cross-entropy of the model's own head."""
+    loss of the model's own head."""
 
     feedback: MatrixKind
 
@@ -47,7 +46,7 @@ class RandomFeedback(Objective):
 
     def build_head(self, spec: BlockSpec) -> nn.Module:
         """Return the matrix of an earlier block."""
-        return FixedMatrix(self.feedback, spec.classes, math.prod(spec.output_shape))
+        return FixedMatrix(self.feedback, spec.scores_width, math.prod(spec.output_shape))
 
     def head_input_shape(self, spec: BlockSpec) -> tuple[int, ...] | None:
         """Return None: the head has no forward."""
@@ -58,7 +57,7 @@ class RandomFeedback(Objective):
     ) -> list[BackwardPair]:
         """Return the pair of the feedback, or in the last block the loss."""
         if spec.is_last:
-            return [cross_entropy_pair(micro_batch, micro_batch.y)]
+            return [loss_pair(micro_batch, micro_batch.y)]
         assert isinstance(block.head, FixedMatrix)
         return [self.feedback_pair(spec, micro_batch, block.head.feedback)]
 
@@ -98,11 +97,6 @@ def random_matrix(kind: MatrixKind, classes: int, width: int) -> Tensor:
             copies = -(-width // classes)
             signs = 2 * torch.randint(0, 2, (copies,)) - 1
             return torch.cat([sign * torch.eye(classes) for sign in signs], 1)[:, :width]
-
-
-def output_error(micro_batch: MicroBatch) -> Tensor:
-    """Return softmax(y) - onehot (rows, classes), the gradient of each sample's cross-entropy."""
-    return micro_batch.y.detach().softmax(1) - one_hot(micro_batch.targets, micro_batch.y.shape[1])
 
 
 def convolution_warnings(name: str, specs: Sequence[BlockSpec], reason: str) -> list[str]:

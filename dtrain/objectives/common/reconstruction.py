@@ -20,14 +20,13 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import (
     binary_cross_entropy_with_logits,
-    cross_entropy,
     interpolate,
     mse_loss,
 )
@@ -39,14 +38,16 @@ from dtrain.models.image_layers import Norm, channels_last, conv, norm
 from dtrain.objectives.base import (
     ExecutionMode,
     Objective,
-    cross_entropy_pair,
     forward_routes,
+    loss_pair,
+    needs_means_over_samples,
     scaled_loss_pair,
     vote_routes,
 )
 from dtrain.objectives.block_spec import BlockSpec
-from dtrain.objectives.common import head_networks
+from dtrain.objectives.common import head_networks, prediction_heads
 from dtrain.schedules.actions import Route
+from dtrain.tasks.task import Task
 
 DECODER_CHANNELS = 12
 
@@ -97,6 +98,10 @@ class Reconstruction(Objective):
                     f"the {key} of the earlier blocks learns nothing",
                 )
 
+    def serves(self, task: Task) -> str | None:
+        """Return None, unless samples count by weight: the reconstruction is a mean over rows."""
+        return needs_means_over_samples(task)
+
     @property
     def scales_to_many_blocks(self) -> bool:
         """True: published for 16 blocks."""
@@ -114,9 +119,8 @@ class Reconstruction(Objective):
     def classification_loss(
         self, spec: BlockSpec, head_output: Tensor, micro_batch: MicroBatch
     ) -> tuple[str, Tensor]:
-        """Return the name and the loss () of the head's output (rows, head_width): a mean over
-        rows."""
-        return "ce", cross_entropy(head_output, micro_batch.targets)
+        """Return the name and the loss () of the head's output (rows, ...): a mean over rows."""
+        return "ce", micro_batch.task.mean_loss(head_output, micro_batch.targets)
 
     def lambdas(self, spec: BlockSpec) -> tuple[float, float]:
         """Return the factors of reconstruction and classification in an earlier block."""
@@ -131,10 +135,14 @@ class Reconstruction(Objective):
         lambda1, lambda2 = self.lambdas(spec)
         (path, shape), norm_args = self.feature_path(spec), (self.norm, self.groups)
         width, head = self.head_width(spec), None
-        if lambda2 and self.head == "greedy":
-            head = head_networks.greedy(shape, width)
+        if lambda2 and spec.has_positions:
+            prediction_heads.check_greedy(self.head)
+            head = prediction_heads.per_position(replace(spec, output_shape=shape))
+        elif lambda2 and self.head == "greedy":
+            head = prediction_heads.flat(spec, head_networks.greedy(shape, width))
         elif lambda2:
-            head = head_networks.one_convolution(shape, width, *norm_args)
+            network = head_networks.one_convolution(shape, width, *norm_args)
+            head = prediction_heads.flat(spec, network)
         return ReconstructionHead(
             path, head, make_decoder(shape, spec.sample_shape, *norm_args) if lambda1 else None
         )
@@ -153,7 +161,7 @@ class Reconstruction(Objective):
     ) -> list[BackwardPair]:
         """Return the sum of both losses, or in the last block the loss of the model."""
         if block.head is None:
-            return [cross_entropy_pair(micro_batch, micro_batch.y)]
+            return [loss_pair(micro_batch, micro_batch.y)]
         assert isinstance(block.head, ReconstructionHead)
         features, (lambda1, lambda2) = block.head.path(micro_batch.y), self.lambdas(spec)
         terms = []

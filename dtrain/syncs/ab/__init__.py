@@ -178,7 +178,7 @@ class AB(LocalUpdates):
             return None
         return WeightedGroup(self._group, clock.rows_per_replica[self.replicas.rank] / rows)
 
-    def _group_rows(self, clock: UpdateClock) -> int:
+    def _group_rows(self, clock: UpdateClock) -> float:
         return sum(clock.rows_per_replica[rank] for rank in self._group_ranks)
 
     def after_update(self, clock: UpdateClock) -> None:

@@ -55,11 +55,11 @@ class NodeGroups:
         """Return the rank in `node_group` of this node's member of an inter-node group."""
         return group_index % len(self.topology.node_ranks)
 
-    def node_rows(self, rows_per_replica: Sequence[int]) -> int:
+    def node_rows(self, rows_per_replica: Sequence[float]) -> float:
         """Return the samples of this node."""
         return sum(rows_per_replica[rank] for rank in self.topology.node_ranks)
 
-    def weighted_group(self, rows_per_replica: Sequence[int]) -> WeightedGroup | None:
+    def weighted_group(self, rows_per_replica: Sequence[float]) -> WeightedGroup | None:
         """Return the node group with the weight of a mean over samples.
 
         None if the node has no samples or only one replica.

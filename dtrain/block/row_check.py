@@ -1,0 +1,171 @@
+"""Facts about a block's layers that are found by running them once on two samples.
+
+A run reports them at its start: a layer in which the output of a sample depends on the other
+samples, and a layer that keeps a tensor from one call to the next. With either, one micro-batch is
+not four.
+
+Invariant: parameters, buffers, modes and random states are as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from dtrain.block.block import Block
+from dtrain.block.micro_batch import MicroBatch
+
+TOLERANCE = 1e-3
+"""Relative difference that rounding may cause; the effect of another sample is far above it."""
+
+
+@final
+@dataclass(frozen=True)
+class RowCheck:
+    """Findings about the layers of one block, by name.
+
+    Attributes
+    ----------
+    coupled : tuple of str
+        The first layer in which a sample's output depends on the other samples, if any.
+    stateful : tuple of str
+        Layers that keep a tensor between calls, outside parameters and buffers, or whose buffers
+        change in training, batch statistics apart.
+    dropout : tuple of str
+        Layers with dropout.
+    """
+
+    coupled: tuple[str, ...] = ()
+    stateful: tuple[str, ...] = ()
+    dropout: tuple[str, ...] = ()
+
+
+def check_rows(block: Block, micro_batch: MicroBatch) -> RowCheck:
+    """Run a block on a micro-batch of two samples and return what it shows.
+
+    Parameters
+    ----------
+    micro_batch : MicroBatch
+        With `x`, and the skip inputs and samples that the layers read. A block that cannot run on
+        it has no findings.
+    """
+    names = list(block.layers)
+    dropout = tuple(n for n in names if any(map(_drops, block.layers[n].modules())))
+    training = {name: layer.training for name, layer in block.layers.items()}
+    buffers = {name: buffer.clone() for name, buffer in block.buffers.items()}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            block.train(False)
+            both, first = _outputs(block, micro_batch), _outputs(block, _first_row(micro_batch))
+            block.train(True)
+            block.run_forward(_copy(micro_batch), needs_graph=False)
+            changed = [n for n, b in block.buffers.items() if not torch.equal(b, buffers[n])]
+    except Exception:  # of any kind; training raises it again
+        return RowCheck(dropout=dropout)
+    finally:
+        for name, buffer in block.buffers.items():
+            if name in buffers and buffer.shape == buffers[name].shape:
+                buffer.data.copy_(buffers[name])
+        for name, layer in block.layers.items():
+            layer.train(training[name])
+    keepers = [name for name in names if _keeps_tensor(block.layers[name])]
+    stateful = dict.fromkeys([*keepers, *_owners(block, changed)])
+    end = names.index(keepers[0]) if keepers else len(names)
+    independent = [name for name in both if names.index(name) < end]
+    coupled = next((n for n in independent if _differs(both[n], first.get(n))), None)
+    return RowCheck((coupled,) if coupled else (), tuple(stateful), dropout)
+
+
+def _outputs(block: Block, micro_batch: MicroBatch) -> dict[str, list[Tensor]]:
+    """Return the tensors that every layer returns, in the order of the calls."""
+    outputs: dict[str, list[Tensor]] = {}
+    with _recorded(block.layers, outputs):
+        block.run_forward(_copy(micro_batch), needs_graph=False)
+    return outputs
+
+
+@contextmanager
+def _recorded(layers: Mapping[str, nn.Module], outputs: dict[str, list[Tensor]]) -> Iterator[None]:
+    def record(name: str, output: Any) -> None:
+        tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        outputs.setdefault(name, tensors)
+
+    handles = [
+        layer.register_forward_hook(lambda _m, _a, output, name=name: record(name, output))
+        for name, layer in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _differs(both: list[Tensor], first: list[Tensor] | None) -> bool:
+    """Return whether the output of the first sample is another one without the second sample."""
+    for pair, single in zip(both, first or [], strict=False):
+        rows_first = len(pair) == 2 and len(single) == 1 and pair.shape[1:] == single.shape[1:]
+        if not (rows_first and pair.is_floating_point()):
+            continue
+        scale = float(single.abs().max()) if single.numel() else 0.0
+        if not torch.allclose(pair[:1], single, rtol=TOLERANCE, atol=TOLERANCE * scale):
+            return True
+    return False
+
+
+def _keeps_tensor(layer: nn.Module) -> bool:
+    """Return whether a module holds a tensor that is neither parameter nor buffer."""
+    registered = {id(t) for t in [*layer.parameters(), *layer.buffers()]}
+    return any(
+        isinstance(leaf, Tensor) and id(leaf) not in registered
+        for module in layer.modules()
+        for name, value in vars(module).items()
+        if not name.startswith(("_parameters", "_buffers", "_modules"))
+        for leaf in pytree.tree_leaves(value)
+    )
+
+
+def _owners(block: Block, buffers: list[str]) -> Iterator[str]:
+    """Yield the layers of changed buffers that are no batch statistics."""
+    statistics = nn.modules.batchnorm._NormBase
+    for name, layer in block.layers.items():
+        for path, module in layer.named_modules(prefix=name):
+            own = {f"{path}.{key}".strip(".") for key in module._buffers}
+            if own & set(buffers) and not isinstance(module, statistics):
+                yield name
+
+
+def _drops(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+
+
+def _copy(micro_batch: MicroBatch) -> MicroBatch:
+    return MicroBatch(
+        x=micro_batch.x.clone(),
+        skip_inputs={name: tensor.clone() for name, tensor in micro_batch.skip_inputs.items()},
+        samples=micro_batch.samples,
+        other_samples=micro_batch.other_samples,
+        rng_key=(0, 0, 0),
+    )
+
+
+def _first_row(micro_batch: MicroBatch) -> MicroBatch:
+    rows = len(micro_batch.x)
+
+    def first(tensor: Tensor) -> Tensor:
+        return tensor[:1] if len(tensor) == rows else tensor
+
+    samples = micro_batch.samples
+    return MicroBatch(
+        x=first(micro_batch.x),
+        skip_inputs={name: first(tensor) for name, tensor in micro_batch.skip_inputs.items()},
+        samples=None if samples is None else first(samples),
+        other_samples=tuple(map(first, micro_batch.other_samples)),
+        rng_key=(0, 0, 0),
+    )

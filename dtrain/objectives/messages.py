@@ -1,0 +1,97 @@
+"""Messages between blocks: those of the objective, and the skips of a model that is no chain.
+
+Invariant: a skip goes straight from the block that makes it to each block that reads it. Its
+gradient goes straight back where the objective sends gradients back; elsewhere skips are detached.
+
+::
+
+    block 0  --activation-->  block 1  --activation-->  block 2
+       `------------------------skip------------------------^      F
+       ^--------------------skip-gradient-------------------'      B, with `sends_gradients_back`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dtrain.block.block import BackwardPair, Block
+from dtrain.block.micro_batch import MicroBatch
+from dtrain.objectives.base import ExecutionMode, MessageSpec, Objective
+from dtrain.objectives.block_spec import BlockSpec
+from dtrain.schedules.actions import SKIP_PREFIX, Point, Route
+
+SKIP, SKIP_GRADIENT = f"{SKIP_PREFIX}:", f"{SKIP_PREFIX}-gradient:"
+"""Prefixes of route names; the name of the tensor follows."""
+
+
+def all_routes(
+    objective: Objective, specs: Sequence[BlockSpec], mode: ExecutionMode
+) -> tuple[Route, ...]:
+    """Return the routes of the objective and those of the skips, in this order."""
+    routes = objective.routes(len(specs), mode)
+    skips = [(skip, spec.index) for spec in specs for skip in spec.skip_inputs]
+    passes = sorted({0, *(r.target.pass_ for r in routes if r.target.kind == "F")})
+    forward = [
+        Route(Point(skip.source, "F", pass_), Point(block, "F", pass_), SKIP + skip.tensor.name)
+        for pass_ in passes
+        for skip, block in skips
+    ]
+    back = [
+        Route(Point(block, "B"), Point(skip.source, "B"), _gradient_name(skip.tensor.name, block))
+        for skip, block in skips
+        if mode == "train"
+        and objective.sends_gradients_back
+        and skip.tensor.dtype.is_floating_point
+    ]
+    return (*routes, *forward, *back)
+
+
+def make_message(
+    objective: Objective, route: Route, block: Block, micro_batch: MicroBatch | None
+) -> Tensor:
+    """Return the tensor to send on a route after the action in which it starts."""
+    if micro_batch is not None and route.name.startswith(SKIP):
+        return micro_batch.skip_outputs[route.name.removeprefix(SKIP)].detach()
+    if micro_batch is not None and route.name.startswith(SKIP_GRADIENT):
+        skip = micro_batch.skip_inputs[_tensor_name(route)]
+        return torch.zeros_like(skip) if skip.grad is None else skip.grad
+    return objective.make_message(route, block, micro_batch)
+
+
+def message_spec(
+    objective: Objective, route: Route, specs: Sequence[BlockSpec], rows: int
+) -> MessageSpec:
+    """Return shape and dtype of the message on a route for a micro-batch of `rows` samples."""
+    for prefix, reader in ((SKIP, route.target), (SKIP_GRADIENT, route.source)):
+        if route.name.startswith(prefix):
+            name = route.name.removeprefix(SKIP) if prefix == SKIP else _tensor_name(route)
+            skips = specs[reader.block].skip_inputs
+            tensor = next(skip.tensor for skip in skips if skip.tensor.name == name)
+            return tensor.shape(rows), tensor.dtype
+    return objective.message_spec(route, specs, rows)
+
+
+def reads_samples(objective: Objective, spec: BlockSpec, mode: ExecutionMode) -> bool:
+    """Return whether a block reads the samples themselves: for the objective or for its layers."""
+    return bool(spec.data_inputs) or objective.needs_samples(spec, mode)
+
+
+def skip_pairs(micro_batch: MicroBatch) -> list[BackwardPair]:
+    """Return the skip outputs of a block, each with a gradient that it received."""
+    pairs = []
+    for name, gradient in micro_batch.received.items():
+        if name.startswith(SKIP_GRADIENT):
+            tensor = name.removeprefix(SKIP_GRADIENT).rpartition("@")[0]
+            pairs.append((micro_batch.skip_outputs[tensor], gradient))
+    return pairs
+
+
+def _gradient_name(tensor: str, block: int) -> str:
+    return f"{SKIP_GRADIENT}{tensor}@{block}"
+
+
+def _tensor_name(route: Route) -> str:
+    return route.name.removeprefix(SKIP_GRADIENT).rpartition("@")[0]

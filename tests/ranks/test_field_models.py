@@ -1,0 +1,172 @@
+"""Models and tasks that users of other tools have reported, small: each trains, or is explained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dtrain.config.run import RunConfig
+from tests import tiny
+from tests.harness import assert_close_model, train_in_threads
+from tests.single import one_thread  # noqa: F401
+
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def sequences() -> Arrays:
+    """Return 96 training and 32 test sequences of 8 steps of 6 features around four centres."""
+    random = np.random.default_rng(0)
+    y = random.integers(0, 4, 128)
+    x = random.normal(size=(128, 8, 6)) + y[:, None, None]
+    return x[:96], y[:96], x[96:], y[96:]
+
+
+def token_bytes() -> Arrays:
+    """Return token ids as bytes; the class is the parity of the first one."""
+    random = np.random.default_rng(0)
+    x = random.integers(0, 16, (600, 6)).astype(np.uint8)
+    y = (x[:, 0] % 2).astype(np.int64)
+    return x[:450], y[:450], x[450:], y[450:]
+
+
+def wide_counts() -> Arrays:
+    """Return counts of a detector up to 65,535, around four centres."""
+    x, y, x_test, y_test = sequences()
+
+    def scale(values: np.ndarray) -> np.ndarray:
+        return ((values + 5) * 4000).clip(0, 65535).astype(np.uint16)
+
+    return scale(x), y, scale(x_test), y_test
+
+
+def several_labels() -> Arrays:
+    """Return samples with three yes-or-no labels each."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(512, 10))
+    y = (x[:, :3] + 0.3 * x[:, 3:6] > 0).astype(np.int64)
+    return x[:384], y[:384], x[384:], y[384:]
+
+
+def attention(classes: int, batch_first: bool = False) -> nn.Sequential:
+    """Return a net whose attention is over the batch, unless `batch_first`."""
+    layer = nn.TransformerEncoderLayer(6, 2, 16, dropout=0.0, batch_first=batch_first)
+    return nn.Sequential(layer, nn.Flatten(), nn.Linear(48, classes))
+
+
+class Carry(nn.Module):
+    """Adds the mean of the call before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x, changed by the call before."""
+        y = x if self.last is None else x + 0.1 * self.last
+        self.last = x.detach().mean(0)
+        return y
+
+
+def carrying(classes: int) -> nn.Sequential:
+    """Return a net with a layer that keeps a tensor between calls."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(48, 8), Carry(), nn.Linear(8, classes))
+
+
+def embedding(classes: int, shape: tuple[int, ...]) -> nn.Sequential:
+    """Return a net over token ids."""
+    return nn.Sequential(
+        nn.Embedding(16, 16),
+        nn.Flatten(),
+        nn.Linear(16 * shape[0], 32),
+        nn.ReLU(),
+        nn.Linear(32, classes),
+    )
+
+
+def run(net: str, data: str, **changes: Any) -> RunConfig:
+    """Return a run of two blocks with backpropagation."""
+    named = {
+        "epochs": 2,
+        "batch_size": 32,
+        "micro_batches": 2,
+        "data": {"name": f"tests.ranks.test_field_models:{data}"},
+        "model": {"name": f"tests.ranks.test_field_models:{net}"},
+        "partition": {"blocks": 2},
+        "objective__name": "backprop",
+    }
+    return tiny.run(**named | changes)
+
+
+def notes(out: Path) -> list[str]:
+    """Return the notes on layers of a run folder."""
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    [record] = [row for row in map(json.loads, lines) if row["kind"] == "run"]
+    listed: list[str] = record["layer_notes"]
+    return listed
+
+
+def test_attention_over_the_batch_is_named(tmp_path: Path) -> None:
+    train_in_threads(run("attention", "sequences"), tmp_path, stages=2)
+    [note] = notes(tmp_path)
+    assert "'0'" in note
+
+
+def test_attention_over_the_steps_has_no_note_and_no_coupling(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "model": {"name": "tests.ranks.test_field_models:attention", "batch-first": True},
+        "optimizer": {"name": "sgd", "lr": 0.1},
+    }
+    for micros in (1, 4):
+        changed = run("attention", "sequences", **changes, micro_batches=micros)
+        train_in_threads(changed, tmp_path / str(micros), stages=2)
+        assert notes(tmp_path / str(micros)) == []
+    assert_close_model(tmp_path / "1", tmp_path / "4")
+
+
+def test_a_layer_that_keeps_a_tensor_is_named(tmp_path: Path) -> None:
+    train_in_threads(run("carrying", "sequences"), tmp_path, stages=2)
+    [note] = notes(tmp_path)
+    assert "'2'" in note
+
+
+def test_token_ids_pass_untouched(tmp_path: Path) -> None:
+    summary = train_in_threads(
+        run("embedding", "token_bytes", epochs=20, dtype="float32"), tmp_path, stages=2
+    )
+    assert summary["test_accuracy"] >= 0.9
+
+
+def test_counts_of_sixteen_bits_train(tmp_path: Path) -> None:
+    summary = train_in_threads(
+        run("embedding", "wide_counts", epochs=8, model={"name": "mlp", "widths": [32]}), tmp_path
+    )
+    assert summary["test_accuracy"] >= 0.6
+
+
+def test_several_labels_train(tmp_path: Path) -> None:
+    """The same bits on any number of stages; a share of right decisions far above a guess."""
+    changes: dict[str, Any] = {
+        "epochs": 8,
+        "model": {"name": "mlp", "widths": [32, 16]},
+        "task": {"loss": "bce-with-logits", "metrics": ["accuracy", "macro-f1"]},
+    }
+    runs = [
+        train_in_threads(run("", "several_labels", **changes), tmp_path / str(n), stages=n)
+        for n in (1, 2)
+    ]
+    assert runs[0]["digest"] == runs[1]["digest"]
+    assert runs[0]["metrics"]["accuracy"] >= 0.9
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_rows_of_attention_over_steps_are_independent(rows: int) -> None:
+    """The reference for the note: the net itself, row by row."""
+    torch.manual_seed(0)
+    net, x = attention(4, batch_first=True).double().eval(), torch.randn(5, 8, 6).double()
+    torch.testing.assert_close(net(x)[:rows], net(x[:rows]))
