@@ -27,12 +27,7 @@ from dtrain.block.block import Block, GradientHook, OptimizerStep
 from dtrain.comm.communicator import Comm
 from dtrain.errors import ConfigError
 from dtrain.syncs.common.compressor import NO_COMPRESSION, Compressor
-from dtrain.syncs.gradient_reducer import (
-    GradientReducer,
-    WeightedGroup,
-    gradient_flags,
-    missing_parameters,
-)
+from dtrain.syncs.gradient_reducer import GradientReducer, WeightedGroup
 
 
 @final
@@ -257,7 +252,8 @@ class Sync(ABC):
             if not self.reducer.started:
                 self._start_reducer(block, weight, clock)
             missing = self.reducer.finish(missing)
-            if may_differ(block, clock) and not self.reducer.averages:
+            agreed = self.reducer.group is not None and block.may_skip_parameters
+            if may_differ(block, clock) and not agreed:
                 missing = self._agree_on_missing(block, missing, weight, clock)
         self.before_update(block.gradients(), weight, clock)
         block.drop_gradients(missing)
@@ -274,19 +270,25 @@ class Sync(ABC):
         self, block: Block, weight: float, clock: UpdateClock
     ) -> GradientHook | None:
         return self.reducer.start(
-            block, self.gradient_group(weight, clock), may_differ(block, clock)
+            block, self.gradient_group(weight, clock), block.may_skip_parameters
         )
 
     def _agree_on_missing(
         self, block: Block, missing: list[nn.Parameter], weight: float, clock: UpdateClock
     ) -> list[nn.Parameter]:
-        """Return the parameters without a gradient on all replicas of the `averaging_group`."""
-        group = self.averaging_group(weight, clock)
-        if group is None or group.comm.size == 1 or not block.trainable_parameters:
+        """Return the parameters without a gradient on all replicas that average gradients.
+
+        Collective over these. A replica without samples lacks all gradients.
+        """
+        group = self.reducer.group or self.averaging_group(weight, clock)
+        if group is None or group.comm.size == 1:
             return missing
-        flags = gradient_flags(block.trainable_parameters, missing)
-        group.comm.mean_([flags], group.weight)
-        return missing_parameters(block.trainable_parameters, flags)
+        missing_ids = set(map(id, missing))
+        parameters = list(enumerate(block.trainable_parameters))
+        own_numbers = [number for number, p in parameters if id(p) in missing_ids]
+        first, *others = map(set, group.comm.allgather_object(own_numbers))
+        common = first.intersection(*others)
+        return [parameter for number, parameter in parameters if number in common]
 
     def lr_factor(self, clock: UpdateClock) -> float:
         """Return the factor by which the learning rate of an update is multiplied."""

@@ -43,11 +43,13 @@ class GradientReducer:
     ----------
     started : bool
         Whether the reduction of the present update has started; `finish` ends it.
+    group : WeightedGroup or None
+        The replicas of the present or last reduction; None where nothing is averaged.
     """
 
     def __init__(self) -> None:
         self.started = False
-        self._group: WeightedGroup | None = None
+        self.group: WeightedGroup | None = None
         self._parametrisation_version = -1
         self._buckets: list[dict[str, nn.Parameter]] = []
         self._ready_parameters: set[int] = set()
@@ -55,13 +57,8 @@ class GradientReducer:
         self._sends_flags = False
         self._flags: list[Tensor] = []
 
-    @property
-    def averages(self) -> bool:
-        """Whether the present or last reduction is over several replicas."""
-        return self._group is not None
-
     def start(
-        self, block: Block, group: WeightedGroup | None, may_differ: bool = False
+        self, block: Block, group: WeightedGroup | None, sends_flags: bool = False
     ) -> GradientHook | None:
         """Start the reduction of an update; return the hook for its last backward.
 
@@ -69,14 +66,14 @@ class GradientReducer:
 
         Parameters
         ----------
-        may_differ : bool
-            Whether replicas may have gradients of different parameters. Then each bucket has one
-            more number per parameter, by which the replicas agree on those without a gradient.
+        sends_flags : bool
+            Whether each bucket has one more number per parameter, by which the replicas agree on
+            the parameters without a gradient.
         """
         self.started = True
-        self._sends_flags = may_differ
-        self._group = group if group is not None and group.comm.size > 1 else None
-        if self._group is None:
+        self._sends_flags = sends_flags
+        self.group = group if group is not None and group.comm.size > 1 else None
+        if self.group is None:
             return None
         if self._parametrisation_version != block.parametrisation_version:
             names = bucket_names(block.trainable_tensors())
@@ -91,14 +88,14 @@ class GradientReducer:
         """
         if parameter.device.type != "cpu":
             return  # an accelerator's hooks run in threads of their own; MPI runs in one thread
-        assert self._group is not None
+        assert self.group is not None
         self._ready_parameters.add(id(parameter))
         for bucket in self._buckets[len(self._pending_means) :]:
             if not self._ready_parameters.issuperset(map(id, bucket.values())):
                 break
-            self._reduce(bucket, self._group, ())
+            self._reduce(bucket, self.group, ())
         if self._pending_means:
-            self._group.comm.progress()
+            self.group.comm.progress()
 
     def finish(self, missing: Sequence[nn.Parameter] = ()) -> list[nn.Parameter]:
         """Start the other buckets and wait for all all-reduces of the update.
@@ -115,9 +112,9 @@ class GradientReducer:
         list of Parameter
             Those that have no gradient on any replica.
         """
-        if self._group is not None:
+        if self.group is not None:
             for bucket in self._buckets[len(self._pending_means) :]:
-                self._reduce(bucket, self._group, missing)
+                self._reduce(bucket, self.group, missing)
         for mean in self._pending_means:
             mean.wait()
         if self._flags:
