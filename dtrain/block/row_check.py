@@ -4,11 +4,12 @@ A run reports them at its start: a layer in which the output of a sample depends
 samples, and a layer that keeps a tensor from one call to the next. With either, one micro-batch is
 not four.
 
-Invariant: parameters, buffers, modes and random states are as before.
+Invariant: the layers themselves are not run, and random states are as before.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -48,39 +49,39 @@ class RowCheck:
 
 
 def check_rows(block: Block, micro_batch: MicroBatch) -> RowCheck:
-    """Run a block on a micro-batch of two samples and return what it shows.
+    """Run copies of a block's layers on a micro-batch of two samples and return what it shows.
 
     Parameters
     ----------
     micro_batch : MicroBatch
-        With `x`, and the skip inputs and samples that the layers read. A block that cannot run on
-        it has no findings.
+        With `x`, and the skip inputs and samples that the layers read. Layers that cannot be
+        copied, or cannot run on it, have no findings.
     """
-    names = list(block.layers)
-    dropout = tuple(n for n in names if any(map(_drops, block.layers[n].modules())))
-    training = {name: layer.training for name, layer in block.layers.items()}
-    buffers = {name: buffer.clone() for name, buffer in block.buffers.items()}
+    originals = block.layers
+    names = list(originals)
+    dropout = tuple(n for n in names if any(map(_drops, originals[n].modules())))
     try:
+        block.layers = copy.deepcopy(originals)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            block.train(False)
+            _set_training(block, False)
             both, first = _outputs(block, micro_batch), _outputs(block, _first_row(micro_batch))
-            block.train(True)
+            before = {name: _buffers(layer) for name, layer in block.layers.items()}
+            _set_training(block, True)
             block.run_forward(_copy(micro_batch), needs_graph=False)
-            changed = [n for n, b in block.buffers.items() if not torch.equal(b, buffers[n])]
+            stateful = [n for n in names if _keeps_state(block.layers[n], before[n])]
     except Exception:  # of any kind; training raises it again
         return RowCheck(dropout=dropout)
     finally:
-        for name, buffer in block.buffers.items():
-            if name in buffers and buffer.shape == buffers[name].shape:
-                buffer.data.copy_(buffers[name])
-        for name, layer in block.layers.items():
-            layer.train(training[name])
-    keepers = [name for name in names if _keeps_tensor(block.layers[name])]
-    stateful = dict.fromkeys([*keepers, *_owners(block, changed)])
-    end = names.index(keepers[0]) if keepers else len(names)
+        block.layers = originals
+    end = names.index(stateful[0]) if stateful else len(names)
     independent = [name for name in both if names.index(name) < end]
     coupled = next((n for n in independent if _differs(both[n], first.get(n))), None)
     return RowCheck((coupled,) if coupled else (), tuple(stateful), dropout)
+
+
+def _set_training(block: Block, training: bool) -> None:
+    for layer in block.layers.values():
+        layer.train(training)
 
 
 def _outputs(block: Block, micro_batch: MicroBatch) -> dict[str, list[Tensor]]:
@@ -122,8 +123,23 @@ def _differs(both: list[Tensor], first: list[Tensor] | None) -> bool:
     return False
 
 
-def _keeps_tensor(layer: nn.Module) -> bool:
-    """Return whether a module holds a tensor that is neither parameter nor buffer."""
+def _buffers(layer: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the buffers that are no batch statistics."""
+    statistics = nn.modules.batchnorm._NormBase
+    return {
+        f"{path}.{name}": buffer.clone()
+        for path, module in layer.named_modules()
+        if not isinstance(module, statistics)
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    }
+
+
+def _keeps_state(layer: nn.Module, before: Mapping[str, Tensor]) -> bool:
+    """Return whether a training forward changed a buffer, or a module holds a tensor that is
+    neither parameter nor buffer."""
+    if any(not torch.equal(buffer, before[name]) for name, buffer in _buffers(layer).items()):
+        return True
     registered = {id(t) for t in [*layer.parameters(), *layer.buffers()]}
     return any(
         isinstance(leaf, Tensor) and id(leaf) not in registered
@@ -132,16 +148,6 @@ def _keeps_tensor(layer: nn.Module) -> bool:
         if not name.startswith(("_parameters", "_buffers", "_modules"))
         for leaf in pytree.tree_leaves(value)
     )
-
-
-def _owners(block: Block, buffers: list[str]) -> Iterator[str]:
-    """Yield the layers of changed buffers that are no batch statistics."""
-    statistics = nn.modules.batchnorm._NormBase
-    for name, layer in block.layers.items():
-        for path, module in layer.named_modules(prefix=name):
-            own = {f"{path}.{key}".strip(".") for key in module._buffers}
-            if own & set(buffers) and not isinstance(module, statistics):
-                yield name
 
 
 def _drops(module: nn.Module) -> bool:
