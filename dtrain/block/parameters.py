@@ -163,7 +163,8 @@ class BlockParameters:
 
     def gradients(self) -> list[Tensor]:
         """Return the gradients of the trained parameters that have one, complex as `real_view`."""
-        return [real_view(p.grad) for p in self.trainable_parameters if p.grad is not None]
+        gradients = [p.grad for p in self.trainable_parameters if p.grad is not None]
+        return [real_view(grad) if grad.is_complex() else grad for grad in gradients]
 
     def fill_gradients(self) -> list[nn.Parameter]:
         """Give gradients of zero to the trained parameters without one; return those parameters.

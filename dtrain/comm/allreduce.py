@@ -114,7 +114,9 @@ class MeanReduction(Request):
             return
         topology = transport.topology
         transport.flight.note("mean", self.describe(), "of", transport.name)
-        self._flats = [_flat_reals(staging.to_host(tensor)) for tensor in tensors]
+        flats = [staging.to_host(tensor).view(-1) for tensor in tensors]
+        # A complex number is two real ones.
+        self._flats = [torch.view_as_real(f).view(-1) if f.is_complex() else f for f in flats]
         self._pieces = cut_pieces(self._flats, topology.pieces_per_round)
         one_node = len(topology.nodes) == 1
         max_lanes = max(INTRA_NODE_LANES, transport.size) if one_node else MAX_LANES
@@ -317,20 +319,12 @@ def _cut_one_dtype(flats: list[Tensor], pieces_per_round: int) -> list[Piece]:
     return pieces
 
 
-def _real_dtype(dtype: torch.dtype) -> torch.dtype:
-    return dtype.to_real() if dtype.is_complex else dtype
-
-
-def _flat_reals(tensor: Tensor) -> Tensor:
-    """Return a contiguous tensor as one dimension of real numbers, two for each complex number."""
-    return tensor.view(-1).view(_real_dtype(tensor.dtype))
-
-
 def _check_tensors(tensors: Sequence[Tensor]) -> None:
     """Refuse tensors that have no mean or cannot be overwritten."""
     for number, tensor in enumerate(tensors):
         require_dense(tensor, "mean_", number)
-        if _real_dtype(tensor.dtype) not in SUM_DTYPES:
+        dtype = tensor.dtype
+        if (dtype.to_real() if dtype.is_complex else dtype) not in SUM_DTYPES:
             legal = ", ".join(str(dtype) for dtype in SUM_DTYPES)
             raise TypeError(
                 f"mean_ of {tensor.dtype} (tensor {number}, shape {tuple(tensor.shape)}): "

@@ -29,8 +29,8 @@ from dtrain.comm.wire_format import EXACT, WireFormat
 from dtrain.mesh import RankPosition
 from dtrain.objectives.base import ExecutionMode, Objective
 from dtrain.objectives.block_spec import BlockSpec
-from dtrain.objectives.messages import all_routes, make_message, message_spec
-from dtrain.schedules.actions import Action, Kind, Point, Route
+from dtrain.objectives.messages import all_routes, message_spec, skip_message
+from dtrain.schedules.actions import SKIP_PREFIX, Action, Kind, Point, Route
 from dtrain.schedules.messages import MessageTable
 
 
@@ -90,6 +90,7 @@ class Link:
     ) -> None:
         self.route = route
         self.once_per_update = route.once_per_update
+        self.is_skip = route.name.startswith(SKIP_PREFIX)
         self.spec = spec
         self.wire_format = wire_format
         self._senders = cycle(senders)
@@ -208,7 +209,10 @@ class MessageRouter:
             return
         for index in self.messages.outgoing(action):
             link = self.links[index]
-            tensor = make_message(self.objective, link.route, block, micro_batch)
+            if link.is_skip:
+                tensor = skip_message(link.route, micro_batch)
+            else:
+                tensor = self.objective.make_message(link.route, block, micro_batch)
             link.send(tensor, 0 if micro_batch is None else len(micro_batch.targets))
 
     def close(self) -> None:

@@ -40,7 +40,8 @@ def forward_micro_batch(
         x = objective.make_input(spec, block, micro_batch).detach()
         if block.inplace_layers and micro_batch.samples is not None:
             x = x.clone()  # a layer may write to its input, and others read the samples
-        micro_batch.skip_inputs = _skip_inputs(block, micro_batch)
+        if block.program is not None:
+            micro_batch.skip_inputs = _skip_inputs(block, micro_batch)
     if needs_input_gradient:
         for tensor in (x, *micro_batch.skip_inputs.values()):
             if tensor.is_floating_point():

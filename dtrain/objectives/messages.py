@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dtrain.block.block import BackwardPair, Block
+from dtrain.block.block import BackwardPair
 from dtrain.block.micro_batch import MicroBatch
 from dtrain.objectives.base import ExecutionMode, MessageSpec, Objective
 from dtrain.objectives.block_spec import BlockSpec
@@ -49,16 +49,14 @@ def all_routes(
     return (*routes, *forward, *back)
 
 
-def make_message(
-    objective: Objective, route: Route, block: Block, micro_batch: MicroBatch | None
-) -> Tensor:
-    """Return the tensor to send on a route after the action in which it starts."""
-    if micro_batch is not None and route.name.startswith(SKIP):
+def skip_message(route: Route, micro_batch: MicroBatch | None) -> Tensor:
+    """Return the tensor to send on the route of a skip, or of its gradient."""
+    assert micro_batch is not None
+    if route.name.startswith(SKIP):
         return micro_batch.skip_outputs[route.name.removeprefix(SKIP)].detach()
-    if micro_batch is not None and route.name.startswith(SKIP_GRADIENT):
-        skip = micro_batch.skip_inputs[_tensor_name(route)]
-        return torch.zeros_like(skip) if skip.grad is None else skip.grad
-    return objective.make_message(route, block, micro_batch)
+    skip = micro_batch.skip_inputs[_tensor_name(route)]
+    # A block whose loss ignores a skip sends zeros, since the receiver waits for a message.
+    return torch.zeros_like(skip) if skip.grad is None else skip.grad
 
 
 def message_spec(

@@ -253,10 +253,11 @@ class Sync(ABC):
                 self._start_reducer(block, weight, clock)
             missing = self.reducer.finish(missing)
             agreed = self.reducer.group is not None and block.may_skip_parameters
-            if may_differ(block, clock) and not agreed:
+            if not agreed and (block.may_skip_parameters or 0 in clock.rows_per_replica):
                 missing = self._agree_on_missing(block, missing, weight, clock)
         self.before_update(block.gradients(), weight, clock)
-        block.drop_gradients(missing)
+        if missing:
+            block.drop_gradients(missing)
 
     def averaging_group(self, weight: float, clock: UpdateClock) -> WeightedGroup | None:
         """Return the replicas over which `before_update` averages gradients, None for none.
@@ -329,11 +330,6 @@ class Sync(ABC):
     @abstractmethod
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Load the tensors that `state` returned; those of the block are loaded before."""
-
-
-def may_differ(block: Block, clock: UpdateClock) -> bool:
-    """Return whether replicas may have gradients of different parameters in an update."""
-    return block.may_skip_parameters or 0 in clock.rows_per_replica
 
 
 def require_at_least(key: str, value: float | None, minimum: float) -> None:

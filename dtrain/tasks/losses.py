@@ -79,6 +79,11 @@ class TorchLoss(Loss):
         A key of `torch_losses`.
     fields : mapping
         Arguments of the class; lists of numbers become tensors.
+
+    Attributes
+    ----------
+    counts_positions : bool
+        Whether integer targets are counted by weight or skipped.
     """
 
     def __init__(self, name: str, fields: Mapping[str, Any]) -> None:
@@ -87,14 +92,13 @@ class TorchLoss(Loss):
         self.tensors = {key: value for key, value in fields.items() if isinstance(value, tuple)}
         self.plain = {key: value for key, value in fields.items() if key not in self.tensors}
         self.modules = {} if self.tensors else {r: self._make(r, {}) for r in ("mean", "sum")}
-
-    @property
-    def counts_positions(self) -> bool:
-        """Whether integer targets are counted by weight or skipped."""
         counts = "weight" in self.tensors or "ignore_index" in self.plain
-        return self.name in COUNTING_LOSSES and counts
+        self.counts_positions = self.name in COUNTING_LOSSES and counts
 
     def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        if self.modules and not self.counts_positions:
+            loss: Tensor = self.modules["mean"](output, target)
+            return loss
         total = self.normaliser(target)
         if total is None:
             return self.reduced("mean", output, target)

@@ -205,7 +205,8 @@ class Task:
             A metric does not fit the targets, or a key needs classes.
         """
         task = copy.copy(self)
-        task.__dict__.pop("_metrics", None)
+        for name in ("_metrics", "kind", "counts_positions"):  # they depend on the targets
+            task.__dict__.pop(name, None)
         object.__setattr__(task, "target_spec", TargetSpec(tuple(shape), dtype, classes))
         if self.classes_last and not task.has_classes:
             raise ConfigError(
@@ -232,7 +233,7 @@ class Task:
             return "classes" if is_integer else "probabilities"
         return "decisions" if self.loss in DECISION_THRESHOLDS else "values"
 
-    @property
+    @cached_property
     def kind(self) -> Kind:
         """The kind of the targets."""
         return self.kind_of(not self.target_spec.dtype.is_floating_point)
@@ -268,7 +269,7 @@ class Task:
         """Whether a target has several positions, such as pixels."""
         return len(self.target_spec.shape) > (0 if self.kind == "classes" else 1)
 
-    @property
+    @cached_property
     def counts_positions(self) -> bool:
         """Whether the loss is a mean over counted positions, and not over samples."""
         loss = self._loss
@@ -324,7 +325,11 @@ class Task:
     def mean_loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Return the loss () of outputs for targets (rows, ...): a mean over the samples, or over
         the counted positions."""
-        return self._loss(self._classes_first(output), self._comparable(output, target))
+        if self.classes_last:
+            output = self._classes_first(output)
+        if self.kind != "classes":
+            target = self._comparable(output, target)
+        return self._loss(output, target)
 
     def loss_sum(self, output: Tensor, target: Tensor) -> tuple[float, float]:
         """Return the sum of the losses, and the number by which a mean divides it."""
@@ -342,8 +347,8 @@ class Task:
 
     def count(self, targets: Tensor) -> float:
         """Return the normaliser, or the number of rows."""
-        normaliser = self.normaliser(targets)
-        return float(len(targets)) if normaliser is None else normaliser
+        count = self._loss.normaliser(targets) if self.counts_positions else None
+        return float(len(targets)) if count is None else float(count)
 
     def output_gradient(self, output: Tensor, target: Tensor) -> Tensor:
         """Return the gradient at the output (rows, ...) of the *sum* of the losses: each sample's
