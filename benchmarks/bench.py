@@ -206,7 +206,7 @@ def spread(values: list[float]) -> float:
 def exit_if_incomplete(missing: int) -> None:
     """End this start if cells are missing, and print their number."""
     if missing:
-        print(f"{missing} cells are left: start again to go on", file=sys.stderr)
+        print(f"{missing} cells are not measured: start this script again", file=sys.stderr)
         sys.exit(0)
 
 

@@ -7,8 +7,8 @@ Set-up: digits, an MLP of ten residual units with LayerNorm, a stem and a head, 
 own, so that the gradient of block 0 has a delay of 22 updates; three epochs of batches of 4, SGD
 with momentum 0.99, a constant learning rate. Settings and learning rate were fixed beforehand. The
 learning rate is the best of four for SGD alone (`RATES`, by the mean test accuracy of six other
-seeds, measured again in each start); all variants use it. Each run has one rank, and two runs go on
-at a time: the layout does not change the trained model.
+seeds, measured again in each start); all variants use it. Each run has one rank, and two runs are
+trained at a time: the layout does not change the trained model.
 
 The momentum is high because the batch is small: 0.9 for batches of 32 is 0.987 for batches of 4
 (`scale-from`). With 0.9 the delay is longer than the momentum's time constant, and compensation

@@ -1,7 +1,7 @@
 """Export the trained weights of a run as one plain state dict, for the user's own module.
 
 Invariant: the file holds tensors under the names of the user's modules, nothing else but the
-statistics of the inputs where asked for. It is complete, or still the file that was there before.
+statistics of the inputs on request. A failed export leaves the previous file unchanged.
 
 ::
 

@@ -58,8 +58,8 @@ class TargetScan:
             sample = first_sample + int(np.argwhere(~np.isfinite(part))[0, 0])
             raise DataError(
                 "data.targets-not-finite",
-                f"{self.location}: the target of sample {sample} is not finite: mend it, or leave "
-                "the sample out",
+                f"{self.location}: the target of sample {sample} is not finite: correct it, or "
+                "remove the sample",
             )
         if self.kind != "classes":
             return

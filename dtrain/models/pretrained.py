@@ -146,7 +146,7 @@ def _open(path: Path) -> tuple[dict[str, tuple[int, ...]], Any]:
 
 @final
 class _SafeFile:
-    """The tensors of a `.safetensors` file, read when they are asked for."""
+    """The tensors of a `.safetensors` file, each read on access."""
 
     def __init__(self, file: Any) -> None:
         self._file = file

@@ -359,33 +359,26 @@ def infer_graph(
     dtype: torch.dtype,
 ) -> tuple[LayerSpec, ...]:
     """Infer the specs of the layers of a graph, which are run on meta, or else as copies."""
-    try:
-        layers = model.meta_layers(dtype)
-        modules = {name: m for layer in layers for name, m in _known(layer).items()}
-        return _infer_graph(graph, modules, layers, inputs, "meta")
-    except DtrainError:
-        raise
-    except Exception:  # not supported on meta, or a fault, which the copy repeats
-        built = [model.build([index], 0, dtype) for index in range(len(model.names))]
-        modules = {name: m for layer in built for name, m in layer.items()}
-        return _infer_graph(graph, modules, built, inputs, "cpu")
-
-
-def _known(layer: dict[str, nn.Module] | None) -> dict[str, nn.Module]:
-    if layer is None:
-        raise NotImplementedError("a layer that cannot be made on the meta device")
-    return layer
+    meta_layers = [layer for layer in model.meta_layers(dtype) if layer is not None]
+    if len(meta_layers) == len(model.names):
+        try:
+            return _infer_graph(graph, meta_layers, inputs, "meta")
+        except DtrainError:
+            raise
+        except Exception:  # not supported on meta, or a fault, which the copy repeats
+            pass
+    return _infer_graph(graph, model.build_each(range(len(model.names)), 0, dtype), inputs, "cpu")
 
 
 def _infer_graph(
     graph: ModelGraph,
-    modules: Mapping[str, nn.Module],
-    layers: Sequence[Mapping[str, nn.Module] | None],
+    layers: Sequence[Mapping[str, nn.Module]],
     inputs: Sequence[tuple[tuple[int, ...], torch.dtype]],
     device: str,
 ) -> tuple[LayerSpec, ...]:
     """Run the layers with two numbers of samples, and measure them with the smaller one."""
-    tensors = {name: t for layer in layers for name, t in free_tensors(layer or {}).items()}
+    modules = {name: module for layer in layers for name, module in layer.items()}
+    tensors = {name: t for layer in layers for name, t in free_tensors(layer).items()}
     runs = [
         {
             name: torch.zeros(rows, *shape, dtype=dtype, device=device)

@@ -58,16 +58,10 @@ class AuxHead(Objective):
         """Return the head of an earlier block: a module from the block's output
         (rows, *spec.output_shape) to a prediction (rows, *spec.scores_shape)."""
 
-    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+    def loss(self, output: Tensor, target: Tensor) -> Tensor | None:
         """Return the loss () of a head's output (rows, ...) for targets (rows, ...): a mean over
-        the rows. A subclass that does not write it learns the loss of the task."""
-        raise NotImplementedError
-
-    def head_loss(self, micro_batch: MicroBatch, output: Tensor) -> Tensor:
-        """Return the loss () of a head's output (rows, ...)."""
-        if type(self).loss is AuxHead.loss:
-            return micro_batch.task.mean_loss(output, micro_batch.targets)
-        return self.loss(output, micro_batch.targets)
+        the rows; None for the loss of the task."""
+        return None
 
     def routes(self, blocks: int, mode: ExecutionMode) -> tuple[Route, ...]:
         """Send activations forward, and in prediction the sum of the scores so far."""
@@ -79,7 +73,10 @@ class AuxHead(Objective):
         """Return the loss of the head, or in the last block that of the model."""
         if spec.is_last:
             return [loss_pair(micro_batch, micro_batch.y)]
-        loss = self.head_loss(micro_batch, self.predict(spec, block, micro_batch))
+        output, targets = self.predict(spec, block, micro_batch), micro_batch.targets
+        loss = self.loss(output, targets)
+        if loss is None:
+            loss = micro_batch.task.mean_loss(output, targets)
         return [scaled_loss_pair(micro_batch, loss)]
 
     def predict(self, spec: BlockSpec, block: Block, micro_batch: MicroBatch) -> Tensor:
