@@ -107,6 +107,13 @@ def _load_model(run: RunConfig, train: Dataset, task: Task) -> tuple[LayerStack,
         inputs=1 + len(train.other_inputs),
         open_names=run.open_modules(),
     )
+    for name in run.model_options.open:
+        if not any(layer.startswith(f"{name}.") for layer in model.names):
+            raise ConfigError(
+                "model.open-unknown",
+                f"[model] open: no layer is inside '{name}'; the layers are "
+                f"{', '.join(model.names)}: name a container of your module, or leave it out",
+            )
     if run.weights_path is not None:
         check_pretrained(PretrainedWeights(run.weights_path), model, run.model_options.strict)
     dtype = DTYPES[run.settings.dtype]

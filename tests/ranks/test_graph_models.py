@@ -205,6 +205,16 @@ def test_what_cannot_keep_copies_equal_is_refused(
         train_in_threads(run("tied", **changes), tmp_path, stages=3)
 
 
+def test_containers_that_the_run_file_opens(tmp_path: Path) -> None:
+    opened = {"name": "tests.graph_nets:nested", "open": ["0"]}
+    train_in_threads(run("nested", model=opened), tmp_path / "a", stages=3)
+    train_in_threads(run("nested"), tmp_path / "b", stages=3)
+    assert_close_model(tmp_path / "a", tmp_path / "b")
+    for name in ("features", "0.1"):
+        with refuses(ConfigError, "model.open-unknown"):
+            train_in_threads(run("nested", model=opened | {"open": [name]}), tmp_path / "c")
+
+
 def test_overwriting_a_skip_is_refused_where_a_cut_makes_it_a_copy(tmp_path: Path) -> None:
     model = {"name": "tests.graph_nets:overwrites_skip"}
     changes: dict[str, Any] = {"model": model, "objective__name": "backprop"}
