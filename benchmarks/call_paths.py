@@ -207,9 +207,9 @@ class Counter:
             for f in caller_frames(frame)
             if f.f_code.co_filename.startswith(self.package)
         ]
-        if ("train.py", "train") not in names:
+        if ("training.py", "train") not in names:
             return 0
-        inner = names[: names.index(("train.py", "train")) + 1]
+        inner = names[: names.index(("training.py", "train")) + 1]
         return sum(not name.endswith("comp>") and name != "<genexpr>" for _, name in inner)
 
     def _close_window(self) -> None:

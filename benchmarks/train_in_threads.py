@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dtrain.comm.backends.threads import run_ranks
 from dtrain.config.parse import read_run
-from dtrain.train import train
+from dtrain.training import train
 
 TIMEOUT_S = 7200.0
 

@@ -234,7 +234,7 @@ def _train(options: argparse.Namespace, comm: Comm) -> None:
     """Train, as one rank."""
     from dtrain.comm.agree import all_or_none
     from dtrain.config.parse import read_run
-    from dtrain.train import train
+    from dtrain.training import train
 
     run = all_or_none(comm, lambda: read_run(options.run, options.set))
     _check_launcher(run.mesh.stages, comm.size, options.run)
@@ -243,7 +243,7 @@ def _train(options: argparse.Namespace, comm: Comm) -> None:
 
 def _evaluate(options: argparse.Namespace, comm: Comm) -> None:
     """Evaluate, as one rank; rank 0 prints."""
-    from dtrain.evaluate import evaluate_run
+    from dtrain.evaluation import evaluate_run
     from dtrain.monitoring.summary import evaluation_text
 
     result = evaluate_run(options.folder, comm, options.split, options.set)

@@ -34,7 +34,7 @@ class RankPosition:
         `place[b]` is the stage of block b.
     """
 
-    mesh: Mesh
+    mesh: RankMesh
     replica: int
     stage: int
     place: tuple[int, ...]
@@ -67,7 +67,7 @@ PLACEMENTS = ("stages-in-node", "replicas-in-node")
 
 @final
 @dataclass(frozen=True)
-class Mesh:
+class RankMesh:
     """A mesh of `replicas` x `stages` ranks.
 
     Parameters
@@ -100,7 +100,7 @@ class Mesh:
     @classmethod
     def for_ranks(
         cls, ranks: int, stages: int | None = None, placement: str = PLACEMENTS[0]
-    ) -> Mesh:
+    ) -> RankMesh:
         """Return the mesh that uses all `ranks`; without `stages`, every rank is a stage.
 
         Raises

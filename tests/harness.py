@@ -26,7 +26,7 @@ from dtrain.config.run import RunConfig
 from dtrain.objectives import OBJECTIVES
 from dtrain.schedules import SCHEDULES
 from dtrain.syncs import SYNCS
-from dtrain.train import train
+from dtrain.training import train
 from tests.outcome import close, model
 
 FULL = os.environ.get("DTRAIN_FULL") == "1"

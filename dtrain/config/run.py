@@ -14,14 +14,14 @@ from pathlib import Path
 from dtrain.block.lr_schedule import LRSchedule
 from dtrain.block.optimizer import DEFAULT_LR, OptimizerSettings, scale_lr_and_momentum
 from dtrain.config.sections import (
-    CheckpointSection,
+    Checkpoint,
     DataSection,
-    EvaluateSection,
-    LogSection,
-    MeshSection,
+    Evaluate,
+    Log,
+    Mesh,
     ModelSection,
     OptimizerSection,
-    PartitionSection,
+    Partition,
     RunSection,
     StrategyChoice,
 )
@@ -60,17 +60,17 @@ class RunConfig:
     dataset: StrategyChoice
     model: StrategyChoice
     model_options: ModelSection
-    mesh: MeshSection
-    partition: PartitionSection
+    mesh: Mesh
+    partition: Partition
     objective: NamedStrategy[Objective]
     schedule: NamedStrategy[Schedule]
     sync: NamedStrategy[Sync]
     optimizer: StrategyChoice
     optimizer_options: OptimizerSection
     lr_schedule: NamedStrategy[LRSchedule]
-    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
-    evaluate: EvaluateSection = field(default_factory=EvaluateSection)
-    log: LogSection = field(default_factory=LogSection)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    log: Log = field(default_factory=Log)
     task: Task = DEFAULT_TASK
     optimizer_rest: StrategyChoice | None = None
 

@@ -67,7 +67,7 @@ class ModelSection:
 
 
 @dataclass(frozen=True)
-class MeshSection:
+class Mesh:
     """``[mesh]``: ranks along the model, and which axis stays inside a node."""
 
     stages: int | None = None
@@ -75,7 +75,7 @@ class MeshSection:
 
 
 @dataclass(frozen=True)
-class PartitionSection:
+class Partition:
     """``[partition]``: where blocks start, and how each is trained.
 
     Attributes
@@ -146,7 +146,7 @@ class OptimizerSection:
 
 
 @dataclass(frozen=True)
-class CheckpointSection:
+class Checkpoint:
     """``[checkpoint]``: after each epoch, and every `every` updates in it; the last `keep` stay."""
 
     every: int = 0
@@ -154,14 +154,14 @@ class CheckpointSection:
 
 
 @dataclass(frozen=True)
-class EvaluateSection:
+class Evaluate:
     """``[evaluate]``: epochs between two evaluations."""
 
     every: int = 1
 
 
 @dataclass(frozen=True)
-class LogSection:
+class Log:
     """``[log]``: seconds between two lines of progress."""
 
     every_s: float = 10.0

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dtrain.data.dataset import DatasetSplits, standardise
-from dtrain.data.digits import Digits
-from dtrain.data.hdf5 import Hdf5
+from dtrain.data.digits_set import Digits
+from dtrain.data.hdf5_set import Hdf5
 from dtrain.data.user import as_splits
 from dtrain.errors import unknown_name
 from dtrain.tasks.task import DEFAULT_TASK, Task

@@ -18,9 +18,9 @@ import torch
 from dtrain import partition
 from dtrain.comm.wire_format import WireFormat
 from dtrain.config.run import RunConfig
-from dtrain.config.sections import PartitionSection
+from dtrain.config.sections import Partition
 from dtrain.errors import ConfigError
-from dtrain.mesh import Mesh
+from dtrain.mesh import RankMesh
 from dtrain.models.flow import BlockFlow, BlockProgram, block_flows
 from dtrain.models.graph import ModelGraph, chain_graph
 from dtrain.models.layers import FactoryLayers, LayerStack
@@ -104,7 +104,7 @@ class Layout:
         The parameters that several blocks hold.
     """
 
-    mesh: Mesh
+    mesh: RankMesh
     model: LayerStack
     dtype: torch.dtype
     layer_specs: tuple[LayerSpec, ...]
@@ -187,7 +187,7 @@ def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: 
         The mesh, the partition or the schedule does not fit.
     """
     _check_stages(run, ranks)
-    mesh = Mesh.for_ranks(ranks, run.mesh.stages, run.mesh.placement)
+    mesh = RankMesh.for_ranks(ranks, run.mesh.stages, run.mesh.placement)
     dtype = DTYPES[run.settings.dtype]
     objective, schedule = run.objective.instance, run.schedule.instance
     shape = objective.model_input_shape(data_spec.sample_shape, data_spec.classes)
@@ -420,7 +420,7 @@ def _check_clip(run: RunConfig, schedule: Schedule) -> None:
 
 
 def _block_layouts(
-    block_costs: BlockCosts, layers: Sequence[range], section: PartitionSection
+    block_costs: BlockCosts, layers: Sequence[range], section: Partition
 ) -> tuple[BlockLayout, ...]:
     """Return the blocks. The last is made first, since a spec holds the next block's output."""
     blocks: list[BlockLayout] = []

@@ -9,7 +9,7 @@ import pytest
 
 from dtrain.comm.communicator import Comm
 from dtrain.syncs.never import Never
-from dtrain.train import train
+from dtrain.training import train
 from tests import tiny
 from tests.outcome import summary
 from tests.system.user import inflight

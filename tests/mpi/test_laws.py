@@ -15,7 +15,7 @@ from dtrain.objectives import OBJECTIVES
 from dtrain.schedules import SCHEDULES
 from dtrain.schedules.asynchronous import AsyncSchedule
 from dtrain.syncs import SYNCS
-from dtrain.train import train
+from dtrain.training import train
 from tests import tiny
 from tests.outcome import close, summary
 

@@ -12,7 +12,7 @@ from dtrain.comm.backends.threads import run_ranks
 from dtrain.config.run import RunConfig
 from dtrain.syncs import SYNCS
 from dtrain.syncs.base import UpdateClock
-from dtrain.train import train
+from dtrain.training import train
 
 
 def killed(run: RunConfig, out: Path, until: int, hosts: Sequence[str]) -> None:
@@ -27,6 +27,6 @@ def killed(run: RunConfig, out: Path, until: int, hosts: Sequence[str]) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kind, "before_update", failing)
-        patch.setattr("dtrain.train.REPORT_DELAY_S", 0.0)
+        patch.setattr("dtrain.training.REPORT_DELAY_S", 0.0)
         with pytest.raises(ZeroDivisionError):
             run_ranks(len(hosts), lambda comm: train(run, comm, out), hosts=hosts)

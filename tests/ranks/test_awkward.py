@@ -15,7 +15,7 @@ from dtrain.comm.backends.threads import run_ranks
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
 from dtrain.errors import CheckpointError, ConfigError, DataError, NumericalError
-from dtrain.train import train
+from dtrain.training import train
 from tests import tiny
 from tests.harness import FULL, train_in_threads
 from tests.outcome import break_off, model, summary

@@ -13,7 +13,7 @@ from dtrain.checkpoint.resume import check_saved_data
 from dtrain.comm.backends.threads import run_ranks
 from dtrain.config.run import RunConfig
 from dtrain.errors import ConfigError
-from dtrain.evaluate import evaluate_run
+from dtrain.evaluation import evaluate_run
 from tests import user_nets
 from tests.harness import train_in_threads
 from tests.refusals import refuses

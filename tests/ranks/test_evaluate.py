@@ -18,7 +18,7 @@ from dtrain.comm.backends.threads import run_ranks
 from dtrain.comm.communicator import Comm
 from dtrain.data.sampler import BatchSplitter
 from dtrain.errors import CheckpointError, ConfigError, DtrainError
-from dtrain.evaluate import evaluate_run, evaluation_batches
+from dtrain.evaluation import evaluate_run, evaluation_batches
 from dtrain.monitoring.summary import evaluation_text
 from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.mono_forward import MonoForward

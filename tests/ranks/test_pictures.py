@@ -19,7 +19,7 @@ from dtrain.models import load_model
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.local_head import LocalHead
 from dtrain.rng import seeded
-from dtrain.train import train
+from dtrain.training import train
 from tests import pictures
 from tests.outcome import model
 

@@ -30,7 +30,7 @@ from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
 from dtrain.data.sampler import epoch_order
 from dtrain.errors import DtrainError
-from dtrain.mesh import Mesh
+from dtrain.mesh import RankMesh
 from dtrain.objectives import OBJECTIVES
 from dtrain.planning.plan import Plan, make_plan
 from dtrain.schedules import SCHEDULES
@@ -103,7 +103,7 @@ def cell_plan(objective: str, schedule: str, stages: int, replicas: int, micros:
     base, run = base_plan(objective), cell_run(objective, schedule, stages, micros)
     kind, count = run.schedule.instance, run.settings.micro_batches
     place = kind.assign_stages([block.cost for block in base.layout.block_layouts], stages)
-    mesh = Mesh.for_ranks(stages * replicas, stages, run.mesh.placement)
+    mesh = RankMesh.for_ranks(stages * replicas, stages, run.mesh.placement)
     layout = replace(base.layout, mesh=mesh, schedule=kind, place=place)
     splitter = replace(base.batch_splitter, replicas=replicas, micro_batches=count)
     return replace(base, run=run.resolve(3, stages), layout=layout, batch_splitter=splitter)

@@ -17,7 +17,7 @@ from dtrain.comm.backends import threads
 from dtrain.comm.backends.single import SingleBackend
 from dtrain.comm.communicator import Comm
 from dtrain.errors import ConfigError
-from dtrain.train import train
+from dtrain.training import train
 from tests import tiny
 from tests.process import start
 from tests.refusals import refuses

@@ -15,7 +15,7 @@ from dtrain.config.run import RunConfig
 from dtrain.data import load_data
 from dtrain.data.sampler import epoch_order
 from dtrain.errors import ConfigError
-from dtrain.evaluate import evaluate_run
+from dtrain.evaluation import evaluate_run
 from dtrain.models import load_model
 from dtrain.planning.memory_plan import MemoryPlan
 from dtrain.planning.plan import make_plan

@@ -15,7 +15,7 @@ import pytest
 from dtrain.comm.backends.threads import run_ranks
 from dtrain.config.parse import read_run
 from dtrain.config.run import RunConfig
-from dtrain.evaluate import evaluate_run
+from dtrain.evaluation import evaluate_run
 from dtrain.schema import dump_toml
 from dtrain.user_code import import_object
 from tests import tiny

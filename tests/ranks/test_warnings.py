@@ -15,7 +15,7 @@ from dtrain.objectives.local_head import LocalHead
 from dtrain.objectives.mono_forward import MonoForward
 from dtrain.planning.plan import Plan, make_plan
 from dtrain.planning.warnings import plan_warnings
-from dtrain.train import train
+from dtrain.training import train
 from tests import tiny
 
 DEEP: dict[str, Any] = {"model": {"name": "mlp", "widths": [60, 60, 60, 60, 60]}}

@@ -14,13 +14,13 @@ from dtrain.block.lr_schedule import ConstantLR, CosineLR
 from dtrain.config.parse import parse_run, read_run
 from dtrain.config.renamed_keys import translate_old_keys
 from dtrain.config.sections import (
-    CheckpointSection,
+    Checkpoint,
     DataSection,
-    EvaluateSection,
-    LogSection,
-    MeshSection,
+    Evaluate,
+    Log,
+    Mesh,
     OptimizerSection,
-    PartitionSection,
+    Partition,
     RunSection,
 )
 from dtrain.errors import ConfigError
@@ -227,12 +227,12 @@ def test_the_guide_lists_every_key_with_its_default() -> None:
     sections = {
         "": RunSection,
         "[data] ": DataSection,
-        "[mesh] ": MeshSection,
-        "[partition] ": PartitionSection,
+        "[mesh] ": Mesh,
+        "[partition] ": Partition,
         "[optimizer] ": OptimizerSection,
-        "[checkpoint] ": CheckpointSection,
-        "[evaluate] ": EvaluateSection,
-        "[log] ": LogSection,
+        "[checkpoint] ": Checkpoint,
+        "[evaluate] ": Evaluate,
+        "[log] ": Log,
     }
     defaults = {
         f"{section}{kebab(field.name)}": "" if field.default is None else toml_text(field.default)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain.data import hdf5, load_data
+from dtrain.data import hdf5_set, load_data
 from dtrain.data.dataset import (
     ArrayDataset,
     Dataset,
@@ -117,7 +117,7 @@ def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_hdf5_returns_the_written_samples(
     folder: Path, in_memory: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hdf5, "fits_in_memory", lambda size: in_memory)
+    monkeypatch.setattr(hdf5_set, "fits_in_memory", lambda size: in_memory)
     train = load_data("hdf5", FILES, folder, normalise=False).train
     assert (train.size, train.shape, train.classes) == (300, (3, 4, 5), 7)
     for indices in (RNG.permutation(300)[:128], np.array([5]), np.array([299, 0, 299]), []):
@@ -148,7 +148,7 @@ def test_labels_and_shape_are_known_without_images(
     def fail(*_: object) -> Tensor:
         raise AssertionError("images were read")
 
-    monkeypatch.setattr(hdf5, "to_float_tensor", fail)
+    monkeypatch.setattr(hdf5_set, "to_float_tensor", fail)
     splits = load_data("hdf5", FILES, folder)
     assert (splits.train.shape, splits.test.classes) == ((3, 4, 5), 7)
     assert splits.train.targets([8, 0]).tolist() == [1, 0]
@@ -294,11 +294,11 @@ def test_keys_of_hdf5(folder: Path) -> None:
 
 
 def test_memory_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hdf5, "available_bytes", lambda: 8000)
-    assert hdf5.fits_in_memory(1000)
-    assert not hdf5.fits_in_memory(1001)
-    monkeypatch.setattr(hdf5, "available_bytes", lambda: 2**50)
-    assert not hdf5.fits_in_memory(2**33)
+    monkeypatch.setattr(hdf5_set, "available_bytes", lambda: 8000)
+    assert hdf5_set.fits_in_memory(1000)
+    assert not hdf5_set.fits_in_memory(1001)
+    monkeypatch.setattr(hdf5_set, "available_bytes", lambda: 2**50)
+    assert not hdf5_set.fits_in_memory(2**33)
 
 
 # A user's own data

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from dtrain.comm.backends import threads
-from dtrain.data import hdf5, load_data
+from dtrain.data import hdf5_set, load_data
 from dtrain.data.augment import CropFlip
 from dtrain.data.dataset import ArrayDataset, Dataset
 from dtrain.data.loader import Loader
@@ -150,7 +150,7 @@ def test_hdf5_from_disk_is_slow_and_the_same(
         file["y"] = np.arange(60) % 2
     segments = []
     for in_memory in (True, False):
-        monkeypatch.setattr(hdf5, "fits_in_memory", lambda size, fits=in_memory: fits)
+        monkeypatch.setattr(hdf5_set, "fits_in_memory", lambda size, fits=in_memory: fits)
         dataset = load_data("hdf5", {"train": "a.h5", "test": "a.h5"}, tmp_path).train
         assert dataset.slow is not in_memory
         segments.append(read_segment(Loader(dataset, torch.float32, CropFlip(0))))

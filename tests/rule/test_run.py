@@ -22,7 +22,7 @@ from dtrain.data.sampler import BatchSplitter
 from dtrain.errors import ConfigError
 from dtrain.monitoring.run_totals import slowest_rank
 from dtrain.schedules.segments import TrainingLength
-from dtrain.train import train
+from dtrain.training import train
 from tests import tiny
 from tests.refusals import refuses
 

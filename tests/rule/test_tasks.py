@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.testing import assert_close
 
-from dtrain.data import hdf5, load_data
+from dtrain.data import hdf5_set, load_data
 from dtrain.data.dataset import ArrayDataset, DatasetSplits, standardise, torch_dtype
 from dtrain.data.user import as_splits
 from dtrain.errors import ConfigError, DataError
@@ -496,8 +496,8 @@ def open_hdf5(folder: Path, task: Task) -> DatasetSplits:
 def test_targets_of_a_file_are_checked_and_read_part_by_part(
     in_memory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hdf5, "available_bytes", lambda: 2**30 if in_memory else 8)
-    monkeypatch.setattr(hdf5, "SAMPLES_PER_READ", 4)
+    monkeypatch.setattr(hdf5_set, "available_bytes", lambda: 2**30 if in_memory else 8)
+    monkeypatch.setattr(hdf5_set, "SAMPLES_PER_READ", 4)
     y = np.random.default_rng(0).integers(0, 4, (9, 5))
     y[6, 2] = 255
     write(tmp_path, y)

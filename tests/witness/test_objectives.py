@@ -22,7 +22,7 @@ from dtrain.objectives.ccl import Ccl
 from dtrain.objectives.pepita import Pepita
 from dtrain.schedules import SCHEDULES
 from dtrain.schedules.drained import Drained
-from dtrain.train import train
+from dtrain.training import train
 from tests import tiny
 from tests.outcome import close, model
 from tests.refusals import refuses

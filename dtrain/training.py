@@ -39,7 +39,7 @@ from dtrain.data.dataset import Standardised
 from dtrain.data.sampler import epoch_order
 from dtrain.engine.trace import TRACE_FILE, Trace
 from dtrain.errors import ConfigError, DtrainError, Interrupted, add_location, one_line
-from dtrain.evaluate import EvalWeights, evaluate_weights, evaluation_weights
+from dtrain.evaluation import EvalWeights, evaluate_weights, evaluation_weights
 from dtrain.layer_notes import layer_notes
 from dtrain.monitoring.progress import Progress
 from dtrain.monitoring.run_totals import RunTotals
