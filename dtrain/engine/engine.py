@@ -330,7 +330,7 @@ class Engine:
                 raise NumericalError(
                     "training.loss-not-finite", f"the loss of block {index} is {loss}: {advice}"
                 )
-            self.metric_sums.add_loss(index, loss * count)
+            self.metric_sums.add_loss(index, loss * count, count)
         for name, mean in micro_batch.metrics.items():
             self.metric_sums.add_metric(index, name, float(mean) * rows)
 

@@ -125,7 +125,7 @@ class Evaluator:
         """Add the loss and the right predictions of a block; of the last one the metrics, too."""
         task = self.engine_spec.task
         loss, weight = task.loss_sum(scores, targets)
-        metric_sums.add_loss(spec.index, loss)
+        metric_sums.add_loss(spec.index, loss, weight)
         if task.has_classes:
             correct, _ = task.correct(scores, targets)
             metric_sums.correct[spec.index] = metric_sums.correct.get(spec.index, 0) + correct
