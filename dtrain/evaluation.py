@@ -107,7 +107,11 @@ def evaluation_batches(size: int, batch_splitter: BatchSplitter) -> list[Indices
 
 
 def evaluate_run(
-    folder: Path, comm: Comm, split: SplitName = "test", overrides: Sequence[str] = ()
+    folder: Path,
+    comm: Comm,
+    split: SplitName = "test",
+    overrides: Sequence[str] = (),
+    run: RunConfig | None = None,
 ) -> dict[str, Any]:
     """Evaluate the newest complete checkpoint of a run. Collective over `comm`.
 
@@ -121,6 +125,8 @@ def evaluate_run(
         "test" or "train"; samples are read in order, without augmentation.
     overrides : sequence of str
         ``KEY=VALUE``: keys of [data], `device` or `threads`.
+    run : RunConfig, optional
+        In place of the folder's `run.toml`, where that names objects that cannot be imported.
 
     Raises
     ------
@@ -131,9 +137,9 @@ def evaluate_run(
     DataError
         The data are missing or do not fit the model.
     """
-    run = all_or_none(comm, lambda: _read_run(folder, overrides))
-    set_threads(run, comm)
-    plan = all_or_none(comm, lambda: make_plan(_fit_stages(run, comm.size), comm.size))
+    config = all_or_none(comm, lambda: _read_run(folder, overrides, run))
+    set_threads(config, comm)
+    plan = all_or_none(comm, lambda: make_plan(_fit_stages(config, comm.size), comm.size))
     check_same_layout(plan, comm)
     check_same_data(plan, comm)
     job = build_rank(plan, comm)
@@ -186,7 +192,7 @@ def _use_saved_statistics(manifest: Manifest, job: RankJob) -> None:
             split.use_statistics(statistics)
 
 
-def _read_run(folder: Path, overrides: Sequence[str]) -> RunConfig:
+def _read_run(folder: Path, overrides: Sequence[str], run: RunConfig | None) -> RunConfig:
     """Return the resolved run of a folder, with the overrides that an evaluation may have."""
     for override in overrides:
         key = override.partition("=")[0].strip()
@@ -196,7 +202,9 @@ def _read_run(folder: Path, overrides: Sequence[str]) -> RunConfig:
                 f"--set {override} would change the trained model: set only data.*, "
                 f"{' or '.join(OVERRIDABLE_KEYS)}",
             )
-    newest_checkpoint(folder)
+    run_table = newest_checkpoint(folder).run_table
+    if run is not None:
+        return run.with_checkpoint_blocks(run_table)
     return read_resolved_run(folder / "run.toml", overrides)
 
 

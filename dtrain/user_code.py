@@ -20,6 +20,14 @@ from dtrain.schema import kebab, unknown_key
 PATTERN = "package.module:function"
 
 
+OBJECT_MODULE = "object"
+"""The module in the name of an object that no module defines."""
+
+
+_REGISTERED: dict[tuple[str, str], Any] = {}
+"""Objects of runs that were made in this process, by name and fingerprint."""
+
+
 def import_object(target: str, folder: Path, kind: str) -> Callable[..., Any]:
     """Import the module that `target` names and return its function or class.
 
@@ -40,6 +48,12 @@ def import_object(target: str, folder: Path, kind: str) -> Callable[..., Any]:
         The target is malformed, the module or the function is missing, or it cannot be called.
     """
     name, _, function = target.partition(":")
+    if name == OBJECT_MODULE or "<" in function:
+        raise ConfigError(
+            "user-code.object-only",
+            f"{kind} '{target}' was given as a Python object that no module defines by name: use "
+            "it in the script that made it, or define it at the top of a module",
+        )
     if "-" in name and all(part.isidentifier() for part in name.replace("-", "_").split(".")):
         raise ConfigError(
             "user-code.module-name-hyphen",
@@ -61,16 +75,50 @@ def import_object(target: str, folder: Path, kind: str) -> Callable[..., Any]:
     return imported  # type: ignore[no-any-return]
 
 
+def register_object(value: Any) -> tuple[str, str]:
+    """Return name and fingerprint of an object, by which `registered_object` finds it."""
+    key = object_name(value), fingerprint(value)
+    _REGISTERED[key] = value
+    return key
+
+
+def registered_object(name: str, fingerprint: str) -> Any:
+    """Return the object of a run that was made in this process; None: it is to be imported.
+
+    Objects of the script are not imported, since that would run the script again.
+    """
+    module, _, function = name.partition(":")
+    if module not in (OBJECT_MODULE, _script_name()) and "<" not in function:
+        return None
+    return _REGISTERED.get((name, fingerprint))
+
+
+def fingerprint(value: Any) -> str:
+    """Return a hash of an object that its name does not identify, else ""."""
+    return ""
+
+
 def object_name(kind: Callable[..., Any]) -> str:
     """Return the name under which `import_object` finds a class or a function again.
 
     The script that Python runs is the module `__main__`; its classes are named by its file.
     """
+    if not hasattr(kind, "__qualname__"):
+        return f"{OBJECT_MODULE}:{type(kind).__name__}"
     module = kind.__module__
-    if module == "__main__":
-        file = getattr(sys.modules["__main__"], "__file__", None)
-        module = Path(file).stem if file else module
-    return f"{module}:{kind.__qualname__}"
+    return f"{_script_name() if module == '__main__' else module}:{kind.__qualname__}"
+
+
+def _script_name() -> str:
+    """Return the name as which other processes import the script that Python runs."""
+    file = script_file()
+    return "__main__" if file is None else file.stem
+
+
+def script_file() -> Path | None:
+    """Return the script that Python runs; None in an interactive session."""
+    file = getattr(sys.modules.get("__main__"), "__file__", None)
+    return None if file is None else Path(file).resolve()
 
 
 def _import_module(name: str, folder: Path, description: str) -> ModuleType:

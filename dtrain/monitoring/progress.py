@@ -322,7 +322,8 @@ def _next_command(plan: Plan, ranks: int, out: Path) -> str:
     depends on the length; it can be pasted into a shell."""
     program = Path(sys.prefix) / "bin" / "dtrain"
     command = [str(program) if program.exists() else "dtrain"]
-    if any(length_dependent_parts(plan.run)):
+    is_run_file = plan.run.path.suffix == ".toml"
+    if any(length_dependent_parts(plan.run)) or not is_run_file:
         return shlex.join([*command, "evaluate", str(out)])
     command += ["train", str(plan.run.path)]
     command += ["--ranks", str(ranks)] if ranks > 1 else []

@@ -66,6 +66,7 @@ def make_plan(run: RunConfig, ranks: int) -> Plan:
         run.folder,
         normalise=run.data.normalise,
         task=run.task,
+        target=run.dataset.target,
     )
     train = samples.train
     task = run.task.bind(train.target_shape, train.target_dtype, train.classes)
@@ -106,6 +107,7 @@ def _load_model(run: RunConfig, train: Dataset, task: Task) -> tuple[LayerStack,
         train.classes,
         inputs=1 + len(train.other_inputs),
         open_names=run.open_modules(),
+        target=run.model.target,
     )
     for name in run.model_options.open:
         if not any(layer.startswith(f"{name}.") for layer in model.names):
