@@ -30,7 +30,7 @@ COMMON_KEYS = ("normalise", "shuffle", "augment")
 
 
 def digits(**keys: Any) -> DataTable:
-    """Return the handwritten digits of scikit-learn: 1,437 and 360 samples of (1, 8, 8), 10 classes.
+    """Return the digits of scikit-learn: 1,437 and 360 samples of (1, 8, 8) in 10 classes.
 
     Parameters
     ----------
