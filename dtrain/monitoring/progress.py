@@ -188,8 +188,9 @@ class Progress:
         if self.first_update >= self.total_updates:
             print(self._already_finished_text())
         print()
+        result = f"test {self._result_text(summary)}" if summary["metrics"] else summary["status"]
         print(
-            f"test {self._result_text(summary)} after {pluralise(summary['updates'], 'update')} "
+            f"{result} after {pluralise(summary['updates'], 'update')} "
             f"({pluralise(summary['epochs'], 'epoch')}), {summary['wall_s']:.1f} s"
         )
         if summary["low_rank"]:
