@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,14 @@ from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.base import Objective
 from dtrain.schedules import SCHEDULES
 from dtrain.schedules.base import Schedule
-from dtrain.schema import Table, build_strategy, canonical_name, strategy_name, to_table
+from dtrain.schema import (
+    Table,
+    as_dataclass,
+    build_strategy,
+    canonical_name,
+    strategy_name,
+    to_table,
+)
 from dtrain.syncs import SYNCS
 from dtrain.syncs.base import Sync
 from dtrain.user_code import import_object, object_name
@@ -86,8 +92,7 @@ def read_strategy(section: str, table: Table, folder: Path) -> NamedStrategy[Any
 def name_strategy(section: str, instance: T) -> NamedStrategy[T]:
     """Return a strategy that was made in Python with the name that a run file gives it."""
     names = [name for name, kind in BUILT_IN[section].items() if kind is type(instance)]
-    kind = _as_dataclass(type(instance))
-    return NamedStrategy(names[0] if names else object_name(kind), instance)
+    return NamedStrategy(names[0] if names else object_name(type(instance)), instance)
 
 
 def _with_canonical_names(table: Table, legal_names: Iterable[str]) -> Table:
@@ -109,17 +114,4 @@ def _import_strategy(section: str, name: str, folder: Path) -> type[Any]:
             f"[{section}] '{name}' is not derived from {base.__module__}.{base.__name__}: "
             "derive it",
         )
-    return _as_dataclass(kind)
-
-
-def _as_dataclass(kind: type[T]) -> type[T]:
-    """Make a class a dataclass, if its author did not, so that its annotations are fields.
-
-    A class without annotations keeps the `__init__` that it inherits.
-    """
-    if "__dataclass_fields__" in vars(kind):
-        return kind
-    parameters = getattr(kind, "__dataclass_params__", None)
-    frozen = parameters is not None and parameters.frozen
-    init = "__annotations__" in vars(kind)
-    return dataclasses.dataclass(kind, init=init, frozen=frozen, eq=frozen)
+    return as_dataclass(kind)
