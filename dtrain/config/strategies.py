@@ -23,7 +23,7 @@ from dtrain.schema import (
 )
 from dtrain.syncs import SYNCS
 from dtrain.syncs.base import Sync
-from dtrain.user_code import import_object, object_name
+from dtrain.user_code import fingerprint, import_object, is_importable, object_name
 
 T = TypeVar("T")
 
@@ -62,8 +62,15 @@ class NamedStrategy(Generic[T]):
     instance: T
 
     def to_table(self) -> Table:
-        """Return the table of a run file that makes this strategy, defaults included."""
-        return {"name": self.name} | to_table(self.instance)
+        """Return the table of a run file that makes this strategy, defaults included.
+
+        A class that no run file can name has the key `fingerprint`, which another class of the same
+        name does not have.
+        """
+        table, kind = {"name": self.name} | to_table(self.instance), type(self.instance)
+        if ":" in self.name and not is_importable(kind):
+            table["fingerprint"] = fingerprint(kind)
+        return table
 
 
 def read_strategy(section: str, table: Table, folder: Path) -> NamedStrategy[Any]:

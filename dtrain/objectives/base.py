@@ -265,9 +265,7 @@ class Objective(Strategy, ABC):
         ``micro_batch.received``.
         """
 
-    def after_update(
-        self, spec: BlockSpec, block: Block, received: Mapping[str, Tensor]
-    ) -> None:
+    def after_update(self, spec: BlockSpec, block: Block, received: Mapping[str, Tensor]) -> None:
         """Run after the optimizer step; `received` holds the messages to the update, by route
         name."""
 
