@@ -16,14 +16,13 @@ from dtrain.checkpoint.export import load_state_dict
 from dtrain.comm.agree import all_or_none
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
-from dtrain.errors import ConfigError
 from dtrain.evaluation import SplitName, evaluate_run
 from dtrain.planning import report as plan_report
 from dtrain.planning.cost_file import CostFile, read_cost_file
 from dtrain.planning.plan import Plan, make_plan
 from dtrain.rank_process import init
 from dtrain.run import Run
-from dtrain.session import Callback, Session
+from dtrain.session import Callback, Session, run_of_folder
 from dtrain.training import train_session
 
 
@@ -180,14 +179,15 @@ def evaluate(
     set : sequence of str
         ``KEY=VALUE`` with keys of [data], `device`, `threads` or `task.metrics`.
     run : Run, optional
-        The run itself, where its model or data are objects that no other process can import.
+        The run itself, where its model or data are objects that cannot be imported. Not needed in
+        the process that trained it.
 
     Raises
     ------
     DtrainError
         There is no run, no checkpoint, or a key may not be set.
     """
-    return Metrics(evaluate_run(Path(folder), init(), split, set, _config(run)))
+    return Metrics(evaluate_run(Path(folder), init(), split, set, _config(run, Path(folder))))
 
 
 def export(
@@ -212,7 +212,5 @@ def read_together(path: Path, overrides: Sequence[str], comm: Comm) -> Run:
     return all_or_none(comm, lambda: Run.read(path, overrides))
 
 
-def _config(run: Run | None) -> RunConfig | None:
-    if run is not None and not isinstance(run, Run):
-        raise ConfigError("api.no-run", f"run = {run!r} is not a dtrain.Run")
-    return None if run is None else run.config
+def _config(run: Run | None, folder: Path) -> RunConfig | None:
+    return run_of_folder(folder) if run is None else run.config

@@ -203,7 +203,7 @@ def _read_run(folder: Path, overrides: Sequence[str], run: RunConfig | None) -> 
                 f"{' or '.join(OVERRIDABLE_KEYS)}",
             )
     run_table = newest_checkpoint(folder).run_table
-    if run is not None:
+    if run is not None and not overrides:
         return run.with_checkpoint_blocks(run_table)
     return read_resolved_run(folder / "run.toml", overrides)
 

@@ -21,12 +21,12 @@ from dtrain.config.run import RUN_FILE_HEADER, RunConfig
 from dtrain.config.sections import Checkpoint, Evaluate, Log, Mesh, Partition
 from dtrain.data.dataset import DatasetSplits
 from dtrain.errors import ConfigError
+from dtrain.object_names import script_file
 from dtrain.objectives.base import Objective
 from dtrain.schedules.base import Schedule
 from dtrain.schema import Table, kebab, to_table
 from dtrain.syncs.base import Sync
 from dtrain.tasks.task import Task
-from dtrain.user_code import script_file
 
 RunTable: TypeAlias = Mapping[str, Any]
 """A table as in a run file; `name` may also be the object itself, and keys have _ or -."""

@@ -88,6 +88,15 @@ Callback = Callable[["Session", Event], object]
 """A function that a session calls on all ranks."""
 
 
+_RUNS: dict[Path, RunConfig] = {}
+"""The runs of this process by their folders: their objects cannot always be imported."""
+
+
+def run_of_folder(folder: Path) -> RunConfig | None:
+    """Return the run that a session of this process trained into a folder."""
+    return _RUNS.get(folder.resolve())
+
+
 class Session:
     """One training of a run into a folder. Every method but `losses` is collective.
 
@@ -185,6 +194,7 @@ class Session:
         )
         all_or_none(comm, lambda: run_folder.check_visible(out, comm.hosts[comm.rank]))
         comm.flight.set_folder(out / run_folder.FLIGHT_FOLDER)
+        _RUNS[out.resolve()] = plan.run
         self._job = job = build_rank(plan, comm)
         self._fingerprint: Table = {"model": job.model_fingerprint, "data": data_fingerprint}
         all_or_none(comm, lambda: check_same_model(point.fingerprint, job.model_fingerprint))

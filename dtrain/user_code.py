@@ -1,7 +1,9 @@
-"""Import user code by name: `"package.module:function"`, found beside the run file first.
+"""Import user code by name, `"package.module:function"`, and find objects given in Python.
 
 Invariant: a missing module or function is a `ConfigError` that names the places of the search. An
-exception inside a module that is imported is the user's own error and keeps its traceback.
+exception inside a module that is imported is the user's own error and keeps its traceback. An
+object that no import finds again has a fingerprint, the same in every process that runs the same
+code.
 """
 
 from __future__ import annotations
@@ -15,13 +17,18 @@ from types import ModuleType
 from typing import Any
 
 from dtrain.errors import ConfigError
+from dtrain.fingerprint import fingerprint
+from dtrain.object_names import find_attribute, is_importable, module_name, object_name
 from dtrain.schema import kebab, unknown_key
 
 PATTERN = "package.module:function"
 
 
-OBJECT_MODULE = "object"
-"""The module in the name of an object that no module defines."""
+ARRAYS = "arrays"
+"""The name of data that were given in Python."""
+
+
+_AMBIGUOUS = object()
 
 
 _REGISTERED: dict[tuple[str, str], Any] = {}
@@ -48,24 +55,24 @@ def import_object(target: str, folder: Path, kind: str) -> Callable[..., Any]:
         The target is malformed, the module or the function is missing, or it cannot be called.
     """
     name, _, function = target.partition(":")
-    if name == OBJECT_MODULE or "<" in function:
-        raise ConfigError(
-            "user-code.object-only",
-            f"{kind} '{target}' was given as a Python object that no module defines by name: use "
-            "it in the script that made it, or define it at the top of a module",
-        )
     if "-" in name and all(part.isidentifier() for part in name.replace("-", "_").split(".")):
         raise ConfigError(
             "user-code.module-name-hyphen",
             f"{kind} '{target}': Python cannot import a module whose name has a hyphen: rename "
             f"the file to {name.replace('-', '_').replace('.', '/')}.py",
         )
-    if not all(part.isidentifier() for part in [*name.split("."), function]):
+    if "<" in function:  # as in "script:main.<locals>.Focal"
+        raise ConfigError(
+            "user-code.local-object",
+            f"{kind} '{target}' was defined inside a function, where no run file finds it: start "
+            "the Python script that defines it, or define it at the top of its module",
+        )
+    if not all(part.isidentifier() for part in [*name.split("."), *function.split(".")]):
         raise ConfigError(
             "user-code.malformed-name", f"{kind} '{target}' is not of the form '{PATTERN}'"
         )
     module = _import_module(name, folder.resolve(), f"{kind} '{target}'")
-    imported = getattr(module, function, None)
+    imported = find_attribute(module, function)
     if not callable(imported):
         file = getattr(module, "__file__", None) or "a built-in module"
         raise ConfigError(
@@ -76,49 +83,56 @@ def import_object(target: str, folder: Path, kind: str) -> Callable[..., Any]:
 
 
 def register_object(value: Any) -> tuple[str, str]:
-    """Return name and fingerprint of an object, by which `registered_object` finds it."""
-    key = object_name(value), fingerprint(value)
-    _REGISTERED[key] = value
+    """Return name and fingerprint of an object, by which `registered_object` finds it.
+
+    The fingerprint is empty where the name identifies the object. Data that are no function are
+    named `ARRAYS`: the contents of a data set are compared apart from its name.
+    """
+    key = object_name(value), "" if is_importable(value) else fingerprint(value)
+    _register(key, value)
     return key
+
+
+def register_arrays(value: Any) -> str:
+    """Return the name of data that were given in Python."""
+    _register((ARRAYS, ""), value)
+    return ARRAYS
 
 
 def registered_object(name: str, fingerprint: str) -> Any:
     """Return the object of a run that was made in this process; None: it is to be imported.
 
     Objects of the script are not imported, since that would run the script again.
+
+    Raises
+    ------
+    ConfigError
+        Several objects of this process have that name.
     """
-    module, _, function = name.partition(":")
-    if module not in (OBJECT_MODULE, _script_name()) and "<" not in function:
+    if not fingerprint and name != ARRAYS and name.partition(":")[0] != module_name("__main__"):
         return None
-    return _REGISTERED.get((name, fingerprint))
+    found = _REGISTERED.get((name, fingerprint))
+    if found is _AMBIGUOUS:
+        raise ConfigError(
+            "user-code.object-ambiguous",
+            f"several runs of this process were given '{name}': pass the run, too (run=...)",
+        )
+    return found
 
 
-def fingerprint(value: Any) -> str:
-    """Return a hash of an object that its name does not identify, else ""."""
-    return ""
+def require_object(target: object, name: str, fingerprint: str, kind: str) -> None:
+    """Refuse an object that was given in Python in another process and cannot be imported."""
+    if target is None and (fingerprint or name == ARRAYS):
+        raise ConfigError(
+            "user-code.object-only",
+            f"{kind} '{name}' was given as a Python object that no other process can import: use "
+            "the run in the script that made it, or define the object at the top of a module",
+        )
 
 
-def object_name(kind: Callable[..., Any]) -> str:
-    """Return the name under which `import_object` finds a class or a function again.
-
-    The script that Python runs is the module `__main__`; its classes are named by its file.
-    """
-    if not hasattr(kind, "__qualname__"):
-        return f"{OBJECT_MODULE}:{type(kind).__name__}"
-    module = kind.__module__
-    return f"{_script_name() if module == '__main__' else module}:{kind.__qualname__}"
-
-
-def _script_name() -> str:
-    """Return the name as which other processes import the script that Python runs."""
-    file = script_file()
-    return "__main__" if file is None else file.stem
-
-
-def script_file() -> Path | None:
-    """Return the script that Python runs; None in an interactive session."""
-    file = getattr(sys.modules.get("__main__"), "__file__", None)
-    return None if file is None else Path(file).resolve()
+def _register(key: tuple[str, str], value: Any) -> None:
+    is_known = _REGISTERED.get(key, value) is value
+    _REGISTERED[key] = value if is_known else _AMBIGUOUS
 
 
 def _import_module(name: str, folder: Path, description: str) -> ModuleType:

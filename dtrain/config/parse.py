@@ -28,7 +28,7 @@ from dtrain.config.validate import validate_run
 from dtrain.errors import ConfigError, DtrainError
 from dtrain.schema import Table, from_table, kebab, load_toml, snake, strategy_name
 from dtrain.tasks.task import Task
-from dtrain.user_code import register_object, registered_object
+from dtrain.user_code import register_arrays, register_object, registered_object
 
 SECTIONS = (
     *("data", "task", "model", "mesh", "partition", "objective", "schedule", "sync"),
@@ -196,6 +196,8 @@ def _choice(table: Table, section: str) -> StrategyChoice:
     if target is None or isinstance(target, str):
         name, fingerprint = strategy_name(table, section), table.get("fingerprint", "")
         return StrategyChoice(name, fields, registered_object(name, fingerprint), fingerprint)
+    if section == "data" and not callable(target):
+        return StrategyChoice(register_arrays(target), fields, target)
     name, fingerprint = register_object(target)
     return StrategyChoice(name, fields, target, fingerprint)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,22 @@ from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.base import Objective
 from dtrain.schedules import SCHEDULES
 from dtrain.schedules.base import Schedule
-from dtrain.schema import Table, build_strategy, canonical_name, strategy_name, to_table
+from dtrain.schema import (
+    Table,
+    as_dataclass,
+    build_strategy,
+    canonical_name,
+    strategy_name,
+    to_table,
+)
 from dtrain.syncs import SYNCS
 from dtrain.syncs.base import Sync
-from dtrain.user_code import import_object, register_object, registered_object
+from dtrain.user_code import (
+    import_object,
+    register_object,
+    registered_object,
+    require_object,
+)
 
 T = TypeVar("T")
 
@@ -94,6 +105,7 @@ def read_strategy(section: str, table: Table, folder: Path) -> NamedStrategy[Any
     else:
         name = strategy_name(table, section)
         target = registered_object(name, fingerprint)
+        require_object(target, name, fingerprint, section)
     strategies = BUILT_IN[section]
     if target is not None:
         strategies = {name: target}
@@ -109,7 +121,7 @@ def name_strategy(section: str, instance: T) -> NamedStrategy[T]:
     names = [name for name, kind in BUILT_IN[section].items() if kind is type(instance)]
     if names:
         return NamedStrategy(names[0], instance)
-    name, fingerprint = register_object(_as_dataclass(type(instance)))
+    name, fingerprint = register_object(as_dataclass(type(instance)))
     return NamedStrategy(name, instance, fingerprint)
 
 
@@ -132,17 +144,4 @@ def _as_strategy(section: str, name: str, kind: object) -> type[Any]:
             f"[{section}] '{name}' is not derived from {base.__module__}.{base.__name__}: "
             "derive it",
         )
-    return _as_dataclass(kind)
-
-
-def _as_dataclass(kind: type[T]) -> type[T]:
-    """Make a class a dataclass, if its author did not, so that its annotations are fields.
-
-    A class without annotations keeps the `__init__` that it inherits.
-    """
-    if "__dataclass_fields__" in vars(kind):
-        return kind
-    parameters = getattr(kind, "__dataclass_params__", None)
-    frozen = parameters is not None and parameters.frozen
-    init = "__annotations__" in vars(kind)
-    return dataclasses.dataclass(kind, init=init, frozen=frozen, eq=frozen)
+    return as_dataclass(kind)

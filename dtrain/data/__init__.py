@@ -102,7 +102,7 @@ def load_data(
 def _open(
     name: str, fields: Mapping[str, object], folder: Path, task: Task, target: Any
 ) -> DatasetSplits:
-    if ":" in name:
+    if ":" in name or target is not None:
         function = import_object(name, folder, "data") if target is None else target
         if not callable(function):
             return as_splits(function, "data", task)

@@ -64,7 +64,7 @@ def load_model(
         Unknown name, key or function; a value of another type than the key's; a function that
         returns no legal model.
     """
-    if ":" in name:
+    if ":" in name or target is not None:
         function = import_object(name, folder, "model") if target is None else target
         if isinstance(function, nn.Module):
             function = partial(_copy_module, function)

@@ -23,6 +23,7 @@ from dtrain.planning.layout import DTYPES, Layout, make_layout
 from dtrain.schedules.segments import TrainingLength
 from dtrain.schedules.verify import ScheduleReport
 from dtrain.tasks.task import Task
+from dtrain.user_code import require_object
 
 PROOF_UPDATES = 8
 """Updates at an epoch's start that the proof and the drawing contain."""
@@ -60,6 +61,8 @@ def make_plan(run: RunConfig, ranks: int) -> Plan:
     DtrainError
         Data, model, mesh, partition or schedule do not fit each other.
     """
+    for choice, kind in ((run.dataset, "data"), (run.model, "model")):
+        require_object(choice.target, choice.name, choice.fingerprint, kind)
     samples = load_data(
         run.dataset.name,
         run.dataset.fields,

@@ -16,12 +16,14 @@ from dtrain import partition
 from dtrain.errors import ConfigError
 from dtrain.schedules.actions import Action, Route
 from dtrain.schedules.weight_policy import WeightPolicy
+from dtrain.schema import Strategy
 
 
-class Schedule(ABC):
+class Schedule(Strategy, ABC):
     """The order of one rank's actions over one segment.
 
-    A subclass is a frozen dataclass whose fields are the keys of `[schedule]` in a run file.
+    A subclass is a dataclass, with or without the decorator (see `Strategy`); its fields are the
+    keys of `[schedule]` in a run file.
     """
 
     unsupported_routes: ClassVar[str]
