@@ -42,7 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         infinite; 5 a checkpoint is damaged or incomplete; 6 ranks hang; 7 a rank was lost;
         128 + n ended by signal n.
     """
-    options = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    own_words, script_words = _split_script_words(words)
+    options = _parser().parse_args(own_words)
+    options.arguments = script_words
     try:
         code: int = options.command(options)
         return code
@@ -52,6 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dtrain: interrupted", file=sys.stderr)
         return 130
+
+
+def _split_script_words(words: list[str]) -> tuple[list[str], list[str]]:
+    """Return the words of dtrain, and those after ``--``, which belong to the script of `run`."""
+    if words[:1] != ["run"] or "--" not in words:
+        return words, []
+    end = words.index("--")
+    return words[:end], words[end + 1 :]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,9 +100,12 @@ def _add_rank_commands(commands: Commands) -> None:
     )
     _add_rank_arguments(train, _train_argv, _train)
 
-    script = commands.add_parser("run", help="run your own script on ranks")
+    script = commands.add_parser(
+        "run",
+        help="run your own script on ranks",
+        usage="dtrain run [-h] [--ranks N] SCRIPT.py [-- ARG ...]",
+    )
     script.add_argument("script", type=Path, metavar="SCRIPT.py")
-    script.add_argument("arguments", nargs="*", metavar="ARG", help="arguments of the script")
     _add_rank_arguments(script, _script_argv, _run_script)
 
     evaluate = commands.add_parser("evaluate", help="test the newest checkpoint of a run")
