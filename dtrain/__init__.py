@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dtrain import data, objectives, schedules, syncs
-    from dtrain.api import Metrics, Result, RunPlan, evaluate, export, plan, train
+    from dtrain.api import Metrics, Result, RunPlan, evaluate, export, plan, predict, train
     from dtrain.config.sections import Checkpoint, Evaluate, Log, Mesh, Partition
     from dtrain.errors import (
         CheckpointError,
@@ -45,7 +45,7 @@ _MODULES = ("data", "objectives", "schedules", "syncs")
 
 _HOMES = {
     **dict.fromkeys(("Metrics", "Result", "RunPlan"), "dtrain.api"),
-    **dict.fromkeys(("evaluate", "export", "plan", "train"), "dtrain.api"),
+    **dict.fromkeys(("evaluate", "export", "plan", "predict", "train"), "dtrain.api"),
     **dict.fromkeys(
         ("Checkpoint", "Evaluate", "Log", "Mesh", "Partition"), "dtrain.config.sections"
     ),
@@ -93,6 +93,7 @@ __all__ = [
     "init",
     "objectives",
     "plan",
+    "predict",
     "schedules",
     "syncs",
     "train",

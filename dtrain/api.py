@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
 
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dtrain.checkpoint.export import export as _export
@@ -20,6 +21,7 @@ from dtrain.evaluation import SplitName, evaluate_run
 from dtrain.planning import report as plan_report
 from dtrain.planning.cost_file import CostFile, read_cost_file
 from dtrain.planning.plan import Plan, make_plan
+from dtrain.prediction import predict_run
 from dtrain.rank_process import init
 from dtrain.run import Run
 from dtrain.session import Callback, Session, run_of_folder
@@ -188,6 +190,44 @@ def evaluate(
         There is no run, no checkpoint, or a key may not be set.
     """
     return Metrics(evaluate_run(Path(folder), init(), split, set, _config(run, Path(folder))))
+
+
+def predict(
+    folder: str | Path,
+    data: Any,
+    out: str | Path | None = None,
+    *,
+    set: Sequence[str] = (),
+    run: Run | None = None,
+) -> NDArray[Any] | None:
+    """Return the model's outputs for samples, in their order, on rank 0. Collective over all ranks.
+
+    Parameters
+    ----------
+    folder : path
+        The run folder.
+    data : array, tensor, tuple of arrays, or str
+        Samples (rows, ...) as the data of the run have them, for several inputs a tuple; or a file
+        `.h5` with the data set `x`, or `.npy`; or "train" or "test", a split of the run. They are
+        standardised as in the training.
+    out : path, optional
+        An HDF5 file for the outputs; then nothing is returned.
+    set, run
+        As in `evaluate`.
+
+    Returns
+    -------
+    array or None
+        (rows, ...): the output of the last block; the sum of all blocks' scores where the objective
+        predicts by vote. None on other ranks, or where `out` is given.
+
+    Raises
+    ------
+    DtrainError
+        There is no run or no checkpoint, or the samples do not fit the model.
+    """
+    path, file = Path(folder), None if out is None else Path(out)
+    return predict_run(path, init(), data, file, set, _config(run, path))
 
 
 def export(

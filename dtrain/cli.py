@@ -1,7 +1,7 @@
-"""The command line: `dtrain train`, `run`, `evaluate`, `export`, `plan`, `flight`, `data import`.
+"""The command line: `dtrain train`, `run`, `evaluate`, `predict`, `export`, `plan` and others.
 
-Invariant: a command imports torch or MPI only when it needs it, and only `train`, `run` and
-`evaluate` import MPI. Commands call the functions of `import dtrain`. A `DtrainError` is one
+Invariant: a command imports torch or MPI only when it needs it, and only `train`, `run`, `evaluate`
+and `predict` import MPI. Commands call the functions of `import dtrain`. A `DtrainError` is one
 message from one rank and its exit code; any other exception is a traceback.
 """
 
@@ -116,6 +116,20 @@ def _add_rank_commands(commands: Commands) -> None:
     )
     evaluate.add_argument("--json", action="store_true", help="print plain values")
     _add_rank_arguments(evaluate, _evaluate_argv, _evaluate)
+    _add_predict(commands)
+
+
+def _add_predict(commands: Commands) -> None:
+    predict = commands.add_parser("predict", help="write the outputs for samples to HDF5")
+    predict.add_argument("folder", type=Path, metavar="DIR", help="run folder")
+    predict.add_argument(
+        "data",
+        metavar="DATA",
+        help="file.h5 with x, file.npy, or train or test: a split of the run",
+    )
+    predict.add_argument("out", type=Path, metavar="OUT.h5")
+    _add_overrides(predict, "other data: data.test=FILE.h5")
+    _add_rank_arguments(predict, _predict_argv, _predict)
 
 
 def _add_local_commands(commands: Commands) -> None:
@@ -218,6 +232,12 @@ def _evaluate_argv(options: argparse.Namespace) -> list[str]:
     return [*argv, "--json"] if options.json else argv
 
 
+def _predict_argv(options: argparse.Namespace) -> list[str]:
+    """Return the command line of a rank that predicts."""
+    words = [str(options.folder), options.data, str(options.out)]
+    return ["predict", *words, *_overrides_argv(options)]
+
+
 def _script_argv(options: argparse.Namespace) -> list[str]:
     """Return the command line of a rank that runs a script."""
     return ["run", str(options.script), "--", *options.arguments]
@@ -277,6 +297,13 @@ def _evaluate(options: argparse.Namespace, comm: Comm) -> None:
     result = dtrain.evaluate(options.folder, options.split, set=options.set).record
     if comm.rank == 0:
         print(json.dumps(result, indent=2) if options.json else evaluation_text(result).rstrip())
+
+
+def _predict(options: argparse.Namespace, comm: Comm) -> None:
+    """Predict, as one rank; rank 0 writes."""
+    dtrain.predict(options.folder, options.data, options.out, set=options.set)
+    if comm.rank == 0:
+        print(f"outputs   {options.out}")
 
 
 def _check_launcher(stages: int | None, ranks: int, run_file: Path) -> None:

@@ -137,6 +137,25 @@ def evaluate_run(
     DataError
         The data are missing or do not fit the model.
     """
+    job, manifest = load_checkpoint(folder, comm, overrides, run)
+    plan = job.plan
+    totals = RunTotals.from_state(manifest.state)
+    loader = job.test_loader if split == "test" else Loader(plan.data.train, plan.layout.dtype)
+    eval_weights = {index: block.tensors() for index, block in job.engine.blocks.items()}
+    batch_splitter = replace(plan.batch_splitter, replicas=_replicas(totals))
+    metrics = evaluate_weights(job, eval_weights, loader, batch_splitter)
+    place = {"folder": str(folder.resolve()), "checkpoint": manifest.folder.name}
+    result = {"split": split, "samples": loader.dataset.size}
+    return place | _describe_run(plan, totals) | result | _describe_metrics(plan, metrics)
+
+
+def load_checkpoint(
+    folder: Path, comm: Comm, overrides: Sequence[str], run: RunConfig | None
+) -> tuple[RankJob, Manifest]:
+    """Return this rank with the newest complete checkpoint of a run. Collective over `comm`.
+
+    Parameters and errors are those of `evaluate_run`.
+    """
     config = all_or_none(comm, lambda: _read_run(folder, overrides, run))
     set_threads(config, comm)
     plan = all_or_none(comm, lambda: make_plan(_fit_stages(config, comm.size), comm.size))
@@ -150,14 +169,7 @@ def evaluate_run(
         return manifest
 
     manifest = load_newest(folder, load, job.groups.control)
-    totals = RunTotals.from_state(manifest.state)
-    loader = job.test_loader if split == "test" else Loader(plan.data.train, plan.layout.dtype)
-    eval_weights = {index: block.tensors() for index, block in job.engine.blocks.items()}
-    batch_splitter = replace(plan.batch_splitter, replicas=_replicas(totals))
-    metrics = evaluate_weights(job, eval_weights, loader, batch_splitter)
-    place = {"folder": str(folder.resolve()), "checkpoint": manifest.folder.name}
-    result = {"split": split, "samples": loader.dataset.size}
-    return place | _describe_run(plan, totals) | result | _describe_metrics(plan, metrics)
+    return job, manifest
 
 
 def _describe_run(plan: Plan, totals: RunTotals) -> dict[str, Any]:
