@@ -18,11 +18,17 @@ The last L_c gradients of a segment are in no S(u); at its end all copies add th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar, final
 
+from dtrain.schedules.actions import Action, Point, Route
+
 T = TypeVar("T")
+
+
+TIED_GRADIENT = "tied-gradient"
+"""Name of the routes of the gradients of tied parameters."""
 
 
 @final
@@ -149,3 +155,41 @@ class KeptGradients(Generic[T]):
         if self._uses_left[term]:
             return self._gradients[term]
         return self.pop(term, receive)
+
+
+def tied_routes(
+    holders: Sequence[int], place: Sequence[int], cycles: UpdateCycles | None
+) -> Iterator[Route]:
+    """Yield the routes on which the copies of one parameter send their gradients to other ranks.
+
+    A rank with several copies receives each gradient once, for the copy that is updated first.
+
+    Parameters
+    ----------
+    holders : sequence of int
+        The blocks with a copy, in order.
+    place : sequence of int
+        `place[b]` is the stage of block b.
+    cycles : UpdateCycles or None
+        None where the pipeline flushes with every update, so that nothing is late.
+    """
+    lags = [0] * len(holders) if cycles is None else cycles.lags(holders)
+    for source, lag in zip(holders, lags, strict=True):
+        for stage in sorted({place[block] for block in holders} - {place[source]}):
+            copies = [block for block in holders if place[block] == stage]
+            target = copies[0] if cycles is None else cycles.first_updated(copies)
+            window = 1 if cycles is None else cycles.in_flight(source, target, lag)
+            points = Point(source, "U"), Point(target, "U")
+            yield Route(*points, TIED_GRADIENT, lag, window=window)
+
+
+def peak_kept_gradients(
+    actions: Sequence[Action], holders: Sequence[int], lags: Sequence[int]
+) -> int:
+    """Return the most gradients of one tied parameter that one rank's actions keep at once."""
+    updates = [action for action in actions if action.kind == "U" and action.block in holders]
+    local_blocks = {action.block for action in updates}
+    kept = KeptGradients[None](lags, len(local_blocks))
+    for action in updates:
+        kept.step(holders.index(action.block), action.update, None, lambda _: None)
+    return kept.peak

@@ -73,14 +73,31 @@ SCHEDULES = {
     "1f1b": {"objective__name": "backprop", "schedule__name": "1f1b"},
     "pipelined": {"objective__name": "backprop", "schedule__name": "pipelined"},
     "pipedream": {"objective__name": "backprop", "schedule__name": "pipedream"},
+    "stash": {
+        "objective__name": "backprop",
+        "schedule": {"name": "pipelined", "weights": "stash"},
+    },
+    "vertical": {
+        "objective__name": "backprop",
+        "schedule": {"name": "pipedream", "vertical-sync": True},
+    },
+    "2bw": {"objective__name": "backprop", "schedule__name": "pipedream-2bw"},
     "stream": {"objective__name": "local-head", "schedule__name": "stream"},
     "mono": {"objective__name": "mono-forward"},
 }
 
 
+UNFLUSHED = ("pipelined", "pipedream", "stash", "vertical")
+"""Schedules that update after every micro-batch."""
+
+
+LATE = (*UNFLUSHED, "2bw")
+"""Schedules that never flush in a segment."""
+
+
 def run(net: str, schedule: str = "1f1b", **changes: Any) -> Any:
     """Return a tiny run of a net, cut in three."""
-    micros = 1 if schedule in ("pipelined", "pipedream") else 3
+    micros = 1 if schedule in UNFLUSHED else 3
     named = {
         "model": {"name": f"tests.graph_nets:{net}"},
         "partition": {"cuts": list(NETS[net])},
@@ -93,7 +110,9 @@ CASES = [
     (net, schedule)
     for net in NETS
     for schedule in SCHEDULES
-    if net not in TIED or schedule == "1f1b"
+    if (
+        schedule in ("1f1b", *LATE) if net in TIED else schedule not in ("stash", "vertical", "2bw")
+    )
 ]
 
 
