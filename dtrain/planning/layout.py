@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from dtrain.planning.structure_cache import StructureCache, layers_key
 from dtrain.planning.tied_checks import check_ties
 from dtrain.schedules.actions import Route
 from dtrain.schedules.base import Schedule
-from dtrain.schedules.update_lags import UpdateCycles, tied_routes
+from dtrain.schedules.update_lags import TIED_GRADIENT, UpdateCycles, tied_routes
 from dtrain.schedules.verify import ScheduleReport, verify_schedule
 from dtrain.tasks.task import Task
 
@@ -472,7 +473,8 @@ def layout_rows(layout: Layout) -> dict[str, str]:
 
 
 def describe(layout: Layout, rows: int) -> dict[str, Any]:
-    """Return the layout as plain values, with messages for micro-batches of `rows` samples."""
+    """Return the layout as plain values, with messages for micro-batches of `rows` samples, and
+    those of an update."""
     return {
         "ranks": layout.mesh.ranks,
         "replicas": layout.mesh.replicas,
@@ -493,16 +495,43 @@ def describe(layout: Layout, rows: int) -> dict[str, Any]:
             for block in layout.block_layouts
         ],
         "imbalance": partition.imbalance(layout.stage_costs()),
-        "messages": [
-            {
-                "route": route.name,
-                "from_block": route.source.block,
-                "from_stage": layout.place[route.source.block],
-                "to_block": route.target.block,
-                "to_stage": layout.place[route.target.block],
-                "bytes": size,
-                "wire": layout.place[route.source.block] != layout.place[route.target.block],
-            }
-            for route, size in layout.messages(rows)
-        ],
+        "messages": [*_message_rows(layout, rows), *_tied_rows(layout)],
+    }
+
+
+def _message_rows(layout: Layout, rows: int) -> Iterator[dict[str, Any]]:
+    """Yield the messages of a micro-batch of `rows` samples as plain values."""
+    for route, size in layout.messages(rows):
+        ends = route.source.block, route.target.block
+        is_sent = layout.place[ends[0]] != layout.place[ends[1]]
+        per = "update" if route.once_per_update else "micro-batch"
+        yield _message_row(layout, route.name, ends, size, is_sent, per)
+
+
+def _tied_rows(layout: Layout) -> Iterator[dict[str, Any]]:
+    """Yield the messages of tied parameters as plain values: from every copy to every other one.
+
+    A rank with several copies receives the gradient of another rank once.
+    """
+    for tie in layout.ties:
+        name = f"{TIED_GRADIENT}:{tie.copies[0].name}"
+        routes = tied_routes(tie.blocks, layout.place, layout.tied_cycles)
+        sent = {(route.source.block, route.target.block) for route in routes}
+        for ends in permutations(tie.blocks, 2):
+            yield _message_row(layout, name, ends, tie.nbytes, ends in sent, "update")
+
+
+def _message_row(
+    layout: Layout, name: str, ends: tuple[int, int], size: int, is_sent: bool, per: str
+) -> dict[str, Any]:
+    source, target = ends
+    return {
+        "route": name,
+        "from_block": source,
+        "from_stage": layout.place[source],
+        "to_block": target,
+        "to_stage": layout.place[target],
+        "bytes": size,
+        "per": per,
+        "wire": is_sent,
     }
