@@ -72,12 +72,13 @@ class UpdateCycles:
         return tuple(lags)
 
     def in_flight(self, source: int, target: int, lag: int) -> int:
-        """Return how many gradients are sent from one block until another applies the first.
+        """Return how many gradients one block sends until another applies the first, those of the
+        same cycle included: two blocks may send to each other in it.
 
         >>> UpdateCycles((4, 3, 2), 1).in_flight(2, 0, lag=0)
-        2
+        3
         """
-        return -(-(self.cycle(target, lag) - self.cycle(source, 0)) // self.length)
+        return (self.cycle(target, lag) - self.cycle(source, 0)) // self.length + 1
 
     def first_updated(self, blocks: Sequence[int]) -> int:
         """Return the block that is updated first, in each update."""
