@@ -15,10 +15,14 @@ from dtrain.models.layers import LayerStack, merge_layers
 
 
 class TiedCopy(NamedTuple):
-    """The copy of a tied parameter in one block, under its name there."""
+    """The copy of a tied parameter in one block, under its name there.
+
+    `module_class` is the class of the module that holds it.
+    """
 
     block: int
     name: str
+    module_class: str
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def find_ties(
     if not model.tied_names:
         return ()
     meta_layers = model.meta_layers(dtype)
-    holders: dict[str, dict[int, str]] = {}
+    holders: dict[str, dict[int, TiedCopy]] = {}
     tensors: dict[str, Tensor] = {}
     for block, indices in enumerate(layers):
         modules = merge_layers(layer for i in indices if (layer := meta_layers[i]) is not None)
@@ -82,11 +86,12 @@ def find_ties(
                         f"buffer '{path}' is the same tensor as '{first}' of an earlier block: "
                         f"cut elsewhere, or make one for each layer",
                     )
-                blocks.setdefault(block, path)
+                owner = module.get_submodule(name.rpartition(".")[0])
+                blocks.setdefault(block, TiedCopy(block, path, type(owner).__name__))
                 tensors[first] = tensor
     return tuple(
         Tie(
-            tuple(TiedCopy(block, name) for block, name in sorted(blocks.items())),
+            tuple(copy for _, copy in sorted(blocks.items())),
             0 if is_lazy(tensors[first]) else tensors[first].nbytes,
         )
         for first, blocks in holders.items()

@@ -245,6 +245,7 @@ class MemoryPlan:
             layout.schedule.splits_backward,
             tuple((b.spec, b.layers, b.replacement_layers is None, b.recompute) for b in blocks),
             repr(run.optimizer_settings()),
+            layout.ties,
             run.settings.seed,  # of a block that is run for real
             rows,
         )

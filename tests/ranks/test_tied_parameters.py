@@ -27,6 +27,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "pipelined": {"schedule": {"name": "pipelined"}},
     "stash": {"schedule": {"name": "pipelined", "weights": "stash"}},
     "pipedream": {"schedule": {"name": "pipedream"}},
+    "dfa": {"schedule": {"name": "pipelined"}, "objective__name": "dfa"},
     "vertical": {"schedule": {"name": "pipedream", "vertical-sync": True}},
     "2bw": {"schedule": {"name": "pipedream-2bw"}, "micro_batches": 2, "batch_size": 10},
 }
@@ -47,8 +48,9 @@ def tied_run(net: str, schedule: str, **changes: Any) -> Any:
 
 @pytest.mark.parametrize("schedule", LATE)
 def test_copies_stay_equal_and_ranks_change_no_bit(schedule: str, tmp_path: Path) -> None:
-    """Segments are shorter and longer than the lags; a step may be of any optimizer."""
-    changes = {"optimizer": {"name": "adamw", "lr": 0.01}, "segment": 4}
+    """Also in segments of 3, 3 and 2 updates, and with a replica that has none of the last one's
+    samples. `dfa` updates both blocks in the same cycle."""
+    changes = {"optimizer": {"name": "adamw", "lr": 0.01}, "segment": 3, "batch_size": 7}
     digests = set()
     for stages, replicas in ((1, 1), (3, 1), (1, 2), (2, 2)):
         out = tmp_path / f"{stages} {replicas}"
@@ -58,6 +60,17 @@ def test_copies_stay_equal_and_ranks_change_no_bit(schedule: str, tmp_path: Path
         assert torch.equal(tensors["first.weight"], tensors["last.weight"])
         digests.add((replicas, summary["digest"]))
     assert len(digests) == 2
+
+
+@pytest.mark.parametrize("schedule", ["flush", "pipedream"])
+def test_the_optimizer_treats_all_copies_alike(schedule: str, tmp_path: Path) -> None:
+    """The embedding's copy in the head is no matrix for muon, and is decayed as an embedding is."""
+    rest = {"name": "adamw", "lr": 0.01, "weight-decay": 0.1}
+    optimizer = {"name": "muon", "lr": 0.01, "no-decay": ["embedding"], "rest": rest}
+    config = tied_run("language_model", schedule, optimizer=optimizer)
+    train_in_threads(config, tmp_path, stages=2)
+    tensors = model(tmp_path)
+    assert torch.equal(tensors["embedding.weight"], tensors["head.weight"])
 
 
 @pytest.mark.parametrize("schedule", ["stash", "2bw"])

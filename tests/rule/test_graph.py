@@ -109,7 +109,7 @@ def test_integers_pass_untouched_where_the_model_takes_them(
 def test_ties_across_blocks_are_copies() -> None:
     model = as_layers(lambda: graph_nets.tied(3), "net")
     assert find_ties(model, [range(4)]) == ()
-    copies = (TiedCopy(0, "first.weight"), TiedCopy(1, "last.weight"))
+    copies = (TiedCopy(0, "first.weight", "Linear"), TiedCopy(1, "last.weight", "Linear"))
     assert find_ties(model, [range(2), range(2, 4)]) == (Tie(copies, 100 * 4),)
 
 
