@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from dtrain.data.sampler import epoch_order
 from dtrain.errors import ConfigError
+from dtrain.planning.cost_file import read_cost_file
 from dtrain.planning.memory_plan import MemoryPlan
 from dtrain.planning.plan import make_plan
 from dtrain.planning.report import plan_table
@@ -31,6 +32,12 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "vertical": {"schedule": {"name": "pipedream", "vertical-sync": True}},
     "2bw": {"schedule": {"name": "pipedream-2bw"}, "micro_batches": 2, "batch_size": 10},
 }
+COSTS = """
+multiply-adds-per-s = 1e9
+[links.intra-node]
+bytes-per-s = 1e9
+latency-s = 1e-6
+"""
 LATE = [name for name in SCHEDULES if name != "flush"]
 
 
@@ -145,11 +152,15 @@ def plain_loop(delay: int, lag: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("stages", [1, 2])
 def test_bytes_and_memory_are_those_of_the_plan(schedule: str, stages: int, tmp_path: Path) -> None:
-    """Bytes exactly; memory within 10 %, since timing decides which messages are in flight."""
+    """Bytes exactly, as the time estimate counts them for one epoch, too; memory within 10 %, since
+    timing decides which messages are in flight."""
+    (tmp_path / "costs.toml").write_text(COSTS)
+    costs = read_cost_file(tmp_path / "costs.toml")
     config = tied_run("tied", schedule, mesh__stages=stages)
     plan = make_plan(config, stages)
-    summary = train_in_threads(config, tmp_path, stages=stages)
-    messages = [row for row in plan_table(plan)["messages"] if row["wire"]]
+    summary = train_in_threads(config, tmp_path / "out", stages=stages)
+    table = plan_table(plan, costs)
+    messages = [row for row in table["messages"] if row["wire"]]
     tied = [row for row in messages if row["per"] == "update"]
     assert [row["bytes"] for row in tied] == [10 * 10 * 8] * (2 if stages > 1 else 0)
     per_sample = sum(row["bytes"] for row in messages if row["per"] == "micro-batch") // (
@@ -157,6 +168,7 @@ def test_bytes_and_memory_are_those_of_the_plan(schedule: str, stages: int, tmp_
     )
     sent = summary["samples"] * per_sample + summary["updates"] * sum(r["bytes"] for r in tied)
     assert summary["bytes_intra_node"] == sent
+    assert 2 * table["prediction"]["links"]["intra-node"]["bytes"] == sent
     for memory, counted in zip(
         MemoryPlan(plan).rank_memory(), summary["peak_memory_bytes"], strict=True
     ):
