@@ -15,6 +15,7 @@ from typing import ClassVar
 from dtrain import partition
 from dtrain.errors import ConfigError
 from dtrain.schedules.actions import Action, Route
+from dtrain.schedules.update_lags import UpdateCycles
 from dtrain.schedules.weight_policy import WeightPolicy
 from dtrain.schema import Strategy
 
@@ -95,6 +96,11 @@ class Schedule(Strategy, ABC):
 
     def policy(self, place: Sequence[int], routes: Sequence[Route]) -> WeightPolicy | None:
         """Return which weight versions blocks compute with; None: the current ones, never stale."""
+        return None
+
+    def update_cycles(self, blocks: int, routes: Sequence[Route]) -> UpdateCycles | None:
+        """Return the cycles of the updates, from which the lags of tied parameters follow; None:
+        without a flush this order cannot train tied parameters."""
         return None
 
     def optimizer_requirements(self) -> tuple[str, ...]:
