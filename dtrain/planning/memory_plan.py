@@ -16,6 +16,7 @@ be compared.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property, partial
@@ -186,7 +187,11 @@ class MemoryPlan:
         """Return the message bytes of every stage: the larger of training and evaluation."""
         plan, place = self.plan, self.layout.place
         train = peak_message_bytes(
-            plan.proof.timeline, place, self.layout.routes, message_sizes(plan, rows)
+            plan.proof.timeline,
+            place,
+            self.layout.routes,
+            message_sizes(plan, rows),
+            update_bytes=self._tied_gradient_bytes(),
         )
         largest = plan.batch_splitter.largest_micro_batch
         count = math.ceil(plan.data.test.size / plan.layout.mesh.replicas / largest)
@@ -199,6 +204,25 @@ class MemoryPlan:
         sizes = message_sizes(plan, largest, "predict")
         predict = peak_message_bytes(forwards, place, routes, sizes)
         return [max(pair) for pair in zip(train, predict, strict=True)]
+
+    def _tied_gradient_bytes(self) -> list[int]:
+        """Return the bytes of every stage's messages with the gradients of tied parameters."""
+        layout, place = self.layout, self.layout.place
+        totals = [0] * (max(place) + 1)
+        if not layout.ties:
+            return totals
+        modules = merge_layers(layer for layer in self._meta_layers if layer is not None)
+        sizes = {
+            f"{root}.{name}".strip("."): tensor.nbytes
+            for root, module in modules.items()
+            for name, tensor in module.state_dict().items()
+        }
+        for copies in layout.ties:
+            holders = Counter(place[copy.block] for copy in copies)
+            for stage, count in holders.items():
+                messages = count * (len(holders) - 1) + len(copies) - count  # sent, received
+                totals[stage] += messages * sizes[copies[0].name]
+        return totals
 
     # ---- blocks
 
