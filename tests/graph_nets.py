@@ -199,6 +199,58 @@ class Filter(nn.Module):
         return torch.fft.irfft(torch.fft.rfft(x) * self.weight, n=x.shape[-1])
 
 
+class Spectrum(nn.Module):
+    """Returns the Fourier transform of its input, or the inverse."""
+
+    def __init__(self, size: int = 0) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (rows, size // 2 + 1) complex of (rows, size) real; with a size the inverse."""
+        return torch.fft.irfft(x, n=self.size) if self.size else torch.fft.rfft(x)
+
+
+class Mix(nn.Module):
+    """A linear map of complex numbers; the result is the conjugate of its memory."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(size, size, dtype=torch.cfloat) / size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (rows, size) of the same."""
+        return (x @ self.weight).conj()
+
+
+def complex_chain(classes: int) -> nn.Sequential:
+    """Return a chain in which complex numbers cross two cuts."""
+    ends = nn.Linear(10, 10), nn.Linear(10, classes)
+    return nn.Sequential(nn.Flatten(), ends[0], Spectrum(), Mix(6), Mix(6), Spectrum(10), ends[1])
+
+
+class ComplexSkips(nn.Module):
+    """A spectrum, and its product, that two later layers read."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.first, self.mix, self.more = nn.Linear(10, 10), Mix(6), Mix(6)
+        self.out = nn.Linear(10, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return scores (rows, classes) of x (rows, 2, 5)."""
+        real = self.first(x.flatten(1))
+        spectrum = torch.fft.rfft(real)
+        low = self.mix(spectrum)
+        high = self.more(spectrum + low)
+        return self.out(torch.fft.irfft(high * spectrum, n=10) + real + low.imag.sum(1)[:, None])
+
+
+def complex_skips(classes: int) -> nn.Module:
+    """Return a net with complex skips."""
+    return ComplexSkips(classes)
+
+
 class OverwritesSkip(nn.Module):
     """The second layer overwrites the output of the first one, which the fourth reads, too."""
 

@@ -113,7 +113,7 @@ def _differs(both: list[Tensor], first: list[Tensor] | None) -> bool:
     """Return whether the output of the first sample is another one without the second sample."""
     for pair, single in zip(both, first or [], strict=False):
         rows_first = len(pair) == 2 and len(single) == 1 and pair.shape[1:] == single.shape[1:]
-        if not (rows_first and pair.is_floating_point()):
+        if not (rows_first and (pair.is_floating_point() or pair.is_complex())):
             continue
         scale = float(single.abs().max()) if single.numel() else 0.0
         if not math.isfinite(scale):  # training reports the cause

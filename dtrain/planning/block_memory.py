@@ -220,8 +220,8 @@ def _measure_passes(
 
 def _zero_micro_batch(block: Block, objective: Objective, spec: BlockSpec, rows: int) -> MicroBatch:
     """Return a micro-batch of zeros, with the data where the objective needs them."""
-    dtypes = (parameter.dtype for parameter in block.parameters.values())
-    dtype = next((dtype for dtype in dtypes if not dtype.is_complex), spec.dtype)
+    dtypes = [*(parameter.dtype for parameter in block.parameters.values()), spec.dtype]
+    dtype = next((dtype for dtype in dtypes if not dtype.is_complex), dtypes[0].to_real())
     dtype = torch.int64 if spec.integer_samples else dtype
     samples = raw_samples = None
     others: tuple[Tensor, ...] = ()
