@@ -61,6 +61,9 @@ class Program(Protocol):
     def skip_outputs(self) -> tuple[str, ...]:
         """Names of the tensors that later blocks read beside the output of the block before."""
 
+    def layer_of(self, call: str) -> str:
+        """Return the name of the layer to which a call belongs."""
+
     def calls(self) -> dict[str, str]:
         """Return the calls of each layer as text, by its name."""
 

@@ -179,6 +179,16 @@ class BlockProgram:
         out = {v.node for v in writes if self._outputs & {t.name for t in v.tensors}}
         self._keep = read_later | out
 
+    def layer_of(self, call: str) -> str:
+        """Return the name of the layer to which a call belongs."""
+        names = (
+            layer.name
+            for layer in self.layers
+            for node in layer.nodes
+            if node.meta.get("call", node.name) == call
+        )
+        return next(names)
+
     def calls(self) -> dict[str, str]:
         """Return the calls of each layer as text, by its name."""
         return {layer.name: "\n".join(map(describe_node, layer.nodes)) for layer in self.layers}

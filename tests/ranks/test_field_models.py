@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dtrain.config.run import RunConfig
 from tests import tiny
@@ -21,16 +23,16 @@ Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 def sequences() -> Arrays:
     """Return 96 training and 32 test sequences of 8 steps of 6 features around four centres."""
-    random = np.random.default_rng(0)
-    y = random.integers(0, 4, 128)
-    x = random.normal(size=(128, 8, 6)) + y[:, None, None]
+    generator = np.random.default_rng(0)
+    y = generator.integers(0, 4, 128)
+    x = generator.normal(size=(128, 8, 6)) + y[:, None, None]
     return x[:96], y[:96], x[96:], y[96:]
 
 
 def token_bytes() -> Arrays:
     """Return token ids as bytes; the class is the parity of the first one."""
-    random = np.random.default_rng(0)
-    x = random.integers(0, 16, (600, 6)).astype(np.uint8)
+    generator = np.random.default_rng(0)
+    x = generator.integers(0, 16, (600, 6)).astype(np.uint8)
     y = (x[:, 0] % 2).astype(np.int64)
     return x[:450], y[:450], x[450:], y[450:]
 
@@ -47,8 +49,8 @@ def wide_counts() -> Arrays:
 
 def several_labels() -> Arrays:
     """Return samples with three yes-or-no labels each."""
-    random = np.random.default_rng(0)
-    x = random.normal(size=(512, 10))
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(512, 10))
     y = (x[:, :3] + 0.3 * x[:, 3:6] > 0).astype(np.int64)
     return x[:384], y[:384], x[384:], y[384:]
 
@@ -133,6 +135,57 @@ def test_a_layer_that_keeps_a_tensor_is_named(tmp_path: Path) -> None:
     train_in_threads(run("carrying", "sequences"), tmp_path, stages=2)
     [note] = notes(tmp_path)
     assert "'2'" in note
+
+
+class Drawing(nn.Module):
+    """Draws random numbers in a sub-module, or between the calls of sub-modules."""
+
+    def __init__(self, classes: int, kind: str) -> None:
+        super().__init__()
+        self.kind, self.flat = kind, nn.Flatten()
+        self.first = PythonNoise(48, 8) if kind == "python" else nn.Linear(48, 8)
+        self.mid, self.last = nn.Linear(8, 8), nn.Linear(8, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return scores (rows, classes)."""
+        h = self.mid(self.first(self.flat(x)))
+        if self.kind == "dropout":
+            h = functional.dropout(h, 0.2)
+        if self.kind == "rand":
+            h = h * torch.rand(8, dtype=x.dtype)
+        if self.kind == "method":
+            h = h + torch.zeros_like(h).uniform_(-0.1, 0.1)
+        return self.last(h)
+
+
+class PythonNoise(nn.Linear):
+    """Draws from Python's generator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the linear map, scaled at random in training."""
+        return super().forward(x) * (random.random() if self.training else 1.0)
+
+
+def drawing(classes: int, kind: str) -> nn.Module:
+    """Return a net that draws random numbers."""
+    return Drawing(classes, kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer"),
+    [("dropout", "mid"), ("rand", "mid"), ("method", "mid"), ("python", "first"), ("none", "")],
+)
+def test_a_layer_that_draws_random_numbers_is_named(kind: str, layer: str, tmp_path: Path) -> None:
+    """Where there is one micro-batch and one replica, nothing needs to be said."""
+    model = {"name": "tests.ranks.test_field_models:drawing", "kind": kind}
+    train_in_threads(run("drawing", "sequences", model=model, epochs=1), tmp_path / "two", stages=2)
+    named = [note for note in notes(tmp_path / "two") if f"'{layer}'" in note]
+    assert notes(tmp_path / "two") == named
+    assert len(named) == (1 if layer else 0)
+    train_in_threads(
+        run("drawing", "sequences", model=model, epochs=1, micro_batches=1), tmp_path / "one"
+    )
+    assert notes(tmp_path / "one") == []
 
 
 def test_token_ids_pass_untouched(tmp_path: Path) -> None:
