@@ -29,6 +29,9 @@ CallContext = Callable[[str], AbstractContextManager[None]]
 """Returns the context of a call, given its name."""
 
 
+ROWS = 2
+
+
 TOLERANCE = 1e-3
 """Relative difference that rounding may cause; the effect of another sample is far above it."""
 
@@ -71,7 +74,7 @@ def check_rows(block: Block, micro_batch: MicroBatch) -> RowCheck:
         with torch.no_grad(), fixed_random_numbers(0):
             _set_training(block, False)
             both, random = _outputs(block, micro_batch)
-            first, _ = _outputs(block, _first_row(micro_batch))
+            alone = [_outputs(block, _one_row(micro_batch, row))[0] for row in range(ROWS)]
             before = {name: _buffers(layer) for name, layer in block.layers.items()}
             _set_training(block, True)
             _, random_in_training = _outputs(block, micro_batch)
@@ -84,7 +87,7 @@ def check_rows(block: Block, micro_batch: MicroBatch) -> RowCheck:
     for name in both:
         if name in stateful or name in random:  # nothing that follows can be compared
             break
-        if _differs(both[name], first.get(name)):
+        if any(_differs(both[name], alone[row].get(name), row) for row in range(ROWS)):
             coupled = [name]
             break
     drawing = dict.fromkeys([*dropout, *random_in_training])
@@ -167,16 +170,16 @@ def _watched(block: Block, random: dict[str, None]) -> Iterator[None]:
         del program.run
 
 
-def _differs(both: list[Tensor], first: list[Tensor] | None) -> bool:
-    """Return whether the output of the first sample is another one without the second sample."""
-    for pair, single in zip(both, first or [], strict=False):
-        rows_first = len(pair) == 2 and len(single) == 1 and pair.shape[1:] == single.shape[1:]
+def _differs(both: list[Tensor], alone: list[Tensor] | None, row: int) -> bool:
+    """Return whether the output of a sample is another one without the other sample."""
+    for pair, single in zip(both, alone or [], strict=False):
+        rows_first = len(pair) == ROWS and len(single) == 1 and pair.shape[1:] == single.shape[1:]
         if not (rows_first and (pair.is_floating_point() or pair.is_complex())):
             continue
         scale = float(single.abs().max()) if single.numel() else 0.0
         if not math.isfinite(scale):  # training reports the cause
             continue
-        if not torch.allclose(pair[:1], single, rtol=TOLERANCE, atol=TOLERANCE * scale):
+        if not torch.allclose(pair[row : row + 1], single, rtol=TOLERANCE, atol=TOLERANCE * scale):
             return True
     return False
 
@@ -222,17 +225,17 @@ def _copy(micro_batch: MicroBatch) -> MicroBatch:
     )
 
 
-def _first_row(micro_batch: MicroBatch) -> MicroBatch:
+def _one_row(micro_batch: MicroBatch, row: int) -> MicroBatch:
     rows = len(micro_batch.x)
 
-    def first(tensor: Tensor) -> Tensor:
-        return tensor[:1] if len(tensor) == rows else tensor
+    def one(tensor: Tensor) -> Tensor:
+        return tensor[row : row + 1] if len(tensor) == rows else tensor
 
     samples = micro_batch.samples
     return MicroBatch(
-        x=first(micro_batch.x),
-        skip_inputs={name: first(tensor) for name, tensor in micro_batch.skip_inputs.items()},
-        samples=None if samples is None else first(samples),
-        other_samples=tuple(map(first, micro_batch.other_samples)),
+        x=one(micro_batch.x),
+        skip_inputs={name: one(tensor) for name, tensor in micro_batch.skip_inputs.items()},
+        samples=None if samples is None else one(samples),
+        other_samples=tuple(map(one, micro_batch.other_samples)),
         rng_key=(0, 0, 0),
     )

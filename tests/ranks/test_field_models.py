@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dtrain.config.run import RunConfig
+from dtrain.errors import ConfigError
 from tests import tiny
 from tests.harness import assert_close_model, train_in_threads
+from tests.refusals import refuses
 from tests.single import one_thread  # noqa: F401
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -35,6 +38,12 @@ def token_bytes() -> Arrays:
     x = generator.integers(0, 16, (600, 6)).astype(np.uint8)
     y = (x[:, 0] % 2).astype(np.int64)
     return x[:450], y[:450], x[450:], y[450:]
+
+
+def wide_tokens(width: str) -> Arrays:
+    """Return the same ids as integers of another width."""
+    x, y, x_test, y_test = token_bytes()
+    return x[:96].astype(width), y[:96], x_test[:32].astype(width), y_test[:32]
 
 
 def wide_counts() -> Arrays:
@@ -97,7 +106,7 @@ def run(net: str, data: str, **changes: Any) -> RunConfig:
         "epochs": 2,
         "batch_size": 32,
         "micro_batches": 2,
-        "data": {"name": f"tests.ranks.test_field_models:{data}"},
+        "data__name": f"tests.ranks.test_field_models:{data}",
         "model": {"name": f"tests.ranks.test_field_models:{net}"},
         "partition": {"blocks": 2},
         "objective__name": "backprop",
@@ -117,6 +126,52 @@ def test_attention_over_the_batch_is_named(tmp_path: Path) -> None:
     train_in_threads(run("attention", "sequences"), tmp_path, stages=2)
     [note] = notes(tmp_path)
     assert "'0'" in note
+
+
+class BatchMean(nn.Module):
+    """Subtracts the mean over the samples."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x without its mean."""
+        return x - x.mean(0)
+
+
+class RowSoftmax(nn.Module):
+    """A softmax over the samples."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return weights that sum to one over the samples."""
+        return x.softmax(0)
+
+
+class StepsFirst(nn.LSTM):
+    """An LSTM that takes the samples for steps."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Return the outputs."""
+        output: Tensor = super().forward(x)[0]
+        return output
+
+
+COUPLING: dict[str, Callable[[], nn.Module]] = {
+    "mean": BatchMean,
+    "softmax": RowSoftmax,
+    "steps": lambda: StepsFirst(6, 6),
+}
+
+
+def coupling(classes: int, kind: str) -> nn.Sequential:
+    """Return a net whose second layer makes samples depend on each other."""
+    layers = nn.Linear(6, 6), COUPLING[kind](), nn.Flatten(), nn.Linear(48, classes)
+    return nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize("kind", COUPLING)
+def test_a_layer_that_couples_samples_is_named(kind: str, tmp_path: Path) -> None:
+    model = {"name": "tests.ranks.test_field_models:coupling", "kind": kind}
+    train_in_threads(run("coupling", "sequences", model=model, epochs=1), tmp_path)
+    [note] = notes(tmp_path)
+    assert "'1'" in note
 
 
 def test_attention_over_the_steps_has_no_note_and_no_coupling(tmp_path: Path) -> None:
@@ -193,6 +248,36 @@ def test_token_ids_pass_untouched(tmp_path: Path) -> None:
         run("embedding", "token_bytes", epochs=20, dtype="float32"), tmp_path, stages=2
     )
     assert summary["test_accuracy"] >= 0.9
+
+
+WIDTHS = ("uint8", "int8", "uint16", "int16", "int32", "uint32", "int64")
+
+
+def test_token_ids_of_any_width_are_the_same_ids(tmp_path: Path) -> None:
+    """Neither sign nor width of the integers changes a bit of what is learnt."""
+    digests = set()
+    for width in WIDTHS:
+        changed = run("embedding", "wide_tokens", data__width=width, epochs=1)
+        digests.add(train_in_threads(changed, tmp_path / width)["digest"])
+    assert len(digests) == 1
+
+
+MUON = {"name": "muon", "lr": 0.02}
+ADAMW = {"name": "adamw", "lr": 0.01}
+
+
+@pytest.mark.parametrize("net", ["mlp", "embedding"])
+def test_muon_trains_nets_with_biases_beside_a_second_optimizer(net: str, tmp_path: Path) -> None:
+    """An embedding is no matrix of a linear map; without a second optimizer the cause is named."""
+    model = {"name": "mlp", "widths": [32, 16]}
+    changes: dict[str, Any] = {"model": model} if net == "mlp" else {}
+    data = "sequences" if net == "mlp" else "token_bytes"
+    changed = run(net, data, optimizer=MUON | {"rest": ADAMW}, epochs=6, **changes)
+    runs = [train_in_threads(changed, tmp_path / str(n), stages=n) for n in (1, 2)]
+    assert runs[0]["digest"] == runs[1]["digest"]
+    assert runs[0]["test_accuracy"] >= 0.6
+    with refuses(ConfigError, "optimizer.needs-matrices"):
+        train_in_threads(run(net, data, optimizer=MUON, **changes), tmp_path / "alone")
 
 
 def test_counts_of_sixteen_bits_train(tmp_path: Path) -> None:

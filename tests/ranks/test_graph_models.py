@@ -43,6 +43,16 @@ NETS: dict[str, tuple[str, ...]] = {
 """Nets of `graph_nets`, and cuts through their skips, tuples, containers and ties."""
 
 
+SIMILAR: dict[str, tuple[str, ...]] = {
+    "shared_inside": ("2", "3"),
+    "dictionary": ("2", "3"),
+    "bidirectional": ("1", "2"),
+    "weight_norm": ("2", "3"),
+    "deeply_nested": ("body.start.1", "body.end.1"),
+}
+"""Nets of the same kinds, for one law."""
+
+
 SGD = {"name": "sgd", "lr": 0.1, "momentum": 0.9}
 """For attention: Adam would divide the rounding of a gradient that is zero, that of the keys' bias,
 by its own size."""
@@ -90,7 +100,7 @@ def run(net: str, schedule: str = "1f1b", **changes: Any) -> Any:
     micros = 1 if schedule in ("pipelined", "pipedream") else 3
     named = {
         "model": {"name": f"tests.graph_nets:{net}"},
-        "partition": {"cuts": list(NETS[net])},
+        "partition": {"cuts": list((NETS | SIMILAR)[net])},
         "micro_batches": micros,
     }
     return tiny.run(**named | SETTINGS.get(net, {}) | SCHEDULES[schedule] | changes)
@@ -178,7 +188,7 @@ def make(net: str) -> nn.Module:
     return made
 
 
-@pytest.mark.parametrize("net", [net for net in NETS if net not in OTHER_WEIGHTS])
+@pytest.mark.parametrize("net", [n for n in (*NETS, *SIMILAR) if n not in OTHER_WEIGHTS])
 def test_backprop_equals_a_plain_loop(net: str, tmp_path: Path) -> None:
     """Also the names: those of the user's module, a tied weight under both."""
     train_in_threads(run(net), tmp_path / "run", stages=3)
