@@ -20,7 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.errors import ConfigError
-from dtrain.models.graph import CallContext, ModelGraph, NodeValue, TensorSpec
+from dtrain.models.graph import (
+    CallContext,
+    ModelGraph,
+    NodeValue,
+    TensorSpec,
+    describe_node,
+)
 from dtrain.models.shape_inference import LayerSpec, free_tensors
 
 
@@ -120,7 +126,7 @@ def _main_output(layer_specs: Sequence[LayerSpec], layers: range) -> str:
     if not spec.main_value:
         raise ConfigError(
             "partition.no-main-output",
-            f"layer '{spec.name}' makes no floating-point tensor with the samples first, so no "
+            f"layer '{spec.name}' makes no real or complex tensor with the samples first, so no "
             f"block can end there: cut elsewhere ([partition] cuts)",
         )
     return spec.main_value
@@ -172,6 +178,20 @@ class BlockProgram:
         read_later = {name for layer in self.layers for name in layer.reads}
         out = {v.node for v in writes if self._outputs & {t.name for t in v.tensors}}
         self._keep = read_later | out
+
+    def layer_of(self, call: str) -> str:
+        """Return the name of the layer to which a call belongs."""
+        names = (
+            layer.name
+            for layer in self.layers
+            for node in layer.nodes
+            if node.meta.get("call", node.name) == call
+        )
+        return next(names)
+
+    def calls(self) -> dict[str, str]:
+        """Return the calls of each layer as text, by its name."""
+        return {layer.name: "\n".join(map(describe_node, layer.nodes)) for layer in self.layers}
 
     def run(
         self,

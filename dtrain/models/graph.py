@@ -45,6 +45,11 @@ RANDOM_FUNCTIONS = frozenset(
 """Names of functions and methods that may use random numbers."""
 
 
+def has_gradient(dtype: torch.dtype) -> bool:
+    """Return whether tensors of a dtype can have a gradient: real and complex numbers can."""
+    return dtype.is_floating_point or dtype.is_complex
+
+
 @final
 @dataclass(frozen=True)
 class TensorSpec:
@@ -473,7 +478,10 @@ def _user_line(error: Exception) -> str:
     return f"{frame.filename}:{frame.lineno}: `{text}`"
 
 
+def describe_node(node: fx.Node) -> str:
+    """Return a call as text, to compare two graphs."""
+    return f"{node.name} {node.op} {node.target} {node.args} {node.kwargs}"
+
+
 def _text(graph: fx.Graph) -> list[str]:
-    return [
-        f"{node.name} {node.op} {node.target} {node.args} {node.kwargs}" for node in graph.nodes
-    ]
+    return list(map(describe_node, graph.nodes))
