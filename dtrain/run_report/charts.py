@@ -42,7 +42,6 @@ ACTION_LABELS = {
     "B": "backward",
     "W": "weight gradients",
     "U": "update",
-    "wait": "waiting in an action",
 }
 
 
@@ -111,7 +110,8 @@ def chart_style() -> Iterator[None]:
 
     with mpl.rc_context():
         mpl.rcdefaults()
-        mpl.rcParams.update(STYLE)
+        parameters: Any = mpl.rcParams
+        parameters.update(STYLE)
         yield
 
 
@@ -231,6 +231,7 @@ def curve_chart(
     colours: Sequence[str] = (),
     dashes: Sequence[Any] = (),
     title: str = "",
+    from_zero: bool = False,
 ) -> Figure | None:
     """Return a chart of curves over epochs, None without a point.
 
@@ -249,6 +250,8 @@ def curve_chart(
         _draw_curves(axis, curves, label, colours, dashes)
         if percent:
             _use_percent(axis, "accuracy", list(curves.values()))
+        if from_zero:
+            axis.set_ylim(bottom=0)
         axis.set_xlabel("epoch")
         if title:
             axis.set_title(short_name(title))
@@ -270,6 +273,8 @@ def _draw_curves(
     colours: Sequence[str] = (),
     dashes: Sequence[Any] = (),
 ) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     handles = []
     for number, points in enumerate(curves.values()):
         x, y = zip(*points, strict=True) if points else ((), ())
@@ -280,13 +285,21 @@ def _draw_curves(
     values = [y for points in curves.values() for _, y in points]
     if label.startswith("loss") and values and min(values) > 0 and max(values) > 50 * min(values):
         axis.set_yscale("log")
+        for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            ticks(_log_tick)
         label += ", logarithmic"
     axis.set_ylabel(label)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     if len(curves) > 1:
         names = [short_name(name) for name in curves]
         shown = slice(None) if len(names) <= MAX_LEGEND else slice(0, MAX_LEGEND)
         axis.legend(handles[shown], [f" {name}" for name in names[shown]])
+
+
+def _log_tick(value: float, _: object = None) -> str:
+    """Return the label of a tick on a logarithmic axis; the others than 1, 2 and 5 have none."""
+    digit = f"{value:e}"[0] if value > 0 else ""
+    return f"{value:g}" if digit in "125" else ""
 
 
 def _use_percent(axis: Axes, name: str, curves: Sequence[Points]) -> None:
@@ -349,11 +362,16 @@ def _draw_timeline(
     axis.barh(range(rows), [end] * rows, height=0.78, color=IDLE_COLOUR)
     for kind, colour in ACTION_COLOURS.items():
         _draw_bars(axis, [a for a in actions if a.kind == kind], color=colour, edgecolor="white")
+    updates = [a for a in actions if a.kind == "U"]
+    shortest = 0.003 * end
+    starts = [min(a.start, end - shortest) for a in updates]
+    marks = [
+        a._replace(start=start, end=max(a.end, start + shortest))
+        for a, start in zip(updates, starts, strict=True)
+    ]
+    _draw_bars(axis, marks, color=UPDATE_COLOUR)
     waits = [a for a in actions if a.kind == "wait"]
     _draw_bars(axis, waits, color=WAIT_COLOUR, edgecolor="#999999", hatch="/////")
-    updates = [a for a in actions if a.kind == "U"]
-    marks = [a._replace(end=max(a.end, a.start + 0.003 * end)) for a in updates]
-    _draw_bars(axis, marks, color=UPDATE_COLOUR)
     for action in actions:
         if action.kind in ACTION_COLOURS and action.end - action.start > 0.013 * end:
             dark = action.kind in ("B", "W")

@@ -16,7 +16,8 @@ from dtrain.planning.formatting import pluralise
 from dtrain.run_report.charts import missing_extra, require_matplotlib, save_figure
 from dtrain.run_report.run_record import RunRecord, read_run_record
 from dtrain.run_report.safe_files import as_count
-from dtrain.run_report.sections import Chart, Runs, Section, loss_chart, make_sections
+from dtrain.run_report.sections import Chart, Runs, Section, make_sections, overview_charts
+from dtrain.run_report.strategy_notes import strategy_note
 from dtrain.run_report.texts import (
     STATUS_TITLES,
     UNKNOWN,
@@ -37,11 +38,20 @@ TEMPLATE = "page.html.jinja"
 
 @final
 class Fact(NamedTuple):
-    """A line of the first screen: a value per run, and its explanation."""
+    """A line of the first screen.
+
+    Attributes
+    ----------
+    values, details : sequence of str
+        One per run; a detail explains the value.
+    explanation : str
+        Meaning of the label.
+    """
 
     label: str
-    values: list[str]
+    values: Sequence[str]
     explanation: str = ""
+    details: Sequence[str] = ()
 
 
 def report(
@@ -74,8 +84,8 @@ def report(
     require_matplotlib()
     records = [read_run_record(Path(folder)) for folder in folders]
     named = list(zip(distinct_names(records), records, strict=True))
-    chart, sections = loss_chart(named), make_sections(named)
-    text = _page_text(named, chart, sections)
+    first_charts, sections = overview_charts(named), make_sections(named)
+    text = _page_text(named, first_charts, sections)
     out = Path(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +95,7 @@ def report(
             "report.unwritable", f"cannot write {out}: {error.strerror}; choose another file"
         ) from error
     if png is not None:
-        _write_charts(Path(png), [*([chart] if chart else []), *_charts(sections)])
+        _write_charts(Path(png), [*first_charts, *_charts(sections)])
     return out
 
 
@@ -105,7 +115,7 @@ def _write_charts(folder: Path, charts: Sequence[Chart]) -> None:
         save_figure(chart.figure, folder / f"{chart.name}.png")
 
 
-def _page_text(runs: Runs, chart: Chart | None, sections: Sequence[Section]) -> str:
+def _page_text(runs: Runs, first_charts: Sequence[Chart], sections: Sequence[Section]) -> str:
     """Return the page."""
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -129,7 +139,7 @@ def _page_text(runs: Runs, chart: Chart | None, sections: Sequence[Section]) -> 
         tiles=_tiles(runs[0][1]) if len(runs) == 1 else [],
         results=_results(runs) if len(runs) > 1 else [],
         facts=_facts(runs),
-        chart=chart,
+        charts=first_charts,
         missing_chart=absence_text(runs[0][1]),
         sections=sections,
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -143,7 +153,7 @@ def run_sentence(run: RunRecord) -> str:
     progress = f"{updates:,} of {total:,} updates" if total else pluralise(updates, "update")
     match run.status:
         case "finished":
-            return f"The run finished: all {pluralise(updates, 'update')} are done."
+            return f"The run finished: all {pluralise(updates, 'update')} are done.{_result(run)}"
         case "failed":
             return f"The run failed. Until its last record it had done {progress}."
         case "stopped":
@@ -158,15 +168,27 @@ def run_sentence(run: RunRecord) -> str:
     return "The folder does not say how the run went."
 
 
+def _result(run: RunRecord) -> str:
+    """Return the accuracy as a sentence, empty where there is none."""
+    accuracy = run.metrics.get("accuracy")
+    if accuracy is None:
+        return ""
+    return (
+        f" The network gives the right answer for {metric_text('accuracy', accuracy)} of the test "
+        "samples, which it was not trained on."
+    )
+
+
 def _tiles(run: RunRecord) -> list[tuple[str, str]]:
     """Return the main results of one run."""
     metrics = {f"test {name}": metric_text(name, v) for name, v in run.metrics.items()}
-    return [
+    tiles = [
         *[*metrics.items()][:3],
         ("test loss", number_text(run.number("test_loss"), 3)),
         ("training time", duration_text(run.number("wall_s") or None)),
         ("samples per second", count_text(run.number("samples_per_s") or None)),
     ]
+    return [tile for tile in tiles if tile[1] != UNKNOWN]
 
 
 def _results(runs: Runs) -> list[Fact]:
@@ -192,27 +214,33 @@ def _facts(runs: Runs) -> list[Fact]:
     """Return what was trained, with the words explained."""
     records = [run for _, run in runs]
 
-    def strategies(section: str) -> list[str]:
-        return [run.strategy(section) or UNKNOWN for run in records]
+    def strategy(label: str, section: str, explanation: str) -> Fact:
+        names = [run.strategy(section) or UNKNOWN for run in records]
+        details = [strategy_note(section, name) for name in names]
+        if section == "model":
+            names = [_model_text(run) for run in records]
+        elif section == "data":
+            names = [_data_text(run) for run in records]
+        return Fact(label, names, explanation, details)
 
     lengths = [] if len(runs) > 1 else [Fact("Length", [length_text(records[0])], _LENGTH)]
     return [
-        Fact("Model", [_model_text(run) for run in records], "The network that is trained."),
-        Fact("Data", [_data_text(run) for run in records], "The samples that it learns from."),
+        strategy("Model", "model", "The network that is trained."),
+        strategy("Data", "data", "The samples that it learns from."),
         *lengths,
-        Fact("Objective", strategies("objective"), _OBJECTIVE),
+        strategy("Objective", "objective", _OBJECTIVE),
         Fact("Ranks", [ranks_text(run) for run in records], _RANKS),
-        Fact("Hosts", [hosts_text(run, 3) for run in records], "The computers with their ranks."),
-        Fact("Schedule", strategies("schedule"), "The order in which the stages compute."),
-        Fact("Sync", strategies("sync"), "How replicas keep their weights together."),
+        strategy("Sync", "sync", "How replicas keep their weights together."),
+        strategy("Schedule", "schedule", "The order in which stages compute."),
         Fact("Optimizer", [_optimizer_text(run) for run in records], _OPTIMIZER),
+        Fact("Hosts", [hosts_text(run, 3) for run in records], "The computers with their ranks."),
     ]
 
 
 _LENGTH = "In an update, all weights change once."
-_OBJECTIVE = "The rule that tells each part of the network in which direction to change."
+_OBJECTIVE = "The rule by which each part of the network changes."
 _RANKS = (
-    "A rank is one process. A replica is a copy of the network with its own share of the samples; "
+    "A rank is one process. A replica is a copy of the network with a share of the samples; "
     "a stage is the part of a copy that one rank holds."
 )
 _OPTIMIZER = "The formula of the update; lr is its step size."

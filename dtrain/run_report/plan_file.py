@@ -162,18 +162,15 @@ def _timeline(text: str) -> Iterator[DrawnAction]:
     for stage_text, row in re.findall(r"^stage +(\d{1,6}) \|(.*)\|$", text, re.MULTILINE):
         stage, cells = int(stage_text), row.rstrip(TRUNCATED)
         cells = cells[::2] if " " in cells else cells
+        updates = [column + 1 for column, symbol in enumerate(cells) if symbol == "U"]
+        # An update hides the last column of the action before it.
+        cells = re.sub(r"([^U.])U", r"\1\1", cells).replace("U", ".")
         column = 0
-        previous = "."
         for symbol, group in groupby(cells):
-            length = len(list(group))
-            start, column = column, column + length
-            if symbol == "U":
-                if previous not in ".U":  # the update hides the last column of an action
-                    yield DrawnAction(stage, start, start + 1, *_symbol(previous))
-                yield DrawnAction(stage, column, column, "U")
-            elif symbol != ".":
+            start, column = column, column + len(list(group))
+            if symbol != ".":
                 yield DrawnAction(stage, start, column, *_symbol(symbol))
-            previous = symbol
+        yield from (DrawnAction(stage, end, end, "U") for end in updates)
 
 
 def _symbol(symbol: str) -> tuple[str, str]:

@@ -7,7 +7,8 @@ says in one sentence why a part is missing.
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, final
 
@@ -25,10 +26,15 @@ from dtrain.run_report.texts import (
     duration_text,
     hosts_text,
     metric_text,
+    note_text,
     number_text,
     short_time_text,
 )
-from dtrain.run_report.trace_file import read_measured_update, waiting_by_stage
+from dtrain.run_report.trace_file import (
+    MeasuredUpdate,
+    read_measured_update,
+    waiting_by_stage,
+)
 from dtrain.run_report.traffic import ALL, traffic_by_kind
 
 if TYPE_CHECKING:
@@ -70,6 +76,8 @@ class TableView:
     rows: Sequence[Sequence[str]]
     folded: bool = False
     note: str = ""
+    labels: int = 1
+    """Leading columns that hold text; the others hold numbers."""
 
 
 @final
@@ -111,8 +119,8 @@ def make_sections(runs: Runs) -> list[Section]:
     return [make(runs) for make in makers]
 
 
-def loss_chart(runs: Runs) -> Chart | None:
-    """Return the chart of the first screen: training and test loss."""
+def overview_charts(runs: Runs) -> list[Chart]:
+    """Return the charts of the first screen: training and test loss, and the first test metric."""
     several = len(runs) > 1
     curves: dict[str, charts.Points] = {}
     colours, dashes = [], []
@@ -130,7 +138,30 @@ def loss_chart(runs: Runs) -> Chart | None:
         "The loss measures the error of the network, so lower is better. An epoch is one pass over "
         "all training samples; test samples are never trained on."
     )
-    return None if figure is None else Chart("loss", figure, caption)
+    shown = [] if figure is None else [Chart("loss", figure, caption)]
+    for metric in _metric_names(runs)[:1]:
+        shown += [Chart("metric-0", *chart) for chart in _metric_chart(runs, metric)]
+    return shown
+
+
+def _metric_names(runs: Runs) -> list[str]:
+    """Return the names of all test metrics."""
+    entries = [entry for _, run in runs for entry in run.history]
+    return list(dict.fromkeys(name for entry in entries for name in entry.get("metrics") or {}))
+
+
+def _metric_chart(runs: Runs, metric: str) -> list[tuple[Figure, str]]:
+    """Return the chart of a test metric and its sentence, empty where it has no value."""
+    curves = {name: charts.metric_series(run.history, metric) for name, run in runs}
+    is_percent = "accuracy" in metric
+    label = f"test {charts.metric_label(metric)}"
+    figure = charts.curve_chart(curves, label, percent=is_percent)
+    if figure is None:
+        return []
+    text = f"Test {metric}"
+    if metric == "accuracy":
+        text += ": the share of test samples for which the network gives the right answer"
+    return [(figure, f"{text}.")]
 
 
 def learning_section(runs: Runs) -> Section:
@@ -141,31 +172,22 @@ def learning_section(runs: Runs) -> Section:
         "A block is a part of the network that is trained as one. Where blocks have losses or "
         "predictions of their own, they are shown one by one.",
     )
-    names = dict.fromkeys(
-        name for _, run in runs for entry in run.history for name in entry.get("metrics") or {}
-    )
-    for number, metric in enumerate(names):
-        curves = {name: charts.metric_series(run.history, metric) for name, run in runs}
-        is_percent = "accuracy" in metric
-        figure = charts.curve_chart(
-            curves, f"test {charts.metric_label(metric)}", percent=is_percent
-        )
-        text = "the share of test samples that are classified correctly" if is_percent else ""
-        caption = f"Test {metric}: {text}." if text else f"Test {metric} over epochs."
-        section.add_chart(f"metric-{number}", figure, caption)
+    for number, metric in enumerate(_metric_names(runs)[1:], 1):
+        for figure, caption in _metric_chart(runs, metric):
+            section.add_chart(f"metric-{number}", figure, caption)
     for number, (name, run) in enumerate(runs):
         _add_block_charts(section, number, name if len(runs) > 1 else "", run)
     speeds = {name: charts.series(run.history, "samples_per_s") for name, run in runs}
     section.add_chart(
         "speed",
-        charts.curve_chart(speeds, "samples per second"),
+        charts.curve_chart(speeds, "samples per second", from_zero=True),
         "Training speed over epochs, without evaluation and checkpoints.",
     )
     for name, run in runs:
         if run.history:
             section.tables.append(_history_table(name, run))
         else:
-            section.notes.append(f"{name}: no losses yet; {absence_text(run)}.")
+            section.notes.append(note_text(runs, name, f"no losses yet; {absence_text(run)}."))
     return section
 
 
@@ -230,57 +252,63 @@ def timeline_section(runs: Runs) -> Section:
     )
     for number, (name, run) in enumerate(runs):
         title = f"{name}: " if len(runs) > 1 else ""
-        measured = read_measured_update(run.folder, max(run.count("replicas"), 1))
-        if measured is not None:
-            scale = 1e3 if measured.measured_s < 1 else 1.0
-            planned, drawn = (_scaled(a, scale) for a in (measured.planned, measured.measured))
-            panels = [(f"{title}planned", planned)] if planned else []
-            figure = charts.timeline_chart(
-                [*panels, (f"{title}measured", drawn)], "ms" if scale > 1 else "s"
-            )
-            section.add_chart(str(number), figure, _measured_caption(measured.update, run), True)
-            section.notes += list(_measured_notes(title, measured))
+        update = read_measured_update(run.folder, max(run.count("replicas"), 1))
+        if update is not None:
+            figure = _measured_chart(title, update)
+            section.add_chart(str(number), figure, _measured_caption(update.update, run), True)
+            section.notes.append(note_text(runs, name, _measured_note(update)))
         elif timeline := _first_update(run.plan.timeline):
-            figure = charts.timeline_chart(
-                [(f"{title}planned", timeline)], "units: a forward takes 1, a backward 2"
-            )
-            section.add_chart(str(number), figure, "The first update as the schedule plans it.", True)
-            section.notes.append(
-                f"{title}the run recorded no measured timeline. To record one, set trace = true in "
-                "the run file and train again."
-            )
+            unit = "units: a forward takes 1, a backward 2"
+            figure = charts.timeline_chart([(f"{title}planned", timeline)], unit)
+            caption = "The first updates of an epoch, as the schedule plans them."
+            section.add_chart(str(number), figure, caption, True)
+            section.notes.append(note_text(runs, name, _NO_TRACE))
         else:
-            section.notes.append(f"{title}no timeline; {absence_text(run)}.")
+            text = f"no timeline; {absence_text(run)}."
+            section.notes.append(note_text(runs, name, text))
         if run.count("stages") > MAX_ROWS:
-            section.notes.append(f"{title}the first {MAX_ROWS} stages are shown.")
+            text = f"the first {MAX_ROWS} stages are shown."
+            section.notes.append(note_text(runs, name, text))
     return section
+
+
+_NO_TRACE = (
+    "this run recorded no measured timeline. To record one, set trace = true in the run file and "
+    "train again."
+)
+
+
+def _measured_chart(title: str, update: MeasuredUpdate) -> Figure:
+    """Return the planned timeline above the measured one."""
+    scale = 1e3 if update.measured_s < 1 else 1.0
+    planned, measured = (_scaled(a, scale) for a in (update.planned, update.measured))
+    panels = [(f"{title}planned", planned)] if planned else []
+    panels.append((f"{title}measured", measured))
+    return charts.timeline_chart(panels, "ms" if scale > 1 else "s")
 
 
 def _measured_caption(update: int, run: RunRecord) -> str:
     replica = " of the first replica" if run.count("replicas") > 1 else ""
     return (
-        f"Update {update + 1:,}{replica}, an update of median length. In the plan each action takes "
-        "its measured median time and messages take none, so the difference is waiting, messages "
-        "and scatter."
+        f"Update {update + 1:,}{replica}, an update of median length. In the plan each action "
+        "takes its measured median time and messages take none, so the difference is waiting, "
+        "messages and scatter."
     )
 
 
-def _measured_notes(title: str, measured: object) -> Iterator[str]:
-    """Yield the lengths, and the stage that waits most."""
-    from dtrain.run_report.trace_file import MeasuredUpdate
-
-    assert isinstance(measured, MeasuredUpdate)
-    lengths = f"{short_time_text(measured.measured_s)} measured"
-    if measured.planned_s:
-        lengths += f", {short_time_text(measured.planned_s)} planned"
-    waits = waiting_by_stage(measured.measured)
-    text = f"{title}the update takes {lengths}."
-    if waits:
-        stage = max(waits, key=lambda stage: waits[stage])
-        text += (
-            f" Stage {stage} waits longest inside its actions: {short_time_text(waits[stage])}."
-        )
-    yield text
+def _measured_note(update: MeasuredUpdate) -> str:
+    """Return the lengths of an update, and the stage that waits most in it."""
+    text = f"the update takes {short_time_text(update.measured_s)} measured"
+    if update.planned_s:
+        text += f", {short_time_text(update.planned_s)} planned"
+    waits = waiting_by_stage(update.measured)
+    if not waits:
+        return f"{text}."
+    stage = max(waits, key=lambda stage: waits[stage])
+    return (
+        f"{text}. Stage {stage} waits longest for messages and replicas: "
+        f"{short_time_text(waits[stage])}."
+    )
 
 
 def _scaled(actions: Sequence[DrawnAction], scale: float) -> list[DrawnAction]:
@@ -311,42 +339,45 @@ def waiting_section(runs: Runs) -> Section:
         "waiting",
         "Computing and waiting",
         "A stage waits while it has no input yet, or while replicas average. The share in which it "
-        "computes is its utilisation. The bubble is the waiting that the schedule alone causes.",
+        "computes is its utilisation. The bubble is the waiting that the schedule alone causes, if "
+        "a backward takes twice as long as a forward and all stages are equally costly.",
     )
     names, shares, rows = [], [], []
     for name, run in runs:
         values = run.numbers("utilisation")
         if not any(value is not None for value in values):
-            section.notes.append(f"{name}: no utilisation; {absence_text(run)}.")
+            section.notes.append(note_text(runs, name, f"no utilisation; {absence_text(run)}."))
         for stage, share in enumerate(values):
-            label = f"{name}, stage {stage}" if len(runs) > 1 else f"stage {stage}"
             if share is not None:
-                names.append(f"{charts.short_name(name, 14)}, {stage}" if len(runs) > 1 else label)
+                prefix = f"{charts.short_name(name, 14)}, " if len(runs) > 1 else ""
+                names.append(f"{prefix}stage {stage}")
                 shares.append(min(max(share, 0.0), 1.0))
-                rows.append(_stage_row(label, run, stage, share))
+                row = _stage_row(run, stage, share)
+                rows.append([name, *row] if len(runs) > 1 else row)
         if run.plan.bubble is not None:
-            section.notes.append(
-                f"{name}: by its schedule ({run.strategy('schedule') or 'unnamed'}) stages wait "
-                f"{percent(run.plan.bubble)} of the time, if a backward takes twice as long as a "
-                "forward and all stages are equally costly."
-            )
+            schedule = run.strategy("schedule") or "its schedule"
+            text = f"the bubble of {schedule} is {percent(run.plan.bubble)} of the time."
+            section.notes.append(note_text(runs, name, text))
     if shares:
         section.add_chart(
             "stages",
             charts.utilisation_chart(names[:MAX_ROWS], shares[:MAX_ROWS]),
             "Share of the training time in which each stage computed, averaged over the run.",
         )
-        header = ["stage", "computing", "waiting", "live micro-batches", "staleness (updates)"]
+        header = ["run"] if len(runs) > 1 else []
+        header += ["stage", "computing", "waiting", "live micro-batches", "staleness"]
         note = (
             "Live micro-batches are stored between their forward and their backward. Staleness is "
             "the number of updates by which a gradient is late."
         )
-        section.tables.append(TableView("Stages", header, rows, len(rows) > MAX_ROWS, note))
+        section.tables.append(
+            TableView("Stages", header, rows, len(rows) > MAX_ROWS, note, labels=len(header) - 4)
+        )
     return section
 
 
-def _stage_row(label: str, run: RunRecord, stage: int, share: float) -> list[str]:
-    row = [label, percent(share), percent(1 - share)]
+def _stage_row(run: RunRecord, stage: int, share: float) -> list[str]:
+    row = [str(stage), percent(share), percent(1 - share)]
     for key in ("peak_live_micros", "staleness"):
         values = run.numbers(key)
         row.append(count_text(values[stage]) if stage < len(values) else UNKNOWN)
@@ -368,7 +399,7 @@ def traffic_section(runs: Runs) -> Section:
         total = sum(kind.intra_node + kind.inter_node for kind in kinds)
         if not total:
             reason = "the ranks sent nothing" if kinds else absence_text(run)
-            section.notes.append(f"{name}: no bytes; {reason}.")
+            section.notes.append(note_text(runs, name, f"no bytes; {reason}."))
             continue
         shown.append((name, kinds))
         updates = run.count("updates") or 1
@@ -391,7 +422,9 @@ def traffic_section(runs: Runs) -> Section:
             "and averages are the rest."
         )
         header += ["per update", "share"]
-        section.tables.append(TableView("Bytes by kind", header, rows, note=note))
+        section.tables.append(
+            TableView("Bytes by kind", header, rows, note=note, labels=len(header) - 4)
+        )
     return section
 
 
@@ -408,7 +441,7 @@ def memory_section(runs: Runs) -> Section:
         counted, planned = run.numbers("peak_memory_bytes"), _planned_memory(run)
         ranks = max(len(counted), len(planned))
         if not planned and not any(value is not None for value in counted):
-            section.notes.append(f"{name}: no memory; {absence_text(run)}.")
+            section.notes.append(note_text(runs, name, f"no memory; {absence_text(run)}."))
             continue
         shown = range(min(ranks, MAX_ROWS))
         figure = charts.memory_chart(
@@ -419,9 +452,13 @@ def memory_section(runs: Runs) -> Section:
         )
         caption = "Planned peak by part; the diamond is the counted peak."
         section.add_chart(str(number), figure, caption)
-        section.tables.append(_memory_table(name, run, planned, counted))
+        table = _memory_table(name, run, planned, counted)
+        folded = _is_long(runs, table.rows)
+        section.tables.append(dataclasses.replace(table, folded=folded))
         if ranks > MAX_ROWS:
-            section.notes.append(f"{name}: the first {MAX_ROWS} of {ranks:,} ranks are drawn.")
+            section.notes.append(
+                note_text(runs, name, f"the first {MAX_ROWS} of {ranks:,} ranks are drawn.")
+            )
     return section
 
 
@@ -456,7 +493,12 @@ def _memory_table(
         "Planned is the peak of the replica that needs most. Resident memory is that of the whole "
         "process, libraries included."
     )
-    return TableView(f"Memory of {name}", header, rows, len(rows) > 8, note)
+    return TableView(f"Memory of {name}", header, rows, note=note)
+
+
+def _is_long(runs: Runs, rows: Sequence[object]) -> bool:
+    """Return whether a table is folded: that of one of several runs, or one with many rows."""
+    return len(runs) > 1 or len(rows) > MAX_ROWS
 
 
 def network_section(runs: Runs) -> Section:
@@ -473,13 +515,16 @@ def network_section(runs: Runs) -> Section:
         if blocks:
             header = [*blocks[0]]
             rows = [[block.get(column, "") for column in header] for block in blocks]
-            section.tables.append(TableView(f"Blocks of {name}", header, rows, len(blocks) > 12))
+            section.tables.append(
+                TableView(f"Blocks of {name}", header, rows, _is_long(runs, rows))
+            )
         else:
-            section.notes.append(f"{name}: no blocks; {absence_text(run)}.")
-        section.notes += [f"{name}, a note of the plan: {note}" for note in run.plan.notes]
+            section.notes.append(note_text(runs, name, f"no blocks; {absence_text(run)}."))
+        notes = [f"note of the plan: {note}" for note in run.plan.notes]
         layers = run.start_record.get("layer_notes")
         texts = [as_text(note) for note in layers] if isinstance(layers, list) else []
-        section.notes += [f"{name}, a note on layers: {note}" for note in texts]
+        notes += [f"note on layers: {note}" for note in texts]
+        section.notes += [note_text(runs, name, note) for note in notes]
     return section
 
 
@@ -504,7 +549,11 @@ def settings_section(runs: Runs) -> Section:
     rows = [[key, *(table.get(key, UNKNOWN) for table in tables)] for key in keys]
     if rows:
         section.tables.append(TableView("All keys", ["key", *names], rows, folded=True))
-    section.notes += [f"{name}: no run file; {absence_text(r)}." for name, r in runs if not r.settings]
+    section.notes += [
+        note_text(runs, name, f"no run file; {absence_text(run)}.")
+        for name, run in runs
+        if not run.settings
+    ]
     return section
 
 
@@ -537,7 +586,9 @@ def environment_section(runs: Runs) -> Section:
         digests = {as_text(run.summary.get("digest")) for _, run in runs}
         if "" not in digests:
             equal = "are equal" if len(digests) == 1 else "differ"
-            section.notes.append(f"The trained weights of the {pluralise(len(runs), 'run')} {equal}.")
+            section.notes.append(
+                f"The trained weights of the {pluralise(len(runs), 'run')} {equal}."
+            )
     return section
 
 

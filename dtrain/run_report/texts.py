@@ -43,7 +43,7 @@ def duration_text(seconds: float | None) -> str:
     if seconds is None:
         return UNKNOWN
     if seconds < 100:
-        return f"{seconds:.3g} s"
+        return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 100:
         return f"{minutes} min {rest:02} s"
@@ -128,6 +128,11 @@ def distinct_names(runs: Sequence[RunRecord]) -> list[str]:
             name, number = f"{run.name} ({number})", number + 1
         names.append(name)
     return names
+
+
+def note_text(runs: Sequence[object], name: str, text: str) -> str:
+    """Return a sentence about one of several runs, which its name begins; of one run without."""
+    return f"{name}: {text}" if len(runs) > 1 else text[:1].upper() + text[1:]
 
 
 def absence_text(run: RunRecord) -> str:
