@@ -162,8 +162,8 @@ def run_sentence(run: RunRecord) -> str:
             return f"The run is going on: {progress} are done."
         case "lost":
             return (
-                f"The process of the run ended without a word, after {progress}; the log of the "
-                "job may say why. The same command resumes the run."
+                f"The process of the run ended after {progress}, without a record of the reason. "
+                "See the log of the job; the same command resumes the run."
             )
     return "The folder does not say how the run went."
 

@@ -31,7 +31,7 @@ from dtrain.run_report.safe_files import (
     read_toml,
 )
 
-RUN_FILES = ("summary.json", "metrics.jsonl", "run.toml", "plan.txt", OWNER_FILE)
+RUN_FILES = ("summary.json", "metrics.jsonl", OWNER_FILE)
 """A run folder has at least one of these."""
 
 

@@ -541,14 +541,18 @@ def settings_section(runs: Runs) -> Section:
         differences = differing_settings(records)
         if differences:
             rows = [[key, *values] for key, values in differences.items()]
-            section.tables.append(TableView("Keys that differ", ["key", *names], rows))
+            section.tables.append(
+                TableView("Keys that differ", ["key", *names], rows, labels=1 + len(runs))
+            )
         else:
             section.notes.append("The run files do not differ in any key.")
     tables = [flatten(run.settings) for run in records]
     keys = dict.fromkeys(key for table in tables for key in table)
     rows = [[key, *(table.get(key, UNKNOWN) for table in tables)] for key in keys]
     if rows:
-        section.tables.append(TableView("All keys", ["key", *names], rows, folded=True))
+        section.tables.append(
+            TableView("All keys", ["key", *names], rows, True, labels=1 + len(runs))
+        )
     section.notes += [
         note_text(runs, name, f"no run file; {absence_text(run)}.")
         for name, run in runs
@@ -581,7 +585,7 @@ def environment_section(runs: Runs) -> Section:
     ]
     rows = [[label, *(fact(run) for _, run in runs)] for label, fact in facts]
     names = [name for name, _ in runs]
-    section.tables.append(TableView("", ["", *names], rows))
+    section.tables.append(TableView("", ["", *names], rows, labels=1 + len(runs)))
     if len(runs) > 1:
         digests = {as_text(run.summary.get("digest")) for _, run in runs}
         if "" not in digests:

@@ -16,7 +16,7 @@ STATUS_TITLES = {
     "running": "Running",
     "stopped": "Stopped",
     "failed": "Failed",
-    "lost": "Ended without a word",
+    "lost": "Ended without a record",
     "unknown": "Unknown",
 }
 
