@@ -16,7 +16,7 @@ from dtrain.planning.formatting import percent, pluralise
 from dtrain.run_report import charts
 from dtrain.run_report.plan_file import DrawnAction
 from dtrain.run_report.run_record import RunRecord, differing_settings, flatten
-from dtrain.run_report.safe_files import as_number, as_text
+from dtrain.run_report.safe_files import Table, as_number, as_table, as_text
 from dtrain.run_report.texts import (
     UNKNOWN,
     absence_text,
@@ -193,29 +193,41 @@ def learning_section(runs: Runs) -> Section:
 
 def _add_block_charts(section: Section, number: int, name: str, run: RunRecord) -> None:
     """Add a chart per value that blocks have: loss, accuracy, metrics of the objective."""
-    history = run.history
-    block_metrics = dict.fromkeys(m for entry in history for m in entry.get("block_metrics") or {})
-    flat = [{**entry, **(entry.get("block_metrics") or {})} for entry in history]
-    keys = {"train_loss_per_block": "loss", "accuracy_per_block": "accuracy (%)"}
-    keys |= {metric: metric for metric in block_metrics}
-    captions = {
-        "train_loss_per_block": "Training loss of each block.",
-        "accuracy_per_block": "Test accuracy of the prediction that each block makes alone.",
-    }
-    for key, label in keys.items():
-        blocks = max((len(entry.get(key) or []) for entry in flat), default=0)
-        curves = {f"block {block}": charts.series(flat, key, block) for block in range(blocks)}
+    values: list[tuple[str, str, list[Table]]] = [
+        ("Training loss of each block.", "loss", _per_block(run, "train_loss_per_block")),
+        (
+            "Test accuracy of the prediction that each block makes alone.",
+            "accuracy (%)",
+            _per_block(run, "accuracy_per_block"),
+        ),
+    ]
+    names = dict.fromkeys(m for entry in run.history for m in entry.get("block_metrics") or {})
+    for metric in names:
+        caption = f"{charts.short_name(metric)} of each block, as the objective reports it."
+        values.append((caption, metric, _per_block(run, "block_metrics", metric)))
+    for index, (caption, label, entries) in enumerate(values):
+        blocks = max((len(entry["value"]) for entry in entries), default=0)
+        curves = {f"block {b}": charts.series(entries, "value", b) for b in range(blocks)}
         curves = {block: points for block, points in curves.items() if points}
         if len(curves) > 1:
             figure = charts.curve_chart(
                 curves,
-                label,
-                percent=key == "accuracy_per_block",
+                charts.short_name(label),
+                percent=label == "accuracy (%)",
                 colours=charts.block_colours(len(curves)),
                 title=name,
             )
-            caption = captions.get(key, f"{key} of each block, as the objective reports it.")
-            section.add_chart(f"blocks-{number}-{list(keys).index(key)}", figure, caption)
+            section.add_chart(f"blocks-{number}-{index}", figure, caption)
+
+
+def _per_block(run: RunRecord, key: str, metric: str | None = None) -> list[Table]:
+    """Return epochs with the values of all blocks as `value`."""
+    entries = []
+    for entry in run.history:
+        value = entry.get(key)
+        value = value if metric is None else as_table(value).get(metric)
+        entries.append({"epoch": entry["epoch"], "value": value or []})
+    return entries
 
 
 def _history_table(name: str, run: RunRecord) -> TableView:
