@@ -14,9 +14,10 @@ from typing import NamedTuple, final
 from dtrain.errors import ConfigError
 from dtrain.planning.formatting import pluralise
 from dtrain.run_report.charts import missing_extra, require_matplotlib, save_figure
+from dtrain.run_report.page_parts import Chart, Runs, Section
 from dtrain.run_report.run_record import RunRecord, read_run_record
 from dtrain.run_report.safe_files import as_count
-from dtrain.run_report.sections import Chart, Runs, Section, make_sections, overview_charts
+from dtrain.run_report.sections import make_sections, overview_charts
 from dtrain.run_report.strategy_notes import strategy_note
 from dtrain.run_report.texts import (
     STATUS_TITLES,
@@ -135,7 +136,7 @@ def _page_text(runs: Runs, first_charts: Sequence[Chart], sections: Sequence[Sec
         names=names,
         statuses=[(run.status, STATUS_TITLES[run.status]) for _, run in runs],
         sentences=[run_sentence(run) for _, run in runs],
-        errors=[(name, run.error, run.error_key) for name, run in runs if run.error],
+        errors=[(name, run.status, run.error, run.error_key) for name, run in runs if run.error],
         tiles=_tiles(runs[0][1]) if len(runs) == 1 else [],
         results=_results(runs) if len(runs) > 1 else [],
         facts=_facts(runs),

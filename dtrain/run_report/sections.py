@@ -6,21 +6,19 @@ says in one sentence why a part is missing.
 
 from __future__ import annotations
 
-import base64
-import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING
 
-from dtrain.planning.formatting import percent, pluralise
+from dtrain.planning.formatting import pluralise
 from dtrain.run_report import charts
+from dtrain.run_report.page_parts import MAX_ROWS, Chart, Runs, Section, TableView, is_long
 from dtrain.run_report.plan_file import DrawnAction
+from dtrain.run_report.resource_sections import memory_section, traffic_section, waiting_section
 from dtrain.run_report.run_record import RunRecord, differing_settings, flatten
 from dtrain.run_report.safe_files import Table, as_number, as_table, as_text
 from dtrain.run_report.texts import (
     UNKNOWN,
     absence_text,
-    bytes_text,
     count_text,
     date_text,
     duration_text,
@@ -30,84 +28,19 @@ from dtrain.run_report.texts import (
     number_text,
     short_time_text,
 )
+from dtrain.run_report.timeline_chart import timeline_chart
 from dtrain.run_report.trace_file import (
     MeasuredUpdate,
     read_measured_update,
     waiting_by_stage,
 )
-from dtrain.run_report.traffic import ALL, traffic_by_kind
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-MAX_ROWS = 16
-"""Stages or ranks that a chart shows."""
-
-
 MIN_UNITS, MAX_UNITS = 16, 60
 """Length of a planned timeline, in units."""
-
-
-@final
-@dataclass(frozen=True)
-class Chart:
-    """A figure with its name, for a file, and the sentence that explains it."""
-
-    name: str
-    figure: Figure
-    caption: str
-    wide: bool = False
-
-    @property
-    def uri(self) -> str:
-        """The figure as a data URI; an image runs no script."""
-        data = base64.b64encode(charts.svg_text(self.figure).encode()).decode("ascii")
-        return f"data:image/svg+xml;base64,{data}"
-
-
-@final
-@dataclass(frozen=True)
-class TableView:
-    """A table; a folded one shows its title only, until it is opened."""
-
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    folded: bool = False
-    note: str = ""
-    labels: int = 1
-    """Leading columns that hold text; the others hold numbers."""
-
-
-@final
-@dataclass
-class Section:
-    """A part of the page.
-
-    Attributes
-    ----------
-    intro : str
-        Words and purpose of the section, in plain words.
-    notes : list of str
-        Sentences below the charts.
-    """
-
-    anchor: str
-    title: str
-    intro: str
-    charts: list[Chart] = field(default_factory=list)
-    tables: list[TableView] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def add_chart(self, name: str, figure: Figure | None, caption: str, wide: bool = False) -> None:
-        """Add a chart, if there is one."""
-        if figure is not None:
-            self.charts.append(Chart(f"{self.anchor}-{name}", figure, caption, wide))
-
-
-Runs = Sequence[tuple[str, RunRecord]]
-"""Runs with their names."""
 
 
 def make_sections(runs: Runs) -> list[Section]:
@@ -125,14 +58,12 @@ def overview_charts(runs: Runs) -> list[Chart]:
     curves: dict[str, charts.Points] = {}
     colours, dashes = [], []
     for number, (name, run) in enumerate(runs):
-        for kind, key in (("training", "train_loss"), ("test", "test_loss")):
-            points = charts.series(run.history, key)
-            if points:
-                curves[f"{name}, {kind}" if several else kind] = points
-                colours.append(charts.COLOURS[number % len(charts.COLOURS)])
-                dashes.append(charts.DASHES[kind == "test"])
+        for index, (kind, points) in enumerate(charts.loss_curves(run.history).items()):
+            curves[f"{name}, {kind}" if several else kind] = points
+            colours.append(charts.COLOURS[number % len(charts.COLOURS)])
+            dashes.append(charts.DASHES[index % len(charts.DASHES)])
     if not several:
-        colours = list(charts.COLOURS[: len(curves)])
+        colours = [charts.COLOURS[n % len(charts.COLOURS)] for n in range(len(curves))]
     figure = charts.curve_chart(curves, "loss", colours=colours, dashes=dashes)
     caption = (
         "The loss measures the error of the network, so lower is better. An epoch is one pass over "
@@ -158,7 +89,7 @@ def _metric_chart(runs: Runs, metric: str) -> list[tuple[Figure, str]]:
     figure = charts.curve_chart(curves, label, percent=is_percent)
     if figure is None:
         return []
-    text = f"Test {metric}"
+    text = f"Test {charts.short_name(metric)} over epochs"
     if metric == "accuracy":
         text += ": the share of test samples for which the network gives the right answer"
     return [(figure, f"{text}.")]
@@ -271,7 +202,7 @@ def timeline_section(runs: Runs) -> Section:
             section.notes.append(note_text(runs, name, _measured_note(update)))
         elif timeline := _first_update(run.plan.timeline):
             unit = "units: a forward takes 1, a backward 2"
-            figure = charts.timeline_chart([(f"{title}planned", timeline)], unit)
+            figure = timeline_chart([(f"{title}planned", timeline)], unit)
             caption = "The first updates of an epoch, as the schedule plans them."
             section.add_chart(str(number), figure, caption, True)
             section.notes.append(note_text(runs, name, _NO_TRACE))
@@ -296,7 +227,7 @@ def _measured_chart(title: str, update: MeasuredUpdate) -> Figure:
     planned, measured = (_scaled(a, scale) for a in (update.planned, update.measured))
     panels = [(f"{title}planned", planned)] if planned else []
     panels.append((f"{title}measured", measured))
-    return charts.timeline_chart(panels, "ms" if scale > 1 else "s")
+    return timeline_chart(panels, "ms" if scale > 1 else "s")
 
 
 def _measured_caption(update: int, run: RunRecord) -> str:
@@ -345,174 +276,6 @@ def _first_update(timeline: Sequence[DrawnAction]) -> list[DrawnAction]:
     ]
 
 
-def waiting_section(runs: Runs) -> Section:
-    """Return the share of time in which stages compute."""
-    section = Section(
-        "waiting",
-        "Computing and waiting",
-        "A stage waits while it has no input yet, or while replicas average. The share in which it "
-        "computes is its utilisation. The bubble is the waiting that the schedule alone causes, if "
-        "a backward takes twice as long as a forward and all stages are equally costly.",
-    )
-    names, shares, rows = [], [], []
-    for name, run in runs:
-        values = run.numbers("utilisation")
-        if not any(value is not None for value in values):
-            section.notes.append(note_text(runs, name, f"no utilisation; {absence_text(run)}."))
-        for stage, share in enumerate(values):
-            if share is not None:
-                prefix = f"{charts.short_name(name, 14)}, " if len(runs) > 1 else ""
-                names.append(f"{prefix}stage {stage}")
-                shares.append(min(max(share, 0.0), 1.0))
-                row = _stage_row(run, stage, share)
-                rows.append([name, *row] if len(runs) > 1 else row)
-        if run.plan.bubble is not None:
-            schedule = run.strategy("schedule") or "its schedule"
-            text = f"the bubble of {schedule} is {percent(run.plan.bubble)} of the time."
-            section.notes.append(note_text(runs, name, text))
-    if shares:
-        section.add_chart(
-            "stages",
-            charts.utilisation_chart(names[:MAX_ROWS], shares[:MAX_ROWS]),
-            "Share of the training time in which each stage computed, averaged over the run.",
-        )
-        header = ["run"] if len(runs) > 1 else []
-        header += ["stage", "computing", "waiting", "live micro-batches", "staleness"]
-        note = (
-            "Live micro-batches are stored between their forward and their backward. Staleness is "
-            "the number of updates by which a gradient is late."
-        )
-        section.tables.append(
-            TableView("Stages", header, rows, len(rows) > MAX_ROWS, note, labels=len(header) - 4)
-        )
-    return section
-
-
-def _stage_row(run: RunRecord, stage: int, share: float) -> list[str]:
-    row = [str(stage), percent(share), percent(1 - share)]
-    for key in ("peak_live_micros", "staleness"):
-        values = run.numbers(key)
-        row.append(count_text(values[stage]) if stage < len(values) else UNKNOWN)
-    return row
-
-
-def traffic_section(runs: Runs) -> Section:
-    """Return the bytes that ranks sent."""
-    section = Section(
-        "traffic",
-        "Bytes between ranks",
-        "Ranks send activations (outputs of a stage) forward, gradients backward, and averages "
-        "between replicas. A node is one computer; traffic between nodes uses the network, which "
-        "is slower than memory.",
-    )
-    shown, rows = [], []
-    for name, run in runs:
-        kinds = traffic_by_kind(run)
-        total = sum(kind.intra_node + kind.inter_node for kind in kinds)
-        if not total:
-            reason = "the ranks sent nothing" if kinds else absence_text(run)
-            section.notes.append(note_text(runs, name, f"no bytes; {reason}."))
-            continue
-        shown.append((name, kinds))
-        updates = run.count("updates") or 1
-        for kind in kinds:
-            size = kind.intra_node + kind.inter_node
-            row = [name] if len(runs) > 1 else []
-            row += [kind.kind, bytes_text(kind.intra_node), bytes_text(kind.inter_node)]
-            rows.append([*row, bytes_text(size / updates), percent(size / total, 0)])
-    if shown:
-        section.add_chart(
-            "bytes",
-            charts.traffic_chart(shown[: MAX_ROWS // 2]),
-            "Bytes that all ranks sent during training, by kind.",
-        )
-        header = [*(["run"] if len(runs) > 1 else []), "kind", "inside nodes", "between nodes"]
-        note = (
-            ""
-            if any(kind.kind == ALL for _, kinds in shown for kind in kinds)
-            else "The totals are counted. The kinds of messages are planned bytes times samples, "
-            "and averages are the rest."
-        )
-        header += ["per update", "share"]
-        section.tables.append(
-            TableView("Bytes by kind", header, rows, note=note, labels=len(header) - 4)
-        )
-    return section
-
-
-def memory_section(runs: Runs) -> Section:
-    """Return planned and counted memory of the ranks."""
-    section = Section(
-        "memory",
-        "Memory of the ranks",
-        "Before training, dtrain plans the peak memory of each rank from shapes; during training "
-        "it counts the same. Live activations are stored for the backward.",
-    )
-    for number, (name, run) in enumerate(runs):
-        title = name if len(runs) > 1 else ""
-        counted, planned = run.numbers("peak_memory_bytes"), _planned_memory(run)
-        ranks = max(len(counted), len(planned))
-        if not planned and not any(value is not None for value in counted):
-            section.notes.append(note_text(runs, name, f"no memory; {absence_text(run)}."))
-            continue
-        shown = range(min(ranks, MAX_ROWS))
-        figure = charts.memory_chart(
-            [f"rank {rank}" for rank in shown],
-            [_without_total(planned[rank]) if rank < len(planned) else {} for rank in shown],
-            [counted[rank] if rank < len(counted) else None for rank in shown],
-            title,
-        )
-        caption = "Planned peak by part; the diamond is the counted peak."
-        section.add_chart(str(number), figure, caption)
-        table = _memory_table(name, run, planned, counted)
-        folded = _is_long(runs, table.rows)
-        section.tables.append(dataclasses.replace(table, folded=folded))
-        if ranks > MAX_ROWS:
-            section.notes.append(
-                note_text(runs, name, f"the first {MAX_ROWS} of {ranks:,} ranks are drawn.")
-            )
-    return section
-
-
-def _planned_memory(run: RunRecord) -> list[dict[str, int]]:
-    """Return the planned bytes of each rank by part, those of its stage."""
-    mesh = run.plan.mesh
-    if mesh is None or mesh.ranks > 100_000 or not run.plan.memory:
-        return []
-    return [run.plan.memory.get(mesh.coords(rank)[1], {}) for rank in range(mesh.ranks)]
-
-
-def _without_total(parts: dict[str, int]) -> dict[str, int]:
-    return {part: size for part, size in parts.items() if part != "total"}
-
-
-def _memory_table(
-    name: str,
-    run: RunRecord,
-    planned: Sequence[dict[str, int]],
-    counted: Sequence[float | None],
-) -> TableView:
-    resident, hosts, mesh = run.numbers("rss_bytes"), run.hosts, run.plan.mesh
-    rows = []
-    for rank in range(min(max(len(planned), len(counted)), 1024)):
-        stage = UNKNOWN if mesh is None or rank >= mesh.ranks else str(mesh.coords(rank)[1])
-        total = planned[rank].get("total") if rank < len(planned) else None
-        row = [str(rank), stage, hosts[rank] if rank < len(hosts) else UNKNOWN, bytes_text(total)]
-        row.append(bytes_text(counted[rank]) if rank < len(counted) else UNKNOWN)
-        rows.append([*row, bytes_text(resident[rank]) if rank < len(resident) else UNKNOWN])
-    header = ["rank", "stage", "host", "planned peak", "counted peak", "resident"]
-    note = (
-        "Planned is the peak of the replica that needs most. Resident memory is that of the whole "
-        "process, libraries included."
-    )
-    return TableView(f"Memory of {name}", header, rows, note=note)
-
-
-def _is_long(runs: Runs, rows: Sequence[object]) -> bool:
-    """Return whether a table is folded: that of one of several runs, or one with many rows."""
-    return len(runs) > 1 or len(rows) > MAX_ROWS
-
-
 def network_section(runs: Runs) -> Section:
     """Return the blocks of the network, and the notes of the plan."""
     section = Section(
@@ -525,11 +288,10 @@ def network_section(runs: Runs) -> Section:
     for name, run in runs:
         blocks = run.plan.blocks
         if blocks:
-            header = [*blocks[0]]
+            header = list(dict.fromkeys(["block", "layers", *blocks[0]]))
             rows = [[block.get(column, "") for column in header] for block in blocks]
-            section.tables.append(
-                TableView(f"Blocks of {name}", header, rows, _is_long(runs, rows))
-            )
+            title, folded = f"Blocks of {name}", is_long(runs, rows)
+            section.tables.append(TableView(title, header, rows, folded, labels=2))
         else:
             section.notes.append(note_text(runs, name, f"no blocks; {absence_text(run)}."))
         notes = [f"note of the plan: {note}" for note in run.plan.notes]
