@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,8 @@ from dtrain.run_report.traffic import ALL, AVERAGES, traffic_by_kind
 from dtrain.schedules import SCHEDULES
 from dtrain.syncs import SYNCS
 from tests import tiny
+from tests.conftest import ROOT
+from tests.docs_reader import python_blocks
 
 RECORDED = Path(__file__).parent / "run_folders"
 FILES = ("summary.json", "metrics.jsonl", "run.toml", "plan.txt", "trace.json")
@@ -510,6 +513,24 @@ def test_the_command_writes_the_page_that_it_names(
     assert run_cli("report", pipeline) == 0
     assert (tmp_path / "sub" / "out.html").exists()
     assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_the_commands_and_the_code_of_the_docs_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, source in (("demo", "local"), ("a", "pipeline"), ("b", "local")):
+        shutil.copytree(RECORDED / source, tmp_path / "runs" / name)
+    docs = ROOT / "docs" / "reports.md"
+    commands = re.findall(r"^dtrain ([^#\n]*)", docs.read_text(encoding="utf-8"), re.MULTILINE)
+    assert {command.split()[0] for command in commands} == {"status", "compare", "report"}
+    for command in commands:
+        assert run_cli(*command.split()) == 0, command
+    assert capsys.readouterr().err == ""
+    [code] = python_blocks(docs)
+    exec(compile(code, str(docs), "exec"), {})
+    assert {"report.html", "out.html", "a.html", "charts"} <= {p.name for p in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize(
