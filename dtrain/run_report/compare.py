@@ -31,7 +31,7 @@ SUMMARY_KEYS: dict[str, tuple[str, Format]] = {
     "test_loss": ("test loss", number_text),
     "epochs": ("epochs", count_text),
     "updates": ("updates", count_text),
-    "wall_s": ("training time", duration_text),
+    "wall_s": ("total time", duration_text),
     "samples_per_s": ("samples per second", count_text),
     "bytes_intra_node": ("bytes inside nodes", bytes_text),
     "bytes_inter_node": ("bytes between nodes", bytes_text),

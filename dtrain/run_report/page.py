@@ -186,7 +186,7 @@ def _tiles(run: RunRecord) -> list[tuple[str, str]]:
     tiles = [
         *[*metrics.items()][:3],
         ("test loss", number_text(run.number("test_loss"), 3)),
-        ("training time", duration_text(run.number("wall_s") or None)),
+        ("total time", duration_text(run.number("wall_s") or None)),
         ("samples per second", count_text(run.number("samples_per_s") or None)),
     ]
     return [tile for tile in tiles if tile[1] != UNKNOWN]
@@ -202,7 +202,7 @@ def _results(runs: Runs) -> list[Fact]:
             for name in names
         ),
         Fact("test loss", [number_text(run.number("test_loss")) for run in records]),
-        Fact("training time", [duration_text(run.number("wall_s") or None) for run in records]),
+        Fact("total time", [duration_text(run.number("wall_s") or None) for run in records]),
         Fact(
             "samples per second",
             [count_text(run.number("samples_per_s") or None) for run in records],

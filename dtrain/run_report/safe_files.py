@@ -7,7 +7,6 @@ executed. A missing, unreadable, too large or damaged file is None, or its reada
 from __future__ import annotations
 
 import json
-import math
 import os
 import stat
 import tomllib
@@ -24,6 +23,10 @@ MAX_BYTES = 64 * 2**20
 
 MAX_ITEMS, MAX_CHARACTERS = 4096, 4000
 """Items of a list and characters of a text that are kept."""
+
+
+MAX_NUMBER = 1e100
+"""Largest number that is kept; charts add and scale numbers."""
 
 
 def read_inside(folder: Path, name: str, limit: int = MAX_BYTES, *, tail: bool = False) -> str:
@@ -85,13 +88,10 @@ def _parse_json(text: str) -> Table:
 
 
 def as_number(value: object) -> float | None:
-    """Return a finite number, None for anything else."""
+    """Return a number that can be drawn, None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
+    return float(value) if -MAX_NUMBER <= value <= MAX_NUMBER else None  # false for NaN
 
 
 def as_count(value: object) -> int | None:

@@ -99,7 +99,7 @@ def learning_section(runs: Runs) -> Section:
     """Return losses and metrics over epochs, per run and per block."""
     section = Section(
         "learning",
-        "How it learned",
+        "Losses and metrics",
         "A block is a part of the network that is trained as one. Where blocks have losses or "
         "predictions of their own, they are shown one by one.",
     )

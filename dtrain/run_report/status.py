@@ -171,7 +171,8 @@ def _status_line(state: Table) -> str:
     owner = state["owner"]
     if state["status"] == "running" and owner:
         job = f"job {owner['job']}, " if "job" in owner else ""
-        title += as_text(f" ({job}process {owner.get('process')} on {owner.get('host')})")
+        process = as_text(f"{job}process {owner.get('process')} on {owner.get('host')}")
+        title += f" ({process})"
     attempt = state["attempt"]
     return f"{title}, start number {attempt}" if attempt and attempt > 1 else title
 
