@@ -30,7 +30,8 @@ from dtrain.errors import ConfigError
 from dtrain.objectives import OBJECTIVES
 from dtrain.planning.plan import Plan, make_plan
 from dtrain.planning.report import plan_table, plan_text
-from dtrain.run_report import charts, page, strategy_notes
+from dtrain.run_report import charts, strategy_notes
+from dtrain.run_report import page as page_module
 from dtrain.run_report.compare import compare_runs, comparison_text
 from dtrain.run_report.page import report
 from dtrain.run_report.plan_file import parse_plan
@@ -71,7 +72,7 @@ def local(tmp_path: Path) -> Path:
 def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make figures, but do not write them as files, which takes most of the time."""
     monkeypatch.setattr(charts, "svg_text", lambda figure: "<svg/>")
-    monkeypatch.setattr(page, "save_figure", lambda figure, path: path.touch())
+    monkeypatch.setattr(page_module, "save_figure", lambda figure, path: path.touch())
 
 
 class Page(HTMLParser):
@@ -121,7 +122,7 @@ def read_everything(folder: Path, page: Path) -> Page:
     json.dumps(run_status(folder))
     json.dumps(compare_runs(folder, RECORDED / "local"))
     assert "\x1b" not in status_text(folder) + comparison_text(folder, folder)
-    return Page(report([folder, RECORDED / "local"], page))
+    return Page(report(folder, page))
 
 
 # ---- the page
@@ -156,7 +157,7 @@ def test_a_missing_file_leaves_every_section_in_place(
     missing: str | tuple[str, ...], pipeline: Path, tmp_path: Path
 ) -> None:
     """The run file stands in the records, too."""
-    full = Page(report(pipeline, tmp_path / "full.html"))
+    full = Page(report(pipeline, tmp_path / "page.html"))
     for name in (missing,) if isinstance(missing, str) else missing:
         (pipeline / name).unlink()
     status_text(pipeline)
