@@ -100,8 +100,8 @@ def learning_section(runs: Runs) -> Section:
     section = Section(
         "learning",
         "Losses and metrics",
-        "A block is a part of the network that is trained as one. Where blocks have losses or "
-        "predictions of their own, they are shown one by one.",
+        "A block is a part of the network that is trained as one. Blocks with losses or predictions "
+        "of their own are shown one by one.",
     )
     for number, metric in enumerate(_metric_names(runs)[1:], 1):
         for figure, caption in _metric_chart(runs, metric):
@@ -336,12 +336,12 @@ def settings_section(runs: Runs) -> Section:
 
 
 def environment_section(runs: Runs) -> Section:
-    """Return where, when and with which software each run was made."""
+    """Return place, time and software of each run."""
     section = Section(
         "environment",
         "Environment",
-        "Where, when and with which software the run was made. The digest is a fingerprint of the "
-        "trained weights: equal digests mean equal weights, bit for bit.",
+        "Place, time and software of the run. The digest is a fingerprint of the trained weights: "
+        "equal digests mean equal weights, bit for bit.",
     )
     facts: list[tuple[str, Callable[[RunRecord], str]]] = [
         ("folder", lambda run: as_text(str(run.folder))),
