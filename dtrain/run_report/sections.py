@@ -100,8 +100,8 @@ def learning_section(runs: Runs) -> Section:
     section = Section(
         "learning",
         "Losses and metrics",
-        "A block is a part of the network that is trained as one. Blocks with losses or predictions "
-        "of their own are shown one by one.",
+        "A block is a part of the network that is trained as one. Blocks with losses or "
+        "predictions of their own are shown one by one.",
     )
     for number, metric in enumerate(_metric_names(runs)[1:], 1):
         for figure, caption in _metric_chart(runs, metric):
