@@ -1,8 +1,8 @@
 """Bytes that ranks sent, by kind and by whether they left a node.
 
 Invariant: the kinds add up to the counted totals. The messages of samples are those of the plan
-times the samples; the rest are the averages of the sync. If the two do not fit, all bytes are of one
-kind.
+times the samples; the rest are the averages of the sync. If the two do not fit, all bytes are of
+one kind.
 """
 
 from __future__ import annotations
