@@ -31,6 +31,7 @@ from dtrain.schedules.base import Schedule
 from dtrain.schema import Table, dump_toml, to_table
 from dtrain.syncs.base import Sync
 from dtrain.tasks.task import DEFAULT_TASK, Task
+from dtrain.user_code import object_name
 
 RUN_FILE_HEADER = "# resolved from {}, where relative paths and imports start"
 """The first line of the `run.toml` of a run folder."""
@@ -88,6 +89,12 @@ class RunConfig:
         return self.path.parent
 
     @property
+    def stages(self) -> int | None:
+        """The number of stages that the keys say, None where the number of ranks decides."""
+        places = self.partition.places
+        return max(places) + 1 if self.mesh.stages is None and places else self.mesh.stages
+
+    @property
     def weights_path(self) -> Path | None:
         """The file with initial weights, None where the run file names none."""
         name = self.model_options.weights
@@ -95,7 +102,7 @@ class RunConfig:
 
     def open_modules(self) -> frozenset[str]:
         """Return the dotted names of the sub-modules whose parts are layers of their own."""
-        cuts = [cut for cut in self.partition.cuts or () if isinstance(cut, str)]
+        cuts = [cut for cut in self.partition.explicit_cuts or () if isinstance(cut, str)]
         paths = [cut.partition("@")[0].split(".") for cut in cuts]
         around = {".".join(path[:end]) for path in paths for end in range(1, len(path))}
         return frozenset({*self.model_options.open, *around})
@@ -150,6 +157,8 @@ class RunConfig:
             tables = {"data": tables.pop("data"), "task": task} | tables
         if self.partition.cuts is not None:
             del tables["partition"]["balance"]  # explicit cuts balance nothing
+        if callable(self.partition.cuts):
+            tables["partition"]["cuts"] = object_name(self.partition.cuts)
         return to_table(self.settings) | tables
 
     def to_text(self) -> str:
@@ -161,9 +170,9 @@ class RunConfig:
 
         Otherwise another number of stages would train another model.
         """
-        blocks = (run_table or {}).get("partition", {}).get("blocks")
-        partition = self.partition
-        if blocks is None or partition.blocks is not None or partition.cuts is not None:
+        saved, partition = (run_table or {}).get("partition", {}), self.partition
+        blocks = len(saved["cuts"]) + 1 if "cuts" in saved else saved.get("blocks")
+        if blocks is None or partition.chosen_blocks is not None:
             return self
         return dataclasses.replace(self, partition=dataclasses.replace(partition, blocks=blocks))
 
@@ -171,6 +180,6 @@ class RunConfig:
         """Return this run with the numbers of blocks and stages that were chosen at its start."""
         mesh = dataclasses.replace(self.mesh, stages=stages)
         partition = self.partition
-        if partition.cuts is None:
+        if partition.explicit_cuts is None:
             partition = dataclasses.replace(partition, blocks=blocks)
         return dataclasses.replace(self, mesh=mesh, partition=partition)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dtrain.errors import ConfigError
 from dtrain.models.graph import CallContext, ModelGraph, NodeValue, TensorSpec
-from dtrain.models.shape_inference import LayerSpec, free_tensors
+from dtrain.models.shape_inference import LayerProfile, free_tensors
 
 
 @final
@@ -69,7 +69,7 @@ class BlockFlow:
 
 
 def block_flows(
-    graph: ModelGraph, layer_specs: Sequence[LayerSpec], layers: Sequence[range]
+    graph: ModelGraph, layer_specs: Sequence[LayerProfile], layers: Sequence[range]
 ) -> list[BlockFlow]:
     """Return the flow of every block.
 
@@ -115,7 +115,7 @@ def block_flows(
     return [_add_skip_outputs(block, flows) for block in range(len(flows))]
 
 
-def _main_output(layer_specs: Sequence[LayerSpec], layers: range) -> str:
+def _main_output(layer_specs: Sequence[LayerProfile], layers: range) -> str:
     spec = layer_specs[layers.stop - 1]
     if not spec.main_value:
         raise ConfigError(
@@ -149,14 +149,14 @@ class BlockProgram:
         The model's graph.
     layers : range
         The block's layers.
-    layer_specs : sequence of LayerSpec
+    layer_specs : sequence of LayerProfile
         Of the whole model.
     flow : BlockFlow
         What enters and leaves the block.
     """
 
     def __init__(
-        self, graph: ModelGraph, layers: range, layer_specs: Sequence[LayerSpec], flow: BlockFlow
+        self, graph: ModelGraph, layers: range, layer_specs: Sequence[LayerProfile], flow: BlockFlow
     ) -> None:
         self.graph = graph
         self.layers = [graph.layers[index] for index in layers]
@@ -208,7 +208,7 @@ class BlockProgram:
         return {name: outputs[name] for name in sorted(self._outputs)}
 
     def _cut(
-        self, spec: LayerSpec, values: dict[str, Any], layer_outputs: dict[str, Tensor]
+        self, spec: LayerProfile, values: dict[str, Any], layer_outputs: dict[str, Tensor]
     ) -> None:
         """Record the main output of a layer, and detach all that the layer made."""
         for value in spec.writes:

@@ -114,7 +114,7 @@ def measure_block_memory(
         return BlockMemory(
             parameters=_nbytes(block.tensors().values()),
             gradients=_nbytes(block.trainable_parameters),
-            optimizer=_optimizer_bytes(make_optimizer, block.named_parameters()),
+            optimizer=optimizer_bytes(make_optimizer, block.named_parameters()),
             activations=sum(passes),
             backward=backward,
             later_passes=tuple(passes[1:]),
@@ -155,7 +155,7 @@ def _measure_block(
             return block, _measure_passes(block, objective, block_specs, index, rows)
 
 
-def _optimizer_bytes(make_optimizer: OptimizerFactory, parameters: Iterable[NamedParameter]) -> int:
+def optimizer_bytes(make_optimizer: OptimizerFactory, parameters: Iterable[NamedParameter]) -> int:
     """Return the bytes of an optimizer's state after its first step, measured once per shape."""
     kinds = Counter((p.module_class, p.parameter.shape, p.parameter.dtype) for p in parameters)
     try:

@@ -6,6 +6,7 @@ Invariant: every rank makes the same plan without a message.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dtrain.config.run import RunConfig
@@ -21,7 +22,7 @@ from dtrain.models.pretrained import PretrainedWeights, check_pretrained
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.planning.layout import DTYPES, Layout, make_layout
 from dtrain.schedules.segments import TrainingLength
-from dtrain.schedules.verify import ScheduleReport
+from dtrain.schedules.verify import PlanError, ScheduleReport
 from dtrain.tasks.task import Task
 
 PROOF_UPDATES = 8
@@ -85,13 +86,13 @@ def make_plan(run: RunConfig, ranks: int) -> Plan:
     )
     splitter = _split_batches(run, layout, train.size)
     return Plan(
-        run=run.resolve(len(layout.block_layouts), layout.mesh.stages),
+        run=_resolve(run, layout),
         data=samples,
         layout=layout,
         training_length=length,
         batch_splitter=splitter,
-        proof=layout.prove(_proof_sizes(splitter, train.size, length.updates_per_epoch)),
-        blocks_assumed=run.partition.blocks is None and run.partition.cuts is None,
+        proof=_prove(run, layout, _proof_sizes(splitter, train.size, length.updates_per_epoch)),
+        blocks_assumed=run.partition.chosen_blocks is None,
     )
 
 
@@ -168,6 +169,38 @@ def _split_batches(run: RunConfig, layout: Layout, samples: int) -> BatchSplitte
             f"{max(batch_size - 1, 2)}",
         )
     return splitter
+
+
+def _resolve(run: RunConfig, layout: Layout) -> RunConfig:
+    """Return the run with the numbers of blocks and stages, and the cuts that a function chose.
+
+    So a resumed run has these cuts, whether the function still returns them or not.
+    """
+    if run.partition.cut_function is not None:
+        run = with_cuts(run, [layout.layer_specs[index].name for index in layout.cuts])
+    return run.resolve(len(layout.block_layouts), layout.mesh.stages)
+
+
+def with_cuts(run: RunConfig, names: Sequence[str]) -> RunConfig:
+    """Return a run with explicit cuts before these layers."""
+    partition = dataclasses.replace(
+        run.partition, cuts=tuple(names), blocks=None, weights=None, balance="flops"
+    )
+    return dataclasses.replace(run, partition=partition)
+
+
+def _prove(run: RunConfig, layout: Layout, sizes: list[list[int]]) -> ScheduleReport:
+    """Prove that the schedule ends; refuse places of the run file for which it does not."""
+    try:
+        return layout.prove(sizes)
+    except PlanError as error:
+        if run.partition.places is None:
+            raise
+        raise ConfigError(
+            "schedule.places-deadlock",
+            f"[schedule] '{run.schedule.name}' cannot run places = {list(layout.place)} "
+            f'({error}): leave out places, or set schedule.name = "drained"',
+        ) from error
 
 
 def _proof_sizes(splitter: BatchSplitter, samples: int, updates: int) -> list[list[int]]:
