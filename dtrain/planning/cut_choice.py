@@ -42,8 +42,8 @@ def choose_cuts(run: RunConfig, block_costs: BlockCosts, stages: int) -> tuple[i
     if section.balance not in costs:
         raise ConfigError(
             "partition.time-not-measured",
-            '[partition] balance = "time" is measured before training, and this command measures '
-            'nothing: set balance = "flops", or cuts',
+            '[partition] balance = "time" is measured before the plan, but this run was not: call '
+            'dtrain.measured_cuts.settle_cuts, or set balance = "flops", or cuts',
         )
     return partition.balanced_cuts(layers, blocks, costs[section.balance](), section.weights)
 

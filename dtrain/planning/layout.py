@@ -189,14 +189,9 @@ def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: 
     """
     _check_stages(run, ranks)
     mesh = RankMesh.for_ranks(ranks, run.stages, run.mesh.placement)
-    dtype = DTYPES[run.settings.dtype]
     objective, schedule = run.objective.instance, run.schedule.instance
-    shape = objective.model_input_shape(data_spec.sample_shape, data_spec.classes)
-    input_dtype = torch.int64 if data_spec.integer_samples else dtype
-    layer_specs = _infer_layers(model, shape, dtype, input_dtype, data_spec.other_inputs)
-    _check_outputs(layer_specs, data_spec)
-    data_spec = dataclasses.replace(data_spec, prediction_shape=layer_specs[-1].output_shape)
-    block_costs = BlockCosts(layer_specs, objective, model, data_spec, run.settings.seed)
+    block_costs = make_block_costs(run, model, data_spec)
+    layer_specs = block_costs.layer_specs
     cuts = choose_cuts(run, block_costs, mesh.stages)
     layers = partition.layer_ranges(len(layer_specs), cuts)
     _check_cuts(layer_specs, layers)
@@ -212,7 +207,7 @@ def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: 
     return Layout(
         mesh=mesh,
         model=model,
-        dtype=dtype,
+        dtype=DTYPES[run.settings.dtype],
         layer_specs=layer_specs,
         block_layouts=blocks,
         place=_choose_places(run, schedule, blocks, mesh.stages),
@@ -223,6 +218,17 @@ def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: 
         graph=graph,
         ties=_find_ties(run, model, schedule, layers),
     )
+
+
+def make_block_costs(run: RunConfig, model: LayerStack, data_spec: BlockSpec) -> BlockCosts:
+    """Return the costs of all blocks that can be cut from a model, whose layers are inferred."""
+    dtype, objective = DTYPES[run.settings.dtype], run.objective.instance
+    shape = objective.model_input_shape(data_spec.sample_shape, data_spec.classes)
+    input_dtype = torch.int64 if data_spec.integer_samples else dtype
+    layer_specs = _infer_layers(model, shape, dtype, input_dtype, data_spec.other_inputs)
+    _check_outputs(layer_specs, data_spec)
+    data_spec = dataclasses.replace(data_spec, prediction_shape=layer_specs[-1].output_shape)
+    return BlockCosts(layer_specs, objective, model, data_spec, run.settings.seed)
 
 
 def _used_graph(model: LayerStack, layer_specs: Sequence[LayerProfile]) -> ModelGraph | None:

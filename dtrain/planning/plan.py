@@ -61,20 +61,8 @@ def make_plan(run: RunConfig, ranks: int) -> Plan:
     DtrainError
         Data, model, mesh, partition or schedule do not fit each other.
     """
-    samples = load_data(
-        run.dataset.name,
-        run.dataset.fields,
-        run.folder,
-        normalise=run.data.normalise,
-        task=run.task,
-    )
+    samples, model, data_spec = load_run(run)
     train = samples.train
-    task = run.task.bind(train.target_shape, train.target_dtype, train.classes)
-    _check_objective(run, task)
-    _check_augment(run, train, task)
-    model, data_spec = _load_model(run, train, task)
-    if data_spec.integer_samples:
-        samples = samples.as_integers()
     layout = make_layout(run, model, data_spec, ranks)
     settings = run.settings
     length = TrainingLength.from_settings(
@@ -94,6 +82,24 @@ def make_plan(run: RunConfig, ranks: int) -> Plan:
         proof=_prove(run, layout, _proof_sizes(splitter, train.size, length.updates_per_epoch)),
         blocks_assumed=run.partition.chosen_blocks is None,
     )
+
+
+def load_run(run: RunConfig) -> tuple[DatasetSplits, LayerStack, BlockSpec]:
+    """Load the data's description and the model; return them, and the facts of the data that all
+    block specs share."""
+    samples = load_data(
+        run.dataset.name,
+        run.dataset.fields,
+        run.folder,
+        normalise=run.data.normalise,
+        task=run.task,
+    )
+    train = samples.train
+    task = run.task.bind(train.target_shape, train.target_dtype, train.classes)
+    _check_objective(run, task)
+    _check_augment(run, train, task)
+    model, data_spec = _load_model(run, train, task)
+    return samples.as_integers() if data_spec.integer_samples else samples, model, data_spec
 
 
 def _load_model(run: RunConfig, train: Dataset, task: Task) -> tuple[LayerStack, BlockSpec]:

@@ -82,6 +82,11 @@ class _InFlight:
         self._message_tables = [
             MessageTable(routes, place, stage, micro_batches) for stage in stages
         ]
+        self._routes_of_stage: list[list[int]] = [[] for _ in stages]
+        for index, route in enumerate(routes):
+            source = place[route.source.block]
+            if source != place[route.target.block]:
+                self._routes_of_stage[source].append(index)
         self._payload = payload
         self._credits = credits
         self._send_counts = Counter[int]()
@@ -113,16 +118,16 @@ class _InFlight:
                 self._sender_knowledge[route].append(receives.copy())
                 sizes = (
                     self._in_flight_bytes(other, stage, other == route)
-                    for other in self._send_counts
+                    for other in self._routes_of_stage[stage]
                 )
                 self._peak_bytes[stage] = max(self._peak_bytes[stage], sum(sizes))
 
     def _in_flight_bytes(self, route: int, stage: int, is_sending: bool) -> int:
-        """Return the bytes of a route's messages in flight, with the one that is being sent."""
-        messages = self._message_tables[stage]
-        if messages.source_stage(route) != stage:
-            return 0
-        window = messages.window(route)
+        """Return the bytes of a route's messages in flight, with the one that is being sent.
+
+        A route that has sent nothing yet has none.
+        """
+        window = self._message_tables[stage].window(route)
         waiting = self._send_counts[route] - window - self._known_receives[stage][route]
         return self._payload[route] * max(int(is_sending), min(waiting, self._credits * window))
 
