@@ -15,7 +15,7 @@ from tests.single import one_thread  # noqa: F401
 
 @pytest.mark.parametrize(
     ("objective", "schedule"),
-    [("backprop", "1f1b"), ("local-head", "stream"), ("backprop", "interleaved")],
+    [("backprop", "1f1b"), ("local-head", "stream")],
 )
 def test_60_layers_on_4096_ranks(objective: str, schedule: str) -> None:
     """Loose bounds, in seconds of the processor: some 2 s and 100 MB were measured."""
