@@ -83,6 +83,8 @@ class LayerList(list[LayerSpec]):
         note = "flops and bytes of one sample; [partition] cuts names layers or their numbers"
         return "\n".join([*align_columns(rows), note])
 
+    __repr__ = __str__
+
 
 def list_layers(
     model: Model,

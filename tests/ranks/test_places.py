@@ -95,6 +95,7 @@ def test_skips_pass_blocks_of_their_own_stage(
     assert len(digests) == 1
 
 
+@pytest.mark.parametrize("net", ["mlp", "cnn"])
 @pytest.mark.parametrize(
     ("objective", "schedule", "places"),
     [
@@ -107,11 +108,11 @@ def test_skips_pass_blocks_of_their_own_stage(
     ],
 )
 def test_planned_memory_is_counted_memory(
-    objective: str, schedule: str, places: list[int] | None, tmp_path: Path
+    objective: str, schedule: str, places: list[int] | None, net: str, tmp_path: Path
 ) -> None:
     """Within 10 % on every rank."""
     partition = {"blocks": 4, "balance": "layers"} | ({"places": places} if places else {})
-    run = make_run("mlp", objective, schedule, partition=partition, mesh__stages=2)
+    run = make_run(net, objective, schedule, partition=partition, mesh__stages=2)
     plan = make_plan(run, 2)
     assert sorted(plan.layout.place) == [0, 0, 1, 1]
     planned = [rank.peak for rank in MemoryPlan(plan).rank_memory()]
