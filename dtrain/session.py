@@ -24,6 +24,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, final
 
+from torch import nn
+
 from dtrain.build import RankJob, build_rank, check_same_data, check_same_layout, set_threads
 from dtrain.checkpoint import run_folder, store
 from dtrain.checkpoint.digest import model_digest
@@ -39,11 +41,12 @@ from dtrain.checkpoint.resume import (
 )
 from dtrain.comm.agree import all_or_none, broadcast_object
 from dtrain.comm.communicator import Comm
+from dtrain.comm.flight_recorder import print_error
 from dtrain.config.run import RunConfig
 from dtrain.data.dataset import Standardised
 from dtrain.data.sampler import epoch_order
 from dtrain.engine.trace import TRACE_FILE, Trace
-from dtrain.errors import ConfigError, DtrainError
+from dtrain.errors import ConfigError, DtrainError, RankLostError
 from dtrain.evaluation import EvalWeights, evaluate_weights, evaluation_weights
 from dtrain.failure import report_failure
 from dtrain.layer_notes import layer_notes
@@ -52,6 +55,8 @@ from dtrain.monitoring.run_totals import RunTotals
 from dtrain.monitoring.summary import make_summary
 from dtrain.planning import report
 from dtrain.planning.plan import Plan, make_plan
+from dtrain.rank_process import init
+from dtrain.run import Run
 from dtrain.schedules.segments import Segment
 from dtrain.schema import Table
 
@@ -83,37 +88,52 @@ Callback = Callable[["Session", Event], object]
 """A function that a session calls on all ranks."""
 
 
+_RUNS: dict[Path, RunConfig] = {}
+"""The runs of this process by their folders: their objects cannot always be imported."""
+
+
+def run_of_folder(folder: Path) -> RunConfig | None:
+    """Return the run that a session of this process trained into a folder."""
+    return _RUNS.get(folder.resolve())
+
+
 class Session:
     """One training of a run into a folder. Every method but `losses` is collective.
 
     Parameters
     ----------
-    run : RunConfig
-        The checked run.
-    out : Path
-        The run folder; the newest checkpoint in it is restored.
-    comm : Comm
-        All ranks.
+    run : Run or RunConfig
+        What is trained.
+    out : str or Path, optional
+        The run folder; the newest checkpoint in it is restored. Default: ``runs/`` and the name of
+        the run file or script.
     resume : str
         "auto": resume from the newest checkpoint in `out`, if there is one. "never": `out` must be
         empty. Else the folder of another run to resume from.
     callbacks : sequence of callable
         Called with (session, event) on all ranks.
+    exact_mesh : bool
+        Refuse ranks on which the stages of the run do not fit. Otherwise as many stages are taken
+        as fit, and the other ranks are replicas.
+    comm : Comm, optional
+        All ranks; default: those of `dtrain.init`.
     """
 
     def __init__(
         self,
-        run: RunConfig,
-        out: Path,
-        comm: Comm,
+        run: Run | RunConfig,
+        out: str | Path | None = None,
         *,
         resume: str = "auto",
         callbacks: Sequence[Callback] = (),
+        exact_mesh: bool = False,
+        comm: Comm | None = None,
     ) -> None:
-        self.comm = comm
-        self.out = out
+        self.comm = init() if comm is None else comm
         self.callbacks = tuple(callbacks)
-        self._run = run
+        config = run if isinstance(run, RunConfig) else run.config
+        self.out = Path("runs") / config.path.stem if out is None else Path(out)
+        self._run = config if exact_mesh else config.fit_stages(self.comm.size)
         self._resume = resume
         self._owner: run_folder.Owner | None = None
         self._progress: Progress | None = None
@@ -159,6 +179,7 @@ class Session:
 
     def _open(self) -> None:
         comm, out = self.comm, self.out
+        _share_module(self._run.model.target, comm)
         threads = set_threads(self._run, comm)
         point = find_resume_point(comm, out, self._resume)
         run = self._run.with_checkpoint_blocks(point.run_table)
@@ -173,6 +194,7 @@ class Session:
         )
         all_or_none(comm, lambda: run_folder.check_visible(out, comm.hosts[comm.rank]))
         comm.flight.set_folder(out / run_folder.FLIGHT_FOLDER)
+        _RUNS[out.resolve()] = plan.run
         self._job = job = build_rank(plan, comm)
         self._fingerprint: Table = {"model": job.model_fingerprint, "data": data_fingerprint}
         all_or_none(comm, lambda: check_same_model(point.fingerprint, job.model_fingerprint))
@@ -217,6 +239,9 @@ class Session:
         try:
             if error is not None:
                 report_failure(error, self.comm, self.out, self._owner)
+            if isinstance(error, SystemExit) and self.comm.size > 1:  # the other ranks go on
+                print_error(f"dtrain: rank {self.rank} left its session by sys.exit")
+                self.comm.abort(RankLostError.code)
         finally:
             self.comm.flight.close()
             if self._progress is not None:
@@ -422,6 +447,14 @@ class Session:
         for callback in self.callbacks:
             number = self.update if update is None else update
             callback(self, Event(kind, segment or self._segment, number))
+
+
+def _share_module(model: object, comm: Comm) -> None:
+    """Give a module that the user made the weights that it has on rank 0. Collective over all."""
+    if isinstance(model, nn.Module) and comm.size > 1:
+        tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
+        with comm.without_counting():
+            comm.broadcast_([tensor for tensor in tensors.values() if tensor.numel()])
 
 
 def _acquire_folder(out: Path, resume: str, point: ResumePoint) -> tuple[run_folder.Owner, int]:

@@ -26,12 +26,12 @@ from dtrain.config.sections import (
     StrategyChoice,
 )
 from dtrain.config.strategies import NamedStrategy, name_strategy
+from dtrain.object_names import object_name
 from dtrain.objectives.base import Objective
 from dtrain.schedules.base import Schedule
 from dtrain.schema import Table, dump_toml, to_table
 from dtrain.syncs.base import Sync
 from dtrain.tasks.task import DEFAULT_TASK, Task
-from dtrain.user_code import object_name
 
 RUN_FILE_HEADER = "# resolved from {}, where relative paths and imports start"
 """The first line of the `run.toml` of a run folder."""
@@ -175,6 +175,19 @@ class RunConfig:
         if blocks is None or partition.chosen_blocks is not None:
             return self
         return dataclasses.replace(self, partition=dataclasses.replace(partition, blocks=blocks))
+
+    def fit_stages(self, ranks: int) -> RunConfig:
+        """Return this run with as many of its stages as fit on `ranks` ranks, which changes its
+        speed alone."""
+        stages = self.mesh.stages
+        if stages is None or ranks % stages == 0:
+            return self
+        fitting = max(n for n in range(1, min(stages, ranks) + 1) if ranks % n == 0)
+        partition = self.partition
+        if partition.cuts is None and partition.blocks is None:
+            partition = dataclasses.replace(partition, blocks=stages)
+        mesh = dataclasses.replace(self.mesh, stages=fitting)
+        return dataclasses.replace(self, mesh=mesh, partition=partition)
 
     def resolve(self, blocks: int, stages: int) -> RunConfig:
         """Return this run with the numbers of blocks and stages that were chosen at its start."""

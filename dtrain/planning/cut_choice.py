@@ -11,10 +11,11 @@ from collections.abc import Callable
 from dtrain import partition
 from dtrain.config.run import RunConfig
 from dtrain.errors import ConfigError
+from dtrain.object_names import object_name
 from dtrain.planning.block_costs import BlockCosts
 from dtrain.planning.layer_list import describe_layers
 from dtrain.planning.memory_costs import MemoryCosts
-from dtrain.user_code import import_object, object_name
+from dtrain.user_code import import_object
 
 
 def choose_cuts(run: RunConfig, block_costs: BlockCosts, stages: int) -> tuple[int, ...]:
@@ -60,7 +61,7 @@ def _call_cut_function(run: RunConfig, block_costs: BlockCosts, blocks: int) -> 
             )
         function = import_object(function, run.folder, "cuts")
     assert function is not None
-    name = object_name(function) if hasattr(function, "__qualname__") else repr(function)
+    name = object_name(function)
     result = function(describe_layers(block_costs.layer_specs, block_costs.model), blocks)
     if hasattr(result, "tolist"):  # an array of numpy or torch
         result = result.tolist()

@@ -23,9 +23,10 @@ from dtrain.models.graph import ModelGraph, chain_graph
 from dtrain.models.integer_inputs import takes_integers
 from dtrain.models.layers import LayerStack, as_layers
 from dtrain.models.shape_inference import LayerProfile, infer_layers
+from dtrain.object_names import object_name
 from dtrain.planning.block_costs import total_macs
 from dtrain.planning.formatting import align_columns
-from dtrain.user_code import bind_arguments, object_name
+from dtrain.user_code import bind_arguments
 
 Model = nn.Module | Callable[..., object] | Sequence[tuple[str, Callable[[], nn.Module]]] | str
 """A module, a function that makes one, a list of (name, factory), or "module:function"."""
@@ -228,7 +229,7 @@ def _as_stack(
         return as_layers(lambda: pairs, "list", inputs, open_names)
     context = {"shape": shape, "classes": classes}
     arguments = bind_arguments("[model]", model, options, context)
-    name = object_name(model) if hasattr(model, "__qualname__") else "model"
+    name = object_name(model)
     return as_layers(partial(model, **arguments), name, inputs, open_names)
 
 

@@ -70,7 +70,8 @@ class MessageTable:
         largest = max(self._micro_batches, default=0)
         loops = not is_ascending(place)
         self._windows = tuple(
-            r.blocks_passed
+            r.window
+            or r.blocks_passed
             + (1 if r.blocks_passed and loops else 0)
             + 1
             + r.lag * (1 if r.once_per_update else largest)
@@ -115,7 +116,8 @@ class MessageTable:
         One without a lag. A message that is sent `lag` updates early must not block its sender, so
         as many more are posted as `lag` updates of the largest size have messages. A skip passes
         blocks, each of which may hold an earlier micro-batch; where places do not ascend, one more
-        is posted, since both ends of two skips may wait for each other in one cycle.
+        is posted, since both ends of two skips may wait for each other in one cycle. A route may
+        state another window.
         """
         return self._windows[route]
 
