@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -168,10 +169,14 @@ class RunConfig:
     def with_checkpoint_blocks(self, run_table: Table | None) -> RunConfig:
         """Return this run with the blocks of a checkpoint's `run_table`, where it names none.
 
-        Otherwise another number of stages would train another model.
+        Otherwise another number of stages would train another model. Cuts that were measured are
+        not measured again, unless the run names another number of blocks.
         """
         saved, partition = (run_table or {}).get("partition", {}), self.partition
         blocks = len(saved["cuts"]) + 1 if "cuts" in saved else saved.get("blocks")
+        is_measured = partition.balance == "time" and partition.cuts is None and "cuts" in saved
+        if is_measured and partition.chosen_blocks in (None, blocks):
+            return self.with_cuts(saved["cuts"])
         if blocks is None or partition.chosen_blocks is not None:
             return self
         return dataclasses.replace(self, partition=dataclasses.replace(partition, blocks=blocks))
@@ -179,15 +184,24 @@ class RunConfig:
     def fit_stages(self, ranks: int) -> RunConfig:
         """Return this run with as many of its stages as fit on `ranks` ranks, which changes its
         speed alone."""
-        stages = self.mesh.stages
+        stages = self.stages
         if stages is None or ranks % stages == 0:
             return self
         fitting = max(n for n in range(1, min(stages, ranks) + 1) if ranks % n == 0)
         partition = self.partition
-        if partition.cuts is None and partition.blocks is None:
-            partition = dataclasses.replace(partition, blocks=stages)
+        if partition.explicit_cuts is None:
+            blocks = partition.chosen_blocks or stages
+            partition = dataclasses.replace(partition, blocks=blocks)
+        partition = dataclasses.replace(partition, places=None)
         mesh = dataclasses.replace(self.mesh, stages=fitting)
         return dataclasses.replace(self, mesh=mesh, partition=partition)
+
+    def with_cuts(self, names: Sequence[int | str]) -> RunConfig:
+        """Return this run with explicit cuts before these layers."""
+        partition = dataclasses.replace(
+            self.partition, cuts=tuple(names), blocks=None, weights=None, balance="flops"
+        )
+        return dataclasses.replace(self, partition=partition)
 
     def resolve(self, blocks: int, stages: int) -> RunConfig:
         """Return this run with the numbers of blocks and stages that were chosen at its start."""

@@ -6,7 +6,6 @@ Invariant: every rank makes the same plan without a message.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dtrain.config.run import RunConfig
@@ -188,16 +187,8 @@ def _resolve(run: RunConfig, layout: Layout) -> RunConfig:
     So a resumed run has these cuts, whether the function still returns them or not.
     """
     if run.partition.cut_function is not None:
-        run = with_cuts(run, [layout.layer_specs[index].name for index in layout.cuts])
+        run = run.with_cuts([layout.layer_specs[index].name for index in layout.cuts])
     return run.resolve(len(layout.block_layouts), layout.mesh.stages)
-
-
-def with_cuts(run: RunConfig, names: Sequence[str]) -> RunConfig:
-    """Return a run with explicit cuts before these layers."""
-    partition = dataclasses.replace(
-        run.partition, cuts=tuple(names), blocks=None, weights=None, balance="flops"
-    )
-    return dataclasses.replace(run, partition=partition)
 
 
 def _prove(run: RunConfig, layout: Layout, sizes: list[list[int]]) -> ScheduleReport:

@@ -5,6 +5,7 @@ Invariant: the reference is one stage with all blocks, or a run whose places nev
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from dtrain.schedules.gpipe_1f1b import Flush
 from tests import tiny
 from tests.harness import train_in_threads
 from tests.outcome import break_off
+from tests.ranks.test_graph_models import NETS as GRAPH_NETS
 from tests.ranks.test_graph_models import run as graph_run
 from tests.ranks.test_memory import make_run
 from tests.refusals import refuses
@@ -95,6 +97,20 @@ def test_skips_pass_blocks_of_their_own_stage(
     assert len(digests) == 1
 
 
+@pytest.mark.parametrize("schedule", ["drained", "pipelined", "pipedream"])
+def test_tied_parameters_may_be_on_any_stages(schedule: str, tmp_path: Path) -> None:
+    """Blocks 0 and 2 hold copies of one weight, on one rank or on two."""
+    digests = set()
+    for places in ([0, 0, 0], [0, 1, 0], [1, 0, 1], [0, 1, 1]):
+        changes = {"schedule__name": schedule, "objective__name": "backprop"}
+        changes |= {"partition": {"cuts": list(GRAPH_NETS["tied"]), "places": places}}
+        changes |= {"micro_batches": 3 if schedule == "drained" else 1}
+        run = graph_run("tied", "1f1b", **changes)
+        out = tmp_path / str(places)
+        digests.add(train_in_threads(run, out, max(places) + 1)["digest"])
+    assert len(digests) == 1
+
+
 @pytest.mark.parametrize("net", ["mlp", "cnn"])
 @pytest.mark.parametrize(
     ("objective", "schedule", "places"),
@@ -136,6 +152,14 @@ def test_a_run_with_places_is_evaluated_on_any_ranks(ranks: int, tmp_path: Path)
     summary = train(tmp_path, V)
     result = run_ranks(ranks, lambda comm: evaluate_run(tmp_path, comm))[0]
     assert result["accuracy"] == summary["test_accuracy"]
+
+
+@pytest.mark.parametrize(("ranks", "stages"), [(1, 1), (3, 1), (2, 2), (4, 2)])
+def test_places_give_way_where_their_stages_do_not_fit(ranks: int, stages: int) -> None:
+    """On other ranks, as a script may run: the same blocks."""
+    for partition in ({"places": V}, {"cuts": [1, 2, 3], "places": V}):
+        layout = make_plan(tiny.run(partition=partition).fit_stages(ranks), ranks).layout
+        assert (len(layout.block_layouts), layout.mesh.stages) == (4, stages)
 
 
 def test_places_alone_say_the_numbers_of_blocks_and_stages() -> None:
@@ -196,3 +220,15 @@ def test_a_schedule_of_the_users_that_cannot_run_places_is_refused_by_the_proof(
     )
     with refuses(ConfigError, "schedule.places-deadlock"):
         make_plan(run, 2)
+
+
+def test_time_is_measured_before_training_and_kept_when_resumed(tmp_path: Path) -> None:
+    """The resolved run has the cuts; a second start goes on with these."""
+    changes = {"partition": {"blocks": 3, "balance": "time"}, "mesh__stages": 2}
+    train_in_threads(tiny.run(**changes, epochs=1), tmp_path, 2)
+    table = tomllib.loads((tmp_path / "run.toml").read_text())["partition"]
+    assert len(table["cuts"]) == 2
+    assert "balance" not in table
+    summary = train_in_threads(tiny.run(**changes, epochs=2), tmp_path, 2)
+    assert summary["attempts"] == 2
+    assert tomllib.loads((tmp_path / "run.toml").read_text())["partition"] == table

@@ -244,21 +244,17 @@ def test_time_is_measured_by_rank_0_and_written_as_cuts() -> None:
 
 def settled(run: RunConfig, ranks: int, table: dict[str, Any] | None = None) -> RunConfig:
     """Return a run with measured cuts, as one process plans it for `ranks`."""
-    return run_ranks(1, lambda comm: settle_cuts(run, comm, table, ranks))[0]
+    run = run.with_checkpoint_blocks(table)
+    return run_ranks(1, lambda comm: settle_cuts(run, comm, ranks))[0]
 
 
 def test_a_resumed_run_keeps_the_cuts_that_were_measured() -> None:
-    saved = make_plan(replace_cuts(slow_run(), ("4",)), 2).run.to_table()
+    saved = make_plan(slow_run().with_cuts(["4"]), 2).run.to_table()
     for blocks in ({}, {"blocks": 2}):
         resumed = settled(slow_run(**blocks), 2, saved)
         check_same_run(Path("out"), saved, make_plan(resumed, 2).run)
     with refuses(ConfigError, "resume.settings-changed"):
         check_same_run(Path("out"), saved, make_plan(settled(slow_run(blocks=3), 2, saved), 1).run)
-
-
-def replace_cuts(run: RunConfig, cuts: tuple[str, ...]) -> RunConfig:
-    partition = replace(run.partition, cuts=cuts, balance="flops")
-    return replace(run, partition=partition)
 
 
 def test_time_needs_a_measurement() -> None:
