@@ -50,6 +50,7 @@ from dtrain.errors import ConfigError, DtrainError, RankLostError
 from dtrain.evaluation import EvalWeights, evaluate_weights, evaluation_weights
 from dtrain.failure import report_failure
 from dtrain.layer_notes import layer_notes
+from dtrain.measured_cuts import settle_cuts
 from dtrain.monitoring.progress import Progress
 from dtrain.monitoring.run_totals import RunTotals
 from dtrain.monitoring.summary import make_summary
@@ -182,7 +183,7 @@ class Session:
         _share_module(self._run.model.target, comm)
         threads = set_threads(self._run, comm)
         point = find_resume_point(comm, out, self._resume)
-        run = self._run.with_checkpoint_blocks(point.run_table)
+        run = settle_cuts(self._run.with_checkpoint_blocks(point.run_table), comm)
         plan = all_or_none(comm, lambda: make_plan(run, comm.size))
         check_same_layout(plan, comm)
         data_fingerprint = check_same_data(plan, comm)

@@ -42,6 +42,7 @@ CHANGEABLE_KEYS = (
     "mesh.",
     "log.",
     "partition.recompute",
+    "partition.places",
     "evaluate.",
     "checkpoint.keep",
 )
