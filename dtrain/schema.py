@@ -35,6 +35,10 @@ A synonym is legal wherever the name beside it is; records and `run.toml` have t
 """
 
 
+TOML_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+"""Types of single values, with their descriptions."""
+
+
 def canonical_name(name: str, legal_names: Iterable[str]) -> str:
     """Return the legal name that `name` is a synonym of, else `name` itself."""
     legal_names = set(legal_names)
@@ -202,9 +206,15 @@ def _type_text(hint: Any) -> str:
     if origin is dict:
         return "a table"
     if origin is tuple:
-        items = " or ".join(_type_text(option) for option in _union_members(arguments[0]))
+        options = _union_members(arguments[0])
+        items = " or ".join(_type_text(option) for option in options if _is_toml_type(option))
         return f"a list, each {items}"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[hint]
+    return TOML_TYPES[hint]
+
+
+def _is_toml_type(hint: Any) -> bool:
+    """Return whether a TOML file can hold values of a type; an object it cannot."""
+    return typing.get_origin(hint) is not None or hint in TOML_TYPES
 
 
 def kebab(name: str) -> str:
