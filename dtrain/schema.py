@@ -154,7 +154,9 @@ def convert(value: Any, hint: Any, location: str) -> Any:
         raise ConfigError(
             "run-file.quoted-number", f'{location} = "{value}" is a text: drop the quotes'
         )
-    legal = " or ".join(dict.fromkeys(_type_text(option) for option in options))
+    legal = " or ".join(
+        dict.fromkeys(_type_text(option) for option in options if _is_toml_type(option))
+    )
     raise ConfigError(
         "run-file.wrong-type", f"{location} = {toml_text(value)} does not fit: give {legal}"
     )

@@ -168,7 +168,7 @@ def _warn_one_micro_batch(plan: Plan) -> Iterator[str]:
         cure = f"set micro-batches = {count} (idle then: {percent(bubble, 0)})"
     yield (
         f"one micro-batch on {stages} stages: '{plan.run.objective.name}' waits for gradients, so "
-        f"one stage computes while {stages - 1} wait, and each rank is idle for "
+        f"one stage computes at a time, and each rank is idle for "
         f"{percent((stages - 1) / stages, 0)} of the time; {cure}"
     )
 

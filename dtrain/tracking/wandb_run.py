@@ -51,4 +51,4 @@ class WandbRun(Tracker):
 
     def close(self) -> None:
         if self._run is not None:
-            self._run.finish(quiet=True)
+            self._run.finish()
