@@ -245,7 +245,7 @@ def hang_report(folder: Path, stuck_s: float = STUCK_S) -> list[str]:
         lines.append(f"           {len(roots) - MAX_SHOWN} more ranks that wait for no other")
     lines += _waiting_lines(analysis, roots)
     if not analysis.is_stuck():
-        return [*lines, *_healthy_lines(analysis)]
+        return [*lines, _healthy_line(analysis)]
     if deadlocked := analysis.deadlocked_ranks():
         lines.append(
             f"deadlock   {_ranks_text(deadlocked)} wait only for each other, or for messages that "
@@ -276,8 +276,8 @@ def _has_moved(before: FlightRecord, after: FlightRecord) -> bool:
     return float(after.fields["idle_s"]) < after.fields["unix_s"] - before.fields["unix_s"]
 
 
-def _healthy_lines(analysis: HangAnalysis) -> Iterator[str]:
-    """Yield the lines of a run in which nothing is stuck."""
+def _healthy_line(analysis: HangAnalysis) -> str:
+    """Return the line of a run in which nothing is stuck."""
     oldest_s = max(record.age_s for record in analysis.current_records.values())
     moved = ""
     if analysis.moved_ranks:
@@ -285,12 +285,9 @@ def _healthy_lines(analysis: HangAnalysis) -> Iterator[str]:
             f"{len(analysis.moved_ranks)} of {analysis.world_size} ranks went on between two "
             "readings, and "
         )
-    yield (
-        f"stuck      nothing is stuck: {moved}the longest time without an event is {oldest_s:.1f} s"
-    )
-    yield (
-        "to do      nothing; where the run is slow, slowest_rank in metrics.jsonl names the rank "
-        "that computes longest"
+    return (
+        f"stuck      nothing is stuck: {moved}the longest time without an event is {oldest_s:.1f} "
+        "s; if the run is slow, see slowest_rank in metrics.jsonl"
     )
 
 
