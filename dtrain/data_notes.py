@@ -18,8 +18,8 @@ from dtrain.data.value_check import all_targets_alike, check_finite, has_finite_
 from dtrain.objectives.messages import reads_samples
 from dtrain.planning.plan import Plan
 
-CHECK_S = 0.1
-"""Seconds of a check at the start of a run."""
+CHECK_S = 0.05
+"""Seconds of each check at the start of a run: of the values, and of the targets."""
 
 
 def data_notes(plan: Plan, comm: Comm) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,9 +23,12 @@ from dtrain.monitoring.machine_peak import measured_peak
 from dtrain.monitoring.start_log import StartLog
 from dtrain.planning.plan import make_plan
 from dtrain.tasks.task import Task
+from dtrain.tracking import TRACKERS
 from dtrain.tracking.base import RunFacts, Tracker
 from dtrain.training import train
 from tests import tiny
+from tests.conftest import ROOT
+from tests.docs_reader import python_blocks
 from tests.harness import train_in_threads
 from tests.refusals import refuses
 
@@ -87,6 +91,24 @@ def test_records_and_summary_hold_speed_and_spread(tmp_path: Path) -> None:
     keys = list(trained[0])
     head = ["kind", "time_s", "unix_s", "attempt", "update", "epoch", "loss", "samples_per_s"]
     assert keys[: len(head)] == head
+
+
+def test_the_page_explains_every_key_of_a_record_and_every_tracker(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its class is a tracker as it stands."""
+    (code,) = python_blocks(ROOT / "docs" / "monitoring.md")
+    (tmp_path / "tracker_of_the_page.py").write_text(code)
+    changes: dict[str, Any] = {"epochs": 1, "log__trackers": ["tracker_of_the_page:Losses"]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        train_alone(tmp_path / "out", **changes)
+    assert "loss/2" in capsys.readouterr().out
+    page = (ROOT / "docs" / "monitoring.md").read_text()
+    explained = set(re.findall(r"`(\w+)`", page))
+    position = {"kind", "time_s", "unix_s", "attempt", "update", "epoch", "loss"}
+    assert records(tmp_path / "out", "train")[0].keys() - position <= explained
+    assert explained >= TRACKERS.keys()
 
 
 def test_spreads_are_per_update_and_the_peak_is_of_all_ranks() -> None:
