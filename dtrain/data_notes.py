@@ -35,7 +35,7 @@ def data_notes(plan: Plan, comm: Comm) -> list[str]:
     return notes
 
 
-def check_data_values(plan: Plan, comm: Comm, limit_s: float = math.inf) -> None:
+def check_data_values(plan: Plan, comm: Comm, limit_s: float) -> None:
     """Refuse NaN and infinite values. Collective over all ranks.
 
     The ranks that read inputs share the samples. A mean that is not finite, by which inputs are

@@ -64,6 +64,10 @@ from dtrain.schedules.segments import Segment
 from dtrain.schema import Table
 from dtrain.tracking.recorder import Recorder, make_trackers
 
+SEARCH_S = 60.0
+"""Seconds in which a test loss that is not finite is searched for in the data, once."""
+
+
 EventKind = Literal["start", "update", "segment", "evaluation", "checkpoint", "end"]
 
 
@@ -129,6 +133,7 @@ class Session:
         self._segment: Segment | None = None
         self._updates: Iterator[int] = iter(())
         self._stop_reason: str | None = None
+        self._searched_data = False
         self._summary: dict[str, Any] | None = None
         self._eval_weights: EvalWeights | None = None
 
@@ -381,8 +386,9 @@ class Session:
         totals.test = evaluate_weights(
             job, self._evaluation_weights(), job.test_loader, self.plan.batch_splitter
         )
-        if totals.test["test_loss"] is None:
-            check_data_values(self.plan, self.comm)
+        if totals.test["test_loss"] is None and not self._searched_data:
+            self._searched_data = True
+            check_data_values(self.plan, self.comm, SEARCH_S)
         totals.tested = totals.update
         totals.tick()
         totals.add_history_test()

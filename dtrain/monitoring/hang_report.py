@@ -273,7 +273,8 @@ def _read_twice(folder: Path) -> dict[int, FlightRecord]:
 
 def _has_moved(before: FlightRecord, after: FlightRecord) -> bool:
     """Return whether a rank had an event between two records."""
-    return float(after.fields["idle_s"]) < after.fields["unix_s"] - before.fields["unix_s"]
+    between_s = float(after.fields["unix_s"]) - float(before.fields["unix_s"])
+    return float(after.fields["idle_s"]) < between_s
 
 
 def _healthy_line(analysis: HangAnalysis) -> str:

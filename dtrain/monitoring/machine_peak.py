@@ -15,7 +15,8 @@ import torch
 LIMIT_S = 0.06
 
 CPU_SIZE, GPU_SIZE = 384, 4096
-"""Rows and columns of the matrices: a product takes milliseconds; half as many of float64 on a GPU."""
+"""Rows and columns of the matrices: a product takes milliseconds. float64 on a GPU has half as
+many."""
 
 MAX_PRODUCTS = 30
 
