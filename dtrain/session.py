@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any, Literal, final
 
 import torch
+from torch import nn
 
 from dtrain.build import RankJob, build_rank, check_same_data, check_same_layout, set_threads
 from dtrain.checkpoint import run_folder, store
@@ -43,12 +44,13 @@ from dtrain.checkpoint.resume import (
 )
 from dtrain.comm.agree import all_or_none, broadcast_object
 from dtrain.comm.communicator import Comm
+from dtrain.comm.flight_recorder import print_error
 from dtrain.config.run import RunConfig
 from dtrain.data.dataset import Standardised
 from dtrain.data.sampler import epoch_order
 from dtrain.data_notes import check_data_values, data_notes
 from dtrain.engine.trace import TRACE_FILE, Trace
-from dtrain.errors import ConfigError, DtrainError
+from dtrain.errors import ConfigError, DtrainError, RankLostError
 from dtrain.evaluation import EvalWeights, evaluate_weights, evaluation_weights
 from dtrain.failure import report_failure
 from dtrain.layer_notes import layer_notes
@@ -60,6 +62,8 @@ from dtrain.monitoring.summary import make_summary
 from dtrain.planning import report
 from dtrain.planning.plan import Plan, make_plan
 from dtrain.planning.warnings import placement_warnings
+from dtrain.rank_process import init
+from dtrain.run import Run
 from dtrain.schedules.segments import Segment
 from dtrain.schema import Table
 from dtrain.tracking.recorder import Recorder, make_trackers
@@ -96,37 +100,52 @@ Callback = Callable[["Session", Event], object]
 """A function that a session calls on all ranks."""
 
 
+_RUNS: dict[Path, RunConfig] = {}
+"""The runs of this process by their folders: their objects cannot always be imported."""
+
+
+def run_of_folder(folder: Path) -> RunConfig | None:
+    """Return the run that a session of this process trained into a folder."""
+    return _RUNS.get(folder.resolve())
+
+
 class Session:
     """One training of a run into a folder. Every method but `losses` is collective.
 
     Parameters
     ----------
-    run : RunConfig
-        The checked run.
-    out : Path
-        The run folder; the newest checkpoint in it is restored.
-    comm : Comm
-        All ranks.
+    run : Run or RunConfig
+        What is trained.
+    out : str or Path, optional
+        The run folder; the newest checkpoint in it is restored. Default: ``runs/`` and the name of
+        the run file or script.
     resume : str
         "auto": resume from the newest checkpoint in `out`, if there is one. "never": `out` must be
         empty. Else the folder of another run to resume from.
     callbacks : sequence of callable
         Called with (session, event) on all ranks.
+    exact_mesh : bool
+        Refuse ranks on which the stages of the run do not fit. Otherwise as many stages are taken
+        as fit, and the other ranks are replicas.
+    comm : Comm, optional
+        All ranks; default: those of `dtrain.init`.
     """
 
     def __init__(
         self,
-        run: RunConfig,
-        out: Path,
-        comm: Comm,
+        run: Run | RunConfig,
+        out: str | Path | None = None,
         *,
         resume: str = "auto",
         callbacks: Sequence[Callback] = (),
+        exact_mesh: bool = False,
+        comm: Comm | None = None,
     ) -> None:
-        self.comm = comm
-        self.out = out
+        self.comm = init() if comm is None else comm
         self.callbacks = tuple(callbacks)
-        self._run = run
+        config = run if isinstance(run, RunConfig) else run.config
+        self.out = Path("runs") / config.path.stem if out is None else Path(out)
+        self._run = config if exact_mesh else config.fit_stages(self.comm.size)
         self._resume = resume
         self._owner: run_folder.Owner | None = None
         self._progress: Monitor | None = None
@@ -173,6 +192,7 @@ class Session:
 
     def _open(self) -> None:
         comm, out, log = self.comm, self.out, StartLog(self.comm)
+        _share_module(self._run.model.target, comm)
         threads = set_threads(self._run, comm)
         point = find_resume_point(comm, out, self._resume)
         run = self._run.with_checkpoint_blocks(point.run_table)
@@ -191,13 +211,13 @@ class Session:
         )
         all_or_none(comm, lambda: run_folder.check_visible(out, comm.hosts[comm.rank]))
         comm.flight.set_folder(out / run_folder.FLIGHT_FOLDER)
+        _RUNS[out.resolve()] = plan.run
         with log.step("building the blocks"):
             self._job = job = build_rank(plan, comm)
-        sources = source_hashes(plan.run)
         self._fingerprint: Table = {
             "model": job.model_fingerprint,
             "data": data_fingerprint,
-            "source": sources,
+            "source": source_hashes(plan.run),
         }
         all_or_none(comm, lambda: check_same_model(point.fingerprint, job.model_fingerprint))
         self._totals, merged_replicas = _restore(job, point)
@@ -210,7 +230,8 @@ class Session:
             job.engine.trace = _start_trace(job, comm, out, self._totals)
         copied_blocks = job.copied_blocks if point.checkpoint is None else []
         layers = layer_notes(plan, job.engine.blocks, job.train_loader, comm)
-        notes += placement_warnings(plan, comm.hosts) + source_notes(point.fingerprint, sources)
+        notes += placement_warnings(plan, comm.hosts)
+        notes += source_notes(point.fingerprint, self._fingerprint["source"])
         log.print_head()
         self._progress.start(threads, merged_replicas, copied_blocks, layers, notes)
         self._notify("start")
@@ -244,6 +265,9 @@ class Session:
         try:
             if error is not None:
                 report_failure(error, self.comm, self.out, self._owner)
+            if isinstance(error, SystemExit) and self.comm.size > 1:  # the other ranks go on
+                print_error(f"dtrain: rank {self.rank} left its session by sys.exit")
+                self.comm.abort(RankLostError.code)
         finally:
             self.comm.flight.close()
             if self._progress is not None:
@@ -454,6 +478,14 @@ class Session:
         for callback in self.callbacks:
             number = self.update if update is None else update
             callback(self, Event(kind, segment or self._segment, number))
+
+
+def _share_module(model: object, comm: Comm) -> None:
+    """Give a module that the user made the weights that it has on rank 0. Collective over all."""
+    if isinstance(model, nn.Module) and comm.size > 1:
+        tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
+        with comm.without_counting():
+            comm.broadcast_([tensor for tensor in tensors.values() if tensor.numel()])
 
 
 def _acquire_folder(out: Path, resume: str, point: ResumePoint) -> tuple[run_folder.Owner, int]:

@@ -32,7 +32,15 @@ def train(
         Before training begins on all ranks. Later (a loss that is not finite, for example) on the
         rank that found it: then the caller has to end the others.
     """
-    with Session(run, out, comm, resume=resume, callbacks=callbacks) as session:
+    session = Session(run, out, resume=resume, callbacks=callbacks, exact_mesh=True, comm=comm)
+    train_session(session)
+    return session.summary()
+
+
+def train_session(session: Session) -> None:
+    """Train until the run ends, with evaluations and checkpoints when the run has them."""
+    with session:
+        run = session.plan.run
         for segment in session.segments():
             for _ in session.updates(segment):
                 pass
@@ -41,7 +49,6 @@ def train(
                 session.evaluate()
             if checkpoint_is_due(run, segment):
                 session.save()
-    return session.summary()
 
 
 def evaluation_is_due(run: RunConfig, segment: Segment) -> bool:

@@ -160,8 +160,9 @@ class Progress:
         if self.first_update >= self.total_updates:
             print(self._already_finished_text())
         print()
+        result = f"test {self._result_text(summary)}" if summary["metrics"] else summary["status"]
         print(
-            f"test {self._result_text(summary)} after {pluralise(summary['updates'], 'update')} "
+            f"{result} after {pluralise(summary['updates'], 'update')} "
             f"({pluralise(summary['epochs'], 'epoch')}), {summary['wall_s']:.1f} s"
         )
         if summary["low_rank"]:
@@ -283,7 +284,8 @@ def _next_command(plan: Plan, ranks: int, out: Path) -> str:
     depends on the length; it can be pasted into a shell."""
     program = Path(sys.prefix) / "bin" / "dtrain"
     command = [str(program) if program.exists() else "dtrain"]
-    if any(length_dependent_parts(plan.run)):
+    is_run_file = plan.run.path.suffix == ".toml"
+    if any(length_dependent_parts(plan.run)) or not is_run_file:
         return shlex.join([*command, "evaluate", str(out)])
     command += ["train", str(plan.run.path)]
     command += ["--ranks", str(ranks)] if ranks > 1 else []

@@ -181,6 +181,9 @@ def test_a_run_file_names_trackers_and_classes() -> None:
         "tests.rule.test_tracking:Listing",
         "csv",
     ]
+    listing = Listing()
+    given = tiny.run(log={"trackers": [listing, "csv"]}).log.trackers
+    assert make_trackers(given, ROOT)[0] is listing
     _, tracker = make_trackers(named.trackers, ROOT)
     assert type(tracker).__name__ == "Listing"
     with refuses(ConfigError, "log.unknown-tracker"):
