@@ -37,6 +37,10 @@ A synonym is legal wherever the name beside it is; records and `run.toml` have t
 """
 
 
+TOML_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+"""Types of single values, with their descriptions."""
+
+
 def canonical_name(name: str, legal_names: Iterable[str]) -> str:
     """Return the legal name that `name` is a synonym of, else `name` itself."""
     legal_names = set(legal_names)
@@ -203,7 +207,9 @@ def convert(value: Any, hint: Any, location: str) -> Any:
         raise ConfigError(
             "run-file.quoted-number", f'{location} = "{value}" is a text: drop the quotes'
         )
-    legal = " or ".join(dict.fromkeys(filter(None, map(_type_text, options))))
+    legal = " or ".join(
+        dict.fromkeys(_type_text(option) for option in options if _is_toml_type(option))
+    )
     raise ConfigError(
         "run-file.wrong-type", f"{location} = {toml_text(value)} does not fit: give {legal}"
     )
@@ -256,12 +262,17 @@ def _type_text(hint: Any) -> str:
         return " or ".join(f'"{literal}"' for literal in with_synonyms(arguments))
     if origin is dict:
         return "a table"
-    if origin is collections.abc.Callable:
-        return ""
     if origin is tuple:
-        items = " or ".join(_type_text(option) for option in _union_members(arguments[0]))
+        options = _union_members(arguments[0])
+        items = " or ".join(_type_text(option) for option in options if _is_toml_type(option))
         return f"a list, each {items}"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[hint]
+    return TOML_TYPES[hint]
+
+
+def _is_toml_type(hint: Any) -> bool:
+    """Return whether a TOML file can hold values of a type; an object it cannot."""
+    origin = typing.get_origin(hint)
+    return hint in TOML_TYPES or (origin is not None and origin is not collections.abc.Callable)
 
 
 def kebab(name: str) -> str:

@@ -150,7 +150,7 @@ class RunConfig:
             "lr": self.lr_schedule.to_table(),
             "checkpoint": to_table(self.checkpoint),
             "evaluate": to_table(self.evaluate),
-            "log": to_table(self.log),
+            "log": self.log.to_table(),
         }
         if self.optimizer_rest is not None:
             tables["optimizer"] |= {"rest": self.optimizer_rest.to_table()}

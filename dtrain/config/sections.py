@@ -10,7 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dtrain.errors import unknown_name
+from dtrain.object_names import object_name
 from dtrain.schema import Table, kebab
+from dtrain.tracking import TRACKERS
+from dtrain.tracking.base import Tracker
+from dtrain.user_code import PATTERN
 
 CutFunction = Callable[[list[Any], int], list[Any]]
 """A user's function: (layers, blocks) -> names or indices at which blocks 1, 2, ... start."""
@@ -195,9 +200,32 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Log:
-    """``[log]``: seconds between two lines of progress."""
+    """``[log]``: seconds between two lines of progress, and the trackers of the run.
+
+    Attributes
+    ----------
+    trackers : tuple of str or Tracker
+        Names of `dtrain.tracking.TRACKERS`, "module:Class", or objects; they receive the records
+        that `metrics.jsonl` has.
+    """
 
     every_s: float = 10.0
+    trackers: tuple[str | Tracker, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse names that are unknown."""
+        for entry in self.trackers:
+            if isinstance(entry, str) and entry not in TRACKERS and ":" not in entry:
+                raise unknown_name(
+                    "tracker", entry, [*TRACKERS, PATTERN], key="log.unknown-tracker"
+                )
+
+    def to_table(self) -> Table:
+        """Return the keys as a run file has them; an object has the name of its class."""
+        names = [
+            entry if isinstance(entry, str) else object_name(type(entry)) for entry in self.trackers
+        ]
+        return {"every-s": self.every_s} | ({"trackers": names} if names else {})
 
 
 @dataclass(frozen=True)
