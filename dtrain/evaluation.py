@@ -47,7 +47,7 @@ EvalWeights = Mapping[int, Mapping[str, Tensor]]
 """Parameters and buffers that are evaluated, by block and name."""
 
 
-SplitName = Literal["train", "test"]
+SplitName = Literal["train", "test", "validation"]
 
 
 OVERRIDABLE_KEYS = ("device", "threads", "task.metrics")
@@ -181,7 +181,7 @@ def _describe_metrics(plan: Plan, metrics: Mapping[str, Any]) -> dict[str, Any]:
 def _use_saved_statistics(manifest: Manifest, job: RankJob) -> None:
     """Standardise inputs as the training did, whatever training split is there now."""
     statistics = manifest.load_prefix("statistics/") if job.evaluator.needs_samples else {}
-    for split in (job.plan.data.train, job.plan.data.test):
+    for split in job.plan.data.by_name().values():
         if statistics and isinstance(split, Standardised):
             split.use_statistics(statistics)
 

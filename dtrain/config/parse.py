@@ -14,6 +14,7 @@ from dtrain.config.run import RUN_FILE_HEADER, RunConfig
 from dtrain.config.sections import (
     Checkpoint,
     DataSection,
+    Ema,
     Evaluate,
     Log,
     Mesh,
@@ -21,6 +22,7 @@ from dtrain.config.sections import (
     OptimizerSection,
     Partition,
     RunSection,
+    Stop,
     StrategyChoice,
 )
 from dtrain.config.strategies import read_strategy
@@ -31,7 +33,7 @@ from dtrain.tasks.task import Task
 
 SECTIONS = (
     *("data", "task", "model", "mesh", "partition", "objective", "schedule", "sync"),
-    *("optimizer", "lr", "checkpoint", "evaluate", "log"),
+    *("optimizer", "lr", "checkpoint", "evaluate", "log", "stop", "ema"),
 )
 """The tables of a run file."""
 
@@ -108,6 +110,11 @@ def parse_run(table: Mapping[str, Any], path: Path, overrides: Sequence[str] = (
             "partition.cuts-exclude-balance",
             "[partition] cuts already say where every block starts: leave out balance",
         )
+    if {"every", "every-updates"} <= sections["evaluate"].keys():
+        raise ConfigError(
+            "evaluate.two-intervals",
+            "[evaluate] every counts epochs and every-updates counts updates: leave out one",
+        )
     data_keys, dataset = _split_keys(sections["data"], DataSection)
     model_keys, model = _split_keys(sections["model"], ModelSection)
     rest = _take_rest(sections["optimizer"])
@@ -140,6 +147,8 @@ def parse_run(table: Mapping[str, Any], path: Path, overrides: Sequence[str] = (
         log=from_table(Log, sections["log"], "[log] "),
         task=_task(sections["task"], path.parent),
         optimizer_rest=rest,
+        stop=from_table(Stop, sections["stop"], "[stop] ") if "stop" in table else None,
+        ema=from_table(Ema, sections["ema"], "[ema] ") if "ema" in table else None,
     )
     validate_run(run)
     return run

@@ -6,10 +6,17 @@ own table, beside `name`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
-from dtrain.schema import Table, kebab
+from dtrain.schema import Table, kebab, to_table
+
+
+def without_defaults(section: Any, *names: str) -> Table:
+    """Return the table of a section, without those of its fields `names` that have the default."""
+    defaults = {field.name: field.default for field in fields(section)}
+    unchanged = {kebab(name) for name in names if getattr(section, name) == defaults[name]}
+    return {key: value for key, value in to_table(section).items() if key not in unchanged}
 
 
 @dataclass(frozen=True)
@@ -33,11 +40,23 @@ class StrategyChoice:
 
 @dataclass(frozen=True)
 class DataSection:
-    """``[data]``: the keys that every data set has; the others belong to the named one."""
+    """``[data]``: the keys that every data set has; the others belong to the named one.
+
+    Attributes
+    ----------
+    validation : float or str
+        Share of the training split that is held out for validation; 0: none. Or the path of an
+        HDF5 file.
+    """
 
     normalise: bool = True
     shuffle: Literal["full", "chunks"] = "full"
     augment: Literal["none", "crop-flip"] = "none"
+    validation: float | str = 0.0
+
+    def to_table(self) -> Table:
+        """Return the keys as a run file has them, without those that change nothing."""
+        return without_defaults(self, "validation")
 
 
 @dataclass(frozen=True)
@@ -147,17 +166,70 @@ class OptimizerSection:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """``[checkpoint]``: after each epoch, and every `every` updates in it; the last `keep` stay."""
+    """``[checkpoint]``: after each epoch, and every `every` updates in it; the last `keep` stay.
+
+    Attributes
+    ----------
+    best : str, optional
+        The metric whose best evaluation is kept beside them, in ``checkpoints/best``.
+    """
 
     every: int = 0
     keep: int = 2
+    best: str | None = None
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """``[evaluate]``: epochs between two evaluations."""
+    """``[evaluate]``: epochs between two evaluations, or updates, counted from the run's start."""
 
     every: int = 1
+    every_updates: int = 0
+
+    def to_table(self) -> Table:
+        """Return the one key that counts."""
+        key = "every" if self.every_updates else "every_updates"
+        table = to_table(self)
+        del table[kebab(key)]
+        return table
+
+
+@dataclass(frozen=True)
+class Stop:
+    """``[stop]``: early stopping.
+
+    Attributes
+    ----------
+    metric : str
+        The metric that has to improve.
+    patience : int
+        Evaluations in a row without an improvement after which the run ends.
+    min_delta : float
+        A change that is not larger than this is no improvement.
+    """
+
+    metric: str = "loss"
+    patience: int = 5
+    min_delta: float = 0.0
+
+
+@dataclass(frozen=True)
+class Ema:
+    """``[ema]``: exponential moving average of the weights.
+
+    Attributes
+    ----------
+    decay : float
+        Part of the average that remains in each update.
+    start : int
+        Updates after which the averaging begins; before, the average is a copy of the weights.
+    evaluate : bool
+        Whether every evaluation also tests the averaged weights.
+    """
+
+    decay: float = 0.999
+    start: int = 0
+    evaluate: bool = False
 
 
 @dataclass(frozen=True)

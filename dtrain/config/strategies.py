@@ -8,13 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from dtrain.block.lr_schedule import LR_SCHEDULES, LRSchedule
+from dtrain.block.lr_schedule import LR_SCHEDULES, FunctionLR, LRSchedule
 from dtrain.errors import ConfigError
 from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.base import Objective
 from dtrain.schedules import SCHEDULES
 from dtrain.schedules.base import Schedule
-from dtrain.schema import Table, build_strategy, canonical_name, strategy_name, to_table
+from dtrain.schema import (
+    Table,
+    build_strategy,
+    canonical_name,
+    from_table,
+    strategy_name,
+    to_table,
+)
 from dtrain.syncs import SYNCS
 from dtrain.syncs.base import Sync
 from dtrain.user_code import import_object, object_name
@@ -77,6 +84,11 @@ def read_strategy(section: str, table: Table, folder: Path) -> NamedStrategy[Any
         from the section's base class.
     """
     strategies, name = BUILT_IN[section], strategy_name(table, section)
+    if ":" in name and section == "lr":
+        function = import_object(name, folder, section)
+        if callable(function) and not isinstance(function, type):
+            keys = from_table(FunctionLR, {k: v for k, v in table.items() if k != "name"}, "[lr] ")
+            return NamedStrategy(name, FunctionLR.of(function, keys.warmup_updates))
     if ":" in name:
         strategies = {name: _import_strategy(section, name, folder)}
     table = _with_canonical_names(table, strategies)
@@ -85,6 +97,8 @@ def read_strategy(section: str, table: Table, folder: Path) -> NamedStrategy[Any
 
 def name_strategy(section: str, instance: T) -> NamedStrategy[T]:
     """Return a strategy that was made in Python with the name that a run file gives it."""
+    if section == "lr" and callable(instance) and not isinstance(instance, LRSchedule):
+        return NamedStrategy(object_name(instance), FunctionLR.of(instance))  # type: ignore[arg-type]
     names = [name for name, kind in BUILT_IN[section].items() if kind is type(instance)]
     kind = _as_dataclass(type(instance))
     return NamedStrategy(names[0] if names else object_name(kind), instance)

@@ -9,18 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from dtrain.data.dataset import DatasetSplits, standardise
+from dtrain.data.dataset import DatasetSplits, check_splits, standardise
 from dtrain.data.digits_set import Digits
-from dtrain.data.hdf5_set import Hdf5
+from dtrain.data.hdf5_set import Hdf5, Hdf5Dataset
+from dtrain.data.hold_out import hold_out
 from dtrain.data.user import as_splits
-from dtrain.errors import unknown_name
+from dtrain.errors import ConfigError, unknown_name
 from dtrain.tasks.task import DEFAULT_TASK, Task
 from dtrain.user_code import PATTERN, bind_arguments, import_object
 
 DATASETS: dict[str, type[Digits | Hdf5]] = {"digits": Digits, "hdf5": Hdf5}
 
 
-COMMON_KEYS = ("normalise", "shuffle", "augment")
+COMMON_KEYS = ("normalise", "shuffle", "augment", "validation")
 """Keys of `[data]` that every data set has."""
 
 
@@ -31,6 +32,8 @@ def load_data(
     *,
     normalise: bool = True,
     task: Task = DEFAULT_TASK,
+    validation: float | str = 0.0,
+    seed: int = 0,
 ) -> DatasetSplits:
     """Open the data set that a run file's `[data]` table names.
 
@@ -46,6 +49,11 @@ def load_data(
         Standardise inputs per channel with the training split's statistics.
     task : Task
         Decides which targets are legal.
+    validation : float or str
+        Share of the training split that becomes the validation split, 0 for none; or the path of
+        an HDF5 file beside those of data set "hdf5".
+    seed : int
+        Decides which samples a share takes.
 
     Raises
     ------
@@ -55,8 +63,25 @@ def load_data(
         The data are missing, damaged or do not fit each other.
     """
     splits = _open(name, fields, folder, task)
+    if isinstance(validation, str):
+        splits = _open_validation(name, splits, folder / validation, task)
+    elif validation:
+        splits = hold_out(splits, validation, seed, task)
     splits = standardise(splits) if normalise else splits
     return splits.with_input_targets() if task.target == "input" else splits
+
+
+def _open_validation(name: str, splits: DatasetSplits, path: Path, task: Task) -> DatasetSplits:
+    """Return the splits of HDF5 files with one more file for validation."""
+    train = splits.train
+    if not isinstance(train, Hdf5Dataset):
+        raise ConfigError(
+            "data.validation-path",
+            f"[data] validation = \"{path.name}\" is a file, which only name = \"hdf5\" takes, not "
+            f"'{name}': give a share of the training split, as 0.1",
+        )
+    validation = Hdf5Dataset(path, train, task)
+    return check_splits(DatasetSplits(train, splits.test, validation), f"{train.path}")
 
 
 def _open(name: str, fields: Mapping[str, object], folder: Path, task: Task) -> DatasetSplits:

@@ -63,7 +63,9 @@ class RunTotals:
     weights : dict of str to dict
         Rank and traffic of each low-rank weight, by its name.
     test : dict
-        The latest evaluation.
+        The latest evaluation of the test split.
+    evaluations : dict
+        Those of the validation split and of averaged weights, under keys with prefixes.
     tested : int
         The number of updates before the latest evaluation, -1 without one.
     history : list of dict
@@ -90,6 +92,7 @@ class RunTotals:
     rss_bytes: list[int] = field(default_factory=list)
     weights: dict[str, Any] = field(default_factory=dict)
     test: dict[str, Any] = field(default_factory=dict)
+    evaluations: dict[str, Any] = field(default_factory=dict)
     tested: int = -1
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -187,7 +190,7 @@ class RunTotals:
     def add_history_test(self) -> None:
         """Add an evaluation to the record of the epoch that it follows."""
         if self.history and self.history[-1]["update"] == self.update:
-            self.history[-1] |= self.test
+            self.history[-1] |= self.test | self.evaluations
 
     @property
     def train_loss(self) -> float | None:

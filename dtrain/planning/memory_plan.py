@@ -189,7 +189,9 @@ class MemoryPlan:
             plan.proof.timeline, place, self.layout.routes, message_sizes(plan, rows)
         )
         largest = plan.batch_splitter.largest_micro_batch
-        count = math.ceil(plan.data.test.size / plan.layout.mesh.replicas / largest)
+        splits = plan.data.by_name().items()
+        evaluated = max(split.size for name, split in splits if name != "train")
+        count = math.ceil(evaluated / plan.layout.mesh.replicas / largest)
         forwards = [
             Span(stage, micro + block, micro + block + 1, Action("F", block, 0, micro))
             for micro in range(min(count, len(place) + EXTRA_MICRO_BATCHES))

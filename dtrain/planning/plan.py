@@ -66,6 +66,8 @@ def make_plan(run: RunConfig, ranks: int) -> Plan:
         run.folder,
         normalise=run.data.normalise,
         task=run.task,
+        validation=run.data.validation,
+        seed=run.settings.seed,
     )
     train = samples.train
     task = run.task.bind(train.target_shape, train.target_dtype, train.classes)
@@ -82,6 +84,7 @@ def make_plan(run: RunConfig, ranks: int) -> Plan:
         settings.updates,
         settings.segment,
         run.checkpoint.every,
+        run.evaluate.every_updates,
     )
     splitter = _split_batches(run, layout, train.size)
     return Plan(
