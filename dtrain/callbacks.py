@@ -128,7 +128,7 @@ class Improvement:
 
     def restore(self, state: Mapping[str, Any]) -> bool:
         """Load a state; return False if it is that of another metric, which is left alone."""
-        is_same = state["metric"] == self.metric
+        is_same = bool(state["metric"] == self.metric)
         if is_same:
             self.best = state["best"]
         return is_same

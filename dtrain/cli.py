@@ -80,9 +80,20 @@ def _add_rank_commands(commands: Commands) -> None:
     train = commands.add_parser("train", help="train what a run file describes")
     _add_run_arguments(train)
     train.add_argument(
-        "--out", type=Path, metavar="DIR", help="run folder (default: runs/<run file>)"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="run folder (default: runs/<run file>); {seed}, {optimizer.lr} are keys of the run",
     )
-    train.add_argument(
+    start = train.add_mutually_exclusive_group()
+    start.add_argument(
+        "--fresh",
+        dest="resume",
+        action="store_const",
+        const="fresh",
+        help="start anew; what is in the folder is moved to DIR.old-1",
+    )
+    start.add_argument(
         "--resume",
         default="auto",
         metavar="auto|never|DIR",
@@ -94,8 +105,12 @@ def _add_rank_commands(commands: Commands) -> None:
     evaluate.add_argument("folder", type=Path, metavar="DIR", help="run folder")
     _add_overrides(evaluate, "other data: data.test=FILE.h5")
     evaluate.add_argument(
-        "--split", default="test", choices=("train", "test"), help="which samples (default: test)"
+        "--split",
+        default="test",
+        choices=("train", "test", "validation"),
+        help="which samples (default: test)",
     )
+    _add_weight_choices(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print plain values")
     _add_rank_arguments(evaluate, _evaluate_argv, _evaluate)
 
@@ -137,6 +152,7 @@ def _add_local_commands(commands: Commands) -> None:
         action="store_true",
         help="also write mean and deviation of the inputs, as normalise.mean and normalise.std",
     )
+    _add_weight_choices(export)
     export.set_defaults(command=_export)
 
     data = commands.add_parser("data", help="prepare data sets")
@@ -157,6 +173,12 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_overrides(parser: argparse.ArgumentParser, help_text: str) -> None:
     """Add the option that overrides keys of a run."""
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=help_text)
+
+
+def _add_weight_choices(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose among the weights of a run."""
+    parser.add_argument("--best", action="store_true", help="those that [checkpoint] best kept")
+    parser.add_argument("--ema", action="store_true", help="the averaged weights of [ema]")
 
 
 def _add_rank_arguments(
@@ -191,14 +213,16 @@ def _run_on_ranks(options: argparse.Namespace) -> int:
 
 def _train_argv(options: argparse.Namespace) -> list[str]:
     """Return the command line of a rank that trains."""
-    argv = ["train", str(options.run), "--resume", options.resume]
+    argv = ["train", str(options.run)]
+    argv += ["--fresh"] if options.resume == "fresh" else ["--resume", options.resume]
     return argv if options.out is None else [*argv, "--out", str(options.out)]
 
 
 def _evaluate_argv(options: argparse.Namespace) -> list[str]:
     """Return the command line of a rank that evaluates."""
     argv = ["evaluate", str(options.folder), "--split", options.split]
-    return [*argv, "--json"] if options.json else argv
+    flags = ("json", "best", "ema")
+    return argv + [f"--{flag}" for flag in flags if getattr(options, flag)]
 
 
 def _run_rank(options: argparse.Namespace) -> int:
@@ -233,12 +257,15 @@ def _run_rank(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace, comm: Comm) -> None:
     """Train, as one rank."""
     from dtrain.comm.agree import all_or_none
+    from dtrain.config.out_folder import fill_keys
     from dtrain.config.parse import read_run
     from dtrain.training import train
 
     run = all_or_none(comm, lambda: read_run(options.run, options.set))
     _check_launcher(run.mesh.stages, comm.size, options.run)
-    train(run, comm, options.out or Path("runs") / options.run.stem, options.resume)
+    out = options.out or Path("runs") / options.run.stem
+    out = all_or_none(comm, lambda: fill_keys(out, run))
+    train(run, comm, out, options.resume)
 
 
 def _evaluate(options: argparse.Namespace, comm: Comm) -> None:
@@ -246,7 +273,9 @@ def _evaluate(options: argparse.Namespace, comm: Comm) -> None:
     from dtrain.evaluation import evaluate_run
     from dtrain.monitoring.summary import evaluation_text
 
-    result = evaluate_run(options.folder, comm, options.split, options.set)
+    result = evaluate_run(
+        options.folder, comm, options.split, options.set, options.best, options.ema
+    )
     if comm.rank == 0:
         print(json.dumps(result, indent=2) if options.json else evaluation_text(result).rstrip())
 
@@ -322,7 +351,11 @@ def _export(options: argparse.Namespace) -> int:
     from dtrain.checkpoint.export import export, statistics_path
 
     normalises = options.with_normalisation
-    state = export(options.folder, options.out, options.heads, options.factors, normalises)
+    state = export(
+        *(options.folder, options.out, options.heads, options.factors, normalises),
+        best=options.best,
+        ema=options.ema,
+    )
     count = sum(tensor.numel() for tensor in state.values())
     print(f"{options.out}: {len(state)} tensors, {count:,} numbers")
     statistics = statistics_path(options.out)

@@ -107,7 +107,12 @@ def evaluation_batches(size: int, batch_splitter: BatchSplitter) -> list[Indices
 
 
 def evaluate_run(
-    folder: Path, comm: Comm, split: SplitName = "test", overrides: Sequence[str] = ()
+    folder: Path,
+    comm: Comm,
+    split: SplitName = "test",
+    overrides: Sequence[str] = (),
+    best: bool = False,
+    ema: bool = False,
 ) -> dict[str, Any]:
     """Evaluate the newest complete checkpoint of a run. Collective over `comm`.
 
@@ -118,9 +123,13 @@ def evaluate_run(
     folder : Path
         The run folder.
     split : str
-        "test" or "train"; samples are read in order, without augmentation.
+        "test", "train" or "validation"; samples are read in order, without augmentation.
     overrides : sequence of str
         ``KEY=VALUE``: keys of [data], `device` or `threads`.
+    best : bool
+        Evaluate the weights that `[checkpoint] best` has kept.
+    ema : bool
+        Evaluate the averaged weights of `[ema]`.
 
     Raises
     ------
@@ -136,22 +145,49 @@ def evaluate_run(
     plan = all_or_none(comm, lambda: make_plan(_fit_stages(run, comm.size), comm.size))
     check_same_layout(plan, comm)
     check_same_data(plan, comm)
+    loader = _loader(plan, split)
     job = build_rank(plan, comm)
 
     def load(manifest: Manifest) -> Manifest:
         load_blocks(manifest, job.engine.blocks, "model")
+        if ema:
+            _load_averages(manifest, job)
         _use_saved_statistics(manifest, job)
         return manifest
 
-    manifest = load_newest(folder, load, job.groups.control)
+    manifest = load_newest(folder, load, job.groups.control, best)
     totals = RunTotals.from_state(manifest.state)
-    loader = job.test_loader if split == "test" else Loader(plan.data.train, plan.layout.dtype)
     eval_weights = {index: block.tensors() for index, block in job.engine.blocks.items()}
     batch_splitter = replace(plan.batch_splitter, replicas=_replicas(totals))
     metrics = evaluate_weights(job, eval_weights, loader, batch_splitter)
     place = {"folder": str(folder.resolve()), "checkpoint": manifest.folder.name}
     result = {"split": split, "samples": loader.dataset.size}
     return place | _describe_run(plan, totals) | result | _describe_metrics(plan, metrics)
+
+
+def _loader(plan: Plan, split: SplitName) -> Loader:
+    """Return the loader of a split."""
+    splits = plan.data.by_name()
+    if split not in splits:
+        raise ConfigError(
+            "evaluate.no-validation",
+            "--split validation, but the run has no validation split: choose test or train",
+            on_all_ranks=True,
+        )
+    return Loader(splits[split], plan.layout.dtype)
+
+
+def _load_averages(manifest: Manifest, job: RankJob) -> None:
+    """Give the blocks of this rank the averaged weights of a checkpoint."""
+    manifest.check_ema()
+    averages = {
+        f"ema/{name}": tensor
+        for block in job.engine.blocks.values()
+        for name, tensor in block.tensors().items()
+        if f"ema/{name}" in manifest.files
+    }
+    for key, tensor in manifest.load_like(averages).items():
+        averages[key].copy_(tensor)
 
 
 def _describe_run(plan: Plan, totals: RunTotals) -> dict[str, Any]:

@@ -69,7 +69,8 @@ class ModelSection:
         Dotted names of sub-modules whose parts are layers of their own, so that a cut may stand
         inside. The containers around a layer that `[partition] cuts` names are open anyway.
     weights : str, optional
-        File with initial weights, `.pt` or `.safetensors`, under the names of the model.
+        File with initial weights, `.pt` or `.safetensors`, under the names of the model; or the
+        folder of another run, whose newest checkpoint is taken.
     strict : bool
         Whether the file must hold every tensor of the model and no other.
     """

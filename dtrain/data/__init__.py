@@ -77,7 +77,7 @@ def _open_validation(name: str, splits: DatasetSplits, path: Path, task: Task) -
     if not isinstance(train, Hdf5Dataset):
         raise ConfigError(
             "data.validation-path",
-            f"[data] validation = \"{path.name}\" is a file, which only name = \"hdf5\" takes, not "
+            f'[data] validation = "{path.name}" is a file, which only name = "hdf5" takes, not '
             f"'{name}': give a share of the training split, as 0.1",
         )
     validation = Hdf5Dataset(path, train, task)

@@ -63,9 +63,7 @@ def has_labels(split: Dataset, task: Task) -> bool:
     return task.target == "data" and kind == "classes" and split.target_shape == ()
 
 
-def _interleave_classes(
-    order: NDArray[np.int64], labels: NDArray[np.int64]
-) -> NDArray[np.int64]:
+def _interleave_classes(order: NDArray[np.int64], labels: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return an order of the samples whose every beginning has all classes in their shares.
 
     The i-th of n samples of a class comes at (i + 1/2) / n of the new order.

@@ -52,7 +52,8 @@ def as_splits(value: object, location: str, task: Task = DEFAULT_TASK) -> Datase
         raise DataError(
             "data.function-result",
             f"{location} returned {_describe(value)}: return (x_train, y_train, x_test, y_test) "
-            f"as arrays or tensors, x_validation and y_validation behind them if you like, or a dtrain.data.dataset.DatasetSplits",
+            f"as arrays or tensors, with or without x_validation and y_validation at the end, or a "
+            "dtrain.data.dataset.DatasetSplits",
         )
     others = [_other_arrays(x) for x in value[::2]]
     first_inputs = [

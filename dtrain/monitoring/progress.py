@@ -10,7 +10,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,9 +162,18 @@ class Progress:
         if not self.enabled:
             return
         totals = self.totals
-        self._record("eval", **totals.test, eval_s=eval_s)
+        others = totals.evaluations
+        self._record(
+            "eval", split="test", **totals.test, **_of_split("test", others), eval_s=eval_s
+        )
+        validation = _of_split("validation", others)
+        if validation:
+            self._record("eval", split="validation", **validation, eval_s=eval_s)
         loss = "-" if totals.train_loss is None else f"{totals.train_loss:.4f}"
-        result = f"loss {loss}  test {metric_text(totals.test['metrics'])}"
+        result = f"loss {loss}"
+        if validation:
+            result += f"  validation {metric_text(validation['validation_metrics'])}"
+        result += f"  test {metric_text(totals.test['metrics'])}"
         if sum(accuracy is not None for accuracy in totals.test["accuracy_per_block"]) > 1:
             result += f"  vote {percent(totals.test['test_accuracy_vote'])}"
         epoch = max(0, totals.update - 1) // self.plan.training_length.updates_per_epoch
@@ -188,6 +197,8 @@ class Progress:
         if self.first_update >= self.total_updates:
             print(self._already_finished_text())
         print()
+        if summary["stop_reason"] is not None:
+            print(f"stopped   {summary['stop_reason']}")
         print(
             f"test {self._result_text(summary)} after {pluralise(summary['updates'], 'update')} "
             f"({pluralise(summary['epochs'], 'epoch')}), {summary['wall_s']:.1f} s"
@@ -248,6 +259,12 @@ class Progress:
         minutes, seconds = divmod(seconds, 60)
         clock = f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
         return f"{clock} left"
+
+
+def _of_split(split: str, evaluations: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the evaluations of a split, those of averaged weights included."""
+    prefixes = f"{split}_", f"ema_{split}_"
+    return {key: value for key, value in evaluations.items() if key.startswith(prefixes)}
 
 
 def library_versions(comm: Comm) -> str:

@@ -17,8 +17,9 @@ from dtrain.errors import ConfigError
 from dtrain.models import load_model
 from dtrain.models.integer_inputs import takes_integers
 from dtrain.models.layers import LayerStack
-from dtrain.models.pretrained import PretrainedWeights, check_pretrained
+from dtrain.models.pretrained import check_pretrained
 from dtrain.objectives.block_spec import BlockSpec
+from dtrain.planning.initial_weights import open_weights
 from dtrain.planning.layout import DTYPES, Layout, make_layout
 from dtrain.schedules.segments import TrainingLength
 from dtrain.schedules.verify import ScheduleReport
@@ -118,7 +119,7 @@ def _load_model(run: RunConfig, train: Dataset, task: Task) -> tuple[LayerStack,
                 f"{', '.join(model.names)}: name a container of your module, or leave it out",
             )
     if run.weights_path is not None:
-        check_pretrained(PretrainedWeights(run.weights_path), model, run.model_options.strict)
+        check_pretrained(open_weights(run.weights_path), model, run.model_options.strict)
     dtype = DTYPES[run.settings.dtype]
     others = tuple(
         (spec.shape, dtype if spec.dtype.is_floating_point else spec.dtype)

@@ -36,7 +36,7 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "checkpoint": (*FLAT, "comm", "block", "syncs", "config"),
     "planning": (
         *(*FLAT, "schedules", "tasks", "models", "data", "block", "objectives", "config"),
-        "comm.wire_format",
+        *("comm.wire_format", "checkpoint.manifest"),
     ),
     "monitoring": (*FLAT, "schedules", "comm", "tasks", "checkpoint", "planning"),
 }
