@@ -280,14 +280,16 @@ def _introduction(plan: Plan, comm: Comm, threads: int) -> list[str]:
     head_parameters = sum(block.head_parameters for block in layout.block_layouts)
     settings = " ".join(f"{key} {value}" for key, value in run.optimizer.fields.items())
     shape = " x ".join(map(str, train.shape))
+    held_out = plan.data.validation
+    validation = "" if held_out is None else f", {held_out.size:,} validation"
     builds_all = "; every rank builds all layers, then keeps its own"
     return [
         f"dtrain {version('dtrain')}, {library_versions(comm)}",
         f"ranks     {mesh.ranks} = {pluralise(mesh.replicas, 'replica')} x "
         f"{pluralise(mesh.stages, 'stage')} on {pluralise(comm.node_count, 'host')}, "
         f"{pluralise(threads, 'thread')} each",
-        f"data      {run.dataset.name}: {train.size:,} training and {test.size:,} test samples of "
-        f"{shape}, {_target_text(plan)}",
+        f"data      {run.dataset.name}: {train.size:,} training{validation} and {test.size:,} test "
+        f"samples of {shape}, {_target_text(plan)}",
         f"model     {run.model.name}: {parameters:,} parameters"
         + (f", {head_parameters:,} more in local heads" if head_parameters else "")
         + (builds_all if layout.model.builds_all_layers else ""),

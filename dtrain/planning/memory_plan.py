@@ -72,7 +72,7 @@ class RankMemory:
     parameters, gradients, optimizer : int
         Of its blocks, buffers and heads included.
     sync : int
-        Copies of the trained parameters that the sync keeps.
+        Copies of the trained parameters that the sync and `[ema]` keep.
     versions : int
         Copies of weights for forwards and delayed backwards.
     live : int
@@ -151,6 +151,7 @@ class MemoryPlan:
         """Return the memory of every stage, for micro-batches of `rows` samples."""
         blocks = dict(enumerate(self.block_memory(rows)))
         timeline, traits = self.plan.proof.timeline, self.plan.run.sync.instance.traits()
+        copies_kept = traits.parameter_copies + (self.plan.run.ema is not None)
         policy = self.layout.schedule.policy(self.layout.place, self.layout.routes)
         stages = []
         for stage, message_bytes in enumerate(self._message_bytes(rows)):
@@ -164,7 +165,7 @@ class MemoryPlan:
                     parameters=sum(block.parameters for block in in_stage),
                     gradients=gradients,
                     optimizer=0 if traits.keeps_no_optimizer_state else optimizer,
-                    sync=traits.parameter_copies * gradients,
+                    sync=copies_kept * gradients,
                     versions=sum(n * blocks[b].gradients for b, n in copies.items()),
                     live=peak_live_bytes(actions, blocks) + self._head_cache_bytes(stage),
                     messages=message_bytes,
