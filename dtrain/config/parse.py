@@ -105,16 +105,7 @@ def parse_run(table: Mapping[str, Any], path: Path, overrides: Sequence[str] = (
     refuse_old_keys(dict(table))
     settings = {key: value for key, value in table.items() if key not in SECTIONS}
     sections = {name: _section(table, name) for name in SECTIONS}
-    if {"cuts", "balance"} <= sections["partition"].keys():
-        raise ConfigError(
-            "partition.cuts-exclude-balance",
-            "[partition] cuts already say where every block starts: leave out balance",
-        )
-    if {"every", "every-updates"} <= sections["evaluate"].keys():
-        raise ConfigError(
-            "evaluate.two-intervals",
-            "[evaluate] every counts epochs and every-updates counts updates: leave out one",
-        )
+    _refuse_pairs(sections)
     data_keys, dataset = _split_keys(sections["data"], DataSection)
     model_keys, model = _split_keys(sections["model"], ModelSection)
     rest = _take_rest(sections["optimizer"])
@@ -152,6 +143,20 @@ def parse_run(table: Mapping[str, Any], path: Path, overrides: Sequence[str] = (
     )
     validate_run(run)
     return run
+
+
+def _refuse_pairs(sections: Mapping[str, Table]) -> None:
+    """Refuse keys that exclude each other, one of which has a default."""
+    if {"cuts", "balance"} <= sections["partition"].keys():
+        raise ConfigError(
+            "partition.cuts-exclude-balance",
+            "[partition] cuts already say where every block starts: leave out balance",
+        )
+    if {"every", "every-updates"} <= sections["evaluate"].keys():
+        raise ConfigError(
+            "evaluate.two-intervals",
+            "[evaluate] every counts epochs and every-updates counts updates: leave out one",
+        )
 
 
 def _section(table: Mapping[str, Any], name: str) -> Table:

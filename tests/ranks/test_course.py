@@ -61,7 +61,7 @@ def halving(update: int, updates_per_epoch: int, total_updates: int) -> float:
 
 def run(course: str, **changes: Any) -> RunConfig:
     """Return the tiny run with a course."""
-    return tiny.run(**{"epochs": 6, "checkpoint__every": 3, **COURSES[course], **changes})
+    return tiny.run(**{"epochs": 4, "checkpoint__every": 3, **COURSES[course], **changes})
 
 
 def alone(config: RunConfig, out: Path, *callbacks: Callback) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def test_a_resumed_run_takes_the_same_course(course: Any, tmp_path: Path) -> Non
             break
         except Broken:
             continue
-    assert attempts[0] > 8
+    assert attempts[0] > 4
     assert outcome(result) == outcome(expected)
     assert_same_model(out, parts)
     assert [row["epoch"] for row in records(parts, "eval")] == [
@@ -140,7 +140,7 @@ def test_validation_is_apart_and_recorded(tmp_path: Path) -> None:
     assert [row["split"] for row in last] == ["test", "validation"]
     assert last[1]["validation_loss"] == result["validation_loss"] != result["test_loss"]
     assert result["validation_metrics"] == {"accuracy": result["validation_accuracy"]}
-    assert result["samples"] == 6 * 40
+    assert result["samples"] == 4 * 40
     evaluated = evaluate_run(tmp_path / "run", Comm(SingleBackend()), "validation")
     assert (evaluated["loss"], evaluated["samples"]) == (result["validation_loss"], 10)
 
