@@ -191,6 +191,7 @@ class Session:
         self._job = job = build_rank(plan, comm)
         self._fingerprint: Table = {"model": job.model_fingerprint, "data": data_fingerprint}
         all_or_none(comm, lambda: check_same_model(point.fingerprint, job.model_fingerprint))
+        job.engine.update_step.records_norms = plan.run.log.norms
         self._attach_ema()
         self._totals, merged_replicas = _restore(job, point, self.callbacks, self._ema)
         self._totals.attempt = attempt
@@ -378,7 +379,7 @@ class Session:
             "peak_bytes": engine.peak_bytes() + (0 if self._ema is None else self._ema.nbytes),
             "rss_bytes": _rss_bytes(),
             "weights": _low_rank_stats(job),
-            "norms": _block_norms(job),
+            "block_values": _block_values(job),
         }
 
     # ---- evaluation and checkpoints
@@ -637,18 +638,18 @@ def _low_rank_stats(job: RankJob) -> Mapping[str, Any]:
     return {name: stats for sync in syncs for name, stats in sync.low_rank_stats().items()}
 
 
-def _block_norms(job: RankJob) -> dict[int, dict[str, float]]:
-    """Return gradient norm and learning rate of the last update, and the norm of the weights, of
-    each block; replica 0 reports for all."""
-    gradient_norms = job.engine.update_step.gradient_norms
-    return {
-        index: {
-            "lr": block.lr,
-            "gradient_norm": gradient_norms.get(index, 0.0),
-            "weight_norm": squared_norm([*block.trainable_tensors().values()]) ** 0.5,
-        }
-        for index, block in ({} if job.position.replica else job.engine.blocks).items()
-    }
+def _block_values(job: RankJob) -> dict[int, dict[str, float]]:
+    """Return the learning rate of the last update of each block, and on request the norms of its
+    gradient and of the weights; replica 0 reports for all."""
+    step = job.engine.update_step
+    values = {}
+    for index, block in ({} if job.position.replica else job.engine.blocks).items():
+        values[index] = {"lr": block.lr}
+        if step.records_norms:
+            weights = [*block.trainable_tensors().values()]
+            values[index]["gradient_norm"] = step.gradient_norms.get(index, 0.0)
+            values[index]["weight_norm"] = squared_norm(weights) ** 0.5
+    return values
 
 
 def _rss_bytes() -> int:

@@ -148,7 +148,7 @@ class RunConfig:
             "lr": self.lr_schedule.to_table(),
             "checkpoint": to_table(self.checkpoint),
             "evaluate": self.evaluate.to_table(),
-            "log": to_table(self.log),
+            "log": self.log.to_table(),
         }
         for name, section in (("stop", self.stop), ("ema", self.ema)):
             if section is not None:

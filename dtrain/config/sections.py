@@ -235,9 +235,14 @@ class Ema:
 
 @dataclass(frozen=True)
 class Log:
-    """``[log]``: seconds between two lines of progress."""
+    """``[log]``: seconds between two lines of progress, and whether norms are recorded."""
 
     every_s: float = 10.0
+    norms: bool = False
+
+    def to_table(self) -> Table:
+        """Return the keys as a run file has them, without those that change nothing."""
+        return without_defaults(self, "norms")
 
 
 @dataclass(frozen=True)

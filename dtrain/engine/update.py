@@ -86,6 +86,8 @@ class UpdateStep:
         Factor of the learning rates of the updates of later segments.
     after_update : callable, optional
         Called with a block and the number of the update that it has just had.
+    records_norms : bool
+        Whether `gradient_norms` is wanted.
     gradient_norms : dict of int to float
         Norms of the gradients of the blocks in the last update of a segment, before clipping.
     """
@@ -112,6 +114,7 @@ class UpdateStep:
         self.lr_scale = 1.0
         self.after_update: Callable[[Block, int], None] | None = None
         self.gradient_norms: dict[int, float] = {}
+        self.records_norms = False
         self._last_update = -1
         self._clocks: dict[int, UpdateClock] = {}
 
@@ -181,7 +184,7 @@ class UpdateStep:
             sync.reduce_gradients(block, update.weight, clock)
             if spec.clip:
                 self.gradient_norm = squared_norm(block.gradients()) ** 0.5
-        if update.number == self._last_update:
+        if self.records_norms and update.number == self._last_update:
             self.gradient_norms[index] = squared_norm(block.gradients()) ** 0.5
         if spec.clip:
             clip_by_norm_(block.gradients(), self.gradient_norm, spec.clip)

@@ -45,7 +45,7 @@ class RunTotals:
     rate : float
         Samples per second of the latest segment.
     latest : dict
-        Seconds of the latest segment, its slowest rank, and norms and learning rates per block.
+        Seconds of the latest segment, its slowest rank, learning rates and norms per block.
     loss : list of float or None
         Sum of losses per block over the samples of the current epoch; None where a block has no
         loss.
@@ -137,7 +137,11 @@ class RunTotals:
             self._add_record(record)
         self.train_s += segment_s
         self.rate = (self.samples - previous_samples) / segment_s if segment_s else 0.0
-        self.latest = {"train_s": segment_s, **slowest_rank(records), **norms(records, blocks)}
+        self.latest = {
+            "train_s": segment_s,
+            **slowest_rank(records),
+            **block_values(records, blocks),
+        }
 
     def _add_record(self, record: RankRecord) -> None:
         stage = record["stage"]
@@ -203,19 +207,16 @@ class RunTotals:
         return self.samples / self.train_s if self.train_s else 0.0
 
 
-def norms(records: Sequence[RankRecord], blocks: int) -> dict[str, list[float | None]]:
-    """Return gradient norms, weight norms and learning rates per block, by name; None where one is
+def block_values(records: Sequence[RankRecord], blocks: int) -> dict[str, list[float | None]]:
+    """Return learning rates, and norms if they are recorded, per block by name; None where one is
     not finite."""
-    rows = {int(block): row for record in records for block, row in record["norms"].items()}
+    rows = {int(block): row for record in records for block, row in record["block_values"].items()}
+    names = dict.fromkeys(name for row in rows.values() for name in row)
+    values = {name: [rows[block][name] for block in range(blocks)] for name in names}
     return {
-        name: [finite(rows[block][name]) if block in rows else None for block in range(blocks)]
-        for name in ("lr", "gradient_norm", "weight_norm")
+        name: [value if math.isfinite(value) else None for value in row]
+        for name, row in values.items()
     }
-
-
-def finite(value: float) -> float | None:
-    """Return a number, None where it is not finite."""
-    return value if math.isfinite(value) else None
 
 
 def slowest_rank(records: Sequence[RankRecord]) -> dict[str, Any]:
