@@ -6,6 +6,7 @@ ends as an uninterrupted one.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -138,19 +139,19 @@ def test_a_resumed_run_takes_the_same_course(course: Any, tmp_path: Path) -> Non
 # ---- the guide
 
 
-def snippets() -> list[str]:
-    """Return the run files of the section on the course of a run, and of learning rates."""
+def snippets(language: str) -> list[str]:
+    """Return the examples of the section on the course of a run, and of learning rates."""
     guide = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     text = "".join(
         guide.partition(f"## {title}\n")[2].partition("\n## ")[0]
         for title in ("Schedule the learning rate", "The course of a run")
     )
-    return re.findall(r"^```toml\n(.*?)^```", text, re.M | re.S)
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
 
 
 def test_the_snippets_of_the_guide_train(tmp_path: Path) -> None:
     """All of them in one run, whose data, model and rates are replaced by tiny ones."""
-    tables = [tomllib.loads(snippet) for snippet in snippets()]
+    tables = [tomllib.loads(snippet) for snippet in snippets("toml")]
     assert len(tables) == 8
     merged: dict[str, Any] = {}
     for table in tables:
@@ -165,6 +166,16 @@ def test_the_snippets_of_the_guide_train(tmp_path: Path) -> None:
     )
     result = alone(config, tmp_path / "run")
     assert {"validation_loss", "ema_test_loss", "ema_validation_metrics"} <= result.keys()
+
+
+def test_the_functions_of_the_guide_train(tmp_path: Path) -> None:
+    names: dict[str, Any] = {}
+    for code in snippets("python"):
+        exec(code, names)
+    config = dataclasses.replace(tiny.run(), lr_schedule=names["rates"])
+    alone(config, tmp_path / "run", *names["callbacks"])
+    assert [row["lr"][0] for row in records(tmp_path / "run", "train")] == [0.01, 0.01 * 0.9]
+    assert summary(tmp_path / "run")["best"]["metric"] == "accuracy"
 
 
 # ---- validation

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
 
+from dtrain.data import load_data
 from dtrain.data.dataset import DatasetSplits, Standardised, standardise
 from dtrain.data.hold_out import hold_out
 from dtrain.data.user import as_splits
-from dtrain.errors import DataError
+from dtrain.errors import ConfigError, DataError
 from dtrain.tasks.task import DEFAULT_TASK, Task
 from tests.refusals import refuses
 
@@ -71,3 +74,20 @@ def test_statistics_are_those_of_the_remaining_samples() -> None:
 def test_no_part_is_empty(share: float) -> None:
     with refuses(DataError, "data.validation-empty"):
         hold_out(splits(), share, 0, DEFAULT_TASK)
+
+
+def test_a_third_file_is_the_validation_split(tmp_path: Path) -> None:
+    for name, size in (("a", 20), ("b", 9), ("c", 7)):
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            file["x"] = np.arange(2.0 * size).reshape(size, 2)
+            file["y"] = np.arange(size) % 3
+    files = {"train": "a.h5", "test": "b.h5"}
+    result = load_data("hdf5", files, tmp_path, normalise=False, validation="c.h5")
+    assert {name: split.size for name, split in result.by_name().items()} == {
+        **{"train": 20, "test": 9},
+        "validation": 7,
+    }
+    with refuses(ConfigError, "data.validation-path"):
+        load_data("digits", {}, tmp_path, validation="c.h5")
+    with refuses(DataError, "data.file-missing"):
+        load_data("hdf5", files, tmp_path, validation="d.h5")
