@@ -237,7 +237,8 @@ class RateOnPlateau:
         """Count an evaluation; lower the rate after too many without an improvement."""
         if event.kind == "evaluation" and event.scheduled:
             self._count(session.metric(self.metric), session.higher_is_better(self.metric))
-        session.set_lr_scale(self.scale)
+        if event.kind in ("start", "evaluation"):
+            session.set_lr_scale(self.scale)
 
     def _count(self, value: float | None, higher_is_better: bool) -> None:
         keys = self.schedule

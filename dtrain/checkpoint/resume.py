@@ -268,7 +268,8 @@ def check_same_run(
         raise ConfigError(
             "resume.length-changed",
             f"cannot resume with another length, on which the {part} depend: "
-            f"{', '.join(length)}; restore it, or choose another --out than {out}",
+            f"{', '.join(length)}; restore it, or begin a new run with the same weights: --set "
+            f"model.weights={out.resolve()} --out ANOTHER_FOLDER",
         )
 
 

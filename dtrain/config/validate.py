@@ -155,7 +155,7 @@ def _check_ema(run: RunConfig) -> None:
             f"[ema] decay = {run.ema.decay} must be at least 0 and less than 1",
         )
     traits = run.sync.instance.traits()
-    if traits.replicas_diverge or traits.reparametrises:
+    if not traits.keeps_weights_equal:
         reason = (
             "replaces weights by products of factors"
             if traits.reparametrises

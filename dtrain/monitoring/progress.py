@@ -216,7 +216,9 @@ class Progress:
             )
         folder = self.out.resolve()
         print(f"folder  {folder}")
-        print(f"next    {_next_command(self.plan, self.comm.size, folder)}", flush=True)
+        is_final = summary["stop_reason"] is not None or any(length_dependent_parts(self.plan.run))
+        command = _next_command(self.plan, self.comm.size, folder, is_final)
+        print(f"next    {command}", flush=True)
 
     def _result_text(self, summary: dict[str, Any]) -> str:
         """Return the accuracy with its counts, or the first metric."""
@@ -336,12 +338,12 @@ def _stage_text(plan: Plan, stage: int) -> str:
     return ", ".join(f"block {block}: {layers}" for block, layers in names.items())
 
 
-def _next_command(plan: Plan, ranks: int, out: Path) -> str:
-    """Return a command that trains the run twice as long, or evaluates it where the learning rate
-    depends on the length; it can be pasted into a shell."""
+def _next_command(plan: Plan, ranks: int, out: Path, is_final: bool) -> str:
+    """Return a command that trains the run twice as long, or evaluates it where that is not
+    possible (`is_final`); it can be pasted into a shell."""
     program = Path(sys.prefix) / "bin" / "dtrain"
     command = [str(program) if program.exists() else "dtrain"]
-    if any(length_dependent_parts(plan.run)):
+    if is_final:
         return shlex.join([*command, "evaluate", str(out)])
     command += ["train", str(plan.run.path)]
     command += ["--ranks", str(ranks)] if ranks > 1 else []

@@ -323,10 +323,35 @@ def test_averages_are_the_same_bits_on_any_stages(
     assert all(torch.equal(exported[name], ours[name]) for name in exported)
 
 
-@pytest.mark.parametrize("sync", ["never", "local-sgd", "daso", "demo", "ab", "oialr"])
+@pytest.mark.parametrize("sync", ["never", "local-sgd", "daso", "ab", "oialr", "diloco"])
 def test_averages_need_equal_replicas(sync: str) -> None:
     with refuses(ConfigError, "ema.sync"):
         tiny.run(ema={"decay": 0.9}, sync__name=sync)
+
+
+@pytest.mark.parametrize(
+    "sync", [{"name": "every-step"}, {"name": "demo"}, {"name": "powersgd"}, {"name": "int8"}]
+)
+def test_averages_of_replicas_are_equal(sync: dict[str, Any], tmp_path: Path) -> None:
+    """The replicas are on two hosts, so that transfers are compressed; on 1 and 2 stages."""
+    found: list[dict[str, Tensor]] = []
+    for stages in (1, 2):
+
+        def work(comm: Comm, stages: int = stages) -> dict[str, Tensor]:
+            ema = Ema(0.9)
+            config = tiny.run(epochs=1, sync=sync, mesh__stages=stages, log__norms=True)
+            train(config, comm, tmp_path / str(stages), callbacks=[ema])
+            blocks = [[0, 1, 2]] if stages == 1 else [[0], [1, 2]]
+            return {n: t for b in blocks[comm.rank % stages] for n, t in ema.weights(b).items()}
+
+        hosts = [f"host{rank // stages}" for rank in range(2 * stages)]
+        ranks = run_ranks(2 * stages, work, hosts=hosts)
+        for stage in range(stages):
+            first, other = ranks[stage], ranks[stages + stage]
+            assert all(torch.equal(first[name], other[name]) for name in first)
+        found.append({name: t for rank in ranks[:stages] for name, t in rank.items()})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_averages_are_planned_memory(tmp_path: Path) -> None:
