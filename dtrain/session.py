@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dtrain.block.block import Block
 from dtrain.block.optimizer import squared_norm
@@ -56,11 +56,13 @@ from dtrain.checkpoint.resume import (
 )
 from dtrain.comm.agree import all_or_none, broadcast_object
 from dtrain.comm.communicator import Comm
+from dtrain.comm.flight_recorder import print_error
+from dtrain.config.out_folder import fill_keys
 from dtrain.config.run import RunConfig
 from dtrain.data.dataset import Standardised
 from dtrain.data.sampler import epoch_order
 from dtrain.engine.trace import TRACE_FILE, Trace
-from dtrain.errors import ConfigError, DtrainError
+from dtrain.errors import ConfigError, DtrainError, RankLostError
 from dtrain.evaluation import EvalWeights, evaluate_weights, evaluation_weights
 from dtrain.failure import report_failure
 from dtrain.layer_notes import layer_notes
@@ -76,10 +78,21 @@ from dtrain.monitoring.run_totals import RunTotals
 from dtrain.monitoring.summary import make_summary
 from dtrain.planning import report
 from dtrain.planning.plan import Plan, make_plan
+from dtrain.rank_process import init
+from dtrain.run import Run
 from dtrain.schedules.segments import Segment
 from dtrain.schema import Table
 
 __all__ = ["Callback", "Event", "EventKind", "Session"]
+
+
+_RUNS: dict[Path, RunConfig] = {}
+"""The runs of this process by their folders: their objects cannot always be imported."""
+
+
+def run_of_folder(folder: Path) -> RunConfig | None:
+    """Return the run that a session of this process trained into a folder."""
+    return _RUNS.get(folder.resolve())
 
 
 class Session:
@@ -87,12 +100,11 @@ class Session:
 
     Parameters
     ----------
-    run : RunConfig
-        The checked run.
-    out : Path
-        The run folder; the newest checkpoint in it is restored.
-    comm : Comm
-        All ranks.
+    run : Run or RunConfig
+        What is trained.
+    out : str or Path, optional
+        The run folder; the newest checkpoint in it is restored. Default: ``runs/`` and the name of
+        the run file or script. ``{seed}`` and the like are keys of the run; see `fill_keys`.
     resume : str
         "auto": resume from the newest checkpoint in `out`, if there is one. "never": `out` must be
         empty. "fresh": start anew; what `out` holds is moved to ``out.old-1`` or a higher number.
@@ -100,6 +112,11 @@ class Session:
     callbacks : sequence of callable
         Called with (session, event) on all ranks. Those of `dtrain.callbacks` are other spellings
         of keys of the run.
+    exact_mesh : bool
+        Refuse ranks on which the stages of the run do not fit. Otherwise as many stages are taken
+        as fit, and the other ranks are replicas.
+    comm : Comm, optional
+        All ranks; default: those of `dtrain.init`.
 
     Attributes
     ----------
@@ -111,17 +128,20 @@ class Session:
 
     def __init__(
         self,
-        run: RunConfig,
-        out: Path,
-        comm: Comm,
+        run: Run | RunConfig,
+        out: str | Path | None = None,
         *,
         resume: str = "auto",
         callbacks: Sequence[Callback] = (),
+        exact_mesh: bool = False,
+        comm: Comm | None = None,
     ) -> None:
-        self.comm = comm
-        self.out = out
+        self.comm = init() if comm is None else comm
         self.callbacks = tuple(callbacks)
-        self._run = run
+        config = run if isinstance(run, RunConfig) else run.config
+        folder = Path("runs") / config.path.stem if out is None else Path(out)
+        self.out = all_or_none(self.comm, lambda: fill_keys(folder, config))
+        self._run = config if exact_mesh else config.fit_stages(self.comm.size)
         self._resume = resume
         self._owner: run_folder.Owner | None = None
         self._progress: Progress | None = None
@@ -168,6 +188,7 @@ class Session:
 
     def _open(self) -> None:
         comm, out = self.comm, self.out
+        _share_module(self._run.model.target, comm)
         threads = set_threads(self._run, comm)
         point = find_resume_point(comm, out, self._resume)
         given = self.callbacks
@@ -188,6 +209,7 @@ class Session:
         )
         all_or_none(comm, lambda: run_folder.check_visible(out, comm.hosts[comm.rank]))
         comm.flight.set_folder(out / run_folder.FLIGHT_FOLDER)
+        _RUNS[out.resolve()] = plan.run
         self._job = job = build_rank(plan, comm)
         self._fingerprint: Table = {"model": job.model_fingerprint, "data": data_fingerprint}
         all_or_none(comm, lambda: check_same_model(point.fingerprint, job.model_fingerprint))
@@ -241,6 +263,9 @@ class Session:
         try:
             if error is not None:
                 report_failure(error, self.comm, self.out, self._owner)
+            if isinstance(error, SystemExit) and self.comm.size > 1:  # the other ranks go on
+                print_error(f"dtrain: rank {self.rank} left its session by sys.exit")
+                self.comm.abort(RankLostError.code)
         finally:
             self.comm.flight.close()
             if self._progress is not None:
@@ -547,6 +572,14 @@ def _check_weights_stay(out: Path, run: RunConfig) -> None:
             "run-folder.fresh-moves-weights",
             f"--fresh would move {out}, which holds [model] weights: choose another --out",
         )
+
+
+def _share_module(model: object, comm: Comm) -> None:
+    """Give a module that the user made the weights that it has on rank 0. Collective over all."""
+    if isinstance(model, nn.Module) and comm.size > 1:
+        tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
+        with comm.without_counting():
+            comm.broadcast_([tensor for tensor in tensors.values() if tensor.numel()])
 
 
 def _acquire_folder(out: Path, resume: str, point: ResumePoint) -> tuple[run_folder.Owner, int]:

@@ -33,8 +33,15 @@ def train(
         Before training begins on all ranks. Later (a loss that is not finite, for example) on the
         rank that found it: then the caller has to end the others.
     """
-    with Session(run, out, comm, resume=resume, callbacks=callbacks) as session:
-        saved = session.update
+    session = Session(run, out, resume=resume, callbacks=callbacks, exact_mesh=True, comm=comm)
+    train_session(session)
+    return session.summary()
+
+
+def train_session(session: Session) -> None:
+    """Train until the run ends, with evaluations and checkpoints when the run has them."""
+    with session:
+        run, saved = session.plan.run, session.update
         for segment in session.segments():
             for _ in session.updates(segment):
                 pass
@@ -48,7 +55,6 @@ def train(
                 saved = session.update
         if session.update > saved:  # a callback has stopped the run
             session.save()
-    return session.summary()
 
 
 def evaluation_is_due(run: RunConfig, segment: Segment) -> bool:

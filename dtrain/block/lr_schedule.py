@@ -23,10 +23,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, final
 
 from dtrain.errors import ConfigError
+from dtrain.schema import Strategy
 
 
 @dataclass(frozen=True)
-class LRSchedule(ABC):
+class LRSchedule(Strategy, ABC):
     """A schedule of learning rates. Fields of a subclass are its keys in the run file.
 
     Attributes

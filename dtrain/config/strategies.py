@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from dtrain.schedules import SCHEDULES
 from dtrain.schedules.base import Schedule
 from dtrain.schema import (
     Table,
+    as_dataclass,
     build_strategy,
     canonical_name,
     from_table,
@@ -24,7 +24,12 @@ from dtrain.schema import (
 )
 from dtrain.syncs import SYNCS
 from dtrain.syncs.base import Sync
-from dtrain.user_code import import_object, object_name
+from dtrain.user_code import (
+    import_object,
+    register_object,
+    registered_object,
+    require_object,
+)
 
 T = TypeVar("T")
 
@@ -57,14 +62,18 @@ class NamedStrategy(Generic[T]):
         A key of `BUILT_IN`, or "module:Class" for a user's class.
     instance : object
         The strategy. A sync in a `RunConfig` is the prototype of those of the blocks.
+    fingerprint : str
+        Identifies a class that its name does not.
     """
 
     name: str
     instance: T
+    fingerprint: str = ""
 
     def to_table(self) -> Table:
         """Return the table of a run file that makes this strategy, defaults included."""
-        return {"name": self.name} | to_table(self.instance)
+        fingerprint = {"fingerprint": self.fingerprint} if self.fingerprint else {}
+        return {"name": self.name} | to_table(self.instance) | fingerprint
 
 
 def read_strategy(section: str, table: Table, folder: Path) -> NamedStrategy[Any]:
@@ -77,31 +86,63 @@ def read_strategy(section: str, table: Table, folder: Path) -> NamedStrategy[Any
     folder : Path
         The run file's folder; it is first on the import path.
 
+    A run that is made in Python may have a class or an instance as the name.
+
     Raises
     ------
     ConfigError
         The name or a key is unknown, a value does not fit its field, or the class is not derived
         from the section's base class.
     """
-    strategies, name = BUILT_IN[section], strategy_name(table, section)
-    if ":" in name and section == "lr":
-        function = import_object(name, folder, section)
-        if callable(function) and not isinstance(function, type):
-            keys = from_table(FunctionLR, {k: v for k, v in table.items() if k != "name"}, "[lr] ")
-            return NamedStrategy(name, FunctionLR.of(function, keys.warmup_updates))
-    if ":" in name:
-        strategies = {name: _import_strategy(section, name, folder)}
+    table = dict(table)
+    target = table.get("name")
+    if isinstance(target, BASES[section]):
+        return name_strategy(section, target)
+    fingerprint = str(table.pop("fingerprint", ""))
+    if section == "lr" and callable(target) and not isinstance(target, type):
+        name, fingerprint = register_object(target)
+        table = table | {"name": name}
+    elif isinstance(target, type):
+        target = _as_strategy(section, target.__qualname__, target)
+        name, fingerprint = register_object(target)
+        table = table | {"name": name}
+    else:
+        name = strategy_name(table, section)
+        target = registered_object(name, fingerprint)
+        require_object(target, name, fingerprint, section)
+    strategies = BUILT_IN[section]
+    if target is None and ":" in name:
+        target = import_object(name, folder, section)
+        if section != "lr" or isinstance(target, type):
+            target = _as_strategy(section, name, target)
+    if target is not None and not isinstance(target, type):
+        return _rates_of_function(name, target, table, fingerprint)
+    if target is not None:
+        strategies = {name: target}
     table = _with_canonical_names(table, strategies)
-    return NamedStrategy(table["name"], build_strategy(strategies, table, section))
+    strategy = build_strategy(strategies, table, section)
+    return NamedStrategy(table["name"], strategy, fingerprint)
 
 
 def name_strategy(section: str, instance: T) -> NamedStrategy[T]:
     """Return a strategy that was made in Python with the name that a run file gives it."""
     if section == "lr" and callable(instance) and not isinstance(instance, LRSchedule):
-        return NamedStrategy(object_name(instance), FunctionLR.of(instance))  # type: ignore[arg-type]
+        name, fingerprint = register_object(instance)
+        return _rates_of_function(name, instance, {}, fingerprint)
     names = [name for name, kind in BUILT_IN[section].items() if kind is type(instance)]
-    kind = _as_dataclass(type(instance))
-    return NamedStrategy(names[0] if names else object_name(kind), instance)
+    if names:
+        return NamedStrategy(names[0], instance)
+    name, fingerprint = register_object(as_dataclass(type(instance)))
+    return NamedStrategy(name, instance, fingerprint)
+
+
+def _rates_of_function(
+    name: str, function: Any, table: Mapping[str, Any], fingerprint: str
+) -> NamedStrategy[Any]:
+    """Return the learning-rate schedule of a user's function; the table may have a warm-up."""
+    keys = {key: value for key, value in table.items() if key != "name"}
+    schedule = FunctionLR.of(function, from_table(FunctionLR, keys, "[lr] ").warmup_updates)
+    return NamedStrategy(name, schedule, fingerprint)
 
 
 def _with_canonical_names(table: Table, legal_names: Iterable[str]) -> Table:
@@ -114,26 +155,13 @@ def _with_canonical_names(table: Table, legal_names: Iterable[str]) -> Table:
     return canonical
 
 
-def _import_strategy(section: str, name: str, folder: Path) -> type[Any]:
-    """Import a user's class and check that it is a strategy of the section."""
-    kind, base = import_object(name, folder, section), BASES[section]
+def _as_strategy(section: str, name: str, kind: object) -> type[Any]:
+    """Check that a user's class is a strategy of the section."""
+    base = BASES[section]
     if not (isinstance(kind, type) and issubclass(kind, base)):
         raise ConfigError(
             "user-code.no-strategy",
             f"[{section}] '{name}' is not derived from {base.__module__}.{base.__name__}: "
             "derive it",
         )
-    return _as_dataclass(kind)
-
-
-def _as_dataclass(kind: type[T]) -> type[T]:
-    """Make a class a dataclass, if its author did not, so that its annotations are fields.
-
-    A class without annotations keeps the `__init__` that it inherits.
-    """
-    if "__dataclass_fields__" in vars(kind):
-        return kind
-    parameters = getattr(kind, "__dataclass_params__", None)
-    frozen = parameters is not None and parameters.frozen
-    init = "__annotations__" in vars(kind)
-    return dataclasses.dataclass(kind, init=init, frozen=frozen, eq=frozen)
+    return as_dataclass(kind)

@@ -199,8 +199,9 @@ class Progress:
         print()
         if summary["stop_reason"] is not None:
             print(f"stopped   {summary['stop_reason']}")
+        result = f"test {self._result_text(summary)}" if summary["metrics"] else summary["status"]
         print(
-            f"test {self._result_text(summary)} after {pluralise(summary['updates'], 'update')} "
+            f"{result} after {pluralise(summary['updates'], 'update')} "
             f"({pluralise(summary['epochs'], 'epoch')}), {summary['wall_s']:.1f} s"
         )
         if summary["low_rank"]:
@@ -343,7 +344,8 @@ def _next_command(plan: Plan, ranks: int, out: Path, is_final: bool) -> str:
     possible (`is_final`); it can be pasted into a shell."""
     program = Path(sys.prefix) / "bin" / "dtrain"
     command = [str(program) if program.exists() else "dtrain"]
-    if is_final:
+    is_run_file = plan.run.path.suffix == ".toml"
+    if is_final or not is_run_file:
         return shlex.join([*command, "evaluate", str(out)])
     command += ["train", str(plan.run.path)]
     command += ["--ranks", str(ranks)] if ranks > 1 else []

@@ -24,6 +24,7 @@ from dtrain.planning.layout import DTYPES, Layout, make_layout
 from dtrain.schedules.segments import TrainingLength
 from dtrain.schedules.verify import ScheduleReport
 from dtrain.tasks.task import Task
+from dtrain.user_code import require_object
 
 PROOF_UPDATES = 8
 """Updates at an epoch's start that the proof and the drawing contain."""
@@ -61,6 +62,8 @@ def make_plan(run: RunConfig, ranks: int) -> Plan:
     DtrainError
         Data, model, mesh, partition or schedule do not fit each other.
     """
+    for choice, kind in ((run.dataset, "data"), (run.model, "model")):
+        require_object(choice.target, choice.name, choice.fingerprint, kind)
     samples = load_data(
         run.dataset.name,
         run.dataset.fields,
@@ -69,6 +72,7 @@ def make_plan(run: RunConfig, ranks: int) -> Plan:
         task=run.task,
         validation=run.data.validation,
         seed=run.settings.seed,
+        target=run.dataset.target,
     )
     train = samples.train
     task = run.task.bind(train.target_shape, train.target_dtype, train.classes)
@@ -110,6 +114,7 @@ def _load_model(run: RunConfig, train: Dataset, task: Task) -> tuple[LayerStack,
         train.classes,
         inputs=1 + len(train.other_inputs),
         open_names=run.open_modules(),
+        target=run.model.target,
     )
     for name in run.model_options.open:
         if not any(layer.startswith(f"{name}.") for layer in model.names):
