@@ -423,8 +423,7 @@ class Session:
         -------
         dict of str to float
             "loss", and the metrics of the task by name: those of the validation split where there
-            is one, else of the test split. ``test_loss``, ``validation_accuracy`` and the like are
-            there, too. The same on all ranks.
+            is one, else of the test split; the same on all ranks. `metric` has those of both.
         """
         self._refuse_open_segment("evaluate")
         totals, start = self._totals, time.perf_counter()
@@ -440,7 +439,8 @@ class Session:
         self._progress.end_evaluation(time.perf_counter() - start)
         self._write_running_summary()
         self._notify("evaluation", scheduled=scheduled)
-        return metric_values(totals)
+        values = metric_values(totals)
+        return {name: values[name] for name in ("loss", *totals.test["metrics"])}
 
     def _test(self, weights: EvalWeights) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the evaluation of the test split, and that of the validation split if any."""
