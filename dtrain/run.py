@@ -82,8 +82,9 @@ class Run:
         The layers. A function may take `shape` (of one sample) and `classes`. A module is taken
         with the weights that it has on rank 0.
     data : arrays, function, DatasetSplits, str or table
-        (x_train, y_train, x_test, y_test) as arrays or tensors with the samples first; a function
-        that returns them; `dtrain.data.digits()`, `dtrain.data.hdf5(...)`; or a name.
+        (x_train, y_train, x_test, y_test) as arrays or tensors with the samples first, with or
+        without x_validation and y_validation at the end; a function that returns them;
+        `dtrain.data.digits()`, `dtrain.data.hdf5(...)`; or a name.
     task : Task, str or table, optional
         Loss and metrics; a str is the name of a loss. Default: cross-entropy and accuracy.
     mesh : Mesh or table, optional

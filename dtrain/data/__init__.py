@@ -36,7 +36,7 @@ def digits(**keys: Any) -> DataTable:
     Parameters
     ----------
     keys
-        Keys of `[data]`: `normalise`, `shuffle`, `augment`.
+        Keys of `[data]`: `normalise`, `shuffle`, `augment`, `validation`.
     """
     return {"name": "digits", **keys}
 
@@ -49,7 +49,7 @@ def hdf5(train: str | Path, test: str | Path, **keys: Any) -> DataTable:
     train, test : path
         Relative paths start in the folder of the script.
     keys
-        Keys of `[data]`: `normalise`, `shuffle`, `augment`.
+        Keys of `[data]`: `normalise`, `shuffle`, `augment`, `validation`.
     """
     return {"name": "hdf5", "train": str(train), "test": str(test), **keys}
 

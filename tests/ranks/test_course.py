@@ -20,15 +20,20 @@ import pytest
 import torch
 from torch import Tensor, nn, optim
 
+import dtrain
 from dtrain.callbacks import BestCheckpoint, EarlyStopping, Ema, Event
 from dtrain.checkpoint.export import export
 from dtrain.checkpoint.manifest import latest_checkpoint
 from dtrain.comm.backends.single import SingleBackend
 from dtrain.comm.backends.threads import run_ranks
 from dtrain.comm.communicator import Comm
+from dtrain.config import sections
 from dtrain.config.run import RunConfig
+from dtrain.config.sections import Stop
 from dtrain.errors import ConfigError, DataError
 from dtrain.evaluation import evaluate_run
+from dtrain.planning.memory_plan import MemoryPlan
+from dtrain.planning.plan import make_plan
 from dtrain.session import Callback, Session
 from dtrain.training import train
 from tests import tiny
@@ -210,6 +215,27 @@ def test_a_function_may_return_a_third_split(tmp_path: Path) -> None:
         )
 
 
+def test_data_of_python_may_have_a_third_split(tmp_path: Path) -> None:
+    run = dtrain.Run(
+        model=lambda: nn.Sequential(nn.Flatten(), nn.Linear(10, 3)),
+        data=three_splits(),
+        objective="backprop",
+        optimizer=dtrain.Optimizer("sgd", lr=0.1),
+        epochs=2,
+        dtype="float64",
+    )
+    stopping = EarlyStopping("validation_loss", patience=3)
+    with Session(
+        run, tmp_path / "run-{seed}", callbacks=[stopping], comm=Comm(SingleBackend())
+    ) as session:
+        for segment in session.segments():
+            assert list(session.updates(segment)) == [segment.epoch]
+            session.finish(segment)
+            metrics = session.evaluate()
+    assert metrics["loss"] == session.summary()["validation_loss"] == session.metric("loss")
+    assert session.metric("test_loss") == summary(tmp_path / "run-0")["test_loss"]
+
+
 # ---- the best checkpoint
 
 
@@ -355,9 +381,13 @@ def test_averages_of_replicas_are_equal(sync: dict[str, Any], tmp_path: Path) ->
 
 
 def test_averages_are_planned_memory(tmp_path: Path) -> None:
-    plain = alone(tiny.run(epochs=1), tmp_path / "plain")["peak_memory_bytes"][0]
-    ema = alone(tiny.run(epochs=1, ema={}), tmp_path / "ema")["peak_memory_bytes"][0]
-    assert ema - plain == sum(t.nbytes for t in averages(tmp_path / "ema").values())
+    counted, planned = [], []
+    for name, keys in (("plain", {}), ("ema", {"ema": {}})):
+        config = tiny.run(epochs=1, mesh__stages=1, **keys)
+        counted.append(alone(config, tmp_path / name)["peak_memory_bytes"][0])
+        planned.append(MemoryPlan(make_plan(config, 1)).rank_memory()[0].peak)
+    size = sum(tensor.nbytes for tensor in averages(tmp_path / "ema").values())
+    assert counted[1] - counted[0] == planned[1] - planned[0] == size
 
 
 # ---- learning rates
@@ -434,6 +464,17 @@ def test_callbacks_are_other_spellings_of_keys(tmp_path: Path) -> None:
     for name in ("run.toml", "plan.txt"):
         assert (tmp_path / "objects" / name).read_text() == (tmp_path / "keys" / name).read_text()
     assert (events[0], events[-1]) == ("start", "end")
+
+
+@pytest.mark.parametrize("name", COURSES)
+def test_a_course_can_be_said_in_python(name: str) -> None:
+    config = run(name)
+    made = dtrain.Run.from_config(config)
+    assert made.config == config
+    assert tomllib.loads(made.to_toml()) == tomllib.loads(config.to_text())
+    other = made.replace(lr=halving, stop={"patience": 2}, ema={"decay": 0.5})
+    assert other.config.lr_schedule.instance.lr_factor(9, 4, 10) == 0.5
+    assert (other.config.stop, other.config.ema) == (Stop(patience=2), sections.Ema(decay=0.5))
 
 
 class Counter:
