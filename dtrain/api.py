@@ -97,6 +97,19 @@ class Result:
         them."""
         return None if self.rank else load_state_dict(self.out)
 
+    def plot(self, path: str | Path) -> None:
+        """Draw losses and metrics over the epochs into a `.png` or `.svg` file, on rank 0.
+
+        Raises
+        ------
+        ConfigError
+            matplotlib is not installed, or the file cannot be written.
+        """
+        from dtrain.run_report.charts import plot_history  # matplotlib is optional
+
+        if self.rank == 0:
+            plot_history(self.history, Path(path))
+
     def __repr__(self) -> str:
         status, metrics = self.summary["status"], self.summary["metrics"]
         return f"Result({str(self.out)!r}, {status}, metrics={metrics})"

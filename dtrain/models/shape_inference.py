@@ -32,6 +32,7 @@ from dtrain.models.graph import (
     TensorSpec,
     chain_graph,
     compare_values,
+    has_gradient,
 )
 from dtrain.models.layers import LayerStack, require_unshared
 from dtrain.rng import fixed_random_numbers
@@ -177,7 +178,7 @@ def profile_module(
     """
     with torch.device(device), torch.enable_grad(), without_compiling([layer]):
         sample = torch.zeros(SAMPLES, *shape, dtype=dtype)
-        inputs = [sample.requires_grad_()] if dtype.is_floating_point else []
+        inputs = [sample.requires_grad_()] if has_gradient(dtype) else []
         # A clone, since a layer may work in place and autograd forbids that on a leaf.
         output, forward_macs = count_macs(lambda: layer(sample.clone()))
         if isinstance(output, tuple | list | dict):
@@ -438,9 +439,10 @@ def _profile_layer(
         if not isinstance(leaf, Tensor):
             return leaf
         copy = leaf.detach().clone()
-        if copy.is_floating_point():
-            leaves.append(copy.requires_grad_())
-        return copy.clone() if copy.is_floating_point() else copy
+        if not has_gradient(copy.dtype):
+            return copy
+        leaves.append(copy.requires_grad_())
+        return copy.clone()
 
     env = {name: pytree.tree_map(detach, values[name]) for name in layer.reads}
     with torch.enable_grad():
@@ -480,12 +482,14 @@ def _profile_layer(
 
 def main_tensor(writes: Sequence[NodeValue]) -> TensorSpec | None:
     """Return the tensor that a block passes on as its output: the first one with the samples first
-    of the last value that has one."""
-    for value in reversed(writes):
-        for tensor in value.tensors:
-            if tensor.sample_shape is not None and tensor.dtype.is_floating_point:
-                return tensor
-    return None
+    of the last value that has one; a complex one only where there is no real one."""
+    tensors = [
+        tensor
+        for value in reversed(writes)
+        for tensor in value.tensors
+        if tensor.sample_shape is not None and has_gradient(tensor.dtype)
+    ]
+    return next((t for t in tensors if t.dtype.is_floating_point), next(iter(tensors), None))
 
 
 def free_tensors(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:

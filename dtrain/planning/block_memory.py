@@ -220,21 +220,21 @@ def _measure_passes(
 
 def _zero_micro_batch(block: Block, objective: Objective, spec: BlockSpec, rows: int) -> MicroBatch:
     """Return a micro-batch of zeros, with the data where the objective needs them."""
-    dtypes = (parameter.dtype for parameter in block.parameters.values())
-    dtype = next((dtype for dtype in dtypes if not dtype.is_complex), spec.dtype)
+    dtypes = [*(parameter.dtype for parameter in block.parameters.values()), spec.dtype]
+    dtype = next((dtype for dtype in dtypes if not dtype.is_complex), dtypes[0].to_real())
     dtype = torch.int64 if spec.integer_samples else dtype
     samples = raw_samples = None
+    others: tuple[Tensor, ...] = ()
     if reads_samples(objective, spec, "train"):
         samples = torch.zeros(rows, *spec.sample_shape, dtype=dtype)
+        others = tuple(torch.zeros(rows, *shape, dtype=kind) for shape, kind in spec.other_inputs)
         if objective.needs_raw_samples and spec.has_raw_samples:
             raw_samples = torch.zeros_like(samples)
     return MicroBatch(
         targets=spec.task.zero_targets(rows),
         task=spec.task,
         samples=samples,
-        other_samples=tuple(
-            torch.zeros(rows, *shape, dtype=dtype) for shape, dtype in spec.other_inputs
-        ),
+        other_samples=others,
         raw_samples=raw_samples,
         indices=torch.zeros(rows, dtype=torch.int64),
         row_random=RowRandom(0, spec.index, 0, rows, 0, rows),

@@ -216,7 +216,7 @@ def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: 
     block_costs = BlockCosts(layer_specs, objective, model, data_spec, run.settings.seed)
     cuts = _choose_cuts(run, block_costs, mesh.stages)
     layers = partition.layer_ranges(len(layer_specs), cuts)
-    _check_cuts(layer_specs, layers)
+    _check_cuts(layer_specs, layers, objective)
     _check_block_numbers(run, len(layers))
     _check_clip(run, schedule)
     graph = _used_graph(model, layer_specs)
@@ -334,16 +334,30 @@ def _check_outputs(layer_specs: Sequence[LayerSpec], data_spec: BlockSpec) -> No
     task.check_output(last.output_shape, last.dtype)
 
 
-def _check_cuts(layer_specs: Sequence[LayerSpec], layers: Sequence[range]) -> None:
-    """Refuse a cut behind a layer that returns no real numbers: nothing could be learnt there."""
+def _check_cuts(
+    layer_specs: Sequence[LayerSpec], layers: Sequence[range], objective: Objective
+) -> None:
+    """Refuse a cut behind a layer whose output gives the objective nothing to learn from."""
     for indices in layers:
         spec = layer_specs[indices.stop - 1]
-        if not spec.dtype.is_floating_point:
-            raise ConfigError(
-                "partition.cut-not-real",
-                f"layer '{spec.name}' returns {spec.dtype}, so no block can end there: cut behind "
-                f"a layer that returns real numbers",
-            )
+        if _may_end_block(spec, objective) or (spec.writes and not spec.main_value):
+            continue  # the second is refused with the flow of the blocks
+        cure = "cut behind a layer that returns real numbers"
+        if spec.dtype.is_complex:
+            cure += ', or set objective.name = "backprop"'
+        raise ConfigError(
+            "partition.cut-not-real",
+            f"layer '{spec.name}' returns {spec.dtype}, so no block can end there: {cure}",
+        )
+
+
+def _may_end_block(spec: LayerSpec, objective: Objective) -> bool:
+    """Return whether a cut may stand behind a layer: it has an output that can be learnt from."""
+    if spec.writes and not spec.main_value:
+        return False
+    return spec.dtype.is_floating_point or (
+        spec.dtype.is_complex and objective.takes_complex_outputs
+    )
 
 
 def _check_stages(run: RunConfig, ranks: int) -> None:
@@ -371,8 +385,10 @@ def _choose_cuts(run: RunConfig, block_costs: BlockCosts, stages: int) -> tuple[
         "parameters": block_costs.parameters,
         "layers": lambda i, j: j - i,
     }
-    cost = costs[section.balance]
-    return partition.balanced_cuts(layers, section.blocks or stages, cost, section.weights)
+    cost, specs = costs[section.balance], block_costs.layer_specs
+    ends = [_may_end_block(spec, block_costs.objective) for spec in specs]
+    blocks = section.blocks or stages
+    return partition.balanced_cuts(layers, blocks, cost, section.weights, ends)
 
 
 def _check_block_numbers(run: RunConfig, blocks: int) -> None:

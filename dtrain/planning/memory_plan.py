@@ -204,9 +204,8 @@ class MemoryPlan:
             place,
             (*self.layout.routes, *(route for route, _ in late)),
             [*message_sizes(plan, rows), *(size for _, size in late)],
+            update_bytes=() if late else self._exchanged_bytes(),
         )
-        if not late:
-            train = [a + b for a, b in zip(train, self._exchanged_bytes(), strict=True)]
         largest = plan.batch_splitter.largest_micro_batch
         splits = plan.data.by_name().items()
         evaluated = max(split.size for name, split in splits if name != "train")

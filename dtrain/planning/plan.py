@@ -105,13 +105,14 @@ def make_plan(run: RunConfig, ranks: int) -> Plan:
 
 def _load_model(run: RunConfig, train: Dataset, task: Task) -> tuple[LayerStack, BlockSpec]:
     """Return the model, and the facts of the data that all block specs share."""
-    input_shape = run.objective.instance.model_input_shape(train.shape, train.classes)
+    outputs = task.outputs_per_value * train.classes
+    input_shape = run.objective.instance.model_input_shape(train.shape, outputs)
     model = load_model(
         run.model.name,
         run.model.fields,
         run.folder,
         input_shape,
-        train.classes,
+        outputs,
         inputs=1 + len(train.other_inputs),
         open_names=run.open_modules(),
         target=run.model.target,
@@ -132,7 +133,7 @@ def _load_model(run: RunConfig, train: Dataset, task: Task) -> tuple[LayerStack,
     )
     integers = takes_integers(model, input_shape, train.input_dtype, others)
     has_raw_samples = train.value_range is not None and not integers
-    data_spec = BlockSpec.from_data(train.shape, train.classes, train.size, has_raw_samples, task)
+    data_spec = BlockSpec.from_data(train.shape, outputs, train.size, has_raw_samples, task)
     return model, dataclasses.replace(data_spec, other_inputs=others, integer_samples=integers)
 
 

@@ -42,6 +42,7 @@ IMPORTS: dict[str, tuple[str, ...]] = {
         *("comm.wire_format", "checkpoint.manifest"),
     ),
     "monitoring": (*FLAT, "schedules", "comm", "tasks", "checkpoint", "planning"),
+    "run_report": (*FLAT, "checkpoint", "planning.formatting"),
 }
 """Packages that are not listed (`build`, `evaluate`, `train`, `cli`, ...) may import everything."""
 NO_TORCH = (

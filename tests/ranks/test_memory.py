@@ -22,6 +22,7 @@ from dtrain.schedules import SCHEDULES
 from dtrain.schedules.asynchronous import AsyncSchedule
 from tests import tiny
 from tests.harness import pairs, train_in_threads
+from tests.ranks.test_graph_models import run as graph_run
 
 HERE = "tests.ranks.test_memory"
 MODELS: dict[str, dict[str, Any]] = {
@@ -119,6 +120,17 @@ def test_planned_memory_is_counted_memory(case: tuple[Any, ...], tmp_path: Path)
     planned, counted = [rank.peak for rank in memory], summary["peak_memory_bytes"]
     for planned_bytes, counted_bytes in zip(planned, counted, strict=True):
         assert abs(planned_bytes / counted_bytes - 1) < 0.1, (planned, counted)
+
+
+@pytest.mark.parametrize("net", ["skips", "lazy", "tied", "masked_mean"])
+def test_planned_memory_of_small_blocks_is_counted_memory(net: str, tmp_path: Path) -> None:
+    """Messages are most of it: skips, gradients of tied parameters, further inputs of a sample."""
+    planned = make_plan(graph_run(net, mesh__stages=3, micro_batches=4, epochs=1), 3)
+    memory = MemoryPlan(planned).rank_memory()
+    summary = train_in_threads(graph_run(net, micro_batches=4, epochs=1), tmp_path, stages=3)
+    counted = summary["peak_memory_bytes"]
+    for rank, counted_bytes in zip(memory, counted, strict=True):
+        assert abs(rank.peak / counted_bytes - 1) < 0.1, (memory, counted)
 
 
 def test_memory_is_planned_though_updates_of_two_ranks_end_together() -> None:
