@@ -163,12 +163,11 @@ class Progress:
             return
         totals = self.totals
         others = totals.evaluations
-        self._record(
-            "eval", split="test", **totals.test, **_of_split("test", others), eval_s=eval_s
-        )
         validation = _of_split("validation", others)
         if validation:
-            self._record("eval", split="validation", **validation, eval_s=eval_s)
+            self._record("eval", split="validation", **validation)
+        test = totals.test | _of_split("test", others)
+        self._record("eval", split="test", **test, eval_s=eval_s)
         loss = "-" if totals.train_loss is None else f"{totals.train_loss:.4f}"
         result = f"loss {loss}"
         if validation:

@@ -189,8 +189,8 @@ def test_the_functions_of_the_guide_train(tmp_path: Path) -> None:
 def test_validation_is_apart_and_recorded(tmp_path: Path) -> None:
     result = alone(run("validation"), tmp_path / "run")
     last = records(tmp_path / "run", "eval")[-2:]
-    assert [row["split"] for row in last] == ["test", "validation"]
-    assert last[1]["validation_loss"] == result["validation_loss"] != result["test_loss"]
+    assert [row["split"] for row in last] == ["validation", "test"]
+    assert last[0]["validation_loss"] == result["validation_loss"] != result["test_loss"]
     assert result["validation_metrics"] == {"accuracy": result["validation_accuracy"]}
     assert result["samples"] == 4 * 40
     evaluated = evaluate_run(tmp_path / "run", Comm(SingleBackend()), "validation")
