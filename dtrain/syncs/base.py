@@ -139,6 +139,8 @@ class SyncTraits:
     ----------
     replicas_diverge : bool
         Whether replicas may differ at the end of a segment. If not, one of them is checkpointed.
+    state_diverges : bool
+        Whether they differ in the state of the sync alone, never in their parameters.
     depends_on_run_length : bool
         Whether its phases follow from the length of the run, which then cannot be changed.
     parameter_copies : int
@@ -164,6 +166,12 @@ class SyncTraits:
     keeps_no_optimizer_state: bool = False
     reparametrises: bool = False
     compressible: bool = True
+    state_diverges: bool = False
+
+    @property
+    def keeps_weights_equal(self) -> bool:
+        """Whether all replicas hold the same parameters after each update, of fixed shapes."""
+        return not self.reparametrises and (not self.replicas_diverge or self.state_diverges)
 
 
 @dataclass

@@ -40,7 +40,7 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "checkpoint": (*FLAT, "comm", "block", "syncs", "config"),
     "planning": (
         *(*FLAT, "schedules", "tasks", "models", "data", "block", "objectives", "config"),
-        "comm.wire_format",
+        *("comm.wire_format", "checkpoint.manifest"),
     ),
     "monitoring": (*FLAT, "schedules", "comm", "tasks", "tracking", "checkpoint", "planning"),
     "run_report": (*FLAT, "checkpoint", "planning.formatting"),
