@@ -16,6 +16,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple, final
 
 import torch
@@ -62,6 +63,11 @@ DEFAULT_LR = 1e-3
 
 CLIP_EPSILON = 1e-6
 """Added to the norm before a division by it, as torch does."""
+
+
+DYNAMO_WRAPPERS = {"wrapper", "_use_grad", "inner"}
+"""Names of torch's functions around methods of its optimizers: the profiler's hook of `step`,
+`_use_grad_for_differentiable` and `_disable_dynamo`. The last two import `torch._dynamo`."""
 
 
 def optimizer_classes() -> dict[str, type[optim.Optimizer]]:
@@ -196,7 +202,7 @@ def _make_plain_optimizer(
 ) -> optim.Optimizer:
     """Return one optimizer of torch over parameter groups."""
     trainable = [parameter for group in groups for parameter in group["params"]]
-    optimizer_class = _optimizer_class(name)
+    optimizer_class = _without_dynamo(_optimizer_class(name))
     if "weight_decay" not in inspect.signature(optimizer_class).parameters and any(
         "weight_decay" in group for group in groups
     ):
@@ -224,7 +230,7 @@ def _refuse_other_shapes(
     """Refuse parameters that are no matrices where the optimizer takes nothing else."""
     others = [parameter for parameter in parameters if parameter.dim() != 2]
     try:
-        _optimizer_class(name)([nn.Parameter(torch.zeros(2, 2))], **fields)
+        _without_dynamo(_optimizer_class(name))([nn.Parameter(torch.zeros(2, 2))], **fields)
     except Exception:  # then the fields are at fault
         return
     if others:
@@ -241,7 +247,49 @@ def combine_optimizers(optimizers: Sequence[optim.Optimizer]) -> optim.Optimizer
     return optimizers[0] if len(optimizers) == 1 else CompositeOptimizer(optimizers)
 
 
+def _unwrapped(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of torch's without the functions around it that import `torch._dynamo`."""
+
+    def is_own(function: Callable[..., Any]) -> bool:
+        code = getattr(function, "__code__", None)
+        return code is None or code.co_name not in DYNAMO_WRAPPERS
+
+    return inspect.unwrap(method, stop=is_own)
+
+
+def _call_eagerly(optimizer_class: type[optim.Optimizer]) -> type[optim.Optimizer]:
+    """Let the methods of a class skip `torch._disable_dynamo`; return the class."""
+    for name in ("add_param_group", "state_dict", "load_state_dict", "zero_grad"):
+        setattr(optimizer_class, name, _unwrapped(getattr(optimizer_class, name)))
+    return optimizer_class
+
+
+@cache
+def _without_dynamo(optimizer_class: type[optim.Optimizer]) -> type[optim.Optimizer]:
+    """Return a subclass whose objects compute the same and do not import `torch._dynamo`.
+
+    That import takes more than a second on each rank, and only a compiled step needs it. A class
+    that is not torch's own is returned as it is.
+    """
+    if not optimizer_class.__module__.startswith("torch.optim."):
+        return optimizer_class
+    plain_step = _unwrapped(optimizer_class.step)
+
+    def step(self: optim.Optimizer, closure: Callable[[], float] | None = None) -> Any:
+        with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
+            return plain_step(self, closure)
+
+    members = {
+        "__module__": optimizer_class.__module__,
+        "__doc__": optimizer_class.__doc__,
+        "__signature__": inspect.signature(optimizer_class),
+        "step": step,
+    }
+    return _call_eagerly(type(optimizer_class.__name__, (optimizer_class,), members))
+
+
 @final
+@_call_eagerly
 class CompositeOptimizer(optim.Optimizer):
     """Several optimizers that step together.
 
