@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor, nn, optim
 
+from dtrain.eager_torch import defer_dynamo
 from dtrain.errors import ConfigError, unknown_name
 from dtrain.schema import is_quoted_number
 
@@ -65,9 +66,17 @@ CLIP_EPSILON = 1e-6
 """Added to the norm before a division by it, as torch does."""
 
 
-DYNAMO_WRAPPERS = {"wrapper", "_use_grad", "inner"}
-"""Names of torch's functions around methods of its optimizers: the profiler's hook of `step`,
-`_use_grad_for_differentiable` and `_disable_dynamo`. The last two import `torch._dynamo`."""
+STEP_WRAPPERS = {"wrapper", "_use_grad"}
+"""Names of torch's functions around the step of its optimizers: the profiler's hook, and
+`_use_grad_for_differentiable`, which imports `torch._dynamo`."""
+
+
+defer_dynamo(
+    optim.Optimizer.add_param_group,
+    optim.Optimizer.state_dict,
+    optim.Optimizer.load_state_dict,
+    optim.Optimizer.zero_grad,
+)
 
 
 def optimizer_classes() -> dict[str, type[optim.Optimizer]]:
@@ -247,33 +256,15 @@ def combine_optimizers(optimizers: Sequence[optim.Optimizer]) -> optim.Optimizer
     return optimizers[0] if len(optimizers) == 1 else CompositeOptimizer(optimizers)
 
 
-def _unwrapped(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a method of torch's without the functions around it that import `torch._dynamo`."""
-
-    def is_own(function: Callable[..., Any]) -> bool:
-        code = getattr(function, "__code__", None)
-        return code is None or code.co_name not in DYNAMO_WRAPPERS
-
-    return inspect.unwrap(method, stop=is_own)
-
-
-def _call_eagerly(optimizer_class: type[optim.Optimizer]) -> type[optim.Optimizer]:
-    """Let the methods of a class skip `torch._disable_dynamo`; return the class."""
-    for name in ("add_param_group", "state_dict", "load_state_dict", "zero_grad"):
-        setattr(optimizer_class, name, _unwrapped(getattr(optimizer_class, name)))
-    return optimizer_class
-
-
 @cache
 def _without_dynamo(optimizer_class: type[optim.Optimizer]) -> type[optim.Optimizer]:
-    """Return a subclass whose objects compute the same and do not import `torch._dynamo`.
+    """Return a subclass whose step is the same and does not import `torch._dynamo`.
 
-    That import takes more than a second on each rank, and only a compiled step needs it. A class
-    that is not torch's own is returned as it is.
+    Only a compiled step needs that import. A class that is not torch's own is returned as it is.
     """
     if not optimizer_class.__module__.startswith("torch.optim."):
         return optimizer_class
-    plain_step = _unwrapped(optimizer_class.step)
+    plain_step = inspect.unwrap(optimizer_class.step, stop=_is_own_step)
 
     def step(self: optim.Optimizer, closure: Callable[[], float] | None = None) -> Any:
         with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
@@ -282,14 +273,18 @@ def _without_dynamo(optimizer_class: type[optim.Optimizer]) -> type[optim.Optimi
     members = {
         "__module__": optimizer_class.__module__,
         "__doc__": optimizer_class.__doc__,
-        "__signature__": inspect.signature(optimizer_class),
         "step": step,
     }
-    return _call_eagerly(type(optimizer_class.__name__, (optimizer_class,), members))
+    return type(optimizer_class.__name__, (optimizer_class,), members)
+
+
+def _is_own_step(function: Callable[..., Any]) -> bool:
+    """Return whether a function is that of the optimizer, and not one that torch put around it."""
+    code = getattr(function, "__code__", None)
+    return code is None or code.co_name not in STEP_WRAPPERS
 
 
 @final
-@_call_eagerly
 class CompositeOptimizer(optim.Optimizer):
     """Several optimizers that step together.
 

@@ -109,4 +109,5 @@ def _share_out(counts: Array, total: int, random: np.random.RandomState) -> Arra
         chosen = random.choice(indices, size=min(len(indices), missing), replace=False)
         shares[chosen] += 1
         missing -= len(chosen)
-    return shares.astype(np.int64)
+    integers: Array = shares.astype(np.int64)
+    return integers

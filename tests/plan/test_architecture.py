@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "dtrain"
-FLAT = ("errors", "rng", "schema", "user_code", "partition", "mesh")
+FLAT = ("errors", "rng", "schema", "user_code", "partition", "mesh", "eager_torch")
 IMPORTS: dict[str, tuple[str, ...]] = {
     "errors": (),
     **dict.fromkeys(FLAT[1:], FLAT),
