@@ -7,6 +7,7 @@ refused, and the error lists what is legal.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import tomllib
 import types
 import typing
@@ -46,6 +47,57 @@ def with_synonyms(legal_names: Iterable[str]) -> list[str]:
     """Return the legal names and all their synonyms."""
     legal_names = list(legal_names)
     return legal_names + [name for name, other in SYNONYMS.items() if other in legal_names]
+
+
+class Strategy:
+    """Base class of strategies: objectives, schedules, syncs and learning-rate schedules.
+
+    A subclass needs no decorator: it is a dataclass from its first instance on, so its annotations
+    are its fields. An explicit ``@dataclass`` is respected; it is applied after the class exists,
+    therefore the class is not changed before it is used.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> typing.Self:
+        as_dataclass(cls)
+        return super().__new__(cls)
+
+
+def as_dataclass(kind: type[T]) -> type[T]:
+    """Make a class a dataclass, if its author did not, so that its annotations are fields.
+
+    It is frozen, and compares fields, where the dataclass that it derives from does. A class
+    without annotations keeps the `__init__` that it inherits. Annotations of base classes between
+    it and that dataclass are fields, too.
+    """
+    if "__dataclass_fields__" in vars(kind):
+        return kind
+    parameters = getattr(kind, "__dataclass_params__", None)
+    inherited = _undeclared_annotations(kind)
+    if inherited:
+        kind.__annotations__ = inherited | inspect.get_annotations(kind)
+    has_init = kind.__init__ is not object.__init__
+    return dataclasses.dataclass(
+        kind,
+        init=bool(inspect.get_annotations(kind)) or not has_init,
+        frozen=parameters is not None and parameters.frozen,
+        eq=parameters is not None and parameters.eq,
+    )
+
+
+def _undeclared_annotations(kind: type) -> dict[str, Any]:
+    """Return the fields that base classes annotate which are no dataclasses, first bases first."""
+    annotations: dict[str, Any] = {}
+    for base in reversed(kind.__mro__[1:]):
+        own = inspect.get_annotations(base)
+        if own and "__dataclass_fields__" not in vars(base):
+            hints = typing.get_type_hints(base)
+            annotations |= {
+                name: hints[name]
+                for name in own
+                if typing.get_origin(hints[name]) is not typing.ClassVar
+                and hints[name] is not typing.ClassVar
+            }
+    return annotations
 
 
 def load_toml(path: Path, description: str) -> Table:

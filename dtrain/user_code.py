@@ -1,7 +1,9 @@
-"""Import user code by name: `"package.module:function"`, found beside the run file first.
+"""Import user code by name, `"package.module:function"`, and find objects given in Python.
 
 Invariant: a missing module or function is a `ConfigError` that names the places of the search. An
-exception inside a module that is imported is the user's own error and keeps its traceback.
+exception inside a module that is imported is the user's own error and keeps its traceback. An
+object that no import finds again has a fingerprint, the same in every process that runs the same
+code.
 """
 
 from __future__ import annotations
@@ -15,9 +17,22 @@ from types import ModuleType
 from typing import Any
 
 from dtrain.errors import ConfigError
+from dtrain.fingerprint import fingerprint
+from dtrain.object_names import find_attribute, is_importable, module_name, object_name
 from dtrain.schema import kebab, unknown_key
 
 PATTERN = "package.module:function"
+
+
+ARRAYS = "arrays"
+"""The name of data that were given in Python."""
+
+
+_AMBIGUOUS = object()
+
+
+_REGISTERED: dict[tuple[str, str], Any] = {}
+"""Objects of runs that were made in this process, by name and fingerprint."""
 
 
 def import_object(target: str, folder: Path, kind: str) -> Callable[..., Any]:
@@ -46,12 +61,18 @@ def import_object(target: str, folder: Path, kind: str) -> Callable[..., Any]:
             f"{kind} '{target}': Python cannot import a module whose name has a hyphen: rename "
             f"the file to {name.replace('-', '_').replace('.', '/')}.py",
         )
-    if not all(part.isidentifier() for part in [*name.split("."), function]):
+    if "<" in function:  # as in "script:main.<locals>.Focal"
+        raise ConfigError(
+            "user-code.local-object",
+            f"{kind} '{target}' was defined inside a function, where no run file finds it: start "
+            "the Python script that defines it, or define it at the top of its module",
+        )
+    if not all(part.isidentifier() for part in [*name.split("."), *function.split(".")]):
         raise ConfigError(
             "user-code.malformed-name", f"{kind} '{target}' is not of the form '{PATTERN}'"
         )
     module = _import_module(name, folder.resolve(), f"{kind} '{target}'")
-    imported = getattr(module, function, None)
+    imported = find_attribute(module, function)
     if not callable(imported):
         file = getattr(module, "__file__", None) or "a built-in module"
         raise ConfigError(
@@ -61,16 +82,57 @@ def import_object(target: str, folder: Path, kind: str) -> Callable[..., Any]:
     return imported  # type: ignore[no-any-return]
 
 
-def object_name(kind: Callable[..., Any]) -> str:
-    """Return the name under which `import_object` finds a class or a function again.
+def register_object(value: Any) -> tuple[str, str]:
+    """Return name and fingerprint of an object, by which `registered_object` finds it.
 
-    The script that Python runs is the module `__main__`; its classes are named by its file.
+    The fingerprint is empty where the name identifies the object. Data that are no function are
+    named `ARRAYS`: the contents of a data set are compared apart from its name.
     """
-    module = kind.__module__
-    if module == "__main__":
-        file = getattr(sys.modules["__main__"], "__file__", None)
-        module = Path(file).stem if file else module
-    return f"{module}:{kind.__qualname__}"
+    key = object_name(value), "" if is_importable(value) else fingerprint(value)
+    _register(key, value)
+    return key
+
+
+def register_arrays(value: Any) -> str:
+    """Return the name of data that were given in Python."""
+    _register((ARRAYS, ""), value)
+    return ARRAYS
+
+
+def registered_object(name: str, fingerprint: str) -> Any:
+    """Return the object of a run that was made in this process; None: it is to be imported.
+
+    Objects of the script are not imported, since that would run the script again.
+
+    Raises
+    ------
+    ConfigError
+        Several objects of this process have that name.
+    """
+    if not fingerprint and name != ARRAYS and name.partition(":")[0] != module_name("__main__"):
+        return None
+    found = _REGISTERED.get((name, fingerprint))
+    if found is _AMBIGUOUS:
+        raise ConfigError(
+            "user-code.object-ambiguous",
+            f"several runs of this process were given '{name}': pass the run, too (run=...)",
+        )
+    return found
+
+
+def require_object(target: object, name: str, fingerprint: str, kind: str) -> None:
+    """Refuse an object that was given in Python in another process and cannot be imported."""
+    if target is None and (fingerprint or name == ARRAYS):
+        raise ConfigError(
+            "user-code.object-only",
+            f"{kind} '{name}' was given as a Python object that no other process can import: use "
+            "the run in the script that made it, or define the object at the top of a module",
+        )
+
+
+def _register(key: tuple[str, str], value: Any) -> None:
+    is_known = _REGISTERED.get(key, value) is value
+    _REGISTERED[key] = value if is_known else _AMBIGUOUS
 
 
 def _import_module(name: str, folder: Path, description: str) -> ModuleType:

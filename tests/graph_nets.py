@@ -88,6 +88,16 @@ def repeated(classes: int) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), layer, relu, layer, relu, nn.Linear(10, classes))
 
 
+def thrice(classes: int) -> nn.Sequential:
+    """Return a chain in which three layers share a weight."""
+    layers = [nn.Sequential(nn.Linear(10, 10), nn.Tanh()) for _ in range(4)]
+    for number in (1, 3):
+        layers[number][0].weight = layers[0][0].weight
+    return nn.Sequential(
+        nn.Sequential(nn.Flatten(), *layers[0]), *layers[1:], nn.Linear(10, classes)
+    )
+
+
 def nested(classes: int) -> nn.Sequential:
     """Return a chain of two containers."""
     features = nn.Sequential(nn.Flatten(), nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())

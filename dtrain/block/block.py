@@ -100,6 +100,8 @@ class Block(BlockParameters):
         Whether the block holds the first layer of the model, and the last.
     program : Program, optional
         The calls of the block, where its layers are no chain.
+    first_copies : mapping of str to (str, str), optional
+        As for `BlockParameters`.
 
     Attributes
     ----------
@@ -124,13 +126,14 @@ class Block(BlockParameters):
         recompute: bool = False,
         model_ends: tuple[bool, bool] = (False, False),
         program: Program | None = None,
+        first_copies: Mapping[str, tuple[str, str]] | None = None,
     ) -> None:
         self.index = index
         self.layers = dict(layers)
         self.head = head
         self.program = program
         roots = {**self.layers, **({} if head is None else {f"heads.{index}": head})}
-        super().__init__(roots, make_optimizer, model_ends)
+        super().__init__(roots, make_optimizer, model_ends, first_copies)
         self.seed = seed
         self.detach_every = detach_every
         self.recompute = recompute

@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from dtrain.errors import ConfigError
+from dtrain.schema import Strategy
 
 
 @dataclass(frozen=True)
-class LRSchedule(ABC):
+class LRSchedule(Strategy, ABC):
     """A schedule of learning rates. Fields of a subclass are its keys in the run file.
 
     Attributes

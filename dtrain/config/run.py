@@ -167,6 +167,19 @@ class RunConfig:
             return self
         return dataclasses.replace(self, partition=dataclasses.replace(partition, blocks=blocks))
 
+    def fit_stages(self, ranks: int) -> RunConfig:
+        """Return this run with as many of its stages as fit on `ranks` ranks, which changes its
+        speed alone."""
+        stages = self.mesh.stages
+        if stages is None or ranks % stages == 0:
+            return self
+        fitting = max(n for n in range(1, min(stages, ranks) + 1) if ranks % n == 0)
+        partition = self.partition
+        if partition.cuts is None and partition.blocks is None:
+            partition = dataclasses.replace(partition, blocks=stages)
+        mesh = dataclasses.replace(self.mesh, stages=fitting)
+        return dataclasses.replace(self, mesh=mesh, partition=partition)
+
     def resolve(self, blocks: int, stages: int) -> RunConfig:
         """Return this run with the numbers of blocks and stages that were chosen at its start."""
         mesh = dataclasses.replace(self.mesh, stages=stages)

@@ -6,8 +6,8 @@ own table, beside `name`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from dtrain.schema import Table, kebab
 
@@ -20,15 +20,22 @@ class StrategyChoice:
     ----------
     fields : dict
         The keys of the table beside `name`, in snake_case.
+    target : object, optional
+        The object that was given in Python; None: it is found by its name.
+    fingerprint : str
+        Identifies an object that its name does not.
     """
 
     name: str
     fields: Table
+    target: Any = field(default=None, compare=False, repr=False)
+    fingerprint: str = ""
 
     def to_table(self) -> Table:
         """Return the table of a run file that makes this choice, without the keys that are None."""
         values = {kebab(key): value for key, value in self.fields.items() if value is not None}
-        return {"name": self.name} | values
+        fingerprint = {"fingerprint": self.fingerprint} if self.fingerprint else {}
+        return {"name": self.name} | values | fingerprint
 
 
 @dataclass(frozen=True)

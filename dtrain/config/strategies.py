@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,22 @@ from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.base import Objective
 from dtrain.schedules import SCHEDULES
 from dtrain.schedules.base import Schedule
-from dtrain.schema import Table, build_strategy, canonical_name, strategy_name, to_table
+from dtrain.schema import (
+    Table,
+    as_dataclass,
+    build_strategy,
+    canonical_name,
+    strategy_name,
+    to_table,
+)
 from dtrain.syncs import SYNCS
 from dtrain.syncs.base import Sync
-from dtrain.user_code import import_object, object_name
+from dtrain.user_code import (
+    import_object,
+    register_object,
+    registered_object,
+    require_object,
+)
 
 T = TypeVar("T")
 
@@ -50,14 +61,18 @@ class NamedStrategy(Generic[T]):
         A key of `BUILT_IN`, or "module:Class" for a user's class.
     instance : object
         The strategy. A sync in a `RunConfig` is the prototype of those of the blocks.
+    fingerprint : str
+        Identifies a class that its name does not.
     """
 
     name: str
     instance: T
+    fingerprint: str = ""
 
     def to_table(self) -> Table:
         """Return the table of a run file that makes this strategy, defaults included."""
-        return {"name": self.name} | to_table(self.instance)
+        fingerprint = {"fingerprint": self.fingerprint} if self.fingerprint else {}
+        return {"name": self.name} | to_table(self.instance) | fingerprint
 
 
 def read_strategy(section: str, table: Table, folder: Path) -> NamedStrategy[Any]:
@@ -70,24 +85,44 @@ def read_strategy(section: str, table: Table, folder: Path) -> NamedStrategy[Any
     folder : Path
         The run file's folder; it is first on the import path.
 
+    A run that is made in Python may have a class or an instance as the name.
+
     Raises
     ------
     ConfigError
         The name or a key is unknown, a value does not fit its field, or the class is not derived
         from the section's base class.
     """
-    strategies, name = BUILT_IN[section], strategy_name(table, section)
-    if ":" in name:
-        strategies = {name: _import_strategy(section, name, folder)}
+    table = dict(table)
+    target = table.get("name")
+    if isinstance(target, BASES[section]):
+        return name_strategy(section, target)
+    fingerprint = str(table.pop("fingerprint", ""))
+    if isinstance(target, type):
+        target = _as_strategy(section, target.__qualname__, target)
+        name, fingerprint = register_object(target)
+        table = table | {"name": name}
+    else:
+        name = strategy_name(table, section)
+        target = registered_object(name, fingerprint)
+        require_object(target, name, fingerprint, section)
+    strategies = BUILT_IN[section]
+    if target is not None:
+        strategies = {name: target}
+    elif ":" in name:
+        strategies = {name: _as_strategy(section, name, import_object(name, folder, section))}
     table = _with_canonical_names(table, strategies)
-    return NamedStrategy(table["name"], build_strategy(strategies, table, section))
+    strategy = build_strategy(strategies, table, section)
+    return NamedStrategy(table["name"], strategy, fingerprint)
 
 
 def name_strategy(section: str, instance: T) -> NamedStrategy[T]:
     """Return a strategy that was made in Python with the name that a run file gives it."""
     names = [name for name, kind in BUILT_IN[section].items() if kind is type(instance)]
-    kind = _as_dataclass(type(instance))
-    return NamedStrategy(names[0] if names else object_name(kind), instance)
+    if names:
+        return NamedStrategy(names[0], instance)
+    name, fingerprint = register_object(as_dataclass(type(instance)))
+    return NamedStrategy(name, instance, fingerprint)
 
 
 def _with_canonical_names(table: Table, legal_names: Iterable[str]) -> Table:
@@ -100,26 +135,13 @@ def _with_canonical_names(table: Table, legal_names: Iterable[str]) -> Table:
     return canonical
 
 
-def _import_strategy(section: str, name: str, folder: Path) -> type[Any]:
-    """Import a user's class and check that it is a strategy of the section."""
-    kind, base = import_object(name, folder, section), BASES[section]
+def _as_strategy(section: str, name: str, kind: object) -> type[Any]:
+    """Check that a user's class is a strategy of the section."""
+    base = BASES[section]
     if not (isinstance(kind, type) and issubclass(kind, base)):
         raise ConfigError(
             "user-code.no-strategy",
             f"[{section}] '{name}' is not derived from {base.__module__}.{base.__name__}: "
             "derive it",
         )
-    return _as_dataclass(kind)
-
-
-def _as_dataclass(kind: type[T]) -> type[T]:
-    """Make a class a dataclass, if its author did not, so that its annotations are fields.
-
-    A class without annotations keeps the `__init__` that it inherits.
-    """
-    if "__dataclass_fields__" in vars(kind):
-        return kind
-    parameters = getattr(kind, "__dataclass_params__", None)
-    frozen = parameters is not None and parameters.frozen
-    init = "__annotations__" in vars(kind)
-    return dataclasses.dataclass(kind, init=init, frozen=frozen, eq=frozen)
+    return as_dataclass(kind)

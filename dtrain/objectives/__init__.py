@@ -1,9 +1,26 @@
-"""Objectives by their names in run files; one file per method."""
+"""The dict of objectives by their names in run files, and all public classes of objectives.
+
+A user's own objective derives from `AuxHead` (a head and a loss per earlier block), `NetworkHead`,
+`RandomFeedback`, `Goodness`, `Reconstruction`, or from `Objective` itself.
+"""
 
 from dtrain.objectives.backprop import Backprop
-from dtrain.objectives.base import Objective
+from dtrain.objectives.base import (
+    Objective,
+    backward_routes,
+    forward_routes,
+    loss_pair,
+    output_error,
+    scaled_loss_pair,
+    vote_routes,
+)
+from dtrain.objectives.block_spec import BlockSpec, DownstreamLayer
 from dtrain.objectives.cafo import Cafo
 from dtrain.objectives.ccl import Ccl
+from dtrain.objectives.common.aux_heads import AuxHead, NetworkHead
+from dtrain.objectives.common.goodness import Goodness
+from dtrain.objectives.common.random_feedback import RandomFeedback
+from dtrain.objectives.common.reconstruction import Reconstruction
 from dtrain.objectives.deep_supervision import DeepSupervision
 from dtrain.objectives.dfa import Dfa
 from dtrain.objectives.dni import Dni
@@ -19,6 +36,44 @@ from dtrain.objectives.mono_forward import MonoForward
 from dtrain.objectives.pepita import Pepita
 from dtrain.objectives.scalable_ff import ScalableFf
 from dtrain.objectives.tpsgd import TpSgd
+
+__all__ = [
+    "F3",
+    "OBJECTIVES",
+    "AuxHead",
+    "Backprop",
+    "BlockSpec",
+    "Cafo",
+    "Ccl",
+    "DeepSupervision",
+    "Dfa",
+    "Dni",
+    "DownstreamLayer",
+    "Drtp",
+    "ForwardForward",
+    "Goodness",
+    "InfoPro",
+    "LayerCollaboration",
+    "Lls",
+    "LlsM",
+    "LlsMxM",
+    "LocalHead",
+    "Man",
+    "MonoForward",
+    "NetworkHead",
+    "Objective",
+    "Pepita",
+    "RandomFeedback",
+    "Reconstruction",
+    "ScalableFf",
+    "TpSgd",
+    "backward_routes",
+    "forward_routes",
+    "loss_pair",
+    "output_error",
+    "scaled_loss_pair",
+    "vote_routes",
+]
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "backprop": Backprop,

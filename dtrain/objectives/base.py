@@ -31,6 +31,7 @@ from dtrain.block.micro_batch import MicroBatch
 from dtrain.models.layers import NamedFactories
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.schedules.actions import Point, Route
+from dtrain.schema import Strategy
 from dtrain.tasks.task import Task
 
 ExecutionMode = Literal["train", "predict"]
@@ -48,11 +49,13 @@ VOTE_DTYPE = torch.float64
 """Votes are summed over blocks whose scores may differ in dtype."""
 
 
-class Objective(ABC):
+class Objective(Strategy, ABC):
     """One method of training blocks.
 
-    A subclass is a frozen dataclass; its fields are its keys in the run file. Everywhere `spec` is
-    the description of the block, `block` its layers and head, and `rows` a number of samples.
+    A subclass is a dataclass, with or without the decorator (see `Strategy`); its fields are its
+    keys in the run file and are never assigned later. `spec` is the description of a block, `block`
+    its layers and head (in `build_head`, which makes the head, its description), and `rows` a
+    number of samples.
 
     Attributes
     ----------
@@ -155,7 +158,7 @@ class Objective(ABC):
         """Whether `build_head` is called for the block; by default for every block but the last."""
         return not spec.is_last
 
-    def build_head(self, spec: BlockSpec) -> nn.Module | None:
+    def build_head(self, block: BlockSpec) -> nn.Module | None:
         """Return the head of a block, or None if it has none.
 
         A head is any module that the objective adds to a block: an auxiliary classifier, a feedback
@@ -262,13 +265,11 @@ class Objective(ABC):
         ``micro_batch.received``.
         """
 
-    def after_update(  # noqa: B027
-        self, spec: BlockSpec, block: Block, received: Mapping[str, Tensor]
-    ) -> None:
+    def after_update(self, spec: BlockSpec, block: Block, received: Mapping[str, Tensor]) -> None:
         """Run after the optimizer step; `received` holds the messages to the update, by route
         name."""
 
-    def solve(self, spec: BlockSpec, block: Block) -> None:  # noqa: B027
+    def solve(self, spec: BlockSpec, block: Block) -> None:
         """Set weights in closed form from `accumulated_buffers`, at the end of a segment; all
         replicas compute the same."""
 

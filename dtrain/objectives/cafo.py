@@ -129,13 +129,13 @@ class Cafo(AuxHead):
         """Whether it is an earlier block, or the last one with sums for the model's own head."""
         return self.closed_form or not spec.is_last
 
-    def build_head(self, spec: BlockSpec) -> Readout:
+    def build_head(self, block: BlockSpec) -> Readout:
         """Return the head of an earlier block; in the last one the sums for the model's own."""
         pool = (
-            nn.Identity() if spec.is_last else pooling.make_pool(spec.output_shape, self.features)
+            nn.Identity() if block.is_last else pooling.make_pool(block.output_shape, self.features)
         )
         return Readout(
-            pool, self.width(spec), spec.classes, self.closed_form, with_linear=not spec.is_last
+            pool, self.width(block), block.classes, self.closed_form, with_linear=not block.is_last
         )
 
     def head_input_shape(self, spec: BlockSpec) -> tuple[int, ...] | None:

@@ -107,11 +107,11 @@ class Ccl(Objective):
         """Return "stream" if codes are late enough for it, else "drained"."""
         return "stream" if self.lag > 1 else "drained"
 
-    def build_head(self, spec: BlockSpec) -> nn.Module:
+    def build_head(self, block: BlockSpec) -> nn.Module:
         """Return the feedback layer of an earlier block; the last but one has its codes."""
-        shape = spec.classes, pooling.width(spec.next_output_shape, self.features)
-        codes = torch.eye(*shape) if spec.index == spec.blocks - 2 else torch.zeros(shape)
-        return FeedbackLayer(codes, spec.output_shape, self.features, self.psi)
+        shape = block.classes, pooling.width(block.next_output_shape, self.features)
+        codes = torch.eye(*shape) if block.index == block.blocks - 2 else torch.zeros(shape)
+        return FeedbackLayer(codes, block.output_shape, self.features, self.psi)
 
     def head_input_shape(self, spec: BlockSpec) -> None:
         """Return None: the feedback layer runs on classes, once per micro-batch."""

@@ -91,10 +91,10 @@ class Dni(Objective):
         """Return "stream" if gradients are late enough for it, else "1f1b"."""
         return "stream" if self.lag > 1 else "1f1b"
 
-    def build_head(self, spec: BlockSpec) -> nn.Module:
+    def build_head(self, block: BlockSpec) -> nn.Module:
         """Return the synthesiser of an earlier block."""
-        width = spec.task.target_width(spec.classes) if self.conditional else 0
-        return Synthesiser(spec.output_shape, width, self.hidden)
+        width = block.task.target_width(block.classes) if self.conditional else 0
+        return Synthesiser(block.output_shape, width, self.hidden)
 
     def cached_bytes_per_sample(self, spec: BlockSpec) -> int:
         """Return the bytes of the outputs of `lag` updates."""

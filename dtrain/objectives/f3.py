@@ -92,9 +92,9 @@ class F3(Objective):
         """Whether there are several blocks: all of them have a table then."""
         return spec.blocks > 1
 
-    def build_head(self, spec: BlockSpec) -> nn.Module:
+    def build_head(self, block: BlockSpec) -> nn.Module:
         """Return the table, with the matrix of an earlier block."""
-        return AnswerTable(self.feedback, spec, self.one_hot)
+        return AnswerTable(self.feedback, block, self.one_hot)
 
     def head_input_shape(self, spec: BlockSpec) -> tuple[int, ...] | None:
         """Return None: the head has no forward."""

@@ -100,9 +100,9 @@ class ForwardForward(Goodness):
         """Whether peer normalisation is on: then every block has running means."""
         return bool(self.peer)
 
-    def build_head(self, spec: BlockSpec) -> PeerNormalisation:
+    def build_head(self, block: BlockSpec) -> PeerNormalisation:
         """Return the running mean activities of the units that have goodness."""
-        return PeerNormalisation(spec.feature_shape if spec.is_last else spec.output_shape)
+        return PeerNormalisation(block.feature_shape if block.is_last else block.output_shape)
 
     def head_input_shape(self, spec: BlockSpec) -> None:
         """Return None: the head has no forward."""

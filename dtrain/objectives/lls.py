@@ -87,11 +87,11 @@ class LlsBase(AuxHead):
     def initial_modulation(self, classes: int) -> Tensor | None:
         """Return the initial factor of the scores, (C,) or (C, C), newly drawn, or None."""
 
-    def build_head(self, spec: BlockSpec) -> nn.Module:
+    def build_head(self, block: BlockSpec) -> nn.Module:
         """Return the comparison with the waves."""
-        basis = waves(self.basis, spec.classes, pooling.width(spec.output_shape, self.features))
-        pool = pooling.make_pool(spec.output_shape, self.features)
-        return WaveHead(pool, basis, self.temperature, self.initial_modulation(spec.classes))
+        basis = waves(self.basis, block.classes, pooling.width(block.output_shape, self.features))
+        pool = pooling.make_pool(block.output_shape, self.features)
+        return WaveHead(pool, basis, self.temperature, self.initial_modulation(block.classes))
 
     def warnings(self, specs: Sequence[BlockSpec], rows: int) -> list[str]:
         """Warn of blocks so narrow that the waves of two classes correlate."""

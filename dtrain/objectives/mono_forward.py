@@ -54,13 +54,13 @@ class MonoForward(AuxHead):
         """Whether the model predicts by the vote."""
         return self.prediction == "vote"
 
-    def build_head(self, spec: BlockSpec) -> nn.Module:
+    def build_head(self, block: BlockSpec) -> nn.Module:
         """Return M: a linear map from the flattened output to the classes, or one per position."""
-        if spec.has_positions:
-            return prediction_heads.per_position(spec, bias=False)
-        width = pooling.width(spec.output_shape, self.features)
+        if block.has_positions:
+            return prediction_heads.per_position(block, bias=False)
+        width = pooling.width(block.output_shape, self.features)
         network = nn.Sequential(
-            pooling.make_pool(spec.output_shape, self.features),
-            nn.Linear(width, spec.classes, bias=False),
+            pooling.make_pool(block.output_shape, self.features),
+            nn.Linear(width, block.classes, bias=False),
         )
-        return prediction_heads.flat(spec, network)
+        return prediction_heads.flat(block, network)

@@ -90,9 +90,9 @@ class Pepita(Objective):
         """Whether it is the first of several blocks."""
         return spec.index == 0 and spec.blocks > 1
 
-    def build_head(self, spec: BlockSpec) -> nn.Module:
+    def build_head(self, block: BlockSpec) -> nn.Module:
         """Return the matrix (outputs, numbers of a sample)."""
-        return FixedMatrix("kaiming", spec.scores_width, math.prod(spec.sample_shape))
+        return FixedMatrix("kaiming", block.scores_width, math.prod(block.sample_shape))
 
     def head_input_shape(self, spec: BlockSpec) -> None:
         """Return None: the head has no forward."""

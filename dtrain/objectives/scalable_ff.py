@@ -72,9 +72,9 @@ class ScalableFf(Objective):
         """True: the last block has goodness, too."""
         return True
 
-    def build_head(self, spec: BlockSpec) -> nn.Module:
+    def build_head(self, block: BlockSpec) -> nn.Module:
         """Return the map to the channels."""
-        return ChannelGoodness(self.head_input_shape(spec), spec.classes)
+        return ChannelGoodness(self.head_input_shape(block), block.classes)
 
     def head_input_shape(self, spec: BlockSpec) -> tuple[int, ...]:
         """Return the shape of the block's output, in the last block that of the features."""

@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -31,8 +32,10 @@ from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.messages import all_routes, message_spec
 from dtrain.planning.block_costs import BlockCosts, total_macs
 from dtrain.planning.structure_cache import StructureCache, layers_key
+from dtrain.planning.tied_checks import check_ties
 from dtrain.schedules.actions import Route
 from dtrain.schedules.base import Schedule
+from dtrain.schedules.update_lags import TIED_GRADIENT, UpdateCycles, tied_routes
 from dtrain.schedules.verify import ScheduleReport, verify_schedule
 from dtrain.tasks.task import Task
 
@@ -102,6 +105,8 @@ class Layout:
         The calls of the model; None where its layers are a chain.
     ties : Ties
         The parameters that several blocks hold.
+    tied_cycles : UpdateCycles or None
+        The cycles from which the lags of their gradients follow; None where nothing is late.
     """
 
     mesh: RankMesh
@@ -116,6 +121,7 @@ class Layout:
     wire_format: WireFormat
     graph: ModelGraph | None = None
     ties: Ties = ()
+    tied_cycles: UpdateCycles | None = None
 
     @property
     def block_specs(self) -> list[BlockSpec]:
@@ -168,9 +174,21 @@ class Layout:
             shape, dtype = self.wire_format.encoded_spec(route, spec) if mode == "train" else spec
             yield route, math.prod(shape) * dtype.itemsize
 
+    def tied_messages(self) -> Iterator[tuple[Route, int]]:
+        """Yield the routes between ranks of the gradients of tied parameters, and the bytes of
+        their messages, of which each update has one."""
+        for tie in self.ties:
+            for route in tied_routes(tie.blocks, self.place, self.tied_cycles):
+                yield route, tie.nbytes
+
+    def late_messages(self) -> list[tuple[Route, int]]:
+        """Return those of `tied_messages` that run beside the pipeline: all, unless it flushes."""
+        return [] if self.tied_cycles is None else list(self.tied_messages())
+
     def prove(self, sizes: list[list[int]]) -> ScheduleReport:
         """Prove that the plans of the schedule end; ``sizes[replica][update]`` micro-batches."""
-        return verify_schedule(self.schedule, self.place, sizes, self.routes)
+        late_routes = [route for route, _ in self.late_messages()]
+        return verify_schedule(self.schedule, self.place, sizes, self.routes, late_routes)
 
 
 def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: int) -> Layout:
@@ -208,6 +226,10 @@ def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: 
         _check_in_place(layer_specs, layers)
     routes = all_routes(objective, [block.spec for block in blocks], "train")
     schedule.check_routes(routes)
+    ties = find_ties(model, layers, dtype)
+    cycles = None
+    if ties and not schedule.flushes:
+        cycles = schedule.update_cycles(len(blocks), routes)
     return Layout(
         mesh=mesh,
         model=model,
@@ -220,7 +242,8 @@ def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: 
         routes=routes,
         wire_format=WireFormat(run.partition.activation_compression),
         graph=graph,
-        ties=_find_ties(run, model, schedule, layers),
+        ties=check_ties(run, ties, cycles, len(layers)),
+        tied_cycles=cycles,
     )
 
 
@@ -229,49 +252,6 @@ def _used_graph(model: LayerStack, layer_specs: Sequence[LayerSpec]) -> ModelGra
     if not any(spec.writes for spec in layer_specs):
         return None
     return model.graph or chain_graph(model.names)
-
-
-def _find_ties(
-    run: RunConfig, model: LayerStack, schedule: Schedule, layers: Sequence[range]
-) -> Ties:
-    """Return the parameters that several blocks hold; refuse what cannot keep them equal."""
-    ties = find_ties(model, layers)
-    if not ties:
-        return ()
-    first, last, *_ = ties[0]
-    where = (
-        f"'{first.name}' of block {first.block} and '{last.name}' of block {last.block} are one "
-        f"parameter"
-    )
-    cure = "or cut so that one block holds both"
-    if not schedule.flushes:
-        raise ConfigError(
-            "model.tied-schedule",
-            f"{where}, but '{run.schedule.name}' updates blocks at different times: set "
-            f'schedule.name = "1f1b" or "fill-drain", {cure}',
-        )
-    options, traits = run.optimizer_options, run.sync.instance.traits()
-    if options.clip and options.clip_over == "block":
-        raise ConfigError(
-            "model.tied-clip",
-            f"{where}, but each block clips its own gradient: set [optimizer] clip-over = "
-            f'"model", {cure}',
-        )
-    if traits.lossy or traits.reparametrises or traits.replaces_optimizer:
-        raise ConfigError(
-            "model.tied-sync",
-            f"{where}, and the sync '{run.sync.name}' would change its copies differently: choose "
-            f"a sync that does not compress, {cure}",
-        )
-    for copies in ties:
-        frozen = {run.partition.is_frozen(copy.block, len(layers)) for copy in copies}
-        if len(frozen) > 1:
-            raise ConfigError(
-                "model.tied-frozen",
-                f"'{copies[0].name}' is trained in one block and frozen in another: freeze both "
-                f"blocks or none, {cure}",
-            )
-    return ties
 
 
 def _check_in_place(layer_specs: Sequence[LayerSpec], layers: Sequence[range]) -> None:
@@ -493,7 +473,8 @@ def layout_rows(layout: Layout) -> dict[str, str]:
 
 
 def describe(layout: Layout, rows: int) -> dict[str, Any]:
-    """Return the layout as plain values, with messages for micro-batches of `rows` samples."""
+    """Return the layout as plain values, with messages for micro-batches of `rows` samples, and
+    those of an update."""
     return {
         "ranks": layout.mesh.ranks,
         "replicas": layout.mesh.replicas,
@@ -514,16 +495,43 @@ def describe(layout: Layout, rows: int) -> dict[str, Any]:
             for block in layout.block_layouts
         ],
         "imbalance": partition.imbalance(layout.stage_costs()),
-        "messages": [
-            {
-                "route": route.name,
-                "from_block": route.source.block,
-                "from_stage": layout.place[route.source.block],
-                "to_block": route.target.block,
-                "to_stage": layout.place[route.target.block],
-                "bytes": size,
-                "wire": layout.place[route.source.block] != layout.place[route.target.block],
-            }
-            for route, size in layout.messages(rows)
-        ],
+        "messages": [*_message_rows(layout, rows), *_tied_rows(layout)],
+    }
+
+
+def _message_rows(layout: Layout, rows: int) -> Iterator[dict[str, Any]]:
+    """Yield the messages of a micro-batch of `rows` samples as plain values."""
+    for route, size in layout.messages(rows):
+        ends = route.source.block, route.target.block
+        is_sent = layout.place[ends[0]] != layout.place[ends[1]]
+        per = "update" if route.once_per_update else "micro-batch"
+        yield _message_row(layout, route.name, ends, size, is_sent, per)
+
+
+def _tied_rows(layout: Layout) -> Iterator[dict[str, Any]]:
+    """Yield the messages of tied parameters as plain values: from every copy to every other one.
+
+    A rank with several copies receives the gradient of another rank once.
+    """
+    for tie in layout.ties:
+        name = f"{TIED_GRADIENT}:{tie.copies[0].name}"
+        routes = tied_routes(tie.blocks, layout.place, layout.tied_cycles)
+        sent = {(route.source.block, route.target.block) for route in routes}
+        for ends in permutations(tie.blocks, 2):
+            yield _message_row(layout, name, ends, tie.nbytes, ends in sent, "update")
+
+
+def _message_row(
+    layout: Layout, name: str, ends: tuple[int, int], size: int, is_sent: bool, per: str
+) -> dict[str, Any]:
+    source, target = ends
+    return {
+        "route": name,
+        "from_block": source,
+        "from_stage": layout.place[source],
+        "to_block": target,
+        "to_stage": layout.place[target],
+        "bytes": size,
+        "per": per,
+        "wire": is_sent,
     }

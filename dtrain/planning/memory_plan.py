@@ -48,6 +48,7 @@ from dtrain.planning.structure_cache import StructureCache, layers_key
 from dtrain.schedules.actions import Action
 from dtrain.schedules.message_memory import peak_message_bytes
 from dtrain.schedules.simulator import Span
+from dtrain.schedules.update_lags import peak_kept_gradients
 from dtrain.schedules.weight_policy import peak_weight_copies
 
 MetaLayers = Sequence[dict[str, nn.Module] | None]
@@ -70,7 +71,8 @@ class RankMemory:
     Attributes
     ----------
     parameters, gradients, optimizer : int
-        Of its blocks, buffers and heads included.
+        Of its blocks, buffers and heads included; of tied parameters also the gradients that are
+        kept for later updates.
     sync : int
         Copies of the trained parameters that the sync keeps.
     versions : int
@@ -162,7 +164,7 @@ class MemoryPlan:
             stages.append(
                 RankMemory(
                     parameters=sum(block.parameters for block in in_stage),
-                    gradients=gradients,
+                    gradients=gradients + self._kept_gradient_bytes(actions),
                     optimizer=0 if traits.keeps_no_optimizer_state else optimizer,
                     sync=traits.parameter_copies * gradients,
                     versions=sum(n * blocks[b].gradients for b, n in copies.items()),
@@ -171,6 +173,16 @@ class MemoryPlan:
                 )
             )
         return stages
+
+    def _kept_gradient_bytes(self, actions: Sequence[Action]) -> int:
+        """Return the bytes of the gradients of tied parameters that a rank keeps."""
+        cycles = self.layout.tied_cycles
+        if cycles is None:
+            return 0
+        return sum(
+            tie.nbytes * peak_kept_gradients(actions, tie.blocks, cycles.lags(tie.blocks))
+            for tie in self.layout.ties
+        )
 
     def _head_cache_bytes(self, stage: int) -> int:
         """Return the bytes that the heads of a stage cache from update to update."""
@@ -185,9 +197,15 @@ class MemoryPlan:
     def _message_bytes(self, rows: int) -> list[int]:
         """Return the message bytes of every stage: the larger of training and evaluation."""
         plan, place = self.plan, self.layout.place
+        late = self.layout.late_messages()
         train = peak_message_bytes(
-            plan.proof.timeline, place, self.layout.routes, message_sizes(plan, rows)
+            plan.proof.timeline,
+            place,
+            (*self.layout.routes, *(route for route, _ in late)),
+            [*message_sizes(plan, rows), *(size for _, size in late)],
         )
+        if not late:
+            train = [a + b for a, b in zip(train, self._exchanged_bytes(), strict=True)]
         largest = plan.batch_splitter.largest_micro_batch
         count = math.ceil(plan.data.test.size / plan.layout.mesh.replicas / largest)
         forwards = [
@@ -199,6 +217,15 @@ class MemoryPlan:
         sizes = message_sizes(plan, largest, "predict")
         predict = peak_message_bytes(forwards, place, routes, sizes)
         return [max(pair) for pair in zip(train, predict, strict=True)]
+
+    def _exchanged_bytes(self) -> list[int]:
+        """Return per stage the bytes of the gradients of tied parameters that it sends and receives
+        in an update, all at once."""
+        sizes = [0] * self.layout.mesh.stages
+        for route, size in self.layout.tied_messages():
+            for block in (route.source.block, route.target.block):
+                sizes[self.layout.place[block]] += size
+        return sizes
 
     # ---- blocks
 
@@ -218,6 +245,7 @@ class MemoryPlan:
             layout.schedule.splits_backward,
             tuple((b.spec, b.layers, b.replacement_layers is None, b.recompute) for b in blocks),
             repr(run.optimizer_settings()),
+            layout.ties,
             run.settings.seed,  # of a block that is run for real
             rows,
         )

@@ -23,6 +23,7 @@ from dtrain.planning.layout import DTYPES, Layout, make_layout
 from dtrain.schedules.segments import TrainingLength
 from dtrain.schedules.verify import ScheduleReport
 from dtrain.tasks.task import Task
+from dtrain.user_code import require_object
 
 PROOF_UPDATES = 8
 """Updates at an epoch's start that the proof and the drawing contain."""
@@ -60,12 +61,15 @@ def make_plan(run: RunConfig, ranks: int) -> Plan:
     DtrainError
         Data, model, mesh, partition or schedule do not fit each other.
     """
+    for choice, kind in ((run.dataset, "data"), (run.model, "model")):
+        require_object(choice.target, choice.name, choice.fingerprint, kind)
     samples = load_data(
         run.dataset.name,
         run.dataset.fields,
         run.folder,
         normalise=run.data.normalise,
         task=run.task,
+        target=run.dataset.target,
     )
     train = samples.train
     task = run.task.bind(train.target_shape, train.target_dtype, train.classes)
@@ -106,6 +110,7 @@ def _load_model(run: RunConfig, train: Dataset, task: Task) -> tuple[LayerStack,
         train.classes,
         inputs=1 + len(train.other_inputs),
         open_names=run.open_modules(),
+        target=run.model.target,
     )
     for name in run.model_options.open:
         if not any(layer.startswith(f"{name}.") for layer in model.names):

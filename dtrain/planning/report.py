@@ -33,7 +33,7 @@ def plan_text(plan: Plan, cost_file: CostFile | None = None) -> str:
         f"Schedule {plan.run.schedule.name} (the first updates of an epoch, then its last)",
         timeline_text(plan.proof),
         "",
-        "Messages per full micro-batch",
+        "Messages of a full micro-batch, or of an update",
         *_message_lines(table["messages"]),
         "",
         "Peak memory per rank (bytes)",
@@ -119,18 +119,27 @@ def _block_lines(plan: Plan, table: dict[str, Any]) -> list[str]:
 
 
 def _message_lines(messages: Sequence[dict[str, Any]]) -> list[str]:
-    rows = [("route", "from", "to", "bytes", "")]
+    rows = [("route", "from", "to", "bytes", "per", "")]
     rows += [
         (
             message["route"],
             f"block {message['from_block']} (stage {message['from_stage']})",
             f"block {message['to_block']} (stage {message['to_stage']})",
             f"{message['bytes']:,}",
-            "" if message["wire"] else "same rank, not sent",
+            message["per"],
+            _not_sent(message),
         )
         for message in messages
     ]
     return align_columns(rows) if messages else ["none"]
+
+
+def _not_sent(message: dict[str, Any]) -> str:
+    """Return why no bytes are sent for a message; empty if they are."""
+    if message["wire"]:
+        return ""
+    same_rank = message["from_stage"] == message["to_stage"]
+    return "same rank, not sent" if same_rank else "sent once to this rank"
 
 
 def _memory_lines(memory: Sequence[dict[str, Any]]) -> list[str]:

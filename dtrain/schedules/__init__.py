@@ -1,11 +1,35 @@
-"""Schedules by name, and everything that follows from a plan: messages, proof, costs, drawings."""
+"""Schedules by name, and everything that follows from a plan: messages, proof, costs, drawings.
 
+A user's own schedule derives from `Flush`, `AsyncSchedule`, or from `Schedule` itself.
+"""
+
+from dtrain.schedules.actions import Action, Point, Route
+from dtrain.schedules.asynchronous import AsyncSchedule
 from dtrain.schedules.base import Schedule
 from dtrain.schedules.drained import Drained
-from dtrain.schedules.gpipe_1f1b import FillDrain, OneFOneB
+from dtrain.schedules.gpipe_1f1b import FillDrain, Flush, OneFOneB
 from dtrain.schedules.pipedream import PipeDream, PipeDream2BW
 from dtrain.schedules.pipelined import Pipelined
 from dtrain.schedules.stream import Stream
+from dtrain.schedules.weight_policy import WeightPolicy
+
+__all__ = [
+    "SCHEDULES",
+    "Action",
+    "AsyncSchedule",
+    "Drained",
+    "FillDrain",
+    "Flush",
+    "OneFOneB",
+    "PipeDream",
+    "PipeDream2BW",
+    "Pipelined",
+    "Point",
+    "Route",
+    "Schedule",
+    "Stream",
+    "WeightPolicy",
+]
 
 SCHEDULES: dict[str, type[Schedule]] = {
     "stream": Stream,

@@ -15,13 +15,16 @@ from typing import ClassVar
 from dtrain import partition
 from dtrain.errors import ConfigError
 from dtrain.schedules.actions import Action, Route
+from dtrain.schedules.update_lags import UpdateCycles
 from dtrain.schedules.weight_policy import WeightPolicy
+from dtrain.schema import Strategy
 
 
-class Schedule(ABC):
+class Schedule(Strategy, ABC):
     """The order of one rank's actions over one segment.
 
-    A subclass is a frozen dataclass whose fields are the keys of `[schedule]` in a run file.
+    A subclass is a dataclass, with or without the decorator (see `Strategy`); its fields are the
+    keys of `[schedule]` in a run file.
     """
 
     unsupported_routes: ClassVar[str]
@@ -93,6 +96,11 @@ class Schedule(ABC):
 
     def policy(self, place: Sequence[int], routes: Sequence[Route]) -> WeightPolicy | None:
         """Return which weight versions blocks compute with; None: the current ones, never stale."""
+        return None
+
+    def update_cycles(self, blocks: int, routes: Sequence[Route]) -> UpdateCycles | None:
+        """Return the cycles of the updates, from which the lags of tied parameters follow; None:
+        without a flush this order cannot train tied parameters."""
         return None
 
     def optimizer_requirements(self) -> tuple[str, ...]:

@@ -49,6 +49,7 @@ from dtrain.errors import ConfigError
 from dtrain.schedules.actions import UNSPLIT_KINDS, Action, Point, Route
 from dtrain.schedules.base import blocks_of_stage
 from dtrain.schedules.messages import count_forward_passes
+from dtrain.schedules.update_lags import UpdateCycles
 from dtrain.schedules.weight_policy import Delay
 
 Offsets = Mapping[Point, int]
@@ -121,6 +122,31 @@ def block_delays(
         gap = max(0, first_backward - backward) // period
         delays.append(Delay((update - forward) // period, gap))
     return tuple(delays)
+
+
+def update_cycles(
+    blocks: int, routes: Sequence[Route], period: int = 1, width: int = 1
+) -> UpdateCycles | None:
+    """Return the cycles of the updates of all blocks, on any placement; None if no route flows
+    back: the cycles then depend on the placement.
+
+    Parameters
+    ----------
+    period : int
+        As for `cyclic_order`.
+    width : int
+        Micro-batches of an update.
+
+    >>> from dtrain.schedules.actions import Point, Route
+    >>> forward = [Route(Point(b, "F"), Point(b + 1, "F"), "x") for b in range(2)]
+    >>> backward = [Route(Point(b + 1, "B"), Point(b, "B"), "g") for b in range(2)]
+    >>> update_cycles(3, forward + backward)
+    UpdateCycles(offsets=(4, 3, 2), length=1)
+    """
+    if not feeds_back(routes):
+        return None
+    offsets = _offsets(tuple(routes), tuple(range(blocks)), width, width, period)
+    return UpdateCycles(tuple(offsets[Point(b, "U")] for b in range(blocks)), period * width)
 
 
 def feeds_back(routes: Sequence[Route]) -> bool:

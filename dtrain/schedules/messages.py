@@ -68,7 +68,8 @@ class MessageTable:
         self._always_sent = not any(route.lag or route.once_per_update for route in routes)
         largest = max(self._micro_batches, default=0)
         self._windows = tuple(
-            r.blocks_passed + 1 + r.lag * (1 if r.once_per_update else largest) for r in routes
+            r.window or r.blocks_passed + 1 + r.lag * (1 if r.once_per_update else largest)
+            for r in routes
         )
 
     def incoming(self, action: Action) -> tuple[int, ...]:
@@ -108,7 +109,7 @@ class MessageTable:
 
         One without a lag. A message that is sent `lag` updates early must not block its sender, so
         as many more are posted as `lag` updates of the largest size have messages. A skip passes
-        blocks, each of which may hold an earlier micro-batch.
+        blocks, each of which may hold an earlier micro-batch. A route may state another window.
         """
         return self._windows[route]
 

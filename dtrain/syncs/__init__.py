@@ -1,7 +1,13 @@
-"""The dict of syncs by their names in run files, and the base classes of user-defined syncs."""
+"""The dict of syncs by their names in run files, and all public classes of syncs.
+
+A user's own sync derives from `PeriodicSync`, `LocalUpdates`, `SynchronousSync`, `Wrapper`,
+`CompressedSync`, or from `Sync` itself.
+"""
 
 from dtrain.syncs.ab import AB
 from dtrain.syncs.base import Sync, SyncTraits, UpdateClock
+from dtrain.syncs.common.compressed import CompressedSync
+from dtrain.syncs.common.compressor import Codec, Compressor
 from dtrain.syncs.common.local_updates import LocalUpdates, PeriodicSync
 from dtrain.syncs.common.synchronous import SynchronousSync
 from dtrain.syncs.common.wrapper import Wrapper
@@ -9,6 +15,7 @@ from dtrain.syncs.daso import DASO
 from dtrain.syncs.demo import DeMo
 from dtrain.syncs.diloco import DiLoCo
 from dtrain.syncs.every_step import EveryStep
+from dtrain.syncs.gradient_reducer import WeightedGroup
 from dtrain.syncs.int8 import Int8
 from dtrain.syncs.local_sgd import LocalSGD
 from dtrain.syncs.never import Never
@@ -20,13 +27,31 @@ from dtrain.syncs.terngrad import TernGrad
 from dtrain.syncs.warmup import Warmup
 
 __all__ = [
+    "AB",
+    "DASO",
+    "OIALR",
+    "QSR",
     "SYNCS",
+    "Codec",
+    "CompressedSync",
+    "Compressor",
+    "DeMo",
+    "DiLoCo",
+    "EveryStep",
+    "Int8",
+    "LocalSGD",
     "LocalUpdates",
+    "Never",
+    "OnlyLarge",
     "PeriodicSync",
+    "PowerSGD",
     "Sync",
     "SyncTraits",
     "SynchronousSync",
+    "TernGrad",
     "UpdateClock",
+    "Warmup",
+    "WeightedGroup",
     "Wrapper",
 ]
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from dtrain.block.block import Block, GradientHook, OptimizerStep
 from dtrain.comm.communicator import Comm
 from dtrain.errors import ConfigError
+from dtrain.schema import Strategy
 from dtrain.syncs.common.compressor import NO_COMPRESSION, Compressor
 from dtrain.syncs.gradient_reducer import GradientReducer, WeightedGroup
 
@@ -166,7 +167,7 @@ class SyncTraits:
 
 
 @dataclass
-class Sync(ABC):
+class Sync(Strategy, ABC):
     """Synchronisation of the replicas of one block. Dataclass fields are keys of the run file.
 
     Attributes
@@ -219,7 +220,7 @@ class Sync(ABC):
         """
         return None
 
-    def before_update(self, gradients: Sequence[Tensor], weight: float, clock: UpdateClock) -> None:  # noqa: B027
+    def before_update(self, gradients: Sequence[Tensor], weight: float, clock: UpdateClock) -> None:
         """Change the gradients in place, after they were averaged over the `gradient_group`.
 
         Parameters

@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from dtrain.errors import ConfigError, unknown_name
-from dtrain.user_code import PATTERN, import_object, object_name
+from dtrain.object_names import object_name
+from dtrain.user_code import PATTERN, import_object
 
 MetricFunction = Callable[[Tensor, Tensor], Any]
 """Takes output and target (rows, ...); returns the mean over the rows."""

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from dtrain.errors import ConfigError
+from dtrain.object_names import object_name
 from dtrain.schema import Table, kebab, snake
 from dtrain.tasks.losses import (
     CLASS_LOSSES,
@@ -52,7 +53,6 @@ from dtrain.tasks.metrics import (
     make_metric,
     metric_name,
 )
-from dtrain.user_code import object_name
 
 Kind = Literal["classes", "probabilities", "decisions", "values"]
 

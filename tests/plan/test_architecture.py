@@ -16,7 +16,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "dtrain"
-FLAT = ("errors", "rng", "schema", "user_code", "partition", "mesh", "eager_torch")
+FLAT = (
+    *("errors", "rng", "schema", "object_names"),
+    *("fingerprint", "user_code", "partition", "mesh", "eager_torch"),
+)
 IMPORTS: dict[str, tuple[str, ...]] = {
     "errors": (),
     **dict.fromkeys(FLAT[1:], FLAT),
@@ -41,7 +44,18 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "monitoring": (*FLAT, "schedules", "comm", "tasks", "checkpoint", "planning"),
 }
 """Packages that are not listed (`build`, `evaluate`, `train`, `cli`, ...) may import everything."""
-NO_TORCH = ("errors", "schema", "user_code", "partition", "mesh", "schedules")
+NO_TORCH = (
+    "errors",
+    "schema",
+    "object_names",
+    "fingerprint",
+    "user_code",
+    "partition",
+    "mesh",
+    "schedules",
+)
+SHARED = {"base", "common", "block_spec", "gradient_reducer"}
+"""Modules of objectives and syncs that are no strategies."""
 FUNCTION_LINES = 60
 PICKLING = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 BLOCKING_VERBS = {
@@ -122,15 +136,14 @@ def third_party_imports(path: Path) -> list[str]:
 def imported_strategies(path: Path) -> list[str]:
     """Return the other strategies that a strategy imports.
 
-    Strategies are the modules that the package's `__init__` imports; `base` and `common` are
-    shared.
+    Strategies are the modules that the package's `__init__` imports, but for those of `SHARED`.
     """
     kind = package(path)
     if kind not in ("objectives", "syncs") or path == PACKAGE / kind / "__init__.py":
         return []
     prefix = f"dtrain.{kind}."
     listed = (name.removeprefix(prefix) for name in imports(PACKAGE / kind / "__init__.py"))
-    strategies = {name.split(".")[0] for name in listed} - {"base", "common"}
+    strategies = {name.split(".")[0] for name in listed} - SHARED
     others = strategies - {path.relative_to(PACKAGE / kind).with_suffix("").parts[0]}
     imported = (name.removeprefix(prefix) for name in imports(path) if name.startswith(prefix))
     return [name for name in imported if name.split(".")[0] in others]

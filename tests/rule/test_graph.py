@@ -15,7 +15,7 @@ from dtrain.models.integer_inputs import takes_integers
 from dtrain.models.layers import as_layers
 from dtrain.models.pretrained import PretrainedWeights, check_pretrained, load_pretrained
 from dtrain.models.shape_inference import infer_layers
-from dtrain.models.ties import TiedCopy, find_ties
+from dtrain.models.ties import Tie, TiedCopy, find_ties
 from tests import graph_nets
 from tests.refusals import refuses
 
@@ -109,8 +109,8 @@ def test_integers_pass_untouched_where_the_model_takes_them(
 def test_ties_across_blocks_are_copies() -> None:
     model = as_layers(lambda: graph_nets.tied(3), "net")
     assert find_ties(model, [range(4)]) == ()
-    copies = (TiedCopy(0, "first.weight"), TiedCopy(1, "last.weight"))
-    assert find_ties(model, [range(2), range(2, 4)]) == (copies,)
+    copies = (TiedCopy(0, "first.weight", "Linear"), TiedCopy(1, "last.weight", "Linear"))
+    assert find_ties(model, [range(2), range(2, 4)]) == (Tie(copies, 100 * 4),)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])

@@ -54,9 +54,9 @@ class AuxHead(Objective):
         return None
 
     @abstractmethod
-    def build_head(self, spec: BlockSpec) -> nn.Module:
+    def build_head(self, block: BlockSpec) -> nn.Module:
         """Return the head of an earlier block: a module from the block's output
-        (rows, *spec.output_shape) to a prediction (rows, *spec.scores_shape)."""
+        (rows, *block.output_shape) to a prediction (rows, *block.scores_shape)."""
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor | None:
         """Return the loss () of a head's output (rows, ...) for targets (rows, ...): a mean over
@@ -156,13 +156,13 @@ class NetworkHead(AuxHead):
         """Whether the head was published for many blocks."""
         return self.head == "auglocal"
 
-    def build_head(self, spec: BlockSpec) -> nn.Module:
+    def build_head(self, block: BlockSpec) -> nn.Module:
         """Return the network that `head` names, for the block's output; where predictions have
         positions, a linear map per position."""
-        if spec.has_positions:
+        if block.has_positions:
             prediction_heads.check_greedy(self.head)
-            return prediction_heads.per_position(spec)
-        return prediction_heads.flat(spec, self._network(spec))
+            return prediction_heads.per_position(block)
+        return prediction_heads.flat(block, self._network(block))
 
     def _network(self, spec: BlockSpec) -> nn.Module:
         match self.head:

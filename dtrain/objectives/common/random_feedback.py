@@ -44,9 +44,9 @@ class RandomFeedback(Objective):
     ) -> BackwardPair:
         """Return the backward pair of an earlier block, given its matrix (classes, width)."""
 
-    def build_head(self, spec: BlockSpec) -> nn.Module:
+    def build_head(self, block: BlockSpec) -> nn.Module:
         """Return the matrix of an earlier block."""
-        return FixedMatrix(self.feedback, spec.scores_width, math.prod(spec.output_shape))
+        return FixedMatrix(self.feedback, block.scores_width, math.prod(block.output_shape))
 
     def head_input_shape(self, spec: BlockSpec) -> tuple[int, ...] | None:
         """Return None: the head has no forward."""

@@ -130,21 +130,21 @@ class Reconstruction(Objective):
         lambda1, lambda2 = ((1 - position) * first + position * last for first, last in ends)
         return lambda1, lambda2
 
-    def build_head(self, spec: BlockSpec) -> nn.Module:
+    def build_head(self, block: BlockSpec) -> nn.Module:
         """Return path, head and decoder of an earlier block."""
-        lambda1, lambda2 = self.lambdas(spec)
-        (path, shape), norm_args = self.feature_path(spec), (self.norm, self.groups)
-        width, head = self.head_width(spec), None
-        if lambda2 and spec.has_positions:
+        lambda1, lambda2 = self.lambdas(block)
+        (path, shape), norm_args = self.feature_path(block), (self.norm, self.groups)
+        width, head = self.head_width(block), None
+        if lambda2 and block.has_positions:
             prediction_heads.check_greedy(self.head)
-            head = prediction_heads.per_position(replace(spec, output_shape=shape))
+            head = prediction_heads.per_position(replace(block, output_shape=shape))
         elif lambda2 and self.head == "greedy":
-            head = prediction_heads.flat(spec, head_networks.greedy(shape, width))
+            head = prediction_heads.flat(block, head_networks.greedy(shape, width))
         elif lambda2:
             network = head_networks.one_convolution(shape, width, *norm_args)
-            head = prediction_heads.flat(spec, network)
+            head = prediction_heads.flat(block, network)
         return ReconstructionHead(
-            path, head, make_decoder(shape, spec.sample_shape, *norm_args) if lambda1 else None
+            path, head, make_decoder(shape, block.sample_shape, *norm_args) if lambda1 else None
         )
 
     def routes(self, blocks: int, mode: ExecutionMode) -> tuple[Route, ...]:
