@@ -83,6 +83,7 @@ def measure(
     optimizer: str = "adam",
     recompute: bool = False,
     fakes: bool = True,
+    is_small: bool = False,
 ) -> tuple[BlockMemory, list[bool]]:
     """Return the memory of a block, and for each block that was made whether it was real."""
     make = OptimizerSettings(optimizer, {"lr": 0.1})
@@ -94,7 +95,9 @@ def measure(
 
     objective: Objective = OBJECTIVES["backprop"]()
     fake = partial(make_block, False) if fakes else None
-    memory = measure_block_memory(partial(make_block, True), fake, make, objective, [SPEC], 0, rows)
+    memory = measure_block_memory(
+        partial(make_block, True), fake, make, objective, [SPEC], 0, rows, is_small
+    )
     return memory, are_real
 
 
@@ -115,6 +118,16 @@ def test_fake_tensors_keep_what_real_ones_keep(more: tuple[type[nn.Module], ...]
     memory, are_real = measure(ROWS, *more)
     assert are_real == [False]
     assert memory.activations == count_activations(ROWS, *(kind() for kind in more))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("more", [(), (nn.Dropout,), (nn.GELU, nn.Tanh)])
+def test_a_small_block_is_run_for_real_with_all_rows(
+    more: tuple[type[nn.Module], ...], recompute: bool
+) -> None:
+    memory, are_real = measure(ROWS, *more, recompute=recompute, is_small=True)
+    assert are_real == [True]
+    assert memory == measure(ROWS, *more, recompute=recompute)[0]
 
 
 def test_a_block_that_reads_values_is_run_with_few_rows_and_extrapolated() -> None:
