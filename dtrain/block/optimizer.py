@@ -211,7 +211,7 @@ def _make_plain_optimizer(
 ) -> optim.Optimizer:
     """Return one optimizer of torch over parameter groups."""
     trainable = [parameter for group in groups for parameter in group["params"]]
-    optimizer_class = _without_dynamo(_optimizer_class(name))
+    optimizer_class = _eager_class(name)
     if "weight_decay" not in inspect.signature(optimizer_class).parameters and any(
         "weight_decay" in group for group in groups
     ):
@@ -239,7 +239,7 @@ def _refuse_other_shapes(
     """Refuse parameters that are no matrices where the optimizer takes nothing else."""
     others = [parameter for parameter in parameters if parameter.dim() != 2]
     try:
-        _without_dynamo(_optimizer_class(name))([nn.Parameter(torch.zeros(2, 2))], **fields)
+        _eager_class(name)([nn.Parameter(torch.zeros(2, 2))], **fields)
     except Exception:  # then the fields are at fault
         return
     if others:
@@ -257,11 +257,13 @@ def combine_optimizers(optimizers: Sequence[optim.Optimizer]) -> optim.Optimizer
 
 
 @cache
-def _without_dynamo(optimizer_class: type[optim.Optimizer]) -> type[optim.Optimizer]:
-    """Return a subclass whose step is the same and does not import `torch._dynamo`.
+def _eager_class(name: str) -> type[optim.Optimizer]:
+    """Return a subclass of an optimizer whose step is the same and does not import
+    `torch._dynamo`.
 
     Only a compiled step needs that import. A class that is not torch's own is returned as it is.
     """
+    optimizer_class = _optimizer_class(name)
     if not optimizer_class.__module__.startswith("torch.optim."):
         return optimizer_class
     plain_step = inspect.unwrap(optimizer_class.step, stop=_is_own_step)
