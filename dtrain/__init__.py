@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from dtrain.objectives.block_spec import BlockSpec
     from dtrain.rank_process import init
     from dtrain.run import Optimizer, Run
+    from dtrain.run_report.page import report
     from dtrain.session import Event, Session
     from dtrain.tasks.task import Task
 
@@ -58,6 +59,7 @@ _HOMES = {
     ),
     "BlockSpec": "dtrain.objectives.block_spec",
     "init": "dtrain.rank_process",
+    "report": "dtrain.run_report.page",
     **dict.fromkeys(("Optimizer", "Run"), "dtrain.run"),
     **dict.fromkeys(("Event", "Session"), "dtrain.session"),
     "Task": "dtrain.tasks.task",
@@ -94,6 +96,7 @@ __all__ = [
     "objectives",
     "plan",
     "predict",
+    "report",
     "schedules",
     "syncs",
     "train",

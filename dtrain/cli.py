@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import dtrain
+from dtrain import cli_run_folders
 from dtrain.comm.launcher import detect_launcher, start_ranks
 from dtrain.errors import ConfigError, DtrainError
 
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_rank_commands(commands)
     _add_local_commands(commands)
+    cli_run_folders.add_commands(commands)
     return parser
 
 
@@ -266,7 +268,7 @@ def _train(options: argparse.Namespace, comm: Comm) -> None:
     from dtrain.api import read_together
 
     run = read_together(options.run, options.set, comm)
-    _check_launcher(run.config.mesh.stages, comm.size, options.run)
+    _check_launcher(run.config.stages, comm.size, options.run)
     out = options.out or Path("runs") / options.run.stem
     dtrain.train(run, out, resume=options.resume, exact_mesh=True)
 

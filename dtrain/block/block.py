@@ -11,6 +11,7 @@ one block changes no parameter of another.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, Protocol
@@ -60,6 +61,12 @@ class Program(Protocol):
     @property
     def skip_outputs(self) -> tuple[str, ...]:
         """Names of the tensors that later blocks read beside the output of the block before."""
+
+    def layer_of(self, call: str) -> str:
+        """Return the name of the layer to which a call belongs."""
+
+    def calls(self) -> dict[str, str]:
+        """Return the calls of each layer as text, by its name."""
 
     def run(
         self,
@@ -157,6 +164,14 @@ class Block(BlockParameters):
             modules[name].register_forward_hook(
                 lambda _module, _args, output, name=name: self.taps.__setitem__(name, output)
             )
+
+    def structure(self) -> dict[str, str]:
+        """Return modules and calls of the layers as text, to compare two builds of a model."""
+        texts = {name: repr(layer) for name, layer in self.layers.items() if name}
+        if self.program is not None:
+            calls = self.program.calls()
+            texts |= {name: f"{texts.get(name, '')}\n{text}" for name, text in calls.items()}
+        return {name: re.sub(" at 0x[0-9a-f]+", "", text) for name, text in texts.items()}
 
     # ---- forward and backward
 

@@ -6,10 +6,16 @@ device and reporting may change; the length not where learning rates or phases d
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from hashlib import blake2b
+from itertools import zip_longest
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -41,12 +47,21 @@ CHANGEABLE_KEYS = (
     "mesh.",
     "log.",
     "partition.recompute",
+    "partition.places",
     "evaluate.",
     "checkpoint.keep",
 )
 
 
 LENGTH_KEYS = ("epochs", "updates")
+
+
+STRUCTURE = "structure of "
+"""Begins the keys of a fingerprint that describe layers; alone, it is the key of the versions."""
+
+
+SOURCE_SECTIONS = ("data", "model", "objective", "schedule", "sync", "optimizer")
+"""Sections of a run that may name a module of the user."""
 
 
 RUN_FOLDER_FILES = {"summary.json", CHECKPOINT_FOLDER, OWNER_FILE}
@@ -244,30 +259,89 @@ def check_same_run(
 
 
 def check_same_model(saved: Table, current: Mapping[str, str]) -> None:
-    """Refuse a model whose tensors are not those of the checkpoint.
+    """Refuse a model whose tensors or layers are not those of the checkpoint.
+
+    Layers are compared where both were described by the same versions of dtrain and torch.
 
     Parameters
     ----------
     saved : dict
         The fingerprint of the checkpoint.
     current : mapping of str to str
-        Shape and dtype of every parameter and buffer of the model, by name.
+        Shape and dtype of every parameter and buffer of the model, by name, and the structure of
+        its layers.
 
     Raises
     ------
     ConfigError
-        It names the first tensor that differs.
+        It names the first tensor that differs, else the first layer.
     """
     old = saved.get("model")
     if old is None or old == current:
         return
-    name = next(name for name in sorted({**old, **current}) if old.get(name) != current.get(name))
-    raise ConfigError(
-        "resume.model-changed",
-        f"cannot resume: the model has changed since the checkpoint: '{name}' was "
-        f"{old.get(name, 'absent')} and is {current.get(name, 'absent')}; put it back, or choose "
-        "another --out",
-    )
+    names = sorted({**old, **current}, key=lambda name: (name.startswith(STRUCTURE), name))
+    if old.get(STRUCTURE) != current.get(STRUCTURE):
+        names = [name for name in names if not name.startswith(STRUCTURE)]
+    for name in names:
+        was, now = old.get(name, "absent"), current.get(name, "absent")
+        if was == now:
+            continue
+        if name.startswith(STRUCTURE):
+            name = f"layer '{name.removeprefix(STRUCTURE)}'"
+            lines = zip_longest(was.splitlines(), now.splitlines(), fillvalue="absent")
+            was, now = next((a.strip(), b.strip()) for a, b in lines if a != b)
+        else:
+            name = f"'{name}'"
+        raise ConfigError(
+            "resume.model-changed",
+            f"cannot resume: the model has changed since the checkpoint: {name} was {was} and is "
+            f"{now}; put it back, or choose another --out",
+        )
+
+
+def source_hashes(run: RunConfig) -> dict[str, str]:
+    """Return a hash of the text of each module of the user that a run names, by section.
+
+    Modules that cannot be read are left out. The modules that they import are not included.
+    """
+    table = run.to_table()
+    names = {section: str(table.get(section, {}).get("name", "")) for section in SOURCE_SECTIONS}
+    hashes = {}
+    for section, name in names.items():
+        module = _loaded_module(name.partition(":")[0]) if ":" in name else None
+        with suppress(OSError, TypeError):
+            if module is not None:
+                text = inspect.getsource(module)
+                hashes[f"[{section}] {name}"] = blake2b(text.encode()).hexdigest()[:16]
+    return hashes
+
+
+def _loaded_module(name: str) -> ModuleType | None:
+    """Return a module that is imported; the script that Python runs has the name of its file."""
+    main = sys.modules.get("__main__")
+    if name not in sys.modules and Path(getattr(main, "__file__", None) or "").stem == name:
+        return main
+    return sys.modules.get(name)
+
+
+def source_notes(saved: Table, current: Mapping[str, str]) -> list[str]:
+    """Return a note for each module of the user whose text is not that of the checkpoint.
+
+    Parameters
+    ----------
+    saved : dict
+        The fingerprint of the checkpoint; that of an earlier version has no texts.
+    current : mapping of str to str
+        The hashes of `source_hashes`.
+    """
+    old = saved.get("source", {})
+    return [
+        f"{name}: the text of its module has changed since the checkpoint; tensors and settings "
+        "are the same, so training continues with the new text: if it computes something else, "
+        "choose another --out for a run of its own"
+        for name, value in current.items()
+        if name in old and old[name] != value
+    ]
 
 
 def check_saved_data(saved: Table, current: Mapping[str, Any]) -> None:

@@ -162,14 +162,6 @@ def release_unfinished(
     return True
 
 
-def append_record(folder: Path, kind: str, time_s: float, **values: Any) -> None:
-    """Append one record to `metrics.jsonl`; `time_s` is the run's own time, over all attempts."""
-    header = {"kind": kind, "time_s": round(time_s, 3), "unix_s": round(time.time(), 3)}
-    line = json.dumps(header | values, allow_nan=False)
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
-
-
 def _this_process() -> Owner:
     pid = os.getpid()
     job = slurm_job_id()
@@ -214,6 +206,11 @@ def _is_gone(owner: Mapping[str, Any], claimant: Mapping[str, Any]) -> bool:
         return False
     since = _process_start(owner.get("process", 0))
     return since is None or since != owner.get("since")
+
+
+def owner_is_gone(owner: Mapping[str, Any]) -> bool:
+    """Return whether the process of an owner is known to have ended; only its host knows."""
+    return _is_gone(owner, {"host": socket.gethostname()})
 
 
 def _process_start(pid: int) -> str | None:

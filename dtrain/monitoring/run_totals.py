@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dtrain.monitoring.figures import rank_figures
 from dtrain.schedules.segments import Segment
 from dtrain.tasks.task import Task
 
@@ -45,7 +46,7 @@ class RunTotals:
     rate : float
         Samples per second of the latest segment.
     latest : dict
-        Seconds of the latest segment, and its slowest rank.
+        Seconds of the latest segment, its slowest rank, and the spread over the ranks.
     loss : list of float or None
         Sum of losses per block over the samples of the current epoch; None where a block has no
         loss.
@@ -134,7 +135,12 @@ class RunTotals:
             self._add_record(record)
         self.train_s += segment_s
         self.rate = (self.samples - previous_samples) / segment_s if segment_s else 0.0
-        self.latest = {"train_s": segment_s, **slowest_rank(records)}
+        updates = segment.stop - segment.start
+        self.latest = {
+            "train_s": segment_s,
+            **slowest_rank(records),
+            **rank_figures(records, updates),
+        }
 
     def _add_record(self, record: RankRecord) -> None:
         stage = record["stage"]

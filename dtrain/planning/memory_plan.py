@@ -95,7 +95,8 @@ class RankMemory:
     @property
     def peak(self) -> int:
         """The sum of all parts."""
-        return sum(asdict(self).values())
+        memory = self.parameters + self.gradients + self.optimizer + self.sync
+        return memory + self.versions + self.live + self.messages
 
 
 def largest_micro_batch(plan: Plan, replica: int) -> int:
@@ -139,10 +140,12 @@ class MemoryPlan:
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """Return the planned memory of every rank as plain values."""
-        rows = []
+        rows, tables = [], dict[RankMemory, dict[str, int]]()
         for rank, memory in enumerate(self.rank_memory()):
             replica, stage = self.layout.mesh.coords(rank)
-            sizes = {f"{part}_bytes": size for part, size in asdict(memory).items()}
+            if memory not in tables:  # most ranks of a stage need the same
+                tables[memory] = {f"{part}_bytes": n for part, n in asdict(memory).items()}
+            sizes = tables[memory]
             position = {"rank": rank, "replica": replica, "stage": stage}
             rows.append(position | sizes | {"peak_bytes": memory.peak})
         return rows
@@ -154,10 +157,13 @@ class MemoryPlan:
         blocks = dict(enumerate(self.block_memory(rows)))
         timeline, traits = self.plan.proof.timeline, self.plan.run.sync.instance.traits()
         policy = self.layout.schedule.policy(self.layout.place, self.layout.routes)
+        stage_actions: list[list[Action]] = [[] for _ in range(self.layout.mesh.stages)]
+        for span in timeline:
+            stage_actions[span.stage].append(span.action)
         stages = []
         for stage, message_bytes in enumerate(self._message_bytes(rows)):
             in_stage = [blocks[b] for b in self.layout.blocks_of_stage(stage)]
-            actions = [span.action for span in timeline if span.stage == stage]
+            actions = stage_actions[stage]
             copies = peak_weight_copies(actions, policy)
             gradients = sum(block.gradients for block in in_stage)
             optimizer = sum(block.optimizer for block in in_stage)
@@ -203,9 +209,8 @@ class MemoryPlan:
             place,
             (*self.layout.routes, *(route for route, _ in late)),
             [*message_sizes(plan, rows), *(size for _, size in late)],
+            update_bytes=() if late else self._exchanged_bytes(),
         )
-        if not late:
-            train = [a + b for a, b in zip(train, self._exchanged_bytes(), strict=True)]
         largest = plan.batch_splitter.largest_micro_batch
         count = math.ceil(plan.data.test.size / plan.layout.mesh.replicas / largest)
         forwards = [

@@ -59,6 +59,13 @@ class Schedule(Strategy, ABC):
         """
         return partition.assign_stages(costs, stages, transfers)
 
+    def check_places(self, place: Sequence[int]) -> None:
+        """Raise a `ConfigError` for places that this order cannot run, with the alternative.
+
+        The default accepts any; the proof refuses those that lead to a deadlock.
+        """
+        return
+
     @abstractmethod
     def plan(
         self,

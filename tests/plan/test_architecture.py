@@ -35,13 +35,15 @@ IMPORTS: dict[str, tuple[str, ...]] = {
         *(*FLAT, "schedules", "comm", "tasks", "models", "data", "block"),
         *("objectives", "syncs"),
     ),
-    "config": (*FLAT, "schedules", "tasks", "block", "objectives", "syncs"),
+    "tracking": FLAT,
+    "config": (*FLAT, "schedules", "tasks", "block", "objectives", "syncs", "tracking"),
     "checkpoint": (*FLAT, "comm", "block", "syncs", "config"),
     "planning": (
         *(*FLAT, "schedules", "tasks", "models", "data", "block", "objectives", "config"),
         "comm.wire_format",
     ),
-    "monitoring": (*FLAT, "schedules", "comm", "tasks", "checkpoint", "planning"),
+    "monitoring": (*FLAT, "schedules", "comm", "tasks", "tracking", "checkpoint", "planning"),
+    "run_report": (*FLAT, "checkpoint", "planning.formatting"),
 }
 """Packages that are not listed (`build`, `evaluate`, `train`, `cli`, ...) may import everything."""
 NO_TORCH = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -84,6 +85,7 @@ def measure(
     recompute: bool = False,
     fakes: bool = True,
     is_small: bool = False,
+    spec: BlockSpec = SPEC,
 ) -> tuple[BlockMemory, list[bool]]:
     """Return the memory of a block, and for each block that was made whether it was real."""
     make = OptimizerSettings(optimizer, {"lr": 0.1})
@@ -96,7 +98,7 @@ def measure(
     objective: Objective = OBJECTIVES["backprop"]()
     fake = partial(make_block, False) if fakes else None
     memory = measure_block_memory(
-        partial(make_block, True), fake, make, objective, [SPEC], 0, rows, is_small
+        partial(make_block, True), fake, make, objective, [spec], 0, rows, is_small
     )
     return memory, are_real
 
@@ -128,6 +130,12 @@ def test_a_small_block_is_run_for_real_with_all_rows(
     memory, are_real = measure(ROWS, *more, recompute=recompute, is_small=True)
     assert are_real == [True]
     assert memory == measure(ROWS, *more, recompute=recompute)[0]
+
+
+def test_further_inputs_of_a_sample_are_part_of_a_micro_batch() -> None:
+    alone, _ = measure(ROWS)
+    more, _ = measure(ROWS, spec=replace(SPEC, other_inputs=(((7,), torch.int64),)))
+    assert more.activations - alone.activations == ROWS * 7 * 8
 
 
 def test_a_block_that_reads_values_is_run_with_few_rows_and_extrapolated() -> None:
