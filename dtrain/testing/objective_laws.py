@@ -214,47 +214,44 @@ def _own_parameters(subject: _Subject) -> None:
         block, name = min(names)
         raise BrokenLaw(f"the {place} changes '{name}' of block {block}")
 
-    train(
-        subject.make_run(epochs=1),
-        prepare=lambda job: _ignore(watch_blocks(job.engine.blocks, on_fault)),
-    )
+    def watch(job: RankJob) -> None:
+        watch_blocks(job.engine.blocks, on_fault)
 
-
-def _ignore(_: object) -> None:
-    """Return None."""
+    train(subject.make_run(epochs=1), prepare=watch)
 
 
 def _isolation(subject: _Subject) -> str | None:
     objective, run = subject.objective, subject.make_run(epochs=1)
     routes, names = objective.routes(BLOCKS, "train"), dict[int, set[str]]()
-    checked = False
     plain = train(run, prepare=lambda job: names.update(_tensor_names(job)))
+    checked = False
     for source in range(1, BLOCKS):
         reached = reached_blocks(routes, source)
-        if objective.broadcast_buffers:
-            reached = set(range(BLOCKS))
-        for block in set(range(source)) - reached:
+        isolated = [] if objective.broadcast_buffers else sorted(set(range(source)) - reached)
+        if isolated:
             checked = True
             other = train(run, prepare=_change_block(source))
             labels = "two runs", f"one in which block {source} has other weights"
-            ours, theirs = (
-                {name: outcome.weights[0][name] for name in names[block]}
-                for outcome in (plain, other)
-            )
-            require_equal(ours, theirs, labels)
-            losses = (
-                {key: loss for key, loss in outcome.losses[0].items() if key.endswith(f" {block}")}
-                for outcome in (plain, other)
-            )
-            _require_equal_values(*losses, "the loss from update", labels)
+            for block in isolated:
+                ours, theirs = (_of_block(end, block, names[block]) for end in (plain, other))
+                require_equal(ours, theirs, labels)
     if checked:
         return None
     back = {route.name for route in routes if route.source.block > route.target.block}
     ways = [f"routes lead back ({', '.join(sorted(back))})"] if back else []
-    ways += (
-        ["broadcast_buffers copies those of the last block"] if objective.broadcast_buffers else []
-    )
+    ways += ["broadcast_buffers are those of the last block"] if objective.broadcast_buffers else []
     return f"every block learns from later ones: {'; '.join(ways)}"
+
+
+def _of_block(outcome: Outcome, block: int, names: set[str]) -> dict[str, Tensor]:
+    """Return the tensors and the losses of one block."""
+    tensors = {name: outcome.weights[0][name] for name in names}
+    losses = {
+        f"loss from update {key}": torch.tensor(loss, dtype=torch.float64)
+        for key, loss in outcome.losses[0].items()
+        if key.endswith(f" {block}")
+    }
+    return tensors | losses
 
 
 def _tensor_names(job: RankJob) -> dict[int, set[str]]:
@@ -339,6 +336,34 @@ LAWS: tuple[Law[_Subject], ...] = (
         _trained,
     ),
     Law(
+        "own-parameters",
+        "backward and update of a block change no parameter and no gradient of another block",
+        "a pair (tensor, cotangent) whose graph leads into another block: detach that tensor",
+        _own_parameters,
+    ),
+    Law(
+        "isolation",
+        "a block learns the same whatever the weights of later blocks, unless a route leads back",
+        "weights, outputs or losses of another block that are read from a global or from the "
+        "objective: send them by a route",
+        _isolation,
+    ),
+    Law(
+        "micro-batches",
+        "4 micro-batches train the same as 1, up to rounding",
+        "a signal that is not multiplied by micro_batch.loss_scale once; a loss that is a sum, or "
+        "a mean of means, instead of a mean over the rows; samples that depend on each other "
+        "(couples_samples says so)",
+        _micro_batches,
+    ),
+    Law(
+        "replicas",
+        "2 replicas that average their gradients train the same as 1, up to rounding",
+        "a signal that is not multiplied by micro_batch.loss_scale once; a loss that is a sum, or "
+        "a mean of means, instead of a mean over the rows",
+        _replicas,
+    ),
+    Law(
         "ranks",
         "1, 2 and 3 ranks train the same bits",
         f"{STATE}; random numbers of torch's generator instead of micro_batch.row_random; a "
@@ -358,34 +383,6 @@ LAWS: tuple[Law[_Subject], ...] = (
         _prediction,
     ),
     Law(
-        "replicas",
-        "2 replicas that average their gradients train the same as 1, up to rounding",
-        "a signal that is not multiplied by micro_batch.loss_scale once; a loss that is a sum, or "
-        "a mean of means, instead of a mean over the rows",
-        _replicas,
-    ),
-    Law(
-        "micro-batches",
-        "4 micro-batches train the same as 1, up to rounding",
-        "a signal that is not multiplied by micro_batch.loss_scale once; a loss that is a sum, or "
-        "a mean of means, instead of a mean over the rows; samples that depend on each other "
-        "(couples_samples says so)",
-        _micro_batches,
-    ),
-    Law(
-        "own-parameters",
-        "backward and update of a block change no parameter and no gradient of another block",
-        "a pair (tensor, cotangent) whose graph leads into another block: detach that tensor",
-        _own_parameters,
-    ),
-    Law(
-        "isolation",
-        "a block learns the same whatever the weights of later blocks, unless a route leads back",
-        "weights, outputs or losses of another block that are read from a global or from the "
-        "objective: send them by a route",
-        _isolation,
-    ),
-    Law(
         "resumed",
         "a run that is resumed from a checkpoint ends in the same bits as one without interruption",
         f"{STATE}; a tensor of the head that is no parameter and no buffer",
@@ -399,4 +396,4 @@ LAWS: tuple[Law[_Subject], ...] = (
         _memory,
     ),
 )
-"""The laws, in the order in which they are tested."""
+"""The laws, in the order in which they are tested: the one nearest to a cause comes first."""

@@ -145,10 +145,12 @@ def make_run(net: Net, strategies: Strategies, **changes: Any) -> RunConfig:
     }
     table |= {name.replace("_", "-"): value for name, value in changes.items()}
     run = parse_run(table, Path.cwd() / "testing.toml")
-    parts = {"objective": strategies.objective, "schedule": strategies.schedule}
-    parts |= {"sync": strategies.sync}
-    given = {name: part for name, part in parts.items() if part is not None}
-    run = replace(run, **given)  # type: ignore[arg-type]
+    parts: dict[str, Any] = {
+        "objective": strategies.objective,
+        "schedule": strategies.schedule,
+        "sync": strategies.sync,
+    }
+    run = replace(run, **{name: part for name, part in parts.items() if part is not None})
     validate_run(run)
     return run
 

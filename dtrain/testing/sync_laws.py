@@ -142,7 +142,7 @@ def _evaluation(subject: _Subject) -> None:
     for replica, history in enumerate(histories):
         if history.changed_by_evaluation:
             raise BrokenLaw(
-                f"evaluation_weights changes {history.changed_by_evaluation[0]} of replica {replica}"
+                f"evaluating changes {history.changed_by_evaluation[0]} of replica {replica}"
             )
     for update, ours in first.shown.items():
         for replica, history in enumerate(others, 1):

@@ -24,7 +24,7 @@ UPDATES, UPDATES_PER_EPOCH = 24, 4
 
 
 Snapshot = dict[str, Tensor]
-"""All that a checkpoint holds of one rank: tensors by "block/...", "optimizer/..." and "sync/..."."""
+"""What a checkpoint holds of one rank: tensors by "block/...", "optimizer/...", "sync/..."."""
 
 
 @dataclass
@@ -150,7 +150,7 @@ def _tensors_in(item: object, visited: dict[int, object]) -> Iterator[Tensor]:
 
 def clock_at(update: int, rows_per_replica: Sequence[float], **changes: Any) -> UpdateClock:
     """Return the clock of an update in a run of 100 updates in one epoch."""
-    fields = {
+    fields: dict[str, Any] = {
         "update": update,
         "epoch": 0,
         "updates_per_epoch": 100,
