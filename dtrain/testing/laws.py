@@ -93,12 +93,14 @@ class LawReport:
         return "\n".join(lines)
 
 
-CALLS = "calls"
-CALLS_STATEMENT = "all ranks make the same collective calls, and every message is received"
-CALLS_CAUSES = (
+CALLS: Law[Any] = Law(
+    "calls",
+    "all ranks make the same collective calls, and every message is received",
     "a collective call, or a message, that depends on the rank, on its samples or on the time; a "
-    "route that one end does not serve"
+    "route that one end does not serve",
+    lambda subject: None,
 )
+"""The law that every training tests."""
 
 
 def check_laws(subject_name: str, laws: Sequence[Law[SubjectT]], subject: SubjectT) -> LawReport:
@@ -109,19 +111,17 @@ def check_laws(subject_name: str, laws: Sequence[Law[SubjectT]], subject: Subjec
     LawError
         The first law that is broken.
     """
-    held, not_applicable = {CALLS: CALLS_STATEMENT}, {}
+    held, not_applicable = {CALLS.name: CALLS.statement}, {}
     for law in laws:
         try:
             with _unchanged_process():
                 reason = law.test(subject)
         except BrokenLaw as broken:
-            raise _law_error(subject_name, law.name, law.statement, str(broken), law.causes) from (
-                broken.__cause__
-            )
+            raise law_error(subject_name, law, str(broken)) from broken.__cause__
         except (HangError, CollectiveMismatch) as error:
-            raise _law_error(
-                subject_name, CALLS, CALLS_STATEMENT, str(error), CALLS_CAUSES
-            ) from error
+            raise law_error(subject_name, CALLS, str(error)) from error
+        except LawError:
+            raise
         except Exception as error:
             error.add_note(f"[{subject_name}, law '{law.name}': {law.statement}]")
             raise
@@ -130,6 +130,15 @@ def check_laws(subject_name: str, laws: Sequence[Law[SubjectT]], subject: Subjec
         else:
             not_applicable[law.name] = reason
     return LawReport(subject_name, held, not_applicable)
+
+
+def law_error(subject_name: str, law: Law[Any], figures: str) -> LawError:
+    """Return the error of a strategy that breaks a law."""
+    return LawError(
+        f"law.{law.name}",
+        f"{subject_name} breaks the law '{law.name}': {law.statement}\n"
+        f"  found: {figures}\n  usual cause: {law.causes}",
+    )
 
 
 def load_strategy(section: str, strategy: object) -> tuple[str, Any]:
@@ -244,14 +253,6 @@ def _unchanged_process() -> Iterator[None]:
         torch.set_num_threads(threads)
         torch.set_rng_state(state)
         sys.path[:] = path
-
-
-def _law_error(subject_name: str, name: str, statement: str, figures: str, causes: str) -> LawError:
-    return LawError(
-        f"law.{name}",
-        f"{subject_name} breaks the law '{name}': {statement}\n"
-        f"  found: {figures}\n  usual cause: {causes}",
-    )
 
 
 def _list_items(items: Mapping[str, str], width: int) -> list[str]:

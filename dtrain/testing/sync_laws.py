@@ -6,10 +6,12 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dtrain.comm.backends.threads import run_ranks
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
+from dtrain.errors import NumericalError
 from dtrain.objectives import MonoForward
 from dtrain.syncs import PeriodicSync, Sync, SyncTraits
 from dtrain.testing.laws import (
@@ -17,6 +19,7 @@ from dtrain.testing.laws import (
     Law,
     LawReport,
     check_laws,
+    law_error,
     load_strategy,
     require_close,
     require_equal,
@@ -63,13 +66,14 @@ def check_sync(sync: Sync | type[Sync] | str) -> LawReport:
         The first law that is broken, with figures and the usual cause.
     """
     name, instance = load_strategy("sync", sync)
-    return check_laws(name, LAWS, _Subject(instance))
+    return check_laws(name, LAWS, _Subject(name, instance))
 
 
 @dataclass
 class _Subject:
     """A sync, and the runs of it that several laws compare."""
 
+    name: str
     sync: Sync
     _histories: dict[str, list[BlockHistory]] = field(default_factory=dict)
     _outcomes: dict[tuple[int, int], Outcome] = field(default_factory=dict)
@@ -102,9 +106,18 @@ class _Subject:
     def outcome(self, stages: int, replicas: int) -> Outcome:
         """Train once for all laws that compare this run; each replica has a node."""
         if (stages, replicas) not in self._outcomes:
-            hosts = [f"n{rank // stages}" for rank in range(stages * replicas)]
-            self._outcomes[stages, replicas] = train(self.make_run(), stages, replicas, hosts=hosts)
+            self._outcomes[stages, replicas] = self.train(stages, replicas)
         return self._outcomes[stages, replicas]
+
+    def train(self, stages: int, replicas: int, **options: Any) -> Outcome:
+        """Train the small run in debug mode, which compares replicas that are in sync."""
+        hosts = [f"n{rank // stages}" for rank in range(stages * replicas)]
+        try:
+            return train(self.make_run(), stages, replicas, hosts=hosts, **options)
+        except NumericalError as error:
+            if error.key == "sync.replicas-differ":
+                raise law_error(self.name, IN_SYNC, error.message) from error
+            raise
 
 
 # ---- the laws
@@ -177,22 +190,23 @@ def _due(subject: _Subject) -> str | None:
     if not isinstance(subject.sync, PeriodicSync):
         return "it is no PeriodicSync"
     answers = run_ranks(3, lambda comm: _is_due(comm, subject.sync), hosts=list(HOSTS))
-    for replica, (first, again) in enumerate(answers):
-        for update, due in enumerate(answers[0][0]):
-            if {first[update], again[update]} != {due}:
+    for replica, own_answers in enumerate(answers):
+        for update, due in enumerate(own_answers):
+            expected = answers[0][update][0]
+            if due != [expected] * len(due):
                 raise BrokenLaw(
-                    f"is_due after update {update} is {due} at first on replica 0, and "
-                    f"{first[update]} or {again[update]} on replica {replica}"
+                    f"is_due after update {update} is {expected} at first on replica 0, and "
+                    f"{' then '.join(map(str, due))} on replica {replica}"
                 )
     return None
 
 
 def _is_due(comm: Comm, sync: Sync) -> list[list[bool]]:
-    """Return what `is_due` returns for the same clocks, twice."""
+    """Return for each update what `is_due` returns, twice."""
     own_sync, _ = attach_block(comm, sync)
     assert isinstance(own_sync, PeriodicSync)
     clocks = [clock_at(update, (2, 2, 1)) for update in range(UPDATES)]
-    return [[bool(own_sync.is_due(clock)) for clock in clocks] for _ in range(2)]
+    return [[bool(own_sync.is_due(clock)) for _ in range(2)] for clock in clocks]
 
 
 def _memory(subject: _Subject) -> str | None:
@@ -239,13 +253,20 @@ def _stages(subject: _Subject) -> None:
 def _resumed(subject: _Subject) -> None:
     whole = subject.outcome(1, 2)
     with tempfile.TemporaryDirectory() as name:
-        folder, run = Path(name), subject.make_run()
-        train(run, 1, 2, hosts="ab", folder=folder, stop_after=1)
-        parts = train(run, 1, 2, hosts="ab", folder=folder)
+        folder = Path(name)
+        subject.train(1, 2, folder=folder, stop_after=1)
+        parts = subject.train(1, 2, folder=folder)
     names = "a run without interruption", "one that was resumed after an epoch"
     require_equal(whole.weights[0], parts.weights[0], names)
 
 
+IN_SYNC: Law[_Subject] = Law(
+    "in-sync",
+    "all replicas hold the same parameters, to the bit, wherever in_sync is True",
+    "in_sync that stays True when a replica steps alone: set it in after_update; a mean that "
+    "not all replicas take",
+    _in_sync,
+)
 LAWS: tuple[Law[_Subject], ...] = (
     Law(
         "due",
@@ -253,13 +274,7 @@ LAWS: tuple[Law[_Subject], ...] = (
         "is_due that depends on the rank, on a time, or on a counter of its calls",
         _due,
     ),
-    Law(
-        "in-sync",
-        "all replicas hold the same parameters, to the bit, wherever in_sync is True",
-        "in_sync that stays True when a replica steps alone: set it in after_update; a mean that "
-        "not all replicas take",
-        _in_sync,
-    ),
+    IN_SYNC,
     Law(
         "never-diverge",
         "replicas are equal at the end of every segment, if the traits say that they never diverge",
