@@ -105,6 +105,14 @@ class _Shape(NamedTuple):
         return self.blocks * (micros * per_micro + len(self.micro_batches[0]))
 
 
+class _Proof(NamedTuple):
+    """The plans of the first replica, and the proof of all plans, or its error."""
+
+    shape: _Shape
+    plans: list[list[Action]]
+    result: ScheduleReport | PlanError | ConfigError
+
+
 @dataclass
 class _Subject:
     """A schedule, its proofs, and the runs of it that several laws compare."""
@@ -145,19 +153,22 @@ class _Subject:
         return tuple(self.schedule.assign_stages([1] * shape.blocks, shape.stages))
 
     @cached_property
-    def proofs(self) -> list[tuple[_Shape, ScheduleReport | PlanError | ConfigError]]:
+    def proofs(self) -> list[_Proof]:
         """The proof of every shape, or the error."""
-        return [(shape, self._prove(shape)) for shape in self.shapes()]
+        return [self._prove(shape) for shape in self.shapes()]
 
-    def _prove(self, shape: _Shape) -> ScheduleReport | PlanError | ConfigError:
+    def _prove(self, shape: _Shape) -> _Proof:
+        plans: list[list[Action]] = []
         try:
-            for plan in self.plans(shape):
-                if len(plan) > 2 * shape.actions:
-                    return PlanError("plan.endless", f"a plan has more than {len(plan)} actions")
+            plans = self.plans(shape)
+            longest = max(map(len, plans))
+            if longest > 2 * shape.actions:
+                raise PlanError("plan.endless", f"a plan has more than {longest} actions")
             place, routes = self.place(shape), shape.routes
-            return verify_schedule(self.schedule, place, shape.micro_batches, routes)
+            result = verify_schedule(self.schedule, place, shape.micro_batches, routes)
+            return _Proof(shape, plans, result)
         except (PlanError, ConfigError) as error:
-            return error
+            return _Proof(shape, plans, error)
 
     @cached_property
     def micro_batches(self) -> int:
@@ -231,7 +242,7 @@ def _pure(subject: _Subject) -> str | None:
 
 def _complete(subject: _Subject) -> None:
     _require_proofs(subject, deadlocks=False)
-    errors = [result for _, result in subject.proofs if isinstance(result, ConfigError)]
+    errors = [result for _, _, result in subject.proofs if isinstance(result, ConfigError)]
     if len(errors) == len(subject.proofs):
         raise BrokenLaw(f"all {len(errors)} shapes are refused, the first so: {errors[0]}")
 
@@ -242,7 +253,7 @@ def _deadlock(subject: _Subject) -> None:
 
 def _require_proofs(subject: _Subject, *, deadlocks: bool) -> None:
     """Raise `BrokenLaw` for the first shape that cannot be proved for this reason."""
-    for shape, result in subject.proofs:
+    for shape, _, result in subject.proofs:
         if isinstance(result, PlanError) and (result.key == "plan.deadlock") == deadlocks:
             raise BrokenLaw(f"{result} [{shape}]") from result
 
@@ -250,7 +261,7 @@ def _require_proofs(subject: _Subject, *, deadlocks: bool) -> None:
 def _fresh(subject: _Subject) -> str | None:
     if subject.schedule.asynchronous:
         return "it says that it is asynchronous"
-    for shape, result in subject.proofs:
+    for shape, _, result in subject.proofs:
         if isinstance(result, ScheduleReport) and any(result.staleness):
             raise BrokenLaw(
                 f"backwards are up to {max(result.staleness)} updates after their forwards: {shape}"
@@ -261,10 +272,10 @@ def _fresh(subject: _Subject) -> str | None:
 def _attributes(subject: _Subject) -> None:
     schedule = subject.schedule
     legal = set(SPLIT_KINDS if schedule.splits_backward else UNSPLIT_KINDS)
-    for shape, result in subject.proofs:
+    for shape, plans, result in subject.proofs:
         if not isinstance(result, ScheduleReport):
             continue
-        for stage, plan in enumerate(subject.plans(shape)):
+        for stage, plan in enumerate(plans):
             kinds = {action.kind for action in plan} - legal
             if kinds:
                 raise BrokenLaw(

@@ -39,6 +39,10 @@ IMPORTS: dict[str, tuple[str, ...]] = {
         "comm.wire_format",
     ),
     "monitoring": (*FLAT, "schedules", "comm", "tasks", "checkpoint", "planning"),
+    "testing": (
+        *(*FLAT, "schedules", "comm", "data", "block", "objectives", "syncs", "config"),
+        *("checkpoint", "planning", "build", "evaluation"),
+    ),
 }
 """Packages that are not listed (`build`, `evaluate`, `train`, `cli`, ...) may import everything."""
 NO_TORCH = ("errors", "schema", "user_code", "partition", "mesh", "schedules")
