@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar, final
+from dataclasses import dataclass, field
+from typing import ClassVar, dataclass_transform, final
 
 from dtrain.errors import ConfigError
 from dtrain.schema import Strategy
 
 
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
 @dataclass(frozen=True)
 class LRSchedule(Strategy, ABC):
     """A schedule of learning rates. Fields of a subclass are its keys in the run file.
