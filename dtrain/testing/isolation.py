@@ -13,14 +13,16 @@ ParameterName = tuple[int, str]
 
 
 def watch_blocks(
-    blocks: Mapping[int, Block], on_fault: Callable[[str, set[ParameterName]], None]
+    blocks: Mapping[int, Block],
+    on_fault: Callable[[str, set[ParameterName]], None] = lambda place, names: None,
 ) -> set[ParameterName]:
-    """Watch backward and update of all blocks; return the set to which changed parameters are
-    added.
+    """Watch backward and update of all blocks; return the set of parameters that they change.
+
+    A parameter whose gradient changes counts as changed. The set grows while the blocks train.
 
     Parameters
     ----------
-    on_fault : callable
+    on_fault : callable, optional
         Called with "backward of block 1" and the like, and with the parameters of other blocks that
         it has changed: gradients or weights.
     """

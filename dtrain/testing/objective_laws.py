@@ -6,11 +6,12 @@ import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dtrain.build import RankJob
 from dtrain.errors import NumericalError
@@ -130,10 +131,43 @@ class _Subject:
             if not SCHEDULES[name].asynchronous and SCHEDULES[name]().supports_all(routes)
         ]
 
-    def coupling(self) -> str | None:
-        """Return the reason for which results depend on how samples are grouped, if they do."""
+    @cached_property
+    def grouping(self) -> str | None:
+        """The reason for which results depend on how samples are grouped, None if they do not."""
         layers = make_plan(self.make_run(), 1).layout.coupling_layers
-        return f"{', '.join(layers)}: couples the samples of a micro-batch" if layers else None
+        if layers:
+            return f"the samples of a micro-batch are coupled by {', '.join(layers)}"
+        heads = self._random_heads()
+        return (
+            f"every micro-batch has other random numbers in {', '.join(heads)}" if heads else None
+        )
+
+    def _random_heads(self) -> list[str]:
+        """Return the heads whose forward draws from torch's generator, as dropout does."""
+        names: set[str] = set()
+
+        def watch(job: RankJob) -> None:
+            for index, block in job.engine.blocks.items():
+                if block.head is not None:
+                    _watch_generator(block.head, partial(names.add, f"heads.{index}"))
+
+        train(self.make_run(epochs=1), prepare=watch)
+        return sorted(names)
+
+
+def _watch_generator(head: nn.Module, on_draw: Callable[[], None]) -> None:
+    """Call `on_draw` after each forward of a head that has drawn random numbers."""
+    states: list[Tensor] = []
+
+    def before(*_: object) -> None:
+        states.append(torch.get_rng_state())
+
+    def after(*_: object) -> None:
+        if not torch.equal(states.pop(), torch.get_rng_state()):
+            on_draw()
+
+    head.register_forward_pre_hook(before)
+    head.register_forward_hook(after)
 
 
 # ---- the laws
@@ -150,18 +184,20 @@ def _finite(subject: _Subject) -> None:
 
 
 def _trained(subject: _Subject) -> None:
-    initial: dict[str, Tensor] = {}
+    needed: set[ParameterName] = set()
+    changed: list[set[ParameterName]] = []
 
-    def copy_weights(job: RankJob) -> None:
-        for block in job.engine.blocks.values():
-            for name, parameter in block.parameters.items():
-                if parameter.requires_grad:
-                    initial[name] = parameter.detach().clone()
+    def watch(job: RankJob) -> None:
+        blocks = job.engine.blocks
+        changed.append(watch_blocks(blocks))
+        for index, block in blocks.items():
+            names = (name for name, p in block.parameters.items() if p.requires_grad)
+            needed.update((index, name) for name in names)
 
-    trained = train(subject.make_run(), prepare=copy_weights).weights[0]
-    same = [name for name, tensor in initial.items() if torch.equal(tensor, trained[name])]
-    if same:
-        raise BrokenLaw(f"after two epochs {', '.join(same)} are what they were at the start")
+    train(subject.make_run(), prepare=watch)
+    missing = sorted(needed - changed[0])
+    if missing:
+        raise BrokenLaw(f"no update has a gradient of {', '.join(name for _, name in missing)}")
 
 
 def _ranks(subject: _Subject) -> None:
@@ -190,7 +226,7 @@ def _prediction(subject: _Subject) -> None:
 
 
 def _replicas(subject: _Subject) -> str | None:
-    reason = subject.coupling()
+    reason = subject.grouping
     if reason is None:
         one, two = subject.outcome(), subject.outcome(stages=3, replicas=2)
         require_close(one.weights[0], two.weights[0], ("1 replica", "2 replicas"))
@@ -198,7 +234,7 @@ def _replicas(subject: _Subject) -> str | None:
 
 
 def _micro_batches(subject: _Subject) -> str | None:
-    reason = subject.coupling()
+    reason = subject.grouping
     if reason is not None:
         return reason
     if not subject.synchronous:
@@ -330,7 +366,7 @@ LAWS: tuple[Law[_Subject], ...] = (
     ),
     Law(
         "trained",
-        "every parameter that needs a gradient changes in training",
+        "every parameter that needs a gradient gets one in two epochs",
         "a head that backward_pairs does not use; a detached output; a parameter that should be a "
         "buffer",
         _trained,

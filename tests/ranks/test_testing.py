@@ -74,6 +74,20 @@ class Numbers(MonoForward):
         return None if task.kind == "values" else "needs numbers"
 
 
+class Dropping(Focal):
+    """Heads with dropout: every micro-batch has its own random numbers."""
+
+    def build_head(self, block: BlockSpec) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), super().build_head(block))
+
+
+class Normalised(Focal):
+    """Heads with batch statistics; the bias before them has a gradient of 0."""
+
+    def build_head(self, block: BlockSpec) -> nn.Module:
+        return nn.Sequential(super().build_head(block), nn.BatchNorm1d(block.classes))
+
+
 class Undefined(Focal):
     """A loss that is not finite."""
 
@@ -194,6 +208,8 @@ ALL_OBJECTIVE_LAWS = {
     [
         (Focal(gamma=1.0), set()),
         (f"{__name__}:Numbers", set()),
+        (Dropping, {"micro-batches", "replicas"}),
+        (Normalised(), {"micro-batches", "replicas"}),
         ("man", {"isolation"}),
     ],
 )
