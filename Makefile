@@ -30,9 +30,9 @@ ifeq ($(filter wheel site,$(MPI)),)
 $(error MPI=$(MPI) is unknown: give MPI=wheel (Open MPI inside .venv) or MPI=site (the MPI you loaded))
 endif
 ifeq ($(MPI),wheel)
-EXTRAS = mpi,demo,export,images,plots,terminal,test
+EXTRAS = mpi,demo,export,images,plots,report,terminal,test
 else
-EXTRAS = demo,export,images,plots,terminal,test
+EXTRAS = demo,export,images,plots,report,terminal,test
 endif
 
 # Another choice, or a folder that was moved (scripts in .venv hold its path): start anew.

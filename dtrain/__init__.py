@@ -1,1 +1,116 @@
-"""dtrain: data-, pipeline- and layer-parallel local learning over MPI."""
+"""dtrain: data-, pipeline- and layer-parallel local learning over MPI.
+
+::
+
+    import dtrain
+
+    run = dtrain.Run(model=net, data=dtrain.data.digits(), mesh=dtrain.Mesh(stages=2),
+                     optimizer=dtrain.Optimizer("adam", lr=1e-3), epochs=8)
+    print(dtrain.plan(run, ranks=2))
+    result = dtrain.train(run, out="runs/mine")
+
+A script runs on one rank as `python script.py`, on more under `mpirun` or `srun`, and on this host
+as `dtrain run script.py --ranks N`.
+
+Importing this package loads neither torch nor MPI: names are resolved when they are used. MPI
+starts in the first function that needs it, or in `init`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dtrain import data, objectives, schedules, syncs
+    from dtrain.api import Metrics, Result, RunPlan, evaluate, export, plan, predict, train
+    from dtrain.config.sections import Checkpoint, Evaluate, Log, Mesh, Partition
+    from dtrain.errors import (
+        CheckpointError,
+        ConfigError,
+        DataError,
+        DtrainError,
+        HangError,
+        Interrupted,
+        NumericalError,
+        RankLostError,
+    )
+    from dtrain.objectives.block_spec import BlockSpec
+    from dtrain.rank_process import init
+    from dtrain.run import Optimizer, Run
+    from dtrain.run_report.page import report
+    from dtrain.session import Event, Session
+    from dtrain.tasks.task import Task
+
+_MODULES = ("data", "objectives", "schedules", "syncs")
+
+_HOMES = {
+    **dict.fromkeys(("Metrics", "Result", "RunPlan"), "dtrain.api"),
+    **dict.fromkeys(("evaluate", "export", "plan", "predict", "train"), "dtrain.api"),
+    **dict.fromkeys(
+        ("Checkpoint", "Evaluate", "Log", "Mesh", "Partition"), "dtrain.config.sections"
+    ),
+    **dict.fromkeys(
+        (
+            *("CheckpointError", "ConfigError", "DataError", "DtrainError", "HangError"),
+            *("Interrupted", "NumericalError", "RankLostError"),
+        ),
+        "dtrain.errors",
+    ),
+    "BlockSpec": "dtrain.objectives.block_spec",
+    "init": "dtrain.rank_process",
+    "report": "dtrain.run_report.page",
+    **dict.fromkeys(("Optimizer", "Run"), "dtrain.run"),
+    **dict.fromkeys(("Event", "Session"), "dtrain.session"),
+    "Task": "dtrain.tasks.task",
+}
+"""The module of every public name."""
+
+__all__ = [
+    "BlockSpec",
+    "Checkpoint",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DtrainError",
+    "Evaluate",
+    "Event",
+    "HangError",
+    "Interrupted",
+    "Log",
+    "Mesh",
+    "Metrics",
+    "NumericalError",
+    "Optimizer",
+    "Partition",
+    "RankLostError",
+    "Result",
+    "Run",
+    "RunPlan",
+    "Session",
+    "Task",
+    "data",
+    "evaluate",
+    "export",
+    "init",
+    "objectives",
+    "plan",
+    "predict",
+    "report",
+    "schedules",
+    "syncs",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"dtrain.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dtrain' has no attribute '{name}'")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

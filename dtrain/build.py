@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 
 from dtrain.block.block import Block
 from dtrain.block.device import keep_freed_memory, select_device
+from dtrain.checkpoint.resume import STRUCTURE
 from dtrain.comm.agree import all_or_none
 from dtrain.comm.buffers import describe_tensor
 from dtrain.comm.communicator import Comm
@@ -155,13 +157,13 @@ def _equalise_replicas(blocks: Mapping[int, Block], groups: ProcessGroups) -> li
 
 
 def _model_fingerprint(blocks: Mapping[int, Block], groups: ProcessGroups) -> dict[str, str]:
-    """Return shape and dtype of the tensors of all stages, by name. Collective over all ranks."""
-    own_tensors = {
-        name: describe_tensor(tensor)
-        for block in blocks.values()
-        for name, tensor in block.tensors().items()
-    }
-    rows = groups.pipeline.allgather_object(own_tensors)
+    """Return shape and dtype of the tensors of all stages, by name, and the structure of the
+    layers. Collective over all ranks."""
+    own_texts = {STRUCTURE: f"dtrain {version('dtrain')}, torch {torch.__version__}"}
+    for block in blocks.values():
+        own_texts |= {name: describe_tensor(tensor) for name, tensor in block.tensors().items()}
+        own_texts |= {STRUCTURE + name: text for name, text in block.structure().items()}
+    rows = groups.pipeline.allgather_object(own_texts)
     return {name: text for row in rows for name, text in sorted(row.items())}
 
 

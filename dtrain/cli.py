@@ -1,8 +1,8 @@
-"""The command line: `dtrain train`, `evaluate`, `export`, `plan`, `flight` and `data import`.
+"""The command line: `dtrain train`, `run`, `evaluate`, `predict`, `export`, `plan` and others.
 
-Invariant: a command imports torch or MPI only when it needs it, and only `train` and `evaluate`
-import MPI. A `DtrainError` is one message from one rank and its exit code; any other exception is
-a traceback.
+Invariant: a command imports torch or MPI only when it needs it, and only `train`, `run`, `evaluate`
+and `predict` import MPI. Commands call the functions of `import dtrain`. A `DtrainError` is one
+message from one rank and its exit code; any other exception is a traceback.
 """
 
 from __future__ import annotations
@@ -10,20 +10,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
-import time
-import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-from dtrain.comm.flight_recorder import dump_stacks_on, print_error
+import dtrain
+from dtrain import cli_run_folders
 from dtrain.comm.launcher import detect_launcher, start_ranks
-from dtrain.errors import ConfigError, DtrainError, Interrupted
+from dtrain.errors import ConfigError, DtrainError
 
 if TYPE_CHECKING:
     from dtrain.comm.communicator import Comm
@@ -38,11 +33,6 @@ ArgvBuilder = Callable[[argparse.Namespace], list[str]]
 RankWork = Callable[[argparse.Namespace, "Comm"], None]
 
 
-ABORT_DELAY_S = 0.5
-"""Seconds that a stopped rank leaves the others to write their records before it aborts the job;
-mpirun kills them about a second after its SIGTERM."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code.
 
@@ -53,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         infinite; 5 a checkpoint is damaged or incomplete; 6 ranks hang; 7 a rank was lost;
         128 + n ended by signal n.
     """
-    options = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    own_words, script_words = _split_script_words(words)
+    options = _parser().parse_args(own_words)
+    options.arguments = script_words
     try:
         code: int = options.command(options)
         return code
@@ -65,14 +58,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _split_script_words(words: list[str]) -> tuple[list[str], list[str]]:
+    """Return the words of dtrain, and those after ``--``, which belong to the script of `run`."""
+    if words[:1] != ["run"] or "--" not in words:
+        return words, []
+    end = words.index("--")
+    return words[:end], words[end + 1 :]
+
+
 def _parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = argparse.ArgumentParser(prog="dtrain", description="MPI-distributed local learning")
-    parser.add_argument("--version", action="version", version=f"dtrain {version('dtrain')}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and leave")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_rank_commands(commands)
     _add_local_commands(commands)
+    cli_run_folders.add_commands(commands)
     return parser
+
+
+class _Version(argparse.Action):
+    """Print the version, which is looked up only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"dtrain {version('dtrain')}")
+        parser.exit()
 
 
 def _add_rank_commands(commands: Commands) -> None:
@@ -90,6 +102,14 @@ def _add_rank_commands(commands: Commands) -> None:
     )
     _add_rank_arguments(train, _train_argv, _train)
 
+    script = commands.add_parser(
+        "run",
+        help="run your own script on ranks",
+        usage="dtrain run [-h] [--ranks N] SCRIPT.py [-- ARG ...]",
+    )
+    script.add_argument("script", type=Path, metavar="SCRIPT.py")
+    _add_rank_arguments(script, _script_argv, _run_script)
+
     evaluate = commands.add_parser("evaluate", help="test the newest checkpoint of a run")
     evaluate.add_argument("folder", type=Path, metavar="DIR", help="run folder")
     _add_overrides(evaluate, "other data: data.test=FILE.h5")
@@ -98,6 +118,20 @@ def _add_rank_commands(commands: Commands) -> None:
     )
     evaluate.add_argument("--json", action="store_true", help="print plain values")
     _add_rank_arguments(evaluate, _evaluate_argv, _evaluate)
+    _add_predict(commands)
+
+
+def _add_predict(commands: Commands) -> None:
+    predict = commands.add_parser("predict", help="write the outputs for samples to HDF5")
+    predict.add_argument("folder", type=Path, metavar="DIR", help="run folder")
+    predict.add_argument(
+        "data",
+        metavar="DATA",
+        help="file.h5 with x, file.npy, or train or test: a split of the run",
+    )
+    predict.add_argument("out", type=Path, metavar="OUT.h5")
+    _add_overrides(predict, "other data: data.test=FILE.h5")
+    _add_rank_arguments(predict, _predict_argv, _predict)
 
 
 def _add_local_commands(commands: Commands) -> None:
@@ -185,89 +219,93 @@ def _run_on_ranks(options: argparse.Namespace) -> int:
     if options.ranks is None:
         return _run_rank(options)
     argv = [sys.executable, "-P", "-m", "dtrain", *options.build_argv(options)]
-    argv += [argument for pair in options.set for argument in ("--set", pair)]
     return start_ranks(options.ranks, argv, os.environ)
 
 
 def _train_argv(options: argparse.Namespace) -> list[str]:
     """Return the command line of a rank that trains."""
-    argv = ["train", str(options.run), "--resume", options.resume]
+    argv = ["train", str(options.run), "--resume", options.resume, *_overrides_argv(options)]
     return argv if options.out is None else [*argv, "--out", str(options.out)]
 
 
 def _evaluate_argv(options: argparse.Namespace) -> list[str]:
     """Return the command line of a rank that evaluates."""
-    argv = ["evaluate", str(options.folder), "--split", options.split]
+    argv = ["evaluate", str(options.folder), "--split", options.split, *_overrides_argv(options)]
     return [*argv, "--json"] if options.json else argv
+
+
+def _predict_argv(options: argparse.Namespace) -> list[str]:
+    """Return the command line of a rank that predicts."""
+    words = [str(options.folder), options.data, str(options.out)]
+    return ["predict", *words, *_overrides_argv(options)]
+
+
+def _script_argv(options: argparse.Namespace) -> list[str]:
+    """Return the command line of a rank that runs a script."""
+    return ["run", str(options.script), "--", *options.arguments]
+
+
+def _overrides_argv(options: argparse.Namespace) -> list[str]:
+    return [argument for override in options.set for argument in ("--set", override)]
 
 
 def _run_rank(options: argparse.Namespace) -> int:
     """Do the work of one rank; end the job if this rank alone fails."""
-    from dtrain.comm import world
+    from dtrain.rank_process import report_error
 
-    dump_stacks_on(signal.SIGUSR1)  # its default action would end a rank that starts
-    comm = world()  # MPI comes before torch
-    _install_signal_handlers(comm)
+    comm = dtrain.init()  # MPI comes before torch
     try:
         options.work(options, comm)
-    except DtrainError as error:
-        if error.on_all_ranks and comm.rank:
-            return error.code
-        print_error(f"dtrain: {error.text_with_key()}")
-        if not error.on_all_ranks:
-            comm.abort(error.code)
-        return error.code
-    except Interrupted as stop:
-        if not stop.quiet:
-            print_error(f"dtrain: {stop}")
-        if comm.size > 1:
-            time.sleep(ABORT_DELAY_S)
-        comm.abort(stop.code)
-    except BaseException:
-        with suppress(OSError, ValueError):
-            traceback.print_exc()
-        comm.abort(1)
+    except SystemExit:
+        raise
+    except BaseException as error:
+        return report_error(error, comm)
     return 0
 
 
 def _train(options: argparse.Namespace, comm: Comm) -> None:
     """Train, as one rank."""
-    from dtrain.comm.agree import all_or_none
-    from dtrain.config.parse import read_run
-    from dtrain.training import train
+    from dtrain.api import read_together
 
-    run = all_or_none(comm, lambda: read_run(options.run, options.set))
-    _check_launcher(run.mesh.stages, comm.size, options.run)
-    train(run, comm, options.out or Path("runs") / options.run.stem, options.resume)
+    run = read_together(options.run, options.set, comm)
+    _check_launcher(run.config.stages, comm.size, options.run)
+    out = options.out or Path("runs") / options.run.stem
+    dtrain.train(run, out, resume=options.resume, exact_mesh=True)
+
+
+def _run_script(options: argparse.Namespace, comm: Comm) -> None:
+    """Run a user's script, as one rank."""
+    import runpy
+
+    if not options.script.is_file():
+        raise ConfigError(
+            "run.no-script", f"there is no script {options.script}", on_all_ranks=True
+        )
+    sys.argv = [str(options.script), *options.arguments]
+    sys.path.insert(0, str(options.script.resolve().parent))
+    try:
+        runpy.run_path(str(options.script), run_name="__main__")
+    except BaseException as error:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_frame.f_code.co_filename != str(options.script):
+            trace = trace.tb_next
+        raise error.with_traceback(trace) from error.__cause__
 
 
 def _evaluate(options: argparse.Namespace, comm: Comm) -> None:
     """Evaluate, as one rank; rank 0 prints."""
-    from dtrain.evaluation import evaluate_run
     from dtrain.monitoring.summary import evaluation_text
 
-    result = evaluate_run(options.folder, comm, options.split, options.set)
+    result = dtrain.evaluate(options.folder, options.split, set=options.set).record
     if comm.rank == 0:
         print(json.dumps(result, indent=2) if options.json else evaluation_text(result).rstrip())
 
 
-def _install_signal_handlers(comm: Comm) -> None:
-    """Write a flight record on SIGUSR1; on SIGINT and SIGTERM write one and raise `Interrupted`.
-
-    The exception unlocks the run folder on its way out.
-    """
-
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        for signal_number in (signal.SIGINT, signal.SIGTERM):  # launchers send it twice
-            signal.signal(signal_number, signal.SIG_IGN)
-        interrupted = Interrupted(number, quiet=comm.rank > 0)
-        if comm.flight.folder is not None:  # before the exception ends the waits it records
-            comm.flight.dump(f"Stopped: {interrupted}", frame)
-        raise interrupted
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    comm.flight.dump_on_signal(signal.SIGUSR1)
+def _predict(options: argparse.Namespace, comm: Comm) -> None:
+    """Predict, as one rank; rank 0 writes."""
+    dtrain.predict(options.folder, options.data, options.out, set=options.set)
+    if comm.rank == 0:
+        print(f"outputs   {options.out}")
 
 
 def _check_launcher(stages: int | None, ranks: int, run_file: Path) -> None:
@@ -284,19 +322,11 @@ def _check_launcher(stages: int | None, ranks: int, run_file: Path) -> None:
 
 def _plan(options: argparse.Namespace) -> int:
     """Print the plan of a run."""
-    from dtrain.config.parse import read_run
-    from dtrain.planning import report
-    from dtrain.planning.cost_file import read_cost_file
-    from dtrain.planning.plan import make_plan
-
-    cost_file = None if options.costs is None else read_cost_file(options.costs)
-    plan = make_plan(read_run(options.run, options.set), options.ranks)
+    run = dtrain.Run.read(options.run, options.set)
+    plan = dtrain.plan(run, options.ranks, costs=options.costs, exact_mesh=True)
     if options.plot is not None:
-        _write_plot(options.plot, report.plan_svg(plan, cost_file))
-    if options.json:
-        print(json.dumps(report.plan_table(plan, cost_file), indent=2))
-    else:
-        print(report.plan_text(plan, cost_file), end="")
+        _write_plot(options.plot, plan.svg())
+    print(json.dumps(plan.table, indent=2) if options.json else str(plan).rstrip())
     return 0
 
 
@@ -319,10 +349,16 @@ def _flight(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     """Write a state dict and print its size."""
-    from dtrain.checkpoint.export import export, statistics_path
+    from dtrain.checkpoint.export import statistics_path
 
     normalises = options.with_normalisation
-    state = export(options.folder, options.out, options.heads, options.factors, normalises)
+    state = dtrain.export(
+        options.folder,
+        options.out,
+        heads=options.heads,
+        factors=options.factors,
+        with_normalisation=normalises,
+    )
     count = sum(tensor.numel() for tensor in state.values())
     print(f"{options.out}: {len(state)} tensors, {count:,} numbers")
     statistics = statistics_path(options.out)

@@ -107,7 +107,11 @@ def evaluation_batches(size: int, batch_splitter: BatchSplitter) -> list[Indices
 
 
 def evaluate_run(
-    folder: Path, comm: Comm, split: SplitName = "test", overrides: Sequence[str] = ()
+    folder: Path,
+    comm: Comm,
+    split: SplitName = "test",
+    overrides: Sequence[str] = (),
+    run: RunConfig | None = None,
 ) -> dict[str, Any]:
     """Evaluate the newest complete checkpoint of a run. Collective over `comm`.
 
@@ -121,6 +125,8 @@ def evaluate_run(
         "test" or "train"; samples are read in order, without augmentation.
     overrides : sequence of str
         ``KEY=VALUE``: keys of [data], `device` or `threads`.
+    run : RunConfig, optional
+        In place of the folder's `run.toml`, where that names objects that cannot be imported.
 
     Raises
     ------
@@ -131,9 +137,28 @@ def evaluate_run(
     DataError
         The data are missing or do not fit the model.
     """
-    run = all_or_none(comm, lambda: _read_run(folder, overrides))
-    set_threads(run, comm)
-    plan = all_or_none(comm, lambda: make_plan(_fit_stages(run, comm.size), comm.size))
+    job, manifest = load_checkpoint(folder, comm, overrides, run)
+    plan = job.plan
+    totals = RunTotals.from_state(manifest.state)
+    loader = job.test_loader if split == "test" else Loader(plan.data.train, plan.layout.dtype)
+    eval_weights = {index: block.tensors() for index, block in job.engine.blocks.items()}
+    batch_splitter = replace(plan.batch_splitter, replicas=_replicas(totals))
+    metrics = evaluate_weights(job, eval_weights, loader, batch_splitter)
+    place = {"folder": str(folder.resolve()), "checkpoint": manifest.folder.name}
+    result = {"split": split, "samples": loader.dataset.size}
+    return place | _describe_run(plan, totals) | result | _describe_metrics(plan, metrics)
+
+
+def load_checkpoint(
+    folder: Path, comm: Comm, overrides: Sequence[str], run: RunConfig | None
+) -> tuple[RankJob, Manifest]:
+    """Return this rank with the newest complete checkpoint of a run. Collective over `comm`.
+
+    Parameters and errors are those of `evaluate_run`.
+    """
+    config = all_or_none(comm, lambda: _read_run(folder, overrides, run))
+    set_threads(config, comm)
+    plan = all_or_none(comm, lambda: make_plan(_fit_stages(config, comm.size), comm.size))
     check_same_layout(plan, comm)
     check_same_data(plan, comm)
     job = build_rank(plan, comm)
@@ -144,14 +169,7 @@ def evaluate_run(
         return manifest
 
     manifest = load_newest(folder, load, job.groups.control)
-    totals = RunTotals.from_state(manifest.state)
-    loader = job.test_loader if split == "test" else Loader(plan.data.train, plan.layout.dtype)
-    eval_weights = {index: block.tensors() for index, block in job.engine.blocks.items()}
-    batch_splitter = replace(plan.batch_splitter, replicas=_replicas(totals))
-    metrics = evaluate_weights(job, eval_weights, loader, batch_splitter)
-    place = {"folder": str(folder.resolve()), "checkpoint": manifest.folder.name}
-    result = {"split": split, "samples": loader.dataset.size}
-    return place | _describe_run(plan, totals) | result | _describe_metrics(plan, metrics)
+    return job, manifest
 
 
 def _describe_run(plan: Plan, totals: RunTotals) -> dict[str, Any]:
@@ -186,7 +204,7 @@ def _use_saved_statistics(manifest: Manifest, job: RankJob) -> None:
             split.use_statistics(statistics)
 
 
-def _read_run(folder: Path, overrides: Sequence[str]) -> RunConfig:
+def _read_run(folder: Path, overrides: Sequence[str], run: RunConfig | None) -> RunConfig:
     """Return the resolved run of a folder, with the overrides that an evaluation may have."""
     for override in overrides:
         key = override.partition("=")[0].strip()
@@ -196,16 +214,17 @@ def _read_run(folder: Path, overrides: Sequence[str]) -> RunConfig:
                 f"--set {override} would change the trained model: set only data.*, "
                 f"{' or '.join(OVERRIDABLE_KEYS)}",
             )
-    newest_checkpoint(folder)
+    run_table = newest_checkpoint(folder).run_table
+    if run is not None and not overrides:
+        return run.with_checkpoint_blocks(run_table)
     return read_resolved_run(folder / "run.toml", overrides)
 
 
 def _fit_stages(run: RunConfig, ranks: int) -> RunConfig:
     """Return the run on as many stages as ranks and blocks allow; the rest are replicas."""
-    partition = run.partition
-    blocks = len(partition.cuts) + 1 if partition.cuts is not None else partition.blocks or 1
+    blocks, partition = run.partition.chosen_blocks or 1, replace(run.partition, places=None)
     stages = max(n for n in range(1, min(ranks, blocks) + 1) if ranks % n == 0)
-    return replace(run, mesh=replace(run.mesh, stages=stages))
+    return replace(run, mesh=replace(run.mesh, stages=stages), partition=partition)
 
 
 def _replicas(totals: RunTotals) -> int:

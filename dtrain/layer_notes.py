@@ -12,14 +12,12 @@ from torch import Tensor
 
 from dtrain.block.block import Block
 from dtrain.block.micro_batch import MicroBatch
-from dtrain.block.row_check import RowCheck, check_rows
+from dtrain.block.row_check import ROWS, RowCheck, check_rows
 from dtrain.comm.communicator import Comm
 from dtrain.data.loader import Loader
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.messages import reads_samples
 from dtrain.planning.plan import Plan
-
-ROWS = 2
 
 SHOWN = 4
 """Names that a note lists."""
@@ -31,10 +29,10 @@ def layer_notes(
     """Return notes on layers that couple samples or keep state. Collective over all ranks."""
     checks = {index: _check_block(plan, block, loader) for index, block in blocks.items()}
     rows = control.allgather_object(
-        [[index, check.coupled, check.stateful, check.dropout] for index, check in checks.items()]
+        [[index, check.coupled, check.stateful, check.random] for index, check in checks.items()]
     )
     found = sorted((row for rank in rows for row in rank), key=lambda row: int(row[0]))
-    coupled, stateful, dropout = (
+    coupled, stateful, random = (
         list(dict.fromkeys(name for row in found for name in row[position]))
         for position in (1, 2, 3)
     )
@@ -52,10 +50,10 @@ def layer_notes(
             f"layer {_listed(stateful)} keeps tensors from call to call: one micro-batch is not "
             "four, and a resumed run may differ where they are no buffers"
         )
-    if dropout and parts:
+    if random and parts:
         notes.append(
-            f"dropout in {_listed(dropout)} draws for every micro-batch and replica: keep both "
-            "numbers to compare runs"
+            f"layer {_listed(random)} draws random numbers (dropout, say) for every micro-batch "
+            "and replica: keep both numbers to compare runs"
         )
     return notes
 

@@ -74,11 +74,12 @@ def balanced_cuts(
     blocks: int,
     cost: Callable[[int, int], float],
     weights: Sequence[float] | None = None,
+    ends: Sequence[bool] | None = None,
 ) -> tuple[int, ...]:
     """Return the cuts that make the costliest block as cheap as possible.
 
     Ties go to the smallest sum of squared costs, then to the lexicographically smallest cuts. The
-    last layer (the head) is a block of its own only if `blocks == layers`.
+    last layer (the head) is a block of its own only if there is a cut at every possible place.
 
     Parameters
     ----------
@@ -89,6 +90,8 @@ def balanced_cuts(
         additive, so it may include a block's auxiliary head. Integers are compared exactly.
     weights : sequence of float, optional
         One per block: costs are divided by the weight of their block before they are compared.
+    ends : sequence of bool, optional
+        Whether a block may end with the layer, one per layer; ignored where too few may end one.
 
     Raises
     ------
@@ -103,8 +106,13 @@ def balanced_cuts(
             f"set blocks between 1 and {layers}",
         )
     _check_weights(blocks, weights)
-    rows = [[cost(i, j) for j in range(i + 1, layers + 1)] for i in range(layers)]
-    if blocks < layers:
+    if ends is None or sum(ends[:-1]) + 1 < blocks:
+        ends = [True] * layers
+    rows = [
+        [cost(i, j) if ends[j - 1] or j == layers else math.inf for j in range(i + 1, layers + 1)]
+        for i in range(layers)
+    ]
+    if blocks < sum(ends[:-1]) + 1:
         rows[-1] = [math.inf]
     return _optimal_cuts(rows, blocks, weights)
 
@@ -152,6 +160,41 @@ def assign_stages(
     ]
     parts = layer_ranges(blocks, _optimal_cuts(rows, stages, None))
     return tuple(stage for stage, part in enumerate(parts) for _ in part)
+
+
+def check_places(places: Sequence[int], blocks: int, stages: int) -> None:
+    """Refuse places that are not one of the stages for each block, with a block on every stage.
+
+    Raises
+    ------
+    ConfigError
+        It names the first mistake.
+    """
+    text = f"[partition] places = {list(places)}"
+    if len(places) != blocks:
+        raise ConfigError(
+            "partition.places-count",
+            f"{text} has {len(places)} stages for {blocks} blocks: give the stage of every block",
+        )
+    for block, stage in enumerate(places):
+        if not 0 <= stage < stages:
+            raise ConfigError(
+                "partition.place-out-of-range",
+                f"{text} puts block {block} on stage {stage}, but the stages are 0 to "
+                f"{stages - 1}: name one of those, or set [mesh] stages = {max(places) + 1}",
+            )
+    for stage in range(stages):
+        if stage not in places:
+            raise ConfigError(
+                "partition.stage-without-block",
+                f"{text} leaves stage {stage} of {stages} without a block: give it one, or set "
+                f"[mesh] stages = {len(set(places))} and number the stages from 0 on",
+            )
+
+
+def is_ascending(place: Sequence[int]) -> bool:
+    """Return whether the blocks of every stage are contiguous, in the order of the stages."""
+    return all(a <= b for a, b in pairwise(place))
 
 
 def imbalance(costs: Sequence[float]) -> float:

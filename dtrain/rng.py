@@ -52,16 +52,17 @@ def fixed_random_numbers(number: int) -> Iterator[Callable[[], bool]]:
     torch.default_generator.manual_seed(number)
     np.random.seed(number)
     random.seed(number)
-    start = _generator_states()
+    start = generator_states()
     try:
-        yield lambda: _generator_states() != start
+        yield lambda: generator_states() != start
     finally:
         torch.set_rng_state(states[0])
         np.random.set_state(states[1])
         random.setstate(states[2])
 
 
-def _generator_states() -> tuple[bytes, bytes, object]:
+def generator_states() -> tuple[bytes, bytes, object]:
+    """Return the states of the global generators of torch, numpy and Python, to compare them."""
     numpy_state = np.random.get_state(legacy=False)["state"]
     numpy_bytes = numpy_state["key"].tobytes() + bytes(str(numpy_state["pos"]), "ascii")
     return torch.get_rng_state().numpy().tobytes(), numpy_bytes, random.getstate()

@@ -1,4 +1,4 @@
-"""Import user code by name, `"package.module:function"`, and name user objects for the records.
+"""Import user code by name, `"package.module:function"`, and find objects given in Python.
 
 Invariant: a missing module or function is a `ConfigError` that names the places of the search. An
 exception inside a module that is imported is the user's own error and keeps its traceback. An
@@ -11,18 +11,28 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
-from hashlib import blake2b
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import ModuleType
 from typing import Any
 
 from dtrain.errors import ConfigError
+from dtrain.fingerprint import fingerprint
+from dtrain.object_names import find_attribute, is_importable, module_name, object_name
 from dtrain.schema import kebab, unknown_key
 
 PATTERN = "package.module:function"
+
+
+ARRAYS = "arrays"
+"""The name of data that were given in Python."""
+
+
+_AMBIGUOUS = object()
+
+
+_REGISTERED: dict[tuple[str, str], Any] = {}
+"""Objects of runs that were made in this process, by name and fingerprint."""
 
 
 def import_object(target: str, folder: Path, kind: str) -> Callable[..., Any]:
@@ -62,7 +72,7 @@ def import_object(target: str, folder: Path, kind: str) -> Callable[..., Any]:
             "user-code.malformed-name", f"{kind} '{target}' is not of the form '{PATTERN}'"
         )
     module = _import_module(name, folder.resolve(), f"{kind} '{target}'")
-    imported = _attribute(module, function)
+    imported = find_attribute(module, function)
     if not callable(imported):
         file = getattr(module, "__file__", None) or "a built-in module"
         raise ConfigError(
@@ -72,198 +82,57 @@ def import_object(target: str, folder: Path, kind: str) -> Callable[..., Any]:
     return imported  # type: ignore[no-any-return]
 
 
-def object_name(item: object) -> str:
-    """Return the name of an object, under which `import_object` finds it if it `is_importable`.
+def register_object(value: Any) -> tuple[str, str]:
+    """Return name and fingerprint of an object, by which `registered_object` finds it.
 
-    An instance has the name of its class, a `functools.partial` that of its function. The script
-    that Python runs is the module `__main__`; its objects are named by its file.
+    The fingerprint is empty where the name identifies the object. Data that are no function are
+    named `ARRAYS`: the contents of a data set are compared apart from its name.
     """
-    kind = _definition(item)
-    return f"{_module_name(kind.__module__)}:{kind.__qualname__}"
+    key = object_name(value), "" if is_importable(value) else fingerprint(value)
+    _register(key, value)
+    return key
 
 
-def is_importable(item: object) -> bool:
-    """Return whether `import_object` finds this very object under its `object_name`.
+def register_arrays(value: Any) -> str:
+    """Return the name of data that were given in Python."""
+    _register((ARRAYS, ""), value)
+    return ARRAYS
 
-    Functions and classes at the top of a module or of a class are found; instances, lambdas, and
-    all that is defined inside a function, in a notebook or at a prompt are not.
+
+def registered_object(name: str, fingerprint: str) -> Any:
+    """Return the object of a run that was made in this process; None: it is to be imported.
+
+    Objects of the script are not imported, since that would run the script again.
+
+    Raises
+    ------
+    ConfigError
+        Several objects of this process have that name.
     """
-    if item is not _definition(item):
-        return False
-    module = sys.modules.get(item.__module__)
-    if item.__module__ == "__main__" and getattr(module, "__file__", None) is None:
-        return False
-    return _attribute(module, item.__qualname__) is item
-
-
-def fingerprint(item: object) -> str:
-    """Return 16 hexadecimal digits that tell an object from others of the same `object_name`.
-
-    It covers the source of functions and classes (their bytecode, where there is no source), with
-    defaults and the variables of enclosing functions that they use; the numbers of arrays and
-    tensors; the elements of collections; the attributes of other instances. It covers the classes
-    and the structure of an `nn.Module`, but not its weights: they may be drawn anew in every start,
-    and a resumed run has those of its checkpoint. It does not cover global variables.
-    """
-    return _Fingerprints().of(item)
-
-
-def _definition(item: object) -> Any:
-    """Return the function or class that names an object."""
-    if isinstance(item, partial):
-        return _definition(item.func)
-    has_name = hasattr(item, "__qualname__") and getattr(item, "__module__", None) is not None
-    return item if has_name else type(item)
-
-
-def _module_name(name: str) -> str:
-    """Return the name of a module, that of its file for the script that Python runs."""
-    file = getattr(sys.modules.get(name), "__file__", None) if name == "__main__" else None
-    return Path(file).stem if file else name
-
-
-def _attribute(module: object, path: str) -> Any:
-    """Return the object at a dotted path, or None."""
-    for name in path.split("."):
-        module = getattr(module, name, None)
-    return module
-
-
-class _Fingerprints:
-    """The fingerprints of one object and of its parts; an object that contains itself ends there.
-
-    Torch and numpy are looked up among the imported modules: this module imports neither.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[str, object]] = {}  # the object, so that its id stays its own
-        self._open: list[int] = []
-
-    def of(self, item: object) -> str:
-        """Return the fingerprint of an object of any type."""
-        if id(item) in self._known:
-            return self._known[id(item)][0]
-        if id(item) in self._open:
-            return f"{len(self._open) - self._open.index(id(item))} above"
-        self._open.append(id(item))
-        digest = blake2b(digest_size=8)
-        for part in (type(item).__qualname__, *self._parts(item)):
-            content = part if isinstance(part, bytes) else part.encode()
-            digest.update(f"{len(content)}:".encode() + content)
-        self._open.pop()
-        self._known[id(item)] = digest.hexdigest(), item
-        return digest.hexdigest()
-
-    def _all(self, items: Iterable[object]) -> Iterator[str]:
-        return map(self.of, items)
-
-    def _parts(self, item: Any) -> Iterable[str | bytes]:
-        """Return the texts, bytes and fingerprints of which an object consists."""
-        array = _array_content(item)
-        if array is not None:
-            return array
-        match item:
-            case Mapping():
-                return self._all(part for pair in item.items() for part in pair)
-            case list() | tuple():
-                return self._all(item)
-            case set() | frozenset():
-                return sorted(self._all(item))
-            case type():
-                return self._class_parts(item)
-            case FunctionType():
-                return self._function_parts(item)
-            case MethodType():
-                return self._all((item.__func__, item.__self__))
-            case partial():
-                return self._all((item.func, item.args, item.keywords))
-            case CodeType():
-                names, constants = (*item.co_names, *item.co_varnames), self._all(item.co_consts)
-                return [item.co_code, *names, *constants]
-        return self._instance_parts(item)
-
-    def _class_parts(self, kind: type) -> Iterator[str | bytes]:
-        """Yield the name of a class of a library; else its source, or its members without one.
-
-        The variables of enclosing functions that its methods use are in no source.
-        """
-        yield object_name(kind)
-        if _is_library(kind):
-            return
-        source = _source(kind)
-        yield source or ""
-        yield from self._all(base for base in kind.__bases__ if base is not object)
-        for name, member in vars(kind).items():
-            function = getattr(member, "fget", None) or getattr(member, "__func__", member)
-            if isinstance(function, FunctionType):
-                if source is None or function.__closure__:
-                    yield name
-                    yield from self._function_parts(function)
-            elif source is None and not name.startswith("__") and not hasattr(member, "__get__"):
-                yield name
-                yield self.of(member)
-
-    def _function_parts(self, function: FunctionType) -> Iterator[str | bytes]:
-        yield _source(function) or self.of(function.__code__)
-        yield from self._all((function.__defaults__, function.__kwdefaults__))
-        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-        for name, cell in cells:
-            yield name
-            yield self.of(_cell_content(cell))
-
-    def _instance_parts(self, item: Any) -> Iterator[str | bytes]:
-        """Yield class and attributes of an instance, or its text; of a module the structure."""
-        torch = sys.modules.get("torch")
-        if hasattr(item, "__qualname__"):  # a function of an extension module
-            yield from (object_name(item), item.__qualname__)
-            return
-        yield self.of(type(item))
-        if torch is not None and isinstance(item, torch.nn.Module):
-            yield repr(item)
-            for name, tensor in item.state_dict().items():
-                yield f"{name} {getattr(tensor, 'dtype', '')} {getattr(tensor, 'shape', '')}"
-            yield from self._all(dict.fromkeys(type(module) for module in item.modules()))
-        elif hasattr(item, "__dict__"):
-            yield from self._all(part for pair in vars(item).items() for part in pair)
-        elif " at 0x" not in repr(item):
-            yield repr(item)
-
-
-def _source(item: Any) -> str | None:
-    """Return the source of a function or class, None where there is no file of it."""
-    try:
-        return textwrap.dedent(inspect.getsource(item)).strip()
-    except (OSError, TypeError):
+    if not fingerprint and name != ARRAYS and name.partition(":")[0] != module_name("__main__"):
         return None
+    found = _REGISTERED.get((name, fingerprint))
+    if found is _AMBIGUOUS:
+        raise ConfigError(
+            "user-code.object-ambiguous",
+            f"several runs of this process were given '{name}': pass the run, too (run=...)",
+        )
+    return found
 
 
-def _is_library(kind: type) -> bool:
-    """Return whether a class belongs to Python, torch, numpy or dtrain, which have versions."""
-    root = kind.__module__.partition(".")[0]
-    return root in sys.stdlib_module_names or root in ("torch", "numpy", "dtrain")
+def require_object(target: object, name: str, fingerprint: str, kind: str) -> None:
+    """Refuse an object that was given in Python in another process and cannot be imported."""
+    if target is None and (fingerprint or name == ARRAYS):
+        raise ConfigError(
+            "user-code.object-only",
+            f"{kind} '{name}' was given as a Python object that no other process can import: use "
+            "the run in the script that made it, or define the object at the top of a module",
+        )
 
 
-def _cell_content(cell: Any) -> object:
-    """Return the value of a variable of an enclosing function, None before it has one."""
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return None
-
-
-def _array_content(item: Any) -> tuple[str, str, bytes] | None:
-    """Return dtype, shape and bytes of an array or a tensor, None for other objects."""
-    torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
-    if torch is not None and isinstance(item, torch.Tensor):
-        content = b""
-        if item.numel() and not item.is_meta:
-            flat = item.detach().cpu().resolve_conj().resolve_neg().contiguous().flatten()
-            content = flat.view(torch.uint8).numpy().tobytes()
-        return str(item.dtype), str(tuple(item.shape)), content
-    if numpy is not None and isinstance(item, numpy.ndarray):
-        content = repr(item.tolist()).encode() if item.dtype.hasobject else item.tobytes()
-        return str(item.dtype), str(item.shape), content
-    return None
+def _register(key: tuple[str, str], value: Any) -> None:
+    is_known = _REGISTERED.get(key, value) is value
+    _REGISTERED[key] = value if is_known else _AMBIGUOUS
 
 
 def _import_module(name: str, folder: Path, description: str) -> ModuleType:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -88,10 +90,95 @@ def repeated(classes: int) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), layer, relu, layer, relu, nn.Linear(10, classes))
 
 
+def thrice(classes: int) -> nn.Sequential:
+    """Return a chain in which three layers share a weight."""
+    layers = [nn.Sequential(nn.Linear(10, 10), nn.Tanh()) for _ in range(4)]
+    for number in (1, 3):
+        layers[number][0].weight = layers[0][0].weight
+    return nn.Sequential(
+        nn.Sequential(nn.Flatten(), *layers[0]), *layers[1:], nn.Linear(10, classes)
+    )
+
+
 def nested(classes: int) -> nn.Sequential:
     """Return a chain of two containers."""
     features = nn.Sequential(nn.Flatten(), nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
     return nn.Sequential(features, nn.Sequential(nn.Linear(8, 8), nn.Linear(8, classes)))
+
+
+class SharedInside(nn.Module):
+    """One inner layer that is used three times, under three names."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        inner = nn.Linear(width, width)
+        self.parts = nn.ModuleList([inner, inner, inner])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (rows, width) of the same."""
+        for part in self.parts:
+            x = torch.tanh(part(x))
+        return x
+
+
+def shared_inside(classes: int) -> nn.Sequential:
+    """Return a chain with a module that is shared inside one layer."""
+    return nn.Sequential(nn.Flatten(), SharedInside(10), nn.Linear(10, 8), nn.Linear(8, classes))
+
+
+class Named(nn.Module):
+    """Returns a dict of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.size = nn.Linear(10, 6), nn.Linear(10, 6)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Return two tensors (rows, 6) by name."""
+        return {"mean": self.mean(x), "size": self.size(x).exp()}
+
+
+class Ratio(nn.Module):
+    """Takes a dict of tensors."""
+
+    def forward(self, parts: dict[str, Tensor]) -> Tensor:
+        """Return (rows, 6)."""
+        return parts["mean"] / (1 + parts["size"])
+
+
+def dictionary(classes: int) -> nn.Sequential:
+    """Return a chain in which a dict of tensors crosses a cut."""
+    return nn.Sequential(nn.Flatten(), Named(), Ratio(), nn.Linear(6, classes))
+
+
+class BothEnds(nn.Module):
+    """Takes the whole result of a bidirectional GRU."""
+
+    def forward(self, result: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the last output, and the states of both directions."""
+        output, states = result
+        return torch.cat([output[:, -1], *states], 1)
+
+
+def bidirectional(classes: int) -> nn.Sequential:
+    """Return a chain with a bidirectional GRU of two layers."""
+    gru = nn.GRU(5, 4, num_layers=2, batch_first=True, bidirectional=True)
+    return nn.Sequential(gru, BothEnds(), nn.Linear(24, classes))
+
+
+def weight_norm(classes: int) -> nn.Sequential:
+    """Return a chain of parametrised layers."""
+    normed = nn.utils.parametrizations.weight_norm
+    return nn.Sequential(
+        nn.Flatten(), normed(nn.Linear(10, 8)), nn.Tanh(), normed(nn.Linear(8, classes))
+    )
+
+
+def deeply_nested(classes: int) -> nn.Sequential:
+    """Return a chain of named containers in containers."""
+    inner = nn.Sequential(nn.Linear(10, 8), nn.Tanh())
+    body = nn.Sequential(OrderedDict(start=inner, end=nn.Sequential(nn.Linear(8, 8), nn.Tanh())))
+    return nn.Sequential(OrderedDict(flat=nn.Flatten(), body=body, head=nn.Linear(8, classes)))
 
 
 def lazy(classes: int) -> nn.Sequential:
@@ -197,6 +284,58 @@ class Filter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return x (rows, size), filtered."""
         return torch.fft.irfft(torch.fft.rfft(x) * self.weight, n=x.shape[-1])
+
+
+class Spectrum(nn.Module):
+    """Returns the Fourier transform of its input, or the inverse."""
+
+    def __init__(self, size: int = 0) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (rows, size // 2 + 1) complex of (rows, size) real; with a size the inverse."""
+        return torch.fft.irfft(x, n=self.size) if self.size else torch.fft.rfft(x)
+
+
+class Mix(nn.Module):
+    """A linear map of complex numbers; the result is the conjugate of its memory."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(size, size, dtype=torch.cfloat) / size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (rows, size) of the same."""
+        return (x @ self.weight).conj()
+
+
+def complex_chain(classes: int) -> nn.Sequential:
+    """Return a chain in which complex numbers cross two cuts."""
+    ends = nn.Linear(10, 10), nn.Linear(10, classes)
+    return nn.Sequential(nn.Flatten(), ends[0], Spectrum(), Mix(6), Mix(6), Spectrum(10), ends[1])
+
+
+class ComplexSkips(nn.Module):
+    """A spectrum, and its product, that two later layers read."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.first, self.mix, self.more = nn.Linear(10, 10), Mix(6), Mix(6)
+        self.out = nn.Linear(10, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return scores (rows, classes) of x (rows, 2, 5)."""
+        real = self.first(x.flatten(1))
+        spectrum = torch.fft.rfft(real)
+        low = self.mix(spectrum)
+        high = self.more(spectrum + low)
+        return self.out(torch.fft.irfft(high * spectrum, n=10) + real + low.imag.sum(1)[:, None])
+
+
+def complex_skips(classes: int) -> nn.Module:
+    """Return a net with complex skips."""
+    return ComplexSkips(classes)
 
 
 class OverwritesSkip(nn.Module):

@@ -41,6 +41,13 @@ def numbers() -> Arrays:
     return _split(x, np.stack([x[:, 0, 0] ** 2, x[:, 1, 1] - x[:, 0, 2]], 1))
 
 
+def pixel_numbers() -> Arrays:
+    """Return images (2, 4, 4) with three real numbers per pixel."""
+    random = np.random.default_rng(6)
+    x = random.normal(size=(67, 2, 4, 4))
+    return _split(x, np.stack([x[:, 0], x[:, 0] + x[:, 1], 0 * x[:, 0] + 1], 1))
+
+
 def flat_numbers() -> Arrays:
     """Return samples (2, 5) with one real number each, without a dimension of its own."""
     x, y, x_test, y_test = numbers()
@@ -88,6 +95,11 @@ def pixel_net() -> nn.Sequential:
         nn.Tanh(),
         nn.Conv2d(5, 3, 1),
     )
+
+
+def gaussian_pixel_net() -> nn.Sequential:
+    """Return a net from (2, 4, 4) to means and logarithms of variances (6, 4, 4)."""
+    return nn.Sequential(*pixel_net()[:-1], nn.Conv2d(5, 6, 1))
 
 
 def token_net() -> nn.Sequential:

@@ -113,6 +113,16 @@ def numpy_initialised(shape: tuple[int, ...], classes: int) -> nn.Sequential:
     return net
 
 
+def privately_initialised(shape: tuple[int, ...], classes: int) -> nn.Sequential:
+    """Return a net with initial weights of an unseeded generator of torch's."""
+    net = nn.Sequential(nn.Linear(shape[0], 12), nn.ReLU(), nn.Linear(12, classes))
+    generator = torch.Generator()
+    generator.seed()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.2, generator=generator)
+    return net
+
+
 class Unused(nn.Linear):
     """A linear layer with a parameter that its forward never uses."""
 

@@ -11,6 +11,7 @@ one block changes no parameter of another.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, Protocol
@@ -60,6 +61,12 @@ class Program(Protocol):
     def skip_outputs(self) -> tuple[str, ...]:
         """Names of the tensors that later blocks read beside the output of the block before."""
 
+    def layer_of(self, call: str) -> str:
+        """Return the name of the layer to which a call belongs."""
+
+    def calls(self) -> dict[str, str]:
+        """Return the calls of each layer as text, by its name."""
+
     def run(
         self,
         modules: Mapping[str, nn.Module],
@@ -99,6 +106,8 @@ class Block(BlockParameters):
         Whether the block holds the first layer of the model, and the last.
     program : Program, optional
         The calls of the block, where its layers are no chain.
+    first_copies : mapping of str to (str, str), optional
+        As for `BlockParameters`.
 
     Attributes
     ----------
@@ -123,13 +132,14 @@ class Block(BlockParameters):
         recompute: bool = False,
         model_ends: tuple[bool, bool] = (False, False),
         program: Program | None = None,
+        first_copies: Mapping[str, tuple[str, str]] | None = None,
     ) -> None:
         self.index = index
         self.layers = dict(layers)
         self.head = head
         self.program = program
         roots = {**self.layers, **({} if head is None else {f"heads.{index}": head})}
-        super().__init__(roots, make_optimizer, model_ends)
+        super().__init__(roots, make_optimizer, model_ends, first_copies)
         self.seed = seed
         self.detach_every = detach_every
         self.recompute = recompute
@@ -153,6 +163,14 @@ class Block(BlockParameters):
             modules[name].register_forward_hook(
                 lambda _module, _args, output, name=name: self.taps.__setitem__(name, output)
             )
+
+    def structure(self) -> dict[str, str]:
+        """Return modules and calls of the layers as text, to compare two builds of a model."""
+        texts = {name: repr(layer) for name, layer in self.layers.items() if name}
+        if self.program is not None:
+            calls = self.program.calls()
+            texts |= {name: f"{texts.get(name, '')}\n{text}" for name, text in calls.items()}
+        return {name: re.sub(" at 0x[0-9a-f]+", "", text) for name, text in texts.items()}
 
     # ---- forward and backward
 

@@ -35,6 +35,9 @@ class BlockParameters:
         Makes the optimizer from parameters.
     model_ends : (bool, bool)
         Whether the block holds the first layer of the model, and the last.
+    first_copies : mapping of str to (str, str)
+        For parameters that an earlier block holds, too: name there, and class of the module. The
+        optimizer sees these, so that it treats all copies alike.
 
     Attributes
     ----------
@@ -58,8 +61,10 @@ class BlockParameters:
         roots: Mapping[str, nn.Module],
         make_optimizer: OptimizerFactory,
         model_ends: tuple[bool, bool] = (False, False),
+        first_copies: Mapping[str, tuple[str, str]] | None = None,
     ) -> None:
         self.roots = dict(roots)
+        self._first_copies = first_copies or {}
         self.model_ends = model_ends
         self._make_optimizer = make_optimizer
         self.low_rank_weights: dict[str, LowRankWeight] = {}
@@ -103,17 +108,19 @@ class BlockParameters:
         self.base_lr = self.base_lrs[0] if self.base_lrs else 0.0
 
     def named_parameters(self) -> list[NamedParameter]:
-        """Return the trained parameters with their names and the classes of their modules."""
+        """Return the trained parameters with their names and the classes of their modules, those
+        of the first copy where an earlier block holds one."""
         modules = self.modules()
 
-        def module_class(name: str) -> str:
+        def name_and_class(name: str) -> tuple[str, str]:
             owner = modules.get(matrix_name(name).rpartition(".")[0])
-            return type(owner).__name__
+            return self._first_copies.get(name, (name, type(owner).__name__))
 
         return [
-            NamedParameter(name, parameter, module_class(name))
+            NamedParameter(first_name, parameter, module_class)
             for name, parameter in self.parameters.items()
             if parameter.requires_grad
+            for first_name, module_class in [name_and_class(name)]
         ]
 
     @property

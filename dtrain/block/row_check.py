@@ -1,8 +1,8 @@
 """Facts about a block's layers that are found by running them once on two samples.
 
 A run reports them at its start: a layer in which the output of a sample depends on the other
-samples, and a layer that keeps a tensor from one call to the next. With either, one micro-batch is
-not four.
+samples, a layer that keeps a tensor from one call to the next, and a layer that draws random
+numbers. With any of these, one micro-batch is not four.
 
 Invariant: the layers themselves are not run, and random states are as before.
 """
@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -22,6 +23,14 @@ from torch.utils import _pytree as pytree
 
 from dtrain.block.block import Block
 from dtrain.block.micro_batch import MicroBatch
+from dtrain.rng import fixed_random_numbers, generator_states
+
+CallContext = Callable[[str], AbstractContextManager[None]]
+"""Returns the context of a call, given its name."""
+
+
+ROWS = 2
+
 
 TOLERANCE = 1e-3
 """Relative difference that rounding may cause; the effect of another sample is far above it."""
@@ -39,13 +48,13 @@ class RowCheck:
     stateful : tuple of str
         Layers that keep a tensor between calls, outside parameters and buffers, or whose buffers
         change in training, batch statistics apart.
-    dropout : tuple of str
-        Layers with dropout.
+    random : tuple of str
+        Layers with dropout, or that draw random numbers in training in another way.
     """
 
     coupled: tuple[str, ...] = ()
     stateful: tuple[str, ...] = ()
-    dropout: tuple[str, ...] = ()
+    random: tuple[str, ...] = ()
 
 
 def check_rows(block: Block, micro_batch: MicroBatch) -> RowCheck:
@@ -59,24 +68,30 @@ def check_rows(block: Block, micro_batch: MicroBatch) -> RowCheck:
     """
     originals = block.layers
     names = list(originals)
-    dropout = tuple(n for n in names if any(map(_drops, originals[n].modules())))
+    dropout = [name for name in names if any(map(_drops, originals[name].modules()))]
     try:
         block.layers = copy.deepcopy(originals)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), fixed_random_numbers(0):
             _set_training(block, False)
-            both, first = _outputs(block, micro_batch), _outputs(block, _first_row(micro_batch))
+            both, random = _outputs(block, micro_batch)
+            alone = [_outputs(block, _one_row(micro_batch, row))[0] for row in range(ROWS)]
             before = {name: _buffers(layer) for name, layer in block.layers.items()}
             _set_training(block, True)
-            block.run_forward(_copy(micro_batch), needs_graph=False)
+            _, random_in_training = _outputs(block, micro_batch)
             stateful = [n for n in names if _keeps_state(block.layers[n], before[n])]
     except Exception:  # of any kind; training raises it again
-        return RowCheck(dropout=dropout)
+        return RowCheck(random=tuple(dropout))
     finally:
         block.layers = originals
-    end = names.index(stateful[0]) if stateful else len(names)
-    independent = [name for name in both if names.index(name) < end]
-    coupled = next((n for n in independent if _differs(both[n], first.get(n))), None)
-    return RowCheck((coupled,) if coupled else (), tuple(stateful), dropout)
+    coupled: list[str] = []
+    for name in both:
+        if name in stateful or name in random:  # nothing that follows can be compared
+            break
+        if any(_differs(both[name], alone[row].get(name), row) for row in range(ROWS)):
+            coupled = [name]
+            break
+    drawing = dict.fromkeys([*dropout, *random_in_training])
+    return RowCheck(tuple(coupled), tuple(stateful), tuple(drawing))
 
 
 def _set_training(block: Block, training: bool) -> None:
@@ -84,24 +99,38 @@ def _set_training(block: Block, training: bool) -> None:
         layer.train(training)
 
 
-def _outputs(block: Block, micro_batch: MicroBatch) -> dict[str, list[Tensor]]:
-    """Return the tensors that every layer returns, in the order of the calls."""
+def _outputs(block: Block, micro_batch: MicroBatch) -> tuple[dict[str, list[Tensor]], list[str]]:
+    """Return the tensors that every layer returns, in the order of the calls, and the layers that
+    draw random numbers."""
     outputs: dict[str, list[Tensor]] = {}
-    with _recorded(block.layers, outputs):
+    random: dict[str, None] = {}
+    with _recorded(block.layers, outputs, random), _watched(block, random):
         block.run_forward(_copy(micro_batch), needs_graph=False)
-    return outputs
+    return outputs, list(random)
 
 
 @contextmanager
-def _recorded(layers: Mapping[str, nn.Module], outputs: dict[str, list[Tensor]]) -> Iterator[None]:
+def _recorded(
+    layers: Mapping[str, nn.Module], outputs: dict[str, list[Tensor]], random: dict[str, None]
+) -> Iterator[None]:
+    """Record the first output of every layer, and which layers draw random numbers."""
+    states: dict[str, object] = {}
+
+    def note_state(name: str) -> None:
+        states[name] = generator_states()
+
     def record(name: str, output: Any) -> None:
+        if generator_states() != states[name]:
+            random[name] = None
         tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
         outputs.setdefault(name, tensors)
 
-    handles = [
-        layer.register_forward_hook(lambda _m, _a, output, name=name: record(name, output))
-        for name, layer in layers.items()
-    ]
+    handles = []
+    for name, layer in layers.items():
+        handles += [
+            layer.register_forward_pre_hook(lambda _m, _a, name=name: note_state(name)),
+            layer.register_forward_hook(lambda _m, _a, output, name=name: record(name, output)),
+        ]
     try:
         yield
     finally:
@@ -109,16 +138,48 @@ def _recorded(layers: Mapping[str, nn.Module], outputs: dict[str, list[Tensor]])
             handle.remove()
 
 
-def _differs(both: list[Tensor], first: list[Tensor] | None) -> bool:
-    """Return whether the output of the first sample is another one without the second sample."""
-    for pair, single in zip(both, first or [], strict=False):
-        rows_first = len(pair) == 2 and len(single) == 1 and pair.shape[1:] == single.shape[1:]
-        if not (rows_first and pair.is_floating_point()):
+@contextmanager
+def _watched(block: Block, random: dict[str, None]) -> Iterator[None]:
+    """Record which layers draw random numbers between the calls of their modules."""
+    program = block.program
+    if program is None:
+        yield
+        return
+
+    @contextmanager
+    def watch(context: CallContext, name: str) -> Iterator[None]:
+        with context(name):
+            before = generator_states()
+            yield
+            if generator_states() != before:
+                random[program.layer_of(name)] = None
+
+    def run(
+        modules: Mapping[str, nn.Module],
+        inputs: Mapping[str, Tensor],
+        context: CallContext,
+        layer_outputs: dict[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        return original(modules, inputs, partial(watch, context), layer_outputs)
+
+    original = program.run
+    program.run = run  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del program.run
+
+
+def _differs(both: list[Tensor], alone: list[Tensor] | None, row: int) -> bool:
+    """Return whether the output of a sample is another one without the other sample."""
+    for pair, single in zip(both, alone or [], strict=False):
+        rows_first = len(pair) == ROWS and len(single) == 1 and pair.shape[1:] == single.shape[1:]
+        if not (rows_first and (pair.is_floating_point() or pair.is_complex())):
             continue
         scale = float(single.abs().max()) if single.numel() else 0.0
         if not math.isfinite(scale):  # training reports the cause
             continue
-        if not torch.allclose(pair[:1], single, rtol=TOLERANCE, atol=TOLERANCE * scale):
+        if not torch.allclose(pair[row : row + 1], single, rtol=TOLERANCE, atol=TOLERANCE * scale):
             return True
     return False
 
@@ -164,17 +225,17 @@ def _copy(micro_batch: MicroBatch) -> MicroBatch:
     )
 
 
-def _first_row(micro_batch: MicroBatch) -> MicroBatch:
+def _one_row(micro_batch: MicroBatch, row: int) -> MicroBatch:
     rows = len(micro_batch.x)
 
-    def first(tensor: Tensor) -> Tensor:
-        return tensor[:1] if len(tensor) == rows else tensor
+    def one(tensor: Tensor) -> Tensor:
+        return tensor[row : row + 1] if len(tensor) == rows else tensor
 
     samples = micro_batch.samples
     return MicroBatch(
-        x=first(micro_batch.x),
-        skip_inputs={name: first(tensor) for name, tensor in micro_batch.skip_inputs.items()},
-        samples=None if samples is None else first(samples),
-        other_samples=tuple(map(first, micro_batch.other_samples)),
+        x=one(micro_batch.x),
+        skip_inputs={name: one(tensor) for name, tensor in micro_batch.skip_inputs.items()},
+        samples=None if samples is None else one(samples),
+        other_samples=tuple(map(one, micro_batch.other_samples)),
         rng_key=(0, 0, 0),
     )

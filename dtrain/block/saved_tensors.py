@@ -91,6 +91,7 @@ class SavedTensors:
         tensors = [
             micro_batch.x,
             micro_batch.y,
+            *micro_batch.other_samples,
             *micro_batch.skip_inputs.values(),
             *micro_batch.skip_outputs.values(),
             *micro_batch.layer_outputs.values(),

@@ -97,9 +97,7 @@ def export(
     write = _state_dict_writer(out)
     model = load_newest(folder, _load_model, Comm(SingleBackend()))
     state = _with_factors(model.state, model.low_rank_names) if factors else model.state
-    if not heads:
-        state = {name: t for name, t in state.items() if not is_head_name(name)}
-    state = _with_aliases(state, model.tied_names)
+    state = _user_names(state, heads, model.tied_names)
     if with_normalisation:
         state = _normalisation(model) | state
     try:
@@ -112,6 +110,28 @@ def export(
             "export.unwritable", f"cannot write {out}: {error.strerror}; choose another file"
         ) from error
     return state
+
+
+def load_state_dict(folder: Path) -> dict[str, Tensor]:
+    """Return the model of the newest complete checkpoint under the names of the user's module.
+
+    Raises
+    ------
+    ConfigError
+        There is no run or no checkpoint.
+    CheckpointError
+        The checkpoint is damaged.
+    """
+    model = load_newest(folder, _load_model, Comm(SingleBackend()))
+    return _user_names(model.state, False, model.tied_names)
+
+
+def _user_names(
+    state: dict[str, Tensor], heads: bool, tied_names: dict[str, str]
+) -> dict[str, Tensor]:
+    """Return the tensors under all names of the user's module, with the heads on request."""
+    own = {name: t for name, t in state.items() if heads or not is_head_name(name)}
+    return _with_aliases(own, tied_names)
 
 
 def statistics_path(out: Path) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,12 +42,17 @@ CHANGEABLE_KEYS = (
     "mesh.",
     "log.",
     "partition.recompute",
+    "partition.places",
     "evaluate.",
     "checkpoint.keep",
 )
 
 
 LENGTH_KEYS = ("epochs", "updates")
+
+
+STRUCTURE = "structure of "
+"""Begins the keys of a fingerprint that describe layers; alone, it is the key of the versions."""
 
 
 RUN_FOLDER_FILES = {"summary.json", CHECKPOINT_FOLDER, OWNER_FILE}
@@ -244,30 +250,44 @@ def check_same_run(
 
 
 def check_same_model(saved: Table, current: Mapping[str, str]) -> None:
-    """Refuse a model whose tensors are not those of the checkpoint.
+    """Refuse a model whose tensors or layers are not those of the checkpoint.
+
+    Layers are compared where both were described by the same versions of dtrain and torch.
 
     Parameters
     ----------
     saved : dict
         The fingerprint of the checkpoint.
     current : mapping of str to str
-        Shape and dtype of every parameter and buffer of the model, by name.
+        Shape and dtype of every parameter and buffer of the model, by name, and the structure of
+        its layers.
 
     Raises
     ------
     ConfigError
-        It names the first tensor that differs.
+        It names the first tensor that differs, else the first layer.
     """
     old = saved.get("model")
     if old is None or old == current:
         return
-    name = next(name for name in sorted({**old, **current}) if old.get(name) != current.get(name))
-    raise ConfigError(
-        "resume.model-changed",
-        f"cannot resume: the model has changed since the checkpoint: '{name}' was "
-        f"{old.get(name, 'absent')} and is {current.get(name, 'absent')}; put it back, or choose "
-        "another --out",
-    )
+    names = sorted({**old, **current}, key=lambda name: (name.startswith(STRUCTURE), name))
+    if old.get(STRUCTURE) != current.get(STRUCTURE):
+        names = [name for name in names if not name.startswith(STRUCTURE)]
+    for name in names:
+        was, now = old.get(name, "absent"), current.get(name, "absent")
+        if was == now:
+            continue
+        if name.startswith(STRUCTURE):
+            name = f"layer '{name.removeprefix(STRUCTURE)}'"
+            lines = zip_longest(was.splitlines(), now.splitlines(), fillvalue="absent")
+            was, now = next((a.strip(), b.strip()) for a, b in lines if a != b)
+        else:
+            name = f"'{name}'"
+        raise ConfigError(
+            "resume.model-changed",
+            f"cannot resume: the model has changed since the checkpoint: {name} was {was} and is "
+            f"{now}; put it back, or choose another --out",
+        )
 
 
 def check_saved_data(saved: Table, current: Mapping[str, Any]) -> None:

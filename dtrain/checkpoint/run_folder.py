@@ -216,6 +216,11 @@ def _is_gone(owner: Mapping[str, Any], claimant: Mapping[str, Any]) -> bool:
     return since is None or since != owner.get("since")
 
 
+def owner_is_gone(owner: Mapping[str, Any]) -> bool:
+    """Return whether the process of an owner is known to have ended; only its host knows."""
+    return _is_gone(owner, {"host": socket.gethostname()})
+
+
 def _process_start(pid: int) -> str | None:
     """Return when a process started, as the kernel writes it; None where it does not run.
 

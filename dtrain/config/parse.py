@@ -28,6 +28,7 @@ from dtrain.config.validate import validate_run
 from dtrain.errors import ConfigError, DtrainError
 from dtrain.schema import Table, from_table, kebab, load_toml, snake, strategy_name
 from dtrain.tasks.task import Task
+from dtrain.user_code import register_arrays, register_object, registered_object
 
 SECTIONS = (
     *("data", "task", "model", "mesh", "partition", "objective", "schedule", "sync"),
@@ -80,7 +81,7 @@ def _parse_with_overrides(
 ) -> RunConfig:
     """Apply overrides to a run file's tables and parse them; errors begin with `path`."""
     for override in overrides:
-        _override(table, override)
+        override_key(table, override)
     try:
         return parse_run(table, source, overrides)
     except DtrainError as error:
@@ -184,14 +185,27 @@ def _refuse_underscores(table: Table, section: str) -> None:
 
 
 def _choice(table: Table, section: str) -> StrategyChoice:
-    """Return the name and the fields that a table gives; they are checked when it is made."""
+    """Return the name and the fields that a table gives; they are checked when it is made.
+
+    A run that is made in Python may have the object itself as the name.
+    """
     _refuse_underscores(table, section)
-    fields = {snake(key): value for key, value in table.items() if key != "name"}
-    return StrategyChoice(strategy_name(table, section), fields)
+    own_keys = ("name", "fingerprint")
+    fields = {snake(key): value for key, value in table.items() if key not in own_keys}
+    target = table.get("name")
+    if target is None or isinstance(target, str):
+        name, fingerprint = strategy_name(table, section), table.get("fingerprint", "")
+        return StrategyChoice(name, fields, registered_object(name, fingerprint), fingerprint)
+    if section == "data" and not callable(target):
+        return StrategyChoice(register_arrays(target), fields, target)
+    name, fingerprint = register_object(target)
+    return StrategyChoice(name, fields, target, fingerprint)
 
 
 def _task(table: Table, folder: Path) -> Task:
-    """Return the task of a run file's table."""
+    """Return the task of a run file's table, or the one that was made in Python."""
+    if isinstance(table.get("name"), Task):
+        return table["name"]  # type: ignore[no-any-return]
     _refuse_underscores(table, "task")
     return Task.from_table(table, folder)
 
@@ -213,7 +227,7 @@ def _optimizer_options(table: Table) -> OptimizerSection:
     return options
 
 
-def _override(table: Table, override: str) -> None:
+def override_key(table: Table, override: str) -> None:
     """Apply one ``KEY=VALUE`` to the nested tables; a value that is no TOML is a text."""
     path, equals, value = override.partition("=")
     *sections, key = path.strip().split(".")

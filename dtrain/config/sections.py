@@ -6,10 +6,14 @@ own table, beside `name`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from dtrain.schema import Table, kebab
+
+CutFunction = Callable[[list[Any], int], list[Any]]
+"""A user's function: (layers, blocks) -> names or indices at which blocks 1, 2, ... start."""
 
 
 @dataclass(frozen=True)
@@ -20,15 +24,22 @@ class StrategyChoice:
     ----------
     fields : dict
         The keys of the table beside `name`, in snake_case.
+    target : object, optional
+        The object that was given in Python; None: it is found by its name.
+    fingerprint : str
+        Identifies an object that its name does not.
     """
 
     name: str
     fields: Table
+    target: Any = field(default=None, compare=False, repr=False)
+    fingerprint: str = ""
 
     def to_table(self) -> Table:
         """Return the table of a run file that makes this choice, without the keys that are None."""
         values = {kebab(key): value for key, value in self.fields.items() if value is not None}
-        return {"name": self.name} | values
+        fingerprint = {"fingerprint": self.fingerprint} if self.fingerprint else {}
+        return {"name": self.name} | values | fingerprint
 
 
 @dataclass(frozen=True)
@@ -76,13 +87,13 @@ class Mesh:
 
 @dataclass(frozen=True)
 class Partition:
-    """``[partition]``: where blocks start, and how each is trained.
+    """``[partition]``: where blocks start, which stage holds each, and how it is trained.
 
     Attributes
     ----------
     blocks, balance, weights
         Number of blocks, and the cost that the cuts balance: equally, or in proportion to the
-        weights of the blocks.
+        weights of the blocks. "time" is measured before training.
     recompute : bool or tuple of int
         All blocks, or those of these numbers, keep only input and output of a micro-batch and
         compute the rest again in the backward: less memory for one more forward.
@@ -91,17 +102,39 @@ class Partition:
         weights.
     activation_compression : "exact" or "int8"
         Format in which per-sample tensors travel between blocks during training.
-    cuts : tuple of int or str, optional
-        First layers of all blocks but the first, by index or name, in place of balanced cuts.
+    cuts : tuple of int or str, str, or callable, optional
+        First layers of all blocks but the first, by index or name, in place of balanced cuts. Or a
+        function, or its name "module:function", that returns them.
+    places : tuple of int, optional
+        The stage of each block; left out: the schedule places them.
     """
 
     blocks: int | None = None
-    balance: Literal["flops", "parameters", "layers"] = "flops"
+    balance: Literal["flops", "parameters", "layers", "memory", "time"] = "flops"
     weights: tuple[float, ...] | None = None
     recompute: bool | tuple[int, ...] = False
     frozen: bool | tuple[int, ...] = False
     activation_compression: Literal["exact", "int8"] = "exact"
-    cuts: tuple[int | str, ...] | None = None
+    cuts: tuple[int | str, ...] | str | CutFunction | None = None
+    places: tuple[int, ...] | None = None
+
+    @property
+    def explicit_cuts(self) -> tuple[int | str, ...] | None:
+        """The cuts, None where they are balanced or a function chooses them."""
+        cuts = self.cuts
+        return None if cuts is None or isinstance(cuts, str) or callable(cuts) else tuple(cuts)
+
+    @property
+    def cut_function(self) -> str | CutFunction | None:
+        """The function that chooses the cuts, or its name; None where there is none."""
+        return None if self.explicit_cuts is not None else self.cuts  # type: ignore[return-value]
+
+    @property
+    def chosen_blocks(self) -> int | None:
+        """The number of blocks that the keys say, None where the number of stages decides."""
+        if self.explicit_cuts is not None:
+            return len(self.explicit_cuts) + 1
+        return len(self.places) if self.blocks is None and self.places else self.blocks
 
     def blocks_by_key(self) -> dict[str, tuple[int, ...]]:
         """Return the numbers of blocks that the run file lists, by key."""

@@ -23,7 +23,12 @@ from dtrain.schema import (
 )
 from dtrain.syncs import SYNCS
 from dtrain.syncs.base import Sync
-from dtrain.user_code import fingerprint, import_object, is_importable, object_name
+from dtrain.user_code import (
+    import_object,
+    register_object,
+    registered_object,
+    require_object,
+)
 
 T = TypeVar("T")
 
@@ -56,21 +61,18 @@ class NamedStrategy(Generic[T]):
         A key of `BUILT_IN`, or "module:Class" for a user's class.
     instance : object
         The strategy. A sync in a `RunConfig` is the prototype of those of the blocks.
+    fingerprint : str
+        Identifies a class that its name does not.
     """
 
     name: str
     instance: T
+    fingerprint: str = ""
 
     def to_table(self) -> Table:
-        """Return the table of a run file that makes this strategy, defaults included.
-
-        A class that no run file can name has the key `fingerprint`, which another class of the same
-        name does not have.
-        """
-        table, kind = {"name": self.name} | to_table(self.instance), type(self.instance)
-        if ":" in self.name and not is_importable(kind):
-            table["fingerprint"] = fingerprint(kind)
-        return table
+        """Return the table of a run file that makes this strategy, defaults included."""
+        fingerprint = {"fingerprint": self.fingerprint} if self.fingerprint else {}
+        return {"name": self.name} | to_table(self.instance) | fingerprint
 
 
 def read_strategy(section: str, table: Table, folder: Path) -> NamedStrategy[Any]:
@@ -83,23 +85,44 @@ def read_strategy(section: str, table: Table, folder: Path) -> NamedStrategy[Any
     folder : Path
         The run file's folder; it is first on the import path.
 
+    A run that is made in Python may have a class or an instance as the name.
+
     Raises
     ------
     ConfigError
         The name or a key is unknown, a value does not fit its field, or the class is not derived
         from the section's base class.
     """
-    strategies, name = BUILT_IN[section], strategy_name(table, section)
-    if ":" in name:
-        strategies = {name: _import_strategy(section, name, folder)}
+    table = dict(table)
+    target = table.get("name")
+    if isinstance(target, BASES[section]):
+        return name_strategy(section, target)
+    fingerprint = str(table.pop("fingerprint", ""))
+    if isinstance(target, type):
+        target = _as_strategy(section, target.__qualname__, target)
+        name, fingerprint = register_object(target)
+        table = table | {"name": name}
+    else:
+        name = strategy_name(table, section)
+        target = registered_object(name, fingerprint)
+        require_object(target, name, fingerprint, section)
+    strategies = BUILT_IN[section]
+    if target is not None:
+        strategies = {name: target}
+    elif ":" in name:
+        strategies = {name: _as_strategy(section, name, import_object(name, folder, section))}
     table = _with_canonical_names(table, strategies)
-    return NamedStrategy(table["name"], build_strategy(strategies, table, section))
+    strategy = build_strategy(strategies, table, section)
+    return NamedStrategy(table["name"], strategy, fingerprint)
 
 
 def name_strategy(section: str, instance: T) -> NamedStrategy[T]:
     """Return a strategy that was made in Python with the name that a run file gives it."""
     names = [name for name, kind in BUILT_IN[section].items() if kind is type(instance)]
-    return NamedStrategy(names[0] if names else object_name(type(instance)), instance)
+    if names:
+        return NamedStrategy(names[0], instance)
+    name, fingerprint = register_object(as_dataclass(type(instance)))
+    return NamedStrategy(name, instance, fingerprint)
 
 
 def _with_canonical_names(table: Table, legal_names: Iterable[str]) -> Table:
@@ -112,9 +135,9 @@ def _with_canonical_names(table: Table, legal_names: Iterable[str]) -> Table:
     return canonical
 
 
-def _import_strategy(section: str, name: str, folder: Path) -> type[Any]:
-    """Import a user's class and check that it is a strategy of the section."""
-    kind, base = import_object(name, folder, section), BASES[section]
+def _as_strategy(section: str, name: str, kind: object) -> type[Any]:
+    """Check that a user's class is a strategy of the section."""
+    base = BASES[section]
     if not (isinstance(kind, type) and issubclass(kind, base)):
         raise ConfigError(
             "user-code.no-strategy",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dtrain.data.dataset import DatasetSplits, standardise
 from dtrain.data.digits_set import Digits
@@ -20,8 +21,44 @@ from dtrain.user_code import PATTERN, bind_arguments, import_object
 DATASETS: dict[str, type[Digits | Hdf5]] = {"digits": Digits, "hdf5": Hdf5}
 
 
+DataTable = dict[str, Any]
+"""A data set and its keys, as `dtrain.Run` takes it: the table of a run file."""
+
+
 COMMON_KEYS = ("normalise", "shuffle", "augment")
 """Keys of `[data]` that every data set has."""
+
+
+def digits(**keys: Any) -> DataTable:
+    """Return the digits of scikit-learn: 1,437 and 360 samples of (1, 8, 8) in 10 classes.
+
+    Parameters
+    ----------
+    keys
+        Keys of `[data]`: `normalise`, `shuffle`, `augment`.
+    """
+    return {"name": "digits", **keys}
+
+
+def hdf5(train: str | Path, test: str | Path, **keys: Any) -> DataTable:
+    """Return a data set of two HDF5 files with `x` (N, ...) and `y` (N, ...).
+
+    Parameters
+    ----------
+    train, test : path
+        Relative paths start in the folder of the script.
+    keys
+        Keys of `[data]`: `normalise`, `shuffle`, `augment`.
+    """
+    return {"name": "hdf5", "train": str(train), "test": str(test), **keys}
+
+
+def arrays(x_train: Any, y_train: Any, x_test: Any, y_test: Any, **keys: Any) -> DataTable:
+    """Return a data set of four arrays or tensors, samples first, with keys of `[data]`.
+
+    Samples of several inputs are a tuple or dict of arrays.
+    """
+    return {"name": (x_train, y_train, x_test, y_test), **keys}
 
 
 def load_data(
@@ -31,6 +68,7 @@ def load_data(
     *,
     normalise: bool = True,
     task: Task = DEFAULT_TASK,
+    target: Any = None,
 ) -> DatasetSplits:
     """Open the data set that a run file's `[data]` table names.
 
@@ -46,6 +84,8 @@ def load_data(
         Standardise inputs per channel with the training split's statistics.
     task : Task
         Decides which targets are legal.
+    target : function, arrays or DatasetSplits, optional
+        The data themselves, or the function that returns them, where they were given in Python.
 
     Raises
     ------
@@ -54,14 +94,18 @@ def load_data(
     DataError
         The data are missing, damaged or do not fit each other.
     """
-    splits = _open(name, fields, folder, task)
+    splits = _open(name, fields, folder, task, target)
     splits = standardise(splits) if normalise else splits
     return splits.with_input_targets() if task.target == "input" else splits
 
 
-def _open(name: str, fields: Mapping[str, object], folder: Path, task: Task) -> DatasetSplits:
-    if ":" in name:
-        function = import_object(name, folder, "data")
+def _open(
+    name: str, fields: Mapping[str, object], folder: Path, task: Task, target: Any
+) -> DatasetSplits:
+    if ":" in name or target is not None:
+        function = import_object(name, folder, "data") if target is None else target
+        if not callable(function):
+            return as_splits(function, "data", task)
         arguments = bind_arguments("[data]", function, fields, common_keys=COMMON_KEYS)
         return as_splits(function(**arguments), f"data '{name}'", task)
     if name not in DATASETS:

@@ -34,7 +34,7 @@ from dtrain.engine.closed_form import ClosedFormSolver
 from dtrain.engine.metrics import MetricSums
 from dtrain.engine.router import MessageRouter
 from dtrain.engine.spec import EngineSpec
-from dtrain.engine.tied_parameters import TiedParameters
+from dtrain.engine.tied_parameters import DelayedSums, SameUpdateSums, TiedParameters
 from dtrain.engine.trace import Trace
 from dtrain.engine.update import BatchUpdate, UpdateStep
 from dtrain.errors import NumericalError
@@ -165,6 +165,7 @@ class Engine:
                     yield update.number
         finally:
             loader.close()
+        self.update_step.finish_segment()
         self.closed_form.solve(previous_sums)
         self._check_finite()
         self.router.close()
@@ -210,8 +211,13 @@ class Engine:
         ties = self.engine_spec.ties
         if not ties:
             return None
-        pipeline = self.groups.pipeline.dup("tied parameters")
-        return TiedParameters(ties, self.blocks, self.position.place, pipeline)
+        pipeline, place = self.groups.pipeline.dup("tied parameters"), self.position.place
+        schedule = self.engine_spec.schedule
+        if schedule.flushes:
+            return SameUpdateSums(ties, self.blocks, place, pipeline)
+        cycles = schedule.update_cycles(len(place), self.router.routes)
+        assert cycles is not None, "the layout refuses ties under this schedule"
+        return DelayedSums(ties, self.blocks, place, pipeline, cycles)
 
     def _make_weight_versions(self) -> dict[int, WeightVersions]:
         """Return the weight versions of the blocks that learn from late gradients."""
@@ -330,7 +336,7 @@ class Engine:
                 raise NumericalError(
                     "training.loss-not-finite", f"the loss of block {index} is {loss}: {advice}"
                 )
-            self.metric_sums.add_loss(index, loss * count)
+            self.metric_sums.add_loss(index, loss * count, count)
         for name, mean in micro_batch.metrics.items():
             self.metric_sums.add_metric(index, name, float(mean) * rows)
 
@@ -380,7 +386,8 @@ class Engine:
         """Return the peak memory of this rank in bytes.
 
         It counts the tensors of the blocks, their gradients, optimizer states and weight versions,
-        the copies that the syncs keep, saved tensors and messages.
+        the copies that the syncs keep, kept gradients of tied parameters, saved tensors and
+        messages.
         """
         blocks = self.blocks.values()
         tensors = [tensor for block in blocks for tensor in block.tensors().values()]
@@ -391,6 +398,7 @@ class Engine:
             copies = self.syncs[index].traits().parameter_copies
             total += (1 + copies) * trainable  # 1: the gradient
         total += sum(versions.peak_bytes for versions in self.weight_versions.values())
+        total += 0 if self.update_step.tied is None else self.update_step.tied.peak_bytes
         return (
             total + self.saved_tensors.peak_bytes + self.groups.control.traffic.peak_message_bytes
         )

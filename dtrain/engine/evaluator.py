@@ -5,7 +5,8 @@ Invariant: no parameter and no buffer changes; only messages of the "predict" ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,24 @@ from dtrain.objectives.forward import forward_micro_batch
 from dtrain.objectives.messages import reads_samples
 from dtrain.schedules.actions import Action
 from dtrain.schedules.base import evaluation_plan
+
+
+class Prediction(NamedTuple):
+    """The prediction of one block for one micro-batch.
+
+    Attributes
+    ----------
+    output, scores : Tensor or None
+        The block's prediction (rows, ...), and the same in float64; None where it has none.
+    votes : Tensor
+        The sum of the scores of this block and those before it.
+    """
+
+    spec: BlockSpec
+    output: Tensor | None
+    scores: Tensor | None
+    votes: Tensor
+    targets: Tensor
 
 
 class Evaluator:
@@ -72,9 +91,33 @@ class Evaluator:
         index_batches : sequence of arrays
             The samples of this replica's micro-batches, none of them empty.
         """
+        metric_sums = [MetricSums(rows=len(indices)) for indices in index_batches]
+        for micro, prediction in self._predictions(loader, index_batches):
+            self._measure(prediction, metric_sums[micro])
+        return metric_sums
+
+    @torch.no_grad()
+    def predict(self, loader: Loader, index_batches: Sequence[Indices]) -> list[Tensor]:
+        """Return the model's prediction (rows, ...) of each micro-batch, on the rank of the last
+        block; elsewhere none. Collective over all ranks of the replica.
+
+        It is the output of the last block, in float64 the sum of all blocks' scores where the
+        objective predicts by vote.
+        """
+        outputs = []
+        for _, prediction in self._predictions(loader, index_batches):
+            if prediction.spec.is_last:
+                output = prediction.votes if self._predicts_by_vote else prediction.output
+                assert output is not None
+                outputs.append(output.cpu())
+        return outputs
+
+    def _predictions(
+        self, loader: Loader, index_batches: Sequence[Indices]
+    ) -> Iterator[tuple[int, Prediction]]:
+        """Run the forwards of this rank; yield what each block predicts for each micro-batch."""
         count = len(index_batches)
         plan = list(evaluation_plan(self.position.stage, self.position.place, count))
-        metric_sums = [MetricSums(rows=len(indices)) for indices in index_batches]
         for block in self.blocks.values():
             block.train(False)
         self.router.open(plan, [count], lambda _, micro: len(index_batches[micro]))
@@ -85,17 +128,13 @@ class Evaluator:
         try:
             for action in plan:
                 with self.position.error_context(action, "evaluation"):
-                    self._evaluate_action(
-                        action, loader, index_batches[action.micro], metric_sums[action.micro]
-                    )
+                    yield action.micro, self._predict(action, loader, index_batches[action.micro])
         finally:
             loader.close()
         self.router.close()
-        return metric_sums
 
-    def _evaluate_action(
-        self, action: Action, loader: Loader, indices: Indices, metric_sums: MetricSums
-    ) -> None:
+    def _predict(self, action: Action, loader: Loader, indices: Indices) -> Prediction:
+        """Run the forward of a block and send its output and the votes."""
         objective, block = self.engine_spec.objective, self.blocks[action.block]
         spec, device = self.engine_spec.block_specs[action.block], self.engine_spec.device
         targets, received = loader.dataset.targets(indices).to(device), self.router.receive(action)
@@ -106,18 +145,23 @@ class Evaluator:
             others = loader.read_other_inputs(indices)
             micro_batch.other_samples = tuple(x.to(device) for x in others)
         forward_micro_batch(objective, spec, block, micro_batch)
-        scores = objective.predict(spec, block, micro_batch)
-        if scores is not None:
-            scores = scores.to(VOTE_DTYPE)
-            self._add_prediction(spec, scores, targets, metric_sums)
-            if task.has_classes:  # the sum of other predictions means nothing
-                vote = objective.vote(spec, scores)
-                received[VOTES] = received[VOTES] + vote if VOTES in received else vote
+        output = objective.predict(spec, block, micro_batch)
+        scores = None if output is None else output.to(VOTE_DTYPE)
+        if scores is not None and task.has_classes:  # the sum of other predictions means nothing
+            vote = objective.vote(spec, scores)
+            received[VOTES] = received[VOTES] + vote if VOTES in received else vote
         if VOTES not in received:
             received[VOTES] = torch.zeros(len(targets), *spec.scores_shape, dtype=VOTE_DTYPE)
-        if spec.is_last and task.has_classes:
-            self._add_vote(received[VOTES], targets, metric_sums)
         self.router.send(action, block, micro_batch)
+        return Prediction(spec, output, scores, received[VOTES], targets)
+
+    def _measure(self, prediction: Prediction, metric_sums: MetricSums) -> None:
+        """Add loss and metrics of what a block predicts."""
+        spec, _, scores, votes, targets = prediction
+        if scores is not None:
+            self._add_prediction(spec, scores, targets, metric_sums)
+        if spec.is_last and self.engine_spec.task.has_classes:
+            self._add_vote(votes, targets, metric_sums)
 
     def _add_prediction(
         self, spec: BlockSpec, scores: Tensor, targets: Tensor, metric_sums: MetricSums
@@ -125,7 +169,7 @@ class Evaluator:
         """Add the loss and the right predictions of a block; of the last one the metrics, too."""
         task = self.engine_spec.task
         loss, weight = task.loss_sum(scores, targets)
-        metric_sums.add_loss(spec.index, loss)
+        metric_sums.add_loss(spec.index, loss, weight)
         if task.has_classes:
             correct, _ = task.correct(scores, targets)
             metric_sums.correct[spec.index] = metric_sums.correct.get(spec.index, 0) + correct

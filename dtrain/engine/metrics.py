@@ -18,8 +18,8 @@ class MetricSums:
         Samples.
     loss_weight : float
         Samples, or counted positions, by which a mean loss divides.
-    loss : dict of int to float
-        Sum of the losses.
+    loss, loss_counts : dict of int to float
+        Sum of the losses, and the number of samples or positions in it.
     positions : int
         Counted positions of class labels.
     correct : dict of int to int
@@ -39,6 +39,7 @@ class MetricSums:
     rows: int = 0
     loss_weight: float = 0.0
     loss: dict[int, float] = field(default_factory=dict)
+    loss_counts: dict[int, float] = field(default_factory=dict)
     positions: int = 0
     correct: dict[int, int] = field(default_factory=dict)
     vote_correct: int = 0
@@ -48,9 +49,15 @@ class MetricSums:
     busy_s: float = 0.0
     wall_s: float = 0.0
 
-    def add_loss(self, block: int, total: float) -> None:
-        """Add a sum of losses of a block."""
+    def add_loss(self, block: int, total: float, count: float) -> None:
+        """Add a sum of losses of a block over `count` samples or positions."""
         self.loss[block] = self.loss.get(block, 0.0) + total
+        self.loss_counts[block] = self.loss_counts.get(block, 0.0) + count
+
+    def mean_losses(self) -> dict[int, float]:
+        """Return the mean loss so far, by block."""
+        counts = self.loss_counts
+        return {block: total / counts[block] for block, total in self.loss.items() if counts[block]}
 
     def add_metric(self, block: int, name: str, total: float) -> None:
         """Add a sum of another quantity of a block."""

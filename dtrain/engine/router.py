@@ -98,6 +98,8 @@ class Link:
 
     def send(self, tensor: Tensor, rows: int) -> None:
         """Send the message of a micro-batch of `rows` samples, 0 of an update."""
+        # A complex tensor may be the conjugate of its memory, and a real one its negative.
+        tensor = tensor.resolve_conj().resolve_neg()
         actual, expected = (tensor.shape, tensor.dtype), self.spec(rows)
         assert actual == expected, (
             f"{self.route}: `make_message` returned {actual}, `message_spec` says {expected}"

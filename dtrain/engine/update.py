@@ -91,6 +91,9 @@ class UpdateStep:
         tied: TiedParameters | None = None,
     ) -> None:
         self.tied = tied
+        self.reduces_all_blocks = engine_spec.clips_model or (
+            tied is not None and tied.needs_all_blocks
+        )
         self.blocks = blocks
         self.syncs = syncs
         self.weight_versions = weight_versions
@@ -113,6 +116,8 @@ class UpdateStep:
         equal = len(self.blocks) == 1 or all(len(set(batch.replica_rows)) == 1 for batch in batches)
         whole = not self.engine_spec.schedule.splits_backward
         self.overlaps_reduction = equal and whole and self.groups.replicas.size > 1
+        if self.tied is not None:
+            self.tied.start_segment(len(batches))
         return [
             self._make_update(batch, dataset, number, epoch)
             for number, batch in enumerate(batches, first_update)
@@ -159,11 +164,13 @@ class UpdateStep:
         block, sync = self.blocks[index], self.syncs[index]
         clock = self._clocks.pop(index, None) or self._make_clock(index, update)
         block.set_lr_factor(update.lr_factor * sync.lr_factor(clock))
-        if spec.clips_model or self.tied is not None:
+        if self.reduces_all_blocks:
             if index == self.first_block:
-                self._reduce_all_blocks(update)
+                self._reduce_all_blocks(action, update)
         else:
             sync.reduce_gradients(block, update.weight, clock)
+            if self.tied is not None:
+                self.tied.sum_gradients(index, action.update)
             if spec.clip:
                 self.gradient_norm = squared_norm(block.gradients()) ** 0.5
         if spec.clip:
@@ -192,7 +199,12 @@ class UpdateStep:
             rows_per_replica=update.counts,
         )
 
-    def _reduce_all_blocks(self, update: BatchUpdate) -> None:
+    def finish_segment(self) -> None:
+        """Apply the gradients of tied parameters that no step of the segment has applied."""
+        if self.tied is not None:
+            self.tied.finish_segment()
+
+    def _reduce_all_blocks(self, action: Action, update: BatchUpdate) -> None:
         """Reduce the gradients of all blocks, add those of tied parameters, and compute the norm of
         the whole model's gradient if that is clipped. Collective over the stages.
 
@@ -203,7 +215,7 @@ class UpdateStep:
             self._clocks[index] = clock
             self.syncs[index].reduce_gradients(block, update.weight, clock)
         if self.tied is not None:
-            self.tied.sum_gradients()
+            self.tied.sum_gradients(action.block, action.update)
         if self.engine_spec.clips_model:
             self._compute_model_norm()
 

@@ -5,10 +5,15 @@ Invariant: a layer's initial weights depend only on the seed and the model, neve
 
 from __future__ import annotations
 
+import copy
 import typing
 from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
 
 from dtrain.errors import unknown_name
 from dtrain.models.cnn import Cnn
@@ -29,6 +34,7 @@ def load_model(
     classes: int,
     inputs: int = 1,
     open_names: Collection[str] = (),
+    target: Any = None,
 ) -> LayerStack:
     """Make the model that a run file's `[model]` table names; no layer is built yet.
 
@@ -48,6 +54,9 @@ def load_model(
         Number of inputs of a sample.
     open_names : collection of str
         Dotted names of sub-modules whose parts are layers of their own.
+    target : function, nn.Module or list of (str, factory), optional
+        The model itself, where it was given in Python. Of a module every build takes a copy, with
+        its present weights.
 
     Raises
     ------
@@ -55,8 +64,12 @@ def load_model(
         Unknown name, key or function; a value of another type than the key's; a function that
         returns no legal model.
     """
-    if ":" in name:
-        function = import_object(name, folder, "model")
+    if ":" in name or target is not None:
+        function = import_object(name, folder, "model") if target is None else target
+        if isinstance(function, nn.Module):
+            function = partial(_copy_module, function)
+        elif isinstance(function, list | tuple):
+            function = partial(list, function)
         context = {"shape": shape, "classes": classes}
         return as_layers(
             partial(function, **bind_arguments("[model]", function, fields, context)),
@@ -73,3 +86,8 @@ def load_model(
         for key, value in bind_arguments("[model]", kind, fields).items()
     }
     return as_layers(partial(kind(**arguments).layers, shape, classes), name)
+
+
+def _copy_module(module: nn.Module) -> nn.Module:
+    """Return a copy of a user's module, on the default device."""
+    return copy.deepcopy(module).to(torch.get_default_device())

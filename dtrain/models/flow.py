@@ -20,8 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.errors import ConfigError
-from dtrain.models.graph import CallContext, ModelGraph, NodeValue, TensorSpec
-from dtrain.models.shape_inference import LayerSpec, free_tensors
+from dtrain.models.graph import (
+    CallContext,
+    ModelGraph,
+    NodeValue,
+    PreparedCall,
+    TensorSpec,
+    describe_node,
+    prepare_calls,
+)
+from dtrain.models.shape_inference import LayerProfile, free_tensors
 
 
 @final
@@ -69,7 +77,7 @@ class BlockFlow:
 
 
 def block_flows(
-    graph: ModelGraph, layer_specs: Sequence[LayerSpec], layers: Sequence[range]
+    graph: ModelGraph, layer_specs: Sequence[LayerProfile], layers: Sequence[range]
 ) -> list[BlockFlow]:
     """Return the flow of every block.
 
@@ -115,12 +123,12 @@ def block_flows(
     return [_add_skip_outputs(block, flows) for block in range(len(flows))]
 
 
-def _main_output(layer_specs: Sequence[LayerSpec], layers: range) -> str:
+def _main_output(layer_specs: Sequence[LayerProfile], layers: range) -> str:
     spec = layer_specs[layers.stop - 1]
     if not spec.main_value:
         raise ConfigError(
             "partition.no-main-output",
-            f"layer '{spec.name}' makes no floating-point tensor with the samples first, so no "
+            f"layer '{spec.name}' makes no real or complex tensor with the samples first, so no "
             f"block can end there: cut elsewhere ([partition] cuts)",
         )
     return spec.main_value
@@ -149,14 +157,14 @@ class BlockProgram:
         The model's graph.
     layers : range
         The block's layers.
-    layer_specs : sequence of LayerSpec
+    layer_specs : sequence of LayerProfile
         Of the whole model.
     flow : BlockFlow
         What enters and leaves the block.
     """
 
     def __init__(
-        self, graph: ModelGraph, layers: range, layer_specs: Sequence[LayerSpec], flow: BlockFlow
+        self, graph: ModelGraph, layers: range, layer_specs: Sequence[LayerProfile], flow: BlockFlow
     ) -> None:
         self.graph = graph
         self.layers = [graph.layers[index] for index in layers]
@@ -168,10 +176,31 @@ class BlockProgram:
         self.data_inputs = {graph.inputs[position]: position for position in flow.data_inputs}
         self._outputs = {flow.main_output, *flow.skip_outputs}
         writes = [value for spec in self.layer_specs for value in spec.writes]
-        self._written = {value.node: value for value in writes}
-        read_later = {name for layer in self.layers for name in layer.reads}
-        out = {v.node for v in writes if self._outputs & {t.name for t in v.tensors}}
-        self._keep = read_later | out
+        self._made = [v for v in writes if self._outputs & {t.name for t in v.tensors}]
+        self._calls = self._prepare()
+
+    def _prepare(self) -> list[list[PreparedCall]]:
+        """Return the calls of every layer; each frees what no later layer reads."""
+        keep, calls = {value.node for value in self._made}, []
+        for layer, spec in zip(reversed(self.layers), reversed(self.layer_specs), strict=True):
+            own = {value.node for value in spec.writes}  # a cut behind the layer detaches them
+            calls.append(prepare_calls(layer.nodes, keep | own))
+            keep |= set(layer.reads)
+        return calls[::-1]
+
+    def layer_of(self, call: str) -> str:
+        """Return the name of the layer to which a call belongs."""
+        names = (
+            layer.name
+            for layer in self.layers
+            for node in layer.nodes
+            if node.meta.get("call", node.name) == call
+        )
+        return next(names)
+
+    def calls(self) -> dict[str, str]:
+        """Return the calls of each layer as text, by its name."""
+        return {layer.name: "\n".join(map(describe_node, layer.nodes)) for layer in self.layers}
 
     def run(
         self,
@@ -197,18 +226,18 @@ class BlockProgram:
         for value in self.flow.reads:
             values[value.node] = value.assemble(inputs, len(main), main.device)
         tensors = free_tensors(modules)
-        for layer, spec in zip(self.layers, self.layer_specs, strict=True):
-            self.graph.run(layer.nodes, modules, tensors, values, self._keep, context)
+        for calls, spec in zip(self._calls, self.layer_specs, strict=True):
+            for call in calls:
+                call.run(modules, tensors, values, context)
             if layer_outputs is not None:
                 self._cut(spec, values, layer_outputs)
         outputs: dict[str, Tensor] = {}
-        for node, value in self._written.items():
-            if node in values:
-                outputs |= value.flatten(values[node])
+        for value in self._made:
+            outputs |= value.flatten(values[value.node])
         return {name: outputs[name] for name in sorted(self._outputs)}
 
     def _cut(
-        self, spec: LayerSpec, values: dict[str, Any], layer_outputs: dict[str, Tensor]
+        self, spec: LayerProfile, values: dict[str, Any], layer_outputs: dict[str, Tensor]
     ) -> None:
         """Record the main output of a layer, and detach all that the layer made."""
         for value in spec.writes:

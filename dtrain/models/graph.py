@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, cast, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, fx, nn
@@ -43,6 +43,11 @@ RANDOM_FUNCTIONS = frozenset(
     }
 )
 """Names of functions and methods that may use random numbers."""
+
+
+def has_gradient(dtype: torch.dtype) -> bool:
+    """Return whether tensors of a dtype can have a gradient: real and complex numbers can."""
+    return dtype.is_floating_point or dtype.is_complex
 
 
 @final
@@ -226,40 +231,105 @@ class ModelGraph:
         context : callable
             Returns the context of a call that may use random numbers, given its name.
         """
-        last_use = {read.name: node.name for node in nodes for read in node.all_input_nodes}
-        for node in nodes:
-            args = fx.map_arg(node.args, lambda read: values[read.name])
-            kwargs = cast(dict[str, Any], fx.map_arg(node.kwargs, lambda read: values[read.name]))
-            values[node.name] = self._call(node, args, kwargs, modules, tensors, context)
-            for read in node.all_input_nodes:  # frees memory that nothing reads any more
-                if last_use[read.name] == node.name and read.name not in keep:
-                    values.pop(read.name, None)
+        for call in prepare_calls(nodes, keep):
+            call.run(modules, tensors, values, context)
 
-    def _call(
+
+@final
+class PreparedCall:
+    """A node whose arguments are looked up once, since a forward runs it for each micro-batch.
+
+    Parameters
+    ----------
+    node : fx.Node
+        The call.
+    frees : tuple of str
+        Values that nothing reads any more after it.
+    """
+
+    __slots__ = ("args", "context_name", "frees", "kwargs", "name", "op", "target")
+
+    def __init__(self, node: fx.Node, frees: tuple[str, ...]) -> None:
+        self.name, self.op, self.frees = node.name, node.op, frees
+        self.target: Any = node.target
+        self.args = tuple(map(_argument, node.args))
+        self.kwargs = {name: _argument(value) for name, value in node.kwargs.items()}
+        is_random = function_name(node) in RANDOM_FUNCTIONS
+        self.context_name: str | None = node.meta.get("call", node.name if is_random else None)
+
+    def run(
         self,
-        node: fx.Node,
-        args: Any,
-        kwargs: dict[str, Any],
         modules: Mapping[str, nn.Module],
         tensors: Mapping[str, Tensor],
+        values: dict[str, Any],
         context: CallContext,
-    ) -> Any:
-        match node.op:
-            case "get_attr":
-                return tensors[str(node.target)]
-            case "call_module":
-                with context(node.meta["call"]):
-                    return modules[str(node.target)](*args, **kwargs)
-            case "call_method":
-                receiver, *others = args
-                function = getattr(receiver, str(node.target))
-                args = tuple(others)
-            case _:
-                function = node.target
-        if function_name(node) in RANDOM_FUNCTIONS:
-            with context(node.name):
-                return function(*args, **kwargs)
-        return function(*args, **kwargs)
+    ) -> None:
+        """Run the call, and free the values that it reads last."""
+        if self.op == "get_attr":
+            values[self.name] = tensors[self.target]
+            return
+        args = [_look_up(argument, values) for argument in self.args]
+        kwargs = {name: _look_up(argument, values) for name, argument in self.kwargs.items()}
+        if self.op == "call_module":
+            function: Any = modules[self.target]
+        elif self.op == "call_method":
+            function = getattr(args.pop(0), self.target)
+        else:
+            function = self.target
+        if self.context_name is None:
+            values[self.name] = function(*args, **kwargs)
+        else:
+            with context(self.context_name):
+                values[self.name] = function(*args, **kwargs)
+        for name in self.frees:
+            values.pop(name, None)
+
+
+class _Read(str):
+    """The name of a value that is an argument."""
+
+    __slots__ = ()
+
+
+@final
+class _Nested(NamedTuple):
+    """An argument that holds values in a structure."""
+
+    structure: Any
+
+
+def _argument(value: Any) -> Any:
+    """Return an argument of a node as `_look_up` takes it."""
+    if isinstance(value, fx.Node):
+        return _Read(value.name)
+    reads: list[fx.Node] = []
+    fx.map_arg(value, reads.append)
+    return _Nested(value) if reads else value
+
+
+def _look_up(argument: Any, values: Mapping[str, Any]) -> Any:
+    kind = type(argument)
+    if kind is _Read:
+        return values[argument]
+    if kind is _Nested:
+        return fx.map_arg(argument.structure, lambda read: values[read.name])
+    return argument
+
+
+def prepare_calls(nodes: Sequence[fx.Node], keep: Collection[str]) -> list[PreparedCall]:
+    """Return calls to run one after the other; `keep` names the values to keep until the end."""
+    last_use = {read.name: node.name for node in nodes for read in node.all_input_nodes}
+    return [
+        PreparedCall(
+            node,
+            tuple(
+                read.name
+                for read in node.all_input_nodes
+                if last_use[read.name] == node.name and read.name not in keep
+            ),
+        )
+        for node in nodes
+    ]
 
 
 def function_name(node: fx.Node) -> str:
@@ -473,7 +543,10 @@ def _user_line(error: Exception) -> str:
     return f"{frame.filename}:{frame.lineno}: `{text}`"
 
 
+def describe_node(node: fx.Node) -> str:
+    """Return a call as text, to compare two graphs."""
+    return f"{node.name} {node.op} {node.target} {node.args} {node.kwargs}"
+
+
 def _text(graph: fx.Graph) -> list[str]:
-    return [
-        f"{node.name} {node.op} {node.target} {node.args} {node.kwargs}" for node in graph.nodes
-    ]
+    return list(map(describe_node, graph.nodes))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from dtrain.models.graph import has_gradient
 from dtrain.models.layers import LayerStack, merge_layers
 from dtrain.models.shape_inference import SAMPLES, free_tensors
 from dtrain.rng import fixed_random_numbers
@@ -42,7 +43,7 @@ def takes_integers(
     other_inputs : sequence of (shape, dtype)
         Further inputs of a sample.
     """
-    if input_dtype.is_floating_point or input_dtype.is_complex:
+    if has_gradient(input_dtype):
         return False
 
     def runs_on(dtype: torch.dtype) -> bool:
@@ -77,7 +78,7 @@ def _reaches_real_numbers(model: LayerStack, inputs: InputShapes) -> bool:
             modules = merge_layers(built)
             x = _run_graph_layer(model, index, modules, values)
         tensors = [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
-        if all(tensor.is_floating_point() for tensor in tensors):
+        if all(has_gradient(tensor.dtype) for tensor in tensors):
             return True
     return False
 

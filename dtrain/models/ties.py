@@ -3,28 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from dtrain.errors import ConfigError
 from dtrain.models.layers import LayerStack, merge_layers
 
 
 class TiedCopy(NamedTuple):
-    """The copy of a tied parameter in one block, under its name there."""
+    """The copy of a tied parameter in one block, under its name there.
+
+    `module_class` is the class of the module that holds it.
+    """
 
     block: int
     name: str
+    module_class: str
 
 
-Ties = tuple[tuple[TiedCopy, ...], ...]
-"""The copies of every parameter that several blocks hold, in the order of the blocks."""
+@dataclass(frozen=True)
+class Tie:
+    """A trained parameter that several blocks hold.
+
+    Attributes
+    ----------
+    copies : tuple of TiedCopy
+        Its copies, in the order of the blocks.
+    nbytes : int
+        Bytes of one copy; 0 if a lazy layer has not got its shape yet.
+    """
+
+    copies: tuple[TiedCopy, ...]
+    nbytes: int
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The blocks that hold a copy."""
+        return tuple(copy.block for copy in self.copies)
 
 
-def find_ties(model: LayerStack, layers: Sequence[range]) -> Ties:
-    """Return the parameters that several blocks hold.
+Ties = tuple[Tie, ...]
+
+
+def find_ties(
+    model: LayerStack, layers: Sequence[range], dtype: torch.dtype = torch.float32
+) -> Ties:
+    """Return the parameters with `requires_grad` that several blocks hold.
 
     Inside a block a shared parameter is one parameter, under the first of its names.
 
@@ -32,6 +60,8 @@ def find_ties(model: LayerStack, layers: Sequence[range]) -> Ties:
     ----------
     layers : sequence of range
         The layers of each block.
+    dtype : torch.dtype
+        That of the model.
 
     Raises
     ------
@@ -40,8 +70,9 @@ def find_ties(model: LayerStack, layers: Sequence[range]) -> Ties:
     """
     if not model.tied_names:
         return ()
-    meta_layers = model.meta_layers(torch.float32)
-    holders: dict[str, dict[int, str]] = {}
+    meta_layers = model.meta_layers(dtype)
+    holders: dict[str, dict[int, TiedCopy]] = {}
+    tensors: dict[str, Tensor] = {}
     for block, indices in enumerate(layers):
         modules = merge_layers(layer for i in indices if (layer := meta_layers[i]) is not None)
         for root, module in modules.items():
@@ -55,9 +86,14 @@ def find_ties(model: LayerStack, layers: Sequence[range]) -> Ties:
                         f"buffer '{path}' is the same tensor as '{first}' of an earlier block: "
                         f"cut elsewhere, or make one for each layer",
                     )
-                blocks.setdefault(block, path)
+                owner = module.get_submodule(name.rpartition(".")[0])
+                blocks.setdefault(block, TiedCopy(block, path, type(owner).__name__))
+                tensors[first] = tensor
     return tuple(
-        tuple(TiedCopy(block, name) for block, name in sorted(blocks.items()))
-        for blocks in holders.values()
-        if len(blocks) > 1
+        Tie(
+            tuple(copy for _, copy in sorted(blocks.items())),
+            0 if is_lazy(tensors[first]) else tensors[first].nbytes,
+        )
+        for first, blocks in holders.items()
+        if len(blocks) > 1 and tensors[first].requires_grad
     )

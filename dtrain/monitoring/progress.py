@@ -26,7 +26,6 @@ from dtrain.monitoring.summary import metric_text
 from dtrain.planning.formatting import percent, pluralise
 from dtrain.planning.plan import Plan
 from dtrain.planning.warnings import plan_warnings
-from dtrain.schedules.segments import Segment
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -139,38 +138,39 @@ class Progress:
             flush=True,
         )
 
-    def end_segment(self, segment: Segment, eval_s: float | None, save_s: float | None) -> None:
-        """Record the end of a segment, and print the result of an evaluation.
+    def end_segment(self) -> None:
+        """Record the end of a segment."""
+        totals = self.totals
+        if self.enabled:
+            self._record(
+                "train",
+                loss=totals.losses(),
+                samples_per_s=totals.rate,
+                samples=totals.samples,
+                **totals.metric_means(),
+                **totals.latest,
+                slowest_host=self.comm.hosts[totals.latest["slowest_rank"]],
+            )
 
-        Parameters
-        ----------
-        eval_s, save_s : float or None
-            Seconds of the evaluation and of the checkpoint; None where there was none.
-        """
+    def end_save(self, save_s: float) -> None:
+        """Record a checkpoint that took `save_s` seconds."""
+        if self.enabled:
+            self._record("checkpoint", save_s=save_s)
+
+    def end_evaluation(self, eval_s: float) -> None:
+        """Record and print an evaluation that took `eval_s` seconds."""
         if not self.enabled:
             return
         totals = self.totals
-        self._record(
-            "train",
-            loss=totals.losses(),
-            samples_per_s=totals.rate,
-            samples=totals.samples,
-            **totals.metric_means(),
-            **totals.latest,
-            slowest_host=self.comm.hosts[totals.latest["slowest_rank"]],
-        )
-        if save_s is not None:
-            self._record("checkpoint", save_s=save_s)
-        if eval_s is None:
-            return
         self._record("eval", **totals.test, eval_s=eval_s)
         loss = "-" if totals.train_loss is None else f"{totals.train_loss:.4f}"
         result = f"loss {loss}  test {metric_text(totals.test['metrics'])}"
         if sum(accuracy is not None for accuracy in totals.test["accuracy_per_block"]) > 1:
             result += f"  vote {percent(totals.test['test_accuracy_vote'])}"
+        epoch = max(0, totals.update - 1) // self.plan.training_length.updates_per_epoch
         print(
-            f"{self._epoch_text(segment.epoch)}  {result}  {totals.rate:>8,.0f} samples/s"
-            f"  {self._time_left(segment.stop)}",
+            f"{self._epoch_text(epoch)}  {result}  {totals.rate:>8,.0f} samples/s"
+            f"  {self._time_left(totals.update)}",
             flush=True,
         )
 
@@ -188,8 +188,9 @@ class Progress:
         if self.first_update >= self.total_updates:
             print(self._already_finished_text())
         print()
+        result = f"test {self._result_text(summary)}" if summary["metrics"] else summary["status"]
         print(
-            f"test {self._result_text(summary)} after {pluralise(summary['updates'], 'update')} "
+            f"{result} after {pluralise(summary['updates'], 'update')} "
             f"({pluralise(summary['epochs'], 'epoch')}), {summary['wall_s']:.1f} s"
         )
         if summary["low_rank"]:
@@ -322,7 +323,8 @@ def _next_command(plan: Plan, ranks: int, out: Path) -> str:
     depends on the length; it can be pasted into a shell."""
     program = Path(sys.prefix) / "bin" / "dtrain"
     command = [str(program) if program.exists() else "dtrain"]
-    if any(length_dependent_parts(plan.run)):
+    is_run_file = plan.run.path.suffix == ".toml"
+    if any(length_dependent_parts(plan.run)) or not is_run_file:
         return shlex.join([*command, "evaluate", str(out)])
     command += ["train", str(plan.run.path)]
     command += ["--ranks", str(ranks)] if ranks > 1 else []

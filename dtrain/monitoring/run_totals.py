@@ -66,6 +66,8 @@ class RunTotals:
         The latest evaluation.
     tested : int
         The number of updates before the latest evaluation, -1 without one.
+    history : list of dict
+        Losses, speed and tests of every epoch.
     """
 
     update: int = 0
@@ -89,6 +91,7 @@ class RunTotals:
     weights: dict[str, Any] = field(default_factory=dict)
     test: dict[str, Any] = field(default_factory=dict)
     tested: int = -1
+    history: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._last_tick = time.perf_counter()
@@ -163,6 +166,28 @@ class RunTotals:
             name: [None if total is None else total / self.rows for total in sums]
             for name, sums in sorted(self.figures.items())
         }
+
+    def add_history(self, segment: Segment) -> None:
+        """Record an epoch that ends with this segment, or the last one of the run."""
+        if segment.ends_epoch or segment.ends_run:
+            if self.history and self.history[-1]["epoch"] == segment.epoch:  # of a shorter run
+                self.history.pop()
+            self.history.append(
+                {
+                    "epoch": segment.epoch,
+                    "update": self.update,
+                    "samples": self.samples,
+                    "wall_s": self.wall_s,
+                    "samples_per_s": self.rate,
+                    "train_loss": self.train_loss,
+                    "train_loss_per_block": self.losses(),
+                }
+            )
+
+    def add_history_test(self) -> None:
+        """Add an evaluation to the record of the epoch that it follows."""
+        if self.history and self.history[-1]["update"] == self.update:
+            self.history[-1] |= self.test
 
     @property
     def train_loss(self) -> float | None:

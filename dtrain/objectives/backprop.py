@@ -34,6 +34,7 @@ class Backprop(Objective):
 
     default_schedule: ClassVar[str] = "1f1b"
     sends_gradients_back: ClassVar[bool] = True
+    takes_complex_outputs: ClassVar[bool] = True
 
     def serves(self, task: Task) -> None:
         """Return None: every differentiable loss is served."""

@@ -88,6 +88,8 @@ class Cafo(AuxHead):
             return needs_labels(task)
         if task.has_positions:
             return "needs one prediction per sample"
+        if self.closed_form and task.outputs_per_value > 1:
+            return "solves for the targets themselves"
         return needs_means_over_samples(task) if self.closed_form else None
 
     @property

@@ -14,6 +14,7 @@ from torch import Tensor
 from dtrain.block.block import BackwardPair, Block
 from dtrain.block.micro_batch import MicroBatch
 from dtrain.block.saved_tensors import SavedTensors
+from dtrain.models.graph import has_gradient
 from dtrain.objectives.base import Objective
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.messages import SKIP, skip_pairs
@@ -32,7 +33,7 @@ def forward_micro_batch(
     Parameters
     ----------
     needs_input_gradient : bool
-        Whether the gradient of `x` leaves the block; it is computed where `x` is real.
+        Whether the gradient of `x` leaves the block; it is computed where `x` is no integer.
     saved_tensors : SavedTensors, optional
         Counts the memory that the micro-batch keeps for its backward.
     """
@@ -44,7 +45,7 @@ def forward_micro_batch(
             micro_batch.skip_inputs = _skip_inputs(block, micro_batch)
     if needs_input_gradient:
         for tensor in (x, *micro_batch.skip_inputs.values()):
-            if tensor.is_floating_point():
+            if has_gradient(tensor.dtype):
                 tensor.requires_grad_()
     micro_batch.x = x
     if saved_tensors is None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dtrain.block.block import BackwardPair
 from dtrain.block.micro_batch import MicroBatch
+from dtrain.models.graph import has_gradient
 from dtrain.objectives.base import ExecutionMode, MessageSpec, Objective
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.schedules.actions import SKIP_PREFIX, Point, Route
@@ -42,9 +43,7 @@ def all_routes(
     back = [
         Route(Point(block, "B"), Point(skip.source, "B"), _gradient_name(skip.tensor.name, block))
         for skip, block in skips
-        if mode == "train"
-        and objective.sends_gradients_back
-        and skip.tensor.dtype.is_floating_point
+        if mode == "train" and objective.sends_gradients_back and has_gradient(skip.tensor.dtype)
     ]
     return (*routes, *forward, *back)
 

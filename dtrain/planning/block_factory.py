@@ -120,6 +120,12 @@ def assemble_block(
         recompute=recompute if isinstance(recompute, bool) else index in recompute,
         model_ends=(index == 0, index + 1 == len(layout.block_layouts)),
         program=layout.program(index),
+        first_copies={
+            copy.name: (tie.copies[0].name, tie.copies[0].module_class)
+            for tie in layout.ties
+            for copy in tie.copies[1:]
+            if copy.block == index
+        },
     )
     block.may_skip_parameters |= not type(objective).__module__.startswith("dtrain.")
     return block

@@ -30,7 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dtrain.block.block import Block
 from dtrain.block.micro_batch import MicroBatch, RowRandom
-from dtrain.block.optimizer import NamedParameter, OptimizerFactory
+from dtrain.block.optimizer import NamedParameter, OptimizerFactory, OptimizerSettings
 from dtrain.block.saved_tensors import SavedTensors
 from dtrain.errors import ConfigError
 from dtrain.models.compiled import without_compiling
@@ -38,6 +38,7 @@ from dtrain.objectives.base import Objective, input_gradient_blocks
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.forward import backward_pairs, forward_micro_batch
 from dtrain.objectives.messages import all_routes, message_spec, reads_samples
+from dtrain.planning.structure_cache import StructureCache
 from dtrain.schedules.actions import Action, Point, Route
 from dtrain.schedules.messages import count_forward_passes
 
@@ -48,6 +49,10 @@ BlockFactory = Callable[[], Block]
 Measure = Callable[[BlockFactory, int], tuple[Block, tuple[int, ...]]]
 """Returns a new block, and the bytes that each forward and the backward of one micro-batch of so
 many rows add."""
+
+
+_OPTIMIZER_BYTES: StructureCache[int] = StructureCache()
+"""Bytes of optimizer states by optimizer and shapes of the parameters."""
 
 
 FEW_ROWS, MORE_ROWS = 2, 4
@@ -114,7 +119,7 @@ def measure_block_memory(
         return BlockMemory(
             parameters=_nbytes(block.tensors().values()),
             gradients=_nbytes(block.trainable_parameters),
-            optimizer=_optimizer_bytes(make_optimizer, block.named_parameters()),
+            optimizer=optimizer_bytes(make_optimizer, block.named_parameters()),
             activations=sum(passes),
             backward=backward,
             later_passes=tuple(passes[1:]),
@@ -155,15 +160,22 @@ def _measure_block(
             return block, _measure_passes(block, objective, block_specs, index, rows)
 
 
-def _optimizer_bytes(make_optimizer: OptimizerFactory, parameters: Iterable[NamedParameter]) -> int:
+def optimizer_bytes(make_optimizer: OptimizerFactory, parameters: Iterable[NamedParameter]) -> int:
     """Return the bytes of an optimizer's state after its first step, measured once per shape."""
     kinds = Counter((p.module_class, p.parameter.shape, p.parameter.dtype) for p in parameters)
-    try:
-        return _state_bytes(make_optimizer, kinds, "meta")
-    except ConfigError:
-        raise
-    except Exception:  # an optimizer that reads values
-        return _state_bytes(make_optimizer, kinds, "cpu")
+    key = repr(make_optimizer), frozenset(kinds.items())
+
+    def measure() -> int:
+        try:
+            return _state_bytes(make_optimizer, kinds, "meta")
+        except ConfigError:
+            raise
+        except Exception:  # an optimizer that reads values
+            return _state_bytes(make_optimizer, kinds, "cpu")
+
+    return _OPTIMIZER_BYTES.get(
+        key if isinstance(make_optimizer, OptimizerSettings) else None, measure
+    )
 
 
 def _state_bytes(
@@ -220,21 +232,21 @@ def _measure_passes(
 
 def _zero_micro_batch(block: Block, objective: Objective, spec: BlockSpec, rows: int) -> MicroBatch:
     """Return a micro-batch of zeros, with the data where the objective needs them."""
-    dtypes = (parameter.dtype for parameter in block.parameters.values())
-    dtype = next((dtype for dtype in dtypes if not dtype.is_complex), spec.dtype)
+    dtypes = [*(parameter.dtype for parameter in block.parameters.values()), spec.dtype]
+    dtype = next((dtype for dtype in dtypes if not dtype.is_complex), dtypes[0].to_real())
     dtype = torch.int64 if spec.integer_samples else dtype
     samples = raw_samples = None
+    others: tuple[Tensor, ...] = ()
     if reads_samples(objective, spec, "train"):
         samples = torch.zeros(rows, *spec.sample_shape, dtype=dtype)
+        others = tuple(torch.zeros(rows, *shape, dtype=kind) for shape, kind in spec.other_inputs)
         if objective.needs_raw_samples and spec.has_raw_samples:
             raw_samples = torch.zeros_like(samples)
     return MicroBatch(
         targets=spec.task.zero_targets(rows),
         task=spec.task,
         samples=samples,
-        other_samples=tuple(
-            torch.zeros(rows, *shape, dtype=dtype) for shape, dtype in spec.other_inputs
-        ),
+        other_samples=others,
         raw_samples=raw_samples,
         indices=torch.zeros(rows, dtype=torch.int64),
         row_random=RowRandom(0, spec.index, 0, rows, 0, rows),

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -24,21 +25,24 @@ from dtrain.mesh import RankMesh
 from dtrain.models.flow import BlockFlow, BlockProgram, block_flows
 from dtrain.models.graph import ModelGraph, chain_graph
 from dtrain.models.layers import FactoryLayers, LayerStack
-from dtrain.models.shape_inference import LayerSpec, infer_layers
+from dtrain.models.shape_inference import LayerProfile, infer_layers
 from dtrain.models.ties import Ties, find_ties
 from dtrain.objectives.base import ExecutionMode, Objective, input_gradient_blocks
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.messages import all_routes, message_spec
 from dtrain.planning.block_costs import BlockCosts, total_macs
+from dtrain.planning.cut_choice import choose_cuts, may_end_block
 from dtrain.planning.structure_cache import StructureCache, layers_key
+from dtrain.planning.tied_checks import check_ties
 from dtrain.schedules.actions import Route
 from dtrain.schedules.base import Schedule
+from dtrain.schedules.update_lags import TIED_GRADIENT, UpdateCycles, tied_routes
 from dtrain.schedules.verify import ScheduleReport, verify_schedule
 from dtrain.tasks.task import Task
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
-_LAYER_SPECS: StructureCache[tuple[LayerSpec, ...]] = StructureCache()
+_LAYER_SPECS: StructureCache[tuple[LayerProfile, ...]] = StructureCache()
 """Specs of a model's layers by structure, sample shape and dtype."""
 
 
@@ -52,7 +56,7 @@ class BlockLayout:
         Everything that the objective knows of the block.
     layers : range
         Indices of its layers in the model.
-    layer_specs : tuple of LayerSpec
+    layer_specs : tuple of LayerProfile
         The layers that the block runs, those of the objective included.
     parameters, head_parameters : int
         Parameter elements of the layers, and of the local head.
@@ -73,7 +77,7 @@ class BlockLayout:
 
     spec: BlockSpec
     layers: range
-    layer_specs: tuple[LayerSpec, ...]
+    layer_specs: tuple[LayerProfile, ...]
     parameters: int
     head_parameters: int
     cost: int
@@ -90,7 +94,7 @@ class Layout:
 
     Attributes
     ----------
-    layer_specs : tuple of LayerSpec
+    layer_specs : tuple of LayerProfile
         The model's layers.
     block_layouts : tuple of BlockLayout
         The blocks, in order.
@@ -102,12 +106,14 @@ class Layout:
         The calls of the model; None where its layers are a chain.
     ties : Ties
         The parameters that several blocks hold.
+    tied_cycles : UpdateCycles or None
+        The cycles from which the lags of their gradients follow; None where nothing is late.
     """
 
     mesh: RankMesh
     model: LayerStack
     dtype: torch.dtype
-    layer_specs: tuple[LayerSpec, ...]
+    layer_specs: tuple[LayerProfile, ...]
     block_layouts: tuple[BlockLayout, ...]
     place: tuple[int, ...]
     objective: Objective
@@ -116,6 +122,7 @@ class Layout:
     wire_format: WireFormat
     graph: ModelGraph | None = None
     ties: Ties = ()
+    tied_cycles: UpdateCycles | None = None
 
     @property
     def block_specs(self) -> list[BlockSpec]:
@@ -168,9 +175,21 @@ class Layout:
             shape, dtype = self.wire_format.encoded_spec(route, spec) if mode == "train" else spec
             yield route, math.prod(shape) * dtype.itemsize
 
+    def tied_messages(self) -> Iterator[tuple[Route, int]]:
+        """Yield the routes between ranks of the gradients of tied parameters, and the bytes of
+        their messages, of which each update has one."""
+        for tie in self.ties:
+            for route in tied_routes(tie.blocks, self.place, self.tied_cycles):
+                yield route, tie.nbytes
+
+    def late_messages(self) -> list[tuple[Route, int]]:
+        """Return those of `tied_messages` that run beside the pipeline: all, unless it flushes."""
+        return [] if self.tied_cycles is None else list(self.tied_messages())
+
     def prove(self, sizes: list[list[int]]) -> ScheduleReport:
         """Prove that the plans of the schedule end; ``sizes[replica][update]`` micro-batches."""
-        return verify_schedule(self.schedule, self.place, sizes, self.routes)
+        late_routes = [route for route, _ in self.late_messages()]
+        return verify_schedule(self.schedule, self.place, sizes, self.routes, late_routes)
 
 
 def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: int) -> Layout:
@@ -187,18 +206,13 @@ def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: 
         The mesh, the partition or the schedule does not fit.
     """
     _check_stages(run, ranks)
-    mesh = RankMesh.for_ranks(ranks, run.mesh.stages, run.mesh.placement)
-    dtype = DTYPES[run.settings.dtype]
+    mesh = RankMesh.for_ranks(ranks, run.stages, run.mesh.placement)
     objective, schedule = run.objective.instance, run.schedule.instance
-    shape = objective.model_input_shape(data_spec.sample_shape, data_spec.classes)
-    input_dtype = torch.int64 if data_spec.integer_samples else dtype
-    layer_specs = _infer_layers(model, shape, dtype, input_dtype, data_spec.other_inputs)
-    _check_outputs(layer_specs, data_spec)
-    data_spec = dataclasses.replace(data_spec, prediction_shape=layer_specs[-1].output_shape)
-    block_costs = BlockCosts(layer_specs, objective, model, data_spec, run.settings.seed)
-    cuts = _choose_cuts(run, block_costs, mesh.stages)
+    block_costs = make_block_costs(run, model, data_spec)
+    layer_specs = block_costs.layer_specs
+    cuts = choose_cuts(run, block_costs, mesh.stages)
     layers = partition.layer_ranges(len(layer_specs), cuts)
-    _check_cuts(layer_specs, layers)
+    _check_cuts(layer_specs, layers, objective)
     _check_block_numbers(run, len(layers))
     _check_clip(run, schedule)
     graph = _used_graph(model, layer_specs)
@@ -208,73 +222,46 @@ def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: 
         _check_in_place(layer_specs, layers)
     routes = all_routes(objective, [block.spec for block in blocks], "train")
     schedule.check_routes(routes)
+    ties = find_ties(model, layers, DTYPES[run.settings.dtype])
+    cycles = None
+    if ties and not schedule.flushes:
+        cycles = schedule.update_cycles(len(blocks), routes)
     return Layout(
         mesh=mesh,
         model=model,
-        dtype=dtype,
+        dtype=DTYPES[run.settings.dtype],
         layer_specs=layer_specs,
         block_layouts=blocks,
-        place=schedule.assign_stages([block.cost for block in blocks], mesh.stages),
+        place=_choose_places(run, schedule, blocks, mesh.stages),
         objective=objective,
         schedule=schedule,
         routes=routes,
         wire_format=WireFormat(run.partition.activation_compression),
         graph=graph,
-        ties=_find_ties(run, model, schedule, layers),
+        ties=check_ties(run, ties, cycles, len(layers)),
+        tied_cycles=cycles,
     )
 
 
-def _used_graph(model: LayerStack, layer_specs: Sequence[LayerSpec]) -> ModelGraph | None:
+def make_block_costs(run: RunConfig, model: LayerStack, data_spec: BlockSpec) -> BlockCosts:
+    """Return the costs of all blocks that can be cut from a model, whose layers are inferred."""
+    dtype, objective = DTYPES[run.settings.dtype], run.objective.instance
+    shape = objective.model_input_shape(data_spec.sample_shape, data_spec.classes)
+    input_dtype = torch.int64 if data_spec.integer_samples else dtype
+    layer_specs = _infer_layers(model, shape, dtype, input_dtype, data_spec.other_inputs)
+    _check_outputs(layer_specs, data_spec)
+    data_spec = dataclasses.replace(data_spec, prediction_shape=layer_specs[-1].output_shape)
+    return BlockCosts(layer_specs, objective, model, data_spec, run.settings.seed)
+
+
+def _used_graph(model: LayerStack, layer_specs: Sequence[LayerProfile]) -> ModelGraph | None:
     """Return the graph with which the layers were inferred, None where they are a chain."""
     if not any(spec.writes for spec in layer_specs):
         return None
     return model.graph or chain_graph(model.names)
 
 
-def _find_ties(
-    run: RunConfig, model: LayerStack, schedule: Schedule, layers: Sequence[range]
-) -> Ties:
-    """Return the parameters that several blocks hold; refuse what cannot keep them equal."""
-    ties = find_ties(model, layers)
-    if not ties:
-        return ()
-    first, last, *_ = ties[0]
-    where = (
-        f"'{first.name}' of block {first.block} and '{last.name}' of block {last.block} are one "
-        f"parameter"
-    )
-    cure = "or cut so that one block holds both"
-    if not schedule.flushes:
-        raise ConfigError(
-            "model.tied-schedule",
-            f"{where}, but '{run.schedule.name}' updates blocks at different times: set "
-            f'schedule.name = "1f1b" or "fill-drain", {cure}',
-        )
-    options, traits = run.optimizer_options, run.sync.instance.traits()
-    if options.clip and options.clip_over == "block":
-        raise ConfigError(
-            "model.tied-clip",
-            f"{where}, but each block clips its own gradient: set [optimizer] clip-over = "
-            f'"model", {cure}',
-        )
-    if traits.lossy or traits.reparametrises or traits.replaces_optimizer:
-        raise ConfigError(
-            "model.tied-sync",
-            f"{where}, and the sync '{run.sync.name}' would change its copies differently: choose "
-            f"a sync that does not compress, {cure}",
-        )
-    for copies in ties:
-        frozen = {run.partition.is_frozen(copy.block, len(layers)) for copy in copies}
-        if len(frozen) > 1:
-            raise ConfigError(
-                "model.tied-frozen",
-                f"'{copies[0].name}' is trained in one block and frozen in another: freeze both "
-                f"blocks or none, {cure}",
-            )
-    return ties
-
-
-def _check_in_place(layer_specs: Sequence[LayerSpec], layers: Sequence[range]) -> None:
+def _check_in_place(layer_specs: Sequence[LayerProfile], layers: Sequence[range]) -> None:
     """Refuse a layer that overwrites a tensor of an earlier block that a later block reads, too.
 
     It would overwrite its block's copy alone.
@@ -298,7 +285,7 @@ def _check_in_place(layer_specs: Sequence[LayerSpec], layers: Sequence[range]) -
 
 
 def _add_flows(
-    graph: ModelGraph, layer_specs: Sequence[LayerSpec], blocks: Sequence[BlockLayout]
+    graph: ModelGraph, layer_specs: Sequence[LayerProfile], blocks: Sequence[BlockLayout]
 ) -> tuple[BlockLayout, ...]:
     """Return the blocks with the tensors that enter and leave them."""
     for block in blocks:
@@ -327,7 +314,7 @@ def _infer_layers(
     dtype: torch.dtype,
     input_dtype: torch.dtype | None = None,
     other_inputs: Sequence[tuple[tuple[int, ...], torch.dtype]] = (),
-) -> tuple[LayerSpec, ...]:
+) -> tuple[LayerProfile, ...]:
     """Return the specs of a model's layers."""
     structure = layers_key(model)
     key = None if structure is None else (structure, tuple(shape), dtype, input_dtype)
@@ -336,7 +323,7 @@ def _infer_layers(
     )
 
 
-def _check_outputs(layer_specs: Sequence[LayerSpec], data_spec: BlockSpec) -> None:
+def _check_outputs(layer_specs: Sequence[LayerProfile], data_spec: BlockSpec) -> None:
     """Refuse a model whose outputs are not real, or not those of the task: for class labels, one
     number per class."""
     last, classes, task = layer_specs[-1], data_spec.classes, data_spec.task
@@ -354,24 +341,27 @@ def _check_outputs(layer_specs: Sequence[LayerSpec], data_spec: BlockSpec) -> No
     task.check_output(last.output_shape, last.dtype)
 
 
-def _check_cuts(layer_specs: Sequence[LayerSpec], layers: Sequence[range]) -> None:
-    """Refuse a cut behind a layer that returns no real numbers: nothing could be learnt there."""
+def _check_cuts(
+    layer_specs: Sequence[LayerProfile], layers: Sequence[range], objective: Objective
+) -> None:
+    """Refuse a cut behind a layer whose output gives the objective nothing to learn from."""
     for indices in layers:
         spec = layer_specs[indices.stop - 1]
-        if not spec.dtype.is_floating_point:
-            raise ConfigError(
-                "partition.cut-not-real",
-                f"layer '{spec.name}' returns {spec.dtype}, so no block can end there: cut behind "
-                f"a layer that returns real numbers",
-            )
+        if may_end_block(spec, objective) or (spec.writes and not spec.main_value):
+            continue  # the second is refused with the flow of the blocks
+        cure = "cut behind a layer that returns real numbers"
+        if spec.dtype.is_complex:
+            cure += ', or set objective.name = "backprop"'
+        raise ConfigError(
+            "partition.cut-not-real",
+            f"layer '{spec.name}' returns {spec.dtype}, so no block can end there: {cure}",
+        )
 
 
 def _check_stages(run: RunConfig, ranks: int) -> None:
-    if run.mesh.stages is None and run.partition.blocks is None and run.partition.cuts is None:
+    if run.stages is None and run.partition.chosen_blocks is None:
         return
-    stages, blocks = run.mesh.stages or ranks, run.partition.blocks
-    if run.partition.cuts is not None:
-        blocks = len(run.partition.cuts) + 1
+    stages, blocks = run.stages or ranks, run.partition.chosen_blocks
     if blocks is not None and blocks < stages:
         raise ConfigError(
             "partition.fewer-blocks-than-stages",
@@ -380,19 +370,16 @@ def _check_stages(run: RunConfig, ranks: int) -> None:
         )
 
 
-def _choose_cuts(run: RunConfig, block_costs: BlockCosts, stages: int) -> tuple[int, ...]:
-    """Return the layers at which blocks start: those of the run file, else balanced by costs."""
-    section, layers = run.partition, len(block_costs.layer_specs)
-    if section.cuts is not None:
-        names = [spec.name for spec in block_costs.layer_specs]
-        return partition.cuts_from_names(names, section.cuts)
-    costs: dict[str, Callable[[int, int], int]] = {
-        "flops": block_costs.flops,
-        "parameters": block_costs.parameters,
-        "layers": lambda i, j: j - i,
-    }
-    cost = costs[section.balance]
-    return partition.balanced_cuts(layers, section.blocks or stages, cost, section.weights)
+def _choose_places(
+    run: RunConfig, schedule: Schedule, blocks: Sequence[BlockLayout], stages: int
+) -> tuple[int, ...]:
+    """Return the stage of each block: those of the run file, else those of the schedule."""
+    places = run.partition.places
+    if places is None:
+        return schedule.assign_stages([block.cost for block in blocks], stages)
+    partition.check_places(places, len(blocks), stages)
+    schedule.check_places(places)
+    return tuple(places)
 
 
 def _check_block_numbers(run: RunConfig, blocks: int) -> None:
@@ -493,7 +480,8 @@ def layout_rows(layout: Layout) -> dict[str, str]:
 
 
 def describe(layout: Layout, rows: int) -> dict[str, Any]:
-    """Return the layout as plain values, with messages for micro-batches of `rows` samples."""
+    """Return the layout as plain values, with messages for micro-batches of `rows` samples, and
+    those of an update."""
     return {
         "ranks": layout.mesh.ranks,
         "replicas": layout.mesh.replicas,
@@ -514,16 +502,43 @@ def describe(layout: Layout, rows: int) -> dict[str, Any]:
             for block in layout.block_layouts
         ],
         "imbalance": partition.imbalance(layout.stage_costs()),
-        "messages": [
-            {
-                "route": route.name,
-                "from_block": route.source.block,
-                "from_stage": layout.place[route.source.block],
-                "to_block": route.target.block,
-                "to_stage": layout.place[route.target.block],
-                "bytes": size,
-                "wire": layout.place[route.source.block] != layout.place[route.target.block],
-            }
-            for route, size in layout.messages(rows)
-        ],
+        "messages": [*_message_rows(layout, rows), *_tied_rows(layout)],
+    }
+
+
+def _message_rows(layout: Layout, rows: int) -> Iterator[dict[str, Any]]:
+    """Yield the messages of a micro-batch of `rows` samples as plain values."""
+    for route, size in layout.messages(rows):
+        ends = route.source.block, route.target.block
+        is_sent = layout.place[ends[0]] != layout.place[ends[1]]
+        per = "update" if route.once_per_update else "micro-batch"
+        yield _message_row(layout, route.name, ends, size, is_sent, per)
+
+
+def _tied_rows(layout: Layout) -> Iterator[dict[str, Any]]:
+    """Yield the messages of tied parameters as plain values: from every copy to every other one.
+
+    A rank with several copies receives the gradient of another rank once.
+    """
+    for tie in layout.ties:
+        name = f"{TIED_GRADIENT}:{tie.copies[0].name}"
+        routes = tied_routes(tie.blocks, layout.place, layout.tied_cycles)
+        sent = {(route.source.block, route.target.block) for route in routes}
+        for ends in permutations(tie.blocks, 2):
+            yield _message_row(layout, name, ends, tie.nbytes, ends in sent, "update")
+
+
+def _message_row(
+    layout: Layout, name: str, ends: tuple[int, int], size: int, is_sent: bool, per: str
+) -> dict[str, Any]:
+    source, target = ends
+    return {
+        "route": name,
+        "from_block": source,
+        "from_stage": layout.place[source],
+        "to_block": target,
+        "to_stage": layout.place[target],
+        "bytes": size,
+        "per": per,
+        "wire": is_sent,
     }

@@ -48,6 +48,7 @@ from dtrain.planning.structure_cache import StructureCache, layers_key
 from dtrain.schedules.actions import Action
 from dtrain.schedules.message_memory import peak_message_bytes
 from dtrain.schedules.simulator import Span
+from dtrain.schedules.update_lags import peak_kept_gradients
 from dtrain.schedules.weight_policy import peak_weight_copies
 
 MetaLayers = Sequence[dict[str, nn.Module] | None]
@@ -70,7 +71,8 @@ class RankMemory:
     Attributes
     ----------
     parameters, gradients, optimizer : int
-        Of its blocks, buffers and heads included.
+        Of its blocks, buffers and heads included; of tied parameters also the gradients that are
+        kept for later updates.
     sync : int
         Copies of the trained parameters that the sync keeps.
     versions : int
@@ -93,7 +95,8 @@ class RankMemory:
     @property
     def peak(self) -> int:
         """The sum of all parts."""
-        return sum(asdict(self).values())
+        memory = self.parameters + self.gradients + self.optimizer + self.sync
+        return memory + self.versions + self.live + self.messages
 
 
 def largest_micro_batch(plan: Plan, replica: int) -> int:
@@ -137,10 +140,12 @@ class MemoryPlan:
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """Return the planned memory of every rank as plain values."""
-        rows = []
+        rows, tables = [], dict[RankMemory, dict[str, int]]()
         for rank, memory in enumerate(self.rank_memory()):
             replica, stage = self.layout.mesh.coords(rank)
-            sizes = {f"{part}_bytes": size for part, size in asdict(memory).items()}
+            if memory not in tables:  # most ranks of a stage need the same
+                tables[memory] = {f"{part}_bytes": n for part, n in asdict(memory).items()}
+            sizes = tables[memory]
             position = {"rank": rank, "replica": replica, "stage": stage}
             rows.append(position | sizes | {"peak_bytes": memory.peak})
         return rows
@@ -152,17 +157,20 @@ class MemoryPlan:
         blocks = dict(enumerate(self.block_memory(rows)))
         timeline, traits = self.plan.proof.timeline, self.plan.run.sync.instance.traits()
         policy = self.layout.schedule.policy(self.layout.place, self.layout.routes)
+        stage_actions: list[list[Action]] = [[] for _ in range(self.layout.mesh.stages)]
+        for span in timeline:
+            stage_actions[span.stage].append(span.action)
         stages = []
         for stage, message_bytes in enumerate(self._message_bytes(rows)):
             in_stage = [blocks[b] for b in self.layout.blocks_of_stage(stage)]
-            actions = [span.action for span in timeline if span.stage == stage]
+            actions = stage_actions[stage]
             copies = peak_weight_copies(actions, policy)
             gradients = sum(block.gradients for block in in_stage)
             optimizer = sum(block.optimizer for block in in_stage)
             stages.append(
                 RankMemory(
                     parameters=sum(block.parameters for block in in_stage),
-                    gradients=gradients,
+                    gradients=gradients + self._kept_gradient_bytes(actions),
                     optimizer=0 if traits.keeps_no_optimizer_state else optimizer,
                     sync=traits.parameter_copies * gradients,
                     versions=sum(n * blocks[b].gradients for b, n in copies.items()),
@@ -171,6 +179,16 @@ class MemoryPlan:
                 )
             )
         return stages
+
+    def _kept_gradient_bytes(self, actions: Sequence[Action]) -> int:
+        """Return the bytes of the gradients of tied parameters that a rank keeps."""
+        cycles = self.layout.tied_cycles
+        if cycles is None:
+            return 0
+        return sum(
+            tie.nbytes * peak_kept_gradients(actions, tie.blocks, cycles.lags(tie.blocks))
+            for tie in self.layout.ties
+        )
 
     def _head_cache_bytes(self, stage: int) -> int:
         """Return the bytes that the heads of a stage cache from update to update."""
@@ -185,8 +203,13 @@ class MemoryPlan:
     def _message_bytes(self, rows: int) -> list[int]:
         """Return the message bytes of every stage: the larger of training and evaluation."""
         plan, place = self.plan, self.layout.place
+        late = self.layout.late_messages()
         train = peak_message_bytes(
-            plan.proof.timeline, place, self.layout.routes, message_sizes(plan, rows)
+            plan.proof.timeline,
+            place,
+            (*self.layout.routes, *(route for route, _ in late)),
+            [*message_sizes(plan, rows), *(size for _, size in late)],
+            update_bytes=() if late else self._exchanged_bytes(),
         )
         largest = plan.batch_splitter.largest_micro_batch
         count = math.ceil(plan.data.test.size / plan.layout.mesh.replicas / largest)
@@ -199,6 +222,15 @@ class MemoryPlan:
         sizes = message_sizes(plan, largest, "predict")
         predict = peak_message_bytes(forwards, place, routes, sizes)
         return [max(pair) for pair in zip(train, predict, strict=True)]
+
+    def _exchanged_bytes(self) -> list[int]:
+        """Return per stage the bytes of the gradients of tied parameters that it sends and receives
+        in an update, all at once."""
+        sizes = [0] * self.layout.mesh.stages
+        for route, size in self.layout.tied_messages():
+            for block in (route.source.block, route.target.block):
+                sizes[self.layout.place[block]] += size
+        return sizes
 
     # ---- blocks
 
@@ -218,6 +250,7 @@ class MemoryPlan:
             layout.schedule.splits_backward,
             tuple((b.spec, b.layers, b.replacement_layers is None, b.recompute) for b in blocks),
             repr(run.optimizer_settings()),
+            layout.ties,
             run.settings.seed,  # of a block that is run for real
             rows,
         )

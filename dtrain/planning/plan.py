@@ -21,8 +21,9 @@ from dtrain.models.pretrained import PretrainedWeights, check_pretrained
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.planning.layout import DTYPES, Layout, make_layout
 from dtrain.schedules.segments import TrainingLength
-from dtrain.schedules.verify import ScheduleReport
+from dtrain.schedules.verify import PlanError, ScheduleReport
 from dtrain.tasks.task import Task
+from dtrain.user_code import require_object
 
 PROOF_UPDATES = 8
 """Updates at an epoch's start that the proof and the drawing contain."""
@@ -60,20 +61,8 @@ def make_plan(run: RunConfig, ranks: int) -> Plan:
     DtrainError
         Data, model, mesh, partition or schedule do not fit each other.
     """
-    samples = load_data(
-        run.dataset.name,
-        run.dataset.fields,
-        run.folder,
-        normalise=run.data.normalise,
-        task=run.task,
-    )
+    samples, model, data_spec = load_run(run)
     train = samples.train
-    task = run.task.bind(train.target_shape, train.target_dtype, train.classes)
-    _check_objective(run, task)
-    _check_augment(run, train, task)
-    model, data_spec = _load_model(run, train, task)
-    if data_spec.integer_samples:
-        samples = samples.as_integers()
     layout = make_layout(run, model, data_spec, ranks)
     settings = run.settings
     length = TrainingLength.from_settings(
@@ -85,27 +74,50 @@ def make_plan(run: RunConfig, ranks: int) -> Plan:
     )
     splitter = _split_batches(run, layout, train.size)
     return Plan(
-        run=run.resolve(len(layout.block_layouts), layout.mesh.stages),
+        run=_resolve(run, layout),
         data=samples,
         layout=layout,
         training_length=length,
         batch_splitter=splitter,
-        proof=layout.prove(_proof_sizes(splitter, train.size, length.updates_per_epoch)),
-        blocks_assumed=run.partition.blocks is None and run.partition.cuts is None,
+        proof=_prove(run, layout, _proof_sizes(splitter, train.size, length.updates_per_epoch)),
+        blocks_assumed=run.partition.chosen_blocks is None,
     )
+
+
+def load_run(run: RunConfig) -> tuple[DatasetSplits, LayerStack, BlockSpec]:
+    """Load the data's description and the model; return them, and the facts of the data that all
+    block specs share."""
+    for choice, kind in ((run.dataset, "data"), (run.model, "model")):
+        require_object(choice.target, choice.name, choice.fingerprint, kind)
+    samples = load_data(
+        run.dataset.name,
+        run.dataset.fields,
+        run.folder,
+        normalise=run.data.normalise,
+        task=run.task,
+        target=run.dataset.target,
+    )
+    train = samples.train
+    task = run.task.bind(train.target_shape, train.target_dtype, train.classes)
+    _check_objective(run, task)
+    _check_augment(run, train, task)
+    model, data_spec = _load_model(run, train, task)
+    return samples.as_integers() if data_spec.integer_samples else samples, model, data_spec
 
 
 def _load_model(run: RunConfig, train: Dataset, task: Task) -> tuple[LayerStack, BlockSpec]:
     """Return the model, and the facts of the data that all block specs share."""
-    input_shape = run.objective.instance.model_input_shape(train.shape, train.classes)
+    outputs = task.outputs_per_value * train.classes
+    input_shape = run.objective.instance.model_input_shape(train.shape, outputs)
     model = load_model(
         run.model.name,
         run.model.fields,
         run.folder,
         input_shape,
-        train.classes,
+        outputs,
         inputs=1 + len(train.other_inputs),
         open_names=run.open_modules(),
+        target=run.model.target,
     )
     for name in run.model_options.open:
         if not any(layer.startswith(f"{name}.") for layer in model.names):
@@ -123,7 +135,7 @@ def _load_model(run: RunConfig, train: Dataset, task: Task) -> tuple[LayerStack,
     )
     integers = takes_integers(model, input_shape, train.input_dtype, others)
     has_raw_samples = train.value_range is not None and not integers
-    data_spec = BlockSpec.from_data(train.shape, train.classes, train.size, has_raw_samples, task)
+    data_spec = BlockSpec.from_data(train.shape, outputs, train.size, has_raw_samples, task)
     return model, dataclasses.replace(data_spec, other_inputs=others, integer_samples=integers)
 
 
@@ -168,6 +180,30 @@ def _split_batches(run: RunConfig, layout: Layout, samples: int) -> BatchSplitte
             f"{max(batch_size - 1, 2)}",
         )
     return splitter
+
+
+def _resolve(run: RunConfig, layout: Layout) -> RunConfig:
+    """Return the run with the numbers of blocks and stages, and the cuts that a function chose.
+
+    So a resumed run has these cuts, whether the function still returns them or not.
+    """
+    if run.partition.cut_function is not None:
+        run = run.with_cuts([layout.layer_specs[index].name for index in layout.cuts])
+    return run.resolve(len(layout.block_layouts), layout.mesh.stages)
+
+
+def _prove(run: RunConfig, layout: Layout, sizes: list[list[int]]) -> ScheduleReport:
+    """Prove that the schedule ends; refuse places of the run file for which it does not."""
+    try:
+        return layout.prove(sizes)
+    except PlanError as error:
+        if run.partition.places is None:
+            raise
+        raise ConfigError(
+            "schedule.places-deadlock",
+            f"[schedule] '{run.schedule.name}' cannot run places = {list(layout.place)} "
+            f'({error}): leave out places, or set schedule.name = "drained"',
+        ) from error
 
 
 def _proof_sizes(splitter: BatchSplitter, samples: int, updates: int) -> list[list[int]]:

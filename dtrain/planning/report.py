@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dtrain.partition import is_ascending
 from dtrain.planning.cost_file import CostFile
 from dtrain.planning.formatting import align_columns, percent, pluralise
 from dtrain.planning.layout import describe
@@ -29,11 +30,12 @@ def plan_text(plan: Plan, cost_file: CostFile | None = None) -> str:
         *_size_lines(plan),
         "",
         *_block_lines(plan, table),
+        *_place_lines(table["place"]),
         "",
         f"Schedule {plan.run.schedule.name} (the first updates of an epoch, then its last)",
         timeline_text(plan.proof),
         "",
-        "Messages per full micro-batch",
+        "Messages of a full micro-batch, or of an update",
         *_message_lines(table["messages"]),
         "",
         "Peak memory per rank (bytes)",
@@ -118,19 +120,41 @@ def _block_lines(plan: Plan, table: dict[str, Any]) -> list[str]:
     ]
 
 
+def _place_lines(place: Sequence[int]) -> list[str]:
+    """Return a drawing of the blocks of each stage, where these are not contiguous."""
+    if is_ascending(place):
+        return []
+    width = len(str(len(place) - 1))
+    rows = [
+        f"stage {stage:{len(str(max(place)))}} | "
+        + " ".join(f"{b if s == stage else '.':>{width}}" for b, s in enumerate(place))
+        for stage in range(max(place) + 1)
+    ]
+    return ["", "Places (the blocks of each stage; activations go from left to right)", *rows]
+
+
 def _message_lines(messages: Sequence[dict[str, Any]]) -> list[str]:
-    rows = [("route", "from", "to", "bytes", "")]
+    rows = [("route", "from", "to", "bytes", "per", "")]
     rows += [
         (
             message["route"],
             f"block {message['from_block']} (stage {message['from_stage']})",
             f"block {message['to_block']} (stage {message['to_stage']})",
             f"{message['bytes']:,}",
-            "" if message["wire"] else "same rank, not sent",
+            message["per"],
+            _not_sent(message),
         )
         for message in messages
     ]
     return align_columns(rows) if messages else ["none"]
+
+
+def _not_sent(message: dict[str, Any]) -> str:
+    """Return why no bytes are sent for a message; empty if they are."""
+    if message["wire"]:
+        return ""
+    same_rank = message["from_stage"] == message["to_stage"]
+    return "same rank, not sent" if same_rank else "sent once to this rank"
 
 
 def _memory_lines(memory: Sequence[dict[str, Any]]) -> list[str]:

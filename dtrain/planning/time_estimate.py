@@ -16,13 +16,14 @@ from collections import Counter
 from typing import Any, NamedTuple, final
 
 from dtrain.errors import ConfigError, unknown_name
-from dtrain.models.shape_inference import LayerSpec
+from dtrain.models.shape_inference import LayerProfile
 from dtrain.planning.block_costs import profile_head
 from dtrain.planning.block_memory import BlockMemory
 from dtrain.planning.cost_file import HEADS, INTER_NODE, INTRA_NODE, CostFile, LinkSpeed
 from dtrain.planning.layout import BlockLayout
 from dtrain.planning.memory_plan import MemoryPlan, message_sizes
 from dtrain.planning.plan import Plan
+from dtrain.schedules.actions import Route
 from dtrain.schedules.cost_model import BlockCost, CostModel, Link
 from dtrain.schedules.forecast import Forecast, forecast, timeline
 from dtrain.schedules.simulator import Span
@@ -57,6 +58,7 @@ def estimate_time(plan: Plan, cost_file: CostFile, memory_plan: MemoryPlan) -> d
         plan.batch_splitter.count_micro_batches(plan.data.train.size, 0, updates),
         layout.routes,
         costs.cost_model(),
+        tied_routes=costs.late_routes,
     )
     samples = min(updates * settings.batch_size, plan.data.train.size)
     return {
@@ -71,7 +73,7 @@ def estimate_time(plan: Plan, cost_file: CostFile, memory_plan: MemoryPlan) -> d
             {"stage": stage, "busy_s": busy, "wait_s": wait, "mean_s": costs.mean_s(stage)}
             for stage, (busy, wait) in enumerate(zip(result.busy_s, result.wait_s, strict=True))
         ],
-        "links": costs.traffic(result),
+        "links": costs.traffic(result, updates),
     }
 
 
@@ -84,8 +86,15 @@ def estimate_timeline(plan: Plan, cost_file: CostFile, memory_plan: MemoryPlan) 
         max(3, DRAWN_MICRO_BATCHES // micro_batches),
     )
     sizes = plan.batch_splitter.count_micro_batches(plan.data.train.size, 0, updates)
-    costs = _RunCosts(plan, cost_file, memory_plan).cost_model()
-    return timeline(layout.schedule, layout.place, sizes, layout.routes, costs)
+    costs = _RunCosts(plan, cost_file, memory_plan)
+    return timeline(
+        layout.schedule,
+        layout.place,
+        sizes,
+        layout.routes,
+        costs.cost_model(),
+        tied_routes=costs.late_routes,
+    )
 
 
 class _Seconds(NamedTuple):
@@ -124,10 +133,17 @@ class _RunCosts:
                 error = unknown_name("layer in [layers.*]", name, legal_names)
                 raise self._error("costs-file.unknown-layer", error.message)
 
+    @property
+    def late_routes(self) -> list[Route]:
+        """The routes of tied parameters that run beside the pipeline."""
+        return [route for route, _ in self.layout.late_messages()]
+
     def cost_model(self) -> CostModel:
         """Return the costs that the simulator adds up."""
         blocks = tuple(map(self._block_cost, self.layout.block_layouts, self.block_memory))
-        return CostModel(blocks, message_sizes(self.plan, self.rows), self._link)
+        late_sizes = [size for _, size in self.layout.late_messages()]
+        sizes = [*message_sizes(self.plan, self.rows), *late_sizes]
+        return CostModel(blocks, sizes, self._link)
 
     # ---- ranks
 
@@ -142,7 +158,8 @@ class _RunCosts:
             * (input_gradient + head.forward + head.input_gradient + recomputed),
             weight_gradient_s=self.rows * (weight_gradient + head.weight_gradient),
             update_s=self._update_s(block, memory),
-            sync_s=self._block_mean_s(memory, self.layout.place[block.spec.index]),
+            sync_s=self._block_mean_s(memory, self.layout.place[block.spec.index])
+            + self._exchange_s(block.spec.index),
             live_bytes=memory.activations + memory.backward,
             fixed_bytes=memory.parameters + memory.gradients + memory.optimizer,
         )
@@ -169,7 +186,7 @@ class _RunCosts:
             return _Seconds(0.0, 0.0, 0.0, 0.0)
         return self._module_seconds(head, HEADS)
 
-    def _module_seconds(self, spec: LayerSpec, name: str) -> _Seconds:
+    def _module_seconds(self, spec: LayerProfile, name: str) -> _Seconds:
         """Return the seconds of a module by its table, else by its multiply-adds."""
         times, rate = self.cost_file.layers.get(name), self.cost_file.rank_speed.multiply_adds_per_s
         macs = _Seconds(
@@ -256,15 +273,40 @@ class _RunCosts:
                 seconds += means * (transfer_s + 2 * speed.latency_s)
         return seconds
 
-    def traffic(self, result: Forecast) -> dict[str, dict[str, int]]:
-        """Return messages and bytes of all replicas, by the kind of link."""
+    def _exchange_s(self, block: int) -> float:
+        """Return the seconds in which a block receives the gradients of tied parameters before its
+        update, where the pipeline flushes."""
+        seconds = 0.0
+        for route, size in self._exchanged_messages():
+            if route.target.block == block:
+                link = self._link(*self._stages(route))
+                seconds += link.latency_s + size / link.bytes_per_s
+        return seconds
+
+    def _exchanged_messages(self) -> list[tuple[Route, int]]:
+        """Return the messages of tied parameters that the simulation does not have."""
+        return [] if self.late_routes else list(self.layout.tied_messages())
+
+    def _stages(self, route: Route) -> tuple[int, int]:
+        return self.layout.place[route.source.block], self.layout.place[route.target.block]
+
+    def traffic(self, result: Forecast, updates: int) -> dict[str, dict[str, int]]:
+        """Return messages and bytes of all replicas in so many updates, by the kind of link."""
         totals = {kind: {"messages": 0, "bytes": 0} for kind in (INTRA_NODE, INTER_NODE)}
-        for stages, count in result.messages.items():
-            source, target = map(int, stages.split())
+
+        def add(source: int, target: int, messages: int, size: int) -> None:
             for replica in range(self.layout.mesh.replicas):
                 total = totals[self._link_kind(replica, source, target)]
-                total["messages"] += count
-                total["bytes"] += result.message_bytes[stages]
+                total["messages"] += messages
+                total["bytes"] += size
+
+        for stages, count in result.messages.items():
+            source, target = map(int, stages.split())
+            add(source, target, count, result.message_bytes[stages])
+        for route, size in self.layout.tied_messages():
+            # The simulation lacks messages that no step of these updates applies.
+            missing = min(route.lag, updates) if self.late_routes else updates
+            add(*self._stages(route), missing, missing * size)
         return totals
 
     def _error(self, key: str, message: str) -> ConfigError:

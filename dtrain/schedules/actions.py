@@ -97,6 +97,9 @@ class Route(NamedTuple):
     once : bool
         Whether there is one message per update, from micro-batch 0 to micro-batch 0. A route
         from or to a `U` always has one per update.
+    window : int
+        Receives that are posted at a time, 0 for the number that follows from the lag: see
+        `MessageTable.window`.
     """
 
     source: Point
@@ -104,6 +107,7 @@ class Route(NamedTuple):
     name: str
     lag: int = 0
     once: bool = False
+    window: int = 0
 
     @property
     def once_per_update(self) -> bool:

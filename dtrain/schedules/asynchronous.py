@@ -13,7 +13,8 @@ from typing import ClassVar, Literal
 from dtrain.errors import ConfigError
 from dtrain.schedules.actions import Action, Route
 from dtrain.schedules.base import Schedule
-from dtrain.schedules.cyclic import block_delays, cyclic_order
+from dtrain.schedules.cyclic import block_delays, cyclic_order, update_cycles
+from dtrain.schedules.update_lags import UpdateCycles
 from dtrain.schedules.weight_policy import Prediction, WeightPolicy
 
 
@@ -101,6 +102,9 @@ class AsyncSchedule(Schedule):
             horizon=self.horizon,
             spike_compensation=self.compensation == "spike",
         )
+
+    def update_cycles(self, blocks: int, routes: Sequence[Route]) -> UpdateCycles | None:
+        return update_cycles(blocks, routes, self.period)
 
     def optimizer_requirements(self) -> tuple[str, ...]:
         keys = (("prediction", self.prediction), ("compensation", self.compensation))

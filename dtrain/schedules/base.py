@@ -16,6 +16,7 @@ from typing import ClassVar, dataclass_transform
 from dtrain import partition
 from dtrain.errors import ConfigError
 from dtrain.schedules.actions import Action, Route
+from dtrain.schedules.update_lags import UpdateCycles
 from dtrain.schedules.weight_policy import WeightPolicy
 from dtrain.schema import Strategy
 
@@ -60,6 +61,13 @@ class Schedule(Strategy, ABC):
         """
         return partition.assign_stages(costs, stages, transfers)
 
+    def check_places(self, place: Sequence[int]) -> None:
+        """Raise a `ConfigError` for places that this order cannot run, with the alternative.
+
+        The default accepts any; the proof refuses those that lead to a deadlock.
+        """
+        return
+
     @abstractmethod
     def plan(
         self,
@@ -97,6 +105,11 @@ class Schedule(Strategy, ABC):
 
     def policy(self, place: Sequence[int], routes: Sequence[Route]) -> WeightPolicy | None:
         """Return which weight versions blocks compute with; None: the current ones, never stale."""
+        return None
+
+    def update_cycles(self, blocks: int, routes: Sequence[Route]) -> UpdateCycles | None:
+        """Return the cycles of the updates, from which the lags of tied parameters follow; None:
+        without a flush this order cannot train tied parameters."""
         return None
 
     def optimizer_requirements(self) -> tuple[str, ...]:

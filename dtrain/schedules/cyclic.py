@@ -17,7 +17,7 @@ takes as many cycles as the largest one: a smaller update is padded with empty c
 updates allows its target to run L updates' cycles earlier.
 
 *If no route flows back*, a hop between ranks takes a cycle and the actions of a block stay
-together, so nothing is stale; no padding is needed.
+together, so nothing is stale; padding is needed only where the places do not ascend.
 
 With a period of two, a micro-batch enters every other cycle, and the last block runs its backward
 one cycle after its forward: one forward, one backward, in turns. The delays are half as long,
@@ -46,9 +46,11 @@ from itertools import accumulate, count, pairwise
 from typing import Literal, NamedTuple
 
 from dtrain.errors import ConfigError
+from dtrain.partition import is_ascending
 from dtrain.schedules.actions import UNSPLIT_KINDS, Action, Point, Route
 from dtrain.schedules.base import blocks_of_stage
 from dtrain.schedules.messages import count_forward_passes
+from dtrain.schedules.update_lags import UpdateCycles
 from dtrain.schedules.weight_policy import Delay
 
 Offsets = Mapping[Point, int]
@@ -95,7 +97,10 @@ def cyclic_order(
         yield from _cyclic_actions(blocks, offsets, micro_batches, width, period)
     else:
         offsets = _offsets(routes, place, 1, 1)
-        yield from _cyclic_actions(blocks, offsets, micro_batches, None)
+        # Blocks of one stage with other offsets: padded, so that all replicas update them in the
+        # same order, however many micro-batches each has.
+        slots = None if is_ascending(place) else max([*micro_batches, 1])
+        yield from _cyclic_actions(blocks, offsets, micro_batches, slots)
 
 
 def block_delays(
@@ -121,6 +126,31 @@ def block_delays(
         gap = max(0, first_backward - backward) // period
         delays.append(Delay((update - forward) // period, gap))
     return tuple(delays)
+
+
+def update_cycles(
+    blocks: int, routes: Sequence[Route], period: int = 1, width: int = 1
+) -> UpdateCycles | None:
+    """Return the cycles of the updates of all blocks, on any placement; None if no route flows
+    back: the cycles then depend on the placement.
+
+    Parameters
+    ----------
+    period : int
+        As for `cyclic_order`.
+    width : int
+        Micro-batches of an update.
+
+    >>> from dtrain.schedules.actions import Point, Route
+    >>> forward = [Route(Point(b, "F"), Point(b + 1, "F"), "x") for b in range(2)]
+    >>> backward = [Route(Point(b + 1, "B"), Point(b, "B"), "g") for b in range(2)]
+    >>> update_cycles(3, forward + backward)
+    UpdateCycles(offsets=(4, 3, 2), length=1)
+    """
+    if not feeds_back(routes):
+        return None
+    offsets = _offsets(tuple(routes), tuple(range(blocks)), width, width, period)
+    return UpdateCycles(tuple(offsets[Point(b, "U")] for b in range(blocks)), period * width)
 
 
 def feeds_back(routes: Sequence[Route]) -> bool:

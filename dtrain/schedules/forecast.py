@@ -69,6 +69,7 @@ def forecast(
     routes: Sequence[Route],
     costs: CostModel,
     credits: int = CREDITS,
+    tied_routes: Sequence[Route] = (),
 ) -> Forecast:
     """Simulate a whole segment at given costs.
 
@@ -80,9 +81,11 @@ def forecast(
     schedule, place, micro_batches, routes
         As for `verify_schedule`, which proves a prefix; here all updates run.
     costs : CostModel
-        Costs of actions, messages and memory.
+        Costs of actions, memory and messages, first those of `routes`.
     credits : int
         Sends of a route that may be in flight beyond the posted receives.
+    tied_routes : sequence of Route
+        As for `verify_schedule`.
 
     Raises
     ------
@@ -91,7 +94,7 @@ def forecast(
     PlanError
         The plans do not fit: a fault of the schedule.
     """
-    simulator = _simulate(schedule, place, micro_batches, routes, costs, credits)
+    simulator = _simulate(schedule, place, micro_batches, routes, costs, credits, tied_routes)
     return _ForecastBuilder(simulator, place, costs).build()
 
 
@@ -102,12 +105,13 @@ def timeline(
     routes: Sequence[Route],
     costs: CostModel,
     credits: int = CREDITS,
+    tied_routes: Sequence[Route] = (),
 ) -> list[Span]:
     """Return the actions of the first replica with their times, stage by stage.
 
     Parameters and errors as for `forecast`.
     """
-    spans = _simulate(schedule, place, micro_batches, routes, costs, credits).spans
+    spans = _simulate(schedule, place, micro_batches, routes, costs, credits, tied_routes).spans
     first_replica = min(replica for replica, _ in spans)
     return [span for stage in range(max(place) + 1) for span in spans[first_replica, stage]]
 
@@ -119,11 +123,13 @@ def _simulate(
     routes: Sequence[Route],
     costs: CostModel,
     credits: int,
+    tied_routes: Sequence[Route],
 ) -> Simulator:
     schedule.check_routes(routes)
     replicas = distinct_replicas(micro_batches)
     plans = segment_plans(schedule, place, replicas, routes)
-    simulator = Simulator(plans, replicas, place, routes, costs, credits)
+    every_route = (*routes, *tied_routes)
+    simulator = Simulator(plans, replicas, place, every_route, costs, credits)
     simulator.run()
     return simulator
 

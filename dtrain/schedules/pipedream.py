@@ -25,7 +25,8 @@ from dtrain.errors import ConfigError
 from dtrain.schedules.actions import Action, Route
 from dtrain.schedules.asynchronous import AsyncSchedule
 from dtrain.schedules.base import Schedule
-from dtrain.schedules.cyclic import block_delays, cyclic_order, feeds_back
+from dtrain.schedules.cyclic import block_delays, cyclic_order, feeds_back, update_cycles
+from dtrain.schedules.update_lags import UpdateCycles
 from dtrain.schedules.weight_policy import WeightPolicy
 
 PERIOD = 2
@@ -132,3 +133,8 @@ class PipeDream2BW(_LinearPipeline):
     def policy(self, place: Sequence[int], routes: Sequence[Route]) -> WeightPolicy:
         delays = block_delays(place, routes, PERIOD)
         return WeightPolicy(tuple(delay._replace(updates=1) for delay in delays), stash=True, lag=1)
+
+    def update_cycles(self, blocks: int, routes: Sequence[Route]) -> UpdateCycles | None:
+        """Return the cycles with the fewest micro-batches that are legal; with more of them the
+        lags are the same."""
+        return update_cycles(blocks, routes, PERIOD, max(blocks - 1, 1))

@@ -83,6 +83,7 @@ def verify_schedule(
     place: Sequence[int],
     micro_batches: MicroBatchCounts,
     routes: Sequence[Route],
+    tied_routes: Sequence[Route] = (),
 ) -> ScheduleReport:
     """Prove a schedule on a prefix of a segment.
 
@@ -99,6 +100,8 @@ def verify_schedule(
         Number of micro-batches by [replica][update] of the segment.
     routes : sequence of Route
         All routes of the model.
+    tied_routes : sequence of Route
+        Routes of the gradients of tied parameters: they have no influence on the plans.
 
     Raises
     ------
@@ -108,8 +111,9 @@ def verify_schedule(
         The plans do not fit: a fault of the schedule.
     """
     schedule.check_routes(routes)
-    replicas = distinct_replicas(_prefix(micro_batches, *_prefix_length(place, routes)))
-    return _prove(segment_plans(schedule, place, replicas, routes), replicas, place, routes)
+    every_route = (*routes, *tied_routes)
+    replicas = distinct_replicas(_prefix(micro_batches, *_prefix_length(place, every_route)))
+    return _prove(segment_plans(schedule, place, replicas, routes), replicas, place, every_route)
 
 
 def verify_plans(

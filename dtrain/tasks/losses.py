@@ -22,6 +22,7 @@ from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import gaussian_nll_loss
 
 from dtrain.errors import ConfigError, unknown_name
 from dtrain.schema import convert, kebab
@@ -54,6 +55,35 @@ REDUCTION_ARGUMENTS = ("reduction", "reduce", "size_average")
 
 
 WORD_BORDER = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+
+
+GAUSSIAN = "gaussian-nll"
+"""The loss whose output has a mean and a log-variance for each value of the target."""
+
+
+class GaussianNLL(nn.Module):
+    """Negative log-likelihood of targets under independent Gaussians.
+
+    The first half of the output along dim 1 is their means, the second half the logarithms of
+    their variances.
+
+    Parameters
+    ----------
+    full, eps, reduction
+        As in `torch.nn.GaussianNLLLoss`.
+    """
+
+    def __init__(self, full: bool = False, eps: float = 1e-6, reduction: str = "mean") -> None:
+        super().__init__()
+        self.full, self.eps, self.reduction = full, eps, reduction
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return the loss () of an output (rows, 2 C, ...) for a target (rows, C, ...); the output
+        for a target (rows,) is (rows, 2)."""
+        mean, log_variance = (half.reshape(target.shape) for half in output.chunk(2, 1))
+        return gaussian_nll_loss(
+            mean, target, log_variance.exp(), self.full, self.eps, self.reduction
+        )
 
 
 class Loss(ABC):
@@ -204,8 +234,8 @@ TASK_KEYS = ("loss", "metrics", "target", "classes-last")
 @cache
 def torch_losses() -> dict[str, type[nn.Module]]:
     """Return the loss classes of `torch.nn` that take (output, target), by their names in
-    kebab-case without "loss"."""
-    losses = {}
+    kebab-case without "loss"; `GaussianNLL` is among them."""
+    losses: dict[str, type[nn.Module]] = {GAUSSIAN: GaussianNLL}
     for name, kind in vars(nn).items():
         if not (name.endswith("Loss") and isinstance(kind, type) and issubclass(kind, nn.Module)):
             continue

@@ -16,7 +16,7 @@ import inspect
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from dtrain.errors import ConfigError, unknown_name
-from dtrain.user_code import PATTERN, import_object, object_name
+from dtrain.object_names import object_name
+from dtrain.user_code import PATTERN, import_object
 
 MetricFunction = Callable[[Tensor, Tensor], Any]
 """Takes output and target (rows, ...); returns the mean over the rows."""
@@ -219,6 +220,8 @@ class TorchMetric(Metric):
 
     def __init__(self, prototype: Any) -> None:
         self.prototype = prototype
+        if hasattr(prototype, "set_dtype"):
+            prototype.set_dtype(torch.float64)  # sums of float32 would depend on the split
         self.states = list(prototype._defaults)
 
     def update(self, output: Tensor, target: Tensor) -> Tensor:
@@ -228,14 +231,26 @@ class TorchMetric(Metric):
         return torch.cat([torch.as_tensor(value).double().flatten() for value in values])
 
     def compute(self, sums: Tensor) -> float:
-        metric, start = copy.deepcopy(self.prototype), 0
+        metric, start = self._like(len(sums)), 0
         for state in self.states:
-            default = torch.as_tensor(self.prototype._defaults[state])
+            default = torch.as_tensor(getattr(metric, state))
             values = sums[start : start + default.numel()].view(default.shape)
             setattr(metric, state, values.to(default.dtype))
             start += default.numel()
         metric._update_count = 1  # otherwise it warns that it was never updated
         return float(metric.compute())
+
+    def _like(self, length: int) -> Any:
+        """Return a metric whose states have `length` numbers: one may grow them in its first
+        update, to one number for each column of the output."""
+        for columns in range(length + 1):
+            metric = copy.deepcopy(self.prototype)
+            if columns:
+                probe = torch.eye(columns + 2, columns, dtype=torch.float64)
+                metric.update(probe, probe)
+            if sum(torch.as_tensor(getattr(metric, s)).numel() for s in self.states) == length:
+                return metric
+        raise AssertionError(f"no states of {self.prototype} have {length} numbers")
 
 
 METRICS: dict[str, Callable[[], Metric]] = {
@@ -252,7 +267,9 @@ METRICS: dict[str, Callable[[], Metric]] = {
 """Metrics by name; ``top-<k>`` and those of torchmetrics come on top."""
 
 
-def make_metric(metric: str | MetricFunction, classes: int, folder: Path) -> Metric:
+def make_metric(
+    metric: str | MetricFunction, classes: int, folder: Path, ignore_index: int | None = None
+) -> Metric:
     """Return the metric of a name or of a user's function.
 
     Parameters
@@ -261,11 +278,13 @@ def make_metric(metric: str | MetricFunction, classes: int, folder: Path) -> Met
         Number of classes, for metrics of torchmetrics.
     folder : Path
         The folder in which a user's module is looked for first.
+    ignore_index : int, optional
+        The label that does not count, for metrics of torchmetrics.
 
     Raises
     ------
     ConfigError
-        The name is unknown, or the metric has states that cannot be added up.
+        The name is unknown, or the metric needs arguments or has states that cannot be added up.
     """
     if not isinstance(metric, str):
         return FunctionMetric(metric)
@@ -279,7 +298,8 @@ def make_metric(metric: str | MetricFunction, classes: int, folder: Path) -> Met
     if kind is None:
         legal = [*METRICS, "top-5", PATTERN]
         raise unknown_name("metric", metric, legal, key="task.unknown-metric")
-    return _wrap_torchmetric(metric, kind, classes)
+    arguments = {"num_classes": classes, "num_labels": classes, "ignore_index": ignore_index}
+    return _wrap_torchmetric(metric, kind, arguments)
 
 
 def metric_name(metric: str | MetricFunction) -> str:
@@ -292,10 +312,8 @@ def _torchmetrics_class(name: str) -> type[Any] | None:
     if find_spec("torchmetrics") is None:
         return None
     word = name.replace("-", "").lower()
-    for kind in _torchmetrics_classes():
-        if kind.__name__.lower() in (f"multiclass{word}", word):
-            return kind
-    return None
+    kinds = {kind.__name__.lower(): kind for kind in reversed([*_torchmetrics_classes()])}
+    return kinds.get(f"multiclass{word}", kinds.get(word))
 
 
 def _torchmetrics_classes() -> Iterator[type[Any]]:
@@ -305,11 +323,18 @@ def _torchmetrics_classes() -> Iterator[type[Any]]:
                 yield kind
 
 
-def _wrap_torchmetric(name: str, kind: type[Any], classes: int) -> TorchMetric:
-    """Return a metric of torchmetrics; refuse one whose states are not sums."""
-    arguments = {"num_classes": classes, "num_labels": classes}
+def _wrap_torchmetric(name: str, kind: type[Any], arguments: Mapping[str, Any]) -> TorchMetric:
+    """Return a metric of torchmetrics; refuse one whose states are not sums, or that needs
+    arguments."""
     legal = inspect.signature(kind).parameters
-    metric = kind(**{key: value for key, value in arguments.items() if key in legal})
+    try:
+        metric = kind(**{key: value for key, value in arguments.items() if key in legal})
+    except TypeError as error:
+        raise ConfigError(
+            "task.metric-needs-arguments",
+            f"[task] metrics: '{name}' of torchmetrics cannot be made without arguments: {error}; "
+            f"write a function that calls it ({PATTERN})",
+        ) from error
     for state, reduction in metric._reductions.items():
         is_sum = getattr(reduction, "__name__", "") in ("dim_zero_sum", "sum")
         if isinstance(metric._defaults[state], list) or not is_sum:

@@ -32,11 +32,13 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from dtrain.errors import ConfigError
+from dtrain.object_names import object_name
 from dtrain.schema import Table, kebab, snake
 from dtrain.tasks.losses import (
     CLASS_LOSSES,
     COUNTING_LOSSES,
     DECISION_THRESHOLDS,
+    GAUSSIAN,
     INDEX_LOSSES,
     Loss,
     LossFunction,
@@ -52,7 +54,6 @@ from dtrain.tasks.metrics import (
     make_metric,
     metric_name,
 )
-from dtrain.user_code import object_name
 
 Kind = Literal["classes", "probabilities", "decisions", "values"]
 
@@ -239,6 +240,11 @@ class Task:
         return self.kind_of(not self.target_spec.dtype.is_floating_point)
 
     @property
+    def outputs_per_value(self) -> int:
+        """How many numbers along dim 1 the model returns for one of the target."""
+        return 2 if self.loss == GAUSSIAN else 1
+
+    @property
     def has_classes(self) -> bool:
         """Whether the targets are classes or their probabilities."""
         return self.kind in ("classes", "probabilities")
@@ -301,7 +307,10 @@ class Task:
         """The metrics by name."""
         metrics = DEFAULT_METRICS[self.kind] if self.metrics is None else self.metrics
         classes = self.target_spec.classes
-        return {metric_name(each): make_metric(each, classes, self.folder) for each in metrics}
+        return {
+            metric_name(each): make_metric(each, classes, self.folder, self.ignore_index)
+            for each in metrics
+        }
 
     def zero_targets(self, rows: int) -> Tensor:
         """Return targets of zeros (rows, ...)."""
@@ -403,6 +412,8 @@ class Task:
 
     def _views(self, metric: Metric, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Return output and target as a metric takes them."""
+        if self.outputs_per_value > 1:  # the means
+            output = output[:, : output.shape[1] // 2].reshape(target.shape)
         if "any" in metric.subjects:
             return self._classes_first(output), self._comparable(output, target)
         if self.has_classes:
@@ -433,7 +444,11 @@ class Task:
             if not classes:
                 return None
             return (*shape, classes) if self.classes_last else (classes, *shape)
-        return shape if isinstance(self._loss, TorchLoss) else None
+        if not isinstance(self._loss, TorchLoss):
+            return None
+        if self.outputs_per_value > 1:
+            return self.outputs_per_value * math.prod(shape[:1]), *shape[1:]
+        return shape
 
     def check_output(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """Refuse a model whose output (of one sample) does not fit the targets: try the loss once.

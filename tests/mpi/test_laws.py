@@ -18,6 +18,7 @@ from dtrain.syncs import SYNCS
 from dtrain.training import train
 from tests import tiny
 from tests.outcome import close, summary
+from tests.ranks.test_graph_models import run as graph_run
 
 Cell = tuple[str, str, str, str]
 OBJECTIVE_NAMES = ("mono-forward", "backprop", "dfa", "f3")
@@ -97,6 +98,16 @@ def test_any_number_of_stages_trains_the_same_bits(
             digests[row["replicas"]].add(row["digest"])
             assert row["samples"] == 2 * 50
     assert [len(digests[replicas]) for replicas in (1, 2)] == [1, 1]
+
+
+@pytest.mark.mpi(min_size=4)
+@pytest.mark.parametrize("net", ["unet", "language_model", "complex_skips"])
+def test_a_graph_trains_the_same_bits_on_three_stages(net: str, comm: Comm, tmp_path: Path) -> None:
+    """Law 1 with skips, tied weights and complex numbers; the runs train side by side."""
+    runs = [graph_run(net, mesh__stages=stages, epochs=1) for stages in (1, 3)]
+    one, three = trained(comm, tmp_path, 1, 3, runs=runs)
+    assert (one["stages"], three["stages"]) == (1, 3)
+    assert one["digest"] == three["digest"]
 
 
 @pytest.mark.mpi(min_size=4)

@@ -16,7 +16,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "dtrain"
-FLAT = ("errors", "rng", "schema", "user_code", "partition", "mesh")
+FLAT = (
+    *("errors", "rng", "schema", "object_names"),
+    *("fingerprint", "user_code", "partition", "mesh"),
+)
 IMPORTS: dict[str, tuple[str, ...]] = {
     "errors": (),
     **dict.fromkeys(FLAT[1:], FLAT),
@@ -43,9 +46,19 @@ IMPORTS: dict[str, tuple[str, ...]] = {
         *(*FLAT, "schedules", "comm", "data", "block", "objectives", "syncs", "config"),
         *("checkpoint", "planning", "build", "evaluation"),
     ),
+    "run_report": (*FLAT, "checkpoint", "planning.formatting"),
 }
 """Packages that are not listed (`build`, `evaluate`, `train`, `cli`, ...) may import everything."""
-NO_TORCH = ("errors", "schema", "user_code", "partition", "mesh", "schedules")
+NO_TORCH = (
+    "errors",
+    "schema",
+    "object_names",
+    "fingerprint",
+    "user_code",
+    "partition",
+    "mesh",
+    "schedules",
+)
 SHARED = {"base", "common", "block_spec", "gradient_reducer"}
 """Modules of objectives and syncs that are no strategies."""
 FUNCTION_LINES = 60

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
-from dtrain.checkpoint.resume import check_saved_data
+from dtrain.checkpoint.resume import STRUCTURE, check_same_model, check_saved_data
 from dtrain.comm.backends.threads import run_ranks
 from dtrain.config.run import RunConfig
 from dtrain.errors import ConfigError
@@ -19,7 +20,7 @@ from tests.harness import train_in_threads
 from tests.refusals import refuses
 from tests.single import one_thread  # noqa: F401
 
-STATE: dict[str, Any] = {"width": 12, "noise": 0.0, "rows": 96, "label": 0}
+STATE: dict[str, Any] = {"width": 12, "noise": 0.0, "rows": 96, "label": 0, "slope": 0.1}
 """What `net` and `samples` depend on, as the code of a user may change between two starts."""
 
 
@@ -31,7 +32,7 @@ def unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def net(shape: tuple[int, ...], classes: int) -> nn.Sequential:
     width = STATE["width"]
-    layers = [nn.Linear(shape[0], width), nn.ReLU(), nn.Linear(width, classes)]
+    layers = [nn.Linear(shape[0], width), nn.LeakyReLU(STATE["slope"]), nn.Linear(width, classes)]
     return nn.Sequential(*layers, *([nn.Linear(classes, classes)] if width == 8 else []))
 
 
@@ -51,6 +52,7 @@ def run(epochs: int) -> RunConfig:
 CHANGES = [
     ("width", 13, "resume.model-changed"),
     ("width", 8, "resume.model-changed"),
+    ("slope", 0.2, "resume.model-changed"),
     ("noise", 0.1, "resume.data-changed"),
     ("rows", 95, "resume.data-changed"),
     ("label", 1, "resume.data-changed"),
@@ -68,6 +70,42 @@ def test_a_change_is_refused(
         train_in_threads(run(2), tmp_path, stages=stages)
     monkeypatch.undo()
     assert train_in_threads(run(2), tmp_path, stages=stages)["epochs"] == 2
+
+
+def branched(shape: tuple[int, ...], classes: int) -> nn.Module:
+    return Branched(shape[0], classes)
+
+
+class Branched(nn.Module):
+    """A net whose `forward` itself calls the activation."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(width, width), nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x + functional.leaky_relu(self.first(x), STATE["slope"]))
+
+
+def test_a_changed_operation_between_layers_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced = {"name": f"{__name__}:branched"}
+    train_in_threads(user_nets.run("", epochs=1, model=traced), tmp_path)
+    monkeypatch.setitem(STATE, "slope", 0.2)
+    with refuses(ConfigError, "resume.model-changed"):
+        train_in_threads(user_nets.run("", epochs=2, model=traced), tmp_path)
+
+
+def test_structure_is_compared_within_one_version() -> None:
+    """Checkpoints of before have no structure, and other versions may word it differently."""
+    tensors = {"0.weight": "(2,)"}
+    old = {STRUCTURE: "torch 1", STRUCTURE + "0": "A()"} | tensors
+    check_same_model({"model": tensors}, old)
+    check_same_model({"model": old}, old | {STRUCTURE: "torch 2", STRUCTURE + "0": "A(1)"})
+    for change in ({STRUCTURE + "0": "A(1)"}, {STRUCTURE: "torch 2", "0.weight": "(3,)"}):
+        with refuses(ConfigError, "resume.model-changed"):
+            check_same_model({"model": old}, old | change)
 
 
 def test_rounding_of_inputs_is_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,14 +63,21 @@ def copied_blocks(out: Path) -> list[list[int]]:
     return [record["copied_blocks"] for record in records if record["kind"] == "run"]
 
 
-@pytest.mark.parametrize("sync", ["every-step", "local-sgd"])
-def test_replicas_start_from_the_weights_of_the_first(sync: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("net", "sync"),
+    [
+        ("numpy_initialised", "every-step"),
+        ("numpy_initialised", "local-sgd"),
+        ("privately_initialised", "every-step"),
+    ],
+)
+def test_replicas_start_from_the_weights_of_the_first(net: str, sync: str, tmp_path: Path) -> None:
     """The debug mode compares them after each update; a resumed run has those of its checkpoint."""
     tables: dict[str, Any] = {"partition": {"blocks": 2}, "sync": {"name": sync}, "debug": True}
     tables["mesh"] = {"stages": 2}
-    train_in_threads(user_nets.run("numpy_initialised", **tables), tmp_path, replicas=2)
+    train_in_threads(user_nets.run(net, **tables), tmp_path, replicas=2)
     assert copied_blocks(tmp_path) == [[0, 1]]
-    longer = user_nets.run("numpy_initialised", **tables, epochs=4)
+    longer = user_nets.run(net, **tables, epochs=4)
     train_in_threads(longer, tmp_path, replicas=2)
     assert copied_blocks(tmp_path) == [[0, 1], []]
 

@@ -290,7 +290,7 @@ def test_the_summary_keeps_the_contract(tmp_path: Path) -> None:
     kinds = [
         json.loads(line)["kind"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
     ]
-    assert kinds == ["run"] + ["train", "checkpoint", "eval"] * 2
+    assert kinds == ["run"] + ["train", "eval", "checkpoint"] * 2
     assert not (tmp_path / "owner.json").exists()
 
 

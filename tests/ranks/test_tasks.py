@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -21,6 +23,7 @@ from dtrain.planning.memory_plan import MemoryPlan
 from dtrain.planning.plan import make_plan
 from tests import task_data, tiny
 from tests.harness import assert_close_model, assert_same_model, train_in_threads
+from tests.need import lack
 from tests.outcome import model
 from tests.refusals import refuses
 
@@ -165,6 +168,70 @@ CASES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
 }
 
 
+GAUSSIAN = {"loss": "gaussian-nll", "full": True, "metrics": ["mae", "r2"]}
+
+
+@pytest.mark.parametrize(
+    ("data", "objective"),
+    [
+        ("numbers", "dfa"),
+        ("flat_numbers", "mono-forward"),
+        ("pixel_numbers", "backprop"),
+        ("pixel_numbers", "local-head"),
+    ],
+)
+def test_a_mean_and_a_variance_are_learnt(data: str, objective: str, tmp_path: Path) -> None:
+    """The likelihood rises; metrics are those of the mean; any split trains the same model."""
+    net = "gaussian_pixel_net" if data == "pixel_numbers" else None
+    changes: dict[str, Any] = {"objective__name": objective, "evaluate__every": 6}
+    if objective == "dfa":
+        changes["schedule__name"] = "drained"
+    run = task_run(data, net, GAUSSIAN, epochs=6, **changes)
+    result = train_in_threads(run, tmp_path / "run", stages=3)
+    train_in_threads(run, tmp_path / "other", stages=1, replicas=2)
+    assert_close_model(tmp_path / "run", tmp_path / "other", 1e-10)
+    start = train_in_threads(task_run(data, net, GAUSSIAN, epochs=1, **changes), tmp_path / "first")
+    assert result["train_loss"] < start["train_loss"]
+    evaluated = evaluate_run(tmp_path / "run", Comm(SingleBackend()))
+    assert evaluated["loss"] == result["test_loss"]
+
+
+def test_a_mean_and_a_variance_are_torch_s(tmp_path: Path) -> None:
+    run = task_run("numbers", None, GAUSSIAN)
+    result = train_in_threads(run, tmp_path)
+    splits = load_data(run.dataset.name, {}, run.folder, task=run.task)
+    everything = np.arange(splits.test.size)
+    with torch.no_grad():
+        output = trained_net(run, tmp_path, outputs=4)(splits.test.inputs(everything))
+    target = splits.test.targets(everything)
+    mean, variance = output[:, :2], output[:, 2:].exp()
+    loss = torch.nn.functional.gaussian_nll_loss(mean, target, variance, full=True)
+    assert result["test_loss"] == pytest.approx(float(loss), rel=1e-12)
+    assert result["metrics"]["mae"] == pytest.approx(float((mean - target).abs().mean()), rel=1e-12)
+
+
+def test_a_variance_has_no_closed_form() -> None:
+    with refuses(ConfigError, "task.objective-needs-classes"):
+        make_plan(
+            task_run(
+                "numbers", None, GAUSSIAN, objective={"name": "cafo", "head": "least-squares"}
+            ),
+            1,
+        )
+    with refuses(ConfigError, "task.shapes-differ"):
+        make_plan(task_run("numbers", "column_net", GAUSSIAN), 1)
+
+
+def trained_net(run: RunConfig, folder: Path, outputs: int) -> torch.nn.Sequential:
+    """Return the chain of a run with the weights of its newest checkpoint."""
+    stack = load_model(run.model.name, run.model.fields, run.folder, (2, 5), outputs)
+    layers = stack.build(range(len(stack.names)), 0, torch.float64)
+    for name, tensor in model(folder).items():
+        layer, _, parameter = name.partition(".")
+        layers[layer].get_parameter(parameter).data = tensor
+    return torch.nn.Sequential(*layers.values())
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("objective", ["backprop", "mono-forward"])
 def test_other_targets_are_learnt(name: str, objective: str, tmp_path: Path) -> None:
@@ -201,6 +268,86 @@ def test_metrics_may_be_others_at_the_evaluation(tmp_path: Path) -> None:
     other = evaluate_run(tmp_path, Comm(SingleBackend()), overrides=['task.metrics=["macro-f1"]'])
     assert other["metrics"].keys() == {"macro-f1"}
     assert other["accuracy"] == result["test_accuracy"]
+
+
+TORCHMETRICS: dict[str, tuple[str, str | None, dict[str, Any], dict[str, str]]] = {
+    "classes": (
+        "labels",
+        None,
+        {"weight": [1.0, 3.0, 2.0]},
+        {
+            "multiclass-accuracy": "MulticlassAccuracy",
+            "f1-score": "MulticlassF1Score",
+            "cohen-kappa": "MulticlassCohenKappa",
+        },
+    ),
+    "pixels": (
+        "segments",
+        "pixel_net",
+        {"ignore-index": task_data.IGNORED},
+        {"jaccard-index": "MulticlassJaccardIndex"},
+    ),
+    "numbers": (
+        "numbers",
+        None,
+        {"loss": "mse"},
+        {
+            "mean-absolute-error": "MeanAbsoluteError",
+            "r2-score": "R2Score",
+            "explained-variance": "ExplainedVariance",
+        },
+    ),
+    "decisions": (
+        "yes_or_no",
+        None,
+        {"loss": "bce-with-logits"},
+        {"multilabel-f1-score": "MultilabelF1Score"},
+    ),
+}
+"""Data, net, task, and metrics with their classes."""
+
+
+@pytest.mark.parametrize("case", TORCHMETRICS)
+def test_metrics_of_torchmetrics_are_those_of_all_samples_at_once(
+    case: str, tmp_path: Path
+) -> None:
+    if importlib.util.find_spec("torchmetrics") is None:
+        lack("public-models", "torchmetrics is not installed")
+    data, net, task, kinds = TORCHMETRICS[case]
+    run = task_run(data, net, task | {"metrics": list(kinds)})
+    found = [
+        train_in_threads(run, tmp_path / str(stages), stages=stages)["metrics"] for stages in (1, 3)
+    ]
+    assert found[0] == found[1]
+    splits = load_data(run.dataset.name, {}, run.folder, task=run.task)
+    net_of_3 = trained_net(run, tmp_path / "3", splits.train.classes)
+    everything = np.arange(splits.test.size)
+    with torch.no_grad():
+        output = net_of_3(splits.test.inputs(everything))
+    targets = splits.test.targets(everything)
+    for name, kind in kinds.items():
+        expected = torchmetric(kind, splits.train.classes, task)(output, targets)
+        assert found[0][name] == pytest.approx(float(expected), rel=1e-5), name
+
+
+def torchmetric(kind: str, classes: int, task: dict[str, Any]) -> Any:
+    """Return a metric of torchmetrics."""
+    import torchmetrics.classification
+
+    if not hasattr(torchmetrics.classification, kind):
+        return getattr(torchmetrics, kind)()
+    count = {"num_labels" if kind.startswith("Multilabel") else "num_classes": classes}
+    ignored = {"ignore_index": task.get("ignore-index")}
+    return getattr(torchmetrics.classification, kind)(**count, **ignored)
+
+
+def test_a_metric_of_torchmetrics_that_needs_arguments_is_refused() -> None:
+    if importlib.util.find_spec("torchmetrics") is None:
+        lack("public-models", "torchmetrics is not installed")
+    with refuses(ConfigError, "task.metric-needs-arguments"):
+        tiny.run(task={"metrics": ["fbeta-score"]})
+    with refuses(ConfigError, "task.metric-not-a-sum"):
+        tiny.run(task={"metrics": ["auroc"]})
 
 
 def test_a_resumed_run_may_measure_something_else(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -83,6 +84,7 @@ def measure(
     optimizer: str = "adam",
     recompute: bool = False,
     fakes: bool = True,
+    spec: BlockSpec = SPEC,
 ) -> tuple[BlockMemory, list[bool]]:
     """Return the memory of a block, and for each block that was made whether it was real."""
     make = OptimizerSettings(optimizer, {"lr": 0.1})
@@ -94,7 +96,7 @@ def measure(
 
     objective: Objective = OBJECTIVES["backprop"]()
     fake = partial(make_block, False) if fakes else None
-    memory = measure_block_memory(partial(make_block, True), fake, make, objective, [SPEC], 0, rows)
+    memory = measure_block_memory(partial(make_block, True), fake, make, objective, [spec], 0, rows)
     return memory, are_real
 
 
@@ -115,6 +117,12 @@ def test_fake_tensors_keep_what_real_ones_keep(more: tuple[type[nn.Module], ...]
     memory, are_real = measure(ROWS, *more)
     assert are_real == [False]
     assert memory.activations == count_activations(ROWS, *(kind() for kind in more))
+
+
+def test_further_inputs_of_a_sample_are_part_of_a_micro_batch() -> None:
+    alone, _ = measure(ROWS)
+    more, _ = measure(ROWS, spec=replace(SPEC, other_inputs=(((7,), torch.int64),)))
+    assert more.activations - alone.activations == ROWS * 7 * 8
 
 
 def test_a_block_that_reads_values_is_run_with_few_rows_and_extrapolated() -> None:

@@ -15,8 +15,9 @@ from dtrain.models.integer_inputs import takes_integers
 from dtrain.models.layers import as_layers
 from dtrain.models.pretrained import PretrainedWeights, check_pretrained, load_pretrained
 from dtrain.models.shape_inference import infer_layers
-from dtrain.models.ties import TiedCopy, find_ties
-from tests import graph_nets
+from dtrain.models.ties import Tie, TiedCopy, find_ties
+from dtrain.planning.plan import make_plan
+from tests import graph_nets, tiny
 from tests.refusals import refuses
 
 
@@ -35,6 +36,65 @@ def test_sizes_that_forward_reads_follow_the_rows() -> None:
     first, *_ = infer_layers(net, (2, 5), torch.float32)
     leaves = [leaf for value in first.writes for leaf in value.leaves]
     assert SizeRule(0, 1) in leaves
+
+
+class Indices(nn.Module):
+    """Two layers without a real output, one after the other."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.first, self.pick, self.keep = nn.Linear(10, 8), Largest(), nn.Identity()
+        self.embed, self.mid = nn.Embedding(8, 6), nn.Linear(6, 6)
+        self.last = nn.Linear(6, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return scores (rows, classes) of x (rows, 2, 5)."""
+        x = self.keep(self.pick(self.first(x.flatten(1))))
+        return self.last(self.mid(self.embed(x)))
+
+
+class Largest(nn.Module):
+    """Returns the position of the largest number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (rows,) integers of x (rows, width)."""
+        return x.argmax(1)
+
+
+def picking(classes: int) -> nn.Sequential:
+    """Return the same net as a chain."""
+    net = Indices(classes)
+    real = net.embed, net.mid, net.last
+    return nn.Sequential(nn.Flatten(), net.first, net.pick, net.keep, *real)
+
+
+@pytest.mark.parametrize(
+    ("net", "objective", "blocks", "cuts"),
+    [
+        (f"{__name__}:Indices", "backprop", 2, {(1,), (4,)}),
+        (f"{__name__}:Indices", "backprop", 3, {(1, 4)}),
+        (f"{__name__}:Indices", "backprop", 4, {(1, 4, 5)}),
+        (f"{__name__}:picking", "backprop", 3, {(1, 2), (1, 5), (2, 5)}),
+        ("tests.graph_nets:complex_chain", "mono-forward", 3, {(1, 6), (2, 6), (1, 2)}),
+    ],
+)
+def test_balanced_cuts_stand_where_a_block_can_end(
+    net: str, objective: str, blocks: int, cuts: set[tuple[int, ...]]
+) -> None:
+    for balance in ("layers", "flops", "parameters"):
+        changes = {"objective__name": objective, "mesh__stages": 1, "model": {"name": net}}
+        run = tiny.run(partition={"blocks": blocks, "balance": balance}, **changes)
+        assert make_plan(run, 1).layout.cuts in cuts
+
+
+def test_more_blocks_than_a_model_can_end_are_refused() -> None:
+    changes = {"objective__name": "backprop", "partition": {"blocks": 6}}
+    for net, key in (
+        ("picking", "partition.cut-not-real"),
+        ("Indices", "partition.no-main-output"),
+    ):
+        with refuses(ConfigError, key):
+            make_plan(tiny.run(model={"name": f"{__name__}:{net}"}, **changes), 1)
 
 
 def test_a_skip_goes_from_its_maker_to_every_reader() -> None:
@@ -109,8 +169,8 @@ def test_integers_pass_untouched_where_the_model_takes_them(
 def test_ties_across_blocks_are_copies() -> None:
     model = as_layers(lambda: graph_nets.tied(3), "net")
     assert find_ties(model, [range(4)]) == ()
-    copies = (TiedCopy(0, "first.weight"), TiedCopy(1, "last.weight"))
-    assert find_ties(model, [range(2), range(2, 4)]) == (copies,)
+    copies = (TiedCopy(0, "first.weight", "Linear"), TiedCopy(1, "last.weight", "Linear"))
+    assert find_ties(model, [range(2), range(2, 4)]) == (Tie(copies, 100 * 4),)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])

@@ -42,8 +42,10 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def case(name: str) -> tuple[Task, Tensor, Tensor]:
-    """Return a task of a loss with outputs and targets (12, 3) that it takes."""
-    output = torch.randn(ROWS, 3, generator=generator(), dtype=REAL)
+    """Return a task of a loss with outputs and targets (12, 3) that it takes; a Gaussian has
+    outputs (12, 6)."""
+    width = 6 if name == "gaussian-nll" else 3
+    output = torch.randn(ROWS, width, generator=generator(), dtype=REAL)
     target = torch.rand(ROWS, 3, generator=generator(1), dtype=REAL)
     if name in LABELS:
         target = torch.randint(0, 3, (ROWS,), generator=generator(1))

@@ -21,16 +21,12 @@ from torch import nn
 from dtrain.checkpoint.resume import check_same_run
 from dtrain.config.run import RunConfig
 from dtrain.errors import ConfigError
+from dtrain.fingerprint import fingerprint
 from dtrain.models import load_model
 from dtrain.models.shape_inference import infer_layers
+from dtrain.object_names import is_importable, object_name
 from dtrain.objectives import MonoForward, Objective
-from dtrain.user_code import (
-    bind_arguments,
-    fingerprint,
-    import_object,
-    is_importable,
-    object_name,
-)
+from dtrain.user_code import bind_arguments, import_object
 from tests import tiny
 from tests.conftest import ROOT
 from tests.refusals import refuses
@@ -265,7 +261,7 @@ def test_an_object_that_contains_itself_has_a_fingerprint() -> None:
 
 
 PROGRAM = """
-from dtrain.user_code import fingerprint
+from dtrain.fingerprint import fingerprint
 
 class Net:
     words = {"b", "a"}

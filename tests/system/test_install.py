@@ -85,7 +85,7 @@ def test_the_newest_working_python_is_chosen(setup: Setup) -> None:
     assert setup.log("venv") == [f"{setup.folder}/bin/python3.12"]
     (command,) = setup.log("pip")
     assert command.startswith("constraints.txt -m pip install")
-    assert "-e .[mpi,demo,export,images,plots,terminal,test]" in command
+    assert "-e .[mpi,demo,export,images,plots,report,terminal,test]" in command
 
 
 def test_a_shim_does_not_hide_the_same_name_later_on_path(setup: Setup) -> None:
@@ -115,7 +115,7 @@ def test_the_choice_of_mpi_persists_and_another_starts_anew(setup: Setup) -> Non
     setup.make("install", "MPI=site", "PIP_ARGS=--no-index --find-links wheels")
     setup.make("install")
     (command,) = setup.log("pip")
-    assert "-e .[demo,export,images,plots,terminal,test]" in command
+    assert "-e .[demo,export,images,plots,report,terminal,test]" in command
     assert "--no-index --find-links wheels" in command
     setup.make("install", "MPI=wheel")
     assert len(setup.log("venv")) == 2

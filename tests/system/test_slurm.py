@@ -24,20 +24,28 @@ from tests.process import Ended, start, sweep
 from tests.system.jobs import submit, wait_for_job
 from tests.system.on_ranks import read_results, write_commands
 from tests.system.programs import DTRAIN, RUN, write_run
+from tests.system.test_api import FOLDERS, SCRIPTS
 
 WIDE = RUN.replace("epochs = 1", "updates = 4").replace("[61, 47, 53]", "[1000, 1000, 1000]")
 SMALL = RUN.replace("epochs = 1", "updates = 4")
 
 
 def test_four_hosts_train_as_one_host_does(cluster: Cluster, tmp_path: Path) -> None:
-    """2 stages x 2 replicas under srun; the same bits as four threads. A refusal comes once."""
+    """2 stages x 2 replicas under srun; the same bits as four threads. A refusal comes once.
+
+    Scripts that use the Python API run, too.
+    """
     run = write_run(tmp_path, WIDE)
     train = ["train", run, "--out", tmp_path / "far"]
     commands = {"refused": [*train, "--set", "mesh.stages=3"], "train": train}
+    commands |= {name: ["run", SCRIPTS / f"{name}.py"] for name in FOLDERS}
     srun = ["srun", "--mpi=pmix", "-N4", "-n4", *write_commands(tmp_path, commands)]
-    ended = start(srun, env=cluster.env, limit_s=180, cwd=ROOT)
+    ended = start(srun, env=cluster.env, limit_s=180, cwd=tmp_path)
     assert ended.code == 0, ended.err
     results = read_results(tmp_path, 4)
+    for name, folder in FOLDERS.items():
+        assert [result.code for result in results[name]] == [0] * 4
+        assert summary(tmp_path / "runs" / folder)["status"] == "finished"
     assert [result.code for result in results["refused"]] == [ConfigError.code] * 4
     assert [result.err.count("dtrain: ") for result in results["refused"]] == [1, 0, 0, 0]
     assert [result.code for result in results["train"]] == [0] * 4
