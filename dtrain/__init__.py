@@ -22,7 +22,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dtrain import data, objectives, schedules, syncs
+    from dtrain import data, objectives, schedules, syncs, testing
     from dtrain.api import Metrics, Result, RunPlan, evaluate, export, plan, predict, train
     from dtrain.config.sections import Checkpoint, Evaluate, Log, Mesh, Partition
     from dtrain.errors import (
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from dtrain.session import Event, Session
     from dtrain.tasks.task import Task
 
-_MODULES = ("data", "objectives", "schedules", "syncs")
+_MODULES = ("data", "objectives", "schedules", "syncs", "testing")
 
 _HOMES = {
     **dict.fromkeys(("Metrics", "Result", "RunPlan"), "dtrain.api"),
@@ -99,6 +99,7 @@ __all__ = [
     "report",
     "schedules",
     "syncs",
+    "testing",
     "train",
 ]
 
