@@ -43,6 +43,10 @@ IMPORTS: dict[str, tuple[str, ...]] = {
         *("comm.wire_format", "checkpoint.manifest"),
     ),
     "monitoring": (*FLAT, "schedules", "comm", "tasks", "tracking", "checkpoint", "planning"),
+    "testing": (
+        *(*FLAT, "schedules", "comm", "data", "block", "objectives", "syncs", "config"),
+        *("checkpoint", "planning", "build", "evaluation"),
+    ),
     "run_report": (*FLAT, "checkpoint", "planning.formatting"),
 }
 """Packages that are not listed (`build`, `evaluate`, `train`, `cli`, ...) may import everything."""
