@@ -24,7 +24,7 @@ from dtrain.planning import report as plan_report
 from dtrain.planning.cost_file import CostFile, read_cost_file
 from dtrain.planning.plan import Plan, make_plan
 from dtrain.prediction import predict_run
-from dtrain.rank_process import init
+from dtrain.rank_process import init, writes_files
 from dtrain.run import Run
 from dtrain.session import Callback, Session, run_of_folder
 from dtrain.training import train_session
@@ -261,14 +261,16 @@ def export(
     best: bool = False,
     ema: bool = False,
 ) -> dict[str, Tensor]:
-    """Write the newest checkpoint's model as one state dict for the user's own module.
+    """Write the newest checkpoint's model as one state dict for the user's own module, on rank 0;
+    return it on every rank that calls it.
 
     Parameters and errors are those of `dtrain.checkpoint.export.export`: `out` is a `.pt` or
     `.safetensors` file; `heads` adds the objective's own modules; `factors` writes low-rank weights
     as two factors; `with_normalisation` adds mean and deviation of the inputs; `best` and `ema`
     take the weights that `[checkpoint] best` has kept, and the averaged ones.
     """
-    return _export(Path(folder), Path(out), heads, factors, with_normalisation, best, ema)
+    flags = heads, factors, with_normalisation, best, ema
+    return _export(Path(folder), Path(out), *flags, write_files=writes_files())
 
 
 def read_together(path: Path, overrides: Sequence[str], comm: Comm) -> Run:

@@ -55,6 +55,12 @@ def init() -> Comm:
     return _world
 
 
+def writes_files() -> bool:
+    """Return whether this process writes files that are the same on all ranks: rank 0 does, and a
+    process in which `init` was not called."""
+    return _world is None or _world.rank == 0
+
+
 def report_error(error: BaseException, comm: Comm | None) -> int:
     """Print an error once for all ranks; return the exit code, or end the job if this rank alone
     failed."""

@@ -271,6 +271,7 @@ class Session:
         summary = self._finished_summary()
         assert self._progress is not None
         self._progress.finish(summary)
+        self.comm.allgather_object(None)  # the summary is there before a rank reads it
 
     def _finished_summary(self) -> dict[str, Any]:
         totals = self._totals

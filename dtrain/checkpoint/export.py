@@ -69,6 +69,7 @@ def export(
     with_normalisation: bool = False,
     best: bool = False,
     ema: bool = False,
+    write_files: bool = True,
 ) -> dict[str, Tensor]:
     """Write the model of the newest complete checkpoint to a file; return the state dict.
 
@@ -91,6 +92,8 @@ def export(
         Write the weights that `[checkpoint] best` has kept.
     ema : bool
         Write the averaged weights of `[ema]`.
+    write_files : bool
+        False: return the state dict alone.
 
     Raises
     ------
@@ -108,6 +111,8 @@ def export(
     state = _user_names(state, heads, model.tied_names)
     if with_normalisation:
         state = _normalisation(model) | state
+    if not write_files:
+        return state
     try:
         with replacing(out) as draft, draft.open("wb") as file:
             write(state, file)

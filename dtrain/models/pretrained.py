@@ -91,7 +91,8 @@ def check_pretrained(weights: PretrainedWeights, model: LayerStack, strict: bool
             raise ConfigError(
                 "model.weights-shape",
                 f"[model] weights: '{source}' of {weights.path} has shape {found[source]}, but "
-                f"the model's has {shape}",
+                f"the model's has {shape}: give the model of that file; or give this layer another "
+                "name, and set strict = false, to start it anew",
             )
     all_missing = len(missing) == len(expected)
     if (strict and (missing or unexpected)) or all_missing:

@@ -13,6 +13,7 @@ from typing import NamedTuple, final
 
 from dtrain.errors import ConfigError
 from dtrain.planning.formatting import pluralise
+from dtrain.rank_process import writes_files
 from dtrain.run_report.charts import missing_extra, require_matplotlib, save_figure
 from dtrain.run_report.page_parts import Chart, Runs, Section
 from dtrain.run_report.run_record import RunRecord, read_run_record
@@ -60,7 +61,8 @@ def report(
     out: str | Path = "report.html",
     png: str | Path | None = None,
 ) -> Path:
-    """Write a report on runs as one HTML page, which needs no network.
+    """Write a report on runs as one HTML page, which needs no network; in a script rank 0 alone
+    writes it.
 
     Parameters
     ----------
@@ -81,6 +83,8 @@ def report(
     ConfigError
         A folder is no run folder, the extra `report` is not installed, or a file cannot be written.
     """
+    if not writes_files():
+        return Path(out)
     folders = [runs] if isinstance(runs, str | Path) else list(runs)
     require_matplotlib()
     records = [read_run_record(Path(folder)) for folder in folders]

@@ -47,7 +47,7 @@ IMPORTS: dict[str, tuple[str, ...]] = {
         *(*FLAT, "schedules", "comm", "data", "block", "objectives", "syncs", "config"),
         *("checkpoint", "planning", "build", "evaluation"),
     ),
-    "run_report": (*FLAT, "checkpoint", "planning.formatting"),
+    "run_report": (*FLAT, "checkpoint", "planning.formatting", "rank_process"),
 }
 """Packages that are not listed (`build`, `evaluate`, `train`, `cli`, ...) may import everything."""
 NO_TORCH = (

@@ -17,8 +17,16 @@ from tests.system.on_ranks import read_results, write_commands
 from tests.system.programs import DTRAIN
 
 SCRIPTS = ROOT / "tests" / "system" / "scripts"
-NAMES = ("my_model", "own_module", "own_loop")
-FOLDERS = {"my_model": "mine", "own_module": "module", "own_loop": "by-hand"}
+FOLDERS = {
+    "my_model": ("mine",),
+    "own_module": ("module",),
+    "own_cut": ("cut", "places"),
+    "own_strategies": ("strategies",),
+    "own_loop": ("by-hand",),
+    "callbacks": ("callbacks",),
+    "after_training": ("a", "b"),
+}
+"""The scripts of the contract, by section, and the run folders that they write."""
 
 
 @pytest.fixture
@@ -32,22 +40,25 @@ def test_the_scripts_run_on_one_two_and_four_ranks(
     folder: Path, mpirun: str, clean: dict[str, str]
 ) -> None:
     """The same metrics on any ranks, the same digest on one replica."""
-    digests: dict[str, set[str]] = {name: set() for name in NAMES}
+    folders = [name for names in FOLDERS.values() for name in names]
+    digests: dict[str, set[str]] = {name: set() for name in folders}
     for ranks in (1, 2, 4):
         out = folder.parent / f"{ranks}"
         out.mkdir()
-        commands = {name: ["run", folder / f"{name}.py"] for name in NAMES}
+        commands = {name: ["run", folder / f"{name}.py"] for name in FOLDERS}
         argv = [mpirun, "-n", f"{ranks}", *write_commands(out, commands)]
         ended = start(argv, env=clean | {"OMP_NUM_THREADS": "1"}, cwd=out, limit_s=240)
         assert ended.code == 0, ended.err
-        for name, results in read_results(out, ranks).items():
-            assert [result.code for result in results] == [0] * ranks
-            ended_run = summary(out / "runs" / FOLDERS[name])
-            assert ended_run["status"] == "finished"
-            assert ended_run["ranks"] == ranks
+        for results in read_results(out, ranks).values():
+            assert [result.code for result in results] == [0] * ranks, results[0].err
+        for name in folders:
+            ended_run = summary(out / "runs" / name)
+            assert (ended_run["status"], ended_run["ranks"]) == ("finished", ranks)
             if ended_run["replicas"] == 1:
                 digests[name].add(ended_run["digest"])
-    assert {name: len(found) for name, found in digests.items()} == dict.fromkeys(NAMES, 1)
+        assert summary(out / "runs" / "callbacks")["best"]["metric"] == "accuracy"
+        assert (out / "report.html").stat().st_size > 10_000
+    assert {name: len(found) for name, found in digests.items()} == dict.fromkeys(folders, 1)
 
 
 ENDS = {
