@@ -88,10 +88,8 @@ def export(
     with_normalisation : bool
         Also write the statistics that standardise inputs, as ``normalise.mean`` and
         ``normalise.std``. Otherwise they are written as numbers to ``OUT.statistics.json``.
-    best : bool
-        Write the weights that `[checkpoint] best` has kept.
-    ema : bool
-        Write the averaged weights of `[ema]`.
+    best, ema : bool
+        Write the weights that `[checkpoint] best` has kept; the averaged weights of `[ema]`.
     write_files : bool
         False: return the state dict alone.
 
