@@ -15,9 +15,11 @@ from torch import Tensor
 from dtrain.checkpoint.export import export as _export
 from dtrain.checkpoint.export import load_state_dict
 from dtrain.comm.agree import all_or_none
+from dtrain.comm.backends.single import SingleBackend
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
 from dtrain.evaluation import SplitName, evaluate_run
+from dtrain.measured_cuts import settle_cuts
 from dtrain.planning import report as plan_report
 from dtrain.planning.cost_file import CostFile, read_cost_file
 from dtrain.planning.plan import Plan, make_plan
@@ -148,6 +150,7 @@ def plan(
     """
     cost_file = None if costs is None else read_cost_file(Path(costs))
     config = run.config if exact_mesh else run.config.fit_stages(ranks)
+    config = settle_cuts(config, Comm(SingleBackend()), ranks)
     return RunPlan(make_plan(config, ranks), cost_file)
 
 

@@ -292,7 +292,7 @@ def _train(options: argparse.Namespace, comm: Comm) -> None:
     from dtrain.api import read_together
 
     run = read_together(options.run, options.set, comm)
-    _check_launcher(run.config.mesh.stages, comm.size, options.run)
+    _check_launcher(run.config.stages, comm.size, options.run)
     out = options.out or Path("runs") / options.run.stem
     dtrain.train(run, out, resume=options.resume, exact_mesh=True)
 

@@ -260,10 +260,9 @@ def _read_run(folder: Path, overrides: Sequence[str], run: RunConfig | None) -> 
 
 def _fit_stages(run: RunConfig, ranks: int) -> RunConfig:
     """Return the run on as many stages as ranks and blocks allow; the rest are replicas."""
-    partition = run.partition
-    blocks = len(partition.cuts) + 1 if partition.cuts is not None else partition.blocks or 1
+    blocks, partition = run.partition.chosen_blocks or 1, replace(run.partition, places=None)
     stages = max(n for n in range(1, min(ranks, blocks) + 1) if ranks % n == 0)
-    return replace(run, mesh=replace(run.mesh, stages=stages))
+    return replace(run, mesh=replace(run.mesh, stages=stages), partition=partition)
 
 
 def _replicas(totals: RunTotals) -> int:

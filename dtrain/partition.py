@@ -162,6 +162,41 @@ def assign_stages(
     return tuple(stage for stage, part in enumerate(parts) for _ in part)
 
 
+def check_places(places: Sequence[int], blocks: int, stages: int) -> None:
+    """Refuse places that are not one of the stages for each block, with a block on every stage.
+
+    Raises
+    ------
+    ConfigError
+        It names the first mistake.
+    """
+    text = f"[partition] places = {list(places)}"
+    if len(places) != blocks:
+        raise ConfigError(
+            "partition.places-count",
+            f"{text} has {len(places)} stages for {blocks} blocks: give the stage of every block",
+        )
+    for block, stage in enumerate(places):
+        if not 0 <= stage < stages:
+            raise ConfigError(
+                "partition.place-out-of-range",
+                f"{text} puts block {block} on stage {stage}, but the stages are 0 to "
+                f"{stages - 1}: name one of those, or set [mesh] stages = {max(places) + 1}",
+            )
+    for stage in range(stages):
+        if stage not in places:
+            raise ConfigError(
+                "partition.stage-without-block",
+                f"{text} leaves stage {stage} of {stages} without a block: give it one, or set "
+                f"[mesh] stages = {len(set(places))} and number the stages from 0 on",
+            )
+
+
+def is_ascending(place: Sequence[int]) -> bool:
+    """Return whether the blocks of every stage are contiguous, in the order of the stages."""
+    return all(a <= b for a, b in pairwise(place))
+
+
 def imbalance(costs: Sequence[float]) -> float:
     """Return max / mean of the costs; its inverse bounds the utilisation of every schedule."""
     total = sum(costs)

@@ -6,6 +6,7 @@ refused, and the error lists what is legal.
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import inspect
 import tomllib
@@ -34,6 +35,10 @@ SYNONYMS = {
 
 A synonym is legal wherever the name beside it is; records and `run.toml` have that name.
 """
+
+
+TOML_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+"""Types of single values, with their descriptions."""
 
 
 def canonical_name(name: str, legal_names: Iterable[str]) -> str:
@@ -202,7 +207,9 @@ def convert(value: Any, hint: Any, location: str) -> Any:
         raise ConfigError(
             "run-file.quoted-number", f'{location} = "{value}" is a text: drop the quotes'
         )
-    legal = " or ".join(dict.fromkeys(_type_text(option) for option in options))
+    legal = " or ".join(
+        dict.fromkeys(_type_text(option) for option in options if _is_toml_type(option))
+    )
     raise ConfigError(
         "run-file.wrong-type", f"{location} = {toml_text(value)} does not fit: give {legal}"
     )
@@ -238,6 +245,8 @@ def _match_type(value: Any, hint: Any, location: str) -> tuple[bool, Any]:
         return True, tuple(convert(item, arguments[0], f"{location}[{i}]") for i, item in items)
     if origin is dict:
         return isinstance(value, dict), value
+    if origin is collections.abc.Callable:  # in Python alone
+        return callable(value), value
     if hint is float:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         return is_number, float(value) if is_number else None
@@ -247,16 +256,23 @@ def _match_type(value: Any, hint: Any, location: str) -> tuple[bool, Any]:
 
 
 def _type_text(hint: Any) -> str:
-    """Describe the values of a type."""
+    """Describe the values of a type; empty for one that no run file has."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return " or ".join(f'"{literal}"' for literal in with_synonyms(arguments))
     if origin is dict:
         return "a table"
     if origin is tuple:
-        items = " or ".join(_type_text(option) for option in _union_members(arguments[0]))
+        options = _union_members(arguments[0])
+        items = " or ".join(_type_text(option) for option in options if _is_toml_type(option))
         return f"a list, each {items}"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[hint]
+    return TOML_TYPES[hint]
+
+
+def _is_toml_type(hint: Any) -> bool:
+    """Return whether a TOML file can hold values of a type; an object it cannot."""
+    origin = typing.get_origin(hint)
+    return hint in TOML_TYPES or (origin is not None and origin is not collections.abc.Callable)
 
 
 def kebab(name: str) -> str:

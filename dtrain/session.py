@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dtrain.block.block import Block
@@ -53,6 +54,8 @@ from dtrain.checkpoint.resume import (
     check_saved_data,
     find_checkpoint,
     find_resume_point,
+    source_hashes,
+    source_notes,
 )
 from dtrain.comm.agree import all_or_none, broadcast_object
 from dtrain.comm.communicator import Comm
@@ -61,11 +64,14 @@ from dtrain.config.out_folder import fill_keys
 from dtrain.config.run import RunConfig
 from dtrain.data.dataset import Standardised
 from dtrain.data.sampler import epoch_order
+from dtrain.data_notes import check_data_values, data_notes
 from dtrain.engine.trace import TRACE_FILE, Trace
 from dtrain.errors import ConfigError, DtrainError, RankLostError
 from dtrain.evaluation import EvalWeights, evaluate_weights, evaluation_weights
 from dtrain.failure import report_failure
 from dtrain.layer_notes import layer_notes
+from dtrain.measured_cuts import settle_cuts
+from dtrain.monitoring.machine_peak import measured_peak
 from dtrain.monitoring.metric_values import (
     check_metric_name,
     higher_is_better,
@@ -73,15 +79,22 @@ from dtrain.monitoring.metric_values import (
     metric_values,
     rename_evaluation,
 )
-from dtrain.monitoring.progress import Progress
+from dtrain.monitoring.monitor import Monitor
 from dtrain.monitoring.run_totals import RunTotals
+from dtrain.monitoring.start_log import StartLog
 from dtrain.monitoring.summary import make_summary
 from dtrain.planning import report
 from dtrain.planning.plan import Plan, make_plan
+from dtrain.planning.warnings import placement_warnings
 from dtrain.rank_process import init
 from dtrain.run import Run
 from dtrain.schedules.segments import Segment
 from dtrain.schema import Table
+from dtrain.tracking.recorder import Recorder, make_trackers
+
+SEARCH_S = 60.0
+"""Seconds in which a test loss that is not finite is searched for in the data, once."""
+
 
 __all__ = ["Callback", "Event", "EventKind", "Session"]
 
@@ -144,10 +157,11 @@ class Session:
         self._run = config if exact_mesh else config.fit_stages(self.comm.size)
         self._resume = resume
         self._owner: run_folder.Owner | None = None
-        self._progress: Progress | None = None
+        self._progress: Monitor | None = None
         self._segment: Segment | None = None
         self._updates: Iterator[int] = iter(())
         self._ema: Ema | None = None
+        self._searched_data = False
         self.stop_reason: str | None = None
         self._summary: dict[str, Any] | None = None
         self._eval_weights: EvalWeights | None = None
@@ -187,44 +201,57 @@ class Session:
             self._close(error)
 
     def _open(self) -> None:
-        comm, out = self.comm, self.out
+        comm, out, log = self.comm, self.out, StartLog(self.comm)
         _share_module(self._run.model.target, comm)
         threads = set_threads(self._run, comm)
         point = find_resume_point(comm, out, self._resume)
         given = self.callbacks
         run = all_or_none(comm, lambda: with_callback_keys(self._run, given))
-        run = run.with_checkpoint_blocks(point.run_table)
-        plan = all_or_none(comm, lambda: make_plan(run, comm.size))
+        run = settle_cuts(run.with_checkpoint_blocks(point.run_table), comm)
+        with log.step("reading data and model"):
+            plan = all_or_none(comm, lambda: make_plan(run, comm.size))
         self.callbacks = all_callbacks(run, given)
         all_or_none(comm, lambda: _check_metrics(self.callbacks, plan))
         check_same_layout(plan, comm)
-        data_fingerprint = check_same_data(plan, comm)
+        with log.step("reading data and computing their statistics"):
+            data_fingerprint = check_same_data(plan, comm)
+            notes = data_notes(plan, comm)
         is_trained = point.updates >= plan.training_length.total_updates
         all_or_none(comm, lambda: check_same_run(out, point.run_table, plan.run, is_trained))
         if self._resume == "fresh":
             all_or_none(comm, lambda: _check_weights_stay(out, plan.run))
         all_or_none(comm, lambda: check_saved_data(point.fingerprint, data_fingerprint))
+        recorder = all_or_none(comm, lambda: _make_recorder(plan.run, comm))
         self._owner, attempt = broadcast_object(
             comm, lambda: _acquire_folder(out, self._resume, point)
         )
         all_or_none(comm, lambda: run_folder.check_visible(out, comm.hosts[comm.rank]))
         comm.flight.set_folder(out / run_folder.FLIGHT_FOLDER)
         _RUNS[out.resolve()] = plan.run
-        self._job = job = build_rank(plan, comm)
-        self._fingerprint: Table = {"model": job.model_fingerprint, "data": data_fingerprint}
+        with log.step("building the blocks"):
+            self._job = job = build_rank(plan, comm)
+        self._fingerprint: Table = {
+            "model": job.model_fingerprint,
+            "data": data_fingerprint,
+            "source": source_hashes(plan.run),
+        }
         all_or_none(comm, lambda: check_same_model(point.fingerprint, job.model_fingerprint))
         job.engine.update_step.records_norms = plan.run.log.norms
         self._attach_ema()
         self._totals, merged_replicas = _restore(job, point, self.callbacks, self._ema)
         self._totals.attempt = attempt
-        self._progress = Progress(plan, comm, out, self._totals)
+        self._peak_flops = measured_peak(job.engine.engine_spec.device, plan.layout.dtype)
+        self._progress = Monitor(plan, comm, out, self._totals, recorder)
         if comm.rank == 0:
             _write_plan(plan, self._totals, out)
         if plan.run.settings.trace:
             job.engine.trace = _start_trace(job, comm, out, self._totals)
         copied_blocks = job.copied_blocks if point.checkpoint is None else []
-        notes = layer_notes(plan, job.engine.blocks, job.train_loader, comm)
-        self._progress.start(threads, merged_replicas, copied_blocks, notes)
+        layers = layer_notes(plan, job.engine.blocks, job.train_loader, comm)
+        notes += placement_warnings(plan, comm.hosts)
+        notes += source_notes(point.fingerprint, self._fingerprint["source"])
+        log.print_head()
+        self._progress.start(threads, merged_replicas, copied_blocks, layers, notes)
         self._notify("start")
 
     def _attach_ema(self) -> None:
@@ -403,6 +430,8 @@ class Session:
             "peak_live": engine.peak_live,
             "peak_bytes": engine.peak_bytes() + (0 if self._ema is None else self._ema.nbytes),
             "rss_bytes": _rss_bytes(),
+            "memory_bytes": _memory_bytes(engine.engine_spec.device),
+            "peak_flops": self._peak_flops,
             "weights": _low_rank_stats(job),
             "block_values": _block_values(job),
         }
@@ -428,6 +457,9 @@ class Session:
         self._refuse_open_segment("evaluate")
         totals, start = self._totals, time.perf_counter()
         totals.test, totals.evaluations = self._test(self._evaluation_weights())
+        if totals.test["test_loss"] is None and not self._searched_data:
+            self._searched_data = True
+            check_data_values(self.plan, self.comm, SEARCH_S)
         if self._ema is not None and self._ema.evaluate:
             test, others = self._test(self._ema_weights())
             others |= rename_evaluation(test, "test")
@@ -669,6 +701,17 @@ def _low_rank_stats(job: RankJob) -> Mapping[str, Any]:
     """Return rank and traffic of the weights that may be products; replica 0 reports for all."""
     syncs = () if job.position.replica else job.engine.syncs.values()
     return {name: stats for sync in syncs for name, stats in sync.low_rank_stats().items()}
+
+
+def _make_recorder(run: RunConfig, comm: Comm) -> Recorder:
+    """Return the trackers of rank 0, and none on the other ranks."""
+    return Recorder(make_trackers(run.log.trackers, run.folder) if comm.rank == 0 else ())
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """Return the peak memory of this rank: of its device, or of its process on the CPU."""
+    is_cuda = device.type == "cuda"
+    return int(torch.cuda.max_memory_allocated(device)) if is_cuda else _rss_bytes()
 
 
 def _block_values(job: RankJob) -> dict[int, dict[str, float]]:

@@ -20,12 +20,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, final
+from typing import ClassVar, Literal, dataclass_transform, final
 
 from dtrain.errors import ConfigError
 from dtrain.schema import Strategy
 
 
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
 @dataclass(frozen=True)
 class LRSchedule(Strategy, ABC):
     """A schedule of learning rates. Fields of a subclass are its keys in the run file.

@@ -6,11 +6,16 @@ device and reporting may change; the length not where learning rates or phases d
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from hashlib import blake2b
 from itertools import zip_longest
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -46,6 +51,7 @@ CHANGEABLE_KEYS = (
     "mesh.",
     "log.",
     "partition.recompute",
+    "partition.places",
     "evaluate.every",
     "checkpoint.keep",
     "checkpoint.best",
@@ -63,6 +69,10 @@ LENGTH_KEYS = ("epochs", "updates")
 
 STRUCTURE = "structure of "
 """Begins the keys of a fingerprint that describe layers; alone, it is the key of the versions."""
+
+
+SOURCE_SECTIONS = ("data", "model", "objective", "schedule", "sync", "optimizer")
+"""Sections of a run that may name a module of the user."""
 
 
 RUN_FOLDER_FILES = {"summary.json", CHECKPOINT_FOLDER, OWNER_FILE}
@@ -317,6 +327,51 @@ def check_same_model(saved: Table, current: Mapping[str, str]) -> None:
             f"cannot resume: the model has changed since the checkpoint: {name} was {was} and is "
             f"{now}; put it back, or choose another --out",
         )
+
+
+def source_hashes(run: RunConfig) -> dict[str, str]:
+    """Return a hash of the text of each module of the user that a run names, by section.
+
+    Modules that cannot be read are left out. The modules that they import are not included.
+    """
+    table = run.to_table()
+    names = {section: str(table.get(section, {}).get("name", "")) for section in SOURCE_SECTIONS}
+    hashes = {}
+    for section, name in names.items():
+        module = _loaded_module(name.partition(":")[0]) if ":" in name else None
+        with suppress(OSError, TypeError):
+            if module is not None:
+                text = inspect.getsource(module)
+                hashes[f"[{section}] {name}"] = blake2b(text.encode()).hexdigest()[:16]
+    return hashes
+
+
+def _loaded_module(name: str) -> ModuleType | None:
+    """Return a module that is imported; the script that Python runs has the name of its file."""
+    main = sys.modules.get("__main__")
+    if name not in sys.modules and Path(getattr(main, "__file__", None) or "").stem == name:
+        return main
+    return sys.modules.get(name)
+
+
+def source_notes(saved: Table, current: Mapping[str, str]) -> list[str]:
+    """Return a note for each module of the user whose text is not that of the checkpoint.
+
+    Parameters
+    ----------
+    saved : dict
+        The fingerprint of the checkpoint; that of an earlier version has no texts.
+    current : mapping of str to str
+        The hashes of `source_hashes`.
+    """
+    old = saved.get("source", {})
+    return [
+        f"{name}: the text of its module has changed since the checkpoint; tensors and settings "
+        "are the same, so training continues with the new text: if it computes something else, "
+        "choose another --out for a run of its own"
+        for name, value in current.items()
+        if name in old and old[name] != value
+    ]
 
 
 def check_saved_data(saved: Table, current: Mapping[str, Any]) -> None:

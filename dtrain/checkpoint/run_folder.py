@@ -176,14 +176,6 @@ def release_unfinished(
     return True
 
 
-def append_record(folder: Path, kind: str, time_s: float, **values: Any) -> None:
-    """Append one record to `metrics.jsonl`; `time_s` is the run's own time, over all attempts."""
-    header = {"kind": kind, "time_s": round(time_s, 3), "unix_s": round(time.time(), 3)}
-    line = json.dumps(header | values, allow_nan=False)
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
-
-
 def _this_process() -> Owner:
     pid = os.getpid()
     job = slurm_job_id()

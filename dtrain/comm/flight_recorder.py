@@ -213,7 +213,7 @@ class FlightRecorder:
         if self.rank == 0:
             print_error(
                 f"dtrain: {self.name} has waited {seconds:g} s for {description} and continues to "
-                f"waiting: see {self._path('txt')}; `dtrain flight {self.folder.parent}` shows "
+                f"wait: see {self._path('txt')}; `dtrain flight {self.folder.parent}` shows "
                 "which rank waits for which, docs/comm.md how to get a record of every rank"
             )
 

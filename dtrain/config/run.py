@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from dtrain.config.sections import (
     StrategyChoice,
 )
 from dtrain.config.strategies import NamedStrategy, name_strategy
+from dtrain.object_names import object_name
 from dtrain.objectives.base import Objective
 from dtrain.schedules.base import Schedule
 from dtrain.schema import Table, dump_toml, to_table
@@ -94,6 +96,12 @@ class RunConfig:
         return self.path.parent
 
     @property
+    def stages(self) -> int | None:
+        """The number of stages that the keys say, None where the number of ranks decides."""
+        places = self.partition.places
+        return max(places) + 1 if self.mesh.stages is None and places else self.mesh.stages
+
+    @property
     def weights_path(self) -> Path | None:
         """The file with initial weights, None where the run file names none."""
         name = self.model_options.weights
@@ -101,7 +109,7 @@ class RunConfig:
 
     def open_modules(self) -> frozenset[str]:
         """Return the dotted names of the sub-modules whose parts are layers of their own."""
-        cuts = [cut for cut in self.partition.cuts or () if isinstance(cut, str)]
+        cuts = [cut for cut in self.partition.explicit_cuts or () if isinstance(cut, str)]
         paths = [cut.partition("@")[0].split(".") for cut in cuts]
         around = {".".join(path[:end]) for path in paths for end in range(1, len(path))}
         return frozenset({*self.model_options.open, *around})
@@ -159,6 +167,8 @@ class RunConfig:
             tables = {"data": tables.pop("data"), "task": task} | tables
         if self.partition.cuts is not None:
             del tables["partition"]["balance"]  # explicit cuts balance nothing
+        if callable(self.partition.cuts):
+            tables["partition"]["cuts"] = object_name(self.partition.cuts)
         return to_table(self.settings) | tables
 
     def to_text(self) -> str:
@@ -168,31 +178,44 @@ class RunConfig:
     def with_checkpoint_blocks(self, run_table: Table | None) -> RunConfig:
         """Return this run with the blocks of a checkpoint's `run_table`, where it names none.
 
-        Otherwise another number of stages would train another model.
+        Otherwise another number of stages would train another model. Cuts that were measured are
+        not measured again, unless the run names another number of blocks.
         """
-        blocks = (run_table or {}).get("partition", {}).get("blocks")
-        partition = self.partition
-        if blocks is None or partition.blocks is not None or partition.cuts is not None:
+        saved, partition = (run_table or {}).get("partition", {}), self.partition
+        blocks = len(saved["cuts"]) + 1 if "cuts" in saved else saved.get("blocks")
+        is_measured = partition.balance == "time" and partition.cuts is None and "cuts" in saved
+        if is_measured and partition.chosen_blocks in (None, blocks):
+            return self.with_cuts(saved["cuts"])
+        if blocks is None or partition.chosen_blocks is not None:
             return self
         return dataclasses.replace(self, partition=dataclasses.replace(partition, blocks=blocks))
 
     def fit_stages(self, ranks: int) -> RunConfig:
         """Return this run with as many of its stages as fit on `ranks` ranks, which changes its
         speed alone."""
-        stages = self.mesh.stages
+        stages = self.stages
         if stages is None or ranks % stages == 0:
             return self
         fitting = max(n for n in range(1, min(stages, ranks) + 1) if ranks % n == 0)
         partition = self.partition
-        if partition.cuts is None and partition.blocks is None:
-            partition = dataclasses.replace(partition, blocks=stages)
+        if partition.explicit_cuts is None:
+            blocks = partition.chosen_blocks or stages
+            partition = dataclasses.replace(partition, blocks=blocks)
+        partition = dataclasses.replace(partition, places=None)
         mesh = dataclasses.replace(self.mesh, stages=fitting)
         return dataclasses.replace(self, mesh=mesh, partition=partition)
+
+    def with_cuts(self, names: Sequence[int | str]) -> RunConfig:
+        """Return this run with explicit cuts before these layers."""
+        partition = dataclasses.replace(
+            self.partition, cuts=tuple(names), blocks=None, weights=None, balance="flops"
+        )
+        return dataclasses.replace(self, partition=partition)
 
     def resolve(self, blocks: int, stages: int) -> RunConfig:
         """Return this run with the numbers of blocks and stages that were chosen at its start."""
         mesh = dataclasses.replace(self.mesh, stages=stages)
         partition = self.partition
-        if partition.cuts is None:
+        if partition.explicit_cuts is None:
             partition = dataclasses.replace(partition, blocks=blocks)
         return dataclasses.replace(self, mesh=mesh, partition=partition)

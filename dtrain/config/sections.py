@@ -6,10 +6,19 @@ own table, beside `name`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from dtrain.errors import unknown_name
+from dtrain.object_names import object_name
 from dtrain.schema import Table, kebab, to_table
+from dtrain.tracking import TRACKERS
+from dtrain.tracking.base import Tracker
+from dtrain.user_code import PATTERN
+
+CutFunction = Callable[[list[Any], int], list[Any]]
+"""A user's function: (layers, blocks) -> names or indices at which blocks 1, 2, ... start."""
 
 
 def without_defaults(section: Any, *names: str) -> Table:
@@ -103,13 +112,13 @@ class Mesh:
 
 @dataclass(frozen=True)
 class Partition:
-    """``[partition]``: where blocks start, and how each is trained.
+    """``[partition]``: where blocks start, which stage holds each, and how it is trained.
 
     Attributes
     ----------
     blocks, balance, weights
         Number of blocks, and the cost that the cuts balance: equally, or in proportion to the
-        weights of the blocks.
+        weights of the blocks. "time" is measured before training.
     recompute : bool or tuple of int
         All blocks, or those of these numbers, keep only input and output of a micro-batch and
         compute the rest again in the backward: less memory for one more forward.
@@ -118,17 +127,39 @@ class Partition:
         weights.
     activation_compression : "exact" or "int8"
         Format in which per-sample tensors travel between blocks during training.
-    cuts : tuple of int or str, optional
-        First layers of all blocks but the first, by index or name, in place of balanced cuts.
+    cuts : tuple of int or str, str, or callable, optional
+        First layers of all blocks but the first, by index or name, in place of balanced cuts. Or a
+        function, or its name "module:function", that returns them.
+    places : tuple of int, optional
+        The stage of each block; left out: the schedule places them.
     """
 
     blocks: int | None = None
-    balance: Literal["flops", "parameters", "layers"] = "flops"
+    balance: Literal["flops", "parameters", "layers", "memory", "time"] = "flops"
     weights: tuple[float, ...] | None = None
     recompute: bool | tuple[int, ...] = False
     frozen: bool | tuple[int, ...] = False
     activation_compression: Literal["exact", "int8"] = "exact"
-    cuts: tuple[int | str, ...] | None = None
+    cuts: tuple[int | str, ...] | str | CutFunction | None = None
+    places: tuple[int, ...] | None = None
+
+    @property
+    def explicit_cuts(self) -> tuple[int | str, ...] | None:
+        """The cuts, None where they are balanced or a function chooses them."""
+        cuts = self.cuts
+        return None if cuts is None or isinstance(cuts, str) or callable(cuts) else tuple(cuts)
+
+    @property
+    def cut_function(self) -> str | CutFunction | None:
+        """The function that chooses the cuts, or its name; None where there is none."""
+        return None if self.explicit_cuts is not None else self.cuts  # type: ignore[return-value]
+
+    @property
+    def chosen_blocks(self) -> int | None:
+        """The number of blocks that the keys say, None where the number of stages decides."""
+        if self.explicit_cuts is not None:
+            return len(self.explicit_cuts) + 1
+        return len(self.places) if self.blocks is None and self.places else self.blocks
 
     def blocks_by_key(self) -> dict[str, tuple[int, ...]]:
         """Return the numbers of blocks that the run file lists, by key."""
@@ -242,14 +273,36 @@ class Ema:
 
 @dataclass(frozen=True)
 class Log:
-    """``[log]``: seconds between two lines of progress, and whether norms are recorded."""
+    """``[log]``: seconds between two lines of progress, norms, and the trackers of the run.
+
+    Attributes
+    ----------
+    norms : bool
+        Record the norms of gradients and weights per block.
+    trackers : tuple of str or Tracker
+        Names of `dtrain.tracking.TRACKERS`, "module:Class", or objects; they receive the records
+        that `metrics.jsonl` has.
+    """
 
     every_s: float = 10.0
     norms: bool = False
+    trackers: tuple[str | Tracker, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse names that are unknown."""
+        for entry in self.trackers:
+            if isinstance(entry, str) and entry not in TRACKERS and ":" not in entry:
+                raise unknown_name(
+                    "tracker", entry, [*TRACKERS, PATTERN], key="log.unknown-tracker"
+                )
 
     def to_table(self) -> Table:
-        """Return the keys as a run file has them, without those that change nothing."""
-        return without_defaults(self, "norms")
+        """Return the keys as a run file has them; an object has the name of its class."""
+        names = [
+            entry if isinstance(entry, str) else object_name(type(entry)) for entry in self.trackers
+        ]
+        norms = {"norms": True} if self.norms else {}
+        return {"every-s": self.every_s} | norms | ({"trackers": names} if names else {})
 
 
 @dataclass(frozen=True)

@@ -179,12 +179,18 @@ def _check_length(run: RunConfig) -> None:
 def _check_cuts(run: RunConfig) -> None:
     """Refuse keys that say again what explicit cuts say."""
     partition = run.partition
-    if partition.cuts is not None and (
+    if partition.explicit_cuts is not None and (
         partition.blocks is not None or partition.weights is not None
     ):
         raise ConfigError(
             "partition.cuts-exclude-blocks",
             "[partition] cuts already say where every block starts: leave out blocks and weights",
+        )
+    if partition.cut_function is not None and partition.weights is not None:
+        raise ConfigError(
+            "partition.function-excludes-weights",
+            "[partition] cuts names a function, which decides alone where blocks start: leave out "
+            "weights",
         )
 
 

@@ -117,6 +117,7 @@ class Hdf5Dataset(Dataset):
                         "data.hdf5-dataset-missing",
                         f"{path} has no HDF5 dataset '{key}', only {list(file)}: write x and y",
                     )
+                _check_parts(file[key], path)
             x = file["x"]
             y = file["y"] if task.target == "data" else np.zeros(len(x), np.int64)
             self._scan = TargetScan(y, str(path), task)
@@ -210,6 +211,33 @@ def _open_file(path: Path) -> Iterator[h5py.File]:
             yield file
     except (OSError, RuntimeError) as error:
         raise _read_error(path, error) from error
+
+
+def _check_parts(rows: h5py.Dataset, path: Path) -> None:
+    """Refuse a virtual data set whose parts are not all there: HDF5 reads fill values for them.
+
+    Raises
+    ------
+    DataError
+        It names the first file that is missing.
+    """
+    if not rows.is_virtual:
+        return
+    prefix = os.environ.get("HDF5_VDS_PREFIX", "").replace("${ORIGIN}", str(path.parent))
+    names = dict.fromkeys(source.file_name for source in rows.virtual_sources())
+    missing = [
+        name
+        for name in names
+        if name != "." and "%" not in name  # this file; a pattern of many files
+        if not any((folder / name).is_file() for folder in (Path(prefix), path.parent, Path()))
+    ]
+    if missing:
+        raise DataError(
+            "data.hdf5-part-missing",
+            f"{path}: the virtual data set '{rows.name.lstrip('/')}' lacks {len(missing)} of "
+            f"{len(names)} files, first {missing[0]}, and HDF5 would read zeros for them: restore "
+            "the files, or make the virtual data set without them",
+        )
 
 
 def _gather(rows: h5py.Dataset, indices: Array) -> Array:

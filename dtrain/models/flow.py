@@ -29,7 +29,7 @@ from dtrain.models.graph import (
     describe_node,
     prepare_calls,
 )
-from dtrain.models.shape_inference import LayerSpec, free_tensors
+from dtrain.models.shape_inference import LayerProfile, free_tensors
 
 
 @final
@@ -77,7 +77,7 @@ class BlockFlow:
 
 
 def block_flows(
-    graph: ModelGraph, layer_specs: Sequence[LayerSpec], layers: Sequence[range]
+    graph: ModelGraph, layer_specs: Sequence[LayerProfile], layers: Sequence[range]
 ) -> list[BlockFlow]:
     """Return the flow of every block.
 
@@ -123,7 +123,7 @@ def block_flows(
     return [_add_skip_outputs(block, flows) for block in range(len(flows))]
 
 
-def _main_output(layer_specs: Sequence[LayerSpec], layers: range) -> str:
+def _main_output(layer_specs: Sequence[LayerProfile], layers: range) -> str:
     spec = layer_specs[layers.stop - 1]
     if not spec.main_value:
         raise ConfigError(
@@ -157,14 +157,14 @@ class BlockProgram:
         The model's graph.
     layers : range
         The block's layers.
-    layer_specs : sequence of LayerSpec
+    layer_specs : sequence of LayerProfile
         Of the whole model.
     flow : BlockFlow
         What enters and leaves the block.
     """
 
     def __init__(
-        self, graph: ModelGraph, layers: range, layer_specs: Sequence[LayerSpec], flow: BlockFlow
+        self, graph: ModelGraph, layers: range, layer_specs: Sequence[LayerProfile], flow: BlockFlow
     ) -> None:
         self.graph = graph
         self.layers = [graph.layers[index] for index in layers]
@@ -237,7 +237,7 @@ class BlockProgram:
         return {name: outputs[name] for name in sorted(self._outputs)}
 
     def _cut(
-        self, spec: LayerSpec, values: dict[str, Any], layer_outputs: dict[str, Tensor]
+        self, spec: LayerProfile, values: dict[str, Any], layer_outputs: dict[str, Tensor]
     ) -> None:
         """Record the main output of a layer, and detach all that the layer made."""
         for value in spec.writes:

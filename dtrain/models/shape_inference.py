@@ -6,8 +6,8 @@ normalisation needs two. A layer that cannot run on meta, or that uses autocast,
 there, is run on the CPU, as a temporary copy, on zeros. A layer that draws random numbers is run
 several times, with fixed seeds, and costed by the most that it cost.
 
-Invariant: a `LayerSpec` depends only on model, shape and dtype. It is the same on every machine and
-for every number of ranks.
+Invariant: a `LayerProfile` depends only on model, shape and dtype. It is the same on every machine
+and for every number of ranks.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
 
+from dtrain.eager_torch import defer_dynamo, gradients
 from dtrain.errors import ConfigError, DtrainError
 from dtrain.models.compiled import without_compiling
 from dtrain.models.graph import (
@@ -35,6 +37,8 @@ from dtrain.models.graph import (
     has_gradient,
 )
 from dtrain.models.layers import LayerStack, require_unshared
+from dtrain.models.saved_bytes import NOTHING_SAVED, SavedBytes, record_saved, summarise_saved
+from dtrain.models.small_modules import is_small, zeros_on_cpu
 from dtrain.rng import fixed_random_numbers
 
 SAMPLES = 2
@@ -44,9 +48,16 @@ DRAWS = 8
 """Runs of a layer that draws random numbers: one that is skipped half of the time is once run."""
 
 
+COUNTER_MODE: Any = getattr(flop_counter, "_FlopCounterMode", FlopCounterMode)
+"""The dispatch mode of torch's flop counter."""
+
+
+defer_dynamo(COUNTER_MODE.__torch_dispatch__)
+
+
 @final
 @dataclass(frozen=True)
-class LayerSpec:
+class LayerProfile:
     """Shapes and costs of one layer; costs are multiply-adds (macs) of one sample.
 
     Parameters
@@ -78,6 +89,8 @@ class LayerSpec:
         samples first; empty where there is none, so that no cut may follow.
     overwrites : tuple of str
         Where the model is a graph: those of `reads` on which the layer works in place.
+    saved : SavedBytes
+        Tensors that the layer keeps for its backward.
     """
 
     name: str
@@ -94,6 +107,7 @@ class LayerSpec:
     writes: tuple[NodeValue, ...] = field(default=(), compare=False, repr=False)
     main_value: str = ""
     overwrites: tuple[str, ...] = ()
+    saved: SavedBytes = NOTHING_SAVED
 
 
 def infer_layers(
@@ -102,7 +116,7 @@ def infer_layers(
     dtype: torch.dtype,
     input_dtype: torch.dtype | None = None,
     other_inputs: Sequence[tuple[tuple[int, ...], torch.dtype]] = (),
-) -> tuple[LayerSpec, ...]:
+) -> tuple[LayerProfile, ...]:
     """Infer the specs of all layers, in order.
 
     Parameters
@@ -131,9 +145,9 @@ def infer_layers(
     layers = model.meta_layers(dtype)
     if not model.builds_all_layers:
         require_unshared(layers)
-    specs: list[LayerSpec] = []
+    specs: list[LayerProfile] = []
     # Layers of equal structure and input are measured once: deep networks repeat their layers.
-    measured: dict[Hashable, LayerSpec] = {}
+    measured: dict[Hashable, LayerProfile] = {}
     layer_dtype = inputs[0][1]
     for index, modules in enumerate(layers):
         name, structure = model.names[index], model.structure_key(index)
@@ -156,7 +170,7 @@ def profile_module(
     dtype: torch.dtype,
     name: str = "",
     device: str = "meta",
-) -> LayerSpec:
+) -> LayerProfile:
     """Measure one module by running it on `device`, where its parameters must be.
 
     Parameters
@@ -176,11 +190,15 @@ def profile_module(
     ConfigError
         The result is not one tensor with the samples first.
     """
+    if device == "meta" and is_small([layer], shape):
+        layer, device = zeros_on_cpu(layer), "cpu"
     with torch.device(device), torch.enable_grad(), without_compiling([layer]):
         sample = torch.zeros(SAMPLES, *shape, dtype=dtype)
         inputs = [sample.requires_grad_()] if has_gradient(dtype) else []
         # A clone, since a layer may work in place and autograd forbids that on a leaf.
-        output, forward_macs = count_macs(lambda: layer(sample.clone()))
+        given = sample.clone()
+        with record_saved() as sizes:
+            output, forward_macs = count_macs(lambda: layer(given))
         if isinstance(output, tuple | list | dict):
             raise SeveralTensors(_output_error(name, shape, output))
         if not isinstance(output, Tensor) or output.shape[:1] != (SAMPLES,):
@@ -190,7 +208,7 @@ def profile_module(
         # the weights' cost is a difference.
         all_macs = backward_macs(output, weights + inputs)
         input_macs = backward_macs(output, inputs)
-        return LayerSpec(
+        return LayerProfile(
             name=name,
             input_shape=tuple(shape),
             output_shape=tuple(output.shape[1:]),
@@ -203,7 +221,13 @@ def profile_module(
                 isinstance(module, nn.modules.batchnorm._BatchNorm) for module in layer.modules()
             ),
             skippable_macs=all_macs - backward_macs(output, weights),
+            saved=summarise_saved(sizes, _tensors(layer), [given], [output], SAMPLES),
         )
+
+
+def _tensors(*modules: nn.Module) -> list[Tensor]:
+    """Return the parameters and buffers of modules."""
+    return [t for module in modules for t in (*module.parameters(), *module.buffers())]
 
 
 class AutocastWatch(TorchFunctionMode):
@@ -231,9 +255,9 @@ class AutocastWatch(TorchFunctionMode):
 
 def _profile_draws(
     layer: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, name: str, device: str = "meta"
-) -> LayerSpec:
+) -> LayerProfile:
     """Return the spec of a layer; one that draws random numbers is run `DRAWS` times."""
-    spec: LayerSpec | None = None
+    spec: LayerProfile | None = None
     for draw in range(DRAWS):
         with fixed_random_numbers(draw) as uses_generators:
             other = profile_module(layer, shape, dtype, name, device)
@@ -245,7 +269,7 @@ def _profile_draws(
     return spec
 
 
-def _costlier(spec: LayerSpec, other: LayerSpec) -> LayerSpec:
+def _costlier(spec: LayerProfile, other: LayerProfile) -> LayerProfile:
     """Return a spec with the larger of each cost.
 
     Raises
@@ -277,7 +301,7 @@ def _measure(
     shape: tuple[int, ...],
     dtype: torch.dtype,
     name: str,
-) -> LayerSpec:
+) -> LayerProfile:
     """Return the spec of a layer, run on meta where that works, else as a copy on the CPU."""
     try:
         if layer is not None:
@@ -331,11 +355,7 @@ def backward_macs(output: Tensor | Sequence[Tensor], tensors: Sequence[Tensor]) 
     if not tensors or not outputs:
         return 0
     cotangents = [torch.ones_like(tensor) for tensor in outputs]
-    _, macs = count_macs(
-        lambda: torch.autograd.grad(
-            outputs, tensors, cotangents, retain_graph=True, allow_unused=True
-        )
-    )
+    _, macs = count_macs(lambda: gradients(outputs, tensors, cotangents))
     return macs
 
 
@@ -358,7 +378,7 @@ def infer_graph(
     graph: ModelGraph,
     inputs: Sequence[tuple[tuple[int, ...], torch.dtype]],
     dtype: torch.dtype,
-) -> tuple[LayerSpec, ...]:
+) -> tuple[LayerProfile, ...]:
     """Infer the specs of the layers of a graph, which are run on meta, or else as copies."""
     meta_layers = [layer for layer in model.meta_layers(dtype) if layer is not None]
     if len(meta_layers) == len(model.names):
@@ -376,7 +396,7 @@ def _infer_graph(
     layers: Sequence[Mapping[str, nn.Module]],
     inputs: Sequence[tuple[tuple[int, ...], torch.dtype]],
     device: str,
-) -> tuple[LayerSpec, ...]:
+) -> tuple[LayerProfile, ...]:
     """Run the layers with two numbers of samples, and measure them with the smaller one."""
     modules = {name: module for layer in layers for name, module in layer.items()}
     tensors = {name: t for layer in layers for name, t in free_tensors(layer).items()}
@@ -389,7 +409,7 @@ def _infer_graph(
         for rows in (SAMPLES, SAMPLES + 1)
     ]
     few, more = runs
-    specs: list[LayerSpec] = []
+    specs: list[LayerProfile] = []
     previous = inputs[0][0]
     for layer in graph.layers:
         with (
@@ -431,7 +451,7 @@ def _profile_layer(
     values: Mapping[str, Any],
     writes: Sequence[NodeValue],
     previous: tuple[int, ...],
-) -> LayerSpec:
+) -> LayerProfile:
     """Return the spec of one layer of a graph, given the values that it reads."""
     leaves: list[Tensor] = []
 
@@ -446,11 +466,14 @@ def _profile_layer(
 
     env = {name: pytree.tree_map(detach, values[name]) for name in layer.reads}
     with torch.enable_grad():
-        _, forward = count_macs(
-            lambda: graph.run(layer.nodes, modules, tensors, env, layer.writes, no_context)
-        )
+        given = [leaf for leaf in pytree.tree_leaves(env) if isinstance(leaf, Tensor)]
+        with record_saved() as sizes:
+            _, forward = count_macs(
+                lambda: graph.run(layer.nodes, modules, tensors, env, layer.writes, no_context)
+            )
         outputs = [t for value in writes for t in value.flatten(env[value.node]).values()]
         own = [modules[path] for path in layer.modules]
+        own_tensors = [*_tensors(*own), *(tensors[name] for name in layer.tensors)]
         parameters = {id(p): p for module in own for p in module.parameters()}
         parameters |= {
             id(tensors[n]): cast(nn.Parameter, tensors[n])
@@ -463,7 +486,7 @@ def _profile_layer(
         skippable = all_macs - backward_macs(outputs, weights)
     main = main_tensor(writes)
     norms = nn.modules.batchnorm._BatchNorm
-    return LayerSpec(
+    return LayerProfile(
         name=layer.name,
         input_shape=previous,
         output_shape=() if main is None else main.sample_shape or (),
@@ -477,6 +500,7 @@ def _profile_layer(
         reads=layer.reads,
         writes=tuple(writes),
         main_value="" if main is None else main.name,
+        saved=summarise_saved(sizes, own_tensors, given, outputs, SAMPLES),
     )
 
 

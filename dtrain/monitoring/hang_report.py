@@ -1,7 +1,8 @@
 """Hang report: the waits of a hanging run as a graph, from the records of its ranks.
 
-Invariant: reads files only, with neither torch nor MPI, and contacts no rank. The likely cause is a
-guess; everything else stands in the records.
+Invariant: works with neither torch nor MPI. Where all ranks are processes of this host it asks them
+for their records, twice; else it reads the files. The likely cause is a guess; everything else
+stands in the records.
 
     record of rank 4: waits for rank 3           4 --> 3 --> 2   one edge per awaited rank; of a
     record of rank 3: in a mean of ranks 2, 3                    collective only ranks that are not
@@ -10,11 +11,16 @@ guess; everything else stands in the records.
     roots     ranks that wait for no rank: failed, silent or running     <- the likely cause
     blocked   waiting ranks from which edges lead to a root
     deadlock  waiting ranks from which no edges lead to a root
+
+A run is stuck where a rank has failed, or has had no event for `STUCK_S` seconds. A rank with an
+event between the two readings is not stuck.
 """
 
 from __future__ import annotations
 
 import json
+import socket
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,9 +31,18 @@ from typing import Any, final
 from dtrain.checkpoint.run_folder import FLIGHT_FOLDER
 from dtrain.comm.flight_recorder import format_ranks
 from dtrain.errors import ConfigError
+from dtrain.monitoring.flight_request import find_processes, request_records
 
 STALE_S = 60.0
 """Age beyond the newest record from which a record belongs to an earlier request."""
+
+
+STUCK_S = 10.0
+"""Age of the last event from which a rank counts as stuck."""
+
+
+READING_INTERVAL_S = 0.5
+"""Seconds between two readings of the records of live ranks."""
 
 
 MAX_SHOWN, MAX_WIDTH = 8, 30
@@ -63,6 +78,11 @@ class FlightRecord:
         return str(self.fields["what"]), str(self.fields["peers"])
 
     @property
+    def age_s(self) -> float:
+        """Seconds without an event, at least the age of the wait."""
+        return max(float(self.fields["idle_s"]), float(self.fields["wait_s"] or 0.0))
+
+    @property
     def time_text(self) -> str:
         """Time of writing, in this host's time zone."""
         return datetime.fromtimestamp(self.fields["unix_s"]).strftime("%H:%M:%S")
@@ -76,6 +96,10 @@ class HangAnalysis:
     ----------
     folder : Path
         The run folder.
+    earlier : mapping of int to FlightRecord
+        The records of an earlier reading, by rank.
+    stuck_s : float
+        As `STUCK_S`.
 
     Attributes
     ----------
@@ -85,6 +109,8 @@ class HangAnalysis:
         Ranks without a current record.
     waiting_ranks, awaited_ranks : dict of WaitKey to set of int
         By wait: ranks that are in it, and ranks that it lacks.
+    moved_ranks : set of int
+        Ranks with an event since the earlier reading.
 
     Raises
     ------
@@ -92,7 +118,12 @@ class HangAnalysis:
         The folder has no record.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        earlier: Mapping[int, FlightRecord] | None = None,
+        stuck_s: float = STUCK_S,
+    ) -> None:
         records = list(_read_records(folder / FLIGHT_FOLDER))
         if not records:
             raise ConfigError(
@@ -101,6 +132,7 @@ class HangAnalysis:
                 "`scancel --signal=USR1 JOB`, or `kill -USR1 PID` of the process that started them",
             )
         self.folder = folder
+        self.stuck_s = stuck_s
         self.newest_record = max(records, key=lambda record: float(record.fields["unix_s"]))
         self.world_size = max(int(record.fields["size"]) for record in records)
         self.current_records: dict[int, FlightRecord] = {}
@@ -119,6 +151,19 @@ class HangAnalysis:
         self.awaited_ranks = {
             wait: parse_ranks(wait[1]) - ranks for wait, ranks in self.waiting_ranks.items()
         }
+        self.moved_ranks = {
+            rank
+            for rank, before in (earlier or {}).items()
+            if rank in self.current_records and _has_moved(before, self.current_records[rank])
+        }
+
+    def is_stuck(self) -> bool:
+        """Return whether a rank has failed, or has had no event for `stuck_s` seconds."""
+        return any(
+            record.fields["failed"]
+            or (rank not in self.moved_ranks and record.age_s >= self.stuck_s)
+            for rank, record in self.current_records.items()
+        )
 
     def roots(self) -> list[int]:
         """Return the ranks that wait for no other, the likeliest cause first.
@@ -169,36 +214,82 @@ class HangAnalysis:
         return path if path.is_file() and path.stat().st_size else None
 
 
-def hang_report(folder: Path) -> list[str]:
+def hang_report(folder: Path, stuck_s: float = STUCK_S) -> list[str]:
     """Return a few lines: waiting ranks, the likely cause, and what to do.
+
+    Where all ranks are processes of this host, it asks them for records, twice.
 
     Parameters
     ----------
     folder : Path
         The run folder.
+    stuck_s : float
+        As `STUCK_S`.
 
     Raises
     ------
     ConfigError
         The folder has no record.
     """
-    analysis = HangAnalysis(folder)
+    earlier = _read_twice(folder)
+    analysis = HangAnalysis(folder, earlier, stuck_s)
     newest, roots = analysis.newest_record, analysis.roots()
     names = _RankNames(analysis)
     lines = [
         f"records    {newest.time_text} ({newest.fields['why']}): "
         f"{len(analysis.current_records)} of {analysis.world_size} ranks answered"
+        + (f", read twice within {READING_INTERVAL_S:g} s" if earlier else "")
     ]
     lines += [_root_line(analysis, rank, names) for rank in roots[:MAX_SHOWN]]
     if len(roots) > MAX_SHOWN:
         lines.append(f"           {len(roots) - MAX_SHOWN} more ranks that wait for no other")
     lines += _waiting_lines(analysis, roots)
+    if not analysis.is_stuck():
+        return [*lines, _healthy_line(analysis)]
     if deadlocked := analysis.deadlocked_ranks():
         lines.append(
             f"deadlock   {_ranks_text(deadlocked)} wait only for each other, or for messages that "
             "the network does not deliver"
         )
     return [*lines, *_conclusion_lines(analysis, roots, names)]
+
+
+def _read_twice(folder: Path) -> dict[int, FlightRecord]:
+    """Ask the ranks on this host twice; return the records of the first reading.
+
+    Ranks on other hosts cannot be asked from here. Then the files of all ranks are compared, since
+    they were written at one time.
+    """
+    hosts = _read_hosts(folder)
+    processes = {} if set(hosts) - {socket.gethostname()} else find_processes(folder)
+    if not processes:
+        return {}
+    answered = request_records(folder, processes)
+    records = {record.rank: record for record in _read_records(folder / FLIGHT_FOLDER)}
+    time.sleep(READING_INTERVAL_S)
+    request_records(folder, processes)
+    return {rank: record for rank, record in records.items() if rank in answered}
+
+
+def _has_moved(before: FlightRecord, after: FlightRecord) -> bool:
+    """Return whether a rank had an event between two records."""
+    between_s = float(after.fields["unix_s"]) - float(before.fields["unix_s"])
+    return float(after.fields["idle_s"]) < between_s
+
+
+def _healthy_line(analysis: HangAnalysis) -> str:
+    """Return the line of a run in which nothing is stuck."""
+    oldest_s = max(record.age_s for record in analysis.current_records.values())
+    moved = ""
+    if analysis.moved_ranks:
+        moved = (
+            f"{len(analysis.moved_ranks)} of {analysis.world_size} ranks went on between two "
+            "readings, and "
+        )
+    return (
+        f"stuck      nothing is stuck: {moved}the longest time without an event is {oldest_s:.1f} "
+        "s; if the run is slow, see slowest_rank in metrics.jsonl"
+    )
 
 
 def parse_ranks(text: str) -> set[int]:
@@ -330,9 +421,12 @@ def _conclusion_lines(analysis: HangAnalysis, roots: list[int], names: _RankName
             "the network or a fault of dtrain"
         )
     else:
+        oldest = max(
+            analysis.current_records, key=lambda rank: analysis.current_records[rank].age_s
+        )
         yield (
-            "to do      no rank waits for another, so the run may be slow, not stuck: see "
-            "slowest_rank in metrics.jsonl, and ask again in a minute"
+            f"to do      no rank waits for {names.text(oldest)}, which has had no event for "
+            f"{analysis.current_records[oldest].age_s:.0f} s: {_advice(analysis, oldest, names)}"
         )
 
 

@@ -1,6 +1,6 @@
-"""Progress of a run: a bar on a terminal or one line per interval in a log, and `metrics.jsonl`.
+"""Progress of a run on the console: a bar on a terminal, or one line per interval in a log.
 
-Invariant: only rank 0 prints and records, and no result of this module changes a run.
+Invariant: only rank 0 prints, and no result of this module changes a run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dtrain.checkpoint import run_folder
 from dtrain.checkpoint.resume import length_dependent_parts
 from dtrain.comm.communicator import Comm
 from dtrain.comm.launcher import TERMINAL_VARIABLE, detect_launcher
@@ -36,7 +35,7 @@ REFRESH_S = 0.2
 
 
 class Progress:
-    """Console and metrics logger (rank 0 only).
+    """The console (rank 0 only).
 
     Parameters
     ----------
@@ -68,9 +67,9 @@ class Progress:
         threads: int,
         merged_replicas: int = 0,
         copied_blocks: Sequence[int] = (),
-        layer_notes: Sequence[str] = (),
+        notes: Sequence[str] = (),
     ) -> None:
-        """Print and record what will run, on which software.
+        """Print what will run, on which software.
 
         Parameters
         ----------
@@ -80,8 +79,8 @@ class Progress:
             Number of replicas of a checkpoint that were averaged to start from; 0 for none.
         copied_blocks : sequence of int
             Blocks whose initial weights were copied from the first replica.
-        layer_notes : sequence of str
-            Notes on layers that couple samples or keep state.
+        notes : sequence of str
+            Notes that the plan alone does not give.
         """
         if not self.enabled:
             return
@@ -101,19 +100,12 @@ class Progress:
                 "differed between replicas: all replicas start from those of the first one; the "
                 "result depends on that draw, so seed it (torch's generator is seeded)"
             )
-        for note in layer_notes:
+        for note in notes:
             print(f"note      {note}")
         print(flush=True)
-        self._record(
-            "run",
-            ranks=self.comm.size,
-            hosts=list(self.comm.hosts),
-            versions=f"dtrain {version('dtrain')}, {library_versions(self.comm)}",
-            job=run_folder.slurm_job_id(),
-            resolved=self.plan.run.to_table(),
-            copied_blocks=list(copied_blocks),
-            layer_notes=list(layer_notes),
-        )
+
+    def start_bar(self) -> None:
+        """Start the clock, and the bar where there is one."""
         self.start_time = self.last_print_time = time.monotonic()
         if self.bar is not None and self.first_update < self.total_updates:
             self.bar.start()
@@ -138,40 +130,15 @@ class Progress:
             flush=True,
         )
 
-    def end_segment(self) -> None:
-        """Record the end of a segment."""
-        totals = self.totals
-        if self.enabled:
-            self._record(
-                "train",
-                loss=totals.losses(),
-                samples_per_s=totals.rate,
-                samples=totals.samples,
-                **totals.metric_means(),
-                **totals.latest,
-                slowest_host=self.comm.hosts[totals.latest["slowest_rank"]],
-            )
-
-    def end_save(self, save_s: float) -> None:
-        """Record a checkpoint that took `save_s` seconds."""
-        if self.enabled:
-            self._record("checkpoint", save_s=save_s)
-
-    def end_evaluation(self, eval_s: float) -> None:
-        """Record and print an evaluation that took `eval_s` seconds."""
+    def end_evaluation(self) -> None:
+        """Print the latest evaluation."""
         if not self.enabled:
             return
         totals = self.totals
-        others = totals.evaluations
-        validation = _of_split("validation", others)
-        if validation:
-            self._record("eval", split="validation", **validation)
-        test = totals.test | _of_split("test", others)
-        self._record("eval", split="test", **test, eval_s=eval_s)
         loss = "-" if totals.train_loss is None else f"{totals.train_loss:.4f}"
         result = f"loss {loss}"
-        if validation:
-            result += f"  validation {metric_text(validation['validation_metrics'])}"
+        if "validation_metrics" in totals.evaluations:
+            result += f"  validation {metric_text(totals.evaluations['validation_metrics'])}"
         result += f"  test {metric_text(totals.test['metrics'])}"
         if sum(accuracy is not None for accuracy in totals.test["accuracy_per_block"]) > 1:
             result += f"  vote {percent(totals.test['test_accuracy_vote'])}"
@@ -188,7 +155,7 @@ class Progress:
             self.bar.stop()
             self.bar = None
 
-    def finish(self, summary: dict[str, Any]) -> None:
+    def finish(self, summary: Mapping[str, Any]) -> None:
         """Print the result, the run folder and the command to try next."""
         if not self.enabled:
             return
@@ -220,7 +187,7 @@ class Progress:
         command = _next_command(self.plan, self.comm.size, folder, is_final)
         print(f"next    {command}", flush=True)
 
-    def _result_text(self, summary: dict[str, Any]) -> str:
+    def _result_text(self, summary: Mapping[str, Any]) -> str:
         """Return the accuracy with its counts, or the first metric."""
         accuracy, samples = summary["test_accuracy"], self.plan.data.test.size
         if not self.plan.layout.task.counts_samples or accuracy is None:
@@ -241,17 +208,6 @@ class Progress:
         epochs = self.plan.training_length.epochs
         return f"epoch {epoch + 1:>{len(str(epochs))}}/{epochs}"
 
-    def _record(self, kind: str, **values: Any) -> None:
-        """Append a record to `metrics.jsonl`."""
-        totals = self.totals
-        totals.tick()
-        position = {
-            "attempt": totals.attempt,
-            "update": totals.update,
-            "epoch": totals.update // self.plan.training_length.updates_per_epoch,
-        }
-        run_folder.append_record(self.out, kind, totals.wall_s, **position, **values)
-
     def _time_left(self, updates_done: int) -> str:
         """Return the time of the remaining updates at the speed of this attempt."""
         elapsed_s = time.monotonic() - self.start_time
@@ -261,12 +217,6 @@ class Progress:
         minutes, seconds = divmod(seconds, 60)
         clock = f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
         return f"{clock} left"
-
-
-def _of_split(split: str, evaluations: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the evaluations of a split, those of averaged weights included."""
-    prefixes = f"{split}_", f"ema_{split}_"
-    return {key: value for key, value in evaluations.items() if key.startswith(prefixes)}
 
 
 def library_versions(comm: Comm) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dtrain.monitoring.figures import rank_figures
 from dtrain.schedules.segments import Segment
 from dtrain.tasks.task import Task
 
@@ -45,7 +46,8 @@ class RunTotals:
     rate : float
         Samples per second of the latest segment.
     latest : dict
-        Seconds of the latest segment, its slowest rank, learning rates and norms per block.
+        Seconds of the latest segment, its slowest rank, the spread over the ranks, and learning
+        rates and norms per block.
     loss : list of float or None
         Sum of losses per block over the samples of the current epoch; None where a block has no
         loss.
@@ -137,9 +139,11 @@ class RunTotals:
             self._add_record(record)
         self.train_s += segment_s
         self.rate = (self.samples - previous_samples) / segment_s if segment_s else 0.0
+        updates = segment.stop - segment.start
         self.latest = {
             "train_s": segment_s,
             **slowest_rank(records),
+            **rank_figures(records, updates),
             **block_values(records, blocks),
         }
 

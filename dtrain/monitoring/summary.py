@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from dtrain.monitoring.figures import SPREAD_KEYS, speed_figures
 from dtrain.monitoring.run_totals import TEST_KEYS, RunTotals
 from dtrain.planning.formatting import percent, pluralise
 from dtrain.planning.plan import Plan
@@ -74,6 +75,9 @@ def make_summary(
         "attempts": totals.attempt,
         "wall_s": totals.wall_s,
         "samples_per_s": totals.samples_per_s,
+        **speed_figures(plan, totals.samples_per_s, totals.latest),
+        "peak_tflops": totals.latest.get("peak_tflops"),
+        **{key: totals.latest.get(key) for key in SPREAD_KEYS},
         "train_loss": totals.train_loss,
         "train_loss_per_block": totals.losses(),
         **totals.metric_means(),

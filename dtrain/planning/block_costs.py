@@ -16,13 +16,13 @@ from torch import nn
 
 from dtrain.errors import ConfigError
 from dtrain.models.layers import LayerStack, cast_module
-from dtrain.models.shape_inference import LayerSpec, profile_module
+from dtrain.models.shape_inference import LayerProfile, profile_module
 from dtrain.objectives.base import Objective, input_gradient_blocks
 from dtrain.objectives.block_spec import BlockSpec, DownstreamLayer
 from dtrain.planning.structure_cache import StructureCache, module_key
 from dtrain.rng import fixed_random_numbers
 
-_PROFILES: StructureCache[LayerSpec] = StructureCache()
+_PROFILES: StructureCache[LayerProfile] = StructureCache()
 """Specs of heads by structure, input shape and dtype."""
 
 
@@ -31,7 +31,7 @@ class BlockCosts:
 
     Parameters
     ----------
-    layer_specs : tuple of LayerSpec
+    layer_specs : tuple of LayerProfile
         The model's layers.
     objective : Objective
         Decides the head of a block, and whether the gradient of its input is computed.
@@ -45,7 +45,7 @@ class BlockCosts:
 
     def __init__(
         self,
-        layer_specs: tuple[LayerSpec, ...],
+        layer_specs: tuple[LayerProfile, ...],
         objective: Objective,
         model: LayerStack,
         data_spec: BlockSpec,
@@ -59,18 +59,18 @@ class BlockCosts:
         self._mac_sums = [0, *accumulate(map(total_macs, layer_specs))]
         self._parameter_sums = [0, *accumulate(spec.parameters for spec in layer_specs)]
         self._sends_gradients = bool(input_gradient_blocks(objective.routes(2, "train")))
-        self._provisional: Callable[[int], tuple[BlockSpec, LayerSpec | None]]
-        self._provisional = cache(self._provisional_head)
+        self.provisional_head: Callable[[int], tuple[BlockSpec, LayerProfile | None]]
+        self.provisional_head = cache(self._provisional_head)
 
     def flops(self, i: int, j: int) -> int:
         """Return multiply-adds, forward and backward, of a block while cuts are being chosen."""
-        spec, head = self._provisional(j)
+        spec, head = self.provisional_head(j)
         return self.layer_macs(i, j) * self.objective.forward_passes(spec) + total_macs(head)
 
     def parameters(self, i: int, j: int) -> int:
         """Return parameter elements, the head's included, of a block while cuts are being
         chosen."""
-        _, head = self._provisional(j)
+        _, head = self.provisional_head(j)
         return self.layer_parameters(i, j) + (head.parameters if head else 0)
 
     def layer_macs(self, i: int, j: int) -> int:
@@ -126,11 +126,11 @@ class BlockCosts:
                 break
         return skipped
 
-    def head_spec(self, block_spec: BlockSpec) -> LayerSpec | None:
+    def head_spec(self, block_spec: BlockSpec) -> LayerProfile | None:
         """Return the spec of a block's head, None where it has none."""
         return profile_head(self.objective, block_spec)
 
-    def _provisional_head(self, j: int) -> tuple[BlockSpec, LayerSpec | None]:
+    def _provisional_head(self, j: int) -> tuple[BlockSpec, LayerProfile | None]:
         """Return spec and head of a block that ends before layer j, wherever it starts."""
         spec = self.block_spec(1 if j == len(self.layer_specs) else 0, 2, 0, j)
         try:
@@ -148,7 +148,7 @@ def build_meta_head(objective: Objective, block_spec: BlockSpec) -> nn.Module | 
     return None if head is None else cast_module(head, block_spec.dtype)
 
 
-def profile_head(objective: Objective, block_spec: BlockSpec) -> LayerSpec | None:
+def profile_head(objective: Objective, block_spec: BlockSpec) -> LayerProfile | None:
     """Return the spec of a block's head, None where it has none.
 
     A head that is not run sample by sample has parameters and no multiply-adds.
@@ -167,10 +167,10 @@ def profile_head(objective: Objective, block_spec: BlockSpec) -> LayerSpec | Non
     elements = sum(parameter.numel() for parameter in head.parameters())
     norms = nn.modules.batchnorm._BatchNorm
     couples_samples = any(isinstance(module, norms) for module in head.modules())
-    return LayerSpec(name, (), (), dtype, 0, 0, 0, elements, couples_samples)
+    return LayerProfile(name, (), (), dtype, 0, 0, 0, elements, couples_samples)
 
 
-def total_macs(spec: LayerSpec | None) -> int:
+def total_macs(spec: LayerProfile | None) -> int:
     """Return a module's multiply-adds, forward and whole backward; 0 where there is none."""
     if spec is None:
         return 0

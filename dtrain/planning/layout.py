@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
@@ -25,12 +25,13 @@ from dtrain.mesh import RankMesh
 from dtrain.models.flow import BlockFlow, BlockProgram, block_flows
 from dtrain.models.graph import ModelGraph, chain_graph
 from dtrain.models.layers import FactoryLayers, LayerStack
-from dtrain.models.shape_inference import LayerSpec, infer_layers
+from dtrain.models.shape_inference import LayerProfile, infer_layers
 from dtrain.models.ties import Ties, find_ties
 from dtrain.objectives.base import ExecutionMode, Objective, input_gradient_blocks
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.messages import all_routes, message_spec
 from dtrain.planning.block_costs import BlockCosts, total_macs
+from dtrain.planning.cut_choice import choose_cuts, may_end_block
 from dtrain.planning.structure_cache import StructureCache, layers_key
 from dtrain.planning.tied_checks import check_ties
 from dtrain.schedules.actions import Route
@@ -41,7 +42,7 @@ from dtrain.tasks.task import Task
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
-_LAYER_SPECS: StructureCache[tuple[LayerSpec, ...]] = StructureCache()
+_LAYER_SPECS: StructureCache[tuple[LayerProfile, ...]] = StructureCache()
 """Specs of a model's layers by structure, sample shape and dtype."""
 
 
@@ -55,7 +56,7 @@ class BlockLayout:
         Everything that the objective knows of the block.
     layers : range
         Indices of its layers in the model.
-    layer_specs : tuple of LayerSpec
+    layer_specs : tuple of LayerProfile
         The layers that the block runs, those of the objective included.
     parameters, head_parameters : int
         Parameter elements of the layers, and of the local head.
@@ -76,7 +77,7 @@ class BlockLayout:
 
     spec: BlockSpec
     layers: range
-    layer_specs: tuple[LayerSpec, ...]
+    layer_specs: tuple[LayerProfile, ...]
     parameters: int
     head_parameters: int
     cost: int
@@ -93,7 +94,7 @@ class Layout:
 
     Attributes
     ----------
-    layer_specs : tuple of LayerSpec
+    layer_specs : tuple of LayerProfile
         The model's layers.
     block_layouts : tuple of BlockLayout
         The blocks, in order.
@@ -112,7 +113,7 @@ class Layout:
     mesh: RankMesh
     model: LayerStack
     dtype: torch.dtype
-    layer_specs: tuple[LayerSpec, ...]
+    layer_specs: tuple[LayerProfile, ...]
     block_layouts: tuple[BlockLayout, ...]
     place: tuple[int, ...]
     objective: Objective
@@ -205,16 +206,11 @@ def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: 
         The mesh, the partition or the schedule does not fit.
     """
     _check_stages(run, ranks)
-    mesh = RankMesh.for_ranks(ranks, run.mesh.stages, run.mesh.placement)
-    dtype = DTYPES[run.settings.dtype]
+    mesh = RankMesh.for_ranks(ranks, run.stages, run.mesh.placement)
     objective, schedule = run.objective.instance, run.schedule.instance
-    shape = objective.model_input_shape(data_spec.sample_shape, data_spec.classes)
-    input_dtype = torch.int64 if data_spec.integer_samples else dtype
-    layer_specs = _infer_layers(model, shape, dtype, input_dtype, data_spec.other_inputs)
-    _check_outputs(layer_specs, data_spec)
-    data_spec = dataclasses.replace(data_spec, prediction_shape=layer_specs[-1].output_shape)
-    block_costs = BlockCosts(layer_specs, objective, model, data_spec, run.settings.seed)
-    cuts = _choose_cuts(run, block_costs, mesh.stages)
+    block_costs = make_block_costs(run, model, data_spec)
+    layer_specs = block_costs.layer_specs
+    cuts = choose_cuts(run, block_costs, mesh.stages)
     layers = partition.layer_ranges(len(layer_specs), cuts)
     _check_cuts(layer_specs, layers, objective)
     _check_block_numbers(run, len(layers))
@@ -226,17 +222,17 @@ def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: 
         _check_in_place(layer_specs, layers)
     routes = all_routes(objective, [block.spec for block in blocks], "train")
     schedule.check_routes(routes)
-    ties = find_ties(model, layers, dtype)
+    ties = find_ties(model, layers, DTYPES[run.settings.dtype])
     cycles = None
     if ties and not schedule.flushes:
         cycles = schedule.update_cycles(len(blocks), routes)
     return Layout(
         mesh=mesh,
         model=model,
-        dtype=dtype,
+        dtype=DTYPES[run.settings.dtype],
         layer_specs=layer_specs,
         block_layouts=blocks,
-        place=schedule.assign_stages([block.cost for block in blocks], mesh.stages),
+        place=_choose_places(run, schedule, blocks, mesh.stages),
         objective=objective,
         schedule=schedule,
         routes=routes,
@@ -247,14 +243,25 @@ def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: 
     )
 
 
-def _used_graph(model: LayerStack, layer_specs: Sequence[LayerSpec]) -> ModelGraph | None:
+def make_block_costs(run: RunConfig, model: LayerStack, data_spec: BlockSpec) -> BlockCosts:
+    """Return the costs of all blocks that can be cut from a model, whose layers are inferred."""
+    dtype, objective = DTYPES[run.settings.dtype], run.objective.instance
+    shape = objective.model_input_shape(data_spec.sample_shape, data_spec.classes)
+    input_dtype = torch.int64 if data_spec.integer_samples else dtype
+    layer_specs = _infer_layers(model, shape, dtype, input_dtype, data_spec.other_inputs)
+    _check_outputs(layer_specs, data_spec)
+    data_spec = dataclasses.replace(data_spec, prediction_shape=layer_specs[-1].output_shape)
+    return BlockCosts(layer_specs, objective, model, data_spec, run.settings.seed)
+
+
+def _used_graph(model: LayerStack, layer_specs: Sequence[LayerProfile]) -> ModelGraph | None:
     """Return the graph with which the layers were inferred, None where they are a chain."""
     if not any(spec.writes for spec in layer_specs):
         return None
     return model.graph or chain_graph(model.names)
 
 
-def _check_in_place(layer_specs: Sequence[LayerSpec], layers: Sequence[range]) -> None:
+def _check_in_place(layer_specs: Sequence[LayerProfile], layers: Sequence[range]) -> None:
     """Refuse a layer that overwrites a tensor of an earlier block that a later block reads, too.
 
     It would overwrite its block's copy alone.
@@ -278,7 +285,7 @@ def _check_in_place(layer_specs: Sequence[LayerSpec], layers: Sequence[range]) -
 
 
 def _add_flows(
-    graph: ModelGraph, layer_specs: Sequence[LayerSpec], blocks: Sequence[BlockLayout]
+    graph: ModelGraph, layer_specs: Sequence[LayerProfile], blocks: Sequence[BlockLayout]
 ) -> tuple[BlockLayout, ...]:
     """Return the blocks with the tensors that enter and leave them."""
     for block in blocks:
@@ -307,7 +314,7 @@ def _infer_layers(
     dtype: torch.dtype,
     input_dtype: torch.dtype | None = None,
     other_inputs: Sequence[tuple[tuple[int, ...], torch.dtype]] = (),
-) -> tuple[LayerSpec, ...]:
+) -> tuple[LayerProfile, ...]:
     """Return the specs of a model's layers."""
     structure = layers_key(model)
     key = None if structure is None else (structure, tuple(shape), dtype, input_dtype)
@@ -316,7 +323,7 @@ def _infer_layers(
     )
 
 
-def _check_outputs(layer_specs: Sequence[LayerSpec], data_spec: BlockSpec) -> None:
+def _check_outputs(layer_specs: Sequence[LayerProfile], data_spec: BlockSpec) -> None:
     """Refuse a model whose outputs are not real, or not those of the task: for class labels, one
     number per class."""
     last, classes, task = layer_specs[-1], data_spec.classes, data_spec.task
@@ -335,12 +342,12 @@ def _check_outputs(layer_specs: Sequence[LayerSpec], data_spec: BlockSpec) -> No
 
 
 def _check_cuts(
-    layer_specs: Sequence[LayerSpec], layers: Sequence[range], objective: Objective
+    layer_specs: Sequence[LayerProfile], layers: Sequence[range], objective: Objective
 ) -> None:
     """Refuse a cut behind a layer whose output gives the objective nothing to learn from."""
     for indices in layers:
         spec = layer_specs[indices.stop - 1]
-        if _may_end_block(spec, objective) or (spec.writes and not spec.main_value):
+        if may_end_block(spec, objective) or (spec.writes and not spec.main_value):
             continue  # the second is refused with the flow of the blocks
         cure = "cut behind a layer that returns real numbers"
         if spec.dtype.is_complex:
@@ -351,21 +358,10 @@ def _check_cuts(
         )
 
 
-def _may_end_block(spec: LayerSpec, objective: Objective) -> bool:
-    """Return whether a cut may stand behind a layer: it has an output that can be learnt from."""
-    if spec.writes and not spec.main_value:
-        return False
-    return spec.dtype.is_floating_point or (
-        spec.dtype.is_complex and objective.takes_complex_outputs
-    )
-
-
 def _check_stages(run: RunConfig, ranks: int) -> None:
-    if run.mesh.stages is None and run.partition.blocks is None and run.partition.cuts is None:
+    if run.stages is None and run.partition.chosen_blocks is None:
         return
-    stages, blocks = run.mesh.stages or ranks, run.partition.blocks
-    if run.partition.cuts is not None:
-        blocks = len(run.partition.cuts) + 1
+    stages, blocks = run.stages or ranks, run.partition.chosen_blocks
     if blocks is not None and blocks < stages:
         raise ConfigError(
             "partition.fewer-blocks-than-stages",
@@ -374,21 +370,16 @@ def _check_stages(run: RunConfig, ranks: int) -> None:
         )
 
 
-def _choose_cuts(run: RunConfig, block_costs: BlockCosts, stages: int) -> tuple[int, ...]:
-    """Return the layers at which blocks start: those of the run file, else balanced by costs."""
-    section, layers = run.partition, len(block_costs.layer_specs)
-    if section.cuts is not None:
-        names = [spec.name for spec in block_costs.layer_specs]
-        return partition.cuts_from_names(names, section.cuts)
-    costs: dict[str, Callable[[int, int], int]] = {
-        "flops": block_costs.flops,
-        "parameters": block_costs.parameters,
-        "layers": lambda i, j: j - i,
-    }
-    cost, specs = costs[section.balance], block_costs.layer_specs
-    ends = [_may_end_block(spec, block_costs.objective) for spec in specs]
-    blocks = section.blocks or stages
-    return partition.balanced_cuts(layers, blocks, cost, section.weights, ends)
+def _choose_places(
+    run: RunConfig, schedule: Schedule, blocks: Sequence[BlockLayout], stages: int
+) -> tuple[int, ...]:
+    """Return the stage of each block: those of the run file, else those of the schedule."""
+    places = run.partition.places
+    if places is None:
+        return schedule.assign_stages([block.cost for block in blocks], stages)
+    partition.check_places(places, len(blocks), stages)
+    schedule.check_places(places)
+    return tuple(places)
 
 
 def _check_block_numbers(run: RunConfig, blocks: int) -> None:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-from dtrain.planning.layout import Layout
 from dtrain.rng import seeded
+
+if TYPE_CHECKING:  # a layout's cuts may ask for lazy modules
+    from dtrain.planning.layout import Layout
 
 ROWS = 2
 

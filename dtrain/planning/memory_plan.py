@@ -28,6 +28,7 @@ from torch import nn
 from dtrain.block.block import Block
 from dtrain.block.split_backward import SplitBackward
 from dtrain.models.layers import merge_layers
+from dtrain.models.small_modules import MAX_MACS, is_small
 from dtrain.objectives.base import ExecutionMode
 from dtrain.objectives.messages import all_routes
 from dtrain.planning.block_costs import build_meta_head
@@ -37,7 +38,6 @@ from dtrain.planning.block_factory import (
     make_block,
 )
 from dtrain.planning.block_memory import (
-    BlockFactory,
     BlockMemory,
     measure_block_memory,
     peak_live_bytes,
@@ -95,7 +95,8 @@ class RankMemory:
     @property
     def peak(self) -> int:
         """The sum of all parts."""
-        return sum(asdict(self).values())
+        memory = self.parameters + self.gradients + self.optimizer + self.sync
+        return memory + self.versions + self.live + self.messages
 
 
 def largest_micro_batch(plan: Plan, replica: int) -> int:
@@ -139,10 +140,12 @@ class MemoryPlan:
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """Return the planned memory of every rank as plain values."""
-        rows = []
+        rows, tables = [], dict[RankMemory, dict[str, int]]()
         for rank, memory in enumerate(self.rank_memory()):
             replica, stage = self.layout.mesh.coords(rank)
-            sizes = {f"{part}_bytes": size for part, size in asdict(memory).items()}
+            if memory not in tables:  # most ranks of a stage need the same
+                tables[memory] = {f"{part}_bytes": n for part, n in asdict(memory).items()}
+            sizes = tables[memory]
             position = {"rank": rank, "replica": replica, "stage": stage}
             rows.append(position | sizes | {"peak_bytes": memory.peak})
         return rows
@@ -155,10 +158,13 @@ class MemoryPlan:
         timeline, traits = self.plan.proof.timeline, self.plan.run.sync.instance.traits()
         copies_kept = traits.parameter_copies + (self.plan.run.ema is not None)
         policy = self.layout.schedule.policy(self.layout.place, self.layout.routes)
+        stage_actions: list[list[Action]] = [[] for _ in range(self.layout.mesh.stages)]
+        for span in timeline:
+            stage_actions[span.stage].append(span.action)
         stages = []
         for stage, message_bytes in enumerate(self._message_bytes(rows)):
             in_stage = [blocks[b] for b in self.layout.blocks_of_stage(stage)]
-            actions = [span.action for span in timeline if span.stage == stage]
+            actions = stage_actions[stage]
             copies = peak_weight_copies(actions, policy)
             gradients = sum(block.gradients for block in in_stage)
             optimizer = sum(block.optimizer for block in in_stage)
@@ -253,19 +259,36 @@ class MemoryPlan:
         )
 
     def _measure_blocks(self, rows: int) -> tuple[BlockMemory, ...]:
-        layout = self.layout
-        return tuple(
-            measure_block_memory(
-                partial(self._real_block, index),
-                self._fake_factory(index),
-                self.plan.run.optimizer_settings(),
-                layout.objective,
-                layout.block_specs,
-                index,
-                rows,
-            )
-            for index in range(len(layout.block_layouts))
+        indices = range(len(self.layout.block_layouts))
+        return tuple(self._measure_block(index, rows) for index in indices)
+
+    def _measure_block(self, index: int, rows: int) -> BlockMemory:
+        layout, parts = self.layout, self._meta_parts(index)
+        return measure_block_memory(
+            partial(self._real_block, index),
+            None if parts is None else partial(self._fake_block, index, *parts),
+            self.plan.run.optimizer_settings(),
+            layout.objective,
+            layout.block_specs,
+            index,
+            rows,
+            parts is not None and self._is_small(index, rows, *parts),
         )
+
+    def _is_small(
+        self, index: int, rows: int, layers: Mapping[str, nn.Module], head: nn.Module | None
+    ) -> bool:
+        """Return whether a block has plain modules, an objective of ours and few multiply-adds."""
+        layout = self.layout
+        block_layout = layout.block_layouts[index]
+        if (
+            not type(layout.objective).__module__.startswith("dtrain.")
+            or self.plan.run.weights_path is not None
+            or block_layout.cost * rows > MAX_MACS
+        ):
+            return False
+        modules = [*layers.values(), *([] if head is None else [head])]
+        return is_small(modules, block_layout.spec.input_shape)
 
     @cached_property
     def _meta_layers(self) -> MetaLayers:
@@ -276,9 +299,9 @@ class MemoryPlan:
         block = make_block(self.plan.run, self.layout, index, torch.device("cpu"))
         return self._attach_split(block)
 
-    def _fake_factory(self, index: int) -> BlockFactory | None:
-        """Return a factory of a block of fake tensors, None where a layer cannot be made on the
-        meta device."""
+    def _meta_parts(self, index: int) -> tuple[dict[str, nn.Module], nn.Module | None] | None:
+        """Return layers and head of a block on the meta device, None where a layer cannot be made
+        there."""
         layout, replacement = self.layout, self.layout.block_layouts[index].replacement_layers
         _, indices = layer_source(layout, index)
         meta_layers = (
@@ -289,7 +312,7 @@ class MemoryPlan:
         modules = [module for layer in layers for module in layer.values()]
         if len(layers) < len(indices) or is_lazy(modules):
             return None
-        return partial(self._fake_block, index, merge_layers(layers), head)
+        return merge_layers(layers), head
 
     def _fake_block(
         self, index: int, layers: Mapping[str, nn.Module], head: nn.Module | None

@@ -22,7 +22,7 @@ from dtrain.objectives.block_spec import BlockSpec
 from dtrain.planning.initial_weights import open_weights
 from dtrain.planning.layout import DTYPES, Layout, make_layout
 from dtrain.schedules.segments import TrainingLength
-from dtrain.schedules.verify import ScheduleReport
+from dtrain.schedules.verify import PlanError, ScheduleReport
 from dtrain.tasks.task import Task
 from dtrain.user_code import require_object
 
@@ -62,6 +62,33 @@ def make_plan(run: RunConfig, ranks: int) -> Plan:
     DtrainError
         Data, model, mesh, partition or schedule do not fit each other.
     """
+    samples, model, data_spec = load_run(run)
+    train = samples.train
+    layout = make_layout(run, model, data_spec, ranks)
+    settings = run.settings
+    length = TrainingLength.from_settings(
+        updates_per_epoch(train.size, settings.batch_size),
+        settings.epochs,
+        settings.updates,
+        settings.segment,
+        run.checkpoint.every,
+        run.evaluate.every_updates,
+    )
+    splitter = _split_batches(run, layout, train.size)
+    return Plan(
+        run=_resolve(run, layout),
+        data=samples,
+        layout=layout,
+        training_length=length,
+        batch_splitter=splitter,
+        proof=_prove(run, layout, _proof_sizes(splitter, train.size, length.updates_per_epoch)),
+        blocks_assumed=run.partition.chosen_blocks is None,
+    )
+
+
+def load_run(run: RunConfig) -> tuple[DatasetSplits, LayerStack, BlockSpec]:
+    """Load the data's description and the model; return them, and the facts of the data that all
+    block specs share."""
     for choice, kind in ((run.dataset, "data"), (run.model, "model")):
         require_object(choice.target, choice.name, choice.fingerprint, kind)
     samples = load_data(
@@ -79,28 +106,7 @@ def make_plan(run: RunConfig, ranks: int) -> Plan:
     _check_objective(run, task)
     _check_augment(run, train, task)
     model, data_spec = _load_model(run, train, task)
-    if data_spec.integer_samples:
-        samples = samples.as_integers()
-    layout = make_layout(run, model, data_spec, ranks)
-    settings = run.settings
-    length = TrainingLength.from_settings(
-        updates_per_epoch(train.size, settings.batch_size),
-        settings.epochs,
-        settings.updates,
-        settings.segment,
-        run.checkpoint.every,
-        run.evaluate.every_updates,
-    )
-    splitter = _split_batches(run, layout, train.size)
-    return Plan(
-        run=run.resolve(len(layout.block_layouts), layout.mesh.stages),
-        data=samples,
-        layout=layout,
-        training_length=length,
-        batch_splitter=splitter,
-        proof=layout.prove(_proof_sizes(splitter, train.size, length.updates_per_epoch)),
-        blocks_assumed=run.partition.blocks is None and run.partition.cuts is None,
-    )
+    return samples.as_integers() if data_spec.integer_samples else samples, model, data_spec
 
 
 def _load_model(run: RunConfig, train: Dataset, task: Task) -> tuple[LayerStack, BlockSpec]:
@@ -178,6 +184,30 @@ def _split_batches(run: RunConfig, layout: Layout, samples: int) -> BatchSplitte
             f"{max(batch_size - 1, 2)}",
         )
     return splitter
+
+
+def _resolve(run: RunConfig, layout: Layout) -> RunConfig:
+    """Return the run with the numbers of blocks and stages, and the cuts that a function chose.
+
+    So a resumed run has these cuts, whether the function still returns them or not.
+    """
+    if run.partition.cut_function is not None:
+        run = run.with_cuts([layout.layer_specs[index].name for index in layout.cuts])
+    return run.resolve(len(layout.block_layouts), layout.mesh.stages)
+
+
+def _prove(run: RunConfig, layout: Layout, sizes: list[list[int]]) -> ScheduleReport:
+    """Prove that the schedule ends; refuse places of the run file for which it does not."""
+    try:
+        return layout.prove(sizes)
+    except PlanError as error:
+        if run.partition.places is None:
+            raise
+        raise ConfigError(
+            "schedule.places-deadlock",
+            f"[schedule] '{run.schedule.name}' cannot run places = {list(layout.place)} "
+            f'({error}): leave out places, or set schedule.name = "drained"',
+        ) from error
 
 
 def _proof_sizes(splitter: BatchSplitter, samples: int, updates: int) -> list[list[int]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dtrain.partition import is_ascending
 from dtrain.planning.cost_file import CostFile
 from dtrain.planning.formatting import align_columns, percent, pluralise
 from dtrain.planning.layout import describe
@@ -29,6 +30,7 @@ def plan_text(plan: Plan, cost_file: CostFile | None = None) -> str:
         *_size_lines(plan),
         "",
         *_block_lines(plan, table),
+        *_place_lines(table["place"]),
         "",
         f"Schedule {plan.run.schedule.name} (the first updates of an epoch, then its last)",
         timeline_text(plan.proof),
@@ -116,6 +118,19 @@ def _block_lines(plan: Plan, table: dict[str, Any]) -> list[str]:
         f"Load imbalance of stages (max/mean): {imbalance:.2f}; "
         f"upper bound on utilisation: {percent(1 / imbalance, 0)}",
     ]
+
+
+def _place_lines(place: Sequence[int]) -> list[str]:
+    """Return a drawing of the blocks of each stage, where these are not contiguous."""
+    if is_ascending(place):
+        return []
+    width = len(str(len(place) - 1))
+    rows = [
+        f"stage {stage:{len(str(max(place)))}} | "
+        + " ".join(f"{b if s == stage else '.':>{width}}" for b, s in enumerate(place))
+        for stage in range(max(place) + 1)
+    ]
+    return ["", "Places (the blocks of each stage; activations go from left to right)", *rows]
 
 
 def _message_lines(messages: Sequence[dict[str, Any]]) -> list[str]:

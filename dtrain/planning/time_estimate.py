@@ -16,7 +16,7 @@ from collections import Counter
 from typing import Any, NamedTuple, final
 
 from dtrain.errors import ConfigError, unknown_name
-from dtrain.models.shape_inference import LayerSpec
+from dtrain.models.shape_inference import LayerProfile
 from dtrain.planning.block_costs import profile_head
 from dtrain.planning.block_memory import BlockMemory
 from dtrain.planning.cost_file import HEADS, INTER_NODE, INTRA_NODE, CostFile, LinkSpeed
@@ -186,7 +186,7 @@ class _RunCosts:
             return _Seconds(0.0, 0.0, 0.0, 0.0)
         return self._module_seconds(head, HEADS)
 
-    def _module_seconds(self, spec: LayerSpec, name: str) -> _Seconds:
+    def _module_seconds(self, spec: LayerProfile, name: str) -> _Seconds:
         """Return the seconds of a module by its table, else by its multiply-adds."""
         times, rate = self.cost_file.layers.get(name), self.cost_file.rank_speed.multiply_adds_per_s
         macs = _Seconds(

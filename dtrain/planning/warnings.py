@@ -7,6 +7,7 @@ none stops a run.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -32,6 +33,14 @@ MAX_LISTED_NAMES = 4
 """Names that are listed one by one."""
 
 
+SUGGESTED_MICRO_BATCHES = 4
+"""Micro-batches per further stage that a warning suggests: then a fifth of the time is idle."""
+
+
+SMALL_SHARE = 0.1
+"""Part of an equal share of the cost below which a stage or a block is too small."""
+
+
 def plan_warnings(plan: Plan) -> list[str]:
     """Return the warnings of a plan, each in one line."""
     layout, rows = plan.layout, plan.batch_splitter.largest_micro_batch
@@ -41,6 +50,9 @@ def plan_warnings(plan: Plan) -> list[str]:
         *_warn_many_blocks(plan),
         *_warn_large_heads(layout),
         *_warn_replaced_optimizer(plan),
+        *_warn_one_micro_batch(plan),
+        *_warn_empty_replicas(plan),
+        *_warn_uneven_blocks(plan),
         *layout.objective.warnings(layout.block_specs, rows),
     ]
 
@@ -136,6 +148,120 @@ def _warn_replaced_optimizer(plan: Plan) -> Iterator[str]:
         yield (
             f"the sync '{run.sync.name}' has its own update rule: [optimizer] "
             f"'{run.optimizer.name}' only sets the learning rate and the weight decay"
+        )
+
+
+def _warn_one_micro_batch(plan: Plan) -> Iterator[str]:
+    """Warn of stages that wait for each other's gradients with nothing else to compute."""
+    layout, splitter = plan.layout, plan.batch_splitter
+    stages = layout.mesh.stages
+    gets_gradients = bool(input_gradient_blocks(r for r in layout.routes if not r.lag))
+    if stages < 2 or splitter.micro_batches > 1 or not gets_gradients:
+        return
+    if not layout.schedule.flushes:
+        return
+    largest = max(1, splitter.batch_size // layout.mesh.replicas)
+    count = min(SUGGESTED_MICRO_BATCHES * (stages - 1), largest)
+    cure = "use fewer stages"
+    if count > 1:
+        bubble = (stages - 1) / (count + stages - 1)
+        cure = f"set micro-batches = {count} (idle then: {percent(bubble, 0)})"
+    yield (
+        f"one micro-batch on {stages} stages: '{plan.run.objective.name}' waits for gradients, so "
+        f"one stage computes at a time, and each rank is idle for "
+        f"{percent((stages - 1) / stages, 0)} of the time; {cure}"
+    )
+
+
+def _warn_empty_replicas(plan: Plan) -> Iterator[str]:
+    """Warn of replicas that have no samples in some updates."""
+    splitter, size, replicas = plan.batch_splitter, plan.data.train.size, plan.layout.mesh.replicas
+    updates = plan.training_length.updates_per_epoch
+    first, last = (_empty_replicas(plan, update) for update in (0, updates - 1))
+    if first:
+        yield (
+            f"{first} of {replicas} replicas have no samples in any update of "
+            f"{min(splitter.batch_size, size)} samples and only cost time: set batch-size = "
+            f"{replicas * splitter.min_rows} or more, or start fewer replicas"
+        )
+    elif last:
+        rest = size - (updates - 1) * splitter.batch_size
+        yield (
+            f"{last} of {replicas} replicas have no samples in the last of {updates} updates of an "
+            f"epoch, which has {rest} of {splitter.batch_size} samples: choose a batch-size that "
+            f"leaves at least {replicas * splitter.min_rows} of {size:,} samples, or start fewer "
+            "replicas"
+        )
+
+
+def _empty_replicas(plan: Plan, update: int) -> int:
+    """Return the number of replicas without samples in an update of an epoch."""
+    counts = plan.batch_splitter.count_micro_batches(plan.data.train.size, update, update + 1)
+    return sum(count == 0 for (count,) in counts)
+
+
+def _warn_uneven_blocks(plan: Plan) -> Iterator[str]:
+    """Warn of a stage, or of a block on one stage, that costs next to nothing beside the others."""
+    layout, section = plan.layout, plan.run.partition
+    noun, costs = "stages", layout.stage_costs()
+    if layout.mesh.stages == 1:
+        noun, costs = "blocks", [block.cost for block in layout.block_layouts]
+        if input_gradient_blocks(r for r in layout.routes if not r.lag):
+            return  # the blocks learn as one
+    total = sum(costs)
+    if len(costs) < 2 or not total or section.weights is not None:
+        return
+    shares = [cost / total for cost in costs]
+    if min(shares) * len(costs) >= SMALL_SHARE:
+        return
+    loss = f"ranks are busy for {percent(sum(shares) / (len(shares) * max(shares)), 0)} of the time"
+    if noun == "blocks":
+        loss = f"block {costs.index(min(costs))} has little to learn with"
+    cure = "leave out [partition] cuts, which balances the costs, or move them"
+    if section.cuts is None:
+        layer = max(layout.layer_specs, key=lambda spec: spec.forward_macs)
+        cure = f"use fewer {noun}, or open layer '{layer.name}' to cuts by [model] open"
+        if section.balance != "flops":
+            cure = 'set [partition] balance = "flops"'
+    listed = ", ".join(percent(share, 0) for share in shares[:MAX_LISTED_NAMES])
+    more = ", ..." if len(shares) > MAX_LISTED_NAMES else ""
+    yield (
+        f"{noun} have {listed}{more} of the multiply-adds, the smallest {percent(min(shares))} and "
+        f"the largest {percent(max(shares))}: {loss}; {cure}"
+    )
+
+
+def placement_warnings(plan: Plan, hosts: Sequence[str]) -> list[str]:
+    """Return the warnings of a plan on the hosts of its ranks, each in one line."""
+    return list(_warn_daso_hosts(plan, hosts))
+
+
+def _warn_daso_hosts(plan: Plan, hosts: Sequence[str]) -> Iterator[str]:
+    """Warn of DASO whose replicas of a block are on one host, or each alone on its host."""
+    layout, mesh = plan.layout, plan.layout.mesh
+    if plan.run.sync.name != "daso" or mesh.replicas < 2:
+        return
+    hosts_of_stages = [
+        Counter(hosts[mesh.rank(replica, stage)] for replica in range(mesh.replicas))
+        for stage in range(mesh.stages)
+    ]
+    if all(len(counts) == 1 for counts in hosts_of_stages):
+        yield (
+            f"the sync 'daso' with all {mesh.replicas} replicas of a block on one host is "
+            "'every-step': its means between hosts never happen, and the host sends all gradients "
+            'in every update; set [sync] name = "every-step", or start on several hosts'
+        )
+    elif all(max(counts.values()) == 1 for counts in hosts_of_stages):
+        parameters = sum(b.parameters + b.head_parameters for b in layout.block_layouts)
+        size = parameters * layout.dtype.itemsize
+        cure = "use fewer stages than ranks of a host"
+        if mesh.placement == "stages-in-node":
+            cure = f'set [mesh] placement = "replicas-in-node", or {cure}'
+        yield (
+            f"the sync 'daso' has each of {mesh.replicas} replicas of a block on a host of its "
+            "own: no mean stays inside a host, and all weights "
+            f"({2 * (mesh.replicas - 1) * size / 1e6:,.3g} MB per mean) are sent between hosts; "
+            f"{cure}"
         )
 
 

@@ -7,7 +7,9 @@ from dtrain.schedules.actions import Action, Point, Route
 from dtrain.schedules.asynchronous import AsyncSchedule
 from dtrain.schedules.base import Schedule
 from dtrain.schedules.drained import Drained
+from dtrain.schedules.fold import Fold
 from dtrain.schedules.gpipe_1f1b import FillDrain, Flush, OneFOneB
+from dtrain.schedules.interleaved import Interleaved
 from dtrain.schedules.pipedream import PipeDream, PipeDream2BW
 from dtrain.schedules.pipelined import Pipelined
 from dtrain.schedules.stream import Stream
@@ -20,6 +22,8 @@ __all__ = [
     "Drained",
     "FillDrain",
     "Flush",
+    "Fold",
+    "Interleaved",
     "OneFOneB",
     "PipeDream",
     "PipeDream2BW",
@@ -35,7 +39,9 @@ SCHEDULES: dict[str, type[Schedule]] = {
     "stream": Stream,
     "fill-drain": FillDrain,
     "1f1b": OneFOneB,
+    "interleaved": Interleaved,
     "drained": Drained,
+    "fold": Fold,
     "pipelined": Pipelined,
     "pipedream": PipeDream,
     "pipedream-2bw": PipeDream2BW,

@@ -17,7 +17,7 @@ takes as many cycles as the largest one: a smaller update is padded with empty c
 updates allows its target to run L updates' cycles earlier.
 
 *If no route flows back*, a hop between ranks takes a cycle and the actions of a block stay
-together, so nothing is stale; no padding is needed.
+together, so nothing is stale; padding is needed only where the places do not ascend.
 
 With a period of two, a micro-batch enters every other cycle, and the last block runs its backward
 one cycle after its forward: one forward, one backward, in turns. The delays are half as long,
@@ -46,6 +46,7 @@ from itertools import accumulate, count, pairwise
 from typing import Literal, NamedTuple
 
 from dtrain.errors import ConfigError
+from dtrain.partition import is_ascending
 from dtrain.schedules.actions import UNSPLIT_KINDS, Action, Point, Route
 from dtrain.schedules.base import blocks_of_stage
 from dtrain.schedules.messages import count_forward_passes
@@ -96,7 +97,10 @@ def cyclic_order(
         yield from _cyclic_actions(blocks, offsets, micro_batches, width, period)
     else:
         offsets = _offsets(routes, place, 1, 1)
-        yield from _cyclic_actions(blocks, offsets, micro_batches, None)
+        # Blocks of one stage with other offsets: padded, so that all replicas update them in the
+        # same order, however many micro-batches each has.
+        slots = None if is_ascending(place) else max([*micro_batches, 1])
+        yield from _cyclic_actions(blocks, offsets, micro_batches, slots)
 
 
 def block_delays(

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import ClassVar
 
 from dtrain.schedules.actions import Action, Route
 from dtrain.schedules.base import Schedule
 from dtrain.schedules.cyclic import cyclic_order
 
 
-@final
 @dataclass(frozen=True)
 class Drained(Schedule):
     """Run cycles that restart with every update."""

@@ -18,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+from dtrain.errors import ConfigError
+from dtrain.partition import is_ascending
 from dtrain.schedules.actions import Action, Kind, Route
 from dtrain.schedules.base import Schedule, blocks_of_stage
 
@@ -97,6 +99,15 @@ class OneFOneB(Flush):
     DAPPLE (Fan et al. 2021). The warm-up is clamped, so an update may have fewer micro-batches
     than there are stages.
     """
+
+    def check_places(self, place: Sequence[int]) -> None:
+        if not is_ascending(place):
+            raise ConfigError(
+                "schedule.places-not-ascending",
+                f"[partition] places = {list(place)}: '1f1b' runs the blocks of a stage one after "
+                "the other, so places must ascend, as in [0, 0, 1]; for a V set schedule.name = "
+                '"fold", for a loop "interleaved", for any other places "drained"',
+            )
 
     def warmup_forwards(self, stage: int, stages: int, micro_batches: int) -> int:
         return min(micro_batches, stages - 1 - stage)

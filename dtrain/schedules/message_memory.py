@@ -90,6 +90,11 @@ class _InFlight:
             MessageTable(routes, place, stage, micro_batches) for stage in stages
         ]
         self._passes_blocks = [route.blocks_passed > 0 for route in routes]
+        self._routes_of_stage: list[list[int]] = [[] for _ in stages]
+        for index, route in enumerate(routes):
+            source = place[route.source.block]
+            if source != place[route.target.block]:
+                self._routes_of_stage[source].append(index)
         self._payload = payload
         self._credits = credits
         self._send_counts = Counter[int]()
@@ -132,7 +137,7 @@ class _InFlight:
         """Count the messages in flight of a stage, given the receives whose sends are freed."""
         sizes = (
             self._in_flight_bytes(route, stage, freed, route == sending)
-            for route in self._send_counts
+            for route in self._routes_of_stage[stage]
         )
         self._peak_bytes[stage] = max(self._peak_bytes[stage], sum(sizes) + more_bytes)
 
@@ -141,8 +146,6 @@ class _InFlight:
     ) -> int:
         """Return the bytes of a route's messages in flight, with the one that is being sent."""
         messages = self._message_tables[stage]
-        if messages.source_stage(route) != stage:
-            return 0
         window = messages.window(route)
         started = freed[~messages.target_stage(route)] or not self._passes_blocks[route]
         waiting = self._send_counts[route] - (window if started else 0) - freed[route]

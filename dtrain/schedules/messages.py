@@ -20,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import final
 
+from dtrain.partition import is_ascending
 from dtrain.schedules.actions import INPUT_GRADIENT_KINDS, Action, Kind, Point, Route
 
 _PointKey = tuple[int, Kind, int]
@@ -67,8 +68,13 @@ class MessageTable:
         )
         self._always_sent = not any(route.lag or route.once_per_update for route in routes)
         largest = max(self._micro_batches, default=0)
+        loops = not is_ascending(place)
         self._windows = tuple(
-            r.window or r.blocks_passed + 1 + r.lag * (1 if r.once_per_update else largest)
+            r.window
+            or r.blocks_passed
+            + (1 if r.blocks_passed and loops else 0)
+            + 1
+            + r.lag * (1 if r.once_per_update else largest)
             for r in routes
         )
 
@@ -109,7 +115,9 @@ class MessageTable:
 
         One without a lag. A message that is sent `lag` updates early must not block its sender, so
         as many more are posted as `lag` updates of the largest size have messages. A skip passes
-        blocks, each of which may hold an earlier micro-batch. A route may state another window.
+        blocks, each of which may hold an earlier micro-batch; where places do not ascend, one more
+        is posted, since both ends of two skips may wait for each other in one cycle. A route may
+        state another window.
         """
         return self._windows[route]
 

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol, TypedDict, final
+from typing import Protocol, TypedDict, dataclass_transform, final
 
 import torch
 from torch import Tensor, nn
@@ -174,6 +174,7 @@ class SyncTraits:
         return not self.reparametrises and (not self.replicas_diverge or self.state_diverges)
 
 
+@dataclass_transform(field_specifiers=(field,))
 @dataclass
 class Sync(Strategy, ABC):
     """Synchronisation of the replicas of one block. Dataclass fields are keys of the run file.

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "dtrain"
 FLAT = (
     *("errors", "rng", "schema", "object_names"),
-    *("fingerprint", "user_code", "partition", "mesh"),
+    *("fingerprint", "user_code", "partition", "mesh", "eager_torch"),
 )
 IMPORTS: dict[str, tuple[str, ...]] = {
     "errors": (),
@@ -35,13 +35,18 @@ IMPORTS: dict[str, tuple[str, ...]] = {
         *(*FLAT, "schedules", "comm", "tasks", "models", "data", "block"),
         *("objectives", "syncs"),
     ),
-    "config": (*FLAT, "schedules", "tasks", "block", "objectives", "syncs"),
+    "tracking": FLAT,
+    "config": (*FLAT, "schedules", "tasks", "block", "objectives", "syncs", "tracking"),
     "checkpoint": (*FLAT, "comm", "block", "syncs", "config"),
     "planning": (
         *(*FLAT, "schedules", "tasks", "models", "data", "block", "objectives", "config"),
         *("comm.wire_format", "checkpoint.manifest"),
     ),
-    "monitoring": (*FLAT, "schedules", "comm", "tasks", "checkpoint", "planning"),
+    "monitoring": (*FLAT, "schedules", "comm", "tasks", "tracking", "checkpoint", "planning"),
+    "testing": (
+        *(*FLAT, "schedules", "comm", "data", "block", "objectives", "syncs", "config"),
+        *("checkpoint", "planning", "build", "evaluation"),
+    ),
     "run_report": (*FLAT, "checkpoint", "planning.formatting"),
 }
 """Packages that are not listed (`build`, `evaluate`, `train`, `cli`, ...) may import everything."""

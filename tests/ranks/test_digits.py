@@ -26,7 +26,7 @@ pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 RUNS = [
     ("backprop", "1f1b", "never"),
     ("cafo", "fill-drain", "every-step"),
-    ("ccl", "drained", "diloco"),
+    ("ccl", "fold", "diloco"),
     ("dfa", "pipedream", "powersgd"),
     ("deep-supervision", "pipedream-2bw", "warmup"),
     ("dni", "fill-drain", "every-step"),
@@ -42,7 +42,7 @@ RUNS = [
     ("man", "fill-drain", "local-sgd"),
     ("mono-forward", "stream", "daso"),
     ("pepita", "drained", "every-step"),
-    ("scalable-ff", "1f1b", "only-large"),
+    ("scalable-ff", "interleaved", "only-large"),
     ("tpsgd", "pipelined", "qsr"),
 ]
 """Objective, schedule and sync of each run, all with their default fields."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +18,9 @@ import pytest
 from dtrain.cli import main
 from dtrain.comm.flight_recorder import RECORD_KEYS, FlightRecorder, format_ranks
 from dtrain.errors import ConfigError
+from dtrain.monitoring.flight_request import find_processes
 from dtrain.monitoring.hang_report import HangAnalysis, hang_report, parse_ranks
+from tests.conftest import ROOT
 from tests.refusals import refuses
 
 WORLD_SIZE, STAGES = 512, 16
@@ -214,8 +219,70 @@ def test_many_ranks_that_wait_for_none_take_few_lines(tmp_path: Path) -> None:
         write_record(tmp_path, rank)
     lines = hang_report(tmp_path)
     assert len(lines) < 12
-    assert "504 more ranks that wait for no other" in lines[-2]
-    assert "slow, not stuck" in lines[-1]
+    assert sum("504 more ranks" in line for line in lines) == 1
+    assert not HangAnalysis(tmp_path).is_stuck()
+
+
+def test_a_run_is_stuck_by_the_age_of_its_waits(tmp_path: Path) -> None:
+    """Young waits are those of a healthy run; a rank with an event since then is not stuck."""
+    write_record(tmp_path, 0)
+    for wait_s, stuck in ((0.2, False), (9.0, False), (11.0, True)):
+        write_record(tmp_path, 1, **wait_fields("a mean", 0) | {"wait_s": wait_s})
+        assert HangAnalysis(tmp_path).is_stuck() is stuck
+        causes = [line for line in hang_report(tmp_path) if line.startswith(("cause", "deadlock"))]
+        assert bool(causes) is stuck
+    (before,) = (r for r in HangAnalysis(tmp_path).current_records.values() if r.rank == 1)
+    write_record(tmp_path, 1, unix_s=before.fields["unix_s"] + 0.5, idle_s=0.3)
+    later = HangAnalysis(tmp_path, {1: before})
+    assert (later.moved_ranks, later.is_stuck()) == ({1}, False)
+    write_record(tmp_path, 1, unix_s=before.fields["unix_s"] + 0.5, idle_s=30.0)
+    later = HangAnalysis(tmp_path, {1: before})
+    assert (later.moved_ranks, later.is_stuck()) == (set(), True)
+    write_record(tmp_path, 1, failed=True)
+    assert HangAnalysis(tmp_path).is_stuck()
+
+
+LIVE_RANK = """
+import os, sys, time
+from pathlib import Path
+from dtrain.comm.flight_recorder import FlightRecorder
+import signal
+
+recorder = FlightRecorder("rank 0 of 1", 0, 1, "here")
+recorder.dump_on_signal(signal.SIGUSR1)
+recorder.set_folder(Path(sys.argv[1]) / "flight")
+recorder.note("action", "F0.0", "update", 0)
+child = os.fork()  # holds the file, too
+print(flush=True)
+deadline = time.monotonic() + 30
+while child and time.monotonic() < deadline:
+    time.sleep(0.01)
+    if sys.argv[2] == "works":
+        recorder.note("action", "F0.0", "update", 1)
+if not child:
+    time.sleep(30)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+@pytest.mark.parametrize("state", ["works", "hangs"])
+def test_live_ranks_of_this_host_are_asked_twice(tmp_path: Path, state: str) -> None:
+    """Without a signal of the user; the process that a rank has forked is not asked."""
+    command = [sys.executable, "-c", LIVE_RANK, str(tmp_path), state]
+    rank = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, process_group=0)
+    try:
+        assert rank.stdout is not None
+        rank.stdout.readline()
+        assert find_processes(tmp_path) == {0: rank.pid}
+        assert find_processes(tmp_path / "other") == {}
+        lines = hang_report(tmp_path, stuck_s=0.4)
+        assert "1 of 1 ranks answered" in lines[0]
+        (record,) = (tmp_path / "flight").glob("*.txt")
+        assert f"process {rank.pid}" in record.read_text()
+        assert any(line.startswith("stuck ") for line in lines) is (state == "works")
+    finally:
+        os.killpg(rank.pid, signal.SIGKILL)
+        rank.wait()
 
 
 def test_a_folder_without_records_is_refused_with_how_to_ask(

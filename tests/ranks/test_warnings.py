@@ -14,7 +14,7 @@ from dtrain.comm.communicator import Comm
 from dtrain.objectives.local_head import LocalHead
 from dtrain.objectives.mono_forward import MonoForward
 from dtrain.planning.plan import Plan, make_plan
-from dtrain.planning.warnings import plan_warnings
+from dtrain.planning.warnings import placement_warnings, plan_warnings
 from dtrain.training import train
 from tests import tiny
 
@@ -134,3 +134,67 @@ def test_a_run_and_its_plan_contain_all_warnings(
     train(tiny.run(epochs=1, objective__name="backprop"), Comm(SingleBackend()), quiet)
     assert "note " not in capsys.readouterr().out
     assert "Notes" not in (quiet / "plan.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "micros"),
+    [
+        ({"objective__name": "backprop", "micro_batches": 1}, 8),
+        ({"objective__name": "backprop", "micro_batches": 1, "batch_size": 6}, 6),
+        ({"objective__name": "backprop", "micro_batches": 2}, None),
+        ({"objective__name": "backprop", "micro_batches": 1, "schedule__name": "pipelined"}, None),
+        ({"objective__name": "mono-forward", "micro_batches": 1}, None),
+    ],
+)
+def test_backprop_with_one_micro_batch_on_several_stages(
+    changes: dict[str, Any], micros: int | None
+) -> None:
+    lines = warnings_with("one micro-batch on 3 stages", 3, mesh__stages=3, **changes)
+    assert len(lines) == (micros is not None)
+    for line in lines:
+        assert "67 %" in line
+        assert f"micro-batches = {micros} " in line
+    assert warnings_with("one micro-batch", 3, mesh__stages=1, **changes) == []
+
+
+@pytest.mark.parametrize(
+    ("batch", "replicas", "counts"),
+    [(16, 4, "2 of 4 replicas"), (2, 4, "2 of 4 replicas"), (16, 2, None), (10, 4, None)],
+)
+def test_replicas_without_samples(batch: int, replicas: int, counts: str | None) -> None:
+    """The last update of 50 samples has 2 of 16; updates of 2 are too few for 4 replicas."""
+    lines = warnings_with("no samples", replicas, batch_size=batch, mesh__stages=1)
+    assert [line.partition(" have")[0] for line in lines] == ([] if counts is None else [counts])
+    assert all(("in any update" in line) == (batch == 2) for line in lines)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_blocks_of_very_unequal_costs(stages: int) -> None:
+    """The last block is one of 60 x 3 beside four of 60 x 60."""
+    sizes = {"partition__blocks": None, "partition__cuts": [5], "mesh__stages": stages}
+    (line,) = warnings_with("multiply-adds", stages, **DEEP, **sizes)
+    assert line.startswith("stages" if stages > 1 else "blocks")
+    assert "cuts" in line
+    even = sizes | {"partition__cuts": [3]}
+    assert warnings_with("multiply-adds", stages, **DEEP, **even) == []
+    joined = sizes | {"objective__name": "backprop"}
+    assert len(warnings_with("multiply-adds", stages, **DEEP, **joined)) == stages - 1
+
+
+@pytest.mark.parametrize(
+    ("placement", "hosts", "text"),
+    [
+        ("stages-in-node", "aabb", "a host of its own"),
+        ("replicas-in-node", "aabb", "on one host"),
+        ("stages-in-node", "aaaa", "on one host"),
+        ("stages-in-node", "aaaabbbb", None),
+    ],
+)
+def test_daso_on_hosts_that_do_not_suit_it(placement: str, hosts: str, text: str | None) -> None:
+    changes: dict[str, Any] = {"sync": {"name": "daso"}, "epochs": 9}
+    plan = make_tiny_plan(len(hosts), mesh={"stages": 2, "placement": placement}, **changes)
+    lines = placement_warnings(plan, list(hosts))
+    assert len(lines) == (text is not None)
+    assert all(str(text) in line for line in lines)
+    plain = make_tiny_plan(len(hosts), mesh={"stages": 2, "placement": placement})
+    assert placement_warnings(plain, list(hosts)) == []

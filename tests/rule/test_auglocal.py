@@ -19,7 +19,7 @@ from dtrain.errors import ConfigError
 from dtrain.models import load_model
 from dtrain.models.layers import LayerStack
 from dtrain.models.resnet import ResidualUnit
-from dtrain.models.shape_inference import LayerSpec, infer_layers
+from dtrain.models.shape_inference import LayerProfile, infer_layers
 from dtrain.objectives.base import Objective
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.common.head_networks import auglocal, sample_shapes
@@ -84,7 +84,7 @@ def test_samples_are_evenly_spread_and_end_with_the_last_layer() -> None:
 
 
 @cache
-def resnet20() -> tuple[LayerStack, tuple[LayerSpec, ...]]:
+def resnet20() -> tuple[LayerStack, tuple[LayerProfile, ...]]:
     net = load_model("resnet", {"depth": 20}, Path(), (3, 32, 32), 10)
     return net, infer_layers(net, (3, 32, 32), torch.float32)
 

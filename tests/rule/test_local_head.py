@@ -18,7 +18,7 @@ from dtrain.block.micro_batch import MicroBatch
 from dtrain.errors import ConfigError
 from dtrain.models import load_model
 from dtrain.models.layers import LayerStack
-from dtrain.models.shape_inference import LayerSpec, infer_layers, profile_module
+from dtrain.models.shape_inference import LayerProfile, infer_layers, profile_module
 from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.local_head import LocalHead
@@ -142,7 +142,7 @@ def test_wrong_heads_are_refused() -> None:
 
 
 @cache
-def small_model() -> tuple[LayerStack, tuple[LayerSpec, ...]]:
+def small_model() -> tuple[LayerStack, tuple[LayerProfile, ...]]:
     net = load_model("resnet", {"depth": 8, "width": 4}, Path(), (3, 8, 8), 3)
     return net, infer_layers(net, (3, 8, 8), D)
 

@@ -17,7 +17,7 @@ from dtrain.block.block import Block
 from dtrain.errors import ConfigError
 from dtrain.models import load_model
 from dtrain.models.layers import LayerStack
-from dtrain.models.shape_inference import LayerSpec, infer_layers
+from dtrain.models.shape_inference import LayerProfile, infer_layers
 from tests.refusals import refuses
 
 CIFAR, DIGITS = (3, 32, 32), (1, 8, 8)
@@ -33,12 +33,12 @@ def net(name: str, shape: tuple[int, ...] = CIFAR, **fields: Any) -> LayerStack:
 
 
 @cache
-def inferred(name: str, **fields: Any) -> tuple[LayerSpec, ...]:
+def inferred(name: str, **fields: Any) -> tuple[LayerProfile, ...]:
     """Infer the layers of a network for CIFAR once for several tests."""
     return infer_layers(net(name, **fields), CIFAR, torch.float32)
 
 
-def macs(spec: LayerSpec) -> tuple[int, int, int]:
+def macs(spec: LayerProfile) -> tuple[int, int, int]:
     return spec.forward_macs, spec.weight_gradient_macs, spec.input_gradient_macs
 
 

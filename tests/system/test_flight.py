@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from dtrain.monitoring.hang_report import hang_report
 from tests import outcome
 from tests.conftest import ROOT
 from tests.hang import release, wait_for, write_hanging_run
@@ -113,10 +113,7 @@ def hang(tmp_path_factory: pytest.TempPathFactory) -> Hang:
     run = HangingRun(tmp_path_factory.mktemp("hang"))
 
     def report() -> str:
-        words = [sys.executable, "-m", "dtrain", "flight", str(run.folder / "out")]
-        ended = start(words, limit_s=30, cwd=ROOT)
-        assert ended.code == 0, ended.err
-        return ended.out
+        return "\n".join(hang_report(run.folder / "out", stuck_s=WAIT_S))
 
     try:
         answers = {"stuck": run.ask("stuck", signal.SIGUSR1, (0, 2), report)}

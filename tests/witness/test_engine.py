@@ -11,11 +11,9 @@ import pytest
 from dtrain.schedules import SCHEDULES
 from tests import tiny
 from tests.harness import FULL, pairwise, train_in_threads
-from tests.witness.fold import Fold
-from tests.witness.interleaved import Interleaved
 from tests.witness.split import Split
 
-WITNESSES = {"split": Split, "fold": Fold, "interleaved": Interleaved}
+WITNESSES = {"split": Split}
 NETS = {
     "mlp": {"name": "mlp", "widths": [13, 11, 7, 6]},
     "dropping": {"name": "tests.tiny:dropping"},
@@ -42,7 +40,7 @@ def train_tiny(out: Path, stages: int = 1, replicas: int = 1, **changes: Any) ->
 def test_every_synchronous_order_trains_the_same_bits(
     schedule: str, net: str, tmp_path: Path
 ) -> None:
-    """Chunks on a loop, a V with the loss on the first rank, a split backward."""
+    """A split backward; loops and a V: tests/ranks/test_places.py."""
     changes = {"model": NETS[net], "epochs": 1}
     expected = train_tiny(tmp_path / "1f1b", 2, schedule__name="1f1b", **changes)
     for stages in (1, 2, 4) if FULL or net == "mlp" else (4,):

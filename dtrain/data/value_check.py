@@ -1,0 +1,97 @@
+"""Values that spoil a training: numbers that are not finite, and targets that are all alike.
+
+Invariant: a check reads samples in their order and stops at its deadline, so that it never delays a
+start by much. Nothing is kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dtrain.data.dataset import Dataset, unstandardised
+from dtrain.errors import DataError
+
+Indices = NDArray[np.int64]
+
+
+FIRST_ROWS, MAX_NUMBERS = 8, 2**20
+"""Samples of the first read, and numbers of the largest one."""
+
+
+PROBE_ROWS = 64
+"""Samples over the whole split whose targets are compared first."""
+
+
+def check_finite(split: Dataset, name: str, rows: Indices, deadline: float) -> None:
+    """Refuse inputs or targets of these rows that are NaN or infinite.
+
+    Parameters
+    ----------
+    name : str
+        Name of the split, for the message: "test".
+    rows : array of int
+        The samples to read, in ascending order.
+    deadline : float
+        The time of `time.monotonic` after which nothing more is read.
+
+    Raises
+    ------
+    DataError
+        It names split, sample and channel.
+    """
+    stored = unstandardised(split)
+    if stored.input_dtype.is_floating_point:
+        for part in _parts(rows, stored.shape, deadline):
+            _refuse(stored.inputs(part), part, name, "channel")
+    if stored.target_dtype.is_floating_point:
+        for part in _parts(rows, stored.target_shape, deadline):
+            _refuse(stored.targets(part), part, name, "number of the target")
+
+
+def all_targets_alike(split: Dataset, deadline: float) -> float | None:
+    """Return the value that all numbers of all targets have; None where they differ, or where the
+    deadline came first."""
+    if split.size < 2:
+        return None
+    probes = np.unique(np.linspace(0, split.size - 1, PROBE_ROWS).astype(np.int64))
+    first = split.targets(probes[:1]).flatten()[0]
+    if bool((split.targets(probes) != first).any()):
+        return None
+    read = 0
+    for part in _parts(np.arange(split.size), split.target_shape, deadline):
+        read += len(part)
+        if bool((split.targets(part) != first).any()):
+            return None
+    return float(first) if read == split.size else None
+
+
+def has_finite_statistics(split: Dataset) -> bool:
+    """Return whether mean and deviation are finite, by which a split is standardised."""
+    statistics = getattr(split, "statistics", None)
+    return statistics is None or all(bool(t.isfinite().all()) for t in statistics().values())
+
+
+def _parts(rows: Indices, shape: tuple[int, ...], deadline: float) -> Iterator[Indices]:
+    """Yield the rows in parts that double, until the deadline."""
+    largest = max(1, MAX_NUMBERS // max(1, int(np.prod(shape))))
+    start, size = 0, min(FIRST_ROWS, largest)
+    while start < len(rows) and time.monotonic() < deadline:
+        yield rows[start : start + size]
+        start, size = start + size, min(2 * size, largest)
+
+
+def _refuse(values: torch.Tensor, rows: Indices, name: str, part: str) -> None:
+    if bool(values.isfinite().all()):
+        return
+    place = (~values.isfinite()).nonzero()[0]
+    sample, channel = int(rows[int(place[0])]), int(place[1]) if len(place) > 1 else 0
+    raise DataError(
+        "data.not-finite",
+        f"sample {sample} of the {name} split is not finite: {part} {channel} is "
+        f"{float(values[tuple(place)])}; correct it, or remove the sample",
+    )
