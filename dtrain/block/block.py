@@ -19,6 +19,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn, optim
 
+from dtrain import eager_torch
 from dtrain.block.micro_batch import MicroBatch
 from dtrain.block.module_traits import may_skip_parameters, may_use_rng, works_in_place
 from dtrain.block.optimizer import OptimizerFactory
@@ -297,7 +298,7 @@ class Block(BlockParameters):
                 for parameter in self.trainable_parameters
             ]
         try:
-            torch.autograd.backward(tensors, cotangents)
+            eager_torch.backward(tensors, cotangents)
         finally:
             for handle in handles:
                 handle.remove()

@@ -16,11 +16,13 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn, optim
 
+from dtrain.eager_torch import defer_dynamo
 from dtrain.errors import ConfigError, unknown_name
 from dtrain.schema import is_quoted_number
 
@@ -62,6 +64,19 @@ DEFAULT_LR = 1e-3
 
 CLIP_EPSILON = 1e-6
 """Added to the norm before a division by it, as torch does."""
+
+
+STEP_WRAPPERS = {"wrapper", "_use_grad"}
+"""Names of torch's functions around the step of its optimizers: the profiler's hook, and
+`_use_grad_for_differentiable`, which imports `torch._dynamo`."""
+
+
+defer_dynamo(
+    optim.Optimizer.add_param_group,
+    optim.Optimizer.state_dict,
+    optim.Optimizer.load_state_dict,
+    optim.Optimizer.zero_grad,
+)
 
 
 def optimizer_classes() -> dict[str, type[optim.Optimizer]]:
@@ -196,7 +211,7 @@ def _make_plain_optimizer(
 ) -> optim.Optimizer:
     """Return one optimizer of torch over parameter groups."""
     trainable = [parameter for group in groups for parameter in group["params"]]
-    optimizer_class = _optimizer_class(name)
+    optimizer_class = _eager_class(name)
     if "weight_decay" not in inspect.signature(optimizer_class).parameters and any(
         "weight_decay" in group for group in groups
     ):
@@ -224,7 +239,7 @@ def _refuse_other_shapes(
     """Refuse parameters that are no matrices where the optimizer takes nothing else."""
     others = [parameter for parameter in parameters if parameter.dim() != 2]
     try:
-        _optimizer_class(name)([nn.Parameter(torch.zeros(2, 2))], **fields)
+        _eager_class(name)([nn.Parameter(torch.zeros(2, 2))], **fields)
     except Exception:  # then the fields are at fault
         return
     if others:
@@ -239,6 +254,36 @@ def _refuse_other_shapes(
 def combine_optimizers(optimizers: Sequence[optim.Optimizer]) -> optim.Optimizer:
     """Return the only optimizer, or all of them as one."""
     return optimizers[0] if len(optimizers) == 1 else CompositeOptimizer(optimizers)
+
+
+@cache
+def _eager_class(name: str) -> type[optim.Optimizer]:
+    """Return a subclass of an optimizer whose step is the same and does not import
+    `torch._dynamo`.
+
+    Only a compiled step needs that import. A class that is not torch's own is returned as it is.
+    """
+    optimizer_class = _optimizer_class(name)
+    if not optimizer_class.__module__.startswith("torch.optim."):
+        return optimizer_class
+    plain_step = inspect.unwrap(optimizer_class.step, stop=_is_own_step)
+
+    def step(self: optim.Optimizer, closure: Callable[[], float] | None = None) -> Any:
+        with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
+            return plain_step(self, closure)
+
+    members = {
+        "__module__": optimizer_class.__module__,
+        "__doc__": optimizer_class.__doc__,
+        "step": step,
+    }
+    return type(optimizer_class.__name__, (optimizer_class,), members)
+
+
+def _is_own_step(function: Callable[..., Any]) -> bool:
+    """Return whether a function is that of the optimizer, and not one that torch put around it."""
+    code = getattr(function, "__code__", None)
+    return code is None or code.co_name not in STEP_WRAPPERS
 
 
 @final

@@ -21,9 +21,9 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, final
 
-import torch
 from torch import Tensor, nn
 
+from dtrain import eager_torch
 from dtrain.block.micro_batch import MicroBatch
 
 LEAF_MODULES = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)
@@ -88,13 +88,8 @@ class SplitBackward:
             if parameter.requires_grad and id(parameter) not in leaf_parameters
         ]
         tensors, cotangents = zip(*pairs, strict=True)
-        gradients = torch.autograd.grad(
-            tensors,
-            [*accumulated, *(output for _, output in leaves)],
-            cotangents,
-            retain_graph=True,
-            allow_unused=True,
-        )
+        outputs = [output for _, output in leaves]
+        gradients = eager_torch.gradients(tensors, [*accumulated, *outputs], cotangents)
         for tensor, gradient in zip(accumulated, gradients, strict=False):
             if gradient is not None:
                 tensor.grad = gradient if tensor.grad is None else tensor.grad.add_(gradient)
@@ -110,7 +105,7 @@ class SplitBackward:
     def backward_weight(micro_batch: MicroBatch) -> None:
         """Compute `W`: add the pending weight gradients."""
         for output, parameters, gradient in reversed(micro_batch.pending_weight_gradients):
-            torch.autograd.backward(output, gradient, inputs=parameters)
+            eager_torch.backward([output], [gradient], parameters)
         micro_batch.pending_weight_gradients = []
 
 

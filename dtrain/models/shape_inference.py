@@ -21,8 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
 
+from dtrain.eager_torch import defer_dynamo, gradients
 from dtrain.errors import ConfigError, DtrainError
 from dtrain.models.compiled import without_compiling
 from dtrain.models.graph import (
@@ -36,6 +38,7 @@ from dtrain.models.graph import (
 )
 from dtrain.models.layers import LayerStack, require_unshared
 from dtrain.models.saved_bytes import NOTHING_SAVED, SavedBytes, record_saved, summarise_saved
+from dtrain.models.small_modules import is_small, zeros_on_cpu
 from dtrain.rng import fixed_random_numbers
 
 SAMPLES = 2
@@ -43,6 +46,13 @@ SAMPLES = 2
 
 DRAWS = 8
 """Runs of a layer that draws random numbers: one that is skipped half of the time is once run."""
+
+
+COUNTER_MODE: Any = getattr(flop_counter, "_FlopCounterMode", FlopCounterMode)
+"""The dispatch mode of torch's flop counter."""
+
+
+defer_dynamo(COUNTER_MODE.__torch_dispatch__)
 
 
 @final
@@ -180,6 +190,8 @@ def profile_module(
     ConfigError
         The result is not one tensor with the samples first.
     """
+    if device == "meta" and is_small([layer], shape):
+        layer, device = zeros_on_cpu(layer), "cpu"
     with torch.device(device), torch.enable_grad(), without_compiling([layer]):
         sample = torch.zeros(SAMPLES, *shape, dtype=dtype)
         inputs = [sample.requires_grad_()] if has_gradient(dtype) else []
@@ -343,11 +355,7 @@ def backward_macs(output: Tensor | Sequence[Tensor], tensors: Sequence[Tensor]) 
     if not tensors or not outputs:
         return 0
     cotangents = [torch.ones_like(tensor) for tensor in outputs]
-    _, macs = count_macs(
-        lambda: torch.autograd.grad(
-            outputs, tensors, cotangents, retain_graph=True, allow_unused=True
-        )
-    )
+    _, macs = count_macs(lambda: gradients(outputs, tensors, cotangents))
     return macs
 
 

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from dtrain import eager_torch
 from dtrain.block.block import BackwardPair, Block
 from dtrain.block.micro_batch import MicroBatch
 from dtrain.objectives.base import (
@@ -142,11 +143,6 @@ def mean_angle_deg(left: Tensor, right: Tensor) -> Tensor:
 def input_gradient(micro_batch: MicroBatch) -> Tensor:
     """Return the true gradient (rows, ...) at x, given that at y. Retains the graph for the
     block's own backward."""
-    (gradient,) = torch.autograd.grad(
-        micro_batch.y,
-        micro_batch.x,
-        micro_batch.received[GRADIENT],
-        retain_graph=True,
-        allow_unused=True,
-    )
+    cotangent = micro_batch.received[GRADIENT]
+    (gradient,) = eager_torch.gradients([micro_batch.y], [micro_batch.x], [cotangent])
     return torch.zeros_like(micro_batch.x) if gradient is None else gradient

@@ -32,6 +32,7 @@ from dtrain.block.block import Block
 from dtrain.block.micro_batch import MicroBatch, RowRandom
 from dtrain.block.optimizer import NamedParameter, OptimizerFactory, OptimizerSettings
 from dtrain.block.saved_tensors import SavedTensors
+from dtrain.eager_torch import defer_dynamo
 from dtrain.errors import ConfigError
 from dtrain.models.compiled import without_compiling
 from dtrain.objectives.base import Objective, input_gradient_blocks
@@ -57,6 +58,13 @@ _OPTIMIZER_BYTES: StructureCache[int] = StructureCache()
 
 FEW_ROWS, MORE_ROWS = 2, 4
 """Rows of the two real runs from which bytes are extrapolated, where fake tensors fail."""
+
+
+MAX_CPU_ELEMENTS = 1 << 20
+"""Parameter elements of a block up to which its optimizer is measured on the CPU."""
+
+
+defer_dynamo(FakeTensorMode.__torch_dispatch__)
 
 
 @final
@@ -94,6 +102,7 @@ def measure_block_memory(
     block_specs: Sequence[BlockSpec],
     index: int,
     rows: int,
+    is_small: bool = False,
 ) -> BlockMemory:
     """Return the bytes of block `index` with micro-batches of `rows` samples.
 
@@ -106,6 +115,9 @@ def measure_block_memory(
         Makes the block's optimizer.
     block_specs : sequence of BlockSpec
         One per block of the run.
+    is_small : bool
+        Whether the block is run on real tensors with all rows, which is faster than to import what
+        fake tensors need.
 
     Raises
     ------
@@ -114,8 +126,12 @@ def measure_block_memory(
     """
     measure = partial(_measure_block, objective, block_specs, index)
     with torch.random.fork_rng(devices=[]):
-        measured = None if make_fake is None else _measure_fake(measure, make_fake, rows)
-        block, (*passes, backward) = measured or _extrapolate(measure, make_real, rows)
+        if is_small:
+            measured = measure(make_real, rows)
+        else:
+            fake = None if make_fake is None else _measure_fake(measure, make_fake, rows)
+            measured = fake or _extrapolate(measure, make_real, rows)
+        block, (*passes, backward) = measured
         return BlockMemory(
             parameters=_nbytes(block.tensors().values()),
             gradients=_nbytes(block.trainable_parameters),
@@ -164,10 +180,12 @@ def optimizer_bytes(make_optimizer: OptimizerFactory, parameters: Iterable[Named
     """Return the bytes of an optimizer's state after its first step, measured once per shape."""
     kinds = Counter((p.module_class, p.parameter.shape, p.parameter.dtype) for p in parameters)
     key = repr(make_optimizer), frozenset(kinds.items())
+    elements = sum(shape.numel() for _, shape, _ in kinds)
 
     def measure() -> int:
         try:
-            return _state_bytes(make_optimizer, kinds, "meta")
+            is_small = elements <= MAX_CPU_ELEMENTS
+            return _state_bytes(make_optimizer, kinds, "cpu" if is_small else "meta")
         except ConfigError:
             raise
         except Exception:  # an optimizer that reads values

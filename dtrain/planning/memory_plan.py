@@ -28,6 +28,7 @@ from torch import nn
 from dtrain.block.block import Block
 from dtrain.block.split_backward import SplitBackward
 from dtrain.models.layers import merge_layers
+from dtrain.models.small_modules import MAX_MACS, is_small
 from dtrain.objectives.base import ExecutionMode
 from dtrain.objectives.messages import all_routes
 from dtrain.planning.block_costs import build_meta_head
@@ -37,7 +38,6 @@ from dtrain.planning.block_factory import (
     make_block,
 )
 from dtrain.planning.block_memory import (
-    BlockFactory,
     BlockMemory,
     measure_block_memory,
     peak_live_bytes,
@@ -74,7 +74,7 @@ class RankMemory:
         Of its blocks, buffers and heads included; of tied parameters also the gradients that are
         kept for later updates.
     sync : int
-        Copies of the trained parameters that the sync keeps.
+        Copies of the trained parameters that the sync and `[ema]` keep.
     versions : int
         Copies of weights for forwards and delayed backwards.
     live : int
@@ -156,6 +156,7 @@ class MemoryPlan:
         """Return the memory of every stage, for micro-batches of `rows` samples."""
         blocks = dict(enumerate(self.block_memory(rows)))
         timeline, traits = self.plan.proof.timeline, self.plan.run.sync.instance.traits()
+        copies_kept = traits.parameter_copies + (self.plan.run.ema is not None)
         policy = self.layout.schedule.policy(self.layout.place, self.layout.routes)
         stage_actions: list[list[Action]] = [[] for _ in range(self.layout.mesh.stages)]
         for span in timeline:
@@ -172,7 +173,7 @@ class MemoryPlan:
                     parameters=sum(block.parameters for block in in_stage),
                     gradients=gradients + self._kept_gradient_bytes(actions),
                     optimizer=0 if traits.keeps_no_optimizer_state else optimizer,
-                    sync=traits.parameter_copies * gradients,
+                    sync=copies_kept * gradients,
                     versions=sum(n * blocks[b].gradients for b, n in copies.items()),
                     live=peak_live_bytes(actions, blocks) + self._head_cache_bytes(stage),
                     messages=message_bytes,
@@ -212,7 +213,9 @@ class MemoryPlan:
             update_bytes=() if late else self._exchanged_bytes(),
         )
         largest = plan.batch_splitter.largest_micro_batch
-        count = math.ceil(plan.data.test.size / plan.layout.mesh.replicas / largest)
+        splits = plan.data.by_name().items()
+        evaluated = max(split.size for name, split in splits if name != "train")
+        count = math.ceil(evaluated / plan.layout.mesh.replicas / largest)
         forwards = [
             Span(stage, micro + block, micro + block + 1, Action("F", block, 0, micro))
             for micro in range(min(count, len(place) + EXTRA_MICRO_BATCHES))
@@ -256,19 +259,36 @@ class MemoryPlan:
         )
 
     def _measure_blocks(self, rows: int) -> tuple[BlockMemory, ...]:
-        layout = self.layout
-        return tuple(
-            measure_block_memory(
-                partial(self._real_block, index),
-                self._fake_factory(index),
-                self.plan.run.optimizer_settings(),
-                layout.objective,
-                layout.block_specs,
-                index,
-                rows,
-            )
-            for index in range(len(layout.block_layouts))
+        indices = range(len(self.layout.block_layouts))
+        return tuple(self._measure_block(index, rows) for index in indices)
+
+    def _measure_block(self, index: int, rows: int) -> BlockMemory:
+        layout, parts = self.layout, self._meta_parts(index)
+        return measure_block_memory(
+            partial(self._real_block, index),
+            None if parts is None else partial(self._fake_block, index, *parts),
+            self.plan.run.optimizer_settings(),
+            layout.objective,
+            layout.block_specs,
+            index,
+            rows,
+            parts is not None and self._is_small(index, rows, *parts),
         )
+
+    def _is_small(
+        self, index: int, rows: int, layers: Mapping[str, nn.Module], head: nn.Module | None
+    ) -> bool:
+        """Return whether a block has plain modules, an objective of ours and few multiply-adds."""
+        layout = self.layout
+        block_layout = layout.block_layouts[index]
+        if (
+            not type(layout.objective).__module__.startswith("dtrain.")
+            or self.plan.run.weights_path is not None
+            or block_layout.cost * rows > MAX_MACS
+        ):
+            return False
+        modules = [*layers.values(), *([] if head is None else [head])]
+        return is_small(modules, block_layout.spec.input_shape)
 
     @cached_property
     def _meta_layers(self) -> MetaLayers:
@@ -279,9 +299,9 @@ class MemoryPlan:
         block = make_block(self.plan.run, self.layout, index, torch.device("cpu"))
         return self._attach_split(block)
 
-    def _fake_factory(self, index: int) -> BlockFactory | None:
-        """Return a factory of a block of fake tensors, None where a layer cannot be made on the
-        meta device."""
+    def _meta_parts(self, index: int) -> tuple[dict[str, nn.Module], nn.Module | None] | None:
+        """Return layers and head of a block on the meta device, None where a layer cannot be made
+        there."""
         layout, replacement = self.layout, self.layout.block_layouts[index].replacement_layers
         _, indices = layer_source(layout, index)
         meta_layers = (
@@ -292,7 +312,7 @@ class MemoryPlan:
         modules = [module for layer in layers for module in layer.values()]
         if len(layers) < len(indices) or is_lazy(modules):
             return None
-        return partial(self._fake_block, index, merge_layers(layers), head)
+        return merge_layers(layers), head
 
     def _fake_block(
         self, index: int, layers: Mapping[str, nn.Module], head: nn.Module | None

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "dtrain"
 FLAT = (
     *("errors", "rng", "schema", "object_names"),
-    *("fingerprint", "user_code", "partition", "mesh"),
+    *("fingerprint", "user_code", "partition", "mesh", "eager_torch"),
 )
 IMPORTS: dict[str, tuple[str, ...]] = {
     "errors": (),
@@ -40,9 +40,13 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "checkpoint": (*FLAT, "comm", "block", "syncs", "config"),
     "planning": (
         *(*FLAT, "schedules", "tasks", "models", "data", "block", "objectives", "config"),
-        "comm.wire_format",
+        *("comm.wire_format", "checkpoint.manifest"),
     ),
     "monitoring": (*FLAT, "schedules", "comm", "tasks", "tracking", "checkpoint", "planning"),
+    "testing": (
+        *(*FLAT, "schedules", "comm", "data", "block", "objectives", "syncs", "config"),
+        *("checkpoint", "planning", "build", "evaluation"),
+    ),
     "run_report": (*FLAT, "checkpoint", "planning.formatting"),
 }
 """Packages that are not listed (`build`, `evaluate`, `train`, `cli`, ...) may import everything."""

@@ -84,6 +84,7 @@ def measure(
     optimizer: str = "adam",
     recompute: bool = False,
     fakes: bool = True,
+    is_small: bool = False,
     spec: BlockSpec = SPEC,
 ) -> tuple[BlockMemory, list[bool]]:
     """Return the memory of a block, and for each block that was made whether it was real."""
@@ -96,7 +97,9 @@ def measure(
 
     objective: Objective = OBJECTIVES["backprop"]()
     fake = partial(make_block, False) if fakes else None
-    memory = measure_block_memory(partial(make_block, True), fake, make, objective, [spec], 0, rows)
+    memory = measure_block_memory(
+        partial(make_block, True), fake, make, objective, [spec], 0, rows, is_small
+    )
     return memory, are_real
 
 
@@ -117,6 +120,16 @@ def test_fake_tensors_keep_what_real_ones_keep(more: tuple[type[nn.Module], ...]
     memory, are_real = measure(ROWS, *more)
     assert are_real == [False]
     assert memory.activations == count_activations(ROWS, *(kind() for kind in more))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("more", [(), (nn.Dropout,), (nn.GELU, nn.Tanh)])
+def test_a_small_block_is_run_for_real_with_all_rows(
+    more: tuple[type[nn.Module], ...], recompute: bool
+) -> None:
+    memory, are_real = measure(ROWS, *more, recompute=recompute, is_small=True)
+    assert are_real == [True]
+    assert memory == measure(ROWS, *more, recompute=recompute)[0]
 
 
 def test_further_inputs_of_a_sample_are_part_of_a_micro_batch() -> None:

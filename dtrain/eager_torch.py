@@ -1,0 +1,109 @@
+"""Functions of torch without the slow imports of its compiler.
+
+torch imports its compiler, or the symbolic shapes of it, in functions that also run without it:
+
+* functions under `_disable_dynamo` import `torch._dynamo` at their first call, so that the compiler
+  skips them: more than a second on each rank;
+* `torch.autograd` imports sympy to compare shapes with unknown sizes: a quarter of a second.
+
+Nothing is compiled before somebody imports the compiler, so until then there is nothing to skip.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import graph
+
+DISABLED = "__dynamo_disable"
+"""Attribute in which torch keeps the function that it calls in the place of the wrapped one."""
+
+
+PLAIN_TENSORS = (Tensor, nn.Parameter)
+"""Types of tensors without code of their own in the backward."""
+
+
+_run_engine: Callable[..., Any] | None = getattr(graph, "_engine_run_backward", None)
+
+
+def defer_dynamo(*wrappers: Callable[..., Any]) -> None:
+    """Let functions under `_disable_dynamo` run as they are until somebody imports `torch._dynamo`.
+
+    A function without that wrapper is left as it is.
+    """
+    for wrapper in wrappers:
+        function = getattr(wrapper, "__wrapped__", None)
+        if function is not None and not hasattr(function, DISABLED):
+            setattr(function, DISABLED, _deferred(function, wrapper))
+
+
+def _deferred(function: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what torch calls instead of `function` until the compiler is imported."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if hasattr(sys.modules.get("torch._dynamo"), "disable"):
+            vars(function).pop(DISABLED, None)  # torch makes its own at the next call
+            return wrapper(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def backward(
+    tensors: Sequence[Tensor], cotangents: Sequence[Tensor], inputs: Sequence[Tensor] = ()
+) -> None:
+    """Add the gradients of tensors to their leaves, or to `inputs` alone, as
+    `torch.autograd.backward` does."""
+    if _run_engine is None or not _agree(tensors, cotangents):
+        torch.autograd.backward(tensors, cotangents, inputs=inputs or None)
+        return
+    _run_engine(
+        tuple(tensors),
+        tuple(cotangents),
+        False,  # keep_graph
+        False,  # create_graph
+        tuple(inputs),
+        allow_unreachable=True,
+        accumulate_grad=True,
+    )
+
+
+def gradients(
+    tensors: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of tensors at `inputs`, None where one is unused; keep the graph.
+
+    It is `torch.autograd.grad` with `retain_graph` and `allow_unused`.
+    """
+    if _run_engine is None or not _agree(tensors, cotangents):
+        return torch.autograd.grad(
+            tensors, inputs, cotangents, retain_graph=True, allow_unused=True
+        )
+    result: tuple[Tensor | None, ...] = _run_engine(
+        tuple(tensors),
+        tuple(cotangents),
+        True,  # keep_graph
+        False,  # create_graph
+        tuple(inputs),
+        allow_unreachable=True,
+        accumulate_grad=False,
+    )
+    return result
+
+
+def _agree(tensors: Sequence[Tensor], cotangents: Sequence[Tensor]) -> bool:
+    """Return whether tensors are plain, and cotangents have their shapes and dtypes.
+
+    Otherwise `torch.autograd` decides: it raises an error, or it knows the subclass.
+    """
+    return len(tensors) == len(cotangents) and all(
+        type(tensor) in PLAIN_TENSORS
+        and type(cotangent) in PLAIN_TENSORS
+        and tensor.dtype is cotangent.dtype
+        and tensor.shape == cotangent.shape
+        for tensor, cotangent in zip(tensors, cotangents, strict=True)
+    )

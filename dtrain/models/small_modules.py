@@ -1,0 +1,57 @@
+"""Modules that are measured on the CPU, on zeros, and not on the meta device.
+
+On the meta device torch computes shapes in Python. Its first such call imports sympy and the
+compiler, which takes about a second on each rank. Modules of the classes here have the same shapes
+and multiply-adds on the CPU, and a small one runs there in milliseconds.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+PLAIN_CLASSES: frozenset[type[nn.Module]] = frozenset(
+    {
+        *(nn.Sequential, nn.Identity, nn.Flatten, nn.Unflatten, nn.Linear, nn.Dropout),
+        *(nn.Conv1d, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm),
+        *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d),
+        *(nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.ELU, nn.Tanh, nn.Sigmoid, nn.Softplus),
+    }
+)
+"""Classes of torch that run in the same operations on both devices."""
+
+
+MAX_MACS = 1 << 25
+"""Multiply-adds of one sample that a small module has at most: 10 ms forward and backward."""
+
+
+def is_small(modules: Iterable[nn.Module], shape: tuple[int, ...]) -> bool:
+    """Return whether modules are plain, and need few multiply-adds for a sample of a shape.
+
+    The multiply-adds are those of the forward, estimated from the shape of the first input: the
+    true number is not known before the modules have run.
+    """
+    macs = 0
+    for part in (part for module in modules for part in module.modules()):
+        if type(part) not in PLAIN_CLASSES and not type(part).__module__.startswith("dtrain."):
+            return False
+        for parameter in part.parameters(recurse=False):
+            positions = math.prod(shape[1:]) if parameter.dim() > 2 else 1
+            if isinstance(part, nn.Linear):
+                positions = math.prod(shape) // part.in_features
+            macs += parameter.numel() * max(1, positions)
+    return macs <= MAX_MACS
+
+
+def zeros_on_cpu(module: nn.Module) -> nn.Module:
+    """Return a copy on the CPU whose parameters and buffers are zeros."""
+    zeros: dict[int, Tensor] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        zero = torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        zeros[id(tensor)] = nn.Parameter(zero, tensor.requires_grad) if is_parameter else zero
+    return copy.deepcopy(module, zeros)
