@@ -18,6 +18,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -187,7 +188,7 @@ class Session:
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
-        traceback: TracebackType | None,
+        trace: TracebackType | None,
     ) -> None:
         """Write the summary and unlock the folder. A session that is left before its last update
         trains to the end of its segment; its status is "stopped"."""
@@ -291,6 +292,7 @@ class Session:
             if error is not None:
                 report_failure(error, self.comm, self.out, self._owner)
             if isinstance(error, SystemExit) and self.comm.size > 1:  # the other ranks go on
+                print_error("".join(traceback.format_exception(error)).rstrip())
                 print_error(f"dtrain: rank {self.rank} left its session by sys.exit")
                 self.comm.abort(RankLostError.code)
         finally:
