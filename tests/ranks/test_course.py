@@ -34,7 +34,7 @@ from dtrain.errors import ConfigError, DataError
 from dtrain.evaluation import evaluate_run
 from dtrain.planning.memory_plan import MemoryPlan
 from dtrain.planning.plan import make_plan
-from dtrain.session import Callback, Session
+from dtrain.session.session import Callback, Session
 from dtrain.training import train
 from tests import tiny
 from tests.conftest import ROOT

@@ -259,7 +259,7 @@ def test_a_test_split_with_nan_is_refused_at_the_start(tmp_path: Path) -> None:
 def test_nan_behind_the_limit_of_the_start_is_named_by_the_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dtrain.data_notes.CHECK_S", -1.0)
+    monkeypatch.setattr("dtrain.session.data_notes.CHECK_S", -1.0)
     changes: dict[str, Any] = {"data__name": "tests.ranks.test_monitoring:spoiled_test"}
     with refuses(DataError, "data.not-finite"):
         train_alone(tmp_path, **changes)
