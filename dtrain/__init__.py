@@ -22,9 +22,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dtrain import data, objectives, schedules, syncs
+    from dtrain import callbacks, data, objectives, schedules, syncs, testing
     from dtrain.api import Metrics, Result, RunPlan, evaluate, export, plan, predict, train
-    from dtrain.config.sections import Checkpoint, Evaluate, Log, Mesh, Partition
+    from dtrain.config.sections import Checkpoint, Evaluate, Log, Mesh, Partition, Stop
     from dtrain.errors import (
         CheckpointError,
         ConfigError,
@@ -36,19 +36,21 @@ if TYPE_CHECKING:
         RankLostError,
     )
     from dtrain.objectives.block_spec import BlockSpec
+    from dtrain.planning.layer_list import LayerSpec
+    from dtrain.planning.layer_list import list_layers as layers
     from dtrain.rank_process import init
     from dtrain.run import Optimizer, Run
     from dtrain.run_report.page import report
     from dtrain.session import Event, Session
     from dtrain.tasks.task import Task
 
-_MODULES = ("data", "objectives", "schedules", "syncs")
+_MODULES = ("callbacks", "data", "objectives", "schedules", "syncs", "testing")
 
 _HOMES = {
     **dict.fromkeys(("Metrics", "Result", "RunPlan"), "dtrain.api"),
     **dict.fromkeys(("evaluate", "export", "plan", "predict", "train"), "dtrain.api"),
     **dict.fromkeys(
-        ("Checkpoint", "Evaluate", "Log", "Mesh", "Partition"), "dtrain.config.sections"
+        ("Checkpoint", "Evaluate", "Log", "Mesh", "Partition", "Stop"), "dtrain.config.sections"
     ),
     **dict.fromkeys(
         (
@@ -58,13 +60,15 @@ _HOMES = {
         "dtrain.errors",
     ),
     "BlockSpec": "dtrain.objectives.block_spec",
+    "LayerSpec": "dtrain.planning.layer_list",
+    "layers": "dtrain.planning.layer_list:list_layers",
     "init": "dtrain.rank_process",
     "report": "dtrain.run_report.page",
     **dict.fromkeys(("Optimizer", "Run"), "dtrain.run"),
     **dict.fromkeys(("Event", "Session"), "dtrain.session"),
     "Task": "dtrain.tasks.task",
 }
-"""The module of every public name."""
+"""The module of every public name, and the name there if it is another."""
 
 __all__ = [
     "BlockSpec",
@@ -77,6 +81,7 @@ __all__ = [
     "Event",
     "HangError",
     "Interrupted",
+    "LayerSpec",
     "Log",
     "Mesh",
     "Metrics",
@@ -88,17 +93,21 @@ __all__ = [
     "Run",
     "RunPlan",
     "Session",
+    "Stop",
     "Task",
+    "callbacks",
     "data",
     "evaluate",
     "export",
     "init",
+    "layers",
     "objectives",
     "plan",
     "predict",
     "report",
     "schedules",
     "syncs",
+    "testing",
     "train",
 ]
 
@@ -108,7 +117,8 @@ def __getattr__(name: str) -> Any:
         return import_module(f"dtrain.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'dtrain' has no attribute '{name}'")
-    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    module, _, other_name = _HOMES[name].partition(":")
+    value = globals()[name] = getattr(import_module(module), other_name or name)
     return value
 
 

@@ -185,6 +185,8 @@ def evaluate(
     *,
     set: Sequence[str] = (),
     run: Run | None = None,
+    best: bool = False,
+    ema: bool = False,
 ) -> Metrics:
     """Test the newest complete checkpoint of a run. Collective over all ranks; read-only.
 
@@ -193,19 +195,22 @@ def evaluate(
     folder : path
         The run folder.
     split : str
-        "test" or "train".
+        "test", "train" or "validation".
     set : sequence of str
         ``KEY=VALUE`` with keys of [data], `device`, `threads` or `task.metrics`.
     run : Run, optional
         The run itself, where its model or data are objects that cannot be imported. Not needed in
         the process that trained it.
+    best, ema : bool
+        Test the best weights that `[checkpoint] best` has kept; the averaged weights of `[ema]`.
 
     Raises
     ------
     DtrainError
         There is no run, no checkpoint, or a key may not be set.
     """
-    return Metrics(evaluate_run(Path(folder), init(), split, set, _config(run, Path(folder))))
+    path = Path(folder)
+    return Metrics(evaluate_run(path, init(), split, set, _config(run, path), best, ema))
 
 
 def predict(
@@ -253,14 +258,17 @@ def export(
     heads: bool = False,
     factors: bool = False,
     with_normalisation: bool = False,
+    best: bool = False,
+    ema: bool = False,
 ) -> dict[str, Tensor]:
     """Write the newest checkpoint's model as one state dict for the user's own module.
 
     Parameters and errors are those of `dtrain.checkpoint.export.export`: `out` is a `.pt` or
     `.safetensors` file; `heads` adds the objective's own modules; `factors` writes low-rank weights
-    as two factors; `with_normalisation` adds mean and deviation of the inputs.
+    as two factors; `with_normalisation` adds mean and deviation of the inputs; `best` and `ema`
+    take the weights that `[checkpoint] best` has kept, and the averaged ones.
     """
-    return _export(Path(folder), Path(out), heads, factors, with_normalisation)
+    return _export(Path(folder), Path(out), heads, factors, with_normalisation, best, ema)
 
 
 def read_together(path: Path, overrides: Sequence[str], comm: Comm) -> Run:

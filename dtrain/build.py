@@ -52,6 +52,8 @@ class RankJob:
         They train and evaluate.
     train_loader, test_loader : Loader
         They read the samples of both splits.
+    validation_loader : Loader or None
+        It reads the samples of the validation split, where there is one.
     groups : ProcessGroups
         The communicators of this rank.
     copied_blocks : list of int
@@ -66,6 +68,7 @@ class RankJob:
     evaluator: Evaluator
     train_loader: Loader
     test_loader: Loader
+    validation_loader: Loader | None
     groups: ProcessGroups
     copied_blocks: list[int]
     model_fingerprint: dict[str, str]
@@ -105,6 +108,7 @@ def build_rank(plan: Plan, comm: Comm) -> RankJob:
     for index, sync in syncs.items():
         sync.setup(blocks[index], groups.replicas)
     engine_spec = _engine_spec(plan, device)
+    validation = plan.data.validation
     augment = augments.build_augment(plan.run.data.augment, settings.seed)
     return RankJob(
         plan=plan,
@@ -112,6 +116,7 @@ def build_rank(plan: Plan, comm: Comm) -> RankJob:
         evaluator=Evaluator(position, groups, blocks, engine_spec),
         train_loader=Loader(plan.data.train, layout.dtype, augment),
         test_loader=Loader(plan.data.test, layout.dtype),
+        validation_loader=None if validation is None else Loader(validation, layout.dtype),
         groups=groups,
         copied_blocks=copied_blocks,
         model_fingerprint=model_fingerprint,
@@ -236,7 +241,8 @@ def check_same_data(plan: Plan, comm: Comm) -> dict[str, Any]:
             "the same in every process (seed its random numbers)",
             on_all_ranks=True,
         )
-    splits = {"training split": plan.data.train, "test split": plan.data.test}
+    words = {"train": "training"}
+    splits = {f"{words.get(name, name)} split": s for name, s in plan.data.by_name().items()}
     sizes = {
         name: f"{split.size} samples of {list(split.shape)}, {split.classes} classes"
         for name, split in splits.items()
@@ -259,7 +265,7 @@ def _fingerprint(plan: Plan, rank: int) -> tuple[str, str | None, list[float] | 
         for spec in specs
     )
     labels, inputs, numbers = blake2b(), blake2b(), list[float]()
-    for split in (plan.data.train, plan.data.test):
+    for split in plan.data.by_name().values():
         indices = np.unique(np.linspace(0, split.size - 1, 32).astype(np.int64))
         labels.update(str((split.size, split.shape, split.classes)).encode())
         labels.update(split.targets(indices).numpy().tobytes())

@@ -92,9 +92,20 @@ def _add_rank_commands(commands: Commands) -> None:
     train = commands.add_parser("train", help="train what a run file describes")
     _add_run_arguments(train)
     train.add_argument(
-        "--out", type=Path, metavar="DIR", help="run folder (default: runs/<run file>)"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="run folder (default: runs/<run file>); {seed}, {optimizer.lr} are keys of the run",
     )
-    train.add_argument(
+    start = train.add_mutually_exclusive_group()
+    start.add_argument(
+        "--fresh",
+        dest="resume",
+        action="store_const",
+        const="fresh",
+        help="start anew; what is in the folder is moved to DIR.old-1",
+    )
+    start.add_argument(
         "--resume",
         default="auto",
         metavar="auto|never|DIR",
@@ -114,8 +125,12 @@ def _add_rank_commands(commands: Commands) -> None:
     evaluate.add_argument("folder", type=Path, metavar="DIR", help="run folder")
     _add_overrides(evaluate, "other data: data.test=FILE.h5")
     evaluate.add_argument(
-        "--split", default="test", choices=("train", "test"), help="which samples (default: test)"
+        "--split",
+        default="test",
+        choices=("train", "test", "validation"),
+        help="which samples (default: test)",
     )
+    _add_weight_choices(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print plain values")
     _add_rank_arguments(evaluate, _evaluate_argv, _evaluate)
     _add_predict(commands)
@@ -171,6 +186,7 @@ def _add_local_commands(commands: Commands) -> None:
         action="store_true",
         help="also write mean and deviation of the inputs, as normalise.mean and normalise.std",
     )
+    _add_weight_choices(export)
     export.set_defaults(command=_export)
 
     data = commands.add_parser("data", help="prepare data sets")
@@ -191,6 +207,12 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_overrides(parser: argparse.ArgumentParser, help_text: str) -> None:
     """Add the option that overrides keys of a run."""
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=help_text)
+
+
+def _add_weight_choices(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose among the weights of a run."""
+    parser.add_argument("--best", action="store_true", help="those that [checkpoint] best kept")
+    parser.add_argument("--ema", action="store_true", help="the averaged weights of [ema]")
 
 
 def _add_rank_arguments(
@@ -224,14 +246,16 @@ def _run_on_ranks(options: argparse.Namespace) -> int:
 
 def _train_argv(options: argparse.Namespace) -> list[str]:
     """Return the command line of a rank that trains."""
-    argv = ["train", str(options.run), "--resume", options.resume, *_overrides_argv(options)]
+    argv = ["train", str(options.run), *_overrides_argv(options)]
+    argv += ["--fresh"] if options.resume == "fresh" else ["--resume", options.resume]
     return argv if options.out is None else [*argv, "--out", str(options.out)]
 
 
 def _evaluate_argv(options: argparse.Namespace) -> list[str]:
     """Return the command line of a rank that evaluates."""
     argv = ["evaluate", str(options.folder), "--split", options.split, *_overrides_argv(options)]
-    return [*argv, "--json"] if options.json else argv
+    flags = ("json", "best", "ema")
+    return argv + [f"--{flag}" for flag in flags if getattr(options, flag)]
 
 
 def _predict_argv(options: argparse.Namespace) -> list[str]:
@@ -296,7 +320,8 @@ def _evaluate(options: argparse.Namespace, comm: Comm) -> None:
     """Evaluate, as one rank; rank 0 prints."""
     from dtrain.monitoring.summary import evaluation_text
 
-    result = dtrain.evaluate(options.folder, options.split, set=options.set).record
+    choice = {"best": options.best, "ema": options.ema}
+    result = dtrain.evaluate(options.folder, options.split, set=options.set, **choice).record
     if comm.rank == 0:
         print(json.dumps(result, indent=2) if options.json else evaluation_text(result).rstrip())
 
@@ -358,6 +383,8 @@ def _export(options: argparse.Namespace) -> int:
         heads=options.heads,
         factors=options.factors,
         with_normalisation=normalises,
+        best=options.best,
+        ema=options.ema,
     )
     count = sum(tensor.numel() for tensor in state.values())
     print(f"{options.out}: {len(state)} tensors, {count:,} numbers")

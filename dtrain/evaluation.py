@@ -47,7 +47,7 @@ EvalWeights = Mapping[int, Mapping[str, Tensor]]
 """Parameters and buffers that are evaluated, by block and name."""
 
 
-SplitName = Literal["train", "test"]
+SplitName = Literal["train", "test", "validation"]
 
 
 OVERRIDABLE_KEYS = ("device", "threads", "task.metrics")
@@ -112,6 +112,8 @@ def evaluate_run(
     split: SplitName = "test",
     overrides: Sequence[str] = (),
     run: RunConfig | None = None,
+    best: bool = False,
+    ema: bool = False,
 ) -> dict[str, Any]:
     """Evaluate the newest complete checkpoint of a run. Collective over `comm`.
 
@@ -122,11 +124,15 @@ def evaluate_run(
     folder : Path
         The run folder.
     split : str
-        "test" or "train"; samples are read in order, without augmentation.
+        "test", "train" or "validation"; samples are read in order, without augmentation.
     overrides : sequence of str
         ``KEY=VALUE``: keys of [data], `device` or `threads`.
     run : RunConfig, optional
         In place of the folder's `run.toml`, where that names objects that cannot be imported.
+    best : bool
+        Evaluate the weights that `[checkpoint] best` has kept.
+    ema : bool
+        Evaluate the averaged weights of `[ema]`.
 
     Raises
     ------
@@ -137,10 +143,10 @@ def evaluate_run(
     DataError
         The data are missing or do not fit the model.
     """
-    job, manifest = load_checkpoint(folder, comm, overrides, run)
+    job, manifest = load_checkpoint(folder, comm, overrides, run, best, ema)
     plan = job.plan
     totals = RunTotals.from_state(manifest.state)
-    loader = job.test_loader if split == "test" else Loader(plan.data.train, plan.layout.dtype)
+    loader = _loader(plan, split)
     eval_weights = {index: block.tensors() for index, block in job.engine.blocks.items()}
     batch_splitter = replace(plan.batch_splitter, replicas=_replicas(totals))
     metrics = evaluate_weights(job, eval_weights, loader, batch_splitter)
@@ -150,7 +156,12 @@ def evaluate_run(
 
 
 def load_checkpoint(
-    folder: Path, comm: Comm, overrides: Sequence[str], run: RunConfig | None
+    folder: Path,
+    comm: Comm,
+    overrides: Sequence[str],
+    run: RunConfig | None,
+    best: bool = False,
+    ema: bool = False,
 ) -> tuple[RankJob, Manifest]:
     """Return this rank with the newest complete checkpoint of a run. Collective over `comm`.
 
@@ -165,11 +176,38 @@ def load_checkpoint(
 
     def load(manifest: Manifest) -> Manifest:
         load_blocks(manifest, job.engine.blocks, "model")
+        if ema:
+            _load_averages(manifest, job)
         _use_saved_statistics(manifest, job)
         return manifest
 
-    manifest = load_newest(folder, load, job.groups.control)
+    manifest = load_newest(folder, load, job.groups.control, best)
     return job, manifest
+
+
+def _loader(plan: Plan, split: SplitName) -> Loader:
+    """Return the loader of a split."""
+    splits = plan.data.by_name()
+    if split not in splits:
+        raise ConfigError(
+            "evaluate.no-validation",
+            "--split validation, but the run has no validation split: choose test or train",
+            on_all_ranks=True,
+        )
+    return Loader(splits[split], plan.layout.dtype)
+
+
+def _load_averages(manifest: Manifest, job: RankJob) -> None:
+    """Give the blocks of this rank the averaged weights of a checkpoint."""
+    manifest.check_ema()
+    averages = {
+        f"ema/{name}": tensor
+        for block in job.engine.blocks.values()
+        for name, tensor in block.tensors().items()
+        if f"ema/{name}" in manifest.files
+    }
+    for key, tensor in manifest.load_like(averages).items():
+        averages[key].copy_(tensor)
 
 
 def _describe_run(plan: Plan, totals: RunTotals) -> dict[str, Any]:
@@ -199,7 +237,7 @@ def _describe_metrics(plan: Plan, metrics: Mapping[str, Any]) -> dict[str, Any]:
 def _use_saved_statistics(manifest: Manifest, job: RankJob) -> None:
     """Standardise inputs as the training did, whatever training split is there now."""
     statistics = manifest.load_prefix("statistics/") if job.evaluator.needs_samples else {}
-    for split in (job.plan.data.train, job.plan.data.test):
+    for split in job.plan.data.by_name().values():
         if statistics and isinstance(split, Standardised):
             split.use_statistics(statistics)
 

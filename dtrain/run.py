@@ -15,10 +15,10 @@ from typing import Any, Literal, TypeAlias, final
 
 from torch import nn
 
-from dtrain.block.lr_schedule import LRSchedule
+from dtrain.block.lr_schedule import LRFunction, LRSchedule
 from dtrain.config.parse import SECTIONS, parse_run, read_resolved_run, read_run
 from dtrain.config.run import RUN_FILE_HEADER, RunConfig
-from dtrain.config.sections import Checkpoint, Evaluate, Log, Mesh, Partition
+from dtrain.config.sections import Checkpoint, Ema, Evaluate, Log, Mesh, Partition, Stop
 from dtrain.data.dataset import DatasetSplits
 from dtrain.errors import ConfigError
 from dtrain.object_names import script_file
@@ -82,8 +82,9 @@ class Run:
         The layers. A function may take `shape` (of one sample) and `classes`. A module is taken
         with the weights that it has on rank 0.
     data : arrays, function, DatasetSplits, str or table
-        (x_train, y_train, x_test, y_test) as arrays or tensors with the samples first; a function
-        that returns them; `dtrain.data.digits()`, `dtrain.data.hdf5(...)`; or a name.
+        (x_train, y_train, x_test, y_test) as arrays or tensors with the samples first, with or
+        without x_validation and y_validation at the end; a function that returns them;
+        `dtrain.data.digits()`, `dtrain.data.hdf5(...)`; or a name.
     task : Task, str or table, optional
         Loss and metrics; a str is the name of a loss. Default: cross-entropy and accuracy.
     mesh : Mesh or table, optional
@@ -98,14 +99,17 @@ class Run:
         How replicas agree.
     optimizer : Optimizer or table
         The optimizer of every block.
-    lr : LRSchedule, str or table
-        The learning-rate schedule.
+    lr : LRSchedule, function, str or table
+        The learning-rate schedule; a function takes (update, updates per epoch, updates of the run)
+        and returns the factor of the rate.
     epochs, updates : int, optional
         Length of the run; exactly one of them is set.
     batch_size : int
         Samples of an update, over all replicas.
     micro_batches : int
         Parts of a replica's samples of an update, computed one after the other.
+    stop, ema : table, optional
+        Early stopping and averaged weights; `dtrain.callbacks` has them as objects.
     segment : int
         Updates between two pipeline flushes; 0: the checkpoint interval, else the epoch.
     seed : int
@@ -132,7 +136,7 @@ class Run:
     schedule: Schedule | type[Schedule] | RunTable | str | None = None
     sync: Sync | type[Sync] | RunTable | str = "every-step"
     optimizer: Optimizer | RunTable
-    lr: LRSchedule | type[LRSchedule] | RunTable | str | None = None
+    lr: LRSchedule | type[LRSchedule] | LRFunction | RunTable | str | None = None
     epochs: int | None = None
     updates: int | None = None
     batch_size: int = 128
@@ -141,6 +145,8 @@ class Run:
     checkpoint: Checkpoint | RunTable | None = None
     evaluate: Evaluate | RunTable | None = None
     log: Log | RunTable | None = None
+    stop: Stop | RunTable | None = None
+    ema: Ema | RunTable | None = None
     seed: int = 0
     dtype: Literal["float32", "float64"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -219,10 +225,10 @@ def _section_table(key: str, value: Any) -> Table:
         return {kebab(str(name)): item for name, item in value.items()}
     if isinstance(value, str):
         return {"loss": value} if key == "task" else {"name": value}
-    if isinstance(value, (Mesh, Partition, Checkpoint, Evaluate, Log)):
+    if isinstance(value, (Mesh, Partition, Checkpoint, Evaluate, Log, Stop, Ema)):
         defaults = to_table(type(value)())
         return {name: v for name, v in to_table(value).items() if v != defaults.get(name)}
-    if key in ("mesh", "partition", "checkpoint", "evaluate", "log", "optimizer"):
+    if key in ("mesh", "partition", "checkpoint", "evaluate", "log", "stop", "ema", "optimizer"):
         raise ConfigError(
             "run.wrong-section",
             f"{key} = {value!r}: give dtrain.{key.capitalize()}(...) or a dict of the keys of "

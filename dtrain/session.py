@@ -18,20 +18,35 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, final
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from dtrain.block.block import Block
+from dtrain.block.optimizer import squared_norm
 from dtrain.build import RankJob, build_rank, check_same_data, check_same_layout, set_threads
+from dtrain.callbacks import (
+    BestCheckpoint,
+    Callback,
+    EarlyStopping,
+    Ema,
+    Event,
+    EventKind,
+    RateOnPlateau,
+    all_callbacks,
+    callback_keys,
+    with_callback_keys,
+)
 from dtrain.checkpoint import run_folder, store
 from dtrain.checkpoint.digest import model_digest
-from dtrain.checkpoint.manifest import read_manifest
+from dtrain.checkpoint.manifest import Manifest, read_manifest
 from dtrain.checkpoint.resume import (
+    BEST_FOLDER,
     CHECKPOINT_FOLDER,
     ResumePoint,
     check_same_model,
@@ -45,6 +60,7 @@ from dtrain.checkpoint.resume import (
 from dtrain.comm.agree import all_or_none, broadcast_object
 from dtrain.comm.communicator import Comm
 from dtrain.comm.flight_recorder import print_error
+from dtrain.config.out_folder import fill_keys
 from dtrain.config.run import RunConfig
 from dtrain.data.dataset import Standardised
 from dtrain.data.sampler import epoch_order
@@ -56,6 +72,13 @@ from dtrain.failure import report_failure
 from dtrain.layer_notes import layer_notes
 from dtrain.measured_cuts import settle_cuts
 from dtrain.monitoring.machine_peak import measured_peak
+from dtrain.monitoring.metric_values import (
+    check_metric_name,
+    higher_is_better,
+    metric_names,
+    metric_values,
+    rename_evaluation,
+)
 from dtrain.monitoring.monitor import Monitor
 from dtrain.monitoring.run_totals import RunTotals
 from dtrain.monitoring.start_log import StartLog
@@ -73,32 +96,7 @@ SEARCH_S = 60.0
 """Seconds in which a test loss that is not finite is searched for in the data, once."""
 
 
-EventKind = Literal["start", "update", "segment", "evaluation", "checkpoint", "end"]
-
-
-@final
-@dataclass(frozen=True)
-class Event:
-    """An event of a session, for callbacks.
-
-    Attributes
-    ----------
-    kind : str
-        "start": before the first segment. "update": after each update. "segment": a segment has
-        ended. "evaluation": the model was tested. "checkpoint": one was saved. "end": the run ends.
-    segment : Segment or None
-        The segment that is open or has just ended.
-    update : int
-        Number of updates done.
-    """
-
-    kind: EventKind
-    segment: Segment | None
-    update: int
-
-
-Callback = Callable[["Session", Event], object]
-"""A function that a session calls on all ranks."""
+__all__ = ["Callback", "Event", "EventKind", "Session"]
 
 
 _RUNS: dict[Path, RunConfig] = {}
@@ -119,17 +117,26 @@ class Session:
         What is trained.
     out : str or Path, optional
         The run folder; the newest checkpoint in it is restored. Default: ``runs/`` and the name of
-        the run file or script.
+        the run file or script. ``{seed}`` and the like are keys of the run; see `fill_keys`.
     resume : str
         "auto": resume from the newest checkpoint in `out`, if there is one. "never": `out` must be
-        empty. Else the folder of another run to resume from.
+        empty. "fresh": start anew; what `out` holds is moved to ``out.old-1`` or a higher number.
+        Else the folder of another run to resume from.
     callbacks : sequence of callable
-        Called with (session, event) on all ranks.
+        Called with (session, event) on all ranks. Those of `dtrain.callbacks` are other spellings
+        of keys of the run.
     exact_mesh : bool
         Refuse ranks on which the stages of the run do not fit. Otherwise as many stages are taken
         as fit, and the other ranks are replicas.
     comm : Comm, optional
         All ranks; default: those of `dtrain.init`.
+
+    Attributes
+    ----------
+    callbacks : tuple of callable
+        Those of the run's keys, and the given ones.
+    stop_reason : str or None
+        Why the run ends before its last update; the same on all ranks once `segments` has ended.
     """
 
     def __init__(
@@ -145,15 +152,17 @@ class Session:
         self.comm = init() if comm is None else comm
         self.callbacks = tuple(callbacks)
         config = run if isinstance(run, RunConfig) else run.config
-        self.out = Path("runs") / config.path.stem if out is None else Path(out)
+        folder = Path("runs") / config.path.stem if out is None else Path(out)
+        self.out = all_or_none(self.comm, lambda: fill_keys(folder, config))
         self._run = config if exact_mesh else config.fit_stages(self.comm.size)
         self._resume = resume
         self._owner: run_folder.Owner | None = None
         self._progress: Monitor | None = None
         self._segment: Segment | None = None
         self._updates: Iterator[int] = iter(())
-        self._stop_reason: str | None = None
+        self._ema: Ema | None = None
         self._searched_data = False
+        self.stop_reason: str | None = None
         self._summary: dict[str, Any] | None = None
         self._eval_weights: EvalWeights | None = None
 
@@ -196,15 +205,21 @@ class Session:
         _share_module(self._run.model.target, comm)
         threads = set_threads(self._run, comm)
         point = find_resume_point(comm, out, self._resume)
-        run = settle_cuts(self._run.with_checkpoint_blocks(point.run_table), comm)
+        given = self.callbacks
+        run = all_or_none(comm, lambda: with_callback_keys(self._run, given))
+        run = settle_cuts(run.with_checkpoint_blocks(point.run_table), comm)
         with log.step("reading data and model"):
             plan = all_or_none(comm, lambda: make_plan(run, comm.size))
+        self.callbacks = all_callbacks(run, given)
+        all_or_none(comm, lambda: _check_metrics(self.callbacks, plan))
         check_same_layout(plan, comm)
         with log.step("reading data and computing their statistics"):
             data_fingerprint = check_same_data(plan, comm)
             notes = data_notes(plan, comm)
         is_trained = point.updates >= plan.training_length.total_updates
         all_or_none(comm, lambda: check_same_run(out, point.run_table, plan.run, is_trained))
+        if self._resume == "fresh":
+            all_or_none(comm, lambda: _check_weights_stay(out, plan.run))
         all_or_none(comm, lambda: check_saved_data(point.fingerprint, data_fingerprint))
         recorder = all_or_none(comm, lambda: _make_recorder(plan.run, comm))
         self._owner, attempt = broadcast_object(
@@ -221,7 +236,9 @@ class Session:
             "source": source_hashes(plan.run),
         }
         all_or_none(comm, lambda: check_same_model(point.fingerprint, job.model_fingerprint))
-        self._totals, merged_replicas = _restore(job, point)
+        job.engine.update_step.records_norms = plan.run.log.norms
+        self._attach_ema()
+        self._totals, merged_replicas = _restore(job, point, self.callbacks, self._ema)
         self._totals.attempt = attempt
         self._peak_flops = measured_peak(job.engine.engine_spec.device, plan.layout.dtype)
         self._progress = Monitor(plan, comm, out, self._totals, recorder)
@@ -237,6 +254,13 @@ class Session:
         self._progress.start(threads, merged_replicas, copied_blocks, layers, notes)
         self._notify("start")
 
+    def _attach_ema(self) -> None:
+        """Let the engine update the averaged weights, where the run has them."""
+        self._ema = next((each for each in self.callbacks if isinstance(each, Ema)), None)
+        if self._ema is not None:
+            self._ema.attach(self._job.engine.blocks)
+            self._job.engine.update_step.after_update = self._ema.update
+
     def _complete(self) -> None:
         """Reach the end of the segment, then write the summary with the model's digest."""
         if self._segment is not None:
@@ -251,12 +275,12 @@ class Session:
     def _finished_summary(self) -> dict[str, Any]:
         totals = self._totals
         is_finished = totals.update >= self.plan.training_length.total_updates
+        is_finished |= self.stop_reason is not None
         if is_finished and totals.tested != totals.update:  # resumed, from a checkpoint not tested
-            self.evaluate()
+            self.evaluate(scheduled=False)
         digest = self.digest()
         totals.tick()
-        status = "finished" if is_finished or self._stop_reason is not None else "stopped"
-        self._summary = make_summary(self.plan, totals, status, digest)
+        self._summary = self._make_summary("finished" if is_finished else "stopped", digest)
         if self.rank == 0:
             run_folder.write_summary(self.out, self._summary)
         return self._summary
@@ -303,20 +327,35 @@ class Session:
         """One dict per epoch, over all attempts; the same on all ranks."""
         return self._totals.history
 
+    def metric(self, name: str) -> float | None:
+        """Return a metric of the latest evaluation, "test_loss" for example; None where it is not
+        finite or not measured yet. Not collective; the same on all ranks."""
+        return metric_values(self._totals).get(name)
+
+    def higher_is_better(self, name: str) -> bool:
+        """Return whether a larger value of a metric is better."""
+        return higher_is_better(name, self.plan.layout.task)
+
+    def set_lr_scale(self, scale: float) -> None:
+        """Multiply the learning rates of the updates of later segments. All ranks call it."""
+        self._job.engine.update_step.lr_scale = scale
+
     def losses(self) -> dict[int, float]:
         """Return the mean loss so far in this segment of each block of this rank, by block."""
         return self._job.engine.metric_sums.mean_losses()
 
     def stop(self, reason: str) -> None:
         """Let `segments` end after this one. All ranks have to call it."""
-        self._stop_reason = reason
+        self.stop_reason = reason
 
     # ---- training
 
     def segments(self) -> Iterator[Segment]:
         """Yield the segments that are left. The ranks agree before each one whether to stop."""
         for segment in self.plan.training_length.segments(self.update):
-            if any(self._job.groups.control.allgather_object(self._stop_reason is not None)):
+            reasons = self._job.groups.control.allgather_object(self.stop_reason)
+            self.stop_reason = next((reason for reason in reasons if reason is not None), None)
+            if self.stop_reason is not None:
                 return
             yield segment
 
@@ -389,52 +428,107 @@ class Session:
             "bytes_intra_node": traffic.bytes_intra - intra_before,
             "bytes_inter_node": traffic.bytes_inter - inter_before,
             "peak_live": engine.peak_live,
-            "peak_bytes": engine.peak_bytes(),
+            "peak_bytes": engine.peak_bytes() + (0 if self._ema is None else self._ema.nbytes),
             "rss_bytes": _rss_bytes(),
             "memory_bytes": _memory_bytes(engine.engine_spec.device),
             "peak_flops": self._peak_flops,
             "weights": _low_rank_stats(job),
+            "block_values": _block_values(job),
         }
 
     # ---- evaluation and checkpoints
 
-    def evaluate(self) -> dict[str, float | None]:
-        """Test the evaluation weights of the syncs.
+    def evaluate(self, *, scheduled: bool = True) -> dict[str, float | None]:
+        """Test the evaluation weights of the syncs, on the validation split where there is one, and
+        on the test split.
+
+        Parameters
+        ----------
+        scheduled : bool
+            False: early stopping and learning rates do not count it, since a longer run would not
+            have it.
 
         Returns
         -------
         dict of str to float
-            The metrics of the task by name, and "loss"; the same on all ranks.
+            "loss", and the metrics of the task by name: those of the validation split where there
+            is one, else of the test split; the same on all ranks. `metric` has those of both.
         """
         self._refuse_open_segment("evaluate")
-        job, totals, start = self._job, self._totals, time.perf_counter()
-        totals.test = evaluate_weights(
-            job, self._evaluation_weights(), job.test_loader, self.plan.batch_splitter
-        )
+        totals, start = self._totals, time.perf_counter()
+        totals.test, totals.evaluations = self._test(self._evaluation_weights())
         if totals.test["test_loss"] is None and not self._searched_data:
             self._searched_data = True
             check_data_values(self.plan, self.comm, SEARCH_S)
+        if self._ema is not None and self._ema.evaluate:
+            test, others = self._test(self._ema_weights())
+            others |= rename_evaluation(test, "test")
+            totals.evaluations |= {f"ema_{key}": value for key, value in others.items()}
         totals.tested = totals.update
         totals.tick()
         totals.add_history_test()
         assert self._progress is not None
         self._progress.end_evaluation(time.perf_counter() - start)
         self._write_running_summary()
-        self._notify("evaluation")
-        return {"loss": totals.test["test_loss"], **totals.test["metrics"]}
+        self._notify("evaluation", scheduled=scheduled)
+        values = metric_values(totals)
+        return {name: values[name] for name in ("loss", *totals.test["metrics"])}
+
+    def _test(self, weights: EvalWeights) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the evaluation of the test split, and that of the validation split if any."""
+        job, splitter = self._job, self.plan.batch_splitter
+        validation = {}
+        if job.validation_loader is not None:
+            metrics = evaluate_weights(job, weights, job.validation_loader, splitter)
+            validation = rename_evaluation(metrics, "validation")
+        return evaluate_weights(job, weights, job.test_loader, splitter), validation
 
     def save(self) -> None:
         """Write the checkpoint that a next start goes on from."""
         self._refuse_open_segment("save")
         self._totals.tick()
         start = time.perf_counter()
-        _save_checkpoint(
-            self._job, self._evaluation_weights(), self._totals, self.out, self._fingerprint
+        engine, replica = self._job.engine, self._job.position.replica
+        tensors = store.collect_tensors(
+            engine.blocks, engine.syncs, self._evaluation_weights(), replica
         )
+        self._save(self.out / CHECKPOINT_FOLDER, tensors, self.plan.run.checkpoint.keep)
         assert self._progress is not None
         self._progress.end_save(time.perf_counter() - start)
         self._write_running_summary()
         self._notify("checkpoint")
+
+    def save_best(self) -> None:
+        """Keep the evaluated weights in ``checkpoints/best``, in the place of earlier ones."""
+        self._refuse_open_segment("save_best")
+        tensors: dict[str, Tensor] = {}
+        for weights in () if self._job.position.replica else self._evaluation_weights().values():
+            tensors |= {f"model/{name}": tensor for name, tensor in weights.items()}
+        self._save(self.out / CHECKPOINT_FOLDER / BEST_FOLDER, tensors, keep=1)
+
+    def _save(self, folder: Path, tensors: dict[str, Tensor], keep: int) -> None:
+        """Write tensors, averaged weights and states into a checkpoint; keep `keep` of them."""
+        job, position = self._job, self._job.position
+        train_split = self.plan.data.train
+        if position.replica == 0 and self._ema is not None:
+            for index in job.engine.blocks:
+                averages = self._ema.weights(index).items()
+                tensors |= {f"ema/{name}": tensor for name, tensor in averages}
+        if position.replica == position.stage == 0 and isinstance(train_split, Standardised):
+            statistics = train_split.statistics()
+            tensors |= {f"statistics/{name}": tensor for name, tensor in statistics.items()}
+        state = self._totals.state() | {"tied_names": dict(self.plan.layout.model.tied_names)}
+        states = {key: each.state() for key, each in callback_keys(self.callbacks).items()}
+        store.save(
+            folder,
+            f"replica-{position.replica}-stage-{position.stage}",
+            tensors,
+            self.plan.run.to_table(),
+            state | ({"callbacks": states} if states else {}),
+            job.groups.control,
+            keep,
+            self._fingerprint,
+        )
 
     def digest(self) -> str:
         """Return the SHA-256 of the evaluated model."""
@@ -451,7 +545,24 @@ class Session:
         """Return the contents of `summary.json` at this moment; not collective."""
         if self._summary is not None:
             return self._summary
-        return make_summary(self.plan, self._totals, "running")
+        return self._make_summary("running")
+
+    def _make_summary(self, status: str, digest: str | None = None) -> dict[str, Any]:
+        """Return the contents of `summary.json`, the best evaluation included."""
+        best = next((each for each in self.callbacks if isinstance(each, BestCheckpoint)), None)
+        kept = None if best is None else best.state() | {"value": best.improvement.best}
+        if kept is not None:
+            del kept["best"]
+        return make_summary(self.plan, self._totals, status, digest) | {
+            "stop_reason": self.stop_reason,
+            "best": kept,
+        }
+
+    def _ema_weights(self) -> EvalWeights:
+        """Return the averaged weights, with the buffers and frozen parameters of the model."""
+        assert self._ema is not None
+        weights = self._evaluation_weights()
+        return {index: {**weights[index], **self._ema.weights(index)} for index in weights}
 
     def _evaluation_weights(self) -> EvalWeights:
         """Return the evaluation weights of the syncs, computed once between two segments."""
@@ -470,15 +581,29 @@ class Session:
 
     def _write_running_summary(self) -> None:
         if self.rank == 0:
-            run_folder.write_summary(self.out, make_summary(self.plan, self._totals, "running"))
+            run_folder.write_summary(self.out, self._make_summary("running"))
 
     def _notify(
-        self, kind: EventKind, update: int | None = None, segment: Segment | None = None
+        self,
+        kind: EventKind,
+        update: int | None = None,
+        segment: Segment | None = None,
+        scheduled: bool = True,
     ) -> None:
         """Call the callbacks."""
         for callback in self.callbacks:
             number = self.update if update is None else update
-            callback(self, Event(kind, segment or self._segment, number))
+            callback(self, Event(kind, segment or self._segment, number, scheduled))
+
+
+def _check_weights_stay(out: Path, run: RunConfig) -> None:
+    """Refuse initial weights in the folder that is moved aside."""
+    path = run.weights_path
+    if path is not None and path.resolve().is_relative_to(out.resolve()):
+        raise ConfigError(
+            "run-folder.fresh-moves-weights",
+            f"--fresh would move {out}, which holds [model] weights: choose another --out",
+        )
 
 
 def _share_module(model: object, comm: Comm) -> None:
@@ -491,6 +616,8 @@ def _share_module(model: object, comm: Comm) -> None:
 
 def _acquire_folder(out: Path, resume: str, point: ResumePoint) -> tuple[run_folder.Owner, int]:
     """Lock the run folder; return its owner and the number of this attempt."""
+    if resume == "fresh":
+        run_folder.set_aside(out)
     owner = run_folder.acquire(out)
     try:
         newest = ResumePoint.from_manifest(find_checkpoint(out, resume))
@@ -507,7 +634,19 @@ def _acquire_folder(out: Path, resume: str, point: ResumePoint) -> tuple[run_fol
     return owner, attempts + 1
 
 
-def _restore(job: RankJob, point: ResumePoint) -> tuple[RunTotals, int]:
+def _check_metrics(callbacks: Sequence[Callback], plan: Plan) -> None:
+    """Refuse callbacks whose metric the run does not measure."""
+    run = plan.run
+    has_ema = run.ema is not None and run.ema.evaluate
+    names = metric_names(plan.layout.task, plan.data.validation is not None, has_ema)
+    for callback in callbacks:
+        if isinstance(callback, BestCheckpoint | EarlyStopping | RateOnPlateau):
+            check_metric_name(callback.metric, f"metric of '{callback.key}'", names)
+
+
+def _restore(
+    job: RankJob, point: ResumePoint, callbacks: Sequence[Callback], ema: Ema | None
+) -> tuple[RunTotals, int]:
     """Load the checkpoint into every part of this rank. Collective over all ranks.
 
     Returns
@@ -525,9 +664,22 @@ def _restore(job: RankJob, point: ResumePoint) -> tuple[RunTotals, int]:
     def restore_rank() -> tuple[RunTotals, int]:
         manifest = read_manifest(folder)
         same = store.restore(manifest, engine.blocks, engine.syncs, job.position.replica)
+        states = manifest.state.get("callbacks", {})
+        for key, callback in callback_keys(callbacks).items():
+            if key in states:
+                callback.restore(states[key])
+        if ema is not None:
+            _restore_ema(manifest, ema, engine.blocks)
         return RunTotals.from_state(manifest.state), 0 if same else manifest.replicas
 
     return all_or_none(job.groups.control, restore_rank)
+
+
+def _restore_ema(manifest: Manifest, ema: Ema, blocks: Mapping[int, Block]) -> None:
+    """Load the averaged weights of this rank's blocks."""
+    averages = {f"ema/{n}": t for index in blocks for n, t in ema.weights(index).items()}
+    for key, tensor in manifest.load_like(averages).items():
+        averages[key].copy_(tensor)
 
 
 def _write_plan(plan: Plan, totals: RunTotals, out: Path) -> None:
@@ -542,28 +694,6 @@ def _start_trace(job: RankJob, comm: Comm, out: Path, totals: RunTotals) -> Trac
     layout = job.plan.layout
     return Trace(
         comm, job.position, layout.schedule, layout.routes, out / TRACE_FILE, totals.wall_s
-    )
-
-
-def _save_checkpoint(
-    job: RankJob, eval_weights: EvalWeights, totals: RunTotals, out: Path, fingerprint: Table
-) -> None:
-    """Write a checkpoint. Collective over all ranks."""
-    run, engine, position = job.plan.run, job.engine, job.position
-    tensors = store.collect_tensors(engine.blocks, engine.syncs, eval_weights, position.replica)
-    train_split = job.plan.data.train
-    if position.replica == position.stage == 0 and isinstance(train_split, Standardised):
-        statistics = train_split.statistics()
-        tensors |= {f"statistics/{name}": tensor for name, tensor in statistics.items()}
-    store.save(
-        out / CHECKPOINT_FOLDER,
-        f"replica-{position.replica}-stage-{position.stage}",
-        tensors,
-        run.to_table(),
-        totals.state() | {"tied_names": dict(job.plan.layout.model.tied_names)},
-        job.groups.control,
-        run.checkpoint.keep,
-        fingerprint,
     )
 
 
@@ -582,6 +712,20 @@ def _memory_bytes(device: torch.device) -> int:
     """Return the peak memory of this rank: of its device, or of its process on the CPU."""
     is_cuda = device.type == "cuda"
     return int(torch.cuda.max_memory_allocated(device)) if is_cuda else _rss_bytes()
+
+
+def _block_values(job: RankJob) -> dict[int, dict[str, float]]:
+    """Return the learning rate of the last update of each block, and on request the norms of its
+    gradient and of the weights; replica 0 reports for all."""
+    step = job.engine.update_step
+    values = {}
+    for index, block in ({} if job.position.replica else job.engine.blocks).items():
+        values[index] = {"lr": block.lr}
+        if step.records_norms:
+            weights = [*block.trainable_tensors().values()]
+            values[index]["gradient_norm"] = step.gradient_norms.get(index, 0.0)
+            values[index]["weight_norm"] = squared_norm(weights) ** 0.5
+    return values
 
 
 def _rss_bytes() -> int:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dtrain.callbacks import Callback
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
 from dtrain.schedules.segments import Segment
-from dtrain.session import Callback, Session
+from dtrain.session import Session
 
 
 def train(
@@ -40,22 +41,27 @@ def train(
 def train_session(session: Session) -> None:
     """Train until the run ends, with evaluations and checkpoints when the run has them."""
     with session:
-        run = session.plan.run
+        run, saved = session.plan.run, session.update
         for segment in session.segments():
             for _ in session.updates(segment):
                 pass
             session.finish(segment)
             if evaluation_is_due(run, segment):
                 session.evaluate()
+            elif segment.ends_run:
+                session.evaluate(scheduled=False)
             if checkpoint_is_due(run, segment):
                 session.save()
+                saved = session.update
+        if session.update > saved:  # a callback has stopped the run
+            session.save()
 
 
 def evaluation_is_due(run: RunConfig, segment: Segment) -> bool:
-    """Return whether the model is tested at the end of a segment."""
-    return segment.ends_run or (
-        segment.ends_epoch and (segment.epoch + 1) % run.evaluate.every == 0
-    )
+    """Return whether `[evaluate]` has the model tested at the end of a segment."""
+    if run.evaluate.every_updates:
+        return segment.stop % run.evaluate.every_updates == 0
+    return segment.ends_epoch and (segment.epoch + 1) % run.evaluate.every == 0
 
 
 def checkpoint_is_due(run: RunConfig, segment: Segment) -> bool:

@@ -51,3 +51,11 @@ def section(text: str, name: str) -> str:
 def code_words(cell: str) -> list[str]:
     """Return the texts in backticks."""
     return re.findall(r"`([^`]+)`", cell)
+
+
+def documented_laws(docs: Path) -> list[str]:
+    """Return the laws of `dtrain.testing` that a page lists; there is at least one."""
+    rows = table_rows(docs.read_text(encoding="utf-8"), "| law | what holds")
+    laws = [law for law, *_ in rows for law in code_words(law)]
+    assert laws
+    return laws

@@ -1,7 +1,8 @@
 """Learning-rate schedules: the factor by which the learning rate of an update is scaled.
 
 Invariant: a factor is pure in (update, updates per epoch, updates of the run). So a schedule has no
-state to save, and a resumed run and all ranks compute the same number.
+state to save, and a resumed run and all ranks compute the same number. The exception is `plateau`,
+whose factor a callback multiplies.
 
 ::
 
@@ -17,13 +18,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar, final
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, dataclass_transform, final
 
 from dtrain.errors import ConfigError
 from dtrain.schema import Strategy
 
 
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
 @dataclass(frozen=True)
 class LRSchedule(Strategy, ABC):
     """A schedule of learning rates. Fields of a subclass are its keys in the run file.
@@ -171,11 +174,145 @@ class StepLR(LRSchedule):
         return self.gamma**steps
 
 
+@final
+@dataclass(frozen=True)
+class OneCycleLR(LRSchedule):
+    """A rise to the base learning rate, then a fall far below it; torch's `OneCycleLR`.
+
+    The base rate is torch's ``max_lr``. Momenta are not cycled.
+
+    Source: Smith and Topin 2018, "Super-Convergence: Very Fast Training of Neural Networks Using
+    Large Learning Rates".
+
+    Attributes
+    ----------
+    pct_start : float
+        Part of the run in which the rate rises.
+    div_factor, final_div_factor : float
+        The first rate is the base rate over `div_factor`; the last is the first over
+        `final_div_factor`.
+    anneal : "cos" or "linear"
+        Shape of rise and fall.
+    """
+
+    depends_on_run_length: ClassVar[bool] = True
+    pct_start: float = 0.3
+    div_factor: float = 25.0
+    final_div_factor: float = 1e4
+    anneal: Literal["cos", "linear"] = "cos"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_fraction("pct-start", self.pct_start)
+        for key, value in (
+            ("div-factor", self.div_factor),
+            ("final-div-factor", self.final_div_factor),
+        ):
+            if not value >= 1:
+                raise ConfigError("lr.too-small", f"[lr] {key} = {value} must be at least 1")
+
+    def decay_factor(self, update: int, updates_per_epoch: int, total_updates: int) -> float:
+        """Return the factor of torch's two phases."""
+        peak, last = self.pct_start * total_updates - 1, total_updates - 1
+        first, final = 1 / self.div_factor, 1 / self.div_factor / self.final_div_factor
+        if update <= peak:
+            return self._between(first, 1.0, update / peak if peak else 1.0)
+        peak = max(peak, 0.0)
+        return self._between(1.0, final, (update - peak) / (last - peak) if last > peak else 1.0)
+
+    def _between(self, start: float, end: float, t: float) -> float:
+        """Return the value at the fraction `t` of the way from `start` to `end`."""
+        if self.anneal == "linear":
+            return start + (end - start) * t
+        return end + (start - end) / 2 * (1 + math.cos(math.pi * t))
+
+
+@final
+@dataclass(frozen=True)
+class PlateauLR(LRSchedule):
+    """The base learning rate, lowered when a metric stops improving; torch's `ReduceLROnPlateau`.
+
+    The factor is no function of the update, so it is not computed here: a callback counts
+    evaluations, and its state is in the checkpoint.
+
+    Attributes
+    ----------
+    metric : str
+        The metric that has to improve.
+    factor : float
+        Factor of each reduction.
+    patience : int
+        Evaluations in a row without an improvement that are accepted; one more lowers the rate.
+    threshold : float
+        A change that is not larger than this fraction of the best value is no improvement.
+    cooldown : int
+        Evaluations after a reduction that are not counted.
+    min_factor : float
+        The smallest factor.
+    """
+
+    depends_on_run_length: ClassVar[bool] = False
+    metric: str = "loss"
+    factor: float = 0.1
+    patience: int = 10
+    threshold: float = 1e-4
+    cooldown: int = 0
+    min_factor: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("factor", "threshold", "min_factor"):
+            _require_fraction(key.replace("_", "-"), getattr(self, key))
+        _require_at_least("patience", self.patience, 0)
+        _require_at_least("cooldown", self.cooldown, 0)
+
+    def decay_factor(self, update: int, updates_per_epoch: int, total_updates: int) -> float:
+        """Return 1; the factor of the evaluations so far is multiplied to it."""
+        return 1.0
+
+
+LRFunction = Callable[[int, int, int], float]
+"""Takes update, updates per epoch and updates of the run; returns the factor."""
+
+
+@final
+@dataclass(frozen=True)
+class FunctionLR(LRSchedule):
+    """The factors of a user's function (update, updates_per_epoch, total_updates) -> factor.
+
+    It may use the length of the run, so that cannot be changed later.
+    """
+
+    depends_on_run_length: ClassVar[bool] = True
+
+    function: LRFunction = field(init=False)
+
+    @classmethod
+    def of(cls, function: LRFunction, warmup_updates: int = 0) -> FunctionLR:
+        """Return the schedule of a function."""
+        schedule = cls(warmup_updates)
+        object.__setattr__(schedule, "function", function)
+        return schedule
+
+    def decay_factor(self, update: int, updates_per_epoch: int, total_updates: int) -> float:
+        """Return the function's factor; refuse one that is no number, negative or infinite."""
+        factor = self.function(update, updates_per_epoch, total_updates)
+        if not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
+            raise ConfigError(
+                "lr.function-result",
+                f"[lr]: the function returned {factor!r} for update {update}: return a factor of "
+                "the learning rate, a number of at least 0",
+            )
+        return float(factor)
+
+
 LR_SCHEDULES: dict[str, type[LRSchedule]] = {
     "constant": ConstantLR,
     "cosine": CosineLR,
     "linear": LinearLR,
     "step": StepLR,
+    "one-cycle": OneCycleLR,
+    "plateau": PlateauLR,
 }
 
 

@@ -14,6 +14,7 @@ import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -66,6 +67,8 @@ def export(
     heads: bool = False,
     factors: bool = False,
     with_normalisation: bool = False,
+    best: bool = False,
+    ema: bool = False,
 ) -> dict[str, Tensor]:
     """Write the model of the newest complete checkpoint to a file; return the state dict.
 
@@ -84,6 +87,10 @@ def export(
     with_normalisation : bool
         Also write the statistics that standardise inputs, as ``normalise.mean`` and
         ``normalise.std``. Otherwise they are written as numbers to ``OUT.statistics.json``.
+    best : bool
+        Write the weights that `[checkpoint] best` has kept.
+    ema : bool
+        Write the averaged weights of `[ema]`.
 
     Raises
     ------
@@ -95,7 +102,8 @@ def export(
         The checkpoint is damaged.
     """
     write = _state_dict_writer(out)
-    model = load_newest(folder, _load_model, Comm(SingleBackend()))
+    load = partial(_load_model, ema=ema)
+    model = load_newest(folder, load, Comm(SingleBackend()), best)
     state = _with_factors(model.state, model.low_rank_names) if factors else model.state
     state = _user_names(state, heads, model.tied_names)
     if with_normalisation:
@@ -200,12 +208,12 @@ def _with_aliases(state: dict[str, Tensor], tied_names: dict[str, str]) -> dict[
     return state
 
 
-def _load_model(manifest: Manifest) -> ExportedModel:
-    """Return the model of a checkpoint."""
+def _load_model(manifest: Manifest, ema: bool = False) -> ExportedModel:
+    """Return the model of a checkpoint, or its averaged weights."""
     weights = manifest.state.get("weights", {})
     low_rank_names = {name for name, stats in weights.items() if stats["rank"] is not None}
     return ExportedModel(
-        manifest.load_prefix("model/"),
+        manifest.load_model(ema),
         low_rank_names,
         manifest.load_prefix("statistics/"),
         manifest.state.get("tied_names", {}),

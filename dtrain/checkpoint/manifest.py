@@ -21,7 +21,7 @@ from dtrain.comm.agree import all_or_none, broadcast_object
 from dtrain.comm.backends.single import SingleBackend
 from dtrain.comm.buffers import describe_tensor
 from dtrain.comm.communicator import Comm
-from dtrain.errors import CheckpointError, DtrainError
+from dtrain.errors import CheckpointError, ConfigError, DtrainError
 
 T = TypeVar("T")
 
@@ -115,6 +115,39 @@ class Manifest:
         """Return every tensor whose key starts with `prefix`, by the rest of its key."""
         keys = [key for key in self.files if key.startswith(prefix)]
         return {key.removeprefix(prefix): tensor for key, tensor in self.load(keys).items()}
+
+    def shapes(self, prefix: str) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor whose key starts with `prefix`, by the rest of it."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name in sorted(set(self.files.values())):
+            with h5py.File(self.folder / name, "r", locking=False) as shard:
+                keys = [k for k, file in self.files.items() if file == name]
+                shapes |= {
+                    key.removeprefix(prefix): tuple(shard[key].shape)
+                    for key in keys
+                    if key.startswith(prefix)
+                }
+        return shapes
+
+    def load_model(self, ema: bool = False) -> dict[str, Tensor]:
+        """Return the evaluated model by name, or that of the averaged weights.
+
+        Raises
+        ------
+        ConfigError
+            The run had no averaged weights.
+        """
+        if ema:
+            self.check_ema()
+        return self.load_prefix("model/") | (self.load_prefix("ema/") if ema else {})
+
+    def check_ema(self) -> None:
+        """Refuse a checkpoint without averaged weights."""
+        if not any(key.startswith("ema/") for key in self.files):
+            raise ConfigError(
+                "checkpoint.no-ema",
+                f"{self.folder} holds no averaged weights: train with [ema] decay = 0.999",
+            )
 
     def _check_shard(self, name: str) -> None:
         """Refuse a shard that is missing or damaged; each is hashed once."""

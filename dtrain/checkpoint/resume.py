@@ -36,6 +36,10 @@ T = TypeVar("T")
 CHECKPOINT_FOLDER = "checkpoints"
 
 
+BEST_FOLDER = "best"
+"""Folder inside it that holds the best evaluated weights; no run resumes from them."""
+
+
 CHANGEABLE_KEYS = (
     "epochs",
     "updates",
@@ -48,9 +52,16 @@ CHANGEABLE_KEYS = (
     "log.",
     "partition.recompute",
     "partition.places",
-    "evaluate.",
+    "evaluate.every",
     "checkpoint.keep",
+    "checkpoint.best",
+    "stop.",
+    "ema.evaluate",
 )
+
+
+FLUSH_KEY = "evaluate.every-updates"
+"""It sets where the pipeline is flushed, so it stays as it is."""
 
 
 LENGTH_KEYS = ("epochs", "updates")
@@ -119,8 +130,9 @@ def find_checkpoint(out: Path, resume: str) -> Manifest | None:
     Parameters
     ----------
     resume : str
-        "auto": the newest in `out`. "never": none, and `out` must be empty. Else the folder of
-        another run, whose newest is taken unless `out` holds one already.
+        "auto": the newest in `out`. "never": none, and `out` must be empty. "fresh": none, whatever
+        `out` holds. Else the folder of another run, whose newest is taken unless `out` holds one
+        already.
 
     Raises
     ------
@@ -142,6 +154,8 @@ def find_checkpoint(out: Path, resume: str) -> Manifest | None:
             f"{out} is not empty and no run folder ({', '.join(sorted(names)[:3])}): "
             "choose another --out",
         )
+    if resume == "fresh":
+        return None
     manifest = latest_checkpoint(out / CHECKPOINT_FOLDER)
     if manifest is not None or resume in ("auto", "never"):
         return manifest
@@ -167,7 +181,7 @@ def newest_checkpoint(folder: Path) -> Manifest:
     return load_newest(folder, lambda manifest: manifest, Comm(SingleBackend()))
 
 
-def load_newest(folder: Path, load: Callable[[Manifest], T], comm: Comm) -> T:
+def load_newest(folder: Path, load: Callable[[Manifest], T], comm: Comm, best: bool = False) -> T:
     """Return `load(manifest)` of the newest complete checkpoint of a run. Collective over `comm`.
 
     A run that is still training may delete the checkpoint meanwhile: then the newer one is loaded.
@@ -176,6 +190,8 @@ def load_newest(folder: Path, load: Callable[[Manifest], T], comm: Comm) -> T:
     ----------
     folder : Path
         The run folder.
+    best : bool
+        Load the best evaluated weights instead, which `[checkpoint] best` keeps.
 
     Raises
     ------
@@ -185,7 +201,15 @@ def load_newest(folder: Path, load: Callable[[Manifest], T], comm: Comm) -> T:
         The checkpoint is damaged.
     """
     broadcast_object(comm, partial(_check_run_folder, folder))
-    loaded = load_latest(folder / CHECKPOINT_FOLDER, load, comm)
+    checkpoints = folder / CHECKPOINT_FOLDER
+    loaded = load_latest(checkpoints / BEST_FOLDER if best else checkpoints, load, comm)
+    if loaded is None and best:
+        raise ConfigError(
+            "run-folder.no-best-checkpoint",
+            f"there is no best checkpoint in {folder}: a run keeps it with [checkpoint] best = "
+            '"accuracy" or another metric, from its first evaluation on',
+            on_all_ranks=True,
+        )
     if loaded is None:
         raise ConfigError(
             "run-folder.no-checkpoint",
@@ -242,19 +266,25 @@ def check_same_run(
         for key in sorted(saved.keys() | current.keys())
         if saved.get(key) != current.get(key)
     }
-    forbidden = [text for key, text in changes.items() if not key.startswith(CHANGEABLE_KEYS)]
+    forbidden = [
+        text
+        for key, text in changes.items()
+        if key == FLUSH_KEY or not key.startswith(CHANGEABLE_KEYS)
+    ]
     if forbidden:
         raise ConfigError(
             "resume.settings-changed",
             f"cannot resume: settings differ from the checkpoint: {', '.join(forbidden)}; "
-            f"restore them, or choose another --out than {out}",
+            f"restore them, or begin a new run with the same weights: --set "
+            f"model.weights={out.resolve()} --out ANOTHER_FOLDER",
         )
     length = [changes[key] for key in LENGTH_KEYS if key in changes]
     for part in length_dependent_parts(run) if length and not fully_trained else ():
         raise ConfigError(
             "resume.length-changed",
             f"cannot resume with another length, on which the {part} depend: "
-            f"{', '.join(length)}; restore it, or choose another --out than {out}",
+            f"{', '.join(length)}; restore it, or begin a new run with the same weights: --set "
+            f"model.weights={out.resolve()} --out ANOTHER_FOLDER",
         )
 
 

@@ -106,6 +106,20 @@ def check_visible(folder: Path, host: str, timeout_s: float = 5.0) -> None:
         )
 
 
+def set_aside(folder: Path) -> None:
+    """Rename a run folder to ``NAME.old-1``, or the first higher number that is free.
+
+    Nothing is deleted. A folder that another process has locked is refused, as `acquire` does.
+    """
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    owner, number = acquire(folder), 1
+    while (target := folder.resolve().with_name(f"{folder.resolve().name}.old-{number}")).exists():
+        number += 1
+    folder.resolve().rename(target)
+    release(target, owner)
+
+
 def archive(folder: Path, name: str, attempt: int) -> None:
     """Rename a folder of an earlier attempt to `NAME-NNN`, over an older one; never raise."""
     archived = folder / f"{name}-{attempt:03d}"

@@ -14,6 +14,7 @@ from dtrain.config.run import RUN_FILE_HEADER, RunConfig
 from dtrain.config.sections import (
     Checkpoint,
     DataSection,
+    Ema,
     Evaluate,
     Log,
     Mesh,
@@ -21,6 +22,7 @@ from dtrain.config.sections import (
     OptimizerSection,
     Partition,
     RunSection,
+    Stop,
     StrategyChoice,
 )
 from dtrain.config.strategies import read_strategy
@@ -32,7 +34,7 @@ from dtrain.user_code import register_arrays, register_object, registered_object
 
 SECTIONS = (
     *("data", "task", "model", "mesh", "partition", "objective", "schedule", "sync"),
-    *("optimizer", "lr", "checkpoint", "evaluate", "log"),
+    *("optimizer", "lr", "checkpoint", "evaluate", "log", "stop", "ema"),
 )
 """The tables of a run file."""
 
@@ -104,11 +106,7 @@ def parse_run(table: Mapping[str, Any], path: Path, overrides: Sequence[str] = (
     refuse_old_keys(dict(table))
     settings = {key: value for key, value in table.items() if key not in SECTIONS}
     sections = {name: _section(table, name) for name in SECTIONS}
-    if {"cuts", "balance"} <= sections["partition"].keys():
-        raise ConfigError(
-            "partition.cuts-exclude-balance",
-            "[partition] cuts already say where every block starts: leave out balance",
-        )
+    _refuse_pairs(sections)
     data_keys, dataset = _split_keys(sections["data"], DataSection)
     model_keys, model = _split_keys(sections["model"], ModelSection)
     rest = _take_rest(sections["optimizer"])
@@ -141,9 +139,25 @@ def parse_run(table: Mapping[str, Any], path: Path, overrides: Sequence[str] = (
         log=from_table(Log, sections["log"], "[log] "),
         task=_task(sections["task"], path.parent),
         optimizer_rest=rest,
+        stop=from_table(Stop, sections["stop"], "[stop] ") if "stop" in table else None,
+        ema=from_table(Ema, sections["ema"], "[ema] ") if "ema" in table else None,
     )
     validate_run(run)
     return run
+
+
+def _refuse_pairs(sections: Mapping[str, Table]) -> None:
+    """Refuse keys that exclude each other, one of which has a default."""
+    if {"cuts", "balance"} <= sections["partition"].keys():
+        raise ConfigError(
+            "partition.cuts-exclude-balance",
+            "[partition] cuts already say where every block starts: leave out balance",
+        )
+    if {"every", "every-updates"} <= sections["evaluate"].keys():
+        raise ConfigError(
+            "evaluate.two-intervals",
+            "[evaluate] every counts epochs and every-updates counts updates: leave out one",
+        )
 
 
 def _section(table: Mapping[str, Any], name: str) -> Table:

@@ -17,6 +17,7 @@ from dtrain.block.optimizer import DEFAULT_LR, OptimizerSettings, scale_lr_and_m
 from dtrain.config.sections import (
     Checkpoint,
     DataSection,
+    Ema,
     Evaluate,
     Log,
     Mesh,
@@ -24,6 +25,7 @@ from dtrain.config.sections import (
     OptimizerSection,
     Partition,
     RunSection,
+    Stop,
     StrategyChoice,
 )
 from dtrain.config.strategies import NamedStrategy, name_strategy
@@ -53,6 +55,8 @@ class RunConfig:
         The ``--set`` options, as they were typed.
     optimizer_rest : StrategyChoice or None
         The optimizer of the parameters that are no hidden matrices; None: `optimizer` has all.
+    stop, ema : Stop, Ema or None
+        Early stopping, and the average of the weights; None: without.
     """
 
     path: Path
@@ -75,6 +79,8 @@ class RunConfig:
     log: Log = field(default_factory=Log)
     task: Task = DEFAULT_TASK
     optimizer_rest: StrategyChoice | None = None
+    stop: Stop | None = None
+    ema: Ema | None = None
 
     def __post_init__(self) -> None:
         """Name the strategies that were given as plain instances."""
@@ -139,7 +145,7 @@ class RunConfig:
     def to_table(self) -> Table:
         """Return the resolved run as the nested tables of a run file, defaults included."""
         tables = {
-            "data": self.dataset.to_table() | to_table(self.data),
+            "data": self.dataset.to_table() | self.data.to_table(),
             "model": self.model.to_table() | self.model_options.to_table(),
             "mesh": to_table(self.mesh),
             "partition": to_table(self.partition),
@@ -149,9 +155,12 @@ class RunConfig:
             "optimizer": self.optimizer.to_table() | self.optimizer_options.to_table(),
             "lr": self.lr_schedule.to_table(),
             "checkpoint": to_table(self.checkpoint),
-            "evaluate": to_table(self.evaluate),
+            "evaluate": self.evaluate.to_table(),
             "log": self.log.to_table(),
         }
+        for name, section in (("stop", self.stop), ("ema", self.ema)):
+            if section is not None:
+                tables[name] = to_table(section)
         if self.optimizer_rest is not None:
             tables["optimizer"] |= {"rest": self.optimizer_rest.to_table()}
         if task := self.task.to_table():  # a run of an earlier version has no such table

@@ -7,18 +7,25 @@ own table, beside `name`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from dtrain.errors import unknown_name
 from dtrain.object_names import object_name
-from dtrain.schema import Table, kebab
+from dtrain.schema import Table, kebab, to_table
 from dtrain.tracking import TRACKERS
 from dtrain.tracking.base import Tracker
 from dtrain.user_code import PATTERN
 
 CutFunction = Callable[[list[Any], int], list[Any]]
 """A user's function: (layers, blocks) -> names or indices at which blocks 1, 2, ... start."""
+
+
+def without_defaults(section: Any, *names: str) -> Table:
+    """Return the table of a section, without those of its fields `names` that have the default."""
+    defaults = {field.name: field.default for field in fields(section)}
+    unchanged = {kebab(name) for name in names if getattr(section, name) == defaults[name]}
+    return {key: value for key, value in to_table(section).items() if key not in unchanged}
 
 
 @dataclass(frozen=True)
@@ -49,11 +56,23 @@ class StrategyChoice:
 
 @dataclass(frozen=True)
 class DataSection:
-    """``[data]``: the keys that every data set has; the others belong to the named one."""
+    """``[data]``: the keys that every data set has; the others belong to the named one.
+
+    Attributes
+    ----------
+    validation : float or str
+        Share of the training split that is held out for validation; 0: none. Or the path of an
+        HDF5 file.
+    """
 
     normalise: bool = True
     shuffle: Literal["full", "chunks"] = "full"
     augment: Literal["none", "crop-flip"] = "none"
+    validation: float | str = 0.0
+
+    def to_table(self) -> Table:
+        """Return the keys as a run file has them, without those that change nothing."""
+        return without_defaults(self, "validation")
 
 
 @dataclass(frozen=True)
@@ -66,7 +85,8 @@ class ModelSection:
         Dotted names of sub-modules whose parts are layers of their own, so that a cut may stand
         inside. The containers around a layer that `[partition] cuts` names are open anyway.
     weights : str, optional
-        File with initial weights, `.pt` or `.safetensors`, under the names of the model.
+        File with initial weights, `.pt` or `.safetensors`, under the names of the model; or the
+        folder of another run, whose newest checkpoint is taken.
     strict : bool
         Whether the file must hold every tensor of the model and no other.
     """
@@ -185,31 +205,87 @@ class OptimizerSection:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """``[checkpoint]``: after each epoch, and every `every` updates in it; the last `keep` stay."""
+    """``[checkpoint]``: after each epoch, and every `every` updates in it; the last `keep` stay.
+
+    Attributes
+    ----------
+    best : str, optional
+        The metric whose best evaluation is kept beside them, in ``checkpoints/best``.
+    """
 
     every: int = 0
     keep: int = 2
+    best: str | None = None
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """``[evaluate]``: epochs between two evaluations."""
+    """``[evaluate]``: epochs between two evaluations, or updates, counted from the run's start."""
 
     every: int = 1
+    every_updates: int = 0
+
+    def to_table(self) -> Table:
+        """Return the one key that counts."""
+        key = "every" if self.every_updates else "every_updates"
+        table = to_table(self)
+        del table[kebab(key)]
+        return table
+
+
+@dataclass(frozen=True)
+class Stop:
+    """``[stop]``: early stopping.
+
+    Attributes
+    ----------
+    metric : str
+        The metric that has to improve.
+    patience : int
+        Evaluations in a row without an improvement after which the run ends.
+    min_delta : float
+        A change that is not larger than this is no improvement.
+    """
+
+    metric: str = "loss"
+    patience: int = 5
+    min_delta: float = 0.0
+
+
+@dataclass(frozen=True)
+class Ema:
+    """``[ema]``: exponential moving average of the weights.
+
+    Attributes
+    ----------
+    decay : float
+        Part of the average that remains in each update.
+    start : int
+        Updates after which the averaging begins; before, the average is a copy of the weights.
+    evaluate : bool
+        Whether every evaluation also tests the averaged weights.
+    """
+
+    decay: float = 0.999
+    start: int = 0
+    evaluate: bool = False
 
 
 @dataclass(frozen=True)
 class Log:
-    """``[log]``: seconds between two lines of progress, and the trackers of the run.
+    """``[log]``: seconds between two lines of progress, norms, and the trackers of the run.
 
     Attributes
     ----------
+    norms : bool
+        Record the norms of gradients and weights per block.
     trackers : tuple of str or Tracker
         Names of `dtrain.tracking.TRACKERS`, "module:Class", or objects; they receive the records
         that `metrics.jsonl` has.
     """
 
     every_s: float = 10.0
+    norms: bool = False
     trackers: tuple[str | Tracker, ...] = ()
 
     def __post_init__(self) -> None:
@@ -225,7 +301,8 @@ class Log:
         names = [
             entry if isinstance(entry, str) else object_name(type(entry)) for entry in self.trackers
         ]
-        return {"every-s": self.every_s} | ({"trackers": names} if names else {})
+        norms = {"norms": True} if self.norms else {}
+        return {"every-s": self.every_s} | norms | ({"trackers": names} if names else {})
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from dtrain.block.lr_schedule import LR_SCHEDULES, LRSchedule
+from dtrain.block.lr_schedule import LR_SCHEDULES, FunctionLR, LRSchedule
 from dtrain.errors import ConfigError
 from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.base import Objective
@@ -18,6 +18,7 @@ from dtrain.schema import (
     as_dataclass,
     build_strategy,
     canonical_name,
+    from_table,
     strategy_name,
     to_table,
 )
@@ -98,7 +99,10 @@ def read_strategy(section: str, table: Table, folder: Path) -> NamedStrategy[Any
     if isinstance(target, BASES[section]):
         return name_strategy(section, target)
     fingerprint = str(table.pop("fingerprint", ""))
-    if isinstance(target, type):
+    if section == "lr" and callable(target) and not isinstance(target, type):
+        name, fingerprint = register_object(target)
+        table = table | {"name": name}
+    elif isinstance(target, type):
         target = _as_strategy(section, target.__qualname__, target)
         name, fingerprint = register_object(target)
         table = table | {"name": name}
@@ -107,10 +111,14 @@ def read_strategy(section: str, table: Table, folder: Path) -> NamedStrategy[Any
         target = registered_object(name, fingerprint)
         require_object(target, name, fingerprint, section)
     strategies = BUILT_IN[section]
+    if target is None and ":" in name:
+        target = import_object(name, folder, section)
+        if section != "lr" or isinstance(target, type):
+            target = _as_strategy(section, name, target)
+    if target is not None and not isinstance(target, type):
+        return _rates_of_function(name, target, table, fingerprint)
     if target is not None:
         strategies = {name: target}
-    elif ":" in name:
-        strategies = {name: _as_strategy(section, name, import_object(name, folder, section))}
     table = _with_canonical_names(table, strategies)
     strategy = build_strategy(strategies, table, section)
     return NamedStrategy(table["name"], strategy, fingerprint)
@@ -118,11 +126,23 @@ def read_strategy(section: str, table: Table, folder: Path) -> NamedStrategy[Any
 
 def name_strategy(section: str, instance: T) -> NamedStrategy[T]:
     """Return a strategy that was made in Python with the name that a run file gives it."""
+    if section == "lr" and callable(instance) and not isinstance(instance, LRSchedule):
+        name, fingerprint = register_object(instance)
+        return _rates_of_function(name, instance, {}, fingerprint)
     names = [name for name, kind in BUILT_IN[section].items() if kind is type(instance)]
     if names:
         return NamedStrategy(names[0], instance)
     name, fingerprint = register_object(as_dataclass(type(instance)))
     return NamedStrategy(name, instance, fingerprint)
+
+
+def _rates_of_function(
+    name: str, function: Any, table: Mapping[str, Any], fingerprint: str
+) -> NamedStrategy[Any]:
+    """Return the learning-rate schedule of a user's function; the table may have a warm-up."""
+    keys = {key: value for key, value in table.items() if key != "name"}
+    schedule = FunctionLR.of(function, from_table(FunctionLR, keys, "[lr] ").warmup_updates)
+    return NamedStrategy(name, schedule, fingerprint)
 
 
 def _with_canonical_names(table: Table, legal_names: Iterable[str]) -> Table:

@@ -36,6 +36,8 @@ def validate_run(run: RunConfig) -> None:
         )
     _check_lr_scaling(run)
     _check_schedule_and_sync(run)
+    _check_validation(run)
+    _check_ema(run)
 
 
 def _optimizers(run: RunConfig) -> list[StrategyChoice]:
@@ -116,6 +118,10 @@ def _check_minima(run: RunConfig) -> None:
         "[checkpoint] every": (run.checkpoint.every, 0),
         "[checkpoint] keep": (run.checkpoint.keep, 1),
         "[evaluate] every": (run.evaluate.every, 1),
+        "[evaluate] every-updates": (run.evaluate.every_updates, 0),
+        "[stop] patience": (None if run.stop is None else run.stop.patience, 1),
+        "[stop] min-delta": (None if run.stop is None else run.stop.min_delta, 0),
+        "[ema] start": (None if run.ema is None else run.ema.start, 0),
     }
     for key, (value, minimum) in minima.items():
         if value is not None and value < minimum:
@@ -126,6 +132,39 @@ def _check_minima(run: RunConfig) -> None:
     if settings.seed >= 2**63:
         raise ConfigError(
             "run-file.seed-too-large", f"seed = {settings.seed} is too large: give less than 2**63"
+        )
+
+
+def _check_validation(run: RunConfig) -> None:
+    """Refuse a share of the training split that is none."""
+    share = run.data.validation
+    if isinstance(share, float) and not 0 <= share < 1:
+        raise ConfigError(
+            "data.validation-no-share",
+            f"[data] validation = {share} must be at least 0 and less than 1, or a path",
+        )
+
+
+def _check_ema(run: RunConfig) -> None:
+    """Refuse an average of weights without a decay between 0 and 1, or of unequal replicas."""
+    if run.ema is None:
+        return
+    if not 0 <= run.ema.decay < 1:
+        raise ConfigError(
+            "ema.decay-out-of-range",
+            f"[ema] decay = {run.ema.decay} must be at least 0 and less than 1",
+        )
+    traits = run.sync.instance.traits()
+    if not traits.keeps_weights_equal:
+        reason = (
+            "replaces weights by products of factors"
+            if traits.reparametrises
+            else "lets replicas differ between two synchronisations"
+        )
+        raise ConfigError(
+            "ema.sync",
+            f"[ema] averages the weights of equal replicas, but [sync] '{run.sync.name}' {reason}: "
+            'set [sync] name = "every-step" or leave out [ema]',
         )
 
 

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dtrain.data.dataset import DatasetSplits, standardise
+from dtrain.data.dataset import DatasetSplits, check_splits, standardise
 from dtrain.data.digits_set import Digits
-from dtrain.data.hdf5_set import Hdf5
+from dtrain.data.hdf5_set import Hdf5, Hdf5Dataset
+from dtrain.data.hold_out import hold_out
 from dtrain.data.user import as_splits
-from dtrain.errors import unknown_name
+from dtrain.errors import ConfigError, unknown_name
 from dtrain.tasks.task import DEFAULT_TASK, Task
 from dtrain.user_code import PATTERN, bind_arguments, import_object
 
@@ -25,7 +26,7 @@ DataTable = dict[str, Any]
 """A data set and its keys, as `dtrain.Run` takes it: the table of a run file."""
 
 
-COMMON_KEYS = ("normalise", "shuffle", "augment")
+COMMON_KEYS = ("normalise", "shuffle", "augment", "validation")
 """Keys of `[data]` that every data set has."""
 
 
@@ -35,7 +36,7 @@ def digits(**keys: Any) -> DataTable:
     Parameters
     ----------
     keys
-        Keys of `[data]`: `normalise`, `shuffle`, `augment`.
+        Keys of `[data]`: `normalise`, `shuffle`, `augment`, `validation`.
     """
     return {"name": "digits", **keys}
 
@@ -48,7 +49,7 @@ def hdf5(train: str | Path, test: str | Path, **keys: Any) -> DataTable:
     train, test : path
         Relative paths start in the folder of the script.
     keys
-        Keys of `[data]`: `normalise`, `shuffle`, `augment`.
+        Keys of `[data]`: `normalise`, `shuffle`, `augment`, `validation`.
     """
     return {"name": "hdf5", "train": str(train), "test": str(test), **keys}
 
@@ -68,6 +69,8 @@ def load_data(
     *,
     normalise: bool = True,
     task: Task = DEFAULT_TASK,
+    validation: float | str = 0.0,
+    seed: int = 0,
     target: Any = None,
 ) -> DatasetSplits:
     """Open the data set that a run file's `[data]` table names.
@@ -84,6 +87,11 @@ def load_data(
         Standardise inputs per channel with the training split's statistics.
     task : Task
         Decides which targets are legal.
+    validation : float or str
+        Share of the training split that becomes the validation split, 0 for none; or the path of
+        an HDF5 file beside those of data set "hdf5".
+    seed : int
+        Decides which samples a share takes.
     target : function, arrays or DatasetSplits, optional
         The data themselves, or the function that returns them, where they were given in Python.
 
@@ -95,8 +103,25 @@ def load_data(
         The data are missing, damaged or do not fit each other.
     """
     splits = _open(name, fields, folder, task, target)
+    if isinstance(validation, str):
+        splits = _open_validation(name, splits, folder / validation, task)
+    elif validation:
+        splits = hold_out(splits, validation, seed, task)
     splits = standardise(splits) if normalise else splits
     return splits.with_input_targets() if task.target == "input" else splits
+
+
+def _open_validation(name: str, splits: DatasetSplits, path: Path, task: Task) -> DatasetSplits:
+    """Return the splits of HDF5 files with one more file for validation."""
+    train = splits.train
+    if not isinstance(train, Hdf5Dataset):
+        raise ConfigError(
+            "data.validation-path",
+            f'[data] validation = "{path.name}" is a file, which only name = "hdf5" takes, not '
+            f"'{name}': give a share of the training split, as 0.1",
+        )
+    validation = Hdf5Dataset(path, train, task)
+    return check_splits(DatasetSplits(train, splits.test, validation), f"{train.path}")
 
 
 def _open(

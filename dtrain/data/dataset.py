@@ -131,10 +131,26 @@ class Dataset(ABC):
 @final
 @dataclass(frozen=True)
 class DatasetSplits:
-    """Training and test split, with samples of one shape and the same classes."""
+    """Training and test split, with samples of one shape and the same classes.
+
+    Attributes
+    ----------
+    validation : Dataset, optional
+        Samples for decisions during the training, apart from both.
+    """
 
     train: Dataset
     test: Dataset
+    validation: Dataset | None = None
+
+    def by_name(self) -> dict[str, Dataset]:
+        """Return the splits that are there, by name."""
+        splits = {"train": self.train, "test": self.test}
+        return splits if self.validation is None else splits | {"validation": self.validation}
+
+    def map(self, function: Callable[[Dataset], Dataset]) -> DatasetSplits:
+        """Return the splits with a function applied to each."""
+        return DatasetSplits(**{name: function(split) for name, split in self.by_name().items()})
 
     def as_integers(self) -> DatasetSplits:
         """Return the splits with integer inputs: int64, neither scaled nor standardised.
@@ -144,11 +160,11 @@ class DatasetSplits:
         DataError
             The samples are not stored as integers.
         """
-        return DatasetSplits(IntegerInputs(self.train), IntegerInputs(self.test))
+        return self.map(IntegerInputs)
 
     def with_input_targets(self) -> DatasetSplits:
         """Return the splits with the inputs themselves as targets."""
-        return DatasetSplits(InputTargets(self.train), InputTargets(self.test))
+        return self.map(InputTargets)
 
 
 @final
@@ -321,17 +337,37 @@ class InputTargets(DatasetView):
         return self._dataset.inputs(indices)
 
 
+@final
+class Subset(DatasetView):
+    """Some samples of another data set, in the order of their indices there."""
+
+    def __init__(self, dataset: Dataset, indices: NDArray[np.int64]) -> None:
+        super().__init__(dataset)
+        self.size = len(indices)
+        self._indices = indices
+
+    def inputs(self, indices: ArrayLike) -> Tensor:
+        return self._dataset.inputs(self._indices[np.asarray(indices)])
+
+    def integer_inputs(self, indices: ArrayLike) -> Tensor:
+        return self._dataset.integer_inputs(self._indices[np.asarray(indices)])
+
+    def read_other_inputs(self, indices: ArrayLike) -> tuple[Tensor, ...]:
+        return self._dataset.read_other_inputs(self._indices[np.asarray(indices)])
+
+    def targets(self, indices: ArrayLike) -> Tensor:
+        return self._dataset.targets(self._indices[np.asarray(indices)])
+
+
 def unstandardised(split: Dataset) -> Dataset:
     """Return the data set that a `Standardised` reads, or the split itself."""
     return split._dataset if isinstance(split, Standardised) else split
 
 
 def standardise(splits: DatasetSplits) -> DatasetSplits:
-    """Standardise both splits with the moments of the training split, computed once."""
+    """Standardise all splits with the moments of the training split, computed once."""
     training_moments = cache(splits.train.moments)
-    return DatasetSplits(
-        Standardised(splits.train, training_moments), Standardised(splits.test, training_moments)
-    )
+    return splits.map(lambda split: Standardised(split, training_moments))
 
 
 def value_range(dtype: Any) -> tuple[float, float] | None:
@@ -458,6 +494,8 @@ def check_splits(splits: DatasetSplits, location: str) -> DatasetSplits:
     DataError
         Shapes or classes differ.
     """
+    if splits.validation is not None:
+        check_splits(DatasetSplits(splits.train, splits.validation), f"{location}, validation")
     train, test = splits.train, splits.test
     if train.shape != test.shape:
         raise DataError(

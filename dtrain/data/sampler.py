@@ -80,6 +80,11 @@ def updates_per_epoch(size: int, batch_size: int) -> int:
     return -(-size // batch_size)
 
 
+def random_order(count: int, *parts: int | str) -> Indices:
+    """Return a permutation of `count` indices that depends only on `parts`."""
+    return np.argsort(_random_bits(count, *parts), kind="stable")
+
+
 def _random_bits(count: int, *parts: int | str) -> NDArray[np.uint64]:
     """Return (count,) random bits that depend only on `parts`."""
     bits: NDArray[np.uint64] = Philox(key=derive_seed(*parts)).random_raw(count)

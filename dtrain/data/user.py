@@ -1,4 +1,4 @@
-"""Data of a user's function, which returns four arrays or a `DatasetSplits`.
+"""Data of a user's function, which returns four or six arrays or a `DatasetSplits`.
 
 Invariant: the result is checked like a file. An exception inside the function keeps its traceback.
 """
@@ -32,7 +32,8 @@ def as_splits(value: object, location: str, task: Task = DEFAULT_TASK) -> Datase
     Parameters
     ----------
     value : object
-        `DatasetSplits`, or (x_train, y_train, x_test, y_test) as arrays or tensors. Samples of
+        `DatasetSplits`, or (x_train, y_train, x_test, y_test) as arrays or tensors; x_validation
+        and y_validation may follow. Samples of
         several inputs are a tuple or dict of arrays, in the order of the model's arguments. Arrays
         and CPU tensors are not copied.
     location : str
@@ -47,29 +48,32 @@ def as_splits(value: object, location: str, task: Task = DEFAULT_TASK) -> Datase
     """
     if isinstance(value, DatasetSplits):
         return check_splits(value, location)
-    if not isinstance(value, list | tuple) or len(value) != 4:
+    if not isinstance(value, list | tuple) or len(value) not in (4, 6):
         raise DataError(
             "data.function-result",
             f"{location} returned {_describe(value)}: return (x_train, y_train, x_test, y_test) "
-            f"as arrays or tensors, or a dtrain.data.dataset.DatasetSplits",
+            f"as arrays or tensors, with or without x_validation and y_validation at the end, or a "
+            "dtrain.data.dataset.DatasetSplits",
         )
-    others = [_other_arrays(value[0]), _other_arrays(value[2])]
-    first_inputs = [_first_input(value[0]), value[1], _first_input(value[2]), value[3]]
-    x_train, y_train, x_test, y_test = _to_arrays(first_inputs, task)
+    others = [_other_arrays(x) for x in value[::2]]
+    first_inputs = [
+        _first_input(item) if position % 2 == 0 else item for position, item in enumerate(value)
+    ]
+    arrays = _to_arrays(first_inputs, task)
+    pairs = list(zip(arrays[::2], arrays[1::2], strict=True))
     scans = []
-    for x, y, name in ((x_train, y_train, "train"), (x_test, y_test, "test")):
+    for (x, y), name in zip(pairs, ("train", "test", "validation"), strict=False):
         scan = TargetScan(y, f"{location}, {name}", task)
         check_arrays(x, y, f"{location}, {name}")
         scan.add(y)
         scans.append(scan)
     classes = scans[0].count_outputs()
-    for scan in scans:
+    splits = []
+    for (x, y), scan, other in zip(pairs, scans, others, strict=True):
         scan.check_classes(classes)
-    train = _make_split(x_train, y_train, classes, others[0])
-    test = _make_split(x_test, y_test, classes, others[1])
-    for split in (train, test):
-        _check_others(split, others[0] if split is train else others[1], location)
-    return check_splits(DatasetSplits(train, test), location)
+        splits.append(_make_split(x, y, classes, other))
+        _check_others(splits[-1], other, location)
+    return check_splits(DatasetSplits(*splits), location)
 
 
 def _first_input(value: Any) -> Any:

@@ -15,7 +15,7 @@ squared norms are added block by block in order, so the norm is the same on any 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -79,6 +79,17 @@ class UpdateStep:
         The communicators of this rank.
     tied : TiedParameters, optional
         Parameters with copies in several blocks.
+
+    Attributes
+    ----------
+    lr_scale : float
+        Factor of the learning rates of the updates of later segments.
+    after_update : callable, optional
+        Called with a block and the number of the update that it has just had.
+    records_norms : bool
+        Whether `gradient_norms` is wanted.
+    gradient_norms : dict of int to float
+        Norms of the gradients of the blocks in the last update of a segment, before clipping.
     """
 
     def __init__(
@@ -103,6 +114,11 @@ class UpdateStep:
         self.checks_replicas = groups.control.context.debug_mode
         self.gradient_norm = 0.0
         self.overlaps_reduction = False
+        self.lr_scale = 1.0
+        self.after_update: Callable[[Block, int], None] | None = None
+        self.gradient_norms: dict[int, float] = {}
+        self.records_norms = False
+        self._last_update = -1
         self._clocks: dict[int, UpdateClock] = {}
 
     def start_segment(
@@ -113,6 +129,7 @@ class UpdateStep:
         All-reduces begin in the backward only where all replicas then make the same calls in one
         order: a rank with several blocks follows its plan, which depends on the replicas' rows.
         """
+        self._last_update = first_update + len(batches) - 1
         equal = len(self.blocks) == 1 or all(len(set(batch.replica_rows)) == 1 for batch in batches)
         whole = not self.engine_spec.schedule.splits_backward
         self.overlaps_reduction = equal and whole and self.groups.replicas.size > 1
@@ -137,7 +154,8 @@ class UpdateStep:
             counts=counts,
             loss_count=counts[replica],
             weight=counts[replica] / total if total else batch.local_rows / batch.rows,
-            lr_factor=lr_schedule.lr_factor(number, length.updates_per_epoch, length.total_updates),
+            lr_factor=self.lr_scale
+            * lr_schedule.lr_factor(number, length.updates_per_epoch, length.total_updates),
         )
 
     def _count_replicas(self, batch: Batch, dataset: Dataset) -> tuple[float, ...]:
@@ -173,6 +191,8 @@ class UpdateStep:
                 self.tied.sum_gradients(index, action.update)
             if spec.clip:
                 self.gradient_norm = squared_norm(block.gradients()) ** 0.5
+        if self.records_norms and update.number == self._last_update:
+            self.gradient_norms[index] = squared_norm(block.gradients()) ** 0.5
         if spec.clip:
             clip_by_norm_(block.gradients(), self.gradient_norm, spec.clip)
         takes_step = sync.takes_step(update.weight, clock)
@@ -185,6 +205,8 @@ class UpdateStep:
         if self.checks_replicas and sync.in_sync:
             check_replicas_equal(block, sync.replicas, update.number)
         spec.objective.after_update(spec.block_specs[index], block, received)
+        if self.after_update is not None:
+            self.after_update(block, update.number)
 
     def _make_clock(self, index: int, update: BatchUpdate) -> UpdateClock:
         length, base_lr = self.engine_spec.training_length, self.blocks[index].base_lr

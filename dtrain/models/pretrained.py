@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,26 @@ SHOWN = 5
 """Names that an error lists."""
 
 
+class TensorSource(Protocol):
+    """Tensors that are read one by one."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor, by name."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read one tensor."""
+
+
 @final
 class PretrainedWeights:
-    """The tensors of a `.pt` or `.safetensors` file.
+    """The tensors of a `.pt` or `.safetensors` file, or of another source.
 
     Parameters
     ----------
     path : Path
         The file: a state dict of ``torch.save``, or what `dtrain export` writes.
+    source : TensorSource, optional
+        The tensors of `path`, where that is no such file.
 
     Raises
     ------
@@ -37,8 +49,12 @@ class PretrainedWeights:
         The file is missing, has another suffix, or holds no state dict.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, source: TensorSource | None = None) -> None:
         self.path = path
+        self._source: Any
+        if source is not None:
+            self._shapes, self._source = source.shapes(), source
+            return
         if not path.is_file():
             raise ConfigError("model.weights-missing", f"[model] weights: there is no file {path}")
         self._shapes, self._source = _open(path)

@@ -136,7 +136,10 @@ class Progress:
             return
         totals = self.totals
         loss = "-" if totals.train_loss is None else f"{totals.train_loss:.4f}"
-        result = f"loss {loss}  test {metric_text(totals.test['metrics'])}"
+        result = f"loss {loss}"
+        if "validation_metrics" in totals.evaluations:
+            result += f"  validation {metric_text(totals.evaluations['validation_metrics'])}"
+        result += f"  test {metric_text(totals.test['metrics'])}"
         if sum(accuracy is not None for accuracy in totals.test["accuracy_per_block"]) > 1:
             result += f"  vote {percent(totals.test['test_accuracy_vote'])}"
         epoch = max(0, totals.update - 1) // self.plan.training_length.updates_per_epoch
@@ -160,6 +163,8 @@ class Progress:
         if self.first_update >= self.total_updates:
             print(self._already_finished_text())
         print()
+        if summary["stop_reason"] is not None:
+            print(f"stopped   {summary['stop_reason']}")
         result = f"test {self._result_text(summary)}" if summary["metrics"] else summary["status"]
         print(
             f"{result} after {pluralise(summary['updates'], 'update')} "
@@ -178,7 +183,9 @@ class Progress:
             )
         folder = self.out.resolve()
         print(f"folder  {folder}")
-        print(f"next    {_next_command(self.plan, self.comm.size, folder)}", flush=True)
+        is_final = summary["stop_reason"] is not None or any(length_dependent_parts(self.plan.run))
+        command = _next_command(self.plan, self.comm.size, folder, is_final)
+        print(f"next    {command}", flush=True)
 
     def _result_text(self, summary: Mapping[str, Any]) -> str:
         """Return the accuracy with its counts, or the first metric."""
@@ -225,14 +232,16 @@ def _introduction(plan: Plan, comm: Comm, threads: int) -> list[str]:
     head_parameters = sum(block.head_parameters for block in layout.block_layouts)
     settings = " ".join(f"{key} {value}" for key, value in run.optimizer.fields.items())
     shape = " x ".join(map(str, train.shape))
+    held_out = plan.data.validation
+    validation = "" if held_out is None else f", {held_out.size:,} validation"
     builds_all = "; every rank builds all layers, then keeps its own"
     return [
         f"dtrain {version('dtrain')}, {library_versions(comm)}",
         f"ranks     {mesh.ranks} = {pluralise(mesh.replicas, 'replica')} x "
         f"{pluralise(mesh.stages, 'stage')} on {pluralise(comm.node_count, 'host')}, "
         f"{pluralise(threads, 'thread')} each",
-        f"data      {run.dataset.name}: {train.size:,} training and {test.size:,} test samples of "
-        f"{shape}, {_target_text(plan)}",
+        f"data      {run.dataset.name}: {train.size:,} training{validation} and {test.size:,} test "
+        f"samples of {shape}, {_target_text(plan)}",
         f"model     {run.model.name}: {parameters:,} parameters"
         + (f", {head_parameters:,} more in local heads" if head_parameters else "")
         + (builds_all if layout.model.builds_all_layers else ""),
@@ -279,13 +288,13 @@ def _stage_text(plan: Plan, stage: int) -> str:
     return ", ".join(f"block {block}: {layers}" for block, layers in names.items())
 
 
-def _next_command(plan: Plan, ranks: int, out: Path) -> str:
-    """Return a command that trains the run twice as long, or evaluates it where the learning rate
-    depends on the length; it can be pasted into a shell."""
+def _next_command(plan: Plan, ranks: int, out: Path, is_final: bool) -> str:
+    """Return a command that trains the run twice as long, or evaluates it where that is not
+    possible (`is_final`); it can be pasted into a shell."""
     program = Path(sys.prefix) / "bin" / "dtrain"
     command = [str(program) if program.exists() else "dtrain"]
     is_run_file = plan.run.path.suffix == ".toml"
-    if any(length_dependent_parts(plan.run)) or not is_run_file:
+    if is_final or not is_run_file:
         return shlex.join([*command, "evaluate", str(out)])
     command += ["train", str(plan.run.path)]
     command += ["--ranks", str(ranks)] if ranks > 1 else []

@@ -6,7 +6,7 @@ Invariant: rank 0 alone records.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, final
 
@@ -75,7 +75,12 @@ class RunRecords:
 
     def end_evaluation(self, eval_s: float) -> None:
         """Record an evaluation that took `eval_s` seconds."""
-        self._record("eval", **self.totals.test, eval_s=eval_s)
+        others = self.totals.evaluations
+        validation = _of_split("validation", others)
+        if validation:
+            self._record("eval", split="validation", **validation)
+        test = self.totals.test | _of_split("test", others)
+        self._record("eval", split="test", **test, eval_s=eval_s)
 
     def _record(self, kind: str, **values: Any) -> None:
         """Pass a record to the trackers, with its time and its position first."""
@@ -89,3 +94,9 @@ class RunRecords:
             "epoch": totals.update // self.plan.training_length.updates_per_epoch,
         }
         self.recorder.record(kind, head | values)
+
+
+def _of_split(split: str, evaluations: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the evaluations of a split, those of averaged weights included."""
+    prefixes = f"{split}_", f"ema_{split}_"
+    return {key: value for key, value in evaluations.items() if key.startswith(prefixes)}

@@ -46,7 +46,8 @@ class RunTotals:
     rate : float
         Samples per second of the latest segment.
     latest : dict
-        Seconds of the latest segment, its slowest rank, and the spread over the ranks.
+        Seconds of the latest segment, its slowest rank, the spread over the ranks, and learning
+        rates and norms per block.
     loss : list of float or None
         Sum of losses per block over the samples of the current epoch; None where a block has no
         loss.
@@ -64,7 +65,9 @@ class RunTotals:
     weights : dict of str to dict
         Rank and traffic of each low-rank weight, by its name.
     test : dict
-        The latest evaluation.
+        The latest evaluation of the test split.
+    evaluations : dict
+        Those of the validation split and of averaged weights, under keys with prefixes.
     tested : int
         The number of updates before the latest evaluation, -1 without one.
     history : list of dict
@@ -91,6 +94,7 @@ class RunTotals:
     rss_bytes: list[int] = field(default_factory=list)
     weights: dict[str, Any] = field(default_factory=dict)
     test: dict[str, Any] = field(default_factory=dict)
+    evaluations: dict[str, Any] = field(default_factory=dict)
     tested: int = -1
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -140,6 +144,7 @@ class RunTotals:
             "train_s": segment_s,
             **slowest_rank(records),
             **rank_figures(records, updates),
+            **block_values(records, blocks),
         }
 
     def _add_record(self, record: RankRecord) -> None:
@@ -193,7 +198,7 @@ class RunTotals:
     def add_history_test(self) -> None:
         """Add an evaluation to the record of the epoch that it follows."""
         if self.history and self.history[-1]["update"] == self.update:
-            self.history[-1] |= self.test
+            self.history[-1] |= self.test | self.evaluations
 
     @property
     def train_loss(self) -> float | None:
@@ -204,6 +209,18 @@ class RunTotals:
     def samples_per_s(self) -> float:
         """Samples per second of training segments, over all attempts."""
         return self.samples / self.train_s if self.train_s else 0.0
+
+
+def block_values(records: Sequence[RankRecord], blocks: int) -> dict[str, list[float | None]]:
+    """Return learning rates, and norms if they are recorded, per block by name; None where one is
+    not finite."""
+    rows = {int(block): row for record in records for block, row in record["block_values"].items()}
+    names = dict.fromkeys(name for row in rows.values() for name in row)
+    values = {name: [rows[block][name] for block in range(blocks)] for name in names}
+    return {
+        name: [value if math.isfinite(value) else None for value in row]
+        for name, row in values.items()
+    }
 
 
 def slowest_rank(records: Sequence[RankRecord]) -> dict[str, Any]:

@@ -83,6 +83,7 @@ def make_summary(
         **totals.metric_means(),
         **dict.fromkeys(TEST_KEYS),
         **totals.test,
+        **totals.evaluations,
         "bytes_intra_node": totals.bytes_intra_node,
         "bytes_inter_node": totals.bytes_inter_node,
         **low_rank_savings(totals.weights),

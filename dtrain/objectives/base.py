@@ -21,7 +21,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar, Literal, final
+from dataclasses import field
+from typing import ClassVar, Literal, dataclass_transform, final
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,7 @@ VOTE_DTYPE = torch.float64
 """Votes are summed over blocks whose scores may differ in dtype."""
 
 
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
 class Objective(Strategy, ABC):
     """One method of training blocks.
 

@@ -20,7 +20,8 @@ from torch import nn
 from dtrain.block.block import Block
 from dtrain.config.run import RunConfig
 from dtrain.models.layers import LayerStack, cast_module, merge_layers
-from dtrain.models.pretrained import PretrainedWeights, load_pretrained
+from dtrain.models.pretrained import load_pretrained
+from dtrain.planning.initial_weights import open_weights
 from dtrain.planning.layout import Layout
 from dtrain.planning.lazy_modules import materialise
 from dtrain.rng import seeded
@@ -71,7 +72,7 @@ def make_block(
         layers = model.build(indices, seed, layout.dtype)
     materialise(layout, index, layers, seed)
     if run.weights_path is not None and model is layout.model:
-        load_pretrained(PretrainedWeights(run.weights_path), layers, model.tied_names)
+        load_pretrained(open_weights(run.weights_path), layers, model.tied_names)
     for layer in layers.values():
         layer.to(device)
     with seeded(seed, f"heads.{index}"):

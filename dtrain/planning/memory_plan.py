@@ -74,7 +74,7 @@ class RankMemory:
         Of its blocks, buffers and heads included; of tied parameters also the gradients that are
         kept for later updates.
     sync : int
-        Copies of the trained parameters that the sync keeps.
+        Copies of the trained parameters that the sync and `[ema]` keep.
     versions : int
         Copies of weights for forwards and delayed backwards.
     live : int
@@ -156,6 +156,7 @@ class MemoryPlan:
         """Return the memory of every stage, for micro-batches of `rows` samples."""
         blocks = dict(enumerate(self.block_memory(rows)))
         timeline, traits = self.plan.proof.timeline, self.plan.run.sync.instance.traits()
+        copies_kept = traits.parameter_copies + (self.plan.run.ema is not None)
         policy = self.layout.schedule.policy(self.layout.place, self.layout.routes)
         stage_actions: list[list[Action]] = [[] for _ in range(self.layout.mesh.stages)]
         for span in timeline:
@@ -172,7 +173,7 @@ class MemoryPlan:
                     parameters=sum(block.parameters for block in in_stage),
                     gradients=gradients + self._kept_gradient_bytes(actions),
                     optimizer=0 if traits.keeps_no_optimizer_state else optimizer,
-                    sync=traits.parameter_copies * gradients,
+                    sync=copies_kept * gradients,
                     versions=sum(n * blocks[b].gradients for b, n in copies.items()),
                     live=peak_live_bytes(actions, blocks) + self._head_cache_bytes(stage),
                     messages=message_bytes,
@@ -212,7 +213,9 @@ class MemoryPlan:
             update_bytes=() if late else self._exchanged_bytes(),
         )
         largest = plan.batch_splitter.largest_micro_batch
-        count = math.ceil(plan.data.test.size / plan.layout.mesh.replicas / largest)
+        splits = plan.data.by_name().items()
+        evaluated = max(split.size for name, split in splits if name != "train")
+        count = math.ceil(evaluated / plan.layout.mesh.replicas / largest)
         forwards = [
             Span(stage, micro + block, micro + block + 1, Action("F", block, 0, micro))
             for micro in range(min(count, len(place) + EXTRA_MICRO_BATCHES))

@@ -17,8 +17,9 @@ from dtrain.errors import ConfigError
 from dtrain.models import load_model
 from dtrain.models.integer_inputs import takes_integers
 from dtrain.models.layers import LayerStack
-from dtrain.models.pretrained import PretrainedWeights, check_pretrained
+from dtrain.models.pretrained import check_pretrained
 from dtrain.objectives.block_spec import BlockSpec
+from dtrain.planning.initial_weights import open_weights
 from dtrain.planning.layout import DTYPES, Layout, make_layout
 from dtrain.schedules.segments import TrainingLength
 from dtrain.schedules.verify import PlanError, ScheduleReport
@@ -71,6 +72,7 @@ def make_plan(run: RunConfig, ranks: int) -> Plan:
         settings.updates,
         settings.segment,
         run.checkpoint.every,
+        run.evaluate.every_updates,
     )
     splitter = _split_batches(run, layout, train.size)
     return Plan(
@@ -95,6 +97,8 @@ def load_run(run: RunConfig) -> tuple[DatasetSplits, LayerStack, BlockSpec]:
         run.folder,
         normalise=run.data.normalise,
         task=run.task,
+        validation=run.data.validation,
+        seed=run.settings.seed,
         target=run.dataset.target,
     )
     train = samples.train
@@ -127,7 +131,7 @@ def _load_model(run: RunConfig, train: Dataset, task: Task) -> tuple[LayerStack,
                 f"{', '.join(model.names)}: name a container of your module, or leave it out",
             )
     if run.weights_path is not None:
-        check_pretrained(PretrainedWeights(run.weights_path), model, run.model_options.strict)
+        check_pretrained(open_weights(run.weights_path), model, run.model_options.strict)
     dtype = DTYPES[run.settings.dtype]
     others = tuple(
         (spec.shape, dtype if spec.dtype.is_floating_point else spec.dtype)

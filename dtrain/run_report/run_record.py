@@ -38,7 +38,7 @@ RUN_FILES = ("summary.json", "metrics.jsonl", OWNER_FILE)
 STATUSES = ("finished", "running", "stopped", "failed")
 
 
-NOT_METRICS = ("loss", "kind", "hosts", "copied_blocks", "layer_notes")
+NOT_METRICS = ("loss", "kind", "hosts", "copied_blocks", "layer_notes", "lr")
 """Keys of a record that are no metrics of blocks."""
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from dataclasses import field
+from typing import ClassVar, dataclass_transform
 
 from dtrain import partition
 from dtrain.errors import ConfigError
@@ -20,6 +21,7 @@ from dtrain.schedules.weight_policy import WeightPolicy
 from dtrain.schema import Strategy
 
 
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
 class Schedule(Strategy, ABC):
     """The order of one rank's actions over one segment.
 

@@ -47,11 +47,15 @@ class TrainingLength:
         Updates in one epoch and in the whole run.
     updates_per_segment : int
         Updates in one segment; the last segment of an epoch may be shorter.
+    evaluation_interval : int
+        Updates between two evaluations, counted from the start of the run; a segment ends before
+        each. 0: evaluations end no segment.
     """
 
     updates_per_epoch: int
     total_updates: int
     updates_per_segment: int
+    evaluation_interval: int = 0
 
     @classmethod
     def from_settings(
@@ -61,6 +65,7 @@ class TrainingLength:
         updates: int | None,
         updates_per_segment: int,
         checkpoint_interval: int,
+        evaluation_interval: int = 0,
     ) -> TrainingLength:
         """Return the length that the keys of a run file set.
 
@@ -73,12 +78,15 @@ class TrainingLength:
         updates_per_segment, checkpoint_interval : int
             Updates between flushes and between checkpoints. The first one that is not 0 sets the
             segments; both 0: one segment per epoch.
+        evaluation_interval : int
+            As in the class.
         """
         total = updates if updates is not None else (epochs or 0) * updates_per_epoch
         return cls(
             updates_per_epoch,
             total,
             updates_per_segment or checkpoint_interval or updates_per_epoch,
+            evaluation_interval,
         )
 
     @property
@@ -95,6 +103,8 @@ class TrainingLength:
                 self.updates_per_segment - offset % self.updates_per_segment,
                 self.updates_per_epoch - offset,
             )
+            if self.evaluation_interval:
+                length = min(length, self.evaluation_interval - start % self.evaluation_interval)
             stop = min(start + length, self.total_updates)
             yield Segment(
                 epoch,

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol, TypedDict, final
+from typing import Protocol, TypedDict, dataclass_transform, final
 
 import torch
 from torch import Tensor, nn
@@ -139,6 +139,8 @@ class SyncTraits:
     ----------
     replicas_diverge : bool
         Whether replicas may differ at the end of a segment. If not, one of them is checkpointed.
+    state_diverges : bool
+        Whether they differ in the state of the sync alone, never in their parameters.
     depends_on_run_length : bool
         Whether its phases follow from the length of the run, which then cannot be changed.
     parameter_copies : int
@@ -164,8 +166,15 @@ class SyncTraits:
     keeps_no_optimizer_state: bool = False
     reparametrises: bool = False
     compressible: bool = True
+    state_diverges: bool = False
+
+    @property
+    def keeps_weights_equal(self) -> bool:
+        """Whether all replicas hold the same parameters after each update, of fixed shapes."""
+        return not self.reparametrises and (not self.replicas_diverge or self.state_diverges)
 
 
+@dataclass_transform(field_specifiers=(field,))
 @dataclass
 class Sync(Strategy, ABC):
     """Synchronisation of the replicas of one block. Dataclass fields are keys of the run file.

@@ -79,6 +79,7 @@ class DeMo(LocalUpdates):
         """Return traits of a lossy sync with an optimizer step of its own."""
         return SyncTraits(
             replicas_diverge=True,  # by their momenta
+            state_diverges=True,
             lossy=True,
             parameter_copies=1,
             replaces_optimizer=True,

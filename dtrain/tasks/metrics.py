@@ -48,9 +48,12 @@ class Metric(ABC):
     ----------
     subjects : tuple of str
         The kinds of target that it measures.
+    higher_is_better : bool
+        Whether a larger number is better.
     """
 
     subjects: tuple[Subject, ...]
+    higher_is_better: bool = True
 
     @abstractmethod
     def update(self, output: Tensor, target: Tensor) -> Tensor:
@@ -139,6 +142,7 @@ class Perplexity(Metric):
     """exp of the mean negative log-likelihood of the label."""
 
     subjects = ("classes",)
+    higher_is_better = False
 
     def update(self, output: Tensor, target: Tensor) -> Tensor:
         likelihood = output.double().log_softmax(1).gather(1, target[:, None])
@@ -155,6 +159,7 @@ class MeanError(Metric):
     square."""
 
     subjects = ("values", "decisions")
+    higher_is_better = False
 
     def __init__(self, power: int, root: bool = False) -> None:
         self.power, self.root = power, root
@@ -192,12 +197,16 @@ class R2(Metric):
 
 @final
 class FunctionMetric(Metric):
-    """A user's function (output, target) -> mean over the rows."""
+    """A user's function (output, target) -> mean over the rows.
+
+    Larger is better, unless the function has an attribute ``higher_is_better = False``.
+    """
 
     subjects = ("any",)
 
     def __init__(self, function: MetricFunction) -> None:
         self.function = function
+        self.higher_is_better = bool(getattr(function, "higher_is_better", True))
 
     def update(self, output: Tensor, target: Tensor) -> Tensor:
         return _sums(float(self.function(output, target)) * len(output), len(output))
@@ -223,6 +232,7 @@ class TorchMetric(Metric):
         if hasattr(prototype, "set_dtype"):
             prototype.set_dtype(torch.float64)  # sums of float32 would depend on the split
         self.states = list(prototype._defaults)
+        self.higher_is_better = getattr(prototype, "higher_is_better", None) is not False
 
     def update(self, output: Tensor, target: Tensor) -> Tensor:
         metric = copy.deepcopy(self.prototype)

@@ -387,6 +387,11 @@ class Task:
         """The names of the metrics, in order."""
         return tuple(self._metrics)
 
+    def higher_is_better(self, name: str) -> bool:
+        """Return whether a larger value of a metric is better; true of an accuracy."""
+        metric = self._metrics.get(name)
+        return metric is None or metric.higher_is_better
+
     def correct(self, output: Tensor, target: Tensor) -> tuple[int, int]:
         """Return the positions whose largest score is the label's, and all counted positions."""
         right, count = Accuracy().update(*self._flat_classes(output, target))

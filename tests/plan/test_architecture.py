@@ -40,9 +40,13 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "checkpoint": (*FLAT, "comm", "block", "syncs", "config"),
     "planning": (
         *(*FLAT, "schedules", "tasks", "models", "data", "block", "objectives", "config"),
-        "comm.wire_format",
+        *("comm.wire_format", "checkpoint.manifest"),
     ),
     "monitoring": (*FLAT, "schedules", "comm", "tasks", "tracking", "checkpoint", "planning"),
+    "testing": (
+        *(*FLAT, "schedules", "comm", "data", "block", "objectives", "syncs", "config"),
+        *("checkpoint", "planning", "build", "evaluation"),
+    ),
     "run_report": (*FLAT, "checkpoint", "planning.formatting"),
 }
 """Packages that are not listed (`build`, `evaluate`, `train`, `cli`, ...) may import everything."""

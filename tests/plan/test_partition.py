@@ -116,9 +116,9 @@ def test_hundreds_of_layers_take_a_second() -> None:
     ends = [0]
     for _ in range(600):
         ends.append(ends[-1] + generator.randint(1, 1000))
-    start = time.perf_counter()
+    start = time.process_time()
     cuts = balanced_cuts(600, 16, lambda i, j: ends[j] - ends[i])
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
     assert imbalance([ends[r.stop] - ends[r.start] for r in layer_ranges(600, cuts)]) < 1.05
 
 

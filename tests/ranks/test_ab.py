@@ -18,18 +18,10 @@ from dtrain.errors import ConfigError
 from dtrain.syncs.ab import AB
 from dtrain.syncs.ab.phases import LOWEST_LR_FACTOR, Phases
 from dtrain.syncs.common.low_rank import SVD, svd
+from dtrain.testing.sync_updates import clock_at, set_random_gradients, three_matrices, update_block
 from tests.outcome import close, model
 from tests.ranks.killed import killed
-from tests.ranks.sync_runs import (
-    FOUR,
-    WIDE,
-    clock_at,
-    set_random_gradients,
-    sync_run,
-    three_matrices,
-    train_on,
-    update_block,
-)
+from tests.ranks.sync_runs import FOUR, WIDE, sync_run, train_on
 from tests.refusals import refuses
 
 FIELDS: dict[str, Any] = {"warmup-updates": 1, "every": 4, "full-updates": 1, "rebound-updates": 2}

@@ -17,9 +17,10 @@ from dtrain.comm.communicator import Comm
 from dtrain.syncs.base import Sync
 from dtrain.syncs.daso import DASO
 from dtrain.syncs.daso.plateau import PlateauDetector
+from dtrain.testing.sync_updates import clock_at, update_block
 from tests.outcome import model
 from tests.ranks.killed import killed
-from tests.ranks.sync_runs import FOUR, clock_at, replica_tensors, sync_run, train_on, update_block
+from tests.ranks.sync_runs import FOUR, replica_tensors, sync_run, train_on
 
 EPOCH = 12
 """Updates of an epoch of `train_vector`."""

@@ -13,8 +13,10 @@ import pytest
 from dtrain.errors import ConfigError
 from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.base import Objective
+from dtrain.testing import LawError
+from dtrain.testing.objective_laws import LAWS
 from tests import tiny
-from tests.docs_reader import load_example, python_blocks
+from tests.docs_reader import documented_laws, load_example, python_blocks
 from tests.harness import train_in_threads
 from tests.outcome import close, model
 from tests.ranks.test_isolation import test_one_block_is_ordinary_backprop as law_4
@@ -22,7 +24,7 @@ from tests.ranks.test_isolation import test_the_learning_of_a_block_moves_no_oth
 from tests.refusals import refuses
 
 DOCS = Path(__file__).parents[2] / "docs" / "adding-an-objective.md"
-CODE, TEST = python_blocks(DOCS)
+SCRIPT, CODE, TEST = python_blocks(DOCS)
 
 
 @pytest.fixture(autouse=True)
@@ -77,3 +79,15 @@ def test_its_own_test_passes_and_can_fail(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(module, "Margin", lambda margin: OBJECTIVES["mono-forward"]())
     with pytest.raises(AssertionError):
         formula()
+
+
+def test_the_script_keeps_all_laws_and_a_loss_that_is_a_sum_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load_example("mine", SCRIPT, tmp_path, monkeypatch)
+    laws = {"calls", *(law.name for law in LAWS)}
+    assert set(documented_laws(DOCS)) == laws
+    assert laws <= set(capsys.readouterr().out.split())
+    with pytest.raises(LawError) as caught:
+        load_example("mine", SCRIPT.replace(".mean()", ".sum()"), tmp_path, monkeypatch)
+    assert caught.value.law == "micro-batches"

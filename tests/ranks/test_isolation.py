@@ -6,7 +6,6 @@ train by the true loss of the model's own head is listed in `OWN`, with the reas
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from dtrain.block.block import Block
 from dtrain.build import RankJob, build_rank
 from dtrain.comm.backends.single import SingleBackend
 from dtrain.comm.communicator import Comm
@@ -22,6 +20,7 @@ from dtrain.data.sampler import epoch_order
 from dtrain.objectives import OBJECTIVES
 from dtrain.planning.plan import make_plan
 from dtrain.schedules import SCHEDULES
+from dtrain.testing.isolation import watch_blocks
 from tests import tiny
 
 OWN = {
@@ -31,8 +30,6 @@ OWN = {
     "scalable-ff": "the last block learns by goodness, and the head is a probe",
 }
 """Objectives with which one block is no ordinary backpropagation."""
-
-ParameterName = tuple[int, str]
 
 
 def build_job(objective: str, **changes: Any) -> RankJob:
@@ -51,44 +48,13 @@ def train_epoch(job: RankJob) -> None:
     assert len(list(job.engine.run(job.train_loader, batches, 0, 0))) == 4
 
 
-def parameter_states(blocks: dict[int, Block]) -> dict[ParameterName, tuple[int, int, int]]:
-    """Return the versions of all parameters and gradients, which every change of them changes."""
-    return {
-        (index, name): (
-            parameter._version,
-            id(parameter.grad),
-            -1 if parameter.grad is None else parameter.grad._version,
-        )
-        for index, block in blocks.items()
-        for name, parameter in block.parameters.items()
-    }
-
-
-def watch(blocks: dict[int, Block], index: int, method: str, changed: set[ParameterName]) -> None:
-    """Add the parameters that a method of a block changes to `changed`, and assert that they are
-    the block's own."""
-    original: Callable[..., None] = getattr(blocks[index], method)
-
-    def watched(*args: Any) -> None:
-        before = parameter_states(blocks)
-        original(*args)
-        after = parameter_states(blocks)
-        names = {name for name, state in after.items() if state != before[name]}
-        assert {owner for owner, _ in names} <= {index}, f"{method} of {index} changed {names}"
-        changed.update(names)
-
-    setattr(blocks[index], method, watched)
-
-
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_learning_of_a_block_moves_no_other(objective: str) -> None:
     """Law 7: neither gradients nor weights, in no action of a whole epoch."""
     asynchronous = SCHEDULES[OBJECTIVES[objective]().default_schedule].asynchronous
     job = build_job(objective, micro_batches=1 if asynchronous else 2)
-    blocks, changed = job.engine.blocks, set[ParameterName]()
-    for index in blocks:
-        for method in ("backward", "update"):
-            watch(blocks, index, method, changed)
+    blocks = job.engine.blocks
+    changed = watch_blocks(blocks, on_fault=lambda place, names: pytest.fail(f"{place}: {names}"))
     train_epoch(job)
     trained = {
         (index, name)

@@ -16,18 +16,10 @@ from dtrain.comm.backends.threads import run_ranks
 from dtrain.comm.communicator import Comm
 from dtrain.errors import ConfigError
 from dtrain.syncs.oialr import OIALR
+from dtrain.testing.sync_updates import clock_at, set_random_gradients, three_matrices, update_block
 from tests.outcome import close, model
 from tests.ranks.killed import killed
-from tests.ranks.sync_runs import (
-    FOUR,
-    WIDE,
-    clock_at,
-    set_random_gradients,
-    sync_run,
-    three_matrices,
-    train_on,
-    update_block,
-)
+from tests.ranks.sync_runs import FOUR, WIDE, sync_run, train_on
 from tests.refusals import refuses
 
 FIELDS: dict[str, Any] = {"delay-updates": 1, "every": 2, "cutoff": 0.3, "share": 0.5}

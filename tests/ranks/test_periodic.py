@@ -13,17 +13,9 @@ from dtrain.checkpoint.manifest import read_manifest
 from dtrain.comm.backends.threads import run_ranks
 from dtrain.comm.communicator import Comm
 from dtrain.syncs.qsr import QSR
+from dtrain.testing.sync_updates import clock_at, three_matrices
 from tests.outcome import close, model
-from tests.ranks.sync_runs import (
-    FOUR,
-    MOMENTUM,
-    SGD,
-    clock_at,
-    replica_tensors,
-    sync_run,
-    three_matrices,
-    train_on,
-)
+from tests.ranks.sync_runs import FOUR, MOMENTUM, SGD, replica_tensors, sync_run, train_on
 
 # ---- QSR
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from dtrain.checkpoint.export import export
+from dtrain.planning.memory_plan import MemoryPlan
+from dtrain.planning.plan import make_plan
 from tests import public_nets, tiny
 from tests.harness import train_in_threads
 from tests.need import lack
@@ -47,7 +49,8 @@ def _require(package: str) -> None:
 
 @pytest.mark.parametrize("net", CASES)
 def test_a_public_model_trains_in_three_blocks(net: str, tmp_path: Path) -> None:
-    """The same bits on one rank and on three; names and shapes of the original."""
+    """The same bits on one rank and on three, in the planned memory; names and shapes of the
+    original."""
     package, settings = CASES[net]
     _require(package)
     defaults = {
@@ -60,10 +63,10 @@ def test_a_public_model_trains_in_three_blocks(net: str, tmp_path: Path) -> None
         "objective": {"name": "backprop"},
     }
     run = tiny.run(**defaults | settings)
-    digests = {
-        train_in_threads(run, tmp_path / str(stages), stages=stages)["digest"] for stages in (1, 3)
-    }
-    assert len(digests) == 1
+    one, three = (train_in_threads(run, tmp_path / str(n), stages=n) for n in (1, 3))
+    assert one["digest"] == three["digest"]
+    planned = [rank.peak for rank in MemoryPlan(make_plan(run, 3)).rank_memory()]
+    assert planned == pytest.approx(three["peak_memory_bytes"], rel=0.1)
     exported = export(tmp_path / "3", tmp_path / "net.pt")
     original = getattr(public_nets, net)()
     original.load_state_dict(exported)

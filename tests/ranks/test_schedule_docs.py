@@ -11,13 +11,15 @@ import pytest
 
 from dtrain.errors import ConfigError
 from dtrain.schedules import SCHEDULES
+from dtrain.testing import LawError
+from dtrain.testing.schedule_laws import LAWS
 from tests import tiny
-from tests.docs_reader import load_example, python_blocks
+from tests.docs_reader import documented_laws, load_example, python_blocks
 from tests.harness import train_in_threads
 from tests.refusals import refuses
 
 DOCS = Path(__file__).parents[2] / "docs" / "adding-a-schedule.md"
-EXAMPLE, TEST = python_blocks(DOCS)
+SCRIPT, EXAMPLE, TEST = python_blocks(DOCS)
 
 
 @pytest.fixture(autouse=True)
@@ -47,3 +49,16 @@ def test_its_own_test_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     module = load_example("test_capped", TEST, tmp_path, monkeypatch)
     [test] = [value for name, value in vars(module).items() if name.startswith("test_")]
     test()
+
+
+def test_the_script_keeps_all_laws_and_too_few_warm_up_forwards_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load_example("mine", SCRIPT, tmp_path, monkeypatch)
+    laws = {"calls", *(law.name for law in LAWS)}
+    assert set(documented_laws(DOCS)) == laws
+    assert laws <= set(capsys.readouterr().out.split())
+    reverse = SCRIPT.replace("stages - 1 - stage", "stage")
+    with pytest.raises(LawError) as caught:
+        load_example("mine", reverse.replace("extra=2", "extra=0"), tmp_path, monkeypatch)
+    assert caught.value.law == "deadlock"

@@ -12,13 +12,15 @@ import pytest
 from dtrain.errors import ConfigError
 from dtrain.syncs import SYNCS
 from dtrain.syncs.base import Sync
-from tests.docs_reader import load_example, python_blocks
+from dtrain.testing import LawError
+from dtrain.testing.sync_laws import LAWS
+from tests.docs_reader import documented_laws, load_example, python_blocks
 from tests.ranks.killed import killed
 from tests.ranks.sync_runs import sync_run, train_on
 from tests.refusals import refuses
 
 DOCS = Path(__file__).parents[2] / "docs" / "adding-a-sync.md"
-EXAMPLE, TEST = python_blocks(DOCS)
+SCRIPT, EXAMPLE, TEST = python_blocks(DOCS)
 
 
 @pytest.fixture(autouse=True)
@@ -65,3 +67,16 @@ def test_its_own_test_passes_and_can_fail(
     )
     with pytest.raises(AssertionError):
         test(tmp_path / "two")
+
+
+def test_the_script_keeps_all_laws_and_a_stateful_choice_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load_example("mine", SCRIPT, tmp_path, monkeypatch)
+    laws = {"calls", *(law.name for law in LAWS)}
+    assert set(documented_laws(DOCS)) == laws
+    assert laws <= set(capsys.readouterr().out.split())
+    stateful = SCRIPT.replace("return (clock", "self.n = 7 - self.n\n        return (clock")
+    with pytest.raises(LawError) as caught:
+        load_example("mine", stateful, tmp_path, monkeypatch)
+    assert caught.value.law == "due"

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from dtrain.block.block import Block
 from dtrain.comm.backends.threads import run_ranks
-from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
 from dtrain.errors import ConfigError
 from dtrain.planning.memory_plan import MemoryPlan
 from dtrain.planning.plan import make_plan
 from dtrain.schema import build_strategy
 from dtrain.syncs import SYNCS, PeriodicSync, Sync, UpdateClock
+from dtrain.testing.sync_updates import BlockHistory, train_block
 from tests.outcome import model
-from tests.ranks.sync_runs import (
-    clock_at,
-    set_random_gradients,
-    sync_run,
-    three_matrices,
-    train_on,
-    update_block,
-)
+from tests.ranks.sync_runs import sync_run, train_on
 
 # ---- a warm-up without end is every-step
 
@@ -100,64 +90,19 @@ CASES = [
 @pytest.mark.parametrize(("name", "fields"), CASES)
 def test_resumed_after_every_update_is_uninterrupted(name: str, fields: dict[str, Any]) -> None:
     """Three replicas; the state of sync, block and optimizer goes to new ones after each update."""
-    table = {"name": name, **fields}
-    whole = run_ranks(3, lambda comm: train_block(comm, table, restarts=False), hosts=list(UNEQUAL))
-    parts = run_ranks(3, lambda comm: train_block(comm, table, restarts=True), hosts=list(UNEQUAL))
-    for ours, theirs in zip(parts, whole, strict=True):
-        assert ours.keys() == theirs.keys()
-        for key, tensor in theirs.items():
-            assert torch.equal(ours[key], tensor), key
+    sync = build_strategy(SYNCS, {"name": name, **fields}, "sync")
 
+    def train(*, restarts: bool) -> list[BlockHistory]:
+        return run_ranks(
+            3, lambda comm: train_block(comm, sync, restarts=restarts), hosts=list(UNEQUAL)
+        )
 
-def train_block(comm: Comm, table: Mapping[str, Any], *, restarts: bool) -> dict[str, Tensor]:
-    """Train a block for 24 updates; return the tensors of block, optimizer and sync."""
-    sync, block = attach(comm, table)
-    for update in range(24):
-        set_random_gradients(block, update, comm.rank)
-        rows = (2, 1, 0) if update % 4 == 3 else (2, 2, 1)
-        epoch, lr = update // 4, 0.1 / (1 + update // 3)
-        clock = clock_at(update, rows, epoch=epoch, updates_per_epoch=4, total_updates=24, lr=lr)
-        update_block(sync, block, clock)
-        if clock.ends_epoch:
-            sync.finish_pending()
-            sync.end_epoch(1.0)
-        if restarts:
-            saved = snapshot(sync, block)
-            sync, block = attach(comm, table)
-            restore(sync, block, saved)
-    shown = {f"shown/{name}": tensor for name, tensor in sync.evaluation_weights().items()}
-    return snapshot(sync, block) | shown
-
-
-def attach(comm: Comm, table: Mapping[str, Any]) -> tuple[Sync, Block]:
-    """Return a new sync, set up with a new block."""
-    sync, block = build_strategy(SYNCS, table, "sync"), three_matrices()
-    sync.setup(block, comm)
-    return sync, block
-
-
-def snapshot(sync: Sync, block: Block) -> dict[str, Tensor]:
-    """Return copies of all that a checkpoint holds of this rank."""
-    sync.finish_pending()
-    parts = {"block": block.tensors(), "optimizer": block.optimizer_state(), "sync": sync.state()}
-    return {
-        f"{part}/{name}": tensor.clone()
-        for part, tensors in parts.items()
-        for name, tensor in tensors.items()
-    }
-
-
-def restore(sync: Sync, block: Block, saved: Mapping[str, Tensor]) -> None:
-    """Load a snapshot in the order of `dtrain.checkpoint.store.restore`."""
-    parts: dict[str, dict[str, Tensor]] = {"block": {}, "optimizer": {}, "sync": {}}
-    for key, tensor in saved.items():
-        part, _, name = key.partition("/")
-        parts[part][name] = tensor.clone()
-    sync.restore_shapes(parts["sync"])
-    for name, tensor in block.tensors().items():
-        tensor.copy_(parts["block"][name])
-    block.load_optimizer_state(parts["optimizer"])
-    sync.restore(parts["sync"])
+    for ours, theirs in zip(train(restarts=True), train(restarts=False), strict=True):
+        last = max(theirs.shown)
+        for one, other in ((ours.final, theirs.final), (ours.shown[last], theirs.shown[last])):
+            assert one.keys() == other.keys()
+            for key, tensor in other.items():
+                assert torch.equal(one[key], tensor), key
 
 
 # ---- traits

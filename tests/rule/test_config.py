@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import tomllib
 from dataclasses import fields
@@ -11,17 +12,20 @@ from typing import Any
 import pytest
 
 from dtrain.block.lr_schedule import ConstantLR, CosineLR
+from dtrain.config.out_folder import fill_keys
 from dtrain.config.parse import parse_run, read_run
 from dtrain.config.renamed_keys import translate_old_keys
 from dtrain.config.sections import (
     Checkpoint,
     DataSection,
+    Ema,
     Evaluate,
     Log,
     Mesh,
     OptimizerSection,
     Partition,
     RunSection,
+    Stop,
 )
 from dtrain.errors import ConfigError
 from dtrain.schedules import SCHEDULES
@@ -29,6 +33,7 @@ from dtrain.schema import SYNONYMS, dump_toml, kebab, toml_text
 from dtrain.syncs import SYNCS
 from tests import tiny
 from tests.conftest import ROOT
+from tests.ranks.test_course import halving
 from tests.refusals import refuses
 
 UNKNOWN, TYPE, SMALL = "run-file.unknown-key", "run-file.wrong-type", "run-file.number-too-small"
@@ -77,6 +82,17 @@ WRONG: list[tuple[str, Any, str]] = [
     ("seed", 2**64, "run-file.seed-too-large"),
     ("checkpoint__keep", 0, SMALL),
     ("evaluate__every", 0, SMALL),
+    ("evaluate__every_updates", -1, SMALL),
+    ("evaluate", {"every": 1, "every-updates": 5}, "evaluate.two-intervals"),
+    ("stop__patience", 0, SMALL),
+    ("stop__min_delta", -0.1, SMALL),
+    ("stop__metrics", "loss", UNKNOWN),
+    ("ema__decay", 1.0, "ema.decay-out-of-range"),
+    ("ema__start", -1, SMALL),
+    ("data__validation", 1.0, "data.validation-no-share"),
+    ("data__validation", -0.1, "data.validation-no-share"),
+    ("data__validation", True, TYPE),
+    ("lr__name", "tests.tiny:samples2", "user-code.no-function"),
     ("log__every_s", "often", TYPE),
 ]
 OUT_OF_RANGE: list[tuple[str, Any]] = [
@@ -198,6 +214,12 @@ def test_the_resolved_text_is_the_same_run() -> None:
         {"lr": {"name": "step", "epochs": [1, 3], "gamma": 0.5, "warmup-updates": 2}},
         {"lr": {"name": "cosine", "final": 0.1}},
         {"sync": {"name": "local-sgd", "every": 3}},
+        {"lr": {"name": "plateau", "metric": "accuracy", "min-factor": 0.1}},
+        {"lr": {"name": "tests.ranks.test_course:halving", "warmup-updates": 3}},
+        {"data__validation": 0.2},
+        {"evaluate": {"every-updates": 50}},
+        {"checkpoint__best": "accuracy"},
+        {"stop": {"metric": "loss", "patience": 2}, "ema": {"decay": 0.5, "start": 3}},
     ],
 )
 def test_learning_rates_and_clips_are_written_back(changes: dict[str, Any]) -> None:
@@ -206,6 +228,34 @@ def test_learning_rates_and_clips_are_written_back(changes: dict[str, Any]) -> N
     again = parse_run(tomllib.loads(dump_toml(run.to_table())), run.path)
     assert again == run
     assert dump_toml(again.to_table()) == dump_toml(run.to_table())
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("runs/{name}-{seed}", "runs/tiny-3"),
+        ("{optimizer.lr}/{batch-size}-{model.widths}", "0.01/16-13-11-7-6"),
+        ("{{x}}", "{x}"),
+    ],
+)
+def test_keys_are_filled_into_the_folder(template: str, expected: str) -> None:
+    assert fill_keys(Path(template), tiny.run()) == Path(expected)
+
+
+@pytest.mark.parametrize(
+    ("template", "key"),
+    [("{sead}", "out.unknown-key"), ("{}", "out.unknown-key"), ("{seed", "out.malformed")],
+)
+def test_a_folder_of_unknown_keys_is_refused(template: str, key: str) -> None:
+    with refuses(ConfigError, key):
+        fill_keys(Path(template), tiny.run())
+
+
+def test_a_function_of_rates_may_be_given_in_python() -> None:
+    run = tiny.run()
+    named = dataclasses.replace(run, lr_schedule=halving)
+    assert named.to_table()["lr"]["name"] == "tests.ranks.test_course:halving"
+    assert named.lr_schedule.instance.lr_factor(9, 4, 10) == 0.5
 
 
 def test_clip_is_a_key_of_dtrain_and_no_field_of_the_optimizer() -> None:
@@ -233,6 +283,8 @@ def test_the_guide_lists_every_key_with_its_default() -> None:
         "[checkpoint] ": Checkpoint,
         "[evaluate] ": Evaluate,
         "[log] ": Log,
+        "[stop] ": Stop,
+        "[ema] ": Ema,
     }
     defaults = {
         f"{section}{kebab(field.name)}": "" if field.default is None else toml_text(field.default)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn, optim
@@ -17,10 +19,14 @@ from dtrain.block.lr_schedule import (
     LR_SCHEDULES,
     ConstantLR,
     CosineLR,
+    FunctionLR,
     LinearLR,
     LRSchedule,
+    OneCycleLR,
+    PlateauLR,
     StepLR,
 )
+from dtrain.callbacks import Event, RateOnPlateau
 from dtrain.checkpoint.resume import check_same_run
 from dtrain.errors import ConfigError
 from tests import tiny
@@ -32,7 +38,11 @@ EXAMPLES: dict[str, LRSchedule] = {
     "cosine": CosineLR(final=0.1),
     "linear": LinearLR(final=0.2),
     "step": StepLR(every_epochs=2),
+    "one-cycle": OneCycleLR(pct_start=0.4),
+    "plateau": PlateauLR(),
 }
+FALLING = [name for name in LR_SCHEDULES if name != "one-cycle"]
+"""The schedules that begin at 1; `one-cycle` rises to it."""
 MakeScheduler = Callable[[optim.Optimizer], Any]
 
 
@@ -79,6 +89,87 @@ def test_named_epochs_are_torchs_milestones(epochs: tuple[int, ...]) -> None:
     assert factors(StepLR(epochs=epochs)) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("anneal", ["cos", "linear"])
+@pytest.mark.parametrize(("pct", "div", "final"), [(0.3, 25.0, 1e4), (0.5, 4.0, 10.0)])
+def test_one_cycle_is_torchs(anneal: Any, pct: float, div: float, final: float) -> None:
+    expected = torch_rates(
+        lambda o: torch_lr.OneCycleLR(
+            *(o, 1.0, TOTAL),
+            pct_start=pct,
+            anneal_strategy=anneal,
+            cycle_momentum=False,
+            div_factor=div,
+            final_div_factor=final,
+        )
+    )
+    ours = factors(OneCycleLR(pct_start=pct, div_factor=div, final_div_factor=final, anneal=anneal))
+    assert ours == pytest.approx(expected, rel=1e-12)
+    assert all(0 < factor <= 1 for length in (1, 2, 3) for factor in factors(OneCycleLR(), length))
+
+
+class Readings:
+    """A session that reads one value after another."""
+
+    def __init__(self, values: Sequence[float | None], higher: bool) -> None:
+        self.values, self.higher = iter(values), higher
+        self.scale = 1.0
+
+    def metric(self, name: str) -> float | None:
+        return next(self.values)
+
+    def higher_is_better(self, name: str) -> bool:
+        return self.higher
+
+    def set_lr_scale(self, scale: float) -> None:
+        self.scale = scale
+
+    def stop(self, reason: str) -> None:
+        raise AssertionError
+
+    def save_best(self) -> None:
+        raise AssertionError
+
+
+@pytest.mark.parametrize("higher", [True, False])
+@pytest.mark.parametrize("keys", [{}, {"threshold": 0.1, "cooldown": 2}, {"min_factor": 0.1}])
+def test_a_plateau_is_torchs(higher: bool, keys: dict[str, Any]) -> None:
+    """On random readings, NaN included, and restored from its state at every one."""
+    random = np.random.default_rng(0)
+    values = [None if v < 0.05 else float(v) for v in random.random(60)]
+    schedule = PlateauLR(factor=0.7, patience=2, **keys)
+    session = Readings(values, higher)
+    optimizer = optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch_lr.ReduceLROnPlateau(
+        optimizer,
+        "max" if higher else "min",
+        factor=0.7,
+        patience=2,
+        threshold=schedule.threshold,
+        cooldown=schedule.cooldown,
+        min_lr=schedule.min_factor,
+        eps=0,
+    )
+    state, ours, expected = None, [], []
+    for value in values:
+        callback = RateOnPlateau(schedule)
+        if state is not None:
+            callback.restore(state)
+        callback(session, Event("evaluation", None, 0))
+        callback(session, Event("evaluation", None, 0, scheduled=False))
+        state = callback.state()
+        scheduler.step(math.nan if value is None else value)
+        ours.append(session.scale)
+        expected.append(optimizer.param_groups[0]["lr"])
+    assert ours == pytest.approx(expected, rel=1e-12)
+    assert len(set(ours)) > 3
+
+
+@pytest.mark.parametrize("factor", [-1.0, math.nan, math.inf, "1", None])
+def test_a_function_returns_a_factor(factor: Any) -> None:
+    with refuses(ConfigError, "lr.function-result"):
+        FunctionLR.of(lambda *_: factor).lr_factor(0, PER_EPOCH, TOTAL)
+
+
 @pytest.mark.parametrize("warmup", [2, 5])
 def test_the_warmup_is_torchs_and_the_cosine_begins_at_its_end(warmup: int) -> None:
     def make(optimizer: optim.Optimizer) -> Any:
@@ -91,7 +182,7 @@ def test_the_warmup_is_torchs_and_the_cosine_begins_at_its_end(warmup: int) -> N
     assert ours[:warmup] == [(update + 1) / warmup for update in range(warmup)]
 
 
-@pytest.mark.parametrize("name", LR_SCHEDULES)
+@pytest.mark.parametrize("name", FALLING)
 def test_the_warmup_multiplies_and_steps_stay_at_their_epochs(name: str) -> None:
     fields = {"every_epochs": 1} if name == "step" else {}
     warm, plain = LR_SCHEDULES[name](warmup_updates=6, **fields), LR_SCHEDULES[name](**fields)
@@ -102,7 +193,7 @@ def test_the_warmup_multiplies_and_steps_stay_at_their_epochs(name: str) -> None
     assert warm.lr_factor(6, PER_EPOCH, TOTAL) == (0.1 if name == "step" else 1)
 
 
-@pytest.mark.parametrize(("name", "warmup"), list(product(LR_SCHEDULES, (0, 3, 40))))
+@pytest.mark.parametrize(("name", "warmup"), list(product(FALLING, (0, 3, 40))))
 def test_factors_are_fractions_and_fall_after_the_warmup(name: str, warmup: int) -> None:
     """A warm-up longer than the run included."""
     fields = {"epochs": (2, 4)} if name == "step" else {}
@@ -133,6 +224,10 @@ def test_the_final_factor_is_that_of_the_first_update_after_the_run() -> None:
         (ConstantLR, {"warmup_updates": -1}, "lr.too-small"),
         (StepLR, {"epochs": (0,)}, "lr.too-small"),
         (StepLR, {}, "lr.step-epochs"),
+        (OneCycleLR, {"pct_start": 1.5}, "lr.no-fraction"),
+        (OneCycleLR, {"div_factor": 0.5}, "lr.too-small"),
+        (PlateauLR, {"factor": 1.5}, "lr.no-fraction"),
+        (PlateauLR, {"patience": -1}, "lr.too-small"),
         (StepLR, {"every_epochs": 1, "epochs": (1,)}, "lr.step-epochs"),
     ],
 )

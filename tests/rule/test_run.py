@@ -45,6 +45,14 @@ def test_segments_follow_each_other_and_never_cross_an_epoch(
     assert [segment.ends_run for segment in segments] == [False] * (len(segments) - 1) + [True]
 
 
+@pytest.mark.parametrize(("per_epoch", "interval"), list(product((4, 7), (1, 3, 10))))
+def test_segments_end_where_evaluations_are_due(per_epoch: int, interval: int) -> None:
+    """The interval counts from the start of the run, over the ends of epochs."""
+    plain = {segment.stop for segment in TrainingLength(per_epoch, 25, 3).segments()}
+    ends = {segment.stop for segment in TrainingLength(per_epoch, 25, 3, interval).segments()}
+    assert ends == plain | set(range(interval, 26, interval))
+
+
 def test_a_longer_run_resumes_where_the_shorter_one_ended() -> None:
     """Resuming inside a segment of the longer run ends it where the longer run does."""
     ends = {segment.stop for segment in TrainingLength(10, 30, 4).segments()}

@@ -77,6 +77,27 @@ def test_a_plan_needs_no_mpi_and_shows_what_train_does(
     assert [block["layers"] for block in table["blocks"]] == [["fc1"], ["fc2"], ["fc3", "head"]]
 
 
+def test_fresh_starts_fill_in_keys_and_the_best_weights_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The options of the commands, on ranks that `--ranks` starts and in this process."""
+    run, out = write_run(tmp_path), tmp_path / "run-0"
+    words = ["--set", "checkpoint.best=accuracy", "--set", "ema.decay=0.9", "--set", "epochs=1"]
+    template = tmp_path / "{name}-{seed}"
+    argv = ["train", str(run), "--fresh", "--out", str(template), *words]
+    assert run_in_process(*argv, "--set", "mesh.stages=1") == 0
+    assert summary(out)["ranks"] == 1
+    ended = start([sys.executable, "-m", "dtrain", *argv, "--ranks", "2"], cwd=ROOT)
+    assert ended.code == 0, ended.err
+    assert (summary(out)["ranks"], summary(out)["attempts"]) == (2, 1)
+    assert summary(tmp_path / "run-0.old-1")["ranks"] == 1
+    capsys.readouterr()
+    assert run_in_process("evaluate", out, "--best", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == summary(out)["best"]["value"]
+    assert run_in_process("export", out, tmp_path / "ema.pt", "--ema", "--best") == 0
+    assert run_in_process("train", run, "--out", tmp_path / "{sead}") == ConfigError.code
+
+
 COSTS = """
 multiply-adds-per-s = 1e9
 ranks-per-node = 2

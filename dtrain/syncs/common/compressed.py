@@ -70,6 +70,7 @@ class CompressedSync(Wrapper):
             compressible=False,
             parameter_copies=inner.parameter_copies + copies,
             replicas_diverge=diverge or self.error_feedback,
+            state_diverges=inner.state_diverges or not diverge,
         )
 
     @abstractmethod

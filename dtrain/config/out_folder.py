@@ -1,0 +1,53 @@
+"""Fill keys of a run into the name of its run folder: ``runs/{name}-{seed}``."""
+
+from __future__ import annotations
+
+import os
+import string
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dtrain.config.run import RunConfig
+from dtrain.errors import ConfigError, unknown_name
+from dtrain.schema import Table
+
+
+def fill_keys(out: Path, run: RunConfig) -> Path:
+    """Return the path of a run folder, with the values of keys in place of their names.
+
+    ``{name}`` is the run file's name without suffix. All other names are dotted keys of the run, as
+    ``{optimizer.lr}``. A list is written with hyphens, and so is a slash in a value.
+
+    Raises
+    ------
+    ConfigError
+        A brace is not closed, or the run has no such key.
+    """
+    values = {"name": run.path.stem} | dict(_flatten(run.to_table()))
+    parts = []
+    try:
+        fields = list(string.Formatter().parse(str(out)))
+    except ValueError as error:
+        raise ConfigError("out.malformed", f"--out {out}: {error}; write {{key}}") from error
+    for text, key, _, _ in fields:
+        parts.append(text)
+        if key is not None:
+            if key not in values:
+                raise unknown_name("key in --out", key, values, key="out.unknown-key")
+            parts.append(_text(values[key]))
+    return Path("".join(parts))
+
+
+def _flatten(table: Table, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "-".join(map(_text, value))
+    return str(value).replace(os.sep, "-")
