@@ -260,6 +260,18 @@ def test_the_best_weights_are_kept_beside_the_newest(tmp_path: Path) -> None:
     assert summary(tmp_path / "w")["status"] == "finished"
 
 
+def test_a_run_that_starts_afresh_replaces_the_best_of_a_lost_one(tmp_path: Path) -> None:
+    """The lost run had saved its best weights, and no checkpoint yet."""
+    out = tmp_path / "run"
+    alone(tiny.run(epochs=4, checkpoint__best="train_loss", optimizer__lr=0.001), out)
+    for folder in (out / "checkpoints").glob("update-*"):
+        shutil.rmtree(folder)
+    result = alone(tiny.run(epochs=1, checkpoint__best="train_loss"), out)
+    [kept] = (out / "checkpoints" / "best").iterdir()
+    assert kept.name == "update-00000004"
+    assert evaluate_run(out, Comm(SingleBackend()), best=True)["loss"] == result["test_loss"]
+
+
 TINY_WARM: dict[str, Any] = {"epochs": 1}
 
 
