@@ -25,6 +25,7 @@ local = dtrain.Run(
     model=net,
     data=dtrain.data.digits(),
     partition=dtrain.Partition(cuts=[3]),
+    mesh=dtrain.Mesh(stages=2),
     objective="mono-forward",
     optimizer=dtrain.Optimizer("adam", lr=1e-3),
     epochs=epochs,

@@ -23,9 +23,9 @@ def make_run(lr, width):
         model={"name": net, "width": width},
         data=dtrain.data.digits(validation=0.2),
         partition=dtrain.Partition(cuts=[3]),
+        mesh=dtrain.Mesh(stages=2),
         optimizer=dtrain.Optimizer("adam", lr=lr),
         epochs=1 if QUICK else 5,
-        batch_size=64,
     )
 
 

@@ -266,7 +266,8 @@ class Session:
         summary = self._finished_summary()
         assert self._progress is not None
         self._progress.finish(summary)
-        self.comm.allgather_object(None)  # the summary is there before a rank reads it
+        with self.comm.without_counting():
+            self.comm.allgather_object(None)  # the summary is there before a rank reads it
 
     def _finished_summary(self) -> dict[str, Any]:
         totals = self._totals
