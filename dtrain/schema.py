@@ -72,12 +72,15 @@ def as_dataclass(kind: type[T]) -> type[T]:
 
     It is frozen, and compares fields, where the dataclass that it derives from does. A class
     without annotations keeps the `__init__` that it inherits. Annotations of base classes between
-    it and that dataclass are fields, too.
+    it and that dataclass are fields, too. A class without any field stays as it is, so that a
+    subclass may be frozen or not.
     """
     if "__dataclass_fields__" in vars(kind):
         return kind
     parameters = getattr(kind, "__dataclass_params__", None)
     inherited = _undeclared_annotations(kind)
+    if parameters is None and not inherited and not _own_fields(kind):
+        return kind
     if inherited:
         kind.__annotations__ = inherited | inspect.get_annotations(kind)
     has_init = kind.__init__ is not object.__init__
@@ -93,16 +96,21 @@ def _undeclared_annotations(kind: type) -> dict[str, Any]:
     """Return the fields that base classes annotate which are no dataclasses, first bases first."""
     annotations: dict[str, Any] = {}
     for base in reversed(kind.__mro__[1:]):
-        own = inspect.get_annotations(base)
-        if own and "__dataclass_fields__" not in vars(base):
-            hints = typing.get_type_hints(base)
-            annotations |= {
-                name: hints[name]
-                for name in own
-                if typing.get_origin(hints[name]) is not typing.ClassVar
-                and hints[name] is not typing.ClassVar
-            }
+        if "__dataclass_fields__" not in vars(base):
+            annotations |= _own_fields(base)
     return annotations
+
+
+def _own_fields(kind: type) -> dict[str, Any]:
+    """Return the annotations of a class itself that are no class variables."""
+    own = inspect.get_annotations(kind)
+    hints = typing.get_type_hints(kind) if own else {}
+    return {
+        name: hints[name]
+        for name in own
+        if typing.get_origin(hints[name]) is not typing.ClassVar
+        and hints[name] is not typing.ClassVar
+    }
 
 
 def load_toml(path: Path, description: str) -> Table:
@@ -171,7 +179,7 @@ def from_table(
         A key is unknown or missing, or a value does not fit its field.
     """
     hints = typing.get_type_hints(kind)
-    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
     fields_by_key = {kebab(field.name): field for field in fields if field.init}
     values = {}
     for key, value in table.items():
@@ -287,7 +295,8 @@ def snake(key: str) -> str:
 
 def to_table(instance: Any) -> Table:
     """Return a dataclass as a kebab-case table, without the fields that are None."""
-    names = [field.name for field in dataclasses.fields(instance) if field.init]
+    fields = dataclasses.fields(instance) if dataclasses.is_dataclass(instance) else ()
+    names = [field.name for field in fields if field.init]
     values = {kebab(name): getattr(instance, name) for name in names}
     return {key: value for key, value in values.items() if value is not None}
 

@@ -199,3 +199,17 @@ def test_all_public_classes_are_exported(module: ModuleType, section: str, bases
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_argument_of_build_head_is_the_block(name: str) -> None:
     assert list(inspect.signature(OBJECTIVES[name].build_head).parameters) == ["self", "block"]
+
+
+def test_a_class_without_fields_may_have_frozen_subclasses_after_its_first_instance() -> None:
+    class Plain(AuxHead):
+        def build_head(self, block: BlockSpec) -> nn.Module:
+            return nn.Linear(1, block.classes)
+
+    Plain()
+
+    @dataclasses.dataclass(frozen=True)
+    class Frozen(Plain):
+        every: int = 2
+
+    assert Frozen(every=3) == Frozen(3)
