@@ -35,6 +35,10 @@ _REGISTERED: dict[tuple[str, str], Any] = {}
 """Objects of runs that were made in this process, by name and fingerprint."""
 
 
+_IMPORTING: list[str] = []
+"""The objects whose modules are being imported at this moment."""
+
+
 def import_object(target: str, folder: Path, kind: str) -> Callable[..., Any]:
     """Import the module that `target` names and return its function or class.
 
@@ -80,6 +84,22 @@ def import_object(target: str, folder: Path, kind: str) -> Callable[..., Any]:
             f"{kind} '{target}': {file} has no function called '{function}': define it there",
         )
     return imported  # type: ignore[no-any-return]
+
+
+def refuse_during_import() -> None:
+    """Refuse to train while a module is imported for an object that a run names.
+
+    Raises
+    ------
+    ConfigError
+        The script of a run has no main guard, so that an evaluation, say, would train again.
+    """
+    if _IMPORTING:
+        raise ConfigError(
+            "user-code.trains-on-import",
+            f"{_IMPORTING[-1]} is imported, but its module starts a training: put the training "
+            'under `if __name__ == "__main__":`, so that other processes can import the module',
+        )
 
 
 def register_object(value: Any) -> tuple[str, str]:
@@ -140,6 +160,7 @@ def _import_module(name: str, folder: Path, description: str) -> ModuleType:
     if sys.path[:1] != [str(folder)]:
         sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
+    _IMPORTING.append(description)
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -152,6 +173,8 @@ def _import_module(name: str, folder: Path, description: str) -> ModuleType:
             f"{description}: there is no module '{name}', neither in {folder} (the run file's "
             "folder) nor on Python's path",
         ) from error
+    finally:
+        _IMPORTING.pop()
 
 
 def bind_arguments(

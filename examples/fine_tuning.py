@@ -34,7 +34,7 @@ def net(classes):
 
 first = dtrain.Run(
     model=net,
-    data=splits(0, 6),
+    data={"name": splits, "low": 0, "high": 6},
     partition=dtrain.Partition(cuts=["neck"]),
     mesh=dtrain.Mesh(stages=2),
     optimizer=dtrain.Optimizer("adam", lr=1e-3),
@@ -45,7 +45,7 @@ first = dtrain.Run(
 if __name__ == "__main__":
     source = dtrain.train(first, out="runs/fine_tuning/six-digits")
     tuned = first.replace(
-        data=splits(6, 10),
+        data={"name": splits, "low": 6, "high": 10},
         # strict=False: the file may hold some of the tensors; the new head is not among them
         model={"name": net, "weights": str(source.out.resolve()), "strict": False},
         partition=dtrain.Partition(cuts=["neck"], frozen=[0]),

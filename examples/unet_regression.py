@@ -10,8 +10,6 @@ from torch import nn
 
 import dtrain
 
-QUICK = "--quick" in sys.argv
-
 
 def convolution(channels, outputs):
     return nn.Sequential(nn.Conv2d(channels, outputs, 3, padding=1), nn.GELU())
@@ -33,28 +31,29 @@ class UNet(nn.Module):
         return self.out(self.up1(torch.cat([a, d], 1)))
 
 
-def waves(samples, seed):
+def images():  # a function, not arrays: `dtrain evaluate` calls it again
     """Return noisy and clean images of plane waves, (samples, 1, 16, 16)."""
-    generator, pixels = torch.Generator().manual_seed(seed), torch.arange(16.0)
-    kx, ky, phase = 2 * torch.rand(3, samples, 1, 1, 1, generator=generator) - 1
+    generator, pixels = torch.Generator().manual_seed(0), torch.arange(16.0)
+    kx, ky, phase = 2 * torch.rand(3, 640, 1, 1, 1, generator=generator) - 1
     clean = torch.sin(kx * pixels[:, None] + ky * pixels + 3 * phase)
-    return clean + 0.5 * torch.randn(clean.shape, generator=generator), clean
+    noisy = clean + 0.5 * torch.randn(clean.shape, generator=generator)
+    return noisy[:512], clean[:512], noisy[512:], clean[512:]
 
 
 run = dtrain.Run(
     model=UNet,
-    data=(*waves(256 if QUICK else 1024, seed=0), *waves(128, seed=1)),
+    data=images,
     task=dtrain.Task(loss="mse", metrics=["mae", "r2"]),
     partition=dtrain.Partition(cuts=["middle", "up2"]),
     mesh=dtrain.Mesh(stages=2),
     objective="backprop",
     micro_batches=2,
     optimizer=dtrain.Optimizer("adam", lr=3e-3),
-    epochs=2 if QUICK else 10,
+    epochs=2 if "--quick" in sys.argv else 10,
     batch_size=32,
 )
 
 if __name__ == "__main__":
-    result = dtrain.train(run, out="runs/unet-{epochs}")  # {epochs} is a key of the run
+    result = dtrain.train(run)
     if result.rank == 0:
         print({name: round(value, 3) for name, value in result.summary["metrics"].items()})

@@ -25,6 +25,7 @@ from dtrain.monitoring.summary import metric_text
 from dtrain.planning.formatting import percent, pluralise
 from dtrain.planning.plan import Plan
 from dtrain.planning.warnings import plan_warnings
+from dtrain.user_code import ARRAYS
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -290,10 +291,15 @@ def _stage_text(plan: Plan, stage: int) -> str:
 
 def _next_command(plan: Plan, ranks: int, out: Path, is_final: bool) -> str:
     """Return a command that trains the run twice as long, or evaluates it where that is not
-    possible (`is_final`); it can be pasted into a shell."""
+    possible (`is_final`), or exports it where no other process can import its objects; it can be
+    pasted into a shell."""
     program = Path(sys.prefix) / "bin" / "dtrain"
     command = [str(program) if program.exists() else "dtrain"]
     is_run_file = plan.run.path.suffix == ".toml"
+    parts = (plan.run.dataset, plan.run.model, plan.run.objective, plan.run.schedule, plan.run.sync)
+    has_only_objects = plan.run.dataset.name == ARRAYS or not plan.run.path.exists()
+    if has_only_objects or any(part.fingerprint for part in parts):
+        return shlex.join([*command, "export", str(out), "model.pt"])
     if is_final or not is_run_file:
         return shlex.join([*command, "evaluate", str(out)])
     command += ["train", str(plan.run.path)]

@@ -86,6 +86,7 @@ from dtrain.session.start import (
     start_trace,
     write_plan,
 )
+from dtrain.user_code import refuse_during_import
 
 SEARCH_S = 60.0
 """Seconds in which a test loss that is not finite is searched for in the data, once."""
@@ -144,6 +145,7 @@ class Session:
         exact_mesh: bool = False,
         comm: Comm | None = None,
     ) -> None:
+        refuse_during_import()
         self.comm = init() if comm is None else comm
         self.callbacks = tuple(callbacks)
         config = run if isinstance(run, RunConfig) else run.config

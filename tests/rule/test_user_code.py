@@ -203,6 +203,32 @@ def test_a_name_inside_a_function_is_refused(tmp_path: Path) -> None:
         import_object(object_name(make_class(1.0)), tmp_path, "objective")
 
 
+TRAINS = """
+import dtrain
+from torch import nn
+
+def net():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+run = dtrain.Run(model=net, data="digits", optimizer=dtrain.Optimizer("sgd", lr=0.1), epochs=1)
+dtrain.train(run)
+"""
+
+
+def test_a_module_that_trains_while_it_is_imported_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation of its run would train on."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "trains.py").write_text(TRAINS)
+    with refuses(ConfigError, "user-code.trains-on-import"):
+        import_object("trains:net", tmp_path, "model")
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "guarded.py").write_text(TRAINS.replace("dtrain.train(run)", ""))
+    assert callable(import_object("guarded:net", tmp_path, "model"))
+
+
 PAIR = (1, 2)
 SAME: list[tuple[Callable[[], object], Callable[[], object]]] = [
     (lambda: make_class(1.0), lambda: make_class(1.0)),

@@ -25,11 +25,10 @@ FOLDERS = {
         f"pipelined/{name}" for name in ("1f1b", "pipelined", "pipelined-predicted")
     ),
     "sweep_optuna": (),
-    "unet_regression": ("unet-2",),
 }
 """The run folders of the examples that have not exactly one of their own name."""
-CHECKING = ("own_objective", "own_sync")
-"""Examples that check a strategy where they run on one rank."""
+ONE_RANK = ("own_model", "own_partition", "own_objective", "own_sync", "own_loop", "fine_tuning")
+"""Examples that also run without MPI; two of them check a strategy there."""
 
 
 def test_the_examples_run_on_two_ranks(tmp_path: Path, mpirun: str, clean: dict[str, str]) -> None:
@@ -49,17 +48,18 @@ def test_the_examples_run_on_two_ranks(tmp_path: Path, mpirun: str, clean: dict[
     assert (tmp_path / "runs" / "notebook" / "local.png").exists()
 
 
-def test_the_examples_check_their_strategies_on_one_rank(
+def test_examples_run_on_one_rank_and_check_their_strategies(
     tmp_path: Path, clean: dict[str, str]
 ) -> None:
-    words = [["run", str(SCRIPTS[name]), "--", "--quick"] for name in CHECKING]
+    words = [["run", str(SCRIPTS[name]), "--", "--quick"] for name in ONE_RANK]
     program = f"from dtrain.cli import main\nassert not any([main(argv) for argv in {words}])"
     ended = start(
         [sys.executable, "-c", program], env=clean | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path
     )
     assert ended.code == 0, ended.err
-    for name in CHECKING:
-        assert summary(tmp_path / "runs" / name)["status"] == "finished"
+    for name in ONE_RANK:
+        for folder in FOLDERS.get(name, (name,)):
+            assert summary(tmp_path / "runs" / folder)["status"] == "finished"
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -33,19 +33,21 @@ SMALL = RUN.replace("epochs = 1", "updates = 4")
 def test_four_hosts_train_as_one_host_does(cluster: Cluster, tmp_path: Path) -> None:
     """2 stages x 2 replicas under srun; the same bits as four threads. A refusal comes once.
 
-    Scripts that use the Python API run, too.
+    Scripts that use the Python API run, too, and DASO on several hosts.
     """
     run = write_run(tmp_path, WIDE)
     train = ["train", run, "--out", tmp_path / "far"]
     commands = {"refused": [*train, "--set", "mesh.stages=3"], "train": train}
     commands |= {name: ["run", SCRIPTS / f"{name}.py"] for name in FOLDERS}
+    commands["daso"] = ["run", ROOT / "examples" / "daso_nodes.py", "--", "--quick"]
     srun = ["srun", "--mpi=pmix", "-N4", "-n4", *write_commands(tmp_path, commands)]
     ended = start(srun, env=cluster.env, limit_s=180, cwd=tmp_path)
     assert ended.code == 0, ended.err
     results = read_results(tmp_path, 4)
-    for name, folder in FOLDERS.items():
-        assert [result.code for result in results[name]] == [0] * 4
-        assert summary(tmp_path / "runs" / folder)["status"] == "finished"
+    for name, folders in {**FOLDERS, "daso": ("daso-3",)}.items():
+        assert [result.code for result in results[name]] == [0] * 4, results[name]
+        for folder in folders:
+            assert summary(tmp_path / "runs" / folder)["status"] == "finished"
     assert [result.code for result in results["refused"]] == [ConfigError.code] * 4
     assert [result.err.count("dtrain: ") for result in results["refused"]] == [1, 0, 0, 0]
     assert [result.code for result in results["train"]] == [0] * 4
