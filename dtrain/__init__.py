@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from dtrain.rank_process import init
     from dtrain.run import Optimizer, Run
     from dtrain.run_report.page import report
-    from dtrain.session import Event, Session
+    from dtrain.session.session import Event, Session
     from dtrain.tasks.task import Task
 
 _MODULES = ("callbacks", "data", "objectives", "schedules", "syncs", "testing")
@@ -65,7 +65,7 @@ _HOMES = {
     "init": "dtrain.rank_process",
     "report": "dtrain.run_report.page",
     **dict.fromkeys(("Optimizer", "Run"), "dtrain.run"),
-    **dict.fromkeys(("Event", "Session"), "dtrain.session"),
+    **dict.fromkeys(("Event", "Session"), "dtrain.session.session"),
     "Task": "dtrain.tasks.task",
 }
 """The module of every public name, and the name there if it is another."""

@@ -19,14 +19,14 @@ from dtrain.comm.backends.single import SingleBackend
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
 from dtrain.evaluation import SplitName, evaluate_run
-from dtrain.measured_cuts import settle_cuts
 from dtrain.planning import report as plan_report
 from dtrain.planning.cost_file import CostFile, read_cost_file
 from dtrain.planning.plan import Plan, make_plan
 from dtrain.prediction import predict_run
 from dtrain.rank_process import init
 from dtrain.run import Run
-from dtrain.session import Callback, Session, run_of_folder
+from dtrain.session.measured_cuts import settle_cuts
+from dtrain.session.session import Callback, Session, run_of_folder
 from dtrain.training import train_session
 
 

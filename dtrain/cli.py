@@ -103,6 +103,7 @@ def _add_rank_commands(commands: Commands) -> None:
         dest="resume",
         action="store_const",
         const="fresh",
+        default="auto",
         help="start anew; what is in the folder is moved to DIR.old-1",
     )
     start.add_argument(

@@ -10,7 +10,7 @@ from dtrain.callbacks import Callback
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
 from dtrain.schedules.segments import Segment
-from dtrain.session import Session
+from dtrain.session.session import Session
 
 
 def train(

@@ -26,5 +26,5 @@ def one_thread() -> Iterator[None]:
 def no_report_delay() -> Iterator[None]:
     """Skip the delay in which the first error of a job is printed alone."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dtrain.failure.REPORT_DELAY_S", 0.0)
+        patch.setattr("dtrain.session.failure.REPORT_DELAY_S", 0.0)
         yield

@@ -84,7 +84,8 @@ def save(
         with _convert_write_errors(part):
             manifest = {"run": run_table, "state": state, "fingerprint": fingerprint or {}}
             _commit(part, final, manifest | {"shards": shards})
-            for old in sorted(folder.glob("update-*"))[:-keep]:
+            others = [path for path in sorted(folder.glob("update-*")) if path != final]
+            for old in others[: max(0, len(others) - keep + 1)]:
                 _remove(old)
     control.allgather_object("done")
 

@@ -346,6 +346,10 @@ class Subset(DatasetView):
         self.size = len(indices)
         self._indices = indices
 
+    def source_index(self, index: int) -> int:
+        """Return the index of a sample in the other data set."""
+        return int(self._indices[index])
+
     def inputs(self, indices: ArrayLike) -> Tensor:
         return self._dataset.inputs(self._indices[np.asarray(indices)])
 

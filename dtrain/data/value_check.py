@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dtrain.data.dataset import Dataset, unstandardised
+from dtrain.data.dataset import Dataset, Subset, unstandardised
 from dtrain.errors import DataError
 
 Indices = NDArray[np.int64]
@@ -47,10 +47,10 @@ def check_finite(split: Dataset, name: str, rows: Indices, deadline: float) -> N
     stored = unstandardised(split)
     if stored.input_dtype.is_floating_point:
         for part in _parts(rows, stored.shape, deadline):
-            _refuse(stored.inputs(part), part, name, "channel")
+            _refuse(stored, stored.inputs(part), part, name, "channel")
     if stored.target_dtype.is_floating_point:
         for part in _parts(rows, stored.target_shape, deadline):
-            _refuse(stored.targets(part), part, name, "number of the target")
+            _refuse(stored, stored.targets(part), part, name, "number of the target")
 
 
 def all_targets_alike(split: Dataset, deadline: float) -> float | None:
@@ -85,13 +85,17 @@ def _parts(rows: Indices, shape: tuple[int, ...], deadline: float) -> Iterator[I
         start, size = start + size, min(2 * size, largest)
 
 
-def _refuse(values: torch.Tensor, rows: Indices, name: str, part: str) -> None:
+def _refuse(split: Dataset, values: torch.Tensor, rows: Indices, name: str, part: str) -> None:
+    """Refuse values of some rows that are not finite."""
     if bool(values.isfinite().all()):
         return
     place = (~values.isfinite()).nonzero()[0]
     sample, channel = int(rows[int(place[0])]), int(place[1]) if len(place) > 1 else 0
+    source = ""
+    if isinstance(split, Subset):
+        source = f" (sample {split.source_index(sample)} of the data that it is a part of)"
     raise DataError(
         "data.not-finite",
-        f"sample {sample} of the {name} split is not finite: {part} {channel} is "
+        f"sample {sample} of the {name} split{source} is not finite: {part} {channel} is "
         f"{float(values[tuple(place)])}; correct it, or remove the sample",
     )

@@ -45,8 +45,8 @@ def choose_cuts(run: RunConfig, block_costs: BlockCosts, stages: int) -> tuple[i
     if section.balance not in costs:
         raise ConfigError(
             "partition.time-not-measured",
-            '[partition] balance = "time" is measured before the plan, but this run was not: call '
-            'dtrain.measured_cuts.settle_cuts, or set balance = "flops", or cuts',
+            '[partition] balance = "time" needs a measurement, which `dtrain train` and '
+            '`dtrain plan` make: use one of them, or set balance = "flops", or cuts',
         )
     ends = [may_end_block(layer, block_costs.objective) for layer in block_costs.layer_specs]
     cost = costs[section.balance]()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from typing import Any, final
 
@@ -28,8 +29,11 @@ class WandbRun(Tracker):
         id_file = folder / "run-id"
         if not id_file.is_file():
             id_file.write_text(os.urandom(8).hex(), encoding="utf-8")
+        run_id = id_file.read_text(encoding="utf-8")
+        while any(folder.glob(f"*_{time.strftime('%H%M%S')}-{run_id}")):
+            time.sleep(0.1)  # wandb names the files of a start by its second
         self._run = self._package.init(
-            id=id_file.read_text(encoding="utf-8"),
+            id=run_id,
             name=facts.name,
             project=os.environ.get("WANDB_PROJECT", "dtrain"),
             dir=str(facts.folder),

@@ -27,6 +27,6 @@ def killed(run: RunConfig, out: Path, until: int, hosts: Sequence[str]) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kind, "before_update", failing)
-        patch.setattr("dtrain.failure.REPORT_DELAY_S", 0.0)
+        patch.setattr("dtrain.session.failure.REPORT_DELAY_S", 0.0)
         with pytest.raises(ZeroDivisionError):
             run_ranks(len(hosts), lambda comm: train(run, comm, out), hosts=hosts)

@@ -34,7 +34,7 @@ from dtrain.errors import ConfigError, DataError
 from dtrain.evaluation import evaluate_run
 from dtrain.planning.memory_plan import MemoryPlan
 from dtrain.planning.plan import make_plan
-from dtrain.session import Callback, Session
+from dtrain.session.session import Callback, Session
 from dtrain.training import train
 from tests import tiny
 from tests.conftest import ROOT
@@ -258,6 +258,18 @@ def test_the_best_weights_are_kept_beside_the_newest(tmp_path: Path) -> None:
     assert names == ["best", f"update-{result['updates']:08d}"]
     alone(tiny.run(**TINY_WARM | {"model__weights": str(out / "checkpoints/best")}), tmp_path / "w")
     assert summary(tmp_path / "w")["status"] == "finished"
+
+
+def test_a_run_that_starts_afresh_replaces_the_best_of_a_lost_one(tmp_path: Path) -> None:
+    """The lost run had saved its best weights, and no checkpoint yet."""
+    out = tmp_path / "run"
+    alone(tiny.run(epochs=4, checkpoint__best="train_loss", optimizer__lr=0.001), out)
+    for folder in (out / "checkpoints").glob("update-*"):
+        shutil.rmtree(folder)
+    result = alone(tiny.run(epochs=1, checkpoint__best="train_loss"), out)
+    [kept] = (out / "checkpoints" / "best").iterdir()
+    assert kept.name == "update-00000004"
+    assert evaluate_run(out, Comm(SingleBackend()), best=True)["loss"] == result["test_loss"]
 
 
 TINY_WARM: dict[str, Any] = {"epochs": 1}

@@ -194,8 +194,9 @@ def test_a_slow_step_of_a_start_is_named_below_the_head(
 def write_user(folder: Path, text: str) -> None:
     """Write the module of a user's model."""
     (folder / "my_net.py").write_text(
-        "from torch import nn\n\n\ndef net():\n    return nn.Sequential("
-        f"nn.Flatten(), nn.Linear(10, 6), {text}, nn.Linear(6, 3))\n"
+        "from torch import nn\n\n\nclass Middle(nn.Module):\n    def forward(self, x):\n"
+        f"        return {text}\n\n\ndef net():\n    return nn.Sequential("
+        "nn.Flatten(), nn.Linear(10, 6), Middle(), nn.Linear(6, 3))\n"
     )
 
 
@@ -219,16 +220,16 @@ def test_a_changed_text_of_the_model_is_named_on_resuming(
         return "my_net:net: the text" in capsys.readouterr().out
 
     try:
-        assert not note_of(1, "nn.ReLU()")
-        assert not note_of(2, "nn.ReLU()")
-        assert note_of(3, "nn.Tanh()")
-        assert not note_of(4, "nn.Tanh()")
+        assert not note_of(1, "x.relu()")
+        assert not note_of(2, "x.relu()")
+        assert note_of(3, "x.tanh()")
+        assert not note_of(4, "x.tanh()")
         assert records(out, "run")[2]["notes"] != records(out, "run")[3]["notes"] == []
         for manifest in (out / "checkpoints").glob("*/manifest.json"):
             content = json.loads(manifest.read_text())
             assert content["fingerprint"].pop("source")
             manifest.write_text(json.dumps(content))
-        assert not note_of(5, "nn.ReLU()")
+        assert not note_of(5, "x.relu()")
     finally:
         sys.modules.pop("my_net", None)
 
@@ -258,7 +259,7 @@ def test_a_test_split_with_nan_is_refused_at_the_start(tmp_path: Path) -> None:
 def test_nan_behind_the_limit_of_the_start_is_named_by_the_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dtrain.data_notes.CHECK_S", -1.0)
+    monkeypatch.setattr("dtrain.session.data_notes.CHECK_S", -1.0)
     changes: dict[str, Any] = {"data__name": "tests.ranks.test_monitoring:spoiled_test"}
     with refuses(DataError, "data.not-finite"):
         train_alone(tmp_path, **changes)

@@ -19,12 +19,12 @@ from dtrain.checkpoint.resume import check_same_run
 from dtrain.comm.backends.threads import run_ranks
 from dtrain.config.run import RunConfig
 from dtrain.errors import ConfigError, DataError, DtrainError
-from dtrain.measured_cuts import settle_cuts
 from dtrain.planning.layer_list import LayerList, LayerSpec, list_layers
 from dtrain.planning.layout import make_block_costs
 from dtrain.planning.memory_costs import MemoryCosts
 from dtrain.planning.memory_plan import MemoryPlan
 from dtrain.planning.plan import load_run, make_plan
+from dtrain.session.measured_cuts import settle_cuts
 from tests import tiny
 from tests.graph_nets import SkipNet
 from tests.ranks.test_memory import make_run

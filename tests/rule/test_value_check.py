@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
-from dtrain.data.dataset import ArrayDataset, DatasetSplits, standardise
+from dtrain.data.dataset import ArrayDataset, DatasetSplits, Subset, standardise
 from dtrain.data.hdf5_set import Hdf5Dataset
 from dtrain.data.value_check import all_targets_alike, check_finite, has_finite_statistics
 from dtrain.errors import DataError
@@ -42,10 +42,19 @@ def test_a_value_that_is_not_finite_is_named(value: float, standardised: bool) -
     splits = standardise(splits) if standardised else splits
     assert has_finite_statistics(splits.train) is not standardised
     with refuses(DataError, "data.not-finite") as caught:
-        check_finite(splits.train, "training", np.arange(50), math.inf)
-    assert all(word in str(caught.value) for word in ("sample 41", "training split", "channel 2"))
+        check_finite(splits.train, "train", np.arange(50), math.inf)
+    assert all(word in str(caught.value) for word in ("sample 41", "train split", "channel 2"))
     check_finite(splits.test, "test", np.arange(40), math.inf)
-    check_finite(splits.train, "training", np.arange(0, 50, 2), math.inf)  # another rank's
+    check_finite(splits.train, "train", np.arange(0, 50, 2), math.inf)  # another rank's
+
+
+def test_a_sample_of_a_part_has_its_number_in_the_whole() -> None:
+    x = np.ones((9, 1))
+    x[7] = math.nan
+    part = Subset(dataset(x, np.zeros(9)), np.array([1, 7, 8]))
+    with refuses(DataError, "data.not-finite") as caught:
+        check_finite(part, "validation", np.arange(3), math.inf)
+    assert "sample 1 of the validation split (sample 7 " in str(caught.value)
 
 
 def test_a_target_that_is_not_finite_is_named() -> None:

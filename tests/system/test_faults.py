@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dtrain.errors import CheckpointError, ConfigError
+from dtrain.errors import CheckpointError, ConfigError, RankLostError
 from tests import outcome
 from tests.conftest import ROOT
 from tests.process import start, sweep
@@ -107,12 +107,15 @@ def test_user_code_that_raises_ends_the_job_with_its_traceback_first(
     assert re.search(row, capsys.readouterr().out, re.M)
 
 
-@pytest.mark.parametrize(("net", "error"), [("leaving", "SystemExit"), ("failing", "KeyError")])
+@pytest.mark.parametrize(
+    ("net", "error", "code"),
+    [("leaving", "SystemExit", RankLostError.code), ("failing", "KeyError", 1)],
+)
 def test_user_code_that_leaves_or_cannot_be_built_ends_the_job(
-    net: str, error: str, run: Path
+    net: str, error: str, code: int, run: Path
 ) -> None:
     ended = start(command(run, net), limit_s=60, cwd=ROOT)
-    assert (ended.late, ended.code, ended.left) == (False, 1, ())
+    assert (ended.late, ended.code, ended.left) == (False, code, ())
     # A model is tried on torch's meta device first, so one traceback may hold two parts.
     assert 1 <= ended.err.count(f"\n{error}") <= 2, ended.err
     if net == "leaving":

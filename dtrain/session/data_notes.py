@@ -54,9 +54,9 @@ def _check_own_part(plan: Plan, rank: int, limit_s: float) -> None:
     if not _reads_inputs(plan, stage):
         return
     deadline = time.monotonic() + limit_s
-    for name, split in (("test", plan.data.test), ("training", plan.data.train)):
+    for name, split in reversed(plan.data.by_name().items()):  # training samples last
         rows = np.arange(replica, split.size, plan.layout.mesh.replicas)
-        is_known_bad = name == "training" and not has_finite_statistics(split)
+        is_known_bad = name == "train" and not has_finite_statistics(split)
         check_finite(split, name, rows, math.inf if is_known_bad else deadline)
 
 
@@ -74,13 +74,13 @@ def _alike_notes(plan: Plan) -> Iterator[str]:
     """Yield a note for each split whose targets are all alike."""
     task = plan.layout.task
     deadline = time.monotonic() + CHECK_S
-    for name, split in (("training", plan.data.train), ("test", plan.data.test)):
+    for name, split in plan.data.by_name().items():
         value = None if task.target == "input" else all_targets_alike(split, deadline)
         if value is None:
             continue
         noun = "labels" if task.has_classes else "targets"
         effect = "any model that returns this constant has a loss near 0"
-        if name == "test":
+        if name != "train":
             effect = "metrics on it do not measure learning"
             if task.counts_samples:
                 effect = "a constant prediction has an accuracy of 0 or 100 % on it"

@@ -15,44 +15,34 @@ that fails ends the job. Collective work is done at the ends of segments.
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dtrain.block.block import Block
-from dtrain.block.optimizer import squared_norm
-from dtrain.build import RankJob, build_rank, check_same_data, check_same_layout, set_threads
+from dtrain.build import build_rank, check_same_data, check_same_layout, set_threads
 from dtrain.callbacks import (
     BestCheckpoint,
     Callback,
-    EarlyStopping,
     Ema,
     Event,
     EventKind,
-    RateOnPlateau,
     all_callbacks,
     callback_keys,
     with_callback_keys,
 )
 from dtrain.checkpoint import run_folder, store
 from dtrain.checkpoint.digest import model_digest
-from dtrain.checkpoint.manifest import Manifest, read_manifest
 from dtrain.checkpoint.resume import (
     BEST_FOLDER,
     CHECKPOINT_FOLDER,
-    ResumePoint,
     check_same_model,
     check_same_run,
     check_saved_data,
-    find_checkpoint,
     find_resume_point,
     source_hashes,
     source_notes,
@@ -64,33 +54,38 @@ from dtrain.config.out_folder import fill_keys
 from dtrain.config.run import RunConfig
 from dtrain.data.dataset import Standardised
 from dtrain.data.sampler import epoch_order
-from dtrain.data_notes import check_data_values, data_notes
-from dtrain.engine.trace import TRACE_FILE, Trace
-from dtrain.errors import ConfigError, DtrainError, RankLostError
+from dtrain.errors import ConfigError, RankLostError
 from dtrain.evaluation import EvalWeights, evaluate_weights, evaluation_weights
-from dtrain.failure import report_failure
-from dtrain.layer_notes import layer_notes
-from dtrain.measured_cuts import settle_cuts
 from dtrain.monitoring.machine_peak import measured_peak
 from dtrain.monitoring.metric_values import (
-    check_metric_name,
     higher_is_better,
-    metric_names,
     metric_values,
     rename_evaluation,
 )
 from dtrain.monitoring.monitor import Monitor
-from dtrain.monitoring.run_totals import RunTotals
 from dtrain.monitoring.start_log import StartLog
 from dtrain.monitoring.summary import make_summary
-from dtrain.planning import report
 from dtrain.planning.plan import Plan, make_plan
 from dtrain.planning.warnings import placement_warnings
 from dtrain.rank_process import init
 from dtrain.run import Run
 from dtrain.schedules.segments import Segment
 from dtrain.schema import Table
-from dtrain.tracking.recorder import Recorder, make_trackers
+from dtrain.session.data_notes import check_data_values, data_notes
+from dtrain.session.failure import report_failure
+from dtrain.session.layer_notes import layer_notes
+from dtrain.session.measured_cuts import settle_cuts
+from dtrain.session.segment_record import segment_record
+from dtrain.session.start import (
+    acquire_folder,
+    check_metrics,
+    check_weights_stay,
+    make_recorder,
+    restore_run,
+    share_module,
+    start_trace,
+    write_plan,
+)
 
 SEARCH_S = 60.0
 """Seconds in which a test loss that is not finite is searched for in the data, once."""
@@ -187,7 +182,7 @@ class Session:
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
-        traceback: TracebackType | None,
+        trace: TracebackType | None,
     ) -> None:
         """Write the summary and unlock the folder. A session that is left before its last update
         trains to the end of its segment; its status is "stopped"."""
@@ -202,7 +197,7 @@ class Session:
 
     def _open(self) -> None:
         comm, out, log = self.comm, self.out, StartLog(self.comm)
-        _share_module(self._run.model.target, comm)
+        share_module(self._run.model.target, comm)
         threads = set_threads(self._run, comm)
         point = find_resume_point(comm, out, self._resume)
         given = self.callbacks
@@ -211,7 +206,7 @@ class Session:
         with log.step("reading data and model"):
             plan = all_or_none(comm, lambda: make_plan(run, comm.size))
         self.callbacks = all_callbacks(run, given)
-        all_or_none(comm, lambda: _check_metrics(self.callbacks, plan))
+        all_or_none(comm, lambda: check_metrics(self.callbacks, plan))
         check_same_layout(plan, comm)
         with log.step("reading data and computing their statistics"):
             data_fingerprint = check_same_data(plan, comm)
@@ -219,11 +214,11 @@ class Session:
         is_trained = point.updates >= plan.training_length.total_updates
         all_or_none(comm, lambda: check_same_run(out, point.run_table, plan.run, is_trained))
         if self._resume == "fresh":
-            all_or_none(comm, lambda: _check_weights_stay(out, plan.run))
+            all_or_none(comm, lambda: check_weights_stay(out, plan.run))
         all_or_none(comm, lambda: check_saved_data(point.fingerprint, data_fingerprint))
-        recorder = all_or_none(comm, lambda: _make_recorder(plan.run, comm))
+        recorder = all_or_none(comm, lambda: make_recorder(plan.run, comm))
         self._owner, attempt = broadcast_object(
-            comm, lambda: _acquire_folder(out, self._resume, point)
+            comm, lambda: acquire_folder(out, self._resume, point)
         )
         all_or_none(comm, lambda: run_folder.check_visible(out, comm.hosts[comm.rank]))
         comm.flight.set_folder(out / run_folder.FLIGHT_FOLDER)
@@ -238,14 +233,14 @@ class Session:
         all_or_none(comm, lambda: check_same_model(point.fingerprint, job.model_fingerprint))
         job.engine.update_step.records_norms = plan.run.log.norms
         self._attach_ema()
-        self._totals, merged_replicas = _restore(job, point, self.callbacks, self._ema)
+        self._totals, merged_replicas = restore_run(job, point, self.callbacks, self._ema)
         self._totals.attempt = attempt
         self._peak_flops = measured_peak(job.engine.engine_spec.device, plan.layout.dtype)
         self._progress = Monitor(plan, comm, out, self._totals, recorder)
         if comm.rank == 0:
-            _write_plan(plan, self._totals, out)
+            write_plan(plan, self._totals, out)
         if plan.run.settings.trace:
-            job.engine.trace = _start_trace(job, comm, out, self._totals)
+            job.engine.trace = start_trace(job, comm, out, self._totals)
         copied_blocks = job.copied_blocks if point.checkpoint is None else []
         layers = layer_notes(plan, job.engine.blocks, job.train_loader, comm)
         notes += placement_warnings(plan, comm.hosts)
@@ -291,6 +286,7 @@ class Session:
             if error is not None:
                 report_failure(error, self.comm, self.out, self._owner)
             if isinstance(error, SystemExit) and self.comm.size > 1:  # the other ranks go on
+                print_error("".join(traceback.format_exception(error)).rstrip())
                 print_error(f"dtrain: rank {self.rank} left its session by sys.exit")
                 self.comm.abort(RankLostError.code)
         finally:
@@ -402,7 +398,9 @@ class Session:
         for sync in job.engine.syncs.values():
             sync.finish_pending()
         totals.add_segment(
-            job.groups.control.allgather_object(self._segment_record()),
+            job.groups.control.allgather_object(
+                segment_record(self._job, self._bytes_before, self._ema, self._peak_flops)
+            ),
             segment,
             len(job.engine.block_specs),
             self.plan.layout.mesh.stages,
@@ -417,24 +415,6 @@ class Session:
         self._progress.end_segment()
         self._write_running_summary()
         self._notify("segment", segment=segment)
-
-    def _segment_record(self) -> dict[str, Any]:
-        """Return what this rank measured in the segment."""
-        job, (intra_before, inter_before) = self._job, self._bytes_before
-        engine, traffic = job.engine, job.groups.control.traffic
-        return {
-            "stage": job.position.stage,
-            **asdict(engine.metric_sums),
-            "bytes_intra_node": traffic.bytes_intra - intra_before,
-            "bytes_inter_node": traffic.bytes_inter - inter_before,
-            "peak_live": engine.peak_live,
-            "peak_bytes": engine.peak_bytes() + (0 if self._ema is None else self._ema.nbytes),
-            "rss_bytes": _rss_bytes(),
-            "memory_bytes": _memory_bytes(engine.engine_spec.device),
-            "peak_flops": self._peak_flops,
-            "weights": _low_rank_stats(job),
-            "block_values": _block_values(job),
-        }
 
     # ---- evaluation and checkpoints
 
@@ -594,141 +574,3 @@ class Session:
         for callback in self.callbacks:
             number = self.update if update is None else update
             callback(self, Event(kind, segment or self._segment, number, scheduled))
-
-
-def _check_weights_stay(out: Path, run: RunConfig) -> None:
-    """Refuse initial weights in the folder that is moved aside."""
-    path = run.weights_path
-    if path is not None and path.resolve().is_relative_to(out.resolve()):
-        raise ConfigError(
-            "run-folder.fresh-moves-weights",
-            f"--fresh would move {out}, which holds [model] weights: choose another --out",
-        )
-
-
-def _share_module(model: object, comm: Comm) -> None:
-    """Give a module that the user made the weights that it has on rank 0. Collective over all."""
-    if isinstance(model, nn.Module) and comm.size > 1:
-        tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
-        with comm.without_counting():
-            comm.broadcast_([tensor for tensor in tensors.values() if tensor.numel()])
-
-
-def _acquire_folder(out: Path, resume: str, point: ResumePoint) -> tuple[run_folder.Owner, int]:
-    """Lock the run folder; return its owner and the number of this attempt."""
-    if resume == "fresh":
-        run_folder.set_aside(out)
-    owner = run_folder.acquire(out)
-    try:
-        newest = ResumePoint.from_manifest(find_checkpoint(out, resume))
-        if newest.checkpoint != point.checkpoint:
-            raise ConfigError(
-                "run-folder.changed",
-                f"another run has just written into {out}: start this run again",
-            )
-    except DtrainError:
-        run_folder.release(out, owner)
-        raise
-    attempts = (run_folder.read_summary(out) or {}).get("attempts", 0)
-    run_folder.archive(out, run_folder.FLIGHT_FOLDER, attempts)
-    return owner, attempts + 1
-
-
-def _check_metrics(callbacks: Sequence[Callback], plan: Plan) -> None:
-    """Refuse callbacks whose metric the run does not measure."""
-    run = plan.run
-    has_ema = run.ema is not None and run.ema.evaluate
-    names = metric_names(plan.layout.task, plan.data.validation is not None, has_ema)
-    for callback in callbacks:
-        if isinstance(callback, BestCheckpoint | EarlyStopping | RateOnPlateau):
-            check_metric_name(callback.metric, f"metric of '{callback.key}'", names)
-
-
-def _restore(
-    job: RankJob, point: ResumePoint, callbacks: Sequence[Callback], ema: Ema | None
-) -> tuple[RunTotals, int]:
-    """Load the checkpoint into every part of this rank. Collective over all ranks.
-
-    Returns
-    -------
-    RunTotals
-        The counts so far.
-    int
-        The number of diverged replicas whose mean all replicas start from; 0: each replica
-        continues with its own weights.
-    """
-    if point.checkpoint is None:
-        return RunTotals(), 0
-    engine, folder = job.engine, Path(point.checkpoint)
-
-    def restore_rank() -> tuple[RunTotals, int]:
-        manifest = read_manifest(folder)
-        same = store.restore(manifest, engine.blocks, engine.syncs, job.position.replica)
-        states = manifest.state.get("callbacks", {})
-        for key, callback in callback_keys(callbacks).items():
-            if key in states:
-                callback.restore(states[key])
-        if ema is not None:
-            _restore_ema(manifest, ema, engine.blocks)
-        return RunTotals.from_state(manifest.state), 0 if same else manifest.replicas
-
-    return all_or_none(job.groups.control, restore_rank)
-
-
-def _restore_ema(manifest: Manifest, ema: Ema, blocks: Mapping[int, Block]) -> None:
-    """Load the averaged weights of this rank's blocks."""
-    averages = {f"ema/{n}": t for index in blocks for n, t in ema.weights(index).items()}
-    for key, tensor in manifest.load_like(averages).items():
-        averages[key].copy_(tensor)
-
-
-def _write_plan(plan: Plan, totals: RunTotals, out: Path) -> None:
-    """Write the resolved run, its plan and a first summary, once every rank accepted the run."""
-    (out / "run.toml").write_text(plan.run.to_text(), encoding="utf-8")
-    (out / "plan.txt").write_text(report.plan_text(plan), encoding="utf-8")
-    run_folder.write_summary(out, make_summary(plan, totals, "running"))
-
-
-def _start_trace(job: RankJob, comm: Comm, out: Path, totals: RunTotals) -> Trace:
-    """Return the recorder of when this rank computes what. Collective over `comm`."""
-    layout = job.plan.layout
-    return Trace(
-        comm, job.position, layout.schedule, layout.routes, out / TRACE_FILE, totals.wall_s
-    )
-
-
-def _low_rank_stats(job: RankJob) -> Mapping[str, Any]:
-    """Return rank and traffic of the weights that may be products; replica 0 reports for all."""
-    syncs = () if job.position.replica else job.engine.syncs.values()
-    return {name: stats for sync in syncs for name, stats in sync.low_rank_stats().items()}
-
-
-def _make_recorder(run: RunConfig, comm: Comm) -> Recorder:
-    """Return the trackers of rank 0, and none on the other ranks."""
-    return Recorder(make_trackers(run.log.trackers, run.folder) if comm.rank == 0 else ())
-
-
-def _memory_bytes(device: torch.device) -> int:
-    """Return the peak memory of this rank: of its device, or of its process on the CPU."""
-    is_cuda = device.type == "cuda"
-    return int(torch.cuda.max_memory_allocated(device)) if is_cuda else _rss_bytes()
-
-
-def _block_values(job: RankJob) -> dict[int, dict[str, float]]:
-    """Return the learning rate of the last update of each block, and on request the norms of its
-    gradient and of the weights; replica 0 reports for all."""
-    step = job.engine.update_step
-    values = {}
-    for index, block in ({} if job.position.replica else job.engine.blocks).items():
-        values[index] = {"lr": block.lr}
-        if step.records_norms:
-            weights = [*block.trainable_tensors().values()]
-            values[index]["gradient_norm"] = step.gradient_norms.get(index, 0.0)
-            values[index]["weight_norm"] = squared_norm(weights) ** 0.5
-    return values
-
-
-def _rss_bytes() -> int:
-    """Return the peak memory of this process in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,142 @@
+"""The steps with which a session starts: lock the folder, restore a checkpoint, write the plan.
+
+Invariant: nothing of an earlier run is overwritten before all ranks have accepted the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from dtrain.block.block import Block
+from dtrain.build import RankJob
+from dtrain.callbacks import (
+    BestCheckpoint,
+    Callback,
+    EarlyStopping,
+    Ema,
+    RateOnPlateau,
+    callback_keys,
+)
+from dtrain.checkpoint import run_folder, store
+from dtrain.checkpoint.manifest import Manifest, read_manifest
+from dtrain.checkpoint.resume import ResumePoint, find_checkpoint
+from dtrain.comm.agree import all_or_none
+from dtrain.comm.communicator import Comm
+from dtrain.config.run import RunConfig
+from dtrain.engine.trace import TRACE_FILE, Trace
+from dtrain.errors import ConfigError, DtrainError
+from dtrain.monitoring.metric_values import check_metric_name, metric_names
+from dtrain.monitoring.run_totals import RunTotals
+from dtrain.monitoring.summary import make_summary
+from dtrain.planning import report
+from dtrain.planning.plan import Plan
+from dtrain.tracking.recorder import Recorder, make_trackers
+
+
+def check_weights_stay(out: Path, run: RunConfig) -> None:
+    """Refuse initial weights in the folder that is moved aside."""
+    path = run.weights_path
+    if path is not None and path.resolve().is_relative_to(out.resolve()):
+        raise ConfigError(
+            "run-folder.fresh-moves-weights",
+            f"--fresh would move {out}, which holds [model] weights: choose another --out",
+        )
+
+
+def share_module(model: object, comm: Comm) -> None:
+    """Give a module that the user made the weights that it has on rank 0. Collective over all."""
+    if isinstance(model, nn.Module) and comm.size > 1:
+        tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
+        with comm.without_counting():
+            comm.broadcast_([tensor for tensor in tensors.values() if tensor.numel()])
+
+
+def acquire_folder(out: Path, resume: str, point: ResumePoint) -> tuple[run_folder.Owner, int]:
+    """Lock the run folder; return its owner and the number of this attempt."""
+    if resume == "fresh":
+        run_folder.set_aside(out)
+    owner = run_folder.acquire(out)
+    try:
+        newest = ResumePoint.from_manifest(find_checkpoint(out, resume))
+        if newest.checkpoint != point.checkpoint:
+            raise ConfigError(
+                "run-folder.changed",
+                f"another run has just written into {out}: start this run again",
+            )
+    except DtrainError:
+        run_folder.release(out, owner)
+        raise
+    attempts = (run_folder.read_summary(out) or {}).get("attempts", 0)
+    run_folder.archive(out, run_folder.FLIGHT_FOLDER, attempts)
+    return owner, attempts + 1
+
+
+def check_metrics(callbacks: Sequence[Callback], plan: Plan) -> None:
+    """Refuse callbacks whose metric the run does not measure."""
+    run = plan.run
+    has_ema = run.ema is not None and run.ema.evaluate
+    names = metric_names(plan.layout.task, plan.data.validation is not None, has_ema)
+    for callback in callbacks:
+        if isinstance(callback, BestCheckpoint | EarlyStopping | RateOnPlateau):
+            check_metric_name(callback.metric, f"metric of '{callback.key}'", names)
+
+
+def restore_run(
+    job: RankJob, point: ResumePoint, callbacks: Sequence[Callback], ema: Ema | None
+) -> tuple[RunTotals, int]:
+    """Load the checkpoint into every part of this rank. Collective over all ranks.
+
+    Returns
+    -------
+    RunTotals
+        The counts so far.
+    int
+        The number of diverged replicas whose mean all replicas start from; 0: each replica
+        continues with its own weights.
+    """
+    if point.checkpoint is None:
+        return RunTotals(), 0
+    engine, folder = job.engine, Path(point.checkpoint)
+
+    def restore_rank() -> tuple[RunTotals, int]:
+        manifest = read_manifest(folder)
+        same = store.restore(manifest, engine.blocks, engine.syncs, job.position.replica)
+        states = manifest.state.get("callbacks", {})
+        for key, callback in callback_keys(callbacks).items():
+            if key in states:
+                callback.restore(states[key])
+        if ema is not None:
+            _restore_ema(manifest, ema, engine.blocks)
+        return RunTotals.from_state(manifest.state), 0 if same else manifest.replicas
+
+    return all_or_none(job.groups.control, restore_rank)
+
+
+def _restore_ema(manifest: Manifest, ema: Ema, blocks: Mapping[int, Block]) -> None:
+    """Load the averaged weights of this rank's blocks."""
+    averages = {f"ema/{n}": t for index in blocks for n, t in ema.weights(index).items()}
+    for key, tensor in manifest.load_like(averages).items():
+        averages[key].copy_(tensor)
+
+
+def write_plan(plan: Plan, totals: RunTotals, out: Path) -> None:
+    """Write the resolved run, its plan and a first summary, once every rank accepted the run."""
+    (out / "run.toml").write_text(plan.run.to_text(), encoding="utf-8")
+    (out / "plan.txt").write_text(report.plan_text(plan), encoding="utf-8")
+    run_folder.write_summary(out, make_summary(plan, totals, "running"))
+
+
+def start_trace(job: RankJob, comm: Comm, out: Path, totals: RunTotals) -> Trace:
+    """Return the recorder of when this rank computes what. Collective over `comm`."""
+    layout = job.plan.layout
+    return Trace(
+        comm, job.position, layout.schedule, layout.routes, out / TRACE_FILE, totals.wall_s
+    )
+
+
+def make_recorder(run: RunConfig, comm: Comm) -> Recorder:
+    """Return the trackers of rank 0, and none on the other ranks."""
+    return Recorder(make_trackers(run.log.trackers, run.folder) if comm.rank == 0 else ())
