@@ -222,7 +222,7 @@ def _entry(name: str, value: Any) -> Iterator[str]:
     if inspect.ismodule(value):
         yield from _module(name, value)
         return
-    yield from ("```python", *_signature(f"dtrain.{name}", value), "```", "")
+    yield from ("```", *_signature(f"dtrain.{name}", value), "```", "")
     yield from _docstring(parse(value.__doc__))
     if inspect.isclass(value) and not _is_error(value):
         for member_name, member in () if name in WITHOUT_MEMBERS else _members(value):
