@@ -72,6 +72,12 @@ def test_every_page_is_in_the_table_of_contents() -> None:
     assert listed == {page.stem for page in PAGES} - {"index"}
 
 
+def test_the_citation_has_the_version_of_the_package() -> None:
+    version = re.compile(r"^version\s*[:=]\s*(.*)$", re.M)
+    citation, setup = ((ROOT / name).read_text() for name in ("CITATION.cff", "setup.cfg"))
+    assert version.findall(citation) == version.findall(setup) != []
+
+
 # ---- pages and pictures that programs write
 
 
