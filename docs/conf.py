@@ -5,7 +5,7 @@ from typing import Any
 
 project = "dtrain"
 author = "the dtrain developers"
-copyright = "2026, the dtrain developers"  # noqa: A001
+copyright = "2026, the dtrain developers"
 
 extensions = ["myst_parser"]
 source_suffix = {".md": "markdown"}
@@ -15,6 +15,8 @@ nitpicky = True
 # Titles are anchors, as on code hosts; titles in other pages are checked, too.
 myst_heading_anchors = 4
 suppress_warnings = ["myst.header"]  # a page may start a table of contents at its second level
+
+smartquotes = False  # texts in quotes are values
 
 html_theme = "furo"
 html_title = "dtrain"

@@ -130,7 +130,7 @@ def _code(title: str) -> str:
 def _strategy(title: str, name: str, kind: type) -> Iterator[str]:
     """Yield the lines of one strategy."""
     yield from (f"### `{title[1:-1]}`: `{name}`", "", markdown(parse(kind.__doc__).summary), "")
-    if dataclasses.fields(kind):  # type: ignore[arg-type]
+    if dataclasses.fields(kind):
         yield from _key_table(kind)
 
 
@@ -138,7 +138,7 @@ def _key_table(kind: type) -> Iterator[str]:
     """Yield the table of the fields of a class."""
     hints, texts = typing.get_type_hints(kind), field_texts(kind)
     yield from ("| key | values | default | meaning |", "|---|---|---|---|")
-    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+    for field in dataclasses.fields(kind):
         if field.init:
             default, values = _default(field), values_text(hints[field.name])
             text = WRAPPED if field.name == "inner" else cell(texts.get(field.name, ""))
@@ -246,10 +246,11 @@ def _signature(name: str, value: Any) -> list[str]:
 
 
 def _argument(parameter: inspect.Parameter) -> str:
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    star = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}
+    stars = next((mark for kind, mark in star.items() if kind == parameter.kind), "")
     default = parameter.default
     text = "" if default is inspect.Parameter.empty else f"={_short_repr(default)}"
-    return f"{stars.get(parameter.kind, '')}{parameter.name}{text}"
+    return f"{stars}{parameter.name}{text}"
 
 
 def _short_repr(value: Any) -> str:

@@ -242,9 +242,9 @@ def syncs() -> str:
                 drawing.arrow(x, top + 29, x, top + 48, "mean", both=True)
             if not every and update in (1, 5):
                 for replica in range(2):
-                    y = (top + 29, top + 48)
-                    drawing.arrow(x, y[replica], x + 54, top + 38.5, "mean")
-                    drawing.arrow(x + 70, top + 38.5, x + 122, y[replica], "mean")
+                    edge = (top + 29, top + 48)[replica]
+                    drawing.arrow(x, edge, x + 54, top + 38.5, "mean")
+                    drawing.arrow(x + 70, top + 38.5, x + 122, edge, "mean")
                 drawing.box(x + 54, top + 32, 16, 13, GREEN)
     drawing.arrow(110, 382, 150, 382, "mean", both=True)
     drawing.text(160, 387, "a mean that ranks wait for")

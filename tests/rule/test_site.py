@@ -72,6 +72,17 @@ def test_every_page_is_in_the_table_of_contents() -> None:
     assert listed == {page.stem for page in PAGES} - {"index"}
 
 
+def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
+    """In full: `make docs`."""
+    pytest.importorskip("furo", reason="the extra docs is not installed")
+    pytest.importorskip("myst_parser", reason="the extra docs is not installed")
+    from sphinx.cmd.build import build_main  # type: ignore[import-not-found]
+
+    options = ["-q", "-W", "--keep-going", "-d", str(tmp_path / "doctrees")]
+    assert build_main([*options, str(DOCS), str(tmp_path / "site")]) == 0
+    assert (tmp_path / "site" / "start.html").is_file()
+
+
 def test_the_citation_has_the_version_of_the_package() -> None:
     version = re.compile(r"^version\s*[:=]\s*(.*)$", re.M)
     citation, setup = ((ROOT / name).read_text() for name in ("CITATION.cff", "setup.cfg"))
