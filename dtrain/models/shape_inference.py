@@ -3,8 +3,9 @@
 All layers are run once on the meta device, which has shapes but no memory. Multiply-adds are
 counted with torch's flop counter (one multiply-add is two flops) over two samples, since batch
 normalisation needs two. A layer that cannot run on meta, or that uses autocast, which does nothing
-there, is run on the CPU, as a temporary copy, on zeros. A layer that draws random numbers is run
-several times, with fixed seeds, and costed by the most that it cost.
+there, is run on the CPU, as a temporary copy, on zeros; so is a small one of known classes, which
+is faster (`small_modules`). A layer that draws random numbers is run several times, with fixed
+seeds, and costed by the most that it cost.
 
 Invariant: a `LayerProfile` depends only on model, shape and dtype. It is the same on every machine
 and for every number of ranks.

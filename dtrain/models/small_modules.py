@@ -26,25 +26,29 @@ PLAIN_CLASSES: frozenset[type[nn.Module]] = frozenset(
 
 
 MAX_MACS = 1 << 25
-"""Multiply-adds of one sample that a small module has at most: 10 ms forward and backward."""
+"""Multiply-adds of the forward that a small module has at most: 10 ms with the backward."""
 
 
-def is_small(modules: Iterable[nn.Module], shape: tuple[int, ...]) -> bool:
-    """Return whether modules are plain, and need few multiply-adds for a sample of a shape.
+MAX_ELEMENTS = 1 << 21
+"""Elements of the inputs of a small module."""
+
+
+def is_small(modules: Iterable[nn.Module], shape: tuple[int, ...], rows: int = 1) -> bool:
+    """Return whether modules are plain, and need little time and memory for samples of a shape.
 
     The multiply-adds are those of the forward, estimated from the shape of the first input: the
     true number is not known before the modules have run.
     """
-    macs = 0
+    macs, elements = 0, math.prod(shape)
     for part in (part for module in modules for part in module.modules()):
         if type(part) not in PLAIN_CLASSES and not type(part).__module__.startswith("dtrain."):
             return False
         for parameter in part.parameters(recurse=False):
             positions = math.prod(shape[1:]) if parameter.dim() > 2 else 1
             if isinstance(part, nn.Linear):
-                positions = math.prod(shape) // part.in_features
+                positions = elements // part.in_features
             macs += parameter.numel() * max(1, positions)
-    return macs <= MAX_MACS
+    return macs * rows <= MAX_MACS and elements * rows <= MAX_ELEMENTS
 
 
 def zeros_on_cpu(module: nn.Module) -> nn.Module:

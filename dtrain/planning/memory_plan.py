@@ -278,17 +278,19 @@ class MemoryPlan:
     def _is_small(
         self, index: int, rows: int, layers: Mapping[str, nn.Module], head: nn.Module | None
     ) -> bool:
-        """Return whether a block has plain modules, an objective of ours and few multiply-adds."""
+        """Return whether a block is a chain of plain modules, with an objective of ours, that
+        needs little time and memory."""
         layout = self.layout
         block_layout = layout.block_layouts[index]
         if (
             not type(layout.objective).__module__.startswith("dtrain.")
             or self.plan.run.weights_path is not None
+            or block_layout.flow is not None
             or block_layout.cost * rows > MAX_MACS
         ):
             return False
         modules = [*layers.values(), *([] if head is None else [head])]
-        return is_small(modules, block_layout.spec.input_shape)
+        return is_small(modules, block_layout.spec.input_shape, rows)
 
     @cached_property
     def _meta_layers(self) -> MetaLayers:

@@ -126,11 +126,19 @@ def test_planned_memory_is_counted_memory(case: tuple[Any, ...], tmp_path: Path)
 
 @pytest.mark.parametrize("net", ["skips", "lazy", "tied", "masked_mean"])
 def test_planned_memory_of_small_blocks_is_counted_memory(net: str, tmp_path: Path) -> None:
-    """Messages are most of it: skips, gradients of tied parameters, further inputs of a sample."""
+    """Messages are most of it: skips, gradients of tied parameters, further inputs of a sample.
+
+    One message more or less in flight is more than 10 % here, and the order of the ranks decides:
+    the plan holds for the worst of several orders.
+    """
     planned = make_plan(graph_run(net, mesh__stages=3, micro_batches=4, epochs=1), 3)
     memory = MemoryPlan(planned).rank_memory()
-    summary = train_in_threads(graph_run(net, micro_batches=4, epochs=1), tmp_path, stages=3)
-    counted = summary["peak_memory_bytes"]
+    run = graph_run(net, micro_batches=4, epochs=1)
+    peaks = [
+        train_in_threads(run, tmp_path / str(seed), stages=3, seed=seed)["peak_memory_bytes"]
+        for seed in range(4)
+    ]
+    counted = [max(of_rank) for of_rank in zip(*peaks, strict=True)]
     for rank, counted_bytes in zip(memory, counted, strict=True):
         assert abs(rank.peak / counted_bytes - 1) < 0.1, (memory, counted)
 

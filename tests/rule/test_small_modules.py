@@ -86,13 +86,20 @@ def test_the_spec_is_that_of_the_meta_device(
         (nn.MultiheadAttention(6, 2), (4, 6)),
         (nn.Linear(6000, 6000), (6000,)),
         (nn.Conv2d(64, 64, 3), (64, 64, 64)),
+        (nn.ReLU(), (3, 1024, 1024)),
     ],
-    ids=["own", "own inside", "attention", "wide", "large image"],
+    ids=["own", "own inside", "attention", "wide", "large image", "no parameters"],
 )
 def test_other_modules_are_measured_on_the_meta_device(
     module: nn.Module, shape: tuple[int, ...]
 ) -> None:
     assert not is_small([module], shape)
+
+
+def test_many_rows_are_not_small() -> None:
+    assert is_small([nn.Linear(64, 64)], (64,), rows=64)
+    assert not is_small([nn.Linear(64, 64)], (64,), rows=1 << 14)
+    assert not is_small([nn.Flatten()], (64,), rows=1 << 16)
 
 
 def test_a_copy_has_zeros_and_what_is_trained() -> None:

@@ -125,3 +125,15 @@ def test_a_rank_costs_little_more_than_torch(environ: dict[str, str], tmp_path: 
         for name in "abc"
     ]
     assert min(ours / torchs for ours, torchs in pairs) < 1.5
+
+
+@pytest.mark.parametrize("first", ["", "import torch; "], ids=["own process", "user's process"])
+def test_only_objects_of_the_imports_escape_the_garbage_collector(
+    environ: dict[str, str], first: str
+) -> None:
+    """Where torch was imported before, there may be objects of the user's."""
+    code = f"import gc; {first}from dtrain.comm import world; world(); print(gc.isenabled())"
+    ended = python(environ, "-c", f"{code}; print(gc.get_freeze_count())")
+    is_enabled, count = ended.out.split()
+    assert is_enabled == "True"
+    assert (int(count) > 100_000) == (not first)
