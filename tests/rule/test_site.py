@@ -23,6 +23,7 @@ import pytest
 
 from dtrain.config.parse import SECTIONS, parse_run
 from dtrain.planning.cost_file import read_cost_file
+from dtrain.planning.plan import make_plan
 from tests.system.programs import run_in_process
 
 ROOT = Path(__file__).parents[2]
@@ -116,8 +117,10 @@ def test_a_written_file_is_that_of_the_code(
         assert path.read_text(encoding="utf-8") == text, path.name
 
 
-def test_every_key_of_the_reference_has_a_meaning() -> None:
-    rows = re.findall(r"^\| `[\w-]+` \|.*$", (DOCS / "reference-run-file.md").read_text(), re.M)
+def test_the_reference_has_every_table_and_a_meaning_of_every_key() -> None:
+    text = (DOCS / "reference-run-file.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^## `\[(\w+)\]`$", text, re.M)) == sorted(SECTIONS)
+    rows = re.findall(r"^\| `[\w-]+` \|.*$", text, re.M)
     assert len(rows) > 100
     assert [row for row in rows if re.search(r"\|\s*\|$", row)] == []
 
@@ -126,7 +129,10 @@ def test_every_key_of_the_reference_has_a_meaning() -> None:
 
 
 def commands(page: Path) -> Iterator[str]:
-    """Yield the dtrain commands of a page."""
+    """Yield the dtrain commands of a page; of those inside sentences their help, since such a
+    command may lack its arguments."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    yield from (f"{code} --help" for code in re.findall(r"`(dtrain [a-z][^`]*)`", text))
     for code in blocks(page, "", "sh"):
         for line in code.replace("\\\n", " ").splitlines():
             found = re.match(r"(?:\$ |(?:srun|mpirun) .*?)?(?:\.venv/bin/)?(dtrain [a-z].*)", line)
@@ -181,10 +187,13 @@ def user_modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 OWN_STRATEGIES = [page for page in PAGES if page.name.startswith("adding-")]
 """Pages whose strategies have to be installed first; tests/ranks runs their examples."""
 
+ONLY_PARSED = ("partitioning.md", "start.md", "tasks.md")
+"""Pages whose run files need a model or targets that they describe: other tests use these."""
+
 BASE: dict[str, Any] = {
     "epochs": 1,
     "data": {"name": "digits"},
-    "model": {"name": "mlp", "widths": [8, 8]},
+    "model": {"name": "mlp", "widths": [8, 8, 8, 8]},
     "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9},
 }
 
@@ -196,8 +205,11 @@ BASE: dict[str, Any] = {
     ids=lambda page: page.name,
 )
 def test_every_run_file_is_legal(page: Path, tmp_path: Path) -> None:
-    """A part of a run file is completed by `BASE`."""
+    """A part of a run file is completed by `BASE`; the plan is made, too, on one replica."""
     write_files(page, tmp_path)
+    for name in ("cifar10.h5", "cifar10-test.h5"):
+        with h5py.File(tmp_path / name, "w") as file:
+            file["x"], file["y"] = np.zeros((4, 3, 8, 8), "uint8"), np.arange(4)
     for number, code in enumerate(blocks(page, "toml")):
         table = tomllib.loads(code)
         path = tmp_path / f"{number}.toml"
@@ -211,7 +223,9 @@ def test_every_run_file_is_legal(page: Path, tmp_path: Path) -> None:
         for section in {*table} & {*BASE} & {*SECTIONS}:
             if "name" not in table[section]:
                 table[section] = BASE[section] | table[section]
-        assert parse_run(base | table, path)
+        run = parse_run(base | table, path)
+        if page.name not in ONLY_PARSED and run.weights_path is None:
+            assert make_plan(run, run.mesh.stages or run.partition.chosen_blocks or 1)
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
