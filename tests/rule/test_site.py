@@ -132,7 +132,8 @@ def commands(page: Path) -> Iterator[str]:
     """Yield the dtrain commands of a page; of those inside sentences their help, since such a
     command may lack its arguments."""
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
-    yield from (f"{code} --help" for code in re.findall(r"`(dtrain [a-z][^`]*)`", text))
+    names = re.findall(r"`(dtrain [a-z][^`]*)`", text)
+    yield from (re.sub(r"\bN\b", "2", name) + " --help" for name in names)
     for code in blocks(page, "", "sh"):
         for line in code.replace("\\\n", " ").splitlines():
             found = re.match(r"(?:\$ |(?:srun|mpirun) .*?)?(?:\.venv/bin/)?(dtrain [a-z].*)", line)
