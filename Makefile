@@ -61,7 +61,7 @@ demo: $(READY)
 
 # What starts no programs goes side by side on two cores; whole programs have the machine alone.
 test: $(READY)
-	$(BESIDE) tests/plan tests/rule tests/ranks tests/witness
+	$(BESIDE) tests/plan tests/rule tests/pages tests/ranks tests/witness
 	$(VENV)/python -m pytest tests/system
 
 # All combinations of objectives, schedules and syncs; `make test` has a pairwise cover of them.
