@@ -36,7 +36,8 @@ def as_splits(value: object, location: str, task: Task = DEFAULT_TASK) -> Datase
         `DatasetSplits`; or (x_train, y_train, x_test, y_test) as arrays or tensors, after which
         x_validation and y_validation may follow; or two or three map-style
         `torch.utils.data.Dataset` in that order, which are read into memory. Samples of several
-        inputs are a tuple or dict of arrays, in the order of the model's arguments. Arrays and CPU tensors are not copied.
+        inputs are a tuple or dict of arrays, in the order of the model's arguments. Arrays and CPU
+        tensors are not copied.
     location : str
         The function's name, for the messages.
     task : Task

@@ -174,9 +174,20 @@ def write_files(page: Path, folder: Path) -> list[str]:
     return names
 
 
+EXAMPLE_MODULES = {
+    name
+    for page in PAGES
+    for code in blocks(page, "python")
+    for name in re.findall(r"\A# (\w+)\.py\b", code)
+}
+"""Modules that pages write."""
+
+
 @pytest.fixture
 def user_modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Forget the modules of a page's examples afterwards."""
+    """Forget modules with the names of a page's examples before, and those examples afterwards."""
+    for name in EXAMPLE_MODULES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
     before = {*sys.modules}
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield
