@@ -7,7 +7,7 @@
 # PYTHON and MPI are remembered in .venv until they are given again.
 # Written for POSIX sh and GNU make 3.81, which is what macOS has.
 
-.PHONY: help install demo test test-full check FORCE
+.PHONY: help install demo docs licences test test-full check FORCE
 .NOTPARALLEL:
 # Modules of a site set these; pip must see what is in .venv and nothing else.
 unexport PYTHONPATH PYTHONHOME
@@ -48,6 +48,8 @@ help:
 	@echo "make demo      trains 4 MPI ranks on handwritten digits, in under a minute"
 	@echo "make test      every test; what lacks Slurm, root or data is skipped with its reason"
 	@echo "make check     format, lint, types and the fast tests"
+	@echo "make docs      builds the documentation site into docs/_build; warnings are errors"
+	@echo "make licences  lists the licences of all dependencies; fails on one of the GPL family"
 	@echo "Options: PYTHON=python3.12  MPI=wheel|site  PIP_ARGS='...' (see the top of the Makefile)"
 
 install: $(READY)
@@ -59,7 +61,7 @@ demo: $(READY)
 
 # What starts no programs goes side by side on two cores; whole programs have the machine alone.
 test: $(READY)
-	$(BESIDE) tests/plan tests/rule tests/ranks tests/witness
+	$(BESIDE) tests/plan tests/rule tests/pages tests/ranks tests/witness
 	$(VENV)/python -m pytest tests/system
 
 # All combinations of objectives, schedules and syncs; `make test` has a pairwise cover of them.
@@ -71,6 +73,17 @@ check: $(READY)
 	$(VENV)/ruff check .
 	$(VENV)/mypy
 	$(BESIDE) tests/plan tests/rule
+
+# The site needs the extra `docs`, which no other command needs; it builds without a network.
+docs: $(READY)
+	@$(VENV)/python -c 'import furo, myst_parser, sphinx' 2>/dev/null || $(PIP_INSTALL) -e '.[docs]'
+	@$(VENV)/python docs/generate_reference.py
+	@$(VENV)/python docs/pictures.py
+	@$(VENV)/python -m sphinx -q -W --keep-going -b html docs docs/_build
+	@echo "the site: $(CURDIR)/docs/_build/index.html"
+
+licences: $(READY)
+	@$(VENV)/python -m tests.licences
 
 # -- Set-up -------------------------------------------------------------------------------------
 

@@ -32,6 +32,8 @@ from dtrain.config.validate import validate_run
 from dtrain.errors import ConfigError
 from dtrain.schedules.segments import Segment
 
+__all__ = ["BestCheckpoint", "Callback", "EarlyStopping", "Ema", "Event", "RateOnPlateau"]
+
 EventKind = Literal["start", "update", "segment", "evaluation", "checkpoint", "end"]
 
 T = TypeVar("T")

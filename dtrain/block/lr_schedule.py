@@ -91,6 +91,11 @@ class CosineLR(LRSchedule):
 
     Source: Loshchilov and Hutter 2017, "SGDR: Stochastic Gradient Descent with Warm Restarts",
     eq. 5, without restarts; torch's `CosineAnnealingLR`.
+
+    Attributes
+    ----------
+    final : float
+        Factor at the end of the run, from 0 to 1.
     """
 
     depends_on_run_length: ClassVar[bool] = True
@@ -113,6 +118,11 @@ class LinearLR(LRSchedule):
 
     Update `total_updates`, the first after the run, would have the factor `final`. torch's
     `LinearLR` with ``start_factor = 1``.
+
+    Attributes
+    ----------
+    final : float
+        Factor at the end of the run, from 0 to 1.
     """
 
     depends_on_run_length: ClassVar[bool] = True

@@ -60,6 +60,12 @@ class DataSection:
 
     Attributes
     ----------
+    normalise : bool
+        Whether inputs are standardised with the statistics of the training split.
+    shuffle : "full" or "chunks"
+        A random permutation of all samples, or of chunks of neighbouring samples, for large files.
+    augment : "none" or "crop-flip"
+        Random changes of the training images.
     validation : float or str
         Share of the training split that is held out for validation; 0: none. Or the path of an
         HDF5 file.
@@ -104,7 +110,15 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class Mesh:
-    """``[mesh]``: ranks along the model, and which axis stays inside a node."""
+    """``[mesh]``: ranks along the model, and which axis stays inside a node.
+
+    Attributes
+    ----------
+    stages : int, optional
+        Ranks along the model; replicas = ranks / stages. Left out: all ranks.
+    placement : "stages-in-node" or "replicas-in-node"
+        The axis whose ranks share a node.
+    """
 
     stages: int | None = None
     placement: Literal["stages-in-node", "replicas-in-node"] = "stages-in-node"
@@ -116,9 +130,12 @@ class Partition:
 
     Attributes
     ----------
-    blocks, balance, weights
-        Number of blocks, and the cost that the cuts balance: equally, or in proportion to the
-        weights of the blocks. "time" is measured before training.
+    blocks : int, optional
+        Number of blocks; left out: one per stage.
+    balance : str
+        The cost that the cuts balance over the blocks. "time" is measured before training.
+    weights : tuple of float, optional
+        One per block: its cost is divided by its weight before costs are balanced.
     recompute : bool or tuple of int
         All blocks, or those of these numbers, keep only input and output of a micro-batch and
         compute the rest again in the backward: less memory for one more forward.
@@ -209,6 +226,10 @@ class Checkpoint:
 
     Attributes
     ----------
+    every : int
+        Updates between checkpoints inside an epoch; 0: after every epoch only.
+    keep : int
+        Complete checkpoints that remain.
     best : str, optional
         The metric whose best evaluation is kept beside them, in ``checkpoints/best``.
     """
@@ -220,7 +241,15 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """``[evaluate]``: epochs between two evaluations, or updates, counted from the run's start."""
+    """``[evaluate]``: epochs between two evaluations, or updates, counted from the run's start.
+
+    Attributes
+    ----------
+    every : int
+        Epochs between two evaluations.
+    every_updates : int
+        Updates between two evaluations, in place of epochs; 0: `every` counts.
+    """
 
     every: int = 1
     every_updates: int = 0
@@ -277,6 +306,8 @@ class Log:
 
     Attributes
     ----------
+    every_s : float
+        Seconds between two lines of progress.
     norms : bool
         Record the norms of gradients and weights per block.
     trackers : tuple of str or Tracker
@@ -313,17 +344,27 @@ class RunSection:
     ----------
     seed : int
         Key of all random numbers.
-    epochs, updates : int, optional
-        Length of the run; exactly one of them is set.
+    epochs : int, optional
+        Length of the run; or `updates`.
+    updates : int, optional
+        Length of the run, in place of `epochs`.
     batch_size : int
         Samples of an update, over all replicas.
     micro_batches : int
         Parts of a replica's samples of an update, computed one after the other.
     segment : int
         Updates between two pipeline flushes; 0: the checkpoint interval, else the epoch.
-    debug, trace : bool
-        Compare collective calls and replicas during the run; record when each rank computed what.
-        Neither changes what is trained.
+    dtype : "float32" or "float64"
+        Type of parameters and activations.
+    device : "auto", "cpu" or "cuda"
+        Device of the blocks; "auto": an accelerator where there is one.
+    threads : int or "auto"
+        Threads of a rank; "auto": the cores of the host divided by its ranks. `OMP_NUM_THREADS`
+        wins.
+    debug : bool
+        Compare collective calls and replicas during the run; does not change what is trained.
+    trace : bool
+        Record when each rank computed what; does not change what is trained.
     """
 
     seed: int = 0

@@ -22,6 +22,7 @@ from dtrain.data.dataset import (
     value_range,
 )
 from dtrain.data.targets import TargetScan
+from dtrain.data.torch_datasets import are_torch_datasets, read_items
 from dtrain.errors import DataError
 from dtrain.tasks.task import DEFAULT_TASK, Task
 
@@ -32,10 +33,11 @@ def as_splits(value: object, location: str, task: Task = DEFAULT_TASK) -> Datase
     Parameters
     ----------
     value : object
-        `DatasetSplits`, or (x_train, y_train, x_test, y_test) as arrays or tensors; x_validation
-        and y_validation may follow. Samples of
-        several inputs are a tuple or dict of arrays, in the order of the model's arguments. Arrays
-        and CPU tensors are not copied.
+        `DatasetSplits`; or (x_train, y_train, x_test, y_test) as arrays or tensors, after which
+        x_validation and y_validation may follow; or two or three map-style
+        `torch.utils.data.Dataset` in that order, which are read into memory. Samples of several
+        inputs are a tuple or dict of arrays, in the order of the model's arguments. Arrays and CPU
+        tensors are not copied.
     location : str
         The function's name, for the messages.
     task : Task
@@ -48,12 +50,15 @@ def as_splits(value: object, location: str, task: Task = DEFAULT_TASK) -> Datase
     """
     if isinstance(value, DatasetSplits):
         return check_splits(value, location)
+    if are_torch_datasets(value):
+        assert isinstance(value, list | tuple)
+        value = [array for dataset in value for array in read_items(dataset, location)]
     if not isinstance(value, list | tuple) or len(value) not in (4, 6):
         raise DataError(
             "data.function-result",
             f"{location} returned {_describe(value)}: return (x_train, y_train, x_test, y_test) "
-            f"as arrays or tensors, with or without x_validation and y_validation at the end, or a "
-            "dtrain.data.dataset.DatasetSplits",
+            f"as arrays or tensors, with or without x_validation and y_validation at the end, or "
+            "two map-style torch Datasets, or a dtrain.data.dataset.DatasetSplits",
         )
     others = [_other_arrays(x) for x in value[::2]]
     first_inputs = [

@@ -28,7 +28,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, final
 
-from dtrain.checkpoint.run_folder import FLIGHT_FOLDER
+from dtrain.checkpoint.run_folder import FLIGHT_FOLDER, read_summary
 from dtrain.comm.flight_recorder import format_ranks
 from dtrain.errors import ConfigError
 from dtrain.monitoring.flight_request import find_processes, request_records
@@ -125,6 +125,12 @@ class HangAnalysis:
         stuck_s: float = STUCK_S,
     ) -> None:
         records = list(_read_records(folder / FLIGHT_FOLDER))
+        status = (read_summary(folder) or {}).get("status")
+        if not records and status in ("finished", "stopped"):
+            raise ConfigError(
+                "flight.not-running",
+                f"nothing is stuck: the run in {folder} is {status}, and no rank wrote a record",
+            )
         if not records:
             raise ConfigError(
                 "flight.no-records",

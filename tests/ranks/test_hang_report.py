@@ -292,6 +292,9 @@ def test_a_folder_without_records_is_refused_with_how_to_ask(
         HangAnalysis(tmp_path)
     assert main(["flight", str(tmp_path)]) == ConfigError.code
     assert "kill -USR1" in capsys.readouterr().err
+    (tmp_path / "summary.json").write_text('{"status": "finished"}')
+    with refuses(ConfigError, "flight.not-running"):
+        hang_report(tmp_path)
 
 
 def test_the_command_prints_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import itertools
 import re
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from dtrain.data.dataset import (
 )
 from dtrain.data.digits_set import stratified_split
 from dtrain.data.sampler import SHUFFLES, epoch_order, even_ranges, updates_per_epoch
+from dtrain.data.user import as_splits
 from dtrain.errors import ConfigError, DataError
+from tests import tiny
 from tests.refusals import refuses
 
 RNG = np.random.default_rng(0)
@@ -407,3 +410,50 @@ def test_errors_around_a_users_function(folder: Path) -> None:
         load_data("raisingdata:arrays", {"sizes": 3}, folder)
     with pytest.raises(KeyError, match="my own"):
         load_data("raisingdata:raises", {}, folder)
+
+
+class Items(torch.utils.data.Dataset[tuple[object, int]]):
+    """A map-style dataset over the arrays of a split."""
+
+    def __init__(self, x: np.ndarray, y: np.ndarray, several: bool = False) -> None:
+        self.x, self.y, self.several = x, y, several
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[object, int]:
+        x = torch.from_numpy(self.x[index])
+        return (x, x[:1]) if self.several else x, int(self.y[index])
+
+
+class Stream(torch.utils.data.IterableDataset[object]):
+    """A dataset without a length."""
+
+    def __iter__(self) -> Iterator[object]:
+        return iter(())
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_torch_datasets_are_their_items(several: bool) -> None:
+    x, y, xt, yt = tiny.samples()
+    train = torch.utils.data.Subset(Items(x, y, several), range(40))
+    splits = as_splits((train, Items(xt, yt, several)), "data")
+    arrays = as_splits((x[:40], y[:40], xt, yt), "data")
+    rows = np.arange(5)
+    for ours, theirs in ((splits.train, arrays.train), (splits.test, arrays.test)):
+        assert (ours.size, ours.classes, ours.shape) == (theirs.size, theirs.classes, theirs.shape)
+        assert torch.equal(ours.inputs(rows), theirs.inputs(rows))
+        assert torch.equal(ours.targets(rows), theirs.targets(rows))
+        assert len(ours.read_other_inputs(rows)) == several
+
+
+def test_torch_datasets_without_pairs_or_lengths_are_refused() -> None:
+    x, y, *_ = tiny.samples()
+    good = Items(x, y)
+    for bad, key in (
+        (torch.utils.data.TensorDataset(torch.zeros(3, 2)), "data.dataset-item"),
+        (Stream(), "data.iterable-dataset"),
+        (torch.utils.data.ConcatDataset([good, Items(x[:, :1], y)]), "data.dataset-shapes"),
+    ):
+        with refuses(DataError, key):
+            as_splits((bad, good), "data")

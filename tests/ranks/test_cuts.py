@@ -31,7 +31,7 @@ from tests.ranks.test_memory import make_run
 from tests.refusals import refuses
 from tests.single import one_thread  # noqa: F401
 
-HERE = "tests.rule.test_cuts"
+HERE = "tests.ranks.test_cuts"
 
 
 def cut(function: Callable[..., Any] | str, blocks: int | None = 3) -> RunConfig:

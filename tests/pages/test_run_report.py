@@ -1,8 +1,8 @@
 """Reports, status and comparison of runs, on recorded and on hostile run folders.
 
-Invariant: `tests/rule/run_folders` holds the files of two real runs: `pipeline` (backpropagation on
-two stages, with the trace of its last epoch) and `local` (a local objective on two replicas of two
-stages). No test trains.
+Invariant: `tests/pages/run_folders` holds the files of two real runs: `pipeline` (backpropagation
+on two stages, with the trace of its last epoch) and `local` (a local objective on two replicas of
+two stages). No test trains.
 """
 
 from __future__ import annotations

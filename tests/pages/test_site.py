@@ -1,0 +1,328 @@
+"""The documentation site: links, commands, run files and snippets are legal, and pages run.
+
+Invariant: the first steps run as a reader would type them, in order, in one folder; ranks are left
+out of commands, since their number does not change the training.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import runpy
+import shlex
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from dtrain.config.parse import SECTIONS, parse_run
+from dtrain.planning.cost_file import read_cost_file
+from dtrain.planning.plan import make_plan
+from tests.system.programs import run_in_process
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+LINKED = [*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md"))]
+FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```", re.M | re.S)
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    """Return the fenced blocks of a page in these languages."""
+    text = page.read_text(encoding="utf-8")
+    return [code for _, language, code in FENCE.findall(text) if language in languages]
+
+
+def prose(page: Path) -> str:
+    """Return the text of a page without code."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    return re.sub(r"`[^`\n]*`", "", text)
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of the titles of a page, as code hosts make them."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    titles = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: page.name)
+def test_every_relative_link_resolves(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"\w+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    listed = {
+        line
+        for block in re.findall(r"```\{toctree\}(.*?)```", (DOCS / "index.md").read_text(), re.S)
+        for line in block.split("\n")
+        if line and not line.startswith(":")
+    }
+    assert listed == {page.stem for page in PAGES} - {"index"}
+
+
+def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
+    """In full: `make docs`."""
+    pytest.importorskip("furo", reason="the extra docs is not installed")
+    pytest.importorskip("myst_parser", reason="the extra docs is not installed")
+    from sphinx.cmd.build import build_main  # type: ignore[import-not-found]
+
+    options = ["-q", "-W", "--keep-going", "-d", str(tmp_path / "doctrees")]
+    assert build_main([*options, str(DOCS), str(tmp_path / "site")]) == 0
+    assert (tmp_path / "site" / "start.html").is_file()
+
+
+def test_the_citation_has_the_version_of_the_package() -> None:
+    version = re.compile(r"^version\s*[:=]\s*(.*)$", re.M)
+    citation, setup = ((ROOT / name).read_text() for name in ("CITATION.cff", "setup.cfg"))
+    assert version.findall(citation) == version.findall(setup) != []
+
+
+# ---- pages and pictures that programs write
+
+
+def script(name: str) -> ModuleType:
+    """Return a script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("name", "function"), [("generate_reference", "pages"), ("pictures", "pictures")]
+)
+def test_a_written_file_is_that_of_the_code(
+    name: str, function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise: `python docs/generate_reference.py`, `python docs/pictures.py`."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    files: Mapping[Path, str] = getattr(script(name), function)()
+    assert files
+    for path, text in files.items():
+        assert path.read_text(encoding="utf-8") == text, path.name
+
+
+def test_the_reference_has_every_table_and_a_meaning_of_every_key() -> None:
+    text = (DOCS / "reference-run-file.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^## `\[(\w+)\]`$", text, re.M)) == sorted(SECTIONS)
+    rows = re.findall(r"^\| `[\w-]+` \|.*$", text, re.M)
+    assert len(rows) > 100
+    assert [row for row in rows if re.search(r"\|\s*\|$", row)] == []
+
+
+# ---- commands, run files and Python
+
+
+def commands(page: Path) -> Iterator[str]:
+    """Yield the dtrain commands of a page; of those inside sentences their help, since such a
+    command may lack its arguments."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    names = re.findall(r"`(dtrain [a-z][^`]*)`", text)
+    yield from (re.sub(r"\bN\b", "2", name) + " --help" for name in names)
+    for code in blocks(page, "", "sh"):
+        for line in code.replace("\\\n", " ").splitlines():
+            found = re.match(r"(?:\$ |(?:srun|mpirun) .*?)?(?:\.venv/bin/)?(dtrain [a-z].*)", line)
+            if found:
+                yield found[1]
+
+
+def words(command: str) -> list[str]:
+    """Return the arguments of a command that runs on one rank."""
+    argv = shlex.split(command, comments=True)[1:]
+    if "--ranks" in argv and argv[0] != "plan":
+        at = argv.index("--ranks")
+        del argv[at : at + 2]
+    return argv
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+def test_every_command_has_legal_arguments(
+    page: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In an empty folder a legal command is refused for its files, not for its arguments."""
+    monkeypatch.chdir(tmp_path)
+    for command in commands(page):
+        run_in_process(*words(command))
+        assert "usage:" not in capsys.readouterr().err, command
+
+
+def write_files(page: Path, folder: Path) -> list[str]:
+    """Write the Python examples that begin with their file's name; return the modules' names."""
+    names = []
+    for code in blocks(page, "python"):
+        if found := re.match(r"# (\w+)\.py\b", code):
+            (folder / f"{found[1]}.py").write_text(code, encoding="utf-8")
+            names.append(found[1])
+    return names
+
+
+EXAMPLE_MODULES = {
+    name
+    for page in PAGES
+    for code in blocks(page, "python")
+    for name in re.findall(r"\A# (\w+)\.py\b", code)
+}
+"""Modules that pages write."""
+
+
+@pytest.fixture
+def user_modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Forget modules with the names of a page's examples before, and those examples afterwards."""
+    for name in EXAMPLE_MODULES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    before = {*sys.modules}
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    for name in {*sys.modules} - before:
+        if "." not in name:
+            del sys.modules[name]
+
+
+OWN_STRATEGIES = [page for page in PAGES if page.name.startswith("adding-")]
+"""Pages whose strategies have to be installed first; tests/ranks runs their examples."""
+
+ONLY_PARSED = ("partitioning.md", "start.md", "tasks.md")
+"""Pages whose run files need a model or targets that they describe: other tests use these."""
+
+BASE: dict[str, Any] = {
+    "epochs": 1,
+    "data": {"name": "digits"},
+    "model": {"name": "mlp", "widths": [8, 8, 8, 8]},
+    "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9},
+}
+
+
+@pytest.mark.usefixtures("user_modules")
+@pytest.mark.parametrize(
+    "page",
+    [page for page in (ROOT / "README.md", *PAGES) if page not in OWN_STRATEGIES],
+    ids=lambda page: page.name,
+)
+def test_every_run_file_is_legal(page: Path, tmp_path: Path) -> None:
+    """A part of a run file is completed by `BASE`; the plan is made, too, on one replica."""
+    write_files(page, tmp_path)
+    for name in ("cifar10.h5", "cifar10-test.h5"):
+        with h5py.File(tmp_path / name, "w") as file:
+            file["x"], file["y"] = np.zeros((4, 3, 8, 8), "uint8"), np.arange(4)
+    for number, code in enumerate(blocks(page, "toml")):
+        table = tomllib.loads(code)
+        path = tmp_path / f"{number}.toml"
+        if "links" in table:
+            path.write_text(code, encoding="utf-8")
+            assert read_cost_file(path)
+            continue
+        base = {key: value for key, value in BASE.items() if key not in table}
+        if "updates" in table:
+            del base["epochs"]
+        for section in {*table} & {*BASE} & {*SECTIONS}:
+            if "name" not in table[section]:
+                table[section] = BASE[section] | table[section]
+        run = parse_run(base | table, path)
+        if page.name not in ONLY_PARSED and run.weights_path is None:
+            assert make_plan(run, run.mesh.stages or run.partition.chosen_blocks or 1)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+def test_every_python_example_compiles(page: Path) -> None:
+    for code in blocks(page, "python"):
+        compile(code, page.name, "exec")
+
+
+# ---- the first steps, as a reader types them
+
+
+def run_line(line: str) -> None:
+    """Run one line of a shell block; a comment may say which exit code it has."""
+    command, _, comment = line.partition(" # ")
+    expected = re.fullmatch(r"exit code (\d+)", comment.strip())
+    argv = shlex.split(command)
+    if argv[0] == "python":
+        runpy.run_path(argv[1], run_name="__main__")
+    elif argv[:2] == ["dtrain", "run"]:
+        assert run_in_process("run", argv[2]) == 0, line
+    elif argv[0] == "dtrain":
+        given = ("--set", "mesh.stages=1") if argv[1] == "train" else ()
+        assert run_in_process(*words(command), *given) == int(expected[1] if expected else 0), line
+    elif argv[0] == "make":
+        assert re.search(rf"^{argv[1]}:", (ROOT / "Makefile").read_text(), re.M), line
+    else:
+        assert argv[0] in ("git", "cd", "."), line
+
+
+def run_shell_blocks(page: Path) -> None:
+    """Run the shell blocks of a page."""
+    for code in blocks(page, "sh"):
+        for line in code.splitlines():
+            run_line(line)
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user_modules: None) -> Path:
+    """A folder with the files of docs/start.md, in which one works."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    page = DOCS / "start.md"
+    write_files(page, tmp_path)
+    [run_file] = blocks(page, "toml")
+    (tmp_path / "run.toml").write_text(run_file, encoding="utf-8")
+    return tmp_path
+
+
+def test_the_first_steps_and_the_commands_after_training_run(project: Path) -> None:
+    """docs/start.md, then docs/prediction.md with the run that it has trained."""
+    run_shell_blocks(DOCS / "start.md")
+    with h5py.File("outputs.h5") as file:
+        assert file["output"].shape == (120, 3)
+        assert len(set(file["prediction"][:])) == 3
+    assert (project / "report.html").stat().st_size > 10_000
+    x_new = np.random.default_rng(0).normal(size=(5, 4)).astype("float32")
+    np.save("new.npy", x_new)
+    with h5py.File("new.h5", "w") as file:
+        file["x"] = x_new
+    run_shell_blocks(DOCS / "prediction.md")
+    from mynet import net  # type: ignore[import-not-found]
+
+    names: dict[str, Any] = {"x_new": x_new, "make_net": lambda: net(64)}
+    predict, own = blocks(DOCS / "prediction.md", "python")
+    exec(predict, names)
+    predicted = names["outputs"]
+    exec(own, names)
+    np.testing.assert_allclose(names["outputs"].detach().numpy(), predicted, atol=1e-5)
+
+
+@pytest.mark.usefixtures("user_modules")
+def test_the_examples_of_the_python_api_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/python.md, in order, as one script."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "page.py"
+    path.write_text("\n\n".join(blocks(DOCS / "python.md", "python")), encoding="utf-8")
+    end = runpy.run_path(str(path), run_name="__main__")
+    assert end["from_file"].config.settings.epochs == 3
+    assert end["metrics"]["accuracy"] == end["result"].test_accuracy
+    assert "objective.unknown" in capsys.readouterr().out
+    assert {folder.name for folder in (tmp_path / "runs").iterdir()} == {
+        "mine",
+        "callbacks",
+        "loop",
+    }
+    assert (tmp_path / "runs" / "callbacks" / "checkpoints" / "best").is_dir()
