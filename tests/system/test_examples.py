@@ -17,7 +17,6 @@ from tests.system.on_ranks import read_results, write_commands
 EXAMPLES = ROOT / "examples"
 SCRIPTS = {path.stem: path for path in sorted(EXAMPLES.glob("*.py"))}
 LINES = 60
-RANKS = 2
 FOLDERS = {
     "daso_nodes": ("daso-3",),
     "fine_tuning": ("fine_tuning/six-digits", "fine_tuning/four-digits"),
@@ -28,39 +27,40 @@ FOLDERS = {
     "sweep_optuna": (),
 }
 """The run folders of the examples that have not exactly one of their own name."""
-ONE_RANK = ("own_model", "own_partition", "own_objective", "own_sync", "own_loop", "fine_tuning")
-"""Examples that also run without MPI; two of them check a strategy there."""
+SIX = ("own_model", "own_partition", "own_objective", "own_sync", "own_loop", "fine_tuning")
+"""Examples that also run on 4 ranks, and without MPI, where two of them check a strategy."""
 
 
+@pytest.mark.parametrize(("ranks", "names"), [(2, tuple(SCRIPTS)), (4, SIX)])
 def test_the_examples_run_under_one_mpirun(
-    tmp_path: Path, mpirun: str, clean: dict[str, str]
+    ranks: int, names: tuple[str, ...], tmp_path: Path, mpirun: str, clean: dict[str, str]
 ) -> None:
     """All end alike on all ranks, and every run is finished."""
-    commands = {name: ["run", path, "--", "--quick"] for name, path in SCRIPTS.items()}
-    argv = [mpirun, "-n", f"{RANKS}", *write_commands(tmp_path, commands)]
+    commands = {name: ["run", SCRIPTS[name], "--", "--quick"] for name in names}
+    argv = [mpirun, "-n", f"{ranks}", *write_commands(tmp_path, commands)]
     ended = start(argv, env=clean | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path, limit_s=240)
     assert ended.code == 0, ended.err
-    for name, results in read_results(tmp_path, RANKS).items():
-        assert [result.code for result in results] == [0] * RANKS, (name, results)
+    for name, results in read_results(tmp_path, ranks).items():
+        assert [result.code for result in results] == [0] * ranks, (name, results)
         for folder in FOLDERS.get(name, (name,)):
             ended_run = summary(tmp_path / "runs" / folder)
-            assert (ended_run["status"], ended_run["ranks"]) == ("finished", RANKS), name
+            assert (ended_run["status"], ended_run["ranks"]) == ("finished", ranks), name
     sweeps = [*(tmp_path / "runs" / "sweep").glob("*/summary.json")]
-    assert bool(sweeps) == bool(find_spec("optuna"))
-    assert (tmp_path / "runs" / "notebook" / "report.html").exists()
-    assert (tmp_path / "runs" / "notebook" / "local.png").exists()
+    assert bool(sweeps) == bool(find_spec("optuna") and "sweep_optuna" in names)
+    for file in ("report.html", "local.png"):
+        assert (tmp_path / "runs" / "notebook" / file).exists() == ("notebook" in names)
 
 
 def test_examples_run_on_one_rank_and_check_their_strategies(
     tmp_path: Path, clean: dict[str, str]
 ) -> None:
-    words = [["run", str(SCRIPTS[name]), "--", "--quick"] for name in ONE_RANK]
+    words = [["run", str(SCRIPTS[name]), "--", "--quick"] for name in SIX]
     program = f"from dtrain.cli import main\nassert not any([main(argv) for argv in {words}])"
     ended = start(
         [sys.executable, "-c", program], env=clean | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path
     )
     assert ended.code == 0, ended.err
-    for name in ONE_RANK:
+    for name in SIX:
         for folder in FOLDERS.get(name, (name,)):
             assert summary(tmp_path / "runs" / folder)["status"] == "finished"
 
