@@ -194,7 +194,11 @@ class RunConfig:
         """Return this run with as many of its stages as fit on `ranks` ranks, which changes its
         speed alone."""
         stages = self.stages
-        if stages is None or ranks % stages == 0:
+        if stages is None:  # all ranks, but no more than there are blocks
+            stages = min(ranks, self.partition.chosen_blocks or ranks)
+            if stages == ranks:
+                return self
+        elif ranks % stages == 0:
             return self
         fitting = max(n for n in range(1, min(stages, ranks) + 1) if ranks % n == 0)
         partition = self.partition

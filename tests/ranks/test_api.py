@@ -195,6 +195,12 @@ def test_callbacks_are_called_on_all_ranks_and_may_stop(tmp_path: Path) -> None:
     assert kinds == ["start", *["update"] * 4, "segment", "evaluation", "checkpoint", "end"]
 
 
+def test_without_stages_there_are_no_more_than_blocks(tmp_path: Path) -> None:
+    """Two blocks: four ranks are two stages and two replicas."""
+    result = train(make_run(), tmp_path, 4)
+    assert (result["stages"], result["replicas"]) == (2, 2)
+
+
 @pytest.mark.parametrize("method", ["evaluate", "save", "digest"])
 def test_what_needs_all_blocks_is_refused_inside_a_segment(method: str, tmp_path: Path) -> None:
     def work(comm: Comm) -> None:
