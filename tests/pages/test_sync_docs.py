@@ -13,7 +13,7 @@ import pytest
 
 from dtrain.schema import kebab, toml_text
 from dtrain.syncs import SYNCS
-from tests.rule.test_docs import cells, rows, section, ticked
+from tests.pages.test_docs import cells, rows, section, ticked
 
 DOCS = Path(__file__).parents[2] / "docs" / "communication.md"
 HEAD = "| name | what is sent"
