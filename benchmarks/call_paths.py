@@ -168,6 +168,14 @@ def count_rank(case: str, package: Path) -> None:
         Path(f"rank-{rank}.json").write_text(json.dumps(windows), encoding="utf-8")
 
 
+BACKWARD_FILES = ("autograd/__init__.py", "dtrain/eager_torch.py")
+"""Files with the function that runs torch's backward."""
+
+
+TRAINING_LOOPS = (("training.py", "train_session"), ("training.py", "train"), ("train.py", "train"))
+"""The function that loops over the updates, in this checkout and in older ones."""
+
+
 class Counter:
     """Called functions of the package, by window (from one boundary in torch to the next)."""
 
@@ -183,11 +191,11 @@ class Counter:
         """Record a call; calls of torch's backward and optimizer step bound the windows."""
         if event == "call":
             code = frame.f_code
-            if code.co_filename.startswith(self.package):
-                self._record(frame, code)
-            elif code.co_name == "backward" and code.co_filename.endswith("autograd/__init__.py"):
+            if code.co_name == "backward" and code.co_filename.endswith(BACKWARD_FILES):
                 if self.case == "gradient":
                     self.functions, self.frames, self.counting = set(), 0, True
+            elif code.co_filename.startswith(self.package):
+                self._record(frame, code)
             elif code.co_name == "step" and "torch/optim/" in code.co_filename:
                 self._close_window()
 
@@ -207,9 +215,10 @@ class Counter:
             for f in caller_frames(frame)
             if f.f_code.co_filename.startswith(self.package)
         ]
-        if ("training.py", "train") not in names:
+        outer = [names.index(loop) for loop in TRAINING_LOOPS if loop in names]
+        if not outer:
             return 0
-        inner = names[: names.index(("training.py", "train")) + 1]
+        inner = names[: outer[0] + 1]
         return sum(not name.endswith("comp>") and name != "<genexpr>" for _, name in inner)
 
     def _close_window(self) -> None:
