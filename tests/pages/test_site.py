@@ -12,6 +12,7 @@ import runpy
 import shlex
 import sys
 import tomllib
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +21,9 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import torch
 
+import dtrain
 from dtrain.config.parse import SECTIONS, parse_run
 from dtrain.planning.cost_file import read_cost_file
 from dtrain.planning.plan import make_plan
@@ -326,3 +329,95 @@ def test_the_examples_of_the_python_api_run(
         "loop",
     }
     assert (tmp_path / "runs" / "callbacks" / "checkpoints" / "best").is_dir()
+
+
+def page_modules(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the modules that a page shows be imported, from a folder in which the test works."""
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    write_files(page, folder)
+
+
+@pytest.mark.parametrize(
+    ("page", "model", "cuts"),
+    [
+        (ROOT / "README.md", {"name": "nets:net", "width": 8}, [2]),
+        (DOCS / "models.md", {"name": "skipnet:SkipNet"}, ["mid", "out"]),
+    ],
+    ids=["README", "models"],
+)
+@pytest.mark.usefixtures("user_modules")
+def test_the_models_of_pages_train(
+    page: Path,
+    model: dict[str, Any],
+    cuts: list[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    page_modules(page, tmp_path, monkeypatch)
+    run = small_run(model=model, partition={"cuts": cuts})
+    assert dtrain.train(run, "out").summary["blocks"] == len(cuts) + 1
+
+
+def small_run(**changes: Any) -> dtrain.Run:
+    """Return a run of three updates on digits, whose modules are in the working directory."""
+    sections: dict[str, Any] = {
+        "data": "digits",
+        "model": {"name": "mlp", "widths": [8, 8]},
+        "objective": "backprop",
+        "optimizer": {"name": "adam", "lr": 1e-3},
+        "updates": 3,
+        "batch_size": 16,
+        "threads": 1,
+        "path": Path.cwd() / "run.toml",
+    }
+    return dtrain.Run(**sections | changes)
+
+
+@pytest.mark.usefixtures("user_modules")
+def test_the_loss_of_the_page_on_tasks_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page_modules(DOCS / "tasks.md", tmp_path, monkeypatch)
+    x = np.random.default_rng(0).normal(size=(48, 3)).astype("float32")
+    run = small_run(
+        data=(x, x[:, :1], x, x[:, :1]),
+        model=lambda: torch.nn.Sequential(torch.nn.Linear(3, 1)),
+        task={"loss": "mytask:log_cosh"},
+    )
+    assert dtrain.train(run, "out").history[-1]["train_loss"] > 0
+
+
+def test_the_list_of_layers_on_the_page_on_partitioning_is_printed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code = blocks(DOCS / "partitioning.md", "python")[0]
+    exec(code, {"Net": lambda: torch.nn.Sequential(torch.nn.Linear(3, 2)), "x": torch.ones(4, 3)})
+    assert "0" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("user_modules")
+def test_exported_weights_load_as_the_page_on_training_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain, behind a layer that normalises, and as two factors."""
+    monkeypatch.chdir(tmp_path)
+    load, load_normalised, multiply = blocks(DOCS / "training.md", "python")[-3:]
+    load_normalised = load_normalised.replace("Normalise(3, 1, 1)", "Normalise(1, 1, 1)")
+
+    def make() -> torch.nn.Sequential:
+        layers = {"flat": torch.nn.Flatten(), "fc2": torch.nn.Linear(64, 48)}
+        return torch.nn.Sequential(OrderedDict(**layers, head=torch.nn.Linear(48, 10)))
+
+    names: dict[str, Any] = {"torch": torch, "nn": torch.nn, "OrderedDict": OrderedDict}
+    result = dtrain.train(small_run(model=make), "out")
+    dtrain.export("out", "net.pt")
+    exec(load, names | {"net": make()})
+    dtrain.export("out", "net.pt", with_normalisation=True)
+    exec(load_normalised, names | {"net": make()})
+    assert result.state_dict() is not None
+    low_rank = {"fc2.weight.left": torch.ones(48, 2), "fc2.weight.right": torch.ones(2, 64)}
+    torch.save(low_rank, "net.pt")
+    end = names | {"net": make()}
+    exec(multiply, end)
+    assert end["weight"].shape == (48, 64)
