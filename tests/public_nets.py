@@ -12,7 +12,7 @@ from torch import Tensor, nn
 IMAGE, CLASSES = 32, 3
 
 
-def _import_torchvision() -> None:
+def import_torchvision() -> None:
     """Import torchvision; where its compiled operators cannot be loaded, as those of a wheel for
     CUDA beside a torch for the CPU, declare them: no model here calls one."""
     try:
@@ -26,7 +26,7 @@ def _import_torchvision() -> None:
 
 def torchvision_models() -> ModuleType:
     """Import `torchvision.models`."""
-    _import_torchvision()
+    import_torchvision()
     import torchvision.models
 
     return torchvision.models  # type: ignore[no-any-return]
@@ -71,7 +71,7 @@ class Gpt2(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         with suppress(ImportError):  # transformers imports it where it is installed
-            _import_torchvision()
+            import_torchvision()
         from transformers import GPT2LMHeadModel
 
         whole = GPT2LMHeadModel(gpt2_config())

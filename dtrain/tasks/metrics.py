@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from dtrain.errors import ConfigError, unknown_name
+from dtrain.errors import ConfigError, one_line, unknown_name
 from dtrain.object_names import object_name
 from dtrain.user_code import PATTERN, import_object
 
@@ -304,10 +304,18 @@ def make_metric(
         return METRICS[metric]()
     if match := TOP.fullmatch(metric):
         return Accuracy(int(match[1]))
-    kind = _torchmetrics_class(metric)
+    legal = [*METRICS, "top-5", PATTERN]
+    unknown = unknown_name("metric", metric, legal, key="task.unknown-metric")
+    try:
+        kind = _torchmetrics_class(metric)
+    except Exception as error:  # a package that it imports is broken
+        reason = one_line(error)
+        raise ConfigError(
+            "task.unknown-metric",
+            f"{unknown.message}; torchmetrics is installed, but cannot be imported ({reason})",
+        ) from error
     if kind is None:
-        legal = [*METRICS, "top-5", PATTERN]
-        raise unknown_name("metric", metric, legal, key="task.unknown-metric")
+        raise unknown
     arguments = {"num_classes": classes, "num_labels": classes, "ignore_index": ignore_index}
     return _wrap_torchmetric(metric, kind, arguments)
 

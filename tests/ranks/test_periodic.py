@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from math import floor
 from pathlib import Path
 from typing import Any
@@ -193,5 +194,7 @@ def test_the_command_that_a_run_suggests_is_legal(
     name: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A run whose phases follow its length cannot be continued."""
-    train_on(sync_run(name), tmp_path)
+    run_file = tmp_path / "run-file.toml"
+    run_file.touch()
+    train_on(dataclasses.replace(sync_run(name), path=run_file), tmp_path / "out")
     assert command in capsys.readouterr().out.splitlines()[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tests import task_data, tiny
 from tests.harness import assert_close_model, assert_same_model, train_in_threads
 from tests.need import lack
 from tests.outcome import model
+from tests.public_nets import import_torchvision
 from tests.refusals import refuses
 
 WEIGHT = (0.5, 2.0, 1.0)
@@ -307,12 +309,20 @@ TORCHMETRICS: dict[str, tuple[str, str | None, dict[str, Any], dict[str, str]]] 
 """Data, net, task, and metrics with their classes."""
 
 
+@pytest.fixture
+def real_torchmetrics() -> None:
+    """torchmetrics as it is installed; it imports torchvision, where that is installed."""
+    if importlib.util.find_spec("torchmetrics") is None:
+        lack("public-models", "torchmetrics is not installed")
+    with suppress(ImportError):
+        import_torchvision()
+
+
+@pytest.mark.usefixtures("real_torchmetrics")
 @pytest.mark.parametrize("case", TORCHMETRICS)
 def test_metrics_of_torchmetrics_are_those_of_all_samples_at_once(
     case: str, tmp_path: Path
 ) -> None:
-    if importlib.util.find_spec("torchmetrics") is None:
-        lack("public-models", "torchmetrics is not installed")
     data, net, task, kinds = TORCHMETRICS[case]
     run = task_run(data, net, task | {"metrics": list(kinds)})
     found = [
@@ -341,9 +351,8 @@ def torchmetric(kind: str, classes: int, task: dict[str, Any]) -> Any:
     return getattr(torchmetrics.classification, kind)(**count, **ignored)
 
 
+@pytest.mark.usefixtures("real_torchmetrics")
 def test_a_metric_of_torchmetrics_that_needs_arguments_is_refused() -> None:
-    if importlib.util.find_spec("torchmetrics") is None:
-        lack("public-models", "torchmetrics is not installed")
     with refuses(ConfigError, "task.metric-needs-arguments"):
         tiny.run(task={"metrics": ["fbeta-score"]})
     with refuses(ConfigError, "task.metric-not-a-sum"):
