@@ -162,7 +162,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     exact_mesh: bool = False,
 ) -> Result:
-    """Train a run into a folder, or go on where the folder stands. Collective over all ranks.
+    """Train a run into a folder, or resume from its newest checkpoint. Collective over all ranks.
 
     Parameters
     ----------

@@ -178,7 +178,7 @@ def _open_samples(job: RankJob, data: Any) -> Dataset:
         raise DataError(
             "predict.lengths", f"the inputs have {[len(a) for a in arrays]} rows: give as many each"
         )
-    zero = torch.zeros(1, dtype=reference.target_dtype).numpy()  # targets that nobody reads
+    zero = torch.zeros(1, dtype=reference.target_dtype).numpy()  # these targets are never read
     targets = np.broadcast_to(zero.reshape(()), (len(first), *reference.target_shape))
     dataset = ArrayDataset(
         len(first),

@@ -32,8 +32,8 @@ _world: Comm | None = None
 def init() -> Comm:
     """Start MPI in this process and return the group of all ranks; later calls return it again.
 
-    Without a launcher this process is the only rank. From now on an exception that nobody catches
-    ends all ranks. Every function that needs MPI calls it; call it first where a site's MPI must
+    Without a launcher this process is the only rank. From then on an uncaught exception ends all
+    ranks. Every function that needs MPI calls it; call it first where a site's MPI must
     start before torch.
 
     Raises
@@ -89,7 +89,7 @@ def report_error(error: BaseException, comm: Comm | None) -> int:
 def _end_of_script(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """End a script whose exception nobody caught."""
+    """End a script after an uncaught exception."""
     code = report_error(error, _world)
     flush_output()
     raise SystemExit(code)

@@ -45,7 +45,7 @@ run = dtrain.Run(
 )
 
 if __name__ == "__main__":
-    result = dtrain.train(run)  # into runs/own_model; started again, it goes on from there
+    result = dtrain.train(run)  # into runs/own_model; started again, it resumes from there
     if result.rank == 0:
         net = Net()
         net.load_state_dict(result.state_dict())  # plain PyTorch from here on

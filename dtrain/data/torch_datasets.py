@@ -14,7 +14,7 @@ from dtrain.errors import DataError
 
 def are_torch_datasets(values: object) -> bool:
     """Return whether values are two or three `torch.utils.data.Dataset`."""
-    module = sys.modules.get("torch.utils.data")  # whoever made one has imported it
+    module = sys.modules.get("torch.utils.data")  # imported, if a Dataset exists
     return (
         module is not None
         and isinstance(values, list | tuple)

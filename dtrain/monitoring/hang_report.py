@@ -1,8 +1,8 @@
 """Hang report: the waits of a hanging run as a graph, from the records of its ranks.
 
-Invariant: works with neither torch nor MPI. Where all ranks are processes of this host it asks them
-for their records, twice; else it reads the files. The likely cause is a guess; everything else
-stands in the records.
+Invariant: works with neither torch nor MPI. If all ranks are processes of this host, it requests
+their records twice; else it reads the files. The likely cause is a guess; everything else stands
+in the records.
 
     record of rank 4: waits for rank 3           4 --> 3 --> 2   one edge per awaited rank; of a
     record of rank 3: in a mean of ranks 2, 3                    collective only ranks that are not
@@ -223,7 +223,7 @@ class HangAnalysis:
 def hang_report(folder: Path, stuck_s: float = STUCK_S) -> list[str]:
     """Return a few lines: waiting ranks, the likely cause, and what to do.
 
-    Where all ranks are processes of this host, it asks them for records, twice.
+    If all ranks are processes of this host, it requests their records twice.
 
     Parameters
     ----------

@@ -261,8 +261,6 @@ class Session:
     def _complete(self) -> None:
         """Reach the end of the segment, then write the summary with the model's digest."""
         if self._segment is not None:
-            for _ in self._updates:
-                pass
             self.finish(self._segment)
         self._notify("end")
         summary = self._finished_summary()
@@ -390,7 +388,7 @@ class Session:
 
     def finish(self, segment: Segment) -> None:
         """End a segment: syncs settle, and the records of all ranks are added up."""
-        for _ in self._updates:  # those that the caller left out
+        for _ in self._updates:  # those that the caller has not taken
             pass
         job, totals = self._job, self._totals
         if job.engine.trace is not None:
@@ -468,7 +466,7 @@ class Session:
         return evaluate_weights(job, weights, job.test_loader, splitter), validation
 
     def save(self) -> None:
-        """Write the checkpoint that a next start goes on from."""
+        """Write a checkpoint, from which the next start resumes."""
         self._refuse_open_segment("save")
         self._totals.tick()
         start = time.perf_counter()
