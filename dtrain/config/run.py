@@ -31,6 +31,7 @@ from dtrain.config.sections import (
 from dtrain.config.strategies import NamedStrategy, name_strategy
 from dtrain.object_names import object_name
 from dtrain.objectives.base import Objective
+from dtrain.partition import check_places
 from dtrain.schedules.base import Schedule
 from dtrain.schema import Table, dump_toml, to_table
 from dtrain.syncs.base import Sync
@@ -192,7 +193,13 @@ class RunConfig:
 
     def fit_stages(self, ranks: int) -> RunConfig:
         """Return this run with as many of its stages as fit on `ranks` ranks, which changes its
-        speed alone."""
+        speed alone.
+
+        Raises
+        ------
+        ConfigError
+            The places that fewer stages replace are no legal ones.
+        """
         stages = self.stages
         if stages is None:  # all ranks, but no more than there are blocks
             stages = min(ranks, self.partition.chosen_blocks or ranks)
@@ -205,7 +212,10 @@ class RunConfig:
         if partition.explicit_cuts is None:
             blocks = partition.chosen_blocks or stages
             partition = dataclasses.replace(partition, blocks=blocks)
-        partition = dataclasses.replace(partition, places=None)
+        if partition.places is not None:
+            check_places(partition.places, len(partition.places), self.stages or stages)
+            self.schedule.instance.check_places(partition.places)
+            partition = dataclasses.replace(partition, places=None)
         mesh = dataclasses.replace(self.mesh, stages=fitting)
         return dataclasses.replace(self, mesh=mesh, partition=partition)
 

@@ -487,7 +487,8 @@ def _group_nodes(
     if not groups:
         raise ConfigError(
             "model.no-layers",
-            f"the forward of model '{model}' calls no sub-module: move its parts into sub-modules",
+            f"the forward of model '{model}' calls no sub-module: move its parts into sub-modules, "
+            "or wrap a single layer in nn.Sequential",
         )
     return groups
 

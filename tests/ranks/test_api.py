@@ -195,6 +195,21 @@ def test_callbacks_are_called_on_all_ranks_and_may_stop(tmp_path: Path) -> None:
     assert kinds == ["start", *["update"] * 4, "segment", "evaluation", "checkpoint", "end"]
 
 
+@pytest.mark.parametrize(
+    ("places", "objective", "key"),
+    [
+        ((0, 2), "local-head", "partition.stage-without-block"),
+        ((1, 0), "backprop", "schedule.places-not-ascending"),
+    ],
+)
+def test_wrong_places_are_refused_on_fewer_ranks_too(
+    places: tuple[int, ...], objective: str, key: str
+) -> None:
+    partition = dtrain.Partition(cuts=(3,), places=places)
+    with refuses(ConfigError, key):
+        dtrain.plan(make_run(partition=partition, objective=objective), 1)
+
+
 def test_without_stages_there_are_no_more_than_blocks(tmp_path: Path) -> None:
     """Two blocks: four ranks are two stages and two replicas."""
     result = train(make_run(), tmp_path, 4)
