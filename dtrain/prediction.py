@@ -22,10 +22,11 @@ from dtrain.comm.agree import all_or_none
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
 from dtrain.data.array_source import MemorySource
-from dtrain.data.dataset import Dataset, IntegerInputs, Standardised
+from dtrain.data.dataset import Dataset, IntegerInputs
 from dtrain.data.loader import Loader
 from dtrain.data.sampler import Indices, even_ranges
 from dtrain.data.source_dataset import SourceDataset
+from dtrain.data.statistics import Standardised
 from dtrain.errors import ConfigError, DataError
 from dtrain.evaluation import load_checkpoint
 
@@ -181,7 +182,7 @@ def _open_samples(job: RankJob, data: Any) -> Dataset:
         return IntegerInputs(dataset)
     if not isinstance(reference, Standardised):
         return dataset
-    standardised = Standardised(dataset, dataset.moments)
+    standardised = Standardised(dataset, reference.training)
     if job.evaluator.needs_samples:
         standardised.use_statistics(reference.statistics())
     return standardised

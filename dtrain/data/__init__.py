@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dtrain.data.dataset import DatasetSplits, check_splits, standardise
+from dtrain.data.dataset import DatasetSplits, check_splits
 from dtrain.data.digits_set import Digits
 from dtrain.data.hdf5_set import Hdf5, open_split
 from dtrain.data.hold_out import hold_out
 from dtrain.data.source_dataset import SourceDataset, make_split
+from dtrain.data.statistics import Channels, standardise
 from dtrain.data.user import as_splits
 from dtrain.errors import ConfigError, unknown_name
 from dtrain.tasks.task import DEFAULT_TASK, Task
@@ -27,7 +28,7 @@ DataTable = dict[str, Any]
 """A data set and its keys, as `dtrain.Run` takes it: the table of a run file."""
 
 
-COMMON_KEYS = ("normalise", "shuffle", "augment", "validation")
+COMMON_KEYS = ("normalise", "channels", "shuffle", "augment", "validation")
 """Keys of `[data]` that every data set has."""
 
 
@@ -37,7 +38,7 @@ def digits(**keys: Any) -> DataTable:
     Parameters
     ----------
     keys
-        Keys of `[data]`: `normalise`, `shuffle`, `augment`, `validation`.
+        Keys of `[data]`: `normalise`, `channels`, `shuffle`, `augment`, `validation`.
     """
     return {"name": "digits", **keys}
 
@@ -50,7 +51,7 @@ def hdf5(train: str | Path, test: str | Path, **keys: Any) -> DataTable:
     train, test : path
         Relative paths start in the folder of the script.
     keys
-        Keys of `[data]`: `normalise`, `shuffle`, `augment`, `validation`.
+        Keys of `[data]`: `normalise`, `channels`, `shuffle`, `augment`, `validation`.
     """
     return {"name": "hdf5", "train": str(train), "test": str(test), **keys}
 
@@ -69,6 +70,7 @@ def load_data(
     folder: Path,
     *,
     normalise: bool = True,
+    channels: Channels = "first",
     task: Task = DEFAULT_TASK,
     validation: float | str = 0.0,
     seed: int = 0,
@@ -86,6 +88,8 @@ def load_data(
         The run file's folder: paths are relative to it, and it is first on the import path.
     normalise : bool
         Standardise inputs per channel with the training split's statistics.
+    channels : "first", "last" or int
+        The axis of a sample that holds the channels.
     task : Task
         Decides which targets are legal.
     validation : float or str
@@ -108,7 +112,7 @@ def load_data(
         splits = _open_validation(name, splits, folder / validation, task)
     elif validation:
         splits = hold_out(splits, validation, seed, task)
-    splits = standardise(splits) if normalise else splits
+    splits = standardise(splits, channels) if normalise else splits
     return splits.with_input_targets() if task.target == "input" else splits
 
 

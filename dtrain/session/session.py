@@ -52,8 +52,8 @@ from dtrain.comm.communicator import Comm
 from dtrain.comm.flight_recorder import print_error
 from dtrain.config.out_folder import fill_keys
 from dtrain.config.run import RunConfig
-from dtrain.data.dataset import Standardised
 from dtrain.data.sampler import epoch_order
+from dtrain.data.statistics import Standardised
 from dtrain.errors import ConfigError, RankLostError
 from dtrain.evaluation import EvalWeights, evaluate_weights, evaluation_weights
 from dtrain.monitoring.machine_peak import measured_peak
@@ -72,6 +72,7 @@ from dtrain.run import Run
 from dtrain.schedules.segments import Segment
 from dtrain.schema import Table
 from dtrain.session.data_notes import check_data_values, data_notes
+from dtrain.session.data_statistics import share_statistics, use_kept_statistics
 from dtrain.session.failure import report_failure
 from dtrain.session.layer_notes import layer_notes
 from dtrain.session.measured_cuts import settle_cuts
@@ -82,6 +83,7 @@ from dtrain.session.start import (
     check_weights_stay,
     make_recorder,
     restore_run,
+    resume_folders,
     share_module,
     start_trace,
     write_plan,
@@ -211,6 +213,8 @@ class Session:
         all_or_none(comm, lambda: check_metrics(self.callbacks, plan))
         check_same_layout(plan, comm)
         with log.step("reading data and computing their statistics"):
+            use_kept_statistics(plan.data, comm, [out, *resume_folders(self._resume)])
+            share_statistics(plan.data, comm, log.note)
             data_fingerprint = check_same_data(plan, comm)
             notes = data_notes(plan, comm)
         is_trained = point.updates >= plan.training_length.total_updates
