@@ -42,7 +42,7 @@ from dtrain.data.statistics import Standardised
 from dtrain.errors import ConfigError
 from dtrain.monitoring.run_totals import RunTotals, evaluation_metrics
 from dtrain.planning.plan import Plan, make_plan
-from dtrain.session.data_statistics import use_kept_statistics
+from dtrain.shared_statistics import use_kept_statistics
 
 EvalWeights = Mapping[int, Mapping[str, Tensor]]
 """Parameters and buffers that are evaluated, by block and name."""

@@ -72,7 +72,6 @@ from dtrain.run import Run
 from dtrain.schedules.segments import Segment
 from dtrain.schema import Table
 from dtrain.session.data_notes import check_data_values, data_notes
-from dtrain.session.data_statistics import share_statistics, use_kept_statistics
 from dtrain.session.failure import report_failure
 from dtrain.session.layer_notes import layer_notes
 from dtrain.session.measured_cuts import settle_cuts
@@ -88,6 +87,7 @@ from dtrain.session.start import (
     start_trace,
     write_plan,
 )
+from dtrain.shared_statistics import share_statistics, use_kept_statistics
 from dtrain.user_code import refuse_during_import
 
 SEARCH_S = 60.0
