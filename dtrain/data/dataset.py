@@ -113,6 +113,11 @@ class Dataset(ABC):
         return ((x - low) / (high - low)).clamp_(0, 1)
 
     @property
+    def chunk_rows(self) -> int | None:
+        """Samples of a stored piece that is read as a whole; None where there is none."""
+        return None
+
+    @property
     def given_moments(self) -> Moments | None:
         """Mean and deviation per channel of the inputs, where the data come with them."""
         return None

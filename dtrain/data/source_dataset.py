@@ -161,6 +161,10 @@ class SourceDataset(Dataset):
         return to_summable(source.read(rows))
 
     @property
+    def chunk_rows(self) -> int | None:
+        return self._samples.chunk_rows
+
+    @property
     def given_moments(self) -> Moments | None:
         if self._stored_moments is None:
             return None

@@ -1,8 +1,8 @@
 """Mean and deviation per channel of a training split, and the splits that they standardise.
 
-Invariant: a split is read in pieces of bounded memory, which depend on its size, shape and dtype
-alone. The sums of the pieces are combined in their order, so the statistics have the same bits
-whichever rank reads which piece.
+Invariant: a split is read in pieces of bounded memory. Sums of small integers are exact, so any
+pieces give the same bits. The pieces of other numbers depend on size, shape and dtype alone, and
+their sums are combined in order. So the bits do not depend on which rank reads which piece.
 
 ::
 
@@ -70,6 +70,10 @@ class SampleSource(Protocol):
     def shape(self) -> tuple[int, ...]:
         """Shape of one sample."""
 
+    @property
+    def chunk_rows(self) -> int | None:
+        """Samples of a stored piece that is read as a whole."""
+
     def read_stored(self, rows: range) -> Array:
         """Read consecutive samples, (n, *shape)."""
 
@@ -87,6 +91,8 @@ class StoredRows:
     def __init__(self, rows: Any) -> None:
         self._rows = rows
         self.size, self.shape = rows.shape[0], tuple(rows.shape[1:])
+        chunks = getattr(rows, "chunks", None)
+        self.chunk_rows = None if chunks is None else int(chunks[0])
 
     def read_stored(self, rows: range) -> Array:
         """Read consecutive samples, (n, *shape)."""
@@ -192,7 +198,7 @@ class StatisticsPass:
         self.channels = source.shape[axis]
         kind = np.complex128 if first.dtype.kind == "c" else np.float64
         self._origin = np.moveaxis(first[0], axis, 0).reshape(self.channels, -1)[:, :1].astype(kind)
-        rows = _rows_per_piece(first.nbytes, self.is_exact)
+        rows = _rows_per_piece(first.nbytes, self.is_exact, source.chunk_rows)
         self.pieces = [
             range(start, min(start + rows, source.size)) for start in range(0, source.size, rows)
         ]
@@ -281,10 +287,11 @@ def compute_statistics(
     return reading.combine(reading.sum_pieces(reading.pieces, report))
 
 
-def _rows_per_piece(row_bytes: int, is_exact: bool) -> int:
-    """Return the samples of a piece."""
+def _rows_per_piece(row_bytes: int, is_exact: bool, chunk_rows: int | None) -> int:
+    """Return the samples of a piece: whole chunks where the pieces are free to choose."""
     if is_exact:
-        return max(1, EXACT_PIECE_BYTES // row_bytes)
+        rows = max(1, EXACT_PIECE_BYTES // row_bytes)
+        return rows - rows % chunk_rows if chunk_rows and chunk_rows <= rows else rows
     if SAMPLES_PER_READ * row_bytes <= MAX_PIECE_BYTES:
         return SAMPLES_PER_READ
     return max(1, PIECE_BYTES // row_bytes)
