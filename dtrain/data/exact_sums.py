@@ -24,8 +24,8 @@ EXACT_TERMS = 256
 """Numbers whose squares are added in floating point before an integer takes the sum."""
 
 
-BLOCK = 2**18
-"""Numbers that are converted at once: they stay in the cache of a core."""
+BLOCK = 2**20
+"""Numbers that are converted at once: they stay in the cache."""
 
 
 SHORT_RUN = 32
@@ -73,10 +73,9 @@ def _add_runs(x: Array, sums: Int64s) -> None:
                 numbers = buffer[: part.size]
                 numbers.reshape(part.shape)[...] = part
                 target = sums[:, first : first + group]
-                shape = (*part.shape[:2], -1)
-                target[0] += _whole((numbers.reshape(-1, run) @ ones).reshape(shape))
-                np.multiply(numbers, numbers, out=numbers)
-                target[1] += _whole((numbers.reshape(-1, run) @ ones).reshape(shape))
+                shape, runs = (*part.shape[:2], -1), numbers.reshape(-1, run)
+                target[0] += _whole((runs @ ones).reshape(shape))
+                target[1] += _whole(np.einsum("ij,ij->i", runs, runs).reshape(shape))
 
 
 def _whole(sums: Array) -> Int64s:
