@@ -111,6 +111,23 @@ def test_statistics_are_kept_for_later_starts(
     assert other["data"] != json.loads(kept)["data"]
 
 
+def test_kept_statistics_serve_evaluations_of_inputs_as_targets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their targets are standardised, too, and their checkpoints hold no statistics."""
+    run = tiny.run(
+        data=write(tmp_path, "float32"),
+        task={"loss": "mse", "target": "input", "metrics": ["r2"]},
+        model={"name": "tests.task_data:autoencoder"},
+        partition={"blocks": 1},
+        objective__name="backprop",
+    )
+    trained = train_in_threads(run, tmp_path / "out")
+    monkeypatch.setattr(StatisticsPass, "__init__", forbid)
+    [result, _] = run_ranks(2, lambda comm: evaluate_run(tmp_path / "out", comm))
+    assert result["loss"] == trained["test_loss"]
+
+
 def test_statistics_of_a_file_are_not_computed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
