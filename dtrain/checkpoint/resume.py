@@ -27,7 +27,7 @@ from dtrain.checkpoint.manifest import (
     load_latest,
     read_manifest,
 )
-from dtrain.checkpoint.run_folder import OWNER_FILE
+from dtrain.checkpoint.ownership import OWNER_FILE
 from dtrain.comm.agree import broadcast_object
 from dtrain.comm.backends.single import SingleBackend
 from dtrain.comm.communicator import Comm
