@@ -321,8 +321,8 @@ def test_keys_of_hdf5(folder: Path) -> None:
         load_data("hdf5", {"train": "", "test": "b"}, folder)
     with refuses(ConfigError, "data.unknown"):
         load_data("hdf6", FILES, folder)
-    with refuses(ConfigError, "user-code.missing-argument"):
-        load_data("hdf5", {"train": "a"}, folder)
+    with refuses(ConfigError, "data.no-test-split"):
+        load_data("hdf5", {"train": "train.h5"}, folder)
     with refuses(ConfigError, "run-file.unknown-key"):
         load_data("hdf5", FILES | {"tset": 1}, folder)
 
