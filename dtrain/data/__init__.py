@@ -6,12 +6,14 @@ first need.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from dtrain.data.csv_set import Csv
+from dtrain.data.array_source import ArraySource
+from dtrain.data.csv_set import Csv, read_samples
 from dtrain.data.dataset import DatasetSplits, standardise
 from dtrain.data.digits_set import Digits
 from dtrain.data.file_set import FileSet, Paths
@@ -219,3 +221,36 @@ def _open(
     return kind(**bind_arguments("[data]", kind, fields, common_keys=COMMON_KEYS)).open(
         folder, task
     )
+
+
+def open_samples(
+    path: Path, name: str, fields: Mapping[str, object], folder: Path, task: Task
+) -> tuple[ArraySource, ...]:
+    """Open a file of samples without targets, for the data set that a run file's `[data]` names.
+
+    Parameters
+    ----------
+    path : Path
+        The file; its format follows from its name.
+    name, fields, folder, task
+        As in `load_data`. A file of the set's own format has the names of the test split.
+
+    Raises
+    ------
+    DataError
+        The file is damaged, or lacks the samples.
+    """
+    kind = _file_kind(path)
+    if DATASETS.get(name) is kind:
+        files = kind(**bind_arguments("[data]", kind, fields, common_keys=COMMON_KEYS))
+        return files.open_samples(path, folder, task)
+    return read_samples(path) if kind is Csv else kind(str(path)).open_samples(path, folder, task)
+
+
+def _file_kind(path: Path) -> type[FileSet]:
+    """Return the format of a file by its name; HDF5 where the name does not say it."""
+    suffixes = path.name.lower().removesuffix(".gz").split(".")[1:]
+    kinds: dict[str, type[FileSet]] = {"npy": Npz, "npz": Npz, "csv": Csv, "tsv": Csv}
+    if path.is_dir() or re.search(r"idx\d", path.name):
+        return Idx
+    return kinds.get(suffixes[-1], Hdf5) if suffixes else Hdf5

@@ -1,12 +1,13 @@
 """Names of arrays in a file that holds several: which of them are inputs and targets of a split.
 
 ===================  ====================================================
-a file of its own    the names of the run file; or, where these are "x"
-                     and "y" and the file lacks them, those of `LAYOUTS`
-the training file    the training names with "test" in place of "train"
+a file of its own    those that the run file gives for all splits
+either               the same with "test" in place of "train"
+either               where the run file gives none: those of `LAYOUTS`
 ===================  ====================================================
 
-Names that a run file gives for the split have precedence.
+The first ones that the file has are taken. Names that a run file gives for the split have
+precedence.
 """
 
 from __future__ import annotations
@@ -95,10 +96,9 @@ class NameRules:
         words = SPLIT_WORDS[split]
         if not is_shared:
             yield SplitNames(self.inputs, self.targets)
-        else:
-            for word in words:
-                inputs = tuple(_replace_split(name, word) for name in self.inputs)
-                yield SplitNames(inputs, _replace_split(self.targets, word))
+        for word in words:
+            inputs = tuple(_replace_split(name, word) for name in self.inputs)
+            yield SplitNames(inputs, _replace_split(self.targets, word))
         if (*self.inputs, self.targets) == DEFAULT_NAMES:
             for word in words:
                 for x, y in LAYOUTS:
@@ -119,14 +119,14 @@ def _replace_split(name: str, word: str) -> str:
 
 
 def list_arrays(shapes: Mapping[str, tuple[int, ...]], wanted: Sequence[str]) -> str:
-    """Return the end of an error about missing names: the closest ones, and all with shapes."""
+    """Return the part of an error that says which names there are: all with shapes, the closest."""
     if not shapes:
-        return ": it holds no array"
+        return "no array"
     listed = [f"{name} {shape}" for name, shape in [*shapes.items()][:MOST_LISTED]]
     more = f" and {len(shapes) - MOST_LISTED} more" if len(shapes) > MOST_LISTED else ""
     close = [match for name in wanted if (match := closest(name, shapes)) is not None]
     hint = f"; did you mean {', '.join(map(repr, close))}?" if close else ""
-    return f", only {', '.join(listed)}{more}{hint}"
+    return f"{', '.join(listed)}{more}{hint}"
 
 
 def closest(name: str, names: Sequence[str] | Mapping[str, object]) -> str | None:

@@ -127,9 +127,11 @@ def read_layout(path: Path, delimiter: str | None, named: Sequence[str | int] = 
     first, second = rows[0], rows[-1]
     numbers = zip(first, second, strict=False)
     has_header = any(not is_number(a) and is_number(b) for a, b in numbers)
+    has_header |= len(rows) == 1 and not any(map(is_number, first))
     has_header |= any(isinstance(name, str) and name in first for name in named)
     header = tuple(name.strip() for name in first) if has_header else ()
-    return Layout(path, delimiter, header, len(first), tuple(second if has_header else first))
+    sample = rows[-1] if has_header else first
+    return Layout(path, delimiter, header, len(first), tuple(sample))
 
 
 def read_table(layout: Layout, columns: Columns, *, has_texts: bool) -> Table:

@@ -110,7 +110,8 @@ class FileSet(ABC):
         """
         sources = self.open_sources(self._split_files(folder, validation), task)
         for part in sources.values():
-            check_numeric(part)
+            for source in part.inputs:
+                check_numeric(source)
         if not isinstance(self.test, float):
             return make_splits(sources, task)
         train = make_split(sources["train"], task)
@@ -255,7 +256,6 @@ def combine(parts: Sequence[SplitSources]) -> SplitSources:
     first, last = parts[0], parts[-1]
     location = f"{first.location} ... {last.location} ({len(parts)} files)"
     for part in parts:
-        check_numeric(part)
         check_arrays(part.inputs[0], part.targets or part.inputs[0], part.location)
         if part.class_names != first.class_names:
             raise DataError(
@@ -284,18 +284,17 @@ def _common_moments(parts: Sequence[SplitSources]) -> Any:
     return stored[0] if len(texts) == 1 else None
 
 
-def check_numeric(part: SplitSources) -> None:
-    """Refuse inputs that hold texts, records or objects.
+def check_numeric(source: ArraySource) -> None:
+    """Refuse samples that are texts, records or objects.
 
     Raises
     ------
     DataError
         It names the array.
     """
-    for source in part.inputs:
-        if source.dtype.kind not in NUMERIC_KINDS:
-            raise DataError(
-                "data.samples-dtype",
-                f"{source.location} has dtype {source.dtype}: convert it to integers, real or "
-                "complex numbers",
-            )
+    if source.dtype.kind not in NUMERIC_KINDS:
+        raise DataError(
+            "data.samples-dtype",
+            f"{source.location} has dtype {source.dtype}: convert it to integers, real or complex "
+            "numbers",
+        )

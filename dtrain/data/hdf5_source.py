@@ -99,7 +99,7 @@ def find_dataset(file: h5py.File, name: str, path: Path) -> h5py.Dataset | None:
     """
     for end in [i for i, letter in enumerate(name) if i and letter == "/"] + [len(name)]:
         part = name[:end].encode()
-        if part in file:
+        if file.get(name[:end]) is not None:
             continue
         links = file.id.links
         if links.exists(part) and links.get_info(part).type == h5py.h5l.TYPE_EXTERNAL:
@@ -119,8 +119,9 @@ def missing_datasets(file: h5py.File, names: Sequence[str], path: Path) -> DataE
     text = " and ".join(f"'{name}'" for name in names)
     return DataError(
         "data.hdf5-dataset-missing",
-        f"{path} has no HDF5 dataset {text}{list_arrays(dataset_shapes(file), names)}: set x and y "
-        "to the names of samples and targets",
+        f"{path} has no HDF5 dataset {text}, only "
+        f"{list_arrays(dataset_shapes(file), names)}: set x and y to the names of samples and "
+        "targets",
     )
 
 

@@ -129,13 +129,14 @@ class NamedArraySet(FileSet):
         if is_shared and not any(rules.own[split]):
             arrays = list_arrays(self.list_names(path), [])
             cure = "test-x and test-y to names in this file, "
-            raise no_test_split(path, f"has none that is found by its name{arrays}", cure)
+            raise no_test_split(path, f"has none that is found by its name ({arrays})", cure)
         missing = [name for name in wanted if not has(name)]
-        if not missing:
-            key = f"{split}-x and {split}-y"
+        if not missing or (is_shared and needs_targets and None in rules.own[split]):
+            arrays = list_arrays(self.list_names(path), [])
             raise ConfigError(
                 "data.names-of-training",
-                f"[data] {key} must both name other arrays of {path} than x and y do",
+                f"[data] {split}-x and {split}-y must both be set, to other arrays of {path} than "
+                f"x and y, of {arrays}",
             )
         raise self.missing_array(path, missing)
 
@@ -144,8 +145,9 @@ class NamedArraySet(FileSet):
         text = " and ".join(f"'{name}'" for name in names)
         return DataError(
             "data.array-missing",
-            f"{path} has no array {text}{list_arrays(self.list_names(path), names)}: set x and y "
-            "to the names of samples and targets",
+            f"{path} has no array {text}, only "
+            f"{list_arrays(self.list_names(path), names)}: set x and y to the names of samples and "
+            "targets",
         )
 
 
