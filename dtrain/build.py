@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from dtrain.block.block import Block
+from dtrain.block.complex_tensors import real_view
 from dtrain.block.device import keep_freed_memory, select_device
 from dtrain.checkpoint.resume import STRUCTURE
 from dtrain.comm.agree import all_or_none
@@ -271,7 +272,7 @@ def _fingerprint(plan: Plan, rank: int) -> tuple[str, str | None, list[float] | 
         labels.update(split.targets(indices).numpy().tobytes())
         if reads_inputs:
             inputs.update(split.inputs(indices).numpy().tobytes())
-            rows = unstandardised(split).inputs(indices).double().flatten(1)
+            rows = real_view(unstandardised(split).inputs(indices)).double().flatten(1)
             numbers += (rows * torch.linspace(0.5, 1.5, rows.shape[1])).mean(1).tolist()
     if not reads_inputs:
         return labels.hexdigest(), None, None
