@@ -6,6 +6,7 @@ import gzip
 import os
 import pickle
 import struct
+import tomllib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from dtrain import Run, data
 from dtrain.data import load_data
 from dtrain.data.array_source import ArraySource
 from dtrain.data.hdf5_source import Hdf5Source
@@ -521,6 +523,37 @@ def test_a_wrong_name_lists_the_names_that_are_there(name: str, tmp_path: Path) 
     assert "group/images" in caught.value.message  # the closest one
     assert sum(f"group/a{i} " in caught.value.message for i in range(11)) == 8
     assert "(37, 4)" in caught.value.message
+
+
+# Run files
+
+
+TABLES_OF_DATA: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "hdf5": (
+        data.hdf5([Path("a.h5"), "b.h5"], x=("p", "q"), test_x="r", normalise=False),
+        {"train": ["a.h5", "b.h5"], "x": ["p", "q"], "test-x": "r", "normalise": False},
+    ),
+    "npz": (
+        data.npz("x.npy", "z.npy", train_y=Path("y.npy"), validation=["v.npy"]),
+        {"train": "x.npy", "test": "z.npy", "train-y": "y.npy", "validation": ["v.npy"]},
+    ),
+    "csv": (
+        data.csv("$D/a.csv", 0.2, target=-1, features=[0, "b"], delimiter=";"),
+        {"train": "$D/a.csv", "test": 0.2, "target": -1, "features": [0, "b"], "delimiter": ";"},
+    ),
+    "idx": (data.idx("~/mnist"), {"train": "~/mnist"}),
+}
+
+
+@pytest.mark.parametrize("name", TABLES_OF_DATA)
+def test_keys_from_python_are_those_of_a_resolved_run_file(name: str, tmp_path: Path) -> None:
+    made, expected = TABLES_OF_DATA[name]
+    run = Run(model="mlp", data=made, optimizer={"name": "sgd"}, epochs=1, path=tmp_path / "a.toml")
+    (tmp_path / "run.toml").write_text(run.to_toml())
+    again = Run.read(tmp_path / "run.toml")
+    assert again.to_toml() == run.to_toml()
+    written = tomllib.loads(run.to_toml())["data"]
+    assert {key: written[key] for key in expected} == expected
 
 
 # CSV
