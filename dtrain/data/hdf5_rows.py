@@ -13,6 +13,7 @@ Invariant: the file is only read, without a lock. Several threads may read at th
 from __future__ import annotations
 
 import os
+import weakref
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, final
@@ -61,11 +62,12 @@ class PlainRows:
         self.path, self.shape, self.dtype = path, shape, dtype
         self._offsets, self._chunk_rows, self._fill = offsets, chunk_rows, fill
         self._row_bytes = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
-        self._file = path.open("rb", buffering=0)
+        self._descriptor = os.open(path, os.O_RDONLY)
+        self._close = weakref.finalize(self, os.close, self._descriptor)
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self._close()
 
     def read(self, indices: NDArray[np.int64]) -> Array:
         """Return the rows at `indices`, in their order.
@@ -117,7 +119,7 @@ class PlainRows:
         """Fill an array with the bytes from an offset of the file on."""
         view, done = target.reshape(-1).data, 0
         while done < len(view):
-            count = os.preadv(self._file.fileno(), [view[done:]], offset + done)
+            count = os.preadv(self._descriptor, [view[done:]], offset + done)
             if not count:
                 raise OSError(f"the file ends at byte {offset + done}")
             done += count
@@ -145,6 +147,8 @@ def plain_rows(dataset: h5py.Dataset) -> PlainRows | None:
 
 def _is_plain(dataset: h5py.Dataset) -> bool:
     dtype, shape, chunks = dataset.dtype, dataset.shape, dataset.chunks
+    if chunks and not hasattr(dataset.id, "chunk_iter"):  # of HDF5 before 1.12.3
+        return False
     if not shape or 0 in shape or dtype.kind not in NUMERIC_KINDS or dataset.is_virtual:
         return False
     if chunks and chunks[1:] != shape[1:]:  # a row lies in several chunks, or has padding

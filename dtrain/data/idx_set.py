@@ -50,8 +50,8 @@ class Idx(FileSet):
     train : str or tuple of str
         File of the images, or the folder of all files, which are found by their names.
     train_y, test_y, validation_y : optional
-        Files of the targets. By default the ones beside the images with "labels-idx1" in place of
-        "images-idx3" in their names.
+        File of the targets. Default: the one beside the images with "labels-idx1" in place of
+        "images-idx3" in its name.
     """
 
     train_y: str | None = None

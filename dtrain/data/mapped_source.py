@@ -88,4 +88,5 @@ class MappedSource(ArraySource):
         return np.ascontiguousarray(self._rows[np.asarray(indices, np.int64)])
 
     def read_range(self, start: int, stop: int) -> Array:
-        return np.ascontiguousarray(self._rows[start:stop])
+        rows: Array = np.require(self._rows[start:stop], requirements=["C", "A"])
+        return rows

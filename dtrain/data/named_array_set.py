@@ -28,10 +28,11 @@ class NamedArraySet(FileSet):
     y : str
         Name of the targets.
     test_x, test_y : optional
-        Names in the test split. By default those of `x` and `y`, in one file for all splits with
-        "test" in place of "train".
+        Name in the test split, if it is another. In one file for all splits, the default is the
+        training name with "test" in place of "train".
     validation_x, validation_y : optional
-        Likewise in the validation split. Without `validation`, the training file holds it, too.
+        Name in the validation split. Without the key `validation`, the training file holds this
+        split, too.
     """
 
     x: Names = "x"

@@ -25,8 +25,8 @@ class Npz(NamedArraySet):
     Parameters
     ----------
     train_y : optional
-        The `.npy` file of the targets where `train` is a `.npy` file; likewise `test_y` and
-        `validation_y`.
+        The `.npy` file of the targets where `train` is a `.npy` file; likewise `test-y` and
+        `validation-y`.
     """
 
     train_y: str | None = None
