@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from dtrain.block.block import Block
+from dtrain.block.complex_tensors import real_view
 from dtrain.block.device import keep_freed_memory, select_device
 from dtrain.checkpoint.resume import STRUCTURE
 from dtrain.comm.agree import all_or_none
@@ -272,8 +273,7 @@ def _fingerprint(plan: Plan, rank: int) -> tuple[str, str | None, list[float] | 
         if reads_inputs:
             stored = unstandardised(split).inputs(indices)
             inputs.update(stored.numpy().tobytes())
-            real = torch.view_as_real(stored) if stored.is_complex() else stored
-            rows = real.double().flatten(1)
+            rows = real_view(stored).double().flatten(1)
             numbers += (rows * torch.linspace(0.5, 1.5, rows.shape[1])).mean(1).tolist()
     if not reads_inputs:
         return labels.hexdigest(), None, None

@@ -68,16 +68,16 @@ class DataSection:
         A random permutation of all samples, or of chunks of neighbouring samples, for large files.
     augment : "none" or "crop-flip"
         Random changes of the training images.
-    validation : float or str
-        Share of the training split that is held out for validation; 0: none. Or the path of an
-        HDF5 file.
+    validation : float, str or tuple of str
+        Share of the training split that is held out for validation; 0: none. Or the path of a file,
+        or several, as `train` has them.
     """
 
     normalise: bool = True
     channels: Literal["first", "last"] | int = "first"
     shuffle: Literal["full", "chunks"] = "full"
     augment: Literal["none", "crop-flip"] = "none"
-    validation: float | str = 0.0
+    validation: float | str | tuple[str, ...] = 0.0
 
     def to_table(self) -> Table:
         """Return the keys as a run file has them, without those that change nothing."""

@@ -83,6 +83,14 @@ def target_dtype(dtype: np.dtype[Any]) -> torch.dtype:
     return to_target_tensor(np.empty(0, dtype)).dtype
 
 
+def cast_dtype(dtype: torch.dtype, real: torch.dtype) -> torch.dtype:
+    """Return the dtype of numbers in a run whose real numbers have dtype `real`; integers and bool
+    stay as they are."""
+    if dtype.is_complex:
+        return real.to_complex()
+    return real if dtype.is_floating_point else dtype
+
+
 def stores_integers(dtype: torch.dtype) -> bool:
     """Return whether a dtype is one of integers."""
     return not (dtype.is_floating_point or dtype.is_complex)

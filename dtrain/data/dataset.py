@@ -256,8 +256,11 @@ class Subset(DatasetView):
         self._indices = indices
 
     def source_index(self, index: int) -> int:
-        """Return the index of a sample in the other data set."""
-        return int(self._indices[index])
+        """Return the index of a sample in the other data set; where that is a subset, in its own
+        source."""
+        source = int(self._indices[index])
+        inner = self._dataset
+        return inner.source_index(source) if isinstance(inner, Subset) else source
 
     def inputs(self, indices: ArrayLike) -> Tensor:
         return self._dataset.inputs(self._indices[np.asarray(indices)])
