@@ -69,16 +69,20 @@ class DataSection:
     validation : float or str
         Share of the training split that is held out for validation; 0: none. Or the path of an
         HDF5 file.
+    labels : "as-stored" or "compact"
+        The number of a class: its label, or the place of its label among the sorted distinct
+        labels of the training split.
     """
 
     normalise: bool = True
     shuffle: Literal["full", "chunks"] = "full"
     augment: Literal["none", "crop-flip"] = "none"
     validation: float | str = 0.0
+    labels: Literal["as-stored", "compact"] = "as-stored"
 
     def to_table(self) -> Table:
         """Return the keys as a run file has them, without those that change nothing."""
-        return without_defaults(self, "validation")
+        return without_defaults(self, "validation", "labels")
 
 
 @dataclass(frozen=True)

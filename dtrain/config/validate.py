@@ -37,6 +37,7 @@ def validate_run(run: RunConfig) -> None:
     _check_lr_scaling(run)
     _check_schedule_and_sync(run)
     _check_validation(run)
+    _check_labels(run)
     _check_ema(run)
 
 
@@ -142,6 +143,18 @@ def _check_validation(run: RunConfig) -> None:
         raise ConfigError(
             "data.validation-no-share",
             f"[data] validation = {share} must be at least 0 and less than 1, or a path",
+        )
+
+
+def _check_labels(run: RunConfig) -> None:
+    """Refuse to number class labels where the loss has none."""
+    has_labels = run.task.kind_of(is_integer=True) == "classes" and run.task.target == "data"
+    if run.data.labels == "compact" and not has_labels:
+        target = ' and target = "input"' if run.task.target == "input" else ""
+        raise ConfigError(
+            "data.compact-without-classes",
+            f'[data] labels = "compact" numbers class labels, but [task] loss = '
+            f'"{run.task.loss_name}"{target} has none: leave labels out',
         )
 
 

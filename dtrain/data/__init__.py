@@ -14,6 +14,7 @@ from dtrain.data.dataset import DatasetSplits, check_splits, standardise
 from dtrain.data.digits_set import Digits
 from dtrain.data.hdf5_set import Hdf5, Hdf5Dataset
 from dtrain.data.hold_out import hold_out
+from dtrain.data.label_map import LabelNumbering, with_compact_labels
 from dtrain.data.user import as_splits
 from dtrain.errors import ConfigError, unknown_name
 from dtrain.tasks.task import DEFAULT_TASK, Task
@@ -26,7 +27,7 @@ DataTable = dict[str, Any]
 """A data set and its keys, as `dtrain.Run` takes it: the table of a run file."""
 
 
-COMMON_KEYS = ("normalise", "shuffle", "augment", "validation")
+COMMON_KEYS = ("normalise", "shuffle", "augment", "validation", "labels")
 """Keys of `[data]` that every data set has."""
 
 
@@ -36,7 +37,7 @@ def digits(**keys: Any) -> DataTable:
     Parameters
     ----------
     keys
-        Keys of `[data]`: `normalise`, `shuffle`, `augment`, `validation`.
+        Keys of `[data]`: `normalise`, `shuffle`, `augment`, `validation`, `labels`.
     """
     return {"name": "digits", **keys}
 
@@ -49,7 +50,7 @@ def hdf5(train: str | Path, test: str | Path, **keys: Any) -> DataTable:
     train, test : path
         Relative paths start in the folder of the script.
     keys
-        Keys of `[data]`: `normalise`, `shuffle`, `augment`, `validation`.
+        Keys of `[data]`: `normalise`, `shuffle`, `augment`, `validation`, `labels`.
     """
     return {"name": "hdf5", "train": str(train), "test": str(test), **keys}
 
@@ -70,6 +71,7 @@ def load_data(
     normalise: bool = True,
     task: Task = DEFAULT_TASK,
     validation: float | str = 0.0,
+    labels: LabelNumbering = "as-stored",
     seed: int = 0,
     target: Any = None,
 ) -> DatasetSplits:
@@ -90,6 +92,9 @@ def load_data(
     validation : float or str
         Share of the training split that becomes the validation split, 0 for none; or the path of
         an HDF5 file beside those of data set "hdf5".
+    labels : "as-stored" or "compact"
+        The number of a class: its label, or the place of its label among the sorted distinct ones
+        of the training split, before a part of it is held out.
     seed : int
         Decides which samples a share takes.
     target : function, arrays or DatasetSplits, optional
@@ -102,7 +107,9 @@ def load_data(
     DataError
         The data are missing, damaged or do not fit each other.
     """
-    splits = _open(name, fields, folder, task, target)
+    splits = _open(name, fields, folder, task, labels, target)
+    if labels == "compact":
+        splits = with_compact_labels(splits, task, f"data '{name}'")
     if isinstance(validation, str):
         splits = _open_validation(name, splits, folder / validation, task)
     elif validation:
@@ -125,16 +132,21 @@ def _open_validation(name: str, splits: DatasetSplits, path: Path, task: Task) -
 
 
 def _open(
-    name: str, fields: Mapping[str, object], folder: Path, task: Task, target: Any
+    name: str,
+    fields: Mapping[str, object],
+    folder: Path,
+    task: Task,
+    labels: LabelNumbering,
+    target: Any,
 ) -> DatasetSplits:
     if ":" in name or target is not None:
         function = import_object(name, folder, "data") if target is None else target
         if not callable(function):
-            return as_splits(function, "data", task)
+            return as_splits(function, "data", task, labels)
         arguments = bind_arguments("[data]", function, fields, common_keys=COMMON_KEYS)
-        return as_splits(function(**arguments), f"data '{name}'", task)
+        return as_splits(function(**arguments), f"data '{name}'", task, labels)
     if name not in DATASETS:
         raise unknown_name("data", name, [*DATASETS, PATTERN])
     kind = DATASETS[name]
     arguments = bind_arguments("[data]", kind, fields, common_keys=COMMON_KEYS)
-    return kind(**arguments).open(folder, task)
+    return kind(**arguments).open(folder, task, labels)

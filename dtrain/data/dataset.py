@@ -27,6 +27,10 @@ Moments = tuple[NDArray[np.float64], NDArray[np.float64]]
 """Mean and standard deviation per channel, each (channels,)."""
 
 
+Label = int | str
+"""A class label as the data have it."""
+
+
 NUMERIC_KINDS = "biuf"
 """Kinds of numpy dtypes that samples and targets may have: any integers, and real numbers."""
 
@@ -62,6 +66,8 @@ class Dataset(ABC):
         The lowest and the highest value that an input can have; None where unknown.
     other_inputs : tuple of InputSpec
         Further inputs of a sample (a mask, a second image), as the model takes them.
+    class_labels : tuple of (int or str)
+        The stored label of each class, where classes have other numbers; else empty.
     """
 
     size: int
@@ -72,6 +78,7 @@ class Dataset(ABC):
     input_dtype: torch.dtype = torch.float32
     value_range: tuple[float, float] | None = None
     other_inputs: tuple[InputSpec, ...] = ()
+    class_labels: tuple[Label, ...] = ()
 
     @property
     def slow(self) -> bool:
@@ -236,6 +243,7 @@ class DatasetView(Dataset):
         self.input_dtype = dataset.input_dtype
         self.value_range = dataset.value_range
         self.other_inputs = dataset.other_inputs
+        self.class_labels = dataset.class_labels
         self._dataset = dataset
 
     @property

@@ -14,6 +14,7 @@ from typing import final
 import numpy as np
 
 from dtrain.data.dataset import Array, ArrayDataset, DatasetSplits
+from dtrain.data.label_map import LabelNumbering
 from dtrain.errors import DataError
 from dtrain.tasks.task import DEFAULT_TASK, Task
 
@@ -31,7 +32,9 @@ VALUE_RANGE = (0.0, 16.0)
 class Digits:
     """The digits; `[data]` has no keys for them."""
 
-    def open(self, folder: Path, task: Task = DEFAULT_TASK) -> DatasetSplits:
+    def open(
+        self, folder: Path, task: Task = DEFAULT_TASK, labels: LabelNumbering = "as-stored"
+    ) -> DatasetSplits:
         """Return both splits: (1, 8, 8) float32 from 0 to 16, ten classes; read on first need.
 
         Raises

@@ -32,6 +32,7 @@ from dtrain.data.dataset import (
     Array,
     Dataset,
     DatasetSplits,
+    Label,
     Moments,
     check_arrays,
     check_splits,
@@ -43,6 +44,7 @@ from dtrain.data.dataset import (
     torch_dtype,
     value_range,
 )
+from dtrain.data.label_map import LabelNumbering
 from dtrain.data.targets import TargetScan
 from dtrain.errors import ConfigError, DataError, DtrainError
 from dtrain.tasks.task import DEFAULT_TASK, Task
@@ -74,7 +76,9 @@ class Hdf5:
                     "data.path-invalid", f"[data] {key} = {value!r}: give the path of an HDF5 file"
                 )
 
-    def open(self, folder: Path, task: Task = DEFAULT_TASK) -> DatasetSplits:
+    def open(
+        self, folder: Path, task: Task = DEFAULT_TASK, labels: LabelNumbering = "as-stored"
+    ) -> DatasetSplits:
         """Open both files; no image is read.
 
         Raises
@@ -82,7 +86,7 @@ class Hdf5:
         DataError
             A file is missing or damaged, or the two do not fit each other.
         """
-        train = Hdf5Dataset(folder / self.train, task=task)
+        train = Hdf5Dataset(folder / self.train, task=task, labels=labels)
         test = Hdf5Dataset(folder / self.test, train, task)
         return check_splits(DatasetSplits(train, test), f"{train.path} and {test.path}")
 
@@ -99,6 +103,8 @@ class Hdf5Dataset(Dataset):
         The training split, whose number of classes this one takes over.
     task : Task
         Decides which targets are legal.
+    labels : "as-stored" or "compact"
+        The numbers of the classes; those of `train` where it is given.
 
     Raises
     ------
@@ -107,7 +113,11 @@ class Hdf5Dataset(Dataset):
     """
 
     def __init__(
-        self, path: Path, train: Hdf5Dataset | None = None, task: Task = DEFAULT_TASK
+        self,
+        path: Path,
+        train: Hdf5Dataset | None = None,
+        task: Task = DEFAULT_TASK,
+        labels: LabelNumbering = "as-stored",
     ) -> None:
         self.path, self.task = path, task
         with _open_file(path) as file:
@@ -120,19 +130,22 @@ class Hdf5Dataset(Dataset):
                 _check_parts(file[key], path)
             x = file["x"]
             y = file["y"] if task.target == "data" else np.zeros(len(x), np.int64)
-            self._scan = TargetScan(y, str(path), task)
+            train_scan: TargetScan | None = None if train is None else train._scan
+            self._scan: TargetScan = TargetScan(y, str(path), task, labels, train_scan)
             check_arrays(x, y, str(path))
             self._y = self._scan_targets(y)
             self.size = len(x)
             self.shape = tuple(x.shape[1:])
             self._dtype = x.dtype
             self.input_dtype = torch_dtype(x.dtype)
-            self.class_names = _class_names(file)
+            self._stored_names = _class_names(file)
             self.value_range = value_range(x.dtype)
             self._file_moments = _read_moments(file, self.shape[0], path)
         self.classes = self._count_classes(train)
         self.target_shape = self._scan.shape[1:]
         self.target_dtype = target_dtype(self._scan.dtype)
+        self.class_labels = self._scan.class_labels
+        self.class_names = _numbered_names(self._stored_names, self.class_labels)
         self._scan.check_classes(self.classes)
 
     def _scan_targets(self, y: Any) -> Array | None:
@@ -147,14 +160,15 @@ class Hdf5Dataset(Dataset):
 
     def _count_classes(self, train: Hdf5Dataset | None) -> int:
         if train is None:
-            named = len(self.class_names) if self._scan.kind == "classes" else 0
-            return named or self._scan.count_outputs()
-        if train.class_names and self.class_names and self.class_names != train.class_names:
+            has_names = self._scan.kind == "classes" and not self._scan.is_compact
+            return (len(self._stored_names) if has_names else 0) or self._scan.count_outputs()
+        own_names, names = self._stored_names, train._stored_names
+        if names and own_names and own_names != names:
             raise DataError(
                 "data.class-names-differ",
-                f"{self.path} has the {len(self.class_names)} classes "
-                f"{_shorten(self.class_names)} and {train.path} the {len(train.class_names)} "
-                f"classes {_shorten(train.class_names)}: import both from the same classes",
+                f"{self.path} has the {len(own_names)} classes {_shorten(own_names)} and "
+                f"{train.path} the {len(names)} classes {_shorten(names)}: import both from the "
+                "same classes",
             )
         return train.classes
 
@@ -194,7 +208,7 @@ class Hdf5Dataset(Dataset):
             raise _read_error(self.path, error) from error
 
     def targets(self, indices: ArrayLike) -> Tensor:
-        return to_target_tensor(self._read(lambda: self._targets, indices))
+        return to_target_tensor(self._scan.convert(self._read(lambda: self._targets, indices)))
 
     def moments(self) -> Moments:
         if self._file_moments is None:
@@ -266,6 +280,16 @@ def _class_names(file: h5py.File) -> tuple[str, ...]:
     if names.ndim == 0 and names.dtype.kind in "iu":
         return tuple(str(number) for number in range(int(names)))
     return tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names.flat)
+
+
+def _numbered_names(names: tuple[str, ...], labels: tuple[Label, ...]) -> tuple[str, ...]:
+    """Return the names of the classes that labels number, or all names where none is numbered."""
+    if not labels:
+        return names
+    return tuple(
+        names[label] if isinstance(label, int) and 0 <= label < len(names) else str(label)
+        for label in labels
+    )
 
 
 def _read_moments(file: h5py.File, channels: int, path: Path) -> Moments | None:

@@ -21,13 +21,19 @@ from dtrain.data.dataset import (
     torch_dtype,
     value_range,
 )
+from dtrain.data.label_map import LabelNumbering
 from dtrain.data.targets import TargetScan
 from dtrain.data.torch_datasets import are_torch_datasets, read_items
 from dtrain.errors import DataError
 from dtrain.tasks.task import DEFAULT_TASK, Task
 
 
-def as_splits(value: object, location: str, task: Task = DEFAULT_TASK) -> DatasetSplits:
+def as_splits(
+    value: object,
+    location: str,
+    task: Task = DEFAULT_TASK,
+    labels: LabelNumbering = "as-stored",
+) -> DatasetSplits:
     """Check the result of a user's function and return it as two splits.
 
     Parameters
@@ -42,6 +48,8 @@ def as_splits(value: object, location: str, task: Task = DEFAULT_TASK) -> Datase
         The function's name, for the messages.
     task : Task
         Decides which targets are legal.
+    labels : "as-stored" or "compact"
+        The numbers of the classes.
 
     Raises
     ------
@@ -66,9 +74,10 @@ def as_splits(value: object, location: str, task: Task = DEFAULT_TASK) -> Datase
     ]
     arrays = _to_arrays(first_inputs, task)
     pairs = list(zip(arrays[::2], arrays[1::2], strict=True))
-    scans = []
+    scans: list[TargetScan] = []
     for (x, y), name in zip(pairs, ("train", "test", "validation"), strict=False):
-        scan = TargetScan(y, f"{location}, {name}", task)
+        train = scans[0] if scans else None
+        scan = TargetScan(y, f"{location}, {name}", task, labels, train)
         check_arrays(x, y, f"{location}, {name}")
         scan.add(y)
         scans.append(scan)
@@ -76,7 +85,7 @@ def as_splits(value: object, location: str, task: Task = DEFAULT_TASK) -> Datase
     splits = []
     for (x, y), scan, other in zip(pairs, scans, others, strict=True):
         scan.check_classes(classes)
-        splits.append(_make_split(x, y, classes, other))
+        splits.append(_make_split(x, y, scan, classes, other))
         _check_others(splits[-1], other, location)
     return check_splits(DatasetSplits(*splits), location)
 
@@ -109,19 +118,23 @@ def _check_others(split: ArrayDataset, others: Sequence[Array], location: str) -
             )
 
 
-def _make_split(x: Array, y: Array, classes: int, others: Sequence[Array]) -> ArrayDataset:
-    return ArrayDataset(
+def _make_split(
+    x: Array, y: Array, scan: TargetScan, classes: int, others: Sequence[Array]
+) -> ArrayDataset:
+    split = ArrayDataset(
         len(x),
         tuple(x.shape[1:]),
         classes,
         lambda: x,
-        lambda: y,
+        lambda: scan.convert(y),
         value_range(x.dtype),
-        tuple(y.shape[1:]),
-        target_dtype(y.dtype),
+        scan.shape[1:],
+        target_dtype(scan.dtype),
         torch_dtype(x.dtype),
         others,
     )
+    split.class_labels = scan.class_labels
+    return split
 
 
 def _to_arrays(values: Sequence[Any], task: Task) -> list[Array]:

@@ -98,6 +98,7 @@ def load_run(run: RunConfig) -> tuple[DatasetSplits, LayerStack, BlockSpec]:
         normalise=run.data.normalise,
         task=run.task,
         validation=run.data.validation,
+        labels=run.data.labels,
         seed=run.settings.seed,
         target=run.dataset.target,
     )

@@ -215,6 +215,12 @@ class Task:
                 f"[task] classes-last = true needs classes, but '{self.loss_name}' compares "
                 f"{task.kind}: leave it out",
             )
+        if task.kind == "probabilities" and task.ignore_index is not None:
+            raise ConfigError(
+                "task.ignore-index-probabilities",
+                f"[task] ignore-index = {task.ignore_index} skips integer labels, but the targets "
+                "are probabilities: leave it out, or give integer labels",
+            )
         subject = "classes" if task.has_classes else task.kind
         for name, metric in task._metrics.items():
             if not {subject, "any"} & set(metric.subjects):
@@ -466,6 +472,7 @@ class Task:
         targets = self.target_spec.shape
         expected = self.expected_output_shape()
         broadcasts = shape != targets and _broadcasts(shape, targets)
+        self._refuse_several_labels(shape)
         if (expected is None and self.kind == "values" and broadcasts) or (
             expected is not None and shape != expected
         ):
@@ -491,6 +498,18 @@ class Task:
             raise ConfigError(
                 "task.loss-not-a-number",
                 f"'{self.loss_name}' must return one differentiable number, the mean over the rows",
+            )
+
+    def _refuse_several_labels(self, shape: tuple[int, ...]) -> None:
+        """Refuse yes-or-no labels of one sample that are taken for labels of positions."""
+        targets, classes = self.target_spec.shape, self.target_spec.classes
+        is_integer = self.kind == "classes" and self.loss in CLASS_LOSSES
+        if is_integer and len(targets) == len(shape) == 1 and classes == 2:
+            raise ConfigError(
+                "task.several-labels",
+                f"the model returns {shape} for a sample, which has {targets[0]} labels of 0 or 1: "
+                'for yes-or-no labels set [task] loss = "bce-with-logits" and return '
+                f"{targets} outputs; for a class per position return (2, {targets[0]})",
             )
 
 
