@@ -61,7 +61,8 @@ def label_notes(
             yield (
                 f"{_classes(train, unknown)} of the {name} split "
                 f"{'has' if len(unknown) == 1 else 'have'} no training sample, so the model cannot "
-                f"learn {'it' if len(unknown) == 1 else 'them'}: add samples, or split the data anew"
+                f"learn {'it' if len(unknown) == 1 else 'them'}: add samples, or split the data "
+                "anew"
             )
     if task.class_per_sample and sampler == "uniform":
         yield from _imbalance_notes(train, counts)
