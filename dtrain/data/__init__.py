@@ -12,12 +12,13 @@ from typing import Any
 
 from dtrain.data.dataset import DatasetSplits, check_splits, standardise
 from dtrain.data.digits_set import Digits
-from dtrain.data.hdf5_set import Hdf5, Hdf5Dataset
+from dtrain.data.hdf5_set import Hdf5, open_split
 from dtrain.data.hold_out import hold_out
-from dtrain.data.label_map import LabelNumbering, with_compact_labels
+from dtrain.data.label_map import with_compact_labels
+from dtrain.data.source_dataset import SourceDataset, make_split
 from dtrain.data.user import as_splits
 from dtrain.errors import ConfigError, unknown_name
-from dtrain.tasks.task import DEFAULT_TASK, Task
+from dtrain.tasks.task import DEFAULT_TASK, LabelNumbering, Task
 from dtrain.user_code import PATTERN, bind_arguments, import_object
 
 DATASETS: dict[str, type[Digits | Hdf5]] = {"digits": Digits, "hdf5": Hdf5}
@@ -107,7 +108,8 @@ def load_data(
     DataError
         The data are missing, damaged or do not fit each other.
     """
-    splits = _open(name, fields, folder, task, labels, target)
+    task = task.with_labels(labels)
+    splits = _open(name, fields, folder, task, target)
     if labels == "compact":
         splits = with_compact_labels(splits, task, f"data '{name}'")
     if isinstance(validation, str):
@@ -121,32 +123,27 @@ def load_data(
 def _open_validation(name: str, splits: DatasetSplits, path: Path, task: Task) -> DatasetSplits:
     """Return the splits of HDF5 files with one more file for validation."""
     train = splits.train
-    if not isinstance(train, Hdf5Dataset):
+    if name != "hdf5" or not isinstance(train, SourceDataset):
         raise ConfigError(
             "data.validation-path",
             f'[data] validation = "{path.name}" is a file, which only name = "hdf5" takes, not '
             f"'{name}': give a share of the training split, as 0.1",
         )
-    validation = Hdf5Dataset(path, train, task)
-    return check_splits(DatasetSplits(train, splits.test, validation), f"{train.path}")
+    validation = make_split(open_split(path, task), task, train)
+    return check_splits(DatasetSplits(train, splits.test, validation), str(path))
 
 
 def _open(
-    name: str,
-    fields: Mapping[str, object],
-    folder: Path,
-    task: Task,
-    labels: LabelNumbering,
-    target: Any,
+    name: str, fields: Mapping[str, object], folder: Path, task: Task, target: Any
 ) -> DatasetSplits:
     if ":" in name or target is not None:
         function = import_object(name, folder, "data") if target is None else target
         if not callable(function):
-            return as_splits(function, "data", task, labels)
+            return as_splits(function, "data", task)
         arguments = bind_arguments("[data]", function, fields, common_keys=COMMON_KEYS)
-        return as_splits(function(**arguments), f"data '{name}'", task, labels)
+        return as_splits(function(**arguments), f"data '{name}'", task)
     if name not in DATASETS:
         raise unknown_name("data", name, [*DATASETS, PATTERN])
     kind = DATASETS[name]
     arguments = bind_arguments("[data]", kind, fields, common_keys=COMMON_KEYS)
-    return kind(**arguments).open(folder, task, labels)
+    return kind(**arguments).open(folder, task)

@@ -12,26 +12,17 @@ and in every start. Labels that do not count (`[task] ignore-index`) stay as the
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, final
+from typing import final
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from dtrain.data.dataset import (
-    SAMPLES_PER_READ,
-    Array,
-    Dataset,
-    DatasetSplits,
-    DatasetView,
-    Label,
-)
+from dtrain.data.conversion import Array
+from dtrain.data.dataset import SAMPLES_PER_READ, Dataset, DatasetSplits, DatasetView, Label
 from dtrain.errors import DataError
 from dtrain.tasks.task import Task
-
-LabelNumbering = Literal["as-stored", "compact"]
-"""The number of a class: its label as the data have it, or its place among the sorted labels."""
 
 
 @final

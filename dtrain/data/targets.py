@@ -1,6 +1,6 @@
 """Targets of a data set, checked part by part: labels in range, finite numbers, number of outputs.
 
-Class labels may be stored in several forms, which `TargetScan.convert` makes one:
+Class labels may be stored in several forms, of which `TargetForm.convert` makes one:
 
 ====================================================  ==============================
 stored                                                labels
@@ -17,20 +17,19 @@ Invariant: one part is held in memory at a time, so a file's targets may be larg
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, final
 
 import numpy as np
-from numpy.typing import NDArray
 
+from dtrain.data.array_source import ArraySource
+from dtrain.data.conversion import Array
 from dtrain.data.dataset import Label
-from dtrain.data.label_map import LabelMap, LabelNumbering, distinct_labels, no_labels
-from dtrain.errors import DataError
+from dtrain.data.label_map import LabelMap, distinct_labels, no_labels
+from dtrain.errors import DataError, DtrainError
 from dtrain.tasks.losses import CLASS_LOSSES
 from dtrain.tasks.task import Kind, Task
-
-Array = NDArray[Any]
-
 
 MAX_CLASSES = 2**24
 """Largest number of classes; a larger label is no class but a name."""
@@ -48,26 +47,61 @@ TEXT_KINDS = "USOT"
 
 
 @final
+@dataclass(frozen=True)
+class TargetForm:
+    """How stored targets become those that a task takes.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Shape of one target.
+    dtype : numpy.dtype
+        Dtype of the targets.
+    is_column, has_texts, has_real_labels : bool
+        Whether a label is stored as a row (1,), as a text, as a real number.
+    label_map : LabelMap or None
+        The numbers of the labels; None where they stay as they are.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    is_column: bool = False
+    has_texts: bool = False
+    has_real_labels: bool = False
+    label_map: LabelMap | None = None
+
+    @property
+    def class_labels(self) -> tuple[Label, ...]:
+        """The stored label of each class; empty where labels stay."""
+        return () if self.label_map is None else self.label_map.labels
+
+    def convert(self, rows: Array) -> Array:
+        """Return some stored targets (k, ...) as the task takes them."""
+        labels = self.unpack(rows)
+        return labels if self.label_map is None else self.label_map.apply(labels)
+
+    def unpack(self, rows: Array) -> Array:
+        """Return stored targets in the shape and dtype of the task, but not numbered."""
+        labels = rows[:, 0] if self.is_column else rows
+        if self.has_texts:
+            return to_texts(labels)
+        return labels.astype(np.int64) if self.has_real_labels else labels
+
+
+@final
 class TargetScan:
-    """The check of all targets of one split, and the form in which the task takes them.
+    """The check of all targets of one split, which finds their form.
 
     Parameters
     ----------
-    y : array or HDF5 dataset
+    y : ArraySource
         The targets (n, ...); only shape and dtype are read here, and the first text.
     location : str
         A file's path or a function's name, for the messages.
     task : Task
-        Decides which targets are legal.
-    labels : "as-stored" or "compact"
-        The numbers of the classes.
-    train : TargetScan, optional
-        The complete scan of the training split, whose numbers of labels this split takes over.
-
-    Attributes
-    ----------
-    shape, dtype
-        Those of all targets after `convert`.
+        Decides which targets are legal, and whether labels are numbered.
+    label_map : LabelMap, optional
+        The numbers of the labels of the training split, which this split takes over.
 
     Raises
     ------
@@ -77,49 +111,31 @@ class TargetScan:
 
     def __init__(
         self,
-        y: Any,
+        y: ArraySource,
         location: str,
         task: Task,
-        labels: LabelNumbering = "as-stored",
-        train: TargetScan | None = None,
+        label_map: LabelMap | None = None,
     ) -> None:
-        self.shape, self.dtype = tuple(y.shape), y.dtype
-        self.location, self.task, self._train = location, task, train
-        self.numbering: LabelNumbering = labels if train is None else train.numbering
+        self.location, self.task, self._train_map = location, task, label_map
+        self.is_compact = task.labels == "compact"
         self.largest_label, self.largest_sample = -1, 0
         self._distinct: set[Label] = set()
-        self._has_texts = self.dtype.kind in TEXT_KINDS and _first_is_text(y)
-        self._check_dtype()
-        self._is_one_hot = self.kind == "classes" and len(self.shape) == 2 and self._has_class_loss
-
-    @property
-    def is_compact(self) -> bool:
-        """Whether labels are numbered anew."""
-        return self.numbering == "compact"
+        self._form = self._find_form(y)
+        is_wide = len(self._form.shape) == 1
+        self._is_one_hot = self.kind == "classes" and is_wide and self._has_class_loss
 
     @property
     def kind(self) -> Kind:
         """The kind of the targets."""
-        return self.task.kind_of(is_integer=self.dtype.kind in "iub")
+        return self._kind_of(self._form.dtype)
 
     @cached_property
-    def label_map(self) -> LabelMap | None:
-        """The numbers of the labels, once all is added; None where they stay as they are."""
+    def form(self) -> TargetForm:
+        """The form of the targets, once all is added."""
         if not self.is_compact:
-            return None
-        if self._train is not None:
-            return self._train.label_map
-        return LabelMap(self._distinct, self.task.ignore_index)
-
-    @property
-    def class_labels(self) -> tuple[Label, ...]:
-        """The stored label of each class, once all is added; empty where labels stay."""
-        return () if self.label_map is None else self.label_map.labels
-
-    def convert(self, rows: Array) -> Array:
-        """Return some stored targets in the form in which the task takes them."""
-        labels = self._unpack(rows)
-        return labels if self.label_map is None else self.label_map.apply(labels)
+            return self._form
+        label_map = self._train_map or LabelMap(self._distinct, self.task.ignore_index)
+        return replace(self._form, label_map=label_map)
 
     def add(self, part: Array, first_sample: int = 0) -> None:
         """Check some stored targets (k, ...) of the samples from `first_sample` on.
@@ -138,16 +154,19 @@ class TargetScan:
             self._check_probabilities(part, first_sample)
         if self.kind != "classes":
             return
-        labels = self._unpack(part, first_sample)
+        self._check_whole(part, first_sample)
+        try:
+            labels = self._form.unpack(part)
+        except DtrainError as error:
+            raise error.with_prefix(self.location) from error
         if self._is_one_hot:
             self._is_one_hot = _is_one_hot(labels)
         if not self.is_compact:
             self._check_range(labels, first_sample)
-        elif self._train is None:
+        elif self._train_map is None:
             self._distinct |= distinct_labels(labels, self.task.ignore_index)
         else:
-            assert self.label_map is not None
-            self.label_map.check(labels, self.location, first_sample)
+            self._train_map.check(labels, self.location, first_sample)
 
     def count_outputs(self) -> int:
         """Return the number of classes, or of the values per position, once all is added.
@@ -159,15 +178,15 @@ class TargetScan:
         """
         if self.kind != "classes":
             is_last = self.kind == "probabilities" and self.task.classes_last
-            return self.shape[-1 if is_last else 1] if len(self.shape) > 1 else 1
+            return self._form.shape[-1 if is_last else 0] if self._form.shape else 1
         if self._is_one_hot:
             raise DataError(
                 "data.labels-one-hot",
-                f"{self.location}: each sample has {self.shape[1]} integers, one of them 1 and the "
-                "others 0: give one label per sample, as y.argmax(1), or the same codes as real "
-                "numbers, which are probabilities",
+                f"{self.location}: each sample has {self._form.shape[0]} integers, one of them 1 "
+                "and the others 0: give one label per sample, as y.argmax(1), or the same codes as "
+                "real numbers, which are probabilities",
             )
-        classes = len(self.class_labels) if self.is_compact else self.largest_label + 1
+        classes = len(self.form.class_labels) if self.is_compact else self.largest_label + 1
         if not classes:
             raise DataError(
                 "data.labels-all-ignored",
@@ -184,10 +203,10 @@ class TargetScan:
         DataError
             A label is too large.
         """
-        if len(self.class_labels) > classes:
+        if len(self.form.class_labels) > classes:
             raise DataError(
                 "data.labels-out-of-range",
-                f"{self.location}: there are {len(self.class_labels)} distinct labels, but "
+                f"{self.location}: there are {len(self.form.class_labels)} distinct labels, but "
                 f"{classes} classes",
             )
         if self.largest_label >= classes:
@@ -204,35 +223,44 @@ class TargetScan:
         """Whether the loss is one of torch's over class labels, which have one form alone."""
         return self.task.loss in CLASS_LOSSES
 
-    def _check_dtype(self) -> None:
-        """Find the form of the targets, or refuse it."""
-        described = f"y has dtype {self.dtype} and shape {self.shape}"
-        self._is_column = self._has_class_loss and self.shape[1:] == (1,)
-        is_flat = len(self.shape) == 1 or self._is_column
-        self._has_real_labels = self.dtype.kind == "f" and self._has_class_loss and is_flat
-        if self._has_texts and self.shape and self.task.kind_of(is_integer=True) == "classes":
+    def _kind_of(self, dtype: np.dtype[Any]) -> Kind:
+        return self.task.kind_of(is_integer=dtype.kind in "iub")
+
+    def _find_form(self, y: ArraySource) -> TargetForm:
+        """Return the form of the targets, or refuse it."""
+        shape, dtype = tuple(y.shape), np.dtype(y.dtype)
+        described = f"y has dtype {dtype} and shape {shape}"
+        has_texts = bool(shape) and dtype.kind in TEXT_KINDS and _first_is_text(y)
+        is_column = self._has_class_loss and shape[1:] == (1,)
+        is_flat = len(shape) == 1 or is_column
+        has_real_labels = dtype.kind == "f" and self._has_class_loss and is_flat
+        if has_texts and self.task.kind_of(is_integer=True) == "classes":
             if not self.is_compact:
                 raise DataError(
                     "data.labels-text",
                     f'{self.location}: the labels are texts: set [data] labels = "compact", which '
                     "numbers the classes from 0 in the order of their sorted names",
                 )
-            self.dtype = np.dtype(np.int64)
-        if not self.shape or self.dtype.kind not in "biuf":
+            dtype = np.dtype(np.int64)
+        if not shape or dtype.kind not in "biuf":
             raise DataError(
                 "data.targets-dtype",
                 f"{self.location}: {described}: give one target of integers or real numbers per "
                 "sample",
             )
-        if self._has_real_labels or (self.is_compact and self.dtype.kind in "iub"):
-            self.dtype = np.dtype(np.int64)
-        if self._is_column:
-            self.shape = self.shape[:1]
-        is_real = self.kind == "probabilities"
-        is_wrong = is_real and (len(self.shape) < 2 or self.task.loss != "cross-entropy")
-        if is_wrong or (self.kind == "classes" and self.shape[1:] == (1,)):
+        if has_real_labels or (self.is_compact and dtype.kind in "iub"):
+            dtype = np.dtype(np.int64)
+        row_shape = () if is_column else shape[1:]
+        self._check_kind(self._kind_of(dtype), row_shape, described)
+        return TargetForm(row_shape, dtype, is_column, has_texts, has_real_labels)
+
+    def _check_kind(self, kind: Kind, row_shape: tuple[int, ...], described: str) -> None:
+        """Refuse targets of a shape that the loss cannot have."""
+        is_real = kind == "probabilities"
+        is_wrong = is_real and (not row_shape or self.task.loss != "cross-entropy")
+        if is_wrong or (kind == "classes" and row_shape == (1,)):
             raise self._not_integers(described)
-        if self.is_compact and self.kind != "classes":
+        if self.is_compact and kind != "classes":
             raise no_labels(self.location)
 
     def _not_integers(self, described: str) -> DataError:
@@ -243,25 +271,17 @@ class TargetScan:
             'for real numbers set [task] loss, as in loss = "mse"',
         )
 
-    def _unpack(self, rows: Array, first_sample: int | None = None) -> Array:
-        """Return stored targets in the shape and dtype of the task, but not numbered.
-
-        Parameters
-        ----------
-        first_sample : int, optional
-            Check that real numbers are whole; the message counts samples from here.
-        """
-        labels = rows[:, 0] if self._is_column else rows
-        if self._has_texts:
-            return _to_texts(labels, self.location)
-        if not self._has_real_labels:
-            return labels
-        if first_sample is not None and (labels != np.trunc(labels)).any():
-            sample = int(np.argmax(labels != np.trunc(labels)))
+    def _check_whole(self, part: Array, first_sample: int) -> None:
+        """Refuse real numbers as labels that are not whole."""
+        if not self._form.has_real_labels:
+            return
+        labels = part.ravel()
+        is_wrong = labels != np.trunc(labels)
+        if is_wrong.any():
+            sample = int(np.argmax(is_wrong))
             raise self._not_integers(
                 f"the label of sample {first_sample + sample} is {labels[sample]:g}"
             )
-        return labels.astype(np.int64)
 
     # ---- values
 
@@ -356,25 +376,30 @@ def _add_to_one(part: Array, axis: int) -> bool:
     return bool((np.abs(part.sum(axis, dtype=np.float64) - 1) <= MAX_SUM_ERROR).all())
 
 
-def _first_is_text(y: Any) -> bool:
+def _first_is_text(y: ArraySource) -> bool:
     """Return whether the first target is a text."""
     if y.dtype.kind in "UST":
         return True
-    return bool(y.shape) and 0 not in y.shape and isinstance(np.ravel(y[:1])[0], str | bytes)
+    return 0 not in y.shape and isinstance(np.ravel(y.read_range(0, 1))[0], str | bytes)
 
 
-def _to_texts(labels: Array, location: str) -> Array:
-    """Return texts of any numpy dtype as one of kind U; bytes are UTF-8."""
+def to_texts(labels: Array) -> Array:
+    """Return texts of any numpy dtype as one of kind U; bytes are UTF-8.
+
+    Raises
+    ------
+    DataError
+        A label is no text.
+    """
     if labels.dtype.kind == "U":
         return labels
     if labels.dtype.kind == "S":
         return np.char.decode(labels, "utf-8")
     items = [item.decode() if isinstance(item, bytes) else item for item in labels.ravel()]
-    for index, item in enumerate(items):
+    for item in items:
         if not isinstance(item, str):
             raise DataError(
                 "data.labels-mixed",
-                f"{location}: some labels are texts, and number {index} is {item!r}: give texts or "
-                "integers only",
+                f"some labels are texts, and one is {item!r}: give texts or integers only",
             )
     return np.array(items, dtype=str).reshape(labels.shape)

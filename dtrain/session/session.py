@@ -35,12 +35,13 @@ from dtrain.callbacks import (
     callback_keys,
     with_callback_keys,
 )
-from dtrain.checkpoint import run_folder, store
+from dtrain.checkpoint import ownership, run_folder, store
 from dtrain.checkpoint.digest import model_digest
 from dtrain.checkpoint.resume import (
     BEST_FOLDER,
     CHECKPOINT_FOLDER,
     check_same_model,
+    damage_notes,
     data_path_notes,
     find_resume_point,
     source_hashes,
@@ -153,7 +154,8 @@ class Session:
         self.out = all_or_none(self.comm, lambda: fill_keys(folder, config))
         self._run = config if exact_mesh else config.fit_stages(self.comm.size)
         self._resume = resume
-        self._owner: run_folder.Owner | None = None
+        self._owner: ownership.Owner | None = None
+        self._heartbeat: ownership.Heartbeat | None = None
         self._progress: Monitor | None = None
         self._segment: Segment | None = None
         self._updates: Iterator[int] = iter(())
@@ -220,7 +222,9 @@ class Session:
         self._owner, attempt = broadcast_object(
             comm, lambda: acquire_folder(out, self._resume, point)
         )
-        all_or_none(comm, lambda: run_folder.check_visible(out, comm.hosts[comm.rank]))
+        if comm.rank == 0:
+            self._heartbeat = ownership.Heartbeat(out)
+        all_or_none(comm, lambda: ownership.check_visible(out, comm.hosts[comm.rank]))
         comm.flight.set_folder(out / run_folder.FLIGHT_FOLDER)
         _RUNS[out.resolve()] = plan.run
         with log.step("building the blocks"):
@@ -245,6 +249,7 @@ class Session:
         layers = layer_notes(plan, job.engine.blocks, job.train_loader, comm)
         notes += placement_warnings(plan, comm.hosts)
         notes += data_path_notes(point.run_table, plan.run)
+        notes += damage_notes(point)
         notes += source_notes(point.fingerprint, self._fingerprint["source"])
         log.print_head()
         self._progress.start(threads, merged_replicas, copied_blocks, layers, notes)
@@ -294,8 +299,10 @@ class Session:
             self.comm.flight.close()
             if self._progress is not None:
                 self._progress.stop()
+            if self._heartbeat is not None:
+                self._heartbeat.stop()
             if self._owner is not None and self.rank == 0:
-                run_folder.release(self.out, self._owner)
+                ownership.release(self.out, self._owner)
 
     # ---- position
 
@@ -489,6 +496,8 @@ class Session:
 
     def _save(self, folder: Path, tensors: dict[str, Tensor], keep: int) -> None:
         """Write tensors, averaged weights and states into a checkpoint; keep `keep` of them."""
+        if self.rank == 0 and self._owner is not None:
+            ownership.check_owned(self.out, self._owner)
         job, position = self._job, self._job.position
         train_split = self.plan.data.train
         if position.replica == 0 and self._ema is not None:

@@ -58,6 +58,10 @@ from dtrain.tasks.metrics import (
 Kind = Literal["classes", "probabilities", "decisions", "values"]
 
 
+LabelNumbering = Literal["as-stored", "compact"]
+"""The number of a class: its label as the data have it, or its place among the sorted labels."""
+
+
 DEFAULT_LOSS = "cross-entropy"
 
 
@@ -122,6 +126,8 @@ class Task:
     ----------
     target_spec : TargetSpec
         The targets of the data, once they are known; see `bind`.
+    labels : "as-stored" or "compact"
+        The numbers of the classes, while data are opened; see `with_labels`.
 
     Raises
     ------
@@ -135,6 +141,7 @@ class Task:
     classes_last: bool
     fields: tuple[tuple[str, Any], ...]
     target_spec: TargetSpec
+    labels: LabelNumbering
     folder: Path = field(compare=False, repr=False)
 
     def __init__(
@@ -154,6 +161,7 @@ class Task:
             "classes_last": classes_last,
             "fields": tuple(check_fields(loss, fields).items()),
             "target_spec": TargetSpec(),
+            "labels": "as-stored",
             "folder": Path() if folder is None else folder,
         }
         for name, value in values.items():
@@ -196,6 +204,12 @@ class Task:
         return table | {kebab(name): value for name, value in self.fields}
 
     # ---- targets
+
+    def with_labels(self, labels: LabelNumbering) -> Task:
+        """Return this task for data whose classes are numbered in one of the two ways."""
+        task = copy.copy(self)
+        object.__setattr__(task, "labels", labels)
+        return task
 
     def bind(self, shape: tuple[int, ...], dtype: torch.dtype, classes: int) -> Task:
         """Return this task for targets of one shape (of one sample) and dtype.

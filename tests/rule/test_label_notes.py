@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dtrain.data.dataset import ArrayDataset, Dataset
+from dtrain.data.array_source import MemorySource
+from dtrain.data.dataset import Dataset
 from dtrain.data.label_map import LabelMap, RenumberedLabels
 from dtrain.data.label_notes import count_labels, label_notes
+from dtrain.data.source_dataset import SourceDataset
 from dtrain.errors import DataError
 from dtrain.tasks.task import Task
 from tests.refusals import refuses
@@ -20,8 +22,7 @@ from tests.refusals import refuses
 def split(y: Any, classes: int = 4) -> Dataset:
     """Return samples of one number with these labels."""
     y = np.array(y)
-    x = np.zeros((len(y), 1))
-    return ArrayDataset(len(y), (1,), classes, lambda: x, lambda: y, target_shape=y.shape[1:])
+    return SourceDataset(MemorySource(np.zeros((len(y), 1))), MemorySource(y), classes)
 
 
 def notes(y: Any, y_test: Any = (), sampler: str = "uniform", **task: Any) -> list[str]:

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from dtrain.data import load_data
-from dtrain.data.dataset import ArrayDataset, DatasetSplits
+from dtrain.data.array_source import MemorySource
+from dtrain.data.dataset import DatasetSplits
+from dtrain.data.source_dataset import SourceDataset
 from dtrain.data.user import as_splits
 from dtrain.errors import ConfigError, DataError
 from dtrain.planning.plan import make_plan
@@ -26,8 +28,9 @@ LABELS = np.array([0, 2, 1, 1, 0, 2, 2, 0])
 def splits(y: Any, y_test: Any = None, task: Task = DEFAULT_TASK, **keys: Any) -> DatasetSplits:
     """Return samples with these targets, from a function of a user."""
     y_test = y if y_test is None else y_test
+    task = task.with_labels(keys.pop("labels", "as-stored"))
     x, x_test = np.arange(2.0 * len(y)).reshape(-1, 2), np.arange(2.0 * len(y_test)).reshape(-1, 2)
-    return as_splits((x, y, x_test, y_test), "data", task, **keys)
+    return as_splits((x, y, x_test, y_test), "data", task)
 
 
 def from_files(folder: Path, y: Any, y_test: Any = None, **keys: Any) -> DatasetSplits:
@@ -90,6 +93,7 @@ WRONG: list[tuple[Any, str]] = [
     (np.array(list("acbbacca")), "data.labels-text"),
     (np.array(list("acbbacca")).astype("S"), "data.labels-text"),
     (np.array(list("acbbacca")).astype(object), "data.labels-text"),
+    (np.array(["a", 1, "b"] * 3, object), "data.labels-text"),
     (LABELS.astype(complex), "data.targets-dtype"),
     (LABELS.astype("datetime64[s]"), "data.targets-dtype"),
     (np.array([None] * 8), "data.targets-dtype"),
@@ -188,6 +192,12 @@ def test_a_label_without_a_training_sample_has_no_number(tmp_path: Path) -> None
         assert "'never' of sample 1" in caught.value.message
 
 
+def test_texts_and_numbers_have_no_common_order() -> None:
+    with refuses(DataError, "data.labels-mixed") as caught:
+        splits(np.array(["a", 1, "b"], object), labels="compact")
+    assert caught.value.message.startswith("data, train: ")
+
+
 def test_labels_that_do_not_count_stay_and_are_no_class() -> None:
     y = np.where(LABELS == 0, 255, LABELS * 4)
     train = splits(y, task=Task(ignore_index=255), labels="compact").train
@@ -223,8 +233,10 @@ def test_splits_of_a_user_are_numbered_too(tmp_path: Path, monkeypatch: pytest.M
     """Part by part; a map that is made twice is made once."""
     monkeypatch.setattr("dtrain.data.label_map.SAMPLES_PER_READ", 3)
     x = np.zeros((8, 2))
-    own = [ArrayDataset(8, (2,), 9, lambda: x, lambda shift=s: LABELS * 3 + shift) for s in (0, 1)]
-    [test] = [ArrayDataset(3, (2,), 9, lambda: x[:3], lambda: LABELS[:3] * 3)]
+    labels = LABELS * 3, LABELS * 3 + 1, LABELS[:3] * 3
+    *own, test = (
+        SourceDataset(MemorySource(x[: len(y)]), MemorySource(y), classes=9) for y in labels
+    )
     data = load_data("", {}, tmp_path, labels="compact", target=DatasetSplits(own[0], test))
     assert (data.train.classes, data.train.class_labels) == (3, (0, 3, 6))
     assert (read(data.train), read(data.test)) == (LABELS.tolist(), LABELS[:3].tolist())
