@@ -45,12 +45,22 @@ def check_finite(split: Dataset, name: str, rows: Indices, deadline: float) -> N
         It names split, sample and channel.
     """
     stored = unstandardised(split)
-    if stored.input_dtype.is_floating_point:
+    if stored.input_dtype.is_floating_point or stored.input_dtype.is_complex:
         for part in _parts(rows, stored.shape, deadline):
-            _refuse(stored, stored.inputs(part), part, name, "channel")
+            _refuse(stored, stored.inputs(part), part, name)
+    _check_other_inputs(stored, name, rows, deadline)
     if stored.target_dtype.is_floating_point:
         for part in _parts(rows, stored.target_shape, deadline):
-            _refuse(stored, stored.targets(part), part, name, "number of the target")
+            _refuse(stored, stored.targets(part), part, name, noun="number of the target")
+
+
+def _check_other_inputs(stored: Dataset, name: str, rows: Indices, deadline: float) -> None:
+    for number, spec in enumerate(stored.other_inputs):
+        if not (spec.dtype.is_floating_point or spec.dtype.is_complex):
+            continue
+        for part in _parts(rows, spec.shape, deadline):
+            values = stored.read_other_inputs(part)[number]
+            _refuse(stored, values, part, name, noun=f"number of input {number + 1}")
 
 
 def all_targets_alike(split: Dataset, deadline: float) -> float | None:
@@ -85,7 +95,9 @@ def _parts(rows: Indices, shape: tuple[int, ...], deadline: float) -> Iterator[I
         start, size = start + size, min(2 * size, largest)
 
 
-def _refuse(split: Dataset, values: torch.Tensor, rows: Indices, name: str, part: str) -> None:
+def _refuse(
+    split: Dataset, values: torch.Tensor, rows: Indices, name: str, noun: str = "channel"
+) -> None:
     """Refuse values of some rows that are not finite."""
     if bool(values.isfinite().all()):
         return
@@ -96,6 +108,6 @@ def _refuse(split: Dataset, values: torch.Tensor, rows: Indices, name: str, part
         source = f" (sample {split.source_index(sample)} of the data that it is a part of)"
     raise DataError(
         "data.not-finite",
-        f"sample {sample} of the {name} split{source} is not finite: {part} {channel} is "
-        f"{float(values[tuple(place)])}; correct it, or remove the sample",
+        f"sample {sample} of the {name} split{source} is not finite: {noun} {channel} is "
+        f"{values[tuple(place)].item()}; correct it, or remove the sample",
     )
