@@ -75,6 +75,7 @@ from dtrain.session.data_notes import check_data_values, data_notes
 from dtrain.session.failure import report_failure
 from dtrain.session.layer_notes import layer_notes
 from dtrain.session.measured_cuts import settle_cuts
+from dtrain.session.same_program import check_same_program, check_same_source
 from dtrain.session.segment_record import segment_record
 from dtrain.session.start import (
     acquire_folder,
@@ -201,6 +202,7 @@ class Session:
 
     def _open(self) -> None:
         comm, out, log = self.comm, self.out, StartLog(self.comm)
+        check_same_program(self._run, comm)
         share_module(self._run.model.target, comm)
         threads = set_threads(self._run, comm)
         point = find_resume_point(comm, out, self._resume)
@@ -211,6 +213,7 @@ class Session:
             plan = all_or_none(comm, lambda: make_plan(run, comm.size))
         self.callbacks = all_callbacks(run, given)
         all_or_none(comm, lambda: check_metrics(self.callbacks, plan))
+        check_same_source(run, comm)
         check_same_layout(plan, comm)
         with log.step("reading data and computing their statistics"):
             data_fingerprint = check_same_data(plan, comm)
