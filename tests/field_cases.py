@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from dtrain.config.parse import parse_run
 from dtrain.config.run import RunConfig
+from dtrain.data.array_source import MemorySource
+from dtrain.data.dataset import DatasetSplits
+from dtrain.data.source_dataset import SourceDataset
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
@@ -139,6 +142,15 @@ def stored_labels(kind: str) -> Arrays:
         "plain": lambda v: v,
     }
     return x, forms[kind](y), x_test, forms[kind](y_test)
+
+
+def own_splits(classes: int) -> DatasetSplits:
+    """Return data sets of a user, with four labels."""
+    x, y, x_test, y_test = blobs()
+    parts = ((x, y), (x_test, y_test))
+    return DatasetSplits(
+        *(SourceDataset(MemorySource(x), MemorySource(y), classes) for x, y in parts)
+    )
 
 
 def _soften(y: np.ndarray) -> np.ndarray:

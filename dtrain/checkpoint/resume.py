@@ -397,7 +397,8 @@ def check_same_run(
 def data_path_changes(saved_table: Table | None, run: RunConfig) -> dict[str, str]:
     """Return a text for each path of `[data]` that is not the one of the checkpoint, by key.
 
-    A path is a text, or a list of texts, with a separator of folders or a suffix of a file name.
+    A path is a text, or a list of texts, that names a split or has a separator of folders or the
+    suffix of a file name.
     """
     if saved_table is None:
         return {}
@@ -407,14 +408,17 @@ def data_path_changes(saved_table: Table | None, run: RunConfig) -> dict[str, st
         for key, text in _changes(saved_table, run).items()
         if key.startswith("data.")
         and key not in ("data.name", "data.fingerprint")
-        and _is_path(saved.get(key))
-        and _is_path(current.get(key))
+        and all(_is_path(key, table.get(key)) for table in (saved, current))
     }
 
 
-def _is_path(value: Any) -> bool:
+def _is_path(key: str, value: Any) -> bool:
     paths = value if isinstance(value, list) and value else [value]
-    return all(isinstance(path, str) and ("/" in path or Path(path).suffix) for path in paths)
+    is_split = key in ("data.train", "data.test", "data.validation")
+    return all(
+        isinstance(path, str) and (is_split or "/" in path or bool(Path(path).suffix))
+        for path in paths
+    )
 
 
 def _changes(saved_table: Table, run: RunConfig) -> dict[str, str]:

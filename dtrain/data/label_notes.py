@@ -28,6 +28,10 @@ IMBALANCE = 20
 LABELS_PER_READ = 2**20
 
 
+VOID_LABEL = 255
+"""The label of pixels that have none, in many data sets of images."""
+
+
 def label_notes(
     splits: Mapping[str, Dataset], task: Task, sampler: str, deadline: float
 ) -> Iterator[str]:
@@ -89,7 +93,8 @@ def count_labels(split: Dataset, name: str, task: Task, deadline: float) -> Coun
             raise DataError(
                 "data.labels-out-of-range",
                 f"label {labels[place]} at sample {start + place[0]} of the {name} split is out of "
-                f"range: there are {split.classes} classes, 0 to {split.classes - 1}",
+                f"range: there are {split.classes} classes, 0 to {split.classes - 1}; correct the "
+                "label, or `classes` of the data set",
             )
         counts += np.bincount(labels[is_counted], minlength=split.classes)
     return counts
@@ -107,6 +112,10 @@ def _missing_notes(train: Dataset, counts: Counts) -> Iterator[str]:
     cure = 'set [data] labels = "compact"'
     if train.class_labels:
         cure = "add samples, or hold out fewer for the validation"
+    elif len(counts) == VOID_LABEL + 1 and VOID_LABEL - 1 in missing:
+        cure = (
+            f'if {VOID_LABEL} means "no label", set [task] ignore-index = {VOID_LABEL}, else {cure}'
+        )
     yield (
         f"{begin}{_classes(train, missing)} of {len(counts):,} "
         f"{'has' if len(missing) == 1 else 'have'} no training sample, so the model cannot "

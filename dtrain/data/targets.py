@@ -207,14 +207,20 @@ class TargetScan:
             raise DataError(
                 "data.labels-out-of-range",
                 f"{self.location}: there are {len(self.form.class_labels)} distinct labels, but "
-                f"{classes} classes",
+                f"{classes} classes: give one [task] weight per label",
             )
         if self.largest_label >= classes:
             raise DataError(
                 "data.labels-out-of-range",
                 f"{self.location}: label {self.largest_label} at sample {self.largest_sample} is "
-                f"out of range: there are {classes} classes, 0 to {classes - 1}",
+                f"out of range: there are {classes} classes, 0 to {classes - 1}: "
+                f"{self._range_cure()}",
             )
+
+    def _range_cure(self) -> str:
+        if self.task.class_weights:
+            return "give one [task] weight per class"
+        return "correct it, add training samples of this class, or name it in the file's classes"
 
     # ---- forms
 

@@ -215,6 +215,8 @@ def test_a_checkpoint_without_a_description_of_its_data_needs_its_paths(tmp_path
     files = {"train": "a/train.h5", "test": "a/test.h5"}
     saved, moved = stored(files, 1).to_table(), stored(files | {"test": "b/test.h5"}, 1)
     check_same_run(tmp_path, saved, moved, data_paths_may_differ=True)
+    parts = stored({"train": ["a", "b"], "test": "c"}, 1)  # type: ignore[dict-item]
+    check_same_run(tmp_path, saved, parts, data_paths_may_differ=True)
     with refuses(ConfigError, "resume.settings-changed"):
         check_same_run(tmp_path, saved, moved)
 

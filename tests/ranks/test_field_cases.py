@@ -236,6 +236,17 @@ def test_compact_labels_train_the_bits_of_labels_from_zero(kind: str, tmp_path: 
         assert (labels == np.array(stored)).mean() == summary["test_accuracy"]
 
 
+def test_labels_of_own_data_sets_are_in_range_or_refused_at_the_start(tmp_path: Path) -> None:
+    for classes in (4, 3):
+        config = run("mlp", {"name": "tests.field_cases:own_splits", "classes": classes}, mesh=TWO)
+        if classes == 4:
+            train_in_threads(config, tmp_path / "4", stages=2, replicas=2)
+            continue
+        with refuses(DataError, "data.labels-out-of-range"):
+            train_in_threads(config, tmp_path / "3", stages=2, replicas=2)
+        assert not (tmp_path / "3").exists()
+
+
 def test_labels_of_a_resumed_run_are_numbered_as_before(tmp_path: Path) -> None:
     data = {"name": "tests.field_cases:stored_labels", "kind": "from one"}
     train_in_threads(run("mlp", data | {"labels": "compact"}, epochs=1), tmp_path)

@@ -51,6 +51,18 @@ def test_gaps_are_named_with_the_key(y: list[int], named: str) -> None:
     assert "start at" not in note
 
 
+def test_the_label_of_pixels_without_one_is_named() -> None:
+    y = np.array([[0, 1], [2, 255]])
+    train = SourceDataset(MemorySource(np.zeros((2, 1))), MemorySource(y), 256)
+    for ignored, count in ((None, 1), (255, 0)):
+        task = Task() if ignored is None else Task(ignore_index=ignored)
+        split = train if ignored is None else SourceDataset(*train.sources[:2], 3)
+        bound = task.bind((2,), train.target_dtype, split.classes)
+        found = list(label_notes({"train": split}, bound, "uniform", math.inf))
+        assert len(found) == count
+        assert all("ignore-index = 255" in note for note in found)
+
+
 def test_a_class_of_the_test_split_alone_is_named() -> None:
     _, note = notes([0, 1, 2], [0, 3])
     assert "class 3 of the test split" in note
