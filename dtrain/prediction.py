@@ -23,11 +23,12 @@ from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
 from dtrain.data import open_samples
 from dtrain.data.array_source import ArraySource, MemorySource
-from dtrain.data.dataset import Dataset, IntegerInputs, Standardised
+from dtrain.data.dataset import Dataset, IntegerInputs
 from dtrain.data.file_set import check_numeric
 from dtrain.data.loader import Loader
 from dtrain.data.sampler import Indices, even_ranges
 from dtrain.data.source_dataset import SourceDataset
+from dtrain.data.statistics import Standardised
 from dtrain.errors import ConfigError, DataError
 from dtrain.evaluation import load_checkpoint
 
@@ -184,7 +185,7 @@ def _open_samples(job: RankJob, data: Any) -> Dataset:
         return IntegerInputs(dataset)
     if not isinstance(reference, Standardised):
         return dataset
-    standardised = Standardised(dataset, dataset.moments)
+    standardised = Standardised(dataset, reference.training)
     if job.evaluator.needs_samples:
         standardised.use_statistics(reference.statistics())
     return standardised

@@ -62,6 +62,8 @@ class DataSection:
     ----------
     normalise : bool
         Whether inputs are standardised with the statistics of the training split.
+    channels : "first", "last" or int
+        The axis of a sample along which statistics are kept, one mean and deviation per index.
     shuffle : "full" or "chunks"
         A random permutation of all samples, or of chunks of neighbouring samples, for large files.
     augment : "none" or "crop-flip"
@@ -72,13 +74,14 @@ class DataSection:
     """
 
     normalise: bool = True
+    channels: Literal["first", "last"] | int = "first"
     shuffle: Literal["full", "chunks"] = "full"
     augment: Literal["none", "crop-flip"] = "none"
     validation: float | str | tuple[str, ...] = 0.0
 
     def to_table(self) -> Table:
         """Return the keys as a run file has them, without those that change nothing."""
-        return without_defaults(self, "validation")
+        return without_defaults(self, "validation", "channels")
 
 
 @dataclass(frozen=True)

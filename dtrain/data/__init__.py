@@ -14,13 +14,14 @@ from typing import Any
 
 from dtrain.data.array_source import ArraySource
 from dtrain.data.csv_set import Csv, read_samples
-from dtrain.data.dataset import DatasetSplits, standardise
+from dtrain.data.dataset import DatasetSplits
 from dtrain.data.digits_set import Digits
 from dtrain.data.file_set import FileSet, Paths
 from dtrain.data.hdf5_set import Hdf5
 from dtrain.data.hold_out import hold_out
 from dtrain.data.idx_set import Idx
 from dtrain.data.npz_set import Npz
+from dtrain.data.statistics import Channels, standardise
 from dtrain.data.user import as_splits
 from dtrain.errors import ConfigError, unknown_name
 from dtrain.schema import toml_text
@@ -46,7 +47,7 @@ AnyPath = str | PathLike[str]
 TestFiles = AnyPath | Sequence[AnyPath] | float | None
 
 
-COMMON_KEYS = ("normalise", "shuffle", "augment", "validation")
+COMMON_KEYS = ("normalise", "channels", "shuffle", "augment", "validation")
 """Keys of `[data]` that every data set has."""
 
 
@@ -56,7 +57,7 @@ def digits(**keys: Any) -> DataTable:
     Parameters
     ----------
     keys
-        Keys of `[data]`: `normalise`, `shuffle`, `augment`, `validation`.
+        Keys of `[data]`: `normalise`, `channels`, `shuffle`, `augment`, `validation`.
     """
     return {"name": "digits", **keys}
 
@@ -148,6 +149,7 @@ def load_data(
     folder: Path,
     *,
     normalise: bool = True,
+    channels: Channels = "first",
     task: Task = DEFAULT_TASK,
     validation: float | Paths = 0.0,
     seed: int = 0,
@@ -165,6 +167,8 @@ def load_data(
         The run file's folder: paths are relative to it, and it is first on the import path.
     normalise : bool
         Standardise inputs per channel with the training split's statistics.
+    channels : "first", "last" or int
+        The axis of a sample that holds the channels.
     task : Task
         Decides which targets are legal.
     validation : float, str or tuple of str
@@ -186,7 +190,7 @@ def load_data(
     splits = _open(name, fields, folder, task, target, files)
     if isinstance(validation, float | int) and validation:
         splits = hold_out(splits, validation, seed, task)
-    splits = standardise(splits) if normalise else splits
+    splits = standardise(splits, channels) if normalise else splits
     return splits.with_input_targets() if task.target == "input" else splits
 
 

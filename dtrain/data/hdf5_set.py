@@ -60,10 +60,8 @@ class Hdf5(NamedArraySet):
 
     def open_split(self, path: Path, names: SplitNames, needs_targets: bool) -> SplitSources:
         part = super().open_split(path, names, needs_targets)
-        first = part.inputs[0]
         with open_hdf5(path) as file:
-            channels = first.shape[1] if first.ndim > 1 else 0
-            moments = _read_moments(file, channels, path)
+            moments = _read_moments(file, part.inputs[0].shape[1:], path)
             return dataclasses.replace(part, class_names=_class_names(file), moments=moments)
 
 
@@ -87,19 +85,20 @@ def _class_names(file: h5py.File) -> tuple[str, ...]:
     return tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names.flat)
 
 
-def _read_moments(file: h5py.File, channels: int, path: Path) -> Moments | None:
+def _read_moments(file: h5py.File, shape: tuple[int, ...], path: Path) -> Moments | None:
     """Return the file's attributes `mean` and `std`, or None where one is absent."""
     if "mean" not in file.attrs or "std" not in file.attrs:
         return None
     mean, deviation = (np.asarray(file.attrs[key]) for key in ("mean", "std"))
-    if any(
-        statistic.shape != (channels,) or statistic.dtype.kind not in "iuf"
-        for statistic in (mean, deviation)
+    if (
+        mean.shape != deviation.shape
+        or mean.shape not in [(channels,) for channels in shape]
+        or not {mean.dtype.kind, deviation.dtype.kind} <= set("iuf")
     ):
         raise DataError(
             "data.statistics-shape",
-            f"{path}: attributes mean and std have shapes {mean.shape} and "
-            f"{deviation.shape}: give {channels} numbers each, one per channel",
+            f"{path}: attributes mean and std have shapes {mean.shape} and {deviation.shape}, but "
+            f"samples {shape}: give one number each per channel",
         )
     mean, deviation = mean.astype(np.float64), deviation.astype(np.float64)
     if not np.isfinite([mean, deviation]).all() or (deviation < 0).any():

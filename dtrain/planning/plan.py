@@ -97,6 +97,7 @@ def load_run(run: RunConfig) -> tuple[DatasetSplits, LayerStack, BlockSpec]:
         run.dataset.fields,
         run.folder,
         normalise=run.data.normalise,
+        channels=run.data.channels,
         task=run.task,
         validation=run.data.validation,
         seed=run.settings.seed,
