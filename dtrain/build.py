@@ -286,7 +286,7 @@ def _fingerprint(plan: Plan, rank: int) -> tuple[str, str | None, dict[str, list
 
 def _row_numbers(rows: torch.Tensor) -> list[float]:
     """Return a weighted mean of each row."""
-    values = rows.double().reshape(len(rows), -1)
+    values = real_view(rows).double().reshape(len(rows), -1)
     means: list[float] = (values * torch.linspace(0.5, 1.5, values.shape[1])).mean(1).tolist()
     return means
 
