@@ -78,10 +78,12 @@ class MicroBatch:
         at every layer: then `layer_outputs` have the graphs. Empty before the forward.
     targets : Tensor
         Targets of the rows, (rows, ...): one int64 label each, unless `task` says otherwise.
+    weights : Tensor or None
+        Weights of the samples in the loss, (rows,) float64; None where all count alike.
     loss_scale : float
         Rows of this micro-batch over the rows of this replica in this update (n_i / n_r), or the
-        ratio of their counted positions. A loss is multiplied by it once, by the objective that
-        computes it.
+        ratio of their counted positions or weights. A loss is multiplied by it once, by the
+        objective that computes it.
     skip_inputs, skip_outputs : dict of str to Tensor
         Further inputs of the layers, leaves, and outputs that later blocks read, with their graph;
         by name. Empty where the model is a chain.
@@ -132,6 +134,7 @@ class MicroBatch:
     x: Tensor = NO_TENSOR
     y: Tensor = NO_TENSOR
     targets: Tensor = NO_INDICES
+    weights: Tensor | None = None
     loss_scale: float = 1.0
     skip_inputs: dict[str, Tensor] = field(default_factory=dict)
     skip_outputs: dict[str, Tensor] = field(default_factory=dict)
@@ -161,13 +164,25 @@ class MicroBatch:
     def sample_scale(self) -> float:
         """The factor of the gradient of a *sum* of losses: `loss_scale` over the count of the
         targets."""
-        count = self.task.count(self.targets)
+        count = self.count
         return self.loss_scale / count if count else 0.0
+
+    @property
+    def count(self) -> float:
+        """The number by which the mean loss of the rows divides: of rows or counted positions, or
+        the sum of their weights."""
+        return self.task.count(self.targets, self.weights)
+
+    def mean_loss(self, output: Tensor) -> Tensor:
+        """Return the task's loss () of a prediction (rows, ...), weighted where samples have
+        weights."""
+        return self.task.mean_loss(output, self.targets, self.weights)
 
     def next_pass(self, received: dict[str, Tensor]) -> MicroBatch:
         """Return the record of the next forward pass of the same samples."""
         return MicroBatch(
             targets=self.targets,
+            weights=self.weights,
             task=self.task,
             loss_scale=self.loss_scale,
             received=received,

@@ -16,6 +16,7 @@ from dtrain.data.hdf5_set import Hdf5, open_split
 from dtrain.data.hold_out import hold_out
 from dtrain.data.source_dataset import SourceDataset, make_split
 from dtrain.data.user import as_splits
+from dtrain.data.weights import WeightedArrays
 from dtrain.errors import ConfigError, unknown_name
 from dtrain.tasks.task import DEFAULT_TASK, Task
 from dtrain.user_code import PATTERN, bind_arguments, import_object
@@ -27,7 +28,7 @@ DataTable = dict[str, Any]
 """A data set and its keys, as `dtrain.Run` takes it: the table of a run file."""
 
 
-COMMON_KEYS = ("normalise", "shuffle", "augment", "validation")
+COMMON_KEYS = ("normalise", "shuffle", "augment", "validation", "sampler")
 """Keys of `[data]` that every data set has."""
 
 
@@ -55,12 +56,16 @@ def hdf5(train: str | Path, test: str | Path, **keys: Any) -> DataTable:
     return {"name": "hdf5", "train": str(train), "test": str(test), **keys}
 
 
-def arrays(x_train: Any, y_train: Any, x_test: Any, y_test: Any, **keys: Any) -> DataTable:
+def arrays(
+    x_train: Any, y_train: Any, x_test: Any, y_test: Any, *, weights: Any = None, **keys: Any
+) -> DataTable:
     """Return a data set of four arrays or tensors, samples first, with keys of `[data]`.
 
-    Samples of several inputs are a tuple or dict of arrays.
+    Samples of several inputs are a tuple or dict of arrays. `weights` has a number per training
+    sample, by which its loss counts.
     """
-    return {"name": (x_train, y_train, x_test, y_test), **keys}
+    data = x_train, y_train, x_test, y_test
+    return {"name": data if weights is None else WeightedArrays(data, weights), **keys}
 
 
 def load_data(

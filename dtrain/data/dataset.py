@@ -56,6 +56,8 @@ class Dataset(ABC):
         The lowest and the highest value that an input can have; None where unknown.
     other_inputs : tuple of InputSpec
         Further inputs of a sample (a mask, a second image), as the model takes them.
+    sample_weights : array or None
+        Weights of the samples in the training loss, (size,) float64; None: all count alike.
     """
 
     size: int
@@ -66,6 +68,12 @@ class Dataset(ABC):
     input_dtype: torch.dtype = torch.float32
     value_range: tuple[float, float] | None = None
     other_inputs: tuple[InputSpec, ...] = ()
+    sample_weights: NDArray[np.float64] | None = None
+
+    @property
+    def source_size(self) -> int:
+        """Number of samples of the data set that this one is a part of; `size` if it is whole."""
+        return self.size
 
     @property
     def slow(self) -> bool:
@@ -103,6 +111,17 @@ class Dataset(ABC):
         """Read the further inputs at `indices`, each (n, *shape): neither scaled nor
         standardised."""
         return ()
+
+    @final
+    def read_sample_weights(self, indices: ArrayLike) -> Tensor | None:
+        """Return the weights (n,) of samples in the training loss, None where all count alike."""
+        if self.sample_weights is None:
+            return None
+        return torch.from_numpy(self.sample_weights[np.asarray(indices)])
+
+    def source_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
+        """Return the indices of samples in the data set that this one is a part of."""
+        return np.asarray(indices)
 
     def to_unit_range(self, x: Tensor) -> Tensor:
         """Undo standardisation of inputs (n, *shape) and scale them from `value_range` to 0 ... 1.
@@ -172,7 +191,13 @@ class DatasetView(Dataset):
         self.input_dtype = dataset.input_dtype
         self.value_range = dataset.value_range
         self.other_inputs = dataset.other_inputs
+        self.sample_weights = dataset.sample_weights
         self._dataset = dataset
+
+    @property
+    def source_size(self) -> int:
+        """That of the other data set."""
+        return self._dataset.source_size
 
     @property
     def slow(self) -> bool:
@@ -190,6 +215,9 @@ class DatasetView(Dataset):
 
     def targets(self, indices: ArrayLike) -> Tensor:
         return self._dataset.targets(indices)
+
+    def source_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
+        return self._dataset.source_indices(indices)
 
     def to_unit_range(self, x: Tensor) -> Tensor:
         return self._dataset.to_unit_range(x)
@@ -281,10 +309,15 @@ class Subset(DatasetView):
         super().__init__(dataset)
         self.size = len(indices)
         self._indices = indices
+        if dataset.sample_weights is not None:
+            self.sample_weights = dataset.sample_weights[indices]
 
     def source_index(self, index: int) -> int:
         """Return the index of a sample in the other data set."""
         return int(self._indices[index])
+
+    def source_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
+        return self._dataset.source_indices(self._indices[np.asarray(indices)])
 
     def inputs(self, indices: ArrayLike) -> Tensor:
         return self._dataset.inputs(self._indices[np.asarray(indices)])

@@ -13,7 +13,7 @@ Invariant: shape and targets are checked when a file is opened; images are read 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
 
@@ -36,6 +36,9 @@ class Hdf5:
     ----------
     train, test : str
         Paths, relative to the run file's folder.
+    weights : str
+        Name of the data set in the training file with the weights of samples in the loss, (n,);
+        empty: all count alike.
 
     Raises
     ------
@@ -45,6 +48,7 @@ class Hdf5:
 
     train: str
     test: str
+    weights: str = ""
 
     def __post_init__(self) -> None:
         for key, value in (("train", self.train), ("test", self.test)):
@@ -62,7 +66,11 @@ class Hdf5:
             A file is missing or damaged, or the two do not fit each other.
         """
         paths = {"train": folder / self.train, "test": folder / self.test}
-        return make_splits({name: open_split(path, task) for name, path in paths.items()}, task)
+        parts = {name: open_split(path, task) for name, path in paths.items()}
+        if self.weights:
+            weights = Hdf5Source(paths["train"], self.weights)
+            parts["train"] = replace(parts["train"], weights=weights)
+        return make_splits(parts, task)
 
 
 def open_split(path: Path, task: Task = DEFAULT_TASK) -> SplitSources:

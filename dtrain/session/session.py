@@ -53,7 +53,6 @@ from dtrain.comm.flight_recorder import print_error
 from dtrain.config.out_folder import fill_keys
 from dtrain.config.run import RunConfig
 from dtrain.data.dataset import Standardised
-from dtrain.data.sampler import epoch_order
 from dtrain.errors import ConfigError, RankLostError
 from dtrain.evaluation import EvalWeights, evaluate_weights, evaluation_weights
 from dtrain.monitoring.machine_peak import measured_peak
@@ -71,7 +70,7 @@ from dtrain.rank_process import init
 from dtrain.run import Run
 from dtrain.schedules.segments import Segment
 from dtrain.schema import Table
-from dtrain.session.data_notes import check_data_values, data_notes
+from dtrain.session.data_notes import check_data_values, data_notes, same_draws
 from dtrain.session.failure import report_failure
 from dtrain.session.layer_notes import layer_notes
 from dtrain.session.measured_cuts import settle_cuts
@@ -211,7 +210,7 @@ class Session:
         all_or_none(comm, lambda: check_metrics(self.callbacks, plan))
         check_same_layout(plan, comm)
         with log.step("reading data and computing their statistics"):
-            data_fingerprint = check_same_data(plan, comm)
+            data_fingerprint = check_same_data(plan, comm) | same_draws(plan, comm)
             notes = data_notes(plan, comm)
         is_trained = point.updates >= plan.training_length.total_updates
         all_or_none(comm, lambda: check_same_run(out, point.run_table, plan.run, is_trained))
@@ -367,9 +366,7 @@ class Session:
             )
         self._segment, self._eval_weights = segment, None
         plan, job = self.plan, self._job
-        order = epoch_order(
-            plan.data.train.size, plan.run.settings.seed, segment.epoch, plan.run.data.shuffle
-        )
+        order = plan.epoch_order(segment.epoch)
         end = segment.offset + segment.stop - segment.start
         batches = [
             plan.batch_splitter.batch(order, offset, job.position.replica)

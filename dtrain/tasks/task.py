@@ -88,11 +88,14 @@ class TargetSpec(NamedTuple):
         int64, or a floating dtype.
     classes : int
         Number of outputs per position; 0 where unknown.
+    weighted : bool
+        Whether training samples have weights.
     """
 
     shape: tuple[int, ...] = ()
     dtype: torch.dtype = torch.int64
     classes: int = 0
+    weighted: bool = False
 
 
 @final
@@ -197,8 +200,11 @@ class Task:
 
     # ---- targets
 
-    def bind(self, shape: tuple[int, ...], dtype: torch.dtype, classes: int) -> Task:
-        """Return this task for targets of one shape (of one sample) and dtype.
+    def bind(
+        self, shape: tuple[int, ...], dtype: torch.dtype, classes: int, weighted: bool = False
+    ) -> Task:
+        """Return this task for targets of one shape (of one sample) and dtype; `weighted`: training
+        samples have weights.
 
         Raises
         ------
@@ -208,7 +214,8 @@ class Task:
         task = copy.copy(self)
         for name in ("_metrics", "kind", "counts_positions"):  # they depend on the targets
             task.__dict__.pop(name, None)
-        object.__setattr__(task, "target_spec", TargetSpec(tuple(shape), dtype, classes))
+        spec = TargetSpec(tuple(shape), dtype, classes, weighted)
+        object.__setattr__(task, "target_spec", spec)
         if self.classes_last and not task.has_classes:
             raise ConfigError(
                 "task.classes-last-without-classes",
@@ -331,13 +338,15 @@ class Task:
 
     # ---- the loss
 
-    def mean_loss(self, output: Tensor, target: Tensor) -> Tensor:
+    def mean_loss(self, output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
         """Return the loss () of outputs for targets (rows, ...): a mean over the samples, or over
-        the counted positions."""
+        the counted positions; with the weights (rows,) of samples, where they have some."""
         if self.classes_last:
             output = self._classes_first(output)
         if self.kind != "classes":
             target = self._comparable(output, target)
+        if weights is not None:
+            return self._loss.weighted(output, target, weights)
         return self._loss(output, target)
 
     def loss_sum(self, output: Tensor, target: Tensor) -> tuple[float, float]:
@@ -354,14 +363,23 @@ class Task:
         count = self._loss.normaliser(targets) if self.counts_positions else None
         return None if count is None else float(count)
 
-    def count(self, targets: Tensor) -> float:
-        """Return the normaliser, or the number of rows."""
+    def count(self, targets: Tensor, weights: Tensor | None = None) -> float:
+        """Return the normaliser, or the number of rows; with the weights (rows,) of samples the
+        weighted sum of either."""
+        if weights is not None:
+            parts = self._loss.sample_normalisers(targets) if self.counts_positions else None
+            return float(weights.sum() if parts is None else (weights * parts).sum())
         count = self._loss.normaliser(targets) if self.counts_positions else None
         return float(len(targets)) if count is None else float(count)
 
-    def output_gradient(self, output: Tensor, target: Tensor) -> Tensor:
-        """Return the gradient at the output (rows, ...) of the *sum* of the losses: each sample's
-        part depends on that sample alone."""
+    def output_gradient(
+        self, output: Tensor, target: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
+        """Return the gradient at the output (rows, ...) of the *sum* of the losses, weighted where
+        samples have weights (rows,): each sample's part depends on that sample alone."""
+        if weights is not None:
+            gradient = self.output_gradient(output, target)
+            return gradient * weights.to(output).view(-1, *[1] * (output.dim() - 1))
         if self.has_softmax_error:
             return output.detach().softmax(1) - one_hot(target, output.shape[1])
         with torch.enable_grad():
