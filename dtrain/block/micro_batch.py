@@ -78,8 +78,6 @@ class MicroBatch:
         at every layer: then `layer_outputs` have the graphs. Empty before the forward.
     targets : Tensor
         Targets of the rows, (rows, ...): one int64 label each, unless `task` says otherwise.
-    weights : Tensor or None
-        Weights of the samples in the loss, (rows,) float64; None where all count alike.
     loss_scale : float
         Rows of this micro-batch over the rows of this replica in this update (n_i / n_r), or the
         ratio of their counted positions or weights. A loss is multiplied by it once, by the
@@ -129,12 +127,13 @@ class MicroBatch:
         parameters, and the gradient of that output.
     task : Task
         Loss, targets and metrics of the run.
+    weights : Tensor or None
+        Weights of the samples in the loss, (rows,) float64; None where all count alike.
     """
 
     x: Tensor = NO_TENSOR
     y: Tensor = NO_TENSOR
     targets: Tensor = NO_INDICES
-    weights: Tensor | None = None
     loss_scale: float = 1.0
     skip_inputs: dict[str, Tensor] = field(default_factory=dict)
     skip_outputs: dict[str, Tensor] = field(default_factory=dict)
@@ -159,6 +158,7 @@ class MicroBatch:
         default_factory=list
     )
     task: Task = DEFAULT_TASK
+    weights: Tensor | None = None
 
     @property
     def sample_scale(self) -> float:

@@ -225,6 +225,7 @@ def test_every_run_file_is_legal(page: Path, tmp_path: Path) -> None:
     for name in ("cifar10.h5", "cifar10-test.h5"):
         with h5py.File(tmp_path / name, "w") as file:
             file["x"], file["y"] = np.zeros((4, 3, 8, 8), "uint8"), np.arange(4)
+            file["w"] = np.ones(4)
     for number, code in enumerate(blocks(page, "toml")):
         table = tomllib.loads(code)
         path = tmp_path / f"{number}.toml"

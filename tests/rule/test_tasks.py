@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.testing import assert_close
 
+from dtrain.block.micro_batch import MicroBatch
 from dtrain.data import load_data, memory_limits, source_dataset
 from dtrain.data.array_source import MemorySource
 from dtrain.data.conversion import torch_dtype
@@ -79,6 +80,37 @@ def test_sums_of_parts_are_the_loss_of_all(name: str) -> None:
     parts = [task.loss_sum(output[i:j], target[i:j]) for i, j in ((0, 5), (5, 6), (6, 12))]
     mean = sum(loss for loss, _ in parts) / sum(count for _, count in parts)
     assert_close(torch.tensor(mean, dtype=REAL), task.mean_loss(output, target), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", torch_losses())
+def test_every_loss_of_torch_is_weighted_by_repetition(name: str) -> None:
+    """A weight of k is k samples; equal weights are none; zero weights have no gradient."""
+    task, output, target = case(name)
+    output.requires_grad_()
+    repeats = torch.tensor([2, 0, 1, 3] * (len(target) // 4 + 1))[: len(target)]
+    weights = repeats.double()
+    loss = task.mean_loss(output, target, weights)
+    repeated = task.mean_loss(
+        output.repeat_interleave(repeats, 0), target.repeat_interleave(repeats, 0)
+    )
+    assert_close(loss, repeated, rtol=1e-12, atol=1e-14)
+    same = task.mean_loss(output, target, torch.full_like(weights, 0.3))
+    assert_close(same, task.mean_loss(output, target), rtol=1e-12, atol=1e-14)
+    (gradient,) = torch.autograd.grad(loss, output)
+    assert not gradient[repeats == 0].any()
+    expected = task.output_gradient(output, target, weights) / task.count(target, weights)
+    assert_close(gradient, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_a_weighted_count_is_that_of_the_counted_positions() -> None:
+    task = Task(weight=[1.0, 5.0, 2.0], ignore_index=9).bind((2,), torch.int64, 3, weighted=True)
+    target, weights = torch.tensor([[0, 1], [9, 2], [9, 9]]), torch.tensor([0.5, 2.0, 7.0])
+    assert task.count(target, weights) == 0.5 * 6 + 2 * 2
+    micro_batch = MicroBatch(targets=target, task=task, weights=weights, loss_scale=0.5)
+    assert micro_batch.sample_scale == 0.5 / 7
+    assert task.count(target[2:], weights[2:]) == 0
+    none = task.mean_loss(torch.zeros(1, 3, 2), target[2:], weights[2:])
+    assert float(none) == 0
 
 
 COUNTED: list[dict[str, Any]] = [
