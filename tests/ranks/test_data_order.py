@@ -16,6 +16,7 @@ from dtrain.data.dataset import Dataset, DatasetSplits
 from dtrain.errors import ConfigError, DataError
 from dtrain.objectives import OBJECTIVES
 from dtrain.planning.plan import make_plan
+from dtrain.schedules import SCHEDULES
 from tests import task_data, tiny
 from tests.harness import assert_close_model, assert_same_model, train_in_threads
 from tests.refusals import refuses
@@ -170,6 +171,18 @@ def test_weights_of_zero_train_nothing(tmp_path: Path) -> None:
     first = np.where(np.arange(50) < 2, 1.0, 0.0)
     result = train_in_threads(weighted(first, batch_size=4, micro_batches=2), tmp_path, 1, 2)
     assert np.isfinite(result["train_loss"])
+
+
+@pytest.mark.parametrize("objective", [*tiny.PATTERNS, "cafo"])
+def test_repeated_draws_train_the_same_model_in_any_split(objective: str, tmp_path: Path) -> None:
+    """A sample may be in several replicas and micro-batches at once."""
+    late = SCHEDULES[OBJECTIVES[objective]().default_schedule].asynchronous
+    changes: dict[str, Any] = {"micro_batches": 1} if late else {}
+    changes |= {"objective__name": objective, "data__sampler": WEIGHTS**3, "epochs": 1}
+    run = tiny.run(**changes, mesh__stages=2)
+    train_in_threads(run, tmp_path / "one", stages=2)
+    train_in_threads(run, tmp_path / "many", stages=2, replicas=3)
+    assert_close_model(tmp_path / "one", tmp_path / "many", 1e-9 if objective == "cafo" else 1e-12)
 
 
 # Refusals
