@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dtrain.data.array_source import ArraySource
-from dtrain.data.dataset import Dataset
+from dtrain.data.dataset import SAMPLES_PER_READ, Dataset
 from dtrain.data.hold_out import has_labels
 from dtrain.data.sampler import DrawWeights
 from dtrain.errors import ConfigError, DataError
@@ -109,6 +109,22 @@ def make_draws(sampler: Any, train: Dataset, task: Task) -> DrawWeights | None:
         return DrawWeights(1.0 / counts[targets], targets)
     weights = check_weights(sampler(targets), train.size, "the weights of [data] sampler")
     return DrawWeights(weights, weights)
+
+
+def count_classes(train: Dataset, task: Task) -> NDArray[np.int64]:
+    """Return how often each class occurs in the training labels, without ignored ones, (classes,).
+
+    Targets that are no labels have counts of 0.
+    """
+    counts = np.zeros(train.classes, np.int64)
+    if task.kind != "classes":
+        return counts
+    for start in range(0, train.size, SAMPLES_PER_READ):
+        labels = train.targets(np.arange(start, min(start + SAMPLES_PER_READ, train.size)))
+        flat = labels.numpy().ravel()
+        counted = flat if task.ignore_index is None else flat[flat != task.ignore_index]
+        counts += np.bincount(counted, minlength=train.classes)
+    return counts
 
 
 def check_sampler(sampler: Any, train: Dataset, task: Task) -> None:

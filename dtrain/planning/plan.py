@@ -20,7 +20,7 @@ from dtrain.data.sampler import (
     epoch_order,
     updates_per_epoch,
 )
-from dtrain.data.weights import check_sampler, make_draws
+from dtrain.data.weights import check_sampler, count_classes, make_draws
 from dtrain.errors import ConfigError
 from dtrain.models import load_model
 from dtrain.models.integer_inputs import takes_integers
@@ -125,6 +125,8 @@ def load_run(run: RunConfig) -> tuple[DatasetSplits, LayerStack, BlockSpec]:
     train = samples.train
     is_weighted = train.sample_weights is not None
     task = run.task.bind(train.target_shape, train.target_dtype, train.classes, is_weighted)
+    if task.balances_classes:
+        task = task.balance_classes(count_classes(train, task).tolist())
     _check_objective(run, task)
     _check_augment(run, train, task)
     check_sampler(run.data.sampler, train, task)

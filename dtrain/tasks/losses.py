@@ -46,6 +46,10 @@ COUNTING_LOSSES = ("cross-entropy", "nll")
 """Losses that divide by the weights of the counted positions."""
 
 
+BALANCED = "balanced"
+"""The `weight` of classes that is computed from the training labels."""
+
+
 INDEX_LOSSES = ("multi-label-margin",)
 """Losses whose integer targets have the shape of the output and stay integers."""
 
@@ -272,6 +276,9 @@ def check_fields(loss: str | LossFunction, fields: Mapping[str, Any]) -> dict[st
             legal = [*TASK_KEYS, *map(kebab, hints)]
             raise unknown_name("key [task]", kebab(name), legal, key="task.unknown-key")
         plain = value.tolist() if isinstance(value, Tensor) else value
+        if (name, plain) == ("weight", BALANCED) and loss in COUNTING_LOSSES:
+            values[name] = plain
+            continue
         try:
             values[name] = convert(plain, hints[name], f"[task] {kebab(name)}")
         except ConfigError as error:

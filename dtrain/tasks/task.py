@@ -35,6 +35,7 @@ from dtrain.errors import ConfigError
 from dtrain.object_names import object_name
 from dtrain.schema import Table, kebab, snake
 from dtrain.tasks.losses import (
+    BALANCED,
     CLASS_LOSSES,
     COUNTING_LOSSES,
     DECISION_THRESHOLDS,
@@ -211,9 +212,7 @@ class Task:
         ConfigError
             A metric does not fit the targets, or a key needs classes.
         """
-        task = copy.copy(self)
-        for name in ("_metrics", "kind", "counts_positions"):  # they depend on the targets
-            task.__dict__.pop(name, None)
+        task = self._copy()
         spec = TargetSpec(tuple(shape), dtype, classes, weighted)
         object.__setattr__(task, "target_spec", spec)
         if self.classes_last and not task.has_classes:
@@ -297,8 +296,42 @@ class Task:
     @property
     def class_weights(self) -> tuple[float, ...]:
         """The weights of the classes; empty where all count alike."""
-        weights: tuple[float, ...] = dict(self.fields).get("weight", ())
-        return weights if self.loss in CLASS_LOSSES else ()
+        weights = dict(self.fields).get("weight", ())
+        return weights if self.loss in CLASS_LOSSES and weights != BALANCED else ()
+
+    @property
+    def balances_classes(self) -> bool:
+        """Whether the weights of the classes are still to be computed; see `balance_classes`."""
+        return dict(self.fields).get("weight") == BALANCED
+
+    def balance_classes(self, counts: Sequence[int]) -> Task:
+        """Return this task with the weights n / (K n_k) of classes that occur n_k times in the
+        training labels, n in sum; K is the number of those that occur. Others have a weight of 1.
+
+        Raises
+        ------
+        ConfigError
+            The targets are no labels.
+        """
+        if self.kind != "classes":
+            raise ConfigError(
+                "task.weight-needs-labels",
+                f'[task] weight = "{BALANCED}" counts class labels, but the targets are '
+                f"{self.kind}: give one number per class, or leave weight out",
+            )
+        mean = sum(counts) / sum(count > 0 for count in counts)
+        weights = tuple(mean / count if count else 1.0 for count in counts)
+        task = self._copy()
+        fields = dict(self.fields) | {"weight": weights}
+        object.__setattr__(task, "fields", tuple(sorted(fields.items())))
+        return task
+
+    def _copy(self) -> Task:
+        """Return a copy without what is computed from the fields and the targets."""
+        task = copy.copy(self)
+        for name in ("_loss", "_metrics", "kind", "counts_positions"):
+            task.__dict__.pop(name, None)
+        return task
 
     @property
     def loss_name(self) -> str:
@@ -307,7 +340,8 @@ class Task:
 
     @cached_property
     def _loss(self) -> Loss:
-        return make_loss(self.loss, dict(self.fields), self.folder)
+        fields = {key: value for key, value in self.fields if value != BALANCED}
+        return make_loss(self.loss, fields, self.folder)
 
     @cached_property
     def _metrics(self) -> dict[str, Metric]:

@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 import dtrain
+from dtrain.checkpoint.resume import source_hashes
 from dtrain.config.run import RunConfig
 from dtrain.data.dataset import Dataset, DatasetSplits
 from dtrain.errors import ConfigError, DataError
@@ -105,6 +106,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(option: str, tmp_path: Path) -> 
         train_in_threads(option_run(option, epochs=4, data__sampler="uniform"), tmp_path / "parts")
 
 
+def test_the_modules_of_sampler_and_augmentation_are_hashed() -> None:
+    run = tiny.run(data__sampler=f"{__name__}:rare", data__augment=noise)
+    names = {f"[data] {__name__}:rare", f"[data] {__name__}:noise"}
+    assert names <= source_hashes(run).keys()
+
+
 def test_other_weights_are_refused_on_resume(tmp_path: Path) -> None:
     train_in_threads(weighted(epochs=1), tmp_path)
     with refuses(ConfigError, "resume.data-changed"):
@@ -185,7 +192,37 @@ def test_repeated_draws_train_the_same_model_in_any_split(objective: str, tmp_pa
     assert_close_model(tmp_path / "one", tmp_path / "many", 1e-9 if objective == "cafo" else 1e-12)
 
 
+def test_a_run_in_python_takes_objects_and_its_text_names_them(tmp_path: Path) -> None:
+    """A function by its name; weights by name and fingerprint, so that others are another run."""
+    data = dtrain.data.arrays(*ARRAYS, sampler=WEIGHTS + 1, augment=noise, normalise=False)
+    keys: dict[str, Any] = {"model": tiny.TABLE["model"], "epochs": 1}
+    keys["optimizer"] = dtrain.Optimizer("sgd")
+    run = dtrain.Run(data=data, **keys)
+    again = dtrain.Run.from_config(run.config)
+    assert again.to_toml() == run.to_toml()
+    assert np.array_equal(
+        make_plan(again.config, 1).epoch_order(3), make_plan(run.config, 1).epoch_order(3)
+    )
+    for other in (WEIGHTS + 2, (WEIGHTS + 1).tolist(), torch.from_numpy(WEIGHTS)):
+        changed = dtrain.Run(data=data | {"sampler": other}, **keys)
+        assert changed.to_toml() != run.to_toml()
+    as_list = dtrain.Run(data=data | {"sampler": (WEIGHTS + 1).tolist()}, **keys)
+    assert np.array_equal(
+        make_plan(as_list.config, 1).epoch_order(3), make_plan(run.config, 1).epoch_order(3)
+    )
+
+
 # Refusals
+
+
+def other_on_each_call(targets: np.ndarray) -> np.ndarray:
+    return np.random.default_rng().random(len(targets))
+
+
+def test_a_sampler_that_differs_between_ranks_is_refused(tmp_path: Path) -> None:
+    with refuses(DataError, "data.ranks-differ"):
+        train_in_threads(tiny.run(data__sampler=other_on_each_call), tmp_path, stages=2)
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_other_objective_refuses_weights() -> None:

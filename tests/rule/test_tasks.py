@@ -651,3 +651,47 @@ def test_losses_with_parameters_of_their_own_are_not_named() -> None:
     parametric = [name for name, kind in torch_losses().items() if [*kind().parameters()]]
     assert parametric == []
     assert issubclass(torch_losses()["mse"], nn.Module)
+
+
+# Balanced classes
+
+
+def test_balanced_weights_are_those_of_the_training_labels() -> None:
+    """n / (K n_k); the run keeps the word, the bound task the numbers."""
+    labels = task_data.labels()[1]
+    run = tiny.run(data__name="tests.task_data:labels", task__weight="balanced")
+    assert run.to_table()["task"]["weight"] == "balanced"
+    task = make_plan(run, 1).layout.task
+    assert task.class_weights == pytest.approx(tuple(50 / (3 * np.bincount(labels))))
+    other = tiny.run(data__name="tests.task_data:labels", task__weight=list(task.class_weights))
+    assert make_plan(other, 1).layout.task == task
+
+
+def test_ignored_labels_and_missing_classes_do_not_count() -> None:
+    run = tiny.run(
+        data__name="tests.task_data:segments",
+        model={"name": "tests.task_data:pixel_net"},
+        partition={"cuts": [2, 4]},
+        task={"weight": "balanced", "ignore-index": task_data.IGNORED},
+    )
+    labels = task_data.segments()[1]
+    counts = np.bincount(labels[labels != task_data.IGNORED])
+    weights = make_plan(run, 1).layout.task.class_weights
+    assert weights == pytest.approx(tuple(counts.sum() / (3 * counts)))
+    assert Task(weight="balanced").balance_classes([6, 0, 2]).class_weights == (4 / 6, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"task__loss": "multi-margin", "task__weight": "balanced"}, "task.wrong-type"),
+        ({"task__weight": "balance"}, "task.wrong-type"),
+        (
+            {"task__weight": "balanced", "data__name": "tests.task_data:probabilities"},
+            "task.weight-needs-labels",
+        ),
+    ],
+)
+def test_balanced_weights_need_labels(changes: dict[str, Any], key: str) -> None:
+    with refuses(ConfigError, key):
+        make_plan(tiny.run(**changes), 1)
