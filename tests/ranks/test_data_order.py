@@ -194,7 +194,7 @@ def test_repeated_draws_train_the_same_model_in_any_split(objective: str, tmp_pa
 
 def test_a_run_in_python_takes_objects_and_its_text_names_them(tmp_path: Path) -> None:
     """A function by its name; weights by name and fingerprint, so that others are another run."""
-    data = dtrain.data.arrays(*ARRAYS, sampler=WEIGHTS + 1, augment=noise, normalise=False)
+    data = {"name": tiny.samples, "sampler": WEIGHTS + 1, "augment": noise, "normalise": False}
     keys: dict[str, Any] = {"model": tiny.TABLE["model"], "epochs": 1}
     keys["optimizer"] = dtrain.Optimizer("sgd")
     run = dtrain.Run(data=data, **keys)
