@@ -6,8 +6,8 @@ of weights, the *normaliser*::
 
     sum of w[t] loss(t) over the positions with t != ignore-index  /  sum of w[t] over the same
 
-Where samples have weights v, each sample's losses and its part of the normaliser are multiplied by
-its weight; without ignored positions and class weights that is ``sum of v l / sum of v``.
+Samples may have weights v: each sample's losses and its part of the normaliser are multiplied by
+its weight; without ignored positions and class weights the mean is ``sum of v l / sum of v``.
 
 Invariant: the sum of losses and the normaliser are sums over samples, so a mean does not depend on
 how samples are split into micro-batches and replicas.

@@ -76,6 +76,16 @@ def test_inputs_are_not_read_where_a_rank_needs_none() -> None:
     assert not split.reads
 
 
+@pytest.mark.parametrize("value", [1.0, 0.0, math.nan, math.inf, 1e30])
+def test_a_difference_of_rounding_is_none(value: float) -> None:
+    class Rounded(Recorded):
+        def inputs(self, indices: Any) -> Tensor:
+            x = torch.full((len(super().inputs(indices)), 1), value)
+            return x * (1 + 1e-7 * len(self.reads))
+
+    check_repeatable(Rounded(10), "train", True, math.inf)
+
+
 def test_views_are_checked_without_their_statistics() -> None:
     def no_statistics() -> Any:
         raise AssertionError

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
 
-from dtrain.data.array_source import MemorySource
+from dtrain.data.array_source import ArraySource, ConcatenatedSource, MemorySource
 from dtrain.data.dataset import Dataset, DatasetSplits, Subset
+from dtrain.data.hdf5_source import Hdf5Source
 from dtrain.data.hold_out import hold_out
 from dtrain.data.sampler import DrawWeights, draw_samples, epoch_order
 from dtrain.data.source_dataset import SourceDataset
@@ -62,8 +65,8 @@ def test_the_mean_over_epochs_is_the_expected_number() -> None:
 
 
 def test_samples_are_drawn_independently_of_their_neighbours() -> None:
-    """Of samples that are expected half a time, any two occur together in a quarter of the
-    epochs, roughly: their order is drawn anew."""
+    """Two samples that are expected half a time occur together in about a quarter of the epochs:
+    their order is drawn anew in each."""
     half = np.repeat([1.0, 3.0], 50)
     chosen = np.stack([np.bincount(drawn(half, e), minlength=100)[:50] for e in range(400)])
     together = chosen.T @ chosen / 400
@@ -99,6 +102,21 @@ def test_draws_are_read_in_long_pieces() -> None:
     windows = [set(order[start : start + 10]) for start in range(0, 100, 10)]
     assert max(map(len, windows)) <= 6  # of a window, or of two
     assert np.mean([len(set(drawn(SKEWED)[s : s + 10] // 10)) for s in range(0, 100, 10)]) > 4
+
+
+@pytest.mark.parametrize("kind", ["memory", "parts", "hdf5"])
+def test_sources_read_repeated_rows(kind: str, tmp_path: Path) -> None:
+    rows = np.arange(20.0).reshape(10, 2)
+    source: ArraySource = MemorySource(rows)
+    if kind == "parts":
+        source = ConcatenatedSource([MemorySource(rows[:4]), MemorySource(rows[4:])], "parts")
+    if kind == "hdf5":
+        with h5py.File(tmp_path / "rows.h5", "w") as file:
+            file.create_dataset("x", data=rows, chunks=(3, 2))
+        source = Hdf5Source(tmp_path / "rows.h5", "x")
+    order = epoch_order(10, 0, 0, draws=DrawWeights(np.arange(10.0) ** 4, np.zeros(10)))
+    assert len(set(order.tolist())) < 8
+    assert np.array_equal(source.read(order), rows[order])
 
 
 def test_a_function_takes_the_targets() -> None:
