@@ -30,6 +30,7 @@ from dtrain.config.run import RunConfig
 from dtrain.data import augment as augments
 from dtrain.data.dataset import unstandardised
 from dtrain.data.loader import Loader
+from dtrain.data.worker_pool import WorkerPool
 from dtrain.engine.engine import Engine
 from dtrain.engine.evaluator import Evaluator
 from dtrain.engine.spec import EngineSpec
@@ -54,6 +55,8 @@ class RankJob:
         They read the samples of both splits.
     validation_loader : Loader or None
         It reads the samples of the validation split, where there is one.
+    workers : WorkerPool or None
+        The worker processes of the loaders, where the run has some.
     groups : ProcessGroups
         The communicators of this rank.
     copied_blocks : list of int
@@ -69,6 +72,7 @@ class RankJob:
     train_loader: Loader
     test_loader: Loader
     validation_loader: Loader | None
+    workers: WorkerPool | None
     groups: ProcessGroups
     copied_blocks: list[int]
     model_fingerprint: dict[str, str]
@@ -77,6 +81,19 @@ class RankJob:
     def position(self) -> RankPosition:
         """This rank's coordinates on the mesh."""
         return self.engine.position
+
+    def start_workers(self) -> None:
+        """Start the worker processes, if this rank reads inputs and the data set needs them.
+
+        Raises
+        ------
+        ConfigError
+            The data set or its augmentation cannot be sent to other processes.
+        """
+        if self.engine.needs_samples or self.evaluator.needs_samples:
+            for loader in (self.train_loader, self.test_loader, self.validation_loader):
+                if loader is not None:
+                    loader.start_workers()
 
 
 def build_rank(plan: Plan, comm: Comm) -> RankJob:
@@ -108,19 +125,30 @@ def build_rank(plan: Plan, comm: Comm) -> RankJob:
     for index, sync in syncs.items():
         sync.setup(blocks[index], groups.replicas)
     engine_spec = _engine_spec(plan, device)
-    validation = plan.data.validation
-    augment = augments.build_augment(plan.run.data.augment, settings.seed)
+    workers, loaders = _make_loaders(plan)
     return RankJob(
         plan=plan,
         engine=Engine(position, groups, blocks, syncs, engine_spec),
         evaluator=Evaluator(position, groups, blocks, engine_spec),
-        train_loader=Loader(plan.data.train, layout.dtype, augment),
-        test_loader=Loader(plan.data.test, layout.dtype),
-        validation_loader=None if validation is None else Loader(validation, layout.dtype),
+        train_loader=loaders["train"],
+        test_loader=loaders["test"],
+        validation_loader=loaders.get("validation"),
+        workers=workers,
         groups=groups,
         copied_blocks=copied_blocks,
         model_fingerprint=model_fingerprint,
     )
+
+
+def _make_loaders(plan: Plan) -> tuple[WorkerPool | None, dict[str, Loader]]:
+    """Return the worker processes of this rank, and the loaders by name of the split."""
+    run, dtype = plan.run, plan.layout.dtype
+    workers = WorkerPool(run.data.workers) if run.data.workers else None
+    augment = augments.build_augment(run.data.augment, run.settings.seed)
+    return workers, {
+        name: Loader(split, dtype, augment if name == "train" else None, workers=workers)
+        for name, split in plan.data.by_name().items()
+    }
 
 
 def _check_no_decay(plan: Plan, blocks: Mapping[int, Block], comm: Comm) -> None:

@@ -146,7 +146,7 @@ def evaluate_run(
     job, manifest = load_checkpoint(folder, comm, overrides, run, best, ema)
     plan = job.plan
     totals = RunTotals.from_state(manifest.state)
-    loader = _loader(plan, split)
+    loader = _loader(job, split)
     eval_weights = {index: block.tensors() for index, block in job.engine.blocks.items()}
     batch_splitter = replace(plan.batch_splitter, replicas=_replicas(totals))
     metrics = evaluate_weights(job, eval_weights, loader, batch_splitter)
@@ -185,16 +185,16 @@ def load_checkpoint(
     return job, manifest
 
 
-def _loader(plan: Plan, split: SplitName) -> Loader:
-    """Return the loader of a split."""
-    splits = plan.data.by_name()
+def _loader(job: RankJob, split: SplitName) -> Loader:
+    """Return the loader of a split, without augmentation."""
+    splits = job.plan.data.by_name()
     if split not in splits:
         raise ConfigError(
             "evaluate.no-validation",
             "--split validation, but the run has no validation split: choose test or train",
             on_all_ranks=True,
         )
-    return Loader(splits[split], plan.layout.dtype)
+    return Loader(splits[split], job.plan.layout.dtype, workers=job.workers)
 
 
 def _load_averages(manifest: Manifest, job: RankJob) -> None:

@@ -69,16 +69,19 @@ class DataSection:
     validation : float or str
         Share of the training split that is held out for validation; 0: none. Or the path of an
         HDF5 file.
+    workers : int
+        Processes per rank that read samples; 0: a thread.
     """
 
     normalise: bool = True
     shuffle: Literal["full", "chunks"] = "full"
     augment: Literal["none", "crop-flip"] = "none"
     validation: float | str = 0.0
+    workers: int = 0
 
     def to_table(self) -> Table:
         """Return the keys as a run file has them, without those that change nothing."""
-        return without_defaults(self, "validation")
+        return without_defaults(self, "validation", "workers")
 
 
 @dataclass(frozen=True)

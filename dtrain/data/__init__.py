@@ -27,7 +27,7 @@ DataTable = dict[str, Any]
 """A data set and its keys, as `dtrain.Run` takes it: the table of a run file."""
 
 
-COMMON_KEYS = ("normalise", "shuffle", "augment", "validation")
+COMMON_KEYS = ("normalise", "shuffle", "augment", "validation", "workers")
 """Keys of `[data]` that every data set has."""
 
 

@@ -11,14 +11,17 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import chain
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from dtrain.data.array_source import ArraySource
 from dtrain.data.conversion import Array, stores_integers
+from dtrain.data.sampler import Indices
+from dtrain.data.shuffle_windows import StoredRows
 from dtrain.errors import DataError
 
 Moments = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -56,6 +59,8 @@ class Dataset(ABC):
         The lowest and the highest value that an input can have; None where unknown.
     other_inputs : tuple of InputSpec
         Further inputs of a sample (a mask, a second image), as the model takes them.
+    stored_rows : StoredRows or None
+        How the samples are stored in files; None: in memory, or in an unknown way.
     """
 
     size: int
@@ -66,6 +71,7 @@ class Dataset(ABC):
     input_dtype: torch.dtype = torch.float32
     value_range: tuple[float, float] | None = None
     other_inputs: tuple[InputSpec, ...] = ()
+    stored_rows: StoredRows | None = None
 
     @property
     def slow(self) -> bool:
@@ -103,6 +109,31 @@ class Dataset(ABC):
         """Read the further inputs at `indices`, each (n, *shape): neither scaled nor
         standardised."""
         return ()
+
+    @property
+    def reads_items(self) -> bool:
+        """Whether one read of samples also reads their further inputs and their targets, at no
+        cost."""
+        return False
+
+    def keep_targets(self, indices: Indices, targets: Tensor) -> None:  # noqa: B027 - optional
+        """Take targets that were read with samples in another process, so that `targets` need not
+        read them again."""
+
+    def with_samples(self, wrap: Callable[[ArraySource], ArraySource]) -> Dataset:
+        """Return the data set for reads of samples alone, from another source of the same content;
+        the data set itself, unchanged, if its samples come from no `ArraySource`.
+
+        Parameters
+        ----------
+        wrap : callable
+            Called with the present source; returns the other one.
+        """
+        return self
+
+    def source_rows(self, indices: Indices) -> Indices:
+        """Return the rows of the source in which samples are stored."""
+        return indices
 
     def to_unit_range(self, x: Tensor) -> Tensor:
         """Undo standardisation of inputs (n, *shape) and scale them from `value_range` to 0 ... 1.
@@ -172,6 +203,7 @@ class DatasetView(Dataset):
         self.input_dtype = dataset.input_dtype
         self.value_range = dataset.value_range
         self.other_inputs = dataset.other_inputs
+        self.stored_rows = dataset.stored_rows
         self._dataset = dataset
 
     @property
@@ -190,6 +222,22 @@ class DatasetView(Dataset):
 
     def targets(self, indices: ArrayLike) -> Tensor:
         return self._dataset.targets(indices)
+
+    @property
+    def reads_items(self) -> bool:
+        return self._dataset.reads_items
+
+    def keep_targets(self, indices: Indices, targets: Tensor) -> None:
+        self._dataset.keep_targets(indices, targets)
+
+    def with_samples(self, wrap: Callable[[ArraySource], ArraySource]) -> Dataset:
+        view: DatasetView = object.__new__(type(self))
+        view.__dict__ |= self.__dict__
+        view._dataset = self._dataset.with_samples(wrap)
+        return view
+
+    def source_rows(self, indices: Indices) -> Indices:
+        return self._dataset.source_rows(indices)
 
     def to_unit_range(self, x: Tensor) -> Tensor:
         return self._dataset.to_unit_range(x)
@@ -211,6 +259,10 @@ class Standardised(DatasetView):
     def __init__(self, dataset: Dataset, training_moments: Callable[[], Moments]) -> None:
         super().__init__(dataset)
         self._training_moments = training_moments
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is sent to other processes: the statistics, not their computation."""
+        return {**self.__dict__, "_scale": self._scale, "_training_moments": None}
 
     @cached_property
     def _scale(self) -> tuple[Tensor, Tensor]:
@@ -269,6 +321,10 @@ class InputTargets(DatasetView):
         self.target_shape, self.target_dtype = dataset.shape, torch.float32
         self.classes = dataset.shape[0]
 
+    @property
+    def reads_items(self) -> bool:
+        return False  # the targets of the items are not used
+
     def targets(self, indices: ArrayLike) -> Tensor:
         return self._dataset.inputs(indices)
 
@@ -286,6 +342,9 @@ class Subset(DatasetView):
         """Return the index of a sample in the other data set."""
         return int(self._indices[index])
 
+    def source_rows(self, indices: Indices) -> Indices:
+        return self._dataset.source_rows(self._indices[indices])
+
     def inputs(self, indices: ArrayLike) -> Tensor:
         return self._dataset.inputs(self._indices[np.asarray(indices)])
 
@@ -297,6 +356,9 @@ class Subset(DatasetView):
 
     def targets(self, indices: ArrayLike) -> Tensor:
         return self._dataset.targets(self._indices[np.asarray(indices)])
+
+    def keep_targets(self, indices: Indices, targets: Tensor) -> None:
+        self._dataset.keep_targets(self._indices[indices], targets)
 
 
 def unstandardised(split: Dataset) -> Dataset:

@@ -5,7 +5,8 @@ Invariant: shapes and targets are checked when a split is made; samples are read
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, final
@@ -36,6 +37,7 @@ from dtrain.data.dataset import (
     check_splits,
 )
 from dtrain.data.memory_limits import fits_in_memory
+from dtrain.data.shuffle_windows import StoredRows
 from dtrain.data.targets import TargetScan
 from dtrain.errors import DataError
 from dtrain.tasks.task import DEFAULT_TASK, Task
@@ -107,6 +109,9 @@ class SourceDataset(Dataset):
         self.other_inputs = tuple(
             InputSpec(other.shape[1:], _input_dtype(other.dtype)) for other in others
         )
+        self.stored_rows = None
+        if not first.in_memory:
+            self.stored_rows = StoredRows(first.row_bytes, first.chunk_rows, first.compressed)
         self._stored_moments = moments
 
     @property
@@ -120,6 +125,14 @@ class SourceDataset(Dataset):
         self._others = tuple(others)
         for name in ("_inputs", "_other_inputs", "_targets"):
             self.__dict__.pop(name, None)
+
+    def with_samples(self, wrap: Callable[[ArraySource], ArraySource]) -> SourceDataset:
+        dataset = copy(self)
+        dataset._others, dataset._labels = (), MemorySource(np.empty(0, np.int64))
+        dataset._samples = wrap(self._inputs)
+        cached = {"slow": self.slow, "_inputs": dataset._samples}
+        dataset.__dict__ |= {"_other_inputs": (), "_targets": dataset._labels, **cached}
+        return dataset
 
     @cached_property
     def slow(self) -> bool:

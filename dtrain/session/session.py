@@ -54,6 +54,8 @@ from dtrain.config.out_folder import fill_keys
 from dtrain.config.run import RunConfig
 from dtrain.data.dataset import Standardised
 from dtrain.data.sampler import epoch_order
+from dtrain.data.shuffle_windows import shuffle_window
+from dtrain.data.worker_pool import WorkerPool
 from dtrain.errors import ConfigError, RankLostError
 from dtrain.evaluation import EvalWeights, evaluate_weights, evaluation_weights
 from dtrain.monitoring.machine_peak import measured_peak
@@ -158,6 +160,7 @@ class Session:
         self._segment: Segment | None = None
         self._updates: Iterator[int] = iter(())
         self._ema: Ema | None = None
+        self._workers: WorkerPool | None = None
         self._searched_data = False
         self.stop_reason: str | None = None
         self._summary: dict[str, Any] | None = None
@@ -227,6 +230,8 @@ class Session:
         _RUNS[out.resolve()] = plan.run
         with log.step("building the blocks"):
             self._job = job = build_rank(plan, comm)
+            self._workers = job.workers
+            all_or_none(comm, job.start_workers)
         self._fingerprint: Table = {
             "model": job.model_fingerprint,
             "data": data_fingerprint,
@@ -292,6 +297,8 @@ class Session:
                 print_error(f"dtrain: rank {self.rank} left its session by sys.exit")
                 self.comm.abort(RankLostError.code)
         finally:
+            if self._workers is not None:
+                self._workers.stop()
             self.comm.flight.close()
             if self._progress is not None:
                 self._progress.stop()
@@ -368,7 +375,11 @@ class Session:
         self._segment, self._eval_weights = segment, None
         plan, job = self.plan, self._job
         order = epoch_order(
-            plan.data.train.size, plan.run.settings.seed, segment.epoch, plan.run.data.shuffle
+            plan.data.train.size,
+            plan.run.settings.seed,
+            segment.epoch,
+            plan.run.data.shuffle,
+            *shuffle_window(plan.data.train.stored_rows),
         )
         end = segment.offset + segment.stop - segment.start
         batches = [
