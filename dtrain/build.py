@@ -28,8 +28,12 @@ from dtrain.comm.communicator import Comm
 from dtrain.comm.groups import ProcessGroups
 from dtrain.config.run import RunConfig
 from dtrain.data import augment as augments
+from dtrain.data.conversion import Array
 from dtrain.data.dataset import unstandardised
+from dtrain.data.item_sources import ItemTargets
 from dtrain.data.loader import Loader
+from dtrain.data.sampler import even_ranges
+from dtrain.data.torch_datasets import TargetsNeeded, read_targets, shared_target_pass
 from dtrain.data.worker_pool import WorkerPool
 from dtrain.engine.engine import Engine
 from dtrain.engine.evaluator import Evaluator
@@ -39,7 +43,7 @@ from dtrain.mesh import RankPosition
 from dtrain.objectives.messages import reads_samples
 from dtrain.planning.block_factory import make_blocks
 from dtrain.planning.layout import layout_rows
-from dtrain.planning.plan import Plan
+from dtrain.planning.plan import Plan, make_plan
 from dtrain.syncs.replica_check import checksum
 
 
@@ -94,6 +98,44 @@ class RankJob:
             for loader in (self.train_loader, self.test_loader, self.validation_loader):
                 if loader is not None:
                     loader.start_workers()
+
+
+def make_plan_together(run: RunConfig, comm: Comm) -> Plan:
+    """Make the plan of a run on all ranks. Collective over `comm`.
+
+    Labels that only the items of a torch Dataset have are read once, each rank a part of them.
+
+    Raises
+    ------
+    DtrainError
+        On all ranks.
+    """
+    known: dict[int, Array] = {}
+    while comm.size > 1:
+        with shared_target_pass(known) as target_pass:
+            plan = all_or_none(comm, lambda: _plan_or_none(run, comm.size))
+        if plan is not None:
+            return plan
+        for number, targets in enumerate(target_pass.pending):
+            known[number] = _read_targets_together(targets, comm)
+    return make_plan(run, comm.size)
+
+
+def _plan_or_none(run: RunConfig, ranks: int) -> Plan | None:
+    """Return the plan; None where targets are to be read first."""
+    try:
+        return make_plan(run, ranks)
+    except TargetsNeeded:
+        return None
+
+
+def _read_targets_together(targets: ItemTargets, comm: Comm) -> Array:
+    """Return the targets of all items. Collective over `comm`."""
+    rows = even_ranges(len(targets), comm.size)[comm.rank]
+    own = all_or_none(comm, lambda: read_targets(targets, rows))
+    with comm.without_counting():
+        parts = comm.allgather_object(own.tolist())
+    return np.array([label for part in parts for label in part], targets.dtype)
 
 
 def build_rank(plan: Plan, comm: Comm) -> RankJob:

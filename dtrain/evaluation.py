@@ -27,6 +27,7 @@ from dtrain.build import (
     build_rank,
     check_same_data,
     check_same_layout,
+    make_plan_together,
     set_threads,
 )
 from dtrain.checkpoint.manifest import Manifest
@@ -41,7 +42,7 @@ from dtrain.data.loader import Loader
 from dtrain.data.sampler import BatchSplitter, Indices, even_ranges
 from dtrain.errors import ConfigError
 from dtrain.monitoring.run_totals import RunTotals, evaluation_metrics
-from dtrain.planning.plan import Plan, make_plan
+from dtrain.planning.plan import Plan
 
 EvalWeights = Mapping[int, Mapping[str, Tensor]]
 """Parameters and buffers that are evaluated, by block and name."""
@@ -169,7 +170,8 @@ def load_checkpoint(
     """
     config = all_or_none(comm, lambda: _read_run(folder, overrides, run))
     set_threads(config, comm)
-    plan = all_or_none(comm, lambda: make_plan(_fit_stages(config, comm.size), comm.size))
+    fitted = all_or_none(comm, lambda: _fit_stages(config, comm.size))
+    plan = make_plan_together(fitted, comm)
     check_same_layout(plan, comm)
     check_same_data(plan, comm)
     job = build_rank(plan, comm)

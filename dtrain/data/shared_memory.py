@@ -68,7 +68,9 @@ class SharedMemory:
 
     def read(self, places: Sequence[TensorPlace]) -> list[Tensor]:
         """Return copies of the tensors at their places."""
-        sizes = [place.offset + int(np.prod(place.shape)) * place.dtype.itemsize for place in places]
+        sizes = [
+            place.offset + int(np.prod(place.shape)) * place.dtype.itemsize for place in places
+        ]
         memory = self._mapped(max(sizes, default=0))
         return [
             _view(memory, place).clone() if 0 not in place.shape else torch.empty(place.shape)

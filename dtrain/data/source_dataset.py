@@ -36,7 +36,9 @@ from dtrain.data.dataset import (
     Moments,
     check_splits,
 )
+from dtrain.data.item_sources import ItemTargets
 from dtrain.data.memory_limits import fits_in_memory
+from dtrain.data.sampler import Indices
 from dtrain.data.shuffle_windows import StoredRows
 from dtrain.data.targets import TargetScan
 from dtrain.errors import DataError
@@ -110,7 +112,7 @@ class SourceDataset(Dataset):
             InputSpec(other.shape[1:], _input_dtype(other.dtype)) for other in others
         )
         self.stored_rows = None
-        if not first.in_memory:
+        if not (first.in_memory or first.by_item):
             self.stored_rows = StoredRows(first.row_bytes, first.chunk_rows, first.compressed)
         self._stored_moments = moments
 
@@ -126,7 +128,17 @@ class SourceDataset(Dataset):
         for name in ("_inputs", "_other_inputs", "_targets"):
             self.__dict__.pop(name, None)
 
+    @property
+    def reads_items(self) -> bool:
+        return self._samples.by_item
+
+    def keep_targets(self, indices: Indices, targets: Tensor) -> None:
+        if isinstance(self._labels, ItemTargets):
+            self._labels.keep(indices, targets.numpy())
+
     def with_samples(self, wrap: Callable[[ArraySource], ArraySource]) -> SourceDataset:
+        if self._samples.by_item:
+            return self
         dataset = copy(self)
         dataset._others, dataset._labels = (), MemorySource(np.empty(0, np.int64))
         dataset._samples = wrap(self._inputs)
@@ -137,7 +149,8 @@ class SourceDataset(Dataset):
     @cached_property
     def slow(self) -> bool:
         """Whether the samples are read from files piece by piece; decided on first need."""
-        return not (self._samples.in_memory or fits_in_memory(self._samples.nbytes))
+        samples = self._samples
+        return samples.by_item or not (samples.in_memory or fits_in_memory(samples.nbytes))
 
     @cached_property
     def _inputs(self) -> ArraySource:
@@ -283,6 +296,8 @@ def _check_other(other: ArraySource, number: int, size: int, location: str) -> N
 def _scan_targets(scan: TargetScan, targets: ArraySource) -> ArraySource:
     """Check all targets, piece by piece; return them in memory where they fit."""
     targets = _in_memory_if_it_fits(targets)
+    if targets.by_item:  # they are checked when they are read
+        return targets
     if targets.in_memory:
         scan.add(targets.read_range(0, len(targets)))
         return targets
@@ -310,7 +325,7 @@ def _no_targets(part: SplitSources) -> ArraySource:
 
 def _in_memory(source: ArraySource) -> ArraySource:
     """Return a source in memory: itself, or one of all its rows."""
-    if source.in_memory:
+    if source.in_memory or source.by_item:
         return source
     rows = source.read_range(0, len(source))
     source.close()

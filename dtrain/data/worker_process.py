@@ -13,6 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.spawn import prepare
 from typing import Any, NamedTuple, cast, final
@@ -98,7 +99,7 @@ class Failure(NamedTuple):
         try:
             pickled = pickle.dumps(error)
             pickle.loads(pickled)
-        except Exception:  # noqa: BLE001 - whatever a user's class raises
+        except Exception:
             return Failure(None, None, text)
         return Failure(None, pickled, text)
 
@@ -133,7 +134,7 @@ class Worker:
             with importing("the script of a run (by a worker process of [data] workers)"):
                 prepare(message.process)
                 self._preparations[message.number] = pickle.loads(message.payload)
-        except Exception as error:  # noqa: BLE001 - raised in the rank
+        except Exception as error:
             self._preparations[message.number] = Failure.of(error)
         _ignore_signals()
 
@@ -160,7 +161,7 @@ class Worker:
             targets = () if prepared.targets is None else (prepared.targets,)
             tensors = [prepared.inputs, *(prepared.others or ()), *targets]
             return self._slots[message.slot].write(tensors)
-        except Exception as error:  # noqa: BLE001 - raised in the rank
+        except Exception as error:
             return Failure.of(error)
 
 
@@ -196,15 +197,11 @@ def main(parent: int, connection: int, slots: Sequence[int], buffers: Sequence[i
     torch.set_num_threads(1)
     np.seterr(all="warn")
     worker = Worker([SharedMemory(fd) for fd in slots], [SharedMemory(fd) for fd in buffers])
-    with Connection(connection) as rank:
+    rank = Connection(connection)
+    with suppress(EOFError, OSError):  # the rank has closed the connection
         while True:
-            try:
-                message = rank.recv()
-            except (EOFError, OSError):
-                return
-            answer = worker.answer(message)
+            answer = worker.answer(rank.recv())
             if answer is not None:
-                try:
-                    rank.send(answer)
-                except OSError:
-                    return
+                rank.send(answer)
+    sys.stdout.flush()
+    os._exit(0)  # without the seconds in which Python takes down its modules

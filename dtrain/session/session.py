@@ -24,7 +24,13 @@ from typing import Any
 
 from torch import Tensor
 
-from dtrain.build import build_rank, check_same_data, check_same_layout, set_threads
+from dtrain.build import (
+    build_rank,
+    check_same_data,
+    check_same_layout,
+    make_plan_together,
+    set_threads,
+)
 from dtrain.callbacks import (
     BestCheckpoint,
     Callback,
@@ -67,7 +73,7 @@ from dtrain.monitoring.metric_values import (
 from dtrain.monitoring.monitor import Monitor
 from dtrain.monitoring.start_log import StartLog
 from dtrain.monitoring.summary import make_summary
-from dtrain.planning.plan import Plan, make_plan
+from dtrain.planning.plan import Plan
 from dtrain.planning.warnings import placement_warnings
 from dtrain.rank_process import init
 from dtrain.run import Run
@@ -209,7 +215,7 @@ class Session:
         run = all_or_none(comm, lambda: with_callback_keys(self._run, given))
         run = settle_cuts(run.with_checkpoint_blocks(point.run_table), comm)
         with log.step("reading data and model"):
-            plan = all_or_none(comm, lambda: make_plan(run, comm.size))
+            plan = make_plan_together(run, comm)
         self.callbacks = all_callbacks(run, given)
         all_or_none(comm, lambda: check_metrics(self.callbacks, plan))
         check_same_layout(plan, comm)
