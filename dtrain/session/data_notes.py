@@ -14,12 +14,18 @@ import numpy as np
 
 from dtrain.comm.agree import all_or_none, broadcast_object
 from dtrain.comm.communicator import Comm
+from dtrain.data.dataset import Dataset
+from dtrain.data.shuffle_windows import StoredRows, group_rows
 from dtrain.data.value_check import all_targets_alike, check_finite, has_finite_statistics
 from dtrain.objectives.messages import reads_samples
 from dtrain.planning.plan import Plan
 
 CHECK_S = 0.05
 """Seconds of each check at the start of a run: of the values, and of the targets."""
+
+
+NOTED_RATIO = 2.0
+"""A full shuffle is noted if it reads this many times the bytes that it uses."""
 
 
 def data_notes(plan: Plan, comm: Comm) -> list[str]:
@@ -31,8 +37,38 @@ def data_notes(plan: Plan, comm: Comm) -> list[str]:
         On all ranks, if an input or a target is NaN or infinite.
     """
     check_data_values(plan, comm, CHECK_S)
-    notes: list[str] = broadcast_object(comm, lambda: list(_alike_notes(plan)))
+    notes: list[str] = broadcast_object(
+        comm, lambda: [*_alike_notes(plan), *shuffle_notes(plan.data.train, plan.run.data.shuffle)]
+    )
     return notes
+
+
+def shuffle_notes(train: Dataset, shuffle: str) -> Iterator[str]:
+    """Yield a note where a full shuffle reads much more from a disk than it uses."""
+    stored = train.stored_rows
+    if shuffle != "full" or stored is None or not train.slow:
+        return
+    read = full_shuffle_bytes(stored, train.size)
+    if read < NOTED_RATIO * stored.row_bytes:
+        return
+    pieces = "compressed pieces" if stored.compressed else "pieces"
+    yield (
+        f'[data] shuffle = "full" reads about {_size_text(read)} for each training sample of '
+        f"{_size_text(stored.row_bytes)}, because samples are stored in {pieces} of "
+        f'{stored.chunk_rows} ({_size_text(stored.piece_bytes)}): set shuffle = "chunks", which '
+        "reads each piece about once an epoch, or store smaller pieces by 'dtrain data rechunk'"
+    )
+
+
+def full_shuffle_bytes(stored: StoredRows, size: int) -> float:
+    """Return the expected bytes that are read per sample if groups of random samples are read."""
+    pieces, rows = size / (stored.chunk_rows or 1), min(size, group_rows(stored.row_bytes))
+    read_pieces = pieces * -math.expm1(-rows / pieces)
+    return max(1.0, read_pieces * (stored.chunk_rows or 1) / rows) * stored.row_bytes
+
+
+def _size_text(size: float) -> str:
+    return f"{size / 1e6:.3g} MB" if size >= 1e5 else f"{size / 1e3:.3g} kB"
 
 
 def check_data_values(plan: Plan, comm: Comm, limit_s: float) -> None:

@@ -29,6 +29,7 @@ from dtrain.data.sampler import BatchSplitter, epoch_order
 from dtrain.data.shuffle_windows import StoredRows, shuffle_window
 from dtrain.data.source_dataset import SourceDataset
 from dtrain.errors import ConfigError
+from dtrain.session.data_notes import full_shuffle_bytes, shuffle_notes
 from tests.refusals import refuses
 
 X = np.random.default_rng(0).integers(0, 256, (60, 3, 6, 6), dtype=np.uint8)
@@ -498,3 +499,29 @@ def test_windows_fit_a_group(
 def test_the_order_of_arrays_does_not_depend_on_their_size() -> None:
     arrays = dataset_of(MemorySource(np.zeros((2, 1_000_000), np.float32)))
     assert shuffle_window(arrays.stored_rows) == (256, 16)
+
+
+def test_a_full_shuffle_of_large_pieces_is_noted_at_its_cost(disk: Disk) -> None:
+    """The bytes of the estimate are those that are read."""
+    disk.chunk_rows = 100
+    dataset = dataset_of(disk)
+    (note,) = shuffle_notes(dataset, "full")
+    assert "rechunk" in note
+    loader = Loader(dataset, torch.float32)
+    batches = micro_batches(dataset, "full")
+    loader.open(batches, 0)
+    for _ in batches:
+        loader.read()
+    loader.close()
+    pieces = sum(len(np.unique(rows // 100)) for rows in disk.reads)
+    assert dataset.stored_rows is not None
+    planned = full_shuffle_bytes(dataset.stored_rows, len(disk)) * len(disk)
+    assert planned == pytest.approx(pieces * 100 * 32, rel=0.1)
+
+
+def test_what_a_full_shuffle_does_not_slow_down_is_not_noted(disk: Disk) -> None:
+    disk.chunk_rows = 100
+    assert not list(shuffle_notes(dataset_of(disk), "chunks"))
+    assert not list(shuffle_notes(dataset_of(MemorySource(disk.rows)), "full"))
+    disk.chunk_rows = 1
+    assert not list(shuffle_notes(dataset_of(disk), "full"))
