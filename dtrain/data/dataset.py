@@ -131,9 +131,9 @@ class Dataset(ABC):
         """
         return self
 
-    def source_rows(self, indices: Indices) -> Indices:
-        """Return the rows of the source in which samples are stored."""
-        return indices
+    def source_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
+        """Return the indices of samples in the data set that this one is a part of."""
+        return np.asarray(indices)
 
     def to_unit_range(self, x: Tensor) -> Tensor:
         """Undo standardisation of inputs (n, *shape) and scale them from `value_range` to 0 ... 1.
@@ -236,8 +236,8 @@ class DatasetView(Dataset):
         view._dataset = self._dataset.with_samples(wrap)
         return view
 
-    def source_rows(self, indices: Indices) -> Indices:
-        return self._dataset.source_rows(indices)
+    def source_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
+        return self._dataset.source_indices(indices)
 
     def to_unit_range(self, x: Tensor) -> Tensor:
         return self._dataset.to_unit_range(x)
@@ -342,8 +342,8 @@ class Subset(DatasetView):
         """Return the index of a sample in the other data set."""
         return int(self._indices[index])
 
-    def source_rows(self, indices: Indices) -> Indices:
-        return self._dataset.source_rows(self._indices[indices])
+    def source_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
+        return self._dataset.source_indices(self._indices[np.asarray(indices)])
 
     def inputs(self, indices: ArrayLike) -> Tensor:
         return self._dataset.inputs(self._indices[np.asarray(indices)])

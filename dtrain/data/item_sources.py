@@ -117,6 +117,15 @@ class ItemReader:
         if self._targets is None:
             self._targets = np.zeros((self.size, *targets.shape[1:]), targets.dtype)
             self._is_known = np.zeros(self.size, np.bool_)
+        old = self._targets[order]
+        is_changed = (old != targets).reshape(len(order), -1).any(axis=1)
+        is_changed &= self._is_known[order]
+        if is_changed.any():
+            raise DataError(
+                "data.not-repeatable",
+                f"{self.location}: the target of item {order[is_changed.argmax()]} of {self.name} "
+                "differs when it is read again: items must depend on their index alone",
+            )
         self._targets[order] = targets
         self._is_known[order] = True
 

@@ -113,7 +113,7 @@ class Loader:
         self._reader = self._reader or self._make_reader()
         self._batches = _batch_reads(index_batches, epoch)
         if self._groups is not None:
-            self._batches = self._groups.open(self._batches, self.dataset.source_rows)
+            self._batches = self._groups.open(self._batches, self.dataset.source_indices)
         if self._reads_ahead:
             self._start_reads(self._prefetch)
 

@@ -102,18 +102,18 @@ class GroupReader:
         self._waiting: deque[RowGroup] = deque()
 
     def open(
-        self, batches: Iterator[BatchRead], source_rows: Callable[[Indices], Indices]
+        self, batches: Iterator[BatchRead], source_indices: Callable[[Indices], Indices]
     ) -> Iterator[BatchRead]:
         """Begin a segment; return its micro-batches with their groups, which are being read.
 
         Parameters
         ----------
-        source_rows : callable
+        source_indices : callable
             Returns the stored rows of samples.
         """
         self.close()
         self._free = list(range(len(self.buffers)))
-        return GroupPlan(batches, source_rows, self._limit, self.held.chunk_rows, self._begin)
+        return GroupPlan(batches, source_indices, self._limit, self.held.chunk_rows, self._begin)
 
     def wait(self, batch: BatchRead) -> None:
         """Wait for the groups of a micro-batch.
@@ -186,7 +186,7 @@ class GroupPlan:
     ----------
     batches : iterator of BatchRead
         A micro-batch that is read several times in a row is the same object.
-    source_rows : callable
+    source_indices : callable
         Returns the stored rows of samples.
     limit : int
         Most rows of a group, if no micro-batch is larger.
@@ -199,12 +199,12 @@ class GroupPlan:
     def __init__(
         self,
         batches: Iterator[BatchRead],
-        source_rows: Callable[[Indices], Indices],
+        source_indices: Callable[[Indices], Indices],
         limit: int,
         chunk_rows: int | None,
         begin: Callable[[RowGroup], None],
     ) -> None:
-        self._batches, self._source_rows = batches, source_rows
+        self._batches, self._source_indices = batches, source_indices
         self._limit, self._chunk_rows = limit, chunk_rows or 1
         self._begin = begin
         self._queue: deque[BatchRead] = deque()
@@ -244,7 +244,7 @@ class GroupPlan:
                 return
             self._queue.append(batch)
             if batch is not self._latest:
-                rows = self._source_rows(batch.indices)
+                rows = self._source_indices(batch.indices)
                 self._ungrouped.append((batch, rows))
                 count += len(rows)
             self._latest = batch

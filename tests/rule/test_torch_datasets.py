@@ -133,6 +133,15 @@ def test_the_number_of_classes_avoids_the_pass() -> None:
         split_of(items, clases=3)
 
 
+def test_a_target_that_changes_is_refused() -> None:
+    items = Items(y=Y.copy())
+    split = split_of(items)
+    split.inputs(np.arange(9))
+    items.y[4] += 1
+    with refuses(DataError, "data.not-repeatable"):
+        split.inputs(np.arange(3, 9))
+
+
 def test_targets_that_are_no_classes_need_no_pass() -> None:
     items = Real()
     task = Task.from_table({"loss": "mse"}, ROOT)
