@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dtrain.data.augment import Augment
+from dtrain.data.conversion import cast_dtype
 from dtrain.data.dataset import Dataset
 from dtrain.data.row_groups import BatchRead, GroupReader
 from dtrain.data.sampler import Indices
@@ -76,8 +77,8 @@ class Preparation:
         return tuple(map(self.cast, self.dataset.read_other_inputs(indices)))
 
     def cast(self, x: Tensor) -> Tensor:
-        """Return floating-point numbers in the dtype of the run."""
-        return x.to(self.dtype) if x.is_floating_point() else x
+        """Return real and complex numbers in the precision of the run."""
+        return x.to(cast_dtype(x.dtype, self.dtype))
 
 
 class PendingRead(Protocol):

@@ -63,7 +63,7 @@ class Loader:
     dataset : Dataset
         The samples to read.
     dtype : torch.dtype
-        Dtype of floating-point inputs; others keep theirs.
+        Dtype of real numbers; complex ones are pairs of it, integers stay.
     augment : Augment, optional
         Augmentation of the samples.
     prefetch : int
@@ -232,7 +232,7 @@ def read_ahead_bytes(
     ahead = READS_PER_WORKER * workers or prefetch
     numbers = rows * int(np.prod(dataset.shape, dtype=np.int64))
     inputs = ahead * numbers * dtype.itemsize
-    stored = dataset.stored_rows
+    stored = dataset.stored_pieces
     if stored is None or not dataset.slow:
         return inputs
     group = max(group_rows(stored.row_bytes), rows) * stored.row_bytes

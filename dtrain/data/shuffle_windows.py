@@ -16,7 +16,7 @@ CHUNK, WINDOW = 256, 16
 """Samples per chunk and chunks per window where that many fit into a group."""
 
 
-class StoredRows(NamedTuple):
+class StoredPieces(NamedTuple):
     """How the samples of a split are stored in files.
 
     Attributes
@@ -44,7 +44,7 @@ def group_rows(row_bytes: int) -> int:
     return max(1, GROUP_BYTES // max(1, row_bytes))
 
 
-def shuffle_window(stored: StoredRows | None) -> tuple[int, int]:
+def shuffle_window(stored: StoredPieces | None) -> tuple[int, int]:
     """Return the samples per chunk and the chunks per window of `shuffle = "chunks"`.
 
     A window is read as one group, so that each of its stored pieces is read once. A window of 16
@@ -56,7 +56,7 @@ def shuffle_window(stored: StoredRows | None) -> tuple[int, int]:
 
     Parameters
     ----------
-    stored : StoredRows or None
+    stored : StoredPieces or None
         None: the samples are in memory, where every order is read equally fast.
     """
     if stored is None or CHUNK * WINDOW * stored.row_bytes <= GROUP_BYTES:

@@ -13,17 +13,19 @@ from typing import Any, final
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from dtrain.data.array_source import ArraySource, LazySource, MemorySource
 from dtrain.data.conversion import (
     NUMERIC_KINDS,
+    Array,
     stores_integers,
     target_dtype,
     to_float_tensor,
     to_input_tensor,
     to_int_tensor,
+    to_summable,
     to_target_tensor,
     torch_dtype,
     value_range,
@@ -39,7 +41,7 @@ from dtrain.data.dataset import (
 from dtrain.data.item_sources import ItemTargets
 from dtrain.data.memory_limits import fits_in_memory
 from dtrain.data.sampler import Indices
-from dtrain.data.shuffle_windows import StoredRows
+from dtrain.data.shuffle_windows import StoredPieces
 from dtrain.data.targets import TargetScan
 from dtrain.errors import DataError
 from dtrain.tasks.task import DEFAULT_TASK, Task
@@ -111,9 +113,9 @@ class SourceDataset(Dataset):
         self.other_inputs = tuple(
             InputSpec(other.shape[1:], _input_dtype(other.dtype)) for other in others
         )
-        self.stored_rows = None
+        self.stored_pieces = None
         if not (first.in_memory or first.by_item):
-            self.stored_rows = StoredRows(first.row_bytes, first.chunk_rows, first.compressed)
+            self.stored_pieces = StoredPieces(first.row_bytes, first.chunk_rows, first.compressed)
         self._stored_moments = moments
 
     @property
@@ -178,9 +180,20 @@ class SourceDataset(Dataset):
     def targets(self, indices: ArrayLike) -> Tensor:
         return to_target_tensor(self._targets.read(indices))
 
-    def moments(self) -> Moments:
+    def read_stored(self, rows: range | NDArray[np.int64]) -> Array:
+        source = self.__dict__.get("_inputs", self._samples)  # in memory, if inputs were read
+        if isinstance(rows, range):
+            return to_summable(source.read_range(rows.start, rows.stop))
+        return to_summable(source.read(rows))
+
+    @property
+    def chunk_rows(self) -> int | None:
+        return self._samples.chunk_rows
+
+    @property
+    def given_moments(self) -> Moments | None:
         if self._stored_moments is None:
-            return super().moments()
+            return None
         scale = 255.0 if self._samples.dtype == np.uint8 else 1.0
         return self._stored_moments[0] / scale, self._stored_moments[1] / scale
 

@@ -14,8 +14,10 @@ import numpy as np
 
 from dtrain.comm.agree import all_or_none, broadcast_object
 from dtrain.comm.communicator import Comm
+from dtrain.data.channel_notes import channel_notes
 from dtrain.data.dataset import Dataset
-from dtrain.data.shuffle_windows import StoredRows, group_rows
+from dtrain.data.shuffle_windows import StoredPieces, group_rows
+from dtrain.data.statistics import find_standardised
 from dtrain.data.value_check import all_targets_alike, check_finite, has_finite_statistics
 from dtrain.objectives.messages import reads_samples
 from dtrain.planning.plan import Plan
@@ -37,15 +39,19 @@ def data_notes(plan: Plan, comm: Comm) -> list[str]:
         On all ranks, if an input or a target is NaN or infinite.
     """
     check_data_values(plan, comm, CHECK_S)
-    notes: list[str] = broadcast_object(
-        comm, lambda: [*_alike_notes(plan), *shuffle_notes(plan.data.train, plan.run.data.shuffle)]
-    )
+    notes: list[str] = broadcast_object(comm, lambda: list(_all_notes(plan)))
     return notes
+
+
+def _all_notes(plan: Plan) -> Iterator[str]:
+    yield from _alike_notes(plan)
+    yield from _channel_notes(plan)
+    yield from shuffle_notes(plan.data.train, plan.run.data.shuffle)
 
 
 def shuffle_notes(train: Dataset, shuffle: str) -> Iterator[str]:
     """Yield a note where a full shuffle reads much more from a disk than it uses."""
-    stored = train.stored_rows
+    stored = train.stored_pieces
     if shuffle != "full" or stored is None or not train.slow:
         return
     read = full_shuffle_bytes(stored, train.size)
@@ -60,7 +66,7 @@ def shuffle_notes(train: Dataset, shuffle: str) -> Iterator[str]:
     )
 
 
-def full_shuffle_bytes(stored: StoredRows, size: int) -> float:
+def full_shuffle_bytes(stored: StoredPieces, size: int) -> float:
     """Return the expected bytes that are read per sample if groups of random samples are read."""
     pieces, rows = size / (stored.chunk_rows or 1), min(size, group_rows(stored.row_bytes))
     read_pieces = pieces * -math.expm1(-rows / pieces)
@@ -69,6 +75,13 @@ def full_shuffle_bytes(stored: StoredRows, size: int) -> float:
 
 def _size_text(size: float) -> str:
     return f"{size / 1e6:.3g} MB" if size >= 1e5 else f"{size / 1e3:.3g} kB"
+
+
+def _channel_notes(plan: Plan) -> Iterator[str]:
+    """Yield notes on the channels by which inputs are standardised, where they are."""
+    standardised = find_standardised(plan.data.train)
+    if standardised is not None:
+        yield from channel_notes(standardised.training)
 
 
 def check_data_values(plan: Plan, comm: Comm, limit_s: float) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 from torch import Tensor
 
 from dtrain.build import (
+    RankJob,
     build_rank,
     check_same_data,
     check_same_layout,
@@ -59,9 +60,9 @@ from dtrain.comm.communicator import Comm
 from dtrain.comm.flight_recorder import print_error
 from dtrain.config.out_folder import fill_keys
 from dtrain.config.run import RunConfig
-from dtrain.data.dataset import Standardised
 from dtrain.data.sampler import epoch_order
 from dtrain.data.shuffle_windows import shuffle_window
+from dtrain.data.statistics import Standardised
 from dtrain.data.worker_pool import WorkerPool
 from dtrain.errors import ConfigError, RankLostError
 from dtrain.evaluation import EvalWeights, evaluate_weights, evaluation_weights
@@ -92,10 +93,12 @@ from dtrain.session.start import (
     check_weights_stay,
     make_recorder,
     restore_run,
+    resume_folders,
     share_module,
     start_trace,
     write_plan,
 )
+from dtrain.shared_statistics import share_statistics, use_kept_statistics
 from dtrain.user_code import refuse_during_import
 
 SEARCH_S = 60.0
@@ -225,6 +228,8 @@ class Session:
         check_same_source(run, comm)
         check_same_layout(plan, comm)
         with log.step("reading data and computing their statistics"):
+            use_kept_statistics(plan.data, comm, [out, *resume_folders(self._resume)])
+            share_statistics(plan.data, comm, log.note)
             data_fingerprint = check_same_data(plan, comm)
             notes = data_notes(plan, comm)
         is_trained = point.updates >= plan.training_length.total_updates
@@ -242,9 +247,7 @@ class Session:
         comm.flight.set_folder(out / run_folder.FLIGHT_FOLDER)
         _RUNS[out.resolve()] = plan.run
         with log.step("building the blocks"):
-            self._job = job = build_rank(plan, comm)
-            self._workers = job.workers
-            all_or_none(comm, job.start_workers)
+            job = self._build(plan)
         self._fingerprint: Table = {
             "model": job.model_fingerprint,
             "data": data_fingerprint,
@@ -269,6 +272,13 @@ class Session:
         log.print_head()
         self._progress.start(threads, merged_replicas, copied_blocks, layers, notes)
         self._notify("start")
+
+    def _build(self, plan: Plan) -> RankJob:
+        """Build this rank and start its worker processes. Collective over all ranks."""
+        self._job = job = build_rank(plan, self.comm)
+        self._workers = job.workers
+        all_or_none(self.comm, job.start_workers)
+        return job
 
     def _attach_ema(self) -> None:
         """Let the engine update the averaged weights, where the run has them."""
@@ -395,7 +405,7 @@ class Session:
             plan.run.settings.seed,
             segment.epoch,
             plan.run.data.shuffle,
-            *shuffle_window(plan.data.train.stored_rows),
+            *shuffle_window(plan.data.train.stored_pieces),
         )
         end = segment.offset + segment.stop - segment.start
         batches = [

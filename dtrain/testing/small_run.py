@@ -289,7 +289,7 @@ def _train_segment(job: RankJob, segment: Segment) -> dict[int, float]:
         settings.seed,
         segment.epoch,
         plan.run.data.shuffle,
-        *shuffle_window(plan.data.train.stored_rows),
+        *shuffle_window(plan.data.train.stored_pieces),
     )
     batches = [
         plan.batch_splitter.batch(order, offset, replica)

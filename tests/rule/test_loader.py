@@ -22,12 +22,13 @@ from dtrain.comm.backends import threads
 from dtrain.data import load_data, shuffle_windows, source_dataset
 from dtrain.data.array_source import ArraySource, MemorySource
 from dtrain.data.augment import CropFlip
-from dtrain.data.dataset import Dataset, DatasetSplits, Subset, standardise
+from dtrain.data.dataset import Dataset, DatasetSplits, Subset
 from dtrain.data.held_rows import HeldRows
 from dtrain.data.loader import Loader, read_ahead_bytes
 from dtrain.data.sampler import BatchSplitter, epoch_order
-from dtrain.data.shuffle_windows import StoredRows, shuffle_window
+from dtrain.data.shuffle_windows import StoredPieces, shuffle_window
 from dtrain.data.source_dataset import SourceDataset
+from dtrain.data.statistics import standardise
 from dtrain.errors import ConfigError
 from dtrain.session.data_notes import full_shuffle_bytes, shuffle_notes
 from tests.refusals import refuses
@@ -375,7 +376,7 @@ def dataset_of(source: ArraySource) -> SourceDataset:
 def micro_batches(
     dataset: Dataset, shuffle: str, batch: int = 64, replicas: int = 1, replica: int = 0
 ) -> list[np.ndarray]:
-    order = epoch_order(dataset.size, 3, 0, shuffle, *shuffle_window(dataset.stored_rows))
+    order = epoch_order(dataset.size, 3, 0, shuffle, *shuffle_window(dataset.stored_pieces))
     splitter = BatchSplitter(batch, replicas, 2)
     updates = -(-dataset.size // batch)
     return [
@@ -408,7 +409,7 @@ def test_groups_have_the_same_bits(disk: Disk, shuffle: str, batch: int, replica
 def test_a_stored_piece_is_read_once_an_epoch(disk: Disk, batch: int, replicas: int) -> None:
     """The full shuffle reads most pieces for every group."""
     dataset = dataset_of(disk)
-    assert shuffle_window(dataset.stored_rows) == (25, 16)
+    assert shuffle_window(dataset.stored_pieces) == (25, 16)
     pieces = {}
     for shuffle in ("chunks", "full"):
         disk.reads.clear()
@@ -491,14 +492,14 @@ def test_closed_while_a_group_is_read(disk: Disk) -> None:
 def test_windows_fit_a_group(
     row_bytes: int, chunk_rows: int | None, window: tuple[int, int]
 ) -> None:
-    stored = StoredRows(row_bytes, chunk_rows)
+    stored = StoredPieces(row_bytes, chunk_rows)
     assert shuffle_window(stored) == window
     assert row_bytes * window[0] * window[1] <= max(shuffle_windows.GROUP_BYTES, row_bytes)
 
 
 def test_the_order_of_arrays_does_not_depend_on_their_size() -> None:
     arrays = dataset_of(MemorySource(np.zeros((2, 1_000_000), np.float32)))
-    assert shuffle_window(arrays.stored_rows) == (256, 16)
+    assert shuffle_window(arrays.stored_pieces) == (256, 16)
 
 
 def test_a_full_shuffle_of_large_pieces_is_noted_at_its_cost(disk: Disk) -> None:
@@ -514,8 +515,8 @@ def test_a_full_shuffle_of_large_pieces_is_noted_at_its_cost(disk: Disk) -> None
         loader.read()
     loader.close()
     pieces = sum(len(np.unique(rows // 100)) for rows in disk.reads)
-    assert dataset.stored_rows is not None
-    planned = full_shuffle_bytes(dataset.stored_rows, len(disk)) * len(disk)
+    assert dataset.stored_pieces is not None
+    planned = full_shuffle_bytes(dataset.stored_pieces, len(disk)) * len(disk)
     assert planned == pytest.approx(pieces * 100 * 32, rel=0.1)
 
 

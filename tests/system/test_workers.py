@@ -14,9 +14,10 @@ import torch
 
 from dtrain.data.array_source import MemorySource
 from dtrain.data.augment import CropFlip
-from dtrain.data.dataset import Dataset, DatasetSplits, Subset, standardise
+from dtrain.data.dataset import Dataset, DatasetSplits, Subset
 from dtrain.data.loader import Loader
 from dtrain.data.source_dataset import SourceDataset
+from dtrain.data.statistics import standardise
 from dtrain.data.user import as_splits
 from dtrain.data.worker_pool import WorkerPool
 from dtrain.errors import DataError
