@@ -24,7 +24,8 @@ from typing import final
 import h5py
 import numpy as np
 
-from dtrain.data.dataset import SAMPLES_PER_READ, Array, Moments, moments
+from dtrain.data.conversion import Array
+from dtrain.data.dataset import SAMPLES_PER_READ, Moments, moments
 from dtrain.data.image_files import Header, PathParts, iter_images, read_header, read_pixels
 from dtrain.errors import ConfigError, DataError
 

@@ -149,11 +149,3 @@ def test_limits_of_the_process_count(
         lambda k: (100 * MIB if k == limited else resource.RLIM_INFINITY,) * 2,
     )
     assert machine.available() == 100 * MIB - pages * PAGE
-
-
-def test_a_copy_of_each_rank_takes_an_eighth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_limits, "available_bytes", lambda: 8000)
-    assert memory_limits.fits_in_memory(1000)
-    assert not memory_limits.fits_in_memory(1001)
-    monkeypatch.setattr(memory_limits, "available_bytes", lambda: 2**50)
-    assert not memory_limits.fits_in_memory(2**33)
