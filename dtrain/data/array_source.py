@@ -86,6 +86,9 @@ class ArraySource(ABC):
             The rows cannot be read.
         """
 
+    def close(self) -> None:  # noqa: B027
+        """Close the files that reads have opened; a later read opens them again."""
+
 
 @final
 class MemorySource(ArraySource):
@@ -176,6 +179,10 @@ class ConcatenatedSource(ArraySource):
         self.chunk_rows = next((part.chunk_rows for part in parts if part.chunk_rows), None)
         self.compressed = any(part.compressed for part in parts)
         self.in_memory = all(part.in_memory for part in parts)
+
+    def close(self) -> None:
+        for part in self.parts:
+            part.close()
 
     def read(self, indices: ArrayLike) -> Array:
         order = np.asarray(indices)

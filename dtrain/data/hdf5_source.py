@@ -57,6 +57,11 @@ class Hdf5Source(ArraySource):
     def _dataset(self) -> h5py.Dataset:
         return _open_unlocked(self.path)[self.name]
 
+    def close(self) -> None:
+        dataset = self.__dict__.pop("_dataset", None)
+        if dataset is not None:
+            dataset.file.close()
+
     def read(self, indices: ArrayLike) -> Array:
         try:
             return _gather(self._dataset, np.asarray(indices))

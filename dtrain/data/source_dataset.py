@@ -299,7 +299,9 @@ def _in_memory(source: ArraySource) -> ArraySource:
     """Return a source in memory: itself, or one of all its rows."""
     if source.in_memory:
         return source
-    return MemorySource(source.read_range(0, len(source)), source.location)
+    rows = source.read_range(0, len(source))
+    source.close()
+    return MemorySource(rows, source.location)
 
 
 def _in_memory_if_it_fits(source: ArraySource) -> ArraySource:
