@@ -16,14 +16,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dtrain.build import RankJob
+from dtrain.build import RankJob, reads_inputs
 from dtrain.checkpoint.files import replacing
 from dtrain.comm.agree import all_or_none
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
-from dtrain.data.array_source import MemorySource
+from dtrain.data.array_source import ArraySource, MemorySource
 from dtrain.data.dataset import Dataset, IntegerInputs, Standardised
+from dtrain.data.hdf5_source import Hdf5Source
 from dtrain.data.loader import Loader
+from dtrain.data.node_memory import hold_on_node
 from dtrain.data.sampler import Indices, even_ranges
 from dtrain.data.source_dataset import SourceDataset
 from dtrain.errors import ConfigError, DataError
@@ -68,8 +70,16 @@ def predict_run(
     DataError
         The samples are missing or do not fit the model.
     """
-    job, manifest = load_checkpoint(folder, comm, overrides, run)
+    splits = [data] if isinstance(data, str) and data in SPLITS else []
+    job, manifest = load_checkpoint(folder, comm, overrides, run, splits=splits)
     dataset = all_or_none(comm, lambda: _open_samples(job, data))
+    if not splits:
+        hold_on_node(
+            {"samples": dataset},
+            comm,
+            reads_inputs=reads_inputs(job.plan, comm.rank),
+            owned=isinstance(data, str | Path),
+        )
     outputs = _outputs(job, dataset)
     if out is None:
         parts = [output.numpy() for output in outputs]
@@ -154,8 +164,8 @@ def _open_samples(job: RankJob, data: Any) -> Dataset:
     if isinstance(data, str) and data in splits:
         return splits[data]
     reference = splits["test"]
-    arrays = _arrays(data)
-    first = arrays[0]
+    sources = _sources(data)
+    first = sources[0]
     if first.shape[1:] != reference.shape or not len(first):
         raise DataError(
             "predict.shape",
@@ -163,19 +173,19 @@ def _open_samples(job: RankJob, data: Any) -> Dataset:
             f"{reference.shape}: give (rows, {', '.join(map(str, reference.shape))}), at least one "
             "row",
         )
-    if len(arrays) != 1 + len(reference.other_inputs):
+    if len(sources) != 1 + len(reference.other_inputs):
         raise DataError(
             "predict.inputs",
-            f"the samples have {len(arrays)} inputs, but the run was trained on samples of "
+            f"the samples have {len(sources)} inputs, but the run was trained on samples of "
             f"{1 + len(reference.other_inputs)}: give a tuple of arrays, one per input",
         )
-    if any(len(array) != len(first) for array in arrays):
+    if any(len(source) != len(first) for source in sources):
         raise DataError(
-            "predict.lengths", f"the inputs have {[len(a) for a in arrays]} rows: give as many each"
+            "predict.lengths",
+            f"the inputs have {[len(s) for s in sources]} rows: give as many each",
         )
     zero = torch.zeros(1, dtype=reference.target_dtype).numpy()  # these targets are never read
     targets = np.broadcast_to(zero.reshape(()), (len(first), *reference.target_shape))
-    sources = [MemorySource(array, "the samples") for array in arrays]
     dataset = SourceDataset(sources, MemorySource(targets), reference.classes)
     if isinstance(reference, IntegerInputs):
         return IntegerInputs(dataset)
@@ -187,28 +197,29 @@ def _open_samples(job: RankJob, data: Any) -> Dataset:
     return standardised
 
 
-def _arrays(data: Any) -> list[NDArray[Any]]:
-    """Return the inputs of samples as arrays."""
+def _sources(data: Any) -> list[ArraySource]:
+    """Return the inputs of samples."""
     if isinstance(data, str | Path):
-        return [_read_file(Path(data))]
+        return [_open_file(Path(data))]
     items = data if isinstance(data, tuple) else (data,)
-    return [
+    arrays = [
         item.detach().cpu().numpy() if isinstance(item, Tensor) else np.asarray(item)
         for item in items
     ]
+    return [MemorySource(array, "the samples") for array in arrays]
 
 
-def _read_file(path: Path) -> NDArray[Any]:
-    """Return the samples of a file."""
+def _open_file(path: Path) -> ArraySource:
+    """Return the samples of a file; none is read."""
     try:
         if path.suffix == ".npy":
-            return np.load(path, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
-        with h5py.File(path, "r") as file:
+            return MemorySource(np.load(path, mmap_mode="r", allow_pickle=False), str(path))
+        with h5py.File(path, "r", locking=False) as file:
             if "x" not in file:
                 raise DataError(
                     "predict.no-samples", f"{path} has no data set 'x' ({', '.join(file)})"
                 )
-            return np.asarray(file["x"])
+        return Hdf5Source(path, "x")
     except (OSError, ValueError) as error:
         raise DataError(
             "predict.unreadable",

@@ -100,12 +100,16 @@ class MemorySource(ArraySource):
         It is not copied.
     location : str
         As in `ArraySource`.
+    of_node : bool
+        Whether all ranks of a node share the memory; then it is read-only.
     """
 
     in_memory = True
 
-    def __init__(self, array: Array, location: str = "an array") -> None:
-        self.array = array
+    def __init__(self, array: Array, location: str = "an array", *, of_node: bool = False) -> None:
+        if of_node:
+            array.flags.writeable = False
+        self.array, self.of_node = array, of_node
         self.shape, self.dtype, self.location = tuple(array.shape), array.dtype, location
 
     def read(self, indices: ArrayLike) -> Array:

@@ -175,6 +175,11 @@ class DatasetView(Dataset):
         self._dataset = dataset
 
     @property
+    def base(self) -> Dataset:
+        """The other data set."""
+        return self._dataset
+
+    @property
     def slow(self) -> bool:
         """Whether the other data set is slow."""
         return self._dataset.slow

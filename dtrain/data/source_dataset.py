@@ -108,6 +108,7 @@ class SourceDataset(Dataset):
             InputSpec(other.shape[1:], _input_dtype(other.dtype)) for other in others
         )
         self._stored_moments = moments
+        self._loads = True
 
     @property
     def sources(self) -> tuple[ArraySource, ...]:
@@ -118,13 +119,23 @@ class SourceDataset(Dataset):
         """Read from other sources of the same content, in the order of `sources`."""
         self._samples, *others, self._labels = sources
         self._others = tuple(others)
-        for name in ("_inputs", "_other_inputs", "_targets"):
+        self._forget_reads()
+
+    def keep_on_disk(self) -> None:
+        """Read the sources that are not in memory piece by piece, although they may fit."""
+        self._loads = False
+        self._forget_reads()
+
+    def _forget_reads(self) -> None:
+        for name in ("slow", "_inputs", "_other_inputs", "_targets"):
             self.__dict__.pop(name, None)
 
     @cached_property
     def slow(self) -> bool:
         """Whether the samples are read from files piece by piece; decided on first need."""
-        return not (self._samples.in_memory or fits_in_memory(self._samples.nbytes))
+        if self._samples.in_memory:
+            return False
+        return not (self._loads and fits_in_memory(self._samples.nbytes))
 
     @cached_property
     def _inputs(self) -> ArraySource:
@@ -132,11 +143,15 @@ class SourceDataset(Dataset):
 
     @cached_property
     def _other_inputs(self) -> tuple[ArraySource, ...]:
-        return tuple(_in_memory_if_it_fits(other) for other in self._others)
+        return tuple(self._load(other) for other in self._others)
 
     @cached_property
     def _targets(self) -> ArraySource:
-        return _in_memory_if_it_fits(self._labels)
+        return self._load(self._labels)
+
+    def _load(self, source: ArraySource) -> ArraySource:
+        """Return a source in memory if it may be loaded and fits."""
+        return _in_memory_if_it_fits(source) if self._loads else source
 
     def inputs(self, indices: ArrayLike) -> Tensor:
         return to_float_tensor(self._inputs.read(indices))

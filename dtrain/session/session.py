@@ -24,7 +24,13 @@ from typing import Any
 
 from torch import Tensor
 
-from dtrain.build import build_rank, check_same_data, check_same_layout, set_threads
+from dtrain.build import (
+    build_rank,
+    check_same_data,
+    check_same_layout,
+    hold_data,
+    set_threads,
+)
 from dtrain.callbacks import (
     BestCheckpoint,
     Callback,
@@ -210,6 +216,8 @@ class Session:
         self.callbacks = all_callbacks(run, given)
         all_or_none(comm, lambda: check_metrics(self.callbacks, plan))
         check_same_layout(plan, comm)
+        with log.step("reading data into memory"):
+            hold_data(plan, comm)
         with log.step("reading data and computing their statistics"):
             data_fingerprint = check_same_data(plan, comm)
             notes = data_notes(plan, comm)
