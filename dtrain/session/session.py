@@ -49,6 +49,7 @@ from dtrain.checkpoint.resume import (
     check_same_model,
     check_same_run,
     check_saved_data,
+    damage_notes,
     find_resume_point,
     source_hashes,
     source_notes,
@@ -254,6 +255,7 @@ class Session:
         copied_blocks = job.copied_blocks if point.checkpoint is None else []
         layers = layer_notes(plan, job.engine.blocks, job.train_loader, comm)
         notes += placement_warnings(plan, comm.hosts)
+        notes += damage_notes(point)
         notes += source_notes(point.fingerprint, self._fingerprint["source"])
         log.print_head()
         self._progress.start(threads, merged_replicas, copied_blocks, layers, notes)

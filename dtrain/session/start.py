@@ -22,7 +22,7 @@ from dtrain.callbacks import (
 )
 from dtrain.checkpoint import run_folder, store
 from dtrain.checkpoint.manifest import Manifest, read_manifest
-from dtrain.checkpoint.resume import ResumePoint, find_checkpoint
+from dtrain.checkpoint.resume import ResumePoint, find_checkpoint, set_damaged_aside
 from dtrain.comm.agree import all_or_none
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
@@ -60,12 +60,13 @@ def acquire_folder(out: Path, resume: str, point: ResumePoint) -> tuple[run_fold
         run_folder.set_aside(out)
     owner = run_folder.acquire(out)
     try:
-        newest = ResumePoint.from_manifest(find_checkpoint(out, resume))
+        newest = ResumePoint.from_manifest(find_checkpoint(out, resume, dict(point.damaged)))
         if newest.checkpoint != point.checkpoint:
             raise ConfigError(
                 "run-folder.changed",
                 f"another run has just written into {out}: start this run again",
             )
+        set_damaged_aside(out, point)
     except DtrainError:
         run_folder.release(out, owner)
         raise
