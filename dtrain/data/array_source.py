@@ -86,6 +86,16 @@ class ArraySource(ABC):
             The rows cannot be read.
         """
 
+    def read_into(self, rows: Array, start: int) -> None:
+        """Read as many rows as `rows` has, from `start` on, into it.
+
+        Raises
+        ------
+        DataError
+            The rows cannot be read.
+        """
+        rows[...] = self.read_range(start, start + len(rows))
+
     def close(self) -> None:  # noqa: B027
         """Close the files that reads have opened; a later read opens them again."""
 

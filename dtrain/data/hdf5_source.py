@@ -76,6 +76,13 @@ class Hdf5Source(ArraySource):
         return rows
 
 
+    def read_into(self, rows: Array, start: int) -> None:
+        try:
+            self._dataset.read_direct(rows, np.s_[start : start + len(rows)])
+        except (OSError, RuntimeError) as error:
+            raise read_error(self.path, error) from error
+
+
 @contextmanager
 def open_hdf5(path: Path) -> Iterator[h5py.File]:
     """Open a file for reading.

@@ -40,7 +40,7 @@ SMALL_BYTES = 16 << 20
 """Arrays in memory up to this size stay on each rank."""
 
 
-PIECE_BYTES = 16 << 20
+PIECE_BYTES = 4 << 20
 """Bytes that a rank reads at once while the memory of the node is filled."""
 
 
@@ -259,7 +259,7 @@ def _fill(rows: Array, source: ArraySource, rank: int, ranks: int) -> None:
     chunks = -(-len(source) // chunk)
     first, last = chunks * rank // ranks, chunks * (rank + 1) // ranks
     for start, stop in _pieces(first * chunk, min(last * chunk, len(source)), source):
-        rows[start:stop] = source.read_range(start, stop)
+        source.read_into(rows[start:stop], start)
 
 
 def _pieces(start: int, stop: int, source: ArraySource) -> Iterator[tuple[int, int]]:

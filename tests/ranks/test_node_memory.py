@@ -338,14 +338,14 @@ def test_a_run_does_not_depend_on_what_is_held(
 
 def test_inner_stages_open_no_samples(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    read_range = Hdf5Source.read_range
+    for name in ("read", "read_range", "read_into"):
+        method = getattr(Hdf5Source, name)
 
-    def record(self: Hdf5Source, start: int, stop: int) -> Array:
-        opened.append(self.name)
-        return read_range(self, start, stop)
+        def record(self: Hdf5Source, *arguments: Any, method: Any = method) -> Any:
+            opened.append(self.name)
+            return method(self, *arguments)
 
-    monkeypatch.setattr(Hdf5Source, "read_range", record)
-    monkeypatch.setattr(Hdf5Source, "read", record)
+        monkeypatch.setattr(Hdf5Source, name, record)
     train_in_threads(run_of(files), files / "out", 3)
     assert opened.count("x") == 5 + 2  # by the first stage, in pieces of three chunks
     assert opened.count("y") == 6  # by every stage: both splits
