@@ -219,8 +219,10 @@ def check_same_layout(plan: Plan, comm: Comm) -> None:
                 )
 
 
-def hold_data(plan: Plan, comm: Comm, used: Sequence[str] | None = None) -> None:
+def hold_data(plan: Plan, comm: Comm, used: Sequence[str] | None = None) -> bool:
     """Hold the data in memory once per node, as far as they fit. Collective over all ranks.
+
+    Returns whether there were arrays to hold.
 
     Parameters
     ----------
@@ -233,7 +235,7 @@ def hold_data(plan: Plan, comm: Comm, used: Sequence[str] | None = None) -> None
         On all ranks, if the data cannot be read.
     """
     given = plan.run.dataset.target
-    hold_on_node(
+    return hold_on_node(
         plan.data.by_name(),
         comm,
         reads_inputs=reads_inputs(plan, comm.rank),

@@ -75,7 +75,6 @@ class Hdf5Source(ArraySource):
             raise read_error(self.path, error) from error
         return rows
 
-
     def read_into(self, rows: Array, start: int) -> None:
         try:
             self._dataset.read_direct(rows, np.s_[start : start + len(rows)])

@@ -166,9 +166,9 @@ def hold_on_node(
     reads_inputs: bool,
     owned: bool,
     used: Sequence[str] | None = None,
-) -> None:
+) -> bool:
     """Hold the arrays of the splits once per node as far as they fit; the others are read from
-    disk. Collective over `comm`.
+    disk. Collective over `comm`. Returns whether there were arrays to hold, on any rank.
 
     Parameters
     ----------
@@ -193,15 +193,17 @@ def hold_on_node(
         if _is_candidate(array, owned) and (used is None or array.split in used)
     ]
     facts = [[a.split, a.content, list(a.source.shape), str(a.source.dtype)] for a in candidates]
-    rows = comm.allgather_object([available_bytes(), facts, reads_inputs])
-    if any(candidates_of_rank for _, candidates_of_rank, _ in rows):
+    rows = comm.allgather_object([available_bytes(), facts])
+    is_needed = any(candidates_of_rank for _, candidates_of_rank in rows)
+    if is_needed:
         node_rows = [rows[rank] for rank in comm.topology.node_ranks]
-        if any(other != facts for _, other, _ in node_rows):
+        if any(other != facts for _, other in node_rows):
             candidates = []  # the ranks have different data: an error soon
-        held = choose_held(candidates, min(available for available, _, _ in node_rows), owned)
+        held = choose_held(candidates, min(available for available, _ in node_rows), owned)
         comm.raise_together(_hold_arrays(held, comm, reads_inputs))
     for dataset in {id(array.dataset): array.dataset for array in arrays}.values():
         dataset.keep_on_disk()
+    return is_needed
 
 
 def _hold_arrays(held: Sequence[StoredArray], comm: Comm, reads_inputs: bool) -> DtrainError | None:

@@ -24,6 +24,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dtrain.block.device import release_freed_memory
 from dtrain.build import (
     build_rank,
     check_same_data,
@@ -218,10 +219,12 @@ class Session:
         all_or_none(comm, lambda: check_metrics(self.callbacks, plan))
         check_same_layout(plan, comm)
         with log.step("reading data into memory"):
-            hold_data(plan, comm)
+            is_held = hold_data(plan, comm)
         with log.step("reading data and computing their statistics"):
             data_fingerprint = check_same_data(plan, comm)
             notes = data_notes(plan, comm)
+        if is_held:
+            release_freed_memory()
         is_trained = point.updates >= plan.training_length.total_updates
         all_or_none(comm, lambda: check_same_run(out, point.run_table, plan.run, is_trained))
         if self._resume == "fresh":

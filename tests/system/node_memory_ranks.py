@@ -17,7 +17,7 @@ import numpy as np
 import dtrain
 from dtrain import Event, Session
 
-FEATURES, CHUNK_ROWS, PIECE = 1024, 256, 4096
+FEATURES, CHUNK_ROWS, PIECE = 8192, 32, 512
 
 
 def write_set(path: Path, rows: int) -> None:
@@ -63,7 +63,7 @@ def main(folder: Path, megabytes: int) -> None:
     """Write the sets, train on both, and write what was measured."""
     comm, rows = dtrain.init(), megabytes * CHUNK_ROWS
     if comm.rank == 0:
-        write_set(folder / "tiny.h5", 256)
+        write_set(folder / "tiny.h5", 192)
         write_set(folder / "large.h5", rows)
     comm.allgather_object(None)
     table = {"set_bytes": rows * FEATURES * 4}
