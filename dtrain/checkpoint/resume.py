@@ -27,14 +27,14 @@ from dtrain.checkpoint.manifest import (
     load_latest,
     read_manifest,
 )
-from dtrain.checkpoint.run_folder import OWNER_FILE
+from dtrain.checkpoint.ownership import OWNER_FILE
 from dtrain.comm.agree import broadcast_object
 from dtrain.comm.backends.single import SingleBackend
 from dtrain.comm.communicator import Comm
 from dtrain.config.renamed_keys import translate_old_keys
 from dtrain.config.run import RunConfig
 from dtrain.errors import CheckpointError, ConfigError
-from dtrain.schema import Table, toml_text
+from dtrain.schema import Table, flatten_table, toml_text
 
 T = TypeVar("T")
 
@@ -349,8 +349,8 @@ def check_same_run(
         )
     if saved_table is None:
         return
-    saved = dict(_flatten(translate_old_keys(saved_table)))
-    current = dict(_flatten(run.to_table()))
+    saved = dict(flatten_table(translate_old_keys(saved_table)))
+    current = dict(flatten_table(run.to_table()))
     changes = {
         key: f"{key} (was {_value_text(saved, key)}, is {_value_text(current, key)})"
         for key in sorted(saved.keys() | current.keys())
@@ -509,15 +509,6 @@ def length_dependent_parts(run: RunConfig) -> Iterator[str]:
         yield f"learning rates of '{run.lr_schedule.name}'"
     if run.sync.instance.traits().depends_on_run_length:
         yield f"phases of '{run.sync.name}'"
-
-
-def _flatten(table: Table, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the nested tables as dotted keys and values; a tuple becomes a list."""
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, list(value) if isinstance(value, tuple) else value
 
 
 def _value_text(table: Table, key: str) -> str:
