@@ -44,8 +44,8 @@ PIECE_BYTES = 4 << 20
 """Bytes that a rank reads at once while the memory of the node is filled."""
 
 
-Place = Literal["node", "rank", "disk"]
-"""Where rows are: once per node in memory, in the memory of each rank, or on disk alone."""
+Place = Literal["node", "rank", "mapped", "disk"]
+"""Where rows are: in memory once per node, in that of each rank, in a mapped file, or on disk."""
 
 
 @final
@@ -92,9 +92,14 @@ class StoredArray:
     @property
     def place(self) -> Place:
         """Where the rows are now."""
-        if getattr(self.source, "of_node", False):
+        source = self.source
+        if not source.in_memory:
+            return "disk"
+        if not isinstance(source, MemorySource):
+            return "rank"
+        if source.of_node:
             return "node"
-        return "rank" if self.source.in_memory else "disk"
+        return "mapped" if is_memory_map(source.array) else "rank"
 
     def replace(self, source: ArraySource) -> None:
         """Let the data set read from another source of the same rows."""

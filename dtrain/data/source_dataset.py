@@ -121,6 +121,11 @@ class SourceDataset(Dataset):
         self._others = tuple(others)
         self._forget_reads()
 
+    @property
+    def stays_on_disk(self) -> bool:
+        """Whether the sources that are not in memory are read piece by piece in any case."""
+        return not self._loads
+
     def keep_on_disk(self) -> None:
         """Read the sources that are not in memory piece by piece, although they may fit."""
         self._loads = False

@@ -14,8 +14,11 @@ import numpy as np
 
 from dtrain.comm.agree import all_or_none, broadcast_object
 from dtrain.comm.communicator import Comm
+from dtrain.data.memory_limits import available_bytes
+from dtrain.data.node_memory import stored_arrays
 from dtrain.data.value_check import all_targets_alike, check_finite, has_finite_statistics
 from dtrain.objectives.messages import reads_samples
+from dtrain.planning.data_memory import node_warnings
 from dtrain.planning.plan import Plan
 
 CHECK_S = 0.05
@@ -32,6 +35,22 @@ def data_notes(plan: Plan, comm: Comm) -> list[str]:
     """
     check_data_values(plan, comm, CHECK_S)
     notes: list[str] = broadcast_object(comm, lambda: list(_alike_notes(plan)))
+    return notes
+
+
+def memory_notes(plan: Plan, comm: Comm) -> list[str]:
+    """Return notes on nodes that hold data and whose ranks need more memory than they have left.
+
+    Collective over all ranks.
+    """
+    is_held = any(array.place == "node" for array in stored_arrays(plan.data.by_name()))
+    rows = comm.allgather_object([is_held, available_bytes()])
+    if not any(is_held for is_held, _ in rows):
+        return []
+    available = [size for _, size in rows]
+    notes: list[str] = broadcast_object(
+        comm, lambda: node_warnings(plan, comm.topology.nodes, available)
+    )
     return notes
 
 

@@ -79,7 +79,7 @@ from dtrain.rank_process import init
 from dtrain.run import Run
 from dtrain.schedules.segments import Segment
 from dtrain.schema import Table
-from dtrain.session.data_notes import check_data_values, data_notes
+from dtrain.session.data_notes import check_data_values, data_notes, memory_notes
 from dtrain.session.failure import report_failure
 from dtrain.session.layer_notes import layer_notes
 from dtrain.session.measured_cuts import settle_cuts
@@ -226,7 +226,7 @@ class Session:
             is_held = hold_data(plan, comm)
         with log.step("reading data and computing their statistics"):
             data_fingerprint = check_same_data(plan, comm)
-            notes = data_notes(plan, comm)
+            notes = data_notes(plan, comm) + memory_notes(plan, comm)
         if is_held:
             release_freed_memory()
         is_trained = point.updates >= plan.training_length.total_updates

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 
+from dtrain.build import hold_data
 from dtrain.comm.backends.threads import run_ranks
 from dtrain.comm.communicator import Comm
 from dtrain.comm.shared_memory import allocate_shared
@@ -23,7 +25,12 @@ from dtrain.data.node_memory import hold_on_node, stored_arrays
 from dtrain.data.source_dataset import SourceDataset
 from dtrain.errors import DataError
 from dtrain.evaluation import evaluate_run
+from dtrain.planning import data_memory
+from dtrain.planning.data_memory import node_warnings
+from dtrain.planning.plan import Plan, make_plan
+from dtrain.planning.report import plan_table, plan_text
 from dtrain.prediction import predict_run
+from dtrain.session import data_notes
 from tests import tiny
 from tests.harness import train_in_threads
 from tests.refusals import refuses
@@ -231,8 +238,8 @@ def test_a_memory_map_is_left_as_it_is(tmp_path: Path) -> None:
         return {name: SourceDataset(source, labels, 3) for name, source in sources.items()}
 
     for splits in hold(make, "aa", [0, 1]):
-        assert places(splits)["train", "inputs"] == "rank"
-        assert places(splits)["test", "inputs"] == "rank"
+        assert places(splits)["train", "inputs"] == "mapped"
+        assert places(splits)["test", "inputs"] == "mapped"
 
 
 def test_one_rank_keeps_its_own_array() -> None:
@@ -384,3 +391,61 @@ def test_evaluation_and_prediction_hold_what_they_read(
     (loss, outputs, same_outputs), (other_loss, *others) = results
     assert loss == other_loss
     assert all(np.array_equal(outputs, other) for other in (same_outputs, *others))
+
+
+def data_row(plan: Plan) -> dict[str, int]:
+    """Return the bytes of the data of a plan by place, without those that are 0."""
+    return {key: size for key, size in plan_table(plan)["data"].items() if size}
+
+
+def test_a_plan_says_what_a_node_holds(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a run, by the memory of this machine; afterwards, what the run has done."""
+    x_bytes, y_bytes = 67 * 10 * 8, 67 * 8
+    monkeypatch.setattr(node_memory, "SMALL_BYTES", 1000)
+    plan = make_plan(run_of(files), 3)
+    monkeypatch.setattr(data_memory, "available_bytes", lambda: 1 << 30)
+    assert data_row(plan) == {"node_bytes": x_bytes, "rank_bytes": y_bytes}
+    monkeypatch.setattr(data_memory, "available_bytes", lambda: 0)
+    table = data_row(plan)
+    assert table.pop("piece_bytes") > 0
+    assert table == {"disk_bytes": x_bytes, "rank_bytes": y_bytes}
+    limit(monkeypatch, 1 << 30)
+    run_ranks(3, lambda comm: hold_data(plan, comm))
+    assert data_row(plan) == {"node_bytes": x_bytes, "rank_bytes": y_bytes}
+    assert "Data" in plan_text(plan).split("\n")
+
+
+def test_a_plan_shows_arrays_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that a function returns become one copy; those that a script holds do not."""
+    arrays = tiny.samples()
+    size = sum(array.nbytes for array in arrays)
+    given = tiny.run()
+    given = replace(given, dataset=replace(given.dataset, target=arrays))
+    assert data_row(make_plan(tiny.run(), 3)) == {"node_bytes": size}
+    assert data_row(make_plan(given, 3)) == {"rank_bytes": size}
+
+
+def test_a_model_that_does_not_fit_beside_the_data_has_a_note(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(run_of(files), 3)
+    notes = plan_table(plan)["cautions"]
+    peaks = [row["peak_bytes"] for row in plan_table(plan)["memory"]]
+    node = plan_table(plan)["data"]["node_bytes"]
+    for available, count in ((node + max(peaks), 0), (node + max(peaks) - 1, 1)):
+        monkeypatch.setattr(data_memory, "available_bytes", lambda size=available: max(size, 1))
+        monkeypatch.setattr(data_memory, "choose_held", lambda arrays, size, owned: arrays)
+        assert len(plan_table(plan)["cautions"]) == len(notes) + count
+    for available, nodes in ((sum(peaks), 0), (sum(peaks) - 1, 1)):
+        assert len(node_warnings(plan, [[0, 1, 2]], [available] * 3)) == nodes
+    assert not node_warnings(plan, [[0], [1], [2]], [max(peaks)] * 3)
+
+
+def test_a_run_whose_ranks_fill_the_node_says_so(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_in_threads(run_of(files), files / "out", 3)
+    before = capsys.readouterr().out.count("\nnote ")
+    monkeypatch.setattr(data_notes, "available_bytes", lambda: 1000)
+    train_in_threads(run_of(files), files / "other", 3, hosts="aab")
+    assert capsys.readouterr().out.count("\nnote ") == before + 2
