@@ -24,12 +24,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dtrain.block.device import release_freed_memory
 from dtrain.build import (
     build_rank,
-    check_same_data,
     check_same_layout,
-    hold_data,
     set_threads,
 )
 from dtrain.callbacks import (
@@ -79,7 +76,7 @@ from dtrain.rank_process import init
 from dtrain.run import Run
 from dtrain.schedules.segments import Segment
 from dtrain.schema import Table
-from dtrain.session.data_notes import check_data_values, data_notes, memory_notes
+from dtrain.session.data_notes import check_data_values
 from dtrain.session.failure import report_failure
 from dtrain.session.layer_notes import layer_notes
 from dtrain.session.measured_cuts import settle_cuts
@@ -90,6 +87,7 @@ from dtrain.session.start import (
     check_metrics,
     check_weights_stay,
     make_recorder,
+    read_data,
     restore_run,
     share_module,
     start_trace,
@@ -222,13 +220,7 @@ class Session:
         all_or_none(comm, lambda: check_metrics(self.callbacks, plan))
         check_same_source(run, comm)
         check_same_layout(plan, comm)
-        with log.step("reading data into memory"):
-            is_held = hold_data(plan, comm)
-        with log.step("reading data and computing their statistics"):
-            data_fingerprint = check_same_data(plan, comm)
-            notes = data_notes(plan, comm) + memory_notes(plan, comm)
-        if is_held:
-            release_freed_memory()
+        data_fingerprint, notes = read_data(plan, comm, log)
         is_trained = point.updates >= plan.training_length.total_updates
         all_or_none(comm, lambda: check_same_run(out, point.run_table, plan.run, is_trained))
         if self._resume == "fresh":
