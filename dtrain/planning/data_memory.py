@@ -96,12 +96,11 @@ def plan_data_memory(plan: Plan) -> DataMemory:
     return DataMemory(**sizes, piece=piece)
 
 
-def data_warnings(plan: Plan, data: DataMemory) -> Iterator[str]:
-    """Yield a warning if one rank and the data of its node need more memory than this machine
-    has. The number of ranks on a node is not known before a run starts."""
+def data_warnings(plan: Plan, data: DataMemory, peak: int) -> Iterator[str]:
+    """Yield a warning if the largest rank and the data of its node need more memory than this
+    machine has. The number of ranks on a node is not known before a run starts."""
     if not data.node or _is_on_accelerator(plan):
         return
-    peak = max(memory.peak for memory in MemoryPlan(plan).rank_memory())
     available = available_bytes()
     if data.node + peak > available:
         yield (
@@ -121,17 +120,18 @@ def node_warnings(
     nodes : sequence of sequence of int
         The ranks of each node.
     available : sequence of int
-        Bytes that each rank may still use, now that the node holds its data.
+        Bytes that each rank may still use, now that the node holds its data and the blocks are
+        built.
     """
     if _is_on_accelerator(plan):
         return []
-    peaks = [memory.peak for memory in MemoryPlan(plan).rank_memory()]
+    needs = [memory.peak - memory.parameters for memory in MemoryPlan(plan).rank_memory()]
     warnings = []
     for index, ranks in enumerate(nodes):
-        needed, left = sum(peaks[rank] for rank in ranks), min(available[rank] for rank in ranks)
+        needed, left = sum(needs[rank] for rank in ranks), min(available[rank] for rank in ranks)
         if needed > left:
             warnings.append(
-                f"the {len(ranks)} ranks of node {index} need {size_text(needed)}, but "
+                f"the {len(ranks)} ranks of node {index} need {size_text(needed)} more, but "
                 f"{size_text(left)} are available beside the data that the node holds: use fewer "
                 "ranks per node, or smaller micro-batches"
             )

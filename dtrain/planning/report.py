@@ -69,7 +69,8 @@ def plan_table(plan: Plan, cost_file: CostFile | None = None) -> dict[str, Any]:
     """Return a plan as plain values, the output of ``--json``; with a costs file the estimated
     time, too."""
     memory_plan = MemoryPlan(plan)
-    data = plan_data_memory(plan)
+    data, memory = plan_data_memory(plan), memory_plan.to_dicts()
+    peak = max(row["peak_bytes"] for row in memory)
     proof, rows = plan.proof, plan.batch_splitter.largest_micro_batch
     table = describe(plan.layout, rows) | {
         "updates": plan.training_length.total_updates,
@@ -78,9 +79,9 @@ def plan_table(plan: Plan, cost_file: CostFile | None = None) -> dict[str, Any]:
         "peak_live_micros": list(proof.peak_live),
         "staleness": list(proof.staleness),
         "bubble": proof.bubble,
-        "memory": memory_plan.to_dicts(),
+        "memory": memory,
         "data": data.to_dict(),
-        "cautions": [*plan_warnings(plan), *data_warnings(plan, data)],
+        "cautions": [*plan_warnings(plan), *data_warnings(plan, data, peak)],
         "run": plan.run.to_table(),
     }
     if cost_file is not None:

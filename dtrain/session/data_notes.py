@@ -15,7 +15,7 @@ import numpy as np
 from dtrain.comm.agree import all_or_none, broadcast_object
 from dtrain.comm.communicator import Comm
 from dtrain.data.memory_limits import available_bytes
-from dtrain.data.node_memory import stored_arrays
+from dtrain.data.node_memory import SMALL_BYTES, stored_arrays
 from dtrain.data.value_check import all_targets_alike, check_finite, has_finite_statistics
 from dtrain.objectives.messages import reads_samples
 from dtrain.planning.data_memory import node_warnings
@@ -39,11 +39,11 @@ def data_notes(plan: Plan, comm: Comm) -> list[str]:
 
 
 def memory_notes(plan: Plan, comm: Comm) -> list[str]:
-    """Return notes on nodes that hold data and whose ranks need more memory than they have left.
-
-    Collective over all ranks.
+    """Return notes on nodes that hold data and whose ranks need more memory than they have left,
+    once their blocks are built. Collective over all ranks.
     """
-    is_held = any(array.place == "node" for array in stored_arrays(plan.data.by_name()))
+    arrays = stored_arrays(plan.data.by_name())
+    is_held = any(a.place == "node" and a.source.nbytes > SMALL_BYTES for a in arrays)
     rows = comm.allgather_object([is_held, available_bytes()])
     if not any(is_held for is_held, _ in rows):
         return []

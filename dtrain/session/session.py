@@ -76,7 +76,7 @@ from dtrain.rank_process import init
 from dtrain.run import Run
 from dtrain.schedules.segments import Segment
 from dtrain.schema import Table
-from dtrain.session.data_notes import check_data_values
+from dtrain.session.data_notes import check_data_values, memory_notes
 from dtrain.session.failure import report_failure
 from dtrain.session.layer_notes import layer_notes
 from dtrain.session.measured_cuts import settle_cuts
@@ -255,7 +255,7 @@ class Session:
             job.engine.trace = start_trace(job, comm, out, self._totals)
         copied_blocks = job.copied_blocks if point.checkpoint is None else []
         layers = layer_notes(plan, job.engine.blocks, job.train_loader, comm)
-        notes += placement_warnings(plan, comm.hosts)
+        notes += [*placement_warnings(plan, comm.hosts), *memory_notes(plan, comm)]
         notes += damage_notes(point)
         notes += source_notes(point.fingerprint, self._fingerprint["source"])
         log.print_head()

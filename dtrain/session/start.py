@@ -36,7 +36,7 @@ from dtrain.monitoring.start_log import StartLog
 from dtrain.monitoring.summary import make_summary
 from dtrain.planning import report
 from dtrain.planning.plan import Plan
-from dtrain.session.data_notes import data_notes, memory_notes
+from dtrain.session.data_notes import data_notes
 from dtrain.tracking.recorder import Recorder, make_trackers
 
 
@@ -72,7 +72,7 @@ def read_data(plan: Plan, comm: Comm, log: StartLog) -> tuple[dict[str, Any], li
         is_held = hold_data(plan, comm)
     with log.step("reading data and computing their statistics"):
         fingerprint = check_same_data(plan, comm)
-        notes = data_notes(plan, comm) + memory_notes(plan, comm)
+        notes = data_notes(plan, comm)
     if is_held:
         release_freed_memory()
     return fingerprint, notes

@@ -436,9 +436,10 @@ def test_a_model_that_does_not_fit_beside_the_data_has_a_note(
         monkeypatch.setattr(data_memory, "available_bytes", lambda size=available: max(size, 1))
         monkeypatch.setattr(data_memory, "choose_held", lambda arrays, size, owned: arrays)
         assert len(plan_table(plan)["cautions"]) == len(notes) + count
-    for available, nodes in ((sum(peaks), 0), (sum(peaks) - 1, 1)):
+    left = [row["peak_bytes"] - row["parameters_bytes"] for row in plan_table(plan)["memory"]]
+    for available, nodes in ((sum(left), 0), (sum(left) - 1, 1)):
         assert len(node_warnings(plan, [[0, 1, 2]], [available] * 3)) == nodes
-    assert not node_warnings(plan, [[0], [1], [2]], [max(peaks)] * 3)
+    assert not node_warnings(plan, [[0], [1], [2]], [max(left)] * 3)
 
 
 def test_a_run_whose_ranks_fill_the_node_says_so(
@@ -447,5 +448,6 @@ def test_a_run_whose_ranks_fill_the_node_says_so(
     train_in_threads(run_of(files), files / "out", 3)
     before = capsys.readouterr().out.count("\nnote ")
     monkeypatch.setattr(data_notes, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(data_notes, "SMALL_BYTES", 1000)
     train_in_threads(run_of(files), files / "other", 3, hosts="aab")
     assert capsys.readouterr().out.count("\nnote ") == before + 2
