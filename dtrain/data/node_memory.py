@@ -16,7 +16,6 @@ Ranks that read no samples (inner stages) hold targets alone and open no file of
 from __future__ import annotations
 
 import hashlib
-import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, final
@@ -25,7 +24,7 @@ import numpy as np
 
 from dtrain.comm.agree import all_or_none
 from dtrain.comm.communicator import Comm
-from dtrain.data.array_source import ArraySource, LazySource, MemorySource
+from dtrain.data.array_source import ArraySource, MemorySource
 from dtrain.data.conversion import Array
 from dtrain.data.dataset import Dataset, DatasetView
 from dtrain.data.memory_limits import available_bytes, fits_in_memory
@@ -87,19 +86,17 @@ class StoredArray:
     @property
     def is_on_disk(self) -> bool:
         """Whether the rows are in no memory yet."""
-        return not self.source.in_memory or isinstance(self.source, LazySource)
+        return not self.source.in_memory or self.source.is_lazy
 
     @property
     def place(self) -> Place:
         """Where the rows are now."""
         source = self.source
-        if not source.in_memory:
-            return "disk"
-        if not isinstance(source, MemorySource):
-            return "rank"
-        if source.of_node:
+        if isinstance(source, MemorySource) and source.of_node:
             return "node"
-        return "mapped" if is_memory_map(source.array) else "rank"
+        if source.is_mapped:
+            return "mapped"
+        return "rank" if source.in_memory else "disk"
 
     def replace(self, source: ArraySource) -> None:
         """Let the data set read from another source of the same rows."""
@@ -144,24 +141,13 @@ def choose_held(arrays: Sequence[StoredArray], available: int, owned: bool) -> l
 
 def _is_candidate(array: StoredArray, owned: bool) -> bool:
     source = array.source
+    if source.is_mapped or array.place == "node":
+        return False
     if not source.in_memory:
         return True
-    if not owned or source.nbytes <= SMALL_BYTES:
-        return False
-    if isinstance(source, MemorySource):
-        repeats = 0 in source.array.strides  # it takes less memory than it says
-        return not (repeats or source.of_node or is_memory_map(source.array))
-    return isinstance(source, LazySource)
-
-
-def is_memory_map(array: Array) -> bool:
-    """Return whether an array is a part of a mapped file, whose pages all ranks share anyway."""
-    base: object = array
-    while isinstance(base, np.ndarray):
-        if isinstance(base, np.memmap):
-            return True
-        base = base.base
-    return isinstance(base, mmap.mmap)
+    # An array that repeats its rows takes less memory than it says.
+    repeats = isinstance(source, MemorySource) and 0 in source.array.strides
+    return source.nbytes > SMALL_BYTES and (source.is_lazy or owned) and not repeats
 
 
 def hold_on_node(
@@ -260,7 +246,7 @@ def _load_copy(array: StoredArray, ranks: int) -> None:
 
 def _fill(rows: Array, source: ArraySource, rank: int, ranks: int) -> None:
     """Read a rank's share of the rows into place, in whole chunks."""
-    if isinstance(source, LazySource):  # it is read as a whole
+    if source.is_lazy:  # it is read as a whole
         rank, ranks = (0, 1) if rank == 0 else (1, 1)
     chunk = source.chunk_rows or 1
     chunks = -(-len(source) // chunk)

@@ -120,18 +120,17 @@ def node_warnings(
     nodes : sequence of sequence of int
         The ranks of each node.
     available : sequence of int
-        Bytes that each rank may still use, now that the node holds its data and the blocks are
-        built.
+        Bytes that each rank may still use, now that the node holds its data.
     """
     if _is_on_accelerator(plan):
         return []
-    needs = [memory.peak - memory.parameters for memory in MemoryPlan(plan).rank_memory()]
+    peaks = [memory.peak for memory in MemoryPlan(plan).rank_memory()]
     warnings = []
     for index, ranks in enumerate(nodes):
-        needed, left = sum(needs[rank] for rank in ranks), min(available[rank] for rank in ranks)
+        needed, left = sum(peaks[rank] for rank in ranks), min(available[rank] for rank in ranks)
         if needed > left:
             warnings.append(
-                f"the {len(ranks)} ranks of node {index} need {size_text(needed)} more, but "
+                f"the {len(ranks)} ranks of node {index} need {size_text(needed)}, but "
                 f"{size_text(left)} are available beside the data that the node holds: use fewer "
                 "ranks per node, or smaller micro-batches"
             )

@@ -14,8 +14,10 @@ import numpy as np
 
 from dtrain.comm.agree import all_or_none, broadcast_object
 from dtrain.comm.communicator import Comm
+from dtrain.data.channel_notes import channel_notes
 from dtrain.data.memory_limits import available_bytes
 from dtrain.data.node_memory import SMALL_BYTES, stored_arrays
+from dtrain.data.statistics import find_standardised
 from dtrain.data.value_check import all_targets_alike, check_finite, has_finite_statistics
 from dtrain.objectives.messages import reads_samples
 from dtrain.planning.data_memory import node_warnings
@@ -34,13 +36,14 @@ def data_notes(plan: Plan, comm: Comm) -> list[str]:
         On all ranks, if an input or a target is NaN or infinite.
     """
     check_data_values(plan, comm, CHECK_S)
-    notes: list[str] = broadcast_object(comm, lambda: list(_alike_notes(plan)))
+    notes: list[str] = broadcast_object(comm, lambda: [*_alike_notes(plan), *_channel_notes(plan)])
     return notes
 
 
 def memory_notes(plan: Plan, comm: Comm) -> list[str]:
-    """Return notes on nodes that hold data and whose ranks need more memory than they have left,
-    once their blocks are built. Collective over all ranks.
+    """Return notes on nodes that hold data and whose ranks need more memory than they have left.
+
+    Collective over all ranks.
     """
     arrays = stored_arrays(plan.data.by_name())
     is_held = any(a.place == "node" and a.source.nbytes > SMALL_BYTES for a in arrays)
@@ -52,6 +55,13 @@ def memory_notes(plan: Plan, comm: Comm) -> list[str]:
         comm, lambda: node_warnings(plan, comm.topology.nodes, available)
     )
     return notes
+
+
+def _channel_notes(plan: Plan) -> Iterator[str]:
+    """Yield notes on the channels by which inputs are standardised, where they are."""
+    standardised = find_standardised(plan.data.train)
+    if standardised is not None:
+        yield from channel_notes(standardised.training)
 
 
 def check_data_values(plan: Plan, comm: Comm, limit_s: float) -> None:

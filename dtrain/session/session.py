@@ -57,8 +57,8 @@ from dtrain.comm.communicator import Comm
 from dtrain.comm.flight_recorder import print_error
 from dtrain.config.out_folder import fill_keys
 from dtrain.config.run import RunConfig
-from dtrain.data.dataset import Standardised
 from dtrain.data.sampler import epoch_order
+from dtrain.data.statistics import Standardised
 from dtrain.errors import ConfigError, RankLostError
 from dtrain.evaluation import EvalWeights, evaluate_weights, evaluation_weights
 from dtrain.monitoring.machine_peak import measured_peak
@@ -76,7 +76,7 @@ from dtrain.rank_process import init
 from dtrain.run import Run
 from dtrain.schedules.segments import Segment
 from dtrain.schema import Table
-from dtrain.session.data_notes import check_data_values, memory_notes
+from dtrain.session.data_notes import check_data_values
 from dtrain.session.failure import report_failure
 from dtrain.session.layer_notes import layer_notes
 from dtrain.session.measured_cuts import settle_cuts
@@ -89,6 +89,7 @@ from dtrain.session.start import (
     make_recorder,
     read_data,
     restore_run,
+    resume_folders,
     share_module,
     start_trace,
     write_plan,
@@ -220,7 +221,8 @@ class Session:
         all_or_none(comm, lambda: check_metrics(self.callbacks, plan))
         check_same_source(run, comm)
         check_same_layout(plan, comm)
-        data_fingerprint, notes = read_data(plan, comm, log)
+        folders = [out, *resume_folders(self._resume)]
+        data_fingerprint, notes = read_data(plan, comm, log, folders)
         is_trained = point.updates >= plan.training_length.total_updates
         all_or_none(comm, lambda: check_same_run(out, point.run_table, plan.run, is_trained))
         if self._resume == "fresh":
@@ -255,7 +257,7 @@ class Session:
             job.engine.trace = start_trace(job, comm, out, self._totals)
         copied_blocks = job.copied_blocks if point.checkpoint is None else []
         layers = layer_notes(plan, job.engine.blocks, job.train_loader, comm)
-        notes += [*placement_warnings(plan, comm.hosts), *memory_notes(plan, comm)]
+        notes += placement_warnings(plan, comm.hosts)
         notes += damage_notes(point)
         notes += source_notes(point.fingerprint, self._fingerprint["source"])
         log.print_head()

@@ -28,6 +28,8 @@ from dtrain.checkpoint.resume import ResumePoint, find_checkpoint, set_damaged_a
 from dtrain.comm.agree import all_or_none
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
+from dtrain.data.kept_statistics import write_kept
+from dtrain.data.statistics import find_standardised
 from dtrain.engine.trace import TRACE_FILE, Trace
 from dtrain.errors import ConfigError, DtrainError
 from dtrain.monitoring.metric_values import check_metric_name, metric_names
@@ -36,7 +38,8 @@ from dtrain.monitoring.start_log import StartLog
 from dtrain.monitoring.summary import make_summary
 from dtrain.planning import report
 from dtrain.planning.plan import Plan
-from dtrain.session.data_notes import data_notes
+from dtrain.session.data_notes import data_notes, memory_notes
+from dtrain.shared_statistics import share_statistics, use_kept_statistics
 from dtrain.tracking.recorder import Recorder, make_trackers
 
 
@@ -58,10 +61,18 @@ def share_module(model: object, comm: Comm) -> None:
             comm.broadcast_([tensor for tensor in tensors.values() if tensor.numel()])
 
 
-def read_data(plan: Plan, comm: Comm, log: StartLog) -> tuple[dict[str, Any], list[str]]:
+def resume_folders(resume: str) -> list[Path]:
+    """Return the folder of the other run that is resumed, if there is one."""
+    return [] if resume in ("auto", "never", "fresh") else [Path(resume)]
+
+
+def read_data(
+    plan: Plan, comm: Comm, log: StartLog, folders: Sequence[Path]
+) -> tuple[dict[str, Any], list[str]]:
     """Hold the data in memory as far as they fit and check them. Collective over all ranks.
 
-    Returns what identifies the data in a later start, and notes on them.
+    Statistics that one of `folders` keeps of these data are not computed again. Returns what
+    identifies the data in a later start, and notes on them.
 
     Raises
     ------
@@ -71,10 +82,13 @@ def read_data(plan: Plan, comm: Comm, log: StartLog) -> tuple[dict[str, Any], li
     with log.step("reading data into memory"):
         is_held = hold_data(plan, comm)
     with log.step("reading data and computing their statistics"):
+        use_kept_statistics(plan.data, comm, folders)
+        share_statistics(plan.data, comm, log.note)
         fingerprint = check_same_data(plan, comm)
         notes = data_notes(plan, comm)
     if is_held:
         release_freed_memory()
+        notes += memory_notes(plan, comm)
     return fingerprint, notes
 
 
@@ -148,9 +162,13 @@ def _restore_ema(manifest: Manifest, ema: Ema, blocks: Mapping[int, Block]) -> N
 
 
 def write_plan(plan: Plan, totals: RunTotals, out: Path) -> None:
-    """Write the resolved run, its plan and a first summary, once every rank accepted the run."""
+    """Write the resolved run, its plan, the statistics of its data and a first summary, once every
+    rank accepted the run."""
     (out / "run.toml").write_text(plan.run.to_text(), encoding="utf-8")
     (out / "plan.txt").write_text(report.plan_text(plan), encoding="utf-8")
+    standardised = find_standardised(plan.data.train)
+    if standardised is not None and standardised.training.is_computed:
+        write_kept(out, standardised.training)
     run_folder.write_summary(out, make_summary(plan, totals, "running"))
 
 
