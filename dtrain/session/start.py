@@ -24,7 +24,14 @@ from dtrain.callbacks import (
 )
 from dtrain.checkpoint import ownership, run_folder, store
 from dtrain.checkpoint.manifest import Manifest, read_manifest
-from dtrain.checkpoint.resume import ResumePoint, find_checkpoint, set_damaged_aside
+from dtrain.checkpoint.resume import (
+    ResumePoint,
+    check_same_run,
+    check_saved_data,
+    data_path_changes,
+    find_checkpoint,
+    set_damaged_aside,
+)
 from dtrain.comm.agree import all_or_none
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
@@ -38,9 +45,19 @@ from dtrain.monitoring.start_log import StartLog
 from dtrain.monitoring.summary import make_summary
 from dtrain.planning import report
 from dtrain.planning.plan import Plan
+from dtrain.schema import Table
 from dtrain.session.data_notes import data_notes, memory_notes
 from dtrain.shared_statistics import share_statistics, use_kept_statistics
 from dtrain.tracking.recorder import Recorder, make_trackers
+
+
+def check_resume(out: Path, point: ResumePoint, plan: Plan, data_fingerprint: Table) -> None:
+    """Refuse settings or data that are not those of the checkpoint, if there is one."""
+    is_trained = point.updates >= plan.training_length.total_updates
+    knows_data = "data" in point.fingerprint
+    check_same_run(out, point.run_table, plan.run, is_trained, knows_data)
+    changes = data_path_changes(point.run_table, plan.run)
+    check_saved_data(point.fingerprint, data_fingerprint, changes)
 
 
 def check_weights_stay(out: Path, run: RunConfig) -> None:
