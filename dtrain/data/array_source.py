@@ -44,6 +44,8 @@ class ArraySource(ABC):
         Whether all rows are read into memory on first need.
     is_mapped : bool
         Whether rows lie in a mapped file, whose pages all ranks of a node share.
+    by_item : bool
+        Whether a user's code makes each row; then the rows are never read as a whole.
     """
 
     shape: tuple[int, ...]
@@ -54,6 +56,7 @@ class ArraySource(ABC):
     in_memory: bool = False
     is_lazy: bool = False
     is_mapped: bool = False
+    by_item: bool = False
 
     def __len__(self) -> int:
         return self.shape[0]

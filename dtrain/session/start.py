@@ -46,7 +46,12 @@ from dtrain.monitoring.summary import make_summary
 from dtrain.planning import report
 from dtrain.planning.plan import Plan
 from dtrain.schema import Table
-from dtrain.session.data_notes import data_notes, memory_notes
+from dtrain.session.data_notes import (
+    check_data_repeatable,
+    data_notes,
+    memory_notes,
+    same_draws,
+)
 from dtrain.shared_statistics import share_statistics, use_kept_statistics
 from dtrain.tracking.recorder import Recorder, make_trackers
 
@@ -99,9 +104,10 @@ def read_data(
     with log.step("reading data into memory"):
         is_held = hold_data(plan, comm)
     with log.step("reading data and computing their statistics"):
+        check_data_repeatable(plan, comm)
         use_kept_statistics(plan.data, comm, folders)
         share_statistics(plan.data, comm, log.note)
-        fingerprint = check_same_data(plan, comm)
+        fingerprint = check_same_data(plan, comm) | same_draws(plan, comm)
         notes = data_notes(plan, comm)
     if is_held:
         release_freed_memory()
