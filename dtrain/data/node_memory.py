@@ -106,14 +106,19 @@ class StoredArray:
 
 
 def stored_arrays(splits: Mapping[str, Dataset]) -> list[StoredArray]:
-    """Return the sources of all splits, those first that are held first."""
+    """Return the sources of all splits, those first that are held first.
+
+    Items that the code of a user makes one by one are left out.
+    """
     arrays: dict[tuple[int, int], StoredArray] = {}
     for split, view in splits.items():
         dataset = view
         while isinstance(dataset, DatasetView):
             dataset = dataset.base
         if isinstance(dataset, SourceDataset):
-            for position in range(len(dataset.sources)):
+            for position, source in enumerate(dataset.sources):
+                if source.by_item:
+                    continue
                 arrays.setdefault((id(dataset), position), StoredArray(split, dataset, position))
     return sorted(arrays.values(), key=lambda array: not array.is_targets)
 

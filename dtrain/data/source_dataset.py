@@ -125,7 +125,9 @@ class SourceDataset(Dataset):
             InputSpec(other.shape[1:], _input_dtype(other.dtype)) for other in others
         )
         self.stored_pieces = None
-        if not (first.in_memory or first.by_item):
+        # Whether the pages of a file that is mapped fit in memory depends on the machine.
+        is_mapped_file = first.is_mapped and not isinstance(first, MemorySource)
+        if is_mapped_file or not (first.in_memory or first.by_item):
             self.stored_pieces = StoredPieces(first.row_bytes, first.chunk_rows, first.compressed)
         self._stored_moments = moments
         self._loads = True

@@ -12,14 +12,11 @@ from typing import Any, final
 
 import torch
 
+from dtrain.data.loader import read_ahead_bytes
 from dtrain.data.memory_limits import available_bytes
 from dtrain.data.node_memory import choose_held, stored_arrays
-from dtrain.planning.memory_plan import MemoryPlan, largest_micro_batch
+from dtrain.planning.memory_plan import MemoryPlan
 from dtrain.planning.plan import Plan
-
-MICRO_BATCHES_READ = 3
-"""Micro-batches of samples in memory that are read piece by piece: two ahead, one in use."""
-
 
 FILE_CACHE_BYTES = 8 << 20
 """Chunks that HDF5 keeps of each dataset: from version 2.0 on."""
@@ -86,12 +83,14 @@ def plan_data_memory(plan: Plan) -> DataMemory:
     sizes = dict.fromkeys(("node", "rank", "mapped", "disk"), 0)
     for array in arrays:
         sizes["node" if array in held else array.place] += array.source.nbytes
-    on_disk = [a.source for a in arrays if a not in held and a.place == "disk"]
-    rows = MICRO_BATCHES_READ * largest_micro_batch(plan, 0)
+    on_disk = {a.split for a in arrays if a not in held and a.place == "disk"}
+    settings = plan.run.settings
+    rows = -(-settings.batch_size // (plan.layout.mesh.replicas * settings.micro_batches))
     piece = sum(
-        rows * source.row_bytes
-        + max(FILE_CACHE_BYTES, 2 * (source.chunk_rows or 0) * source.row_bytes)
-        for source in on_disk
+        FILE_CACHE_BYTES
+        + read_ahead_bytes(split, rows, plan.layout.dtype, workers=plan.run.data.workers)
+        for name, split in plan.data.by_name().items()
+        if name in on_disk
     )
     return DataMemory(**sizes, piece=piece)
 
