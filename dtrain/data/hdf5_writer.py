@@ -1,0 +1,162 @@
+"""HDF5 files as `dtrain data` writes them: complete under their names, chunks of about 1 MB.
+
+Invariant: a file under its final name is complete, and no file is overwritten.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, final
+
+import h5py
+import numpy as np
+
+from dtrain.data.dataset import Array, moments
+from dtrain.errors import ConfigError
+
+CHUNK_BYTES = 2**20
+"""Size of a chunk, unless one sample is larger."""
+
+
+PIECE_BYTES = 4 * 2**20
+"""Size of what is read and written at once, unless one sample is larger."""
+
+
+MAX_CHUNK_BYTES = 2**31
+"""HDF5 has chunks of less than 4 GiB."""
+
+
+LIBRARY_VERSION = "v108"
+"""The oldest format that holds attributes of more than 64 KB: names of some 4,000 classes."""
+
+
+def chunk_shape(
+    shape: tuple[int, ...], dtype: np.dtype[Any], chunk_bytes: int = CHUNK_BYTES
+) -> tuple[int, ...]:
+    """Return chunks of whole samples: about `chunk_bytes`, and at least one sample.
+
+    A sample of 2 GiB or more is divided along its longest axes.
+    """
+    sample = list(shape[1:])
+    while (size := dtype.itemsize * int(np.prod(sample))) >= MAX_CHUNK_BYTES:
+        longest = sample.index(max(sample))
+        sample[longest] = -(-sample[longest] // 2)
+    return min(shape[0], max(1, chunk_bytes // max(1, size))), *sample
+
+
+def rows_per_piece(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
+    """Return the number of samples in about `PIECE_BYTES`, at least 1."""
+    return max(1, PIECE_BYTES // max(1, dtype.itemsize * int(np.prod(shape[1:]))))
+
+
+def create_rows(
+    file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> h5py.Dataset:
+    """Create an uncompressed dataset in chunks of whole samples."""
+    return file.create_dataset(name, shape, dtype, chunks=chunk_shape(shape, dtype))
+
+
+def read_pieces(rows: h5py.Dataset, label: str | None = None) -> Iterator[Array]:
+    """Yield the samples of a dataset in order, `PIECE_BYTES` at a time.
+
+    Parameters
+    ----------
+    label : str, optional
+        Show the progress under this label.
+    """
+    step = rows_per_piece(rows.shape, rows.dtype)
+    for start in range(0, len(rows), step):
+        yield rows[start : start + step]
+        if label is not None:
+            show_progress(label, min(start + step, len(rows)), len(rows))
+
+
+def write_pieces(target: h5py.Dataset, pieces: Iterable[Array], label: str) -> None:
+    """Write samples, which come in order, and show the progress."""
+    start = 0
+    for piece in pieces:
+        target[start : start + len(piece)] = piece
+        start += len(piece)
+        show_progress(label, start, len(target))
+    assert start == len(target), "the source changed while it was read"
+
+
+@final
+class RowWriter:
+    """Writes rows to an HDF5 dataset, consecutive rows together."""
+
+    def __init__(self, target: h5py.Dataset) -> None:
+        self._target = target
+        self._start = 0
+        self._pending_rows: list[Array] = []
+        self._most_rows = rows_per_piece(target.shape, target.dtype)
+
+    def put(self, row: int, value: Array) -> None:
+        """Queue one row; write the queue first where the row does not follow or it is full."""
+        pending = len(self._pending_rows)
+        if row != self._start + pending or pending == self._most_rows:
+            self.flush()
+            self._start = row
+        self._pending_rows.append(value)
+
+    def flush(self) -> None:
+        """Write the queued rows."""
+        if self._pending_rows:
+            rows = np.stack(self._pending_rows)
+            self._target[self._start : self._start + len(rows)] = rows
+            self._pending_rows = []
+
+
+def add_statistics(files: list[h5py.File]) -> None:
+    """Write mean and standard deviation of the first file's `x` into all files.
+
+    They are left out where they are not finite, as training refuses them.
+    """
+    rows = files[0]["x"]
+    if rows.dtype.kind == "c":
+        return
+    mean, deviation = moments(read_pieces(rows, "statistics"))
+    if np.isfinite([mean, deviation]).all():
+        for file in files:
+            file.attrs["mean"], file.attrs["std"] = mean, deviation
+
+
+@contextmanager
+def atomic_files(paths: list[Path], **options: Any) -> Iterator[list[h5py.File]]:
+    """Open files under temporary names; rename them to `paths` when all are complete."""
+    drafts = [path.with_name(f".{path.name}.{os.getpid()}.part") for path in paths]
+    options = {"locking": False, "libver": (LIBRARY_VERSION, LIBRARY_VERSION)} | options
+    try:
+        with ExitStack() as stack:
+            yield [stack.enter_context(h5py.File(draft, "w", **options)) for draft in drafts]
+        for draft, path in zip(drafts, paths, strict=True):
+            draft.rename(path)
+    finally:
+        for draft in drafts:
+            draft.unlink(missing_ok=True)
+
+
+def require_writable(path: Path) -> None:
+    """Refuse a path that exists or whose folder does not."""
+    if path.exists():
+        raise ConfigError(
+            "import.output-exists",
+            f"{path} exists and is never overwritten: delete it, or choose another name",
+        )
+    if not path.parent.is_dir():
+        raise ConfigError(
+            "import.folder-missing",
+            f"{path}: there is no folder {path.parent}: create it first",
+        )
+
+
+def show_progress(label: str, count: int, total: int | None = None) -> None:
+    """Print the progress, on a terminal only."""
+    if sys.stderr.isatty():
+        of = f" of {total:,}" if total else ""
+        end = "\n" if count == total else ""
+        print(f"\r{label}: {count:,}{of}", end=end, file=sys.stderr, flush=True)
