@@ -21,16 +21,11 @@ from dtrain.checkpoint.files import replacing
 from dtrain.comm.agree import all_or_none
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
-from dtrain.data.dataset import (
-    ArrayDataset,
-    Dataset,
-    IntegerInputs,
-    Standardised,
-    torch_dtype,
-    value_range,
-)
+from dtrain.data.array_source import MemorySource
+from dtrain.data.dataset import Dataset, IntegerInputs, Standardised
 from dtrain.data.loader import Loader
 from dtrain.data.sampler import Indices, even_ranges
+from dtrain.data.source_dataset import SourceDataset
 from dtrain.errors import ConfigError, DataError
 from dtrain.evaluation import load_checkpoint
 
@@ -180,18 +175,8 @@ def _open_samples(job: RankJob, data: Any) -> Dataset:
         )
     zero = torch.zeros(1, dtype=reference.target_dtype).numpy()  # these targets are never read
     targets = np.broadcast_to(zero.reshape(()), (len(first), *reference.target_shape))
-    dataset = ArrayDataset(
-        len(first),
-        reference.shape,
-        reference.classes,
-        lambda: first,
-        lambda: targets,
-        value_range(first.dtype),
-        reference.target_shape,
-        reference.target_dtype,
-        torch_dtype(first.dtype),
-        arrays[1:],
-    )
+    sources = [MemorySource(array, "the samples") for array in arrays]
+    dataset = SourceDataset(sources, MemorySource(targets), reference.classes)
     if isinstance(reference, IntegerInputs):
         return IntegerInputs(dataset)
     if not isinstance(reference, Standardised):

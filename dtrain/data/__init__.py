@@ -12,8 +12,9 @@ from typing import Any
 
 from dtrain.data.dataset import DatasetSplits, check_splits, standardise
 from dtrain.data.digits_set import Digits
-from dtrain.data.hdf5_set import Hdf5, Hdf5Dataset
+from dtrain.data.hdf5_set import Hdf5, open_split
 from dtrain.data.hold_out import hold_out
+from dtrain.data.source_dataset import SourceDataset, make_split
 from dtrain.data.user import as_splits
 from dtrain.errors import ConfigError, unknown_name
 from dtrain.tasks.task import DEFAULT_TASK, Task
@@ -114,14 +115,14 @@ def load_data(
 def _open_validation(name: str, splits: DatasetSplits, path: Path, task: Task) -> DatasetSplits:
     """Return the splits of HDF5 files with one more file for validation."""
     train = splits.train
-    if not isinstance(train, Hdf5Dataset):
+    if name != "hdf5" or not isinstance(train, SourceDataset):
         raise ConfigError(
             "data.validation-path",
             f'[data] validation = "{path.name}" is a file, which only name = "hdf5" takes, not '
             f"'{name}': give a share of the training split, as 0.1",
         )
-    validation = Hdf5Dataset(path, train, task)
-    return check_splits(DatasetSplits(train, splits.test, validation), f"{train.path}")
+    validation = make_split(open_split(path, task), task, train)
+    return check_splits(DatasetSplits(train, splits.test, validation), str(path))
 
 
 def _open(

@@ -7,28 +7,22 @@ memory that the caller owns, contiguous and aligned as torch aligns.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import chain
-from typing import Any, NamedTuple, final
+from typing import NamedTuple, final
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from dtrain.data.conversion import Array, stores_integers
 from dtrain.errors import DataError
-
-Array = NDArray[Any]
-
 
 Moments = tuple[NDArray[np.float64], NDArray[np.float64]]
 """Mean and standard deviation per channel, each (channels,)."""
-
-
-NUMERIC_KINDS = "biuf"
-"""Kinds of numpy dtypes that samples and targets may have: any integers, and real numbers."""
 
 
 SAMPLES_PER_READ = 4096
@@ -165,64 +159,6 @@ class DatasetSplits:
     def with_input_targets(self) -> DatasetSplits:
         """Return the splits with the inputs themselves as targets."""
         return self.map(InputTargets)
-
-
-@final
-class ArrayDataset(Dataset):
-    """Arrays in memory, which keep their dtype and are converted batch by batch.
-
-    Parameters
-    ----------
-    size, shape, classes
-        As in `Dataset`: known before anything is read.
-    x : callable
-        Returns the samples, (size, *shape), integers or real numbers; called on first need.
-    y : callable
-        Returns the targets, (size, *target_shape); called on first need.
-    value_range, target_shape, target_dtype, input_dtype
-        As in `Dataset`.
-    others : sequence of array
-        The further inputs, (size, ...) each.
-    """
-
-    def __init__(
-        self,
-        size: int,
-        shape: tuple[int, ...],
-        classes: int,
-        x: Callable[[], Array],
-        y: Callable[[], Array],
-        value_range: tuple[float, float] | None = None,
-        target_shape: tuple[int, ...] = (),
-        target_dtype: torch.dtype = torch.int64,
-        input_dtype: torch.dtype = torch.float32,
-        others: Sequence[Array] = (),
-    ) -> None:
-        self.size = size
-        self.shape = shape
-        self.classes = classes
-        self.value_range = value_range
-        self.target_shape, self.target_dtype = target_shape, target_dtype
-        self.input_dtype = input_dtype
-        self._x, self._y = cache(x), cache(y)
-        self._others = tuple(others)
-        self.other_inputs = tuple(
-            InputSpec(tuple(array.shape[1:]), to_input_tensor(array[:0]).dtype) for array in others
-        )
-
-    def read_other_inputs(self, indices: ArrayLike) -> tuple[Tensor, ...]:
-        return tuple(to_input_tensor(array[np.asarray(indices)]) for array in self._others)
-
-    def inputs(self, indices: ArrayLike) -> Tensor:
-        return to_float_tensor(self._x()[np.asarray(indices)])
-
-    def integer_inputs(self, indices: ArrayLike) -> Tensor:
-        if not stores_integers(self.input_dtype):
-            raise _no_integers(self.input_dtype)
-        return to_int_tensor(self._x()[np.asarray(indices)])
-
-    def targets(self, indices: ArrayLike) -> Tensor:
-        return to_target_tensor(self._y()[np.asarray(indices)])
 
 
 class DatasetView(Dataset):
@@ -374,11 +310,6 @@ def standardise(splits: DatasetSplits) -> DatasetSplits:
     return splits.map(lambda split: Standardised(split, training_moments))
 
 
-def value_range(dtype: Any) -> tuple[float, float] | None:
-    """Return the range of `to_float_tensor` for a numpy dtype: 0 ... 1 for bytes, else None."""
-    return (0.0, 1.0) if dtype == np.uint8 else None
-
-
 def moments(batches: Iterable[Array]) -> Moments:
     """Compute mean and standard deviation per channel (dim 1) over batches of (n, C, ...).
 
@@ -402,92 +333,11 @@ def moments(batches: Iterable[Array]) -> Moments:
     return origin[:, 0] + shift, np.sqrt(variance)
 
 
-def to_input_tensor(rows: Array) -> Tensor:
-    """Copy a further input to a tensor: integers to int64, bool and real numbers as they are."""
-    if rows.dtype.kind == "b":
-        return torch.from_numpy(rows.copy())
-    return to_int_tensor(rows) if rows.dtype.kind in "iu" else to_float_tensor(rows)
-
-
-def to_float_tensor(rows: Array) -> Tensor:
-    """Copy samples to a tensor of float32 (float64 stays); scale bytes to 0 ... 1."""
-    dtype = torch.float64 if rows.dtype.kind == "f" and rows.dtype.itemsize >= 8 else torch.float32
-    native = rows.astype(rows.dtype.newbyteorder("="), copy=False)
-    if rows.dtype.kind == "f" and rows.dtype.itemsize > 8:  # torch has no such numbers
-        native = native.astype(np.float64)
-    x = torch.from_numpy(native).to(dtype, copy=True, memory_format=torch.contiguous_format)
-    return x.div_(255) if rows.dtype == np.uint8 else x
-
-
-def to_int_tensor(labels: Array) -> Tensor:
-    """Copy labels to a tensor of int64."""
-    return torch.from_numpy(labels.astype(np.int64))
-
-
-def to_target_tensor(targets: Array) -> Tensor:
-    """Copy targets to a tensor: integers to int64, others to float32 (float64 stays)."""
-    return to_float_tensor(targets) if targets.dtype.kind == "f" else to_int_tensor(targets)
-
-
-def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
-    """Return the dtype of torch for a numeric numpy dtype; float64 for longer numbers."""
-    if dtype.kind == "f" and dtype.itemsize > 8:
-        return torch.float64
-    return torch.from_numpy(np.empty(0, dtype.newbyteorder("="))).dtype
-
-
-def target_dtype(dtype: np.dtype[Any]) -> torch.dtype:
-    """Return the dtype of `to_target_tensor`."""
-    return to_target_tensor(np.empty(0, dtype)).dtype
-
-
-def stores_integers(dtype: torch.dtype) -> bool:
-    """Return whether a dtype is one of integers."""
-    return not (dtype.is_floating_point or dtype.is_complex)
-
-
 def _no_integers(dtype: torch.dtype) -> DataError:
     return DataError(
         "data.inputs-not-integers",
         f"the model takes integers, but the samples are stored as {dtype}: store x as integers",
     )
-
-
-def check_arrays(x: Any, y: Any, location: str) -> None:
-    """Refuse samples of a wrong shape or dtype, and targets that are not one per sample.
-
-    Parameters
-    ----------
-    x : array or HDF5 dataset
-        Samples, (n, channels, ...); only shape and dtype are read.
-    y : array or HDF5 dataset
-        Targets, (n, ...); only their number is read.
-    location : str
-        A file's path or a function's name, for the messages.
-
-    Raises
-    ------
-    DataError
-        No samples, unequal lengths, no dimension of channels, an illegal dtype.
-    """
-    if x.ndim < 2:
-        raise DataError(
-            "data.samples-flat", f"{location}: x has shape {x.shape}: give (samples, channels, ...)"
-        )
-    if x.dtype.kind not in NUMERIC_KINDS:
-        raise DataError(
-            "data.samples-dtype",
-            f"{location}: x has dtype {x.dtype}: convert it to integers or real numbers",
-        )
-    if len(x) != len(y):
-        raise DataError(
-            "data.lengths-differ",
-            f"{location}: x has {len(x)} samples and y {len(y)} targets: give one per sample",
-        )
-    if 0 in x.shape:
-        raise DataError(
-            "data.samples-empty", f"{location}: x has shape {x.shape}: give at least one value"
-        )
 
 
 def check_splits(splits: DatasetSplits, location: str) -> DatasetSplits:

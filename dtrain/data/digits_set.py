@@ -13,7 +13,10 @@ from typing import final
 
 import numpy as np
 
-from dtrain.data.dataset import Array, ArrayDataset, DatasetSplits
+from dtrain.data.array_source import LazySource
+from dtrain.data.conversion import Array
+from dtrain.data.dataset import DatasetSplits
+from dtrain.data.source_dataset import SourceDataset
 from dtrain.errors import DataError
 from dtrain.tasks.task import DEFAULT_TASK, Task
 
@@ -48,10 +51,10 @@ class Digits:
             )
         arrays = cache(lambda: _load_arrays(path))
 
-        def split(size: int, x: int, y: int) -> ArrayDataset:
-            return ArrayDataset(
-                size, SHAPE, CLASSES, lambda: arrays()[x], lambda: arrays()[y], VALUE_RANGE
-            )
+        def split(size: int, x: int, y: int) -> SourceDataset:
+            samples = LazySource((size, *SHAPE), np.float32, lambda: arrays()[x], str(path))
+            labels = LazySource((size,), np.int64, lambda: arrays()[y], str(path))
+            return SourceDataset(samples, labels, CLASSES, value_range=VALUE_RANGE)
 
         return DatasetSplits(split(TRAIN_SIZE, 0, 2), split(TEST_SIZE, 1, 3))
 

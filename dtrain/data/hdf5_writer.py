@@ -15,7 +15,8 @@ from typing import Any, final
 import h5py
 import numpy as np
 
-from dtrain.data.dataset import Array, moments
+from dtrain.data.conversion import Array
+from dtrain.data.dataset import moments
 from dtrain.errors import ConfigError
 
 CHUNK_BYTES = 2**20

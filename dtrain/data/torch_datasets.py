@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dtrain.data.dataset import Array
+from dtrain.data.conversion import Array
 from dtrain.errors import DataError
 
 

@@ -5,23 +5,16 @@ Invariant: the result is checked like a file. An exception inside the function k
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from dtrain.data.dataset import (
-    Array,
-    ArrayDataset,
-    DatasetSplits,
-    check_arrays,
-    check_splits,
-    target_dtype,
-    torch_dtype,
-    value_range,
-)
-from dtrain.data.targets import TargetScan
+from dtrain.data.array_source import MemorySource
+from dtrain.data.conversion import Array
+from dtrain.data.dataset import DatasetSplits, check_splits
+from dtrain.data.source_dataset import SplitSources, make_splits
 from dtrain.data.torch_datasets import are_torch_datasets, read_items
 from dtrain.errors import DataError
 from dtrain.tasks.task import DEFAULT_TASK, Task
@@ -60,78 +53,27 @@ def as_splits(value: object, location: str, task: Task = DEFAULT_TASK) -> Datase
             f"as arrays or tensors, with or without x_validation and y_validation at the end, or "
             "two map-style torch Datasets, or a dtrain.data.dataset.DatasetSplits",
         )
-    others = [_other_arrays(x) for x in value[::2]]
-    first_inputs = [
-        _first_input(item) if position % 2 == 0 else item for position, item in enumerate(value)
-    ]
-    arrays = _to_arrays(first_inputs, task)
-    pairs = list(zip(arrays[::2], arrays[1::2], strict=True))
-    scans = []
-    for (x, y), name in zip(pairs, ("train", "test", "validation"), strict=False):
-        scan = TargetScan(y, f"{location}, {name}", task)
-        check_arrays(x, y, f"{location}, {name}")
-        scan.add(y)
-        scans.append(scan)
-    classes = scans[0].count_outputs()
-    splits = []
-    for (x, y), scan, other in zip(pairs, scans, others, strict=True):
-        scan.check_classes(classes)
-        splits.append(_make_split(x, y, classes, other))
-        _check_others(splits[-1], other, location)
-    return check_splits(DatasetSplits(*splits), location)
+    parts = {}
+    for name, x, y in zip(("train", "test", "validation"), value[::2], value[1::2], strict=False):
+        place = f"{location}, {name}"
+        inputs = tuple(MemorySource(_to_array(item), place) for item in _inputs(x))
+        targets = (
+            None if y is None and task.target == "input" else MemorySource(_to_array(y), place)
+        )
+        parts[name] = SplitSources(place, inputs, targets)
+    return make_splits(parts, task)
 
 
-def _first_input(value: Any) -> Any:
-    """Return the first input of samples that have several: a tuple, list or dict of arrays."""
+def _inputs(value: Any) -> list[Any]:
+    """Return the inputs of samples that have several, a tuple, list or dict of arrays; or one."""
     if isinstance(value, Mapping):
-        return next(iter(value.values()))
-    return value[0] if _has_several(value) else value
+        return list(value.values())
+    return list(value) if _has_several(value) else [value]
 
 
 def _has_several(value: Any) -> bool:
     is_sequence = isinstance(value, list | tuple) and len(value) > 1
     return is_sequence and all(isinstance(item, np.ndarray | Tensor) for item in value)
-
-
-def _other_arrays(value: Any) -> list[Array]:
-    if isinstance(value, Mapping):
-        return [_to_array(item) for item in list(value.values())[1:]]
-    return [_to_array(item) for item in value[1:]] if _has_several(value) else []
-
-
-def _check_others(split: ArrayDataset, others: Sequence[Array], location: str) -> None:
-    for number, array in enumerate(others, start=1):
-        if array.dtype.kind not in "biuf" or len(array) != split.size:
-            raise DataError(
-                "data.other-input",
-                f"{location}: input {number} has dtype {array.dtype} and {len(array)} samples: "
-                f"give numbers, {split.size} samples as the first input has",
-            )
-
-
-def _make_split(x: Array, y: Array, classes: int, others: Sequence[Array]) -> ArrayDataset:
-    return ArrayDataset(
-        len(x),
-        tuple(x.shape[1:]),
-        classes,
-        lambda: x,
-        lambda: y,
-        value_range(x.dtype),
-        tuple(y.shape[1:]),
-        target_dtype(y.dtype),
-        torch_dtype(x.dtype),
-        others,
-    )
-
-
-def _to_arrays(values: Sequence[Any], task: Task) -> list[Array]:
-    """Return the four arrays; targets may be None where the input is the target."""
-    arrays: list[Array] = []
-    for value in values:
-        if value is None and len(arrays) % 2 and task.target == "input":
-            value = np.zeros(len(arrays[-1]), np.int64)  # never read
-        arrays.append(_to_array(value))
-    return arrays
 
 
 def _to_array(value: Any) -> Array:

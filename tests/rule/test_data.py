@@ -16,17 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain.data import hdf5_set, load_data
-from dtrain.data.dataset import (
-    ArrayDataset,
-    Dataset,
-    DatasetSplits,
-    moments,
-    standardise,
-    to_float_tensor,
-)
+from dtrain.data import load_data, memory_limits, source_dataset
+from dtrain.data.array_source import ConcatenatedSource, LazySource, MemorySource
+from dtrain.data.conversion import to_float_tensor
+from dtrain.data.dataset import Dataset, DatasetSplits, moments, standardise
 from dtrain.data.digits_set import stratified_split
 from dtrain.data.sampler import SHUFFLES, epoch_order, even_ranges, updates_per_epoch
+from dtrain.data.source_dataset import SourceDataset
 from dtrain.data.user import as_splits
 from dtrain.errors import ConfigError, DataError
 from tests import tiny
@@ -155,7 +151,7 @@ def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_hdf5_returns_the_written_samples(
     folder: Path, in_memory: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hdf5_set, "fits_in_memory", lambda size: in_memory)
+    monkeypatch.setattr(source_dataset, "fits_in_memory", lambda size: in_memory)
     train = load_data("hdf5", FILES, folder, normalise=False).train
     assert (train.size, train.shape, train.classes) == (300, (3, 4, 5), 7)
     for indices in (RNG.permutation(300)[:128], np.array([5]), np.array([299, 0, 299]), []):
@@ -186,7 +182,7 @@ def test_labels_and_shape_are_known_without_images(
     def fail(*_: object) -> Tensor:
         raise AssertionError("images were read")
 
-    monkeypatch.setattr(hdf5_set, "to_float_tensor", fail)
+    monkeypatch.setattr(source_dataset, "to_float_tensor", fail)
     splits = load_data("hdf5", FILES, folder)
     assert (splits.train.shape, splits.test.classes) == ((3, 4, 5), 7)
     assert splits.train.targets([8, 0]).tolist() == [1, 0]
@@ -196,7 +192,7 @@ def test_labels_and_shape_are_known_without_images(
 
 def test_batches_are_the_callers_own() -> None:
     x = np.ones((4, 3), np.float32)
-    dataset = ArrayDataset(4, (3,), 2, lambda: x, lambda: np.zeros(4, np.int64))
+    dataset = SourceDataset(MemorySource(x), MemorySource(np.zeros(4, np.int64)), 2)
     for indices in (range(4), [1, 2]):
         batch = dataset.inputs(indices)
         assert batch.data_ptr() % 64 == 0
@@ -242,7 +238,7 @@ def test_moments_of_constant_and_of_shifted_channels() -> None:
 
 def test_constant_channels_do_not_explode() -> None:
     x = np.full((10, 2), 0.1, np.float32)
-    dataset = ArrayDataset(10, (2,), 2, lambda: x, lambda: np.zeros(10, np.int64))
+    dataset = SourceDataset(MemorySource(x), MemorySource(np.zeros(10, np.int64)), 2)
     splits = standardise(DatasetSplits(dataset, dataset))
     assert float(splits.train.inputs(range(10)).abs().max()) < 1e-6
 
@@ -265,7 +261,7 @@ DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
     "float labels": ({"y": Y.astype(float)}, "data.labels-not-integers"),
     "wide labels": ({"y": Y.reshape(-1, 1)}, "data.labels-not-integers"),
     "negative": ({"y": Y - 1}, "data.labels-negative"),
-    "complex x": ({"x": X.astype(np.complex64)}, "data.samples-dtype"),
+    "text as x": ({"x": np.full(X.shape, b"a")}, "data.samples-dtype"),
     "mean": ({"mean": [1.0], "std": [1.0]}, "data.statistics-shape"),
     "nan": ({"mean": [np.nan] * 3, "std": [1.0] * 3}, "data.statistics-invalid"),
 }
@@ -332,11 +328,24 @@ def test_keys_of_hdf5(folder: Path) -> None:
 
 
 def test_memory_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hdf5_set, "available_bytes", lambda: 8000)
-    assert hdf5_set.fits_in_memory(1000)
-    assert not hdf5_set.fits_in_memory(1001)
-    monkeypatch.setattr(hdf5_set, "available_bytes", lambda: 2**50)
-    assert not hdf5_set.fits_in_memory(2**33)
+    monkeypatch.setattr(memory_limits, "available_bytes", lambda: 8000)
+    assert memory_limits.fits_in_memory(1000)
+    assert not memory_limits.fits_in_memory(1001)
+    monkeypatch.setattr(memory_limits, "available_bytes", lambda: 2**50)
+    assert not memory_limits.fits_in_memory(2**33)
+
+
+@pytest.mark.parametrize("indices", [[0], [9, 3, 3, 0, 4], range(10), []])
+def test_several_sources_are_read_as_one(indices: list[int]) -> None:
+    rows = RNG.normal(size=(10, 2))
+    parts = [MemorySource(rows[:4]), LazySource((0, 2), float, lambda: rows[:0], "none")]
+    source = ConcatenatedSource([*parts, MemorySource(rows[4:])], "all")
+    index = np.asarray(indices, np.int64)
+    assert np.array_equal(source.read(index), rows[index])
+    assert all(
+        np.array_equal(source.read_range(*pair), rows[slice(*pair)])
+        for pair in itertools.combinations_with_replacement(range(11), 2)
+    )
 
 
 # A user's own data
@@ -344,7 +353,9 @@ def test_memory_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
 
 CODE = """
 import numpy as np, torch
-from dtrain.data.dataset import ArrayDataset, DatasetSplits
+from dtrain.data.array_source import MemorySource
+from dtrain.data.dataset import DatasetSplits
+from dtrain.data.source_dataset import SourceDataset
 
 def arrays(size=8):
     x = torch.arange(size * 3.0).reshape(size, 3)
@@ -352,7 +363,7 @@ def arrays(size=8):
 
 def splits():
     x, y, *_ = arrays()
-    dataset = ArrayDataset(8, (3,), 2, x.numpy, y.numpy)
+    dataset = SourceDataset(MemorySource(x.numpy()), MemorySource(y.numpy()), 2)
     return DatasetSplits(dataset, dataset)
 
 def three(): return arrays()[:3]

@@ -19,10 +19,12 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from dtrain.comm.backends import threads
-from dtrain.data import hdf5_set, load_data
+from dtrain.data import load_data, source_dataset
+from dtrain.data.array_source import MemorySource
 from dtrain.data.augment import CropFlip
-from dtrain.data.dataset import ArrayDataset, Dataset
+from dtrain.data.dataset import Dataset
 from dtrain.data.loader import Loader
+from dtrain.data.source_dataset import SourceDataset
 from dtrain.errors import ConfigError
 from tests.refusals import refuses
 
@@ -150,7 +152,7 @@ def test_hdf5_from_disk_is_slow_and_the_same(
         file["y"] = np.arange(60) % 2
     segments = []
     for in_memory in (True, False):
-        monkeypatch.setattr(hdf5_set, "fits_in_memory", lambda size, fits=in_memory: fits)
+        monkeypatch.setattr(source_dataset, "fits_in_memory", lambda size, fits=in_memory: fits)
         dataset = load_data("hdf5", {"train": "a.h5", "test": "a.h5"}, tmp_path).train
         assert dataset.slow is not in_memory
         segments.append(read_segment(Loader(dataset, torch.float32, CropFlip(0))))
@@ -158,11 +160,11 @@ def test_hdf5_from_disk_is_slow_and_the_same(
 
 
 def test_data_sets_are_not_slow_by_default() -> None:
-    assert not ArrayDataset(60, (3, 6, 6), 2, lambda: X, lambda: X).slow
+    assert not SourceDataset(MemorySource(X), MemorySource(X), 2).slow
 
 
 def test_a_shape_that_cannot_be_augmented_is_refused_at_once() -> None:
-    flat = ArrayDataset(60, (108,), 2, lambda: X.reshape(60, -1), lambda: X)
+    flat = SourceDataset(MemorySource(X.reshape(60, -1)), MemorySource(X), 2)
     with refuses(ConfigError, "data.augment-needs-images"):
         Loader(flat, torch.float32, CropFlip(0))
 

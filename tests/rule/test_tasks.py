@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.testing import assert_close
 
-from dtrain.data import hdf5_set, load_data
-from dtrain.data.dataset import ArrayDataset, DatasetSplits, standardise, torch_dtype
+from dtrain.data import load_data, memory_limits, source_dataset
+from dtrain.data.array_source import MemorySource
+from dtrain.data.conversion import torch_dtype
+from dtrain.data.dataset import DatasetSplits, standardise
+from dtrain.data.source_dataset import SourceDataset
 from dtrain.data.user import as_splits
 from dtrain.errors import ConfigError, DataError
 from dtrain.monitoring.run_totals import RunTotals
@@ -498,8 +501,8 @@ def open_hdf5(folder: Path, task: Task) -> DatasetSplits:
 def test_targets_of_a_file_are_checked_and_read_part_by_part(
     in_memory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hdf5_set, "available_bytes", lambda: 2**30 if in_memory else 8)
-    monkeypatch.setattr(hdf5_set, "SAMPLES_PER_READ", 4)
+    monkeypatch.setattr(memory_limits, "available_bytes", lambda: 2**30 if in_memory else 8)
+    monkeypatch.setattr(source_dataset, "SAMPLES_PER_READ", 4)
     y = np.random.default_rng(0).integers(0, 4, (9, 5))
     y[6, 2] = 255
     write(tmp_path, y)
@@ -600,7 +603,9 @@ def test_real_inputs_are_no_integers() -> None:
     with refuses(DataError, "data.inputs-not-integers"):
         tiny_standardised(np.ones((3, 2), np.float32)).as_integers()
     with refuses(DataError, "data.inputs-not-integers"):
-        dataset = ArrayDataset(3, (2,), 2, lambda: np.ones((3, 2)), lambda: np.zeros(3, np.int64))
+        dataset = SourceDataset(
+            MemorySource(np.ones((3, 2))), MemorySource(np.zeros(3, np.int64)), 2
+        )
         dataset.integer_inputs([0])
 
 

@@ -10,27 +10,18 @@ import h5py
 import numpy as np
 import pytest
 
-from dtrain.data.dataset import ArrayDataset, DatasetSplits, Subset, standardise
-from dtrain.data.hdf5_set import Hdf5Dataset
+from dtrain.data.array_source import MemorySource
+from dtrain.data.dataset import DatasetSplits, Subset, standardise
+from dtrain.data.hdf5_set import open_split
+from dtrain.data.source_dataset import SourceDataset
 from dtrain.data.value_check import all_targets_alike, check_finite, has_finite_statistics
 from dtrain.errors import DataError
 from tests.refusals import refuses
 
 
-def dataset(x: np.ndarray, y: np.ndarray) -> ArrayDataset:
+def dataset(x: np.ndarray, y: np.ndarray) -> SourceDataset:
     """Return samples in memory."""
-    from dtrain.data.dataset import target_dtype, torch_dtype
-
-    return ArrayDataset(
-        len(x),
-        x.shape[1:],
-        3,
-        lambda: x,
-        lambda: y,
-        target_shape=y.shape[1:],
-        target_dtype=target_dtype(y.dtype),
-        input_dtype=torch_dtype(x.dtype),
-    )
+    return SourceDataset(MemorySource(x), MemorySource(y), 3)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -102,8 +93,8 @@ def test_a_missing_part_of_a_virtual_data_set_is_named(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "all.h5", "w") as file:
         file.create_virtual_dataset("x", layout)
         file["y"] = np.arange(8) % 2
-    assert Hdf5Dataset(tmp_path / "all.h5").inputs(np.arange(8)).sum() == 16
+    assert open_split(tmp_path / "all.h5").inputs[0].read(np.arange(8)).sum() == 16
     (tmp_path / "part-1.h5").unlink()
     with refuses(DataError, "data.hdf5-part-missing") as caught:
-        Hdf5Dataset(tmp_path / "all.h5")
+        open_split(tmp_path / "all.h5")
     assert "part-1.h5" in str(caught.value)

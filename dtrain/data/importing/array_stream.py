@@ -11,8 +11,9 @@ from typing import IO, Any, final
 
 import numpy as np
 
-from dtrain.data.dataset import Array, check_arrays
+from dtrain.data.conversion import Array
 from dtrain.data.hdf5_writer import rows_per_piece
+from dtrain.data.source_dataset import check_arrays
 from dtrain.errors import DataError
 
 MAX_CLASSES = 100_000

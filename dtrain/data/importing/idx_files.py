@@ -21,7 +21,7 @@ from typing import IO
 
 import numpy as np
 
-from dtrain.data.dataset import Array
+from dtrain.data.conversion import Array
 from dtrain.data.importing.array_stream import ArrayStream, StreamedSplit, read_raw, shorten
 from dtrain.errors import DataError
 

@@ -30,7 +30,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, final
 
 import numpy as np
 
-from dtrain.data.dataset import Array
+from dtrain.data.conversion import Array
 from dtrain.errors import DataError
 
 if TYPE_CHECKING:

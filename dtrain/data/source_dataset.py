@@ -1,0 +1,320 @@
+"""Splits whose samples and targets come from array sources: arrays, or files of any format.
+
+Invariant: shapes and targets are checked when a split is made; samples are read on first need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, final
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from dtrain.data.array_source import ArraySource, LazySource, MemorySource, StoredArray
+from dtrain.data.conversion import (
+    NUMERIC_KINDS,
+    stores_integers,
+    target_dtype,
+    to_float_tensor,
+    to_input_tensor,
+    to_int_tensor,
+    to_target_tensor,
+    torch_dtype,
+    value_range,
+)
+from dtrain.data.dataset import (
+    SAMPLES_PER_READ,
+    Dataset,
+    DatasetSplits,
+    InputSpec,
+    Moments,
+    check_splits,
+)
+from dtrain.data.memory_limits import fits_in_memory
+from dtrain.data.targets import TargetScan
+from dtrain.errors import DataError
+from dtrain.tasks.task import DEFAULT_TASK, Task
+
+
+@final
+@dataclass(frozen=True)
+class SplitSources:
+    """What one split is read from.
+
+    Attributes
+    ----------
+    location : str
+        File or name of a user's function, for messages.
+    inputs : tuple of ArraySource
+        The samples (n, ...), and further inputs of them.
+    targets : ArraySource or None
+        The targets (n, ...); None where the input is the target.
+    class_names : tuple of str
+        Names in the order of the labels, () where unknown.
+    moments : Moments or None
+        Mean and deviation per channel in the units of the stored samples, where a file holds them.
+    """
+
+    location: str
+    inputs: tuple[ArraySource, ...]
+    targets: ArraySource | None
+    class_names: tuple[str, ...] = ()
+    moments: Moments | None = None
+
+
+@final
+class SourceDataset(Dataset):
+    """One split, read from array sources, which keep their dtype and are converted batch by batch.
+
+    A source that is not in memory is read into it on first need where it fits.
+
+    Parameters
+    ----------
+    inputs : ArraySource or sequence of ArraySource
+        The samples (n, ...), and further inputs of them.
+    targets : ArraySource
+        The targets (n, ...).
+    classes : int
+        As in `Dataset`.
+    value_range : (float, float), optional
+        As in `Dataset`; default: 0 ... 1 for bytes.
+    class_names, moments
+        As in `SplitSources`.
+    """
+
+    def __init__(
+        self,
+        inputs: ArraySource | Sequence[ArraySource],
+        targets: ArraySource,
+        classes: int,
+        *,
+        value_range: tuple[float, float] | None = None,
+        class_names: tuple[str, ...] = (),
+        moments: Moments | None = None,
+    ) -> None:
+        first, *others = (inputs,) if isinstance(inputs, ArraySource) else inputs
+        self._samples, self._others, self._labels = first, tuple(others), targets
+        self.size, self.shape = first.shape[0], first.shape[1:]
+        self.classes, self.class_names = classes, class_names
+        self.value_range = value_range or _value_range(first)
+        self.target_shape, self.target_dtype = targets.shape[1:], target_dtype(targets.dtype)
+        self.input_dtype = torch_dtype(first.dtype)
+        self.other_inputs = tuple(
+            InputSpec(other.shape[1:], _input_dtype(other.dtype)) for other in others
+        )
+        self._stored_moments = moments
+
+    @property
+    def sources(self) -> tuple[ArraySource, ...]:
+        """The samples, the further inputs and the targets."""
+        return (self._samples, *self._others, self._labels)
+
+    def use_sources(self, sources: Sequence[ArraySource]) -> None:
+        """Read from other sources of the same content, in the order of `sources`."""
+        self._samples, *others, self._labels = sources
+        self._others = tuple(others)
+        for name in ("_inputs", "_other_inputs", "_targets"):
+            self.__dict__.pop(name, None)
+
+    @cached_property
+    def slow(self) -> bool:
+        """Whether the samples are read from files piece by piece; decided on first need."""
+        return not (self._samples.in_memory or fits_in_memory(self._samples.nbytes))
+
+    @cached_property
+    def _inputs(self) -> ArraySource:
+        return self._samples if self.slow else _in_memory(self._samples)
+
+    @cached_property
+    def _other_inputs(self) -> tuple[ArraySource, ...]:
+        return tuple(_in_memory_if_it_fits(other) for other in self._others)
+
+    @cached_property
+    def _targets(self) -> ArraySource:
+        return _in_memory_if_it_fits(self._labels)
+
+    def inputs(self, indices: ArrayLike) -> Tensor:
+        return to_float_tensor(self._inputs.read(indices))
+
+    def integer_inputs(self, indices: ArrayLike) -> Tensor:
+        if not stores_integers(self.input_dtype):
+            return super().integer_inputs(indices)  # an error
+        return to_int_tensor(self._inputs.read(indices))
+
+    def read_other_inputs(self, indices: ArrayLike) -> tuple[Tensor, ...]:
+        return tuple(to_input_tensor(other.read(indices)) for other in self._other_inputs)
+
+    def targets(self, indices: ArrayLike) -> Tensor:
+        return to_target_tensor(self._targets.read(indices))
+
+    def moments(self) -> Moments:
+        if self._stored_moments is None:
+            return super().moments()
+        scale = 255.0 if self._samples.dtype == np.uint8 else 1.0
+        return self._stored_moments[0] / scale, self._stored_moments[1] / scale
+
+
+def make_splits(parts: Mapping[str, SplitSources], task: Task = DEFAULT_TASK) -> DatasetSplits:
+    """Check all targets and the shapes of the splits and return them; no sample is read.
+
+    Parameters
+    ----------
+    parts : mapping
+        The sources by name of the split: "train", "test" and, where there is one, "validation".
+    task : Task
+        Decides which targets are legal.
+
+    Raises
+    ------
+    DataError
+        A split is not legal, or does not fit the training split.
+    """
+    train = make_split(parts["train"], task)
+    others = {
+        name: make_split(part, task, train) for name, part in parts.items() if name != "train"
+    }
+    location = " and ".join(dict.fromkeys(part.location for part in parts.values()))
+    return check_splits(DatasetSplits(train, **others), location)
+
+
+def make_split(
+    part: SplitSources, task: Task = DEFAULT_TASK, train: SourceDataset | None = None
+) -> SourceDataset:
+    """Check the sources of one split and return it; all targets are read, but no sample.
+
+    Parameters
+    ----------
+    part : SplitSources
+        The sources.
+    task : Task
+        Decides which targets are legal.
+    train : SourceDataset, optional
+        The training split, whose number of classes this one has.
+
+    Raises
+    ------
+    DataError
+        Shape or dtype is not legal, or the split does not fit `train`.
+    """
+    targets = part.targets if task.target == "data" else None
+    if targets is None:
+        targets = _no_targets(part)
+    scan = TargetScan(targets, part.location, task)
+    check_arrays(part.inputs[0], targets, part.location)
+    for number, other in enumerate(part.inputs[1:], start=1):
+        _check_other(other, number, len(targets), part.location)
+    targets = _scan_targets(scan, targets)
+    if train is None:
+        named = len(part.class_names) if scan.kind == "classes" else 0
+        classes = named or scan.count_outputs()
+    else:
+        _check_class_names(part, train)
+        classes = train.classes
+    scan.check_classes(classes)
+    return SourceDataset(
+        part.inputs, targets, classes, class_names=part.class_names, moments=part.moments
+    )
+
+
+def check_arrays(x: StoredArray, y: StoredArray, location: str) -> None:
+    """Refuse samples of a wrong shape or dtype, and targets that are not one per sample.
+
+    Parameters
+    ----------
+    x : StoredArray
+        Samples, (n, channels, ...).
+    y : StoredArray
+        Targets, (n, ...).
+    location : str
+        A file's path or a function's name, for the messages.
+
+    Raises
+    ------
+    DataError
+        No samples, unequal lengths, no dimension of channels, an illegal dtype.
+    """
+    if x.ndim < 2:
+        raise DataError(
+            "data.samples-flat", f"{location}: x has shape {x.shape}: give (samples, channels, ...)"
+        )
+    if x.dtype.kind not in NUMERIC_KINDS:
+        raise DataError(
+            "data.samples-dtype",
+            f"{location}: x has dtype {x.dtype}: convert it to integers, real or complex numbers",
+        )
+    if len(x) != len(y):
+        raise DataError(
+            "data.lengths-differ",
+            f"{location}: x has {len(x)} samples and y {len(y)} targets: give one per sample",
+        )
+    if 0 in x.shape:
+        raise DataError(
+            "data.samples-empty", f"{location}: x has shape {x.shape}: give at least one value"
+        )
+
+
+def _check_other(other: ArraySource, number: int, size: int, location: str) -> None:
+    if other.dtype.kind not in NUMERIC_KINDS or len(other) != size:
+        raise DataError(
+            "data.other-input",
+            f"{location}: input {number} has dtype {other.dtype} and {len(other)} samples: "
+            f"give numbers, {size} samples as the first input has",
+        )
+
+
+def _scan_targets(scan: TargetScan, targets: ArraySource) -> ArraySource:
+    """Check all targets, piece by piece; return them in memory where they fit."""
+    targets = _in_memory_if_it_fits(targets)
+    if targets.in_memory:
+        scan.add(targets.read_range(0, len(targets)))
+        return targets
+    for start in range(0, len(targets), SAMPLES_PER_READ):
+        stop = min(start + SAMPLES_PER_READ, len(targets))
+        scan.add(targets.read_range(start, stop), start)
+    return targets
+
+
+def _check_class_names(part: SplitSources, train: SourceDataset) -> None:
+    if train.class_names and part.class_names and part.class_names != train.class_names:
+        raise DataError(
+            "data.class-names-differ",
+            f"{part.location} has the {len(part.class_names)} classes "
+            f"{_shorten(part.class_names)} and the training split the {len(train.class_names)} "
+            f"classes {_shorten(train.class_names)}: import both from the same classes",
+        )
+
+
+def _no_targets(part: SplitSources) -> ArraySource:
+    """Return one zero per sample, which nothing reads."""
+    size = len(part.inputs[0])
+    return LazySource((size,), np.int64, lambda: np.zeros(size, np.int64), part.location)
+
+
+def _in_memory(source: ArraySource) -> ArraySource:
+    """Return a source in memory: itself, or one of all its rows."""
+    if source.in_memory:
+        return source
+    rows = source.read_range(0, len(source))
+    source.close()
+    return MemorySource(rows, source.location)
+
+
+def _in_memory_if_it_fits(source: ArraySource) -> ArraySource:
+    return _in_memory(source) if fits_in_memory(source.nbytes) else source
+
+
+def _value_range(source: ArraySource) -> tuple[float, float] | None:
+    return value_range(source.dtype)
+
+
+def _input_dtype(dtype: np.dtype[Any]) -> torch.dtype:
+    return to_input_tensor(np.empty(0, dtype)).dtype
+
+
+def _shorten(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
