@@ -133,12 +133,23 @@ def atomic_files(paths: list[Path], **options: Any) -> Iterator[list[h5py.File]]
     options = {"locking": False, "libver": (LIBRARY_VERSION, LIBRARY_VERSION)} | options
     try:
         with ExitStack() as stack:
-            yield [stack.enter_context(h5py.File(draft, "w", **options)) for draft in drafts]
+            yield [stack.enter_context(_create(draft, options)) for draft in drafts]
         for draft, path in zip(drafts, paths, strict=True):
             draft.rename(path)
     finally:
         for draft in drafts:
             draft.unlink(missing_ok=True)
+
+
+def _create(path: Path, options: dict[str, Any]) -> h5py.File:
+    try:
+        return h5py.File(path, "w", **options)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise ConfigError(
+            "import.output-unwritable",
+            f"cannot write into {path.parent}: {reason}; choose another folder",
+        ) from error
 
 
 def require_writable(path: Path) -> None:

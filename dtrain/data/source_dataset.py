@@ -114,6 +114,11 @@ class SourceDataset(Dataset):
         """The samples, the further inputs and the targets."""
         return (self._samples, *self._others, self._labels)
 
+    @property
+    def has_stored_moments(self) -> bool:
+        """Whether the files hold mean and deviation, so that `moments` reads no sample."""
+        return self._stored_moments is not None
+
     def use_sources(self, sources: Sequence[ArraySource]) -> None:
         """Read from other sources of the same content, in the order of `sources`."""
         self._samples, *others, self._labels = sources

@@ -104,7 +104,7 @@ def named_labels(split: StreamedSplit, classes: tuple[str, ...]) -> StreamedSpli
 
     def number(names: Array) -> Array:
         try:
-            return np.array([numbers[_text(name)] for name in names], np.int64)
+            return np.array([numbers[name_text(name)] for name in names], np.int64)
         except KeyError as error:
             raise DataError(
                 "import.class-unknown",
@@ -125,7 +125,7 @@ def find_names(y: ArrayStream) -> tuple[str, ...]:
         )
     names: set[str] = set()
     for piece in y.pieces():
-        names.update(map(_text, np.unique(piece)))
+        names.update(map(name_text, np.unique(piece)))
         refuse_many_names(names, y.location)
     return tuple(sorted(names))
 
@@ -174,5 +174,6 @@ def shorten(names: tuple[str, ...] | list[str]) -> str:
     return ", ".join(names[:3]) + (f", ... ({len(names)})" if len(names) > 3 else "")
 
 
-def _text(name: str | bytes) -> str:
+def name_text(name: str | bytes) -> str:
+    """Return a name as text."""
     return name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
