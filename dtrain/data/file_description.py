@@ -14,8 +14,7 @@ import h5py
 import numpy as np
 
 from dtrain.data.conversion import Array
-from dtrain.data.hdf5_source import open_hdf5
-from dtrain.data.hdf5_writer import read_pieces
+from dtrain.data.hdf5_pieces import open_for_pieces, read_pieces
 from dtrain.data.importing.array_stream import ArrayStream, StreamedSplit, name_text
 from dtrain.data.importing.import_data import NO_OPTIONS, ImportOptions, open_arrays
 from dtrain.data.importing.numpy_files import npz_arrays, open_npy
@@ -48,7 +47,7 @@ def describe_file(path: Path, options: ImportOptions = NO_OPTIONS, values: bool 
     """
     if path.exists() and path.suffix not in HDF5_SUFFIXES and not h5py.is_hdf5(path):
         return _describe_arrays(path, options, values)
-    with open_hdf5(path) as file:
+    with open_for_pieces(path) as file:
         datasets = _datasets(file)
         labels = options.y or "y"
         table: Table = {"file": str(path), "file_bytes": path.stat().st_size}

@@ -12,8 +12,8 @@ import h5py
 import numpy as np
 
 from dtrain.data.dataset import Moments, moments
-from dtrain.data.hdf5_source import Hdf5Source, open_hdf5
-from dtrain.data.hdf5_writer import read_pieces
+from dtrain.data.hdf5_pieces import open_for_pieces, read_pieces
+from dtrain.data.hdf5_source import Hdf5Source
 from dtrain.errors import ConfigError, DataError
 
 
@@ -85,7 +85,7 @@ def _read_statistics(path: Path, channels: str | int, name: str) -> Moments:
             f"{path}: '{name}' has dtype {source.dtype} and shape {source.shape}: statistics need "
             "at least one integer or real number",
         )
-    with open_hdf5(path) as file:
+    with open_for_pieces(path) as file:
         pieces = read_pieces(file[name], "statistics")
         statistics = moments(np.moveaxis(piece, axis, 1) for piece in pieces)
     if not np.isfinite(statistics).all():

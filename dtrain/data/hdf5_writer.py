@@ -6,7 +6,6 @@ Invariant: a file under its final name is complete, and no file is overwritten.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,14 +16,11 @@ import numpy as np
 
 from dtrain.data.conversion import Array
 from dtrain.data.dataset import moments
+from dtrain.data.hdf5_pieces import read_pieces, rows_per_piece, show_progress
 from dtrain.errors import ConfigError
 
 CHUNK_BYTES = 2**20
 """Size of a chunk, unless one sample is larger."""
-
-
-PIECE_BYTES = 4 * 2**20
-"""Size of what is read and written at once, unless one sample is larger."""
 
 
 MAX_CHUNK_BYTES = 2**31
@@ -49,31 +45,11 @@ def chunk_shape(
     return min(shape[0], max(1, chunk_bytes // max(1, size))), *sample
 
 
-def rows_per_piece(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
-    """Return the number of samples in about `PIECE_BYTES`, at least 1."""
-    return max(1, PIECE_BYTES // max(1, dtype.itemsize * int(np.prod(shape[1:]))))
-
-
 def create_rows(
     file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> h5py.Dataset:
     """Create an uncompressed dataset in chunks of whole samples."""
     return file.create_dataset(name, shape, dtype, chunks=chunk_shape(shape, dtype))
-
-
-def read_pieces(rows: h5py.Dataset, label: str | None = None) -> Iterator[Array]:
-    """Yield the samples of a dataset in order, `PIECE_BYTES` at a time.
-
-    Parameters
-    ----------
-    label : str, optional
-        Show the progress under this label.
-    """
-    step = rows_per_piece(rows.shape, rows.dtype)
-    for start in range(0, len(rows), step):
-        yield rows[start : start + step]
-        if label is not None:
-            show_progress(label, min(start + step, len(rows)), len(rows))
 
 
 def write_pieces(target: h5py.Dataset, pieces: Iterable[Array], label: str) -> None:
@@ -128,28 +104,29 @@ def add_statistics(files: list[h5py.File]) -> None:
 
 @contextmanager
 def atomic_files(paths: list[Path], **options: Any) -> Iterator[list[h5py.File]]:
-    """Open files under temporary names; rename them to `paths` when all are complete."""
+    """Open files under temporary names; rename them to `paths` when all are complete.
+
+    Raises
+    ------
+    ConfigError
+        A file cannot be written, as on a full disk.
+    """
     drafts = [path.with_name(f".{path.name}.{os.getpid()}.part") for path in paths]
     options = {"locking": False, "libver": (LIBRARY_VERSION, LIBRARY_VERSION)} | options
     try:
         with ExitStack() as stack:
-            yield [stack.enter_context(_create(draft, options)) for draft in drafts]
+            yield [stack.enter_context(h5py.File(draft, "w", **options)) for draft in drafts]
         for draft, path in zip(drafts, paths, strict=True):
             draft.rename(path)
+    except (OSError, RuntimeError) as error:
+        text = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            "import.output-unwritable",
+            f"cannot write {paths[0]}: {text}; make space, or choose another folder",
+        ) from error
     finally:
         for draft in drafts:
             draft.unlink(missing_ok=True)
-
-
-def _create(path: Path, options: dict[str, Any]) -> h5py.File:
-    try:
-        return h5py.File(path, "w", **options)
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise ConfigError(
-            "import.output-unwritable",
-            f"cannot write into {path.parent}: {reason}; choose another folder",
-        ) from error
 
 
 def require_writable(path: Path) -> None:
@@ -164,11 +141,3 @@ def require_writable(path: Path) -> None:
             "import.folder-missing",
             f"{path}: there is no folder {path.parent}: create it first",
         )
-
-
-def show_progress(label: str, count: int, total: int | None = None) -> None:
-    """Print the progress, on a terminal only."""
-    if sys.stderr.isatty():
-        of = f" of {total:,}" if total else ""
-        end = "\n" if count == total else ""
-        print(f"\r{label}: {count:,}{of}", end=end, file=sys.stderr, flush=True)

@@ -21,13 +21,13 @@ from typing import Any, Literal, final
 import h5py
 import numpy as np
 
-from dtrain.data.hdf5_source import Hdf5Source, open_hdf5, read_error
+from dtrain.data.hdf5_pieces import open_for_pieces, show_progress
+from dtrain.data.hdf5_source import Hdf5Source, read_error
 from dtrain.data.hdf5_writer import (
     CHUNK_BYTES,
     atomic_files,
     chunk_shape,
     require_writable,
-    show_progress,
 )
 from dtrain.errors import ConfigError
 
@@ -66,8 +66,7 @@ def rechunk(
             "data.chunk-bytes", f"--chunk-bytes {chunk_bytes}: give at least 1, as {CHUNK_BYTES}"
         )
     require_writable(out)
-    cache = {"rdcc_nbytes": _largest_chunk(source) + REGION_BYTES}
-    with _open_cached(source, cache) as file, atomic_files([out], **cache) as [target]:
+    with open_for_pieces(source) as file, atomic_files([out], rdcc_nbytes=REGION_BYTES) as [target]:
         _Copy(source, chunk_bytes, compression, out).group(file, target)
     return out
 
@@ -203,23 +202,3 @@ def _holds_references(dtype: np.dtype[Any]) -> bool:
     parts = [h5py.check_vlen_dtype(dtype), *fields]
     is_reference = h5py.check_ref_dtype(dtype) is not None
     return is_reference or any(_holds_references(p) for p in parts if isinstance(p, np.dtype))
-
-
-def _largest_chunk(path: Path) -> int:
-    """Return the bytes of the largest chunk in a file."""
-    sizes = [0]
-
-    def add(_: str, item: h5py.HLObject) -> None:
-        if isinstance(item, h5py.Dataset) and item.chunks:
-            sizes.append(item.dtype.itemsize * int(np.prod(item.chunks)))
-
-    with open_hdf5(path) as file:
-        file.visititems(add)
-    return max(sizes)
-
-
-def _open_cached(path: Path, cache: dict[str, int]) -> h5py.File:
-    try:
-        return h5py.File(path, "r", locking=False, **cache)
-    except OSError as error:
-        raise read_error(path, error) from error

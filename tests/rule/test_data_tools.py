@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 
 from dtrain.cli import main
 from dtrain.config.parse import read_run
-from dtrain.data import hdf5_writer, load_data
+from dtrain.data import hdf5_pieces, hdf5_writer, load_data
 from dtrain.data import rechunk as rechunk_module
 from dtrain.data.file_description import describe_file
 from dtrain.data.file_statistics import store_statistics
@@ -91,7 +92,7 @@ def test_real_targets_and_many_labels(file: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_labels_are_read_in_pieces(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hdf5_writer, "PIECE_BYTES", 40)
+    monkeypatch.setattr(hdf5_pieces, "PIECE_BYTES", 40)
     assert describe_file(file)["targets"]["y"]["counts"] == {"1": 30, "2": 20, "4": 10}
 
 
@@ -372,6 +373,21 @@ def test_a_failed_copy_leaves_nothing(file: Path, tmp_path: Path) -> None:
     with refuses(DataError, "data.file-damaged"):
         rechunk(file, out)
     assert [path.name for path in tmp_path.iterdir()] == ["a.h5"]
+
+
+@pytest.mark.parametrize("verb", ["rechunk", "import"])
+def test_a_full_disk_is_named_and_leaves_nothing(file: Path, tmp_path: Path, verb: str) -> None:
+    """A limit on the size of files stands for the disk."""
+    np.savez(tmp_path / "a.npz", x=X, y=Y)
+    source = {"rechunk": file, "import": tmp_path / "a.npz"}[verb]
+    before = sorted(tmp_path.iterdir())
+
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
+        os._exit(main(["data", verb, str(source), str(tmp_path / "b.h5")]))
+
+    assert killed(work) == ConfigError.code
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_large_samples_have_a_chunk_each() -> None:

@@ -12,7 +12,7 @@ from typing import IO, Any, final
 import numpy as np
 
 from dtrain.data.conversion import Array
-from dtrain.data.hdf5_writer import rows_per_piece
+from dtrain.data.hdf5_pieces import rows_per_piece
 from dtrain.data.source_dataset import check_arrays
 from dtrain.errors import DataError
 

@@ -23,7 +23,7 @@ from typing import Any, final
 import numpy as np
 
 from dtrain.data.conversion import Array
-from dtrain.data.hdf5_writer import rows_per_piece
+from dtrain.data.hdf5_pieces import rows_per_piece
 from dtrain.data.importing.array_stream import (
     ArrayStream,
     StreamedSplit,
