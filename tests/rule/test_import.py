@@ -469,7 +469,8 @@ TABLES: dict[str, tuple[str, str | None, Any, Any, list[str] | None]] = {
     "from the end": ("0,5,1\n1,6,2\n", "-3", [[5, 1], [6, 2]], [0, 1], None),
     "quotes": ('"a, b",y\r\n" 1","x, ""z"""\r\n2,w\r\n', None, [[1], [2]], [1, 0], ["w", 'x, "z"']),
     "byte order mark": ("\ufeff1,2\n3,4\n", None, [[1], [3]], [2, 4], None),
-    "large": ("1,0\n9007199254740994,1\n", None, [[1.0], [2.0**53 + 2]], [0, 1], None),
+    "large": ("1,0\n16777217,1\n", None, [[1.0], [2.0**24 + 1]], [0, 1], None),
+    "numbers as names": ("0,1,label\n5,6,0\n7,8,1\n", None, [[5, 6], [7, 8]], [0, 1], None),
 }
 
 
@@ -498,7 +499,7 @@ WRONG_TABLES = {
     "import.csv-unnamed-column": ",a,y\n0,1,2\n",
     "import.csv-target": "a,b\n1,2\n",
     "import.csv-target-mixed": "1,2\n3,cat\n",
-    "import.csv-empty": "a,b\n",
+    "import.csv-empty": "",
     "import.file-damaged": "1,2\n\xff\n",
 }
 

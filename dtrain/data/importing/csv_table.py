@@ -1,6 +1,6 @@
 """Tables as text: one sample a line, numbers in all columns but that of the target.
 
-The first line is a header if it has a cell that is no number, apart from the target's. Targets are
+The first line is a header if a cell of it is no number where the second line has one. Targets are
 labels where all are whole numbers, real numbers where one has a fraction, and names of classes
 where none is a number.
 
@@ -36,8 +36,8 @@ from dtrain.errors import DataError
 SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 
 
-LARGEST_INTEGER = 2**53
-"""Whole numbers up to this one are exact in float64."""
+LARGEST_INTEGER = 2**24
+"""Whole numbers up to this one are exact in float32, as which integers are trained on."""
 
 
 READ_ERRORS = (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error)
@@ -151,43 +151,47 @@ class _Scan:
 
 
 def _read_layout(source: Path, target: str | None) -> _Table:
-    """Find delimiter, header and the target's column by the first line."""
+    """Find delimiter, header and the target's column by the first two lines."""
     with _open_text(source) as file:
-        first = file.readline()
-    delimiter = max(",;\t|", key=first.count)
+        first_line = file.readline()
+    delimiter = max(",;\t|", key=first_line.count)
     with _open_rows(source, delimiter) as rows:
-        _, cells = next(rows, (0, []))
-    if len(cells) < 2:
+        first, second = ([cells for _, cells in islice(rows, 2)] + [[], []])[:2]
+    if not first:
+        raise DataError("import.csv-empty", f"{source} has no samples: add lines of numbers")
+    if len(first) < 2:
         raise DataError(
             "import.csv-one-column",
-            f"{source} has {len(cells)} columns in its first line: separate at least one number "
+            f"{source} has {len(first)} columns in its first line: separate at least one number "
             "and the target by commas, semicolons or tabs",
         )
-    column = _find_target(source, cells, target)
-    header = any(_number(cell) is None for i, cell in enumerate(cells) if i != column)
-    if header and not all(cells):
+    pairs = zip(first, second, strict=False)
+    has_header = any(_number(a) is None and _number(b) is not None for a, b in pairs)
+    if has_header and not all(first):
         raise DataError(
             "import.csv-unnamed-column",
-            f"{source}: column {cells.index('')} has no name, as pandas writes the numbers of the "
+            f"{source}: column {first.index('')} has no name, as pandas writes the numbers of the "
             "rows: leave it out (index=False), or name it",
         )
-    return _Table(source, delimiter, cells if header else [], len(cells), column)
+    header = first if has_header else []
+    return _Table(
+        source, delimiter, header, len(first), _find_target(source, first, header, target)
+    )
 
 
-def _find_target(source: Path, first: list[str], target: str | None) -> int:
+def _find_target(source: Path, header: list[str], columns: int, target: str | None) -> int:
     """Return the number of the target's column."""
     if target is None:
-        return len(first) - 1
-    if target in first and _number(target) is None:
-        return first.index(target)
+        return columns - 1
+    if target in header:
+        return header.index(target)
     try:
-        number = int(target)
-        return range(len(first))[number]
+        return range(columns)[int(target)]
     except (ValueError, IndexError):
+        names = f"choose one of {shorten(header)}, or" if header else "without a header choose"
         raise DataError(
             "import.csv-target",
-            f"{source} has no column '{target}': choose one of {shorten(first)}, or a number from "
-            f"0 to {len(first) - 1}",
+            f"{source} has no column '{target}': {names} a number from 0 to {columns - 1}",
         ) from None
 
 
@@ -213,8 +217,6 @@ def _scan(table: _Table) -> _Scan:
                 f"{table.source}, line {line}: the target '{cells[table.target]}' is a number and "
                 "others are not, or the reverse: write numbers or names in all lines",
             )
-    if not scan.rows:
-        raise DataError("import.csv-empty", f"{table.source} has no samples: add lines of numbers")
     return scan
 
 
