@@ -174,9 +174,8 @@ def _read_layout(source: Path, target: str | None) -> _Table:
             "rows: leave it out (index=False), or name it",
         )
     header = first if has_header else []
-    return _Table(
-        source, delimiter, header, len(first), _find_target(source, first, header, target)
-    )
+    column = _find_target(source, header, len(first), target)
+    return _Table(source, delimiter, header, len(first), column)
 
 
 def _find_target(source: Path, header: list[str], columns: int, target: str | None) -> int:
