@@ -45,16 +45,14 @@ def _add_import(verbs: Commands) -> None:
         choices=("resize", "crop"),
         help="resize the shorter side and crop the centre (default), or only crop",
     )
-    _add_array_names(parser)
+    _add_array_names(parser, "array of the targets in .npz; their file for .npy and IDX")
     parser.set_defaults(command=_import)
 
 
-def _add_array_names(parser: argparse.ArgumentParser) -> None:
+def _add_array_names(parser: argparse.ArgumentParser, y_help: str) -> None:
     """Add the options that name samples and targets in a file."""
     parser.add_argument("--x", metavar="NAME", help="array of the samples in .npz")
-    parser.add_argument(
-        "--y", metavar="NAME", help="array of the targets in .npz; their file for .npy and IDX"
-    )
+    parser.add_argument("--y", metavar="NAME", help=y_help)
     parser.add_argument(
         "--target",
         metavar="COLUMN",
@@ -72,7 +70,7 @@ def _add_describe(verbs: Commands) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the run"
     )
-    _add_array_names(parser)
+    _add_array_names(parser, "array of the targets in HDF5 or .npz (default: y)")
     parser.set_defaults(command=_describe)
 
 
@@ -81,6 +79,9 @@ def _add_stats(verbs: Commands) -> None:
         "stats", help="write mean and standard deviation of the samples into an HDF5 file"
     )
     parser.add_argument("file", type=Path, metavar="FILE.h5")
+    parser.add_argument(
+        "--x", default="x", metavar="NAME", help="array of the samples (default: x)"
+    )
     parser.add_argument(
         "--channels",
         type=_axis,
@@ -103,7 +104,12 @@ def _add_rechunk(verbs: Commands) -> None:
         metavar="N",
         help="size of a chunk (default: 1,048,576), or one sample",
     )
-    parser.add_argument("--compression", choices=("none", "gzip", "lzf"), default="none")
+    parser.add_argument(
+        "--compression",
+        choices=("none", "gzip", "lzf"),
+        default="none",
+        help="default: none, the fastest to read",
+    )
     parser.set_defaults(command=_rechunk)
 
 
@@ -153,7 +159,7 @@ def _stats(options: argparse.Namespace) -> int:
     """Write statistics into a file and print them."""
     from dtrain.data.file_statistics import store_statistics
 
-    mean, deviation = store_statistics(options.file, options.channels)
+    mean, deviation = store_statistics(options.file, options.channels, options.x)
     for key, numbers in (("mean", mean), ("std", deviation)):
         shown = " ".join(f"{number:.6g}" for number in numbers[:8])
         print(f"{key:4}  {shown}{' ...' if len(numbers) > 8 else ''}")

@@ -242,6 +242,7 @@ def test_wrong_statistics(file: Path, tmp_path: Path) -> None:
         store_statistics(tmp_path / "none.h5")
     with refuses(DataError, "data.hdf5-dataset-missing"):
         store_statistics(file, name="z")
+    assert main(["data", "stats", str(file), "--x", "z"]) == DataError.code
     assert pair(file) == {}
 
 
