@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import dtrain
-from dtrain import cli_data, cli_run_folders
+from dtrain import cli_checkpoint, cli_data, cli_run_folders
 from dtrain.comm.launcher import detect_launcher, start_ranks
 from dtrain.errors import ConfigError, DtrainError
 
@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_local_commands(commands)
     cli_data.add_commands(commands)
     cli_run_folders.add_commands(commands)
+    cli_checkpoint.add_command(commands)
     return parser
 
 

@@ -5,18 +5,17 @@ Invariant: a tensor is read only from a shard whose hash was compared.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import h5py
 from torch import Tensor
 
 from dtrain.checkpoint.files import file_sha256
-from dtrain.checkpoint.shard import read_tensor
+from dtrain.checkpoint.manifest_file import CHECKPOINT_NAME, read_manifest_content
+from dtrain.checkpoint.shard import find_dataset, open_shard, read_tensor
 from dtrain.comm.agree import all_or_none, broadcast_object
 from dtrain.comm.backends.single import SingleBackend
 from dtrain.comm.buffers import describe_tensor
@@ -83,9 +82,9 @@ class Manifest:
             keys_by_shard.setdefault(self.files[key], []).append(key)
         tensors = {}
         for name, shard_keys in sorted(keys_by_shard.items()):
-            self._check_shard(name)
-            with h5py.File(self.folder / name, "r", locking=False) as shard:
-                tensors.update({key: read_tensor(shard[key]) for key in shard_keys})
+            self.check_shard(name)
+            with open_shard(self.folder / name) as shard:
+                tensors.update({key: read_tensor(shard, key) for key in shard_keys})
         return tensors
 
     def load_like(self, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -120,10 +119,11 @@ class Manifest:
         """Return the shape of every tensor whose key starts with `prefix`, by the rest of it."""
         shapes: dict[str, tuple[int, ...]] = {}
         for name in sorted(set(self.files.values())):
-            with h5py.File(self.folder / name, "r", locking=False) as shard:
+            self.check_shard(name)
+            with open_shard(self.folder / name) as shard:
                 keys = [k for k, file in self.files.items() if file == name]
                 shapes |= {
-                    key.removeprefix(prefix): tuple(shard[key].shape)
+                    key.removeprefix(prefix): tuple(find_dataset(shard, key).shape)
                     for key in keys
                     if key.startswith(prefix)
                 }
@@ -149,16 +149,27 @@ class Manifest:
                 f"{self.folder} holds no averaged weights: train with [ema] decay = 0.999",
             )
 
-    def _check_shard(self, name: str) -> None:
-        """Refuse a shard that is missing or damaged; each is hashed once."""
+    def check_shard(self, name: str) -> None:
+        """Refuse a shard that is missing or damaged; each is hashed once.
+
+        Raises
+        ------
+        CheckpointError
+            It names the file.
+        """
         if name in self._intact:
             return
         path = self.folder / name
-        if not path.is_file() or file_sha256(path) != self.hashes[name]:
+        reason = "its hash is not that of the manifest"
+        try:
+            is_intact = file_sha256(path) == self.hashes[name]
+        except OSError as error:
+            is_intact, reason = False, str(error)
+        if not is_intact:
             raise CheckpointError(
                 "checkpoint.shard-damaged",
-                f"{path} is damaged (its hash is not that of the manifest): delete the folder "
-                f"{self.folder} to resume from the checkpoint before it",
+                f"{path} is damaged ({reason}): delete the folder {self.folder} to resume from "
+                "the checkpoint before it",
             )
         self._intact.add(name)
 
@@ -205,10 +216,18 @@ def load_latest(folder: Path, load: Callable[[Manifest], T], comm: Comm) -> T | 
     )
 
 
+def checkpoint_names(folder: Path) -> list[str]:
+    """Return the names of the complete checkpoints in a folder, the oldest first.
+
+    A folder of another name is none: copies and remains are left alone.
+    """
+    names = [path.name for path in folder.glob("update-*") if path.is_dir()]
+    return sorted(filter(CHECKPOINT_NAME.fullmatch, names), key=lambda name: int(name[7:]))
+
+
 def _latest_name(folder: Path) -> str | None:
     """Return the name of the newest complete checkpoint."""
-    complete = [path.parent for path in folder.glob("update-*/manifest.json")]
-    return max((path.name for path in complete if path.suffix != PARTIAL_SUFFIX), default=None)
+    return next(reversed(checkpoint_names(folder)), None)
 
 
 def _load_unless_deleted(folder: Path, load: Callable[[Manifest], T]) -> list[T]:
@@ -229,17 +248,9 @@ def read_manifest(folder: Path) -> Manifest:
     CheckpointError
         It is damaged.
     """
-    path = folder / "manifest.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        shards = content["shards"]
-        files = {key: name for name, shard in shards.items() for key in shard["keys"]}
-        hashes = {name: shard["sha256"] for name, shard in shards.items()}
-        fingerprint = content.get("fingerprint", {})
-        return Manifest(folder, content["run"], content["state"], files, hashes, fingerprint)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            "checkpoint.manifest-damaged",
-            f"{path} is damaged ({error}): delete the folder {folder} to resume from the "
-            "checkpoint before it",
-        ) from error
+    content = read_manifest_content(folder)
+    shards = content["shards"]
+    files = {key: name for name, shard in shards.items() for key in shard["keys"]}
+    hashes = {name: shard["sha256"] for name, shard in shards.items()}
+    fingerprint = content.get("fingerprint", {})
+    return Manifest(folder, content["run"], content["state"], files, hashes, fingerprint)

@@ -10,25 +10,31 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
-from itertools import zip_longest
+from itertools import chain, count, zip_longest
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
 
-from dtrain.checkpoint.manifest import Manifest, latest_checkpoint, load_latest
-from dtrain.checkpoint.run_folder import OWNER_FILE
+from dtrain.checkpoint.manifest import (
+    Manifest,
+    checkpoint_names,
+    latest_checkpoint,
+    load_latest,
+    read_manifest,
+)
+from dtrain.checkpoint.ownership import OWNER_FILE
 from dtrain.comm.agree import broadcast_object
 from dtrain.comm.backends.single import SingleBackend
 from dtrain.comm.communicator import Comm
 from dtrain.config.renamed_keys import translate_old_keys
 from dtrain.config.run import RunConfig
-from dtrain.errors import ConfigError
-from dtrain.schema import Table, toml_text
+from dtrain.errors import CheckpointError, ConfigError
+from dtrain.schema import Table, flatten_table, toml_text
 
 T = TypeVar("T")
 
@@ -92,12 +98,15 @@ class ResumePoint:
         Updates that it holds.
     fingerprint : dict
         What identifies its model and its data; empty where that is not known.
+    damaged : dict of str to str
+        Folders of newer checkpoints that are damaged, and what is wrong with each.
     """
 
     checkpoint: str | None = None
     run_table: Table | None = None
     updates: int = 0
     fingerprint: Table = field(default_factory=dict)
+    damaged: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
     def from_manifest(manifest: Manifest | None) -> ResumePoint:
@@ -115,20 +124,70 @@ class ResumePoint:
 def find_resume_point(comm: Comm, out: Path, resume: str) -> ResumePoint:
     """Return the checkpoint that a run into `out` resumes from. Collective over `comm`.
 
-    Parameters and errors are those of `find_checkpoint`.
+    The ranks share the shards of the newest checkpoint and hash them. Where one is damaged, the
+    checkpoint before it is taken. Parameters and errors are those of `find_checkpoint`.
     """
-    return ResumePoint(
-        **broadcast_object(
-            comm, lambda: asdict(ResumePoint.from_manifest(find_checkpoint(out, resume)))
-        )
-    )
+    damaged: dict[str, str] = {}
+
+    def newest() -> list[dict[str, Any]]:
+        manifest = find_checkpoint(out, resume, damaged)
+        return [asdict(ResumePoint.from_manifest(manifest)), damaged]
+
+    while True:
+        record, damaged = broadcast_object(comm, newest)
+        point = replace(ResumePoint(**record), damaged=damaged)
+        if point.checkpoint is None:
+            return point
+        reasons = comm.allgather_object(_damaged_shard(Path(point.checkpoint), comm))
+        reason = next((reason for reason in reasons if reason is not None), None)
+        if reason is None:
+            return point
+        damaged[point.checkpoint] = reason
 
 
-def find_checkpoint(out: Path, resume: str) -> Manifest | None:
+def _damaged_shard(folder: Path, comm: Comm) -> str | None:
+    """Return what is wrong with this rank's share of the shards of a checkpoint."""
+    try:
+        manifest = read_manifest(folder)
+        for name in sorted(manifest.hashes)[comm.rank :: comm.size]:
+            manifest.check_shard(name)
+    except CheckpointError as error:
+        return error.message
+    return None
+
+
+def set_damaged_aside(out: Path, point: ResumePoint) -> None:
+    """Rename the damaged checkpoints in `out`, so that no later start reads them."""
+    for name in point.damaged:
+        folder = Path(name)
+        if folder.parent == out / CHECKPOINT_FOLDER and folder.exists():
+            folder.rename(_free_name(folder.with_name(f"{folder.name}.damaged")))
+
+
+def _free_name(path: Path) -> Path:
+    others = (path.with_name(f"{path.name}-{number}") for number in count(2))
+    return next(name for name in chain([path], others) if not name.exists())
+
+
+def damage_notes(point: ResumePoint) -> list[str]:
+    """Return a note for each checkpoint that was passed over."""
+    return [
+        f"{message.partition(': delete')[0]}; the run resumes from the checkpoint before it, at "
+        f"update {point.updates:,}, and the damaged one is kept as {Path(name).name}.damaged"
+        for name, message in point.damaged.items()
+    ]
+
+
+def find_checkpoint(
+    out: Path, resume: str, damaged: dict[str, str] | None = None
+) -> Manifest | None:
     """Return the checkpoint that a run into `out` resumes from; None: it starts afresh.
 
     Parameters
     ----------
+    damaged : dict, optional
+        Folders that are passed over; a checkpoint whose manifest is damaged is added with the
+        reason. Without it such a checkpoint is an error.
     resume : str
         "auto": the newest in `out`. "never": none, and `out` must be empty. "fresh": none, whatever
         `out` holds. Else the folder of another run, whose newest is taken unless `out` holds one
@@ -139,7 +198,7 @@ def find_checkpoint(out: Path, resume: str) -> Manifest | None:
     ConfigError
         `out` is not empty and no run folder, or the checkpoint that `resume` names is missing.
     CheckpointError
-        The manifest of the checkpoint is damaged.
+        The manifest of the checkpoint is damaged; with `damaged`, no checkpoint is whole.
     """
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
     names -= {name for name in names if name.startswith(f".{OWNER_FILE}")}
@@ -156,16 +215,47 @@ def find_checkpoint(out: Path, resume: str) -> Manifest | None:
         )
     if resume == "fresh":
         return None
-    manifest = latest_checkpoint(out / CHECKPOINT_FOLDER)
+    find = latest_checkpoint if damaged is None else partial(newest_whole, damaged=damaged)
+    manifest = find(out / CHECKPOINT_FOLDER)
     if manifest is not None or resume in ("auto", "never"):
         return manifest
-    manifest = latest_checkpoint(Path(resume) / CHECKPOINT_FOLDER)
+    manifest = find(Path(resume) / CHECKPOINT_FOLDER)
     if manifest is None:
         raise ConfigError(
             "run-folder.no-resume-checkpoint",
             f"--resume {resume}: there is no complete checkpoint in {resume}",
         )
     return manifest
+
+
+def newest_whole(folder: Path, damaged: dict[str, str]) -> Manifest | None:
+    """Return the newest checkpoint in `folder` that is not known to be damaged.
+
+    Parameters
+    ----------
+    damaged : dict
+        As in `find_checkpoint`.
+
+    Raises
+    ------
+    CheckpointError
+        There are checkpoints, but none is whole.
+    """
+    paths = [folder / name for name in reversed(checkpoint_names(folder))]
+    for path in paths:
+        if str(path) in damaged:
+            continue
+        try:
+            return read_manifest(path)
+        except CheckpointError as error:
+            damaged[str(path)] = error.message
+    if paths:
+        raise CheckpointError(
+            "checkpoint.none-whole",
+            f"no checkpoint in {folder} is whole; the newest: {damaged[str(paths[0])]}; choose "
+            "another --out to start anew",
+        )
+    return None
 
 
 def newest_checkpoint(folder: Path) -> Manifest:
@@ -259,8 +349,8 @@ def check_same_run(
         )
     if saved_table is None:
         return
-    saved = dict(_flatten(translate_old_keys(saved_table)))
-    current = dict(_flatten(run.to_table()))
+    saved = dict(flatten_table(translate_old_keys(saved_table)))
+    current = dict(flatten_table(run.to_table()))
     changes = {
         key: f"{key} (was {_value_text(saved, key)}, is {_value_text(current, key)})"
         for key in sorted(saved.keys() | current.keys())
@@ -419,15 +509,6 @@ def length_dependent_parts(run: RunConfig) -> Iterator[str]:
         yield f"learning rates of '{run.lr_schedule.name}'"
     if run.sync.instance.traits().depends_on_run_length:
         yield f"phases of '{run.sync.name}'"
-
-
-def _flatten(table: Table, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the nested tables as dotted keys and values; a tuple becomes a list."""
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, list(value) if isinstance(value, tuple) else value
 
 
 def _value_text(table: Table, key: str) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
@@ -17,7 +18,8 @@ import h5py
 import torch
 from torch import Tensor
 
-from dtrain.checkpoint.files import file_sha256
+from dtrain.checkpoint.files import file_sha256, open_plain_file
+from dtrain.errors import CheckpointError
 
 
 @final
@@ -71,10 +73,60 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {"file": path.name, "bytes": size, "sha256": file_sha256(path), "keys": list(tensors)}
 
 
-def read_tensor(dataset: h5py.Dataset) -> Tensor:
-    """Return a tensor of a shard, on the CPU."""
+@contextmanager
+def open_shard(path: Path) -> Iterator[h5py.File]:
+    """Open a shard for reading.
+
+    Raises
+    ------
+    CheckpointError
+        It cannot be read as `write_shard` writes it, in the block, too.
+    """
+    try:
+        with open_plain_file(path) as file, h5py.File(file, "r") as shard:
+            yield shard
+    except (OSError, RuntimeError, LookupError, TypeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            "checkpoint.shard-unreadable",
+            f"{path} cannot be read as a shard ({reason}): delete the folder {path.parent} to "
+            "resume from the checkpoint before it",
+        ) from error
+
+
+def read_tensor(shard: h5py.File, key: str) -> Tensor:
+    """Return a tensor of a shard, on the CPU.
+
+    Raises
+    ------
+    ValueError, LookupError, OSError
+        The shard has no such tensor of its own.
+    """
+    dataset = find_dataset(shard, key)
     tensor = torch.as_tensor(dataset[()])
     return tensor.view(torch.bfloat16) if dataset.attrs["dtype"] == "bfloat16" else tensor
+
+
+def find_dataset(shard: h5py.File, key: str) -> h5py.Dataset:
+    """Return the HDF5 dataset of a tensor; links and storage in other files are refused.
+
+    Raises
+    ------
+    ValueError, LookupError
+        The shard has no such dataset of its own.
+    """
+    group = shard
+    for name in key.split("/"):
+        if not isinstance(group, h5py.Group) or name not in group:
+            raise LookupError(f"it lacks '{key}'")
+        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+            raise ValueError(f"'{key}' is a link")
+        group = group[name]
+    if not isinstance(group, h5py.Dataset) or group.external or group.is_virtual:
+        raise ValueError(f"'{key}' lies in another file")
+    if group.dtype.kind not in "biufc":
+        raise ValueError(f"'{key}' holds no numbers")
+    return group
 
 
 def dtype_name(tensor: Tensor) -> str:

@@ -18,7 +18,6 @@ tensors whichever rank wrote them. Nothing is ever unpickled.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,7 +28,8 @@ from torch import Tensor
 
 from dtrain.block.block import Block
 from dtrain.checkpoint.files import fsync
-from dtrain.checkpoint.manifest import PARTIAL_SUFFIX, Manifest
+from dtrain.checkpoint.manifest import PARTIAL_SUFFIX, Manifest, checkpoint_names
+from dtrain.checkpoint.manifest_file import write_manifest
 from dtrain.checkpoint.shard import write_shard
 from dtrain.comm.communicator import Comm
 from dtrain.errors import CheckpointError
@@ -72,8 +72,8 @@ def save(
     part = final.with_name(final.name + PARTIAL_SUFFIX)
     if control.rank == 0:
         with _convert_write_errors(part):
-            for remains in folder.glob(f"*{PARTIAL_SUFFIX}"):
-                shutil.rmtree(remains)
+            for remains in folder.glob(f"update-*{PARTIAL_SUFFIX}"):
+                _delete(remains)
             part.mkdir(parents=True)
     control.allgather_object("made")
     with _convert_write_errors(part):
@@ -84,7 +84,7 @@ def save(
         with _convert_write_errors(part):
             manifest = {"run": run_table, "state": state, "fingerprint": fingerprint or {}}
             _commit(part, final, manifest | {"shards": shards})
-            others = [path for path in sorted(folder.glob("update-*")) if path != final]
+            others = [folder / name for name in checkpoint_names(folder) if name != final.name]
             for old in others[: max(0, len(others) - keep + 1)]:
                 _remove(old)
     control.allgather_object("done")
@@ -181,9 +181,7 @@ def _optimizer_state(manifest: Manifest, block: Block, root: str) -> dict[str, T
 
 def _commit(part: Path, final: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest and rename the folder, in the place of an older one of that name."""
-    path = part / "manifest.json"
-    path.write_text(json.dumps(manifest), encoding="utf-8")
-    fsync(path)
+    write_manifest(part, manifest)
     fsync(part)
     if final.exists():
         _remove(final)
@@ -195,7 +193,15 @@ def _remove(folder: Path) -> None:
     """Remove a checkpoint, marked as incomplete first, in case the process dies meanwhile."""
     removed = folder.with_name(folder.name + ".old" + PARTIAL_SUFFIX)
     folder.rename(removed)
-    shutil.rmtree(removed)
+    _delete(removed)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder; of a link to a folder, the link alone."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from dtrain.callbacks import (
     callback_keys,
     with_callback_keys,
 )
-from dtrain.checkpoint import run_folder, store
+from dtrain.checkpoint import ownership, run_folder, store
 from dtrain.checkpoint.digest import model_digest
 from dtrain.checkpoint.resume import (
     BEST_FOLDER,
@@ -43,6 +43,7 @@ from dtrain.checkpoint.resume import (
     check_same_model,
     check_same_run,
     check_saved_data,
+    damage_notes,
     find_resume_point,
     source_hashes,
     source_notes,
@@ -75,6 +76,7 @@ from dtrain.session.data_notes import check_data_values, data_notes
 from dtrain.session.failure import report_failure
 from dtrain.session.layer_notes import layer_notes
 from dtrain.session.measured_cuts import settle_cuts
+from dtrain.session.same_program import check_same_program, check_same_source
 from dtrain.session.segment_record import segment_record
 from dtrain.session.start import (
     acquire_folder,
@@ -153,7 +155,8 @@ class Session:
         self.out = all_or_none(self.comm, lambda: fill_keys(folder, config))
         self._run = config if exact_mesh else config.fit_stages(self.comm.size)
         self._resume = resume
-        self._owner: run_folder.Owner | None = None
+        self._owner: ownership.Owner | None = None
+        self._heartbeat: ownership.Heartbeat | None = None
         self._progress: Monitor | None = None
         self._segment: Segment | None = None
         self._updates: Iterator[int] = iter(())
@@ -199,6 +202,7 @@ class Session:
 
     def _open(self) -> None:
         comm, out, log = self.comm, self.out, StartLog(self.comm)
+        check_same_program(self._run, comm)
         share_module(self._run.model.target, comm)
         threads = set_threads(self._run, comm)
         point = find_resume_point(comm, out, self._resume)
@@ -209,6 +213,7 @@ class Session:
             plan = all_or_none(comm, lambda: make_plan(run, comm.size))
         self.callbacks = all_callbacks(run, given)
         all_or_none(comm, lambda: check_metrics(self.callbacks, plan))
+        check_same_source(run, comm)
         check_same_layout(plan, comm)
         with log.step("reading data and computing their statistics"):
             data_fingerprint = check_same_data(plan, comm)
@@ -222,7 +227,9 @@ class Session:
         self._owner, attempt = broadcast_object(
             comm, lambda: acquire_folder(out, self._resume, point)
         )
-        all_or_none(comm, lambda: run_folder.check_visible(out, comm.hosts[comm.rank]))
+        if comm.rank == 0:
+            self._heartbeat = ownership.Heartbeat(out)
+        all_or_none(comm, lambda: ownership.check_visible(out, comm.hosts[comm.rank]))
         comm.flight.set_folder(out / run_folder.FLIGHT_FOLDER)
         _RUNS[out.resolve()] = plan.run
         with log.step("building the blocks"):
@@ -246,6 +253,7 @@ class Session:
         copied_blocks = job.copied_blocks if point.checkpoint is None else []
         layers = layer_notes(plan, job.engine.blocks, job.train_loader, comm)
         notes += placement_warnings(plan, comm.hosts)
+        notes += damage_notes(point)
         notes += source_notes(point.fingerprint, self._fingerprint["source"])
         log.print_head()
         self._progress.start(threads, merged_replicas, copied_blocks, layers, notes)
@@ -295,8 +303,10 @@ class Session:
             self.comm.flight.close()
             if self._progress is not None:
                 self._progress.stop()
+            if self._heartbeat is not None:
+                self._heartbeat.stop()
             if self._owner is not None and self.rank == 0:
-                run_folder.release(self.out, self._owner)
+                ownership.release(self.out, self._owner)
 
     # ---- position
 
@@ -490,6 +500,8 @@ class Session:
 
     def _save(self, folder: Path, tensors: dict[str, Tensor], keep: int) -> None:
         """Write tensors, averaged weights and states into a checkpoint; keep `keep` of them."""
+        if self.rank == 0 and self._owner is not None:
+            ownership.check_owned(self.out, self._owner)
         job, position = self._job, self._job.position
         train_split = self.plan.data.train
         if position.replica == 0 and self._ema is not None:

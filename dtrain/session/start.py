@@ -20,9 +20,9 @@ from dtrain.callbacks import (
     RateOnPlateau,
     callback_keys,
 )
-from dtrain.checkpoint import run_folder, store
+from dtrain.checkpoint import ownership, run_folder, store
 from dtrain.checkpoint.manifest import Manifest, read_manifest
-from dtrain.checkpoint.resume import ResumePoint, find_checkpoint
+from dtrain.checkpoint.resume import ResumePoint, find_checkpoint, set_damaged_aside
 from dtrain.comm.agree import all_or_none
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
@@ -54,20 +54,21 @@ def share_module(model: object, comm: Comm) -> None:
             comm.broadcast_([tensor for tensor in tensors.values() if tensor.numel()])
 
 
-def acquire_folder(out: Path, resume: str, point: ResumePoint) -> tuple[run_folder.Owner, int]:
+def acquire_folder(out: Path, resume: str, point: ResumePoint) -> tuple[ownership.Owner, int]:
     """Lock the run folder; return its owner and the number of this attempt."""
     if resume == "fresh":
         run_folder.set_aside(out)
-    owner = run_folder.acquire(out)
+    owner = ownership.acquire(out)
     try:
-        newest = ResumePoint.from_manifest(find_checkpoint(out, resume))
+        newest = ResumePoint.from_manifest(find_checkpoint(out, resume, dict(point.damaged)))
         if newest.checkpoint != point.checkpoint:
             raise ConfigError(
                 "run-folder.changed",
                 f"another run has just written into {out}: start this run again",
             )
+        set_damaged_aside(out, point)
     except DtrainError:
-        run_folder.release(out, owner)
+        ownership.release(out, owner)
         raise
     attempts = (run_folder.read_summary(out) or {}).get("attempts", 0)
     run_folder.archive(out, run_folder.FLIGHT_FOLDER, attempts)

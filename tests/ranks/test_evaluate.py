@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from dtrain.checkpoint import run_folder
+from dtrain.checkpoint import ownership
 from dtrain.checkpoint.manifest import Manifest, latest_checkpoint
 from dtrain.comm.backends.threads import run_ranks
 from dtrain.comm.communicator import Comm
@@ -24,6 +24,7 @@ from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.mono_forward import MonoForward
 from tests import tiny
 from tests.harness import train_in_threads
+from tests.manifests import edit_manifest, renumber
 from tests.outcome import summary
 from tests.refusals import refuses
 
@@ -139,7 +140,7 @@ def test_the_training_split_and_other_data(tmp_path: Path) -> None:
 
 def test_a_training_run_is_evaluated_at_its_newest_checkpoint(tmp_path: Path) -> None:
     train_in_threads(tiny.run(), tmp_path, 1)
-    owner = run_folder.acquire(tmp_path)
+    owner = ownership.acquire(tmp_path)
     newest = latest_checkpoint(tmp_path / "checkpoints")
     assert newest is not None
     shutil.copytree(newest.folder, newest.folder.with_name("update-00000012.part"))
@@ -159,7 +160,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read_is_left_for_the_next(
 
     def load_late(self: Manifest, keys: Iterable[str]) -> dict[str, Tensor]:
         if self.folder == newest and newest.exists():
-            newest.rename(newest.with_name("update-00000009"))
+            renumber(newest, 9)
         return load(self, keys)
 
     monkeypatch.setattr(Manifest, "load", load_late)
@@ -237,10 +238,17 @@ def test_a_run_folder_of_an_earlier_version_is_evaluated_and_resumed(tmp_path: P
     run = tiny.run(epochs=1, mesh__stages=1, sync={"name": "powersgd"})
     train_in_threads(run, tmp_path, 1)
     (newest,) = (tmp_path / "checkpoints").iterdir()
-    for path in (tmp_path / "run.toml", newest / "manifest.json"):
-        text = path.read_text().replace("activation-compression", "wire")
-        path.write_text(text.replace("min-compression-rate", "worth"))
-        assert "wire" in text
+
+    def old_names(text: str) -> str:
+        assert "activation-compression" in text
+        text = text.replace("activation-compression", "wire")
+        return text.replace("min-compression-rate", "worth")
+
+    path = tmp_path / "run.toml"
+    path.write_text(old_names(path.read_text()))
+    edit_manifest(
+        newest, lambda content: content.update(json.loads(old_names(json.dumps(content))))
+    )
     evaluated(tmp_path)
     longer = tiny.run(mesh__stages=1, sync={"name": "powersgd"})
     assert train_in_threads(longer, tmp_path, 1)["updates"] == 8

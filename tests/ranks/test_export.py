@@ -20,6 +20,7 @@ from dtrain.cli import main
 from dtrain.errors import CheckpointError, ConfigError
 from tests import tiny
 from tests.harness import train_in_threads
+from tests.manifests import renumber
 from tests.outcome import model, summary
 from tests.refusals import refuses
 
@@ -142,7 +143,7 @@ def test_checkpoints_that_are_deleted_forever_end_in_an_error(
 
     def rename(self: Manifest, prefix: str) -> dict[str, Tensor]:
         number = int(self.folder.name.removeprefix("update-"))
-        self.folder.rename(self.folder.with_name(f"update-{number + 1:08d}"))
+        renumber(self.folder, number + 1)
         raise FileNotFoundError
 
     monkeypatch.setattr(Manifest, "load_prefix", rename)

@@ -62,7 +62,7 @@ def test_a_shard_holds_every_dtype(tmp_path: Path) -> None:
     assert row["bytes"] == (tmp_path / "shard.h5").stat().st_size
     with h5py.File(tmp_path / "shard.h5", "r") as shard:
         for key, tensor in tensors.items():
-            torch.testing.assert_close(read_tensor(shard[key]), tensor, rtol=0, atol=0)
+            torch.testing.assert_close(read_tensor(shard, key), tensor, rtol=0, atol=0)
 
 
 def test_replicas_without_tensors_to_save_write_no_shard(tmp_path: Path) -> None:
