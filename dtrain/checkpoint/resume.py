@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from hashlib import blake2b
 from itertools import chain, count, zip_longest
@@ -79,6 +80,10 @@ STRUCTURE = "structure of "
 
 SOURCE_SECTIONS = ("data", "model", "objective", "schedule", "sync", "optimizer")
 """Sections of a run that may name a module of the user."""
+
+
+OWN_FILES = (f".{OWNER_FILE}*", "job.sh", ".job.sh-*", "slurm-*.log", ".requeues", "flight*")
+"""Files of a job script, and those that a start leaves which ends before it trains."""
 
 
 RUN_FOLDER_FILES = {"summary.json", CHECKPOINT_FOLDER, OWNER_FILE}
@@ -201,7 +206,7 @@ def find_checkpoint(
         The manifest of the checkpoint is damaged; with `damaged`, no checkpoint is whole.
     """
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    names -= {name for name in names if name.startswith(f".{OWNER_FILE}")}
+    names -= {name for name in names if fnmatch_any(name, OWN_FILES)}
     if resume == "never" and names - {OWNER_FILE}:
         raise ConfigError(
             "run-folder.not-empty",
@@ -226,6 +231,11 @@ def find_checkpoint(
             f"--resume {resume}: there is no complete checkpoint in {resume}",
         )
     return manifest
+
+
+def fnmatch_any(name: str, patterns: Iterable[str]) -> bool:
+    """Return whether a name has one of some patterns, as of a shell."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def newest_whole(folder: Path, damaged: dict[str, str]) -> Manifest | None:

@@ -6,18 +6,19 @@ removed first and written last, and readers ignore a `mean` without it.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import h5py
-import numpy as np
 
-from dtrain.data.dataset import Moments, moments
-from dtrain.data.hdf5_pieces import open_for_pieces, read_pieces
+from dtrain.data.dataset import Moments
+from dtrain.data.hdf5_pieces import open_for_pieces, show_progress
 from dtrain.data.hdf5_source import Hdf5Source
+from dtrain.data.statistics import Channels, StoredRows, channel_axis, compute_statistics
 from dtrain.errors import ConfigError, DataError
 
 
-def store_statistics(path: Path, channels: str | int = "first", name: str = "x") -> Moments:
+def store_statistics(path: Path, channels: Channels = "first", name: str = "x") -> Moments:
     """Compute mean and deviation per channel of a dataset and write them into its file.
 
     Parameters
@@ -57,42 +58,24 @@ def store_statistics(path: Path, channels: str | int = "first", name: str = "x")
     return statistics
 
 
-def channel_axis(channels: str | int, shape: tuple[int, ...]) -> int:
-    """Return the axis of the channels in an array (n, ...).
-
-    Raises
-    ------
-    ConfigError
-        There is no such axis.
-    """
-    axes = len(shape) - 1
-    number = {"first": 0, "last": axes - 1}.get(str(channels), channels)
-    if not isinstance(number, int) or not 0 <= number < axes:
-        raise ConfigError(
-            "data.channels-axis",
-            f"channels = {channels}: samples have shape {shape[1:]}: choose first, last or an axis "
-            f"from 0 to {axes - 1}",
-        )
-    return number + 1
-
-
-def _read_statistics(path: Path, channels: str | int, name: str) -> Moments:
+def _read_statistics(path: Path, channels: Channels, name: str) -> Moments:
     source = Hdf5Source(path, name)
-    axis = channel_axis(channels, source.shape)
+    axis = channel_axis(channels, source.shape[1:])
     if source.dtype.kind not in "biuf" or 0 in source.shape:
         raise DataError(
             "data.statistics-dtype",
             f"{path}: '{name}' has dtype {source.dtype} and shape {source.shape}: statistics need "
             "at least one integer or real number",
         )
+    report = partial(show_progress, "statistics")
     with open_for_pieces(path) as file:
-        pieces = read_pieces(file[name], "statistics")
-        statistics = moments(np.moveaxis(piece, axis, 1) for piece in pieces)
-    if not np.isfinite(statistics).all():
-        channel = int(np.flatnonzero(~np.isfinite(statistics).all(axis=0))[0])
+        rows = StoredRows(file[name])
+        statistics = compute_statistics(rows, axis, stored_units=True, report=report)
+    place = statistics.not_finite
+    if place is not None:
         raise DataError(
             "data.statistics-not-finite",
-            f"{path}: '{name}' has values in channel {channel} that are NaN or infinite; 'dtrain "
-            f"data describe --values {path}' finds them",
+            f"{path}: '{name}' has {place.count} numbers that are not finite, first {place.value} "
+            f"in sample {place.sample}, channel {place.channel}: correct or remove these samples",
         )
-    return statistics
+    return statistics.moments

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -15,8 +16,8 @@ import h5py
 import numpy as np
 
 from dtrain.data.conversion import Array
-from dtrain.data.dataset import moments
-from dtrain.data.hdf5_pieces import read_pieces, rows_per_piece, show_progress
+from dtrain.data.hdf5_pieces import rows_per_piece, show_progress
+from dtrain.data.statistics import StoredRows, compute_statistics
 from dtrain.errors import ConfigError
 
 CHUNK_BYTES = 2**20
@@ -96,10 +97,11 @@ def add_statistics(files: list[h5py.File]) -> None:
     rows = files[0]["x"]
     if rows.dtype.kind == "c":
         return
-    mean, deviation = moments(read_pieces(rows, "statistics"))
-    if np.isfinite([mean, deviation]).all():
+    report = partial(show_progress, "statistics")
+    statistics = compute_statistics(StoredRows(rows), stored_units=True, report=report)
+    if np.isfinite(statistics.moments).all():
         for file in files:
-            file.attrs["mean"], file.attrs["std"] = mean, deviation
+            file.attrs["mean"], file.attrs["std"] = statistics.moments
 
 
 @contextmanager

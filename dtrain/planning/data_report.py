@@ -98,15 +98,16 @@ def _input_rows(table: Table) -> list[tuple[str, str]]:
         for number, other in enumerate(table["further_inputs"], start=2)
     ]
     shape = f"{_shape_text(target['shape'])} " if target["shape"] else ""
-    sources = {"file": "with the statistics in the file", "computed": "computed at the start"}
+    sources = {"given": "with the statistics of the data", "computed": "computed at the start"}
+    normalisation = "none"
+    if table["normalise"]:
+        channels, source = table["channels"], sources[table["statistics"]]
+        normalisation = f"per channel ({channels}), {source}"
     kind = "classes" if target["kind"] == "classes" else "outputs per value"
     rows += [
         ("target", f"{shape}{target['dtype']}, {target['kind']}"),
         (kind, f"{table['classes']:,}"),
-        (
-            "normalisation",
-            f"per channel, {sources[table['statistics']]}" if table["normalise"] else "none",
-        ),
+        ("normalisation", normalisation),
         ("augmentation", table["augment"]),
         ("shuffle", table["shuffle"]),
         (

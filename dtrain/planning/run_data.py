@@ -10,10 +10,11 @@ import torch
 
 from dtrain.config.run import RunConfig
 from dtrain.data.conversion import Array
-from dtrain.data.dataset import SAMPLES_PER_READ, Dataset, unstandardised
+from dtrain.data.dataset import SAMPLES_PER_READ, Dataset
 from dtrain.data.file_description import count_not_finite, describe_targets
 from dtrain.data.sampler import updates_per_epoch
 from dtrain.data.source_dataset import SourceDataset
+from dtrain.data.statistics import unstandardised
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.planning.layout import DTYPES
 from dtrain.planning.plan import load_run
@@ -70,6 +71,7 @@ def describe_run_data(run: RunConfig, values: bool = False) -> Table:
         "class_names": _class_names(train),
         "normalise": run.data.normalise,
         "statistics": _statistics_source(train) if run.data.normalise else None,
+        "channels": run.data.channels if run.data.normalise else None,
         "shuffle": run.data.shuffle,
         "augment": run.data.augment,
         "batch_size": settings.batch_size,
@@ -118,9 +120,7 @@ def _input_dtype(run: RunConfig, train: Dataset, spec: BlockSpec) -> torch.dtype
 
 
 def _statistics_source(train: Dataset) -> str:
-    stored = unstandardised(train)
-    is_stored = isinstance(stored, SourceDataset) and stored.has_stored_moments
-    return "file" if is_stored else "computed"
+    return "computed" if unstandardised(train).given_moments is None else "given"
 
 
 def _class_names(train: Dataset) -> list[str] | None:

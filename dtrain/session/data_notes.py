@@ -14,6 +14,8 @@ import numpy as np
 
 from dtrain.comm.agree import all_or_none, broadcast_object
 from dtrain.comm.communicator import Comm
+from dtrain.data.channel_notes import channel_notes
+from dtrain.data.statistics import find_standardised
 from dtrain.data.value_check import all_targets_alike, check_finite, has_finite_statistics
 from dtrain.objectives.messages import reads_samples
 from dtrain.planning.plan import Plan
@@ -31,8 +33,15 @@ def data_notes(plan: Plan, comm: Comm) -> list[str]:
         On all ranks, if an input or a target is NaN or infinite.
     """
     check_data_values(plan, comm, CHECK_S)
-    notes: list[str] = broadcast_object(comm, lambda: list(_alike_notes(plan)))
+    notes: list[str] = broadcast_object(comm, lambda: [*_alike_notes(plan), *_channel_notes(plan)])
     return notes
+
+
+def _channel_notes(plan: Plan) -> Iterator[str]:
+    """Yield notes on the channels by which inputs are standardised, where they are."""
+    standardised = find_standardised(plan.data.train)
+    if standardised is not None:
+        yield from channel_notes(standardised.training)
 
 
 def check_data_values(plan: Plan, comm: Comm, limit_s: float) -> None:

@@ -53,8 +53,8 @@ from dtrain.comm.communicator import Comm
 from dtrain.comm.flight_recorder import print_error
 from dtrain.config.out_folder import fill_keys
 from dtrain.config.run import RunConfig
-from dtrain.data.dataset import Standardised
 from dtrain.data.sampler import epoch_order
+from dtrain.data.statistics import Standardised
 from dtrain.errors import ConfigError, RankLostError
 from dtrain.evaluation import EvalWeights, evaluate_weights, evaluation_weights
 from dtrain.monitoring.machine_peak import measured_peak
@@ -84,10 +84,12 @@ from dtrain.session.start import (
     check_weights_stay,
     make_recorder,
     restore_run,
+    resume_folders,
     share_module,
     start_trace,
     write_plan,
 )
+from dtrain.shared_statistics import share_statistics, use_kept_statistics
 from dtrain.user_code import refuse_during_import
 
 SEARCH_S = 60.0
@@ -216,6 +218,8 @@ class Session:
         check_same_source(run, comm)
         check_same_layout(plan, comm)
         with log.step("reading data and computing their statistics"):
+            use_kept_statistics(plan.data, comm, [out, *resume_folders(self._resume)])
+            share_statistics(plan.data, comm, log.note)
             data_fingerprint = check_same_data(plan, comm)
             notes = data_notes(plan, comm)
         is_trained = point.updates >= plan.training_length.total_updates

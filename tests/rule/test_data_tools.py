@@ -156,7 +156,7 @@ def test_a_run_is_described(file: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "validation" not in capsys.readouterr().out
     store_statistics(file)
     changed = read_run(path, ["data.validation=0.0", "dtype=float64"])
-    assert describe_run_data(changed)["statistics"] == "file"
+    assert describe_run_data(changed)["statistics"] == "given"
     assert describe_run_data(changed)["input"]["dtype"] == "float64"
     plain = read_run(path, ["data.normalise=false"])
     assert describe_run_data(plain)["statistics"] is None
@@ -236,8 +236,9 @@ def test_wrong_statistics(file: Path, tmp_path: Path) -> None:
             store_statistics(file, channels)
     with h5py.File(file, "r+") as handle:
         handle["x"][17, 2] = np.nan
-    with refuses(DataError, "data.statistics-not-finite"):
+    with refuses(DataError, "data.statistics-not-finite") as caught:
         store_statistics(file)
+    assert "sample 17, channel 2" in caught.value.message
     with refuses(DataError, "data.file-missing"):
         store_statistics(tmp_path / "none.h5")
     with refuses(DataError, "data.hdf5-dataset-missing"):

@@ -600,6 +600,7 @@ def test_memory_does_not_grow_with_the_source(
 ) -> None:
     """32 MB of samples in pieces of 256 KB; the allocations of numpy and Python are counted."""
     monkeypatch.setattr("dtrain.data.hdf5_pieces.PIECE_BYTES", 2**18)
+    monkeypatch.setattr("dtrain.data.statistics.EXACT_PIECE_BYTES", 2**18)
     np.save(tmp_path / "x.npy", np.zeros((2000, 1, 128, 128), np.uint8))
     np.save(tmp_path / "y.npy", np.zeros(2000, int))
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
