@@ -71,6 +71,9 @@ class DataSection:
     validation : float, str or tuple of str
         Share of the training split that is held out for validation; 0: none. Or the path of a file,
         or several, as `train` has them.
+    labels : "as-stored" or "compact"
+        The number of a class: its label, or the place of its label among the sorted distinct
+        labels of the training split.
     """
 
     normalise: bool = True
@@ -78,10 +81,11 @@ class DataSection:
     shuffle: Literal["full", "chunks"] = "full"
     augment: Literal["none", "crop-flip"] = "none"
     validation: float | str | tuple[str, ...] = 0.0
+    labels: Literal["as-stored", "compact"] = "as-stored"
 
     def to_table(self) -> Table:
         """Return the keys as a run file has them, without those that change nothing."""
-        return without_defaults(self, "validation", "channels")
+        return without_defaults(self, "validation", "channels", "labels")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,10 @@ Moments = tuple[NDArray[Any], NDArray[np.float64]]
 complex128."""
 
 
+Label = int | str
+"""A class label as the data have it."""
+
+
 SAMPLES_PER_READ = 4096
 
 
@@ -55,6 +59,8 @@ class Dataset(ABC):
         The lowest and the highest value that an input can have; None where unknown.
     other_inputs : tuple of InputSpec
         Further inputs of a sample (a mask, a second image), as the model takes them.
+    class_labels : tuple of (int or str)
+        The stored label of each class, where classes have other numbers; else empty.
     """
 
     size: int
@@ -65,6 +71,7 @@ class Dataset(ABC):
     input_dtype: torch.dtype = torch.float32
     value_range: tuple[float, float] | None = None
     other_inputs: tuple[InputSpec, ...] = ()
+    class_labels: tuple[Label, ...] = ()
 
     @property
     def slow(self) -> bool:
@@ -181,6 +188,7 @@ class DatasetView(Dataset):
         self.input_dtype = dataset.input_dtype
         self.value_range = dataset.value_range
         self.other_inputs = dataset.other_inputs
+        self.class_labels = dataset.class_labels
         self._dataset = dataset
 
     @property

@@ -127,12 +127,14 @@ class NamedArraySet(FileSet):
         if names is not None:
             return names
         wanted = rules.first(split, is_shared=is_shared, needs_targets=needs_targets)
-        if is_shared and not any(rules.own[split]):
+        if is_shared and not any(rules.own.get(split, ())):
             arrays = list_arrays(self.list_names(path), [])
             cure = "test-x and test-y to names in this file, "
             raise no_test_split(path, f"has none that is found by its name ({arrays})", cure)
         missing = [name for name in wanted if not has(name)]
-        if not missing or (is_shared and needs_targets and None in rules.own[split]):
+        inputs, targets = rules.own.get(split, (None, None))
+        is_given = {*(inputs or ()), targets}.intersection(missing)
+        if is_shared and not is_given:
             arrays = list_arrays(self.list_names(path), [])
             raise ConfigError(
                 "data.names-of-training",

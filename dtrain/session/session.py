@@ -41,9 +41,8 @@ from dtrain.checkpoint.resume import (
     BEST_FOLDER,
     CHECKPOINT_FOLDER,
     check_same_model,
-    check_same_run,
-    check_saved_data,
     damage_notes,
+    data_path_notes,
     find_resume_point,
     source_hashes,
     source_notes,
@@ -81,6 +80,7 @@ from dtrain.session.segment_record import segment_record
 from dtrain.session.start import (
     acquire_folder,
     check_metrics,
+    check_resume,
     check_weights_stay,
     make_recorder,
     restore_run,
@@ -222,11 +222,9 @@ class Session:
             share_statistics(plan.data, comm, log.note)
             data_fingerprint = check_same_data(plan, comm)
             notes = data_notes(plan, comm)
-        is_trained = point.updates >= plan.training_length.total_updates
-        all_or_none(comm, lambda: check_same_run(out, point.run_table, plan.run, is_trained))
+        all_or_none(comm, lambda: check_resume(out, point, plan, data_fingerprint))
         if self._resume == "fresh":
             all_or_none(comm, lambda: check_weights_stay(out, plan.run))
-        all_or_none(comm, lambda: check_saved_data(point.fingerprint, data_fingerprint))
         recorder = all_or_none(comm, lambda: make_recorder(plan.run, comm))
         self._owner, attempt = broadcast_object(
             comm, lambda: acquire_folder(out, self._resume, point)
@@ -257,6 +255,7 @@ class Session:
         copied_blocks = job.copied_blocks if point.checkpoint is None else []
         layers = layer_notes(plan, job.engine.blocks, job.train_loader, comm)
         notes += placement_warnings(plan, comm.hosts)
+        notes += data_path_notes(point.run_table, plan.run)
         notes += damage_notes(point)
         notes += source_notes(point.fingerprint, self._fingerprint["source"])
         log.print_head()
