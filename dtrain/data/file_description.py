@@ -17,7 +17,7 @@ from dtrain.data.conversion import Array
 from dtrain.data.hdf5_pieces import open_for_pieces, read_pieces
 from dtrain.data.importing.array_stream import ArrayStream, StreamedSplit, name_text
 from dtrain.data.importing.import_data import NO_OPTIONS, ImportOptions, open_arrays
-from dtrain.data.importing.numpy_files import npz_arrays, open_npy
+from dtrain.data.importing.numpy_stream import npz_arrays, stream_npy
 from dtrain.errors import DataError
 
 MAX_VALUES = 100_000
@@ -211,7 +211,7 @@ def _open_arrays(
     if path.suffix == ".npz":
         return npz_arrays(path), splits
     if path.suffix == ".npy" and not splits:
-        return {path.stem: open_npy(path)}, splits
+        return {path.stem: stream_npy(path)}, splits
     named = {f"{key} of {split.name}": getattr(split, key) for split in splits for key in "xy"}
     return named, splits
 

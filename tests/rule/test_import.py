@@ -19,7 +19,7 @@ import pytest
 
 from dtrain.data import load_data
 from dtrain.data.importing.import_data import ImportOptions, import_data
-from dtrain.errors import ConfigError, DataError
+from dtrain.errors import ConfigError, DataError, DtrainError
 from tests.refusals import refuses
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
@@ -441,7 +441,7 @@ def test_the_four_files_of_mnist(tmp_path: Path, suffix: str, dot: str) -> None:
     one = import_data(folder / f"train-images{dot}idx3-ubyte{suffix}", tmp_path / "one.h5")
     assert np.array_equal(arrays_in(one[0])[1], Y[:4])
     (folder / f"t10k-labels{dot}idx1-ubyte{suffix}").unlink()
-    with refuses(DataError, "import.idx-missing"):
+    with refuses(DataError, "data.idx-files"):
         import_data(folder, tmp_path / "p.h5")
 
 
@@ -462,7 +462,7 @@ TABLES: dict[str, tuple[str, str | None, Any, Any, list[str] | None]] = {
     "header": ("a,b,y\n1,2.5,0\n3,4,2\n", None, [[1, 2.5], [3, 4]], [0, 2], None),
     "no header": ("1,2,0\n3,4,1\n", None, [[1, 2], [3, 4]], [0, 1], None),
     "names": ("1;2.5;dog\n3;4;cat\n", None, [[1, 2.5], [3, 4]], [1, 0], ["cat", "dog"]),
-    "real": ("a\ty\n1\t2.0\n\n3\t2.5\n", None, [[1], [3]], [2.0, 2.5], None),
+    "real": ("a\ty\n1\t2.0\n\n3\t2.5\n", None, [[1], [3]], [[2.0], [2.5]], None),
     "whole numbers with a point": ("1,2.0\n3,1.0\n", None, [[1], [3]], [2, 1], None),
     "by name": ("y,a\nyes,-1\nno,1e3\n", "y", [[-1], [1000]], [1, 0], ["no", "yes"]),
     "by number": ("0,5,1\n1,6,2\n", "1", [[0, 1], [1, 2]], [5, 6], None),
@@ -492,24 +492,25 @@ def test_tables(
         assert (list(file.attrs["classes"]) if "classes" in file.attrs else None) == classes
 
 
-WRONG_TABLES = {
-    "import.csv-columns": "1,2\n3,4,5\n",
-    "import.csv-no-number": "1,2\n3,4\nred,5\n",
-    "import.csv-one-column": "1\n2\n",
-    "import.csv-unnamed-column": ",a,y\n0,1,2\n",
-    "import.csv-target": "a,b\n1,2\n",
-    "import.csv-target-mixed": "1,2\n3,cat\n",
-    "import.csv-empty": "",
-    "import.file-damaged": "1,2\n\xff\n",
+WRONG_TABLES: dict[str, tuple[type[DtrainError], str]] = {
+    "data.csv-columns": (DataError, "1,2\n3,4,5\n"),
+    "data.csv-field": (DataError, "1,2\n3,4\nred,5\n"),
+    "import.csv-one-column": (DataError, "1\n2\n"),
+    "import.csv-unnamed-column": (DataError, ",a,y\n0,1,2\n"),
+    "data.no-column": (ConfigError, "a,b\n1,2\n"),
+    "data.csv-empty": (DataError, ""),
+    "data.samples-empty": (DataError, "a,b\n"),
+    "data.file-damaged": (DataError, "1,2\n\xff\n"),
 }
 
 
 @pytest.mark.parametrize("key", WRONG_TABLES)
 def test_wrong_tables(tmp_path: Path, key: str) -> None:
     source = tmp_path / "t.csv"
-    source.write_bytes(WRONG_TABLES[key].encode("latin-1"))
-    with refuses(DataError, key) as caught:
-        target = "z" if key == "import.csv-target" else None
+    kind, text = WRONG_TABLES[key]
+    source.write_bytes(text.encode("latin-1"))
+    with refuses(kind, key) as caught:
+        target = "z" if key == "data.no-column" else None
         import_data(source, tmp_path / "o.h5", ImportOptions(target=target))
     assert "t.csv" in caught.value.message
     assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
@@ -533,7 +534,7 @@ def test_objects_are_never_unpickled(tmp_path: Path, member: str, form: str) -> 
         np.save(tmp_path / "a.npy", arrays["x"])
         np.save(tmp_path / "y.npy", arrays["y"])
         options = ImportOptions(y=str(tmp_path / "y.npy"))
-    with refuses(DataError, "import.object-array") as caught:
+    with refuses(DataError, "data.objects") as caught:
         import_data(tmp_path / f"a.{form}", tmp_path / "o.h5", options)
     assert f"{member if form == 'npz' else {'x': 'a', 'y': 'y'}[member]}" in caught.value.message
     assert not (tmp_path / "proof").exists()
@@ -581,7 +582,7 @@ def test_truncated_arrays_leave_nothing(tmp_path: Path, name: str, fraction: flo
     source.write_bytes(content[: int(len(content) * fraction)])
     with pytest.raises(DataError) as caught:
         import_data(source, tmp_path / "o.h5", options)
-    assert caught.value.key in ("import.file-damaged", "import.tar-damaged")
+    assert caught.value.key in ("data.file-damaged", "import.tar-damaged")
     assert not list(tmp_path.glob("*.h5")) + list(tmp_path.glob(".*"))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from dtrain.data.conversion import Array
 from dtrain.data.hdf5_pieces import rows_per_piece
+from dtrain.data.npy_source import Header, check_npy_header
 from dtrain.data.source_dataset import check_arrays
 from dtrain.errors import DataError
 
@@ -86,12 +87,7 @@ def check_split(split: StreamedSplit, classes: tuple[str, ...] = ()) -> Streamed
         Shapes, lengths or dtypes are illegal, or a class is not in `classes`.
     """
     for array in (split.x, split.y):
-        refuse_objects(array.dtype, array.location)
-        if not array.shape:
-            raise DataError(
-                "import.array-scalar",
-                f"{array.location} is one number: give an array with the samples first",
-            )
+        check_npy_header(Header(array.shape, False, array.dtype), array.location)
     check_arrays(split.x, split.y, split.x.location)
     if split.y.dtype.kind not in "US":
         return split
@@ -140,16 +136,6 @@ def refuse_many_names(names: set[str], location: str) -> None:
         )
 
 
-def refuse_objects(dtype: np.dtype[Any], location: str) -> None:
-    """Refuse an array of Python objects, which only unpickling could read."""
-    if dtype.hasobject:
-        raise DataError(
-            "import.object-array",
-            f"{location} has Python objects, which dtrain never unpickles: save it as an array of "
-            "numbers, as array.astype(float)",
-        )
-
-
 def read_raw(
     file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any], location: str
 ) -> Iterator[Array]:
@@ -161,7 +147,7 @@ def read_raw(
         content = file.read(count * row_bytes)
         if len(content) < count * row_bytes:
             raise DataError(
-                "import.file-damaged",
+                "data.file-damaged",
                 f"{location} ends after {start + len(content) // max(1, row_bytes)} of "
                 f"{shape[0]} samples: make or copy the file again",
             )

@@ -20,11 +20,11 @@ from dtrain.data.hdf5_writer import (
     write_pieces,
 )
 from dtrain.data.importing.array_stream import StreamedSplit, check_split, shorten
-from dtrain.data.importing.csv_table import is_csv, open_csv
-from dtrain.data.importing.idx_files import is_idx, open_idx, open_idx_folder, open_idx_split
+from dtrain.data.importing.csv_stream import is_csv, open_csv
+from dtrain.data.importing.idx_stream import is_idx, open_idx_folder, open_idx_split, stream_idx
 from dtrain.data.importing.image_files import Fit
 from dtrain.data.importing.image_set import open_images
-from dtrain.data.importing.numpy_files import open_npy, open_npz
+from dtrain.data.importing.numpy_stream import open_npz, stream_npy
 from dtrain.errors import ConfigError, DataError
 
 NPY_MAGIC, ZIP_MAGIC = b"\x93NUMPY", b"PK\x03\x04"
@@ -185,8 +185,8 @@ def _open_npy_split(source: Path, y: str | None) -> StreamedSplit:
         raise DataError(
             "import.targets-missing", f"{source} has one array: name the targets by --y FILE.npy"
         )
-    targets = open_idx(Path(y)) if is_idx(Path(y)) else open_npy(Path(y))
-    return StreamedSplit("train", open_npy(source), targets)
+    targets = stream_idx(Path(y)) if is_idx(Path(y)) else stream_npy(Path(y))
+    return StreamedSplit("train", stream_npy(source), targets)
 
 
 def _choose_split(
