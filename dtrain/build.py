@@ -110,7 +110,9 @@ def build_rank(plan: Plan, comm: Comm) -> RankJob:
         sync.setup(blocks[index], groups.replicas)
     engine_spec = _engine_spec(plan, device)
     validation = plan.data.validation
-    augment = augments.build_augment(plan.run.data.augment, settings.seed)
+    augment = augments.build_augment(
+        plan.run.data.augment, settings.seed, plan.run.folder, plan.data.train.source_indices
+    )
     return RankJob(
         plan=plan,
         engine=Engine(position, groups, blocks, syncs, engine_spec),

@@ -24,6 +24,7 @@ from dtrain.data.label_map import with_compact_labels
 from dtrain.data.npz_set import Npz
 from dtrain.data.statistics import Channels, standardise
 from dtrain.data.user import as_splits
+from dtrain.data.weights import WeightedArrays
 from dtrain.errors import ConfigError, unknown_name
 from dtrain.schema import toml_text
 from dtrain.tasks.task import DEFAULT_TASK, LabelNumbering, Task
@@ -48,7 +49,7 @@ AnyPath = str | PathLike[str]
 TestFiles = AnyPath | Sequence[AnyPath] | float | None
 
 
-COMMON_KEYS = ("normalise", "channels", "shuffle", "augment", "validation", "labels")
+COMMON_KEYS = ("normalise", "channels", "shuffle", "augment", "validation", "labels", "sampler")
 """Keys of `[data]` that every data set has."""
 
 
@@ -136,12 +137,16 @@ def _as_text(value: Any) -> Any:
     return str(value) if isinstance(value, PathLike) else value
 
 
-def arrays(x_train: Any, y_train: Any, x_test: Any, y_test: Any, **keys: Any) -> DataTable:
+def arrays(
+    x_train: Any, y_train: Any, x_test: Any, y_test: Any, *, weights: Any = None, **keys: Any
+) -> DataTable:
     """Return a data set of four arrays or tensors, samples first, with keys of `[data]`.
 
-    Samples of several inputs are a tuple or dict of arrays.
+    Samples of several inputs are a tuple or dict of arrays. `weights` has a number per training
+    sample, by which its loss counts.
     """
-    return {"name": (x_train, y_train, x_test, y_test), **keys}
+    data = x_train, y_train, x_test, y_test
+    return {"name": data if weights is None else WeightedArrays(data, weights), **keys}
 
 
 def load_data(

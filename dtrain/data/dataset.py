@@ -61,6 +61,8 @@ class Dataset(ABC):
         Further inputs of a sample (a mask, a second image), as the model takes them.
     class_labels : tuple of (int or str)
         The stored label of each class, where classes have other numbers; else empty.
+    sample_weights : array or None
+        Weights of the samples in the training loss, (size,) float64; None: all count alike.
     """
 
     size: int
@@ -72,6 +74,12 @@ class Dataset(ABC):
     value_range: tuple[float, float] | None = None
     other_inputs: tuple[InputSpec, ...] = ()
     class_labels: tuple[Label, ...] = ()
+    sample_weights: NDArray[np.float64] | None = None
+
+    @property
+    def source_size(self) -> int:
+        """Number of samples of the data set that this one is a part of; `size` if it is whole."""
+        return self.size
 
     @property
     def slow(self) -> bool:
@@ -109,6 +117,17 @@ class Dataset(ABC):
         """Read the further inputs at `indices`, each (n, *shape): neither scaled nor
         standardised."""
         return ()
+
+    @final
+    def read_sample_weights(self, indices: ArrayLike) -> Tensor | None:
+        """Return the weights (n,) of samples in the training loss, None where all count alike."""
+        if self.sample_weights is None:
+            return None
+        return torch.from_numpy(self.sample_weights[np.asarray(indices)])
+
+    def source_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
+        """Return the indices of samples in the data set that this one is a part of."""
+        return np.asarray(indices)
 
     def to_unit_range(self, x: Tensor) -> Tensor:
         """Undo standardisation of inputs (n, *shape) and scale them from `value_range` to 0 ... 1.
@@ -189,7 +208,13 @@ class DatasetView(Dataset):
         self.value_range = dataset.value_range
         self.other_inputs = dataset.other_inputs
         self.class_labels = dataset.class_labels
+        self.sample_weights = dataset.sample_weights
         self._dataset = dataset
+
+    @property
+    def source_size(self) -> int:
+        """That of the other data set."""
+        return self._dataset.source_size
 
     @property
     def slow(self) -> bool:
@@ -210,6 +235,9 @@ class DatasetView(Dataset):
 
     def read_stored(self, rows: range | NDArray[np.int64]) -> Array:
         return self._dataset.read_stored(rows)
+
+    def source_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
+        return self._dataset.source_indices(indices)
 
     def to_unit_range(self, x: Tensor) -> Tensor:
         return self._dataset.to_unit_range(x)
@@ -262,6 +290,8 @@ class Subset(DatasetView):
         super().__init__(dataset)
         self.size = len(indices)
         self._indices = indices
+        if dataset.sample_weights is not None:
+            self.sample_weights = dataset.sample_weights[indices]
 
     def source_index(self, index: int) -> int:
         """Return the index of a sample in the other data set; where that is a subset, in its own
@@ -269,6 +299,9 @@ class Subset(DatasetView):
         source = int(self._indices[index])
         inner = self._dataset
         return inner.source_index(source) if isinstance(inner, Subset) else source
+
+    def source_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
+        return self._dataset.source_indices(self._indices[np.asarray(indices)])
 
     def inputs(self, indices: ArrayLike) -> Tensor:
         return self._dataset.inputs(self._indices[np.asarray(indices)])

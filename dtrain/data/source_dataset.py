@@ -41,6 +41,7 @@ from dtrain.data.dataset import (
 from dtrain.data.label_map import LabelMap
 from dtrain.data.memory_limits import fits_in_memory
 from dtrain.data.targets import TargetForm, TargetScan, to_texts
+from dtrain.data.weights import read_weights
 from dtrain.errors import DataError
 from dtrain.tasks.task import DEFAULT_TASK, Task
 
@@ -62,6 +63,8 @@ class SplitSources:
         Names in the order of the labels, () where unknown.
     moments : Moments or None
         Mean and deviation per channel in the units of the stored samples, where a file holds them.
+    weights : ArraySource or None
+        Weights of the samples in the training loss, (n,); read for the training split alone.
     """
 
     location: str
@@ -69,6 +72,7 @@ class SplitSources:
     targets: ArraySource | None
     class_names: tuple[str, ...] = ()
     moments: Moments | None = None
+    weights: ArraySource | None = None
 
 
 @final
@@ -245,9 +249,12 @@ def make_split(
     if train is not None:
         _check_class_names(names, part.location, train)
     scan.check_classes(classes)
-    return SourceDataset(
+    split = SourceDataset(
         part.inputs, targets, classes, class_names=names, moments=part.moments, form=scan.form
     )
+    if train is None and part.weights is not None:
+        split.sample_weights = read_weights(part.weights, split.size)
+    return split
 
 
 def check_arrays(x: StoredArray, y: StoredArray, location: str) -> None:

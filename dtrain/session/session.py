@@ -52,7 +52,6 @@ from dtrain.comm.communicator import Comm
 from dtrain.comm.flight_recorder import print_error
 from dtrain.config.out_folder import fill_keys
 from dtrain.config.run import RunConfig
-from dtrain.data.sampler import epoch_order
 from dtrain.data.statistics import Standardised
 from dtrain.errors import ConfigError, RankLostError
 from dtrain.evaluation import EvalWeights, evaluate_weights, evaluation_weights
@@ -71,7 +70,12 @@ from dtrain.rank_process import init
 from dtrain.run import Run
 from dtrain.schedules.segments import Segment
 from dtrain.schema import Table
-from dtrain.session.data_notes import check_data_values, data_notes
+from dtrain.session.data_notes import (
+    check_data_repeatable,
+    check_data_values,
+    data_notes,
+    same_draws,
+)
 from dtrain.session.failure import report_failure
 from dtrain.session.layer_notes import layer_notes
 from dtrain.session.measured_cuts import settle_cuts
@@ -218,9 +222,10 @@ class Session:
         check_same_source(run, comm)
         check_same_layout(plan, comm)
         with log.step("reading data and computing their statistics"):
+            check_data_repeatable(plan, comm)
             use_kept_statistics(plan.data, comm, [out, *resume_folders(self._resume)])
             share_statistics(plan.data, comm, log.note)
-            data_fingerprint = check_same_data(plan, comm)
+            data_fingerprint = check_same_data(plan, comm) | same_draws(plan, comm)
             notes = data_notes(plan, comm)
         all_or_none(comm, lambda: check_resume(out, point, plan, data_fingerprint))
         if self._resume == "fresh":
@@ -380,9 +385,7 @@ class Session:
             )
         self._segment, self._eval_weights = segment, None
         plan, job = self.plan, self._job
-        order = epoch_order(
-            plan.data.train.size, plan.run.settings.seed, segment.epoch, plan.run.data.shuffle
-        )
+        order = plan.epoch_order(segment.epoch)
         end = segment.offset + segment.stop - segment.start
         batches = [
             plan.batch_splitter.batch(order, offset, job.position.replica)
