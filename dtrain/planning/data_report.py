@@ -109,6 +109,7 @@ def _input_rows(table: Table) -> list[tuple[str, str]]:
         (kind, f"{table['classes']:,}"),
         ("normalisation", normalisation),
         ("augmentation", table["augment"]),
+        ("sampler", table["sampler"]),
         ("shuffle", table["shuffle"]),
         (
             "updates",

@@ -19,6 +19,7 @@ from dtrain.objectives.block_spec import BlockSpec
 from dtrain.planning.layout import DTYPES
 from dtrain.planning.plan import load_run
 from dtrain.schedules.segments import TrainingLength
+from dtrain.user_code import value_text
 
 Table = dict[str, Any]
 
@@ -73,7 +74,8 @@ def describe_run_data(run: RunConfig, values: bool = False) -> Table:
         "statistics": _statistics_source(train) if run.data.normalise else None,
         "channels": run.data.channels if run.data.normalise else None,
         "shuffle": run.data.shuffle,
-        "augment": run.data.augment,
+        "sampler": value_text(run.data.sampler),
+        "augment": value_text(run.data.augment),
         "batch_size": settings.batch_size,
         "last_batch_size": (train.size - 1) % settings.batch_size + 1,
         "updates_per_epoch": updates,

@@ -158,6 +158,8 @@ def test_a_run_is_described(file: Path, capsys: pytest.CaptureFixture[str]) -> N
     changed = read_run(path, ["data.validation=0.0", "dtype=float64"])
     assert describe_run_data(changed)["statistics"] == "given"
     assert describe_run_data(changed)["input"]["dtype"] == "float64"
+    weighted = read_run(path, ["data.sampler=balanced"])
+    assert describe_run_data(weighted)["sampler"] == "balanced"
     plain = read_run(path, ["data.normalise=false"])
     assert describe_run_data(plain)["statistics"] is None
     wrong = main(["data", "describe", str(path), "--set", "data.train=none.h5"])
