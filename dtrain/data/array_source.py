@@ -11,13 +11,28 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from dtrain.data.conversion import Array
 from dtrain.errors import DataError
+
+
+class StoredArray(Protocol):
+    """The form of an array (n, ...) that may lie in a file: rows first."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    @property
+    def ndim(self) -> int: ...
+
+    def __len__(self) -> int: ...
 
 
 class ArraySource(ABC):

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from dtrain.data.array_source import ArraySource, LazySource, MemorySource
+from dtrain.data.array_source import ArraySource, LazySource, MemorySource, StoredArray
 from dtrain.data.conversion import (
     NUMERIC_KINDS,
     Array,
@@ -305,14 +305,14 @@ def make_split(
     return split
 
 
-def check_arrays(x: ArraySource, y: ArraySource, location: str) -> None:
+def check_arrays(x: StoredArray, y: StoredArray, location: str) -> None:
     """Refuse samples of a wrong shape or dtype, and targets that are not one per sample.
 
     Parameters
     ----------
-    x : ArraySource
+    x : StoredArray
         Samples, (n, channels, ...).
-    y : ArraySource
+    y : StoredArray
         Targets, (n, ...).
     location : str
         A file's path or a function's name, for the messages.
