@@ -28,7 +28,7 @@ from dtrain.comm.buffers import describe_tensor
 from dtrain.comm.communicator import Comm
 from dtrain.comm.groups import ProcessGroups
 from dtrain.config.run import RunConfig
-from dtrain.data import augment as augments
+from dtrain.data.augment import build_augment
 from dtrain.data.conversion import Array
 from dtrain.data.item_sources import ItemTargets
 from dtrain.data.loader import Loader
@@ -188,9 +188,7 @@ def _make_loaders(plan: Plan) -> tuple[WorkerPool | None, dict[str, Loader]]:
     """Return the worker processes of this rank, and the loaders by name of the split."""
     run, dtype = plan.run, plan.layout.dtype
     workers = WorkerPool(run.data.workers) if run.data.workers else None
-    augment = augments.build_augment(
-        run.data.augment, run.settings.seed, run.folder, plan.data.train.source_indices
-    )
+    augment = build_augment(run.data.augment, run.settings.seed, run.folder)
     return workers, {
         name: Loader(split, dtype, augment if name == "train" else None, workers=workers)
         for name, split in plan.data.by_name().items()

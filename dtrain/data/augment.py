@@ -54,7 +54,15 @@ class Augment(ABC):
     ----------
     seed : int
         The run's seed.
+
+    Attributes
+    ----------
+    uses_source_indices : bool
+        Whether the index of a sample is that in the data as they are given, before samples are held
+        out for validation.
     """
+
+    uses_source_indices = False
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -78,7 +86,7 @@ class Augment(ABC):
         x : Tensor
             Samples, (n, *shape).
         indices : array
-            The samples' indices in the training split, (n,).
+            The samples' indices in the training split, or in the data as they are given, (n,).
         epoch : int
             From 0.
         """
@@ -130,16 +138,11 @@ AugmentFunction = Callable[[Tensor, int, int, torch.Generator], Tensor]
 """A user's function (sample, index, epoch, generator) -> sample of the same shape and dtype."""
 
 
-SourceIndices = Callable[[Indices], Indices]
-"""`Dataset.source_indices` of the training split."""
-
-
 @final
 class UserAugment(Augment):
     """A user's function, called for each sample.
 
-    It is found on first need: evaluation never needs it. Its index is that of the sample in the
-    training data as they are given, before samples are held out for validation.
+    It is found on first need: evaluation never needs it.
 
     Parameters
     ----------
@@ -149,20 +152,13 @@ class UserAugment(Augment):
         The function, or the text of a run file that names it.
     folder : Path
         The run file's folder.
-    source_indices : callable, optional
-        Returns the indices in the given data of indices in the training split; default: the same.
     """
 
-    def __init__(
-        self,
-        seed: int,
-        function: AugmentFunction | str,
-        folder: Path,
-        source_indices: SourceIndices | None = None,
-    ) -> None:
+    uses_source_indices = True
+
+    def __init__(self, seed: int, function: AugmentFunction | str, folder: Path) -> None:
         super().__init__(seed)
         self._given, self._folder = function, folder
-        self._source_indices = source_indices
 
     def __getstate__(self) -> dict[str, Any]:
         state = {key: value for key, value in self.__dict__.items() if key != "function"}
@@ -181,8 +177,6 @@ class UserAugment(Augment):
     def __call__(self, x: Tensor, indices: Indices, epoch: int) -> Tensor:
         result = torch.empty_like(x, memory_format=torch.contiguous_format)
         generator = torch.Generator()
-        if self._source_indices is not None:
-            indices = self._source_indices(indices)
         for row, index in enumerate(indices.tolist()):
             generator.manual_seed(derive_seed("augment", self.seed, epoch, index))
             sample = self.function(x[row].clone(), index, epoch, generator)
@@ -238,7 +232,6 @@ def build_augment(
     augment: str | AugmentFunction,
     seed: int,
     folder: Path | None = None,
-    source_indices: SourceIndices | None = None,
 ) -> Augment | None:
     """Make the augmentation of a run file's `[data] augment`; None for "none".
 
@@ -248,8 +241,6 @@ def build_augment(
         A key of `AUGMENTS`, the text that names a user's function, or the function.
     folder : Path, optional
         The run file's folder.
-    source_indices : callable, optional
-        As in `UserAugment`.
 
     Raises
     ------
@@ -257,7 +248,7 @@ def build_augment(
         An unknown name.
     """
     if not isinstance(augment, str) or ":" in augment:
-        return UserAugment(seed, augment, folder or Path(), source_indices)
+        return UserAugment(seed, augment, folder or Path())
     if augment not in AUGMENTS:
         raise unknown_name("augment", augment, [*AUGMENTS, PATTERN])
     kind = AUGMENTS[augment]

@@ -137,9 +137,14 @@ class Dataset(ABC):
         cost."""
         return False
 
-    def keep_targets(self, indices: Indices, targets: Tensor) -> None:  # noqa: B027 - optional
-        """Take targets that were read with samples in another process, so that `targets` need not
-        read them again."""
+    def item_targets(self, indices: Indices) -> Tensor | None:
+        """Return the targets of items as they are stored, for `keep_item_targets`; None where
+        `targets` reads no items."""
+        return None
+
+    def keep_item_targets(self, indices: Indices, targets: Tensor) -> None:  # noqa: B027
+        """Take stored targets that another process has read with samples, so that `targets` need
+        not read them again."""
 
     def with_samples(self, wrap: Callable[[ArraySource], ArraySource]) -> Dataset:
         """Return the data set for reads of samples alone, from another source of the same content;
@@ -270,13 +275,17 @@ class DatasetView(Dataset):
     def reads_items(self) -> bool:
         return self._dataset.reads_items
 
-    def keep_targets(self, indices: Indices, targets: Tensor) -> None:
-        self._dataset.keep_targets(indices, targets)
+    def item_targets(self, indices: Indices) -> Tensor | None:
+        return self._dataset.item_targets(indices)
+
+    def keep_item_targets(self, indices: Indices, targets: Tensor) -> None:
+        self._dataset.keep_item_targets(indices, targets)
 
     def with_samples(self, wrap: Callable[[ArraySource], ArraySource]) -> Dataset:
         view: DatasetView = object.__new__(type(self))
         view.__dict__ |= self.__dict__
         view._dataset = self._dataset.with_samples(wrap)
+        view.sample_weights = None
         return view
 
     def source_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
@@ -368,8 +377,11 @@ class Subset(DatasetView):
     def targets(self, indices: ArrayLike) -> Tensor:
         return self._dataset.targets(self._indices[np.asarray(indices)])
 
-    def keep_targets(self, indices: Indices, targets: Tensor) -> None:
-        self._dataset.keep_targets(self._indices[indices], targets)
+    def item_targets(self, indices: Indices) -> Tensor | None:
+        return self._dataset.item_targets(self._indices[indices])
+
+    def keep_item_targets(self, indices: Indices, targets: Tensor) -> None:
+        self._dataset.keep_item_targets(self._indices[indices], targets)
 
 
 def _no_integers(dtype: torch.dtype) -> DataError:

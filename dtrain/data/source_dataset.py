@@ -166,7 +166,12 @@ class SourceDataset(Dataset):
     def reads_items(self) -> bool:
         return self._samples.by_item
 
-    def keep_targets(self, indices: Indices, targets: Tensor) -> None:
+    def item_targets(self, indices: Indices) -> Tensor | None:
+        if not isinstance(self._labels, ItemTargets):
+            return None
+        return torch.from_numpy(self._labels.read(indices))
+
+    def keep_item_targets(self, indices: Indices, targets: Tensor) -> None:
         if isinstance(self._labels, ItemTargets):
             self._labels.keep(indices, targets.numpy())
 
@@ -176,6 +181,7 @@ class SourceDataset(Dataset):
         dataset = copy(self)
         dataset._others, dataset._labels = (), MemorySource(np.empty(0, np.int64))
         dataset._samples = wrap(self._inputs)
+        dataset.sample_weights = None
         cached = {"slow": self.slow, "_inputs": dataset._samples}
         dataset.__dict__ |= {"_other_inputs": (), "_targets": dataset._labels, **cached}
         return dataset

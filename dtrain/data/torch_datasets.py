@@ -104,13 +104,16 @@ def item_splits(
     task : Task
         Decides whether targets are classes.
     classes : int, optional
-        Their number. Without it, all labels must be known at the start.
+        Their number. Without it, or with `labels = "compact"`, all labels must be known at the
+        start.
 
     Raises
     ------
     DataError
         A Dataset has no length or no items, or an item is no pair of sample and target.
     """
+    if task.labels == "compact":  # the labels of the items say how many classes there are
+        classes = None
     parts = {}
     for name, dataset in zip(("train", "test", "validation"), datasets, strict=False):
         parts[name] = _split_sources(dataset, f"{location}, {name}", task, classes)

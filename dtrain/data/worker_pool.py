@@ -316,11 +316,7 @@ class PendingWorkerRead:
         if isinstance(answer, Failure):
             self._error = _exception(answer)
             return
-        inputs, *others = self.worker.slots[self.slot].read(answer)
-        if self._groups is not None or not others:
-            self._prepared = Prepared(inputs)
-        else:
-            self._prepared = Prepared(inputs, tuple(others[:-1]), others[-1])
+        self._prepared = Prepared.of(self.worker.slots[self.slot].read(answer))
 
     def result(self) -> Prepared:
         """Wait for the micro-batch and return it, or raise the exception of the read."""

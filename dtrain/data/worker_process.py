@@ -158,9 +158,7 @@ class Worker:
                 for buffer in message.buffers:
                     held.hold(self._groups[buffer])
             prepared = preparation(message.indices, message.epoch)
-            targets = () if prepared.targets is None else (prepared.targets,)
-            tensors = [prepared.inputs, *(prepared.others or ()), *targets]
-            return self._slots[message.slot].write(tensors)
+            return self._slots[message.slot].write(prepared.tensors())
         except Exception as error:
             return Failure.of(error)
 

@@ -12,7 +12,11 @@ import torch
 from torch import Tensor
 
 from dtrain.config.sections import AUGMENTS as NAMES
+from dtrain.data.array_source import MemorySource
 from dtrain.data.augment import AUGMENTS, PAD, CropFlip, UserAugment, build_augment, random_bits
+from dtrain.data.batch_readers import Preparation
+from dtrain.data.dataset import Subset
+from dtrain.data.source_dataset import SourceDataset
 from dtrain.errors import ConfigError, DataError
 from dtrain.rng import generator_states
 from tests import tiny
@@ -221,9 +225,9 @@ def test_the_index_is_that_before_samples_are_held_out() -> None:
         seen.append(index)
         return sample
 
-    augment = build_augment(note, 0, source_indices=lambda indices: indices * 10)
-    assert augment is not None
-    augment(X[:3], np.array([2, 0, 1]), 0)
+    labels = MemorySource(np.zeros(40, np.int64))
+    train = Subset(SourceDataset(MemorySource(X.numpy()), labels, 2), np.arange(0, 40, 10))
+    Preparation(train, torch.float32, build_augment(note, 0))(np.array([2, 0, 1]), 0)
     assert seen == [20, 0, 10]
 
 

@@ -56,8 +56,9 @@ class Listed(Items):
         self.targets = Y.tolist() if labels is None else labels
 
 
-def split_of(dataset: Dataset[Any], **keys: Any) -> Any:
-    return load_data("data", keys, ROOT, normalise=False, target=(dataset, dataset)).train
+def split_of(dataset: Dataset[Any], labels: Any = "as-stored", **keys: Any) -> Any:
+    data = dataset, dataset
+    return load_data("data", keys, ROOT, normalise=False, labels=labels, target=data).train
 
 
 @pytest.mark.parametrize("kind", ["plain", "pair", "dict"])
@@ -131,6 +132,13 @@ def test_the_number_of_classes_avoids_the_pass() -> None:
             split_of(items, classes=wrong)
     with refuses(ConfigError, "run-file.unknown-key"):
         split_of(items, clases=3)
+
+
+def test_compact_labels_of_items_are_numbered_whatever_classes_says() -> None:
+    items = Items(y=Y * 10 + 5)
+    split = split_of(items, "compact", classes=3)
+    assert (split.classes, split.class_labels) == (3, (5, 15, 25))
+    assert np.array_equal(split.targets(np.arange(N)), Y)
 
 
 def test_a_target_that_changes_is_refused() -> None:
