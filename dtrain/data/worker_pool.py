@@ -23,6 +23,7 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import send_handle
 from pathlib import Path
 from typing import Any, final
 
@@ -31,6 +32,7 @@ from dtrain.data.batch_readers import Preparation, Prepared
 from dtrain.data.held_rows import HeldRows
 from dtrain.data.row_groups import BUFFERS, BatchRead, GroupReader
 from dtrain.data.shared_memory import SharedMemory
+from dtrain.data.shared_pickle import SharedPickle
 from dtrain.data.worker_process import Failure, Group, Read, Setup
 from dtrain.errors import ConfigError, DataError, DtrainError
 
@@ -108,8 +110,8 @@ class WorkerProcess:
         self._next_slot = (slot + 1) % READS_PER_WORKER
         return slot
 
-    def send(self, message: Setup | Group | Read) -> None:
-        """Send a message.
+    def send(self, message: Setup | Group | Read, memory: SharedMemory | None = None) -> None:
+        """Send a message, and perhaps memory.
 
         Raises
         ------
@@ -118,6 +120,8 @@ class WorkerProcess:
         """
         try:
             self.connection.send(message)
+            if memory is not None:
+                send_handle(self.connection, memory.file_descriptor, self.process.pid)
         except OSError as error:
             raise self._lost() from error
 
@@ -168,10 +172,12 @@ class WorkerPool:
         self.count = count
         self.buffers = [SharedMemory() for _ in range(BUFFERS)]
         self.workers: list[WorkerProcess] = []
-        self._setups: list[Setup] = []
+        self.payloads: list[SharedPickle] = []
         self._reads = 0
         self._unsent: deque[PendingWorkerRead] = deque()
-        self._finalizer = weakref.finalize(self, _end_workers, self.workers, self.buffers)
+        self._finalizer = weakref.finalize(
+            self, _end_workers, self.workers, self.buffers, self.payloads
+        )
 
     def reader(self, preparation: Preparation, held: HeldRows | None) -> WorkerReader:
         """Return a reader of micro-batches.
@@ -188,9 +194,9 @@ class WorkerPool:
         ConfigError
             The data set or its augmentation cannot be sent to other processes.
         """
-        number = len(self._setups)
+        number = len(self.payloads)
         try:
-            payload = pickle.dumps((preparation, held))
+            payload = SharedPickle((preparation, held))
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise ConfigError(
                 "data.workers-not-picklable",
@@ -198,8 +204,7 @@ class WorkerPool:
                 f"cannot be pickled ({error}): define its classes and functions at the top of a "
                 "module, without lambda, and open files on the first read; or set workers = 0",
             ) from error
-        process = process_description(needs_main=b"__main__" in payload)
-        self._setups.append(Setup(number, payload, process))
+        self.payloads.append(payload)
         groups = None if held is None else GroupReader(held, self.buffers)
         return WorkerReader(self, number, groups)
 
@@ -252,7 +257,9 @@ class WorkerPool:
         read = self._unsent.popleft()
         worker, number = read.worker, read.number
         if number not in worker.known_preparations:
-            worker.send(self._setups[number])
+            payload = self.payloads[number]
+            process = process_description(needs_main=b"__main__" in payload.pickled)
+            worker.send(Setup(number, payload.sizes, process), payload.memory)
             worker.known_preparations.add(number)
         for group in read.batch.groups:
             if worker.known_groups.get(group.buffer) is not group:
@@ -392,7 +399,9 @@ def _exception(failure: Failure) -> BaseException:
     return error
 
 
-def _end_workers(workers: list[WorkerProcess], buffers: list[SharedMemory]) -> None:
+def _end_workers(
+    workers: list[WorkerProcess], buffers: list[SharedMemory], payloads: list[SharedPickle]
+) -> None:
     for worker in workers:
         worker.end()
     for worker in workers:
@@ -401,6 +410,7 @@ def _end_workers(workers: list[WorkerProcess], buffers: list[SharedMemory]) -> N
         except subprocess.TimeoutExpired:
             worker.process.kill()
             worker.process.wait()
-    for memory in (*buffers, *(slot for worker in workers for slot in worker.slots)):
+    slots = [slot for worker in workers for slot in worker.slots]
+    for memory in (*buffers, *slots, *(payload.memory for payload in payloads)):
         memory.close()
     workers.clear()

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle
 from multiprocessing.spawn import prepare
 from typing import Any, NamedTuple, cast, final
 
@@ -25,6 +26,7 @@ from dtrain.data.batch_readers import Preparation
 from dtrain.data.held_rows import HeldRows, RowGroup
 from dtrain.data.sampler import Indices
 from dtrain.data.shared_memory import SharedMemory, TensorPlace
+from dtrain.data.shared_pickle import load_shared
 from dtrain.errors import DtrainError
 from dtrain.user_code import importing
 
@@ -39,14 +41,15 @@ class Setup(NamedTuple):
     ----------
     number : int
         Its number in later messages.
-    payload : bytes
-        The pickled `Preparation` and its `HeldRows` or None.
+    sizes : tuple of int
+        Those of the `SharedPickle` of the `Preparation` and its `HeldRows` or None. The file
+        descriptor of its memory follows the message.
     process : dict
         Path, arguments and main module of the rank, as `multiprocessing.spawn.prepare` takes them.
     """
 
     number: int
-    payload: bytes
+    sizes: tuple[int, ...]
     process: dict[str, Any]
 
 
@@ -119,21 +122,19 @@ class Worker:
         self._preparations: dict[int, tuple[Preparation, HeldRows | None] | Failure] = {}
         self._groups: dict[int, RowGroup] = {}
 
-    def answer(self, message: Setup | Group | Read) -> list[TensorPlace] | Failure | None:
+    def answer(self, message: Group | Read) -> list[TensorPlace] | Failure | None:
         """Carry out a message; return the answer to a `Read`."""
-        if isinstance(message, Setup):
-            self._set_up(message)
-        elif isinstance(message, Group):
-            self._add_group(message)
-        else:
+        if isinstance(message, Read):
             return self._read(message)
+        self._add_group(message)
         return None
 
-    def _set_up(self, message: Setup) -> None:
+    def set_up(self, message: Setup, file_descriptor: int) -> None:
+        """Make the preparation of a message, from the memory with a file descriptor."""
         try:
             with importing("the script of a run (by a worker process of [data] workers)"):
                 prepare(message.process)
-                self._preparations[message.number] = pickle.loads(message.payload)
+                self._preparations[message.number] = load_shared(file_descriptor, message.sizes)
         except Exception as error:
             self._preparations[message.number] = Failure.of(error)
         _ignore_signals()
@@ -198,7 +199,11 @@ def main(parent: int, connection: int, slots: Sequence[int], buffers: Sequence[i
     rank = Connection(connection)
     with suppress(EOFError, OSError):  # the rank has closed the connection
         while True:
-            answer = worker.answer(rank.recv())
+            message = rank.recv()
+            if isinstance(message, Setup):
+                worker.set_up(message, recv_handle(rank))
+                continue
+            answer = worker.answer(message)
             if answer is not None:
                 rank.send(answer)
     sys.stdout.flush()

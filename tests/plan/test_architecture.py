@@ -157,7 +157,7 @@ def imported_strategies(path: Path) -> list[str]:
     return [name for name in imported if name.split(".")[0] in others]
 
 
-WORKERS = ("data/worker_pool.py", "data/worker_process.py")
+WORKERS = ("data/worker_pool.py", "data/worker_process.py", "data/shared_pickle.py")
 """They send objects to child processes of the rank, over a pair of sockets that nobody else has."""
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,13 +14,22 @@ import torch
 from torch.utils.data import Dataset
 
 from dtrain.config.validate import validate_run
+from dtrain.data import load_data
+from dtrain.data.augment import build_augment
 from dtrain.data.loader import Loader
 from dtrain.data.shared_memory import SharedMemory
+from dtrain.data.shared_pickle import SharedPickle, load_shared
 from dtrain.data.user import as_splits
+from dtrain.data.weights import WeightedArrays
 from dtrain.data.worker_pool import WorkerPool
 from dtrain.errors import ConfigError
 from tests import tiny
+from tests.conftest import ROOT
 from tests.refusals import refuses
+
+
+def unchanged(sample: torch.Tensor, *_: Any) -> torch.Tensor:
+    return sample
 
 
 def test_data_that_cannot_be_sent_are_refused_before_the_training() -> None:
@@ -34,6 +45,50 @@ def test_data_that_cannot_be_sent_are_refused_before_the_training() -> None:
     with refuses(ConfigError, "data.workers-not-picklable"):
         Loader(split, torch.float32, workers=pool).start_workers()
     assert not pool.workers
+
+
+@pytest.mark.parametrize("validation", [0.0, 0.25])
+@pytest.mark.parametrize("augment", ["crop-flip", unchanged])
+def test_rows_in_memory_are_not_sent_to_workers(augment: Any, validation: float) -> None:
+    """Nor are they if samples are held out, standardised, augmented by their index and weighted."""
+    x, y = np.zeros((400, 3, 20, 20), np.float32), np.arange(400) % 4
+    data = WeightedArrays((x, y, x[:4], y[:4]), np.ones(400))
+    splits = load_data("data", {}, ROOT, validation=validation, target=data)
+    pool = WorkerPool(1)
+    loader = Loader(splits.train, torch.float32, build_augment(augment, 0), workers=pool)
+    with mock.patch.object(pool, "start"):
+        loader.start_workers()
+    assert 0 < sum(sum(payload.sizes) for payload in pool.payloads) < 20_000
+
+
+def test_arrays_are_shared_and_can_be_written_to(tmp_path: Path) -> None:
+    """Arrays, tensors, strided ones, those that share the memory of a file, and small ones."""
+    numbers = np.arange(40_000, dtype=np.float32).reshape(200, 200)
+    np.save(tmp_path / "numbers.npy", numbers)
+    mapped = np.load(tmp_path / "numbers.npy", mmap_mode="r")
+    values: dict[str, Any] = {
+        "array": numbers,
+        "columns": numbers[:, ::2],
+        "tensor": torch.from_numpy(numbers),
+        "half": torch.from_numpy(numbers).bfloat16(),
+        "mapped": mapped[7:],
+        "small": np.arange(3),
+    }
+    payload = SharedPickle(values)
+    assert sum(payload.sizes) < 5 * numbers.nbytes
+    assert len(payload.pickled) < 1.1 * numbers.nbytes  # those of "columns" and "half"
+    copies = [load_shared(os.dup(payload.memory.file_descriptor), payload.sizes) for _ in "ab"]
+    payload.memory.close()
+    for name, value in values.items():
+        for copy in copies:
+            assert np.array_equal(as_array(copy[name]), as_array(value)), name
+            assert type(copy[name]) is type(value) or name == "columns"
+            if name != "mapped":
+                copy[name][1:] = 5
+
+
+def as_array(value: Any) -> Any:
+    return value.float().numpy() if isinstance(value, torch.Tensor) else value
 
 
 def test_a_negative_number_is_refused() -> None:

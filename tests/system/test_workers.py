@@ -26,7 +26,7 @@ from tests.process import start
 from tests.refusals import refuses
 from tests.rule.test_loader import Disk, dataset_of, disk, micro_batches
 from tests.system.programs import DTRAIN
-from tests.system.worker_data import Pairs, Surroundings
+from tests.system.worker_data import Columns, Images, Pairs, Surroundings
 
 __all__ = ["disk"]
 
@@ -103,6 +103,13 @@ def test_items_bring_their_further_inputs_and_targets(pools: dict[int, WorkerPoo
     assert broken.targets(np.array([8, 3, 1])).tolist() == [2, 0, 1]
 
 
+def test_targets_of_items_are_kept_as_they_are_stored(pools: dict[int, WorkerPool]) -> None:
+    train = as_splits((Columns(), Columns()), "data", classes=3).train
+    view = Subset(train, np.arange(7, -1, -1))
+    read(Loader(view, torch.float32, workers=pools[1]), [np.arange(5), np.arange(5, 8)])
+    assert train.targets(np.arange(8)).tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+
+
 @pytest.mark.parametrize(
     ("index", "kind", "key"),
     [(20, KeyError, ""), (21, DataError, "data.mine"), (22, RuntimeError, "")],
@@ -150,6 +157,20 @@ def test_workers_inherit_nothing_of_the_rank(pools: dict[int, WorkerPool]) -> No
     assert first[:, 1:4].tolist() == [[1, 0, 0]] * 4
     assert set(second[:, 0].tolist()) == set(first[:, 0].tolist())
     assert first[:, 4].max() < 20
+
+
+def test_workers_share_the_arrays_of_a_dataset() -> None:
+    """A worker maps what the rank has sent; it has no copy of its own."""
+    pool = WorkerPool(2)
+    small = as_splits((Columns(), Columns()), "data", classes=3).train
+    images = Images()
+    large = as_splits((images, images), "data", classes=2).train
+    read(Loader(small, torch.float32, workers=pool), [np.array([1]), np.array([2])])
+    loader = Loader(large, torch.float64, workers=pool)
+    rows = torch.cat(read(loader, [np.array([i]) for i in range(4)]))
+    pool.stop()
+    assert rows[:, 0].tolist() == [2.0**23] * 4
+    assert rows[:, 1].max() < 200e6
 
 
 def test_a_killed_worker_ends_the_read() -> None:
