@@ -157,6 +157,47 @@ def registered_object(name: str, fingerprint: str) -> Any:
     return found
 
 
+class GivenArray:
+    """An array or a list that was given in Python as the value of a key.
+
+    Attributes
+    ----------
+    array : array, tensor or list
+        The value.
+    """
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+
+def value_text(value: Any) -> str:
+    """Return the text of a run file for a function or an array that is the value of a key: its
+    name, and its fingerprint where the name does not identify it."""
+    if isinstance(value, str):
+        return value
+    return " ".join(register_object(_given(value))).strip()
+
+
+def find_value(value: Any, folder: Path, key: str) -> Any:
+    """Return the function or the array that is the value of a key, given its text or itself.
+
+    Raises
+    ------
+    ConfigError
+        No module has it, or it was given in Python in another process.
+    """
+    if not isinstance(value, str):
+        return _given(value)
+    name, _, fingerprint = value.partition(" ")
+    target = registered_object(name, fingerprint)
+    require_object(target, name, fingerprint, key)
+    return import_object(name, folder, key) if target is None else target
+
+
+def _given(value: Any) -> Any:
+    return value.array if isinstance(value, GivenArray) else value
+
+
 def require_object(target: object, name: str, fingerprint: str, kind: str) -> None:
     """Refuse an object that was given in Python in another process and cannot be imported."""
     if target is None and (fingerprint or name == ARRAYS):

@@ -27,6 +27,10 @@ Moments = tuple[NDArray[Any], NDArray[np.float64]]
 complex128."""
 
 
+Label = int | str
+"""A class label as the data have it."""
+
+
 SAMPLES_PER_READ = 4096
 
 
@@ -60,6 +64,10 @@ class Dataset(ABC):
         Further inputs of a sample (a mask, a second image), as the model takes them.
     stored_pieces : StoredPieces or None
         How the samples are stored in files; None: in memory, or in an unknown way.
+    class_labels : tuple of (int or str)
+        The stored label of each class, where classes have other numbers; else empty.
+    sample_weights : array or None
+        Weights of the samples in the training loss, (size,) float64; None: all count alike.
     """
 
     size: int
@@ -71,6 +79,13 @@ class Dataset(ABC):
     value_range: tuple[float, float] | None = None
     other_inputs: tuple[InputSpec, ...] = ()
     stored_pieces: StoredPieces | None = None
+    class_labels: tuple[Label, ...] = ()
+    sample_weights: NDArray[np.float64] | None = None
+
+    @property
+    def source_size(self) -> int:
+        """Number of samples of the data set that this one is a part of; `size` if it is whole."""
+        return self.size
 
     @property
     def slow(self) -> bool:
@@ -115,9 +130,13 @@ class Dataset(ABC):
         cost."""
         return False
 
+    def item_targets(self, indices: ArrayLike) -> Tensor | None:
+        """Return the targets of items as they are stored; None where all are known without the
+        items."""
+        return None
+
     def keep_targets(self, indices: Indices, targets: Tensor) -> None:  # noqa: B027 - optional
-        """Take targets that were read with samples in another process, so that `targets` need not
-        read them again."""
+        """Take the `item_targets` of another process, so that `targets` need not read the items."""
 
     def with_samples(self, wrap: Callable[[ArraySource], ArraySource]) -> Dataset:
         """Return the data set for reads of samples alone, from another source of the same content;
@@ -129,6 +148,13 @@ class Dataset(ABC):
             Called with the present source; returns the other one.
         """
         return self
+
+    @final
+    def read_sample_weights(self, indices: ArrayLike) -> Tensor | None:
+        """Return the weights (n,) of samples in the training loss, None where all count alike."""
+        if self.sample_weights is None:
+            return None
+        return torch.from_numpy(self.sample_weights[np.asarray(indices)])
 
     def source_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
         """Return the indices of samples in the data set that this one is a part of."""
@@ -213,7 +239,14 @@ class DatasetView(Dataset):
         self.value_range = dataset.value_range
         self.other_inputs = dataset.other_inputs
         self.stored_pieces = dataset.stored_pieces
+        self.class_labels = dataset.class_labels
+        self.sample_weights = dataset.sample_weights
         self._dataset = dataset
+
+    @property
+    def source_size(self) -> int:
+        """That of the other data set."""
+        return self._dataset.source_size
 
     @property
     def slow(self) -> bool:
@@ -236,6 +269,9 @@ class DatasetView(Dataset):
     def reads_items(self) -> bool:
         return self._dataset.reads_items
 
+    def item_targets(self, indices: ArrayLike) -> Tensor | None:
+        return self._dataset.item_targets(indices)
+
     def keep_targets(self, indices: Indices, targets: Tensor) -> None:
         self._dataset.keep_targets(indices, targets)
 
@@ -245,11 +281,11 @@ class DatasetView(Dataset):
         view._dataset = self._dataset.with_samples(wrap)
         return view
 
-    def source_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
-        return self._dataset.source_indices(indices)
-
     def read_stored(self, rows: range | NDArray[np.int64]) -> Array:
         return self._dataset.read_stored(rows)
+
+    def source_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
+        return self._dataset.source_indices(indices)
 
     def to_unit_range(self, x: Tensor) -> Tensor:
         return self._dataset.to_unit_range(x)
@@ -306,6 +342,8 @@ class Subset(DatasetView):
         super().__init__(dataset)
         self.size = len(indices)
         self._indices = indices
+        if dataset.sample_weights is not None:
+            self.sample_weights = dataset.sample_weights[indices]
 
     def source_index(self, index: int) -> int:
         """Return the index of a sample in the other data set; where that is a subset, in its own
@@ -331,6 +369,9 @@ class Subset(DatasetView):
 
     def targets(self, indices: ArrayLike) -> Tensor:
         return self._dataset.targets(self._indices[np.asarray(indices)])
+
+    def item_targets(self, indices: ArrayLike) -> Tensor | None:
+        return self._dataset.item_targets(self._indices[np.asarray(indices)])
 
     def keep_targets(self, indices: Indices, targets: Tensor) -> None:
         self._dataset.keep_targets(self._indices[indices], targets)

@@ -16,6 +16,7 @@ from dtrain.data.conversion import Array
 from dtrain.data.dataset import DatasetSplits, check_splits
 from dtrain.data.source_dataset import SplitSources, make_splits
 from dtrain.data.torch_datasets import are_torch_datasets, item_splits
+from dtrain.data.weights import WeightedArrays, check_weights
 from dtrain.errors import DataError
 from dtrain.tasks.task import DEFAULT_TASK, Task
 
@@ -30,9 +31,9 @@ def as_splits(
     value : object
         `DatasetSplits`; or (x_train, y_train, x_test, y_test) as arrays or tensors, after which
         x_validation and y_validation may follow; or two or three map-style
-        `torch.utils.data.Dataset` in that order, which are read by index. Samples of several
-        inputs are a tuple or dict of arrays, in the order of the model's arguments. Arrays and CPU
-        tensors are not copied.
+        `torch.utils.data.Dataset` in that order, which are read by index; or `WeightedArrays`
+        around one of these. Samples of several inputs are a tuple or dict of arrays, in the order
+        of the model's arguments. Arrays and CPU tensors are not copied.
     location : str
         The function's name, for the messages.
     task : Task
@@ -46,7 +47,14 @@ def as_splits(
         A value of another type, or arrays that do not fit each other.
     """
     if isinstance(value, DatasetSplits):
+        if value.train.sample_weights is not None:
+            check_weights(value.train.sample_weights, value.train.size, f"{location}: the weights")
         return check_splits(value, location)
+    if isinstance(value, WeightedArrays):
+        splits = as_splits(value.data, location, task, classes)
+        weights = check_weights(value.weights, splits.train.size, f"{location}: the weights")
+        splits.train.sample_weights = weights
+        return splits
     if are_torch_datasets(value):
         assert isinstance(value, list | tuple)
         return make_splits(item_splits(value, location, task, classes), task)

@@ -9,21 +9,30 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from hashlib import blake2b
 
 import numpy as np
 
 from dtrain.comm.agree import all_or_none, broadcast_object
 from dtrain.comm.communicator import Comm
+from dtrain.data.augment import UserAugment, build_augment
 from dtrain.data.channel_notes import channel_notes
 from dtrain.data.dataset import Dataset
+from dtrain.data.label_notes import label_notes
+from dtrain.data.repeatability import check_repeatable
 from dtrain.data.shuffle_windows import StoredPieces, group_rows
 from dtrain.data.statistics import find_standardised
 from dtrain.data.value_check import all_targets_alike, check_finite, has_finite_statistics
+from dtrain.errors import DataError
 from dtrain.objectives.messages import reads_samples
 from dtrain.planning.plan import Plan
 
 CHECK_S = 0.05
-"""Seconds of each check at the start of a run: of the values, and of the targets."""
+"""Seconds of each check at the start of a run: of values, of equal targets, and of labels."""
+
+
+AUGMENTED_SAMPLES = 4
+"""Samples for which a user's augmentation is called twice at the start of a run."""
 
 
 NOTED_RATIO = 2.0
@@ -36,15 +45,19 @@ def data_notes(plan: Plan, comm: Comm) -> list[str]:
     Raises
     ------
     DataError
-        On all ranks, if an input or a target is NaN or infinite.
+        On all ranks, if an input or a target is NaN or infinite, or a label is out of range.
+    ConfigError
+        On all ranks, if `[data] augment` uses other random numbers than those that it is given.
     """
     check_data_values(plan, comm, CHECK_S)
+    all_or_none(comm, lambda: _check_augment(plan, comm.rank))
     notes: list[str] = broadcast_object(comm, lambda: list(_all_notes(plan)))
     return notes
 
 
 def _all_notes(plan: Plan) -> Iterator[str]:
     yield from _alike_notes(plan)
+    yield from _label_notes(plan)
     yield from _channel_notes(plan)
     yield from shuffle_notes(plan.data.train, plan.run.data.shuffle)
 
@@ -84,6 +97,13 @@ def _channel_notes(plan: Plan) -> Iterator[str]:
         yield from channel_notes(standardised.training)
 
 
+def _label_notes(plan: Plan) -> Iterator[str]:
+    """Yield the notes on class labels."""
+    sampler = getattr(plan.run.data, "sampler", "uniform")
+    deadline = time.monotonic() + CHECK_S
+    yield from label_notes(plan.data.by_name(), plan.layout.task, sampler, deadline)
+
+
 def check_data_values(plan: Plan, comm: Comm, limit_s: float) -> None:
     """Refuse NaN and infinite values. Collective over all ranks.
 
@@ -107,6 +127,67 @@ def _check_own_part(plan: Plan, rank: int, limit_s: float) -> None:
         rows = np.arange(replica, split.size, plan.layout.mesh.replicas)
         is_known_bad = name == "train" and not has_finite_statistics(split)
         check_finite(split, name, rows, math.inf if is_known_bad else deadline)
+
+
+def check_data_repeatable(plan: Plan, comm: Comm) -> None:
+    """Refuse data that are no function of the index. Collective over all ranks.
+
+    Raises
+    ------
+    DataError
+        On all ranks; it names split and sample.
+    """
+    reads_inputs = _reads_inputs(plan, plan.layout.mesh.coords(comm.rank)[1])
+
+    def check() -> None:
+        deadline = time.monotonic() + CHECK_S
+        for name, split in plan.data.by_name().items():
+            check_repeatable(split, name, reads_inputs, deadline)
+
+    all_or_none(comm, check)
+
+
+def _check_augment(plan: Plan, rank: int) -> None:
+    """Refuse a user's augmentation that is no function of what it is given."""
+    reads_inputs = _reads_inputs(plan, plan.layout.mesh.coords(rank)[1])
+    train, run = plan.data.train, plan.run
+    augment = build_augment(run.data.augment, run.settings.seed, run.folder)
+    if reads_inputs and isinstance(augment, UserAugment):
+        rows = np.unique(np.linspace(0, train.size - 1, AUGMENTED_SAMPLES).astype(np.int64))
+        augment.check_repeatable(train.inputs(rows), train.source_indices(rows))
+
+
+def same_draws(plan: Plan, comm: Comm) -> dict[str, str]:
+    """Verify that all ranks have the same sampler and the same weights of samples.
+
+    Collective over all ranks. Returns what identifies both in a later start, without those that a
+    run does not have.
+
+    Raises
+    ------
+    DataError
+        On all ranks, if a weight is not legal, or differs between ranks.
+    """
+    draws = all_or_none(comm, lambda: plan.draws)
+    weights = {
+        "sampler": None if draws is None else draws.weights,
+        "sample weights": plan.data.train.sample_weights,
+    }
+    hashes = {
+        name: blake2b(values.tobytes(), digest_size=8).hexdigest()
+        for name, values in weights.items()
+        if values is not None
+    }
+    others = comm.allgather_object(hashes) if hashes else []
+    for name, own in hashes.items():
+        if any(other[name] != own for other in others):
+            raise DataError(
+                "data.ranks-differ",
+                f"the ranks have different weights of samples ({name}): make them the same in "
+                "every process (seed their random numbers)",
+                on_all_ranks=True,
+            )
+    return hashes
 
 
 def _reads_inputs(plan: Plan, stage: int) -> bool:

@@ -250,8 +250,8 @@ DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
     "empty": ({"x": X[:0], "y": Y[:0]}, "data.samples-empty"),
     "no pixels": ({"x": X[:, :, :0]}, "data.samples-empty"),
     "flat x": ({"x": np.zeros(300, np.float32)}, "data.samples-flat"),
-    "float labels": ({"y": Y.astype(float)}, "data.labels-not-integers"),
-    "wide labels": ({"y": Y.reshape(-1, 1)}, "data.labels-not-integers"),
+    "float labels": ({"y": Y + 0.5}, "data.labels-not-integers"),
+    "wide float labels": ({"y": Y.reshape(-1, 1) + 0.5}, "data.labels-not-integers"),
     "negative": ({"y": Y - 1}, "data.labels-negative"),
     "text as x": ({"x": np.full(X.shape, b"a")}, "data.samples-dtype"),
     "mean": ({"mean": [1.0], "std": [1.0]}, "data.statistics-shape"),
@@ -372,8 +372,8 @@ def raises(): raise KeyError("my own")
 
 def test_the_example_of_the_docs(folder: Path) -> None:
     docs = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
-    [code] = re.findall(r"^```python\n(.*?)^```", docs, re.M | re.S)
-    [toml] = re.findall(r"^```toml\n([^`]*mydata.*?)^```", docs, re.M | re.S)
+    [code] = re.findall(r"^```python\n(# mydata.py.*?)^```", docs, re.M | re.S)
+    [toml] = re.findall(r"^```toml\n([^`]*mydata:.*?)^```", docs, re.M | re.S)
     (folder / "mydata.py").write_text(code)
     fields = tomllib.loads(toml)["data"]
     splits = load_data(fields.pop("name"), fields, folder)
