@@ -80,8 +80,6 @@ class DataSection:
     validation : float, str or tuple of str
         Share of the training split that is held out for validation; 0: none. Or the path of a file,
         or several, as `train` has them.
-    workers : int
-        Processes per rank that read samples; 0: a thread.
     labels : "as-stored" or "compact"
         The number of a class: its label, or the place of its label among the sorted distinct
         labels of the training split.
@@ -89,6 +87,8 @@ class DataSection:
         How often training samples are drawn: "uniform", once per epoch; "balanced", each class
         equally often; or "module:function", a function of the training targets that returns one
         weight per sample; in Python also the function itself, or the weights.
+    workers : int
+        Processes per rank that read samples; 0: a thread.
     """
 
     normalise: bool = True

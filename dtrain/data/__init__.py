@@ -51,7 +51,8 @@ TestFiles = AnyPath | Sequence[AnyPath] | float | None
 
 
 COMMON_KEYS = (
-    *("normalise", "channels", "shuffle", "augment", "validation", "labels", "sampler", "workers"),
+    *("normalise", "channels", "shuffle", "augment", "validation"),
+    *("labels", "sampler", "workers"),
 )
 """Keys of `[data]` that every data set has."""
 

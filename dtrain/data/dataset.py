@@ -62,12 +62,12 @@ class Dataset(ABC):
         The lowest and the highest value that an input can have; None where unknown.
     other_inputs : tuple of InputSpec
         Further inputs of a sample (a mask, a second image), as the model takes them.
-    stored_pieces : StoredPieces or None
-        How the samples are stored in files; None: in memory, or in an unknown way.
     class_labels : tuple of (int or str)
         The stored label of each class, where classes have other numbers; else empty.
     sample_weights : array or None
         Weights of the samples in the training loss, (size,) float64; None: all count alike.
+    stored_pieces : StoredPieces or None
+        How the samples are stored in files; None: in memory, or in an unknown way.
     """
 
     size: int
@@ -78,9 +78,9 @@ class Dataset(ABC):
     input_dtype: torch.dtype = torch.float32
     value_range: tuple[float, float] | None = None
     other_inputs: tuple[InputSpec, ...] = ()
-    stored_pieces: StoredPieces | None = None
     class_labels: tuple[Label, ...] = ()
     sample_weights: NDArray[np.float64] | None = None
+    stored_pieces: StoredPieces | None = None
 
     @property
     def source_size(self) -> int:
@@ -124,6 +124,13 @@ class Dataset(ABC):
         standardised."""
         return ()
 
+    @final
+    def read_sample_weights(self, indices: ArrayLike) -> Tensor | None:
+        """Return the weights (n,) of samples in the training loss, None where all count alike."""
+        if self.sample_weights is None:
+            return None
+        return torch.from_numpy(self.sample_weights[np.asarray(indices)])
+
     @property
     def reads_items(self) -> bool:
         """Whether one read of samples also reads their further inputs and their targets, at no
@@ -148,13 +155,6 @@ class Dataset(ABC):
             Called with the present source; returns the other one.
         """
         return self
-
-    @final
-    def read_sample_weights(self, indices: ArrayLike) -> Tensor | None:
-        """Return the weights (n,) of samples in the training loss, None where all count alike."""
-        if self.sample_weights is None:
-            return None
-        return torch.from_numpy(self.sample_weights[np.asarray(indices)])
 
     def source_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
         """Return the indices of samples in the data set that this one is a part of."""
@@ -238,15 +238,20 @@ class DatasetView(Dataset):
         self.input_dtype = dataset.input_dtype
         self.value_range = dataset.value_range
         self.other_inputs = dataset.other_inputs
-        self.stored_pieces = dataset.stored_pieces
         self.class_labels = dataset.class_labels
         self.sample_weights = dataset.sample_weights
+        self.stored_pieces = dataset.stored_pieces
         self._dataset = dataset
 
     @property
     def source_size(self) -> int:
         """That of the other data set."""
         return self._dataset.source_size
+
+    @property
+    def base(self) -> Dataset:
+        """The other data set."""
+        return self._dataset
 
     @property
     def slow(self) -> bool:
@@ -283,9 +288,6 @@ class DatasetView(Dataset):
 
     def read_stored(self, rows: range | NDArray[np.int64]) -> Array:
         return self._dataset.read_stored(rows)
-
-    def source_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
-        return self._dataset.source_indices(indices)
 
     def to_unit_range(self, x: Tensor) -> Tensor:
         return self._dataset.to_unit_range(x)

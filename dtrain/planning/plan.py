@@ -72,8 +72,7 @@ class Plan:
 
     def epoch_order(self, epoch: int) -> Indices:
         """Return the training samples of an epoch, (n,), in their order."""
-        seed, shuffle = self.run.settings.seed, self.run.data.shuffle
-        train = self.data.train
+        seed, shuffle, train = self.run.settings.seed, self.run.data.shuffle, self.data.train
         window = shuffle_window(train.stored_pieces)
         return epoch_order(train.size, seed, epoch, shuffle, *window, draws=self.draws)
 
