@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from dtrain.block.block import Block
+from dtrain.block.complex_tensors import real_view
 from dtrain.block.device import keep_freed_memory, select_device
 from dtrain.checkpoint.resume import STRUCTURE
 from dtrain.comm.agree import all_or_none
@@ -28,8 +29,8 @@ from dtrain.comm.communicator import Comm
 from dtrain.comm.groups import ProcessGroups
 from dtrain.config.run import RunConfig
 from dtrain.data import augment as augments
-from dtrain.data.dataset import unstandardised
 from dtrain.data.loader import Loader
+from dtrain.data.statistics import unstandardised
 from dtrain.engine.engine import Engine
 from dtrain.engine.evaluator import Evaluator
 from dtrain.engine.spec import EngineSpec
@@ -256,8 +257,8 @@ def check_same_data(plan: Plan, comm: Comm) -> dict[str, Any]:
 def _fingerprint(plan: Plan, rank: int) -> tuple[str, str | None, list[float] | None]:
     """Return hashes of some labels, and of some inputs where this rank reads inputs.
 
-    Inputs are read by the first stage at least. The numbers are weighted means of inputs before
-    they are standardised, which hardly depend on the machine.
+    Inputs are read by the first stage at least, here before they are standardised. The numbers are
+    weighted means of them, which hardly depend on the machine.
     """
     _, stage = plan.layout.mesh.coords(rank)
     objective = plan.layout.objective
@@ -272,8 +273,9 @@ def _fingerprint(plan: Plan, rank: int) -> tuple[str, str | None, list[float] | 
         labels.update(str((split.size, split.shape, split.classes)).encode())
         labels.update(split.targets(indices).numpy().tobytes())
         if reads_inputs:
-            inputs.update(split.inputs(indices).numpy().tobytes())
-            rows = unstandardised(split).inputs(indices).double().flatten(1)
+            stored = unstandardised(split).inputs(indices)
+            inputs.update(stored.numpy().tobytes())
+            rows = real_view(stored).double().flatten(1)
             numbers += (rows * torch.linspace(0.5, 1.5, rows.shape[1])).mean(1).tolist()
     if not reads_inputs:
         return labels.hexdigest(), None, None

@@ -145,7 +145,7 @@ def _add_predict(commands: Commands) -> None:
     predict.add_argument(
         "data",
         metavar="DATA",
-        help="file.h5 with x, file.npy, or train or test: a split of the run",
+        help="file of HDF5, .npz, .npy, .csv or IDX; or train or test: a split of the run",
     )
     predict.add_argument("out", type=Path, metavar="OUT.h5")
     _add_overrides(predict, "other data: data.test=FILE.h5")

@@ -70,14 +70,16 @@ class DataSection:
     ----------
     normalise : bool
         Whether inputs are standardised with the statistics of the training split.
+    channels : "first", "last" or int
+        The axis of a sample along which statistics are kept, one mean and deviation per index.
     shuffle : "full" or "chunks"
         A random permutation of all samples, or of chunks of neighbouring samples, for large files.
     augment : str or callable
         Random changes of the training samples: "none", "crop-flip", or "module:function", a
         function (sample, index, epoch, generator) -> sample; in Python also the function itself.
-    validation : float or str
-        Share of the training split that is held out for validation; 0: none. Or the path of an
-        HDF5 file.
+    validation : float, str or tuple of str
+        Share of the training split that is held out for validation; 0: none. Or the path of a file,
+        or several, as `train` has them.
     sampler : str, callable or array
         How often training samples are drawn: "uniform", once per epoch; "balanced", each class
         equally often; or "module:function", a function of the training targets that returns one
@@ -85,9 +87,10 @@ class DataSection:
     """
 
     normalise: bool = True
+    channels: Literal["first", "last"] | int = "first"
     shuffle: Literal["full", "chunks"] = "full"
     augment: str | Callable[..., Any] = "none"
-    validation: float | str = 0.0
+    validation: float | str | tuple[str, ...] = 0.0
     sampler: str | Callable[..., Any] | GivenArray = "uniform"
 
     def __post_init__(self) -> None:
@@ -99,7 +102,7 @@ class DataSection:
 
     def to_table(self) -> Table:
         """Return the keys as a run file has them, without those that change nothing."""
-        table = without_defaults(self, "validation", "sampler")
+        table = without_defaults(self, "validation", "sampler", "channels")
         texts = {key: value_text(table[key]) for key in ("augment", "sampler") if key in table}
         return table | texts
 

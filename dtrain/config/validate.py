@@ -37,6 +37,7 @@ def validate_run(run: RunConfig) -> None:
     _check_lr_scaling(run)
     _check_schedule_and_sync(run)
     _check_validation(run)
+    _check_channels(run)
     _check_ema(run)
 
 
@@ -142,6 +143,23 @@ def _check_validation(run: RunConfig) -> None:
         raise ConfigError(
             "data.validation-no-share",
             f"[data] validation = {share} must be at least 0 and less than 1, or a path",
+        )
+
+
+def _check_channels(run: RunConfig) -> None:
+    """Refuse an axis that is counted from the end, and images that have no channels first."""
+    channels, augment = run.data.channels, run.data.augment
+    if isinstance(channels, int) and channels < 0:
+        raise ConfigError(
+            "data.channels-negative",
+            f'[data] channels = {channels} counts from the end: give "first", "last", or an axis '
+            "of a sample from 0",
+        )
+    if augment == "crop-flip" and channels not in ("first", 0):
+        raise ConfigError(
+            "data.augment-channels",
+            f'[data] augment = "crop-flip" needs images (channels, height, width), but channels = '
+            f'{channels!r}: store the images with channels first, or set augment = "none"',
         )
 
 

@@ -19,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dtrain.data.dataset import Dataset, DatasetView, unstandardised
+from dtrain.data.dataset import Dataset, DatasetView
+from dtrain.data.statistics import unstandardised
 from dtrain.errors import DataError
 
 Indices = NDArray[np.int64]

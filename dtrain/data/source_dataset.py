@@ -12,17 +12,19 @@ from typing import Any, final
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from dtrain.data.array_source import ArraySource, LazySource, MemorySource
 from dtrain.data.conversion import (
     NUMERIC_KINDS,
+    Array,
     stores_integers,
     target_dtype,
     to_float_tensor,
     to_input_tensor,
     to_int_tensor,
+    to_summable,
     to_target_tensor,
     torch_dtype,
     value_range,
@@ -156,9 +158,20 @@ class SourceDataset(Dataset):
     def targets(self, indices: ArrayLike) -> Tensor:
         return to_target_tensor(self._targets.read(indices))
 
-    def moments(self) -> Moments:
+    def read_stored(self, rows: range | NDArray[np.int64]) -> Array:
+        source = self.__dict__.get("_inputs", self._samples)  # in memory, if inputs were read
+        if isinstance(rows, range):
+            return to_summable(source.read_range(rows.start, rows.stop))
+        return to_summable(source.read(rows))
+
+    @property
+    def chunk_rows(self) -> int | None:
+        return self._samples.chunk_rows
+
+    @property
+    def given_moments(self) -> Moments | None:
         if self._stored_moments is None:
-            return super().moments()
+            return None
         scale = 255.0 if self._samples.dtype == np.uint8 else 1.0
         return self._stored_moments[0] / scale, self._stored_moments[1] / scale
 

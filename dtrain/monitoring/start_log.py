@@ -51,6 +51,12 @@ class StartLog:
         job_text = f"process {os.getpid()}" if job is None else f"job {job}"
         return f"started   {date}, {job_text}, {hosts_text(self._hosts)}"
 
+    def note(self, text: str) -> None:
+        """Print a line about the present step."""
+        if self.enabled:
+            self.print_head()
+            print(f"start     {text}", flush=True)
+
     @contextmanager
     def step(self, description: str) -> Iterator[None]:
         """Print a line if the work inside takes more than `SLOW_STEP_S`, and its time at the end.

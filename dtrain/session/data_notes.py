@@ -16,7 +16,9 @@ import numpy as np
 from dtrain.comm.agree import all_or_none, broadcast_object
 from dtrain.comm.communicator import Comm
 from dtrain.data.augment import UserAugment, build_augment
+from dtrain.data.channel_notes import channel_notes
 from dtrain.data.repeatability import check_repeatable
+from dtrain.data.statistics import find_standardised
 from dtrain.data.value_check import all_targets_alike, check_finite, has_finite_statistics
 from dtrain.errors import DataError
 from dtrain.objectives.messages import reads_samples
@@ -36,14 +38,18 @@ def data_notes(plan: Plan, comm: Comm) -> list[str]:
     Raises
     ------
     DataError
-        On all ranks, if an input or a target is NaN or infinite, or differs when it is read again.
-    ConfigError
-        On all ranks, if `[data] augment` uses other random numbers than those that it is given.
+        On all ranks, if an input or a target is NaN or infinite.
     """
     check_data_values(plan, comm, CHECK_S)
-    all_or_none(comm, lambda: _check_repeatable(plan, comm.rank))
-    notes: list[str] = broadcast_object(comm, lambda: list(_alike_notes(plan)))
+    notes: list[str] = broadcast_object(comm, lambda: [*_alike_notes(plan), *_channel_notes(plan)])
     return notes
+
+
+def _channel_notes(plan: Plan) -> Iterator[str]:
+    """Yield notes on the channels by which inputs are standardised, where they are."""
+    standardised = find_standardised(plan.data.train)
+    if standardised is not None:
+        yield from channel_notes(standardised.training)
 
 
 def check_data_values(plan: Plan, comm: Comm, limit_s: float) -> None:
@@ -71,8 +77,21 @@ def _check_own_part(plan: Plan, rank: int, limit_s: float) -> None:
         check_finite(split, name, rows, math.inf if is_known_bad else deadline)
 
 
-def _check_repeatable(plan: Plan, rank: int) -> None:
-    """Refuse data, and changes of them, that are no function of the index."""
+def check_functions_of_index(plan: Plan, comm: Comm) -> None:
+    """Refuse data, and changes of them, that are no function of the index. Collective over all
+    ranks.
+
+    Raises
+    ------
+    DataError
+        On all ranks, if an input or a target differs when it is read again.
+    ConfigError
+        On all ranks, if `[data] augment` uses other random numbers than those that it is given.
+    """
+    all_or_none(comm, lambda: _check_functions_of_index(plan, comm.rank))
+
+
+def _check_functions_of_index(plan: Plan, rank: int) -> None:
     reads_inputs = _reads_inputs(plan, plan.layout.mesh.coords(rank)[1])
     deadline = time.monotonic() + CHECK_S
     for name, split in plan.data.by_name().items():

@@ -53,7 +53,7 @@ from dtrain.comm.communicator import Comm
 from dtrain.comm.flight_recorder import print_error
 from dtrain.config.out_folder import fill_keys
 from dtrain.config.run import RunConfig
-from dtrain.data.dataset import Standardised
+from dtrain.data.statistics import Standardised
 from dtrain.errors import ConfigError, RankLostError
 from dtrain.evaluation import EvalWeights, evaluate_weights, evaluation_weights
 from dtrain.monitoring.machine_peak import measured_peak
@@ -71,7 +71,12 @@ from dtrain.rank_process import init
 from dtrain.run import Run
 from dtrain.schedules.segments import Segment
 from dtrain.schema import Table
-from dtrain.session.data_notes import check_data_values, data_notes, same_draws
+from dtrain.session.data_notes import (
+    check_data_values,
+    check_functions_of_index,
+    data_notes,
+    same_draws,
+)
 from dtrain.session.failure import report_failure
 from dtrain.session.layer_notes import layer_notes
 from dtrain.session.measured_cuts import settle_cuts
@@ -83,10 +88,12 @@ from dtrain.session.start import (
     check_weights_stay,
     make_recorder,
     restore_run,
+    resume_folders,
     share_module,
     start_trace,
     write_plan,
 )
+from dtrain.shared_statistics import share_statistics, use_kept_statistics
 from dtrain.user_code import refuse_during_import
 
 SEARCH_S = 60.0
@@ -215,6 +222,9 @@ class Session:
         check_same_source(run, comm)
         check_same_layout(plan, comm)
         with log.step("reading data and computing their statistics"):
+            use_kept_statistics(plan.data, comm, [out, *resume_folders(self._resume)])
+            share_statistics(plan.data, comm, log.note)
+            check_functions_of_index(plan, comm)
             data_fingerprint = check_same_data(plan, comm) | same_draws(plan, comm)
             notes = data_notes(plan, comm)
         is_trained = point.updates >= plan.training_length.total_updates

@@ -26,6 +26,8 @@ from dtrain.checkpoint.resume import ResumePoint, find_checkpoint, set_damaged_a
 from dtrain.comm.agree import all_or_none
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
+from dtrain.data.kept_statistics import write_kept
+from dtrain.data.statistics import find_standardised
 from dtrain.engine.trace import TRACE_FILE, Trace
 from dtrain.errors import ConfigError, DtrainError
 from dtrain.monitoring.metric_values import check_metric_name, metric_names
@@ -52,6 +54,11 @@ def share_module(model: object, comm: Comm) -> None:
         tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
         with comm.without_counting():
             comm.broadcast_([tensor for tensor in tensors.values() if tensor.numel()])
+
+
+def resume_folders(resume: str) -> list[Path]:
+    """Return the folder of the other run that is resumed, if there is one."""
+    return [] if resume in ("auto", "never", "fresh") else [Path(resume)]
 
 
 def acquire_folder(out: Path, resume: str, point: ResumePoint) -> tuple[ownership.Owner, int]:
@@ -124,9 +131,13 @@ def _restore_ema(manifest: Manifest, ema: Ema, blocks: Mapping[int, Block]) -> N
 
 
 def write_plan(plan: Plan, totals: RunTotals, out: Path) -> None:
-    """Write the resolved run, its plan and a first summary, once every rank accepted the run."""
+    """Write the resolved run, its plan, the statistics of its data and a first summary, once every
+    rank accepted the run."""
     (out / "run.toml").write_text(plan.run.to_text(), encoding="utf-8")
     (out / "plan.txt").write_text(report.plan_text(plan), encoding="utf-8")
+    standardised = find_standardised(plan.data.train)
+    if standardised is not None and standardised.training.is_computed:
+        write_kept(out, standardised.training)
     run_folder.write_summary(out, make_summary(plan, totals, "running"))
 
 

@@ -35,6 +35,7 @@ IMPORTS: dict[str, tuple[str, ...]] = {
         *(*FLAT, "schedules", "comm", "tasks", "models", "data", "block"),
         *("objectives", "syncs"),
     ),
+    "shared_statistics": (*FLAT, "comm", "data"),
     "tracking": FLAT,
     "config": (*FLAT, "schedules", "tasks", "block", "objectives", "syncs", "tracking"),
     "checkpoint": (*FLAT, "comm", "block", "syncs", "config"),

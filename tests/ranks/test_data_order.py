@@ -260,7 +260,8 @@ class Drifting(Dataset):
 
     def targets(self, indices: Any) -> Tensor:
         self.reads += self.drift == "targets"
-        return torch.from_numpy((np.asarray(indices) + self.reads) % 3)
+        drift = self.reads if self.drift == "targets" else 0
+        return torch.from_numpy((np.asarray(indices) + drift) % 3)
 
 
 def drifting(drift: str = "nothing", split: str = "train") -> DatasetSplits:

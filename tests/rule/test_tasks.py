@@ -20,8 +20,9 @@ from dtrain.block.micro_batch import MicroBatch
 from dtrain.data import load_data, memory_limits, source_dataset
 from dtrain.data.array_source import MemorySource
 from dtrain.data.conversion import torch_dtype
-from dtrain.data.dataset import DatasetSplits, standardise
+from dtrain.data.dataset import DatasetSplits
 from dtrain.data.source_dataset import SourceDataset
+from dtrain.data.statistics import standardise
 from dtrain.data.user import as_splits
 from dtrain.errors import ConfigError, DataError
 from dtrain.monitoring.run_totals import RunTotals
