@@ -23,7 +23,7 @@ from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
 from dtrain.data import open_samples
 from dtrain.data.array_source import ArraySource, MemorySource
-from dtrain.data.dataset import Dataset, IntegerInputs
+from dtrain.data.dataset import Dataset, IntegerInputs, Label
 from dtrain.data.file_set import check_numeric
 from dtrain.data.loader import Loader
 from dtrain.data.sampler import Indices, even_ranges
@@ -60,7 +60,8 @@ def predict_run(
         "test", a split of the run.
     out : Path, optional
         An HDF5 file for the outputs, as `output` (rows, ...); for labels also `prediction` (rows,),
-        the class of the largest output. Then nothing is returned, and only a part of the outputs is
+        the class of the largest output, and `label` (rows,), its stored label, where classes have
+        other numbers (`[data] labels`). Then nothing is returned, and only a part of the outputs is
         in memory at any time.
     overrides, run
         As in `evaluate_run`.
@@ -131,7 +132,7 @@ def _write(
         for _ in outputs:
             pass
         return
-    task = job.plan.layout.task
+    task, labels = job.plan.layout.task, job.plan.data.train.class_labels
     try:
         with replacing(out) as draft, h5py.File(draft, "w") as file:
             file.attrs.update(facts)
@@ -142,14 +143,24 @@ def _write(
                     file.create_dataset("output", shape, output.numpy().dtype)
                     if task.class_per_sample:
                         file.create_dataset("prediction", (rows,), "int64")
-                file["output"][start : start + len(output)] = output.numpy()
+                    if task.class_per_sample and labels:
+                        file.create_dataset("label", (rows,), _label_dtype(labels))
+                part = slice(start, start + len(output))
+                file["output"][part] = output.numpy()
                 if task.class_per_sample:
-                    file["prediction"][start : start + len(output)] = output.argmax(1).numpy()
+                    file["prediction"][part] = classes = output.argmax(1).numpy()
+                if "label" in file:
+                    file["label"][part] = [labels[number] for number in classes]
                 start += len(output)
     except OSError as error:
         raise ConfigError(
             "predict.unwritable", f"cannot write {out}: {error}; choose another file"
         ) from error
+
+
+def _label_dtype(labels: Sequence[Label]) -> Any:
+    """Return the dtype of stored labels in an HDF5 file."""
+    return h5py.string_dtype() if isinstance(labels[0], str) else np.array(labels).dtype
 
 
 def _open_samples(job: RankJob, data: Any) -> Dataset:

@@ -1,11 +1,13 @@
 """The process of one rank: the start of MPI, signals, and an end that no other rank waits for.
 
 Invariant: a rank that fails ends the job, whether the command line or a user's script runs in it.
-An error that all ranks raise is printed once.
+An error that all ranks raise is printed once. A process that a rank forks is no rank: signals and
+errors end that process alone, and it writes no flight record.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -13,7 +15,7 @@ import time
 import traceback
 from contextlib import suppress
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dtrain.comm.flight_recorder import dump_stacks_on, flush_output, print_error
 from dtrain.errors import DtrainError, Interrupted
@@ -27,6 +29,10 @@ mpirun kills them about a second after its SIGTERM."""
 
 
 _world: Comm | None = None
+
+
+_previous_handlers: dict[int, Any] = {}
+"""The handlers before those of a rank, by signal."""
 
 
 def init() -> Comm:
@@ -52,6 +58,7 @@ def init() -> Comm:
         _world = world()  # MPI comes before torch
         if in_main_thread:
             _install_signal_handlers(_world)
+            os.register_at_fork(after_in_child=_leave_rank)
     return _world
 
 
@@ -110,5 +117,22 @@ def _install_signal_handlers(comm: Comm) -> None:
         raise interrupted
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+        _previous_handlers[number] = signal.signal(number, stop)
     comm.flight.dump_on_signal(signal.SIGUSR1)
+
+
+def _leave_rank() -> None:
+    """Take the handlers of the rank away from a process that it has forked.
+
+    A pool of processes ends its workers by SIGTERM, which must end neither the job nor with a
+    message. SIGUSR1, which asks ranks for their records, is ignored.
+    """
+    assert _world is not None
+    _world.flight.detach()
+    if sys.excepthook is _end_of_script:
+        sys.excepthook = sys.__excepthook__
+    with suppress(ValueError):  # handlers belong to the main thread
+        for number, handler in _previous_handlers.items():
+            signal.signal(number, handler)
+        _previous_handlers.clear()  # its own children keep the handlers that it installs
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)

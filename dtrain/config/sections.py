@@ -80,6 +80,9 @@ class DataSection:
     validation : float, str or tuple of str
         Share of the training split that is held out for validation; 0: none. Or the path of a file,
         or several, as `train` has them.
+    labels : "as-stored" or "compact"
+        The number of a class: its label, or the place of its label among the sorted distinct
+        labels of the training split.
     sampler : str, callable or array
         How often training samples are drawn: "uniform", once per epoch; "balanced", each class
         equally often; or "module:function", a function of the training targets that returns one
@@ -91,6 +94,7 @@ class DataSection:
     shuffle: Literal["full", "chunks"] = "full"
     augment: str | Callable[..., Any] = "none"
     validation: float | str | tuple[str, ...] = 0.0
+    labels: Literal["as-stored", "compact"] = "as-stored"
     sampler: str | Callable[..., Any] | GivenArray = "uniform"
 
     def __post_init__(self) -> None:
@@ -102,7 +106,7 @@ class DataSection:
 
     def to_table(self) -> Table:
         """Return the keys as a run file has them, without those that change nothing."""
-        table = without_defaults(self, "validation", "sampler", "channels")
+        table = without_defaults(self, "validation", "channels", "labels", "sampler")
         texts = {key: value_text(table[key]) for key in ("augment", "sampler") if key in table}
         return table | texts
 

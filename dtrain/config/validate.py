@@ -38,6 +38,7 @@ def validate_run(run: RunConfig) -> None:
     _check_schedule_and_sync(run)
     _check_validation(run)
     _check_channels(run)
+    _check_labels(run)
     _check_ema(run)
 
 
@@ -160,6 +161,18 @@ def _check_channels(run: RunConfig) -> None:
             "data.augment-channels",
             f'[data] augment = "crop-flip" needs images (channels, height, width), but channels = '
             f'{channels!r}: store the images with channels first, or set augment = "none"',
+        )
+
+
+def _check_labels(run: RunConfig) -> None:
+    """Refuse to number class labels where the loss has none."""
+    has_labels = run.task.kind_of(is_integer=True) == "classes" and run.task.target == "data"
+    if run.data.labels == "compact" and not has_labels:
+        target = ' and target = "input"' if run.task.target == "input" else ""
+        raise ConfigError(
+            "data.compact-without-classes",
+            f'[data] labels = "compact" numbers class labels, but [task] loss = '
+            f'"{run.task.loss_name}"{target} has none: leave labels out',
         )
 
 

@@ -20,13 +20,14 @@ from dtrain.data.file_set import FileSet, Paths
 from dtrain.data.hdf5_set import Hdf5
 from dtrain.data.hold_out import hold_out
 from dtrain.data.idx_set import Idx
+from dtrain.data.label_map import with_compact_labels
 from dtrain.data.npz_set import Npz
 from dtrain.data.statistics import Channels, standardise
 from dtrain.data.user import as_splits
 from dtrain.data.weights import WeightedArrays
 from dtrain.errors import ConfigError, unknown_name
 from dtrain.schema import toml_text
-from dtrain.tasks.task import DEFAULT_TASK, Task
+from dtrain.tasks.task import DEFAULT_TASK, LabelNumbering, Task
 from dtrain.user_code import PATTERN, bind_arguments, import_object
 
 DATASETS: dict[str, type[Digits | FileSet]] = {
@@ -48,7 +49,7 @@ AnyPath = str | PathLike[str]
 TestFiles = AnyPath | Sequence[AnyPath] | float | None
 
 
-COMMON_KEYS = ("normalise", "channels", "shuffle", "augment", "validation", "sampler")
+COMMON_KEYS = ("normalise", "channels", "shuffle", "augment", "validation", "labels", "sampler")
 """Keys of `[data]` that every data set has."""
 
 
@@ -58,7 +59,7 @@ def digits(**keys: Any) -> DataTable:
     Parameters
     ----------
     keys
-        Keys of `[data]`: `normalise`, `channels`, `shuffle`, `augment`, `validation`.
+        Keys of `[data]`: `normalise`, `channels`, `shuffle`, `augment`, `validation`, `labels`.
     """
     return {"name": "digits", **keys}
 
@@ -75,7 +76,7 @@ def hdf5(train: AnyPath | Sequence[AnyPath], test: TestFiles = None, **keys: Any
         training file holds the test split, too.
     keys
         Other keys of `[data]`, with underscores: `x`, `y`, `test_x`, `test_y`, `normalise`,
-        `channels`, `shuffle`, `augment`, `validation`, ...
+        `channels`, `shuffle`, `augment`, `validation`, `labels`.
     """
     return _file_set("hdf5", train, test, keys)
 
@@ -157,6 +158,7 @@ def load_data(
     channels: Channels = "first",
     task: Task = DEFAULT_TASK,
     validation: float | Paths = 0.0,
+    labels: LabelNumbering = "as-stored",
     seed: int = 0,
     target: Any = None,
 ) -> DatasetSplits:
@@ -179,6 +181,9 @@ def load_data(
     validation : float, str or tuple of str
         Share of the training split that becomes the validation split, 0 for none; or the files of
         one, for a data set in files.
+    labels : "as-stored" or "compact"
+        The number of a class: its label, or the place of its label among the sorted distinct ones
+        of the training split, before a part of it is held out.
     seed : int
         Decides which samples a share takes.
     target : function, arrays or DatasetSplits, optional
@@ -191,8 +196,11 @@ def load_data(
     DataError
         The data are missing, damaged or do not fit each other.
     """
+    task = task.with_labels(labels)
     files = validation if isinstance(validation, str | tuple) else None
     splits = _open(name, fields, folder, task, target, files)
+    if labels == "compact":
+        splits = with_compact_labels(splits, task, f"data '{name}'")
     if isinstance(validation, float | int) and validation:
         splits = hold_out(splits, validation, seed, task)
     splits = standardise(splits, channels) if normalise else splits

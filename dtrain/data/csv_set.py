@@ -5,7 +5,8 @@ target column                      targets
 =================================  ===========================================
 texts                              class labels, in the order of sorted texts
 whole numbers                      integers: class labels, or values
-numbers, some with a fraction      real numbers
+numbers, some with a fraction      real numbers (n, 1)
+several columns                    (n, columns)
 =================================  ===========================================
 
 Features are integers if all of them are whole numbers, else float64; the same for all splits.
@@ -83,7 +84,7 @@ class Csv(FileSet):
             split: [self._read(path, reference, chosen, has_texts) for path in part.paths]
             for split, part in files.items()
         }
-        return _sources(tables)
+        return _sources(tables, task)
 
     def open_samples(self, path: Path, folder: Path, task: Task) -> tuple[ArraySource, ...]:
         reference = self._layout(expand_paths(self.train, folder, "train")[0])
@@ -176,30 +177,28 @@ def _find(layout: Layout, reference: Layout, name: str) -> int:
     return layout.header.index(name)
 
 
-def _sources(tables: Mapping[str, Sequence[Table]]) -> dict[str, SplitSources]:
-    """Return the splits of tables, with features and targets of one dtype each."""
+def _sources(tables: Mapping[str, Sequence[Table]], task: Task) -> dict[str, SplitSources]:
+    """Return the splits of tables, with features and targets of one dtype each.
+
+    A class label is a number per sample; other targets are (n, columns), as models return them.
+    """
     everything = [table for part in tables.values() for table in part]
     x_dtype = _common_dtype([table.features for table in everything])
     y_dtype = _common_dtype([table.targets for table in everything])
     classes = tuple(sorted({text for table in tables["train"] for text in table.texts}))
-    return {
-        split: combine([_source(table, x_dtype, y_dtype, classes) for table in part])
-        for split, part in tables.items()
-    }
+    is_label = task.kind_of(is_integer=y_dtype is np.int64) in ("classes", "probabilities")
 
+    def source(table: Table) -> SplitSources:
+        location = str(table.path)
+        samples = (MemorySource(table.features.astype(x_dtype, copy=False), location),)
+        if not table.targets.shape[1]:
+            return SplitSources(location, samples, None)
+        targets = table.targets.astype(y_dtype, copy=False)
+        targets = _number_classes(table, targets, classes) if classes else targets
+        targets = targets[:, 0] if is_label and targets.shape[1] == 1 else targets
+        return SplitSources(location, samples, MemorySource(targets, location), classes)
 
-def _source(
-    table: Table, x_dtype: type[np.generic], y_dtype: type[np.generic], classes: tuple[str, ...]
-) -> SplitSources:
-    location = str(table.path)
-    samples = MemorySource(table.features.astype(x_dtype, copy=False), location)
-    if not table.targets.shape[1]:
-        return SplitSources(location, (samples,), None)
-    targets = table.targets.astype(y_dtype, copy=False)
-    if classes:
-        targets = _number_classes(table, targets, classes)
-    columns = targets[:, 0] if targets.shape[1] == 1 else targets
-    return SplitSources(location, (samples,), MemorySource(columns, location), classes)
+    return {split: combine([source(table) for table in part]) for split, part in tables.items()}
 
 
 def _number_classes(table: Table, targets: Array, classes: tuple[str, ...]) -> Array:

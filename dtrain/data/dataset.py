@@ -24,6 +24,10 @@ Moments = tuple[NDArray[Any], NDArray[np.float64]]
 complex128."""
 
 
+Label = int | str
+"""A class label as the data have it."""
+
+
 SAMPLES_PER_READ = 4096
 
 
@@ -55,6 +59,8 @@ class Dataset(ABC):
         The lowest and the highest value that an input can have; None where unknown.
     other_inputs : tuple of InputSpec
         Further inputs of a sample (a mask, a second image), as the model takes them.
+    class_labels : tuple of (int or str)
+        The stored label of each class, where classes have other numbers; else empty.
     sample_weights : array or None
         Weights of the samples in the training loss, (size,) float64; None: all count alike.
     """
@@ -67,6 +73,7 @@ class Dataset(ABC):
     input_dtype: torch.dtype = torch.float32
     value_range: tuple[float, float] | None = None
     other_inputs: tuple[InputSpec, ...] = ()
+    class_labels: tuple[Label, ...] = ()
     sample_weights: NDArray[np.float64] | None = None
 
     @property
@@ -200,6 +207,7 @@ class DatasetView(Dataset):
         self.input_dtype = dataset.input_dtype
         self.value_range = dataset.value_range
         self.other_inputs = dataset.other_inputs
+        self.class_labels = dataset.class_labels
         self.sample_weights = dataset.sample_weights
         self._dataset = dataset
 
@@ -225,11 +233,11 @@ class DatasetView(Dataset):
     def targets(self, indices: ArrayLike) -> Tensor:
         return self._dataset.targets(indices)
 
-    def source_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
-        return self._dataset.source_indices(indices)
-
     def read_stored(self, rows: range | NDArray[np.int64]) -> Array:
         return self._dataset.read_stored(rows)
+
+    def source_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
+        return self._dataset.source_indices(indices)
 
     def to_unit_range(self, x: Tensor) -> Tensor:
         return self._dataset.to_unit_range(x)

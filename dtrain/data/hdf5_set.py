@@ -60,9 +60,8 @@ class Hdf5(NamedArraySet):
 
     def open_split(self, path: Path, names: SplitNames, needs_targets: bool) -> SplitSources:
         part = super().open_split(path, names, needs_targets)
-        first = part.inputs[0]
         with open_hdf5(path) as file:
-            moments = _read_moments(file, first.shape[1:], path)
+            moments = _read_moments(file, part.inputs[0].shape[1:], path)
             return dataclasses.replace(part, class_names=_class_names(file), moments=moments)
 
 

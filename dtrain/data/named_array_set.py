@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dtrain.data.array_names import NameRules, SplitNames, list_arrays
@@ -34,8 +33,8 @@ class NamedArraySet(FileSet):
     validation_x, validation_y : optional
         Name in the validation split. Without the key `validation`, the training file holds this
         split, too.
-    weights : str
-        Name of the weights of training samples in the loss, (n,); empty: all count alike.
+    weights : str, optional
+        Name of the weights of the training samples in the loss, (n,); without it all count alike.
     """
 
     x: Names = "x"
@@ -44,7 +43,7 @@ class NamedArraySet(FileSet):
     test_y: str | None = None
     validation_x: Names | None = None
     validation_y: str | None = None
-    weights: str = ""
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,23 +90,19 @@ class NamedArraySet(FileSet):
         return self.validation_x is not None or self.validation_y is not None
 
     def open_sources(self, files: Mapping[str, SplitFiles], task: Task) -> dict[str, SplitSources]:
+        needs_targets = task.target == "data"
         return {
-            split: combine(
-                [self._open_part(path, split, part.is_shared, task) for path in part.paths]
-            )
+            split: combine([self._open(path, split, part, needs_targets) for path in part.paths])
             for split, part in files.items()
         }
 
-    def _open_part(self, path: Path, split: str, is_shared: bool, task: Task) -> SplitSources:
+    def _open(self, path: Path, split: str, files: SplitFiles, needs_targets: bool) -> SplitSources:
         """Return what one file gives for a split, with the weights of training samples."""
-        needs_targets = task.target == "data"
-        names = self.find_names(path, split, is_shared, needs_targets)
+        names = self.find_names(path, split, files.is_shared, needs_targets)
         part = self.open_split(path, names, needs_targets)
-        if split != "train" or not self.weights:
+        if split != "train" or self.weights is None:
             return part
-        if not self.has_name(path, self.weights):
-            raise self.missing_array(path, [self.weights])
-        return dataclasses.replace(part, weights=self.open_array(path, self.weights))
+        return replace(part, weights=self.open_array(path, self.weights))
 
     def open_samples(self, path: Path, folder: Path, task: Task) -> tuple[ArraySource, ...]:
         names = self.find_names(path, "test", is_shared=False, needs_targets=False)
@@ -134,12 +129,14 @@ class NamedArraySet(FileSet):
         if names is not None:
             return names
         wanted = rules.first(split, is_shared=is_shared, needs_targets=needs_targets)
-        if is_shared and not any(rules.own[split]):
+        if is_shared and not any(rules.own.get(split, ())):
             arrays = list_arrays(self.list_names(path), [])
             cure = "test-x and test-y to names in this file, "
             raise no_test_split(path, f"has none that is found by its name ({arrays})", cure)
         missing = [name for name in wanted if not has(name)]
-        if not missing or (is_shared and needs_targets and None in rules.own[split]):
+        inputs, targets = rules.own.get(split, (None, None))
+        is_given = {*(inputs or ()), targets}.intersection(missing)
+        if is_shared and not is_given:
             arrays = list_arrays(self.list_names(path), [])
             raise ConfigError(
                 "data.names-of-training",

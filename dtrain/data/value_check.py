@@ -50,9 +50,19 @@ def check_finite(split: Dataset, name: str, rows: Indices, deadline: float) -> N
     if stored.input_dtype.is_floating_point or stored.input_dtype.is_complex:
         for part in _parts(rows, stored.shape, deadline):
             _refuse(stored, stored.inputs(part), part, name, axis)
+    _check_other_inputs(stored, name, rows, deadline)
     if stored.target_dtype.is_floating_point:
         for part in _parts(rows, stored.target_shape, deadline):
             _refuse(stored, stored.targets(part), part, name, 0, "number of the target")
+
+
+def _check_other_inputs(stored: Dataset, name: str, rows: Indices, deadline: float) -> None:
+    for number, spec in enumerate(stored.other_inputs):
+        if not (spec.dtype.is_floating_point or spec.dtype.is_complex):
+            continue
+        for part in _parts(rows, spec.shape, deadline):
+            values = stored.read_other_inputs(part)[number]
+            _refuse(stored, values, part, name, 0, f"number of input {number + 1}")
 
 
 def all_targets_alike(split: Dataset, deadline: float) -> float | None:

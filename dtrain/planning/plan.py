@@ -121,6 +121,7 @@ def load_run(run: RunConfig) -> tuple[DatasetSplits, LayerStack, BlockSpec]:
         channels=run.data.channels,
         task=run.task,
         validation=run.data.validation,
+        labels=run.data.labels,
         seed=run.settings.seed,
         target=run.dataset.target,
     )

@@ -17,6 +17,7 @@ from dtrain.comm.agree import all_or_none, broadcast_object
 from dtrain.comm.communicator import Comm
 from dtrain.data.augment import UserAugment, build_augment
 from dtrain.data.channel_notes import channel_notes
+from dtrain.data.label_notes import label_notes
 from dtrain.data.repeatability import check_repeatable
 from dtrain.data.statistics import find_standardised
 from dtrain.data.value_check import all_targets_alike, check_finite, has_finite_statistics
@@ -25,7 +26,7 @@ from dtrain.objectives.messages import reads_samples
 from dtrain.planning.plan import Plan
 
 CHECK_S = 0.05
-"""Seconds of each check at the start of a run: of the values, and of the targets."""
+"""Seconds of each check at the start of a run: of values, of equal targets, and of labels."""
 
 
 AUGMENTED_SAMPLES = 4
@@ -38,10 +39,15 @@ def data_notes(plan: Plan, comm: Comm) -> list[str]:
     Raises
     ------
     DataError
-        On all ranks, if an input or a target is NaN or infinite.
+        On all ranks, if an input or a target is NaN or infinite, or a label is out of range.
+    ConfigError
+        On all ranks, if `[data] augment` uses other random numbers than those that it is given.
     """
     check_data_values(plan, comm, CHECK_S)
-    notes: list[str] = broadcast_object(comm, lambda: [*_alike_notes(plan), *_channel_notes(plan)])
+    all_or_none(comm, lambda: _check_augment(plan, comm.rank))
+    notes: list[str] = broadcast_object(
+        comm, lambda: [*_alike_notes(plan), *_label_notes(plan), *_channel_notes(plan)]
+    )
     return notes
 
 
@@ -50,6 +56,13 @@ def _channel_notes(plan: Plan) -> Iterator[str]:
     standardised = find_standardised(plan.data.train)
     if standardised is not None:
         yield from channel_notes(standardised.training)
+
+
+def _label_notes(plan: Plan) -> Iterator[str]:
+    """Yield the notes on class labels."""
+    sampler = getattr(plan.run.data, "sampler", "uniform")
+    deadline = time.monotonic() + CHECK_S
+    yield from label_notes(plan.data.by_name(), plan.layout.task, sampler, deadline)
 
 
 def check_data_values(plan: Plan, comm: Comm, limit_s: float) -> None:
@@ -77,25 +90,27 @@ def _check_own_part(plan: Plan, rank: int, limit_s: float) -> None:
         check_finite(split, name, rows, math.inf if is_known_bad else deadline)
 
 
-def check_functions_of_index(plan: Plan, comm: Comm) -> None:
-    """Refuse data, and changes of them, that are no function of the index. Collective over all
-    ranks.
+def check_data_repeatable(plan: Plan, comm: Comm) -> None:
+    """Refuse data that are no function of the index. Collective over all ranks.
 
     Raises
     ------
     DataError
-        On all ranks, if an input or a target differs when it is read again.
-    ConfigError
-        On all ranks, if `[data] augment` uses other random numbers than those that it is given.
+        On all ranks; it names split and sample.
     """
-    all_or_none(comm, lambda: _check_functions_of_index(plan, comm.rank))
+    reads_inputs = _reads_inputs(plan, plan.layout.mesh.coords(comm.rank)[1])
+
+    def check() -> None:
+        deadline = time.monotonic() + CHECK_S
+        for name, split in plan.data.by_name().items():
+            check_repeatable(split, name, reads_inputs, deadline)
+
+    all_or_none(comm, check)
 
 
-def _check_functions_of_index(plan: Plan, rank: int) -> None:
+def _check_augment(plan: Plan, rank: int) -> None:
+    """Refuse a user's augmentation that is no function of what it is given."""
     reads_inputs = _reads_inputs(plan, plan.layout.mesh.coords(rank)[1])
-    deadline = time.monotonic() + CHECK_S
-    for name, split in plan.data.by_name().items():
-        check_repeatable(split, name, reads_inputs, deadline)
     train, run = plan.data.train, plan.run
     augment = build_augment(run.data.augment, run.settings.seed, run.folder, train.source_indices)
     if reads_inputs and isinstance(augment, UserAugment):

@@ -41,9 +41,8 @@ from dtrain.checkpoint.resume import (
     BEST_FOLDER,
     CHECKPOINT_FOLDER,
     check_same_model,
-    check_same_run,
-    check_saved_data,
     damage_notes,
+    data_path_notes,
     find_resume_point,
     source_hashes,
     source_notes,
@@ -72,8 +71,8 @@ from dtrain.run import Run
 from dtrain.schedules.segments import Segment
 from dtrain.schema import Table
 from dtrain.session.data_notes import (
+    check_data_repeatable,
     check_data_values,
-    check_functions_of_index,
     data_notes,
     same_draws,
 )
@@ -85,6 +84,7 @@ from dtrain.session.segment_record import segment_record
 from dtrain.session.start import (
     acquire_folder,
     check_metrics,
+    check_resume,
     check_weights_stay,
     make_recorder,
     restore_run,
@@ -222,16 +222,14 @@ class Session:
         check_same_source(run, comm)
         check_same_layout(plan, comm)
         with log.step("reading data and computing their statistics"):
+            check_data_repeatable(plan, comm)
             use_kept_statistics(plan.data, comm, [out, *resume_folders(self._resume)])
             share_statistics(plan.data, comm, log.note)
-            check_functions_of_index(plan, comm)
             data_fingerprint = check_same_data(plan, comm) | same_draws(plan, comm)
             notes = data_notes(plan, comm)
-        is_trained = point.updates >= plan.training_length.total_updates
-        all_or_none(comm, lambda: check_same_run(out, point.run_table, plan.run, is_trained))
+        all_or_none(comm, lambda: check_resume(out, point, plan, data_fingerprint))
         if self._resume == "fresh":
             all_or_none(comm, lambda: check_weights_stay(out, plan.run))
-        all_or_none(comm, lambda: check_saved_data(point.fingerprint, data_fingerprint))
         recorder = all_or_none(comm, lambda: make_recorder(plan.run, comm))
         self._owner, attempt = broadcast_object(
             comm, lambda: acquire_folder(out, self._resume, point)
@@ -262,6 +260,7 @@ class Session:
         copied_blocks = job.copied_blocks if point.checkpoint is None else []
         layers = layer_notes(plan, job.engine.blocks, job.train_loader, comm)
         notes += placement_warnings(plan, comm.hosts)
+        notes += data_path_notes(point.run_table, plan.run)
         notes += damage_notes(point)
         notes += source_notes(point.fingerprint, self._fingerprint["source"])
         log.print_head()

@@ -22,7 +22,14 @@ from dtrain.callbacks import (
 )
 from dtrain.checkpoint import ownership, run_folder, store
 from dtrain.checkpoint.manifest import Manifest, read_manifest
-from dtrain.checkpoint.resume import ResumePoint, find_checkpoint, set_damaged_aside
+from dtrain.checkpoint.resume import (
+    ResumePoint,
+    check_same_run,
+    check_saved_data,
+    data_path_changes,
+    find_checkpoint,
+    set_damaged_aside,
+)
 from dtrain.comm.agree import all_or_none
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
@@ -35,7 +42,17 @@ from dtrain.monitoring.run_totals import RunTotals
 from dtrain.monitoring.summary import make_summary
 from dtrain.planning import report
 from dtrain.planning.plan import Plan
+from dtrain.schema import Table
 from dtrain.tracking.recorder import Recorder, make_trackers
+
+
+def check_resume(out: Path, point: ResumePoint, plan: Plan, data_fingerprint: Table) -> None:
+    """Refuse settings or data that are not those of the checkpoint, if there is one."""
+    is_trained = point.updates >= plan.training_length.total_updates
+    knows_data = "data" in point.fingerprint
+    check_same_run(out, point.run_table, plan.run, is_trained, knows_data)
+    changes = data_path_changes(point.run_table, plan.run)
+    check_saved_data(point.fingerprint, data_fingerprint, changes)
 
 
 def check_weights_stay(out: Path, run: RunConfig) -> None:

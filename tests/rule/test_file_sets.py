@@ -431,6 +431,10 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], type, str]] = {
         "data.hdf5-dataset-missing",
     ),
     "no test": ("hdf5", {"train": "a.h5"}, ConfigError, "data.no-test-split"),
+    "test-x wrong": (
+        *("hdf5", {"train": "a.h5", "test_x": "group/picture", "test_y": "x"}, DataError),
+        "data.hdf5-dataset-missing",
+    ),
     "test-x alone": (
         *("hdf5", {"train": "a.h5", "test_x": "group/pictures"}, ConfigError),
         "data.names-of-training",
@@ -611,8 +615,8 @@ def test_columns_are_found_by_their_names_in_every_file(tmp_path: Path) -> None:
 TARGETS: dict[str, tuple[str, str, str | None, Any]] = {
     "labels": ("1", "0", None, torch.tensor([1])),
     "labels with a point": ("1.0", "0", None, torch.tensor([1])),
-    "fractions": ("1.5", "2", "mse", torch.tensor([1.5], dtype=torch.float64)),
-    "fractions in test alone": ("1", "2.5", "mse", torch.tensor([1.0], dtype=torch.float64)),
+    "fractions": ("1.5", "2", "mse", torch.tensor([[1.5]], dtype=torch.float64)),
+    "fractions in test alone": ("1", "2.5", "mse", torch.tensor([[1.0]], dtype=torch.float64)),
 }
 
 
