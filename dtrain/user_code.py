@@ -11,7 +11,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -100,6 +101,22 @@ def refuse_during_import() -> None:
             f"{_IMPORTING[-1]} is imported, but its module starts a training: put the training "
             'under `if __name__ == "__main__":`, so that other processes can import the module',
         )
+
+
+@contextmanager
+def importing(description: str) -> Iterator[None]:
+    """Let `refuse_during_import` refuse while modules are imported.
+
+    Parameters
+    ----------
+    description : str
+        What is imported, for the message.
+    """
+    _IMPORTING.append(description)
+    try:
+        yield
+    finally:
+        _IMPORTING.pop()
 
 
 def register_object(value: Any) -> tuple[str, str]:
@@ -201,9 +218,9 @@ def _import_module(name: str, folder: Path, description: str) -> ModuleType:
     if sys.path[:1] != [str(folder)]:
         sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
-    _IMPORTING.append(description)
     try:
-        return importlib.import_module(name)
+        with importing(description):
+            return importlib.import_module(name)
     except ModuleNotFoundError as error:
         # Only this module, or a package on the way to it: another missing module is a mistake
         # inside the user's code.
@@ -214,8 +231,6 @@ def _import_module(name: str, folder: Path, description: str) -> ModuleType:
             f"{description}: there is no module '{name}', neither in {folder} (the run file's "
             "folder) nor on Python's path",
         ) from error
-    finally:
-        _IMPORTING.pop()
 
 
 def bind_arguments(

@@ -56,6 +56,7 @@ CHANGEABLE_KEYS = (
     "debug",
     "trace",
     "task.metrics",
+    "data.workers",
     "mesh.",
     "log.",
     "partition.recompute",

@@ -87,6 +87,8 @@ class DataSection:
         How often training samples are drawn: "uniform", once per epoch; "balanced", each class
         equally often; or "module:function", a function of the training targets that returns one
         weight per sample; in Python also the function itself, or the weights.
+    workers : int
+        Processes per rank that read samples; 0: a thread.
     """
 
     normalise: bool = True
@@ -96,6 +98,7 @@ class DataSection:
     validation: float | str | tuple[str, ...] = 0.0
     labels: Literal["as-stored", "compact"] = "as-stored"
     sampler: str | Callable[..., Any] | GivenArray = "uniform"
+    workers: int = 0
 
     def __post_init__(self) -> None:
         """Refuse names that are unknown."""
@@ -106,7 +109,7 @@ class DataSection:
 
     def to_table(self) -> Table:
         """Return the keys as a run file has them, without those that change nothing."""
-        table = without_defaults(self, "validation", "channels", "labels", "sampler")
+        table = without_defaults(self, "validation", "channels", "labels", "sampler", "workers")
         texts = {key: value_text(table[key]) for key in ("augment", "sampler") if key in table}
         return table | texts
 

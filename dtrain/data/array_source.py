@@ -39,6 +39,8 @@ class ArraySource(ABC):
         Whether a stored piece must be decoded for each read of one of its rows.
     in_memory : bool
         Whether rows lie in memory or in a memory map.
+    by_item : bool
+        Whether a user's code makes each row; then the rows are never read as a whole.
     """
 
     shape: tuple[int, ...]
@@ -47,6 +49,7 @@ class ArraySource(ABC):
     chunk_rows: int | None = None
     compressed: bool = False
     in_memory: bool = False
+    by_item: bool = False
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -16,7 +16,10 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from dtrain.data.array_source import ArraySource
 from dtrain.data.conversion import Array, stores_integers
+from dtrain.data.sampler import Indices
+from dtrain.data.shuffle_windows import StoredPieces
 from dtrain.errors import DataError
 
 Moments = tuple[NDArray[Any], NDArray[np.float64]]
@@ -63,6 +66,8 @@ class Dataset(ABC):
         The stored label of each class, where classes have other numbers; else empty.
     sample_weights : array or None
         Weights of the samples in the training loss, (size,) float64; None: all count alike.
+    stored_pieces : StoredPieces or None
+        How the samples are stored in files; None: in memory, or in an unknown way.
     """
 
     size: int
@@ -75,6 +80,7 @@ class Dataset(ABC):
     other_inputs: tuple[InputSpec, ...] = ()
     class_labels: tuple[Label, ...] = ()
     sample_weights: NDArray[np.float64] | None = None
+    stored_pieces: StoredPieces | None = None
 
     @property
     def source_size(self) -> int:
@@ -124,6 +130,27 @@ class Dataset(ABC):
         if self.sample_weights is None:
             return None
         return torch.from_numpy(self.sample_weights[np.asarray(indices)])
+
+    @property
+    def reads_items(self) -> bool:
+        """Whether one read of samples also reads their further inputs and their targets, at no
+        cost."""
+        return False
+
+    def keep_targets(self, indices: Indices, targets: Tensor) -> None:  # noqa: B027 - optional
+        """Take targets that were read with samples in another process, so that `targets` need not
+        read them again."""
+
+    def with_samples(self, wrap: Callable[[ArraySource], ArraySource]) -> Dataset:
+        """Return the data set for reads of samples alone, from another source of the same content;
+        the data set itself, unchanged, if its samples come from no `ArraySource`.
+
+        Parameters
+        ----------
+        wrap : callable
+            Called with the present source; returns the other one.
+        """
+        return self
 
     def source_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
         """Return the indices of samples in the data set that this one is a part of."""
@@ -209,6 +236,7 @@ class DatasetView(Dataset):
         self.other_inputs = dataset.other_inputs
         self.class_labels = dataset.class_labels
         self.sample_weights = dataset.sample_weights
+        self.stored_pieces = dataset.stored_pieces
         self._dataset = dataset
 
     @property
@@ -233,11 +261,24 @@ class DatasetView(Dataset):
     def targets(self, indices: ArrayLike) -> Tensor:
         return self._dataset.targets(indices)
 
-    def read_stored(self, rows: range | NDArray[np.int64]) -> Array:
-        return self._dataset.read_stored(rows)
+    @property
+    def reads_items(self) -> bool:
+        return self._dataset.reads_items
+
+    def keep_targets(self, indices: Indices, targets: Tensor) -> None:
+        self._dataset.keep_targets(indices, targets)
+
+    def with_samples(self, wrap: Callable[[ArraySource], ArraySource]) -> Dataset:
+        view: DatasetView = object.__new__(type(self))
+        view.__dict__ |= self.__dict__
+        view._dataset = self._dataset.with_samples(wrap)
+        return view
 
     def source_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
         return self._dataset.source_indices(indices)
+
+    def read_stored(self, rows: range | NDArray[np.int64]) -> Array:
+        return self._dataset.read_stored(rows)
 
     def to_unit_range(self, x: Tensor) -> Tensor:
         return self._dataset.to_unit_range(x)
@@ -272,6 +313,10 @@ class InputTargets(DatasetView):
         super().__init__(dataset)
         self.target_shape, self.target_dtype = dataset.shape, torch.float32
         self.classes = dataset.shape[0]
+
+    @property
+    def reads_items(self) -> bool:
+        return False  # the targets of the items are not used
 
     @property
     def dataset(self) -> Dataset:
@@ -317,6 +362,9 @@ class Subset(DatasetView):
 
     def targets(self, indices: ArrayLike) -> Tensor:
         return self._dataset.targets(self._indices[np.asarray(indices)])
+
+    def keep_targets(self, indices: Indices, targets: Tensor) -> None:
+        self._dataset.keep_targets(self._indices[indices], targets)
 
 
 def _no_integers(dtype: torch.dtype) -> DataError:

@@ -5,7 +5,8 @@ Invariant: shapes and targets are checked when a split is made; samples are read
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, final
@@ -38,8 +39,11 @@ from dtrain.data.dataset import (
     Moments,
     check_splits,
 )
+from dtrain.data.item_sources import ItemTargets
 from dtrain.data.label_map import LabelMap
 from dtrain.data.memory_limits import fits_in_memory
+from dtrain.data.sampler import Indices
+from dtrain.data.shuffle_windows import StoredPieces
 from dtrain.data.targets import TargetForm, TargetScan, to_texts
 from dtrain.data.weights import read_weights
 from dtrain.errors import DataError
@@ -120,6 +124,9 @@ class SourceDataset(Dataset):
         self.other_inputs = tuple(
             InputSpec(other.shape[1:], _input_dtype(other.dtype)) for other in others
         )
+        self.stored_pieces = None
+        if not (first.in_memory or first.by_item):
+            self.stored_pieces = StoredPieces(first.row_bytes, first.chunk_rows, first.compressed)
         self._stored_moments = moments
 
     @property
@@ -139,10 +146,29 @@ class SourceDataset(Dataset):
         for name in ("_inputs", "_other_inputs", "_targets"):
             self.__dict__.pop(name, None)
 
+    @property
+    def reads_items(self) -> bool:
+        return self._samples.by_item
+
+    def keep_targets(self, indices: Indices, targets: Tensor) -> None:
+        if isinstance(self._labels, ItemTargets):
+            self._labels.keep(indices, targets.numpy())
+
+    def with_samples(self, wrap: Callable[[ArraySource], ArraySource]) -> SourceDataset:
+        if self._samples.by_item:
+            return self
+        dataset = copy(self)
+        dataset._others, dataset._labels = (), MemorySource(np.empty(0, np.int64))
+        dataset._samples = wrap(self._inputs)
+        cached = {"slow": self.slow, "_inputs": dataset._samples}
+        dataset.__dict__ |= {"_other_inputs": (), "_targets": dataset._labels, **cached}
+        return dataset
+
     @cached_property
     def slow(self) -> bool:
         """Whether the samples are read from files piece by piece; decided on first need."""
-        return not (self._samples.in_memory or fits_in_memory(self._samples.nbytes))
+        samples = self._samples
+        return samples.by_item or not (samples.in_memory or fits_in_memory(samples.nbytes))
 
     @cached_property
     def _inputs(self) -> ArraySource:
@@ -306,6 +332,8 @@ def _check_other(other: ArraySource, number: int, size: int, location: str) -> N
 def _scan_targets(scan: TargetScan, targets: ArraySource) -> ArraySource:
     """Check all targets, piece by piece; return them in memory where they fit."""
     targets = _in_memory_if_it_fits(targets)
+    if targets.by_item:  # they are checked when they are read
+        return targets
     if targets.in_memory:
         scan.add(targets.read_range(0, len(targets)))
         return targets
@@ -343,7 +371,7 @@ def _no_targets(part: SplitSources) -> ArraySource:
 
 def _in_memory(source: ArraySource) -> ArraySource:
     """Return a source in memory: itself, or one of all its rows."""
-    if source.in_memory:
+    if source.in_memory or source.by_item:
         return source
     rows = source.read_range(0, len(source))
     source.close()

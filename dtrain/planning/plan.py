@@ -21,6 +21,7 @@ from dtrain.data.sampler import (
     epoch_order,
     updates_per_epoch,
 )
+from dtrain.data.shuffle_windows import shuffle_window
 from dtrain.data.weights import check_sampler, count_classes, make_draws
 from dtrain.errors import ConfigError
 from dtrain.models import load_model
@@ -71,8 +72,9 @@ class Plan:
 
     def epoch_order(self, epoch: int) -> Indices:
         """Return the training samples of an epoch, (n,), in their order."""
-        seed, shuffle = self.run.settings.seed, self.run.data.shuffle
-        return epoch_order(self.data.train.size, seed, epoch, shuffle, draws=self.draws)
+        seed, shuffle, train = self.run.settings.seed, self.run.data.shuffle, self.data.train
+        window = shuffle_window(train.stored_pieces)
+        return epoch_order(train.size, seed, epoch, shuffle, *window, draws=self.draws)
 
 
 def make_plan(run: RunConfig, ranks: int) -> Plan:

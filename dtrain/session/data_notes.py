@@ -17,8 +17,10 @@ from dtrain.comm.agree import all_or_none, broadcast_object
 from dtrain.comm.communicator import Comm
 from dtrain.data.augment import UserAugment, build_augment
 from dtrain.data.channel_notes import channel_notes
+from dtrain.data.dataset import Dataset
 from dtrain.data.label_notes import label_notes
 from dtrain.data.repeatability import check_repeatable
+from dtrain.data.shuffle_windows import StoredPieces, group_rows
 from dtrain.data.statistics import find_standardised
 from dtrain.data.value_check import all_targets_alike, check_finite, has_finite_statistics
 from dtrain.errors import DataError
@@ -33,6 +35,10 @@ AUGMENTED_SAMPLES = 4
 """Samples for which a user's augmentation is called twice at the start of a run."""
 
 
+NOTED_RATIO = 2.0
+"""A full shuffle is noted if it reads this many times the bytes that it uses."""
+
+
 def data_notes(plan: Plan, comm: Comm) -> list[str]:
     """Return notes on the data. Collective over all ranks.
 
@@ -45,10 +51,43 @@ def data_notes(plan: Plan, comm: Comm) -> list[str]:
     """
     check_data_values(plan, comm, CHECK_S)
     all_or_none(comm, lambda: _check_augment(plan, comm.rank))
-    notes: list[str] = broadcast_object(
-        comm, lambda: [*_alike_notes(plan), *_label_notes(plan), *_channel_notes(plan)]
-    )
+    notes: list[str] = broadcast_object(comm, lambda: list(_all_notes(plan)))
     return notes
+
+
+def _all_notes(plan: Plan) -> Iterator[str]:
+    yield from _alike_notes(plan)
+    yield from _label_notes(plan)
+    yield from _channel_notes(plan)
+    yield from shuffle_notes(plan.data.train, plan.run.data.shuffle)
+
+
+def shuffle_notes(train: Dataset, shuffle: str) -> Iterator[str]:
+    """Yield a note where a full shuffle reads much more from a disk than it uses."""
+    stored = train.stored_pieces
+    if shuffle != "full" or stored is None or not train.slow:
+        return
+    read = full_shuffle_bytes(stored, train.size)
+    if read < NOTED_RATIO * stored.row_bytes:
+        return
+    pieces = "compressed pieces" if stored.compressed else "pieces"
+    yield (
+        f'[data] shuffle = "full" reads about {_size_text(read)} for each training sample of '
+        f"{_size_text(stored.row_bytes)}, because samples are stored in {pieces} of "
+        f'{stored.chunk_rows} ({_size_text(stored.piece_bytes)}): set shuffle = "chunks", which '
+        "reads each piece about once an epoch, or store smaller pieces by 'dtrain data rechunk'"
+    )
+
+
+def full_shuffle_bytes(stored: StoredPieces, size: int) -> float:
+    """Return the expected bytes that are read per sample if groups of random samples are read."""
+    pieces, rows = size / (stored.chunk_rows or 1), min(size, group_rows(stored.row_bytes))
+    read_pieces = pieces * -math.expm1(-rows / pieces)
+    return max(1.0, read_pieces * (stored.chunk_rows or 1) / rows) * stored.row_bytes
+
+
+def _size_text(size: float) -> str:
+    return f"{size / 1e6:.3g} MB" if size >= 1e5 else f"{size / 1e3:.3g} kB"
 
 
 def _channel_notes(plan: Plan) -> Iterator[str]:

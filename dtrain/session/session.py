@@ -24,7 +24,14 @@ from typing import Any
 
 from torch import Tensor
 
-from dtrain.build import build_rank, check_same_data, check_same_layout, set_threads
+from dtrain.build import (
+    RankJob,
+    build_rank,
+    check_same_data,
+    check_same_layout,
+    make_plan_together,
+    set_threads,
+)
 from dtrain.callbacks import (
     BestCheckpoint,
     Callback,
@@ -53,6 +60,7 @@ from dtrain.comm.flight_recorder import print_error
 from dtrain.config.out_folder import fill_keys
 from dtrain.config.run import RunConfig
 from dtrain.data.statistics import Standardised
+from dtrain.data.worker_pool import WorkerPool
 from dtrain.errors import ConfigError, RankLostError
 from dtrain.evaluation import EvalWeights, evaluate_weights, evaluation_weights
 from dtrain.monitoring.machine_peak import measured_peak
@@ -64,7 +72,7 @@ from dtrain.monitoring.metric_values import (
 from dtrain.monitoring.monitor import Monitor
 from dtrain.monitoring.start_log import StartLog
 from dtrain.monitoring.summary import make_summary
-from dtrain.planning.plan import Plan, make_plan
+from dtrain.planning.plan import Plan
 from dtrain.planning.warnings import placement_warnings
 from dtrain.rank_process import init
 from dtrain.run import Run
@@ -167,6 +175,7 @@ class Session:
         self._segment: Segment | None = None
         self._updates: Iterator[int] = iter(())
         self._ema: Ema | None = None
+        self._workers: WorkerPool | None = None
         self._searched_data = False
         self.stop_reason: str | None = None
         self._summary: dict[str, Any] | None = None
@@ -216,7 +225,7 @@ class Session:
         run = all_or_none(comm, lambda: with_callback_keys(self._run, given))
         run = settle_cuts(run.with_checkpoint_blocks(point.run_table), comm)
         with log.step("reading data and model"):
-            plan = all_or_none(comm, lambda: make_plan(run, comm.size))
+            plan = make_plan_together(run, comm)
         self.callbacks = all_callbacks(run, given)
         all_or_none(comm, lambda: check_metrics(self.callbacks, plan))
         check_same_source(run, comm)
@@ -240,7 +249,7 @@ class Session:
         comm.flight.set_folder(out / run_folder.FLIGHT_FOLDER)
         _RUNS[out.resolve()] = plan.run
         with log.step("building the blocks"):
-            self._job = job = build_rank(plan, comm)
+            job = self._build(plan)
         self._fingerprint: Table = {
             "model": job.model_fingerprint,
             "data": data_fingerprint,
@@ -266,6 +275,13 @@ class Session:
         log.print_head()
         self._progress.start(threads, merged_replicas, copied_blocks, layers, notes)
         self._notify("start")
+
+    def _build(self, plan: Plan) -> RankJob:
+        """Build this rank and start its worker processes. Collective over all ranks."""
+        self._job = job = build_rank(plan, self.comm)
+        self._workers = job.workers
+        all_or_none(self.comm, job.start_workers)
+        return job
 
     def _attach_ema(self) -> None:
         """Let the engine update the averaged weights, where the run has them."""
@@ -308,6 +324,8 @@ class Session:
                 print_error(f"dtrain: rank {self.rank} left its session by sys.exit")
                 self.comm.abort(RankLostError.code)
         finally:
+            if self._workers is not None:
+                self._workers.stop()
             self.comm.flight.close()
             if self._progress is not None:
                 self._progress.stop()
