@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -32,6 +32,7 @@ from dtrain.data import augment as augments
 from dtrain.data.conversion import Array
 from dtrain.data.item_sources import ItemTargets
 from dtrain.data.loader import Loader
+from dtrain.data.node_memory import hold_on_node
 from dtrain.data.sampler import even_ranges
 from dtrain.data.statistics import unstandardised
 from dtrain.data.torch_datasets import TargetsNeeded, read_targets, shared_target_pass
@@ -291,6 +292,44 @@ def check_same_layout(plan: Plan, comm: Comm) -> None:
                 )
 
 
+def hold_data(plan: Plan, comm: Comm, used: Sequence[str] | None = None) -> bool:
+    """Hold the data in memory once per node, as far as they fit. Collective over all ranks.
+
+    Returns whether there were arrays to hold.
+
+    Parameters
+    ----------
+    used : sequence of str, optional
+        The splits that are read often; default: all of them. No other one is held.
+
+    Raises
+    ------
+    DataError
+        On all ranks, if the data cannot be read.
+    """
+    given = plan.run.dataset.target
+    return hold_on_node(
+        plan.data.by_name(),
+        comm,
+        reads_inputs=reads_inputs(plan, comm.rank),
+        owned=given is None or callable(given),
+        used=used,
+    )
+
+
+def reads_inputs(plan: Plan, rank: int) -> bool:
+    """Return whether a rank reads samples, in training or in prediction."""
+    if plan.layout.task.target == "input":
+        return True
+    _, stage = plan.layout.mesh.coords(rank)
+    objective = plan.layout.objective
+    specs = [plan.layout.block_specs[index] for index in plan.layout.blocks_of_stage(stage)]
+    return any(
+        reads_samples(objective, spec, "train") or reads_samples(objective, spec, "predict")
+        for spec in specs
+    )
+
+
 def check_same_data(plan: Plan, comm: Comm) -> dict[str, Any]:
     """Verify on some samples that all ranks read the same data. Collective over all ranks.
 
@@ -331,27 +370,21 @@ def _fingerprint(plan: Plan, rank: int) -> tuple[str, str | None, dict[str, list
     Inputs are read by the first stage at least, here before they are standardised. The numbers are
     weighted means of them, which hardly depend on the machine.
     """
-    _, stage = plan.layout.mesh.coords(rank)
-    objective = plan.layout.objective
-    specs = [plan.layout.block_specs[index] for index in plan.layout.blocks_of_stage(stage)]
-    reads_inputs = any(
-        reads_samples(objective, spec, "train") or reads_samples(objective, spec, "predict")
-        for spec in specs
-    )
+    is_reader = reads_inputs(plan, rank)
     labels, inputs = blake2b(), blake2b()
     numbers, other_numbers = list[float](), list[float]()
     for split in plan.data.by_name().values():
         indices = np.unique(np.linspace(0, split.size - 1, 32).astype(np.int64))
         labels.update(str((split.size, split.shape, split.classes)).encode())
         labels.update(split.targets(indices).numpy().tobytes())
-        if reads_inputs:
+        if is_reader:
             stored = unstandardised(split).inputs(indices)
             inputs.update(stored.numpy().tobytes())
             numbers += _row_numbers(stored)
             for rows in split.read_other_inputs(indices):
                 inputs.update(rows.numpy().tobytes())
                 other_numbers += _row_numbers(rows)
-    if not reads_inputs:
+    if not is_reader:
         return labels.hexdigest(), None, None
     others = {OTHER_INPUTS: other_numbers} if other_numbers else {}
     return labels.hexdigest(), inputs.hexdigest(), {"inputs": numbers} | others

@@ -27,6 +27,7 @@ from dtrain.build import (
     build_rank,
     check_same_data,
     check_same_layout,
+    hold_data,
     make_plan_together,
     set_threads,
 )
@@ -145,7 +146,7 @@ def evaluate_run(
     DataError
         The data are missing or do not fit the model.
     """
-    job, manifest = load_checkpoint(folder, comm, overrides, run, best, ema)
+    job, manifest = load_checkpoint(folder, comm, overrides, run, best, ema, (split,))
     plan = job.plan
     totals = RunTotals.from_state(manifest.state)
     loader = _loader(job, split)
@@ -164,16 +165,18 @@ def load_checkpoint(
     run: RunConfig | None,
     best: bool = False,
     ema: bool = False,
+    splits: Sequence[str] = (),
 ) -> tuple[RankJob, Manifest]:
     """Return this rank with the newest complete checkpoint of a run. Collective over `comm`.
 
-    Parameters and errors are those of `evaluate_run`.
+    Parameters and errors are those of `evaluate_run`. Data of `splits` are held in memory.
     """
     config = all_or_none(comm, lambda: _read_run(folder, overrides, run))
     set_threads(config, comm)
     fitted = all_or_none(comm, lambda: _fit_stages(config, comm.size))
     plan = make_plan_together(fitted, comm)
     check_same_layout(plan, comm)
+    hold_data(plan, comm, splits)
     use_kept_statistics(plan.data, comm, [folder])
     check_same_data(plan, comm)
     job = build_rank(plan, comm)

@@ -245,6 +245,11 @@ class DatasetView(Dataset):
         return self._dataset.source_size
 
     @property
+    def base(self) -> Dataset:
+        """The other data set."""
+        return self._dataset
+
+    @property
     def slow(self) -> bool:
         """Whether the other data set is slow."""
         return self._dataset.slow

@@ -52,6 +52,7 @@ class MappedSource(ArraySource):
     ) -> None:
         self.path, self.offset, self.is_fortran = path, offset, is_fortran
         self.shape, self.dtype, self.location = shape, dtype, location
+        self.is_mapped = not is_fortran
         missing = offset + self.nbytes - path.stat().st_size
         if missing > 0:
             raise DataError(

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from dtrain.data.array_source import ArraySource, LazySource, MemorySource
+from dtrain.data.array_source import ArraySource, LazySource, MemorySource, StoredArray
 from dtrain.data.conversion import (
     NUMERIC_KINDS,
     Array,
@@ -125,9 +125,12 @@ class SourceDataset(Dataset):
             InputSpec(other.shape[1:], _input_dtype(other.dtype)) for other in others
         )
         self.stored_pieces = None
-        if not (first.in_memory or first.by_item):
+        # Whether the pages of a file that is mapped fit in memory depends on the machine.
+        is_mapped_file = first.is_mapped and not isinstance(first, MemorySource)
+        if is_mapped_file or not (first.in_memory or first.by_item):
             self.stored_pieces = StoredPieces(first.row_bytes, first.chunk_rows, first.compressed)
         self._stored_moments = moments
+        self._loads = True
 
     @property
     def label_map(self) -> LabelMap | None:
@@ -143,7 +146,20 @@ class SourceDataset(Dataset):
         """Read from other sources of the same content, in the order of `sources`."""
         self._samples, *others, self._labels = sources
         self._others = tuple(others)
-        for name in ("_inputs", "_other_inputs", "_targets"):
+        self._forget_reads()
+
+    @property
+    def stays_on_disk(self) -> bool:
+        """Whether the sources that are not in memory are read piece by piece in any case."""
+        return not self._loads
+
+    def keep_on_disk(self) -> None:
+        """Read the sources that are not in memory piece by piece, although they may fit."""
+        self._loads = False
+        self._forget_reads()
+
+    def _forget_reads(self) -> None:
+        for name in ("slow", "_inputs", "_other_inputs", "_targets"):
             self.__dict__.pop(name, None)
 
     @property
@@ -168,7 +184,9 @@ class SourceDataset(Dataset):
     def slow(self) -> bool:
         """Whether the samples are read from files piece by piece; decided on first need."""
         samples = self._samples
-        return samples.by_item or not (samples.in_memory or fits_in_memory(samples.nbytes))
+        if samples.by_item or samples.in_memory:
+            return samples.by_item
+        return not (self._loads and fits_in_memory(samples.nbytes))
 
     @cached_property
     def _inputs(self) -> ArraySource:
@@ -176,11 +194,15 @@ class SourceDataset(Dataset):
 
     @cached_property
     def _other_inputs(self) -> tuple[ArraySource, ...]:
-        return tuple(_in_memory_if_it_fits(other) for other in self._others)
+        return tuple(self._load(other) for other in self._others)
 
     @cached_property
     def _targets(self) -> ArraySource:
-        return _in_memory_if_it_fits(self._labels)
+        return self._load(self._labels)
+
+    def _load(self, source: ArraySource) -> ArraySource:
+        """Return a source in memory if it may be loaded and fits."""
+        return _in_memory_if_it_fits(source) if self._loads else source
 
     def inputs(self, indices: ArrayLike) -> Tensor:
         return to_float_tensor(self._inputs.read(indices))
@@ -283,14 +305,14 @@ def make_split(
     return split
 
 
-def check_arrays(x: ArraySource, y: ArraySource, location: str) -> None:
+def check_arrays(x: StoredArray, y: StoredArray, location: str) -> None:
     """Refuse samples of a wrong shape or dtype, and targets that are not one per sample.
 
     Parameters
     ----------
-    x : ArraySource
+    x : StoredArray
         Samples, (n, channels, ...).
-    y : ArraySource
+    y : StoredArray
         Targets, (n, ...).
     location : str
         A file's path or a function's name, for the messages.

@@ -19,12 +19,15 @@ from dtrain.data.augment import UserAugment, build_augment
 from dtrain.data.channel_notes import channel_notes
 from dtrain.data.dataset import Dataset
 from dtrain.data.label_notes import label_notes
+from dtrain.data.memory_limits import available_bytes
+from dtrain.data.node_memory import SMALL_BYTES, stored_arrays
 from dtrain.data.repeatability import check_repeatable
 from dtrain.data.shuffle_windows import StoredPieces, group_rows
 from dtrain.data.statistics import find_standardised
 from dtrain.data.value_check import all_targets_alike, check_finite, has_finite_statistics
 from dtrain.errors import DataError
 from dtrain.objectives.messages import reads_samples
+from dtrain.planning.data_memory import node_warnings
 from dtrain.planning.plan import Plan
 
 CHECK_S = 0.05
@@ -88,6 +91,23 @@ def full_shuffle_bytes(stored: StoredPieces, size: int) -> float:
 
 def _size_text(size: float) -> str:
     return f"{size / 1e6:.3g} MB" if size >= 1e5 else f"{size / 1e3:.3g} kB"
+
+
+def memory_notes(plan: Plan, comm: Comm) -> list[str]:
+    """Return notes on nodes that hold data and whose ranks need more memory than they have left.
+
+    Collective over all ranks.
+    """
+    arrays = stored_arrays(plan.data.by_name())
+    is_held = any(a.place == "node" and a.source.nbytes > SMALL_BYTES for a in arrays)
+    rows = comm.allgather_object([is_held, available_bytes()])
+    if not any(is_held for is_held, _ in rows):
+        return []
+    available = [size for _, size in rows]
+    notes: list[str] = broadcast_object(
+        comm, lambda: node_warnings(plan, comm.topology.nodes, available)
+    )
+    return notes
 
 
 def _channel_notes(plan: Plan) -> Iterator[str]:

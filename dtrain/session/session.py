@@ -27,7 +27,6 @@ from torch import Tensor
 from dtrain.build import (
     RankJob,
     build_rank,
-    check_same_data,
     check_same_layout,
     make_plan_together,
     set_threads,
@@ -78,12 +77,7 @@ from dtrain.rank_process import init
 from dtrain.run import Run
 from dtrain.schedules.segments import Segment
 from dtrain.schema import Table
-from dtrain.session.data_notes import (
-    check_data_repeatable,
-    check_data_values,
-    data_notes,
-    same_draws,
-)
+from dtrain.session.data_notes import check_data_values
 from dtrain.session.failure import report_failure
 from dtrain.session.layer_notes import layer_notes
 from dtrain.session.measured_cuts import settle_cuts
@@ -95,13 +89,13 @@ from dtrain.session.start import (
     check_resume,
     check_weights_stay,
     make_recorder,
+    read_data,
     restore_run,
     resume_folders,
     share_module,
     start_trace,
     write_plan,
 )
-from dtrain.shared_statistics import share_statistics, use_kept_statistics
 from dtrain.user_code import refuse_during_import
 
 SEARCH_S = 60.0
@@ -230,12 +224,8 @@ class Session:
         all_or_none(comm, lambda: check_metrics(self.callbacks, plan))
         check_same_source(run, comm)
         check_same_layout(plan, comm)
-        with log.step("reading data and computing their statistics"):
-            check_data_repeatable(plan, comm)
-            use_kept_statistics(plan.data, comm, [out, *resume_folders(self._resume)])
-            share_statistics(plan.data, comm, log.note)
-            data_fingerprint = check_same_data(plan, comm) | same_draws(plan, comm)
-            notes = data_notes(plan, comm)
+        folders = [out, *resume_folders(self._resume)]
+        data_fingerprint, notes = read_data(plan, comm, log, folders)
         all_or_none(comm, lambda: check_resume(out, point, plan, data_fingerprint))
         if self._resume == "fresh":
             all_or_none(comm, lambda: check_weights_stay(out, plan.run))

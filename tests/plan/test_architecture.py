@@ -27,7 +27,7 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "comm": (*FLAT, "schedules"),
     "tasks": FLAT,
     "models": FLAT,
-    "data": (*FLAT, "tasks"),
+    "data": (*FLAT, "tasks", "comm"),
     "block": (*FLAT, "schedules", "tasks"),
     "objectives": (*FLAT, "schedules", "tasks", "models", "block"),
     "syncs": (*FLAT, "comm", "block"),
