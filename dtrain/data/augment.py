@@ -57,12 +57,12 @@ class Augment(ABC):
 
     Attributes
     ----------
-    uses_source_indices : bool
-        Whether the index of a sample is that in the data as they are given, before samples are held
-        out for validation.
+    by_source_index : bool
+        Whether it takes the indices in the data as they are given, before samples are held out for
+        validation; otherwise those in the training split.
     """
 
-    uses_source_indices = False
+    by_source_index: bool = False
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -154,9 +154,14 @@ class UserAugment(Augment):
         The run file's folder.
     """
 
-    uses_source_indices = True
+    by_source_index = True
 
-    def __init__(self, seed: int, function: AugmentFunction | str, folder: Path) -> None:
+    def __init__(
+        self,
+        seed: int,
+        function: AugmentFunction | str,
+        folder: Path,
+    ) -> None:
         super().__init__(seed)
         self._given, self._folder = function, folder
 

@@ -5,7 +5,6 @@ Invariant: every reader calls the same `Preparation`, so the bits do not depend 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, final
@@ -33,28 +32,12 @@ class Prepared(NamedTuple):
     others : tuple of Tensor or None
         Their further inputs; None: not read with the samples.
     targets : Tensor or None
-        Their stored targets; likewise.
+        Their targets as the items have them; None: known without the items.
     """
 
     inputs: Tensor
     others: tuple[Tensor, ...] | None = None
     targets: Tensor | None = None
-
-    def tensors(self) -> list[Tensor]:
-        """Return all tensors, as `of` takes them."""
-        if self.others is None:
-            return [self.inputs]
-        targets = torch.empty(0) if self.targets is None else self.targets
-        return [self.inputs, *self.others, targets]
-
-    @staticmethod
-    def of(tensors: Sequence[Tensor]) -> Prepared:
-        """Return the micro-batch of `tensors()`."""
-        inputs, *others = tensors
-        if not others:
-            return Prepared(inputs)
-        *others, targets = others
-        return Prepared(inputs, tuple(others), targets if len(targets) else None)
 
 
 @final
@@ -80,8 +63,9 @@ class Preparation:
         """Return a micro-batch, contiguous and aligned."""
         x = self.dataset.inputs(indices)
         if self.augment is not None:
-            is_source = self.augment.uses_source_indices
-            numbers = self.dataset.source_indices(indices) if is_source else indices
+            numbers = indices
+            if self.augment.by_source_index:
+                numbers = self.dataset.source_indices(indices)
             x = self.augment(x, numbers, epoch)
         x = self.cast(x)
         aligned = x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0

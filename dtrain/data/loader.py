@@ -138,7 +138,7 @@ class Loader:
         prepared = read.result()
         self._latest = batch, prepared
         if prepared.targets is not None:
-            self.dataset.keep_item_targets(batch.indices, prepared.targets)
+            self.dataset.keep_targets(batch.indices, prepared.targets)
         if self._reads_ahead:
             self._start_reads(1)
         return prepared.inputs
