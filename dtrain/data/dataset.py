@@ -287,6 +287,9 @@ class DatasetView(Dataset):
         view.sample_weights = None
         return view
 
+    def source_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
+        return self._dataset.source_indices(indices)
+
     def read_stored(self, rows: range | NDArray[np.int64]) -> Array:
         return self._dataset.read_stored(rows)
 

@@ -53,6 +53,24 @@ def test_the_samples_are_pure_in_the_seed() -> None:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+@pytest.mark.parametrize("labels", ["as-stored", "compact"])
+@pytest.mark.parametrize("target", ["data", "input"])
+def test_views_of_a_part_know_the_samples_of_the_whole(labels: Any, target: Any) -> None:
+    """Weights of a sampler, augmentations of users and groups of rows go by these indices."""
+    task = DEFAULT_TASK if target == "data" else Task("mse", target="input")
+    y = np.repeat(np.arange(3), SIZES)
+    x = np.stack([np.arange(len(y)), np.sin(np.arange(len(y)))], 1)
+    keys: dict[str, Any] = {"task": task, "validation": 0.25, "target": (x, y, x, y)}
+    if target == "data":
+        keys["labels"] = labels
+    data = load_data("data", {}, Path(), **keys)
+    raw = load_data("data", {}, Path(), normalise=False, **keys)
+    everything = np.arange(raw.train.size)
+    assert data.train.source_size == len(y)
+    assert data.train.source_indices(everything).tolist() == members(raw.train)
+    assert set(members(raw.train)) != set(everything)
+
+
 def test_numbers_as_targets_are_drawn_without_classes() -> None:
     task = Task("mse")
     y = np.linspace(0, 1, 40, dtype=np.float32)
