@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from dtrain.data import load_data
+from dtrain.data.statistics.shared_statistics import share_statistics
 from dtrain.rank_process import init
-from dtrain.shared_statistics import share_statistics
 
 
 def main() -> None:

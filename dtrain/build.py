@@ -31,12 +31,12 @@ from dtrain.config.run import RunConfig
 from dtrain.data.augment import build_augment
 from dtrain.data.conversion import Array
 from dtrain.data.item_sources import ItemTargets
-from dtrain.data.loader import Loader
 from dtrain.data.node_memory import hold_on_node
+from dtrain.data.reading.loader import Loader
+from dtrain.data.reading.worker_pool import WorkerPool
 from dtrain.data.sampler import even_ranges
-from dtrain.data.statistics import unstandardised
+from dtrain.data.statistics.standardise import unstandardised
 from dtrain.data.torch_datasets import TargetsNeeded, read_targets, shared_target_pass
-from dtrain.data.worker_pool import WorkerPool
 from dtrain.engine.engine import Engine
 from dtrain.engine.evaluator import Evaluator
 from dtrain.engine.spec import EngineSpec

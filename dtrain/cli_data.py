@@ -146,8 +146,8 @@ def _describe(options: argparse.Namespace) -> int:
         run = Run.read(options.source, options.set)
         table, text = describe_run_data(run.config, options.values), run_text
     else:
-        from dtrain.data.file_description import describe_file
         from dtrain.data.importing.import_data import ImportOptions
+        from dtrain.data.tools.file_description import describe_file
 
         names = ImportOptions(x=options.x, y=options.y, target=options.target)
         table, text = describe_file(options.source, names, options.values), file_text
@@ -157,7 +157,7 @@ def _describe(options: argparse.Namespace) -> int:
 
 def _stats(options: argparse.Namespace) -> int:
     """Write statistics into a file and print them."""
-    from dtrain.data.file_statistics import store_statistics
+    from dtrain.data.tools.file_statistics import store_statistics
 
     mean, deviation = store_statistics(options.file, options.channels, options.x)
     for key, numbers in (("mean", mean), ("std", deviation)):
@@ -168,8 +168,8 @@ def _stats(options: argparse.Namespace) -> int:
 
 def _rechunk(options: argparse.Namespace) -> int:
     """Copy a file to other chunks and print the path of the copy."""
-    from dtrain.data.hdf5_writer import CHUNK_BYTES
-    from dtrain.data.rechunk import rechunk
+    from dtrain.data.formats.hdf5_writer import CHUNK_BYTES
+    from dtrain.data.tools.rechunk import rechunk
 
     size = CHUNK_BYTES if options.chunk_bytes is None else options.chunk_bytes
     print(rechunk(options.source, options.out, size, options.compression))

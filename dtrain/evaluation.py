@@ -38,13 +38,13 @@ from dtrain.comm.agree import all_or_none
 from dtrain.comm.communicator import Comm
 from dtrain.config.parse import read_resolved_run
 from dtrain.config.run import RunConfig
-from dtrain.data.loader import Loader
+from dtrain.data.reading.loader import Loader
 from dtrain.data.sampler import BatchSplitter, Indices, even_ranges
-from dtrain.data.statistics import Standardised
+from dtrain.data.statistics.shared_statistics import use_kept_statistics
+from dtrain.data.statistics.standardise import Standardised
 from dtrain.errors import ConfigError
 from dtrain.monitoring.run_totals import RunTotals, evaluation_metrics
 from dtrain.planning.plan import Plan
-from dtrain.shared_statistics import use_kept_statistics
 
 EvalWeights = Mapping[int, Mapping[str, Tensor]]
 """Parameters and buffers that are evaluated, by block and name."""

@@ -24,12 +24,12 @@ from dtrain.config.run import RunConfig
 from dtrain.data import open_samples
 from dtrain.data.array_source import ArraySource, MemorySource
 from dtrain.data.dataset import Dataset, IntegerInputs, Label
-from dtrain.data.file_set import check_numeric
-from dtrain.data.loader import Loader
+from dtrain.data.formats.file_set import check_numeric
 from dtrain.data.node_memory import hold_on_node
+from dtrain.data.reading.loader import Loader
 from dtrain.data.sampler import Indices, even_ranges
 from dtrain.data.source_dataset import SourceDataset
-from dtrain.data.statistics import Standardised
+from dtrain.data.statistics.standardise import Standardised
 from dtrain.errors import ConfigError, DataError
 from dtrain.evaluation import load_checkpoint
 

@@ -13,19 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.data.array_source import ArraySource
-from dtrain.data.csv_set import Csv, read_samples
 from dtrain.data.dataset import DatasetSplits
-from dtrain.data.digits_set import Digits
-from dtrain.data.file_set import FileSet, Paths
-from dtrain.data.hdf5_set import Hdf5
+from dtrain.data.formats.csv_set import Csv, read_samples
+from dtrain.data.formats.digits_set import Digits
+from dtrain.data.formats.file_set import FileSet, Paths
+from dtrain.data.formats.hdf5_set import Hdf5
+from dtrain.data.formats.idx_set import Idx
+from dtrain.data.formats.npz_set import Npz
 from dtrain.data.hold_out import hold_out
-from dtrain.data.idx_set import Idx
 from dtrain.data.label_map import with_compact_labels
-from dtrain.data.npz_set import Npz
-from dtrain.data.statistics import Channels, standardise
+from dtrain.data.sample_weights import WeightedArrays
+from dtrain.data.statistics.standardise import standardise
+from dtrain.data.statistics.statistics_pass import Channels
 from dtrain.data.torch_datasets import are_torch_datasets
-from dtrain.data.user import as_splits
-from dtrain.data.weights import WeightedArrays
+from dtrain.data.user_data import as_splits
 from dtrain.errors import ConfigError, unknown_name
 from dtrain.schema import kebab, toml_text, unknown_key
 from dtrain.tasks.task import DEFAULT_TASK, LabelNumbering, Task

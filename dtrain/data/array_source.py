@@ -20,7 +20,7 @@ from dtrain.data.conversion import Array
 from dtrain.errors import DataError
 
 
-class StoredArray(Protocol):
+class ArrayForm(Protocol):
     """The form of an array (n, ...) that may lie in a file: rows first."""
 
     @property

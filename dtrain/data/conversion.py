@@ -19,6 +19,15 @@ NUMERIC_KINDS = "biufc"
 """Kinds of numpy dtypes that samples may have: any integers, real and complex numbers."""
 
 
+ALIGNMENT = 64
+"""Bytes to which torch aligns the start of its own tensors."""
+
+
+def to_array(value: Any) -> Array:
+    """Return a user's value as an array: a tensor, an array, or what numpy makes an array of."""
+    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+
+
 def value_range(dtype: Any) -> tuple[float, float] | None:
     """Return the range of `to_float_tensor` for a numpy dtype: 0 ... 1 for bytes, else None."""
     return (0.0, 1.0) if dtype == np.uint8 else None

@@ -37,11 +37,11 @@ def hold_out(splits: DatasetSplits, share: float, seed: int, task: Task) -> Data
             f"[data] validation = {share}, but the data have a validation split of their own: "
             "leave validation out",
         )
-    train, validation = set_aside(splits.train, share, "validation", seed, task)
+    train, validation = hold_out_part(splits.train, share, "validation", seed, task)
     return DatasetSplits(train, splits.test, validation)
 
 
-def set_aside(
+def hold_out_part(
     train: Dataset, share: float, key: str, seed: int, task: Task
 ) -> tuple[Subset, Subset]:
     """Return the training samples without a share of them, and that share.

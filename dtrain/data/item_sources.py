@@ -12,10 +12,9 @@ from typing import Any, NamedTuple, final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
 
 from dtrain.data.array_source import ArraySource
-from dtrain.data.conversion import Array
+from dtrain.data.conversion import Array, to_array
 from dtrain.errors import DataError
 
 
@@ -161,7 +160,7 @@ class ItemReader:
                 f"{self.location}: the items of {self.name} have PIL images: give it the transform "
                 "torchvision.transforms.ToTensor()",
             )
-        arrays = [_to_array(value) for value in values]
+        arrays = [_value_array(value) for value in values]
         shape, dtype = (
             (arrays[0].shape, arrays[0].dtype) if like is None else (like.shape[1:], like.dtype)
         )
@@ -185,10 +184,10 @@ def _columns(samples: Sequence[Any]) -> list[list[Any]]:
     return [list(samples)]
 
 
-def _to_array(value: Any) -> Array:
+def _value_array(value: Any) -> Array:
     if isinstance(value, str | bytes):  # of any length
         return np.array(value, object)
-    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    return to_array(value)
 
 
 @final
@@ -242,7 +241,8 @@ class ItemTargets(ArraySource):
 
     def read(self, indices: ArrayLike) -> Array:
         targets = self._reader.targets(indices)
-        if self._classes is not None and targets.size and targets.max() >= self._classes:
+        is_counted = self._classes is not None and targets.dtype.kind in "biuf"
+        if is_counted and targets.size and targets.max() >= self._classes:
             raise DataError(
                 "data.labels-out-of-range",
                 f"{self.location}: an item has label {targets.max()}, but classes = "

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from dtrain.data.array_source import ArraySource, LazySource, MemorySource, StoredArray
+from dtrain.data.array_source import ArrayForm, ArraySource, LazySource, MemorySource
 from dtrain.data.conversion import (
     NUMERIC_KINDS,
     Array,
@@ -42,10 +42,10 @@ from dtrain.data.dataset import (
 from dtrain.data.item_sources import ItemTargets
 from dtrain.data.label_map import LabelMap
 from dtrain.data.memory_limits import fits_in_memory
+from dtrain.data.sample_weights import read_weights
 from dtrain.data.sampler import Indices
 from dtrain.data.shuffle_windows import StoredPieces
 from dtrain.data.targets import TargetForm, TargetScan, to_texts
-from dtrain.data.weights import read_weights
 from dtrain.errors import DataError
 from dtrain.tasks.task import DEFAULT_TASK, Task
 
@@ -310,14 +310,14 @@ def make_split(
     return split
 
 
-def check_arrays(x: StoredArray, y: StoredArray, location: str) -> None:
+def check_arrays(x: ArrayForm, y: ArrayForm, location: str) -> None:
     """Refuse samples of a wrong shape or dtype, and targets that are not one per sample.
 
     Parameters
     ----------
-    x : StoredArray
+    x : ArrayForm
         Samples, (n, channels, ...).
-    y : StoredArray
+    y : ArrayForm
         Targets, (n, ...).
     location : str
         A file's path or a function's name, for the messages.

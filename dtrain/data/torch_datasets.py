@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from dtrain.data.array_source import ArraySource, MemorySource
-from dtrain.data.conversion import Array
+from dtrain.data.conversion import Array, to_array
 from dtrain.data.item_sources import ItemReader, ItemSource, ItemTargets
 from dtrain.data.source_dataset import SplitSources
 from dtrain.tasks.task import Task
@@ -188,7 +188,7 @@ def _tensors(dataset: Any) -> tuple[Array, ...] | None:
     from torch.utils.data import Subset, TensorDataset
 
     if type(dataset) is TensorDataset:
-        return tuple(tensor.detach().cpu().numpy() for tensor in dataset.tensors)
+        return tuple(to_array(tensor) for tensor in dataset.tensors)
     if type(dataset) is Subset:
         arrays = _tensors(dataset.dataset)
         rows = np.asarray(dataset.indices, np.int64)
@@ -198,7 +198,7 @@ def _tensors(dataset: Any) -> tuple[Array, ...] | None:
 
 def _numeric(value: Any) -> Array | None:
     try:
-        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+        array = to_array(value)
     except ValueError:  # of unequal lengths
         return None
     return array if array.dtype.kind in "biuf" else None

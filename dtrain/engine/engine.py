@@ -28,7 +28,7 @@ from dtrain.block.saved_tensors import SavedTensors
 from dtrain.block.split_backward import SplitBackward
 from dtrain.block.weight_versions import WeightVersions
 from dtrain.comm.groups import ProcessGroups
-from dtrain.data.loader import Loader
+from dtrain.data.reading.loader import Loader
 from dtrain.data.sampler import Batch
 from dtrain.engine.closed_form import ClosedFormSolver
 from dtrain.engine.metrics import MetricSums

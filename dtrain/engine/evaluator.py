@@ -14,7 +14,7 @@ from torch import Tensor
 from dtrain.block.block import Block
 from dtrain.block.micro_batch import MicroBatch
 from dtrain.comm.groups import ProcessGroups
-from dtrain.data.loader import Loader
+from dtrain.data.reading.loader import Loader
 from dtrain.data.sampler import Indices
 from dtrain.engine.metrics import MetricSums
 from dtrain.engine.router import MessageRouter

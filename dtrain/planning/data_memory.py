@@ -12,9 +12,10 @@ from typing import Any, final
 
 import torch
 
-from dtrain.data.loader import read_ahead_bytes
 from dtrain.data.memory_limits import available_bytes
 from dtrain.data.node_memory import choose_held, stored_arrays
+from dtrain.data.reading.loader import read_ahead_bytes
+from dtrain.planning.formatting import size_text
 from dtrain.planning.memory_plan import MemoryPlan
 from dtrain.planning.plan import Plan
 
@@ -61,14 +62,6 @@ class DataMemory:
             f"read from disk in pieces, at most {size_text(self.piece)} per rank": self.disk,
         }
         return "; ".join(f"{size_text(size)} {place}" for place, size in parts.items() if size)
-
-
-def size_text(size: int) -> str:
-    """Return a number of bytes with a unit."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= factor:
-            return f"{size / factor:.3g} {unit}"
-    return f"{size} bytes"
 
 
 def plan_data_memory(plan: Plan) -> DataMemory:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dtrain.planning.formatting import align_columns, pluralise
+from dtrain.planning.formatting import align_columns, pluralise, size_text
 
 Table = Mapping[str, Any]
 
@@ -52,14 +52,6 @@ def run_text(table: Table) -> str:
         if "not_finite" in split:
             lines += ["", f"Values of {name}: {_finite_text(split['not_finite'])}"]
     return "\n".join(lines) + "\n"
-
-
-def size_text(count: int) -> str:
-    """Return a number of bytes: "640 bytes", "1.5 MB"."""
-    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return pluralise(count, "byte")
 
 
 def _array_lines(arrays: Sequence[Table]) -> list[str]:

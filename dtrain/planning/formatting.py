@@ -30,3 +30,11 @@ def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _is_number(cell: str) -> bool:
     return cell.strip("-0123456789,.%") == ""
+
+
+def size_text(size: float) -> str:
+    """Return a number of bytes: "640 bytes", "1.5 MB"."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:.3g} {unit}"
+    return pluralise(round(size), "byte")

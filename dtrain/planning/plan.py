@@ -14,6 +14,7 @@ from dtrain.data import augment as augments
 from dtrain.data import load_data
 from dtrain.data.conversion import cast_dtype
 from dtrain.data.dataset import Dataset, DatasetSplits
+from dtrain.data.sample_weights import check_sampler, count_classes, make_draws
 from dtrain.data.sampler import (
     BatchSplitter,
     DrawWeights,
@@ -22,7 +23,6 @@ from dtrain.data.sampler import (
     updates_per_epoch,
 )
 from dtrain.data.shuffle_windows import shuffle_window
-from dtrain.data.weights import check_sampler, count_classes, make_draws
 from dtrain.errors import ConfigError
 from dtrain.models import load_model
 from dtrain.models.integer_inputs import takes_integers

@@ -11,10 +11,10 @@ import torch
 from dtrain.config.run import RunConfig
 from dtrain.data.conversion import Array
 from dtrain.data.dataset import SAMPLES_PER_READ, Dataset
-from dtrain.data.file_description import count_not_finite, describe_targets
 from dtrain.data.sampler import updates_per_epoch
 from dtrain.data.source_dataset import SourceDataset
-from dtrain.data.statistics import unstandardised
+from dtrain.data.statistics.standardise import unstandardised
+from dtrain.data.tools.file_description import count_not_finite, describe_targets
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.planning.layout import DTYPES
 from dtrain.planning.plan import load_run

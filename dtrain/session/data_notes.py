@@ -13,21 +13,22 @@ from hashlib import blake2b
 
 import numpy as np
 
+from dtrain.build import reads_inputs
 from dtrain.comm.agree import all_or_none, broadcast_object
 from dtrain.comm.communicator import Comm
 from dtrain.data.augment import UserAugment, build_augment
-from dtrain.data.channel_notes import channel_notes
+from dtrain.data.checks.channel_notes import channel_notes
+from dtrain.data.checks.label_notes import label_notes
+from dtrain.data.checks.repeatability import check_repeatable
+from dtrain.data.checks.value_check import all_targets_alike, check_finite, has_finite_statistics
 from dtrain.data.dataset import Dataset
-from dtrain.data.label_notes import label_notes
 from dtrain.data.memory_limits import available_bytes
 from dtrain.data.node_memory import SMALL_BYTES, stored_arrays
-from dtrain.data.repeatability import check_repeatable
 from dtrain.data.shuffle_windows import StoredPieces, group_rows
-from dtrain.data.statistics import find_standardised
-from dtrain.data.value_check import all_targets_alike, check_finite, has_finite_statistics
+from dtrain.data.statistics.standardise import find_standardised
 from dtrain.errors import DataError
-from dtrain.objectives.messages import reads_samples
 from dtrain.planning.data_memory import node_warnings
+from dtrain.planning.formatting import size_text
 from dtrain.planning.plan import Plan
 
 CHECK_S = 0.05
@@ -75,9 +76,9 @@ def shuffle_notes(train: Dataset, shuffle: str) -> Iterator[str]:
         return
     pieces = "compressed pieces" if stored.compressed else "pieces"
     yield (
-        f'[data] shuffle = "full" reads about {_size_text(read)} for each training sample of '
-        f"{_size_text(stored.row_bytes)}, because samples are stored in {pieces} of "
-        f'{stored.chunk_rows} ({_size_text(stored.piece_bytes)}): set shuffle = "chunks", which '
+        f'[data] shuffle = "full" reads about {size_text(read)} for each training sample of '
+        f"{size_text(stored.row_bytes)}, because samples are stored in {pieces} of "
+        f'{stored.chunk_rows} ({size_text(stored.piece_bytes)}): set shuffle = "chunks", which '
         "reads each piece about once an epoch, or store smaller pieces by 'dtrain data rechunk'"
     )
 
@@ -87,10 +88,6 @@ def full_shuffle_bytes(stored: StoredPieces, size: int) -> float:
     pieces, rows = size / (stored.chunk_rows or 1), min(size, group_rows(stored.row_bytes))
     read_pieces = pieces * -math.expm1(-rows / pieces)
     return max(1.0, read_pieces * (stored.chunk_rows or 1) / rows) * stored.row_bytes
-
-
-def _size_text(size: float) -> str:
-    return f"{size / 1e6:.3g} MB" if size >= 1e5 else f"{size / 1e3:.3g} kB"
 
 
 def memory_notes(plan: Plan, comm: Comm) -> list[str]:
@@ -139,9 +136,9 @@ def check_data_values(plan: Plan, comm: Comm, limit_s: float) -> None:
 
 
 def _check_own_part(plan: Plan, rank: int, limit_s: float) -> None:
-    replica, stage = plan.layout.mesh.coords(rank)
-    if not _reads_inputs(plan, stage):
+    if not reads_inputs(plan, rank):
         return
+    replica, _ = plan.layout.mesh.coords(rank)
     deadline = time.monotonic() + limit_s
     for name, split in reversed(plan.data.by_name().items()):  # training samples last
         rows = np.arange(replica, split.size, plan.layout.mesh.replicas)
@@ -157,22 +154,21 @@ def check_data_repeatable(plan: Plan, comm: Comm) -> None:
     DataError
         On all ranks; it names split and sample.
     """
-    reads_inputs = _reads_inputs(plan, plan.layout.mesh.coords(comm.rank)[1])
+    is_reader = reads_inputs(plan, comm.rank)
 
     def check() -> None:
         deadline = time.monotonic() + CHECK_S
         for name, split in plan.data.by_name().items():
-            check_repeatable(split, name, reads_inputs, deadline)
+            check_repeatable(split, name, is_reader, deadline)
 
     all_or_none(comm, check)
 
 
 def _check_augment(plan: Plan, rank: int) -> None:
     """Refuse a user's augmentation that is no function of what it is given."""
-    reads_inputs = _reads_inputs(plan, plan.layout.mesh.coords(rank)[1])
     train, run = plan.data.train, plan.run
     augment = build_augment(run.data.augment, run.settings.seed, run.folder)
-    if reads_inputs and isinstance(augment, UserAugment):
+    if reads_inputs(plan, rank) and isinstance(augment, UserAugment):
         rows = np.unique(np.linspace(0, train.size - 1, AUGMENTED_SAMPLES).astype(np.int64))
         augment.check_repeatable(train.inputs(rows), train.source_indices(rows))
 
@@ -208,16 +204,6 @@ def same_draws(plan: Plan, comm: Comm) -> dict[str, str]:
                 on_all_ranks=True,
             )
     return hashes
-
-
-def _reads_inputs(plan: Plan, stage: int) -> bool:
-    """Return whether a stage reads inputs in training or in prediction."""
-    objective, layout = plan.layout.objective, plan.layout
-    specs = [layout.block_specs[index] for index in layout.blocks_of_stage(stage)]
-    return any(
-        reads_samples(objective, spec, "train") or reads_samples(objective, spec, "predict")
-        for spec in specs
-    )
 
 
 def _alike_notes(plan: Plan) -> Iterator[str]:

@@ -14,7 +14,7 @@ from dtrain.block.block import Block
 from dtrain.block.micro_batch import MicroBatch
 from dtrain.block.row_check import ROWS, RowCheck, check_rows
 from dtrain.comm.communicator import Comm
-from dtrain.data.loader import Loader
+from dtrain.data.reading.loader import Loader
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.messages import reads_samples
 from dtrain.planning.plan import Plan

@@ -58,8 +58,8 @@ from dtrain.comm.communicator import Comm
 from dtrain.comm.flight_recorder import print_error
 from dtrain.config.out_folder import fill_keys
 from dtrain.config.run import RunConfig
-from dtrain.data.statistics import Standardised
-from dtrain.data.worker_pool import WorkerPool
+from dtrain.data.reading.worker_pool import WorkerPool
+from dtrain.data.statistics.standardise import Standardised
 from dtrain.errors import ConfigError, RankLostError
 from dtrain.evaluation import EvalWeights, evaluate_weights, evaluation_weights
 from dtrain.monitoring.machine_peak import measured_peak

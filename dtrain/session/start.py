@@ -35,8 +35,9 @@ from dtrain.checkpoint.resume import (
 from dtrain.comm.agree import all_or_none
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
-from dtrain.data.kept_statistics import write_kept
-from dtrain.data.statistics import find_standardised
+from dtrain.data.statistics.kept_statistics import write_kept
+from dtrain.data.statistics.shared_statistics import share_statistics, use_kept_statistics
+from dtrain.data.statistics.standardise import find_standardised
 from dtrain.engine.trace import TRACE_FILE, Trace
 from dtrain.errors import ConfigError, DtrainError
 from dtrain.monitoring.metric_values import check_metric_name, metric_names
@@ -52,7 +53,6 @@ from dtrain.session.data_notes import (
     memory_notes,
     same_draws,
 )
-from dtrain.shared_statistics import share_statistics, use_kept_statistics
 from dtrain.tracking.recorder import Recorder, make_trackers
 
 

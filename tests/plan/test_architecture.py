@@ -35,7 +35,6 @@ IMPORTS: dict[str, tuple[str, ...]] = {
         *(*FLAT, "schedules", "comm", "tasks", "models", "data", "block"),
         *("objectives", "syncs"),
     ),
-    "shared_statistics": (*FLAT, "comm", "data"),
     "tracking": FLAT,
     "config": (*FLAT, "schedules", "tasks", "block", "objectives", "syncs", "tracking"),
     "checkpoint": (*FLAT, "comm", "block", "syncs", "config"),
@@ -157,7 +156,9 @@ def imported_strategies(path: Path) -> list[str]:
     return [name for name in imported if name.split(".")[0] in others]
 
 
-WORKERS = ("data/worker_pool.py", "data/worker_process.py", "data/shared_pickle.py")
+WORKERS = tuple(
+    f"data/reading/{name}.py" for name in ("worker_pool", "worker_process", "shared_pickle")
+)
 """They send objects to child processes of the rank, over a pair of sockets that nobody else has."""
 
 

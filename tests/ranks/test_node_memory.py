@@ -16,13 +16,14 @@ from dtrain.comm.backends.threads import run_ranks
 from dtrain.comm.communicator import Comm
 from dtrain.comm.shared_memory import allocate_shared
 from dtrain.config.run import RunConfig
-from dtrain.data import mapped_source, node_memory, shuffle_windows, source_dataset
+from dtrain.data import node_memory, shuffle_windows, source_dataset
 from dtrain.data.array_source import ArraySource, LazySource, MemorySource
 from dtrain.data.conversion import Array
 from dtrain.data.dataset import Dataset, Subset
-from dtrain.data.hdf5_source import Hdf5Source
+from dtrain.data.formats import mapped_source
+from dtrain.data.formats.hdf5_source import Hdf5Source
+from dtrain.data.formats.npy_source import open_npy
 from dtrain.data.node_memory import hold_on_node, stored_arrays
-from dtrain.data.npy_source import open_npy
 from dtrain.data.source_dataset import SourceDataset
 from dtrain.errors import DataError
 from dtrain.evaluation import evaluate_run

@@ -15,14 +15,15 @@ import torch
 from dtrain.checkpoint.export import export
 from dtrain.comm.backends.threads import run_ranks
 from dtrain.comm.communicator import Comm
-from dtrain.data import statistics as module
-from dtrain.data.hdf5_source import Hdf5Source
-from dtrain.data.kept_statistics import STATISTICS_FILE
-from dtrain.data.statistics import StatisticsPass, find_standardised
+from dtrain.data.formats.hdf5_source import Hdf5Source
+from dtrain.data.statistics import statistics_pass as module
+from dtrain.data.statistics.kept_statistics import STATISTICS_FILE
+from dtrain.data.statistics.shared_statistics import share_statistics
+from dtrain.data.statistics.standardise import find_standardised
+from dtrain.data.statistics.statistics_pass import StatisticsPass
 from dtrain.errors import DataError
 from dtrain.evaluation import evaluate_run
 from dtrain.planning.plan import make_plan
-from dtrain.shared_statistics import share_statistics
 from tests import tiny
 from tests.harness import assert_same_model, train_in_threads
 from tests.refusals import refuses

@@ -15,7 +15,7 @@ from dtrain.config.sections import AUGMENTS as NAMES
 from dtrain.data.array_source import MemorySource
 from dtrain.data.augment import AUGMENTS, PAD, CropFlip, UserAugment, build_augment, random_bits
 from dtrain.data.dataset import Subset
-from dtrain.data.loader import Loader
+from dtrain.data.reading.loader import Loader
 from dtrain.data.source_dataset import SourceDataset
 from dtrain.errors import ConfigError, DataError
 from dtrain.rng import generator_states

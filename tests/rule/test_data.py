@@ -20,11 +20,11 @@ from dtrain.data import load_data, memory_limits, source_dataset
 from dtrain.data.array_source import ConcatenatedSource, LazySource, MemorySource
 from dtrain.data.conversion import to_float_tensor
 from dtrain.data.dataset import DatasetSplits
-from dtrain.data.digits_set import stratified_split
+from dtrain.data.formats.digits_set import stratified_split
 from dtrain.data.sampler import SHUFFLES, epoch_order, even_ranges, updates_per_epoch
 from dtrain.data.source_dataset import SourceDataset
-from dtrain.data.statistics import standardise
-from dtrain.data.user import as_splits
+from dtrain.data.statistics.standardise import standardise
+from dtrain.data.user_data import as_splits
 from dtrain.errors import ConfigError, DataError
 from tests import tiny
 from tests.refusals import refuses

@@ -16,12 +16,13 @@ import pytest
 
 from dtrain.cli import main
 from dtrain.config.parse import read_run
-from dtrain.data import hdf5_pieces, hdf5_writer, load_data
-from dtrain.data import rechunk as rechunk_module
-from dtrain.data.file_description import describe_file
-from dtrain.data.file_statistics import store_statistics
+from dtrain.data import load_data
+from dtrain.data.formats import hdf5_pieces, hdf5_writer
 from dtrain.data.importing.import_data import ImportOptions
-from dtrain.data.rechunk import copy_regions, rechunk
+from dtrain.data.tools import rechunk as rechunk_module
+from dtrain.data.tools.file_description import describe_file
+from dtrain.data.tools.file_statistics import store_statistics
+from dtrain.data.tools.rechunk import copy_regions, rechunk
 from dtrain.errors import ConfigError, DataError
 from dtrain.planning.run_data import describe_run_data
 from tests.refusals import refuses
@@ -86,7 +87,7 @@ def test_real_targets_and_many_labels(file: Path, monkeypatch: pytest.MonkeyPatc
         handle["ids"] = np.arange(60) * 1000
     real = describe_file(file, ImportOptions(y="real"))["targets"]["real"]
     assert (real["smallest"], real["largest"], real["counts"]) == (-1.5, 2, None)
-    monkeypatch.setattr("dtrain.data.file_description.MAX_VALUES", 50)
+    monkeypatch.setattr("dtrain.data.tools.file_description.MAX_VALUES", 50)
     ids = describe_file(file, ImportOptions(y="ids"))["targets"]["ids"]
     assert (ids["smallest"], ids["largest"], ids["counts"]) == (0, 59000, None)
 

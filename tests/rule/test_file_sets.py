@@ -20,9 +20,9 @@ import torch
 from dtrain import Run, data
 from dtrain.data import load_data
 from dtrain.data.array_source import ArraySource
-from dtrain.data.hdf5_source import Hdf5Source
-from dtrain.data.idx_set import open_idx
-from dtrain.data.npy_source import open_npy, open_npz_array
+from dtrain.data.formats.hdf5_source import Hdf5Source
+from dtrain.data.formats.idx_set import open_idx
+from dtrain.data.formats.npy_source import open_npy, open_npz_array
 from dtrain.errors import ConfigError, DataError
 from dtrain.tasks.task import Task
 from tests.refusals import refuses

@@ -13,8 +13,8 @@ import torch
 from dtrain.data import load_data
 from dtrain.data.dataset import DatasetSplits
 from dtrain.data.hold_out import hold_out
-from dtrain.data.statistics import Standardised, standardise
-from dtrain.data.user import as_splits
+from dtrain.data.statistics.standardise import Standardised, standardise
+from dtrain.data.user_data import as_splits
 from dtrain.errors import ConfigError, DataError
 from dtrain.tasks.task import DEFAULT_TASK, Task
 from tests.refusals import refuses

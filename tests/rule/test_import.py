@@ -133,7 +133,7 @@ def test_grey_stays_grey_and_mixed_becomes_rgb(tmp_path: Path) -> None:
 
 def test_many_rows_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two full writes and a partial one."""
-    monkeypatch.setattr("dtrain.data.hdf5_pieces.PIECE_BYTES", 64 * 4)
+    monkeypatch.setattr("dtrain.data.formats.hdf5_pieces.PIECE_BYTES", 64 * 4)
     values = RNG.integers(0, 256, (140, 2, 2), dtype=np.uint8)
     names = [f"{'ab'[i % 2]}/{i:04}.png" for i in range(140)]
     draw(tmp_path / "many", dict(zip(names, values, strict=True)))
@@ -372,7 +372,7 @@ def save_idx(path: Path, array: np.ndarray) -> None:
 @pytest.fixture(params=[2**22, 30])
 def piece_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """One piece, and pieces of a few samples."""
-    monkeypatch.setattr("dtrain.data.hdf5_pieces.PIECE_BYTES", request.param)
+    monkeypatch.setattr("dtrain.data.formats.hdf5_pieces.PIECE_BYTES", request.param)
 
 
 @pytest.mark.usefixtures("piece_bytes")
@@ -600,8 +600,8 @@ def test_memory_does_not_grow_with_the_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """32 MB of samples in pieces of 256 KB; the allocations of numpy and Python are counted."""
-    monkeypatch.setattr("dtrain.data.hdf5_pieces.PIECE_BYTES", 2**18)
-    monkeypatch.setattr("dtrain.data.statistics.EXACT_PIECE_BYTES", 2**18)
+    monkeypatch.setattr("dtrain.data.formats.hdf5_pieces.PIECE_BYTES", 2**18)
+    monkeypatch.setattr("dtrain.data.statistics.statistics_pass.EXACT_PIECE_BYTES", 2**18)
     np.save(tmp_path / "x.npy", np.zeros((2000, 1, 128, 128), np.uint8))
     np.save(tmp_path / "y.npy", np.zeros(2000, int))
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from dtrain.data.array_source import MemorySource
+from dtrain.data.checks.label_notes import count_labels, label_notes
 from dtrain.data.dataset import Dataset
 from dtrain.data.label_map import LabelMap, RenumberedLabels
-from dtrain.data.label_notes import count_labels, label_notes
 from dtrain.data.source_dataset import SourceDataset
 from dtrain.errors import DataError
 from dtrain.tasks.task import Task
@@ -106,7 +106,7 @@ def test_numbered_labels_are_named_as_stored() -> None:
 def test_labels_are_counted_part_by_part_until_the_deadline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("dtrain.data.label_notes.LABELS_PER_READ", 2)
+    monkeypatch.setattr("dtrain.data.checks.label_notes.LABELS_PER_READ", 2)
     data, task = split([0, 1, 1, 3, 255]), Task(ignore_index=255)
     counts = count_labels(data, "train", task, math.inf)
     assert counts is not None

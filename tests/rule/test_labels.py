@@ -15,7 +15,7 @@ from dtrain.data import load_data
 from dtrain.data.array_source import MemorySource
 from dtrain.data.dataset import DatasetSplits
 from dtrain.data.source_dataset import SourceDataset
-from dtrain.data.user import as_splits
+from dtrain.data.user_data import as_splits
 from dtrain.errors import ConfigError, DataError
 from dtrain.planning.plan import make_plan
 from dtrain.tasks.task import DEFAULT_TASK, Task

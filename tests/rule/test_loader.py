@@ -23,12 +23,12 @@ from dtrain.data import load_data, shuffle_windows, source_dataset
 from dtrain.data.array_source import ArraySource, MemorySource
 from dtrain.data.augment import CropFlip
 from dtrain.data.dataset import Dataset, DatasetSplits, Subset
-from dtrain.data.held_rows import HeldRows
-from dtrain.data.loader import Loader, read_ahead_bytes
+from dtrain.data.reading.held_rows import HeldRows
+from dtrain.data.reading.loader import Loader, read_ahead_bytes
 from dtrain.data.sampler import BatchSplitter, epoch_order
 from dtrain.data.shuffle_windows import StoredPieces, shuffle_window
 from dtrain.data.source_dataset import SourceDataset
-from dtrain.data.statistics import standardise
+from dtrain.data.statistics.standardise import standardise
 from dtrain.errors import ConfigError
 from dtrain.session.data_notes import full_shuffle_bytes, shuffle_notes
 from tests.refusals import refuses

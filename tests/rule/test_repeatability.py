@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dtrain.data.checks.repeatability import SAMPLES, check_repeatable
 from dtrain.data.dataset import Dataset, InputSpec, Subset
-from dtrain.data.repeatability import SAMPLES, check_repeatable
-from dtrain.data.statistics import Standardised, TrainingStatistics
+from dtrain.data.statistics.standardise import Standardised, TrainingStatistics
 from dtrain.errors import DataError
 from tests.refusals import refuses
 

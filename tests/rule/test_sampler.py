@@ -12,11 +12,11 @@ import torch
 
 from dtrain.data.array_source import ArraySource, ConcatenatedSource, MemorySource
 from dtrain.data.dataset import Dataset, DatasetSplits, Subset
-from dtrain.data.hdf5_source import Hdf5Source
+from dtrain.data.formats.hdf5_source import Hdf5Source
 from dtrain.data.hold_out import hold_out
+from dtrain.data.sample_weights import make_draws
 from dtrain.data.sampler import DrawWeights, draw_samples, epoch_order
 from dtrain.data.source_dataset import SourceDataset
-from dtrain.data.weights import make_draws
 from dtrain.errors import ConfigError, DataError
 from dtrain.planning.plan import make_plan
 from dtrain.tasks.task import Task

@@ -14,27 +14,30 @@ import numpy as np
 import pytest
 import torch
 
-from dtrain.data import exact_sums as sums_module
-from dtrain.data import statistics as module
 from dtrain.data.array_source import MemorySource
-from dtrain.data.channel_notes import channel_notes
+from dtrain.data.checks.channel_notes import channel_notes
 from dtrain.data.dataset import DatasetSplits, InputTargets, IntegerInputs, Subset
-from dtrain.data.exact_sums import exact_sums
-from dtrain.data.kept_statistics import STATISTICS_FILE, from_lists, read_kept, write_kept
 from dtrain.data.sampler import even_ranges
 from dtrain.data.source_dataset import SourceDataset
-from dtrain.data.statistics import (
+from dtrain.data.statistics import exact_sums as sums_module
+from dtrain.data.statistics import statistics_pass as module
+from dtrain.data.statistics.exact_sums import exact_sums
+from dtrain.data.statistics.kept_statistics import (
+    STATISTICS_FILE,
+    from_lists,
+    read_kept,
+    write_kept,
+)
+from dtrain.data.statistics.shared_statistics import PassProgress
+from dtrain.data.statistics.standardise import TrainingStatistics, find_standardised, standardise
+from dtrain.data.statistics.statistics_pass import (
     StatisticsPass,
     StoredRows,
-    TrainingStatistics,
     channel_axis,
     compute_statistics,
-    find_standardised,
-    standardise,
 )
 from dtrain.errors import ConfigError, DataError
 from dtrain.planning.plan import make_plan
-from dtrain.shared_statistics import PassProgress
 from tests import tiny
 from tests.refusals import refuses
 

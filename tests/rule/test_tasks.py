@@ -22,8 +22,8 @@ from dtrain.data.array_source import MemorySource
 from dtrain.data.conversion import torch_dtype
 from dtrain.data.dataset import DatasetSplits
 from dtrain.data.source_dataset import SourceDataset
-from dtrain.data.statistics import standardise
-from dtrain.data.user import as_splits
+from dtrain.data.statistics.standardise import standardise
+from dtrain.data.user_data import as_splits
 from dtrain.errors import ConfigError, DataError
 from dtrain.monitoring.run_totals import RunTotals
 from dtrain.objectives import OBJECTIVES

@@ -17,8 +17,8 @@ from dtrain.comm.backends import threads
 from dtrain.config.parse import parse_run
 from dtrain.data import load_data
 from dtrain.data.dataset import DatasetSplits
-from dtrain.data.loader import Loader
-from dtrain.data.user import as_splits
+from dtrain.data.reading.loader import Loader
+from dtrain.data.user_data import as_splits
 from dtrain.errors import ConfigError, DataError
 from dtrain.tasks.task import Task
 from tests import tiny
@@ -45,7 +45,7 @@ class Items(Dataset[Any]):
         self.reads.append(index)
         x = torch.from_numpy(X[index])
         samples = {"plain": x, "pair": (x, x[:1]), "dict": {"image": x, "mask": x[:1]}}
-        return samples[self.kind], int(self.y[index])
+        return samples[self.kind], self.y[index].item()
 
 
 class Listed(Items):
@@ -139,6 +139,12 @@ def test_compact_labels_of_items_are_numbered_whatever_classes_says() -> None:
     split = split_of(items, "compact", classes=3)
     assert (split.classes, split.class_labels) == (3, (5, 15, 25))
     assert np.array_equal(split.targets(np.arange(N)), Y)
+
+
+@pytest.mark.parametrize("keys", [{}, {"classes": 3}])
+def test_texts_as_labels_of_items_are_named_as_the_mistake(keys: Any) -> None:
+    with refuses(DataError, "data.labels-text"):
+        split_of(Items(y=np.array(["cat", "dog", "eel"])[Y]), **keys)
 
 
 def test_a_target_that_changes_is_refused() -> None:

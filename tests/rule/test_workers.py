@@ -16,12 +16,12 @@ from torch.utils.data import Dataset
 from dtrain.config.validate import validate_run
 from dtrain.data import load_data
 from dtrain.data.augment import build_augment
-from dtrain.data.loader import Loader
-from dtrain.data.shared_memory import SharedMemory
-from dtrain.data.shared_pickle import SharedPickle, load_shared
-from dtrain.data.user import as_splits
-from dtrain.data.weights import WeightedArrays
-from dtrain.data.worker_pool import WorkerPool
+from dtrain.data.reading.loader import Loader
+from dtrain.data.reading.shared_pickle import SharedPickle, load_shared
+from dtrain.data.reading.worker_memory import WorkerMemory
+from dtrain.data.reading.worker_pool import WorkerPool
+from dtrain.data.sample_weights import WeightedArrays
+from dtrain.data.user_data import as_splits
 from dtrain.errors import ConfigError
 from tests import tiny
 from tests.conftest import ROOT
@@ -99,8 +99,8 @@ def test_a_negative_number_is_refused() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_shared_memory_has_no_name_and_grows() -> None:
     before = set(os.listdir("/dev/shm"))
-    ours = SharedMemory()
-    theirs = SharedMemory(os.dup(ours.file_descriptor))
+    ours = WorkerMemory()
+    theirs = WorkerMemory(os.dup(ours.file_descriptor))
     for size in (3, 100_000, 7):
         tensors = [
             torch.arange(size, dtype=torch.int16),

@@ -15,11 +15,11 @@ import torch
 from dtrain.data.array_source import MemorySource
 from dtrain.data.augment import Augment, CropFlip, build_augment
 from dtrain.data.dataset import Dataset, DatasetSplits, Subset
-from dtrain.data.loader import Loader
+from dtrain.data.reading.loader import Loader
+from dtrain.data.reading.worker_pool import WorkerPool
 from dtrain.data.source_dataset import SourceDataset
-from dtrain.data.statistics import standardise
-from dtrain.data.user import as_splits
-from dtrain.data.worker_pool import WorkerPool
+from dtrain.data.statistics.standardise import standardise
+from dtrain.data.user_data import as_splits
 from dtrain.errors import DataError
 from tests.conftest import ROOT
 from tests.process import start
@@ -238,9 +238,9 @@ ENDING = """
 import os, signal, sys, threading, time
 import numpy as np, torch
 import dtrain
-from dtrain.data.loader import Loader
-from dtrain.data.user import as_splits
-from dtrain.data.worker_pool import WorkerPool
+from dtrain.data.reading.loader import Loader
+from dtrain.data.user_data import as_splits
+from dtrain.data.reading.worker_pool import WorkerPool
 
 class Waiting(torch.utils.data.Dataset):
     def __len__(self):

@@ -12,8 +12,8 @@ from typing import IO, Any, final
 import numpy as np
 
 from dtrain.data.conversion import Array
-from dtrain.data.hdf5_pieces import rows_per_piece
-from dtrain.data.npy_source import Header, check_npy_header
+from dtrain.data.formats.hdf5_pieces import rows_per_piece
+from dtrain.data.formats.npy_source import Header, check_npy_header
 from dtrain.data.source_dataset import check_arrays
 from dtrain.errors import DataError
 

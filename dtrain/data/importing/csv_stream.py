@@ -16,8 +16,8 @@ from typing import Any, final
 import numpy as np
 
 from dtrain.data.conversion import Array
-from dtrain.data.csv_set import LARGEST_INTEGER
-from dtrain.data.csv_table import (
+from dtrain.data.formats.csv_set import LARGEST_INTEGER
+from dtrain.data.formats.csv_table import (
     Columns,
     Layout,
     check_row,
@@ -26,7 +26,7 @@ from dtrain.data.csv_table import (
     opened,
     read_layout,
 )
-from dtrain.data.hdf5_pieces import rows_per_piece
+from dtrain.data.formats.hdf5_pieces import rows_per_piece
 from dtrain.data.importing.array_stream import (
     ArrayStream,
     StreamedSplit,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dtrain.data.conversion import Array
-from dtrain.data.idx_set import (
+from dtrain.data.formats.idx_set import (
     READ_ERRORS,
     SPLIT_WORDS,
     find_idx_file,

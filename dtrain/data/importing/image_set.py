@@ -19,8 +19,8 @@ from typing import final
 import h5py
 import numpy as np
 
-from dtrain.data.hdf5_pieces import show_progress
-from dtrain.data.hdf5_writer import RowWriter, create_rows
+from dtrain.data.formats.hdf5_pieces import show_progress
+from dtrain.data.formats.hdf5_writer import RowWriter, create_rows
 from dtrain.data.importing.array_stream import shorten
 from dtrain.data.importing.image_files import (
     DEEP_DTYPES,

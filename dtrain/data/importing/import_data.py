@@ -12,7 +12,7 @@ from typing import Protocol, final
 
 import h5py
 
-from dtrain.data.hdf5_writer import (
+from dtrain.data.formats.hdf5_writer import (
     add_statistics,
     atomic_files,
     create_rows,

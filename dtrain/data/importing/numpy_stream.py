@@ -11,15 +11,15 @@ from pathlib import Path
 
 from dtrain.data.array_source import ArraySource
 from dtrain.data.conversion import Array
-from dtrain.data.hdf5_pieces import rows_per_piece
-from dtrain.data.importing.array_stream import ArrayStream, StreamedSplit, read_raw, shorten
-from dtrain.data.npy_source import (
+from dtrain.data.formats.hdf5_pieces import rows_per_piece
+from dtrain.data.formats.npy_source import (
     check_npy_header,
     open_npy,
     open_npz_array,
     read_npy_header,
     reading_numpy,
 )
+from dtrain.data.importing.array_stream import ArrayStream, StreamedSplit, read_raw, shorten
 from dtrain.errors import DataError
 
 SPLIT_NAMES = {
