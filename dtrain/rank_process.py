@@ -1,21 +1,29 @@
 """The process of one rank: the start of MPI, signals, and an end that no other rank waits for.
 
 Invariant: a rank that fails ends the job, whether the command line or a user's script runs in it.
-An error that all ranks raise is printed once.
+An error that all ranks raise is printed once. Signals have their handlers here and nowhere else:
+
+    signal                  before training    in training
+    SIGTERM, SIGUSR1 and 2  ends the job       sets a flag; the run saves and ends with code 75
+    SIGINT                  ends the job       the same; a second one ends the job
+    SIGURG                  writes a flight record; without a handler it does nothing
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from dtrain.comm.flight_recorder import dump_stacks_on, flush_output, print_error
+from dtrain.comm.flight_recorder import FLIGHT_SIGNAL, dump_stacks_on, flush_output, print_error
+from dtrain.comm.launcher import RELAY_VARIABLE
 from dtrain.errors import DtrainError, Interrupted
 
 if TYPE_CHECKING:
@@ -47,7 +55,7 @@ def init() -> Comm:
 
         in_main_thread = threading.current_thread() is threading.main_thread()
         if in_main_thread:
-            dump_stacks_on(signal.SIGUSR1)  # its default action would end a rank that starts
+            dump_stacks_on(FLIGHT_SIGNAL)
             sys.excepthook = _end_of_script
         _world = world()  # MPI comes before torch
         if in_main_thread:
@@ -72,6 +80,8 @@ def report_error(error: BaseException, comm: Comm | None) -> int:
             comm.abort(error.code)
         return error.code
     if isinstance(error, Interrupted):
+        if error.on_all_ranks:
+            return error.code
         if not error.quiet:
             print_error(f"dtrain: {error}")
         if comm is not None:
@@ -95,20 +105,81 @@ def _end_of_script(
     raise SystemExit(code)
 
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+REPEAT_S = 1.0
+"""Seconds in which the same wish may come again: launchers send signals twice."""
+
+
+class _StopSignals:
+    """What a signal does in this process now.
+
+    Attributes
+    ----------
+    request : callable, optional
+        Receives the number of a signal; None: it ends the process.
+    numbers : tuple of int
+        The signals that `request` receives.
+    first_time : float or None
+        When the first one came.
+    """
+
+    request: Callable[[int], None] | None = None
+    numbers: tuple[int, ...] = ()
+    first_time: float | None = None
+
+    def defers(self, number: int) -> bool:
+        """Return whether a signal that comes now is left to `request`, or is a repetition."""
+        if self.request is None or number not in self.numbers:
+            return False
+        now = time.monotonic()
+        if self.first_time is None:
+            self.first_time = now
+            self.request(number)
+            return True
+        # Ranks that our launcher started get SIGTERM from it only when the wait is over.
+        ends = {signal.SIGINT} | ({signal.SIGTERM} if RELAY_VARIABLE in os.environ else set())
+        if number in ends and now - self.first_time > REPEAT_S:
+            return False
+        self.request(number)
+        return True
+
+
+_signals = _StopSignals()
+
+
+def defer_stop_signals(request: Callable[[int], None], names: Sequence[str]) -> None:
+    """Pass the numbers of these signals, and SIGINT, to `request` from now on.
+
+    A second SIGINT ends the process, as it does without a request.
+    """
+    numbers = (signal.SIGINT, *(signal.Signals[f"SIG{name}"] for name in names))
+    _signals.first_time = None
+    _signals.numbers, _signals.request = numbers, request
+
+
+def end_at_signals() -> None:
+    """Let signals end the process again."""
+    _signals.request = None
+
+
 def _install_signal_handlers(comm: Comm) -> None:
-    """Write a flight record on SIGUSR1; on SIGINT and SIGTERM write one and raise `Interrupted`.
+    """Write a flight record on SIGURG; pass stop signals on, or write one and raise `Interrupted`.
 
     The exception unlocks the run folder on its way out.
     """
 
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        for signal_number in (signal.SIGINT, signal.SIGTERM):  # launchers send it twice
+    def stop(number: int, frame: FrameType | None) -> None:
+        if _signals.defers(number):
+            return
+        for signal_number in STOP_SIGNALS:  # launchers send it twice
             signal.signal(signal_number, signal.SIG_IGN)
-        interrupted = Interrupted(number, quiet=comm.rank > 0)
+        interrupted = Interrupted.by_signal(number, quiet=comm.rank > 0)
         if comm.flight.folder is not None:  # before the exception ends the waits it records
             comm.flight.dump(f"Stopped: {interrupted}", frame)
         raise interrupted
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, stop)
-    comm.flight.dump_on_signal(signal.SIGUSR1)
+    comm.flight.dump_on_signal(FLIGHT_SIGNAL)

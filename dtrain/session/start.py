@@ -33,6 +33,7 @@ from dtrain.monitoring.run_totals import RunTotals
 from dtrain.monitoring.summary import make_summary
 from dtrain.planning import report
 from dtrain.planning.plan import Plan
+from dtrain.session.job_limit import JobLimit, find_limit
 from dtrain.tracking.recorder import Recorder, make_trackers
 
 
@@ -141,3 +142,8 @@ def start_trace(job: RankJob, comm: Comm, out: Path, totals: RunTotals) -> Trace
 def make_recorder(run: RunConfig, comm: Comm) -> Recorder:
     """Return the trackers of rank 0, and none on the other ranks."""
     return Recorder(make_trackers(run.log.trackers, run.folder) if comm.rank == 0 else ())
+
+
+def observed_limit(run: RunConfig, comm: Comm) -> JobLimit | None:
+    """Return the end of the job on rank 0, if the run stops before it, and None elsewhere."""
+    return find_limit(run.checkpoint.stop_before_limit) if comm.rank == 0 else None
