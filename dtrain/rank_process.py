@@ -23,7 +23,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
 from dtrain.comm.flight_recorder import FLIGHT_SIGNAL, dump_stacks_on, flush_output, print_error
-from dtrain.comm.launcher import RELAY_VARIABLE
+from dtrain.comm.launcher import RELAY_VARIABLE, RELAYED
 from dtrain.errors import DtrainError, Interrupted
 
 if TYPE_CHECKING:
@@ -32,6 +32,13 @@ if TYPE_CHECKING:
 ABORT_DELAY_S = 0.5
 """Seconds that a stopped rank leaves the others to write their records before it aborts the job;
 mpirun kills them about a second after its SIGTERM."""
+
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+REPEAT_S = 1.0
+"""Seconds in which the same wish may come again: launchers send signals twice."""
 
 
 _world: Comm | None = None
@@ -56,6 +63,8 @@ def init() -> Comm:
         in_main_thread = threading.current_thread() is threading.main_thread()
         if in_main_thread:
             dump_stacks_on(FLIGHT_SIGNAL)
+            for number in STOP_SIGNALS[2:]:  # by default the launcher would print a banner
+                signal.signal(number, lambda number, frame: os._exit(128 + number))
             sys.excepthook = _end_of_script
         _world = world()  # MPI comes before torch
         if in_main_thread:
@@ -105,13 +114,6 @@ def _end_of_script(
     raise SystemExit(code)
 
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
-
-REPEAT_S = 1.0
-"""Seconds in which the same wish may come again: launchers send signals twice."""
-
-
 class _StopSignals:
     """What a signal does in this process now.
 
@@ -129,8 +131,11 @@ class _StopSignals:
     numbers: tuple[int, ...] = ()
     first_time: float | None = None
 
-    def defers(self, number: int) -> bool:
-        """Return whether a signal that comes now is left to `request`, or is a repetition."""
+    def defers(self, number: int, may_end: bool) -> bool:
+        """Return whether a signal that comes now is left to `request`.
+
+        One that `may_end` the process does so if another one came more than a second before.
+        """
         if self.request is None or number not in self.numbers:
             return False
         now = time.monotonic()
@@ -138,9 +143,7 @@ class _StopSignals:
             self.first_time = now
             self.request(number)
             return True
-        # Ranks that our launcher started get SIGTERM from it only when the wait is over.
-        ends = {signal.SIGINT} | ({signal.SIGTERM} if RELAY_VARIABLE in os.environ else set())
-        if number in ends and now - self.first_time > REPEAT_S:
+        if may_end and now - self.first_time > REPEAT_S:
             return False
         self.request(number)
         return True
@@ -170,8 +173,13 @@ def _install_signal_handlers(comm: Comm) -> None:
     The exception unlocks the run folder on its way out.
     """
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        if _signals.defers(number):
+    relayed = RELAYED if RELAY_VARIABLE in os.environ else {}
+
+    def stop(received: int, frame: FrameType | None) -> None:
+        number = relayed.get(signal.Signals(received), received)
+        # mpirun sends SIGTERM itself only when our launcher has ended the wait.
+        ends = {signal.SIGINT} | ({signal.SIGTERM} if relayed else set())
+        if _signals.defers(number, may_end=received in ends):
             return
         for signal_number in STOP_SIGNALS:  # launchers send it twice
             signal.signal(signal_number, signal.SIG_IGN)

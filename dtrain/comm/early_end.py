@@ -51,9 +51,10 @@ class Receive:
         return int(self._numbers[0]), int(self._numbers[1])
 
     def cancel(self) -> None:
-        """Withdraw the receive if no message came."""
+        """Withdraw the receive if no message came; may be called again."""
         if not self.done:
             self._request.cancel()
+            self.done = True
 
 
 @final

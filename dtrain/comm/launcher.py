@@ -4,7 +4,7 @@ Invariant: standard library only. Neither MPI nor torch is imported here, since 
 starts the ranks is not one of them.
 
     dtrain train run.toml --ranks 4
-      |                                       signals: passed on as SIGUSR1, so that a run saves
+      |                                       signals: passed on, so that a run saves and ends
       +-- mpirun -n 4 (own session)  ----- stdout, exit code: passed on;  stderr: without banners
             +-- rank 0 ... rank 3
 """
@@ -48,8 +48,12 @@ FIRST_SPECIAL_STEP = 0xFFFFFFF0
 
 
 RELAY_VARIABLE = "DTRAIN_RELAY"
-"""Tells ranks that stop signals of the user reach them as SIGUSR1: mpirun passes that one on, and
-kills its ranks half a second after SIGTERM."""
+"""Tells ranks that signals reach them as `RELAYED` says: mpirun passes SIGUSR1 and SIGUSR2 on, but
+kills its ranks half a second after SIGTERM or SIGINT."""
+
+
+RELAYED = {signal.SIGUSR1: signal.SIGTERM, signal.SIGUSR2: signal.SIGUSR1}
+"""The signal that a rank acts on, by the one that it gets from mpirun."""
 
 
 REPEAT_S = 1.0
@@ -282,7 +286,7 @@ def _forward_signals(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
             if not kill_timer.is_alive():
                 kill_timer.start()
             return
-        child.send_signal(signal.SIGUSR1)
+        child.send_signal(signal.SIGUSR1 if number in ENDING_SIGNALS else signal.SIGUSR2)
 
     handlers = {
         number: signal.signal(number, stop)
