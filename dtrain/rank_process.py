@@ -6,11 +6,13 @@ An error that all ranks raise is printed once. Signals have their handlers here 
     signal                  before training    in training
     SIGTERM, SIGUSR1 and 2  ends the job       sets a flag; the run saves and ends with code 75
     SIGINT                  ends the job       the same; a second one ends the job
+    SIGCONT, then SIGTERM   ends the job       ends the job, under mpirun, which kills it next
     SIGURG                  writes a flight record; without a handler it does nothing
 """
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -20,10 +22,10 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, final
 
 from dtrain.comm.flight_recorder import FLIGHT_SIGNAL, dump_stacks_on, flush_output, print_error
-from dtrain.comm.launcher import RELAY_VARIABLE, RELAYED
+from dtrain.comm.launcher import MPIRUN, RELAY_VARIABLE, RELAYED, detect_launcher
 from dtrain.errors import DtrainError, Interrupted
 
 if TYPE_CHECKING:
@@ -39,6 +41,10 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 REPEAT_S = 1.0
 """Seconds in which the same wish may come again: launchers send signals twice."""
+
+
+RECORD_S = 10.0
+"""Seconds after a stop signal after which a rank that still runs writes a flight record."""
 
 
 _world: Comm | None = None
@@ -114,8 +120,9 @@ def _end_of_script(
     raise SystemExit(code)
 
 
+@final
 class _StopSignals:
-    """What a signal does in this process now.
+    """What a stop signal does in this process now.
 
     Attributes
     ----------
@@ -123,30 +130,45 @@ class _StopSignals:
         Receives the number of a signal; None: it ends the process.
     numbers : tuple of int
         The signals that `request` receives.
-    first_time : float or None
-        When the first one came.
+    first : (float, int) or None
+        When the first one came, and its number.
+    continued_at : float
+        When SIGCONT came last.
     """
 
-    request: Callable[[int], None] | None = None
-    numbers: tuple[int, ...] = ()
-    first_time: float | None = None
+    def __init__(self) -> None:
+        self.request: Callable[[int], None] | None = None
+        self.numbers: tuple[int, ...] = ()
+        self.first: tuple[float, int] | None = None
+        self.continued_at = -math.inf
+        launch = detect_launcher(os.environ)
+        self._under_mpirun = launch is not None and launch.launcher == MPIRUN
+        self._came = threading.Lock()  # free once a signal came
+        self._came.acquire()
 
-    def defers(self, number: int, may_end: bool) -> bool:
-        """Return whether a signal that comes now is left to `request`.
-
-        One that `may_end` the process does so if another one came more than a second before.
-        """
+    def defers(self, number: int) -> bool:
+        """Return whether a signal that comes now is left to `request`."""
         if self.request is None or number not in self.numbers:
             return False
         now = time.monotonic()
-        if self.first_time is None:
-            self.first_time = now
-            self.request(number)
-            return True
-        if may_end and now - self.first_time > REPEAT_S:
+        if number == signal.SIGTERM and self._under_mpirun and now - self.continued_at < REPEAT_S:
+            return False  # SIGCONT and SIGTERM of mpirun: it kills this rank in a moment
+        if self.first is None:
+            self.first = now, number
+            self._came.release()
+        elif number == signal.SIGINT and now - self.first[0] > REPEAT_S:
             return False
         self.request(number)
         return True
+
+    def watch(self, comm: Comm) -> None:
+        """Write a flight record where a run does not stop for a while; never returns."""
+        while self._came.acquire():
+            time.sleep(RECORD_S)
+            if self.request is not None and self.first is not None:
+                name = signal.Signals(self.first[1]).name
+                frame = sys._current_frames().get(threading.main_thread().ident or 0)
+                comm.flight.dump(f"{name} came {RECORD_S:g} s ago, and the run goes on", frame)
 
 
 _signals = _StopSignals()
@@ -158,7 +180,7 @@ def defer_stop_signals(request: Callable[[int], None], names: Sequence[str]) -> 
     A second SIGINT ends the process, as it does without a request.
     """
     numbers = (signal.SIGINT, *(signal.Signals[f"SIG{name}"] for name in names))
-    _signals.first_time = None
+    _signals.first = None
     _signals.numbers, _signals.request = numbers, request
 
 
@@ -172,14 +194,11 @@ def _install_signal_handlers(comm: Comm) -> None:
 
     The exception unlocks the run folder on its way out.
     """
-
     relayed = RELAYED if RELAY_VARIABLE in os.environ else {}
 
     def stop(received: int, frame: FrameType | None) -> None:
         number = relayed.get(signal.Signals(received), received)
-        # mpirun sends SIGTERM itself only when our launcher has ended the wait.
-        ends = {signal.SIGINT} | ({signal.SIGTERM} if relayed else set())
-        if _signals.defers(number, may_end=received in ends):
+        if _signals.defers(number):
             return
         for signal_number in STOP_SIGNALS:  # launchers send it twice
             signal.signal(signal_number, signal.SIG_IGN)
@@ -188,6 +207,11 @@ def _install_signal_handlers(comm: Comm) -> None:
             comm.flight.dump(f"Stopped: {interrupted}", frame)
         raise interrupted
 
+    def note_continue(number: int, frame: FrameType | None) -> None:
+        _signals.continued_at = time.monotonic()
+
     for number in STOP_SIGNALS:
         signal.signal(number, stop)
+    signal.signal(signal.SIGCONT, note_continue)
+    threading.Thread(target=_signals.watch, args=(comm,), daemon=True, name="dtrain-stop").start()
     comm.flight.dump_on_signal(FLIGHT_SIGNAL)

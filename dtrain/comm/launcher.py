@@ -91,10 +91,13 @@ INTERRUPT_TEXT = b"dtrain: a run saves and ends; Ctrl-C again ends it at once\n"
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+MPIRUN = "Open MPI's mpirun"
+
+
 LAUNCHERS = (
     # name, then the variables with size, rank, ranks on this host; the innermost launcher first
     (
-        "Open MPI's mpirun",
+        MPIRUN,
         "OMPI_COMM_WORLD_SIZE",
         "OMPI_COMM_WORLD_RANK",
         "OMPI_COMM_WORLD_LOCAL_SIZE",

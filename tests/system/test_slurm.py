@@ -112,7 +112,7 @@ def send_signal(name: str, cluster: Cluster, out: Path) -> None:
 def test_ranks_under_srun_report_their_waits_and_end_when_cancelled(
     cluster: Cluster, hung: subprocess.Popen[str], tmp_path: Path
 ) -> None:
-    send_signal("USR1", cluster, tmp_path / "out")
+    send_signal("URG", cluster, tmp_path / "out")
     report = start([*DTRAIN, "flight", tmp_path / "out"], env=cluster.env, cwd=ROOT)
     assert report.code == 0, report.err
     assert "rank 1 on n" in report.out
