@@ -229,8 +229,8 @@ def predict(
         The run folder.
     data : array, tensor, tuple of arrays, or str
         Samples (rows, ...) as the data of the run have them, for several inputs a tuple; or a file
-        `.h5` with the data set `x`, or `.npy`; or "train" or "test", a split of the run. They are
-        standardised as in the training.
+        of HDF5, `.npz`, `.npy`, `.csv` or IDX, with names as the test split has them; or "train" or
+        "test", a split of the run. They are standardised as in the training.
     out : path, optional
         An HDF5 file for the outputs; then nothing is returned.
     set, run

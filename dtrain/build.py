@@ -20,16 +20,17 @@ import numpy as np
 import torch
 
 from dtrain.block.block import Block
+from dtrain.block.complex_tensors import real_view
 from dtrain.block.device import keep_freed_memory, select_device
-from dtrain.checkpoint.resume import STRUCTURE
+from dtrain.checkpoint.resume import OTHER_INPUTS, STRUCTURE
 from dtrain.comm.agree import all_or_none
 from dtrain.comm.buffers import describe_tensor
 from dtrain.comm.communicator import Comm
 from dtrain.comm.groups import ProcessGroups
 from dtrain.config.run import RunConfig
 from dtrain.data import augment as augments
-from dtrain.data.dataset import unstandardised
 from dtrain.data.loader import Loader
+from dtrain.data.statistics import unstandardised
 from dtrain.engine.engine import Engine
 from dtrain.engine.evaluator import Evaluator
 from dtrain.engine.spec import EngineSpec
@@ -231,8 +232,8 @@ def check_same_data(plan: Plan, comm: Comm) -> dict[str, Any]:
         On all ranks, if labels or inputs differ.
     """
     fingerprints = comm.allgather_object(_fingerprint(plan, comm.rank))
-    labels = {label_hash for label_hash, _, _ in fingerprints}
-    inputs = {input_hash for _, input_hash, _ in fingerprints if input_hash is not None}
+    labels = {label_hash for label_hash, *_ in fingerprints}
+    inputs = {input_hash for _, input_hash, *_ in fingerprints if input_hash is not None}
     if len(labels) > 1 or len(inputs) > 1:
         differing = "labels" if len(labels) > 1 else "inputs"
         raise DataError(
@@ -247,15 +248,16 @@ def check_same_data(plan: Plan, comm: Comm) -> dict[str, Any]:
         name: f"{split.size} samples of {list(split.shape)}, {split.classes} classes"
         for name, split in splits.items()
     }
-    numbers = next(numbers for _, _, numbers in fingerprints if numbers is not None)
-    return sizes | {"labels": min(labels), "inputs": numbers}
+    numbers = next(numbers for *_, numbers in fingerprints if numbers is not None)
+    identity: dict[str, Any] = sizes | {"labels": min(labels)} | numbers
+    return identity
 
 
-def _fingerprint(plan: Plan, rank: int) -> tuple[str, str | None, list[float] | None]:
+def _fingerprint(plan: Plan, rank: int) -> tuple[str, str | None, dict[str, list[float]] | None]:
     """Return hashes of some labels, and of some inputs where this rank reads inputs.
 
-    Inputs are read by the first stage at least. The numbers are weighted means of inputs before
-    they are standardised, which hardly depend on the machine.
+    Inputs are read by the first stage at least, here before they are standardised. The numbers are
+    weighted means of them, which hardly depend on the machine.
     """
     _, stage = plan.layout.mesh.coords(rank)
     objective = plan.layout.objective
@@ -264,18 +266,30 @@ def _fingerprint(plan: Plan, rank: int) -> tuple[str, str | None, list[float] | 
         reads_samples(objective, spec, "train") or reads_samples(objective, spec, "predict")
         for spec in specs
     )
-    labels, inputs, numbers = blake2b(), blake2b(), list[float]()
+    labels, inputs = blake2b(), blake2b()
+    numbers, other_numbers = list[float](), list[float]()
     for split in plan.data.by_name().values():
         indices = np.unique(np.linspace(0, split.size - 1, 32).astype(np.int64))
         labels.update(str((split.size, split.shape, split.classes)).encode())
         labels.update(split.targets(indices).numpy().tobytes())
         if reads_inputs:
-            inputs.update(split.inputs(indices).numpy().tobytes())
-            rows = unstandardised(split).inputs(indices).double().flatten(1)
-            numbers += (rows * torch.linspace(0.5, 1.5, rows.shape[1])).mean(1).tolist()
+            stored = unstandardised(split).inputs(indices)
+            inputs.update(stored.numpy().tobytes())
+            numbers += _row_numbers(stored)
+            for rows in split.read_other_inputs(indices):
+                inputs.update(rows.numpy().tobytes())
+                other_numbers += _row_numbers(rows)
     if not reads_inputs:
         return labels.hexdigest(), None, None
-    return labels.hexdigest(), inputs.hexdigest(), numbers
+    others = {OTHER_INPUTS: other_numbers} if other_numbers else {}
+    return labels.hexdigest(), inputs.hexdigest(), {"inputs": numbers} | others
+
+
+def _row_numbers(rows: torch.Tensor) -> list[float]:
+    """Return a weighted mean of each row."""
+    values = real_view(rows).double().reshape(len(rows), -1)
+    means: list[float] = (values * torch.linspace(0.5, 1.5, values.shape[1])).mean(1).tolist()
+    return means
 
 
 def set_threads(run: RunConfig, comm: Comm) -> int:

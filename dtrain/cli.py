@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import dtrain
-from dtrain import cli_run_folders
+from dtrain import cli_checkpoint, cli_run_folders, cli_submit
 from dtrain.comm.launcher import detect_launcher, start_ranks
 from dtrain.errors import ConfigError, DtrainError
 
@@ -74,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_rank_commands(commands)
     _add_local_commands(commands)
     cli_run_folders.add_commands(commands)
+    cli_checkpoint.add_command(commands)
+    cli_submit.add_command(commands)
     return parser
 
 
@@ -143,7 +145,7 @@ def _add_predict(commands: Commands) -> None:
     predict.add_argument(
         "data",
         metavar="DATA",
-        help="file.h5 with x, file.npy, or train or test: a split of the run",
+        help="file of HDF5, .npz, .npy, .csv or IDX; or train or test: a split of the run",
     )
     predict.add_argument("out", type=Path, metavar="OUT.h5")
     _add_overrides(predict, "other data: data.test=FILE.h5")

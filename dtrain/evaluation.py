@@ -36,12 +36,13 @@ from dtrain.comm.agree import all_or_none
 from dtrain.comm.communicator import Comm
 from dtrain.config.parse import read_resolved_run
 from dtrain.config.run import RunConfig
-from dtrain.data.dataset import Standardised
 from dtrain.data.loader import Loader
 from dtrain.data.sampler import BatchSplitter, Indices, even_ranges
+from dtrain.data.statistics import Standardised
 from dtrain.errors import ConfigError
 from dtrain.monitoring.run_totals import RunTotals, evaluation_metrics
 from dtrain.planning.plan import Plan, make_plan
+from dtrain.shared_statistics import use_kept_statistics
 
 EvalWeights = Mapping[int, Mapping[str, Tensor]]
 """Parameters and buffers that are evaluated, by block and name."""
@@ -171,6 +172,7 @@ def load_checkpoint(
     set_threads(config, comm)
     plan = all_or_none(comm, lambda: make_plan(_fit_stages(config, comm.size), comm.size))
     check_same_layout(plan, comm)
+    use_kept_statistics(plan.data, comm, [folder])
     check_same_data(plan, comm)
     job = build_rank(plan, comm)
 

@@ -21,11 +21,14 @@ from dtrain.checkpoint.files import replacing
 from dtrain.comm.agree import all_or_none
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
-from dtrain.data.array_source import MemorySource
-from dtrain.data.dataset import Dataset, IntegerInputs, Standardised
+from dtrain.data import open_samples
+from dtrain.data.array_source import ArraySource, MemorySource
+from dtrain.data.dataset import Dataset, IntegerInputs, Label
+from dtrain.data.file_set import check_numeric
 from dtrain.data.loader import Loader
 from dtrain.data.sampler import Indices, even_ranges
 from dtrain.data.source_dataset import SourceDataset
+from dtrain.data.statistics import Standardised
 from dtrain.errors import ConfigError, DataError
 from dtrain.evaluation import load_checkpoint
 
@@ -53,10 +56,12 @@ def predict_run(
         The run folder.
     data : array, tensor, tuple of arrays, or str
         Samples (rows, ...) as the data of the run have them, for several inputs a tuple; or a file
-        `.h5` with the data set `x`, or `.npy`; or "train" or "test", a split of the run.
+        of HDF5, `.npz`, `.npy`, `.csv` or IDX, with names as the test split has them; or "train" or
+        "test", a split of the run.
     out : Path, optional
         An HDF5 file for the outputs, as `output` (rows, ...); for labels also `prediction` (rows,),
-        the class of the largest output. Then nothing is returned, and only a part of the outputs is
+        the class of the largest output, and `label` (rows,), its stored label, where classes have
+        other numbers (`[data] labels`). Then nothing is returned, and only a part of the outputs is
         in memory at any time.
     overrides, run
         As in `evaluate_run`.
@@ -127,7 +132,7 @@ def _write(
         for _ in outputs:
             pass
         return
-    task = job.plan.layout.task
+    task, labels = job.plan.layout.task, job.plan.data.train.class_labels
     try:
         with replacing(out) as draft, h5py.File(draft, "w") as file:
             file.attrs.update(facts)
@@ -138,14 +143,24 @@ def _write(
                     file.create_dataset("output", shape, output.numpy().dtype)
                     if task.class_per_sample:
                         file.create_dataset("prediction", (rows,), "int64")
-                file["output"][start : start + len(output)] = output.numpy()
+                    if task.class_per_sample and labels:
+                        file.create_dataset("label", (rows,), _label_dtype(labels))
+                part = slice(start, start + len(output))
+                file["output"][part] = output.numpy()
                 if task.class_per_sample:
-                    file["prediction"][start : start + len(output)] = output.argmax(1).numpy()
+                    file["prediction"][part] = classes = output.argmax(1).numpy()
+                if "label" in file:
+                    file["label"][part] = [labels[number] for number in classes]
                 start += len(output)
     except OSError as error:
         raise ConfigError(
             "predict.unwritable", f"cannot write {out}: {error}; choose another file"
         ) from error
+
+
+def _label_dtype(labels: Sequence[Label]) -> Any:
+    """Return the dtype of stored labels in an HDF5 file."""
+    return h5py.string_dtype() if isinstance(labels[0], str) else np.array(labels).dtype
 
 
 def _open_samples(job: RankJob, data: Any) -> Dataset:
@@ -154,8 +169,8 @@ def _open_samples(job: RankJob, data: Any) -> Dataset:
     if isinstance(data, str) and data in splits:
         return splits[data]
     reference = splits["test"]
-    arrays = _arrays(data)
-    first = arrays[0]
+    sources = _open_sources(job, data)
+    first = sources[0]
     if first.shape[1:] != reference.shape or not len(first):
         raise DataError(
             "predict.shape",
@@ -163,55 +178,51 @@ def _open_samples(job: RankJob, data: Any) -> Dataset:
             f"{reference.shape}: give (rows, {', '.join(map(str, reference.shape))}), at least one "
             "row",
         )
-    if len(arrays) != 1 + len(reference.other_inputs):
+    if len(sources) != 1 + len(reference.other_inputs):
         raise DataError(
             "predict.inputs",
-            f"the samples have {len(arrays)} inputs, but the run was trained on samples of "
+            f"the samples have {len(sources)} inputs, but the run was trained on samples of "
             f"{1 + len(reference.other_inputs)}: give a tuple of arrays, one per input",
         )
-    if any(len(array) != len(first) for array in arrays):
+    if any(len(source) != len(first) for source in sources):
         raise DataError(
-            "predict.lengths", f"the inputs have {[len(a) for a in arrays]} rows: give as many each"
+            "predict.lengths",
+            f"the inputs have {[len(s) for s in sources]} rows: give as many each",
         )
     zero = torch.zeros(1, dtype=reference.target_dtype).numpy()  # these targets are never read
     targets = np.broadcast_to(zero.reshape(()), (len(first), *reference.target_shape))
-    sources = [MemorySource(array, "the samples") for array in arrays]
     dataset = SourceDataset(sources, MemorySource(targets), reference.classes)
     if isinstance(reference, IntegerInputs):
         return IntegerInputs(dataset)
     if not isinstance(reference, Standardised):
         return dataset
-    standardised = Standardised(dataset, dataset.moments)
+    standardised = Standardised(dataset, reference.training)
     if job.evaluator.needs_samples:
         standardised.use_statistics(reference.statistics())
     return standardised
 
 
-def _arrays(data: Any) -> list[NDArray[Any]]:
-    """Return the inputs of samples as arrays."""
+def _open_sources(job: RankJob, data: Any) -> tuple[ArraySource, ...]:
+    """Return the inputs of samples, those of a file read from it."""
     if isinstance(data, str | Path):
-        return [_read_file(Path(data))]
+        return _open_file(job, Path(data))
     items = data if isinstance(data, tuple) else (data,)
-    return [
+    arrays = (
         item.detach().cpu().numpy() if isinstance(item, Tensor) else np.asarray(item)
         for item in items
-    ]
+    )
+    return tuple(MemorySource(array, "the samples") for array in arrays)
 
 
-def _read_file(path: Path) -> NDArray[Any]:
-    """Return the samples of a file."""
-    try:
-        if path.suffix == ".npy":
-            return np.load(path, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
-        with h5py.File(path, "r") as file:
-            if "x" not in file:
-                raise DataError(
-                    "predict.no-samples", f"{path} has no data set 'x' ({', '.join(file)})"
-                )
-            return np.asarray(file["x"])
-    except (OSError, ValueError) as error:
+def _open_file(job: RankJob, path: Path) -> tuple[ArraySource, ...]:
+    run, task = job.plan.run, job.plan.layout.task
+    if not path.exists():
         raise DataError(
             "predict.unreadable",
-            f"cannot read samples from {path} ({error}): give an HDF5 file with the data set 'x', "
-            f"a .npy file, or one of {', '.join(SPLITS)}",
-        ) from error
+            f"cannot read samples from {path}, which does not exist: give a file of HDF5, .npz, "
+            f".npy, .csv or IDX, or one of {', '.join(SPLITS)}",
+        )
+    sources = open_samples(path, run.dataset.name, run.dataset.fields, run.folder, task)
+    for source in sources:
+        check_numeric(source)
+    return sources

@@ -1,6 +1,7 @@
 """The process of one rank: the start of MPI, signals, and an end that no other rank waits for.
 
 Invariant: a rank that fails ends the job, whether the command line or a user's script runs in it.
+<<<<<<< HEAD
 An error that all ranks raise is printed once. Signals have their handlers here and nowhere else:
 
     signal                  before training    in training
@@ -8,6 +9,9 @@ An error that all ranks raise is printed once. Signals have their handlers here 
     SIGINT                  ends the job       the same; a second one ends the job
     SIGCONT, then SIGTERM   ends the job       ends the job, under mpirun, which kills it next
     SIGURG                  writes a flight record; without a handler it does nothing
+=======
+An error that all ranks raise is printed once. A process that a rank forks is no rank: signals and
+errors end that process alone, and it writes no flight record.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 from dtrain.comm.flight_recorder import FLIGHT_SIGNAL, dump_stacks_on, flush_output, print_error
 from dtrain.comm.launcher import MPIRUN, RELAY_VARIABLE, RELAYED, detect_launcher
@@ -50,6 +54,10 @@ RECORD_S = 10.0
 _world: Comm | None = None
 
 
+_previous_handlers: dict[int, Any] = {}
+"""The handlers before those of a rank, by signal."""
+
+
 def init() -> Comm:
     """Start MPI in this process and return the group of all ranks; later calls return it again.
 
@@ -70,11 +78,12 @@ def init() -> Comm:
         if in_main_thread:
             dump_stacks_on(FLIGHT_SIGNAL)
             for number in STOP_SIGNALS[2:]:  # by default the launcher would print a banner
-                signal.signal(number, lambda number, frame: os._exit(128 + number))
+                _handle(number, lambda number, frame: os._exit(128 + number))
             sys.excepthook = _end_of_script
         _world = world()  # MPI comes before torch
         if in_main_thread:
             _install_signal_handlers(_world)
+            os.register_at_fork(after_in_child=_leave_rank)
     return _world
 
 
@@ -211,7 +220,30 @@ def _install_signal_handlers(comm: Comm) -> None:
         _signals.continued_at = time.monotonic()
 
     for number in STOP_SIGNALS:
-        signal.signal(number, stop)
-    signal.signal(signal.SIGCONT, note_continue)
+        _handle(number, stop)
+    _handle(signal.SIGCONT, note_continue)
     threading.Thread(target=_signals.watch, args=(comm,), daemon=True, name="dtrain-stop").start()
     comm.flight.dump_on_signal(FLIGHT_SIGNAL)
+
+
+def _handle(number: int, handler: Callable[[int, FrameType | None], object]) -> None:
+    """Set the handler of a signal; keep the one that it had before `init`."""
+    _previous_handlers.setdefault(number, signal.getsignal(number))
+    signal.signal(number, handler)
+
+
+def _leave_rank() -> None:
+    """Take the handlers of the rank away from a process that it has forked.
+
+    A pool of processes ends its workers by SIGTERM, which must end neither the job nor with a
+    message. SIGURG, which asks ranks for their records, is ignored.
+    """
+    assert _world is not None
+    _world.flight.detach()
+    if sys.excepthook is _end_of_script:
+        sys.excepthook = sys.__excepthook__
+    with suppress(ValueError):  # handlers belong to the main thread
+        for number, handler in _previous_handlers.items():
+            signal.signal(number, handler)
+        _previous_handlers.clear()  # its own children keep the handlers that it installs
+        signal.signal(FLIGHT_SIGNAL, signal.SIG_IGN)

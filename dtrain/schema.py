@@ -12,7 +12,7 @@ import inspect
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -313,6 +313,15 @@ def toml_text(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key} = {toml_text(item)}" for key, item in value.items()) + "}"
     return str(value)
+
+
+def flatten_table(table: Table, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the nested tables as dotted keys and values; a tuple becomes a list."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from flatten_table(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, list(value) if isinstance(value, tuple) else value
 
 
 def dump_toml(table: Table) -> str:

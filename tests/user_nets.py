@@ -71,6 +71,32 @@ def complex_filter(shape: tuple[int, ...], classes: int) -> nn.Sequential:
     return nn.Sequential(Spectral(width), nn.Linear(width, 12), nn.ReLU(), nn.Linear(12, classes))
 
 
+class ComplexLinear(nn.Module):
+    """A linear map of complex numbers."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, dtype=torch.cfloat) / inputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T
+
+
+class Magnitude(nn.Module):
+    """Absolute values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.abs()
+
+
+def complex_net(shape: tuple[int, ...], classes: int) -> nn.Sequential:
+    """Return a net that takes complex numbers; its first cut is between complex layers."""
+    width = shape[0]
+    return nn.Sequential(
+        ComplexLinear(width, 12), ComplexLinear(12, 12), Magnitude(), nn.Linear(12, classes)
+    )
+
+
 class Drop(nn.Module):
     """A residual unit that is skipped at random while training (LayerDrop)."""
 
@@ -234,13 +260,16 @@ def autocast(shape: tuple[int, ...], classes: int) -> nn.Sequential:
     return nn.Sequential(Autocast(shape[0], 16), nn.ReLU(), Autocast(16, 16), Autocast(16, classes))
 
 
-def train_plainly(net: nn.Module, optimizer: str, **fields: Any) -> None:
+def train_plainly(
+    net: nn.Module, optimizer: str, samples: np.ndarray | None = None, **fields: Any
+) -> None:
     """Train a net for one epoch as `run` does without standardised inputs, in a plain loop."""
     for parameter in [*net.parameters(), *net.buffers()]:  # `double` would drop imaginary parts
         kind = torch.complex128 if parameter.is_complex() else torch.float64
         parameter.data = parameter.data.to(kind)
     order = epoch_order(96, 1, 0, "full")
     x, y, _, _ = blobs()
+    x = x if samples is None else samples
     kinds = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
     rule = kinds[optimizer](net.parameters(), **fields)
     for start in range(0, 96, 32):

@@ -1,16 +1,18 @@
 """Find the checkpoint that a run resumes from, and check that it is the same run.
 
 Invariant: every key that decides what is trained must be the same. Only the length, the mesh, the
-device and reporting may change; the length not where learning rates or phases depend on it.
+device and reporting may change; the length not where learning rates or phases depend on it. The
+same data may be read from another path.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from hashlib import blake2b
 from itertools import chain, count, zip_longest
@@ -27,14 +29,14 @@ from dtrain.checkpoint.manifest import (
     load_latest,
     read_manifest,
 )
-from dtrain.checkpoint.run_folder import OWNER_FILE
+from dtrain.checkpoint.ownership import OWNER_FILE
 from dtrain.comm.agree import broadcast_object
 from dtrain.comm.backends.single import SingleBackend
 from dtrain.comm.communicator import Comm
 from dtrain.config.renamed_keys import translate_old_keys
 from dtrain.config.run import RunConfig
 from dtrain.errors import CheckpointError, ConfigError
-from dtrain.schema import Table, toml_text
+from dtrain.schema import Table, flatten_table, toml_text
 
 T = TypeVar("T")
 
@@ -80,8 +82,16 @@ STRUCTURE = "structure of "
 """Begins the keys of a fingerprint that describe layers; alone, it is the key of the versions."""
 
 
+OTHER_INPUTS = "further inputs"
+"""The part of a fingerprint for the further inputs of samples, where there are some."""
+
+
 SOURCE_SECTIONS = ("data", "model", "objective", "schedule", "sync", "optimizer")
 """Sections of a run that may name a module of the user."""
+
+
+OWN_FILES = (f".{OWNER_FILE}*", "job.sh", ".job.sh-*", "slurm-*.log", ".requeues", "flight*")
+"""Files of a job script, and those that a start leaves which ends before it trains."""
 
 
 RUN_FOLDER_FILES = {"summary.json", CHECKPOINT_FOLDER, OWNER_FILE}
@@ -204,7 +214,7 @@ def find_checkpoint(
         The manifest of the checkpoint is damaged; with `damaged`, no checkpoint is whole.
     """
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    names -= {name for name in names if name.startswith(f".{OWNER_FILE}")}
+    names -= {name for name in names if fnmatch_any(name, OWN_FILES)}
     if resume == "never" and names - {OWNER_FILE}:
         raise ConfigError(
             "run-folder.not-empty",
@@ -229,6 +239,11 @@ def find_checkpoint(
             f"--resume {resume}: there is no complete checkpoint in {resume}",
         )
     return manifest
+
+
+def fnmatch_any(name: str, patterns: Iterable[str]) -> bool:
+    """Return whether a name has one of some patterns, as of a shell."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def newest_whole(folder: Path, damaged: dict[str, str]) -> Manifest | None:
@@ -328,7 +343,11 @@ def _check_run_folder(folder: Path) -> None:
 
 
 def check_same_run(
-    out: Path, saved_table: Table | None, run: RunConfig, fully_trained: bool = False
+    out: Path,
+    saved_table: Table | None,
+    run: RunConfig,
+    fully_trained: bool = False,
+    data_paths_may_differ: bool = False,
 ) -> None:
     """Refuse a run that is not the one of the checkpoint, or would overwrite its own run file.
 
@@ -339,6 +358,8 @@ def check_same_run(
     fully_trained : bool
         Whether that checkpoint holds all updates of `run`: then nothing is left to train, at
         whatever rate.
+    data_paths_may_differ : bool
+        Whether paths of `[data]` may differ, since `check_saved_data` compares the data.
 
     Raises
     ------
@@ -352,17 +373,12 @@ def check_same_run(
         )
     if saved_table is None:
         return
-    saved = dict(_flatten(translate_old_keys(saved_table)))
-    current = dict(_flatten(run.to_table()))
-    changes = {
-        key: f"{key} (was {_value_text(saved, key)}, is {_value_text(current, key)})"
-        for key in sorted(saved.keys() | current.keys())
-        if saved.get(key) != current.get(key)
-    }
+    changes = _changes(saved_table, run)
+    paths = data_path_changes(saved_table, run) if data_paths_may_differ else {}
     forbidden = [
         text
         for key, text in changes.items()
-        if key == FLUSH_KEY or not key.startswith(CHANGEABLE_KEYS)
+        if key == FLUSH_KEY or not (key in paths or key.startswith(CHANGEABLE_KEYS))
     ]
     if forbidden:
         raise ConfigError(
@@ -379,6 +395,44 @@ def check_same_run(
             f"{', '.join(length)}; restore it, or begin a new run with the same weights: --set "
             f"model.weights={out.resolve()} --out ANOTHER_FOLDER",
         )
+
+
+def data_path_changes(saved_table: Table | None, run: RunConfig) -> dict[str, str]:
+    """Return a text for each path of `[data]` that is not the one of the checkpoint, by key.
+
+    A path is a text, or a list of texts, that names a split or has a separator of folders or the
+    suffix of a file name.
+    """
+    if saved_table is None:
+        return {}
+    saved, current = (dict(flatten_table(table)) for table in (saved_table, run.to_table()))
+    return {
+        key: text
+        for key, text in _changes(saved_table, run).items()
+        if key.startswith("data.")
+        and key not in ("data.name", "data.fingerprint")
+        and all(_is_path(key, table.get(key)) for table in (saved, current))
+    }
+
+
+def _is_path(key: str, value: Any) -> bool:
+    paths = value if isinstance(value, list) and value else [value]
+    is_split = key in ("data.train", "data.test", "data.validation")
+    return all(
+        isinstance(path, str) and (is_split or "/" in path or bool(Path(path).suffix))
+        for path in paths
+    )
+
+
+def _changes(saved_table: Table, run: RunConfig) -> dict[str, str]:
+    """Return a text for each setting that is not the one of the checkpoint, by key."""
+    saved = dict(flatten_table(translate_old_keys(saved_table)))
+    current = dict(flatten_table(run.to_table()))
+    return {
+        key: f"{key} (was {_value_text(saved, key)}, is {_value_text(current, key)})"
+        for key in sorted(saved.keys() | current.keys())
+        if saved.get(key) != current.get(key)
+    }
 
 
 def check_same_model(saved: Table, current: Mapping[str, str]) -> None:
@@ -467,7 +521,20 @@ def source_notes(saved: Table, current: Mapping[str, str]) -> list[str]:
     ]
 
 
-def check_saved_data(saved: Table, current: Mapping[str, Any]) -> None:
+def data_path_notes(saved_table: Table | None, run: RunConfig) -> list[str]:
+    """Return a note if the run reads the data of the checkpoint from other paths."""
+    changes = data_path_changes(saved_table, run)
+    if not changes:
+        return []
+    return [
+        f"the data are read from another path than before: {', '.join(changes.values())}; sizes, "
+        "labels and some samples of each split are those of the checkpoint"
+    ]
+
+
+def check_saved_data(
+    saved: Table, current: Mapping[str, Any], path_changes: Mapping[str, str] | None = None
+) -> None:
     """Refuse data that are not those of the checkpoint.
 
     Parameters
@@ -475,7 +542,9 @@ def check_saved_data(saved: Table, current: Mapping[str, Any]) -> None:
     saved : dict
         The fingerprint of the checkpoint.
     current : mapping
-        That of the data, as `data_fingerprint` returns it.
+        That of the data, as `check_same_data` returns it.
+    path_changes : mapping, optional
+        The result of `data_path_changes`, for the message.
 
     Raises
     ------
@@ -485,13 +554,16 @@ def check_saved_data(saved: Table, current: Mapping[str, Any]) -> None:
     old = saved.get("data")
     if old is None:
         return
+    paths = "".join(f"; {text}" for text in (path_changes or {}).values())
     for part, value in current.items():
+        if part == OTHER_INPUTS and part not in old:  # an earlier version has written it
+            continue
         if not _is_same(old.get(part), value):
             change = "" if isinstance(value, list) else f" (was {old.get(part)}, is {value})"
             raise ConfigError(
                 "resume.data-changed",
-                f"cannot resume: the data have changed since the checkpoint: {part}{change}; put "
-                "them back, or choose another --out",
+                f"cannot resume: the data have changed since the checkpoint: {part}{change}{paths};"
+                " put them back, or choose another --out",
             )
 
 
@@ -512,15 +584,6 @@ def length_dependent_parts(run: RunConfig) -> Iterator[str]:
         yield f"learning rates of '{run.lr_schedule.name}'"
     if run.sync.instance.traits().depends_on_run_length:
         yield f"phases of '{run.sync.name}'"
-
-
-def _flatten(table: Table, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the nested tables as dotted keys and values; a tuple becomes a list."""
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, list(value) if isinstance(value, tuple) else value
 
 
 def _value_text(table: Table, key: str) -> str:

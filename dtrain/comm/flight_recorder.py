@@ -157,6 +157,14 @@ class FlightRecorder:
             self._stack_file = self._path("stacks").open("w", encoding="utf-8")
             faulthandler.register(self._signal, self._stack_file, all_threads=True, chain=True)
 
+    def detach(self) -> None:
+        """Write no file of this rank from now on: the process is a fork of it."""
+        if self._signal is not None:
+            faulthandler.unregister(self._signal)
+        if self._stack_file is not None:
+            self._stack_file.close()
+        self.folder = self._signal = self._stack_file = None
+
     def close(self) -> None:
         """Close the files and delete those that are empty; never raise."""
         if self._stack_file is not None and self._signal is not None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import string
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dtrain.config.run import RunConfig
 from dtrain.errors import ConfigError, unknown_name
-from dtrain.schema import Table
+from dtrain.schema import flatten_table
 
 
 def fill_keys(out: Path, run: RunConfig) -> Path:
@@ -24,7 +23,7 @@ def fill_keys(out: Path, run: RunConfig) -> Path:
     ConfigError
         A brace is not closed, or the run has no such key.
     """
-    values = {"name": run.path.stem} | dict(_flatten(run.to_table()))
+    values = {"name": run.path.stem} | dict(flatten_table(run.to_table()))
     parts = []
     try:
         fields = list(string.Formatter().parse(str(out)))
@@ -37,14 +36,6 @@ def fill_keys(out: Path, run: RunConfig) -> Path:
                 raise unknown_name("key in --out", key, values, key="out.unknown-key")
             parts.append(_text(values[key]))
     return Path("".join(parts))
-
-
-def _flatten(table: Table, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _text(value: Any) -> str:

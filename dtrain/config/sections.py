@@ -66,23 +66,30 @@ class DataSection:
     ----------
     normalise : bool
         Whether inputs are standardised with the statistics of the training split.
+    channels : "first", "last" or int
+        The axis of a sample along which statistics are kept, one mean and deviation per index.
     shuffle : "full" or "chunks"
         A random permutation of all samples, or of chunks of neighbouring samples, for large files.
     augment : "none" or "crop-flip"
         Random changes of the training images.
-    validation : float or str
-        Share of the training split that is held out for validation; 0: none. Or the path of an
-        HDF5 file.
+    validation : float, str or tuple of str
+        Share of the training split that is held out for validation; 0: none. Or the path of a file,
+        or several, as `train` has them.
+    labels : "as-stored" or "compact"
+        The number of a class: its label, or the place of its label among the sorted distinct
+        labels of the training split.
     """
 
     normalise: bool = True
+    channels: Literal["first", "last"] | int = "first"
     shuffle: Literal["full", "chunks"] = "full"
     augment: Literal["none", "crop-flip"] = "none"
-    validation: float | str = 0.0
+    validation: float | str | tuple[str, ...] = 0.0
+    labels: Literal["as-stored", "compact"] = "as-stored"
 
     def to_table(self) -> Table:
         """Return the keys as a run file has them, without those that change nothing."""
-        return without_defaults(self, "validation")
+        return without_defaults(self, "validation", "channels", "labels")
 
 
 @dataclass(frozen=True)

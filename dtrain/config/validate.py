@@ -37,6 +37,8 @@ def validate_run(run: RunConfig) -> None:
     _check_lr_scaling(run)
     _check_schedule_and_sync(run)
     _check_validation(run)
+    _check_channels(run)
+    _check_labels(run)
     _check_ema(run)
     _check_signals(run)
 
@@ -154,6 +156,35 @@ def _check_signals(run: RunConfig) -> None:
             raise unknown_name(
                 "signal", name.removeprefix("SIG"), STOP_SIGNALS, key="checkpoint.unknown-signal"
             )
+
+
+def _check_channels(run: RunConfig) -> None:
+    """Refuse an axis that is counted from the end, and images that have no channels first."""
+    channels, augment = run.data.channels, run.data.augment
+    if isinstance(channels, int) and channels < 0:
+        raise ConfigError(
+            "data.channels-negative",
+            f'[data] channels = {channels} counts from the end: give "first", "last", or an axis '
+            "of a sample from 0",
+        )
+    if augment == "crop-flip" and channels not in ("first", 0):
+        raise ConfigError(
+            "data.augment-channels",
+            f'[data] augment = "crop-flip" needs images (channels, height, width), but channels = '
+            f'{channels!r}: store the images with channels first, or set augment = "none"',
+        )
+
+
+def _check_labels(run: RunConfig) -> None:
+    """Refuse to number class labels where the loss has none."""
+    has_labels = run.task.kind_of(is_integer=True) == "classes" and run.task.target == "data"
+    if run.data.labels == "compact" and not has_labels:
+        target = ' and target = "input"' if run.task.target == "input" else ""
+        raise ConfigError(
+            "data.compact-without-classes",
+            f'[data] labels = "compact" numbers class labels, but [task] loss = '
+            f'"{run.task.loss_name}"{target} has none: leave labels out',
+        )
 
 
 def _check_ema(run: RunConfig) -> None:

@@ -6,28 +6,49 @@ first need.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from dtrain.data.dataset import DatasetSplits, check_splits, standardise
+from dtrain.data.array_source import ArraySource
+from dtrain.data.csv_set import Csv, read_samples
+from dtrain.data.dataset import DatasetSplits
 from dtrain.data.digits_set import Digits
-from dtrain.data.hdf5_set import Hdf5, open_split
+from dtrain.data.file_set import FileSet, Paths
+from dtrain.data.hdf5_set import Hdf5
 from dtrain.data.hold_out import hold_out
-from dtrain.data.source_dataset import SourceDataset, make_split
+from dtrain.data.idx_set import Idx
+from dtrain.data.label_map import with_compact_labels
+from dtrain.data.npz_set import Npz
+from dtrain.data.statistics import Channels, standardise
 from dtrain.data.user import as_splits
 from dtrain.errors import ConfigError, unknown_name
-from dtrain.tasks.task import DEFAULT_TASK, Task
+from dtrain.schema import toml_text
+from dtrain.tasks.task import DEFAULT_TASK, LabelNumbering, Task
 from dtrain.user_code import PATTERN, bind_arguments, import_object
 
-DATASETS: dict[str, type[Digits | Hdf5]] = {"digits": Digits, "hdf5": Hdf5}
+DATASETS: dict[str, type[Digits | FileSet]] = {
+    "digits": Digits,
+    "hdf5": Hdf5,
+    "npz": Npz,
+    "csv": Csv,
+    "idx": Idx,
+}
 
 
 DataTable = dict[str, Any]
 """A data set and its keys, as `dtrain.Run` takes it: the table of a run file."""
 
 
-COMMON_KEYS = ("normalise", "shuffle", "augment", "validation")
+AnyPath = str | PathLike[str]
+
+
+TestFiles = AnyPath | Sequence[AnyPath] | float | None
+
+
+COMMON_KEYS = ("normalise", "channels", "shuffle", "augment", "validation", "labels")
 """Keys of `[data]` that every data set has."""
 
 
@@ -37,22 +58,82 @@ def digits(**keys: Any) -> DataTable:
     Parameters
     ----------
     keys
-        Keys of `[data]`: `normalise`, `shuffle`, `augment`, `validation`.
+        Keys of `[data]`: `normalise`, `channels`, `shuffle`, `augment`, `validation`, `labels`.
     """
     return {"name": "digits", **keys}
 
 
-def hdf5(train: str | Path, test: str | Path, **keys: Any) -> DataTable:
-    """Return a data set of two HDF5 files with `x` (N, ...) and `y` (N, ...).
+def hdf5(train: AnyPath | Sequence[AnyPath], test: TestFiles = None, **keys: Any) -> DataTable:
+    """Return a data set of HDF5 files.
 
     Parameters
     ----------
-    train, test : path
-        Relative paths start in the folder of the script.
+    train : path or sequence of paths
+        Several files are one split. Relative paths start in the folder of the script.
+    test : path, sequence of paths or float, optional
+        Likewise; or the share of the training split that is held out for it. By default the
+        training file holds the test split, too.
     keys
-        Keys of `[data]`: `normalise`, `shuffle`, `augment`, `validation`.
+        Other keys of `[data]`, with underscores: `x`, `y`, `test_x`, `test_y`, `normalise`,
+        `channels`, `shuffle`, `augment`, `validation`, `labels`.
     """
-    return {"name": "hdf5", "train": str(train), "test": str(test), **keys}
+    return _file_set("hdf5", train, test, keys)
+
+
+def npz(train: AnyPath | Sequence[AnyPath], test: TestFiles = None, **keys: Any) -> DataTable:
+    """Return a data set of `.npz` files, or of `.npy` files with `train_y` and `test_y`.
+
+    Parameters
+    ----------
+    train, test
+        As in `hdf5`.
+    keys
+        Other keys of `[data]`, with underscores: `x`, `y`, `test_x`, `test_y`, `train_y`,
+        `normalise`, `shuffle`, `augment`, `validation`, ...
+    """
+    return _file_set("npz", train, test, keys)
+
+
+def csv(train: AnyPath | Sequence[AnyPath], test: TestFiles = None, **keys: Any) -> DataTable:
+    """Return a data set of tables of comma-separated values.
+
+    Parameters
+    ----------
+    train, test
+        As in `hdf5`.
+    keys
+        Other keys of `[data]`, with underscores: `target`, `features`, `delimiter`, `normalise`,
+        `channels`, `shuffle`, `augment`, `validation`, ...
+    """
+    return _file_set("csv", train, test, keys)
+
+
+def idx(train: AnyPath | Sequence[AnyPath], test: TestFiles = None, **keys: Any) -> DataTable:
+    """Return a data set of IDX files, as MNIST has them; `train` may be the folder of all four.
+
+    Parameters
+    ----------
+    train, test
+        As in `hdf5`.
+    keys
+        Other keys of `[data]`, with underscores: `train_y`, `test_y`, `normalise`, `shuffle`,
+        `augment`, `validation`, ...
+    """
+    return _file_set("idx", train, test, keys)
+
+
+def _file_set(
+    name: str, train: AnyPath | Sequence[AnyPath], test: TestFiles, keys: Mapping[str, Any]
+) -> DataTable:
+    """Return the table of a data set in files, with paths as texts."""
+    values = {"train": train, "test": test, **keys}
+    return {"name": name} | {k: _as_text(v) for k, v in values.items() if v is not None}
+
+
+def _as_text(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_as_text(item) for item in value]
+    return str(value) if isinstance(value, PathLike) else value
 
 
 def arrays(x_train: Any, y_train: Any, x_test: Any, y_test: Any, **keys: Any) -> DataTable:
@@ -69,8 +150,10 @@ def load_data(
     folder: Path,
     *,
     normalise: bool = True,
+    channels: Channels = "first",
     task: Task = DEFAULT_TASK,
-    validation: float | str = 0.0,
+    validation: float | Paths = 0.0,
+    labels: LabelNumbering = "as-stored",
     seed: int = 0,
     target: Any = None,
 ) -> DatasetSplits:
@@ -86,11 +169,16 @@ def load_data(
         The run file's folder: paths are relative to it, and it is first on the import path.
     normalise : bool
         Standardise inputs per channel with the training split's statistics.
+    channels : "first", "last" or int
+        The axis of a sample that holds the channels.
     task : Task
         Decides which targets are legal.
-    validation : float or str
-        Share of the training split that becomes the validation split, 0 for none; or the path of
-        an HDF5 file beside those of data set "hdf5".
+    validation : float, str or tuple of str
+        Share of the training split that becomes the validation split, 0 for none; or the files of
+        one, for a data set in files.
+    labels : "as-stored" or "compact"
+        The number of a class: its label, or the place of its label among the sorted distinct ones
+        of the training split, before a part of it is held out.
     seed : int
         Decides which samples a share takes.
     target : function, arrays or DatasetSplits, optional
@@ -103,39 +191,78 @@ def load_data(
     DataError
         The data are missing, damaged or do not fit each other.
     """
-    splits = _open(name, fields, folder, task, target)
-    if isinstance(validation, str):
-        splits = _open_validation(name, splits, folder / validation, task)
-    elif validation:
+    task = task.with_labels(labels)
+    files = validation if isinstance(validation, str | tuple) else None
+    splits = _open(name, fields, folder, task, target, files)
+    if labels == "compact":
+        splits = with_compact_labels(splits, task, f"data '{name}'")
+    if isinstance(validation, float | int) and validation:
         splits = hold_out(splits, validation, seed, task)
-    splits = standardise(splits) if normalise else splits
+    splits = standardise(splits, channels) if normalise else splits
     return splits.with_input_targets() if task.target == "input" else splits
 
 
-def _open_validation(name: str, splits: DatasetSplits, path: Path, task: Task) -> DatasetSplits:
-    """Return the splits of HDF5 files with one more file for validation."""
-    train = splits.train
-    if name != "hdf5" or not isinstance(train, SourceDataset):
+def _open(
+    name: str,
+    fields: Mapping[str, object],
+    folder: Path,
+    task: Task,
+    target: Any,
+    validation: Paths | None,
+) -> DatasetSplits:
+    """Return the splits; `validation` are files for the validation split."""
+    kind = None if ":" in name or target is not None else DATASETS.get(name)
+    if kind is not None and issubclass(kind, FileSet):
+        files = kind(**bind_arguments("[data]", kind, fields, common_keys=COMMON_KEYS))
+        return files.open(folder, task, validation)
+    if validation is not None:
+        sets = [name for name, kind in DATASETS.items() if issubclass(kind, FileSet)]
         raise ConfigError(
             "data.validation-path",
-            f'[data] validation = "{path.name}" is a file, which only name = "hdf5" takes, not '
-            f"'{name}': give a share of the training split, as 0.1",
+            f"[data] validation = {toml_text(validation)} is a file, which only the data sets "
+            f"{', '.join(sets)} take, not '{name}': give a share of the training split, as 0.1",
         )
-    validation = make_split(open_split(path, task), task, train)
-    return check_splits(DatasetSplits(train, splits.test, validation), str(path))
-
-
-def _open(
-    name: str, fields: Mapping[str, object], folder: Path, task: Task, target: Any
-) -> DatasetSplits:
     if ":" in name or target is not None:
         function = import_object(name, folder, "data") if target is None else target
         if not callable(function):
             return as_splits(function, "data", task)
         arguments = bind_arguments("[data]", function, fields, common_keys=COMMON_KEYS)
         return as_splits(function(**arguments), f"data '{name}'", task)
-    if name not in DATASETS:
+    if kind is None:
         raise unknown_name("data", name, [*DATASETS, PATTERN])
-    kind = DATASETS[name]
-    arguments = bind_arguments("[data]", kind, fields, common_keys=COMMON_KEYS)
-    return kind(**arguments).open(folder, task)
+    return kind(**bind_arguments("[data]", kind, fields, common_keys=COMMON_KEYS)).open(
+        folder, task
+    )
+
+
+def open_samples(
+    path: Path, name: str, fields: Mapping[str, object], folder: Path, task: Task
+) -> tuple[ArraySource, ...]:
+    """Open a file of samples without targets, for the data set that a run file's `[data]` names.
+
+    Parameters
+    ----------
+    path : Path
+        The file; its format follows from its name.
+    name, fields, folder, task
+        As in `load_data`. A file of the set's own format has the names of the test split.
+
+    Raises
+    ------
+    DataError
+        The file is damaged, or lacks the samples.
+    """
+    kind = _file_kind(path)
+    if DATASETS.get(name) is kind:
+        files = kind(**bind_arguments("[data]", kind, fields, common_keys=COMMON_KEYS))
+        return files.open_samples(path, folder, task)
+    return read_samples(path) if kind is Csv else kind(str(path)).open_samples(path, folder, task)
+
+
+def _file_kind(path: Path) -> type[FileSet]:
+    """Return the format of a file by its name; HDF5 where the name does not say it."""
+    suffixes = path.name.lower().removesuffix(".gz").split(".")[1:]
+    kinds: dict[str, type[FileSet]] = {"npy": Npz, "npz": Npz, "csv": Csv, "tsv": Csv}
+    if path.is_dir() or re.search(r"idx\d", path.name):
+        return Idx
+    return kinds.get(suffixes[-1], Hdf5) if suffixes else Hdf5

@@ -136,6 +136,9 @@ class LazySource(ArraySource):
         self.shape, self.dtype, self.location = shape, np.dtype(dtype), location
         self._load = load
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_array"}
+
     @cached_property
     def _array(self) -> Array:
         return self._load()

@@ -44,6 +44,16 @@ def to_float_tensor(rows: Array) -> Tensor:
     return x.div_(255) if rows.dtype == np.uint8 else x
 
 
+def to_summable(rows: Array) -> Array:
+    """Return samples for statistics: integers of at most 16 bits as they are, others as
+    `to_float_tensor` has them; copied only where they change."""
+    stored = native_dtype(rows.dtype)
+    is_small_integer = stored.kind in "iu" and stored.itemsize <= 2
+    if is_small_integer or stored.kind == "c" or stored in (np.float32, np.float64):
+        return rows.astype(stored, copy=False)
+    return to_float_tensor(rows).numpy()
+
+
 def to_int_tensor(labels: Array) -> Tensor:
     """Copy labels to a tensor of int64."""
     return torch.from_numpy(labels.astype(np.int64))
@@ -71,6 +81,14 @@ def native_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
 def target_dtype(dtype: np.dtype[Any]) -> torch.dtype:
     """Return the dtype of `to_target_tensor`."""
     return to_target_tensor(np.empty(0, dtype)).dtype
+
+
+def cast_dtype(dtype: torch.dtype, real: torch.dtype) -> torch.dtype:
+    """Return the dtype of numbers in a run whose real numbers have dtype `real`; integers and bool
+    stay as they are."""
+    if dtype.is_complex:
+        return real.to_complex()
+    return real if dtype.is_floating_point else dtype
 
 
 def stores_integers(dtype: torch.dtype) -> bool:

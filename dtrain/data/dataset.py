@@ -7,11 +7,9 @@ memory that the caller owns, contiguous and aligned as torch aligns.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
-from itertools import chain
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
@@ -21,8 +19,13 @@ from torch import Tensor
 from dtrain.data.conversion import Array, stores_integers
 from dtrain.errors import DataError
 
-Moments = tuple[NDArray[np.float64], NDArray[np.float64]]
-"""Mean and standard deviation per channel, each (channels,)."""
+Moments = tuple[NDArray[Any], NDArray[np.float64]]
+"""Mean and standard deviation per channel, each (channels,); float64, the mean of complex inputs
+complex128."""
+
+
+Label = int | str
+"""A class label as the data have it."""
 
 
 SAMPLES_PER_READ = 4096
@@ -56,6 +59,8 @@ class Dataset(ABC):
         The lowest and the highest value that an input can have; None where unknown.
     other_inputs : tuple of InputSpec
         Further inputs of a sample (a mask, a second image), as the model takes them.
+    class_labels : tuple of (int or str)
+        The stored label of each class, where classes have other numbers; else empty.
     """
 
     size: int
@@ -66,6 +71,7 @@ class Dataset(ABC):
     input_dtype: torch.dtype = torch.float32
     value_range: tuple[float, float] | None = None
     other_inputs: tuple[InputSpec, ...] = ()
+    class_labels: tuple[Label, ...] = ()
 
     @property
     def slow(self) -> bool:
@@ -113,13 +119,23 @@ class Dataset(ABC):
         low, high = self.value_range
         return ((x - low) / (high - low)).clamp_(0, 1)
 
-    def moments(self) -> Moments:
-        """Compute mean and standard deviation per channel, by reading all inputs once."""
-        batches = (
-            np.arange(i, min(i + SAMPLES_PER_READ, self.size))
-            for i in range(0, self.size, SAMPLES_PER_READ)
-        )
-        return moments(self.inputs(batch).numpy() for batch in batches)
+    @property
+    def chunk_rows(self) -> int | None:
+        """Samples of a stored piece that is read as a whole; None where there is none."""
+        return None
+
+    @property
+    def given_moments(self) -> Moments | None:
+        """Mean and deviation per channel of the inputs, where the data come with them."""
+        return None
+
+    def read_stored(self, rows: range | NDArray[np.int64]) -> Array:
+        """Read samples for statistics, (n, *shape); the caller must not write to them.
+
+        Integers of at most 16 bits come as they are stored, others as `inputs` returns them. A
+        range has a step of 1.
+        """
+        return self.inputs(np.asarray(rows)).numpy()
 
 
 @final
@@ -172,6 +188,7 @@ class DatasetView(Dataset):
         self.input_dtype = dataset.input_dtype
         self.value_range = dataset.value_range
         self.other_inputs = dataset.other_inputs
+        self.class_labels = dataset.class_labels
         self._dataset = dataset
 
     @property
@@ -191,52 +208,11 @@ class DatasetView(Dataset):
     def targets(self, indices: ArrayLike) -> Tensor:
         return self._dataset.targets(indices)
 
+    def read_stored(self, rows: range | NDArray[np.int64]) -> Array:
+        return self._dataset.read_stored(rows)
+
     def to_unit_range(self, x: Tensor) -> Tensor:
         return self._dataset.to_unit_range(x)
-
-
-@final
-class Standardised(DatasetView):
-    """Another data set, standardised per channel: (x - mean) / standard deviation.
-
-    Parameters
-    ----------
-    dataset : Dataset
-        The samples to standardise.
-    training_moments : callable
-        Returns the training split's moments. It is called on first need of inputs, hence never on
-        a stage that needs only labels. A constant channel is left at scale 1.
-    """
-
-    def __init__(self, dataset: Dataset, training_moments: Callable[[], Moments]) -> None:
-        super().__init__(dataset)
-        self._training_moments = training_moments
-
-    @cached_property
-    def _scale(self) -> tuple[Tensor, Tensor]:
-        mean, deviation = self._training_moments()
-        deviation = np.where(deviation > 0, deviation, 1.0)
-        # (C,) to (1, C, 1, ...): channels are dim 1 of a batch.
-        view = (1, -1, *[1] * (len(self.shape) - 1))
-        return torch.from_numpy(mean).view(view), torch.from_numpy(deviation).view(view)
-
-    def inputs(self, indices: ArrayLike) -> Tensor:
-        x = self._dataset.inputs(indices)
-        mean, deviation = self._scale
-        return (x - mean.to(x.dtype)).div_(deviation.to(x.dtype))
-
-    def statistics(self) -> dict[str, Tensor]:
-        """Return mean and standard deviation, each (channels, 1, ...), as they are applied."""
-        mean, deviation = self._scale
-        return {"mean": mean[0], "std": deviation[0]}
-
-    def use_statistics(self, statistics: Mapping[str, Tensor]) -> None:
-        """Standardise by other statistics, as `statistics` returned them."""
-        self.__dict__["_scale"] = statistics["mean"][None], statistics["std"][None]
-
-    def to_unit_range(self, x: Tensor) -> Tensor:
-        mean, deviation = (statistic.to(x) for statistic in self._scale)
-        return self._dataset.to_unit_range(x * deviation + mean)
 
 
 @final
@@ -269,6 +245,11 @@ class InputTargets(DatasetView):
         self.target_shape, self.target_dtype = dataset.shape, torch.float32
         self.classes = dataset.shape[0]
 
+    @property
+    def dataset(self) -> Dataset:
+        """The other data set."""
+        return self._dataset
+
     def targets(self, indices: ArrayLike) -> Tensor:
         return self._dataset.inputs(indices)
 
@@ -283,8 +264,11 @@ class Subset(DatasetView):
         self._indices = indices
 
     def source_index(self, index: int) -> int:
-        """Return the index of a sample in the other data set."""
-        return int(self._indices[index])
+        """Return the index of a sample in the other data set; where that is a subset, in its own
+        source."""
+        source = int(self._indices[index])
+        inner = self._dataset
+        return inner.source_index(source) if isinstance(inner, Subset) else source
 
     def inputs(self, indices: ArrayLike) -> Tensor:
         return self._dataset.inputs(self._indices[np.asarray(indices)])
@@ -292,45 +276,14 @@ class Subset(DatasetView):
     def integer_inputs(self, indices: ArrayLike) -> Tensor:
         return self._dataset.integer_inputs(self._indices[np.asarray(indices)])
 
+    def read_stored(self, rows: range | NDArray[np.int64]) -> Array:
+        return self._dataset.read_stored(self._indices[np.asarray(rows)])
+
     def read_other_inputs(self, indices: ArrayLike) -> tuple[Tensor, ...]:
         return self._dataset.read_other_inputs(self._indices[np.asarray(indices)])
 
     def targets(self, indices: ArrayLike) -> Tensor:
         return self._dataset.targets(self._indices[np.asarray(indices)])
-
-
-def unstandardised(split: Dataset) -> Dataset:
-    """Return the data set that a `Standardised` reads, or the split itself."""
-    return split._dataset if isinstance(split, Standardised) else split
-
-
-def standardise(splits: DatasetSplits) -> DatasetSplits:
-    """Standardise all splits with the moments of the training split, computed once."""
-    training_moments = cache(splits.train.moments)
-    return splits.map(lambda split: Standardised(split, training_moments))
-
-
-def moments(batches: Iterable[Array]) -> Moments:
-    """Compute mean and standard deviation per channel (dim 1) over batches of (n, C, ...).
-
-    Float64 sums of the differences to each channel's first value: a constant channel has a
-    deviation of exactly 0, and a small deviation is not lost beside a large mean.
-    """
-    iterator = iter(batches)
-    first = next(iterator)
-    origin = first[0].reshape(first.shape[1], -1)[:, :1].astype(np.float64)
-    count = 0
-    total = np.zeros(len(origin))
-    square = np.zeros(len(origin))
-    with np.errstate(invalid="ignore"):  # an infinite input is reported later, as the loss it gives
-        for batch in chain([first], iterator):
-            values = np.moveaxis(batch, 1, 0).reshape(len(origin), -1) - origin
-            count += values.shape[1]
-            total += values.sum(axis=1)
-            square += np.square(values).sum(axis=1)
-    shift = total / count
-    variance = np.maximum(square / count - shift**2, 0.0)
-    return origin[:, 0] + shift, np.sqrt(variance)
 
 
 def _no_integers(dtype: torch.dtype) -> DataError:

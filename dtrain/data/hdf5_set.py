@@ -1,4 +1,4 @@
-"""HDF5 files with `x` (N, C, H, W or N, ...), `y` (N,) and optional attributes of the file.
+"""HDF5 files with samples (N, C, H, W or N, ...), targets (N, ...) and attributes of the file.
 
 ===========  ==========================================================================
 attribute    meaning
@@ -13,6 +13,8 @@ Invariant: shape and targets are checked when a file is opened; images are read 
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -20,65 +22,59 @@ from typing import final
 import h5py
 import numpy as np
 
-from dtrain.data.dataset import DatasetSplits, Moments
-from dtrain.data.hdf5_source import Hdf5Source, open_hdf5
-from dtrain.data.source_dataset import SplitSources, make_splits
-from dtrain.errors import ConfigError, DataError
+from dtrain.data.array_names import SplitNames
+from dtrain.data.array_source import ArraySource
+from dtrain.data.dataset import Moments
+from dtrain.data.hdf5_source import (
+    Hdf5Source,
+    dataset_shapes,
+    find_dataset,
+    missing_datasets,
+    open_hdf5,
+)
+from dtrain.data.named_array_set import NamedArraySet
+from dtrain.data.source_dataset import SplitSources
+from dtrain.errors import DataError
 from dtrain.tasks.task import DEFAULT_TASK, Task
 
 
 @final
 @dataclass(frozen=True)
-class Hdf5:
-    """Two HDF5 files, one per split.
+class Hdf5(NamedArraySet):
+    """Samples and targets in HDF5 files, under names that may lie in groups."""
 
-    Parameters
-    ----------
-    train, test : str
-        Paths, relative to the run file's folder.
+    def list_names(self, path: Path) -> Mapping[str, tuple[int, ...]]:
+        with open_hdf5(path) as file:
+            return dataset_shapes(file)
 
-    Raises
-    ------
-    ConfigError
-        A path is empty or no string.
-    """
+    def has_name(self, path: Path, name: str) -> bool:
+        with open_hdf5(path) as file:
+            return find_dataset(file, name, path) is not None
 
-    train: str
-    test: str
+    def missing_array(self, path: Path, names: Sequence[str]) -> DataError:
+        with open_hdf5(path) as file:
+            return missing_datasets(file, names, path)
 
-    def __post_init__(self) -> None:
-        for key, value in (("train", self.train), ("test", self.test)):
-            if not isinstance(value, str) or not value:
-                raise ConfigError(
-                    "data.path-invalid", f"[data] {key} = {value!r}: give the path of an HDF5 file"
-                )
+    def open_array(self, path: Path, name: str) -> ArraySource:
+        return Hdf5Source(path, name)
 
-    def open(self, folder: Path, task: Task = DEFAULT_TASK) -> DatasetSplits:
-        """Open both files; no image is read.
-
-        Raises
-        ------
-        DataError
-            A file is missing or damaged, or the two do not fit each other.
-        """
-        paths = {"train": folder / self.train, "test": folder / self.test}
-        return make_splits({name: open_split(path, task) for name, path in paths.items()}, task)
+    def open_split(self, path: Path, names: SplitNames, needs_targets: bool) -> SplitSources:
+        part = super().open_split(path, names, needs_targets)
+        with open_hdf5(path) as file:
+            moments = _read_moments(file, part.inputs[0].shape[1:], path)
+            return dataclasses.replace(part, class_names=_class_names(file), moments=moments)
 
 
 def open_split(path: Path, task: Task = DEFAULT_TASK) -> SplitSources:
-    """Open the file of one split.
+    """Open the file of one split, with the names `x` and `y`.
 
     Raises
     ------
     DataError
         The file is missing or damaged, or its statistics are not legal.
     """
-    x = Hdf5Source(path, "x")
-    y = Hdf5Source(path, "y") if task.target == "data" else None
-    with open_hdf5(path) as file:
-        channels = x.shape[1] if x.ndim > 1 else 0
-        moments = _read_moments(file, channels, path)
-        return SplitSources(str(path), (x,), y, _class_names(file), moments)
+    names = SplitNames(("x",), "y")
+    return Hdf5(str(path)).open_split(path, names, needs_targets=task.target == "data")
 
 
 def _class_names(file: h5py.File) -> tuple[str, ...]:
@@ -89,19 +85,20 @@ def _class_names(file: h5py.File) -> tuple[str, ...]:
     return tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names.flat)
 
 
-def _read_moments(file: h5py.File, channels: int, path: Path) -> Moments | None:
+def _read_moments(file: h5py.File, shape: tuple[int, ...], path: Path) -> Moments | None:
     """Return the file's attributes `mean` and `std`, or None where one is absent."""
     if "mean" not in file.attrs or "std" not in file.attrs:
         return None
     mean, deviation = (np.asarray(file.attrs[key]) for key in ("mean", "std"))
-    if any(
-        statistic.shape != (channels,) or statistic.dtype.kind not in "iuf"
-        for statistic in (mean, deviation)
+    if (
+        mean.shape != deviation.shape
+        or mean.shape not in [(channels,) for channels in shape]
+        or not {mean.dtype.kind, deviation.dtype.kind} <= set("iuf")
     ):
         raise DataError(
             "data.statistics-shape",
-            f"{path}: attributes mean and std have shapes {mean.shape} and "
-            f"{deviation.shape}: give {channels} numbers each, one per channel",
+            f"{path}: attributes mean and std have shapes {mean.shape} and {deviation.shape}, but "
+            f"samples {shape}: give one number each per channel",
         )
     mean, deviation = mean.astype(np.float64), deviation.astype(np.float64)
     if not np.isfinite([mean, deviation]).all() or (deviation < 0).any():

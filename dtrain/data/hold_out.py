@@ -31,30 +31,44 @@ def hold_out(splits: DatasetSplits, share: float, seed: int, task: Task) -> Data
     DataError
         The data have a validation split already, or one of the two parts would be empty.
     """
-    train = splits.train
     if splits.validation is not None:
         raise DataError(
             "data.validation-twice",
             f"[data] validation = {share}, but the data have a validation split of their own: "
             "leave validation out",
         )
+    train, validation = set_aside(splits.train, share, "validation", seed, task)
+    return DatasetSplits(train, splits.test, validation)
+
+
+def set_aside(
+    train: Dataset, share: float, key: str, seed: int, task: Task
+) -> tuple[Subset, Subset]:
+    """Return the training samples without a share of them, and that share.
+
+    Parameters
+    ----------
+    key : str
+        The split that the share becomes: the key of its random numbers and of the run file.
+
+    Raises
+    ------
+    DataError
+        One of the two parts would be empty.
+    """
     count = round(share * train.size)
     if not 0 < count < train.size:
         raise DataError(
-            "data.validation-empty",
-            f"[data] validation = {share} of {train.size} training samples leaves one part empty: "
+            f"data.{key}-empty",
+            f"[data] {key} = {share} of {train.size} training samples leaves one part empty: "
             "give another share",
         )
-    order = random_order(train.size, "validation", seed)
+    order = random_order(train.size, key, seed)
     if has_labels(train, task):
         order = _interleave_classes(order, train.targets(np.arange(train.size)).numpy())
     held_out = np.zeros(train.size, bool)
     held_out[order[:count]] = True
-    return DatasetSplits(
-        Subset(train, np.flatnonzero(~held_out)),
-        splits.test,
-        Subset(train, np.flatnonzero(held_out)),
-    )
+    return Subset(train, np.flatnonzero(~held_out)), Subset(train, np.flatnonzero(held_out))
 
 
 def has_labels(split: Dataset, task: Task) -> bool:

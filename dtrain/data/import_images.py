@@ -25,8 +25,8 @@ import h5py
 import numpy as np
 
 from dtrain.data.conversion import Array
-from dtrain.data.dataset import SAMPLES_PER_READ, Moments, moments
 from dtrain.data.image_files import Header, PathParts, iter_images, read_header, read_pixels
+from dtrain.data.statistics import StoredRows, compute_statistics
 from dtrain.errors import ConfigError, DataError
 
 GREY_MODES = {"1", "L", "LA"}
@@ -86,9 +86,9 @@ def import_images(source: Path, out: Path, split: str | None = None) -> list[Pat
         for file, import_split in zip(files, splits, strict=True):
             import_split.create_datasets(file, splits[0].classes, shape)
         _write_images(source, files, splits, mode)
-        statistics = _moments(files[0]["x"])
+        statistics = compute_statistics(StoredRows(files[0]["x"]), stored_units=True)
         for file in files:
-            file.attrs["mean"], file.attrs["std"] = statistics
+            file.attrs["mean"], file.attrs["std"] = statistics.moments
     return paths
 
 
@@ -264,12 +264,6 @@ class RowWriter:
             rows = np.stack(self._pending_rows)
             self._target[self._start : self._start + len(rows)] = rows
             self._pending_rows = []
-
-
-def _moments(rows: h5py.Dataset) -> Moments:
-    return moments(
-        rows[start : start + SAMPLES_PER_READ] for start in range(0, len(rows), SAMPLES_PER_READ)
-    )
 
 
 @contextmanager

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dtrain.data.augment import Augment
+from dtrain.data.conversion import cast_dtype
 from dtrain.data.dataset import Dataset
 from dtrain.data.sampler import Indices
 
@@ -43,7 +44,7 @@ class Loader:
     dataset : Dataset
         The samples to read.
     dtype : torch.dtype
-        Dtype of floating-point inputs; others keep theirs.
+        Dtype of real numbers; complex ones are pairs of it, integers stay.
     augment : Augment, optional
         Augmentation of the samples.
     prefetch : int
@@ -113,7 +114,7 @@ class Loader:
     def read_other_inputs(self, indices: Indices) -> tuple[Tensor, ...]:
         """Return the further inputs of samples, floating-point ones in the loader's dtype."""
         inputs = self.dataset.read_other_inputs(indices)
-        return tuple(x.to(self._dtype) if x.is_floating_point() else x for x in inputs)
+        return tuple(x.to(cast_dtype(x.dtype, self._dtype)) for x in inputs)
 
     def close(self) -> None:
         """End the segment, even before its last read; wait for a read in progress."""
@@ -150,7 +151,7 @@ class Loader:
         x = self.dataset.inputs(indices)
         if self._augment is not None:
             x = self._augment(x, indices, epoch)
-        x = x.to(self._dtype) if x.is_floating_point() else x
+        x = x.to(cast_dtype(x.dtype, self._dtype))
         aligned = x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0
         return x if aligned else x.clone(memory_format=torch.contiguous_format)
 

@@ -12,17 +12,19 @@ from typing import Any, final
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from dtrain.data.array_source import ArraySource, LazySource, MemorySource
 from dtrain.data.conversion import (
     NUMERIC_KINDS,
+    Array,
     stores_integers,
     target_dtype,
     to_float_tensor,
     to_input_tensor,
     to_int_tensor,
+    to_summable,
     to_target_tensor,
     torch_dtype,
     value_range,
@@ -32,11 +34,13 @@ from dtrain.data.dataset import (
     Dataset,
     DatasetSplits,
     InputSpec,
+    Label,
     Moments,
     check_splits,
 )
+from dtrain.data.label_map import LabelMap
 from dtrain.data.memory_limits import fits_in_memory
-from dtrain.data.targets import TargetScan
+from dtrain.data.targets import TargetForm, TargetScan, to_texts
 from dtrain.errors import DataError
 from dtrain.tasks.task import DEFAULT_TASK, Task
 
@@ -85,6 +89,8 @@ class SourceDataset(Dataset):
         As in `Dataset`; default: 0 ... 1 for bytes.
     class_names, moments
         As in `SplitSources`.
+    form : TargetForm, optional
+        How stored targets become those of the task; default: they are as they are.
     """
 
     def __init__(
@@ -96,18 +102,26 @@ class SourceDataset(Dataset):
         value_range: tuple[float, float] | None = None,
         class_names: tuple[str, ...] = (),
         moments: Moments | None = None,
+        form: TargetForm | None = None,
     ) -> None:
         first, *others = (inputs,) if isinstance(inputs, ArraySource) else inputs
         self._samples, self._others, self._labels = first, tuple(others), targets
         self.size, self.shape = first.shape[0], first.shape[1:]
         self.classes, self.class_names = classes, class_names
         self.value_range = value_range or _value_range(first)
-        self.target_shape, self.target_dtype = targets.shape[1:], target_dtype(targets.dtype)
+        self._form = form or TargetForm(targets.shape[1:], targets.dtype)
+        self.target_shape, self.target_dtype = self._form.shape, target_dtype(self._form.dtype)
+        self.class_labels = self._form.class_labels
         self.input_dtype = torch_dtype(first.dtype)
         self.other_inputs = tuple(
             InputSpec(other.shape[1:], _input_dtype(other.dtype)) for other in others
         )
         self._stored_moments = moments
+
+    @property
+    def label_map(self) -> LabelMap | None:
+        """The numbers of the labels; None where they stay as they are."""
+        return self._form.label_map
 
     @property
     def sources(self) -> tuple[ArraySource, ...]:
@@ -150,11 +164,22 @@ class SourceDataset(Dataset):
         return tuple(to_input_tensor(other.read(indices)) for other in self._other_inputs)
 
     def targets(self, indices: ArrayLike) -> Tensor:
-        return to_target_tensor(self._targets.read(indices))
+        return to_target_tensor(self._form.convert(self._targets.read(indices)))
 
-    def moments(self) -> Moments:
+    def read_stored(self, rows: range | NDArray[np.int64]) -> Array:
+        source = self.__dict__.get("_inputs", self._samples)  # in memory, if inputs were read
+        if isinstance(rows, range):
+            return to_summable(source.read_range(rows.start, rows.stop))
+        return to_summable(source.read(rows))
+
+    @property
+    def chunk_rows(self) -> int | None:
+        return self._samples.chunk_rows
+
+    @property
+    def given_moments(self) -> Moments | None:
         if self._stored_moments is None:
-            return super().moments()
+            return None
         scale = 255.0 if self._samples.dtype == np.uint8 else 1.0
         return self._stored_moments[0] / scale, self._stored_moments[1] / scale
 
@@ -204,20 +229,24 @@ def make_split(
     targets = part.targets if task.target == "data" else None
     if targets is None:
         targets = _no_targets(part)
-    scan = TargetScan(targets, part.location, task)
+    scan = TargetScan(targets, part.location, task, None if train is None else train.label_map)
     check_arrays(part.inputs[0], targets, part.location)
     for number, other in enumerate(part.inputs[1:], start=1):
         _check_other(other, number, len(targets), part.location)
     targets = _scan_targets(scan, targets)
+    if targets.dtype.kind == "O":  # texts of any length, which other processes cannot map
+        targets = MemorySource(to_texts(targets.read_range(0, len(targets))), targets.location)
     if train is None:
-        named = len(part.class_names) if scan.kind == "classes" else 0
-        classes = named or scan.count_outputs()
+        has_names = scan.kind == "classes" and not scan.is_compact
+        classes = (len(part.class_names) if has_names else 0) or scan.count_outputs()
     else:
-        _check_class_names(part, train)
         classes = train.classes
+    names = _numbered_names(part.class_names, scan.form.class_labels)
+    if train is not None:
+        _check_class_names(names, part.location, train)
     scan.check_classes(classes)
     return SourceDataset(
-        part.inputs, targets, classes, class_names=part.class_names, moments=part.moments
+        part.inputs, targets, classes, class_names=names, moments=part.moments, form=scan.form
     )
 
 
@@ -279,14 +308,24 @@ def _scan_targets(scan: TargetScan, targets: ArraySource) -> ArraySource:
     return targets
 
 
-def _check_class_names(part: SplitSources, train: SourceDataset) -> None:
-    if train.class_names and part.class_names and part.class_names != train.class_names:
+def _check_class_names(names: tuple[str, ...], location: str, train: SourceDataset) -> None:
+    if train.class_names and names and names != train.class_names:
         raise DataError(
             "data.class-names-differ",
-            f"{part.location} has the {len(part.class_names)} classes "
-            f"{_shorten(part.class_names)} and the training split the {len(train.class_names)} "
-            f"classes {_shorten(train.class_names)}: import both from the same classes",
+            f"{location} has the {len(names)} classes {_shorten(names)} and the training split the "
+            f"{len(train.class_names)} classes {_shorten(train.class_names)}: import both from the "
+            "same classes",
         )
+
+
+def _numbered_names(names: tuple[str, ...], labels: tuple[Label, ...]) -> tuple[str, ...]:
+    """Return the names of the classes that labels number, or all names where none is numbered."""
+    if not (names and labels):
+        return names
+    return tuple(
+        names[label] if isinstance(label, int) and 0 <= label < len(names) else str(label)
+        for label in labels
+    )
 
 
 def _no_targets(part: SplitSources) -> ArraySource:

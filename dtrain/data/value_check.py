@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dtrain.data.dataset import Dataset, Subset, unstandardised
+from dtrain.data.dataset import Dataset, Subset
+from dtrain.data.statistics import NotFinite, Standardised, unstandardised
 from dtrain.errors import DataError
 
 Indices = NDArray[np.int64]
@@ -45,12 +46,23 @@ def check_finite(split: Dataset, name: str, rows: Indices, deadline: float) -> N
         It names split, sample and channel.
     """
     stored = unstandardised(split)
-    if stored.input_dtype.is_floating_point:
+    axis = split.channel_axis if isinstance(split, Standardised) else 0
+    if stored.input_dtype.is_floating_point or stored.input_dtype.is_complex:
         for part in _parts(rows, stored.shape, deadline):
-            _refuse(stored, stored.inputs(part), part, name, "channel")
+            _refuse(stored, stored.inputs(part), part, name, axis)
+    _check_other_inputs(stored, name, rows, deadline)
     if stored.target_dtype.is_floating_point:
         for part in _parts(rows, stored.target_shape, deadline):
-            _refuse(stored, stored.targets(part), part, name, "number of the target")
+            _refuse(stored, stored.targets(part), part, name, 0, "number of the target")
+
+
+def _check_other_inputs(stored: Dataset, name: str, rows: Indices, deadline: float) -> None:
+    for number, spec in enumerate(stored.other_inputs):
+        if not (spec.dtype.is_floating_point or spec.dtype.is_complex):
+            continue
+        for part in _parts(rows, spec.shape, deadline):
+            values = stored.read_other_inputs(part)[number]
+            _refuse(stored, values, part, name, 0, f"number of input {number + 1}")
 
 
 def all_targets_alike(split: Dataset, deadline: float) -> float | None:
@@ -85,17 +97,56 @@ def _parts(rows: Indices, shape: tuple[int, ...], deadline: float) -> Iterator[I
         start, size = start + size, min(2 * size, largest)
 
 
-def _refuse(split: Dataset, values: torch.Tensor, rows: Indices, name: str, part: str) -> None:
+def _refuse(
+    split: Dataset,
+    values: torch.Tensor,
+    rows: Indices,
+    name: str,
+    axis: int,
+    part: str = "channel",
+) -> None:
     """Refuse values of some rows that are not finite."""
-    if bool(values.isfinite().all()):
+    is_bad = ~values.isfinite()
+    if not bool(is_bad.any()):
         return
-    place = (~values.isfinite()).nonzero()[0]
-    sample, channel = int(rows[int(place[0])]), int(place[1]) if len(place) > 1 else 0
-    source = ""
+    place = tuple(is_bad.nonzero()[0].tolist())
+    channel = place[1 + axis] if len(place) > 1 else 0
+    number = values[place].item()
+    raise not_finite_error(
+        split, name, NotFinite(1, int(rows[place[0]]), channel, str(number)), part
+    )
+
+
+def not_finite_error(
+    split: Dataset,
+    name: str,
+    place: NotFinite,
+    part: str = "channel",
+    on_all_ranks: bool = False,
+) -> DataError:
+    """Return the error of a number that is NaN or infinite.
+
+    Parameters
+    ----------
+    split : Dataset
+        It holds the number.
+    name : str
+        Name of the split: "train".
+    place : NotFinite
+        Its count is of this number and of others that are known to be NaN or infinite.
+    part : str
+        The noun of its channel.
+    on_all_ranks : bool
+        Whether every rank raises the error.
+    """
+    source = others = ""
     if isinstance(split, Subset):
-        source = f" (sample {split.source_index(sample)} of the data that it is a part of)"
-    raise DataError(
+        source = f" (sample {split.source_index(place.sample)} of the data that it is a part of)"
+    if place.count > 1:
+        others = f", the first of {place.count:,} numbers"
+    return DataError(
         "data.not-finite",
-        f"sample {sample} of the {name} split{source} is not finite: {part} {channel} is "
-        f"{float(values[tuple(place)])}; correct it, or remove the sample",
+        f"sample {place.sample} of the {name} split{source} is not finite: {part} {place.channel} "
+        f"is {place.value}{others}; correct it, or remove the sample",
+        on_all_ranks=on_all_ranks,
     )

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, final
 
-from dtrain.checkpoint import run_folder
+from dtrain.checkpoint import ownership
 from dtrain.comm.communicator import Comm
 from dtrain.monitoring.figures import speed_figures
 from dtrain.monitoring.progress import library_versions
@@ -48,7 +48,7 @@ class RunRecords:
             ranks=self.comm.size,
             hosts=list(self.comm.hosts),
             versions=f"dtrain {version('dtrain')}, {library_versions(self.comm)}",
-            job=run_folder.slurm_job_id(),
+            job=ownership.slurm_job_id(),
             resolved=self.plan.run.to_table(),
             copied_blocks=list(copied_blocks),
             layer_notes=list(layer_notes),

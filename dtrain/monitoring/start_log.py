@@ -14,7 +14,7 @@ from datetime import datetime
 from threading import Lock, Timer
 from typing import final
 
-from dtrain.checkpoint import run_folder
+from dtrain.checkpoint import ownership
 from dtrain.comm.communicator import Comm
 from dtrain.monitoring.host_list import hosts_text
 
@@ -47,9 +47,15 @@ class StartLog:
 
     def _head_text(self) -> str:
         date = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %z")
-        job = run_folder.slurm_job_id()
+        job = ownership.slurm_job_id()
         job_text = f"process {os.getpid()}" if job is None else f"job {job}"
         return f"started   {date}, {job_text}, {hosts_text(self._hosts)}"
+
+    def note(self, text: str) -> None:
+        """Print a line about the present step."""
+        if self.enabled:
+            self.print_head()
+            print(f"start     {text}", flush=True)
 
     @contextmanager
     def step(self, description: str) -> Iterator[None]:

@@ -62,6 +62,7 @@ def make_summary(
     Lists of another length, which another layout of the same run left, become lists of None.
     """
     layout, stages = plan.layout, plan.layout.mesh.stages
+    labels = plan.data.train.class_labels
     seconds = zip(totals.busy_s, totals.stage_s, strict=True)
     return {
         "status": status,
@@ -95,6 +96,7 @@ def make_summary(
         "rss_bytes": _values_or_none(totals.rss_bytes, layout.mesh.ranks),
         "staleness": list(plan.proof.staleness),
         "digest": digest,
+        **({"class_labels": list(labels)} if labels else {}),
     }
 
 

@@ -76,6 +76,8 @@ class BlockSpec:
         All layers after the block, if the objective `needs_downstream_layers`.
     integer_samples : bool
         Whether samples are integers (int64), which the model takes as they are: tokens, say.
+    complex_samples : bool
+        Whether samples are complex numbers.
     other_inputs : tuple of (shape, dtype)
         Further inputs of a sample.
     skip_inputs : tuple of SkipInput
@@ -101,9 +103,16 @@ class BlockSpec:
     last_layer: DownstreamLayer | None = None
     downstream_layers: tuple[DownstreamLayer, ...] = ()
     integer_samples: bool = False
+    complex_samples: bool = False
     other_inputs: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
     skip_inputs: tuple[SkipInput, ...] = ()
     data_inputs: tuple[int, ...] = ()
+
+    def sample_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype of samples in a run whose real numbers have `dtype`."""
+        if self.integer_samples:
+            return torch.int64
+        return dtype.to_complex() if self.complex_samples else dtype
 
     @classmethod
     def from_data(

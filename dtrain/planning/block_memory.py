@@ -252,7 +252,7 @@ def _zero_micro_batch(block: Block, objective: Objective, spec: BlockSpec, rows:
     """Return a micro-batch of zeros, with the data where the objective needs them."""
     dtypes = [*(parameter.dtype for parameter in block.parameters.values()), spec.dtype]
     dtype = next((dtype for dtype in dtypes if not dtype.is_complex), dtypes[0].to_real())
-    dtype = torch.int64 if spec.integer_samples else dtype
+    dtype = spec.sample_dtype(dtype)
     samples = raw_samples = None
     others: tuple[Tensor, ...] = ()
     if reads_samples(objective, spec, "train"):

@@ -247,7 +247,7 @@ def make_block_costs(run: RunConfig, model: LayerStack, data_spec: BlockSpec) ->
     """Return the costs of all blocks that can be cut from a model, whose layers are inferred."""
     dtype, objective = DTYPES[run.settings.dtype], run.objective.instance
     shape = objective.model_input_shape(data_spec.sample_shape, data_spec.classes)
-    input_dtype = torch.int64 if data_spec.integer_samples else dtype
+    input_dtype = data_spec.sample_dtype(dtype)
     layer_specs = _infer_layers(model, shape, dtype, input_dtype, data_spec.other_inputs)
     _check_outputs(layer_specs, data_spec)
     data_spec = dataclasses.replace(data_spec, prediction_shape=layer_specs[-1].output_shape)

@@ -36,10 +36,7 @@ def materialise(layout: Layout, index: int, layers: Mapping[str, nn.Module], see
         return
     block_layout, dtype = layout.block_layouts[index], layout.dtype
     spec, program = block_layout.spec, layout.program(index)
-    if index:
-        dtype = layout.block_specs[index - 1].dtype
-    elif spec.integer_samples:
-        dtype = torch.int64
+    dtype = layout.block_specs[index - 1].dtype if index else spec.sample_dtype(dtype)
     first = layout.layer_specs[block_layout.layers.start]
     x = torch.zeros(ROWS, *first.input_shape, dtype=dtype)
     with torch.no_grad(), seeded(seed, f"lazy.{index}"):

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from dtrain import partition
 from dtrain.block.device import select_device
 from dtrain.config.run import RunConfig
-from dtrain.models.graph import GraphLayer, ModelGraph, chain_graph
+from dtrain.models.graph import GraphLayer, ModelGraph, chain_graph, has_gradient
 from dtrain.models.layers import merge_layers
 from dtrain.models.shape_inference import free_tensors, no_context
 from dtrain.planning.block_costs import BlockCosts, total_macs
@@ -87,7 +87,7 @@ def layer_seconds(run: RunConfig, block_costs: BlockCosts, rows: int) -> list[fl
     dtype: torch.dtype = getattr(torch, run.settings.dtype)
     model, data_spec = block_costs.model, block_costs.data_spec
     graph = model.graph or chain_graph(model.names)
-    first_dtype = torch.int64 if data_spec.integer_samples else dtype
+    first_dtype = data_spec.sample_dtype(dtype)
     shape = block_costs.layer_specs[0].input_shape
     inputs = [(shape, first_dtype), *data_spec.other_inputs]
     with fixed_random_numbers(0), torch.enable_grad():
@@ -102,7 +102,7 @@ def layer_seconds(run: RunConfig, block_costs: BlockCosts, rows: int) -> list[fl
 
 def _random(rows: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Return samples of random numbers; zeros where they are integers, of unknown range."""
-    make = torch.randn if dtype.is_floating_point else torch.zeros
+    make = torch.randn if has_gradient(dtype) else torch.zeros
     return make(rows, *shape, dtype=dtype)
 
 

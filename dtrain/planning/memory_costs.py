@@ -62,7 +62,7 @@ class MemoryCosts:
         self._fixed_sums = [0, *accumulate(fixed)]
         self._kept_sums = [0, *accumulate(activation_bytes(profiles))]
         self._unkept = unkept_output_bytes(profiles)
-        input_dtype = torch.int64 if block_costs.data_spec.integer_samples else self._dtype
+        input_dtype = block_costs.data_spec.sample_dtype(self._dtype)
         first = math.prod(profiles[0].input_shape) * input_dtype.itemsize
         self._inputs = [first, *map(output_bytes, profiles[:-1])]
         self._head_bytes = cache(self._measure_head)

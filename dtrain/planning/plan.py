@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from dtrain.config.run import RunConfig
 from dtrain.data import augment as augments
 from dtrain.data import load_data
+from dtrain.data.conversion import cast_dtype
 from dtrain.data.dataset import Dataset, DatasetSplits
 from dtrain.data.sampler import BatchSplitter, updates_per_epoch
 from dtrain.errors import ConfigError
@@ -96,8 +97,10 @@ def load_run(run: RunConfig) -> tuple[DatasetSplits, LayerStack, BlockSpec]:
         run.dataset.fields,
         run.folder,
         normalise=run.data.normalise,
+        channels=run.data.channels,
         task=run.task,
         validation=run.data.validation,
+        labels=run.data.labels,
         seed=run.settings.seed,
         target=run.dataset.target,
     )
@@ -133,14 +136,16 @@ def _load_model(run: RunConfig, train: Dataset, task: Task) -> tuple[LayerStack,
     if run.weights_path is not None:
         check_pretrained(open_weights(run.weights_path), model, run.model_options.strict)
     dtype = DTYPES[run.settings.dtype]
-    others = tuple(
-        (spec.shape, dtype if spec.dtype.is_floating_point else spec.dtype)
-        for spec in train.other_inputs
-    )
+    others = tuple((spec.shape, cast_dtype(spec.dtype, dtype)) for spec in train.other_inputs)
     integers = takes_integers(model, input_shape, train.input_dtype, others)
     has_raw_samples = train.value_range is not None and not integers
     data_spec = BlockSpec.from_data(train.shape, outputs, train.size, has_raw_samples, task)
-    return model, dataclasses.replace(data_spec, other_inputs=others, integer_samples=integers)
+    return model, dataclasses.replace(
+        data_spec,
+        other_inputs=others,
+        integer_samples=integers,
+        complex_samples=train.input_dtype.is_complex,
+    )
 
 
 def _check_augment(run: RunConfig, train: Dataset, task: Task) -> None:

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
-from dtrain.checkpoint.run_folder import OWNER_FILE, owner_is_gone
+from dtrain.checkpoint.ownership import OWNER_FILE, owner_is_gone
 from dtrain.errors import ConfigError
 from dtrain.run_report.plan_file import RunPlan, parse_plan
 from dtrain.run_report.safe_files import (

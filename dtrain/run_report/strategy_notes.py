@@ -65,8 +65,11 @@ MODELS = {
 
 
 DATASETS = {
+    "csv": "Samples from tables of comma-separated values.",
     "digits": "Handwritten digits, 8 × 8 pixels each.",
     "hdf5": "Samples from HDF5 files.",
+    "idx": "Images from IDX files.",
+    "npz": "Samples from files of numpy.",
 }
 
 

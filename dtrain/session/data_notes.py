@@ -14,12 +14,15 @@ import numpy as np
 
 from dtrain.comm.agree import all_or_none, broadcast_object
 from dtrain.comm.communicator import Comm
+from dtrain.data.channel_notes import channel_notes
+from dtrain.data.label_notes import label_notes
+from dtrain.data.statistics import find_standardised
 from dtrain.data.value_check import all_targets_alike, check_finite, has_finite_statistics
 from dtrain.objectives.messages import reads_samples
 from dtrain.planning.plan import Plan
 
 CHECK_S = 0.05
-"""Seconds of each check at the start of a run: of the values, and of the targets."""
+"""Seconds of each check at the start of a run: of values, of equal targets, and of labels."""
 
 
 def data_notes(plan: Plan, comm: Comm) -> list[str]:
@@ -28,11 +31,27 @@ def data_notes(plan: Plan, comm: Comm) -> list[str]:
     Raises
     ------
     DataError
-        On all ranks, if an input or a target is NaN or infinite.
+        On all ranks, if an input or a target is NaN or infinite, or a label out of range.
     """
     check_data_values(plan, comm, CHECK_S)
-    notes: list[str] = broadcast_object(comm, lambda: list(_alike_notes(plan)))
+    notes: list[str] = broadcast_object(
+        comm, lambda: [*_alike_notes(plan), *_label_notes(plan), *_channel_notes(plan)]
+    )
     return notes
+
+
+def _channel_notes(plan: Plan) -> Iterator[str]:
+    """Yield notes on the channels by which inputs are standardised, where they are."""
+    standardised = find_standardised(plan.data.train)
+    if standardised is not None:
+        yield from channel_notes(standardised.training)
+
+
+def _label_notes(plan: Plan) -> Iterator[str]:
+    """Yield the notes on class labels."""
+    sampler = getattr(plan.run.data, "sampler", "uniform")
+    deadline = time.monotonic() + CHECK_S
+    yield from label_notes(plan.data.by_name(), plan.layout.task, sampler, deadline)
 
 
 def check_data_values(plan: Plan, comm: Comm, limit_s: float) -> None:

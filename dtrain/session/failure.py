@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from dtrain.checkpoint import run_folder
+from dtrain.checkpoint.ownership import Owner
 from dtrain.comm.communicator import Comm
 from dtrain.errors import DtrainError, Interrupted, add_location, one_line
 
@@ -17,9 +18,7 @@ REPORT_DELAY_S = 2.0
 """Seconds by which a rank that fails after another one delays its report."""
 
 
-def report_failure(
-    error: BaseException, comm: Comm, out: Path, owner: run_folder.Owner | None
-) -> None:
+def report_failure(error: BaseException, comm: Comm, out: Path, owner: Owner | None) -> None:
     """Record how the run ended, and delay the report of all ranks that fail but the first.
 
     The first report ends the job, so only that one is printed. A rank that a signal stops has

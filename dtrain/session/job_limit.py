@@ -17,7 +17,7 @@ from contextlib import suppress
 from datetime import datetime
 from typing import final
 
-from dtrain.checkpoint.run_folder import slurm_job_id
+from dtrain.checkpoint.ownership import slurm_job_id
 from dtrain.errors import ConfigError
 
 END_VARIABLES = ("DTRAIN_JOB_END_TIME", "SLURM_JOB_END_TIME")

@@ -37,16 +37,15 @@ from dtrain.callbacks import (
     callback_keys,
     with_callback_keys,
 )
-from dtrain.checkpoint import run_folder, store
+from dtrain.checkpoint import ownership, run_folder, store
 from dtrain.checkpoint.digest import model_digest
 from dtrain.checkpoint.resume import (
     BEST_FOLDER,
     CHECKPOINT_FOLDER,
     ResumePoint,
     check_same_model,
-    check_same_run,
-    check_saved_data,
     damage_notes,
+    data_path_notes,
     find_resume_point,
     source_hashes,
     source_notes,
@@ -57,8 +56,8 @@ from dtrain.comm.early_end import EarlyEnd
 from dtrain.comm.flight_recorder import print_error
 from dtrain.config.out_folder import fill_keys
 from dtrain.config.run import RunConfig
-from dtrain.data.dataset import Standardised
 from dtrain.data.sampler import epoch_order
+from dtrain.data.statistics import Standardised
 from dtrain.engine.metrics import MetricSums
 from dtrain.errors import ConfigError, RankLostError
 from dtrain.evaluation import EvalWeights, evaluate_weights, evaluation_weights
@@ -84,18 +83,22 @@ from dtrain.session.layer_notes import layer_notes
 from dtrain.session.measured_cuts import settle_cuts
 from dtrain.session.requests import reason, signal_request, stops
 from dtrain.session.run_clock import RunClock
+from dtrain.session.same_program import check_same_program, check_same_source
 from dtrain.session.segment_record import segment_record
 from dtrain.session.start import (
     acquire_folder,
     check_metrics,
+    check_resume,
     check_weights_stay,
     make_recorder,
     observed_limit,
     restore_run,
+    resume_folders,
     share_module,
     start_trace,
     write_plan,
 )
+from dtrain.shared_statistics import share_statistics, use_kept_statistics
 from dtrain.user_code import refuse_during_import
 
 SEARCH_S = 60.0
@@ -166,7 +169,8 @@ class Session:
         self.out = all_or_none(self.comm, lambda: fill_keys(folder, config))
         self._run = config if exact_mesh else config.fit_stages(self.comm.size)
         self._resume = resume
-        self._owner: run_folder.Owner | None = None
+        self._owner: ownership.Owner | None = None
+        self._heartbeat: ownership.Heartbeat | None = None
         self._progress: Monitor | None = None
         self._segment: Segment | None = None
         self._updates: Iterator[int] = iter(())
@@ -218,6 +222,7 @@ class Session:
 
     def _open(self) -> None:
         comm, out, log = self.comm, self.out, StartLog(self.comm)
+        check_same_program(self._run, comm)
         share_module(self._run.model.target, comm)
         threads = set_threads(self._run, comm)
         point = find_resume_point(comm, out, self._resume)
@@ -228,21 +233,24 @@ class Session:
             plan = all_or_none(comm, lambda: make_plan(run, comm.size))
         self.callbacks = all_callbacks(run, given)
         all_or_none(comm, lambda: check_metrics(self.callbacks, plan))
+        check_same_source(run, comm)
         check_same_layout(plan, comm)
         with log.step("reading data and computing their statistics"):
+            use_kept_statistics(plan.data, comm, [out, *resume_folders(self._resume)])
+            share_statistics(plan.data, comm, log.note)
             data_fingerprint = check_same_data(plan, comm)
             notes = data_notes(plan, comm)
-        is_trained = point.updates >= plan.training_length.total_updates
-        all_or_none(comm, lambda: check_same_run(out, point.run_table, plan.run, is_trained))
+        all_or_none(comm, lambda: check_resume(out, point, plan, data_fingerprint))
         if self._resume == "fresh":
             all_or_none(comm, lambda: check_weights_stay(out, plan.run))
-        all_or_none(comm, lambda: check_saved_data(point.fingerprint, data_fingerprint))
         recorder = all_or_none(comm, lambda: make_recorder(plan.run, comm))
         self._limit = all_or_none(comm, lambda: observed_limit(plan.run, comm))
         self._owner, attempt = broadcast_object(
             comm, lambda: acquire_folder(out, self._resume, point)
         )
-        all_or_none(comm, lambda: run_folder.check_visible(out, comm.hosts[comm.rank]))
+        if comm.rank == 0:
+            self._heartbeat = ownership.Heartbeat(out)
+        all_or_none(comm, lambda: ownership.check_visible(out, comm.hosts[comm.rank]))
         comm.flight.set_folder(out / run_folder.FLIGHT_FOLDER)
         _RUNS[out.resolve()] = plan.run
         with log.step("building the blocks"):
@@ -266,6 +274,7 @@ class Session:
         copied_blocks = job.copied_blocks if point.checkpoint is None else []
         layers = layer_notes(plan, job.engine.blocks, job.train_loader, comm)
         notes += placement_warnings(plan, comm.hosts)
+        notes += data_path_notes(point.run_table, plan.run)
         notes += damage_notes(point)
         notes += source_notes(point.fingerprint, self._fingerprint["source"])
         self._listen(point)
@@ -355,8 +364,10 @@ class Session:
             self.comm.flight.close()
             if self._progress is not None:
                 self._progress.stop()
+            if self._heartbeat is not None:
+                self._heartbeat.stop()
             if self._owner is not None and self.rank == 0:
-                run_folder.release(self.out, self._owner)
+                ownership.release(self.out, self._owner)
 
     # ---- position
 
@@ -665,6 +676,8 @@ class Session:
 
     def _save(self, folder: Path, tensors: dict[str, Tensor], keep: int) -> None:
         """Write tensors, averaged weights and states into a checkpoint; keep `keep` of them."""
+        if self.rank == 0 and self._owner is not None:
+            ownership.check_owned(self.out, self._owner)
         job, position = self._job, self._job.position
         train_split = self.plan.data.train
         if position.replica == 0 and self._ema is not None:

@@ -20,12 +20,21 @@ from dtrain.callbacks import (
     RateOnPlateau,
     callback_keys,
 )
-from dtrain.checkpoint import run_folder, store
+from dtrain.checkpoint import ownership, run_folder, store
 from dtrain.checkpoint.manifest import Manifest, read_manifest
-from dtrain.checkpoint.resume import ResumePoint, find_checkpoint, set_damaged_aside
+from dtrain.checkpoint.resume import (
+    ResumePoint,
+    check_same_run,
+    check_saved_data,
+    data_path_changes,
+    find_checkpoint,
+    set_damaged_aside,
+)
 from dtrain.comm.agree import all_or_none
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
+from dtrain.data.kept_statistics import write_kept
+from dtrain.data.statistics import find_standardised
 from dtrain.engine.trace import TRACE_FILE, Trace
 from dtrain.errors import ConfigError, DtrainError
 from dtrain.monitoring.metric_values import check_metric_name, metric_names
@@ -33,8 +42,18 @@ from dtrain.monitoring.run_totals import RunTotals
 from dtrain.monitoring.summary import make_summary
 from dtrain.planning import report
 from dtrain.planning.plan import Plan
+from dtrain.schema import Table
 from dtrain.session.job_limit import JobLimit, find_limit
 from dtrain.tracking.recorder import Recorder, make_trackers
+
+
+def check_resume(out: Path, point: ResumePoint, plan: Plan, data_fingerprint: Table) -> None:
+    """Refuse settings or data that are not those of the checkpoint, if there is one."""
+    is_trained = point.updates >= plan.training_length.total_updates
+    knows_data = "data" in point.fingerprint
+    check_same_run(out, point.run_table, plan.run, is_trained, knows_data)
+    changes = data_path_changes(point.run_table, plan.run)
+    check_saved_data(point.fingerprint, data_fingerprint, changes)
 
 
 def check_weights_stay(out: Path, run: RunConfig) -> None:
@@ -55,11 +74,16 @@ def share_module(model: object, comm: Comm) -> None:
             comm.broadcast_([tensor for tensor in tensors.values() if tensor.numel()])
 
 
-def acquire_folder(out: Path, resume: str, point: ResumePoint) -> tuple[run_folder.Owner, int]:
+def resume_folders(resume: str) -> list[Path]:
+    """Return the folder of the other run that is resumed, if there is one."""
+    return [] if resume in ("auto", "never", "fresh") else [Path(resume)]
+
+
+def acquire_folder(out: Path, resume: str, point: ResumePoint) -> tuple[ownership.Owner, int]:
     """Lock the run folder; return its owner and the number of this attempt."""
     if resume == "fresh":
         run_folder.set_aside(out)
-    owner = run_folder.acquire(out)
+    owner = ownership.acquire(out)
     try:
         newest = ResumePoint.from_manifest(find_checkpoint(out, resume, dict(point.damaged)))
         if newest.checkpoint != point.checkpoint:
@@ -69,7 +93,7 @@ def acquire_folder(out: Path, resume: str, point: ResumePoint) -> tuple[run_fold
             )
         set_damaged_aside(out, point)
     except DtrainError:
-        run_folder.release(out, owner)
+        ownership.release(out, owner)
         raise
     attempts = (run_folder.read_summary(out) or {}).get("attempts", 0)
     run_folder.archive(out, run_folder.FLIGHT_FOLDER, attempts)
@@ -125,9 +149,13 @@ def _restore_ema(manifest: Manifest, ema: Ema, blocks: Mapping[int, Block]) -> N
 
 
 def write_plan(plan: Plan, totals: RunTotals, out: Path) -> None:
-    """Write the resolved run, its plan and a first summary, once every rank accepted the run."""
+    """Write the resolved run, its plan, the statistics of its data and a first summary, once every
+    rank accepted the run."""
     (out / "run.toml").write_text(plan.run.to_text(), encoding="utf-8")
     (out / "plan.txt").write_text(report.plan_text(plan), encoding="utf-8")
+    standardised = find_standardised(plan.data.train)
+    if standardised is not None and standardised.training.is_computed:
+        write_kept(out, standardised.training)
     run_folder.write_summary(out, make_summary(plan, totals, "running"))
 
 

@@ -58,6 +58,10 @@ from dtrain.tasks.metrics import (
 Kind = Literal["classes", "probabilities", "decisions", "values"]
 
 
+LabelNumbering = Literal["as-stored", "compact"]
+"""The number of a class: its label as the data have it, or its place among the sorted labels."""
+
+
 DEFAULT_LOSS = "cross-entropy"
 
 
@@ -122,6 +126,8 @@ class Task:
     ----------
     target_spec : TargetSpec
         The targets of the data, once they are known; see `bind`.
+    labels : "as-stored" or "compact"
+        The numbers of the classes, while data are opened; see `with_labels`.
 
     Raises
     ------
@@ -135,6 +141,7 @@ class Task:
     classes_last: bool
     fields: tuple[tuple[str, Any], ...]
     target_spec: TargetSpec
+    labels: LabelNumbering
     folder: Path = field(compare=False, repr=False)
 
     def __init__(
@@ -154,6 +161,7 @@ class Task:
             "classes_last": classes_last,
             "fields": tuple(check_fields(loss, fields).items()),
             "target_spec": TargetSpec(),
+            "labels": "as-stored",
             "folder": Path() if folder is None else folder,
         }
         for name, value in values.items():
@@ -197,6 +205,12 @@ class Task:
 
     # ---- targets
 
+    def with_labels(self, labels: LabelNumbering) -> Task:
+        """Return this task for data whose classes are numbered in one of the two ways."""
+        task = copy.copy(self)
+        object.__setattr__(task, "labels", labels)
+        return task
+
     def bind(self, shape: tuple[int, ...], dtype: torch.dtype, classes: int) -> Task:
         """Return this task for targets of one shape (of one sample) and dtype.
 
@@ -214,6 +228,12 @@ class Task:
                 "task.classes-last-without-classes",
                 f"[task] classes-last = true needs classes, but '{self.loss_name}' compares "
                 f"{task.kind}: leave it out",
+            )
+        if task.kind == "probabilities" and task.ignore_index is not None:
+            raise ConfigError(
+                "task.ignore-index-probabilities",
+                f"[task] ignore-index = {task.ignore_index} skips integer labels, but the targets "
+                "are probabilities: leave it out, or give integer labels",
             )
         subject = "classes" if task.has_classes else task.kind
         for name, metric in task._metrics.items():
@@ -466,6 +486,7 @@ class Task:
         targets = self.target_spec.shape
         expected = self.expected_output_shape()
         broadcasts = shape != targets and _broadcasts(shape, targets)
+        self._refuse_several_labels(shape)
         if (expected is None and self.kind == "values" and broadcasts) or (
             expected is not None and shape != expected
         ):
@@ -491,6 +512,18 @@ class Task:
             raise ConfigError(
                 "task.loss-not-a-number",
                 f"'{self.loss_name}' must return one differentiable number, the mean over the rows",
+            )
+
+    def _refuse_several_labels(self, shape: tuple[int, ...]) -> None:
+        """Refuse yes-or-no labels of one sample that are taken for labels of positions."""
+        targets, classes = self.target_spec.shape, self.target_spec.classes
+        is_integer = self.kind == "classes" and self.loss in CLASS_LOSSES
+        if is_integer and len(targets) == len(shape) == 1 and classes == 2:
+            raise ConfigError(
+                "task.several-labels",
+                f"the model returns {shape} for a sample, which has {targets[0]} labels of 0 or 1: "
+                'for yes-or-no labels set [task] loss = "bce-with-logits" and return '
+                f"{targets} outputs; for a class per position return (2, {targets[0]})",
             )
 
 

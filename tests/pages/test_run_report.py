@@ -25,7 +25,7 @@ import matplotlib as mpl
 import pytest
 
 from dtrain import cli
-from dtrain.checkpoint import run_folder
+from dtrain.checkpoint import ownership
 from dtrain.errors import ConfigError
 from dtrain.objectives import OBJECTIVES
 from dtrain.planning.plan import Plan, make_plan
@@ -458,7 +458,7 @@ def test_a_running_run_tells_its_pace_and_its_end(pipeline: Path) -> None:
     os.utime(checkpoint / "manifest.json", (last["unix_s"] - 5,) * 2)
     (pipeline / "checkpoints" / "update-00000006.part").mkdir()
 
-    owner = run_folder.acquire(pipeline)
+    owner = ownership.acquire(pipeline)
     state = run_status(pipeline, last["unix_s"] + seconds / 4)
     assert (state["status"], state["update"], state["updates"]) == ("running", 3, 6)
     assert (state["epoch"], state["epochs"]) == (1, 2)

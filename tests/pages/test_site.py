@@ -213,6 +213,19 @@ BASE: dict[str, Any] = {
 }
 
 
+def write_data(folder: Path) -> None:
+    """Write the data files that the pages name."""
+    x, y = np.zeros((4, 3, 8, 8), "uint8"), np.arange(4)
+    for name in ("cifar10.h5", "cifar10-test.h5"):
+        with h5py.File(folder / name, "w") as file:
+            file["x"], file["y"] = x, y
+    with h5py.File(folder / "all.h5", "w") as file:
+        for split in ("train", "test"):
+            file[f"{split}/images"], file[f"{split}/labels"] = x, y
+    rows = [f"{i}.5,{i},species {i % 3}" for i in range(30)]
+    (folder / "iris.csv").write_text("\n".join(["length,width,species", *rows]))
+
+
 @pytest.mark.usefixtures("user_modules")
 @pytest.mark.parametrize(
     "page",
@@ -222,9 +235,7 @@ BASE: dict[str, Any] = {
 def test_every_run_file_is_legal(page: Path, tmp_path: Path) -> None:
     """A part of a run file is completed by `BASE`; the plan is made, too, on one replica."""
     write_files(page, tmp_path)
-    for name in ("cifar10.h5", "cifar10-test.h5"):
-        with h5py.File(tmp_path / name, "w") as file:
-            file["x"], file["y"] = np.zeros((4, 3, 8, 8), "uint8"), np.arange(4)
+    write_data(tmp_path)
     for number, code in enumerate(blocks(page, "toml")):
         table = tomllib.loads(code)
         path = tmp_path / f"{number}.toml"

@@ -35,6 +35,7 @@ IMPORTS: dict[str, tuple[str, ...]] = {
         *(*FLAT, "schedules", "comm", "tasks", "models", "data", "block"),
         *("objectives", "syncs"),
     ),
+    "shared_statistics": (*FLAT, "comm", "data"),
     "tracking": FLAT,
     "config": (*FLAT, "schedules", "tasks", "block", "objectives", "syncs", "tracking"),
     "checkpoint": (*FLAT, "comm", "block", "syncs", "config"),
@@ -48,6 +49,7 @@ IMPORTS: dict[str, tuple[str, ...]] = {
         *("checkpoint", "planning", "build", "evaluation"),
     ),
     "run_report": (*FLAT, "checkpoint", "planning.formatting", "rank_process"),
+    "slurm": (*FLAT, "checkpoint", "config", "planning"),
 }
 """Packages that are not listed (`build`, `evaluate`, `train`, `cli`, ...) may import everything."""
 NO_TORCH = (

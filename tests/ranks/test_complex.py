@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,6 +42,27 @@ def test_it_is_a_plain_loop_of_torch(optimizer: str, tmp_path: Path) -> None:
     user_nets.train_plainly(net, optimizer, lr=0.01, weight_decay=0.1)
     for name, tensor in net.state_dict().items():
         torch.testing.assert_close(model(tmp_path / "run")[name], tensor, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["c8", ">c16"])
+def test_complex_samples_are_those_of_a_plain_loop(dtype: str, tmp_path: Path) -> None:
+    """Read from a file; the numbers between the blocks are complex, too."""
+    x, y, x_test, y_test = user_nets.blobs()
+    x, x_test = ((part * np.exp(1j * part)).astype(dtype) for part in (x, x_test))
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x_test, y_test=y_test)
+    data = {"name": "npz", "train": str(tmp_path / "a.npz"), "normalise": False}
+    optimizer = {"name": "sgd", "lr": 0.1, "weight-decay": 0.0}
+    for stages in (1, 2):
+        run = user_nets.run(
+            "complex_net", data=data, optimizer=optimizer, epochs=1, partition={"cuts": ["1"]}
+        )
+        train_in_threads(run, tmp_path / str(stages), stages=stages)
+    assert_same_model(tmp_path / "1", tmp_path / "2")
+    torch.manual_seed(1)
+    net = user_nets.complex_net((8,), 4)
+    user_nets.train_plainly(net, "sgd", x.astype("c16"), lr=0.1)
+    for name, tensor in net.state_dict().items():
+        torch.testing.assert_close(model(tmp_path / "1")[name], tensor, rtol=1e-10, atol=1e-12)
 
 
 SYNCS: list[dict[str, Any]] = [

@@ -17,6 +17,7 @@ import pytest
 from dtrain.checkpoint.export import load_state_dict
 from dtrain.checkpoint.files import file_sha256
 from dtrain.checkpoint.manifest import checkpoint_names, read_manifest
+from dtrain.cli import main
 from dtrain.errors import CheckpointError
 from tests import tiny
 from tests.harness import train_in_threads
@@ -24,7 +25,6 @@ from tests.manifests import edit_manifest
 from tests.refusals import refuses
 
 SHARD = "replica-0-stage-0.h5"
-KEY = "model/fc1.linear.weight"
 
 
 @pytest.fixture(scope="module")
@@ -239,3 +239,49 @@ def test_checkpoints_may_be_links_to_folders(run_folder: Path, tmp_path: Path) -
     assert train_in_threads(tiny.run(epochs=4), run_folder)["updates"] == 16
     assert (tmp_path / "elsewhere" / "manifest.json").is_file()
     assert not newest(run_folder).exists()
+
+
+def checkpoint_command(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, Any]:
+    """Return exit code and JSON output of `dtrain checkpoint`."""
+    capsys.readouterr()
+    code = main(["checkpoint", *map(str, words), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_the_command_lists_and_verifies_checkpoints(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, rows = checkpoint_command(capsys, "ls", run_folder)
+    assert code == 0
+    assert [row["update"] for row in rows] == [4, 8]
+    assert checkpoint_command(capsys, "verify", run_folder)[0] == 0
+    (run_folder / "checkpoints" / "update-00000012.part").mkdir()
+    assert checkpoint_command(capsys, "verify", run_folder)[0] == 0
+    path = newest(run_folder) / SHARD
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert checkpoint_command(capsys, "ls", run_folder)[0] == 0
+    code, rows = checkpoint_command(capsys, "verify", run_folder)
+    assert code == CheckpointError.code
+    assert [bool(row["problem"]) for row in rows] == [False, True, True]
+    assert str(path) in rows[1]["problem"]
+    assert main(["checkpoint", "verify", str(run_folder)]) == CheckpointError.code
+    assert str(path) in capsys.readouterr().out
+    assert main(["checkpoint", "ls", str(run_folder / "checkpoints")]) == 2
+
+
+def test_the_command_compares_checkpoints(
+    run_folder: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, comparison = checkpoint_command(capsys, "diff", run_folder, trained)
+    assert (code, comparison["equal"], comparison["tensors"]) == (0, True, [])
+    older = run_folder / "checkpoints" / "update-00000004"
+    code, comparison = checkpoint_command(capsys, "diff", older, run_folder)
+    assert (code, comparison["state"]["update"]) == (1, [4, 8])
+    assert {row["key"] for row in comparison["tensors"]} > {"model/fc1.weight"}
+    assert all(0 < row["share"] <= 1 for row in comparison["tensors"])
+    first, second = (read_manifest(path).load_prefix("model/") for path in (older, newest(trained)))
+    largest = max(float((first[name] - second[name]).abs().max()) for name in first)
+    shown = max(
+        row["largest_difference"] for row in comparison["tensors"] if row["key"][:6] == "model/"
+    )
+    assert shown == pytest.approx(largest)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from dtrain.checkpoint import run_folder
+from dtrain.checkpoint import ownership
 from dtrain.checkpoint.manifest import Manifest, latest_checkpoint
 from dtrain.comm.backends.threads import run_ranks
 from dtrain.comm.communicator import Comm
@@ -140,7 +140,7 @@ def test_the_training_split_and_other_data(tmp_path: Path) -> None:
 
 def test_a_training_run_is_evaluated_at_its_newest_checkpoint(tmp_path: Path) -> None:
     train_in_threads(tiny.run(), tmp_path, 1)
-    owner = run_folder.acquire(tmp_path)
+    owner = ownership.acquire(tmp_path)
     newest = latest_checkpoint(tmp_path / "checkpoints")
     assert newest is not None
     shutil.copytree(newest.folder, newest.folder.with_name("update-00000012.part"))

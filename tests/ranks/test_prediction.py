@@ -108,6 +108,38 @@ def test_the_largest_output_is_the_prediction_that_was_tested(
     assert (prediction == labels).mean() == summary["test_accuracy"]
 
 
+def tables(x: NDArray[Any], y: NDArray[Any], folder: Path, name: str) -> None:
+    """Write samples as a table, without and with the target, and in the other formats."""
+    rows = x.reshape(len(x), -1)
+    header = ",".join(f"f{i}" for i in range(rows.shape[1]))
+    np.savetxt(folder / f"{name}-x.csv", rows, "%.17g", ",")
+    table = np.column_stack([rows, y])
+    np.savetxt(folder / f"{name}.csv", table, "%.17g", ",", header=f"{header},class", comments="")
+    np.savez(folder / f"{name}.npz", x=rows, y=y)
+    np.save(folder / f"{name}.npy", rows)
+    with h5py.File(folder / f"{name}.h5", "w") as file:
+        file["samples"], file["x"], file["y"] = rows, rows, y
+
+
+@pytest.mark.parametrize("trained_on", ["csv", "hdf5"])
+def test_files_of_every_format_give_the_outputs_of_their_samples(
+    trained_on: str, tmp_path: Path
+) -> None:
+    x, y, x_test, y_test = tiny.samples()
+    tables(x, y, tmp_path, "train")
+    tables(x_test, y_test, tmp_path, "test")
+    keys = {"csv": {}, "hdf5": {"data__x": "samples"}}[trained_on]
+    suffix = {"csv": "csv", "hdf5": "h5"}[trained_on]
+    for split in ("train", "test"):
+        keys[f"data__{split}"] = str(tmp_path / f"{split}.{suffix}")
+    folder = tmp_path / "run"
+    trained(folder, data__name=trained_on, updates=2, epochs=None, **keys)
+    expected = predict(folder, "test")
+    names = {"csv": ("test.csv", "test-x.csv"), "hdf5": ("test-x.csv",)}[trained_on]
+    for name in (*names, "test.npz", "test.npy", "test.h5"):
+        assert np.array_equal(predict(folder, str(tmp_path / name)), expected), name
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     trained(tmp_path, updates=1, epochs=None)
     x: NDArray[Any] = tiny.samples()[2]

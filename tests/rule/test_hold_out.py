@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from dtrain.data import load_data
-from dtrain.data.dataset import DatasetSplits, Standardised, standardise
+from dtrain.data.dataset import DatasetSplits
 from dtrain.data.hold_out import hold_out
+from dtrain.data.statistics import Standardised, standardise
 from dtrain.data.user import as_splits
 from dtrain.errors import ConfigError, DataError
 from dtrain.tasks.task import DEFAULT_TASK, Task

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
-from subprocess import PIPE, Popen
 
 import numpy as np
 import pytest
 
-from dtrain.checkpoint import run_folder
+from dtrain.checkpoint import ownership, run_folder
 from dtrain.checkpoint.resume import check_same_run, find_checkpoint
 from dtrain.comm.backends.single import SingleBackend
 from dtrain.comm.communicator import Comm
@@ -93,108 +88,10 @@ def test_every_sample_of_an_update_is_in_one_micro_batch(
     assert indices == list(order)
 
 
-def test_a_folder_is_locked_once(tmp_path: Path) -> None:
-    """The error names the owner and its file."""
-    folder = tmp_path / "new" / "run"
-    owner = run_folder.acquire(folder)
-    with refuses(ConfigError, "run-folder.locked") as caught:
-        run_folder.acquire(folder)
-    assert f"process {os.getpid()}" in caught.value.message
-    assert str(folder / "owner.json") in caught.value.message
-    assert not run_folder.release(folder, owner | {"process": 1})
-    assert run_folder.release(folder, owner)
-    assert not run_folder.release(folder, owner)
-    run_folder.acquire(folder)
-    assert [path.name for path in folder.iterdir()] == ["owner.json"]
-
-
-CONTENDER = """
-import sys
-from pathlib import Path
-from dtrain.checkpoint import run_folder
-from dtrain.errors import ConfigError
-print("ready", flush=True)
-sys.stdin.readline()
-try:
-    run_folder.acquire(Path(sys.argv[1]))
-    print("locked", flush=True)
-except ConfigError:
-    print("refused", flush=True)
-sys.stdin.read()
-"""
-
-
-def test_one_of_many_processes_locks_a_folder(tmp_path: Path) -> None:
-    """All start at once, and live until all have answered."""
-    with ExitStack() as stack:
-        argv = [sys.executable, "-c", CONTENDER, str(tmp_path)]
-        processes = [
-            stack.enter_context(Popen(argv, stdin=PIPE, stdout=PIPE, text=True)) for _ in range(6)
-        ]
-        assert [next_line(process) for process in processes] == ["ready"] * 6
-        for process in processes:
-            assert process.stdin is not None
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        answers = [next_line(process) for process in processes]
-        assert sorted(answers) == ["locked"] + ["refused"] * 5
-
-
-def next_line(process: Popen[str]) -> str:
-    """Return the next line of output of a process."""
-    assert process.stdout is not None
-    return process.stdout.readline().strip()
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"process": 2**22 + 1}, {"since": "1"}, {"job": "7", "restart": "0", "host": "elsewhere"}],
-)
-def test_a_folder_whose_owner_is_gone_is_taken_over(
-    change: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    run_folder.acquire(tmp_path)
-    owner = json.loads((tmp_path / "owner.json").read_text())
-    (tmp_path / "owner.json").write_text(json.dumps(owner | change))
-    run_folder.acquire(tmp_path)
-    assert json.loads((tmp_path / "owner.json").read_text()) == owner
-
-
-@pytest.mark.parametrize("change", [{}, {"host": "elsewhere"}, {"job": "8", "host": "elsewhere"}])
-def test_a_folder_whose_owner_may_live_is_refused(
-    change: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    run_folder.acquire(tmp_path)
-    owner = json.loads((tmp_path / "owner.json").read_text()) | change
-    (tmp_path / "owner.json").write_text(json.dumps(owner))
-    with refuses(ConfigError, "run-folder.locked") as caught:
-        run_folder.acquire(tmp_path)
-    assert str(owner["host"]) in caught.value.message
-
-
-def test_the_error_names_the_job_to_look_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A job on another host may be running or dead; the user can ask Slurm."""
-    monkeypatch.setenv("SLURM_JOB_ID", "123")
-    owner = run_folder.acquire(tmp_path) | {"host": "n017"}
-    (tmp_path / "owner.json").write_text(json.dumps(owner))
-    monkeypatch.setenv("SLURM_JOB_ID", "124")
-    with refuses(ConfigError, "run-folder.locked") as caught:
-        run_folder.acquire(tmp_path)
-    message = caught.value.message
-    assert "(job 123, restart 0, host n017, " in message
-    assert "`squeue -j 123`" in message
-    assert str(tmp_path / "owner.json") in message
-
-
 def test_a_full_disk_does_not_hide_how_a_run_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    owner = run_folder.acquire(tmp_path)
+    owner = ownership.acquire(tmp_path)
     run_folder.write_summary(tmp_path, {"status": "running"})
 
     def full(*_: object) -> None:
@@ -221,13 +118,13 @@ def test_an_error_while_the_folder_is_locked_unlocks_it(
 ) -> None:
     run = replace(tiny.run(), path=tmp_path / "run.toml")
 
-    def acquire_late(out: Path) -> run_folder.Owner:
+    def acquire_late(out: Path) -> ownership.Owner:
         owner = acquire(out)
         (out / "letters.txt").touch()  # another program's, written meanwhile
         return owner
 
-    acquire = run_folder.acquire
-    monkeypatch.setattr(run_folder, "acquire", acquire_late)
+    acquire = ownership.acquire
+    monkeypatch.setattr(ownership, "acquire", acquire_late)
     with refuses(ConfigError, "run-folder.not-empty"):
         train(run, Comm(SingleBackend()), tmp_path / "out", "never")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["letters.txt"]
@@ -238,12 +135,6 @@ def test_the_slowest_rank_is_compared_with_its_own_stage() -> None:
     rows = [{"stage": rank % 2, "busy_s": busy[rank]} for rank in range(6)]
     slowest = slowest_rank(rows)
     assert slowest == {"slowest_rank": 3, "slowest_busy_s": 9.0, "stage_median_busy_s": 5.2}
-
-
-def test_a_damaged_owner_file_is_replaced(tmp_path: Path) -> None:
-    (tmp_path / "owner.json").write_text("{")
-    run_folder.acquire(tmp_path)
-    assert json.loads((tmp_path / "owner.json").read_text())["process"] == os.getpid()
 
 
 def test_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
@@ -258,7 +149,7 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     with refuses(ConfigError, "run-folder.no-resume-checkpoint"):
         find_checkpoint(tmp_path / "new", str(tmp_path))
     with refuses(ConfigError, "run-folder.unusable"):
-        run_folder.acquire(tmp_path / "letters.txt" / "run")
+        ownership.acquire(tmp_path / "letters.txt" / "run")
     assert find_checkpoint(tmp_path / "new", "auto") is None
 
 

@@ -19,8 +19,9 @@ from torch.testing import assert_close
 from dtrain.data import load_data, memory_limits, source_dataset
 from dtrain.data.array_source import MemorySource
 from dtrain.data.conversion import torch_dtype
-from dtrain.data.dataset import DatasetSplits, standardise
+from dtrain.data.dataset import DatasetSplits
 from dtrain.data.source_dataset import SourceDataset
+from dtrain.data.statistics import standardise
 from dtrain.data.user import as_splits
 from dtrain.errors import ConfigError, DataError
 from dtrain.monitoring.run_totals import RunTotals
@@ -384,7 +385,8 @@ def test_shapes_that_would_broadcast_are_refused_with_both_shapes() -> None:
             {"loss": "mse", "classes-last": True},
             "task.classes-last-without-classes",
         ),
-        ("probabilities", None, {"ignore-index": 1}, "task.loss-refuses-shapes"),
+        ("probabilities", None, {"ignore-index": 1}, "task.ignore-index-probabilities"),
+        ("probabilities", None, {"ignore-index": -1}, "task.ignore-index-probabilities"),
     ],
 )
 def test_targets_that_do_not_fit_are_refused(
@@ -470,11 +472,11 @@ X = np.arange(24.0).reshape(4, 6)
         (Task(), np.array([[0, 1], [2, -1], [0, 0], [0, 0]]), "data.labels-negative"),
         (Task(ignore_index=7), np.full((4, 2), 7), "data.labels-all-ignored"),
         (Task(weight=(1, 1)), np.array([0, 1, 2, 0]), "data.labels-out-of-range"),
-        (Task(), np.array(list("abcd")), "data.targets-dtype"),
+        (Task("mse"), np.array(list("abcd")), "data.targets-dtype"),
         (Task("mse"), np.array([1.0, 2.0, np.nan, 3.0]), "data.targets-not-finite"),
         (Task("mse"), None, "data.targets-dtype"),
         (Task("mse"), np.zeros((3, 2)), "data.lengths-differ"),
-        (Task(), np.zeros((4, 1), np.int64), "data.labels-not-integers"),
+        (Task("tests.task_data:quartic"), np.zeros((4, 1), np.int64), "data.labels-not-integers"),
     ],
 )
 def test_targets_that_a_task_cannot_have(task: Task, y: np.ndarray | None, key: str) -> None:

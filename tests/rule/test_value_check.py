@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from dtrain.data.array_source import MemorySource
-from dtrain.data.dataset import DatasetSplits, Subset, standardise
+from dtrain.data.dataset import DatasetSplits, Subset
 from dtrain.data.hdf5_set import open_split
 from dtrain.data.source_dataset import SourceDataset
+from dtrain.data.statistics import standardise
 from dtrain.data.value_check import all_targets_alike, check_finite, has_finite_statistics
 from dtrain.errors import DataError
 from tests.refusals import refuses

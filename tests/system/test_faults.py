@@ -129,6 +129,17 @@ def train_here(run: Path, out: str, net: str) -> None:
     assert run_in_process("train", run, "--out", run.parent / out, *sets) == 0
 
 
+def test_forked_processes_of_a_user_are_no_ranks(tmp_path: Path) -> None:
+    """A signal ends them in silence; they write no record, and their errors end no job."""
+    run = write_run(tmp_path, RUN, "pooled")
+    ended = train(run, tmp_path / "out", 2, "data.name=pooled:blobs", "model.name=pooled:net")
+    assert "stopped by" not in ended.err + ended.out
+    assert ended.err.count("KeyError") == 1, ended.err  # of the process that raises
+    result = outcome.summary(tmp_path / "out")
+    assert (result["status"], result["epochs"]) == ("finished", 2)
+    assert not (tmp_path / "out" / "flight").exists()
+
+
 def test_a_killed_rank_ends_the_job_and_the_same_command_resumes(run: Path) -> None:
     """The digest is that of an uninterrupted run on one stage."""
     environ = {"DTRAIN_TEST_DIED": str(run.parent / "died")}

@@ -1,0 +1,87 @@
+"""All ranks run the same thing: run file, user's code, versions and dtrain's own code.
+
+Invariant: it is compared before the first collective that depends on the run, so that a stale file
+on one node is named and nothing hangs.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+from functools import cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import dtrain
+from dtrain.checkpoint.resume import source_hashes
+from dtrain.comm.communicator import Comm
+from dtrain.config.run import RunConfig
+from dtrain.errors import ConfigError
+from dtrain.schema import flatten_table
+
+ADDRESS = re.compile(" at 0x[0-9a-f]+")
+
+
+def check_same_program(run: RunConfig, comm: Comm) -> None:
+    """Verify that all ranks have the same run and the same versions. Collective over `comm`.
+
+    Raises
+    ------
+    ConfigError
+        On all ranks; it names a rank and the first key that differs.
+    """
+    rows = {key: ADDRESS.sub("", repr(value)) for key, value in flatten_table(run.to_table())}
+    _compare(rows | _versions(), comm)
+
+
+def check_same_source(run: RunConfig, comm: Comm) -> None:
+    """Verify that all ranks have imported the same text of the user's modules. Collective.
+
+    Raises
+    ------
+    ConfigError
+        On all ranks; it names a rank and the module.
+    """
+    _compare({f"the text of {name}": text for name, text in source_hashes(run).items()}, comm)
+
+
+def _compare(rows: dict[str, str], comm: Comm) -> None:
+    if comm.size == 1:
+        return
+    own_hash = blake2b(repr(sorted(rows.items())).encode()).hexdigest()
+    if len(set(comm.allgather_object(own_hash))) == 1:
+        return
+    first, *others = comm.allgather_object(rows)
+    for rank, other in enumerate(others, 1):
+        for key in sorted({**first, **other}, key=lambda key: (not key.endswith("name"), key)):
+            was, now = first.get(key, "absent"), other.get(key, "absent")
+            if was != now:
+                raise ConfigError(
+                    "ranks.program-differs",
+                    f"rank {rank} on {comm.hosts[rank]} does not run what rank 0 on "
+                    f"{comm.hosts[0]} runs: {key} is {now} there and {was} on rank 0; give all "
+                    "nodes the same files and the same environment",
+                    on_all_ranks=True,
+                )
+
+
+def _versions() -> dict[str, Any]:
+    return {
+        "version of Python": platform.python_version(),
+        "version of torch": torch.__version__,
+        "version of numpy": np.__version__,
+        "code of dtrain": _own_code(),
+    }
+
+
+@cache
+def _own_code() -> str:
+    """Return a hash of the text of this package."""
+    root, digest = Path(dtrain.__file__).parent, blake2b(digest_size=8)
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Slurm: profiles of sites, job scripts made from them, and their submission."""
