@@ -105,6 +105,7 @@ def report_error(error: BaseException, comm: Comm | None) -> int:
         return error.code
     if isinstance(error, Interrupted):
         if error.on_all_ranks:
+            _ignore_stop_signals()  # srun ends the others once the first one has left with 75
             return error.code
         if not error.quiet:
             print_error(f"dtrain: {error}")
@@ -209,8 +210,7 @@ def _install_signal_handlers(comm: Comm) -> None:
         number = relayed.get(signal.Signals(received), received)
         if _signals.defers(number):
             return
-        for signal_number in STOP_SIGNALS:  # launchers send it twice
-            signal.signal(signal_number, signal.SIG_IGN)
+        _ignore_stop_signals()  # launchers send it twice
         interrupted = Interrupted.by_signal(number, quiet=comm.rank > 0)
         if comm.flight.folder is not None:  # before the exception ends the waits it records
             comm.flight.dump(f"Stopped: {interrupted}", frame)
@@ -224,6 +224,12 @@ def _install_signal_handlers(comm: Comm) -> None:
     _handle(signal.SIGCONT, note_continue)
     threading.Thread(target=_signals.watch, args=(comm,), daemon=True, name="dtrain-stop").start()
     comm.flight.dump_on_signal(FLIGHT_SIGNAL)
+
+
+def _ignore_stop_signals() -> None:
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _handle(number: int, handler: Callable[[int, FrameType | None], object]) -> None:
