@@ -172,11 +172,9 @@ class Progress:
             print(f"stopped   {summary['stop_reason']}")
         if summary["status"] == "stopped" and summary["stop_reason"] is not None:
             print(f"folder  {self.out.resolve()}")
-            print(
-                f"saved at update {summary['updates']:,} of {self.total_updates:,}; start the same "
-                "command again to continue",
-                flush=True,
-            )
+            done = f"update {summary['updates']:,} of {self.total_updates:,}"
+            done = f"saved at {done}" if summary["updates"] else "nothing was trained yet"
+            print(f"{done}; start the same command again to continue", flush=True)
             return
         result = f"test {self._result_text(summary)}" if summary["metrics"] else summary["status"]
         print(

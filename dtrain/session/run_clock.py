@@ -25,8 +25,9 @@ LEAST_LEAD_S = 10.0
 """Seconds before the limit at which a run stops at the latest."""
 
 
-FIRST_SAVE_S = 30.0
-"""Seconds that a checkpoint counts before one was measured."""
+FIRST_SAVE_S, FIRST_SAVE_SHARE = 30.0, 0.05
+"""Seconds that a checkpoint counts before one was measured, and their largest share of the time
+that the job has left at the start."""
 
 
 DECAY = 0.95
@@ -67,7 +68,8 @@ class RunClock:
         self._length = plan.training_length
         self._interval_s = 60.0 * plan.run.checkpoint.every_minutes or math.inf
         self._next_save = time.monotonic() + self._interval_s
-        self._save_s, self._eval_s, self._update_s = FIRST_SAVE_S, 0.0, 0.0
+        self._first_save_s: float | None = None
+        self._save_s, self._eval_s, self._update_s = 0.0, 0.0, 0.0
         self._last_update: tuple[int, float] = starts_at - 1, time.monotonic()
         self._measured = 0
         self._said_request = self._said_limit = False
@@ -78,8 +80,19 @@ class RunClock:
         if now >= self._next_save:
             self._next_save = now + self._interval_s
             self._early_end.requested = max(self._early_end.requested, SAVE)
-        if self._limit is not None and now >= self._limit.end - self.lead_s():
-            self._early_end.requested = max(self._early_end.requested, TIME_LIMIT)
+        if self._limit is None or self._limit.end == math.inf:
+            return
+        if self._first_save_s is None:
+            left_s = max(self._limit.end - now, 0.0)
+            self._save_s = self._first_save_s = min(FIRST_SAVE_S, FIRST_SAVE_SHARE * left_s)
+        if now >= self._limit.end - self.lead_s() and self._early_end.requested < TIME_LIMIT:
+            self._early_end.requested = TIME_LIMIT
+            if not self._measured and not self._said_limit:
+                self._said_limit = True
+                self._say(
+                    f"the job ends in {clock_text(self._limit.end - now)}, too soon to train: give "
+                    "it more time"
+                )
 
     def lead_s(self) -> float:
         """Return the seconds before the job's limit at which the run has to stop."""
@@ -106,7 +119,7 @@ class RunClock:
 
     def note_save(self, save_s: float) -> None:
         """Record the time of a checkpoint; the next one by the clock is counted from now."""
-        self._save_s = save_s
+        self._save_s, self._first_save_s = save_s, save_s
         self._restart(time.monotonic())
         self._next_save = time.monotonic() + self._interval_s
 
