@@ -171,20 +171,7 @@ class Engine:
                 update = self.updates[action.update]
                 control.flight.note("action", action, "update", update.number)
                 try:
-                    received, micro_batch = self.router.receive(action), None
-                    match action.kind:
-                        case "F":
-                            micro_batch = self._forward(action, update, received, loader)
-                        case "B" | "I":
-                            micro_batch = self._backward(action, update, received)
-                        case "W":
-                            micro_batch = self._backward_weight(action)
-                        case _:
-                            self.update_step.step(action, update, received)
-                            if self.counts_after_updates:
-                                self._count_after_update()
-                    self.router.send(action, self.blocks[action.block], micro_batch)
-                    del received, micro_batch  # frees their memory before the next action
+                    self._run_action(action, update, loader)
                 except BaseException:
                     with self.position.error_context(action, f"update {update.number}"):
                         raise
@@ -206,6 +193,22 @@ class Engine:
         self.router.close()
         self.metric_sums.wall_s = time.perf_counter() - start
         self.metric_sums.busy_s = self.metric_sums.wall_s - (control.wait_s - waited)
+
+    def _run_action(self, action: Action, update: BatchUpdate, loader: Loader) -> None:
+        """Receive the messages of an action, compute, and send its own."""
+        received, micro_batch = self.router.receive(action), None
+        match action.kind:
+            case "F":
+                micro_batch = self._forward(action, update, received, loader)
+            case "B" | "I":
+                micro_batch = self._backward(action, update, received)
+            case "W":
+                micro_batch = self._backward_weight(action)
+            case _:
+                self.update_step.step(action, update, received)
+                if self.counts_after_updates:
+                    self._count_after_update()
+        self.router.send(action, self.blocks[action.block], micro_batch)
 
     def _drop_updates(self, trained: int) -> None:
         """Forget the updates of the segment after its first `trained`, if it has ended early."""

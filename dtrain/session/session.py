@@ -273,8 +273,7 @@ class Session:
             job.engine.trace = start_trace(job, comm, out, self._totals)
         copied_blocks = job.copied_blocks if point.checkpoint is None else []
         layers = layer_notes(plan, job.engine.blocks, job.train_loader, comm)
-        notes += placement_warnings(plan, comm.hosts)
-        notes += data_path_notes(point.run_table, plan.run)
+        notes += placement_warnings(plan, comm.hosts) + data_path_notes(point.run_table, plan.run)
         notes += damage_notes(point)
         notes += source_notes(point.fingerprint, self._fingerprint["source"])
         self._listen(point)
