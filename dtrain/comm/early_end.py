@@ -75,7 +75,9 @@ class EarlyEnd:
     ----------
     requested : int
         What this rank wants; 0: nothing. Of several ranks the largest number counts. A signal
-        handler may set it.
+        handler may set it, so nothing resets it.
+    passing_request : int
+        Likewise, until all ranks have acted on it.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class EarlyEnd:
         self.comm = comm
         self.in_segments = in_segments
         self.clock = clock
-        self.requested = 0
+        self.requested = self.passing_request = 0
         self._begun = 0
         self._enabled = True
         self._parent = (comm.rank - 1) // FAN_OUT if comm.rank else None
@@ -140,7 +142,7 @@ class EarlyEnd:
             return
         if not self._asked:
             if not (
-                (self.requested and self._enabled)
+                ((self.requested or self.passing_request) and self._enabled)
                 or (self._ask is not None and self._ask.test())
                 or any(answer.test() for answer in self._answers)
             ):
@@ -154,14 +156,15 @@ class EarlyEnd:
     def _ask_children(self) -> None:
         self._asked = True
         for child in self._children:
-            self._send(child, ASK, 0, self.requested)
+            self._send(child, ASK, 0, 0)
 
     def _answer(self) -> None:
         """Send the largest answer of this rank and its children to the parent."""
         answers = [answer.numbers() for answer in self._answers]
         self._limit = self._begun
         update = max([self._begun, *(update for update, _ in answers)])
-        self._request = max([self.requested, *(request for _, request in answers)])
+        own = max(self.requested, self.passing_request)
+        self._request = max([own, *(request for _, request in answers)])
         if self._parent is None:
             self._decide(update, self._request)
         else:
@@ -188,7 +191,7 @@ class EarlyEnd:
         Without one this rank counts `begun` updates as begun, since a segment may follow.
         """
         self.poll()
-        known = max(self.requested, self._request, int(self._asked))
+        known = max(self.requested, self.passing_request, self._request, int(self._asked))
         if not known:
             self._begun = begun
         return known
@@ -218,8 +221,7 @@ class EarlyEnd:
             request = max(request, self._decision[1])
             self._begun = begun
             self._start_round()
-        if self.requested <= request:
-            self.requested = 0
+        self.passing_request = 0
         return request
 
     def _is_over(self) -> bool:

@@ -79,7 +79,7 @@ class RunClock:
         now = time.monotonic()
         if now >= self._next_save:
             self._next_save = now + self._interval_s
-            self._early_end.requested = max(self._early_end.requested, SAVE)
+            self._early_end.passing_request = SAVE
         if self._limit is None or self._limit.end == math.inf:
             return
         if self._first_save_s is None:
@@ -113,7 +113,7 @@ class RunClock:
         self._measured += 1
         if not self._said_limit and self._measured > SETTLED_UPDATES:
             self._say_if_too_long(now)
-        if self._early_end.requested > SAVE and not self._said_request:
+        if self._early_end.requested and not self._said_request:
             self._said_request = True
             self._say_where_it_stops(update)
 

@@ -462,9 +462,10 @@ class Session:
 
     def _act_on(self, request: int) -> None:
         """Note what all ranks have agreed to do."""
-        if stops(request) and self.stop_reason is None:
-            assert self._early_end is not None
+        assert self._early_end is not None
+        if stops(request):
             self._early_end.disable()
+        if stops(request) and self.stop_reason is None:
             self.interrupted, self.stop_reason = True, reason(request)
         self._save_requested |= request > 0
 

@@ -234,7 +234,7 @@ def test_all_ranks_decide_for_one_update_that_none_has_passed(ranks: int, seed: 
                 if comm.rank + 1 < comm.size:
                     comm.isend(message, comm.rank + 1, 1)
                 if chance.random() < 0.02:
-                    early_end.requested = 1
+                    early_end.passing_request = 1
             assert done == early_end.end_of(start + 40)
             comm.flush()
             if comm.rank:
