@@ -147,6 +147,51 @@ def test_a_run_stopped_at_any_update_and_resumed_is_the_undisturbed_one(
         assert records(tmp_path / "parts", kind) == records(tmp_path / "whole", kind)
 
 
+def test_all_that_follows_updates_and_evaluations_goes_on(tmp_path: Path) -> None:
+    """Averaged weights, norms, the best checkpoint, early stopping and a schedule of the rate."""
+    changes: dict[str, Any] = {
+        "mesh__stages": 2,
+        "epochs": 3,
+        "ema": {"decay": 0.9, "evaluate": True},
+        "stop": {"metric": "loss", "patience": 2},
+        "checkpoint": {"best": "accuracy"},
+        "evaluate": {"every-updates": 4},
+        "lr": {"name": "cosine"},
+        "log": {"norms": True},
+        "trace": True,
+        "data__validation": 0.2,
+    }
+    run = run_of("backprop", "1f1b", "every-step", **changes)
+    whole = train_in_threads(run, tmp_path / "whole", 2, 2)
+    for update in (2, 4, 7):
+        train_until_stopped(run, tmp_path / "parts", 4, stop_at(update, {2}), seed=update)
+    resumed = train_in_threads(run, tmp_path / "parts", 2, 2)
+    assert resumed["attempts"] > 2
+    for key in (*COUNTED, "best", "stop_reason", "validation_loss", "ema_test_loss"):
+        assert resumed[key] == whole[key], key
+    for kind in ("train", "eval"):
+        assert records(tmp_path / "parts", kind) == records(tmp_path / "whole", kind)
+
+
+def test_the_rest_of_a_segment_may_be_trained_on_other_ranks(tmp_path: Path) -> None:
+    """To the bit on other stages, up to rounding on other replicas; no sample counts twice."""
+    run = run_of("mono-forward", "stream", "every-step", epochs=1)
+    whole = train_in_threads(run, tmp_path / "whole", 1)
+    for number, (start, end) in enumerate([((3, 1), (2, 1)), ((1, 2), (3, 1)), ((1, 1), (1, 3))]):
+        out = tmp_path / str(number)
+        first = run_of("mono-forward", "stream", "every-step", epochs=1, mesh__stages=start[0])
+        ends = train_until_stopped(first, out, start[0] * start[1], stop_at(4, {0}))
+        assert ends[0][0] == SAVED_CODE
+        moved = run_of("mono-forward", "stream", "every-step", epochs=1, mesh__stages=end[0])
+        rest = train_in_threads(moved, out, *end)
+        assert (rest["samples"], rest["updates"]) == (whole["samples"], whole["updates"])
+        expected = pytest.approx(whole["train_loss_per_block"], rel=1e-12)
+        assert rest["train_loss_per_block"] == expected
+        if start[1] == end[1]:
+            assert rest["digest"] == whole["digest"]
+            assert rest["train_loss_per_block"] == whole["train_loss_per_block"]
+
+
 LATE_CELLS = [
     ("dni", "pipelined", "every-step"),
     ("man", "stream", "local-sgd"),

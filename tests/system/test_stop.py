@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -83,3 +84,30 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_bit_for_bit(run: Path) -> 
     for key in ("digest", "test_loss", "train_loss", "samples", "bytes_intra_node", "status"):
         assert resumed[key] == whole[key], key
     assert resumed["attempts"] == len(STOPS) + 1
+
+
+TWICE = """
+import os, signal, time
+import dtrain
+
+
+def stop(session, event):
+    if event.kind == "update" and event.update == 2:
+        for _ in range(2):
+            os.kill(os.getpid(), getattr(signal, os.environ["NAME"]))
+            time.sleep(1.2)
+
+
+dtrain.train(dtrain.Run.read("run.toml", ["mesh.stages=1"]), "out", callbacks=[stop])
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", SAVED_CODE)])
+def test_only_a_second_ctrl_c_ends_a_run_at_once(name: str, code: int, run: Path) -> None:
+    (run.parent / "script.py").write_text(TWICE)
+    environ = os.environ | {"NAME": name}
+    ended = start([sys.executable, "script.py"], cwd=run.parent, env=environ)
+    assert (ended.code, ended.late) == (code, False), ended.err
+    assert (summary(run.parent / "out")["updates"] > 0) == (code == SAVED_CODE)
+    assert summary(run.parent / "out")["status"] == "stopped"
+    assert "Traceback" not in ended.err
