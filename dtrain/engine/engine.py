@@ -143,14 +143,8 @@ class Engine:
         """Train on `batches`: update `first_update` of the run and those that follow.
 
         Collective over all ranks. Yields the number of each update when it is done; afterwards
-        `metric_sums` holds the sums of the segment.
-
-        Parameters
-        ----------
-        early_end : EarlyEnd, optional
-            May end the segment before its last update.
-        earlier_sums : MetricSums, optional
-            Losses and metrics of the part of the segment that was trained before.
+        `metric_sums` holds the sums of the segment. `early_end` may end it before its last update.
+        `earlier_sums` are those of the part of the segment that was trained before.
 
         Raises
         ------
