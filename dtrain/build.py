@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -29,8 +29,14 @@ from dtrain.comm.communicator import Comm
 from dtrain.comm.groups import ProcessGroups
 from dtrain.config.run import RunConfig
 from dtrain.data import augment as augments
+from dtrain.data.conversion import Array
+from dtrain.data.item_sources import ItemTargets
 from dtrain.data.loader import Loader
+from dtrain.data.node_memory import hold_on_node
+from dtrain.data.sampler import even_ranges
 from dtrain.data.statistics import unstandardised
+from dtrain.data.torch_datasets import TargetsNeeded, read_targets, shared_target_pass
+from dtrain.data.worker_pool import WorkerPool
 from dtrain.engine.engine import Engine
 from dtrain.engine.evaluator import Evaluator
 from dtrain.engine.spec import EngineSpec
@@ -39,7 +45,7 @@ from dtrain.mesh import RankPosition
 from dtrain.objectives.messages import reads_samples
 from dtrain.planning.block_factory import make_blocks
 from dtrain.planning.layout import layout_rows
-from dtrain.planning.plan import Plan
+from dtrain.planning.plan import Plan, make_plan
 from dtrain.syncs.replica_check import checksum
 
 
@@ -55,6 +61,8 @@ class RankJob:
         They read the samples of both splits.
     validation_loader : Loader or None
         It reads the samples of the validation split, where there is one.
+    workers : WorkerPool or None
+        The worker processes of the loaders, where the run has some.
     groups : ProcessGroups
         The communicators of this rank.
     copied_blocks : list of int
@@ -70,6 +78,7 @@ class RankJob:
     train_loader: Loader
     test_loader: Loader
     validation_loader: Loader | None
+    workers: WorkerPool | None
     groups: ProcessGroups
     copied_blocks: list[int]
     model_fingerprint: dict[str, str]
@@ -78,6 +87,57 @@ class RankJob:
     def position(self) -> RankPosition:
         """This rank's coordinates on the mesh."""
         return self.engine.position
+
+    def start_workers(self) -> None:
+        """Start the worker processes, if this rank reads inputs and the data set needs them.
+
+        Raises
+        ------
+        ConfigError
+            The data set or its augmentation cannot be sent to other processes.
+        """
+        if self.engine.needs_samples or self.evaluator.needs_samples:
+            for loader in (self.train_loader, self.test_loader, self.validation_loader):
+                if loader is not None:
+                    loader.start_workers()
+
+
+def make_plan_together(run: RunConfig, comm: Comm) -> Plan:
+    """Make the plan of a run on all ranks. Collective over `comm`.
+
+    Labels that only the items of a torch Dataset have are read once, each rank a part of them.
+
+    Raises
+    ------
+    DtrainError
+        On all ranks.
+    """
+    known: dict[int, Array] = {}
+    while comm.size > 1:
+        with shared_target_pass(known) as target_pass:
+            plan = all_or_none(comm, lambda: _plan_or_none(run, comm.size))
+        if plan is not None:
+            return plan
+        for number, targets in enumerate(target_pass.pending):
+            known[number] = _read_targets_together(targets, comm)
+    return make_plan(run, comm.size)
+
+
+def _plan_or_none(run: RunConfig, ranks: int) -> Plan | None:
+    """Return the plan; None where targets are to be read first."""
+    try:
+        return make_plan(run, ranks)
+    except TargetsNeeded:
+        return None
+
+
+def _read_targets_together(targets: ItemTargets, comm: Comm) -> Array:
+    """Return the targets of all items. Collective over `comm`."""
+    rows = even_ranges(len(targets), comm.size)[comm.rank]
+    own = all_or_none(comm, lambda: read_targets(targets, rows))
+    with comm.without_counting():
+        parts = comm.allgather_object(own.tolist())
+    return np.array([label for part in parts for label in part], targets.dtype)
 
 
 def build_rank(plan: Plan, comm: Comm) -> RankJob:
@@ -109,19 +169,32 @@ def build_rank(plan: Plan, comm: Comm) -> RankJob:
     for index, sync in syncs.items():
         sync.setup(blocks[index], groups.replicas)
     engine_spec = _engine_spec(plan, device)
-    validation = plan.data.validation
-    augment = augments.build_augment(plan.run.data.augment, settings.seed)
+    workers, loaders = _make_loaders(plan)
     return RankJob(
         plan=plan,
         engine=Engine(position, groups, blocks, syncs, engine_spec),
         evaluator=Evaluator(position, groups, blocks, engine_spec),
-        train_loader=Loader(plan.data.train, layout.dtype, augment),
-        test_loader=Loader(plan.data.test, layout.dtype),
-        validation_loader=None if validation is None else Loader(validation, layout.dtype),
+        train_loader=loaders["train"],
+        test_loader=loaders["test"],
+        validation_loader=loaders.get("validation"),
+        workers=workers,
         groups=groups,
         copied_blocks=copied_blocks,
         model_fingerprint=model_fingerprint,
     )
+
+
+def _make_loaders(plan: Plan) -> tuple[WorkerPool | None, dict[str, Loader]]:
+    """Return the worker processes of this rank, and the loaders by name of the split."""
+    run, dtype = plan.run, plan.layout.dtype
+    workers = WorkerPool(run.data.workers) if run.data.workers else None
+    augment = augments.build_augment(
+        run.data.augment, run.settings.seed, run.folder, plan.data.train.source_indices
+    )
+    return workers, {
+        name: Loader(split, dtype, augment if name == "train" else None, workers=workers)
+        for name, split in plan.data.by_name().items()
+    }
 
 
 def _check_no_decay(plan: Plan, blocks: Mapping[int, Block], comm: Comm) -> None:
@@ -219,6 +292,44 @@ def check_same_layout(plan: Plan, comm: Comm) -> None:
                 )
 
 
+def hold_data(plan: Plan, comm: Comm, used: Sequence[str] | None = None) -> bool:
+    """Hold the data in memory once per node, as far as they fit. Collective over all ranks.
+
+    Returns whether there were arrays to hold.
+
+    Parameters
+    ----------
+    used : sequence of str, optional
+        The splits that are read often; default: all of them. No other one is held.
+
+    Raises
+    ------
+    DataError
+        On all ranks, if the data cannot be read.
+    """
+    given = plan.run.dataset.target
+    return hold_on_node(
+        plan.data.by_name(),
+        comm,
+        reads_inputs=reads_inputs(plan, comm.rank),
+        owned=given is None or callable(given),
+        used=used,
+    )
+
+
+def reads_inputs(plan: Plan, rank: int) -> bool:
+    """Return whether a rank reads samples, in training or in prediction."""
+    if plan.layout.task.target == "input":
+        return True
+    _, stage = plan.layout.mesh.coords(rank)
+    objective = plan.layout.objective
+    specs = [plan.layout.block_specs[index] for index in plan.layout.blocks_of_stage(stage)]
+    return any(
+        reads_samples(objective, spec, "train") or reads_samples(objective, spec, "predict")
+        for spec in specs
+    )
+
+
 def check_same_data(plan: Plan, comm: Comm) -> dict[str, Any]:
     """Verify on some samples that all ranks read the same data. Collective over all ranks.
 
@@ -259,27 +370,21 @@ def _fingerprint(plan: Plan, rank: int) -> tuple[str, str | None, dict[str, list
     Inputs are read by the first stage at least, here before they are standardised. The numbers are
     weighted means of them, which hardly depend on the machine.
     """
-    _, stage = plan.layout.mesh.coords(rank)
-    objective = plan.layout.objective
-    specs = [plan.layout.block_specs[index] for index in plan.layout.blocks_of_stage(stage)]
-    reads_inputs = any(
-        reads_samples(objective, spec, "train") or reads_samples(objective, spec, "predict")
-        for spec in specs
-    )
+    is_reader = reads_inputs(plan, rank)
     labels, inputs = blake2b(), blake2b()
     numbers, other_numbers = list[float](), list[float]()
     for split in plan.data.by_name().values():
         indices = np.unique(np.linspace(0, split.size - 1, 32).astype(np.int64))
         labels.update(str((split.size, split.shape, split.classes)).encode())
         labels.update(split.targets(indices).numpy().tobytes())
-        if reads_inputs:
+        if is_reader:
             stored = unstandardised(split).inputs(indices)
             inputs.update(stored.numpy().tobytes())
             numbers += _row_numbers(stored)
             for rows in split.read_other_inputs(indices):
                 inputs.update(rows.numpy().tobytes())
                 other_numbers += _row_numbers(rows)
-    if not reads_inputs:
+    if not is_reader:
         return labels.hexdigest(), None, None
     others = {OTHER_INPUTS: other_numbers} if other_numbers else {}
     return labels.hexdigest(), inputs.hexdigest(), {"inputs": numbers} | others

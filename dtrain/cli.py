@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import dtrain
-from dtrain import cli_checkpoint, cli_run_folders, cli_submit
+from dtrain import cli_checkpoint, cli_data, cli_run_folders, cli_submit
 from dtrain.comm.launcher import detect_launcher, start_ranks
 from dtrain.errors import ConfigError, DtrainError
 
@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_rank_commands(commands)
     _add_local_commands(commands)
+    cli_data.add_commands(commands)
     cli_run_folders.add_commands(commands)
     cli_checkpoint.add_command(commands)
     cli_submit.add_command(commands)
@@ -191,14 +192,6 @@ def _add_local_commands(commands: Commands) -> None:
     )
     _add_weight_choices(export)
     export.set_defaults(command=_export)
-
-    data = commands.add_parser("data", help="prepare data sets")
-    verbs = data.add_subparsers(required=True, metavar="VERB")
-    images = verbs.add_parser("import", help="image folder, or a tar of one, to HDF5")
-    images.add_argument("source", type=Path, metavar="SRC")
-    images.add_argument("out", type=Path, metavar="OUT.h5")
-    images.add_argument("--split", metavar="NAME", help="take only this sub-folder")
-    images.set_defaults(command=_import)
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -399,13 +392,4 @@ def _export(options: argparse.Namespace) -> int:
             f"inputs    must be standardised as in training: mean and std are in {statistics}; "
             "--with-normalisation writes them into the file"
         )
-    return 0
-
-
-def _import(options: argparse.Namespace) -> int:
-    """Convert images to HDF5 and print the paths of the files."""
-    from dtrain.data.import_images import import_images
-
-    for path in import_images(options.source, options.out, options.split):
-        print(path)
     return 0

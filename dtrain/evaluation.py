@@ -27,6 +27,8 @@ from dtrain.build import (
     build_rank,
     check_same_data,
     check_same_layout,
+    hold_data,
+    make_plan_together,
     set_threads,
 )
 from dtrain.checkpoint.manifest import Manifest
@@ -41,7 +43,7 @@ from dtrain.data.sampler import BatchSplitter, Indices, even_ranges
 from dtrain.data.statistics import Standardised
 from dtrain.errors import ConfigError
 from dtrain.monitoring.run_totals import RunTotals, evaluation_metrics
-from dtrain.planning.plan import Plan, make_plan
+from dtrain.planning.plan import Plan
 from dtrain.shared_statistics import use_kept_statistics
 
 EvalWeights = Mapping[int, Mapping[str, Tensor]]
@@ -144,10 +146,10 @@ def evaluate_run(
     DataError
         The data are missing or do not fit the model.
     """
-    job, manifest = load_checkpoint(folder, comm, overrides, run, best, ema)
+    job, manifest = load_checkpoint(folder, comm, overrides, run, best, ema, (split,))
     plan = job.plan
     totals = RunTotals.from_state(manifest.state)
-    loader = _loader(plan, split)
+    loader = _loader(job, split)
     eval_weights = {index: block.tensors() for index, block in job.engine.blocks.items()}
     batch_splitter = replace(plan.batch_splitter, replicas=_replicas(totals))
     metrics = evaluate_weights(job, eval_weights, loader, batch_splitter)
@@ -163,15 +165,18 @@ def load_checkpoint(
     run: RunConfig | None,
     best: bool = False,
     ema: bool = False,
+    splits: Sequence[str] = (),
 ) -> tuple[RankJob, Manifest]:
     """Return this rank with the newest complete checkpoint of a run. Collective over `comm`.
 
-    Parameters and errors are those of `evaluate_run`.
+    Parameters and errors are those of `evaluate_run`. Data of `splits` are held in memory.
     """
     config = all_or_none(comm, lambda: _read_run(folder, overrides, run))
     set_threads(config, comm)
-    plan = all_or_none(comm, lambda: make_plan(_fit_stages(config, comm.size), comm.size))
+    fitted = all_or_none(comm, lambda: _fit_stages(config, comm.size))
+    plan = make_plan_together(fitted, comm)
     check_same_layout(plan, comm)
+    hold_data(plan, comm, splits)
     use_kept_statistics(plan.data, comm, [folder])
     check_same_data(plan, comm)
     job = build_rank(plan, comm)
@@ -187,16 +192,16 @@ def load_checkpoint(
     return job, manifest
 
 
-def _loader(plan: Plan, split: SplitName) -> Loader:
-    """Return the loader of a split."""
-    splits = plan.data.by_name()
+def _loader(job: RankJob, split: SplitName) -> Loader:
+    """Return the loader of a split, without augmentation."""
+    splits = job.plan.data.by_name()
     if split not in splits:
         raise ConfigError(
             "evaluate.no-validation",
             "--split validation, but the run has no validation split: choose test or train",
             on_all_ranks=True,
         )
-    return Loader(splits[split], plan.layout.dtype)
+    return Loader(splits[split], job.plan.layout.dtype, workers=job.workers)
 
 
 def _load_averages(manifest: Manifest, job: RankJob) -> None:

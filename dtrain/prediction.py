@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dtrain.build import RankJob
+from dtrain.build import RankJob, reads_inputs
 from dtrain.checkpoint.files import replacing
 from dtrain.comm.agree import all_or_none
 from dtrain.comm.communicator import Comm
@@ -26,6 +26,7 @@ from dtrain.data.array_source import ArraySource, MemorySource
 from dtrain.data.dataset import Dataset, IntegerInputs, Label
 from dtrain.data.file_set import check_numeric
 from dtrain.data.loader import Loader
+from dtrain.data.node_memory import hold_on_node
 from dtrain.data.sampler import Indices, even_ranges
 from dtrain.data.source_dataset import SourceDataset
 from dtrain.data.statistics import Standardised
@@ -73,8 +74,16 @@ def predict_run(
     DataError
         The samples are missing or do not fit the model.
     """
-    job, manifest = load_checkpoint(folder, comm, overrides, run)
+    splits = [data] if isinstance(data, str) and data in SPLITS else []
+    job, manifest = load_checkpoint(folder, comm, overrides, run, splits=splits)
     dataset = all_or_none(comm, lambda: _open_samples(job, data))
+    if not splits:
+        hold_on_node(
+            {"samples": dataset},
+            comm,
+            reads_inputs=reads_inputs(job.plan, comm.rank),
+            owned=isinstance(data, str | Path),
+        )
     outputs = _outputs(job, dataset)
     if out is None:
         parts = [output.numpy() for output in outputs]

@@ -242,7 +242,8 @@ def _leave_rank() -> None:
     """Take the handlers of the rank away from a process that it has forked.
 
     A pool of processes ends its workers by SIGTERM, which must end neither the job nor with a
-    message. SIGURG, which asks ranks for their records, is ignored.
+    message. Signals that ask ranks for a record or a checkpoint are ignored, since Slurm sends
+    them to all processes of a step.
     """
     assert _world is not None
     _world.flight.detach()
@@ -252,4 +253,5 @@ def _leave_rank() -> None:
         for number, handler in _previous_handlers.items():
             signal.signal(number, handler)
         _previous_handlers.clear()  # its own children keep the handlers that it installs
-        signal.signal(FLIGHT_SIGNAL, signal.SIG_IGN)
+        for number in (FLIGHT_SIGNAL, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -102,6 +103,22 @@ def refuse_during_import() -> None:
         )
 
 
+@contextmanager
+def importing(description: str) -> Iterator[None]:
+    """Let `refuse_during_import` refuse while modules are imported.
+
+    Parameters
+    ----------
+    description : str
+        What is imported, for the message.
+    """
+    _IMPORTING.append(description)
+    try:
+        yield
+    finally:
+        _IMPORTING.pop()
+
+
 def register_object(value: Any) -> tuple[str, str]:
     """Return name and fingerprint of an object, by which `registered_object` finds it.
 
@@ -140,6 +157,47 @@ def registered_object(name: str, fingerprint: str) -> Any:
     return found
 
 
+class GivenArray:
+    """An array or a list that was given in Python as the value of a key.
+
+    Attributes
+    ----------
+    array : array, tensor or list
+        The value.
+    """
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+
+def value_text(value: Any) -> str:
+    """Return the text of a run file for a function or an array that is the value of a key: its
+    name, and its fingerprint where the name does not identify it."""
+    if isinstance(value, str):
+        return value
+    return " ".join(register_object(_given(value))).strip()
+
+
+def find_value(value: Any, folder: Path, key: str) -> Any:
+    """Return the function or the array that is the value of a key, given its text or itself.
+
+    Raises
+    ------
+    ConfigError
+        No module has it, or it was given in Python in another process.
+    """
+    if not isinstance(value, str):
+        return _given(value)
+    name, _, fingerprint = value.partition(" ")
+    target = registered_object(name, fingerprint)
+    require_object(target, name, fingerprint, key)
+    return import_object(name, folder, key) if target is None else target
+
+
+def _given(value: Any) -> Any:
+    return value.array if isinstance(value, GivenArray) else value
+
+
 def require_object(target: object, name: str, fingerprint: str, kind: str) -> None:
     """Refuse an object that was given in Python in another process and cannot be imported."""
     if target is None and (fingerprint or name == ARRAYS):
@@ -160,9 +218,9 @@ def _import_module(name: str, folder: Path, description: str) -> ModuleType:
     if sys.path[:1] != [str(folder)]:
         sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
-    _IMPORTING.append(description)
     try:
-        return importlib.import_module(name)
+        with importing(description):
+            return importlib.import_module(name)
     except ModuleNotFoundError as error:
         # Only this module, or a package on the way to it: another missing module is a mistake
         # inside the user's code.
@@ -173,8 +231,6 @@ def _import_module(name: str, folder: Path, description: str) -> ModuleType:
             f"{description}: there is no module '{name}', neither in {folder} (the run file's "
             "folder) nor on Python's path",
         ) from error
-    finally:
-        _IMPORTING.pop()
 
 
 def bind_arguments(

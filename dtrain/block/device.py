@@ -7,6 +7,7 @@ shared. This has not run on accelerators yet: see `docs/comm.md`.
 from __future__ import annotations
 
 import ctypes
+from contextlib import suppress
 
 import torch
 
@@ -59,3 +60,12 @@ def keep_freed_memory() -> bool:
         return False
     threshold = 4 * 1024 * 1024 * ctypes.sizeof(ctypes.c_long)  # the largest that glibc accepts
     return bool(mallopt(MMAP_THRESHOLD, threshold) and mallopt(TRIM_THRESHOLD, 2**30))
+
+
+def release_freed_memory() -> None:
+    """Return the memory that is free now to the kernel, although `keep_freed_memory` keeps it.
+
+    For use after work that is done once, as a read of all data: its buffers are not used again.
+    """
+    with suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)

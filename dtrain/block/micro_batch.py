@@ -80,8 +80,8 @@ class MicroBatch:
         Targets of the rows, (rows, ...): one int64 label each, unless `task` says otherwise.
     loss_scale : float
         Rows of this micro-batch over the rows of this replica in this update (n_i / n_r), or the
-        ratio of their counted positions. A loss is multiplied by it once, by the objective that
-        computes it.
+        ratio of their counted positions or weights. A loss is multiplied by it once, by the
+        objective that computes it.
     skip_inputs, skip_outputs : dict of str to Tensor
         Further inputs of the layers, leaves, and outputs that later blocks read, with their graph;
         by name. Empty where the model is a chain.
@@ -127,6 +127,8 @@ class MicroBatch:
         parameters, and the gradient of that output.
     task : Task
         Loss, targets and metrics of the run.
+    weights : Tensor or None
+        Weights of the samples in the loss, (rows,) float64; None where all count alike.
     """
 
     x: Tensor = NO_TENSOR
@@ -156,18 +158,31 @@ class MicroBatch:
         default_factory=list
     )
     task: Task = DEFAULT_TASK
+    weights: Tensor | None = None
 
     @property
     def sample_scale(self) -> float:
         """The factor of the gradient of a *sum* of losses: `loss_scale` over the count of the
         targets."""
-        count = self.task.count(self.targets)
+        count = self.count
         return self.loss_scale / count if count else 0.0
+
+    @property
+    def count(self) -> float:
+        """The number by which the mean loss of the rows divides: of rows or counted positions, or
+        the sum of their weights."""
+        return self.task.count(self.targets, self.weights)
+
+    def mean_loss(self, output: Tensor) -> Tensor:
+        """Return the task's loss () of a prediction (rows, ...), weighted where samples have
+        weights."""
+        return self.task.mean_loss(output, self.targets, self.weights)
 
     def next_pass(self, received: dict[str, Tensor]) -> MicroBatch:
         """Return the record of the next forward pass of the same samples."""
         return MicroBatch(
             targets=self.targets,
+            weights=self.weights,
             task=self.task,
             loss_scale=self.loss_scale,
             received=received,

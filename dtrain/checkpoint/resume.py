@@ -56,6 +56,7 @@ CHANGEABLE_KEYS = (
     "debug",
     "trace",
     "task.metrics",
+    "data.workers",
     "mesh.",
     "log.",
     "partition.recompute",
@@ -482,9 +483,10 @@ def source_hashes(run: RunConfig) -> dict[str, str]:
     Modules that cannot be read are left out. The modules that they import are not included.
     """
     table = run.to_table()
-    names = {section: str(table.get(section, {}).get("name", "")) for section in SOURCE_SECTIONS}
+    names = [(section, str(table.get(section, {}).get("name", ""))) for section in SOURCE_SECTIONS]
+    names += [("data", str(table["data"].get(key, ""))) for key in ("augment", "sampler")]
     hashes = {}
-    for section, name in names.items():
+    for section, name in names:
         module = _loaded_module(name.partition(":")[0]) if ":" in name else None
         with suppress(OSError, TypeError):
             if module is not None:

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from dtrain.comm.all_to_all import AllToAll
 from dtrain.comm.allreduce import MeanReduction
-from dtrain.comm.backends.base import Backend
+from dtrain.comm.backends.base import Backend, Bytes
 from dtrain.comm.call_order import CallOrder, Tensors, unnamed_tensors
 from dtrain.comm.channels import MessageSpec, RecvChannel, SendChannel
 from dtrain.comm.context import Collective, CommContext
 from dtrain.comm.flight_recorder import Pending, flush_output
+from dtrain.comm.shared_memory import allocate_shared
 from dtrain.comm.staging import Host, Message, Pinned
 from dtrain.comm.transport import Transport
 from dtrain.comm.tree import allgather_bytes, broadcast_tensors, run_steps
@@ -336,6 +337,22 @@ class Comm:
         for record in self.allgather_object(None if error is None else error.to_record()):
             if record is not None:
                 raise DtrainError.from_record(record)
+
+    def allocate_shared(self, size_bytes: int) -> Bytes | None:
+        """Return zeros that all ranks of the group share: one memory, not a copy each.
+
+        Collective over the group, whose ranks must be on one node, with the same size on all of
+        them. It is freed when no rank refers to it any longer, however the ranks end. What one rank
+        writes others may read after the next collective. None, on all ranks: they cannot share
+        memory, or the machine has less. The caller makes sure that `size_bytes` are available.
+
+        Raises
+        ------
+        ValueError
+            The group has ranks on several nodes.
+        """
+        self.flight.note("shared memory", size_bytes, "bytes of", self.name)
+        return allocate_shared(self, size_bytes)
 
     # ---- groups
 

@@ -30,7 +30,7 @@ from dtrain.config.validate import validate_run
 from dtrain.errors import ConfigError, DtrainError
 from dtrain.schema import Table, from_table, kebab, load_toml, snake, strategy_name
 from dtrain.tasks.task import Task
-from dtrain.user_code import register_arrays, register_object, registered_object
+from dtrain.user_code import GivenArray, register_arrays, register_object, registered_object
 
 SECTIONS = (
     *("data", "task", "model", "mesh", "partition", "objective", "schedule", "sync"),
@@ -108,6 +108,8 @@ def parse_run(table: Mapping[str, Any], path: Path, overrides: Sequence[str] = (
     sections = {name: _section(table, name) for name in SECTIONS}
     _refuse_pairs(sections)
     data_keys, dataset = _split_keys(sections["data"], DataSection)
+    if not isinstance(data_keys.get("sampler", ""), str) and not callable(data_keys["sampler"]):
+        data_keys["sampler"] = GivenArray(data_keys["sampler"])
     model_keys, model = _split_keys(sections["model"], ModelSection)
     rest = _take_rest(sections["optimizer"])
     optimizer_keys, optimizer = _split_keys(sections["optimizer"], OptimizerSection)

@@ -6,7 +6,7 @@ own table, beside `name`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from dtrain.object_names import object_name
 from dtrain.schema import Table, kebab, to_table
 from dtrain.tracking import TRACKERS
 from dtrain.tracking.base import Tracker
-from dtrain.user_code import PATTERN
+from dtrain.user_code import PATTERN, GivenArray, value_text
 
 STOP_SIGNALS = ("TERM", "USR1", "USR2")
 """Signals after which a run may save and end."""
@@ -23,6 +23,14 @@ STOP_SIGNALS = ("TERM", "USR1", "USR2")
 
 CutFunction = Callable[[list[Any], int], list[Any]]
 """A user's function: (layers, blocks) -> names or indices at which blocks 1, 2, ... start."""
+
+
+AUGMENTS = ("none", "crop-flip")
+"""Changes of training samples that a run file names by one word."""
+
+
+SAMPLERS = ("uniform", "balanced")
+"""Samplers that a run file names by one word."""
 
 
 def without_defaults(section: Any, *names: str) -> Table:
@@ -70,26 +78,49 @@ class DataSection:
         The axis of a sample along which statistics are kept, one mean and deviation per index.
     shuffle : "full" or "chunks"
         A random permutation of all samples, or of chunks of neighbouring samples, for large files.
-    augment : "none" or "crop-flip"
-        Random changes of the training images.
+    augment : str or callable
+        Random changes of the training samples: "none", "crop-flip", or "module:function", a
+        function (sample, index, epoch, generator) -> sample; in Python also the function itself.
     validation : float, str or tuple of str
         Share of the training split that is held out for validation; 0: none. Or the path of a file,
         or several, as `train` has them.
     labels : "as-stored" or "compact"
         The number of a class: its label, or the place of its label among the sorted distinct
         labels of the training split.
+    sampler : str, callable or array
+        How often training samples are drawn: "uniform", once per epoch; "balanced", each class
+        equally often; or "module:function", a function of the training targets that returns one
+        weight per sample; in Python also the function itself, or the weights.
+    workers : int
+        Processes per rank that read samples; 0: a thread.
     """
 
     normalise: bool = True
     channels: Literal["first", "last"] | int = "first"
     shuffle: Literal["full", "chunks"] = "full"
-    augment: Literal["none", "crop-flip"] = "none"
+    augment: str | Callable[..., Any] = "none"
     validation: float | str | tuple[str, ...] = 0.0
     labels: Literal["as-stored", "compact"] = "as-stored"
+    sampler: str | Callable[..., Any] | GivenArray = "uniform"
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse names that are unknown."""
+        if _is_unknown(self.augment, AUGMENTS):
+            raise unknown_name("augment", str(self.augment), [*AUGMENTS, PATTERN])
+        if _is_unknown(self.sampler, SAMPLERS):
+            raise unknown_name("sampler", str(self.sampler), [*SAMPLERS, PATTERN])
 
     def to_table(self) -> Table:
         """Return the keys as a run file has them, without those that change nothing."""
-        return without_defaults(self, "validation", "channels", "labels")
+        table = without_defaults(self, "validation", "channels", "labels", "sampler", "workers")
+        texts = {key: value_text(table[key]) for key in ("augment", "sampler") if key in table}
+        return table | texts
+
+
+def _is_unknown(value: object, names: Sequence[str]) -> bool:
+    """Return whether a value is a name, but none of these nor that of a user's object."""
+    return isinstance(value, str) and value not in names and ":" not in value
 
 
 @dataclass(frozen=True)

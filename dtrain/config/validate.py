@@ -116,6 +116,7 @@ def _check_minima(run: RunConfig) -> None:
         "epochs": (settings.epochs, 1),
         "updates": (settings.updates, 1),
         "threads": (None if settings.threads == "auto" else settings.threads, 1),
+        "[data] workers": (run.data.workers, 0),
         "[mesh] stages": (run.mesh.stages, 1),
         "[partition] blocks": (partition.blocks, 1),
         "[checkpoint] every": (run.checkpoint.every, 0),

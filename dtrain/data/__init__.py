@@ -23,9 +23,11 @@ from dtrain.data.idx_set import Idx
 from dtrain.data.label_map import with_compact_labels
 from dtrain.data.npz_set import Npz
 from dtrain.data.statistics import Channels, standardise
+from dtrain.data.torch_datasets import are_torch_datasets
 from dtrain.data.user import as_splits
+from dtrain.data.weights import WeightedArrays
 from dtrain.errors import ConfigError, unknown_name
-from dtrain.schema import toml_text
+from dtrain.schema import kebab, toml_text, unknown_key
 from dtrain.tasks.task import DEFAULT_TASK, LabelNumbering, Task
 from dtrain.user_code import PATTERN, bind_arguments, import_object
 
@@ -48,7 +50,10 @@ AnyPath = str | PathLike[str]
 TestFiles = AnyPath | Sequence[AnyPath] | float | None
 
 
-COMMON_KEYS = ("normalise", "channels", "shuffle", "augment", "validation", "labels")
+COMMON_KEYS = (
+    *("normalise", "channels", "shuffle", "augment", "validation"),
+    *("labels", "sampler", "workers"),
+)
 """Keys of `[data]` that every data set has."""
 
 
@@ -136,12 +141,47 @@ def _as_text(value: Any) -> Any:
     return str(value) if isinstance(value, PathLike) else value
 
 
-def arrays(x_train: Any, y_train: Any, x_test: Any, y_test: Any, **keys: Any) -> DataTable:
+def arrays(
+    x_train: Any, y_train: Any, x_test: Any, y_test: Any, *, weights: Any = None, **keys: Any
+) -> DataTable:
     """Return a data set of four arrays or tensors, samples first, with keys of `[data]`.
 
-    Samples of several inputs are a tuple or dict of arrays.
+    Samples of several inputs are a tuple or dict of arrays. `weights` has a number per training
+    sample, by which its loss counts.
     """
-    return {"name": (x_train, y_train, x_test, y_test), **keys}
+    data = x_train, y_train, x_test, y_test
+    return {"name": data if weights is None else WeightedArrays(data, weights), **keys}
+
+
+def datasets(
+    train: Any,
+    test: Any,
+    validation: Any = None,
+    classes: int | None = None,
+    workers: int = 0,
+    **keys: Any,
+) -> DataTable:
+    """Return a data set of map-style `torch.utils.data.Dataset`, which are read by index.
+
+    Parameters
+    ----------
+    train, test : Dataset
+        Their items are (sample, target); a sample of several inputs is a tuple or dict.
+    validation : Dataset or float, optional
+        A third Dataset, or the share of the training samples that is held out.
+    classes : int, optional
+        Number of classes. Without it, a Dataset that has no list `targets` or `labels` is read once
+        at the start.
+    workers : int
+        Processes per rank that read items; 0: a thread.
+    keys
+        Keys of `[data]`: `normalise`, `shuffle`, `augment`.
+    """
+    is_share = validation is None or isinstance(validation, int | float)
+    table: DataTable = {"name": (train, test) if is_share else (train, test, validation)}
+    given = {"validation": validation if is_share else None, "classes": classes}
+    table |= {key: value for key, value in given.items() if value is not None}
+    return {**table, "workers": workers, **keys}
 
 
 def load_data(
@@ -225,13 +265,26 @@ def _open(
     if ":" in name or target is not None:
         function = import_object(name, folder, "data") if target is None else target
         if not callable(function):
-            return as_splits(function, "data", task)
+            return as_splits(function, "data", task, _number_of_classes(function, fields))
         arguments = bind_arguments("[data]", function, fields, common_keys=COMMON_KEYS)
         return as_splits(function(**arguments), f"data '{name}'", task)
     if kind is None:
         raise unknown_name("data", name, [*DATASETS, PATTERN])
     return kind(**bind_arguments("[data]", kind, fields, common_keys=COMMON_KEYS)).open(
         folder, task
+    )
+
+
+def _number_of_classes(value: Any, fields: Mapping[str, object]) -> int | None:
+    """Return the number of classes that was given with torch Datasets; refuse other keys."""
+    for key in fields:
+        if key != "classes" or not are_torch_datasets(value):
+            raise unknown_key("in [data]", kebab(key), COMMON_KEYS)
+    classes = fields.get("classes")
+    if classes is None or (isinstance(classes, int) and classes > 0):
+        return classes
+    raise ConfigError(
+        "data.classes-invalid", f"[data] classes = {classes!r}: give the number of classes"
     )
 
 

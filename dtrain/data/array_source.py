@@ -5,18 +5,34 @@ Invariant: a read depends only on its indices, never on earlier reads, and retur
 
 from __future__ import annotations
 
+import mmap
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from dtrain.data.conversion import Array
 from dtrain.errors import DataError
+
+
+class StoredArray(Protocol):
+    """The form of an array (n, ...) that may lie in a file: rows first."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    @property
+    def ndim(self) -> int: ...
+
+    def __len__(self) -> int: ...
 
 
 class ArraySource(ABC):
@@ -39,6 +55,12 @@ class ArraySource(ABC):
         Whether a stored piece must be decoded for each read of one of its rows.
     in_memory : bool
         Whether rows lie in memory or in a memory map.
+    by_item : bool
+        Whether a user's code makes each row; then the rows are never read as a whole.
+    is_lazy : bool
+        Whether all rows are read into memory on first need.
+    is_mapped : bool
+        Whether rows lie in a mapped file, whose pages all ranks of a node share.
     """
 
     shape: tuple[int, ...]
@@ -47,6 +69,9 @@ class ArraySource(ABC):
     chunk_rows: int | None = None
     compressed: bool = False
     in_memory: bool = False
+    by_item: bool = False
+    is_lazy: bool = False
+    is_mapped: bool = False
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -86,6 +111,16 @@ class ArraySource(ABC):
             The rows cannot be read.
         """
 
+    def read_into(self, rows: Array, start: int) -> None:
+        """Read as many rows as `rows` has, from `start` on, into it.
+
+        Raises
+        ------
+        DataError
+            The rows cannot be read.
+        """
+        rows[...] = self.read_range(start, start + len(rows))
+
     def close(self) -> None:  # noqa: B027
         """Close the files that reads have opened; a later read opens them again."""
 
@@ -100,12 +135,17 @@ class MemorySource(ArraySource):
         It is not copied.
     location : str
         As in `ArraySource`.
+    of_node : bool
+        Whether all ranks of a node share the memory; then it is read-only.
     """
 
     in_memory = True
 
-    def __init__(self, array: Array, location: str = "an array") -> None:
-        self.array = array
+    def __init__(self, array: Array, location: str = "an array", *, of_node: bool = False) -> None:
+        if of_node:
+            array.flags.writeable = False
+        self.array, self.of_node = array, of_node
+        self.is_mapped = not of_node and _is_memory_map(array)
         self.shape, self.dtype, self.location = tuple(array.shape), array.dtype, location
 
     def read(self, indices: ArrayLike) -> Array:
@@ -128,7 +168,7 @@ class LazySource(ArraySource):
         Returns the array.
     """
 
-    in_memory = True
+    in_memory = is_lazy = True
 
     def __init__(
         self, shape: tuple[int, ...], dtype: Any, load: Callable[[], Array], location: str
@@ -138,6 +178,9 @@ class LazySource(ArraySource):
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_array"}
+
+    def close(self) -> None:
+        self.__dict__.pop("_array", None)
 
     @cached_property
     def _array(self) -> Array:
@@ -182,6 +225,8 @@ class ConcatenatedSource(ArraySource):
         self.chunk_rows = next((part.chunk_rows for part in parts if part.chunk_rows), None)
         self.compressed = any(part.compressed for part in parts)
         self.in_memory = all(part.in_memory for part in parts)
+        self.is_lazy = any(part.is_lazy for part in parts)
+        self.is_mapped = all(part.is_mapped for part in parts)
 
     def close(self) -> None:
         for part in self.parts:
@@ -208,3 +253,12 @@ class ConcatenatedSource(ArraySource):
         if len(pieces) == 1:
             return pieces[0]
         return np.concatenate(pieces) if pieces else np.empty((0, *self.shape[1:]), self.dtype)
+
+
+def _is_memory_map(array: Array) -> bool:
+    base: object = array
+    while isinstance(base, np.ndarray):
+        if isinstance(base, np.memmap):
+            return True
+        base = base.base
+    return isinstance(base, mmap.mmap)

@@ -1,7 +1,10 @@
-r"""Augmentation: random changes of training images as they are read.
+r"""Augmentation: random changes of training samples as they are read.
 
 Invariant: a sample's random numbers depend only on (seed, epoch, index), never on batch, order,
 layout, thread, the state of a generator or the installed numpy. Labels never change.
+
+All changes come after standardisation: zeros are the mean of the training split, and a function of
+a user sees what the model would see. With `normalise = false` it sees bytes as 0 ... 1.
 
 ::
 
@@ -17,7 +20,10 @@ layout, thread, the state of a generator or the installed numpy. Labels never ch
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import final
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -26,8 +32,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dtrain.data.sampler import Indices
-from dtrain.errors import ConfigError, unknown_name
-from dtrain.rng import derive_seed
+from dtrain.errors import ConfigError, DataError, unknown_name
+from dtrain.rng import derive_seed, fixed_random_numbers
+from dtrain.user_code import PATTERN, find_value, value_text
 
 PAD = 4
 """Pixels of zero on each side of an image before it is cropped."""
@@ -119,20 +126,141 @@ class CropFlip(Augment):
         return crop // offsets, crop % offsets, (bits & np.uint64(1)).astype(np.bool_)
 
 
-AUGMENTS: dict[str, type[Augment] | None] = {"none": None, "crop-flip": CropFlip}
+AugmentFunction = Callable[[Tensor, int, int, torch.Generator], Tensor]
+"""A user's function (sample, index, epoch, generator) -> sample of the same shape and dtype."""
 
 
-def build_augment(name: str, seed: int) -> Augment | None:
+SourceIndices = Callable[[Indices], Indices]
+"""`Dataset.source_indices` of the training split."""
+
+
+@final
+class UserAugment(Augment):
+    """A user's function, called for each sample.
+
+    It is found on first need: evaluation never needs it. Its index is that of the sample in the
+    training data as they are given, before samples are held out for validation.
+
+    Parameters
+    ----------
+    seed : int
+        The run's seed.
+    function : callable or str
+        The function, or the text of a run file that names it.
+    folder : Path
+        The run file's folder.
+    source_indices : callable, optional
+        Returns the indices in the given data of indices in the training split; default: the same.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        function: AugmentFunction | str,
+        folder: Path,
+        source_indices: SourceIndices | None = None,
+    ) -> None:
+        super().__init__(seed)
+        self._given, self._folder = function, folder
+        self._source_indices = source_indices
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {key: value for key, value in self.__dict__.items() if key != "function"}
+        text = value_text(self._given)
+        return state | ({} if " " in text else {"_given": text})  # other processes import it
+
+    @cached_property
+    def function(self) -> AugmentFunction:
+        """The user's function."""
+        function: AugmentFunction = find_value(self._given, self._folder, "augment")
+        return function
+
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Accept every shape."""
+
+    def __call__(self, x: Tensor, indices: Indices, epoch: int) -> Tensor:
+        result = torch.empty_like(x, memory_format=torch.contiguous_format)
+        generator = torch.Generator()
+        if self._source_indices is not None:
+            indices = self._source_indices(indices)
+        for row, index in enumerate(indices.tolist()):
+            generator.manual_seed(derive_seed("augment", self.seed, epoch, index))
+            sample = self.function(x[row].clone(), index, epoch, generator)
+            is_tensor = isinstance(sample, Tensor)
+            if not is_tensor or (sample.shape, sample.dtype) != (x.shape[1:], x.dtype):
+                returned = (
+                    f"a tensor of shape {tuple(sample.shape)} and {sample.dtype}"
+                    if is_tensor
+                    else f"a {type(sample).__name__}"
+                )
+                raise DataError(
+                    "data.augment-result",
+                    f"[data] augment '{value_text(self._given)}' returned {returned} for sample "
+                    f"{index}: return a tensor of shape {tuple(x.shape[1:])} and {x.dtype}, as the "
+                    "sample is",
+                )
+            result[row] = sample.detach()
+        return result
+
+    def check_repeatable(self, x: Tensor, indices: Indices) -> None:
+        """Refuse a function that uses random numbers of other generators than the given one, by
+        calling it twice for some samples.
+
+        Raises
+        ------
+        ConfigError
+            It uses a global generator, or returns something else the second time.
+        DataError
+            A result is of another shape or dtype.
+        """
+        with fixed_random_numbers(0) as uses_generators:
+            first = self(x, indices, 0)
+            uses_global = uses_generators()
+        with fixed_random_numbers(1):
+            second = self(x.flip(0), indices[::-1], 0).flip(0)
+        if uses_global or first.numpy().tobytes() != second.numpy().tobytes():
+            reason = (
+                "uses a global generator of random numbers"
+                if uses_global
+                else "returns another sample when it is called again"
+            )
+            raise ConfigError(
+                "data.augment-not-repeatable",
+                f"[data] augment '{value_text(self._given)}' {reason}: draw all random numbers "
+                "from the given generator, as torch.rand((), generator=generator)",
+            )
+
+
+AUGMENTS: dict[str, type[CropFlip] | None] = {"none": None, "crop-flip": CropFlip}
+
+
+def build_augment(
+    augment: str | AugmentFunction,
+    seed: int,
+    folder: Path | None = None,
+    source_indices: SourceIndices | None = None,
+) -> Augment | None:
     """Make the augmentation of a run file's `[data] augment`; None for "none".
+
+    Parameters
+    ----------
+    augment : str or callable
+        A key of `AUGMENTS`, the text that names a user's function, or the function.
+    folder : Path, optional
+        The run file's folder.
+    source_indices : callable, optional
+        As in `UserAugment`.
 
     Raises
     ------
     ConfigError
         An unknown name.
     """
-    if name not in AUGMENTS:
-        raise unknown_name("augment", name, AUGMENTS)
-    kind = AUGMENTS[name]
+    if not isinstance(augment, str) or ":" in augment:
+        return UserAugment(seed, augment, folder or Path(), source_indices)
+    if augment not in AUGMENTS:
+        raise unknown_name("augment", augment, [*AUGMENTS, PATTERN])
+    kind = AUGMENTS[augment]
     return None if kind is None else kind(seed)
 
 

@@ -121,7 +121,7 @@ def read_layout(path: Path, delimiter: str | None, named: Sequence[str | int] = 
         start = file.readline()
         delimiter = delimiter or max(DELIMITERS, key=start.count)
         file.seek(0)
-        rows = list(islice(filter(None, _reader(file, delimiter)), 2))
+        rows = list(islice(filter(None, csv_rows(file, delimiter)), 2))
     if not rows:
         raise DataError("data.csv-empty", f"{path} is empty: write one line per sample")
     first, second = rows[0], rows[-1]
@@ -212,7 +212,7 @@ def opened(path: Path) -> Iterator[TextIO]:
         ) from error
 
 
-def _reader(file: TextIO, delimiter: str) -> Any:
+def csv_rows(file: TextIO, delimiter: str) -> Any:
     return csv.reader(file, delimiter=delimiter, quotechar=QUOTE)
 
 
@@ -238,22 +238,35 @@ def _columns(cells: Array, places: Sequence[int]) -> Array:
 def _locate(layout: Layout, columns: Columns, has_texts: bool) -> None:
     """Raise an error with the place of the first field that is wrong, if one is found."""
     with opened(layout.path) as file:
-        rows = _reader(file, layout.delimiter)
+        rows = csv_rows(file, layout.delimiter)
         for row in islice(filter(None, rows), 1 if layout.header else 0, None):
-            place = f"{layout.path}, line {rows.line_num}"
-            if len(row) != layout.count:
-                raise DataError(
-                    "data.csv-columns",
-                    f"{place} has {len(row)} fields, the first line {layout.count}: correct the "
-                    "line, or set [data] delimiter",
-                )
-            for position in (*columns.features, *columns.targets):
-                is_text = has_texts and position in columns.targets
-                text = row[position].strip()
-                if not text or not (is_text or is_number(text)):
-                    described = f"is '{text}', no number" if text else "is empty"
-                    raise DataError(
-                        "data.csv-field",
-                        f"{place}, column {layout.column_name(position)} {described}: correct it, "
-                        "remove the line, or leave the column out of [data] features",
-                    )
+            check_row(layout, columns, has_texts, row, rows.line_num)
+
+
+def check_row(
+    layout: Layout, columns: Columns, has_texts: bool, row: Sequence[str], line: int
+) -> None:
+    """Refuse a line that has a wrong number of fields, or a field that is missing or no number.
+
+    Raises
+    ------
+    DataError
+        It names the place.
+    """
+    place = f"{layout.path}, line {line}"
+    if len(row) != layout.count:
+        raise DataError(
+            "data.csv-columns",
+            f"{place} has {len(row)} fields, the first line {layout.count}: correct the line, or "
+            "set [data] delimiter",
+        )
+    for position in (*columns.features, *columns.targets):
+        is_text = has_texts and position in columns.targets
+        text = row[position].strip()
+        if not text or not (is_text or is_number(text)):
+            described = f"is '{text}', no number" if text else "is empty"
+            raise DataError(
+                "data.csv-field",
+                f"{place}, column {layout.column_name(position)} {described}: correct it, "
+                "remove the line, or leave the column out of [data] features",
+            )

@@ -16,7 +16,10 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from dtrain.data.array_source import ArraySource
 from dtrain.data.conversion import Array, stores_integers
+from dtrain.data.sampler import Indices
+from dtrain.data.shuffle_windows import StoredPieces
 from dtrain.errors import DataError
 
 Moments = tuple[NDArray[Any], NDArray[np.float64]]
@@ -61,6 +64,10 @@ class Dataset(ABC):
         Further inputs of a sample (a mask, a second image), as the model takes them.
     class_labels : tuple of (int or str)
         The stored label of each class, where classes have other numbers; else empty.
+    sample_weights : array or None
+        Weights of the samples in the training loss, (size,) float64; None: all count alike.
+    stored_pieces : StoredPieces or None
+        How the samples are stored in files; None: in memory, or in an unknown way.
     """
 
     size: int
@@ -72,6 +79,13 @@ class Dataset(ABC):
     value_range: tuple[float, float] | None = None
     other_inputs: tuple[InputSpec, ...] = ()
     class_labels: tuple[Label, ...] = ()
+    sample_weights: NDArray[np.float64] | None = None
+    stored_pieces: StoredPieces | None = None
+
+    @property
+    def source_size(self) -> int:
+        """Number of samples of the data set that this one is a part of; `size` if it is whole."""
+        return self.size
 
     @property
     def slow(self) -> bool:
@@ -109,6 +123,38 @@ class Dataset(ABC):
         """Read the further inputs at `indices`, each (n, *shape): neither scaled nor
         standardised."""
         return ()
+
+    @final
+    def read_sample_weights(self, indices: ArrayLike) -> Tensor | None:
+        """Return the weights (n,) of samples in the training loss, None where all count alike."""
+        if self.sample_weights is None:
+            return None
+        return torch.from_numpy(self.sample_weights[np.asarray(indices)])
+
+    @property
+    def reads_items(self) -> bool:
+        """Whether one read of samples also reads their further inputs and their targets, at no
+        cost."""
+        return False
+
+    def keep_targets(self, indices: Indices, targets: Tensor) -> None:  # noqa: B027 - optional
+        """Take targets that were read with samples in another process, so that `targets` need not
+        read them again."""
+
+    def with_samples(self, wrap: Callable[[ArraySource], ArraySource]) -> Dataset:
+        """Return the data set for reads of samples alone, from another source of the same content;
+        the data set itself, unchanged, if its samples come from no `ArraySource`.
+
+        Parameters
+        ----------
+        wrap : callable
+            Called with the present source; returns the other one.
+        """
+        return self
+
+    def source_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
+        """Return the indices of samples in the data set that this one is a part of."""
+        return np.asarray(indices)
 
     def to_unit_range(self, x: Tensor) -> Tensor:
         """Undo standardisation of inputs (n, *shape) and scale them from `value_range` to 0 ... 1.
@@ -189,7 +235,19 @@ class DatasetView(Dataset):
         self.value_range = dataset.value_range
         self.other_inputs = dataset.other_inputs
         self.class_labels = dataset.class_labels
+        self.sample_weights = dataset.sample_weights
+        self.stored_pieces = dataset.stored_pieces
         self._dataset = dataset
+
+    @property
+    def source_size(self) -> int:
+        """That of the other data set."""
+        return self._dataset.source_size
+
+    @property
+    def base(self) -> Dataset:
+        """The other data set."""
+        return self._dataset
 
     @property
     def slow(self) -> bool:
@@ -207,6 +265,22 @@ class DatasetView(Dataset):
 
     def targets(self, indices: ArrayLike) -> Tensor:
         return self._dataset.targets(indices)
+
+    @property
+    def reads_items(self) -> bool:
+        return self._dataset.reads_items
+
+    def keep_targets(self, indices: Indices, targets: Tensor) -> None:
+        self._dataset.keep_targets(indices, targets)
+
+    def with_samples(self, wrap: Callable[[ArraySource], ArraySource]) -> Dataset:
+        view: DatasetView = object.__new__(type(self))
+        view.__dict__ |= self.__dict__
+        view._dataset = self._dataset.with_samples(wrap)
+        return view
+
+    def source_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
+        return self._dataset.source_indices(indices)
 
     def read_stored(self, rows: range | NDArray[np.int64]) -> Array:
         return self._dataset.read_stored(rows)
@@ -246,6 +320,10 @@ class InputTargets(DatasetView):
         self.classes = dataset.shape[0]
 
     @property
+    def reads_items(self) -> bool:
+        return False  # the targets of the items are not used
+
+    @property
     def dataset(self) -> Dataset:
         """The other data set."""
         return self._dataset
@@ -262,6 +340,8 @@ class Subset(DatasetView):
         super().__init__(dataset)
         self.size = len(indices)
         self._indices = indices
+        if dataset.sample_weights is not None:
+            self.sample_weights = dataset.sample_weights[indices]
 
     def source_index(self, index: int) -> int:
         """Return the index of a sample in the other data set; where that is a subset, in its own
@@ -269,6 +349,9 @@ class Subset(DatasetView):
         source = int(self._indices[index])
         inner = self._dataset
         return inner.source_index(source) if isinstance(inner, Subset) else source
+
+    def source_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
+        return self._dataset.source_indices(self._indices[np.asarray(indices)])
 
     def inputs(self, indices: ArrayLike) -> Tensor:
         return self._dataset.inputs(self._indices[np.asarray(indices)])
@@ -284,6 +367,9 @@ class Subset(DatasetView):
 
     def targets(self, indices: ArrayLike) -> Tensor:
         return self._dataset.targets(self._indices[np.asarray(indices)])
+
+    def keep_targets(self, indices: Indices, targets: Tensor) -> None:
+        self._dataset.keep_targets(self._indices[indices], targets)
 
 
 def _no_integers(dtype: torch.dtype) -> DataError:

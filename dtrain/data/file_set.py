@@ -268,12 +268,14 @@ def combine(parts: Sequence[SplitSources]) -> SplitSources:
         for sources in zip(*(part.inputs for part in parts), strict=True)
     )
     targets = [part.targets for part in parts if part.targets is not None]
+    weights = [part.weights for part in parts if part.weights is not None]
     return SplitSources(
         location,
         inputs,
         ConcatenatedSource(targets, location) if targets else None,
         first.class_names,
         _common_moments(parts),
+        ConcatenatedSource(weights, location) if weights else None,
     )
 
 

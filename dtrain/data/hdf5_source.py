@@ -88,6 +88,17 @@ class Hdf5Source(ArraySource):
             raise read_error(self.path, error) from error
         return part
 
+    def read_into(self, rows: Array, start: int) -> None:
+        stop = start + len(rows)
+        try:
+            stored = self._rows
+            if isinstance(stored, PlainRows):
+                rows[...] = stored.read(np.arange(start, stop))
+            else:
+                stored.read_direct(rows, np.s_[start:stop])
+        except (OSError, RuntimeError) as error:
+            raise read_error(self.path, error) from error
+
 
 def find_dataset(file: h5py.File, name: str, path: Path) -> h5py.Dataset | None:
     """Return the dataset of a name, None where there is none.

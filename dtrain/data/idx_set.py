@@ -65,13 +65,13 @@ class Idx(FileSet):
         }
 
     def open_samples(self, path: Path, folder: Path, task: Task) -> tuple[ArraySource, ...]:
-        return (open_idx(_find(path, "test", "images") if path.is_dir() else path),)
+        return (open_idx(find_idx_file(path, "test", "images") if path.is_dir() else path),)
 
     def _open_parts(self, split: str, files: SplitFiles, needs_targets: bool) -> list[SplitSources]:
         """Return what each pair of files of a split gives."""
         if files.is_shared and not files.paths[0].is_dir():
             raise no_test_split(files.paths[0], "holds the training images alone", "")
-        images = [_find(p, split, "images") if p.is_dir() else p for p in files.paths]
+        images = [find_idx_file(p, split, "images") if p.is_dir() else p for p in files.paths]
         if not needs_targets:
             return [SplitSources(str(x), (open_idx(x),), None) for x in images]
         labels = self._label_files(split, files, images)
@@ -82,7 +82,7 @@ class Idx(FileSet):
         """Return the files of the targets, one per file of images."""
         key, value = f"{split}-y", getattr(self, f"{split}_y")
         if value is None:
-            return [_labels_beside(x, key) for x in images]
+            return [labels_beside(x, key) for x in images]
         paths = expand_paths(value, files.folder, key)
         if len(paths) != len(images):
             raise ConfigError(
@@ -93,7 +93,7 @@ class Idx(FileSet):
         return paths
 
 
-def _labels_beside(images: Path, key: str) -> Path:
+def labels_beside(images: Path, key: str) -> Path:
     """Return the file of labels that lies beside a file of images."""
     name = re.sub(r"images([-.])idx\d", r"labels\1idx1", images.name)
     plain = name.removesuffix(".gz")
@@ -106,7 +106,7 @@ def _labels_beside(images: Path, key: str) -> Path:
     )
 
 
-def _find(folder: Path, split: str, content: str) -> Path:
+def find_idx_file(folder: Path, split: str, content: str) -> Path:
     """Return the file of a folder whose name holds the split and "images" or "labels".
 
     Raises
@@ -136,32 +136,32 @@ def open_idx(path: Path) -> ArraySource:
         The file is missing or damaged.
     """
     try:
-        with _open(path) as file:
-            shape, dtype = _read_header(file)
+        with open_idx_file(path) as file:
+            shape, dtype = read_idx_header(file)
             offset = file.tell()
         if len(shape) == 3:
             shape = (shape[0], 1, *shape[1:])
         if path.suffix != ".gz":
             return MappedSource(path, offset, shape, dtype, str(path))
     except READ_ERRORS as error:
-        raise _read_error(path, error) from error
+        raise idx_read_error(path, error) from error
     return LazySource(shape, dtype, partial(_load, path, shape, dtype), str(path))
 
 
 def _load(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     try:
-        with _open(path) as file:
-            _read_header(file)
+        with open_idx_file(path) as file:
+            read_idx_header(file)
             return np.frombuffer(file.read(), dtype).reshape(shape)
     except READ_ERRORS as error:
-        raise _read_error(path, error) from error
+        raise idx_read_error(path, error) from error
 
 
-def _open(path: Path) -> IO[bytes]:
+def open_idx_file(path: Path) -> IO[bytes]:
     return cast("IO[bytes]", gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
 
 
-def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def read_idx_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     zero, kind, dimensions = struct.unpack(">HBB", file.read(4))
     if zero or kind not in DTYPES or not dimensions:
         raise ValueError("it does not begin as an IDX file does")
@@ -169,7 +169,7 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     return sizes, np.dtype(DTYPES[kind])
 
 
-def _read_error(path: Path, error: Exception) -> DataError:
+def idx_read_error(path: Path, error: Exception) -> DataError:
     if not path.is_file():
         return DataError("data.file-missing", f"{path} does not exist: correct the path")
     return DataError(

@@ -1,34 +1,53 @@
 """Read the inputs of a segment, micro-batch by micro-batch, ahead of time where that is faster.
 
 Invariant: reading ahead and in place give the same bits. At most `prefetch` micro-batches are held
-ahead. After `close` no thread is left. A micro-batch that several blocks of a rank need one after
-another is read once, so no reader may write to it.
+ahead, with worker processes two for each. After `close` no thread is left. A micro-batch that
+several blocks of a rank need one after another is read once, so no reader may write to it.
 
 ::
 
     thread     | read 0 | read 1 |      | read 2 | read 3 |             prefetch = 2
     caller     open  ...  read -> 0, compute  read -> 1, compute  read -> 2, compute  close
                                  `- submits 2          `- submits 3
+
+The loader decides which micro-batch is read when. A `BatchReader` decides in which thread or
+process. A `GroupReader` reads the stored rows of many micro-batches at once from a disk.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import final
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from dtrain.data.array_source import ArraySource
 from dtrain.data.augment import Augment
-from dtrain.data.conversion import cast_dtype
+from dtrain.data.batch_readers import (
+    BatchReader,
+    InPlaceReader,
+    PendingRead,
+    Preparation,
+    Prepared,
+    ThreadReader,
+)
 from dtrain.data.dataset import Dataset
+from dtrain.data.held_rows import HeldRows
+from dtrain.data.row_groups import (
+    BUFFERS,
+    PART_BYTES,
+    BatchRead,
+    GroupReader,
+    PrivateBuffer,
+)
 from dtrain.data.sampler import Indices
-
-ALIGNMENT = 64
-"""Bytes to which torch aligns the start of its own tensors."""
+from dtrain.data.shuffle_windows import group_rows
+from dtrain.data.worker_pool import READS_PER_WORKER, WorkerPool
 
 
 @final
@@ -49,6 +68,8 @@ class Loader:
         Augmentation of the samples.
     prefetch : int
         Most micro-batches that are read ahead; 0 reads in place.
+    workers : WorkerPool, optional
+        Processes that read in place of the thread, two micro-batches each.
 
     Raises
     ------
@@ -62,18 +83,20 @@ class Loader:
         dtype: torch.dtype,
         augment: Augment | None = None,
         prefetch: int = 2,
+        workers: WorkerPool | None = None,
     ) -> None:
         if augment is not None:
             augment.check_shape(dataset.shape)
         self.dataset = dataset
-        self._dtype = dtype
-        self._augment = augment
-        self._prefetch = prefetch
-        self._index_batches: Iterator[Indices] = iter(())
-        self._epoch = 0
-        self._executor: ThreadPoolExecutor | None = None
-        self._pending_reads: deque[Future[Tensor]] = deque()
-        self._latest_read: tuple[Indices, Future[Tensor]] | None = None
+        self._preparation = Preparation(dataset, dtype, augment)
+        self._workers = workers
+        self._prefetch = prefetch if workers is None else READS_PER_WORKER * workers.count
+        self._reader: BatchReader | None = None
+        self._groups: GroupReader | None = None
+        self._batches: Iterator[BatchRead] = iter(())
+        self._pending_reads: deque[tuple[BatchRead, PendingRead]] = deque()
+        self._latest_read: tuple[BatchRead, PendingRead] | None = None
+        self._latest: tuple[BatchRead, Prepared] | None = None
 
     def open(self, index_batches: Iterable[Indices], epoch: int) -> None:
         """Begin a segment; remaining reads of an earlier one are dropped.
@@ -87,9 +110,12 @@ class Loader:
             From 0; augmentation depends on it.
         """
         self.close()
-        self._index_batches, self._epoch = iter(index_batches), epoch
-        if self._prefetch and (self.dataset.slow or self._augment is not None):
-            self._submit_reads(self._prefetch)
+        self._reader = self._reader or self._make_reader()
+        self._batches = _batch_reads(index_batches, epoch)
+        if self._groups is not None:
+            self._batches = self._groups.open(self._batches, self.dataset.source_indices)
+        if self._reads_ahead:
+            self._start_reads(self._prefetch)
 
     def read(self) -> Tensor:
         """Return the next micro-batch, contiguous and aligned; callers must not write to it.
@@ -103,72 +129,120 @@ class Loader:
         RuntimeError
             More reads than micro-batches.
         """
-        if self._pending_reads:
-            x = self._pending_reads.popleft().result()
-            self._submit_reads(1)
-            return x
-        for indices in self._index_batches:
-            return self._read_once(indices, self._read_in_place).result()
-        raise RuntimeError("every micro-batch of the segment has been read")
+        self._latest = None
+        if not self._pending_reads:
+            self._start_reads(1)
+        if not self._pending_reads:
+            raise RuntimeError("every micro-batch of the segment has been read")
+        batch, read = self._pending_reads.popleft()
+        prepared = read.result()
+        self._latest = batch, prepared
+        if prepared.targets is not None:
+            self.dataset.keep_targets(batch.indices, prepared.targets)
+        if self._reads_ahead:
+            self._start_reads(1)
+        return prepared.inputs
 
     def read_other_inputs(self, indices: Indices) -> tuple[Tensor, ...]:
         """Return the further inputs of samples, floating-point ones in the loader's dtype."""
-        inputs = self.dataset.read_other_inputs(indices)
-        return tuple(x.to(cast_dtype(x.dtype, self._dtype)) for x in inputs)
+        if self._latest is not None and self._latest[0].indices is indices:
+            others = self._latest[1].others
+            if others is not None:
+                return others
+        return self._preparation.other_inputs(indices)
 
     def close(self) -> None:
         """End the segment, even before its last read; wait for a read in progress."""
-        executor, self._executor = self._executor, None
-        if executor is not None:
-            executor.shutdown(cancel_futures=True)
+        if self._reader is not None:
+            self._reader.close()
         self._pending_reads.clear()
-        self._index_batches, self._latest_read = iter(()), None
+        self._batches, self._latest_read, self._latest = iter(()), None, None
 
-    def _submit_reads(self, count: int) -> None:
-        """Submit the next `count` reads to the thread, as far as there are any."""
-        for indices in islice(self._index_batches, count):
-            self._pending_reads.append(self._read_once(indices, self._read_in_thread))
+    @property
+    def _reads_ahead(self) -> bool:
+        is_slow = self.dataset.slow or self._preparation.augment is not None
+        return bool(self._prefetch) and is_slow
 
-    def _read_once(
-        self, indices: Indices, start_read: Callable[[Indices], Future[Tensor]]
-    ) -> Future[Tensor]:
-        """Return the latest read where it is of this very array; else start a read."""
-        if self._latest_read is None or self._latest_read[0] is not indices:
-            self._latest_read = None  # frees its memory before the next read
-            self._latest_read = indices, start_read(indices)
-        return self._latest_read[1]
+    def start_workers(self) -> None:
+        """Start the worker processes, if they are to read these samples.
 
-    def _read_in_thread(self, indices: Indices) -> Future[Tensor]:
-        self._executor = self._executor or _make_thread()
-        return self._executor.submit(self._load, indices, self._epoch)
+        Raises
+        ------
+        ConfigError
+            The data set or its augmentation cannot be sent to other processes.
+        """
+        if self._workers is not None and self._reads_ahead:
+            self._reader = self._reader or self._make_reader()
+            self._workers.start()
 
-    def _read_in_place(self, indices: Indices) -> Future[Tensor]:
-        done: Future[Tensor] = Future()
-        done.set_result(self._load(indices, self._epoch))
-        return done
+    def _make_reader(self) -> BatchReader:
+        if not self._reads_ahead:
+            return InPlaceReader(self._preparation)
+        if self._workers is not None:
+            reader = self._workers.reader(*self._hold_rows())
+            self._groups = reader.groups
+            return reader
+        if not self.dataset.slow:  # in memory: groups would only copy the rows
+            return ThreadReader(self._preparation, None)
+        preparation, held = self._hold_rows()
+        if held is not None:
+            self._groups = GroupReader(held, [PrivateBuffer() for _ in range(BUFFERS)])
+        return ThreadReader(preparation, self._groups)
 
-    def _load(self, indices: Indices, epoch: int) -> Tensor:
-        x = self.dataset.inputs(indices)
-        if self._augment is not None:
-            x = self._augment(x, indices, epoch)
-        x = x.to(cast_dtype(x.dtype, self._dtype))
-        aligned = x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0
-        return x if aligned else x.clone(memory_format=torch.contiguous_format)
+    def _hold_rows(self) -> tuple[Preparation, HeldRows | None]:
+        """Return the preparation of samples from a source that holds groups of rows, and that
+        source; None where the data set has no source of rows."""
+        sources: list[HeldRows] = []
+
+        def hold(source: ArraySource) -> ArraySource:
+            sources.append(HeldRows(source))
+            return sources[-1]
+
+        dataset = self.dataset.with_samples(hold)
+        return replace(self._preparation, dataset=dataset), sources[0] if sources else None
+
+    def _start_reads(self, count: int) -> None:
+        """Start the next `count` reads, as far as there are any; a repeated one once."""
+        for batch in islice(self._batches, count):
+            assert self._reader is not None
+            if self._latest_read is None or self._latest_read[0] is not batch:
+                self._latest_read = None  # frees its memory before the next read
+                self._latest_read = batch, self._reader.start(batch)
+            self._pending_reads.append(self._latest_read)
 
 
-def _make_thread() -> ThreadPoolExecutor:
-    """Start a reader thread in which torch uses one core.
+def read_ahead_bytes(
+    dataset: Dataset, rows: int, dtype: torch.dtype, prefetch: int = 2, workers: int = 0
+) -> int:
+    """Return the most bytes that the loader of a slow or augmented data set holds ahead.
 
-    A second OpenMP team would compete with the caller's for the same cores. `set_num_threads` in
-    one thread also sets the default of later threads, so the caller's number is set again.
+    They are the groups of stored rows, the part of one that is being read, and the micro-batches.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        The samples.
+    rows : int
+        Samples of the largest micro-batch.
+    dtype : torch.dtype
+        Dtype of floating-point inputs.
+    prefetch, workers : int
+        Micro-batches that are read ahead, and worker processes, each of which reads two of them.
     """
-    threads = torch.get_num_threads()
-    executor = ThreadPoolExecutor(1, "dtrain-reader")
-    executor.submit(_use_one_torch_thread).result()
-    torch.set_num_threads(threads)
-    return executor
+    ahead = READS_PER_WORKER * workers or prefetch
+    numbers = rows * int(np.prod(dataset.shape, dtype=np.int64))
+    inputs = ahead * numbers * dtype.itemsize
+    stored = dataset.stored_pieces
+    if stored is None or not dataset.slow:
+        return inputs
+    group = max(group_rows(stored.row_bytes), rows) * stored.row_bytes
+    return inputs + BUFFERS * group + min(group, max(PART_BYTES, stored.piece_bytes))
 
 
-def _use_one_torch_thread() -> None:
-    torch.get_num_threads()  # a new thread takes the default over on its first use, so use it first
-    torch.set_num_threads(1)
+def _batch_reads(index_batches: Iterable[Indices], epoch: int) -> Iterator[BatchRead]:
+    """Yield the reads of micro-batches; a repeated array is the same read."""
+    latest: BatchRead | None = None
+    for indices in index_batches:
+        if latest is None or latest.indices is not indices:
+            latest = BatchRead(indices, epoch)
+        yield latest

@@ -52,6 +52,7 @@ class MappedSource(ArraySource):
     ) -> None:
         self.path, self.offset, self.is_fortran = path, offset, is_fortran
         self.shape, self.dtype, self.location = shape, dtype, location
+        self.is_mapped = not is_fortran
         missing = offset + self.nbytes - path.stat().st_size
         if missing > 0:
             raise DataError(
@@ -60,9 +61,11 @@ class MappedSource(ArraySource):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_rows"}
+        return {
+            key: value for key, value in self.__dict__.items() if key not in ("_rows", "in_memory")
+        }
 
-    @property
+    @cached_property
     def in_memory(self) -> bool:  # type: ignore[override]
         """Whether the pages of the file fit in memory, and a row lies in one piece."""
         return not self.is_fortran and fits_in_memory(self.nbytes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dtrain.data.array_names import NameRules, SplitNames, list_arrays
@@ -33,6 +33,8 @@ class NamedArraySet(FileSet):
     validation_x, validation_y : optional
         Name in the validation split. Without the key `validation`, the training file holds this
         split, too.
+    weights : str, optional
+        Name of the weights of the training samples in the loss, (n,); without it all count alike.
     """
 
     x: Names = "x"
@@ -41,6 +43,7 @@ class NamedArraySet(FileSet):
     test_y: str | None = None
     validation_x: Names | None = None
     validation_y: str | None = None
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,18 +92,17 @@ class NamedArraySet(FileSet):
     def open_sources(self, files: Mapping[str, SplitFiles], task: Task) -> dict[str, SplitSources]:
         needs_targets = task.target == "data"
         return {
-            split: combine(
-                [
-                    self.open_split(
-                        path,
-                        self.find_names(path, split, part.is_shared, needs_targets),
-                        needs_targets,
-                    )
-                    for path in part.paths
-                ]
-            )
+            split: combine([self._open(path, split, part, needs_targets) for path in part.paths])
             for split, part in files.items()
         }
+
+    def _open(self, path: Path, split: str, files: SplitFiles, needs_targets: bool) -> SplitSources:
+        """Return what one file gives for a split, with the weights of training samples."""
+        names = self.find_names(path, split, files.is_shared, needs_targets)
+        part = self.open_split(path, names, needs_targets)
+        if split != "train" or self.weights is None:
+            return part
+        return replace(part, weights=self.open_array(path, self.weights))
 
     def open_samples(self, path: Path, folder: Path, task: Task) -> tuple[ArraySource, ...]:
         names = self.find_names(path, "test", is_shared=False, needs_targets=False)

@@ -51,8 +51,8 @@ def open_npy(path: Path) -> ArraySource:
     DataError
         The file is missing or damaged, or holds objects.
     """
-    with _reading(path), path.open("rb") as file:
-        header = _read_header(file)
+    with reading_numpy(path), path.open("rb") as file:
+        header = read_npy_header(file)
         offset = file.tell()
     return _mapped(path, offset, header, str(path))
 
@@ -66,10 +66,10 @@ def npz_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         The file is missing or damaged.
     """
     shapes = {}
-    with _reading(path), zipfile.ZipFile(path) as archive:
+    with reading_numpy(path), zipfile.ZipFile(path) as archive:
         for member in archive.namelist():
             with archive.open(member) as file:
-                shapes[member.removesuffix(".npy")] = _read_header(file).shape
+                shapes[member.removesuffix(".npy")] = read_npy_header(file).shape
     return shapes
 
 
@@ -81,7 +81,7 @@ def has_npz_array(path: Path, name: str) -> bool:
     DataError
         The file is missing or damaged.
     """
-    with _reading(path), zipfile.ZipFile(path) as archive:
+    with reading_numpy(path), zipfile.ZipFile(path) as archive:
         return f"{name}.npy" in archive.namelist()
 
 
@@ -94,31 +94,31 @@ def open_npz_array(path: Path, name: str) -> ArraySource:
         The file is missing or damaged, or the array holds objects.
     """
     location = f"{path} '{name}'"
-    with _reading(path), zipfile.ZipFile(path) as archive:
+    with reading_numpy(path), zipfile.ZipFile(path) as archive:
         member = archive.getinfo(f"{name}.npy")
         with archive.open(member) as file:
-            header = _read_header(file)
+            header = read_npy_header(file)
             header_bytes = file.tell()
         if member.compress_type == zipfile.ZIP_STORED:
             offset = _member_offset(path, member) + header_bytes
             return _mapped(path, offset, header, location)
-    _check_header(header, location)
+    check_npy_header(header, location)
     return LazySource(header.shape, header.dtype, partial(_load_member, path, name), location)
 
 
 def _load_member(path: Path, name: str) -> Array:
-    with _reading(path), np.load(path, allow_pickle=False) as arrays:
+    with reading_numpy(path), np.load(path, allow_pickle=False) as arrays:
         return np.ascontiguousarray(arrays[name])
 
 
 def _mapped(path: Path, offset: int, header: Header, location: str) -> MappedSource:
-    _check_header(header, location)
+    check_npy_header(header, location)
     return MappedSource(
         path, offset, header.shape, header.dtype, location, is_fortran=header.is_fortran
     )
 
 
-def _read_header(file: IO[bytes]) -> Header:
+def read_npy_header(file: IO[bytes]) -> Header:
     version = npy_format.read_magic(file)
     if version == (1, 0):
         return Header(*npy_format.read_array_header_1_0(file))
@@ -133,7 +133,7 @@ def _member_offset(path: Path, member: zipfile.ZipInfo) -> int:
     return int(member.header_offset + LOCAL_HEADER.size + name + extra)
 
 
-def _check_header(header: Header, location: str) -> None:
+def check_npy_header(header: Header, location: str) -> None:
     """Refuse what is no array of samples."""
     if header.dtype.hasobject:
         raise DataError(
@@ -148,7 +148,7 @@ def _check_header(header: Header, location: str) -> None:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading_numpy(path: Path) -> Iterator[None]:
     """Turn the errors of a read into those of the data.
 
     Raises

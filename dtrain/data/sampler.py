@@ -6,14 +6,28 @@
     replicas       7 2 9  0 4                       contiguous, sizes differ by at most one
     micro-batches  7 2|9  0|4                       the same, within a replica's samples
 
-Invariant: an epoch visits every sample once, whatever the shuffle, in the same order on every
-machine. For that, only the raw bits of Philox are used, which numpy keeps stable, not its methods.
+With a sampler the epoch has as many draws as samples, with repetitions; a sample is drawn in
+proportion to its weight. The draws are systematic: equal steps along the sums of the weights::
+
+    sums of weights   |--a--|-b-|--------c--------|-d-|     samples in random order
+    draws               ^       ^       ^       ^           first position random, then steps
+    epoch             c a c b                               shuffled
+
+So a sample occurs as often as expected, rounded down or up (expected 2.5 times: 2 or 3 times);
+independent draws would leave out a third of the samples of an epoch by chance. Samples of one group
+lie side by side, so the same is true of the group: "balanced" draws each class equally often in
+every epoch, up to one.
+
+Invariant: without a sampler an epoch visits every sample once, whatever the shuffle, in the same
+order on every machine. For that, only the raw bits of Philox are used, which numpy keeps stable,
+not its methods.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.random import Philox
@@ -28,10 +42,31 @@ SHUFFLES = ("full", "chunks")
 Indices = NDArray[np.int64]
 
 
+class DrawWeights(NamedTuple):
+    """How often samples are drawn in an epoch.
+
+    Attributes
+    ----------
+    weights : array
+        A number in proportion to the draws of each sample, (n,) float64, at least 0.
+    groups : array
+        Group of each sample, (n,): the draws of a group are as many as expected, up to one.
+    """
+
+    weights: NDArray[np.float64]
+    groups: NDArray[Any]
+
+
 def epoch_order(
-    size: int, seed: int, epoch: int, shuffle: str = "full", chunk: int = 256, window: int = 16
+    size: int,
+    seed: int,
+    epoch: int,
+    shuffle: str = "full",
+    chunk: int = 256,
+    window: int = 16,
+    draws: DrawWeights | None = None,
 ) -> Indices:
-    """Return all sample indices in an epoch's order, (size,).
+    """Return the sample indices of an epoch in their order, (size,).
 
     Parameters
     ----------
@@ -48,6 +83,8 @@ def epoch_order(
         Samples per chunk.
     window : int
         Chunks per window.
+    draws : DrawWeights, optional
+        Draws with repetitions, in the order of the shuffle; default: every sample once.
 
     Raises
     ------
@@ -57,12 +94,27 @@ def epoch_order(
     if shuffle not in SHUFFLES:
         raise unknown_name("shuffle", shuffle, SHUFFLES)
     noise = _random_bits(size, "order", seed, epoch)
+    samples = np.arange(size) if draws is None else draw_samples(draws, seed, epoch)
     if shuffle == "full":
-        return np.argsort(noise, kind="stable")
+        return samples[np.argsort(noise, kind="stable")]
     chunk_order = np.argsort(_random_bits(-(-size // chunk), "chunks", seed, epoch), kind="stable")
     position = np.argsort(chunk_order)
-    windows = position[np.arange(size) // chunk] // window
-    return np.lexsort((noise, windows))
+    windows = position[samples // chunk] // window
+    return samples[np.lexsort((noise, windows))]
+
+
+def draw_samples(draws: DrawWeights, seed: int, epoch: int) -> Indices:
+    """Return as many draws as there are samples, (n,), in ascending order of their indices."""
+    size = len(draws.weights)
+    order = np.lexsort((_random_bits(size, "draws", seed, epoch), draws.groups))
+    order = order[draws.weights[order] > 0]
+    # `cumsum` adds in one order on every machine, `sum` does not.
+    sums = np.cumsum(draws.weights[order] / draws.weights.max())
+    start = float(_random_bits(1, "first draw", seed, epoch)[0] >> np.uint64(11)) * 2.0**-53
+    positions = (start + np.arange(size)) * (sums[-1] / size)
+    numbers = np.searchsorted(sums, positions, side="right")
+    drawn: Indices = np.sort(order[np.minimum(numbers, len(order) - 1)])
+    return drawn
 
 
 def even_ranges(count: int, n: int) -> tuple[range, ...]:

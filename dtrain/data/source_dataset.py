@@ -5,7 +5,8 @@ Invariant: shapes and targets are checked when a split is made; samples are read
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, final
@@ -15,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from dtrain.data.array_source import ArraySource, LazySource, MemorySource
+from dtrain.data.array_source import ArraySource, LazySource, MemorySource, StoredArray
 from dtrain.data.conversion import (
     NUMERIC_KINDS,
     Array,
@@ -38,9 +39,13 @@ from dtrain.data.dataset import (
     Moments,
     check_splits,
 )
+from dtrain.data.item_sources import ItemTargets
 from dtrain.data.label_map import LabelMap
 from dtrain.data.memory_limits import fits_in_memory
+from dtrain.data.sampler import Indices
+from dtrain.data.shuffle_windows import StoredPieces
 from dtrain.data.targets import TargetForm, TargetScan, to_texts
+from dtrain.data.weights import read_weights
 from dtrain.errors import DataError
 from dtrain.tasks.task import DEFAULT_TASK, Task
 
@@ -62,6 +67,8 @@ class SplitSources:
         Names in the order of the labels, () where unknown.
     moments : Moments or None
         Mean and deviation per channel in the units of the stored samples, where a file holds them.
+    weights : ArraySource or None
+        Weights of the samples in the training loss, (n,); read for the training split alone.
     """
 
     location: str
@@ -69,6 +76,7 @@ class SplitSources:
     targets: ArraySource | None
     class_names: tuple[str, ...] = ()
     moments: Moments | None = None
+    weights: ArraySource | None = None
 
 
 @final
@@ -116,7 +124,13 @@ class SourceDataset(Dataset):
         self.other_inputs = tuple(
             InputSpec(other.shape[1:], _input_dtype(other.dtype)) for other in others
         )
+        self.stored_pieces = None
+        # Whether the pages of a file that is mapped fit in memory depends on the machine.
+        is_mapped_file = first.is_mapped and not isinstance(first, MemorySource)
+        if is_mapped_file or not (first.in_memory or first.by_item):
+            self.stored_pieces = StoredPieces(first.row_bytes, first.chunk_rows, first.compressed)
         self._stored_moments = moments
+        self._loads = True
 
     @property
     def label_map(self) -> LabelMap | None:
@@ -132,13 +146,47 @@ class SourceDataset(Dataset):
         """Read from other sources of the same content, in the order of `sources`."""
         self._samples, *others, self._labels = sources
         self._others = tuple(others)
-        for name in ("_inputs", "_other_inputs", "_targets"):
+        self._forget_reads()
+
+    @property
+    def stays_on_disk(self) -> bool:
+        """Whether the sources that are not in memory are read piece by piece in any case."""
+        return not self._loads
+
+    def keep_on_disk(self) -> None:
+        """Read the sources that are not in memory piece by piece, although they may fit."""
+        self._loads = False
+        self._forget_reads()
+
+    def _forget_reads(self) -> None:
+        for name in ("slow", "_inputs", "_other_inputs", "_targets"):
             self.__dict__.pop(name, None)
+
+    @property
+    def reads_items(self) -> bool:
+        return self._samples.by_item
+
+    def keep_targets(self, indices: Indices, targets: Tensor) -> None:
+        if isinstance(self._labels, ItemTargets):
+            self._labels.keep(indices, targets.numpy())
+
+    def with_samples(self, wrap: Callable[[ArraySource], ArraySource]) -> SourceDataset:
+        if self._samples.by_item:
+            return self
+        dataset = copy(self)
+        dataset._others, dataset._labels = (), MemorySource(np.empty(0, np.int64))
+        dataset._samples = wrap(self._inputs)
+        cached = {"slow": self.slow, "_inputs": dataset._samples}
+        dataset.__dict__ |= {"_other_inputs": (), "_targets": dataset._labels, **cached}
+        return dataset
 
     @cached_property
     def slow(self) -> bool:
         """Whether the samples are read from files piece by piece; decided on first need."""
-        return not (self._samples.in_memory or fits_in_memory(self._samples.nbytes))
+        samples = self._samples
+        if samples.by_item or samples.in_memory:
+            return samples.by_item
+        return not (self._loads and fits_in_memory(samples.nbytes))
 
     @cached_property
     def _inputs(self) -> ArraySource:
@@ -146,11 +194,15 @@ class SourceDataset(Dataset):
 
     @cached_property
     def _other_inputs(self) -> tuple[ArraySource, ...]:
-        return tuple(_in_memory_if_it_fits(other) for other in self._others)
+        return tuple(self._load(other) for other in self._others)
 
     @cached_property
     def _targets(self) -> ArraySource:
-        return _in_memory_if_it_fits(self._labels)
+        return self._load(self._labels)
+
+    def _load(self, source: ArraySource) -> ArraySource:
+        """Return a source in memory if it may be loaded and fits."""
+        return _in_memory_if_it_fits(source) if self._loads else source
 
     def inputs(self, indices: ArrayLike) -> Tensor:
         return to_float_tensor(self._inputs.read(indices))
@@ -245,19 +297,22 @@ def make_split(
     if train is not None:
         _check_class_names(names, part.location, train)
     scan.check_classes(classes)
-    return SourceDataset(
+    split = SourceDataset(
         part.inputs, targets, classes, class_names=names, moments=part.moments, form=scan.form
     )
+    if train is None and part.weights is not None:
+        split.sample_weights = read_weights(part.weights, split.size)
+    return split
 
 
-def check_arrays(x: ArraySource, y: ArraySource, location: str) -> None:
+def check_arrays(x: StoredArray, y: StoredArray, location: str) -> None:
     """Refuse samples of a wrong shape or dtype, and targets that are not one per sample.
 
     Parameters
     ----------
-    x : ArraySource
+    x : StoredArray
         Samples, (n, channels, ...).
-    y : ArraySource
+    y : StoredArray
         Targets, (n, ...).
     location : str
         A file's path or a function's name, for the messages.
@@ -299,6 +354,8 @@ def _check_other(other: ArraySource, number: int, size: int, location: str) -> N
 def _scan_targets(scan: TargetScan, targets: ArraySource) -> ArraySource:
     """Check all targets, piece by piece; return them in memory where they fit."""
     targets = _in_memory_if_it_fits(targets)
+    if targets.by_item:  # they are checked when they are read
+        return targets
     if targets.in_memory:
         scan.add(targets.read_range(0, len(targets)))
         return targets
@@ -336,7 +393,7 @@ def _no_targets(part: SplitSources) -> ArraySource:
 
 def _in_memory(source: ArraySource) -> ArraySource:
     """Return a source in memory: itself, or one of all its rows."""
-    if source.in_memory:
+    if source.in_memory or source.by_item:
         return source
     rows = source.read_range(0, len(source))
     source.close()

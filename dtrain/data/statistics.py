@@ -422,6 +422,10 @@ class Standardised(DatasetView):
         super().__init__(dataset)
         self.training = training
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what other processes need: the statistics, not the training split."""
+        return {**self.__dict__, "_scale": self._scale, "training": None}
+
     @property
     def channel_axis(self) -> int:
         """The axis of a sample that holds the channels."""

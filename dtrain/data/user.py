@@ -15,12 +15,15 @@ from dtrain.data.array_source import MemorySource
 from dtrain.data.conversion import Array
 from dtrain.data.dataset import DatasetSplits, check_splits
 from dtrain.data.source_dataset import SplitSources, make_splits
-from dtrain.data.torch_datasets import are_torch_datasets, read_items
+from dtrain.data.torch_datasets import are_torch_datasets, item_splits
+from dtrain.data.weights import WeightedArrays, check_weights
 from dtrain.errors import DataError
 from dtrain.tasks.task import DEFAULT_TASK, Task
 
 
-def as_splits(value: object, location: str, task: Task = DEFAULT_TASK) -> DatasetSplits:
+def as_splits(
+    value: object, location: str, task: Task = DEFAULT_TASK, classes: int | None = None
+) -> DatasetSplits:
     """Check the result of a user's function and return it as two splits.
 
     Parameters
@@ -28,13 +31,15 @@ def as_splits(value: object, location: str, task: Task = DEFAULT_TASK) -> Datase
     value : object
         `DatasetSplits`; or (x_train, y_train, x_test, y_test) as arrays or tensors, after which
         x_validation and y_validation may follow; or two or three map-style
-        `torch.utils.data.Dataset` in that order, which are read into memory. Samples of several
-        inputs are a tuple or dict of arrays, in the order of the model's arguments. Arrays and CPU
-        tensors are not copied.
+        `torch.utils.data.Dataset` in that order, which are read by index; or `WeightedArrays`
+        around one of these. Samples of several inputs are a tuple or dict of arrays, in the order
+        of the model's arguments. Arrays and CPU tensors are not copied.
     location : str
         The function's name, for the messages.
     task : Task
         Decides which targets are legal.
+    classes : int, optional
+        Number of classes of torch Datasets, so that not all labels are read at the start.
 
     Raises
     ------
@@ -42,10 +47,17 @@ def as_splits(value: object, location: str, task: Task = DEFAULT_TASK) -> Datase
         A value of another type, or arrays that do not fit each other.
     """
     if isinstance(value, DatasetSplits):
+        if value.train.sample_weights is not None:
+            check_weights(value.train.sample_weights, value.train.size, f"{location}: the weights")
         return check_splits(value, location)
+    if isinstance(value, WeightedArrays):
+        splits = as_splits(value.data, location, task, classes)
+        weights = check_weights(value.weights, splits.train.size, f"{location}: the weights")
+        splits.train.sample_weights = weights
+        return splits
     if are_torch_datasets(value):
         assert isinstance(value, list | tuple)
-        value = [array for dataset in value for array in read_items(dataset, location)]
+        return make_splits(item_splits(value, location, task, classes), task)
     if not isinstance(value, list | tuple) or len(value) not in (4, 6):
         raise DataError(
             "data.function-result",

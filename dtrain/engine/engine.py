@@ -321,9 +321,11 @@ class Engine:
             if self.objective.needs_raw_samples and loader.dataset.value_range is not None:
                 raw_samples = loader.dataset.to_unit_range(samples)
         targets, task = loader.dataset.targets(indices), self.engine_spec.task
-        count = task.count(targets)
+        weights = loader.dataset.read_sample_weights(indices)
+        count = task.count(targets, weights)
         return MicroBatch(
             targets=targets.to(device),
+            weights=None if weights is None else weights.to(device),
             task=task,
             loss_scale=count / update.loss_count if count else 0.0,
             received=received,
@@ -369,7 +371,7 @@ class Engine:
 
     def _add_metrics(self, index: int, micro_batch: MicroBatch) -> None:
         """Add the loss and the metrics of a micro-batch; refuse a loss that is not finite."""
-        rows, count = len(micro_batch.targets), micro_batch.task.count(micro_batch.targets)
+        rows, count = len(micro_batch.targets), micro_batch.count
         if micro_batch.loss is not None:
             loss = float(micro_batch.loss)
             if not math.isfinite(loss):

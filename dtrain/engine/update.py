@@ -49,7 +49,7 @@ class BatchUpdate:
     local_rows, total_rows : int
         Samples of this replica, and of all replicas.
     counts : tuple of float
-        Samples of each replica, or their counted positions.
+        Samples of each replica, or their counted positions or weights.
     loss_count : float
         The count of this replica.
     weight : float
@@ -159,14 +159,19 @@ class UpdateStep:
         )
 
     def _count_replicas(self, batch: Batch, dataset: Dataset) -> tuple[float, ...]:
-        """Return the samples of each replica, or their counted positions: targets are read by
-        index, so no message is needed."""
-        if not self.engine_spec.task.counts_positions:
+        """Return the samples of each replica, or their counted positions or weights: targets are
+        read by index, so no message is needed."""
+        task = self.engine_spec.task
+        if not (task.counts_positions or task.target_spec.weighted):
             return batch.replica_rows
         ends = accumulate(batch.replica_rows, initial=0)
         parts = [batch.update_indices[start:stop] for start, stop in pairwise(ends)]
-        count = self.engine_spec.task.count
-        return tuple(count(dataset.targets(part)) if len(part) else 0.0 for part in parts)
+        return tuple(
+            task.count(dataset.targets(part), dataset.read_sample_weights(part))
+            if len(part)
+            else 0.0
+            for part in parts
+        )
 
     def gradient_hook(self, action: Action, update: BatchUpdate) -> GradientHook | None:
         """Return the hook of a block's last `B` before its `U`, where gradients are averaged."""

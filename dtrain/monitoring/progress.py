@@ -22,6 +22,7 @@ from dtrain.comm.communicator import Comm
 from dtrain.comm.launcher import TERMINAL_VARIABLE, detect_launcher
 from dtrain.monitoring.run_totals import RunTotals
 from dtrain.monitoring.summary import metric_text
+from dtrain.planning.data_memory import plan_data_memory
 from dtrain.planning.formatting import percent, pluralise
 from dtrain.planning.plan import Plan
 from dtrain.planning.warnings import plan_warnings
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 
 REFRESH_S = 0.2
 """Seconds between two refreshes of the bar."""
+
+
+LARGE_DATA_BYTES = 16 << 20
+"""Bytes of data from which a run prints where they are."""
 
 
 class Progress:
@@ -235,6 +240,12 @@ def library_versions(comm: Comm) -> str:
     return f"Python {platform.python_version()}, torch {torch.__version__}, {comm.library}"
 
 
+def _place_text(plan: Plan) -> str:
+    """Return where large data are; empty for small ones."""
+    data = plan_data_memory(plan)
+    return f"; {data.to_text()}" if data.node + data.disk >= LARGE_DATA_BYTES else ""
+
+
 def _introduction(plan: Plan, comm: Comm, threads: int) -> list[str]:
     """Return the lines that open a run."""
     run, layout = plan.run, plan.layout
@@ -252,7 +263,7 @@ def _introduction(plan: Plan, comm: Comm, threads: int) -> list[str]:
         f"{pluralise(mesh.stages, 'stage')} on {pluralise(comm.node_count, 'host')}, "
         f"{pluralise(threads, 'thread')} each",
         f"data      {run.dataset.name}: {train.size:,} training{validation} and {test.size:,} test "
-        f"samples of {shape}, {_target_text(plan)}",
+        f"samples of {shape}, {_target_text(plan)}{_place_text(plan)}",
         f"model     {run.model.name}: {parameters:,} parameters"
         + (f", {head_parameters:,} more in local heads" if head_parameters else "")
         + (builds_all if layout.model.builds_all_layers else ""),

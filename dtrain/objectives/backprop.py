@@ -39,6 +39,10 @@ class Backprop(Objective):
     def serves(self, task: Task) -> None:
         """Return None: every differentiable loss is served."""
 
+    def takes_sample_weights(self) -> bool:
+        """Return True."""
+        return True
+
     def routes(self, blocks: int, mode: ExecutionMode) -> tuple[Route, ...]:
         """Send activations forward, and in training gradients (rows, ...) back."""
         backward = backward_routes(blocks) if mode == "train" else ()

@@ -121,6 +121,11 @@ class Objective(Strategy, ABC):
         """
         return needs_labels(task)
 
+    def takes_sample_weights(self) -> bool:
+        """Whether each loss of a sample is multiplied by its weight, as `loss_pair`, `output_error`
+        and ``micro_batch.mean_loss`` do."""
+        return False
+
     def couples_samples(self, spec: BlockSpec) -> bool:
         """Whether the loss of a sample depends on other samples, apart from batch statistics."""
         return False
@@ -323,13 +328,14 @@ def scaled_loss_pair(micro_batch: MicroBatch, loss: Tensor) -> BackwardPair:
 
 def loss_pair(micro_batch: MicroBatch, output: Tensor) -> BackwardPair:
     """Return the scaled backward pair of the task's loss of a prediction (rows, ...)."""
-    return scaled_loss_pair(micro_batch, micro_batch.task.mean_loss(output, micro_batch.targets))
+    return scaled_loss_pair(micro_batch, micro_batch.mean_loss(output))
 
 
 def output_error(micro_batch: MicroBatch) -> Tensor:
     """Return the gradient (rows, ...) of each sample's own loss at y, without its graph: for plain
-    classes softmax(y) - onehot."""
-    return micro_batch.task.output_gradient(micro_batch.y, micro_batch.targets)
+    classes softmax(y) - onehot; times the sample's weight, where it has one."""
+    targets, weights = micro_batch.targets, micro_batch.weights
+    return micro_batch.task.output_gradient(micro_batch.y, targets, weights)
 
 
 def needs_labels(task: Task) -> str | None:

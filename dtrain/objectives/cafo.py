@@ -92,6 +92,10 @@ class Cafo(AuxHead):
             return "solves for the targets themselves"
         return needs_means_over_samples(task) if self.closed_form else None
 
+    def takes_sample_weights(self) -> bool:
+        """Whether heads learn the task's loss."""
+        return self.head == "ce"
+
     @property
     def closed_form(self) -> bool:
         """Whether heads are solved in closed form."""
@@ -164,7 +168,7 @@ class Cafo(AuxHead):
             scores = block.head(head_features(block, micro_batch), targets)
             output = output if spec.is_last else scores
         if self.head == "ce":
-            loss = task.mean_loss(output.reshape(-1, *spec.scores_shape), targets)
+            loss = micro_batch.mean_loss(output.reshape(-1, *spec.scores_shape))
         else:
             loss = self.loss(output.reshape(len(output), -1), targets)
         return [scaled_loss_pair(micro_batch, loss)]

@@ -85,6 +85,10 @@ class Dfa(RandomFeedback):
     def serves(self, task: Task) -> None:
         """Return None: every differentiable loss is served."""
 
+    def takes_sample_weights(self) -> bool:
+        """Return True."""
+        return True
+
     def routes(self, blocks: int, mode: ExecutionMode) -> tuple[Route, ...]:
         """Send activations forward and the error from the last block to all others; with `angles`
         also gradients back."""

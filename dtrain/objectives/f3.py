@@ -107,8 +107,7 @@ class F3(Objective):
         table = block.head
         if spec.is_last:
             if isinstance(table, AnswerTable):
-                table.fresh[micro_batch.indices] = self.current_answers(micro_batch)
-                table.seen[micro_batch.indices] = 1
+                table.add(micro_batch.indices, self.current_answers(micro_batch))
             return [loss_pair(micro_batch, micro_batch.y)]
         assert isinstance(table, AnswerTable)
         error = self.delayed_error(spec, table.answers[micro_batch.indices], micro_batch)
@@ -172,7 +171,8 @@ class AnswerTable(nn.Module):
         fresh, seen  <---- written by the samples' indices ---- scores         in the last block
 
     Invariant: `answers` changes only at the end of a segment, in the last block first. `fresh` and
-    `seen` are zero then, so they can be summed over replicas, each of which saw other samples.
+    `seen` are zero then, so they can be summed over replicas. A sample that a sampler has drawn
+    several times in the segment has the mean of its outputs.
 
     Attributes
     ----------
@@ -181,9 +181,9 @@ class AnswerTable(nn.Module):
     answers : Tensor
         (N, C), or (N,) for the true class alone.
     fresh : Tensor
-        In the last block, like `answers`: the outputs of this segment.
+        In the last block, like `answers`: the sums of the outputs of this segment.
     seen : Tensor
-        In the last block, (N,): 1 where `fresh` was written in this segment.
+        In the last block, (N,): how often a sample was seen in this segment.
     """
 
     identical_buffers = ("feedback", "answers", "fresh", "seen")
@@ -204,9 +204,16 @@ class AnswerTable(nn.Module):
             self.register_buffer("seen", torch.zeros(spec.train_samples))
 
     @torch.no_grad()
+    def add(self, indices: Tensor, outputs: Tensor) -> None:
+        """Add the outputs of samples of this segment."""
+        self.fresh.index_add_(0, indices, outputs.to(self.fresh.dtype))
+        self.seen.index_add_(0, indices, torch.ones_like(indices, dtype=self.seen.dtype))
+
+    @torch.no_grad()
     def commit(self) -> None:
-        """Copy `fresh` to `answers` where samples were seen; clear `fresh` and `seen`."""
-        seen = self.seen.view(-1, *[1] * (self.fresh.dim() - 1)) > 0
-        self.answers.copy_(torch.where(seen, self.fresh, self.answers))
+        """Copy the means to `answers` where samples were seen; clear `fresh` and `seen`."""
+        seen = self.seen.view(-1, *[1] * (self.fresh.dim() - 1))
+        means = self.fresh / seen.clamp(min=1)
+        self.answers.copy_(torch.where(seen > 0, means, self.answers))
         self.fresh.zero_()
         self.seen.zero_()

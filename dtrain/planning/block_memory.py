@@ -262,6 +262,7 @@ def _zero_micro_batch(block: Block, objective: Objective, spec: BlockSpec, rows:
             raw_samples = torch.zeros_like(samples)
     return MicroBatch(
         targets=spec.task.zero_targets(rows),
+        weights=torch.ones(rows).double() if spec.task.target_spec.weighted else None,
         task=spec.task,
         samples=samples,
         other_samples=others,

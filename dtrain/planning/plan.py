@@ -7,13 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 
 from dtrain.config.run import RunConfig
 from dtrain.data import augment as augments
 from dtrain.data import load_data
 from dtrain.data.conversion import cast_dtype
 from dtrain.data.dataset import Dataset, DatasetSplits
-from dtrain.data.sampler import BatchSplitter, updates_per_epoch
+from dtrain.data.sampler import (
+    BatchSplitter,
+    DrawWeights,
+    Indices,
+    epoch_order,
+    updates_per_epoch,
+)
+from dtrain.data.shuffle_windows import shuffle_window
+from dtrain.data.weights import check_sampler, count_classes, make_draws
 from dtrain.errors import ConfigError
 from dtrain.models import load_model
 from dtrain.models.integer_inputs import takes_integers
@@ -25,7 +34,7 @@ from dtrain.planning.layout import DTYPES, Layout, make_layout
 from dtrain.schedules.segments import TrainingLength
 from dtrain.schedules.verify import PlanError, ScheduleReport
 from dtrain.tasks.task import Task
-from dtrain.user_code import require_object
+from dtrain.user_code import find_value, require_object, value_text
 
 PROOF_UPDATES = 8
 """Updates at an epoch's start that the proof and the drawing contain."""
@@ -52,6 +61,20 @@ class Plan:
     batch_splitter: BatchSplitter
     proof: ScheduleReport
     blocks_assumed: bool
+
+    @cached_property
+    def draws(self) -> DrawWeights | None:
+        """How often training samples are drawn in an epoch, computed on first need; None: once."""
+        sampler, task = self.run.data.sampler, self.run.task
+        if not isinstance(sampler, str) or ":" in sampler:
+            sampler = find_value(sampler, self.run.folder, "sampler")
+        return make_draws(sampler, self.data.train, task)
+
+    def epoch_order(self, epoch: int) -> Indices:
+        """Return the training samples of an epoch, (n,), in their order."""
+        seed, shuffle, train = self.run.settings.seed, self.run.data.shuffle, self.data.train
+        window = shuffle_window(train.stored_pieces)
+        return epoch_order(train.size, seed, epoch, shuffle, *window, draws=self.draws)
 
 
 def make_plan(run: RunConfig, ranks: int) -> Plan:
@@ -105,9 +128,13 @@ def load_run(run: RunConfig) -> tuple[DatasetSplits, LayerStack, BlockSpec]:
         target=run.dataset.target,
     )
     train = samples.train
-    task = run.task.bind(train.target_shape, train.target_dtype, train.classes)
+    is_weighted = train.sample_weights is not None
+    task = run.task.bind(train.target_shape, train.target_dtype, train.classes, is_weighted)
+    if task.balances_classes:
+        task = task.balance_classes(count_classes(train, task).tolist())
     _check_objective(run, task)
     _check_augment(run, train, task)
+    check_sampler(run.data.sampler, train, task)
     model, data_spec = _load_model(run, train, task)
     return samples.as_integers() if data_spec.integer_samples else samples, model, data_spec
 
@@ -156,8 +183,8 @@ def _check_augment(run: RunConfig, train: Dataset, task: Task) -> None:
     if task.target == "input":
         raise ConfigError(
             "task.input-target-augmented",
-            f'[task] target = "input" is the input before augment = "{run.data.augment}", not what '
-            'the model sees: set augment = "none"',
+            '[task] target = "input" is the input before augment = '
+            f'"{value_text(run.data.augment)}", not what the model sees: set augment = "none"',
         )
     augment.check_shape(train.shape)
 
@@ -171,6 +198,13 @@ def _check_objective(run: RunConfig, task: Task) -> None:
             f"[objective] '{run.objective.name}' {reason}, but [task] loss = \"{task.loss_name}\" "
             f"has targets of shape {task.target_spec.shape} that are {task.kind}: set "
             '[objective] name = "backprop" or "local-head"',
+        )
+    if task.target_spec.weighted and not run.objective.instance.takes_sample_weights():
+        raise ConfigError(
+            "data.weights-objective",
+            f"[objective] '{run.objective.name}' has a loss of its own that counts all samples "
+            'alike, but the data have sample weights: set [objective] name = "backprop" or '
+            '"local-head", or leave out the weights',
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from dtrain.partition import is_ascending
 from dtrain.planning.cost_file import CostFile
+from dtrain.planning.data_memory import data_lines, data_warnings, plan_data_memory
 from dtrain.planning.formatting import align_columns, percent, pluralise
 from dtrain.planning.layout import describe
 from dtrain.planning.memory_plan import MemoryPlan
@@ -40,6 +41,7 @@ def plan_text(plan: Plan, cost_file: CostFile | None = None) -> str:
         "",
         "Peak memory per rank (bytes)",
         *_memory_lines(table["memory"]),
+        *data_lines(table["data"], table["memory"]),
         *(["", "Notes", *table["cautions"]] if table["cautions"] else []),
         *(_time_lines(table["prediction"]) if cost_file is not None else []),
     ]
@@ -67,6 +69,8 @@ def plan_table(plan: Plan, cost_file: CostFile | None = None) -> dict[str, Any]:
     """Return a plan as plain values, the output of ``--json``; with a costs file the estimated
     time, too."""
     memory_plan = MemoryPlan(plan)
+    data, memory = plan_data_memory(plan), memory_plan.to_dicts()
+    peak = max(row["peak_bytes"] for row in memory)
     proof, rows = plan.proof, plan.batch_splitter.largest_micro_batch
     table = describe(plan.layout, rows) | {
         "updates": plan.training_length.total_updates,
@@ -75,8 +79,9 @@ def plan_table(plan: Plan, cost_file: CostFile | None = None) -> dict[str, Any]:
         "peak_live_micros": list(proof.peak_live),
         "staleness": list(proof.staleness),
         "bubble": proof.bubble,
-        "memory": memory_plan.to_dicts(),
-        "cautions": plan_warnings(plan),
+        "memory": memory,
+        "data": data.to_dict(),
+        "cautions": [*plan_warnings(plan), *data_warnings(plan, data, peak)],
         "run": plan.run.to_table(),
     }
     if cost_file is not None:

@@ -26,7 +26,13 @@ from typing import Any
 
 from torch import Tensor
 
-from dtrain.build import build_rank, check_same_data, check_same_layout, set_threads
+from dtrain.build import (
+    RankJob,
+    build_rank,
+    check_same_layout,
+    make_plan_together,
+    set_threads,
+)
 from dtrain.callbacks import (
     BestCheckpoint,
     Callback,
@@ -56,8 +62,8 @@ from dtrain.comm.early_end import EarlyEnd
 from dtrain.comm.flight_recorder import print_error
 from dtrain.config.out_folder import fill_keys
 from dtrain.config.run import RunConfig
-from dtrain.data.sampler import epoch_order
 from dtrain.data.statistics import Standardised
+from dtrain.data.worker_pool import WorkerPool
 from dtrain.engine.metrics import MetricSums
 from dtrain.errors import ConfigError, RankLostError
 from dtrain.evaluation import EvalWeights, evaluate_weights, evaluation_weights
@@ -70,13 +76,13 @@ from dtrain.monitoring.metric_values import (
 from dtrain.monitoring.monitor import Monitor
 from dtrain.monitoring.start_log import StartLog
 from dtrain.monitoring.summary import make_summary
-from dtrain.planning.plan import Plan, make_plan
+from dtrain.planning.plan import Plan
 from dtrain.planning.warnings import placement_warnings
 from dtrain.rank_process import defer_stop_signals, end_at_signals, init
 from dtrain.run import Run
 from dtrain.schedules.segments import Segment
 from dtrain.schema import Table
-from dtrain.session.data_notes import check_data_values, data_notes
+from dtrain.session.data_notes import check_data_values
 from dtrain.session.failure import report_failure
 from dtrain.session.job_limit import JobLimit
 from dtrain.session.layer_notes import layer_notes
@@ -92,13 +98,13 @@ from dtrain.session.start import (
     check_weights_stay,
     make_recorder,
     observed_limit,
+    read_data,
     restore_run,
     resume_folders,
     share_module,
     start_trace,
     write_plan,
 )
-from dtrain.shared_statistics import share_statistics, use_kept_statistics
 from dtrain.user_code import refuse_during_import
 
 SEARCH_S = 60.0
@@ -175,6 +181,7 @@ class Session:
         self._segment: Segment | None = None
         self._updates: Iterator[int] = iter(())
         self._ema: Ema | None = None
+        self._workers: WorkerPool | None = None
         self._searched_data = False
         self._early_end: EarlyEnd | None = None
         self._clock: RunClock | None = None
@@ -230,16 +237,13 @@ class Session:
         run = all_or_none(comm, lambda: with_callback_keys(self._run, given))
         run = settle_cuts(run.with_checkpoint_blocks(point.run_table), comm)
         with log.step("reading data and model"):
-            plan = all_or_none(comm, lambda: make_plan(run, comm.size))
+            plan = make_plan_together(run, comm)
         self.callbacks = all_callbacks(run, given)
         all_or_none(comm, lambda: check_metrics(self.callbacks, plan))
         check_same_source(run, comm)
         check_same_layout(plan, comm)
-        with log.step("reading data and computing their statistics"):
-            use_kept_statistics(plan.data, comm, [out, *resume_folders(self._resume)])
-            share_statistics(plan.data, comm, log.note)
-            data_fingerprint = check_same_data(plan, comm)
-            notes = data_notes(plan, comm)
+        folders = [out, *resume_folders(self._resume)]
+        data_fingerprint, notes = read_data(plan, comm, log, folders)
         all_or_none(comm, lambda: check_resume(out, point, plan, data_fingerprint))
         if self._resume == "fresh":
             all_or_none(comm, lambda: check_weights_stay(out, plan.run))
@@ -254,7 +258,7 @@ class Session:
         comm.flight.set_folder(out / run_folder.FLIGHT_FOLDER)
         _RUNS[out.resolve()] = plan.run
         with log.step("building the blocks"):
-            self._job = job = build_rank(plan, comm)
+            job = self._build(plan)
         self._fingerprint: Table = {
             "model": job.model_fingerprint,
             "data": data_fingerprint,
@@ -297,6 +301,13 @@ class Session:
             early_end.clock = self._clock.check
         self._early_end = early_end
         defer_stop_signals(self.interrupt, self.plan.run.checkpoint.signals)
+
+    def _build(self, plan: Plan) -> RankJob:
+        """Build this rank and start its worker processes. Collective over all ranks."""
+        self._job = job = build_rank(plan, self.comm)
+        self._workers = job.workers
+        all_or_none(self.comm, job.start_workers)
+        return job
 
     def _attach_ema(self) -> None:
         """Let the engine update the averaged weights, where the run has them."""
@@ -360,6 +371,8 @@ class Session:
                 self._early_end.close()
             if self._limit is not None:
                 self._limit.close()
+            if self._workers is not None:
+                self._workers.stop()
             self.comm.flight.close()
             if self._progress is not None:
                 self._progress.stop()
@@ -518,9 +531,7 @@ class Session:
         """Train a segment, or the rest of one; yield the number of each update."""
         self._eval_weights = None
         plan, job = self.plan, self._job
-        order = epoch_order(
-            plan.data.train.size, plan.run.settings.seed, segment.epoch, plan.run.data.shuffle
-        )
+        order = plan.epoch_order(segment.epoch)
         end = segment.offset + segment.stop - segment.start
         batches = [
             plan.batch_splitter.batch(order, offset, job.position.replica)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from dtrain.block.block import Block
-from dtrain.build import RankJob
+from dtrain.block.device import release_freed_memory
+from dtrain.build import RankJob, check_same_data, hold_data
 from dtrain.callbacks import (
     BestCheckpoint,
     Callback,
@@ -39,11 +41,19 @@ from dtrain.engine.trace import TRACE_FILE, Trace
 from dtrain.errors import ConfigError, DtrainError
 from dtrain.monitoring.metric_values import check_metric_name, metric_names
 from dtrain.monitoring.run_totals import RunTotals
+from dtrain.monitoring.start_log import StartLog
 from dtrain.monitoring.summary import make_summary
 from dtrain.planning import report
 from dtrain.planning.plan import Plan
 from dtrain.schema import Table
+from dtrain.session.data_notes import (
+    check_data_repeatable,
+    data_notes,
+    memory_notes,
+    same_draws,
+)
 from dtrain.session.job_limit import JobLimit, find_limit
+from dtrain.shared_statistics import share_statistics, use_kept_statistics
 from dtrain.tracking.recorder import Recorder, make_trackers
 
 
@@ -77,6 +87,33 @@ def share_module(model: object, comm: Comm) -> None:
 def resume_folders(resume: str) -> list[Path]:
     """Return the folder of the other run that is resumed, if there is one."""
     return [] if resume in ("auto", "never", "fresh") else [Path(resume)]
+
+
+def read_data(
+    plan: Plan, comm: Comm, log: StartLog, folders: Sequence[Path]
+) -> tuple[dict[str, Any], list[str]]:
+    """Hold the data in memory as far as they fit and check them. Collective over all ranks.
+
+    Statistics that one of `folders` keeps of these data are not computed again. Returns what
+    identifies the data in a later start, and notes on them.
+
+    Raises
+    ------
+    DataError
+        On all ranks, if the data cannot be read or are not legal.
+    """
+    with log.step("reading data into memory"):
+        is_held = hold_data(plan, comm)
+    with log.step("reading data and computing their statistics"):
+        check_data_repeatable(plan, comm)
+        use_kept_statistics(plan.data, comm, folders)
+        share_statistics(plan.data, comm, log.note)
+        fingerprint = check_same_data(plan, comm) | same_draws(plan, comm)
+        notes = data_notes(plan, comm)
+    if is_held:
+        release_freed_memory()
+        notes += memory_notes(plan, comm)
+    return fingerprint, notes
 
 
 def acquire_folder(out: Path, resume: str, point: ResumePoint) -> tuple[ownership.Owner, int]:

@@ -6,6 +6,9 @@ of weights, the *normaliser*::
 
     sum of w[t] loss(t) over the positions with t != ignore-index  /  sum of w[t] over the same
 
+Samples may have weights v: each sample's losses and its part of the normaliser are multiplied by
+its weight; without ignored positions and class weights the mean is ``sum of v l / sum of v``.
+
 Invariant: the sum of losses and the normaliser are sums over samples, so a mean does not depend on
 how samples are split into micro-batches and replicas.
 """
@@ -15,7 +18,7 @@ from __future__ import annotations
 import inspect
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, final
@@ -28,7 +31,7 @@ from dtrain.errors import ConfigError, unknown_name
 from dtrain.schema import convert, kebab
 from dtrain.user_code import PATTERN, import_object
 
-Reduction = Literal["mean", "sum"]
+Reduction = Literal["mean", "sum", "none"]
 
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -41,6 +44,10 @@ CLASS_LOSSES = ("cross-entropy", "nll", "multi-margin")
 
 COUNTING_LOSSES = ("cross-entropy", "nll")
 """Losses that divide by the weights of the counted positions."""
+
+
+BALANCED = "balanced"
+"""The `weight` of classes that is computed from the training labels."""
 
 
 INDEX_LOSSES = ("multi-label-margin",)
@@ -98,6 +105,23 @@ class Loss(ABC):
         """Return the float64 normaliser () of a mean over counted positions, None where the mean is
         over samples."""
 
+    @abstractmethod
+    def sample_losses(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of each sample (rows,): the mean over its positions, or the sum over its
+        counted positions."""
+
+    @abstractmethod
+    def sample_normalisers(self, target: Tensor) -> Tensor | None:
+        """Return the part (rows,) of each sample in the normaliser, None as `normaliser` does."""
+
+    def weighted(self, output: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+        """Return the mean loss () of samples of some weights (rows,)."""
+        weights = weights.to(output.dtype)
+        parts = self.sample_normalisers(target)
+        counts = weights if parts is None else weights * parts.to(output.dtype)
+        losses = self.sample_losses(output, target)
+        return (weights * losses).sum() / counts.sum().clamp(min=torch.finfo(output.dtype).tiny)
+
 
 @final
 class TorchLoss(Loss):
@@ -121,7 +145,9 @@ class TorchLoss(Loss):
         self.kind = torch_losses()[name]
         self.tensors = {key: value for key, value in fields.items() if isinstance(value, tuple)}
         self.plain = {key: value for key, value in fields.items() if key not in self.tensors}
-        self.modules = {} if self.tensors else {r: self._make(r, {}) for r in ("mean", "sum")}
+        self.modules = (
+            {} if self.tensors else {r: self._make(r, {}) for r in ("mean", "sum", "none")}
+        )
         counts = "weight" in self.tensors or "ignore_index" in self.plain
         self.counts_positions = self.name in COUNTING_LOSSES and counts
 
@@ -143,15 +169,30 @@ class TorchLoss(Loss):
         return loss
 
     def normaliser(self, target: Tensor) -> Tensor | None:
+        counts = self._position_weights(target)
+        return None if counts is None else counts.sum().double()
+
+    def sample_losses(self, output: Tensor, target: Tensor) -> Tensor:
+        losses = self.reduced("none", output, target).reshape(len(target), -1)
+        is_sum = self.name == "kl-div" or self._position_weights(target) is not None
+        return losses.sum(1) if is_sum else losses.mean(1)
+
+    def sample_normalisers(self, target: Tensor) -> Tensor | None:
+        counts = self._position_weights(target)
+        return None if counts is None else counts.reshape(len(target), -1).sum(1).double()
+
+    def _position_weights(self, target: Tensor) -> Tensor | None:
+        """Return the weight of each position of class labels, None where the mean is over
+        samples."""
         if not self.counts_positions or target.is_floating_point():
             return None
         counted = torch.ones_like(target, dtype=torch.bool)
         if "ignore_index" in self.plain:
             counted = target != self.plain["ignore_index"]
         if "weight" not in self.tensors:
-            return counted.sum().double()
+            return counted
         weight = torch.tensor(self.tensors["weight"], dtype=torch.float64, device=target.device)
-        return (weight[torch.where(counted, target, 0)] * counted).sum()
+        return weight[torch.where(counted, target, 0)] * counted
 
     def _tensors_like(self, output: Tensor) -> dict[str, Tensor]:
         return {key: output.new_tensor(value) for key, value in self.tensors.items()}
@@ -183,6 +224,21 @@ class FunctionLoss(Loss):
 
     def normaliser(self, target: Tensor) -> Tensor | None:
         return None if self.count is None else torch.as_tensor(self.count(target)).double()
+
+    def sample_losses(self, output: Tensor, target: Tensor) -> Tensor:
+        losses = torch.stack([self.function(*row) for row in _rows(output, target)])
+        parts = self.sample_normalisers(target)
+        return losses if parts is None else losses * parts.to(losses.dtype)
+
+    def sample_normalisers(self, target: Tensor) -> Tensor | None:
+        if self.count is None:
+            return None
+        return torch.stack([torch.as_tensor(self.count(row)) for (row,) in _rows(target)]).double()
+
+
+def _rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the rows of tensors, each as a micro-batch of one sample."""
+    return zip(*(torch.split(tensor, 1) for tensor in tensors), strict=True)
 
 
 def make_loss(loss: str | LossFunction, fields: Mapping[str, Any], folder: Path) -> Loss:
@@ -220,6 +276,9 @@ def check_fields(loss: str | LossFunction, fields: Mapping[str, Any]) -> dict[st
             legal = [*TASK_KEYS, *map(kebab, hints)]
             raise unknown_name("key [task]", kebab(name), legal, key="task.unknown-key")
         plain = value.tolist() if isinstance(value, Tensor) else value
+        if (name, plain) == ("weight", BALANCED) and loss in COUNTING_LOSSES:
+            values[name] = plain
+            continue
         try:
             values[name] = convert(plain, hints[name], f"[task] {kebab(name)}")
         except ConfigError as error:

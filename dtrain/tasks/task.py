@@ -35,6 +35,7 @@ from dtrain.errors import ConfigError
 from dtrain.object_names import object_name
 from dtrain.schema import Table, kebab, snake
 from dtrain.tasks.losses import (
+    BALANCED,
     CLASS_LOSSES,
     COUNTING_LOSSES,
     DECISION_THRESHOLDS,
@@ -92,11 +93,14 @@ class TargetSpec(NamedTuple):
         int64, or a floating dtype.
     classes : int
         Number of outputs per position; 0 where unknown.
+    weighted : bool
+        Whether training samples have weights.
     """
 
     shape: tuple[int, ...] = ()
     dtype: torch.dtype = torch.int64
     classes: int = 0
+    weighted: bool = False
 
 
 @final
@@ -211,18 +215,20 @@ class Task:
         object.__setattr__(task, "labels", labels)
         return task
 
-    def bind(self, shape: tuple[int, ...], dtype: torch.dtype, classes: int) -> Task:
-        """Return this task for targets of one shape (of one sample) and dtype.
+    def bind(
+        self, shape: tuple[int, ...], dtype: torch.dtype, classes: int, weighted: bool = False
+    ) -> Task:
+        """Return this task for targets of one shape (of one sample) and dtype; `weighted`: training
+        samples have weights.
 
         Raises
         ------
         ConfigError
             A metric does not fit the targets, or a key needs classes.
         """
-        task = copy.copy(self)
-        for name in ("_metrics", "kind", "counts_positions"):  # they depend on the targets
-            task.__dict__.pop(name, None)
-        object.__setattr__(task, "target_spec", TargetSpec(tuple(shape), dtype, classes))
+        task = self._copy()
+        spec = TargetSpec(tuple(shape), dtype, classes, weighted)
+        object.__setattr__(task, "target_spec", spec)
         if self.classes_last and not task.has_classes:
             raise ConfigError(
                 "task.classes-last-without-classes",
@@ -310,8 +316,42 @@ class Task:
     @property
     def class_weights(self) -> tuple[float, ...]:
         """The weights of the classes; empty where all count alike."""
-        weights: tuple[float, ...] = dict(self.fields).get("weight", ())
-        return weights if self.loss in CLASS_LOSSES else ()
+        weights = dict(self.fields).get("weight", ())
+        return weights if self.loss in CLASS_LOSSES and weights != BALANCED else ()
+
+    @property
+    def balances_classes(self) -> bool:
+        """Whether the weights of the classes are still to be computed; see `balance_classes`."""
+        return dict(self.fields).get("weight") == BALANCED
+
+    def balance_classes(self, counts: Sequence[int]) -> Task:
+        """Return this task with the weights n / (K n_k) of classes that occur n_k times in the
+        training labels, n in sum; K is the number of those that occur. Others have a weight of 1.
+
+        Raises
+        ------
+        ConfigError
+            The targets are no labels.
+        """
+        if self.kind != "classes":
+            raise ConfigError(
+                "task.weight-needs-labels",
+                f'[task] weight = "{BALANCED}" counts class labels, but the targets are '
+                f"{self.kind}: give one number per class, or leave weight out",
+            )
+        mean = sum(counts) / sum(count > 0 for count in counts)
+        weights = tuple(mean / count if count else 1.0 for count in counts)
+        task = self._copy()
+        fields = dict(self.fields) | {"weight": weights}
+        object.__setattr__(task, "fields", tuple(sorted(fields.items())))
+        return task
+
+    def _copy(self) -> Task:
+        """Return a copy without what is computed from the fields and the targets."""
+        task = copy.copy(self)
+        for name in ("_loss", "_metrics", "kind", "counts_positions"):
+            task.__dict__.pop(name, None)
+        return task
 
     @property
     def loss_name(self) -> str:
@@ -320,7 +360,8 @@ class Task:
 
     @cached_property
     def _loss(self) -> Loss:
-        return make_loss(self.loss, dict(self.fields), self.folder)
+        fields = {key: value for key, value in self.fields if value != BALANCED}
+        return make_loss(self.loss, fields, self.folder)
 
     @cached_property
     def _metrics(self) -> dict[str, Metric]:
@@ -351,13 +392,15 @@ class Task:
 
     # ---- the loss
 
-    def mean_loss(self, output: Tensor, target: Tensor) -> Tensor:
+    def mean_loss(self, output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
         """Return the loss () of outputs for targets (rows, ...): a mean over the samples, or over
-        the counted positions."""
+        the counted positions; with the weights (rows,) of samples, where they have some."""
         if self.classes_last:
             output = self._classes_first(output)
         if self.kind != "classes":
             target = self._comparable(output, target)
+        if weights is not None:
+            return self._loss.weighted(output, target, weights)
         return self._loss(output, target)
 
     def loss_sum(self, output: Tensor, target: Tensor) -> tuple[float, float]:
@@ -374,14 +417,23 @@ class Task:
         count = self._loss.normaliser(targets) if self.counts_positions else None
         return None if count is None else float(count)
 
-    def count(self, targets: Tensor) -> float:
-        """Return the normaliser, or the number of rows."""
+    def count(self, targets: Tensor, weights: Tensor | None = None) -> float:
+        """Return the normaliser, or the number of rows; with the weights (rows,) of samples the
+        weighted sum of either."""
+        if weights is not None:
+            parts = self._loss.sample_normalisers(targets) if self.counts_positions else None
+            return float(weights.sum() if parts is None else (weights * parts).sum())
         count = self._loss.normaliser(targets) if self.counts_positions else None
         return float(len(targets)) if count is None else float(count)
 
-    def output_gradient(self, output: Tensor, target: Tensor) -> Tensor:
-        """Return the gradient at the output (rows, ...) of the *sum* of the losses: each sample's
-        part depends on that sample alone."""
+    def output_gradient(
+        self, output: Tensor, target: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
+        """Return the gradient at the output (rows, ...) of the *sum* of the losses, weighted where
+        samples have weights (rows,): each sample's part depends on that sample alone."""
+        if weights is not None:
+            gradient = self.output_gradient(output, target)
+            return gradient * weights.to(output).view(-1, *[1] * (output.dim() - 1))
         if self.has_softmax_error:
             return output.detach().softmax(1) - one_hot(target, output.shape[1])
         with torch.enable_grad():

@@ -26,7 +26,6 @@ from dtrain.comm.communicator import Comm
 from dtrain.config.parse import parse_run
 from dtrain.config.run import RunConfig
 from dtrain.config.validate import validate_run
-from dtrain.data.sampler import epoch_order
 from dtrain.evaluation import evaluate_weights, evaluation_weights
 from dtrain.objectives.base import Objective
 from dtrain.planning.memory_plan import MemoryPlan
@@ -282,8 +281,7 @@ def _train_rank(
 def _train_segment(job: RankJob, segment: Segment) -> dict[int, float]:
     """Train a segment; return the sums of the losses by block. Collective over all ranks."""
     plan, replica = job.plan, job.position.replica
-    settings, length = plan.run.settings, segment.stop - segment.start
-    order = epoch_order(plan.data.train.size, settings.seed, segment.epoch, plan.run.data.shuffle)
+    length, order = segment.stop - segment.start, plan.epoch_order(segment.epoch)
     batches = [
         plan.batch_splitter.batch(order, offset, replica)
         for offset in range(segment.offset, segment.offset + length)

@@ -218,7 +218,7 @@ def write_data(folder: Path) -> None:
     x, y = np.zeros((4, 3, 8, 8), "uint8"), np.arange(4)
     for name in ("cifar10.h5", "cifar10-test.h5"):
         with h5py.File(folder / name, "w") as file:
-            file["x"], file["y"] = x, y
+            file["x"], file["y"], file["w"] = x, y, np.ones(4)
     with h5py.File(folder / "all.h5", "w") as file:
         for split in ("train", "test"):
             file[f"{split}/images"], file[f"{split}/labels"] = x, y

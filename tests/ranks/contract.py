@@ -715,6 +715,32 @@ def nodes_follow_hosts(comm: Comm) -> None:
     assert comm.allgather_object(comm.node_index)[0] == 0
 
 
+def memory_of_a_node_is_one(comm: Comm) -> None:
+    """What one rank writes, the others read, to the last byte; sizes need not be those of pages."""
+    node = comm.split_by_node()
+    for size in (1, 4096 * node.size + 3, 0):
+        memory = node.allocate_shared(size)
+        assert memory is not None
+        assert memory.shape == (size,)
+        assert not memory.any()
+        node.allgather_object(None)
+        memory[node.rank :: node.size] = node.rank + 1
+        node.allgather_object(None)
+        expected = torch.arange(size) % node.size + 1
+        assert torch.from_numpy(memory).equal(expected.to(torch.uint8))
+        node.allgather_object(None)
+
+
+def memory_of_a_node_is_given_to_all_or_none(comm: Comm) -> None:
+    """More than the machine has is refused without an error, and the next request is served."""
+    node = comm.split_by_node()
+    assert node.allocate_shared(1 << 60) is None
+    assert node.allocate_shared(10) is not None
+    if comm.node_count > 1:
+        with pytest.raises(ValueError, match=str(comm.node_count)):
+            comm.allocate_shared(10)
+
+
 def waits_end_with_a_name(comm: Comm) -> None:
     """A timeout, or a deadlock that is found earlier, names the rank and the message that it waits
     for; the message can still arrive."""
@@ -901,6 +927,8 @@ CASES: list[Callable[[Comm], None]] = [
     broadcast_objects_come_from_rank_zero,
     split_orders_by_key_then_rank,
     nodes_follow_hosts,
+    memory_of_a_node_is_one,
+    memory_of_a_node_is_given_to_all_or_none,
     waits_end_with_a_name,
     a_wait_in_one_group_progresses_all,
     parts_reach_their_ranks,

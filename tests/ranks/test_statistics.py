@@ -154,6 +154,18 @@ def test_a_number_that_is_not_finite_is_refused_wherever_it_is(
     assert all(word in text for word in ("sample 44", "train split", "channel 1", "of 2 numbers"))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_one_number_of_an_array_that_is_not_finite_is_named(dtype: str, tmp_path: Path) -> None:
+    x, y, *_ = tiny.samples()
+    x = x.reshape(50, 10).astype(dtype)
+    x[17, 3] = math.nan
+    run = tiny.run(data={"name": (x, y, x[:9], y[:9])})
+    with refuses(DataError, "data.not-finite") as caught:
+        train_in_threads(run, tmp_path / "out", 2)
+    text = str(caught.value)
+    assert all(word in text for word in ("sample 17", "train split", "channel 3"))
+
+
 def test_a_rank_that_cannot_read_fails_on_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import get_args, get_type_hints
+import pickle
+import random
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from dtrain.config.sections import DataSection
-from dtrain.data.augment import AUGMENTS, PAD, CropFlip, build_augment, random_bits
-from dtrain.errors import ConfigError
+from dtrain.config.sections import AUGMENTS as NAMES
+from dtrain.data.augment import AUGMENTS, PAD, CropFlip, UserAugment, build_augment, random_bits
+from dtrain.errors import ConfigError, DataError
+from dtrain.rng import generator_states
+from tests import tiny
 from tests.refusals import refuses
 
 OFFSETS = 2 * PAD + 1
@@ -160,4 +164,111 @@ def test_names() -> None:
     assert augment.seed == 3
     with refuses(ConfigError, "augment.unknown"):
         build_augment("crop-flop", 0)
-    assert set(get_args(get_type_hints(DataSection)["augment"])) == set(AUGMENTS)
+    assert set(NAMES) == set(AUGMENTS)
+
+
+# A user's function
+
+
+def noise(sample: Tensor, index: int, epoch: int, generator: torch.Generator) -> Tensor:
+    sample += index  # a copy of its own
+    return sample + epoch + torch.rand(sample.shape, generator=generator, dtype=sample.dtype)
+
+
+STREAM = np.random.default_rng(0)
+
+
+def global_torch(sample: Tensor, index: int, epoch: int, generator: torch.Generator) -> Tensor:
+    return sample + torch.rand(())
+
+
+def global_numpy(sample: Tensor, index: int, epoch: int, generator: torch.Generator) -> Tensor:
+    return sample if np.random.rand() < 0.5 else sample + 1
+
+
+def global_python(sample: Tensor, index: int, epoch: int, generator: torch.Generator) -> Tensor:
+    return sample + random.random()
+
+
+def own_stream(sample: Tensor, index: int, epoch: int, generator: torch.Generator) -> Tensor:
+    return sample + STREAM.normal()
+
+
+def user_augment(function: Any, seed: int = 0) -> UserAugment:
+    augment = build_augment(function, seed)
+    assert isinstance(augment, UserAugment)
+    return augment
+
+
+def test_a_function_s_numbers_depend_on_seed_epoch_and_index_alone() -> None:
+    augment, before = user_augment(noise), X.clone()
+    result = augment(X, INDICES, 3)
+    assert torch.equal(X, before)
+    order = np.arange(40)[::-1].copy()
+    assert torch.equal(user_augment(noise)(X[order], INDICES[order], 3), result[order])
+    assert torch.equal(augment(X[5:6], INDICES[5:6], 3), result[5:6])
+    drawn = result - X - torch.from_numpy(INDICES).view(-1, 1, 1, 1) - 3
+    assert -1e-3 < float(drawn.min()) < float(drawn.max()) < 1 + 1e-3
+    assert drawn.std() > 0.2
+    for other in (user_augment(noise, 1)(X, INDICES, 3), augment(X, INDICES, 4) - 1):
+        assert (other - result).abs().mean() > 0.2
+
+
+def test_the_index_is_that_before_samples_are_held_out() -> None:
+    seen = []
+
+    def note(sample: Tensor, index: int, epoch: int, generator: torch.Generator) -> Tensor:
+        seen.append(index)
+        return sample
+
+    augment = build_augment(note, 0, source_indices=lambda indices: indices * 10)
+    assert augment is not None
+    augment(X[:3], np.array([2, 0, 1]), 0)
+    assert seen == [20, 0, 10]
+
+
+def test_a_function_that_a_module_has_is_sent_to_other_processes_by_its_name() -> None:
+    for function in (noise, f"{__name__}:noise"):
+        augment = user_augment(function)
+        expected = augment(X, INDICES, 0)
+        text = pickle.dumps(augment)
+        assert torch.equal(pickle.loads(text)(X, INDICES, 0), expected)
+        assert len(text) < 1000
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda sample, *_: sample.numpy(),
+        lambda sample, *_: sample.double(),
+        lambda sample, *_: sample[:, :-1],
+        lambda sample, *_: None,
+    ],
+)
+def test_results_of_another_kind_are_refused(function: Any) -> None:
+    with refuses(DataError, "data.augment-result"):
+        user_augment(function)(X, INDICES, 0)
+
+
+@pytest.mark.parametrize("function", [global_torch, global_numpy, global_python, own_stream])
+def test_other_generators_are_refused(function: Any) -> None:
+    with refuses(ConfigError, "data.augment-not-repeatable"):
+        user_augment(function).check_repeatable(X, INDICES)
+
+
+def test_the_check_leaves_the_global_generators_as_they_were() -> None:
+    states = generator_states()
+    user_augment(noise).check_repeatable(X, INDICES)
+    assert generator_states() == states
+
+
+def test_the_name_of_a_function_is_in_the_run() -> None:
+    run = tiny.run(data__augment=noise)
+    text = run.to_table()["data"]["augment"]
+    assert text == f"{__name__}:noise"
+    inner = tiny.run(data__augment=lambda sample, *_: sample)
+    assert (
+        tiny.run(data__augment=inner.to_table()["data"]["augment"]).to_table() == inner.to_table()
+    )
+    with refuses(ConfigError, "augment.unknown"):
+        tiny.run(data__augment="crop-flop")

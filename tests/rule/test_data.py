@@ -372,8 +372,8 @@ def raises(): raise KeyError("my own")
 
 def test_the_example_of_the_docs(folder: Path) -> None:
     docs = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
-    [code] = re.findall(r"^```python\n(.*?)^```", docs, re.M | re.S)
-    [toml] = re.findall(r"^```toml\n([^`]*mydata.*?)^```", docs, re.M | re.S)
+    [code] = re.findall(r"^```python\n(# mydata.py.*?)^```", docs, re.M | re.S)
+    [toml] = re.findall(r"^```toml\n([^`]*mydata:.*?)^```", docs, re.M | re.S)
     (folder / "mydata.py").write_text(code)
     fields = tomllib.loads(toml)["data"]
     splits = load_data(fields.pop("name"), fields, folder)

@@ -19,13 +19,18 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from dtrain.comm.backends import threads
-from dtrain.data import load_data, source_dataset
-from dtrain.data.array_source import MemorySource
+from dtrain.data import load_data, shuffle_windows, source_dataset
+from dtrain.data.array_source import ArraySource, MemorySource
 from dtrain.data.augment import CropFlip
-from dtrain.data.dataset import Dataset
-from dtrain.data.loader import Loader
+from dtrain.data.dataset import Dataset, DatasetSplits, Subset
+from dtrain.data.held_rows import HeldRows
+from dtrain.data.loader import Loader, read_ahead_bytes
+from dtrain.data.sampler import BatchSplitter, epoch_order
+from dtrain.data.shuffle_windows import StoredPieces, shuffle_window
 from dtrain.data.source_dataset import SourceDataset
+from dtrain.data.statistics import standardise
 from dtrain.errors import ConfigError
+from dtrain.session.data_notes import full_shuffle_bytes, shuffle_notes
 from tests.refusals import refuses
 
 X = np.random.default_rng(0).integers(0, 256, (60, 3, 6, 6), dtype=np.uint8)
@@ -323,3 +328,201 @@ def test_ranks_as_threads() -> None:
 
     first, *others = threads.run_ranks(3, work)
     assert all(torch.equal(*pair) for other in others for pair in zip(first, other, strict=True))
+
+
+# Groups of stored rows
+
+
+@final
+class Disk(ArraySource):
+    """1,500 rows of 8 floats in pieces of 25 rows; reads are recorded, and may fail or wait."""
+
+    def __init__(self, chunk_rows: int | None = 25) -> None:
+        self.rows = np.random.default_rng(2).normal(size=(1500, 8)).astype(np.float32)
+        self.shape, self.dtype, self.location = self.rows.shape, self.rows.dtype, "a disk"
+        self.chunk_rows = chunk_rows
+        self.reads: list[np.ndarray] = []
+        self.fails_at = -1
+        self.may_read = threading.Event()
+        self.may_read.set()
+
+    def read(self, indices: ArrayLike) -> np.ndarray:
+        self.reads.append(np.asarray(indices))
+        assert self.may_read.wait(TIMEOUT_S)
+        if len(self.reads) - 1 == self.fails_at:
+            raise OSError("a disk fails")
+        return self.rows[np.asarray(indices)]
+
+    def read_range(self, start: int, stop: int) -> np.ndarray:
+        return self.read(np.arange(start, stop))
+
+    def pieces(self) -> int:
+        """Return the number of stored pieces that were read, a piece of each read once."""
+        return sum(len(np.unique(rows // 25)) for rows in self.reads)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    """A set on disk, of whose rows 400 fit into a group and 50 into one call."""
+    monkeypatch.setattr(source_dataset, "fits_in_memory", lambda size: False)
+    monkeypatch.setattr(shuffle_windows, "GROUP_BYTES", 400 * 32)
+    return Disk()
+
+
+def dataset_of(source: ArraySource) -> SourceDataset:
+    return SourceDataset(source, MemorySource(np.zeros(len(source), np.int64)), 2)
+
+
+def micro_batches(
+    dataset: Dataset, shuffle: str, batch: int = 64, replicas: int = 1, replica: int = 0
+) -> list[np.ndarray]:
+    order = epoch_order(dataset.size, 3, 0, shuffle, *shuffle_window(dataset.stored_pieces))
+    splitter = BatchSplitter(batch, replicas, 2)
+    updates = -(-dataset.size // batch)
+    return [
+        indices
+        for update in range(updates)
+        for indices in splitter.batch(order, update, replica).micro_batch_indices
+    ]
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("batch", [64, 300, 1500])
+@pytest.mark.parametrize("shuffle", ["chunks", "full"])
+def test_groups_have_the_same_bits(disk: Disk, shuffle: str, batch: int, replicas: int) -> None:
+    """Micro-batches across the ends of groups, larger than a window, repeated, and of a part."""
+    stored = dataset_of(disk)
+    splits = standardise(DatasetSplits(stored, stored))
+    for dataset in (stored, splits.train, Subset(splits.train, np.arange(1499, 100, -1))):
+        batches = micro_batches(dataset, shuffle, batch, replicas, replicas - 1)
+        batches = [each for each in batches for _ in range(2)] + batches[::-1]
+        loader = Loader(dataset, torch.float32)
+        for _ in range(2):
+            loader.open(batches, 0)
+            for indices in batches:
+                assert torch.equal(loader.read(), dataset.inputs(indices))
+            loader.close()
+
+
+@pytest.mark.parametrize("batch", [30, 64, 100, 375])
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_a_stored_piece_is_read_once_an_epoch(disk: Disk, batch: int, replicas: int) -> None:
+    """The full shuffle reads most pieces for every group."""
+    dataset = dataset_of(disk)
+    assert shuffle_window(dataset.stored_pieces) == (25, 16)
+    pieces = {}
+    for shuffle in ("chunks", "full"):
+        disk.reads.clear()
+        loader = Loader(dataset, torch.float32)
+        batches = micro_batches(dataset, shuffle, batch, replicas)
+        loader.open(batches, 0)
+        for _ in batches:
+            loader.read()
+        loader.close()
+        assert all((np.diff(rows) > 0).all() for rows in disk.reads)
+        pieces[shuffle] = disk.pieces()
+    assert pieces["chunks"] == 60
+    assert pieces["full"] > 90
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 25])
+def test_two_groups_are_in_memory(
+    disk: Disk, chunk_rows: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as `read_ahead_bytes` counts, and a third is read when the first is done with."""
+    held: list[int] = []
+    hold, groups = HeldRows.hold, []
+
+    def record(source: HeldRows, group: object) -> None:
+        hold(source, group)
+        groups.append(group.rows.nbytes)
+        held.append(len(source._groups))
+
+    monkeypatch.setattr(HeldRows, "hold", record)
+    dataset = dataset_of(Disk(chunk_rows))
+    loader = Loader(dataset, torch.float32)
+    batches = micro_batches(dataset, "full")
+    loader.open(batches, 0)
+    wait_until(lambda: len(held) == 2)
+    time.sleep(0.01)
+    assert len(held) == 2
+    for _ in batches:
+        loader.read()
+    loader.close()
+    assert max(held) == 2
+    assert 2 * max(groups) <= read_ahead_bytes(dataset, 32, torch.float32) < 4 * 400 * 32
+
+
+def test_a_failing_disk_is_an_error_of_the_read(disk: Disk) -> None:
+    dataset = dataset_of(disk)
+    batches = micro_batches(dataset, "chunks")
+    for first in (0, 2):
+        disk.reads.clear()
+        disk.fails_at = first
+        loader = Loader(dataset, torch.float32)
+        loader.open(batches, 0)
+        with pytest.raises(OSError, match="a disk fails"):
+            [loader.read() for _ in batches]
+        loader.close()
+
+
+def test_closed_while_a_group_is_read(disk: Disk) -> None:
+    dataset = dataset_of(disk)
+    loader = Loader(dataset, torch.float32)
+    disk.may_read.clear()
+    loader.open(micro_batches(dataset, "chunks"), 0)
+    wait_until(lambda: len(disk.reads) == 1)
+    threading.Timer(0.05, disk.may_read.set).start()
+    loader.close()
+
+
+@pytest.mark.parametrize(
+    ("row_bytes", "chunk_rows", "window"),
+    [
+        (16384, None, (256, 16)),  # 64 MiB are 4,096 samples
+        (3072, 341, (256, 16)),
+        (16385, None, (255, 16)),
+        (442_368, 1, (9, 16)),
+        (150_528, 7, (21, 21)),
+        (150_528, 300, (300, 1)),
+        (150_528, 10_000, (27, 16)),  # a piece is larger than a group
+        (2**27, 1, (1, 1)),
+    ],
+)
+def test_windows_fit_a_group(
+    row_bytes: int, chunk_rows: int | None, window: tuple[int, int]
+) -> None:
+    stored = StoredPieces(row_bytes, chunk_rows)
+    assert shuffle_window(stored) == window
+    assert row_bytes * window[0] * window[1] <= max(shuffle_windows.GROUP_BYTES, row_bytes)
+
+
+def test_the_order_of_arrays_does_not_depend_on_their_size() -> None:
+    arrays = dataset_of(MemorySource(np.zeros((2, 1_000_000), np.float32)))
+    assert shuffle_window(arrays.stored_pieces) == (256, 16)
+
+
+def test_a_full_shuffle_of_large_pieces_is_noted_at_its_cost(disk: Disk) -> None:
+    """The bytes of the estimate are those that are read."""
+    disk.chunk_rows = 100
+    dataset = dataset_of(disk)
+    (note,) = shuffle_notes(dataset, "full")
+    assert "rechunk" in note
+    loader = Loader(dataset, torch.float32)
+    batches = micro_batches(dataset, "full")
+    loader.open(batches, 0)
+    for _ in batches:
+        loader.read()
+    loader.close()
+    pieces = sum(len(np.unique(rows // 100)) for rows in disk.reads)
+    assert dataset.stored_pieces is not None
+    planned = full_shuffle_bytes(dataset.stored_pieces, len(disk)) * len(disk)
+    assert planned == pytest.approx(pieces * 100 * 32, rel=0.1)
+
+
+def test_what_a_full_shuffle_does_not_slow_down_is_not_noted(disk: Disk) -> None:
+    disk.chunk_rows = 100
+    assert not list(shuffle_notes(dataset_of(disk), "chunks"))
+    assert not list(shuffle_notes(dataset_of(MemorySource(disk.rows)), "full"))
+    disk.chunk_rows = 1
+    assert not list(shuffle_notes(dataset_of(disk), "full"))

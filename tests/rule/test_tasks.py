@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.testing import assert_close
 
+from dtrain.block.micro_batch import MicroBatch
 from dtrain.data import load_data, memory_limits, source_dataset
 from dtrain.data.array_source import MemorySource
 from dtrain.data.conversion import torch_dtype
@@ -80,6 +81,37 @@ def test_sums_of_parts_are_the_loss_of_all(name: str) -> None:
     parts = [task.loss_sum(output[i:j], target[i:j]) for i, j in ((0, 5), (5, 6), (6, 12))]
     mean = sum(loss for loss, _ in parts) / sum(count for _, count in parts)
     assert_close(torch.tensor(mean, dtype=REAL), task.mean_loss(output, target), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", torch_losses())
+def test_every_loss_of_torch_is_weighted_by_repetition(name: str) -> None:
+    """A weight of k is k samples; equal weights are none; zero weights have no gradient."""
+    task, output, target = case(name)
+    output.requires_grad_()
+    repeats = torch.tensor([2, 0, 1, 3] * (len(target) // 4 + 1))[: len(target)]
+    weights = repeats.double()
+    loss = task.mean_loss(output, target, weights)
+    repeated = task.mean_loss(
+        output.repeat_interleave(repeats, 0), target.repeat_interleave(repeats, 0)
+    )
+    assert_close(loss, repeated, rtol=1e-12, atol=1e-14)
+    same = task.mean_loss(output, target, torch.full_like(weights, 0.3))
+    assert_close(same, task.mean_loss(output, target), rtol=1e-12, atol=1e-14)
+    (gradient,) = torch.autograd.grad(loss, output)
+    assert not gradient[repeats == 0].any()
+    expected = task.output_gradient(output, target, weights) / task.count(target, weights)
+    assert_close(gradient, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_a_weighted_count_is_that_of_the_counted_positions() -> None:
+    task = Task(weight=[1.0, 5.0, 2.0], ignore_index=9).bind((2,), torch.int64, 3, weighted=True)
+    target, weights = torch.tensor([[0, 1], [9, 2], [9, 9]]), torch.tensor([0.5, 2.0, 7.0])
+    assert task.count(target, weights) == 0.5 * 6 + 2 * 2
+    micro_batch = MicroBatch(targets=target, task=task, weights=weights, loss_scale=0.5)
+    assert micro_batch.sample_scale == 0.5 / 7
+    assert task.count(target[2:], weights[2:]) == 0
+    none = task.mean_loss(torch.zeros(1, 3, 2), target[2:], weights[2:])
+    assert float(none) == 0
 
 
 COUNTED: list[dict[str, Any]] = [
@@ -621,3 +653,47 @@ def test_losses_with_parameters_of_their_own_are_not_named() -> None:
     parametric = [name for name, kind in torch_losses().items() if [*kind().parameters()]]
     assert parametric == []
     assert issubclass(torch_losses()["mse"], nn.Module)
+
+
+# Balanced classes
+
+
+def test_balanced_weights_are_those_of_the_training_labels() -> None:
+    """n / (K n_k); the run keeps the word, the bound task the numbers."""
+    labels = task_data.labels()[1]
+    run = tiny.run(data__name="tests.task_data:labels", task__weight="balanced")
+    assert run.to_table()["task"]["weight"] == "balanced"
+    task = make_plan(run, 1).layout.task
+    assert task.class_weights == pytest.approx(tuple(50 / (3 * np.bincount(labels))))
+    other = tiny.run(data__name="tests.task_data:labels", task__weight=list(task.class_weights))
+    assert make_plan(other, 1).layout.task == task
+
+
+def test_ignored_labels_and_missing_classes_do_not_count() -> None:
+    run = tiny.run(
+        data__name="tests.task_data:segments",
+        model={"name": "tests.task_data:pixel_net"},
+        partition={"cuts": [2, 4]},
+        task={"weight": "balanced", "ignore-index": task_data.IGNORED},
+    )
+    labels = task_data.segments()[1]
+    counts = np.bincount(labels[labels != task_data.IGNORED])
+    weights = make_plan(run, 1).layout.task.class_weights
+    assert weights == pytest.approx(tuple(counts.sum() / (3 * counts)))
+    assert Task(weight="balanced").balance_classes([6, 0, 2]).class_weights == (4 / 6, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"task__loss": "multi-margin", "task__weight": "balanced"}, "task.wrong-type"),
+        ({"task__weight": "balance"}, "task.wrong-type"),
+        (
+            {"task__weight": "balanced", "data__name": "tests.task_data:probabilities"},
+            "task.weight-needs-labels",
+        ),
+    ],
+)
+def test_balanced_weights_need_labels(changes: dict[str, Any], key: str) -> None:
+    with refuses(ConfigError, key):
+        make_plan(tiny.run(**changes), 1)

@@ -84,6 +84,7 @@ LIGHT = {
     "import": ["-c", "import dtrain"],
     "help": ["-m", "dtrain", "--help"],
     "help of plan": ["-m", "dtrain", "plan", "--help"],
+    "help of data": ["-m", "dtrain", "data", "import", "--help"],
     "version": ["-m", "dtrain", "--version"],
 }
 

@@ -53,6 +53,10 @@ class AuxHead(Objective):
         """Return None: every differentiable loss is served."""
         return None
 
+    def takes_sample_weights(self) -> bool:
+        """Whether the loss is that of the task."""
+        return type(self).loss is AuxHead.loss
+
     @abstractmethod
     def build_head(self, block: BlockSpec) -> nn.Module:
         """Return the head of an earlier block: a module from the block's output
@@ -76,7 +80,7 @@ class AuxHead(Objective):
         output, targets = self.predict(spec, block, micro_batch), micro_batch.targets
         loss = self.loss(output, targets)
         if loss is None:
-            loss = micro_batch.task.mean_loss(output, targets)
+            loss = micro_batch.mean_loss(output)
         return [scaled_loss_pair(micro_batch, loss)]
 
     def predict(self, spec: BlockSpec, block: Block, micro_batch: MicroBatch) -> Tensor:

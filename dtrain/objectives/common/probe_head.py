@@ -36,6 +36,6 @@ def probe_pair(block: Block, micro_batch: MicroBatch, features: Tensor) -> Backw
     Records ``probe_loss``, and sets ``micro_batch.loss`` if the block has no other loss.
     """
     *_, head = block.layers.values()
-    loss = micro_batch.task.mean_loss(head(features.detach()), micro_batch.targets)
+    loss = micro_batch.mean_loss(head(features.detach()))
     micro_batch.metrics["probe_loss"] = loss.detach()
     return scaled_loss_pair(micro_batch, loss)

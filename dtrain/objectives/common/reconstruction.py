@@ -120,7 +120,7 @@ class Reconstruction(Objective):
         self, spec: BlockSpec, head_output: Tensor, micro_batch: MicroBatch
     ) -> tuple[str, Tensor]:
         """Return the name and the loss () of the head's output (rows, ...): a mean over rows."""
-        return "ce", micro_batch.task.mean_loss(head_output, micro_batch.targets)
+        return "ce", micro_batch.mean_loss(head_output)
 
     def lambdas(self, spec: BlockSpec) -> tuple[float, float]:
         """Return the factors of reconstruction and classification in an earlier block."""
