@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from dtrain.callbacks import Event
 from dtrain.comm.backends.threads import run_ranks
 from dtrain.comm.communicator import Comm
-from dtrain.comm.early_end import EarlyEnd
 from dtrain.config.run import RunConfig
 from dtrain.errors import SAVED_CODE, ConfigError, Interrupted
 from dtrain.objectives import OBJECTIVES
@@ -27,6 +25,7 @@ from dtrain.training import train
 from tests import tiny
 from tests.harness import FULL, cells, train_in_threads
 from tests.outcome import break_off
+from tests.ranks.contract import early_ends
 from tests.refusals import refuses
 
 UPDATES = 10
@@ -261,39 +260,7 @@ def test_a_run_that_is_told_between_segments_loses_nothing(kind: str, tmp_path: 
 @pytest.mark.parametrize("seed", range(4))
 def test_all_ranks_decide_for_one_update_that_none_has_passed(ranks: int, seed: int) -> None:
     """A pipeline of ranks, of which some are asked at random moments, and several times."""
-    message = torch.zeros(3)
-
-    def work(comm: Comm) -> list[int]:
-        chance = random.Random(seed * 100 + comm.rank)
-        early_end, ends, start = EarlyEnd(comm.dup(), in_segments=True), list[int](), 0
-        for _ in range(3):
-            done = start
-            if comm.rank:
-                comm.post_recv(comm.rank - 1, 1, [((3,), torch.float32)] * 40)
-            for update in range(start, start + 40):
-                if not early_end.admits(update):
-                    break
-                if comm.rank:
-                    comm.recv(comm.rank - 1, 1)
-                done = update + 1
-                if comm.rank + 1 < comm.size:
-                    comm.isend(message, comm.rank + 1, 1)
-                if chance.random() < 0.02:
-                    early_end.passing_request = 1
-            assert done == early_end.end_of(start + 40)
-            comm.flush()
-            if comm.rank:
-                comm.recv_channel(comm.rank - 1, 1).cancel()
-            ends.append(done)
-            announced = max(comm.allgather_object(early_end.announce(done)))
-            early_end.settle(announced, done + 1)
-            start = done
-        if any(comm.allgather_object(early_end.disable())):
-            early_end.settle(1, 0)
-        early_end.close()
-        return ends
-
-    first, *others = run_ranks(ranks, work, seed=seed)
+    first, *others = run_ranks(ranks, lambda comm: early_ends(comm, seed), seed=seed)
     assert all(ends == first for ends in others)
 
 

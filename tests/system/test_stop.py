@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -98,12 +99,17 @@ def stop(session, event):
             time.sleep(1.2)
 
 
-dtrain.train(dtrain.Run.read("run.toml", ["mesh.stages=1"]), "out", callbacks=[stop])
+sets = ["mesh.stages=1", 'checkpoint.signals=["TERM"]']
+dtrain.train(dtrain.Run.read("run.toml", sets), "out", callbacks=[stop])
 """
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", SAVED_CODE)])
-def test_only_a_second_ctrl_c_ends_a_run_at_once(name: str, code: int, run: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "code"), [("SIGINT", 130), ("SIGTERM", SAVED_CODE), ("SIGUSR2", 128 + signal.SIGUSR2)]
+)
+def test_a_second_ctrl_c_or_a_signal_left_out_ends_a_run_at_once(
+    name: str, code: int, run: Path
+) -> None:
     (run.parent / "script.py").write_text(TWICE)
     environ = os.environ | {"NAME": name}
     ended = start([sys.executable, "script.py"], cwd=run.parent, env=environ)
