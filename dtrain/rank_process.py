@@ -1,7 +1,6 @@
 """The process of one rank: the start of MPI, signals, and an end that no other rank waits for.
 
 Invariant: a rank that fails ends the job, whether the command line or a user's script runs in it.
-<<<<<<< HEAD
 An error that all ranks raise is printed once. Signals have their handlers here and nowhere else:
 
     signal                  before training    in training
@@ -9,9 +8,9 @@ An error that all ranks raise is printed once. Signals have their handlers here 
     SIGINT                  ends the job       the same; a second one ends the job
     SIGCONT, then SIGTERM   ends the job       ends the job, under mpirun, which kills it next
     SIGURG                  writes a flight record; without a handler it does nothing
-=======
-An error that all ranks raise is printed once. A process that a rank forks is no rank: signals and
-errors end that process alone, and it writes no flight record.
+
+A process that a rank forks is no rank: signals and errors end that process alone, and it writes no
+flight record.
 """
 
 from __future__ import annotations
