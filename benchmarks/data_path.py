@@ -123,7 +123,7 @@ def write_set(path: Path, count: int) -> None:
         for start in range(0, count, CHUNK):
             rows = min(CHUNK, count - start)
             noise = rng.integers(0, 160, (rows, *SHAPE), dtype=np.uint8)
-            classes = np.arange(start, start + rows, dtype=np.uint8) % 10
+            classes = (np.arange(start, start + rows) % 10).astype(np.uint8)
             x[start : start + rows] = noise + 9 * classes[:, None, None, None]
 
 

@@ -187,7 +187,7 @@ def _end_with_parent(parent: int) -> None:
 
 def _ignore_signals() -> None:
     """Leave it to the rank to end this process: launchers and terminals signal both."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
 
