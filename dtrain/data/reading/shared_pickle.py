@@ -85,9 +85,14 @@ class _Pickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
         if type(value) is np.memmap and value.filename is not None and value.flags.c_contiguous:
             return np.memmap, _memory_map_arguments(value)
-        if type(value) is Tensor and value.nbytes >= LARGE_BYTES and _has_array(value):
+        if type(value) is not Tensor or value.layout != torch.strided or value.is_quantized:
+            return NotImplemented
+        if value.nbytes < LARGE_BYTES:
+            return NotImplemented
+        try:
             return torch.from_numpy, (value.numpy(),)
-        return NotImplemented
+        except (TypeError, RuntimeError):  # another device or dtype, or it has a gradient
+            return NotImplemented
 
 
 def _memory_map_arguments(array: np.memmap[Any, Any]) -> tuple[Any, ...]:
@@ -97,13 +102,6 @@ def _memory_map_arguments(array: np.memmap[Any, Any]) -> tuple[Any, ...]:
     mode = "r+" if array.mode == "w+" else array.mode
     path = os.path.abspath(array.filename or "")
     return path, array.dtype, mode, array.ctypes.data - start + file_start, array.shape
-
-
-def _has_array(tensor: Tensor) -> bool:
-    """Return whether numpy has an array of the same memory."""
-    is_plain = tensor.device.type == "cpu" and tensor.layout == torch.strided
-    has_flags = tensor.requires_grad or tensor.is_conj() or tensor.is_neg()
-    return is_plain and not has_flags and tensor.dtype != torch.bfloat16
 
 
 def _places(sizes: Sequence[int]) -> Iterator[slice]:
