@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import resource
 import time
 
 import pytest
 
+from dtrain.partition import balanced_cuts, imbalance, layer_ranges
 from dtrain.planning.plan import make_plan
 from dtrain.planning.report import plan_text
 from dtrain.schedules import SCHEDULES
@@ -48,3 +50,14 @@ def test_large_meshes_are_checked_in_time(name: str) -> None:
     start = time.process_time()
     verify_schedule(SCHEDULES[name](), range(stages), micro_batches, routes)
     assert time.process_time() - start < 2 * (stages / 64) ** 2
+
+
+def test_hundreds_of_layers_take_a_second() -> None:
+    generator = random.Random(0)
+    ends = [0]
+    for _ in range(600):
+        ends.append(ends[-1] + generator.randint(1, 1000))
+    start = time.process_time()
+    cuts = balanced_cuts(600, 16, lambda i, j: ends[j] - ends[i])
+    assert time.process_time() - start < 3
+    assert imbalance([ends[r.stop] - ends[r.start] for r in layer_ranges(600, cuts)]) < 1.05
