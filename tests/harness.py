@@ -2,6 +2,8 @@
 
 `train_in_threads(config, out, 2, 3)`
     Trains two stages of three replicas, with ranks as threads, and returns the summary.
+`some(values, number)`
+    A third of the values, the next third for the next number.
 `pairs()`, `cells()`, `pairwise(cells)`
     The legal (objective, schedule) and (objective, schedule, sync), and a subset of cells in which
     every pair of strategies that occurs together still does. `DTRAIN_FULL=1` keeps all cells.
@@ -33,6 +35,7 @@ FULL = os.environ.get("DTRAIN_FULL") == "1"
 """Whether products of strategies are run whole."""
 
 Cell = TypeVar("Cell", bound=tuple[Hashable, ...])
+Value = TypeVar("Value")
 
 
 def train_in_threads(
@@ -102,6 +105,15 @@ def pairwise(cells: Sequence[Cell]) -> list[Cell]:
         cover.append(best)
         missing = {cell: rest - gained for cell, rest in missing.items()}
     return sorted(cover, key=list(cells).index)
+
+
+def some(values: Sequence[Value], number: int, parts: int = 3) -> list[Value]:
+    """Return one of `parts` equal parts of the values: the next number gives the next part.
+
+    A law of all (a, b, c) is checked with every pair (a, c) and (b, c) on
+    `some(all_c, index_of_a + index_of_b)`, where there are at least `parts` a and b.
+    """
+    return list(values) if FULL else list(values[number % parts :: parts])
 
 
 def _pairs_of(cell: tuple[Hashable, ...]) -> frozenset[tuple[Any, ...]]:

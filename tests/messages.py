@@ -56,14 +56,14 @@ def golden_lines(messages: Sequence[Message]) -> list[str]:
 
 def _messages_of(path: Path) -> Iterator[Message]:
     """Yield the errors that a file makes, and those of `unknown_name` that it raises or returns."""
+    name = path.relative_to(ROOT)
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
-        place = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
         match node:
             case ast.Call(func=ast.Name(id=kind), args=[key, text, *_]) if kind in ERRORS:
-                yield Message(_text(key), kind, _text(text), place)
+                yield Message(_text(key), kind, _text(text), f"{name}:{node.lineno}")
             case ast.Raise(exc=ast.Call() as call) | ast.Return(value=ast.Call() as call):
                 if isinstance(call.func, ast.Name) and call.func.id == "unknown_name":
-                    yield _unknown_name(call, place)
+                    yield _unknown_name(call, f"{name}:{node.lineno}")
 
 
 def _unknown_name(call: ast.Call, place: str) -> Message:

@@ -106,12 +106,18 @@ def package(path: Path) -> str:
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
+@cache
+def packages(*sources: Path) -> set[str]:
+    """Return the packages of these files."""
+    return {package(source) for source in sources}
+
+
 def dependencies(path: Path) -> Iterator[str]:
     """Yield the modules of `dtrain` that a file imports, without the leading "dtrain."."""
-    packages = {package(source) for source in SOURCES}
+    names = packages(*SOURCES)
     for name in imports(path):
         head, _, rest = name.partition(".")
-        if head == "dtrain" and rest.split(".")[0] in packages:
+        if head == "dtrain" and rest.split(".")[0] in names:
             yield rest
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from itertools import product
 from typing import Literal
 
 import pytest
@@ -14,6 +15,7 @@ from dtrain.schedules.actions import Action, Point, Route
 from dtrain.schedules.cyclic import cyclic_order, feeds_back
 from dtrain.schedules.messages import MessageTable, count_forward_passes
 from dtrain.schedules.verify import PlanError, ScheduleReport, verify_plans
+from tests.harness import pairwise
 from tests.plan.test_schedules import LAYOUTS, Routing, backprop, local
 from tests.refusals import refuses
 
@@ -87,12 +89,14 @@ def test_nothing_is_stale_where_updates_drain(routing: Routing) -> None:
     assert staleness(routing(4), 4, "update") == (0,) * 4
 
 
-@pytest.mark.parametrize("drain", ["segment", "update"])
-@pytest.mark.parametrize("micro_batches", MICRO_BATCHES, ids=str)
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize(
+    ("routing", "number", "drain"),
+    pairwise([*product(ROUTINGS, range(len(MICRO_BATCHES)), ("segment", "update"))]),
+)
 def test_plans_are_proved_and_do_not_depend_on_the_place(
-    routing: Routing, micro_batches: list[int], drain: Drain
+    routing: Routing, number: int, drain: Drain
 ) -> None:
+    micro_batches = MICRO_BATCHES[number]
     for blocks in (1, 2, 3, 7):
         routes, one_rank = routing(blocks), (0,) * blocks
         places = {assign_stages([1] * blocks, stages) for b, stages in LAYOUTS if b == blocks}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Sequence
 from itertools import combinations, pairwise
 
@@ -109,17 +108,6 @@ def test_integers_compare_exactly() -> None:
 
 def test_costs_are_divided_by_weights() -> None:
     assert balanced_cuts(12, 3, lambda i, j: j - i, (1, 2, 3)) == (2, 6)
-
-
-def test_hundreds_of_layers_take_a_second() -> None:
-    generator = random.Random(0)
-    ends = [0]
-    for _ in range(600):
-        ends.append(ends[-1] + generator.randint(1, 1000))
-    start = time.process_time()
-    cuts = balanced_cuts(600, 16, lambda i, j: ends[j] - ends[i])
-    assert time.process_time() - start < 3
-    assert imbalance([ends[r.stop] - ends[r.start] for r in layer_ranges(600, cuts)]) < 1.05
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def micro_batches(schedule: Schedule, blocks: int, updates: int) -> list[int]:
 def test_no_rank_waits_for_the_gradient_of_another_copy(schedule: Schedule, blocks: int) -> None:
     """On any placement: the plans end, without a credit, and take no longer than without ties."""
     cycles, routes = cycles_of(schedule, blocks), backprop(blocks)
-    sizes = micro_batches(schedule, blocks, 4 * blocks)
+    sizes = micro_batches(schedule, blocks, 3 * blocks)
     places = {assign_stages([1] * blocks, stages) for stages in range(1, blocks + 1)}
     for place in places | {(*range(-(-blocks // 2)), *reversed(range(blocks // 2)))}:
         plans = [tuple(schedule.plan(s, place, sizes, routes)) for s in range(max(place) + 1)]

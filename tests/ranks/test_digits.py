@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from dtrain.config.parse import parse_run
 from dtrain.config.run import RunConfig
 from dtrain.data import load_data
+from dtrain.data.formats.digits_set import stratified_split
 from dtrain.objectives import OBJECTIVES
 from dtrain.planning.block_factory import make_block
 from dtrain.planning.plan import make_plan
@@ -21,7 +23,8 @@ from dtrain.syncs import SYNCS
 from tests.harness import train_in_threads
 from tests.outcome import model
 
-pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
+model_selection = pytest.importorskip("sklearn.model_selection")
 
 RUNS = [
     ("backprop", "1f1b", "never"),
@@ -76,6 +79,37 @@ def test_digits() -> None:
     again = load_data("digits", {}, Path()).train.targets(range(1437))
     assert torch.equal(y, again)
     assert not torch.equal(y, y.sort().values)
+
+
+def test_digits_are_those_of_scikit_learn() -> None:
+    x, y = datasets.load_digits(return_X_y=True)
+    x = x.astype(np.float32).reshape(-1, 1, 8, 8)
+    train_x, test_x, train_y, test_y = model_selection.train_test_split(
+        x, y, train_size=1437, test_size=360, stratify=y, random_state=0
+    )
+    splits = load_data("digits", {}, Path(), normalise=False)
+    for split, inputs, labels in ((splits.train, train_x, train_y), (splits.test, test_x, test_y)):
+        indices = np.arange(split.size)
+        assert np.array_equal(split.inputs(indices).numpy(), inputs)
+        assert np.array_equal(split.targets(indices).numpy(), labels)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_stratified_split_is_that_of_scikit_learn(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    classes = int(random.integers(2, 8))
+    labels = random.permutation([*range(classes)] * 3 + [*random.integers(0, classes, 50)])
+    train_size = int(random.integers(classes, len(labels) // 2))
+    test_size = int(random.integers(classes, len(labels) - train_size))
+    ours = stratified_split(labels, train_size, test_size)
+    theirs = model_selection.train_test_split(
+        np.arange(len(labels)),
+        train_size=train_size,
+        test_size=test_size,
+        stratify=labels,
+        random_state=0,
+    )
+    assert [part.tolist() for part in ours] == [part.tolist() for part in theirs]
 
 
 def test_every_objective_schedule_and_sync_is_in_a_run() -> None:

@@ -51,9 +51,7 @@ def test_layouts_that_differ_are_refused(
     """The second rank plans another run, as with a random layer that the costs depend on."""
     run = user_nets.run("layer_drop", partition={"cuts": [2]})
     plans = iter([run, user_nets.run("layer_drop", **({"partition": {"cuts": [2]}} | change))])
-    monkeypatch.setattr(
-        "dtrain.session.session.make_plan", lambda _, ranks: make_plan(next(plans), ranks)
-    )
+    monkeypatch.setattr("dtrain.build.make_plan", lambda _, ranks: make_plan(next(plans), ranks))
     with refuses(ConfigError, "layout.ranks-differ"):
         train_in_threads(run, tmp_path, stages=2)
     assert not any(tmp_path.iterdir())

@@ -19,7 +19,7 @@ from dtrain.planning.plan import make_plan
 from dtrain.planning.report import plan_text
 from dtrain.schedules.gpipe_1f1b import Flush
 from tests import tiny
-from tests.harness import train_in_threads
+from tests.harness import some, train_in_threads
 from tests.outcome import break_off
 from tests.ranks.test_graph_models import NETS as GRAPH_NETS
 from tests.ranks.test_graph_models import run as graph_run
@@ -53,7 +53,8 @@ def test_any_places_train_the_same_bits(
     changes = {"objective__name": objective, "schedule__name": schedule, "batch_size": 13}
     changes |= {"micro_batches": 1 if schedule == "pipelined" else 3}
     one = train(tmp_path / "one", None, replicas, **changes)
-    for places in (V, LOOP, APART):
+    number = ANY_PLACES.index((objective, schedule)) + replicas
+    for places in some((V, LOOP, APART), number, 2):
         summary = train(tmp_path / str(places), places, replicas, **changes)
         assert summary["stages"] == max(places) + 1
         assert summary["digest"] == one["digest"], places

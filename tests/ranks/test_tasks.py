@@ -122,7 +122,7 @@ def test_real_numbers_are_learnt_by_every_objective_that_serves_them(
     objective: str, tmp_path: Path
 ) -> None:
     """The loss falls; replicas and micro-batches train the same model; stages the same bits."""
-    changes: dict[str, Any] = {"objective": {"name": objective}, "epochs": 4}
+    changes: dict[str, Any] = {"objective": {"name": objective}, "epochs": 3}
     if objective in ("dfa", "pepita"):
         changes["schedule__name"] = "drained"
     if objective in ("infopro", "man"):
@@ -185,10 +185,10 @@ GAUSSIAN = {"loss": "gaussian-nll", "full": True, "metrics": ["mae", "r2"]}
 def test_a_mean_and_a_variance_are_learnt(data: str, objective: str, tmp_path: Path) -> None:
     """The likelihood rises; metrics are those of the mean; any split trains the same model."""
     net = "gaussian_pixel_net" if data == "pixel_numbers" else None
-    changes: dict[str, Any] = {"objective__name": objective, "evaluate__every": 6}
+    changes: dict[str, Any] = {"objective__name": objective, "evaluate__every": 4}
     if objective == "dfa":
         changes["schedule__name"] = "drained"
-    run = task_run(data, net, GAUSSIAN, epochs=6, **changes)
+    run = task_run(data, net, GAUSSIAN, epochs=4, **changes)
     result = train_in_threads(run, tmp_path / "run", stages=3)
     train_in_threads(run, tmp_path / "other", stages=1, replicas=2)
     assert_close_model(tmp_path / "run", tmp_path / "other", 1e-10)
@@ -238,7 +238,7 @@ def trained_net(run: RunConfig, folder: Path, outputs: int) -> torch.nn.Sequenti
 @pytest.mark.parametrize("objective", ["backprop", "mono-forward"])
 def test_other_targets_are_learnt(name: str, objective: str, tmp_path: Path) -> None:
     data, net, task = CASES[name]
-    changes: dict[str, Any] = {"objective__name": objective, "epochs": 10, "evaluate__every": 10}
+    changes: dict[str, Any] = {"objective__name": objective, "epochs": 5, "evaluate__every": 5}
     run = task_run(data, net, task, **changes)
     result = train_in_threads(run, tmp_path / "run", stages=3)
     train_in_threads(run, tmp_path / "other", stages=1, replicas=2)

@@ -20,7 +20,6 @@ from dtrain.data import load_data, memory_limits, source_dataset
 from dtrain.data.array_source import ConcatenatedSource, LazySource, MemorySource
 from dtrain.data.conversion import to_float_tensor
 from dtrain.data.dataset import DatasetSplits
-from dtrain.data.formats.digits_set import stratified_split
 from dtrain.data.sampler import SHUFFLES, epoch_order, even_ranges, updates_per_epoch
 from dtrain.data.source_dataset import SourceDataset
 from dtrain.data.statistics.standardise import standardise
@@ -106,40 +105,6 @@ def test_updates_per_epoch() -> None:
 
 
 # Data sets
-
-
-def test_digits_are_those_of_scikit_learn() -> None:
-    datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
-    selection = pytest.importorskip("sklearn.model_selection")
-    x, y = datasets.load_digits(return_X_y=True)
-    x = x.astype(np.float32).reshape(-1, 1, 8, 8)
-    train_x, test_x, train_y, test_y = selection.train_test_split(
-        x, y, train_size=1437, test_size=360, stratify=y, random_state=0
-    )
-    splits = load_data("digits", {}, Path(), normalise=False)
-    for split, inputs, labels in ((splits.train, train_x, train_y), (splits.test, test_x, test_y)):
-        indices = np.arange(split.size)
-        assert np.array_equal(split.inputs(indices).numpy(), inputs)
-        assert np.array_equal(split.targets(indices).numpy(), labels)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_a_stratified_split_is_that_of_scikit_learn(seed: int) -> None:
-    selection = pytest.importorskip("sklearn.model_selection", reason="no scikit-learn")
-    random = np.random.default_rng(seed)
-    classes = int(random.integers(2, 8))
-    labels = random.permutation([*range(classes)] * 3 + [*random.integers(0, classes, 50)])
-    train_size = int(random.integers(classes, len(labels) // 2))
-    test_size = int(random.integers(classes, len(labels) - train_size))
-    ours = stratified_split(labels, train_size, test_size)
-    theirs = selection.train_test_split(
-        np.arange(len(labels)),
-        train_size=train_size,
-        test_size=test_size,
-        stratify=labels,
-        random_state=0,
-    )
-    assert [part.tolist() for part in ours] == [part.tolist() for part in theirs]
 
 
 def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from dtrain.data.tools.file_statistics import store_statistics
 from dtrain.data.tools.rechunk import copy_regions, rechunk
 from dtrain.errors import ConfigError, DataError
 from dtrain.planning.run_data import describe_run_data
+from tests.harness import pairwise
 from tests.refusals import refuses
 
 RNG = np.random.default_rng(0)
@@ -252,7 +253,7 @@ def test_wrong_statistics(file: Path, tmp_path: Path) -> None:
 
 # rechunk
 
-STORED = {
+STORED: dict[str, dict[str, Any]] = {
     "rows": {"chunks": (1, 3, 5, 4)},
     "many rows": {"chunks": (50, 3, 5, 4), "compression": "gzip"},
     "all rows": {"chunks": (60, 3, 5, 4), "compression": "lzf", "shuffle": True},
@@ -261,19 +262,20 @@ STORED = {
 }
 
 
-@pytest.mark.parametrize("stored", STORED.values(), ids=STORED)
-@pytest.mark.parametrize("compression", ["none", "gzip", "lzf"])
-@pytest.mark.parametrize("region_bytes", [2**25, 2000, 1])
+@pytest.mark.parametrize(
+    ("stored", "compression", "region_bytes"),
+    pairwise([*itertools.product(STORED, ("none", "gzip", "lzf"), (2**25, 2000, 1))]),
+)
 def test_a_copy_holds_the_same(
     tmp_path: Path,
-    stored: dict[str, Any],
+    stored: str,
     compression: Any,
     region_bytes: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(rechunk_module, "REGION_BYTES", region_bytes)
     with h5py.File(tmp_path / "a.h5", "w") as handle:
-        handle.create_dataset("x", data=X, **stored)
+        handle.create_dataset("x", data=X, **STORED[stored])
         handle["group/y"] = Y
         handle.attrs["classes"] = ["a", "b"]
         handle["x"].attrs["unit"] = np.float32(2.5)
@@ -327,9 +329,12 @@ def test_links_and_other_objects_are_copied(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*")) + list(tmp_path.glob("c.h5"))
 
 
-@pytest.mark.parametrize("shape", [(13,), (13, 7), (10, 3, 5)])
-@pytest.mark.parametrize("chunk", [1, 2, 5, 13])
-@pytest.mark.parametrize("region_bytes", [1, 8, 64, 400, 10**6])
+@pytest.mark.parametrize(
+    ("shape", "chunk", "region_bytes"),
+    pairwise(
+        [*itertools.product(((13,), (13, 7), (10, 3, 5)), (1, 2, 5, 13), (1, 8, 64, 400, 10**6))]
+    ),
+)
 def test_each_chunk_is_read_in_one_run_of_bounded_regions(
     tmp_path: Path,
     shape: tuple[int, ...],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import struct
 import sys
 import tarfile
@@ -20,6 +21,7 @@ import pytest
 from dtrain.data import load_data
 from dtrain.data.importing.import_data import ImportOptions, import_data
 from dtrain.errors import ConfigError, DataError, DtrainError
+from tests.harness import pairwise
 from tests.refusals import refuses
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
@@ -81,9 +83,18 @@ def test_a_folder(images: Path, tmp_path: Path) -> None:
         np.testing.assert_allclose(file.attrs["std"], x.std((0, 2, 3)))
 
 
-@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.tar.bz2", "a.tar.xz"])
-@pytest.mark.parametrize("top", [".", "images", "deep/er"])
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("name", "top", "reverse"),
+    pairwise(
+        [
+            *itertools.product(
+                ("a.tar", "a.tar.gz", "a.tar.bz2", "a.tar.xz"),
+                (".", "images", "deep/er"),
+                (False, True),
+            )
+        ]
+    ),
+)
 def test_a_tar_gives_the_same(
     images: Path, tmp_path: Path, name: str, top: str, reverse: bool
 ) -> None:
@@ -369,16 +380,25 @@ def save_idx(path: Path, array: np.ndarray) -> None:
         file.write(content)
 
 
-@pytest.fixture(params=[2**22, 30])
+PIECES = (2**22, 30)
+"""Bytes of one piece, and of pieces of a few samples."""
+
+
+@pytest.fixture(params=PIECES)
 def piece_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """One piece, and pieces of a few samples."""
     monkeypatch.setattr("dtrain.data.formats.hdf5_pieces.PIECE_BYTES", request.param)
 
 
+SAVES = (np.savez, np.savez_compressed, "npy")
+
+
 @pytest.mark.usefixtures("piece_bytes")
-@pytest.mark.parametrize("kind", X)
-@pytest.mark.parametrize("order", ["C", "F"])
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed, "npy"])
+@pytest.mark.parametrize(
+    ("kind", "order", "save", "piece_bytes"),
+    pairwise([*itertools.product(X, "CF", SAVES, PIECES)]),
+    indirect=["piece_bytes"],
+)
 def test_arrays_keep_shape_dtype_and_values(
     tmp_path: Path, kind: str, order: str, save: Any
 ) -> None:
@@ -475,11 +495,13 @@ TABLES: dict[str, tuple[str, str | None, Any, Any, list[str] | None]] = {
 
 
 @pytest.mark.usefixtures("piece_bytes")
-@pytest.mark.parametrize(("text", "target", "x", "y", "classes"), TABLES.values(), ids=TABLES)
-@pytest.mark.parametrize("packed", [False, True])
-def test_tables(
-    tmp_path: Path, text: str, target: Any, x: Any, y: Any, classes: Any, packed: bool
-) -> None:
+@pytest.mark.parametrize(
+    ("name", "packed", "piece_bytes"),
+    pairwise([*itertools.product(TABLES, (False, True), PIECES)]),
+    indirect=["piece_bytes"],
+)
+def test_tables(tmp_path: Path, name: str, packed: bool) -> None:
+    text, target, x, y, classes = TABLES[name]
     source = tmp_path / ("t.csv.gz" if packed else "t.csv")
     content = text.encode()
     source.write_bytes(gzip.compress(content) if packed else content)
@@ -599,11 +621,11 @@ def test_values_that_are_not_finite_leave_the_statistics_out(tmp_path: Path) -> 
 def test_memory_does_not_grow_with_the_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """32 MB of samples in pieces of 256 KB; the allocations of numpy and Python are counted."""
+    """16 MB of samples in pieces of 256 KB; the allocations of numpy and Python are counted."""
     monkeypatch.setattr("dtrain.data.formats.hdf5_pieces.PIECE_BYTES", 2**18)
     monkeypatch.setattr("dtrain.data.statistics.statistics_pass.EXACT_PIECE_BYTES", 2**18)
-    np.save(tmp_path / "x.npy", np.zeros((2000, 1, 128, 128), np.uint8))
-    np.save(tmp_path / "y.npy", np.zeros(2000, int))
+    np.save(tmp_path / "x.npy", np.zeros((1000, 1, 128, 128), np.uint8))
+    np.save(tmp_path / "y.npy", np.zeros(1000, int))
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         for name in ("x.npy", "y.npy"):
             archive.write(tmp_path / name, name)

@@ -1,6 +1,6 @@
 """Ranks that train on a small and on a large set and measure their memory.
 
-`mpirun -n 12 python tests/system/node_memory_ranks.py FOLDER MEGABYTES`: rank 0 writes
+`mpirun -n 4 python tests/system/node_memory_ranks.py FOLDER MEGABYTES`: rank 0 writes
 `FOLDER/memory.json` with the bytes of the large set and the proportional set sizes of all ranks
 after each of the two runs; /dev/shm is compared by the caller.
 """

@@ -1,4 +1,4 @@
-"""Twelve ranks of a node hold a set of files once, as the kernel counts it."""
+"""Four ranks of a node hold a set of files once, as the kernel counts it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from tests.conftest import ROOT
 from tests.process import start
 
-RANKS, MEGABYTES = 12, 256
+RANKS, MEGABYTES = 4, 128
 
 
 def test_a_node_holds_a_set_once(mpirun: str, clean: dict[str, str], tmp_path: Path) -> None:
-    """The sum of the proportional set sizes grows by the size of the set, not by twelve of them."""
+    """The sum of the proportional set sizes grows by the size of the set, not by four of them."""
     script = str(ROOT / "tests" / "system" / "node_memory_ranks.py")
     words = [sys.executable, script, str(tmp_path), str(MEGABYTES)]
     ended = start(
