@@ -135,4 +135,4 @@ def _parameter_bytes(run_file: Path, overrides: list[str]) -> float:
 
     run = dtrain.Run.read(run_file, overrides)
     table = dtrain.plan(run, run.config.stages or 1).table
-    return float(sum(memory["parameters"] for memory in table["memory"]))
+    return float(sum(row["parameters_bytes"] for row in table["memory"]))
