@@ -82,21 +82,24 @@ def examine_process(
 
 
 def examine_mpi(environ: Mapping[str, str], terminal: bool) -> Area:
-    """Return the area of MPI; the library starts in a subprocess."""
-    facts = probe_mpi(environ)
-    clean = facts
-    if facts.outcome in ("failed", "hangs") and rank_environment(environ) != environ:
-        clean = probe_mpi(rank_environment(environ))
-    findings = mpi.check_environment(clean, facts) or mpi.check_library(facts, environ)
+    """Return the area of MPI; the library starts in a subprocess.
+
+    A shell with the variables of a process manager is a task of it. The library starts without
+    them there: a task that ends without a farewell would end its whole Slurm step.
+    """
+    found, clean_environ = detect_launcher(environ), rank_environment(environ)
+    variables = launch.pmi_variables(environ)
+    facts = clean = probe_mpi(clean_environ if found or variables else environ)
+    if facts.outcome in ("failed", "hangs"):
+        clean = probe_mpi(clean_environ)
     library = clean.library
     findings = [
-        *findings,
+        *(mpi.check_environment(clean, facts) or mpi.check_library(facts, environ)),
         *mpi.check_wheels(installed_wheels(), environ),
-        *launch.check_pty_shell(environ, terminal),
+        *(launch.check_pty_shell(environ, terminal) or launch.check_leftovers(environ)),
         *launch.check_mpirun(environ, library),
         *launch.check_slurm(environ, library),
     ]
-    found = detect_launcher(environ)
     summary = f"{mpi.library_summary(clean)}, {launch.launch_summary(found)}"
     return Area("MPI", summary, findings, asdict(clean))
 

@@ -65,6 +65,27 @@ def check_pty_shell(environ: Mapping[str, str], has_terminal: bool) -> list[Find
     ]
 
 
+def pmi_variables(environ: Mapping[str, str]) -> list[str]:
+    """Return the variables of a process manager, sorted."""
+    return sorted(name for name in environ if name.startswith(PMI_PREFIXES))
+
+
+def check_leftovers(environ: Mapping[str, str]) -> list[Finding]:
+    """Return the finding of variables of a process manager in a shell that is no rank."""
+    names = pmi_variables(environ)
+    if not names or detect_launcher(environ) is not None:
+        return []
+    return [
+        Finding(
+            "launch.foreign-variables",
+            "note",
+            f"this shell has {len(names)} variables of a process manager ({names[0]}), and no "
+            "launcher started it: an MPI program may take itself for a rank, and wait for ever",
+            "open a new shell, or use `dtrain train RUN.toml --ranks N`, which removes them",
+        )
+    ]
+
+
 def check_ranks(environ: Mapping[str, str], world_size: int | None, library: str) -> list[Finding]:
     """Return the findings of the launcher that started this rank.
 
@@ -116,7 +137,7 @@ def _check_nested(environ: Mapping[str, str], launch: Launch) -> list[Finding]:
 
 def _check_srun_pmi(environ: Mapping[str, str], launch: Launch, library: str) -> list[Finding]:
     """Return the finding of srun tasks without a PMI that the library speaks."""
-    names = [name for name in environ if name.startswith(PMI_PREFIXES)]
+    names = pmi_variables(environ)
     advice = start_advice(launch, None)
     if not names:
         return [

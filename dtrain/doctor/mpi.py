@@ -100,8 +100,8 @@ def check_environment(clean: MpiFacts, facts: MpiFacts) -> list[Finding]:
         Finding(
             "mpi.launcher-variables",
             "problem",
-            f"{clean.library} starts, but not with the SLURM_, PMI_ or PMIX_ variables of this "
-            "shell, which belong to a launcher that the library does not reach",
+            f"{clean.library} starts, but not with the Slurm variables of this shell, which "
+            "belong to a launcher that the library does not reach",
             "use `dtrain train RUN.toml --ranks N` here, which removes them, or start ranks with "
             "`srun --overlap --mpi=pmix -n N dtrain train RUN.toml`",
         )

@@ -138,6 +138,28 @@ def test_a_shell_of_srun_pty_is_no_rank() -> None:
     assert launch.check_pty_shell(shell | {"SLURM_STEP_ID": "4294967290"}, True) == []
 
 
+def test_variables_that_a_process_manager_left() -> None:
+    assert keys(launch.check_leftovers(PMIX)) == [("launch.foreign-variables", "note")]
+    assert launch.check_leftovers(PMIX | STEP) == launch.check_leftovers({"PATH": "/bin"}) == []
+
+
+@pytest.mark.parametrize("environ", [PMIX, STEP | PMIX, STEP])
+def test_mpi_is_never_started_as_a_task_of_this_shell(
+    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would end the whole Slurm step."""
+    started: list[Mapping[str, str]] = []
+
+    def probe(environ: Mapping[str, str]) -> MpiFacts:
+        started.append(environ)
+        return STARTED
+
+    monkeypatch.setattr(examine, "probe_mpi", probe)
+    examine.examine_mpi(environ | {"PATH": "/none"}, terminal=True)
+    assert len(started) == 1
+    assert not started[0].keys() & environ.keys()
+
+
 HYDRA, MPIRUN = "HYDRA build details:", "mpirun (Open MPI) 5.0.11"
 
 
