@@ -47,13 +47,14 @@ def add_command(commands: Commands) -> None:
 
 def _doctor(options: argparse.Namespace) -> int:
     """Examine this process or its ranks; print the report."""
+    from dtrain.comm import launcher
     from dtrain.doctor import examine
 
-    terminal = examine.has_terminal()
-    if examine.is_one_of_several_ranks(os.environ, terminal):
+    by_shell = launcher.is_started_by_shell()
+    if examine.is_one_of_several_ranks(os.environ, by_shell):
         return _examine_as_rank(options)
     ranks = options.ranks or (FULL_RANKS if options.full else None)
-    areas = examine.examine_process(os.environ, options.out, terminal, ranks)
+    areas = examine.examine_process(os.environ, options.out, by_shell, ranks)
     if ranks is not None:
         areas.append(examine.examine_own_ranks(ranks, options.out, os.environ))
     return _print_report(options, areas)

@@ -14,7 +14,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from dtrain.comm.launcher import Launch, detect_launcher, find_mpirun
+from dtrain.comm.launcher import (
+    Launch,
+    detect_launcher,
+    find_mpirun,
+    is_pty_shell,
+    is_started_by_shell,
+    pty_shell_cause,
+    pty_shell_cure,
+)
 from dtrain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,10 +38,14 @@ def world() -> Comm:
     Raises
     ------
     ConfigError
-        On the launcher's rank 0, if no MPI library can be loaded, or if it found another number of
-        ranks than were started. The other ranks raise `SystemExit`, so only one message is printed.
+        In a shell that `srun --pty` started for several tasks; and on the launcher's rank 0, if no
+        MPI library can be loaded, or if it found another number of ranks than were started. The
+        other ranks raise `SystemExit`, so only one message is printed.
     """
     launch = detect_launcher(os.environ)
+    if launch and launch.size > 1 and is_pty_shell(launch, is_started_by_shell()):
+        cause, cure = pty_shell_cause(launch), pty_shell_cure(os.environ, launch)
+        raise ConfigError("launch.pty-shell", f"{cause}: {cure}")
     with _without_collector():
         return _single_rank() if launch is None else _launched_ranks(launch)
 

@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtrain.comm import start_advice
-from dtrain.comm.launcher import Launch, detect_launcher, find_mpirun, rank_environment, start_ranks
+from dtrain.comm.launcher import (
+    Launch,
+    detect_launcher,
+    find_mpirun,
+    is_pty_shell,
+    rank_environment,
+    start_ranks,
+)
 from dtrain.doctor import files, launch, mpi, node
 from dtrain.doctor.finding import Area, Finding, area_from_table, report_text
 from dtrain.doctor.node import NodeFacts
@@ -51,21 +58,14 @@ if late:
 """Program that kills its parent after a time, unless the parent has written a dot before."""
 
 
-def has_terminal() -> bool:
-    """Return whether this process has a controlling terminal."""
-    with suppress(OSError), open("/dev/tty", "rb"):
-        return True
-    return False
-
-
-def is_one_of_several_ranks(environ: Mapping[str, str], terminal: bool) -> bool:
+def is_one_of_several_ranks(environ: Mapping[str, str], started_by_shell: bool) -> bool:
     """Return whether a launcher started this process among others."""
     found = detect_launcher(environ)
-    return found is not None and found.size > 1 and not launch.is_pty_shell(environ, terminal)
+    return found is not None and found.size > 1 and not is_pty_shell(found, started_by_shell)
 
 
 def examine_process(
-    environ: Mapping[str, str], folder: Path, terminal: bool, ranks: int | None = None
+    environ: Mapping[str, str], folder: Path, started_by_shell: bool, ranks: int | None = None
 ) -> list[Area]:
     """Return the areas MPI, node and run folder of this process, which is no rank.
 
@@ -75,13 +75,13 @@ def examine_process(
         Ranks that shall run on this host.
     """
     return [
-        examine_mpi(environ, terminal),
+        examine_mpi(environ, started_by_shell),
         _node_area([node.node_facts()], environ, ranks),
         folder_area(folder),
     ]
 
 
-def examine_mpi(environ: Mapping[str, str], terminal: bool) -> Area:
+def examine_mpi(environ: Mapping[str, str], started_by_shell: bool) -> Area:
     """Return the area of MPI; the library starts in a subprocess.
 
     A shell with the variables of a process manager is a task of it. The library starts without
@@ -96,7 +96,7 @@ def examine_mpi(environ: Mapping[str, str], terminal: bool) -> Area:
     findings = [
         *(mpi.check_environment(clean, facts) or mpi.check_library(facts, environ)),
         *mpi.check_wheels(installed_wheels(), environ),
-        *(launch.check_pty_shell(environ, terminal) or launch.check_leftovers(environ)),
+        *(launch.check_pty_shell(environ, started_by_shell) or launch.check_leftovers(environ)),
         *launch.check_mpirun(environ, library),
         *launch.check_slurm(environ, library),
     ]

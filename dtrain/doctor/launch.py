@@ -12,11 +12,14 @@ from dtrain.comm.launcher import (
     Launch,
     detect_launcher,
     find_mpirun,
+    is_pty_shell,
     launch_text,
     missing_mpirun_cause,
     missing_mpirun_cure,
+    pty_shell_cause,
+    pty_shell_cure,
 )
-from dtrain.doctor.finding import Finding
+from dtrain.doctor.finding import Finding, Severity
 from dtrain.doctor.programs import program_output
 
 OPEN_MPI, MPICH = "Open MPI", "MPICH"
@@ -41,28 +44,14 @@ def mpi_family(text: str) -> str:
     return next(families, "")
 
 
-def is_pty_shell(environ: Mapping[str, str], has_terminal: bool) -> bool:
-    """Return whether this is a shell of `srun --pty`: other tasks of a step have no terminal."""
-    launch = detect_launcher(environ)
-    return launch is not None and launch.launcher == "srun" and has_terminal
-
-
-def check_pty_shell(environ: Mapping[str, str], has_terminal: bool) -> list[Finding]:
+def check_pty_shell(environ: Mapping[str, str], started_by_shell: bool) -> list[Finding]:
     """Return the finding of a shell that `srun --pty` started."""
     launch = detect_launcher(environ)
-    if launch is None or not is_pty_shell(environ, has_terminal):
+    if launch is None or not is_pty_shell(launch, started_by_shell):
         return []
-    tasks = environ.get("SLURM_NTASKS", str(launch.size))
-    return [
-        Finding(
-            "launch.pty-shell",
-            "problem" if launch.size > 1 else "note",
-            f"this shell is itself task {launch.rank} of {launch.size} of an `srun --pty` step: "
-            "dtrain would take it for a rank",
-            f"type `srun --overlap --mpi=pmix -n {tasks} dtrain train RUN.toml`; next time open "
-            f"the shell with `salloc -n {tasks}`",
-        )
-    ]
+    severity: Severity = "problem" if launch.size > 1 else "note"
+    cure = pty_shell_cure(environ, launch)
+    return [Finding("launch.pty-shell", severity, pty_shell_cause(launch), cure)]
 
 
 def pmi_variables(environ: Mapping[str, str]) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from dtrain import cli
+from dtrain.comm import launcher
 from dtrain.comm.backends.threads import run_ranks
 from dtrain.comm.communicator import Comm
 from dtrain.doctor import examine, files, launch, mpi, network, node
@@ -127,14 +128,14 @@ def test_launcher_of_ranks(
 
 def test_a_shell_of_srun_pty_is_no_rank() -> None:
     shell = STEP | PMIX | {"SLURM_NTASKS": "4"}
-    assert examine.is_one_of_several_ranks(shell, terminal=False)
-    assert not examine.is_one_of_several_ranks(shell, terminal=True)
+    assert examine.is_one_of_several_ranks(shell, started_by_shell=False)
+    assert not examine.is_one_of_several_ranks(shell, started_by_shell=True)
     assert keys(launch.check_pty_shell(shell, True)) == [("launch.pty-shell", "problem")]
     assert "-n 4 " in launch.check_pty_shell(shell, True)[0].cure
     single = shell | {"SLURM_STEP_NUM_TASKS": "1"}
     assert keys(launch.check_pty_shell(single, True)) == [("launch.pty-shell", "note")]
     # ranks of mpirun have a terminal; the shell of salloc is a step that Slurm makes itself
-    assert examine.is_one_of_several_ranks(OMPI, terminal=True)
+    assert examine.is_one_of_several_ranks(OMPI, started_by_shell=True)
     assert launch.check_pty_shell(shell | {"SLURM_STEP_ID": "4294967290"}, True) == []
 
 
@@ -155,7 +156,7 @@ def test_mpi_is_never_started_as_a_task_of_this_shell(
         return STARTED
 
     monkeypatch.setattr(examine, "probe_mpi", probe)
-    examine.examine_mpi(environ | {"PATH": "/none"}, terminal=True)
+    examine.examine_mpi(environ | {"PATH": "/none"}, started_by_shell=True)
     assert len(started) == 1
     assert not started[0].keys() & environ.keys()
 
@@ -481,7 +482,7 @@ def report(
 
     def run(facts: MpiFacts, environ: Mapping[str, str]) -> tuple[int, dict[str, Any]]:
         monkeypatch.setattr(examine, "probe_mpi", lambda environ: facts)
-        monkeypatch.setattr(examine, "has_terminal", lambda: True)
+        monkeypatch.setattr(launcher, "is_started_by_shell", lambda: True)
         for name in [name for name in os.environ if name.startswith("SLURM_")]:
             monkeypatch.delenv(name)
         for name, value in environ.items():
