@@ -7,6 +7,7 @@ equal arrays on every rank.
 from __future__ import annotations
 
 import time
+import zlib
 from typing import Any
 
 import h5py
@@ -102,3 +103,31 @@ class Sleep(torch.autograd.Function):
         """Sleep, then return the gradient."""
         time.sleep(ctx.backward_s)
         return gradients[0].clone(), None, None
+
+
+class SlowItems(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    """Images (3, 32, 32) that cost about 2 ms each: a block of 1 MB is unpacked for every item.
+
+    Parameters
+    ----------
+    size : int
+        Number of items.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.targets = [index % 10 for index in range(size)]
+        rng = np.random.default_rng(0)
+        self._packed = zlib.compress(rng.integers(0, 24, 2**20, dtype=np.uint8).tobytes(), 1)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        start = 997 * index % (2**20 - 3072)
+        image = np.frombuffer(zlib.decompress(self._packed), np.uint8)[start : start + 3072]
+        return torch.from_numpy(image.reshape(3, 32, 32).astype(np.float32)), index % 10
+
+
+def slow_items(samples: int) -> tuple[SlowItems, SlowItems]:
+    """Return a training split of so many items and a test split of 64."""
+    return SlowItems(samples), SlowItems(64)

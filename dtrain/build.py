@@ -188,9 +188,7 @@ def _make_loaders(plan: Plan) -> tuple[WorkerPool | None, dict[str, Loader]]:
     """Return the worker processes of this rank, and the loaders by name of the split."""
     run, dtype = plan.run, plan.layout.dtype
     workers = WorkerPool(run.data.workers) if run.data.workers else None
-    augment = augments.build_augment(
-        run.data.augment, run.settings.seed, run.folder, plan.data.train.source_indices
-    )
+    augment = augments.build_augment(run.data.augment, run.settings.seed, run.folder)
     return workers, {
         name: Loader(split, dtype, augment if name == "train" else None, workers=workers)
         for name, split in plan.data.by_name().items()

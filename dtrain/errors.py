@@ -110,8 +110,13 @@ def _kinds() -> dict[str, type[DtrainError]]:
     return {kind.__name__: kind for kind in kinds if kind.__module__ == __name__}
 
 
+SAVED_CODE = 75
+"""Exit code of a run that was told to stop and has saved: EX_TEMPFAIL, try again later."""
+
+
 class Interrupted(BaseException):
-    """A signal ended this process.
+    """The run was told to stop: by a signal before training, or by a signal or the time limit of
+    the job in training; then it has saved a checkpoint.
 
     It derives from `BaseException`, as `KeyboardInterrupt` does, so that an `except Exception` in
     user code does not swallow it.
@@ -119,21 +124,37 @@ class Interrupted(BaseException):
     Attributes
     ----------
     code : int
-        Exit code of the program: 128 + the signal's number.
+        Exit code of the program: 75 if a checkpoint was saved, else 128 + the signal's number.
     key : str
-        "interrupted.sigterm" and the like.
+        "interrupted.sigterm" and the like; "interrupted.saved".
     quiet : bool
         Whether another rank prints the reason.
     """
 
-    def __init__(self, signal_number: int, quiet: bool = False) -> None:
+    def __init__(self, reason: str, code: int, key: str, quiet: bool = False) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.key = key
+        self.quiet = quiet
+
+    @classmethod
+    def by_signal(cls, signal_number: int, quiet: bool = False) -> Interrupted:
+        """Return the exception for a signal that ends this process at once."""
         name = signal.Signals(signal_number).name
         reason = f"stopped by {name}"
-        causes = "a time limit, scancel, or another rank that died: see the job's log"
-        super().__init__(f"{reason} ({causes})" if signal_number == signal.SIGTERM else reason)
-        self.code = 128 + signal_number
-        self.key = f"interrupted.{name.lower()}"
-        self.quiet = quiet
+        if signal_number == signal.SIGTERM:
+            reason += " (a time limit, scancel, or another rank that died: see the job's log)"
+        return cls(reason, 128 + signal_number, f"interrupted.{name.lower()}", quiet)
+
+    @classmethod
+    def saved(cls, reason: str, update: int) -> Interrupted:
+        """Return the exception that all ranks raise once the run has saved."""
+        return cls(f"{reason}, saved at update {update}", SAVED_CODE, "interrupted.saved", True)
+
+    @property
+    def on_all_ranks(self) -> bool:
+        """Whether every rank raises it, with nothing left to do."""
+        return self.code == SAVED_CODE
 
 
 def add_location(error: BaseException, location: str) -> None:

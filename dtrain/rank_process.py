@@ -1,23 +1,34 @@
 """The process of one rank: the start of MPI, signals, and an end that no other rank waits for.
 
 Invariant: a rank that fails ends the job, whether the command line or a user's script runs in it.
-An error that all ranks raise is printed once. A process that a rank forks is no rank: signals and
-errors end that process alone, and it writes no flight record.
+An error that all ranks raise is printed once. Signals have their handlers here and nowhere else:
+
+    signal                  before training    in training
+    SIGTERM, SIGUSR1 and 2  ends the job       sets a flag; the run saves and ends with code 75
+    SIGINT                  ends the job       the same; a second one ends the job
+    SIGCONT, then SIGTERM   ends the job       ends the job, under mpirun, which kills it next
+    SIGURG                  writes a flight record; without a handler it does nothing
+
+A process that a rank forks is no rank: signals and errors end that process alone, and it writes no
+flight record.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, final
 
-from dtrain.comm.flight_recorder import dump_stacks_on, flush_output, print_error
+from dtrain.comm.flight_recorder import FLIGHT_SIGNAL, dump_stacks_on, flush_output, print_error
+from dtrain.comm.launcher import MPIRUN, RELAY_VARIABLE, RELAYED, detect_launcher
 from dtrain.errors import DtrainError, Interrupted
 
 if TYPE_CHECKING:
@@ -26,6 +37,17 @@ if TYPE_CHECKING:
 ABORT_DELAY_S = 0.5
 """Seconds that a stopped rank leaves the others to write their records before it aborts the job;
 mpirun kills them about a second after its SIGTERM."""
+
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+REPEAT_S = 1.0
+"""Seconds in which the same wish may come again: launchers send signals twice."""
+
+
+RECORD_S = 10.0
+"""Seconds after a stop signal after which a rank that still runs writes a flight record."""
 
 
 _world: Comm | None = None
@@ -53,7 +75,9 @@ def init() -> Comm:
 
         in_main_thread = threading.current_thread() is threading.main_thread()
         if in_main_thread:
-            dump_stacks_on(signal.SIGUSR1)  # its default action would end a rank that starts
+            dump_stacks_on(FLIGHT_SIGNAL)
+            for number in STOP_SIGNALS[2:]:  # by default the launcher would print a banner
+                _handle(number, lambda number, frame: os._exit(128 + number))
             sys.excepthook = _end_of_script
         _world = world()  # MPI comes before torch
         if in_main_thread:
@@ -79,6 +103,9 @@ def report_error(error: BaseException, comm: Comm | None) -> int:
             comm.abort(error.code)
         return error.code
     if isinstance(error, Interrupted):
+        if error.on_all_ranks:
+            _ignore_stop_signals()  # srun ends the others once the first one has left with 75
+            return error.code
         if not error.quiet:
             print_error(f"dtrain: {error}")
         if comm is not None:
@@ -102,30 +129,120 @@ def _end_of_script(
     raise SystemExit(code)
 
 
+@final
+class _StopSignals:
+    """What a stop signal does in this process now.
+
+    Attributes
+    ----------
+    request : callable, optional
+        Receives the number of a signal; None: it ends the process.
+    numbers : tuple of int
+        The signals that `request` receives.
+    first : (float, int) or None
+        When the first one came, and its number.
+    continued_at : float
+        When SIGCONT came last.
+    """
+
+    def __init__(self) -> None:
+        self.request: Callable[[int], None] | None = None
+        self.numbers: tuple[int, ...] = ()
+        self.first: tuple[float, int] | None = None
+        self.continued_at = -math.inf
+        launch = detect_launcher(os.environ)
+        self._under_mpirun = launch is not None and launch.launcher == MPIRUN
+        self._came = threading.Lock()  # free once a signal came
+        self._came.acquire()
+
+    def defers(self, number: int) -> bool:
+        """Return whether a signal that comes now is left to `request`."""
+        if self.request is None or number not in self.numbers:
+            return False
+        now = time.monotonic()
+        if number == signal.SIGTERM and self._under_mpirun and now - self.continued_at < REPEAT_S:
+            return False  # SIGCONT and SIGTERM of mpirun: it kills this rank in a moment
+        if self.first is None:
+            self.first = now, number
+            self._came.release()
+        elif number == signal.SIGINT and now - self.first[0] > REPEAT_S:
+            return False
+        self.request(number)
+        return True
+
+    def watch(self, comm: Comm) -> None:
+        """Write a flight record where a run does not stop for a while; never returns."""
+        while self._came.acquire():
+            time.sleep(RECORD_S)
+            if self.request is not None and self.first is not None:
+                name = signal.Signals(self.first[1]).name
+                frame = sys._current_frames().get(threading.main_thread().ident or 0)
+                comm.flight.dump(f"{name} came {RECORD_S:g} s ago, and the run goes on", frame)
+
+
+_signals = _StopSignals()
+
+
+def defer_stop_signals(request: Callable[[int], None], names: Sequence[str]) -> None:
+    """Pass the numbers of these signals, and SIGINT, to `request` from now on.
+
+    A second SIGINT ends the process, as it does without a request.
+    """
+    numbers = (signal.SIGINT, *(signal.Signals[f"SIG{name}"] for name in names))
+    _signals.first = None
+    _signals.numbers, _signals.request = numbers, request
+
+
+def end_at_signals() -> None:
+    """Let signals end the process again."""
+    _signals.request = None
+
+
 def _install_signal_handlers(comm: Comm) -> None:
-    """Write a flight record on SIGUSR1; on SIGINT and SIGTERM write one and raise `Interrupted`.
+    """Write a flight record on SIGURG; pass stop signals on, or write one and raise `Interrupted`.
 
     The exception unlocks the run folder on its way out.
     """
+    relayed = RELAYED if RELAY_VARIABLE in os.environ else {}
 
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        for signal_number in (signal.SIGINT, signal.SIGTERM):  # launchers send it twice
-            signal.signal(signal_number, signal.SIG_IGN)
-        interrupted = Interrupted(number, quiet=comm.rank > 0)
+    def stop(received: int, frame: FrameType | None) -> None:
+        number = relayed.get(signal.Signals(received), received)
+        if _signals.defers(number):
+            return
+        _ignore_stop_signals()  # launchers send it twice
+        interrupted = Interrupted.by_signal(number, quiet=comm.rank > 0)
         if comm.flight.folder is not None:  # before the exception ends the waits it records
             comm.flight.dump(f"Stopped: {interrupted}", frame)
         raise interrupted
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        _previous_handlers[number] = signal.signal(number, stop)
-    comm.flight.dump_on_signal(signal.SIGUSR1)
+    def note_continue(number: int, frame: FrameType | None) -> None:
+        _signals.continued_at = time.monotonic()
+
+    for number in STOP_SIGNALS:
+        _handle(number, stop)
+    _handle(signal.SIGCONT, note_continue)
+    threading.Thread(target=_signals.watch, args=(comm,), daemon=True, name="dtrain-stop").start()
+    comm.flight.dump_on_signal(FLIGHT_SIGNAL)
+
+
+def _ignore_stop_signals() -> None:
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _handle(number: int, handler: Callable[[int, FrameType | None], object]) -> None:
+    """Set the handler of a signal; keep the one that it had before `init`."""
+    _previous_handlers.setdefault(number, signal.getsignal(number))
+    signal.signal(number, handler)
 
 
 def _leave_rank() -> None:
     """Take the handlers of the rank away from a process that it has forked.
 
     A pool of processes ends its workers by SIGTERM, which must end neither the job nor with a
-    message. SIGUSR1, which asks ranks for their records, is ignored.
+    message. Signals that ask ranks for a record or a checkpoint are ignored, since Slurm sends
+    them to all processes of a step.
     """
     assert _world is not None
     _world.flight.detach()
@@ -135,4 +252,5 @@ def _leave_rank() -> None:
         for number, handler in _previous_handlers.items():
             signal.signal(number, handler)
         _previous_handlers.clear()  # its own children keep the handlers that it installs
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        for number in (FLIGHT_SIGNAL, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)

@@ -9,6 +9,7 @@ from typing import Any
 from dtrain.callbacks import Callback
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
+from dtrain.errors import Interrupted
 from dtrain.schedules.segments import Segment
 from dtrain.session.session import Session
 
@@ -29,6 +30,8 @@ def train(
 
     Raises
     ------
+    Interrupted
+        On all ranks, with code 75, once a run that was told to stop has saved.
     DtrainError
         Before training begins on all ranks. Later (a loss that is not finite, for example) on the
         rank that found it: then the caller has to end the others.
@@ -39,22 +42,38 @@ def train(
 
 
 def train_session(session: Session) -> None:
-    """Train until the run ends, with evaluations and checkpoints when the run has them."""
+    """Train until the run ends, with evaluations and checkpoints when the run has them.
+
+    Raises
+    ------
+    Interrupted
+        On all ranks, with code 75, once a run that was told to stop has saved.
+    """
     with session:
-        run, saved = session.plan.run, session.update
+        run = session.plan.run
+        if session.evaluation_pending:  # the last attempt was told to stop before it
+            _evaluate_if_due(session, session.plan.training_length.update_before(session.update))
         for segment in session.segments():
             for _ in session.updates(segment):
                 pass
             session.finish(segment)
-            if evaluation_is_due(run, segment):
-                session.evaluate()
-            elif segment.ends_run:
-                session.evaluate(scheduled=False)
+            if session.interrupted:
+                continue  # it saves and ends
+            _evaluate_if_due(session, segment)
             if checkpoint_is_due(run, segment):
                 session.save()
-                saved = session.update
-        if session.update > saved:  # a callback has stopped the run
+        if session.update > session.saved_update:  # a callback has stopped the run
             session.save()
+    if session.interrupted:
+        raise Interrupted.saved(session.stop_reason or "", session.update)
+
+
+def _evaluate_if_due(session: Session, segment: Segment) -> None:
+    """Evaluate after a segment, if the run has it then or ends."""
+    if evaluation_is_due(session.plan.run, segment):
+        session.evaluate()
+    elif segment.ends_run:
+        session.evaluate(scheduled=False)
 
 
 def evaluation_is_due(run: RunConfig, segment: Segment) -> bool:

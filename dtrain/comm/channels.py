@@ -169,6 +169,14 @@ class RecvChannel:
         tensors = tuple(map(self._context.staging.to_device, posted.tensors))
         return tensors[0] if single_tensor else tensors
 
+    def cancel(self) -> None:
+        """Forget the declared messages, which will not be sent."""
+        self._specs.clear()
+        if self._posted is not None:
+            self._posted.request.cancel()
+            self._transport.traffic.add_message_bytes(-self._posted.nbytes)
+            self._posted = None
+
     def is_open(self) -> bool:
         """Return whether the posted receive is not complete; tests it, so MPI makes progress."""
         return self._posted is not None and not self._posted.request.test()

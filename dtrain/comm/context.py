@@ -105,6 +105,8 @@ class CommContext:
         In debug mode, the time that all ranks have to call a collective.
     recorded_waits : list of WaitSpan, or None
         Waits that are over; None: they are not recorded.
+    on_turn : callable, optional
+        Called in every turn of a wait; it must not wait.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -119,6 +121,7 @@ class CommContext:
         self.wait_s = 0.0
         self.debug_timeout_s: float | None = None
         self.recorded_waits: list[WaitSpan] | None = None
+        self.on_turn: Callable[[], None] | None = None
 
     @property
     def debug_mode(self) -> bool:
@@ -186,6 +189,8 @@ class CommContext:
         try:
             while not is_done():
                 self.progress()
+                if self.on_turn is not None:
+                    self.on_turn()
                 now = time.perf_counter()
                 if timeout_s is not None and now - start > timeout_s:
                     raise CommTimeout(

@@ -30,6 +30,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO, TypedDict, final
 
+FLIGHT_SIGNAL = signal.SIGURG
+"""Signal on which a rank writes its record. A process without a handler ignores it, and launchers
+pass it on."""
+
+
 MAX_EVENTS = 512
 """Length of the ring buffer."""
 

@@ -4,13 +4,14 @@ Invariant: standard library only. Neither MPI nor torch is imported here, since 
 starts the ranks is not one of them.
 
     dtrain train run.toml --ranks 4
-      |                                       signals: SIGINT, SIGTERM, SIGHUP -> SIGTERM; SIGUSR1
+      |                                       signals: passed on, so that a run saves and ends
       +-- mpirun -n 4 (own session)  ----- stdout, exit code: passed on;  stderr: without banners
             +-- rank 0 ... rank 3
 """
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +29,7 @@ from types import FrameType
 from typing import final
 
 from dtrain.comm.launcher_output import BannerFilter
-from dtrain.errors import ConfigError
+from dtrain.errors import SAVED_CODE, ConfigError
 
 LAUNCHER_PREFIXES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_", "HYDI_", "HYDRA_", "MPI_LOCAL")
 """Prefixes of the variables that launchers set for their ranks."""
@@ -45,8 +47,21 @@ FIRST_SPECIAL_STEP = 0xFFFFFFF0
 """Lowest number of the steps that Slurm makes itself (batch script, `salloc` shell, extern)."""
 
 
+RELAY_VARIABLE = "DTRAIN_RELAY"
+"""Tells ranks that signals reach them as `RELAYED` says: mpirun passes SIGUSR1 and SIGUSR2 on, but
+kills its ranks half a second after SIGTERM or SIGINT."""
+
+
+RELAYED = {signal.SIGUSR1: signal.SIGTERM, signal.SIGUSR2: signal.SIGUSR1}
+"""The signal that a rank acts on, by the one that it gets from mpirun."""
+
+
+REPEAT_S = 1.0
+"""Seconds in which a signal may come again without a meaning: schedulers send it twice."""
+
+
 GRACE_S = 10.0
-"""Time that the launcher has to end its ranks before it is killed."""
+"""Time that the launcher has to end its ranks, once it must, before it is killed."""
 
 
 @final
@@ -70,10 +85,19 @@ class Launch:
     local_size: int | None
 
 
+INTERRUPT_TEXT = b"dtrain: a run saves and ends; Ctrl-C again ends it at once\n"
+
+
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+MPIRUN = "Open MPI's mpirun"
+
+
 LAUNCHERS = (
     # name, then the variables with size, rank, ranks on this host; the innermost launcher first
     (
-        "Open MPI's mpirun",
+        MPIRUN,
         "OMPI_COMM_WORLD_SIZE",
         "OMPI_COMM_WORLD_RANK",
         "OMPI_COMM_WORLD_LOCAL_SIZE",
@@ -174,9 +198,10 @@ def _is_installed(name: str) -> bool:
 def start_ranks(ranks: int, argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Run `argv` on `ranks` ranks of this host and return the launcher's exit code.
 
-    Both streams are forwarded as they are read; stderr without the launcher's own banners. SIGINT,
-    SIGTERM and SIGHUP end all ranks, and the code is then 128 + the signal's number; SIGUSR1 is
-    forwarded.
+    Both streams are forwarded as they are read; stderr without the launcher's own banners. Stop
+    signals are passed on to the ranks: a run that trains saves and ends, and the code is 75.
+    Otherwise the ranks end at once, and the code is 128 + the signal's number. A second SIGINT,
+    SIGTERM or SIGHUP ends the ranks at once, too.
 
     Raises
     ------
@@ -233,7 +258,7 @@ def rank_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of the ranks: without variables of other launchers, fit for few cores.
 
     Slurm's job and restart count are passed as `DTRAIN_JOB` and `DTRAIN_RESTART`, which identify
-    the owner of the run folder.
+    the owner of the run folder, and the end of the job as `DTRAIN_JOB_END_TIME`.
     """
     variables = {
         name: value
@@ -243,11 +268,14 @@ def rank_environment(environ: Mapping[str, str]) -> dict[str, str]:
     if "SLURM_JOB_ID" in environ:
         variables["DTRAIN_JOB"] = environ["SLURM_JOB_ID"]
         variables["DTRAIN_RESTART"] = environ.get("SLURM_RESTART_COUNT", "0")
+        if "SLURM_JOB_END_TIME" in environ:
+            variables.setdefault("DTRAIN_JOB_END_TIME", environ["SLURM_JOB_END_TIME"])
     if sys.stdout.isatty():
         variables[TERMINAL_VARIABLE] = str(shutil.get_terminal_size().columns)
     if sys.platform == "darwin":
         variables["TMPDIR"] = "/tmp"  # macOS's own is too long for the names of Open MPI's sockets
     variables.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+    variables[RELAY_VARIABLE] = "1"
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return variables | root | {"I_MPI_PIN": "off", "PYTHONUNBUFFERED": "1"}
 
@@ -268,7 +296,7 @@ def _run_launcher(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     ):
         _forward_stderr(child)
         code = child.wait()
-    if signals:
+    if signals and code != SAVED_CODE:
         return 128 + signals[0]
     return code if code >= 0 else 128 - code
 
@@ -286,11 +314,12 @@ def _forward_stderr(child: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def _forward_signals(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """While inside, end the launcher and its ranks on a signal; yield the received signals.
+    """While inside, pass signals on to the ranks; yield those that are to stop the run.
 
-    SIGUSR1 ends nothing: the launcher forwards it to the ranks, which write flight records.
+    The flight signal stops nothing: the ranks write records.
     """
     received: list[int] = []
+    first_time = math.inf
 
     def kill() -> None:
         if child.poll() is None:
@@ -298,18 +327,27 @@ def _forward_signals(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
 
     kill_timer = threading.Timer(GRACE_S, kill)
 
-    def end(number: int, frame: FrameType | None) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal first_time
+        now = time.monotonic()
         received.append(number)
-        child.terminate()
         if len(received) == 1:
-            kill_timer.start()
+            first_time = now
+            if number == signal.SIGINT:
+                os.write(2, INTERRUPT_TEXT)
+        elif now - first_time > REPEAT_S and number in ENDING_SIGNALS:
+            child.terminate()
+            if not kill_timer.is_alive():
+                kill_timer.start()
+            return
+        child.send_signal(signal.SIGUSR1 if number in ENDING_SIGNALS else signal.SIGUSR2)
 
     handlers = {
-        number: signal.signal(number, end)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        number: signal.signal(number, stop)
+        for number in (*ENDING_SIGNALS, signal.SIGUSR1, signal.SIGUSR2)
     }
-    handlers[signal.SIGUSR1] = signal.signal(
-        signal.SIGUSR1, lambda number, frame: child.send_signal(number)
+    handlers[signal.SIGURG] = signal.signal(
+        signal.SIGURG, lambda number, frame: child.send_signal(number)
     )
     try:
         yield received

@@ -155,7 +155,7 @@ class RunConfig:
             "sync": self.sync.to_table(),
             "optimizer": self.optimizer.to_table() | self.optimizer_options.to_table(),
             "lr": self.lr_schedule.to_table(),
-            "checkpoint": to_table(self.checkpoint),
+            "checkpoint": self.checkpoint.to_table(),
             "evaluate": self.evaluate.to_table(),
             "log": self.log.to_table(),
         }

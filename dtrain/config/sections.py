@@ -17,6 +17,10 @@ from dtrain.tracking import TRACKERS
 from dtrain.tracking.base import Tracker
 from dtrain.user_code import PATTERN, GivenArray, value_text
 
+STOP_SIGNALS = ("TERM", "USR1", "USR2")
+"""Signals after which a run may save and end."""
+
+
 CutFunction = Callable[[list[Any], int], list[Any]]
 """A user's function: (layers, blocks) -> names or indices at which blocks 1, 2, ... start."""
 
@@ -266,15 +270,29 @@ class Checkpoint:
     ----------
     every : int
         Updates between checkpoints inside an epoch; 0: after every epoch only.
+    every_minutes : float
+        Minutes after which a checkpoint is saved at the next possible update; 0: by updates only.
+        It never changes what is trained.
     keep : int
         Complete checkpoints that remain.
     best : str, optional
         The metric whose best evaluation is kept beside them, in ``checkpoints/best``.
+    signals : tuple of str
+        Signals that let a run save and end with exit code 75: "TERM", "USR1", "USR2".
+    stop_before_limit : "auto" or bool
+        Save and end before the job's time ends, with exit code 75. "auto": in a Slurm job.
     """
 
     every: int = 0
+    every_minutes: float = 0.0
     keep: int = 2
     best: str | None = None
+    signals: tuple[str, ...] = STOP_SIGNALS
+    stop_before_limit: Literal["auto"] | bool = "auto"
+
+    def to_table(self) -> Table:
+        """Return the keys as a run file has them, without those that change nothing."""
+        return without_defaults(self, "every_minutes", "signals", "stop_before_limit")
 
 
 @dataclass(frozen=True)

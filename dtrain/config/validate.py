@@ -11,8 +11,8 @@ from typing import Any
 from dtrain.block.optimizer import check_optimizer
 from dtrain.block.weight_prediction import VELOCITY_PREDICTIONS
 from dtrain.config.run import RunConfig
-from dtrain.config.sections import StrategyChoice
-from dtrain.errors import ConfigError
+from dtrain.config.sections import STOP_SIGNALS, StrategyChoice
+from dtrain.errors import ConfigError, unknown_name
 
 
 def validate_run(run: RunConfig) -> None:
@@ -40,6 +40,7 @@ def validate_run(run: RunConfig) -> None:
     _check_channels(run)
     _check_labels(run)
     _check_ema(run)
+    _check_signals(run)
 
 
 def _optimizers(run: RunConfig) -> list[StrategyChoice]:
@@ -119,6 +120,7 @@ def _check_minima(run: RunConfig) -> None:
         "[mesh] stages": (run.mesh.stages, 1),
         "[partition] blocks": (partition.blocks, 1),
         "[checkpoint] every": (run.checkpoint.every, 0),
+        "[checkpoint] every-minutes": (run.checkpoint.every_minutes, 0),
         "[checkpoint] keep": (run.checkpoint.keep, 1),
         "[evaluate] every": (run.evaluate.every, 1),
         "[evaluate] every-updates": (run.evaluate.every_updates, 0),
@@ -146,6 +148,15 @@ def _check_validation(run: RunConfig) -> None:
             "data.validation-no-share",
             f"[data] validation = {share} must be at least 0 and less than 1, or a path",
         )
+
+
+def _check_signals(run: RunConfig) -> None:
+    """Refuse names of signals after which a run cannot save and end."""
+    for name in run.checkpoint.signals:
+        if name not in STOP_SIGNALS:
+            raise unknown_name(
+                "signal", name.removeprefix("SIG"), STOP_SIGNALS, key="checkpoint.unknown-signal"
+            )
 
 
 def _check_channels(run: RunConfig) -> None:

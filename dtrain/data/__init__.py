@@ -277,6 +277,7 @@ def _open(
 
 def _number_of_classes(value: Any, fields: Mapping[str, object]) -> int | None:
     """Return the number of classes that was given with torch Datasets; refuse other keys."""
+    value = value.data if isinstance(value, WeightedArrays) else value
     for key in fields:
         if key != "classes" or not are_torch_datasets(value):
             raise unknown_key("in [data]", kebab(key), COMMON_KEYS)

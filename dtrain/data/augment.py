@@ -54,7 +54,15 @@ class Augment(ABC):
     ----------
     seed : int
         The run's seed.
+
+    Attributes
+    ----------
+    by_source_index : bool
+        Whether it takes the indices in the data as they are given, before samples are held out for
+        validation; otherwise those in the training split.
     """
+
+    by_source_index: bool = False
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -130,10 +138,6 @@ AugmentFunction = Callable[[Tensor, int, int, torch.Generator], Tensor]
 """A user's function (sample, index, epoch, generator) -> sample of the same shape and dtype."""
 
 
-SourceIndices = Callable[[Indices], Indices]
-"""`Dataset.source_indices` of the training split."""
-
-
 @final
 class UserAugment(Augment):
     """A user's function, called for each sample.
@@ -149,20 +153,18 @@ class UserAugment(Augment):
         The function, or the text of a run file that names it.
     folder : Path
         The run file's folder.
-    source_indices : callable, optional
-        Returns the indices in the given data of indices in the training split; default: the same.
     """
+
+    by_source_index = True
 
     def __init__(
         self,
         seed: int,
         function: AugmentFunction | str,
         folder: Path,
-        source_indices: SourceIndices | None = None,
     ) -> None:
         super().__init__(seed)
         self._given, self._folder = function, folder
-        self._source_indices = source_indices
 
     def __getstate__(self) -> dict[str, Any]:
         state = {key: value for key, value in self.__dict__.items() if key != "function"}
@@ -181,8 +183,6 @@ class UserAugment(Augment):
     def __call__(self, x: Tensor, indices: Indices, epoch: int) -> Tensor:
         result = torch.empty_like(x, memory_format=torch.contiguous_format)
         generator = torch.Generator()
-        if self._source_indices is not None:
-            indices = self._source_indices(indices)
         for row, index in enumerate(indices.tolist()):
             generator.manual_seed(derive_seed("augment", self.seed, epoch, index))
             sample = self.function(x[row].clone(), index, epoch, generator)
@@ -238,7 +238,6 @@ def build_augment(
     augment: str | AugmentFunction,
     seed: int,
     folder: Path | None = None,
-    source_indices: SourceIndices | None = None,
 ) -> Augment | None:
     """Make the augmentation of a run file's `[data] augment`; None for "none".
 
@@ -248,8 +247,6 @@ def build_augment(
         A key of `AUGMENTS`, the text that names a user's function, or the function.
     folder : Path, optional
         The run file's folder.
-    source_indices : callable, optional
-        As in `UserAugment`.
 
     Raises
     ------
@@ -257,7 +254,7 @@ def build_augment(
         An unknown name.
     """
     if not isinstance(augment, str) or ":" in augment:
-        return UserAugment(seed, augment, folder or Path(), source_indices)
+        return UserAugment(seed, augment, folder or Path())
     if augment not in AUGMENTS:
         raise unknown_name("augment", augment, [*AUGMENTS, PATTERN])
     kind = AUGMENTS[augment]

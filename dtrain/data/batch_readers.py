@@ -32,7 +32,7 @@ class Prepared(NamedTuple):
     others : tuple of Tensor or None
         Their further inputs; None: not read with the samples.
     targets : Tensor or None
-        Their targets, likewise.
+        Their targets as the items have them; None: known without the items.
     """
 
     inputs: Tensor
@@ -63,14 +63,16 @@ class Preparation:
         """Return a micro-batch, contiguous and aligned."""
         x = self.dataset.inputs(indices)
         if self.augment is not None:
-            x = self.augment(x, indices, epoch)
+            numbers = indices
+            if self.augment.by_source_index:
+                numbers = self.dataset.source_indices(indices)
+            x = self.augment(x, numbers, epoch)
         x = self.cast(x)
         aligned = x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0
         x = x if aligned else x.clone(memory_format=torch.contiguous_format)
         if not self.dataset.reads_items:
             return Prepared(x)
-        others = self.other_inputs(indices)
-        return Prepared(x, others, self.dataset.targets(indices))
+        return Prepared(x, self.other_inputs(indices), self.dataset.item_targets(indices))
 
     def other_inputs(self, indices: Indices) -> tuple[Tensor, ...]:
         """Return the further inputs of samples."""

@@ -137,9 +137,13 @@ class Dataset(ABC):
         cost."""
         return False
 
+    def item_targets(self, indices: ArrayLike) -> Tensor | None:
+        """Return the targets of items as they are stored; None where all are known without the
+        items."""
+        return None
+
     def keep_targets(self, indices: Indices, targets: Tensor) -> None:  # noqa: B027 - optional
-        """Take targets that were read with samples in another process, so that `targets` need not
-        read them again."""
+        """Take the `item_targets` of another process, so that `targets` need not read the items."""
 
     def with_samples(self, wrap: Callable[[ArraySource], ArraySource]) -> Dataset:
         """Return the data set for reads of samples alone, from another source of the same content;
@@ -270,6 +274,9 @@ class DatasetView(Dataset):
     def reads_items(self) -> bool:
         return self._dataset.reads_items
 
+    def item_targets(self, indices: ArrayLike) -> Tensor | None:
+        return self._dataset.item_targets(indices)
+
     def keep_targets(self, indices: Indices, targets: Tensor) -> None:
         self._dataset.keep_targets(indices, targets)
 
@@ -278,9 +285,6 @@ class DatasetView(Dataset):
         view.__dict__ |= self.__dict__
         view._dataset = self._dataset.with_samples(wrap)
         return view
-
-    def source_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
-        return self._dataset.source_indices(indices)
 
     def read_stored(self, rows: range | NDArray[np.int64]) -> Array:
         return self._dataset.read_stored(rows)
@@ -367,6 +371,9 @@ class Subset(DatasetView):
 
     def targets(self, indices: ArrayLike) -> Tensor:
         return self._dataset.targets(self._indices[np.asarray(indices)])
+
+    def item_targets(self, indices: ArrayLike) -> Tensor | None:
+        return self._dataset.item_targets(self._indices[np.asarray(indices)])
 
     def keep_targets(self, indices: Indices, targets: Tensor) -> None:
         self._dataset.keep_targets(self._indices[indices], targets)

@@ -186,6 +186,8 @@ def _columns(samples: Sequence[Any]) -> list[list[Any]]:
 
 
 def _to_array(value: Any) -> Array:
+    if isinstance(value, str | bytes):  # of any length
+        return np.array(value, object)
     return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
 from dtrain.data.array_names import DEFAULT_NAMES, NameRules
-from dtrain.data.array_source import ArraySource
+from dtrain.data.array_source import ArraySource, ConcatenatedSource
 from dtrain.data.file_set import SplitFiles, combine, expand_paths, no_test_split
 from dtrain.data.named_array_set import NamedArraySet, Names
 from dtrain.data.npy_source import has_npz_array, npz_shapes, open_npy, open_npz_array
@@ -26,7 +27,7 @@ class Npz(NamedArraySet):
     ----------
     train_y : optional
         The `.npy` file of the targets where `train` is a `.npy` file; likewise `test-y` and
-        `validation-y`.
+        `validation-y`, and `weights`.
     """
 
     train_y: str | None = None
@@ -83,7 +84,12 @@ class Npz(NamedArraySet):
                 "file of targets per file of samples",
             )
         pairs = zip(files.paths, targets, strict=True)
-        return combine([SplitSources(str(x), (open_npy(x),), open_npy(y)) for x, y in pairs])
+        part = combine([SplitSources(str(x), (open_npy(x),), open_npy(y)) for x, y in pairs])
+        if split != "train" or not self.weights:
+            return part
+        paths = expand_paths(self.weights, files.folder, "weights")
+        weights = ConcatenatedSource([open_npy(path) for path in paths], self.weights)
+        return dataclasses.replace(part, weights=weights)
 
 
 def _is_npy(path: Path) -> bool:

@@ -166,6 +166,10 @@ class SourceDataset(Dataset):
     def reads_items(self) -> bool:
         return self._samples.by_item
 
+    def item_targets(self, indices: ArrayLike) -> Tensor | None:
+        is_known = not isinstance(self._labels, ItemTargets)
+        return None if is_known else torch.from_numpy(self._labels.read(indices))
+
     def keep_targets(self, indices: Indices, targets: Tensor) -> None:
         if isinstance(self._labels, ItemTargets):
             self._labels.keep(indices, targets.numpy())

@@ -143,8 +143,8 @@ def _read_needed_labels(parts: dict[str, SplitSources], task: Task, classes: int
         name: part.targets
         for name, part in parts.items()
         if isinstance(part.targets, ItemTargets)
-        and classes is None
-        and task.kind_of(is_integer=part.targets.dtype.kind in "iub") == "classes"
+        and (classes is None or task.labels == "compact")
+        and task.kind_of(is_integer=True) == "classes"
     }
     target_pass = _PASS.get()
     if target_pass is None:

@@ -31,7 +31,7 @@ from dtrain.data.batch_readers import Preparation, Prepared
 from dtrain.data.held_rows import HeldRows
 from dtrain.data.row_groups import BUFFERS, BatchRead, GroupReader
 from dtrain.data.shared_memory import SharedMemory
-from dtrain.data.worker_process import Failure, Group, Read, Setup
+from dtrain.data.worker_process import Answer, Failure, Group, Read, Setup
 from dtrain.errors import ConfigError, DataError, DtrainError
 
 READS_PER_WORKER = 2
@@ -121,7 +121,7 @@ class WorkerProcess:
         except OSError as error:
             raise self._lost() from error
 
-    def receive(self) -> Any:
+    def receive(self) -> Answer | Failure:
         """Wait for the answer to the oldest read.
 
         Raises
@@ -130,9 +130,10 @@ class WorkerProcess:
             The worker has ended.
         """
         try:
-            return self.connection.recv()
+            answer: Answer | Failure = self.connection.recv()
         except (EOFError, OSError) as error:
             raise self._lost() from error
+        return answer
 
     def end(self) -> None:
         """Close the connection, which ends a worker that waits."""
@@ -308,7 +309,7 @@ class PendingWorkerRead:
         if self._groups is not None:
             self._groups.wait(self.batch)
 
-    def finish(self, answer: Any) -> None:
+    def finish(self, answer: Answer | Failure) -> None:
         """Take the answer of the worker."""
         self.is_done = True
         if self._groups is not None:
@@ -316,11 +317,9 @@ class PendingWorkerRead:
         if isinstance(answer, Failure):
             self._error = _exception(answer)
             return
-        inputs, *others = self.worker.slots[self.slot].read(answer)
-        if self._groups is not None or not others:
-            self._prepared = Prepared(inputs)
-        else:
-            self._prepared = Prepared(inputs, tuple(others[:-1]), others[-1])
+        inputs, *rest = self.worker.slots[self.slot].read(answer.places)
+        targets = rest.pop(0) if answer.has_targets else None
+        self._prepared = Prepared(inputs, tuple(rest) if answer.has_others else None, targets)
 
     def result(self) -> Prepared:
         """Wait for the micro-batch and return it, or raise the exception of the read."""

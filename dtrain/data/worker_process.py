@@ -82,6 +82,15 @@ class Read(NamedTuple):
     slot: int
 
 
+class Answer(NamedTuple):
+    """The places of a micro-batch in its slot: the samples, the targets and the further inputs, if
+    it has them."""
+
+    places: list[TensorPlace]
+    has_targets: bool
+    has_others: bool
+
+
 class Failure(NamedTuple):
     """An exception of a worker: a record of a `DtrainError`, or the pickled exception, or neither;
     and its traceback."""
@@ -119,7 +128,7 @@ class Worker:
         self._preparations: dict[int, tuple[Preparation, HeldRows | None] | Failure] = {}
         self._groups: dict[int, RowGroup] = {}
 
-    def answer(self, message: Setup | Group | Read) -> list[TensorPlace] | Failure | None:
+    def answer(self, message: Setup | Group | Read) -> Answer | Failure | None:
         """Carry out a message; return the answer to a `Read`."""
         if isinstance(message, Setup):
             self._set_up(message)
@@ -147,7 +156,7 @@ class Worker:
         rows = memory.array((count, *held.shape[1:]), held.dtype)
         self._groups[message.buffer] = RowGroup(message.indices, rows=rows)
 
-    def _read(self, message: Read) -> list[TensorPlace] | Failure:
+    def _read(self, message: Read) -> Answer | Failure:
         entry = self._preparations[message.number]
         if isinstance(entry, Failure):
             return entry
@@ -159,8 +168,9 @@ class Worker:
                     held.hold(self._groups[buffer])
             prepared = preparation(message.indices, message.epoch)
             targets = () if prepared.targets is None else (prepared.targets,)
-            tensors = [prepared.inputs, *(prepared.others or ()), *targets]
-            return self._slots[message.slot].write(tensors)
+            tensors = [prepared.inputs, *targets, *(prepared.others or ())]
+            places = self._slots[message.slot].write(tensors)
+            return Answer(places, prepared.targets is not None, prepared.others is not None)
         except Exception as error:
             return Failure.of(error)
 
@@ -176,7 +186,7 @@ def _end_with_parent(parent: int) -> None:
 
 def _ignore_signals() -> None:
     """Leave it to the rank to end this process: launchers and terminals signal both."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -27,6 +27,7 @@ from dtrain.block.micro_batch import MicroBatch, RowRandom
 from dtrain.block.saved_tensors import SavedTensors
 from dtrain.block.split_backward import SplitBackward
 from dtrain.block.weight_versions import WeightVersions
+from dtrain.comm.early_end import EarlyEnd
 from dtrain.comm.groups import ProcessGroups
 from dtrain.data.loader import Loader
 from dtrain.data.sampler import Batch
@@ -39,7 +40,7 @@ from dtrain.engine.trace import Trace
 from dtrain.engine.update import BatchUpdate, UpdateStep
 from dtrain.errors import NumericalError
 from dtrain.mesh import RankPosition
-from dtrain.objectives.base import input_gradient_blocks
+from dtrain.objectives.base import Objective, input_gradient_blocks
 from dtrain.objectives.forward import backward_pairs, forward_micro_batch
 from dtrain.objectives.messages import reads_samples
 from dtrain.schedules.actions import Action
@@ -105,6 +106,7 @@ class Engine:
             + [sync.traits().reparametrises for sync in syncs.values()]
         )
         self.metric_sums = MetricSums()
+        self.updates: list[BatchUpdate] = []
         self.trace: Trace | None = None
         self.needs_input_gradient = input_gradient_blocks(self.router.routes)
         self.needs_samples = {
@@ -115,13 +117,34 @@ class Engine:
             if engine_spec.schedule.splits_backward:
                 block.split_backward = SplitBackward(block.roots.values())
 
+    @property
+    def may_end_early(self) -> bool:
+        """Whether a segment that ends after any of its updates, and one that begins there, train
+        the same bits as one segment.
+
+        Not where feedback is delayed, since the end of a segment drains it, nor where heads are
+        solved, or given values of other blocks, at the end of a segment.
+        """
+        objective = self.objective
+        closes_sums = objective.accumulated_buffers or objective.broadcast_buffers
+        solves = type(objective).solve is not Objective.solve
+        is_late = self.engine_spec.schedule.asynchronous or self.max_lag > 0
+        return not (closes_sums or solves or is_late)
+
     def run(
-        self, loader: Loader, batches: Sequence[Batch], first_update: int, epoch: int
+        self,
+        loader: Loader,
+        batches: Sequence[Batch],
+        first_update: int,
+        epoch: int,
+        early_end: EarlyEnd | None = None,
+        earlier_sums: MetricSums | None = None,
     ) -> Iterator[int]:
         """Train on `batches`: update `first_update` of the run and those that follow.
 
         Collective over all ranks. Yields the number of each update when it is done; afterwards
-        `metric_sums` holds the sums of the segment.
+        `metric_sums` holds the sums of the segment. `early_end` may end it before its last update.
+        `earlier_sums` are those of the part of the segment that was trained before.
 
         Raises
         ------
@@ -130,28 +153,19 @@ class Engine:
         """
         start, waited = time.perf_counter(), self.groups.control.wait_s
         plan = self._open_segment(loader, batches, first_update, epoch)
+        if earlier_sums is not None:
+            self.metric_sums.continue_from(earlier_sums)
         previous_sums = self.closed_form.clear()
         control, last_block = self.groups.control, max(self.blocks)
         try:
             for action in plan:
+                if early_end is not None and not early_end.admits(first_update + action.update):
+                    continue
                 began = time.perf_counter()
                 update = self.updates[action.update]
                 control.flight.note("action", action, "update", update.number)
                 try:
-                    received, micro_batch = self.router.receive(action), None
-                    match action.kind:
-                        case "F":
-                            micro_batch = self._forward(action, update, received, loader)
-                        case "B" | "I":
-                            micro_batch = self._backward(action, update, received)
-                        case "W":
-                            micro_batch = self._backward_weight(action)
-                        case _:
-                            self.update_step.step(action, update, received)
-                            if self.counts_after_updates:
-                                self._count_after_update()
-                    self.router.send(action, self.blocks[action.block], micro_batch)
-                    del received, micro_batch  # frees their memory before the next action
+                    self._run_action(action, update, loader)
                 except BaseException:
                     with self.position.error_context(action, f"update {update.number}"):
                         raise
@@ -165,12 +179,39 @@ class Engine:
                     yield update.number
         finally:
             loader.close()
+        if early_end is not None:
+            self._drop_updates(early_end.end_of(first_update + len(batches)) - first_update)
         self.update_step.finish_segment()
         self.closed_form.solve(previous_sums)
         self._check_finite()
         self.router.close()
         self.metric_sums.wall_s = time.perf_counter() - start
         self.metric_sums.busy_s = self.metric_sums.wall_s - (control.wait_s - waited)
+
+    def _run_action(self, action: Action, update: BatchUpdate, loader: Loader) -> None:
+        """Receive the messages of an action, compute, and send its own."""
+        received, micro_batch = self.router.receive(action), None
+        match action.kind:
+            case "F":
+                micro_batch = self._forward(action, update, received, loader)
+            case "B" | "I":
+                micro_batch = self._backward(action, update, received)
+            case "W":
+                micro_batch = self._backward_weight(action)
+            case _:
+                self.update_step.step(action, update, received)
+                if self.counts_after_updates:
+                    self._count_after_update()
+        self.router.send(action, self.blocks[action.block], micro_batch)
+
+    def _drop_updates(self, trained: int) -> None:
+        """Forget the updates of the segment after its first `trained`, if it has ended early."""
+        if trained == len(self.updates):
+            return
+        self.updates = self.updates[:trained]
+        self.metric_sums.rows = sum(update.local_rows for update in self.updates)
+        self.metric_sums.loss_weight = sum(update.loss_count for update in self.updates)
+        self.router.cancel()
 
     def _open_segment(
         self, loader: Loader, batches: Sequence[Batch], first_update: int, epoch: int

@@ -54,6 +54,15 @@ class MetricSums:
         self.loss[block] = self.loss.get(block, 0.0) + total
         self.loss_counts[block] = self.loss_counts.get(block, 0.0) + count
 
+    def continue_from(self, earlier: MetricSums) -> None:
+        """Start the sums of losses and metrics at those of an earlier part of the segment.
+
+        So they are added in the same order as without the interruption, and have the same bits.
+        """
+        self.loss |= earlier.loss
+        self.loss_counts |= earlier.loss_counts
+        self.metrics |= {block: dict(totals) for block, totals in earlier.metrics.items()}
+
     def mean_losses(self) -> dict[int, float]:
         """Return the mean loss so far, by block."""
         counts = self.loss_counts

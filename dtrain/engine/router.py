@@ -47,6 +47,9 @@ class Receiver(Protocol):
     def receive(self) -> Message:
         """Wait for the next message and return it."""
 
+    def cancel(self) -> None:
+        """Forget the declared messages, which will not be sent."""
+
 
 @final
 class LocalChannel:
@@ -62,6 +65,9 @@ class LocalChannel:
     def receive(self) -> Tensor:
         """Return the oldest message."""
         return self._messages.popleft()
+
+    def cancel(self) -> None:
+        """Do nothing: messages of the same rank are not declared."""
 
 
 @final
@@ -95,6 +101,7 @@ class Link:
         self.wire_format = wire_format
         self._senders = cycle(senders)
         self._receivers = cycle(receivers)
+        self._all_receivers = tuple(receivers)
 
     def send(self, tensor: Tensor, rows: int) -> None:
         """Send the message of a micro-batch of `rows` samples, 0 of an update."""
@@ -118,6 +125,11 @@ class Link:
             return message
         (_, *shape), dtype = self.spec(1)  # a message may have several rows per sample
         return self.wire_format.decode(self.route, message, ((len(message), *shape), dtype))
+
+    def cancel(self) -> None:
+        """Forget the declared messages, which will not be sent."""
+        for receiver in self._all_receivers:
+            receiver.cancel()
 
 
 class MessageRouter:
@@ -216,6 +228,11 @@ class MessageRouter:
             else:
                 tensor = self.objective.make_message(link.route, block, micro_batch)
             link.send(tensor, 0 if micro_batch is None else len(micro_batch.targets))
+
+    def cancel(self) -> None:
+        """Forget the declared messages of a segment that ends early: no rank sends them."""
+        for link in self.links.values():
+            link.cancel()
 
     def close(self) -> None:
         """Wait until everything that was sent has arrived."""

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import time
 from contextlib import suppress
 from pathlib import Path
 
 from dtrain.checkpoint.run_folder import FLIGHT_FOLDER
+from dtrain.comm.flight_recorder import FLIGHT_SIGNAL
 
 ANSWER_S = 2.0
 """Seconds in which a rank that returns to Python writes its record."""
@@ -62,7 +62,7 @@ def request_records(folder: Path, processes: Processes) -> set[int]:
     before = {rank: _version(path) for rank, path in paths.items()}
     for pid in processes.values():
         with suppress(OSError):  # it has ended
-            os.kill(pid, signal.SIGUSR1)
+            os.kill(pid, FLIGHT_SIGNAL)
     deadline = time.monotonic() + ANSWER_S
     answered: set[int] = set()
     while len(answered) < len(processes) and time.monotonic() < deadline:

@@ -135,7 +135,7 @@ class HangAnalysis:
             raise ConfigError(
                 "flight.no-records",
                 f"{folder / FLIGHT_FOLDER} has no record of a rank: signal the ranks first, with "
-                "`scancel --signal=USR1 JOB`, or `kill -USR1 PID` of the process that started them",
+                "`scancel --signal=URG JOB`, or `kill -URG PID` of the process that started them",
             )
         self.folder = folder
         self.stuck_s = stuck_s

@@ -80,6 +80,11 @@ class Monitor:
         """Show that `update` has just ended."""
         self._console.show(update)
 
+    def note(self, text: str) -> None:
+        """Print a line while the run trains."""
+        if self.enabled:
+            self._console.note(text)
+
     def end_segment(self) -> None:
         """Record the end of a segment."""
         if self.enabled:

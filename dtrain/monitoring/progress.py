@@ -136,6 +136,10 @@ class Progress:
             flush=True,
         )
 
+    def note(self, text: str) -> None:
+        """Print a line while the run trains."""
+        print(f"note      {text}", flush=True)
+
     def end_evaluation(self) -> None:
         """Print the latest evaluation."""
         if not self.enabled:
@@ -171,6 +175,12 @@ class Progress:
         print()
         if summary["stop_reason"] is not None:
             print(f"stopped   {summary['stop_reason']}")
+        if summary["status"] == "stopped" and summary["stop_reason"] is not None:
+            print(f"folder  {self.out.resolve()}")
+            done = f"update {summary['updates']:,} of {self.total_updates:,}"
+            done = f"saved at {done}" if summary["updates"] else "nothing was trained yet"
+            print(f"{done}; start the same command again to continue", flush=True)
+            return
         result = f"test {self._result_text(summary)}" if summary["metrics"] else summary["status"]
         print(
             f"{result} after {pluralise(summary['updates'], 'update')} "

@@ -10,13 +10,17 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from dtrain.monitoring.figures import rank_figures
 from dtrain.schedules.segments import Segment
 from dtrain.tasks.task import Task
+
+UNFINISHED_SUMS = ("loss", "loss_counts", "metrics")
+"""Fields of `MetricSums` that are added in the order of the samples."""
+
 
 RankRecord = Mapping[str, Any]
 """Counters of one rank over one segment or one evaluation."""
@@ -72,6 +76,12 @@ class RunTotals:
         The number of updates before the latest evaluation, -1 without one.
     history : list of dict
         Losses, speed and tests of every epoch.
+    unfinished : dict of str to dict
+        Sums of losses and metrics in the part of a segment that was trained before it ended early,
+        by replica. `loss` and `figures` have them when the rest of the segment is trained.
+    evaluation_pending : bool
+        Whether the run was told to stop at the end of a segment, before an evaluation that may be
+        due there.
     """
 
     update: int = 0
@@ -97,6 +107,8 @@ class RunTotals:
     evaluations: dict[str, Any] = field(default_factory=dict)
     tested: int = -1
     history: list[dict[str, Any]] = field(default_factory=list)
+    unfinished: dict[str, dict[str, Any]] = field(default_factory=dict)
+    evaluation_pending: bool = False
 
     def __post_init__(self) -> None:
         self._last_tick = time.perf_counter()
@@ -119,9 +131,15 @@ class RunTotals:
         return dataclasses.asdict(self)
 
     def add_segment(
-        self, records: Sequence[RankRecord], segment: Segment, blocks: int, stages: int
+        self,
+        records: Sequence[RankRecord],
+        segment: Segment,
+        blocks: int,
+        stages: int,
+        ended_early: bool = False,
     ) -> None:
-        """Add the records of all ranks for one segment, in rank order."""
+        """Add the records of all ranks for one segment, or the part of it that was trained, in
+        rank order."""
         self.update = segment.stop
         if segment.offset == 0 or len(self.loss) != blocks:
             self.loss, self.figures = [None] * blocks, {}
@@ -135,8 +153,13 @@ class RunTotals:
             name: stats for record in records for name, stats in record["weights"].items()
         }
         previous_samples, segment_s = self.samples, max(record["wall_s"] for record in records)
+        self.unfinished = {}
         for record in records:
             self._add_record(record)
+            if ended_early:
+                self._add_unfinished(record)
+            else:
+                self._add_losses(record)
         self.train_s += segment_s
         self.rate = (self.samples - previous_samples) / segment_s if segment_s else 0.0
         updates = segment.stop - segment.start
@@ -158,6 +181,8 @@ class RunTotals:
         self.peak_live[stage] = max(self.peak_live[stage], record["peak_live"])
         self.bytes_intra_node += record["bytes_intra_node"]
         self.bytes_inter_node += record["bytes_inter_node"]
+
+    def _add_losses(self, record: RankRecord) -> None:
         for block, total in record["loss"].items():
             self.loss[int(block)] = (self.loss[int(block)] or 0.0) + total
         for block, sums in record["metrics"].items():
@@ -165,17 +190,53 @@ class RunTotals:
                 per_block = self.figures.setdefault(name, [None] * len(self.loss))
                 per_block[int(block)] = (per_block[int(block)] or 0.0) + total
 
+    def _add_unfinished(self, record: RankRecord) -> None:
+        sums = self.unfinished.setdefault(str(record["replica"]), {})
+        for name in UNFINISHED_SUMS:
+            own = {str(block): value for block, value in record[name].items()}
+            sums[name] = {**sums.get(name, {}), **own}
+
+    def earlier_sums(self, replica: int, replicas: int, blocks: Container[int]) -> dict[str, Any]:
+        """Return the sums of `unfinished` that a rank continues, as fields of `MetricSums`.
+
+        Replicas are as many as before, or the first one continues the sums of all.
+        """
+        rows = [sums for name, sums in self.unfinished.items() if name == str(replica)]
+        if len(self.unfinished) != replicas:
+            rows = [] if replica else [*self.unfinished.values()]
+        sums: dict[str, Any] = {name: {} for name in UNFINISHED_SUMS}
+        for row in rows:
+            for block in (block for block in row["loss_counts"] if int(block) in blocks):
+                for part in ("loss", "loss_counts"):
+                    value = sums[part].get(int(block), 0.0) + row[part][block]
+                    sums[part][int(block)] = value
+            for block, values in row["metrics"].items():
+                if int(block) in blocks:
+                    metrics = sums["metrics"].setdefault(int(block), {})
+                    for name, value in values.items():
+                        metrics[name] = metrics.get(name, 0.0) + value
+        return sums
+
     def losses(self) -> list[float | None]:
         """Return the mean loss of the current epoch, per block."""
-        weight = self.loss_weight or self.rows
-        return [None if total is None else total / weight for total in self.loss]
+        weight, totals = self.loss_weight or self.rows, list(self.loss)
+        for sums in self.unfinished.values():
+            for block, value in sums["loss"].items():
+                totals[int(block)] = (totals[int(block)] or 0.0) + value
+        return [None if total is None else total / weight for total in totals]
 
     def metric_means(self) -> dict[str, list[float | None]]:
         """Return the means of the objective's other metrics in the current epoch, by name and
         block."""
+        figures = {name: list(sums) for name, sums in self.figures.items()}
+        for unfinished in self.unfinished.values():
+            for block, values in unfinished["metrics"].items():
+                for name, value in values.items():
+                    per_block = figures.setdefault(name, [None] * len(self.loss))
+                    per_block[int(block)] = (per_block[int(block)] or 0.0) + value
         return {
             name: [None if total is None else total / self.rows for total in sums]
-            for name, sums in sorted(self.figures.items())
+            for name, sums in sorted(figures.items())
         }
 
     def add_history(self, segment: Segment) -> None:

@@ -94,8 +94,9 @@ class RunRecord:
 
     @property
     def error(self) -> str:
-        """The error of a run that failed or was stopped."""
-        return as_text(self.summary.get("error"))
+        """The error of a run that failed, or the reason for which it was stopped."""
+        reason = self.summary.get("stop_reason") if self.status == "stopped" else None
+        return as_text(self.summary.get("error") or reason)
 
     @property
     def error_key(self) -> str:

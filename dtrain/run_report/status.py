@@ -243,6 +243,8 @@ def _error_line(state: Table) -> str:
 def _next_line(state: Table) -> str:
     """Return what to do next."""
     match state["status"]:
+        case "stopped" if not state["error_key"]:  # it has saved
+            return "the same command resumes from the last checkpoint"
         case "failed" | "stopped" | "lost" if state["checkpoint"] is None:
             return "fix the cause, then start the same command again"
         case "failed" | "stopped" | "lost":

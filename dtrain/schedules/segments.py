@@ -1,7 +1,8 @@
 """Segments: the updates of a run between two flushes of the pipeline.
 
 Invariant: segments depend on the run file and the size of the data alone, not on time or signals;
-no segment crosses the end of an epoch.
+no segment crosses the end of an epoch. A run that was stopped inside a segment continues with the
+rest of it.
 
 ::
 
@@ -95,7 +96,7 @@ class TrainingLength:
         return -(-self.total_updates // self.updates_per_epoch)
 
     def segments(self, completed_updates: int = 0) -> Iterator[Segment]:
-        """Yield the segments after `completed_updates`, which is the end of a segment."""
+        """Yield the segments after `completed_updates`; inside a segment, the rest of it first."""
         start = completed_updates
         while start < self.total_updates:
             epoch, offset = divmod(start, self.updates_per_epoch)
@@ -115,3 +116,26 @@ class TrainingLength:
                 ends_run=stop == self.total_updates,
             )
             start = stop
+
+    @property
+    def longest_segment(self) -> int:
+        """The most updates of a segment."""
+        longest = min(self.updates_per_segment, self.updates_per_epoch)
+        return min(longest, self.evaluation_interval or longest)
+
+    def segment_end(self, update: int) -> int:
+        """Return the end of the segment that holds an update, counted from 0."""
+        return next(self.segments(update)).stop
+
+    def update_before(self, completed_updates: int) -> Segment:
+        """Return the last of the completed updates, as a segment of its own."""
+        start = completed_updates - 1
+        epoch, offset = divmod(start, self.updates_per_epoch)
+        return Segment(
+            epoch,
+            offset,
+            start,
+            completed_updates,
+            ends_epoch=completed_updates % self.updates_per_epoch == 0,
+            ends_run=completed_updates == self.total_updates,
+        )

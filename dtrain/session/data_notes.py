@@ -171,10 +171,10 @@ def _check_augment(plan: Plan, rank: int) -> None:
     """Refuse a user's augmentation that is no function of what it is given."""
     reads_inputs = _reads_inputs(plan, plan.layout.mesh.coords(rank)[1])
     train, run = plan.data.train, plan.run
-    augment = build_augment(run.data.augment, run.settings.seed, run.folder, train.source_indices)
+    augment = build_augment(run.data.augment, run.settings.seed, run.folder)
     if reads_inputs and isinstance(augment, UserAugment):
         rows = np.unique(np.linspace(0, train.size - 1, AUGMENTED_SAMPLES).astype(np.int64))
-        augment.check_repeatable(train.inputs(rows), rows)
+        augment.check_repeatable(train.inputs(rows), train.source_indices(rows))
 
 
 def same_draws(plan: Plan, comm: Comm) -> dict[str, str]:

@@ -24,6 +24,8 @@ def report_failure(error: BaseException, comm: Comm, out: Path, owner: Owner | N
     The first report ends the job, so only that one is printed. A rank that a signal stops has
     written its flight record already, before its waits ended.
     """
+    if isinstance(error, Interrupted) and error.on_all_ranks:  # of another session
+        return
     if isinstance(error, DtrainError) and error.on_all_ranks:
         if owner is not None and comm.rank == 0:
             run_folder.release_unfinished(out, owner, "failed", str(error), error.key)

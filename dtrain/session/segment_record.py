@@ -32,6 +32,7 @@ def segment_record(
     engine, traffic = job.engine, job.groups.control.traffic
     return {
         "stage": job.position.stage,
+        "replica": job.position.replica,
         **asdict(engine.metric_sums),
         "bytes_intra_node": traffic.bytes_intra - bytes_before[0],
         "bytes_inter_node": traffic.bytes_inter - bytes_before[1],

@@ -15,9 +15,11 @@ that fails ends the job. Collective work is done at the ends of segments.
 
 from __future__ import annotations
 
+import signal
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -46,6 +48,7 @@ from dtrain.checkpoint.digest import model_digest
 from dtrain.checkpoint.resume import (
     BEST_FOLDER,
     CHECKPOINT_FOLDER,
+    ResumePoint,
     check_same_model,
     damage_notes,
     data_path_notes,
@@ -55,11 +58,13 @@ from dtrain.checkpoint.resume import (
 )
 from dtrain.comm.agree import all_or_none, broadcast_object
 from dtrain.comm.communicator import Comm
+from dtrain.comm.early_end import EarlyEnd
 from dtrain.comm.flight_recorder import print_error
 from dtrain.config.out_folder import fill_keys
 from dtrain.config.run import RunConfig
 from dtrain.data.statistics import Standardised
 from dtrain.data.worker_pool import WorkerPool
+from dtrain.engine.metrics import MetricSums
 from dtrain.errors import ConfigError, RankLostError
 from dtrain.evaluation import EvalWeights, evaluate_weights, evaluation_weights
 from dtrain.monitoring.machine_peak import measured_peak
@@ -73,14 +78,17 @@ from dtrain.monitoring.start_log import StartLog
 from dtrain.monitoring.summary import make_summary
 from dtrain.planning.plan import Plan
 from dtrain.planning.warnings import placement_warnings
-from dtrain.rank_process import init
+from dtrain.rank_process import defer_stop_signals, end_at_signals, init
 from dtrain.run import Run
 from dtrain.schedules.segments import Segment
 from dtrain.schema import Table
 from dtrain.session.data_notes import check_data_values
 from dtrain.session.failure import report_failure
+from dtrain.session.job_limit import JobLimit
 from dtrain.session.layer_notes import layer_notes
 from dtrain.session.measured_cuts import settle_cuts
+from dtrain.session.requests import reason, signal_request, stops
+from dtrain.session.run_clock import RunClock
 from dtrain.session.same_program import check_same_program, check_same_source
 from dtrain.session.segment_record import segment_record
 from dtrain.session.start import (
@@ -89,6 +97,7 @@ from dtrain.session.start import (
     check_resume,
     check_weights_stay,
     make_recorder,
+    observed_limit,
     read_data,
     restore_run,
     resume_folders,
@@ -143,6 +152,9 @@ class Session:
         Those of the run's keys, and the given ones.
     stop_reason : str or None
         Why the run ends before its last update; the same on all ranks once `segments` has ended.
+    interrupted : bool
+        Whether the run was told to stop by a signal or by the time limit of the job: `segments`
+        saves and ends. The same on all ranks after `finish`.
     """
 
     def __init__(
@@ -171,7 +183,13 @@ class Session:
         self._ema: Ema | None = None
         self._workers: WorkerPool | None = None
         self._searched_data = False
+        self._early_end: EarlyEnd | None = None
+        self._clock: RunClock | None = None
+        self._limit: JobLimit | None = None
+        self._ended_early = False
+        self._save_requested = False
         self.stop_reason: str | None = None
+        self.interrupted = False
         self._summary: dict[str, Any] | None = None
         self._eval_weights: EvalWeights | None = None
 
@@ -230,6 +248,7 @@ class Session:
         if self._resume == "fresh":
             all_or_none(comm, lambda: check_weights_stay(out, plan.run))
         recorder = all_or_none(comm, lambda: make_recorder(plan.run, comm))
+        self._limit = all_or_none(comm, lambda: observed_limit(plan.run, comm))
         self._owner, attempt = broadcast_object(
             comm, lambda: acquire_folder(out, self._resume, point)
         )
@@ -258,13 +277,30 @@ class Session:
             job.engine.trace = start_trace(job, comm, out, self._totals)
         copied_blocks = job.copied_blocks if point.checkpoint is None else []
         layers = layer_notes(plan, job.engine.blocks, job.train_loader, comm)
-        notes += placement_warnings(plan, comm.hosts)
-        notes += data_path_notes(point.run_table, plan.run)
+        notes += placement_warnings(plan, comm.hosts) + data_path_notes(point.run_table, plan.run)
         notes += damage_notes(point)
         notes += source_notes(point.fingerprint, self._fingerprint["source"])
+        self._listen(point)
         log.print_head()
         self._progress.start(threads, merged_replicas, copied_blocks, layers, notes)
         self._notify("start")
+
+    def _listen(self, point: ResumePoint) -> None:
+        """Act on stop signals and on the clock at the next possible update from now on.
+
+        Collective over all ranks.
+        """
+        assert self._progress is not None
+        self._saved_update = point.updates
+        in_segments = self._job.engine.may_end_early
+        early_end = EarlyEnd(self.comm.dup("early end"), in_segments)
+        if self.rank == 0:
+            self._clock = RunClock(
+                early_end, self.plan, self._progress.note, self._limit, self._totals.update
+            )
+            early_end.clock = self._clock.check
+        self._early_end = early_end
+        defer_stop_signals(self.interrupt, self.plan.run.checkpoint.signals)
 
     def _build(self, plan: Plan) -> RankJob:
         """Build this rank and start its worker processes. Collective over all ranks."""
@@ -284,6 +320,7 @@ class Session:
         """Reach the end of the segment, then write the summary with the model's digest."""
         if self._segment is not None:
             self.finish(self._segment)
+        self._stop_listening()
         self._notify("end")
         summary = self._finished_summary()
         assert self._progress is not None
@@ -291,10 +328,25 @@ class Session:
         with self.comm.without_counting():
             self.comm.allgather_object(None)  # the summary is there before a rank reads it
 
+    def _stop_listening(self) -> None:
+        """End the agreement; later signals change nothing. Collective over all ranks."""
+        early_end = self._early_end
+        assert early_end is not None
+        is_open = early_end.disable()
+        if any(self._job.groups.control.allgather_object(is_open)):
+            early_end.settle(1, self.update)
+        early_end.close()
+
     def _finished_summary(self) -> dict[str, Any]:
         totals = self._totals
         is_finished = totals.update >= self.plan.training_length.total_updates
         is_finished |= self.stop_reason is not None
+        if self.interrupted:  # the rest of the time is short
+            totals.tick()
+            self._summary = self._make_summary("stopped")
+            if self.rank == 0:
+                run_folder.write_summary(self.out, self._summary)
+            return self._summary
         if is_finished and totals.tested != totals.update:  # resumed, from a checkpoint not tested
             self.evaluate(scheduled=False)
         digest = self.digest()
@@ -314,6 +366,11 @@ class Session:
                 print_error(f"dtrain: rank {self.rank} left its session by sys.exit")
                 self.comm.abort(RankLostError.code)
         finally:
+            if self._early_end is not None:
+                end_at_signals()
+                self._early_end.close()
+            if self._limit is not None:
+                self._limit.close()
             if self._workers is not None:
                 self._workers.stop()
             self.comm.flight.close()
@@ -340,6 +397,16 @@ class Session:
     def update(self) -> int:
         """Updates done at the end of the last finished segment, over all attempts."""
         return self._totals.update
+
+    @property
+    def saved_update(self) -> int:
+        """Updates that the newest checkpoint of the run holds."""
+        return self._saved_update
+
+    @property
+    def evaluation_pending(self) -> bool:
+        """Whether the run was told to stop at the end of a segment, before its evaluation."""
+        return self._totals.evaluation_pending
 
     @property
     def epoch(self) -> int:
@@ -374,24 +441,95 @@ class Session:
 
     # ---- training
 
+    def interrupt(self, signal_number: int = signal.SIGTERM) -> None:
+        """Let the run save and end at the next possible update, as after a signal.
+
+        One rank may call it, or several; a signal handler, too.
+        """
+        if self._early_end is not None:
+            request = signal_request(signal_number)
+            self._early_end.requested = max(self._early_end.requested, request)
+
     def segments(self) -> Iterator[Segment]:
-        """Yield the segments that are left. The ranks agree before each one whether to stop."""
+        """Yield the segments that are left. The ranks agree before each one whether to stop.
+
+        A run that was told to stop saves a checkpoint and yields no further segment.
+        """
         for segment in self.plan.training_length.segments(self.update):
-            reasons = self._job.groups.control.allgather_object(self.stop_reason)
-            self.stop_reason = next((reason for reason in reasons if reason is not None), None)
+            self._agree_to_begin(segment)
+            self._save_if_requested()
             if self.stop_reason is not None:
                 return
             yield segment
+        self._save_if_requested()
+
+    def _agree_to_begin(self, segment: Segment) -> None:
+        """Set on all ranks whether one of them stops the run, or wants a checkpoint."""
+        early_end, begun = self._early_end, segment.start + 1
+        assert early_end is not None
+        rows = self._job.groups.control.allgather_object(
+            [self.stop_reason, early_end.announce(begun)]
+        )
+        self.stop_reason = next((reason for reason, _ in rows if reason is not None), None)
+        self._act_on(early_end.settle(max(request for _, request in rows), begun))
+
+    def _act_on(self, request: int) -> None:
+        """Note what all ranks have agreed to do."""
+        assert self._early_end is not None
+        if stops(request):
+            self._early_end.disable()
+        if stops(request) and self.stop_reason is None:
+            self.interrupted, self.stop_reason = True, reason(request)
+        self._save_requested |= request > 0
+
+    def _save_if_requested(self) -> None:
+        if self._save_requested and self._saved_update != self.update:
+            self.save()
+        self._save_requested = False
 
     def updates(self, segment: Segment) -> Iterator[int]:
-        """Train the updates of a segment; yield the number of each, from 0 in the run."""
+        """Train the updates of a segment; yield the number of each, from 0 in the run.
+
+        A run that was told to stop yields fewer.
+        """
         if self._segment is not None:
             raise ConfigError(
                 "session.segment-unfinished",
                 f"segment {self._segment.start} to {self._segment.stop} is not finished: call "
                 "session.finish(segment) before the next one",
             )
-        self._segment, self._eval_weights = segment, None
+        self._segment, self._ended_early = segment, False
+        self._updates = self._train_segment(segment)
+        assert self._progress is not None
+        for update in self._updates:
+            self._progress.show(update)
+            if self._clock is not None:
+                self._clock.note_update(update)
+            if self.callbacks:
+                self._notify("update", update + 1)
+            yield update
+
+    def _train_segment(self, segment: Segment) -> Iterator[int]:
+        """Train a segment, in parts where a checkpoint was asked for; yield the updates."""
+        early_end, part = self._early_end, segment
+        assert early_end is not None
+        while True:
+            yield from self._train_part(part)
+            stop = early_end.end_of(part.stop)
+            if stop == part.stop:
+                return
+            self._act_on(self._add_records(replace(part, stop=stop), ended_early=True))
+            if self.interrupted:
+                self._ended_early = True
+                return
+            self._segment = None
+            self._save_if_requested()
+            offset = part.offset + stop - part.start
+            self._segment = part = replace(part, offset=offset, start=stop)
+
+    def _train_part(self, segment: Segment) -> Iterator[int]:
+        """Train a segment, or the rest of one; yield the number of each update."""
+        self._eval_weights = None
         plan, job = self.plan, self._job
         order = plan.epoch_order(segment.epoch)
         end = segment.offset + segment.stop - segment.start
@@ -402,37 +540,38 @@ class Session:
         self._order_size = len(order)
         traffic = job.groups.control.traffic
         self._bytes_before = traffic.bytes_intra, traffic.bytes_inter
-        self._updates = job.engine.run(job.train_loader, batches, segment.start, segment.epoch)
-        assert self._progress is not None
-        for update in self._updates:
-            self._progress.show(update)
-            if self.callbacks:
-                self._notify("update", update + 1)
-            yield update
+        position, early_end = job.position, self._early_end
+        assert early_end is not None
+        earlier = self._totals.earlier_sums(
+            position.replica, plan.layout.mesh.replicas, job.engine.blocks
+        )
+        return job.engine.run(
+            job.train_loader,
+            batches,
+            segment.start,
+            segment.epoch,
+            early_end if early_end.in_segments else None,
+            MetricSums(**earlier),
+        )
 
     def finish(self, segment: Segment) -> None:
-        """End a segment: syncs settle, and the records of all ranks are added up."""
+        """End a segment: syncs settle, and the records of all ranks are added up.
+
+        A segment that ended early, since the run was told to stop, has no record of its own: the
+        next start trains the rest of it and records the whole.
+        """
         for _ in self._updates:  # those that the caller has not taken
             pass
-        job, totals = self._job, self._totals
-        if job.engine.trace is not None:
-            end = segment.offset + segment.stop - segment.start
-            splitter = self.plan.batch_splitter
-            job.engine.trace.write_segment(
-                splitter.count_micro_batches(self._order_size, segment.offset, end)
-            )
-        for sync in job.engine.syncs.values():
-            sync.finish_pending()
-        totals.add_segment(
-            job.groups.control.allgather_object(
-                segment_record(self._job, self._bytes_before, self._ema, self._peak_flops)
-            ),
-            segment,
-            len(job.engine.block_specs),
-            self.plan.layout.mesh.stages,
-        )
+        totals = self._totals
+        if self._ended_early:
+            self._segment = None
+            totals.tick()
+            self._write_running_summary()
+            return
+        segment = self._segment or segment  # the rest of it, after a checkpoint
+        request = self._add_records(segment)
         if segment.ends_epoch:
-            for sync in job.engine.syncs.values():
+            for sync in self._job.engine.syncs.values():
                 sync.end_epoch(totals.train_loss or 0.0)
         self._segment = None
         totals.tick()
@@ -441,6 +580,32 @@ class Session:
         self._progress.end_segment()
         self._write_running_summary()
         self._notify("segment", segment=segment)
+        self._act_on(request)
+        totals.evaluation_pending = self.interrupted
+
+    def _add_records(self, segment: Segment, ended_early: bool = False) -> int:
+        """Add up the records of all ranks; return what the ranks have agreed to do now."""
+        job, totals, early_end = self._job, self._totals, self._early_end
+        assert early_end is not None
+        if job.engine.trace is not None:
+            end = segment.offset + segment.stop - segment.start
+            splitter = self.plan.batch_splitter
+            job.engine.trace.write_segment(
+                splitter.count_micro_batches(self._order_size, segment.offset, end)
+            )
+        for sync in job.engine.syncs.values():
+            sync.finish_pending()
+        record = segment_record(self._job, self._bytes_before, self._ema, self._peak_flops)
+        request = early_end.announce(segment.stop)
+        rows = job.groups.control.allgather_object([record, request])
+        totals.add_segment(
+            [record for record, _ in rows],
+            segment,
+            len(job.engine.block_specs),
+            self.plan.layout.mesh.stages,
+            ended_early,
+        )
+        return early_end.settle(max(request for _, request in rows), segment.stop + ended_early)
 
     # ---- evaluation and checkpoints
 
@@ -462,6 +627,7 @@ class Session:
         """
         self._refuse_open_segment("evaluate")
         totals, start = self._totals, time.perf_counter()
+        totals.evaluation_pending = False
         totals.test, totals.evaluations = self._test(self._evaluation_weights())
         if totals.test["test_loss"] is None and not self._searched_data:
             self._searched_data = True
@@ -474,7 +640,10 @@ class Session:
         totals.tick()
         totals.add_history_test()
         assert self._progress is not None
-        self._progress.end_evaluation(time.perf_counter() - start)
+        eval_s = time.perf_counter() - start
+        self._progress.end_evaluation(eval_s)
+        if self._clock is not None:
+            self._clock.note_evaluation(eval_s)
         self._write_running_summary()
         self._notify("evaluation", scheduled=scheduled)
         values = metric_values(totals)
@@ -500,7 +669,11 @@ class Session:
         )
         self._save(self.out / CHECKPOINT_FOLDER, tensors, self.plan.run.checkpoint.keep)
         assert self._progress is not None
-        self._progress.end_save(time.perf_counter() - start)
+        save_s = time.perf_counter() - start
+        self._progress.end_save(save_s)
+        self._saved_update = self.update
+        if self._clock is not None:
+            self._clock.note_save(save_s)
         self._write_running_summary()
         self._notify("checkpoint")
 

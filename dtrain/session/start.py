@@ -52,6 +52,7 @@ from dtrain.session.data_notes import (
     memory_notes,
     same_draws,
 )
+from dtrain.session.job_limit import JobLimit, find_limit
 from dtrain.shared_statistics import share_statistics, use_kept_statistics
 from dtrain.tracking.recorder import Recorder, make_trackers
 
@@ -206,3 +207,8 @@ def start_trace(job: RankJob, comm: Comm, out: Path, totals: RunTotals) -> Trace
 def make_recorder(run: RunConfig, comm: Comm) -> Recorder:
     """Return the trackers of rank 0, and none on the other ranks."""
     return Recorder(make_trackers(run.log.trackers, run.folder) if comm.rank == 0 else ())
+
+
+def observed_limit(run: RunConfig, comm: Comm) -> JobLimit | None:
+    """Return the end of the job on rank 0, if the run stops before it, and None elsewhere."""
+    return find_limit(run.checkpoint.stop_before_limit) if comm.rank == 0 else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 import time
 import warnings
 import weakref
@@ -24,6 +25,7 @@ from dtrain.comm.backends.base import Backend, Bytes, CommTimeout, Request
 from dtrain.comm.buffers import TensorSpec
 from dtrain.comm.call_order import CollectiveMismatch
 from dtrain.comm.communicator import Comm
+from dtrain.comm.early_end import EarlyEnd
 from dtrain.errors import ConfigError, DataError
 from tests.refusals import refuses
 
@@ -892,6 +894,62 @@ def tags_are_checked(comm: Comm) -> None:
             comm.isend(torch.ones(1), comm.rank, tag)
 
 
+def declared_messages_may_be_withdrawn(comm: Comm) -> None:
+    """The next declaration starts anew, with messages of another size."""
+    if comm.size == 1:
+        return
+    source, dest = (comm.rank - 1) % comm.size, (comm.rank + 1) % comm.size
+    for size in (3, 5):
+        comm.post_recv(source, 1, [((size,), torch.float32)] * 4)
+        comm.isend(torch.full((size,), float(comm.rank)), dest, 1)
+        message = comm.recv(source, 1)
+        assert isinstance(message, Tensor)
+        assert message.tolist() == [float(source)] * size
+        comm.flush()
+        before = comm.traffic.message_bytes
+        comm.recv_channel(source, 1).cancel()
+        assert comm.traffic.message_bytes == before - 4 * size
+        comm.allgather_object(None)  # no rank sends of the next size before
+
+
+def early_ends(comm: Comm, seed: int, updates: int = 40) -> list[int]:
+    """Return where three segments of a pipeline end, whose ranks ask for it at random moments."""
+    chance, message = random.Random(seed * 100 + comm.rank), torch.zeros(3)
+    early_end, ends, start = EarlyEnd(comm.dup(), in_segments=True), list[int](), 0
+    for _ in range(3):
+        done = start
+        if comm.rank:
+            comm.post_recv(comm.rank - 1, 1, [((3,), torch.float32)] * updates)
+        for update in range(start, start + updates):
+            if not early_end.admits(update):
+                break
+            if comm.rank:
+                comm.recv(comm.rank - 1, 1)
+            done = update + 1
+            if comm.rank + 1 < comm.size:
+                comm.isend(message, comm.rank + 1, 1)
+            if chance.random() < 0.02:
+                early_end.passing_request = 1
+        assert done == early_end.end_of(start + updates)
+        comm.flush()
+        if comm.rank:
+            comm.recv_channel(comm.rank - 1, 1).cancel()
+        ends.append(done)
+        announced = max(comm.allgather_object(early_end.announce(done)))
+        early_end.settle(announced, done + 1)
+        start = done
+    if any(comm.allgather_object(early_end.disable())):
+        early_end.settle(1, 0)
+    early_end.close()
+    return ends
+
+
+def ranks_end_a_segment_at_one_update(comm: Comm) -> None:
+    first, *others = comm.allgather_object(early_ends(comm, 1))
+    assert all(ends == first for ends in others)
+    assert all(0 < end <= start + 40 for start, end in zip([0, *first], first, strict=False))
+
+
 CASES: list[Callable[[Comm], None]] = [
     ring_of_all_dtypes,
     big_both_ways,
@@ -937,6 +995,8 @@ CASES: list[Callable[[Comm], None]] = [
     debugging_names_ranks_that_call_elsewhere,
     debugging_names_ranks_that_call_nothing,
     tags_are_checked,
+    declared_messages_may_be_withdrawn,
+    ranks_end_a_segment_at_one_update,
 ]
 
 

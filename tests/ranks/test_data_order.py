@@ -260,7 +260,8 @@ class Drifting(Dataset):
 
     def targets(self, indices: Any) -> Tensor:
         self.reads += self.drift == "targets"
-        return torch.from_numpy((np.asarray(indices) + self.reads) % 3)
+        drift = self.reads if self.drift == "targets" else 0
+        return torch.from_numpy((np.asarray(indices) + drift) % 3)
 
 
 def drifting(drift: str = "nothing", split: str = "train") -> DatasetSplits:
@@ -280,6 +281,22 @@ def test_a_source_that_is_no_function_of_the_index_is_refused(
         train_in_threads(run, tmp_path, stages=2)
     assert split in caught.value.message
     assert not list(tmp_path.iterdir())
+
+
+class Jittered(torch.utils.data.Dataset):
+    """A Dataset of torch with a random transform."""
+
+    def __len__(self) -> int:
+        return 50
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.rand(4), index % 3
+
+
+def test_a_dataset_of_torch_with_random_transforms_is_refused(tmp_path: Path) -> None:
+    run = tiny.run(data={"name": (Jittered(), Jittered())}, mesh__stages=2)
+    with refuses(DataError, "data.not-repeatable"):
+        train_in_threads(run, tmp_path, stages=2)
 
 
 def test_a_source_that_is_one_is_not_refused(tmp_path: Path) -> None:

@@ -297,25 +297,25 @@ def test_output_that_fails_raises_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.fixture
 def recorder(tmp_path: Path) -> Iterator[FlightRecorder]:
-    """Return a recorder that writes on SIGUSR1."""
-    before = signal.getsignal(signal.SIGUSR1)
+    """Return a recorder that writes on SIGURG."""
+    before = signal.getsignal(signal.SIGURG)
     flight = FlightRecorder("rank 2", 2)
-    dump_stacks_on(signal.SIGUSR1)  # as every rank does before
-    flight.dump_on_signal(signal.SIGUSR1)
+    dump_stacks_on(signal.SIGURG)  # as every rank does before
+    flight.dump_on_signal(signal.SIGURG)
     flight.set_folder(tmp_path / "flight")
     yield flight
-    faulthandler.unregister(signal.SIGUSR1)
-    signal.signal(signal.SIGUSR1, before)
+    faulthandler.unregister(signal.SIGURG)
+    signal.signal(signal.SIGURG, before)
 
 
 def test_stacks_are_written_from_c_too(recorder: FlightRecorder) -> None:
     assert recorder.folder is not None
-    os.kill(os.getpid(), signal.SIGUSR1)
+    os.kill(os.getpid(), signal.SIGURG)
     stacks = (recorder.folder / "rank-00002.stacks").read_text()
     assert "Current thread" in stacks
     assert "in test_stacks_are_written_from_c_too" in stacks
     record = (recorder.folder / "rank-00002.txt").read_text()
-    assert ": SIGUSR1" in record.splitlines()[0]
+    assert ": SIGURG" in record.splitlines()[0]
     recorder.close()
     assert (recorder.folder / "rank-00002.stacks").exists(), "users may still read it"
 

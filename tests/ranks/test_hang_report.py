@@ -249,7 +249,7 @@ from dtrain.comm.flight_recorder import FlightRecorder
 import signal
 
 recorder = FlightRecorder("rank 0 of 1", 0, 1, "here")
-recorder.dump_on_signal(signal.SIGUSR1)
+recorder.dump_on_signal(signal.SIGURG)
 recorder.set_folder(Path(sys.argv[1]) / "flight")
 recorder.note("action", "F0.0", "update", 0)
 child = os.fork()  # holds the file, too
@@ -291,7 +291,7 @@ def test_a_folder_without_records_is_refused_with_how_to_ask(
     with refuses(ConfigError, "flight.no-records"):
         HangAnalysis(tmp_path)
     assert main(["flight", str(tmp_path)]) == ConfigError.code
-    assert "kill -USR1" in capsys.readouterr().err
+    assert "kill -URG" in capsys.readouterr().err
     (tmp_path / "summary.json").write_text('{"status": "finished"}')
     with refuses(ConfigError, "flight.not-running"):
         hang_report(tmp_path)

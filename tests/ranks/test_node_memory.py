@@ -16,12 +16,13 @@ from dtrain.comm.backends.threads import run_ranks
 from dtrain.comm.communicator import Comm
 from dtrain.comm.shared_memory import allocate_shared
 from dtrain.config.run import RunConfig
-from dtrain.data import node_memory
+from dtrain.data import mapped_source, node_memory, shuffle_windows, source_dataset
 from dtrain.data.array_source import ArraySource, LazySource, MemorySource
 from dtrain.data.conversion import Array
 from dtrain.data.dataset import Dataset, Subset
 from dtrain.data.hdf5_source import Hdf5Source
 from dtrain.data.node_memory import hold_on_node, stored_arrays
+from dtrain.data.npy_source import open_npy
 from dtrain.data.source_dataset import SourceDataset
 from dtrain.errors import DataError
 from dtrain.evaluation import evaluate_run
@@ -341,6 +342,34 @@ def test_a_run_does_not_depend_on_what_is_held(
         tiny.run(mesh__stages=stages), files / layout, stages, replicas, hosts=hosts
     )
     assert set(digests.values()) == {summary["digest"]}
+
+
+def test_windows_of_the_shuffle_do_not_depend_on_what_is_held(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows follow from how samples are stored, also where they are in memory then."""
+    monkeypatch.setattr(shuffle_windows, "GROUP_BYTES", 1000)
+    digests = set()
+    for available in (0, 1 << 30):
+        limit(monkeypatch, available)
+        run = run_of(files)
+        run = replace(run, data=replace(run.data, shuffle="chunks"))
+        digests.add(train_in_threads(run, files / f"chunks-{available}")["digest"])
+    assert len(digests) == 1
+
+
+def test_windows_of_a_mapped_file_do_not_depend_on_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.save(tmp_path / "x.npy", X)
+    pieces = []
+    for fits in (True, False):
+        monkeypatch.setattr(mapped_source, "fits_in_memory", lambda size, fits=fits: fits)
+        dataset = SourceDataset(open_npy(tmp_path / "x.npy"), MemorySource(Y), 3)
+        monkeypatch.setattr(source_dataset, "fits_in_memory", lambda size, fits=fits: fits)
+        assert dataset.slow != fits
+        pieces.append(dataset.stored_pieces)
+    assert pieces[0] == pieces[1] is not None
 
 
 def test_inner_stages_open_no_samples(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:

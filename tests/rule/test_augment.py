@@ -12,7 +12,11 @@ import torch
 from torch import Tensor
 
 from dtrain.config.sections import AUGMENTS as NAMES
+from dtrain.data.array_source import MemorySource
 from dtrain.data.augment import AUGMENTS, PAD, CropFlip, UserAugment, build_augment, random_bits
+from dtrain.data.dataset import Subset
+from dtrain.data.loader import Loader
+from dtrain.data.source_dataset import SourceDataset
 from dtrain.errors import ConfigError, DataError
 from dtrain.rng import generator_states
 from tests import tiny
@@ -221,10 +225,13 @@ def test_the_index_is_that_before_samples_are_held_out() -> None:
         seen.append(index)
         return sample
 
-    augment = build_augment(note, 0, source_indices=lambda indices: indices * 10)
-    assert augment is not None
-    augment(X[:3], np.array([2, 0, 1]), 0)
-    assert seen == [20, 0, 10]
+    images = SourceDataset(MemorySource(X.numpy()), MemorySource(np.zeros(len(X), np.int64)), 2)
+    part = Subset(images, np.array([20, 0, 10]))
+    loader = Loader(part, torch.float32, build_augment(note, 0))
+    loader.open([np.array([2, 0, 1])], 0)
+    loader.read()
+    loader.close()
+    assert seen == [10, 20, 0]
 
 
 def test_a_function_that_a_module_has_is_sent_to_other_processes_by_its_name() -> None:

@@ -59,12 +59,31 @@ def write_hdf5(folder: Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("validation", [0.0, 0.2])
-@pytest.mark.parametrize("kind", ["hdf5", "arrays", "function", "class"])
+@pytest.mark.parametrize(
+    "kind", ["hdf5", "parts", "share", "npz", "npy", "arrays", "function", "class"]
+)
 def test_weights_stay_with_their_samples(kind: str, validation: float, tmp_path: Path) -> None:
-    name, fields, target = "x:y", {}, None
+    name, fields, target = "x:y", dict[str, object](), None
+    x, y, x_test, y_test = ARRAYS
     match kind:
         case "hdf5":
             name, fields = "hdf5", write_hdf5(tmp_path) | {"weights": "w"}
+        case "parts" | "share":
+            name, fields = "hdf5", write_hdf5(tmp_path) | {"weights": "w"}
+            for part, rows in {"a": slice(0, 20), "b": slice(20, 50)}.items():
+                with h5py.File(tmp_path / f"part-{part}.h5", "w") as file:
+                    file["x"], file["y"], file["w"] = x[rows], y[rows], W[rows]
+            fields["train"] = "part-*.h5"
+            fields |= {"test": 0.3} if kind == "share" else {}
+        case "npz":
+            np.savez(tmp_path / "train.npz", x=x, y=y, w=W)
+            np.savez(tmp_path / "test.npz", x=x_test, y=y_test)
+            name, fields = "npz", {"train": "train.npz", "test": "test.npz", "weights": "w"}
+        case "npy":
+            for stem, array in {"x": x, "y": y, "w": W, "a": x_test, "b": y_test}.items():
+                np.save(tmp_path / f"{stem}.npy", array)
+            name, fields = "npz", {"train": "x.npy", "train_y": "y.npy", "weights": "w.npy"}
+            fields |= {"test": "a.npy", "test_y": "b.npy"}
         case "arrays":
             target = dtrain.data.arrays(*ARRAYS, weights=torch.from_numpy(W))["name"]
         case "function":
@@ -76,7 +95,8 @@ def test_weights_stay_with_their_samples(kind: str, validation: float, tmp_path:
     weights = splits.train.read_sample_weights(indices[::-1].copy())
     assert weights is not None
     assert weights.tolist() == W[splits.train.source_indices(indices)][::-1].tolist()
-    assert splits.test.read_sample_weights([0]) is None
+    if kind != "share":
+        assert splits.test.read_sample_weights([0]) is None
 
 
 def test_weights_of_a_file_are_checked(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 Ranks take seconds to start, so commands whose ranks all end normally share one start. Every rank
 runs the commands of `FOLDER/commands.json` (name -> arguments) in turn and writes exit codes and
 output to `FOLDER/rank-<r>.json`. Beforehand it checks that MPI is imported before torch, and it
-sends itself SIGUSR1 between the two.
+sends itself SIGURG between the two.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class TorchWatch:
         if name == "torch":
             sys.meta_path.remove(self)  # type: ignore[arg-type]
             assert "mpi4py.MPI" in sys.modules
-            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), signal.SIGURG)
 
 
 def write_commands(folder: Path, commands: Mapping[str, Sequence[str | Path]]) -> list[str]:

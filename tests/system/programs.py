@@ -90,7 +90,8 @@ def run_in_process(*words: str | Path) -> int:
 
     Signal handlers are what they were afterwards.
     """
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    names = ("INT", "TERM", "USR1", "USR2", "URG", "CONT")
+    numbers = [signal.Signals[f"SIG{name}"] for name in names]
     handlers = [signal.getsignal(number) for number in numbers]
     try:
         return main([str(word) for word in words])

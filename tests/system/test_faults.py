@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dtrain.errors import CheckpointError, ConfigError, RankLostError
+from dtrain.errors import SAVED_CODE, CheckpointError, ConfigError, RankLostError
 from tests import outcome
 from tests.conftest import ROOT
 from tests.process import start, sweep
@@ -171,8 +171,8 @@ def test_a_full_disk_is_named_and_ends_the_job(run: Path, monkeypatch: pytest.Mo
     assert (summary(run)["updates"], summary(run)["attempts"]) == (58, 2)
 
 
-def test_an_interrupted_run_leaves_nothing(run: Path) -> None:
-    """While it runs, its folder is locked; `test_flight.py` has SIGTERM."""
+def test_an_interrupted_run_saves_and_leaves_nothing(run: Path) -> None:
+    """While it runs, its folder is locked; `test_stop.py` has the other signals."""
     mark = f"DTRAIN_MARK={os.getpid()}interrupt"
     child = subprocess.Popen(
         command(run, "slow", "epochs=50"),
@@ -193,7 +193,7 @@ def test_an_interrupted_run_leaves_nothing(run: Path) -> None:
         assert summary(run)["status"] == "running"
         child.send_signal(signal.SIGINT)
         child.communicate(timeout=15)
-        assert child.returncode == 128 + signal.SIGINT
+        assert child.returncode == SAVED_CODE
         assert summary(run)["status"] == "stopped"
         assert not owner.exists()
         wait_until_gone(mark, 5)

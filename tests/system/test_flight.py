@@ -1,4 +1,4 @@
-"""A run hangs: SIGUSR1 makes every rank write what it waits for, and the run continues.
+"""A run hangs: SIGURG makes every rank write what it waits for, and the run continues.
 
 One run on three ranks hangs three times, see `tests/hang.py`: stuck in compiled code, in a loop of
 Python, and in another one once it has gone on, in which it is stopped.
@@ -86,6 +86,9 @@ class HangingRun:
         for path in self.flight.glob("rank-*.txt"):
             path.unlink()
         self.child.send_signal(number)
+        if number == signal.SIGTERM:  # the launcher passes it on and waits; a second one ends it
+            time.sleep(1.5)
+            self.child.send_signal(number)
         wait_for(*(self.flight / f"rank-{rank:05d}.txt" for rank in records))
         if phase == "stuck":
             wait_for_text(self.flight / "rank-00001.stacks", "in forward")
@@ -116,9 +119,9 @@ def hang(tmp_path_factory: pytest.TempPathFactory) -> Hang:
         return "\n".join(hang_report(run.folder / "out", stuck_s=WAIT_S))
 
     try:
-        answers = {"stuck": run.ask("stuck", signal.SIGUSR1, (0, 2), report)}
+        answers = {"stuck": run.ask("stuck", signal.SIGURG, (0, 2), report)}
         release(run.folder, "stuck")
-        answers["sleeps"] = run.ask("sleeps", signal.SIGUSR1, (0, 1, 2), report)
+        answers["sleeps"] = run.ask("sleeps", signal.SIGURG, (0, 1, 2), report)
         release(run.folder, "sleeps")
         answers["last"] = run.ask("last", signal.SIGTERM, (0, 1, 2), lambda: "")
         code = run.ended()
@@ -140,7 +143,7 @@ def test_waiting_ranks_name_the_rank_they_wait_for(hang: Hang) -> None:
     first, middle, last = hang.answers["sleeps"].records
     heads = [record.splitlines()[0] for record in (first, middle, last)]
     assert all(f"rank {rank} of 3 on " in line for rank, line in enumerate(heads))
-    assert all("SIGUSR1" in line for line in heads)
+    assert all("SIGURG" in line for line in heads)
     # The last rank waits for a message of the middle one, the first for the receipt of its own.
     assert "(50, 16) float32 from rank 1 with tag" in wait_line(last)
     assert "receive (50, 16) float32 from rank 1 of " in last

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.config.parse import read_run
-from dtrain.errors import ConfigError
+from dtrain.errors import SAVED_CODE, ConfigError
 from tests.cluster import Cluster
 from tests.conftest import ROOT
 from tests.hang import wait_for, write_hanging_run
@@ -112,20 +112,47 @@ def send_signal(name: str, cluster: Cluster, out: Path) -> None:
 def test_ranks_under_srun_report_their_waits_and_end_when_cancelled(
     cluster: Cluster, hung: subprocess.Popen[str], tmp_path: Path
 ) -> None:
-    send_signal("USR1", cluster, tmp_path / "out")
+    send_signal("URG", cluster, tmp_path / "out")
     report = start([*DTRAIN, "flight", tmp_path / "out"], env=cluster.env, cwd=ROOT)
     assert report.code == 0, report.err
     assert "rank 1 on n" in report.out
     for record in (tmp_path / "out" / "flight").glob("rank-*.txt"):
         record.unlink()
-    send_signal("TERM", cluster, tmp_path / "out")
+    send_signal("TERM", cluster, tmp_path / "out")  # it cannot stop, so it leaves records
+    send_signal("INT", cluster, tmp_path / "out")
     _, err = hung.communicate(timeout=30)
     assert hung.returncode != 0
     assert err.count("dtrain: ") == 1
-    assert "SIGTERM" in err
+    assert "SIGINT" in err
     assert "Traceback" not in err
     assert summary(tmp_path / "out")["status"] == "stopped"
     assert not (tmp_path / "out" / "owner.json").exists()
+
+
+@pytest.mark.parametrize("name", ["USR1", "TERM"])
+def test_a_step_that_is_told_to_stop_saves_and_returns_75(
+    name: str, cluster: Cluster, tmp_path: Path
+) -> None:
+    """Although `--kill-on-bad-exit` ends the ranks that leave later."""
+    text = RUN.replace("epochs = 1", "updates = 100000") + "[log]\nevery-s = 0.1\n"
+    words = ["srun", "--mpi=pmix", "--kill-on-bad-exit=1", "-N4", "-n4", *DTRAIN, "train"]
+    words += [str(write_run(tmp_path, text)), "--out", str(tmp_path / "out")]
+    mark = f"DTRAIN_MARK={os.getpid()}stop"
+    environ = cluster.env | dict([mark.split("=")])
+    child = subprocess.Popen(words, env=environ, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout is not None
+        assert any(" update " in line for line in child.stdout)
+        job = start(["squeue", "--noheader", "-o%i"], env=cluster.env).out.strip()
+        assert start(["scancel", f"--signal={name}", job], env=cluster.env).code == 0
+        out, _ = child.communicate(timeout=30)
+        assert child.returncode == SAVED_CODE
+        result = summary(tmp_path / "out")
+        assert (result["status"], result["stop_reason"]) == ("stopped", f"stopped by SIG{name}")
+        assert f"{result['updates']:,}" in out.splitlines()[-1]
+    finally:
+        sweep(mark)
+        child.wait()
 
 
 def assert_refused_with_commands(ended: Ended, out: Path, *commands: str) -> None:

@@ -171,7 +171,7 @@ def test_help_imports_neither_torch_nor_mpi(argv: list[str]) -> None:
 
 
 def test_ranks_import_mpi_before_torch_and_answer_a_signal_in_between(shared: Shared) -> None:
-    """Until there is a world and a run folder, SIGUSR1 prints stacks and ends nothing."""
+    """Until there is a world and a run folder, SIGURG prints stacks and ends nothing."""
     assert shared.ended.err.count(STACK) == 2
     assert [result.code for result in shared.results["train"]] == [0, 0]
     assert summary(shared.folder / "out")["status"] == "finished"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dtrain.data.array_source import MemorySource
-from dtrain.data.augment import CropFlip
+from dtrain.data.augment import Augment, CropFlip, build_augment
 from dtrain.data.dataset import Dataset, DatasetSplits, Subset
 from dtrain.data.loader import Loader
 from dtrain.data.source_dataset import SourceDataset
@@ -26,7 +26,7 @@ from tests.process import start
 from tests.refusals import refuses
 from tests.rule.test_loader import Disk, dataset_of, disk, micro_batches
 from tests.system.programs import DTRAIN
-from tests.system.worker_data import Pairs, Surroundings
+from tests.system.worker_data import Pairs, Surroundings, add_noise
 
 __all__ = ["disk"]
 
@@ -72,8 +72,10 @@ def test_workers_read_the_same_bits(pools: dict[int, WorkerPool], disk: Disk) ->
     image_batches = np.split(np.random.default_rng(1).permutation(60), [7, 20, 21, 40])
     stored = Subset(dataset_of(disk), np.arange(1450))
     items = as_splits((Pairs(), Pairs(1)), "data", classes=3).train
-    cases: list[tuple[Dataset, list[np.ndarray], CropFlip | None]] = [
+    noise = build_augment(add_noise, 0)
+    cases: list[tuple[Dataset, list[np.ndarray], Augment | None]] = [
         (images, image_batches, CropFlip(0)),
+        (Subset(images, np.arange(59, 9, -1)), [np.arange(50), np.arange(3)], noise),
         (stored, micro_batches(stored, "chunks"), None),
         (stored, micro_batches(stored, "full", 300), None),
         (items, [np.arange(5), np.arange(5), np.arange(7, 19)], None),

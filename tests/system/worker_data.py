@@ -61,3 +61,10 @@ class Surroundings(Dataset[Any]):
             len(os.listdir("/proc/self/fd")),
         ]
         return torch.tensor([facts], dtype=torch.float64), index % 2
+
+
+def add_noise(
+    sample: torch.Tensor, index: int, epoch: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Change a sample, as a user does."""
+    return sample + index + 100 * epoch + torch.rand(sample.shape, generator=generator)

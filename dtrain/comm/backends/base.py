@@ -43,6 +43,10 @@ class Request(ABC):
     def test(self) -> bool:
         """Return whether the transfer is complete; never block. May be called again after that."""
 
+    def cancel(self) -> None:
+        """Withdraw a receive that no send will match; its memory may then be freed."""
+        raise NotImplementedError("only a receive is withdrawn")
+
 
 @final
 class CombinedRequest(Request):
@@ -55,6 +59,12 @@ class CombinedRequest(Request):
         """Return whether all are complete."""
         self._open_requests = [request for request in self._open_requests if not request.test()]
         return not self._open_requests
+
+    def cancel(self) -> None:
+        """Withdraw all receives."""
+        for request in self._open_requests:
+            request.cancel()
+        self._open_requests = []
 
 
 def combine_requests(requests: Sequence[Request]) -> Request:

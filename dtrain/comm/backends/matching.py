@@ -20,10 +20,15 @@ class PendingTransfer(Request):
     def __init__(self, data: Bytes) -> None:
         self.data = data
         self.done = False
+        self.cancelled = False
 
     def test(self) -> bool:
         """Return whether the other end was posted too."""
         return self.done
+
+    def cancel(self) -> None:
+        """Withdraw a receive: no later send matches it."""
+        self.cancelled = True
 
 
 @final
@@ -45,7 +50,10 @@ class Matcher:
         """Post a send on a channel (group, source, destination, tag)."""
         send = PendingTransfer(data)
         self.event_count += 1
-        if receives := self._receives[channel]:
+        receives = self._receives[channel]
+        while receives and receives[0].cancelled:
+            receives.popleft()
+        if receives:
             _deliver(channel, send, receives.popleft())
         else:
             self._sends[channel].append(send)

@@ -62,6 +62,13 @@ class MpiRequest(Request):
         self._count = None  # the request is null from now on, and its status empty
         return True
 
+    def cancel(self) -> None:
+        """Withdraw a receive (`MPI_Cancel`), which is a local operation."""
+        self._request.Cancel()
+        self._count = None
+        while not self._request.Test():
+            pass
+
 
 @final
 class MpiBackend(Backend):

@@ -40,10 +40,11 @@ class Pooled(nn.Linear):
         return super().forward(input)
 
     def fork(self) -> None:
-        """Fork a process that gets the signal for records and raises."""
+        """Fork a process that gets the signals for records and checkpoints, and raises."""
         child = os.fork()
         if child == 0:
-            os.kill(os.getpid(), signal.SIGUSR1)
+            for number in (signal.SIGURG, signal.SIGUSR1, signal.SIGUSR2):
+                os.kill(os.getpid(), number)
             try:
                 sys.excepthook(KeyError, KeyError("of a forked process"), None)
             finally:
