@@ -55,7 +55,7 @@ def _doctor(options: argparse.Namespace) -> int:
         return _examine_as_rank(options)
     ranks = options.ranks or (FULL_RANKS if options.full else None)
     areas = examine.examine_process(os.environ, options.out, by_shell, ranks)
-    if ranks is not None:
+    if ranks is not None and areas[0].facts["outcome"] == "started":
         areas.append(examine.examine_own_ranks(ranks, options.out, os.environ))
     return _print_report(options, areas)
 

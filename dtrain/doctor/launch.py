@@ -32,7 +32,11 @@ FAMILY_SIGNS = {
 """Families of libraries and launchers that work with each other, and the words that tell them."""
 
 
-PMI_PREFIXES = ("PMI_", "PMIX_", "PALS_")
+PMI_VARIABLES = (
+    *("PMI_RANK", "PMI_FD", "PMI_JOBID", "PMI_CONTROL_PORT"),
+    *("PMIX_RANK", "PMIX_NAMESPACE", "PALS_RANKID", "PALS_APID"),
+)
+"""Variables that a process manager sets for a task; modules set others with these prefixes."""
 
 
 def mpi_family(text: str) -> str:
@@ -55,8 +59,8 @@ def check_pty_shell(environ: Mapping[str, str], started_by_shell: bool) -> list[
 
 
 def pmi_variables(environ: Mapping[str, str]) -> list[str]:
-    """Return the variables of a process manager, sorted."""
-    return sorted(name for name in environ if name.startswith(PMI_PREFIXES))
+    """Return the variables by which a process manager reaches a task."""
+    return [name for name in PMI_VARIABLES if name in environ]
 
 
 def check_leftovers(environ: Mapping[str, str]) -> list[Finding]:

