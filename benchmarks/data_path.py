@@ -14,6 +14,8 @@ Further figures:
 - `rss_minus_plan_mb`: largest resident memory of the run, over what the plan counts.
 - `items_over_dataloader`: samples/s of a torch Dataset with about 2 ms of work per item and
   `workers = 2`, over torch's DataLoader with two processes (`peers/dataloader.py`).
+- `slow_disk_over_plain_loop`: seconds of an update whose reads take 15 ms (a sleep: emulated), over
+  those of a plain loop that reads before it computes (`peers/slow_disk_loop.py`).
 
     python benchmarks/data_path.py [--quick]
 
@@ -49,6 +51,7 @@ from dtrain.schema import Table
 LIMIT = 2 * 10**9
 SHAPE, CHUNK = (3, 64, 64), 85
 BATCH, SEGMENTS = 128, 5
+WIDTH, READ_MS = 3000, 15.0
 
 
 def main() -> None:
@@ -71,6 +74,11 @@ def main() -> None:
         lambda number: bench.cached(f"items-{number}", lambda: train_items(bench)),
         lambda number: bench.cached(f"loader-{number}", read_by_dataloader),
     )
+    ahead, plain = alternate(
+        pairs,
+        lambda number: bench.cached(f"ahead-{number}", lambda: train_slow_disk(bench)),
+        lambda number: bench.cached(f"plain-{number}", read_slow_disk),
+    )
     ratios = [a["samples_per_s"] / b["samples_per_s"] for a, b in zip(ours, theirs, strict=True)]
     planned = planned_bytes(plan)
     resident = max(row["rss_bytes"] for row in ours)
@@ -89,11 +97,16 @@ def main() -> None:
         "items_over_dataloader": median(
             a["samples_per_s"] / b["samples_per_s"] for a, b in zip(items, loader, strict=True)
         ),
+        "slow_disk_update_s": median(row["update_s"] for row in ahead),
+        "slow_disk_over_plain_loop": median(
+            a["update_s"] / b["update_s"] for a, b in zip(ahead, plain, strict=True)
+        ),
     }
     peer = {
         "memory_samples_per_s": median(row["samples_per_s"] for row in theirs),
         "read_s": median(row["read_s"] for row in start),
         "dataloader_samples_per_s": median(row["samples_per_s"] for row in loader),
+        "slow_disk_plain_update_s": median(row["update_s"] for row in plain),
     }
     publish(
         "data_path", "measured", figures, peer, median(ratios), spread(ratios), quick=quick,
@@ -190,6 +203,21 @@ def train_items(bench: Bench) -> dict[str, float]:
 def read_by_dataloader() -> dict[str, float]:
     """Return the samples/s of the peer."""
     return run_peer("dataloader", 1, 20_000, BATCH, 20, SEGMENTS, 2)
+
+
+def train_slow_disk(bench: Bench) -> dict[str, float]:
+    """Return the seconds of an update that reads ahead from a slow disk."""
+    keys = {"samples": 20_000, "width": WIDTH, "read-ms": READ_MS}
+    run = run_file(Path(), Path(), 30) | {
+        "data": {"name": "user:slow_disk", "normalise": False, **keys},
+        "model": {"name": "mlp", "widths": [1000]},
+    }
+    return {"update_s": BATCH / bench.train(run, 1).samples_per_s()}
+
+
+def read_slow_disk() -> dict[str, float]:
+    """Return the seconds of an update of the peer."""
+    return run_peer("slow_disk_loop", 1, 20_000, WIDTH, READ_MS, BATCH, 30, SEGMENTS)
 
 
 if __name__ == "__main__":

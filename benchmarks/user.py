@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import time
 import zlib
-from typing import Any
+from typing import Any, final
 
 import h5py
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from dtrain.data.dataset import Dataset, DatasetSplits
 
 Layers = list[tuple[str, Any]]
 
@@ -131,3 +133,35 @@ class SlowItems(torch.utils.data.Dataset[tuple[Tensor, int]]):
 def slow_items(samples: int) -> tuple[SlowItems, SlowItems]:
     """Return a training split of so many items and a test split of 64."""
     return SlowItems(samples), SlowItems(64)
+
+
+@final
+class SlowDisk(Dataset):
+    """Noise whose every read takes some milliseconds, as on a busy file system (a sleep).
+
+    Parameters
+    ----------
+    size, width : int
+        Samples, and features of each.
+    read_ms : float
+        Milliseconds of a read of any number of samples.
+    """
+
+    slow = True
+
+    def __init__(self, size: int, width: int, read_ms: float) -> None:
+        self.size, self.shape, self.classes = size, (width,), 10
+        self._rows = torch.randn(256, width, generator=torch.Generator().manual_seed(0))
+        self._read_s = read_ms / 1e3
+
+    def inputs(self, indices: Any) -> Tensor:
+        time.sleep(self._read_s)
+        return self._rows[np.asarray(indices) % 256]
+
+    def targets(self, indices: Any) -> Tensor:
+        return torch.from_numpy(np.asarray(indices) % 10)
+
+
+def slow_disk(samples: int, width: int, read_ms: float) -> DatasetSplits:
+    """Return a training split on a slow disk, and a test split of 64 samples."""
+    return DatasetSplits(SlowDisk(samples, width, read_ms), SlowDisk(64, width, 0.0))

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from dtrain.comm.flight_recorder import FLIGHT_SIGNAL, dump_stacks_on, flush_output, print_error
 from dtrain.comm.launcher import MPIRUN, RELAY_VARIABLE, RELAYED, detect_launcher
-from dtrain.errors import DtrainError, Interrupted
+from dtrain.errors import DtrainError, Interrupted, RankLostError
 
 if TYPE_CHECKING:
     from dtrain.comm.communicator import Comm
@@ -44,6 +44,14 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 REPEAT_S = 1.0
 """Seconds in which the same wish may come again: launchers send signals twice."""
+
+
+PARENT_INTERVAL_S = 1.0
+"""Seconds between two looks at the process that started a rank."""
+
+
+ORPHAN_S = 7.0
+"""Seconds that a rank may go on after its launcher was killed."""
 
 
 RECORD_S = 10.0
@@ -222,7 +230,27 @@ def _install_signal_handlers(comm: Comm) -> None:
         _handle(number, stop)
     _handle(signal.SIGCONT, note_continue)
     threading.Thread(target=_signals.watch, args=(comm,), daemon=True, name="dtrain-stop").start()
+    if detect_launcher(os.environ) is not None:
+        words = (comm, os.getppid())
+        threading.Thread(
+            target=_watch_launcher, args=words, daemon=True, name="dtrain-parent"
+        ).start()
     comm.flight.dump_on_signal(FLIGHT_SIGNAL)
+
+
+def _watch_launcher(comm: Comm, parent: int) -> None:
+    """End this rank when the process that started it is killed; never returns otherwise.
+
+    The rank may save as after SIGTERM, if it is quick: without its launcher it cannot end in order.
+    """
+    while os.getppid() == parent:
+        time.sleep(PARENT_INTERVAL_S)
+    if comm.flight.folder is not None:
+        comm.flight.dump("The launcher was killed", None)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(ORPHAN_S)
+    print_error(f"dtrain: rank {comm.rank} ends: its launcher was killed")
+    os._exit(RankLostError.code)
 
 
 def _ignore_stop_signals() -> None:

@@ -11,6 +11,7 @@ starts the ranks is not one of them.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import shutil
@@ -20,7 +21,7 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
@@ -58,6 +59,10 @@ RELAYED = {signal.SIGUSR1: signal.SIGTERM, signal.SIGUSR2: signal.SIGUSR1}
 
 REPEAT_S = 1.0
 """Seconds in which a signal may come again without a meaning: schedulers send it twice."""
+
+
+PR_SET_PDEATHSIG = 1
+"""Number of an operation of `prctl`: the signal that comes when the parent ends."""
 
 
 GRACE_S = 10.0
@@ -291,6 +296,7 @@ def _run_launcher(argv: Sequence[str], environ: Mapping[str, str]) -> int:
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             start_new_session=True,
+            preexec_fn=_end_with_parent(),
         ) as child,
         _forward_signals(child) as signals,
     ):
@@ -299,6 +305,23 @@ def _run_launcher(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if signals and code != SAVED_CODE:
         return 128 + signals[0]
     return code if code >= 0 else 128 - code
+
+
+def _end_with_parent() -> Callable[[], None] | None:
+    """Return what a launcher runs before it starts, so that it ends when this process is killed.
+
+    None where the system has no such signal.
+    """
+    if sys.platform != "linux":
+        return None
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+    def ask() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it was killed meanwhile
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return ask
 
 
 def _forward_stderr(child: subprocess.Popen[bytes]) -> None:
