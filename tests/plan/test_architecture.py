@@ -48,6 +48,7 @@ IMPORTS: dict[str, tuple[str, ...]] = {
         *("checkpoint", "planning", "build", "evaluation"),
     ),
     "run_report": (*FLAT, "checkpoint", "planning.formatting", "rank_process"),
+    "doctor": (*FLAT, "comm"),
     "slurm": (*FLAT, "checkpoint", "config", "planning"),
 }
 """Packages that are not listed (`build`, `evaluate`, `train`, `cli`, ...) may import everything."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dtrain import comm
 from dtrain.comm import launcher, size_mismatch_message
 from dtrain.comm.launcher import Launch, detect_launcher
 from dtrain.comm.launcher_output import BannerFilter
@@ -49,6 +50,22 @@ PMI = {"PMI_SIZE": "2", "PMI_RANK": "0"}
 )
 def test_launchers_are_detected(environ: dict[str, str], launch: Launch | None) -> None:
     assert detect_launcher(environ) == launch
+
+
+def test_a_shell_of_srun_pty_is_refused_as_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SRUN.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("OMPI_COMM_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(comm, "is_started_by_shell", lambda: True)
+    with refuses(ConfigError, "launch.pty-shell"):
+        comm.world()
+    # `--ranks` does not take it for a rank
+    monkeypatch.setattr(launcher, "is_started_by_shell", lambda: True)
+    with refuses(ConfigError, "launch.no-mpirun"):
+        launcher.start_ranks(2, ["true"], SRUN | {"DTRAIN_MPIRUN": "/none"})
+    monkeypatch.setattr(launcher, "is_started_by_shell", lambda: False)
+    with refuses(ConfigError, "launch.nested"):
+        launcher.start_ranks(2, ["true"], SRUN | {"DTRAIN_MPIRUN": "/none"})
 
 
 def test_ranks_get_a_clean_environment() -> None:

@@ -138,6 +138,17 @@ def library_version() -> str:
     return MPI.Get_library_version().splitlines()[0].split(",")[0].strip(" \0")
 
 
+def thread_level() -> str:
+    """Return the level of threads that the library provides, in MPI's words; sends nothing."""
+    levels = {
+        MPI.THREAD_SINGLE: "single",
+        MPI.THREAD_FUNNELED: "funneled",
+        MPI.THREAD_SERIALIZED: "serialized",
+        MPI.THREAD_MULTIPLE: "multiple",
+    }
+    return levels.get(MPI.Query_thread(), "unknown")
+
+
 def abort(code: int) -> NoReturn:
     """End all ranks with this exit code; sends nothing."""
     MPI.COMM_WORLD.Abort(code)

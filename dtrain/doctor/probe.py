@@ -1,0 +1,101 @@
+"""Start the MPI library in a process of its own, under a time limit.
+
+Invariant: this process never loads MPI. A library that hangs, aborts or is missing is a result.
+As a program (`python -m dtrain.doctor.probe`) it starts MPI and prints the facts as one line.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, final
+
+LIMIT_S = 20.0
+"""Seconds that a library may take to start; a healthy one takes less than one."""
+
+
+MARK = "dtrain-mpi-facts "
+"""Start of the line that the program prints."""
+
+
+PROBE_COMMAND = (sys.executable, "-P", "-m", "dtrain.doctor.probe")
+
+
+@final
+@dataclass(frozen=True)
+class MpiFacts:
+    """The MPI library, or how it failed to start.
+
+    Attributes
+    ----------
+    outcome : str
+        "started"; "missing" (mpi4py loads no library), "failed" (the process ended) or "hangs".
+    text : str
+        The reason, or the last lines that the process printed.
+    """
+
+    outcome: Literal["started", "missing", "failed", "hangs"]
+    library: str = ""
+    mpi4py: str = ""
+    thread_level: str = ""
+    world_size: int = 0
+    text: str = ""
+
+
+def probe_mpi(
+    environ: Mapping[str, str],
+    limit_s: float = LIMIT_S,
+    command: Sequence[str] = PROBE_COMMAND,
+) -> MpiFacts:
+    """Start MPI in a subprocess with this environment and return the facts."""
+    try:
+        done = subprocess.run(
+            command,
+            env=dict(environ),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=limit_s,
+            check=False,
+            start_new_session=True,
+        )
+    except subprocess.TimeoutExpired:
+        return MpiFacts("hangs", text=f"{limit_s:g} s")
+    except OSError as error:
+        return MpiFacts("failed", text=str(error))
+    for line in done.stdout.splitlines():
+        if line.startswith(MARK):
+            return MpiFacts(**json.loads(line.removeprefix(MARK)))
+    return MpiFacts("failed", text=_last_lines(done.stdout + done.stderr, done.returncode))
+
+
+def _last_lines(output: str, code: int) -> str:
+    """Return the end of a failed program's output, or its exit code where it printed nothing."""
+    lines = [line.strip(" -") for line in output.splitlines() if line.strip(" -*")]
+    return " / ".join(lines[-6:])[-600:] or f"exit code {code}, no message"
+
+
+def mpi_facts() -> MpiFacts:
+    """Start MPI in this process and return the facts."""
+    from importlib.metadata import version
+
+    try:
+        from dtrain.comm.backends import mpi
+    except (ImportError, RuntimeError) as error:
+        return MpiFacts("missing", text=str(error).splitlines()[0])
+    return MpiFacts(
+        "started", mpi.library_version(), version("mpi4py"), mpi.thread_level(), mpi.world_size()
+    )
+
+
+def main() -> None:
+    """Print the facts of this process."""
+    print(MARK + json.dumps(vars(mpi_facts())), flush=True)
+
+
+if __name__ == "__main__":
+    main()
