@@ -16,6 +16,8 @@ Further figures:
   `workers = 2`, over torch's DataLoader with two processes (`peers/dataloader.py`).
 - `slow_disk_over_plain_loop`: seconds of an update whose reads take 15 ms (a sleep: emulated), over
   those of a plain loop that reads before it computes (`peers/slow_disk_loop.py`).
+- `twelve_ranks_over_set`: growth of the proportional set sizes of 12 ranks on one node that read a
+  set of 1 GB (floats, in chunks) in place of a tiny one, over the bytes of the set; once.
 
     python benchmarks/data_path.py [--quick]
 
@@ -24,6 +26,9 @@ Label: measured. Needs root for the limit of memory, and 5 GB of disk.
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import sys
 from pathlib import Path
 from statistics import median
@@ -46,6 +51,7 @@ from bench import (
 from memory_limit import drop_cached, memory_limit
 from record import ROOT, publish
 
+from dtrain.comm.launcher import find_mpirun, launch_command
 from dtrain.schema import Table
 
 LIMIT = 2 * 10**9
@@ -79,6 +85,7 @@ def main() -> None:
         lambda number: bench.cached(f"ahead-{number}", lambda: train_slow_disk(bench)),
         lambda number: bench.cached(f"plain-{number}", read_slow_disk),
     )
+    node = bench.cached("node", lambda: hold_on_one_node(128 if quick else 1000))
     ratios = [a["samples_per_s"] / b["samples_per_s"] for a, b in zip(ours, theirs, strict=True)]
     planned = planned_bytes(plan)
     resident = max(row["rss_bytes"] for row in ours)
@@ -97,6 +104,7 @@ def main() -> None:
         "items_over_dataloader": median(
             a["samples_per_s"] / b["samples_per_s"] for a, b in zip(items, loader, strict=True)
         ),
+        "twelve_ranks_over_set": node["growth"],
         "slow_disk_update_s": median(row["update_s"] for row in ahead),
         "slow_disk_over_plain_loop": median(
             a["update_s"] / b["update_s"] for a, b in zip(ahead, plain, strict=True)
@@ -203,6 +211,21 @@ def train_items(bench: Bench) -> dict[str, float]:
 def read_by_dataloader() -> dict[str, float]:
     """Return the samples/s of the peer."""
     return run_peer("dataloader", 1, 20_000, BATCH, 20, SEGMENTS, 2)
+
+
+def hold_on_one_node(megabytes: int) -> dict[str, float]:
+    """Return the growth of the memory of 12 ranks, over the size of the set that they hold."""
+    folder = ROOT / "runs" / "data_path" / "node"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    script = ROOT / "tests" / "system" / "node_memory_ranks.py"
+    launcher = find_mpirun(os.environ)
+    assert launcher is not None, "make install"
+    words = [sys.executable, str(script), str(folder), str(megabytes)]
+    run_program(launch_command(launcher, 12, words), ROOT, 1)
+    table = json.loads((folder / "memory.json").read_text(encoding="utf-8"))
+    shutil.rmtree(folder)
+    return {"growth": (sum(table["large"]) - sum(table["tiny"])) / table["set_bytes"]}
 
 
 def train_slow_disk(bench: Bench) -> dict[str, float]:
