@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo  # before a test starts threads, in which a half of it could be imported
 
 from dtrain.checkpoint.export import export
 from tests import user_nets
