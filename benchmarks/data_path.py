@@ -37,6 +37,7 @@ from typing import Any
 import h5py
 import numpy as np
 from bench import (
+    DTRAIN,
     PEERS,
     Bench,
     RunResult,
@@ -52,7 +53,7 @@ from memory_limit import drop_cached, memory_limit
 from record import ROOT, publish
 
 from dtrain.comm.launcher import find_mpirun, launch_command
-from dtrain.schema import Table
+from dtrain.schema import Table, dump_toml
 
 LIMIT = 2 * 10**9
 SHAPE, CHUNK = (3, 64, 64), 85
@@ -73,7 +74,7 @@ def main() -> None:
             lambda number: bench.cached(f"disk-{number}", train[0]),
             lambda number: bench.cached(f"memory-{number}", train[1]),
         )
-    plan = bench.plan(run_file(disk, test, steps), 1)
+        planned = bench.cached("plan", lambda: plan_limited(bench, limited, disk, test, steps))
     start = [bench.cached(f"start-{n}", lambda: start_figures(disk, test)) for n in range(pairs)]
     items, loader = alternate(
         pairs,
@@ -87,7 +88,6 @@ def main() -> None:
     )
     node = bench.cached("node", lambda: hold_on_one_node(128 if quick else 1000))
     ratios = [a["samples_per_s"] / b["samples_per_s"] for a, b in zip(ours, theirs, strict=True)]
-    planned = planned_bytes(plan)
     resident = max(row["rss_bytes"] for row in ours)
     figures = {
         "disk_samples_per_s": median(row["samples_per_s"] for row in ours),
@@ -98,8 +98,8 @@ def main() -> None:
             row["statistics_two_ranks_s"] / row["statistics_s"] for row in start
         ),
         "rss_mb": resident / 1e6,
-        "planned_mb": planned / 1e6,
-        "rss_minus_plan_mb": (resident - planned) / 1e6,
+        "planned_mb": planned["bytes"] / 1e6,
+        "rss_minus_plan_mb": (resident - planned["bytes"]) / 1e6,
         "items_samples_per_s": median(row["samples_per_s"] for row in items),
         "items_over_dataloader": median(
             a["samples_per_s"] / b["samples_per_s"] for a, b in zip(items, loader, strict=True)
@@ -180,10 +180,16 @@ def train_limited(bench: Bench, limited: list[str], train: Path, test: Path, ste
     return measure
 
 
-def planned_bytes(plan: dict[str, Any]) -> float:
-    """Return what a plan counts for its only rank: its peak, data that are held, and buffers."""
+def plan_limited(
+    bench: Bench, limited: list[str], train: Path, test: Path, steps: int
+) -> dict[str, float]:
+    """Return what a plan under the limit counts for one rank: its peak, held data and buffers."""
+    path = bench.folder / "plan.toml"
+    path.write_text(dump_toml(run_file(train, test, steps)), encoding="utf-8")
+    words = [*limited, *DTRAIN, "plan", str(path), "--json", "--ranks", "1"]
+    plan = json.loads(run_program(words, bench.folder, 1, capture=True))
     held = [int(plan["data"][key]) for key in ("node_bytes", "rank_bytes", "piece_bytes")]
-    return float(plan["memory"][0]["peak_bytes"] + sum(held))
+    return {"bytes": float(plan["memory"][0]["peak_bytes"] + sum(held))}
 
 
 def start_figures(train: Path, test: Path) -> dict[str, float]:
