@@ -10,8 +10,9 @@ Further figures:
 
 - `statistics_over_read`: seconds in which one rank computes the statistics of the set at a start,
   over those of one plain sequential read of the file (`peers/plain_read.py`); both from the disk.
-  `two_ranks_over_one`: seconds of two ranks over those of one rank.
-- `rss_minus_plan_mb`: largest resident memory of the run, over what the plan counts.
+  `two_ranks_over_read`: the same for two ranks.
+- `rss_minus_plan_mb`: largest resident memory of the run, over the planned memory of the rank, with
+  the data that it holds and 250 MB for Python, torch and MPI.
 - `items_over_dataloader`: samples/s of a torch Dataset with about 2 ms of work per item and
   `workers = 2`, over torch's DataLoader with two processes (`peers/dataloader.py`).
 - `slow_disk_over_plain_loop`: seconds of an update whose reads take 15 ms (a sleep: emulated), over
@@ -94,8 +95,8 @@ def main() -> None:
         "statistics_s": median(row["statistics_s"] for row in start),
         "statistics_two_ranks_s": median(row["statistics_two_ranks_s"] for row in start),
         "statistics_over_read": median(row["statistics_s"] / row["read_s"] for row in start),
-        "two_ranks_over_one": median(
-            row["statistics_two_ranks_s"] / row["statistics_s"] for row in start
+        "two_ranks_over_read": median(
+            row["statistics_two_ranks_s"] / row["read_s"] for row in start
         ),
         "rss_mb": resident / 1e6,
         "planned_mb": planned["bytes"] / 1e6,
@@ -188,7 +189,10 @@ def plan_limited(
     path.write_text(dump_toml(run_file(train, test, steps)), encoding="utf-8")
     words = [*limited, *DTRAIN, "plan", str(path), "--json", "--ranks", "1"]
     plan = json.loads(run_program(words, bench.folder, 1, capture=True))
-    held = [int(plan["data"][key]) for key in ("node_bytes", "rank_bytes", "piece_bytes")]
+    held = [
+        int(plan["data"][key])
+        for key in ("node_bytes", "rank_bytes", "piece_bytes", "process_bytes")
+    ]
     return {"bytes": float(plan["memory"][0]["peak_bytes"] + sum(held))}
 
 

@@ -43,7 +43,7 @@ def select_device(device: str, local_rank: int, host: str) -> torch.device:
     return torch.device("cuda", local_rank % count)
 
 
-MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
+MMAP_THRESHOLD, TRIM_THRESHOLD, ARENA_MAX = -3, -1, -8
 """Parameters of `mallopt` in glibc."""
 
 
@@ -58,6 +58,7 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):  # another C library
         return False
+    mallopt(ARENA_MAX, 2)  # each thread that reads would have one of its own and keep its peak
     threshold = 4 * 1024 * 1024 * ctypes.sizeof(ctypes.c_long)  # the largest that glibc accepts
     return bool(mallopt(MMAP_THRESHOLD, threshold) and mallopt(TRIM_THRESHOLD, 2**30))
 

@@ -132,6 +132,11 @@ class Dataset(ABC):
         return torch.from_numpy(self.sample_weights[np.asarray(indices)])
 
     @property
+    def reads_in_threads(self) -> bool:
+        """Whether several threads may read samples at the same time."""
+        return False
+
+    @property
     def reads_items(self) -> bool:
         """Whether one read of samples also reads their further inputs and their targets, at no
         cost."""
@@ -269,6 +274,10 @@ class DatasetView(Dataset):
 
     def targets(self, indices: ArrayLike) -> Tensor:
         return self._dataset.targets(indices)
+
+    @property
+    def reads_in_threads(self) -> bool:
+        return self._dataset.reads_in_threads
 
     @property
     def reads_items(self) -> bool:

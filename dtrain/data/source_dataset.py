@@ -163,6 +163,10 @@ class SourceDataset(Dataset):
             self.__dict__.pop(name, None)
 
     @property
+    def reads_in_threads(self) -> bool:
+        return not self._samples.by_item
+
+    @property
     def reads_items(self) -> bool:
         return self._samples.by_item
 

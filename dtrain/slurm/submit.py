@@ -20,16 +20,13 @@ from dtrain.config.out_folder import fill_keys
 from dtrain.config.parse import read_run
 from dtrain.config.run import RunConfig
 from dtrain.errors import ConfigError
+from dtrain.planning.data_memory import PROCESS_BYTES
 from dtrain.planning.memory_plan import MemoryPlan
 from dtrain.planning.plan import Plan, make_plan
 from dtrain.slurm.job_script import SlurmJob, render_script
 from dtrain.slurm.site import Site, read_site
 
 SCRIPT_NAME = "job.sh"
-
-
-BASE_RANK_BYTES = 400e6
-"""Memory of a rank beside what the plan counts: Python, torch and the MPI library."""
 
 
 DEFAULT_MINUTES = 60
@@ -250,7 +247,7 @@ def _check_memory(job: SlurmJob, site: Site, plan: Plan) -> None:
             f"{site.gpu_memory_gb:g} GB: set more [mesh] stages, micro-batches, or [partition] "
             "recompute",
         )
-    node = job.ranks_per_node * (largest + BASE_RANK_BYTES)
+    node = job.ranks_per_node * (largest + PROCESS_BYTES)
     if site.memory_per_node_gb and node > site.memory_per_node_gb * 1e9:
         raise ConfigError(
             "submit.memory",

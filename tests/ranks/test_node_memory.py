@@ -427,7 +427,9 @@ def test_evaluation_and_prediction_hold_what_they_read(
 
 def data_row(plan: Plan) -> dict[str, int]:
     """Return the bytes of the data of a plan by place, without those that are 0."""
-    return {key: size for key, size in plan_table(plan)["data"].items() if size}
+    table = plan_table(plan)["data"]
+    assert table.pop("process_bytes") == data_memory.PROCESS_BYTES * (1 + plan.run.data.workers)
+    return {key: size for key, size in table.items() if size}
 
 
 def test_a_plan_says_what_a_node_holds(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:

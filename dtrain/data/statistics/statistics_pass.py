@@ -37,8 +37,9 @@ Channels = Literal["first", "last"] | int
 """The axis of a sample along which statistics are kept, as `[data] channels` has it."""
 
 
-EXACT_PIECE_BYTES = 2**24
-"""Bytes of a piece of small integers, unless one sample is larger."""
+EXACT_PIECE_BYTES = 2**22
+"""Bytes of a piece of small integers, unless one sample is larger: it is summed while it is in the
+cache."""
 
 
 PIECE_BYTES = 2**25
@@ -47,6 +48,10 @@ PIECE_BYTES = 2**25
 
 MAX_PIECE_BYTES = 2**26
 """Bytes up to which a piece of other numbers has `SAMPLES_PER_READ` samples."""
+
+
+MIN_READERS = 2
+"""Threads that read and add up small integers from files: one waits for the disk."""
 
 
 MAX_EXACT_THREADS = 4
@@ -221,6 +226,9 @@ class StatisticsPass:
     def _sums_in_order(self, pieces: Sequence[range]) -> Iterator[PieceSums]:
         """Yield the sums of pieces; at most one piece more is in memory than there are threads."""
         threads = min(MAX_EXACT_THREADS, torch.get_num_threads()) if self.is_exact else 1
+        if self.is_exact and getattr(self._source, "reads_in_threads", False):
+            yield from self._read_in_threads(pieces, max(MIN_READERS, threads))
+            return
         running = deque[Future[PieceSums]]()
         with ThreadPoolExecutor(threads, "dtrain-statistics") as pool:
             for piece in pieces:
@@ -229,6 +237,21 @@ class StatisticsPass:
                     yield running.popleft().result()
                 running.append(pool.submit(self._sum, rows, piece.start))
                 del rows
+            while running:
+                yield running.popleft().result()
+
+    def _read_in_threads(self, pieces: Sequence[range], threads: int) -> Iterator[PieceSums]:
+        """Yield the sums of pieces, each of which a thread reads and adds up."""
+
+        def read_and_sum(piece: range) -> PieceSums:
+            return self._sum(self._source.read_stored(piece), piece.start)
+
+        running = deque[Future[PieceSums]]()
+        with ThreadPoolExecutor(threads, "dtrain-statistics") as pool:
+            for piece in pieces:
+                if len(running) == 2 * threads:
+                    yield running.popleft().result()
+                running.append(pool.submit(read_and_sum, piece))
             while running:
                 yield running.popleft().result()
 
