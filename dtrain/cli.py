@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         0 done; 1 another exception; 2 usage, run file or mesh; 3 data; 4 a loss or weight is NaN or
         infinite; 5 a checkpoint is damaged or incomplete; 6 ranks hang; 7 a rank was lost;
-        75 told to stop, and saved; 128 + n ended at once by signal n.
+        75 saved and stopped early; 128 + n ended at once by signal n.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     own_words, script_words = _split_script_words(words)

@@ -41,6 +41,8 @@ def _list(options: argparse.Namespace) -> int:
     rows = list_checkpoints(options.folder, options.verify)
     text = json.dumps(rows_as_json(rows), indent=2) + "\n" if options.json else rows_text(rows)
     print(text, end="")
+    if options.verify and not options.json and not any(row.is_damaged for row in rows):
+        print("all files are whole")
     return CheckpointError.code if any(row.is_damaged for row in rows) else 0
 
 

@@ -111,11 +111,11 @@ def _kinds() -> dict[str, type[DtrainError]]:
 
 
 SAVED_CODE = 75
-"""Exit code of a run that was told to stop and has saved: EX_TEMPFAIL, try again later."""
+"""Exit code of a run that was stopped early and has saved: EX_TEMPFAIL, try again later."""
 
 
 class Interrupted(BaseException):
-    """The run was told to stop: by a signal before training, or by a signal or the time limit of
+    """The run was stopped early: by a signal before training, or by a signal or the time limit of
     the job in training; then it has saved a checkpoint.
 
     It derives from `BaseException`, as `KeyboardInterrupt` does, so that an `except Exception` in

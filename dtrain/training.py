@@ -31,7 +31,7 @@ def train(
     Raises
     ------
     Interrupted
-        On all ranks, with code 75, once a run that was told to stop has saved.
+        On all ranks, with code 75, once a run that was stopped early has saved.
     DtrainError
         Before training begins on all ranks. Later (a loss that is not finite, for example) on the
         rank that found it: then the caller has to end the others.
@@ -47,11 +47,11 @@ def train_session(session: Session) -> None:
     Raises
     ------
     Interrupted
-        On all ranks, with code 75, once a run that was told to stop has saved.
+        On all ranks, with code 75, once a run that was stopped early has saved.
     """
     with session:
         run = session.plan.run
-        if session.evaluation_pending:  # the last attempt was told to stop before it
+        if session.evaluation_pending:  # the last attempt was stopped before it
             _evaluate_if_due(session, session.plan.training_length.update_before(session.update))
         for segment in session.segments():
             for _ in session.updates(segment):

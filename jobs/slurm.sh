@@ -4,7 +4,7 @@
 # Options of sbatch override the lines below, for example
 #     sbatch --nodes=4 --ntasks=16 --time=08:00:00 jobs/slurm.sh jobs/cifar10.toml
 # Resubmit the same command with the same --out to resume from the last checkpoint. Exit code 75
-# means that the run was told to stop, by a signal or by the time limit, and has saved.
+# means that a signal or the time limit stopped the run, and that it has saved.
 # To diagnose a hang: scancel --signal=URG JOB; dtrain flight RUN_FOLDER  (docs/faults.md)
 #
 # Your site may require further options, here or on the command line:

@@ -230,7 +230,7 @@ class MeanReduction(Request):
     @contextmanager
     def _gather_parts(
         self, data: Tensor, tag: int
-    ) -> Iterator[tuple[dict[int, Tensor], list[Request]]]:
+    ) -> Iterator[tuple[dict[int, Tensor], Sequence[Request]]]:
         """Yield buffers for the parts of this node, in rank order, and the receives that fill them.
 
         The part of this rank is `data` itself.

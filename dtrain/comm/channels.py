@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol, final
 import torch
 from torch import Tensor
 
-from dtrain.comm.backends.base import Request, combine_requests
+from dtrain.comm.backends.base import PointToPointRequest, combine_requests
 from dtrain.comm.buffers import TensorSpec, as_bytes, describe_tensor
 from dtrain.comm.context import CommContext
 from dtrain.comm.flight_recorder import Pending
@@ -49,12 +49,12 @@ class Transfer(NamedTuple):
     """A message in flight, or the posted receive of one."""
 
     tensors: tuple[Tensor, ...]
-    request: Request
+    request: PointToPointRequest
     start_time: float
     nbytes: int
 
     @staticmethod
-    def start(tensors: tuple[Tensor, ...], requests: list[Request]) -> Transfer:
+    def start(tensors: tuple[Tensor, ...], requests: list[PointToPointRequest]) -> Transfer:
         """Return the transfer of `tensors` that the requests complete."""
         size_bytes = sum(tensor.nbytes for tensor in tensors)
         return Transfer(tensors, combine_requests(requests), time.perf_counter(), size_bytes)

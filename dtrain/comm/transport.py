@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import final
 
-from dtrain.comm.backends.base import Backend, Bytes, CombinedRequest, Request
+from dtrain.comm.backends.base import Backend, Bytes, CombinedRequest, PointToPointRequest
 from dtrain.comm.flight_recorder import FlightRecorder
 from dtrain.comm.node_topology import NodeTopology
 
@@ -57,7 +57,7 @@ class Transport:
         """Return all ranks of the group but this one."""
         return [rank for rank in range(self.size) if rank != self.rank]
 
-    def isend(self, data: Bytes, dest: int, tag: int, count_bytes: bool) -> Request:
+    def isend(self, data: Bytes, dest: int, tag: int, count_bytes: bool) -> PointToPointRequest:
         """Send; the memory must stay and not change until the request is complete."""
         if count_bytes:
             self.traffic.count(data.size, intra_node=self.topology.is_local(dest))
@@ -65,7 +65,7 @@ class Transport:
             return self.backend.isend(data, dest, tag)
         return CombinedRequest(self.backend.isend(part, dest, tag) for part in self._chunks(data))
 
-    def irecv(self, data: Bytes, source: int, tag: int) -> Request:
+    def irecv(self, data: Bytes, source: int, tag: int) -> PointToPointRequest:
         """Receive as many bytes as `data` holds."""
         if data.size <= self.chunk_bytes:
             return self.backend.irecv(data, source, tag)

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
+from dtrain.doctor.programs import run_captured
+
 LIMIT_S = 20.0
 """Seconds that a library may take to start; a healthy one takes less than one."""
 
@@ -52,17 +54,7 @@ def probe_mpi(
 ) -> MpiFacts:
     """Start MPI in a subprocess with this environment and return the facts."""
     try:
-        done = subprocess.run(
-            command,
-            env=dict(environ),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=limit_s,
-            check=False,
-            start_new_session=True,
-        )
+        done = run_captured(command, environ, limit_s)
     except subprocess.TimeoutExpired:
         return MpiFacts("hangs", text=f"{limit_s:g} s")
     except OSError as error:

@@ -17,16 +17,30 @@ def program_output(
     if path is None:
         return None
     try:
-        done = subprocess.run(
-            [path, *argv[1:]],
-            env=dict(environ),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=limit_s,
-            check=False,
-        )
+        done = run_captured([path, *argv[1:]], environ, limit_s)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout + done.stderr if done.returncode == 0 else None
+
+
+def run_captured(
+    argv: Sequence[str], environ: Mapping[str, str], limit_s: float
+) -> subprocess.CompletedProcess[str]:
+    """Run a program without input, in a session of its own, and return what it printed.
+
+    Raises
+    ------
+    OSError, subprocess.TimeoutExpired
+        It cannot start, or exceeds the limit.
+    """
+    return subprocess.run(
+        argv,
+        env=dict(environ),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=limit_s,
+        check=False,
+        start_new_session=True,
+    )

@@ -80,7 +80,7 @@ class RunTotals:
         Sums of losses and metrics in the part of a segment that was trained before it ended early,
         by replica. `loss` and `figures` have them when the rest of the segment is trained.
     evaluation_pending : bool
-        Whether the run was told to stop at the end of a segment, before an evaluation that may be
+        Whether the run was stopped at the end of a segment, before an evaluation that may be
         due there.
     """
 

@@ -152,7 +152,7 @@ class RunClock:
         )
 
     def _say_where_it_stops(self, update: int) -> None:
-        """Say where a run that was told to stop saves, if that is not the next update."""
+        """Say at which update a stopped run saves, if that is not the next update."""
         if self._early_end.in_segments:
             self._say(f"{reason(self._early_end.requested)}: saves and ends at the next update")
             return

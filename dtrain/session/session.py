@@ -153,7 +153,7 @@ class Session:
     stop_reason : str or None
         Why the run ends before its last update; the same on all ranks once `segments` has ended.
     interrupted : bool
-        Whether the run was told to stop by a signal or by the time limit of the job: `segments`
+        Whether the run was stopped by a signal or by the time limit of the job: `segments`
         saves and ends. The same on all ranks after `finish`.
     """
 
@@ -405,7 +405,7 @@ class Session:
 
     @property
     def evaluation_pending(self) -> bool:
-        """Whether the run was told to stop at the end of a segment, before its evaluation."""
+        """Whether the run was stopped at the end of a segment, before its evaluation."""
         return self._totals.evaluation_pending
 
     @property
@@ -453,7 +453,7 @@ class Session:
     def segments(self) -> Iterator[Segment]:
         """Yield the segments that are left. The ranks agree before each one whether to stop.
 
-        A run that was told to stop saves a checkpoint and yields no further segment.
+        A run that was stopped early saves a checkpoint and yields no further segment.
         """
         for segment in self.plan.training_length.segments(self.update):
             self._agree_to_begin(segment)
@@ -490,7 +490,7 @@ class Session:
     def updates(self, segment: Segment) -> Iterator[int]:
         """Train the updates of a segment; yield the number of each, from 0 in the run.
 
-        A run that was told to stop yields fewer.
+        A run that was stopped early yields fewer.
         """
         if self._segment is not None:
             raise ConfigError(
@@ -557,7 +557,7 @@ class Session:
     def finish(self, segment: Segment) -> None:
         """End a segment: syncs settle, and the records of all ranks are added up.
 
-        A segment that ended early, since the run was told to stop, has no record of its own: the
+        A segment that ended early has no record of its own: the
         next start trains the rest of it and records the whole.
         """
         for _ in self._updates:  # those that the caller has not taken

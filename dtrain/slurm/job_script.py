@@ -102,6 +102,7 @@ def render_script(job: SlurmJob, site: Site) -> str:
     return environment.get_template(TEMPLATE).render(
         job=job,
         site=site,
+        lead=min(site.signal_lead_s, 20 * job.minutes),  # a third of a short limit
         time=f"{hours:02}:{minutes:02}:00",
         log=_log_pattern(job),
         budget=REQUEUE_BUDGET,

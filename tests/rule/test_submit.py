@@ -117,6 +117,8 @@ def test_a_script_asks_for_the_ranks_of_the_plan() -> None:
     wanted |= {"time": "02:30:00", "account": "acc", "requeue": "", "open-mode": "append"}
     wanted |= {"signal": f"USR1@{site.signal_lead_s}", "partition": "booster", "gres": "gpu:4"}
     assert found.items() >= wanted.items()
+    short = directives(render_script(job(minutes=2), site))
+    assert short["signal"] == "USR1@40"
 
 
 def run_script(text: str, folder: Path, code: int, **environment: str) -> tuple[int, str]:

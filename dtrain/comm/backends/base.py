@@ -43,16 +43,20 @@ class Request(ABC):
     def test(self) -> bool:
         """Return whether the transfer is complete; never block. May be called again after that."""
 
+
+class PointToPointRequest(Request):
+    """A send or a receive."""
+
+    @abstractmethod
     def cancel(self) -> None:
         """Withdraw a receive that no send will match; its memory may then be freed."""
-        raise NotImplementedError("only a receive is withdrawn")
 
 
 @final
-class CombinedRequest(Request):
+class CombinedRequest(PointToPointRequest):
     """Several transfers, complete when all are."""
 
-    def __init__(self, requests: Iterable[Request]) -> None:
+    def __init__(self, requests: Iterable[PointToPointRequest]) -> None:
         self._open_requests = list(requests)
 
     def test(self) -> bool:
@@ -67,7 +71,7 @@ class CombinedRequest(Request):
         self._open_requests = []
 
 
-def combine_requests(requests: Sequence[Request]) -> Request:
+def combine_requests(requests: Sequence[PointToPointRequest]) -> PointToPointRequest:
     """Return one request for all of them."""
     return requests[0] if len(requests) == 1 else CombinedRequest(requests)
 
@@ -97,11 +101,11 @@ class Backend(ABC):
     library: str
 
     @abstractmethod
-    def isend(self, data: Bytes, dest: int, tag: int) -> Request:
+    def isend(self, data: Bytes, dest: int, tag: int) -> PointToPointRequest:
         """Start a send; it is complete only once the receive was posted, whatever the size."""
 
     @abstractmethod
-    def irecv(self, data: Bytes, source: int, tag: int) -> Request:
+    def irecv(self, data: Bytes, source: int, tag: int) -> PointToPointRequest:
         """Start to receive a message of exactly `data.size` bytes into `data`."""
 
     @abstractmethod

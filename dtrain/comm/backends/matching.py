@@ -10,11 +10,11 @@ from collections import defaultdict, deque
 from collections.abc import Hashable
 from typing import final
 
-from dtrain.comm.backends.base import Bytes, Request
+from dtrain.comm.backends.base import Bytes, PointToPointRequest
 
 
 @final
-class PendingTransfer(Request):
+class PendingTransfer(PointToPointRequest):
     """One end of a transfer."""
 
     def __init__(self, data: Bytes) -> None:

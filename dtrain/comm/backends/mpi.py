@@ -19,7 +19,7 @@ from typing import NoReturn, final
 import mpi4py
 import numpy as np
 
-from dtrain.comm.backends.base import Backend, Bytes, Request
+from dtrain.comm.backends.base import Backend, Bytes, PointToPointRequest
 from dtrain.comm.node_topology import NodeTopology
 
 mpi4py.rc.thread_level = "serialized"  # some transports do not support "multiple"
@@ -40,7 +40,7 @@ FIELD_BYTES = 1024
 
 
 @final
-class MpiRequest(Request):
+class MpiRequest(PointToPointRequest):
     """A request of MPI; `count` is the size of a receive in bytes, None for a send."""
 
     def __init__(self, request: MPI.Request, count: int | None = None) -> None:
@@ -100,11 +100,11 @@ class MpiBackend(Backend):
         self._comm = comm
         self._oversubscribed = oversubscribed
 
-    def isend(self, data: Bytes, dest: int, tag: int) -> Request:
+    def isend(self, data: Bytes, dest: int, tag: int) -> PointToPointRequest:
         """Send (`MPI_Issend`)."""
         return MpiRequest(self._comm.Issend([data, data.size, MPI.BYTE], dest, tag))
 
-    def irecv(self, data: Bytes, source: int, tag: int) -> Request:
+    def irecv(self, data: Bytes, source: int, tag: int) -> PointToPointRequest:
         """Receive (`MPI_Irecv`)."""
         return MpiRequest(self._comm.Irecv([data, data.size, MPI.BYTE], source, tag), data.size)
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Hashable
 from typing import NoReturn, final
 
-from dtrain.comm.backends.base import Backend, Bytes, Deadlock, Request
+from dtrain.comm.backends.base import Backend, Bytes, Deadlock, PointToPointRequest
 from dtrain.comm.backends.matching import Matcher
 
 DEADLOCK_TURNS = 3
@@ -32,11 +32,11 @@ class SingleBackend(Backend):
         self._last_event_count = 0
         self._idle_turns = 0  # since the last event
 
-    def isend(self, data: Bytes, dest: int, tag: int) -> Request:
+    def isend(self, data: Bytes, dest: int, tag: int) -> PointToPointRequest:
         """Send to this rank; complete once it posted the receive."""
         return self._matcher.post_send((self._group, dest, tag), data)
 
-    def irecv(self, data: Bytes, source: int, tag: int) -> Request:
+    def irecv(self, data: Bytes, source: int, tag: int) -> PointToPointRequest:
         """Receive from this rank."""
         return self._matcher.post_recv((self._group, source, tag), data)
 

@@ -20,7 +20,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from typing import NoReturn, TypeVar, final
 
-from dtrain.comm.backends.base import Backend, Bytes, CommTimeout, Deadlock, Request
+from dtrain.comm.backends.base import Backend, Bytes, CommTimeout, Deadlock, PointToPointRequest
 from dtrain.comm.backends.matching import Matcher
 from dtrain.comm.communicator import Comm
 from dtrain.errors import RankLostError
@@ -123,11 +123,11 @@ class ThreadBackend(Backend):
         self._group = group
         self._split_count = 0
 
-    def isend(self, data: Bytes, dest: int, tag: int) -> Request:
+    def isend(self, data: Bytes, dest: int, tag: int) -> PointToPointRequest:
         """Send; complete once the receive was posted."""
         return self._scheduler.matcher.post_send((self._group, self.rank, dest, tag), data)
 
-    def irecv(self, data: Bytes, source: int, tag: int) -> Request:
+    def irecv(self, data: Bytes, source: int, tag: int) -> PointToPointRequest:
         """Receive."""
         return self._scheduler.matcher.post_recv((self._group, source, self.rank, tag), data)
 
