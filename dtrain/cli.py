@@ -30,7 +30,8 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 ArgvBuilder = Callable[[argparse.Namespace], list[str]]
 
 
-RankWork = Callable[[argparse.Namespace, "Comm"], None]
+RankWork = Callable[[argparse.Namespace, "Comm"], int | None]
+"""Returns an exit code where it is not 0."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -288,26 +289,27 @@ def _run_rank(options: argparse.Namespace) -> int:
 
     comm = dtrain.init()  # MPI comes before torch
     try:
-        options.work(options, comm)
+        code: int | None = options.work(options, comm)
     except SystemExit:
         raise
     except BaseException as error:
         return report_error(error, comm)
-    return 0
+    return code or 0
 
 
-def _train(options: argparse.Namespace, comm: Comm) -> None:
+def _train(options: argparse.Namespace, comm: Comm) -> int | None:
     """Train, as one rank."""
     from dtrain.api import read_together
     from dtrain.comm.agree import all_or_none
     from dtrain.config.sweep import read_sweep
 
     if runs := all_or_none(comm, lambda: read_sweep(options.run, options.set, options.out)):
-        raise SystemExit(cli_sweep.train_in_turn(options, runs, comm))
+        return cli_sweep.train_in_turn(options, runs, comm)
     run = read_together(options.run, options.set, comm)
     _check_launcher(run.config.stages, comm.size, options.run)
     out = options.out or Path("runs") / options.run.stem
     dtrain.train(run, out, resume=options.resume, exact_mesh=True)
+    return None
 
 
 def _run_script(options: argparse.Namespace, comm: Comm) -> None:
