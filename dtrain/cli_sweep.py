@@ -7,7 +7,7 @@ end the sweep, as long as its ranks can go on.
 
     runs/net/                      the folder of the sweep
         optimizer.lr=0.1,seed=0/   a run folder for each run
-        sweep.csv                  the table, written at the end
+        sweep.csv                  the table, written after each run
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ def train_on_new_ranks(
         _print_head(number, runs)
         words = vars(options) | {"set": [*options.set, *run.settings], "out": out}
         codes.append(start(argparse.Namespace(**words)))
+        _write_table(folder)
         if codes[-1] == SAVED_CODE or codes[-1] >= 128:  # stopped by a signal
             return codes[-1]
-    _write_table(folder)
+    _print_table(folder)
     return next(filter(None, codes), 0)
 
 
@@ -82,8 +83,10 @@ def train_in_turn(options: argparse.Namespace, runs: Sequence[SweepRun], comm: C
                 raise
             error.on_all_ranks = True
             codes.append(report_error(error, comm))
+        if comm.rank == 0:
+            _write_table(folder)
     if comm.rank == 0:
-        _write_table(folder)
+        _print_table(folder)
     return next(filter(None, codes), 0)
 
 
@@ -141,9 +144,13 @@ def _print_head(number: int, runs: Sequence[SweepRun], remark: str = "") -> None
 
 
 def _write_table(folder: Path) -> None:
-    """Print the table of a sweep, and write it into the folder."""
-    from dtrain.run_report.run_table import CSV_NAME, read_run_table, table_text, write_csv
+    """Write the table of the runs so far into the folder of a sweep."""
+    from dtrain.run_report.run_table import CSV_NAME, read_run_table, write_csv
 
-    table = read_run_table([folder])
-    print(f"\n{table_text(table)}table  {folder / CSV_NAME}", flush=True)
-    write_csv(table, folder / CSV_NAME)
+    write_csv(read_run_table([folder]), folder / CSV_NAME)
+
+
+def _print_table(folder: Path) -> None:
+    from dtrain.run_report.run_table import CSV_NAME, read_run_table, table_text
+
+    print(f"\n{table_text(read_run_table([folder]))}table  {folder / CSV_NAME}", flush=True)
