@@ -45,17 +45,10 @@ from dtrain.callbacks import (
 )
 from dtrain.checkpoint import ownership, run_folder, store
 from dtrain.checkpoint.digest import model_digest
-from dtrain.checkpoint.resume import (
-    BEST_FOLDER,
-    CHECKPOINT_FOLDER,
-    ResumePoint,
-    check_same_model,
-    damage_notes,
-    data_path_notes,
-    find_resume_point,
-    source_hashes,
-    source_notes,
-)
+from dtrain.checkpoint.resume import ResumePoint, damage_notes, find_resume_point
+from dtrain.checkpoint.run_folder import BEST_FOLDER, CHECKPOINT_FOLDER
+from dtrain.checkpoint.same_run import data_path_notes
+from dtrain.checkpoint.saved_fingerprint import check_same_model, source_hashes, source_notes
 from dtrain.comm.agree import all_or_none, broadcast_object
 from dtrain.comm.communicator import Comm
 from dtrain.comm.early_end import EarlyEnd
