@@ -35,7 +35,8 @@ PART_BYTES = 1 << 24
 """Bytes that are written or hashed at once."""
 
 
-WRITE_BUFFER_BYTES = 1 << 20
+JOINED_BYTES = 1 << 20
+"""Smaller parts are joined up to about this size."""
 
 
 IMAGE_BYTES, IMAGE_BYTES_PER_KEY = 1 << 20, 1 << 16
@@ -188,12 +189,11 @@ def write_parts(
     size = 0
     thread.start()
     try:
-        with open(path, "wb", buffering=WRITE_BUFFER_BYTES) as file:
+        with open(path, "wb", buffering=0) as file:
             for part in _split(parts):
                 check()
-                file.write(part)
+                _write_all(file, part)
                 size += len(part)
-            file.flush()
             os.fsync(file.fileno())
     except BaseException:
         stopped.append(True)
@@ -298,8 +298,25 @@ def _as_bytes(tensor: Tensor) -> memoryview:
     return plain.numpy().data
 
 
+def _write_all(file: io.FileIO, data: memoryview) -> None:
+    """Write all of `data`; one write of the kernel may take a part of it."""
+    rest = data
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
 def _split(parts: Sequence[Any]) -> Iterator[memoryview]:
+    """Yield the parts in pieces that are neither very small nor very large."""
+    joined = bytearray()
     for part in parts:
         view = memoryview(part)
+        if len(joined) + len(view) <= JOINED_BYTES:
+            joined += view
+            continue
+        if joined:
+            yield memoryview(bytes(joined))
+            joined.clear()
         for start in range(0, len(view), PART_BYTES):
             yield view[start : start + PART_BYTES]
+    if joined:
+        yield memoryview(bytes(joined))
