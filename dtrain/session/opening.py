@@ -14,15 +14,9 @@ from pathlib import Path
 from dtrain.build import RankJob, build_rank, check_same_layout, make_plan_together, set_threads
 from dtrain.callbacks import Callback, Ema, all_callbacks, with_callback_keys
 from dtrain.checkpoint import run_folder
-from dtrain.checkpoint.resume import (
-    ResumePoint,
-    check_same_model,
-    damage_notes,
-    data_path_notes,
-    find_resume_point,
-    source_hashes,
-    source_notes,
-)
+from dtrain.checkpoint.resume import ResumePoint, damage_notes, find_resume_point
+from dtrain.checkpoint.same_run import data_path_notes
+from dtrain.checkpoint.saved_fingerprint import check_same_model, source_hashes, source_notes
 from dtrain.comm.agree import all_or_none
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
