@@ -8,7 +8,6 @@ closes such a file. It writes through an `ErrorKeepingFile`, which keeps the fir
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ import h5py
 import torch
 from torch import Tensor
 
+from dtrain.checkpoint import files
 from dtrain.checkpoint.files import file_sha256, open_plain_file
 from dtrain.errors import CheckpointError
 
@@ -35,23 +35,23 @@ class ErrorKeepingFile(io.FileIO):
     error: OSError | None = None
 
     def write(self, data: Any, /) -> int:
-        """Write all of `data`; one write of the kernel takes less than 2 GiB."""
+        """Write all of `data`."""
         view = memoryview(data).cast("B")
-        remaining = view
-        while remaining and self.error is None:
+        if self.error is None:
             try:
-                remaining = remaining[super().write(remaining) :]
+                files.write_all(self.fileno(), view)
             except OSError as error:
                 self.error = error
         return len(view)
 
     def truncate(self, size: int | None = None, /) -> int:
         """Change the length."""
+        length = self.tell() if size is None else size
         try:
-            return super().truncate(size)
+            files.calls.truncate(self.fileno(), length)
         except OSError as error:
             self.error = self.error or error
-        return size or 0
+        return length
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -62,13 +62,13 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     OSError
         The first error of the disk.
     """
-    with ErrorKeepingFile(path, "w+") as file:
+    with ErrorKeepingFile(path, "w+", opener=files.calls.open) as file:
         try:
             _write_tensors(file, tensors)
         finally:
             if file.error is not None:
                 raise file.error
-        os.fsync(file.fileno())
+        files.calls.fsync(file.fileno())
     size = path.stat().st_size
     return {"file": path.name, "bytes": size, "sha256": file_sha256(path), "keys": list(tensors)}
 
