@@ -6,6 +6,7 @@ cut short is removed at the next start.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -34,9 +35,12 @@ class MetricsFile(Tracker):
         remove_torn_line(self._path)
 
     def record(self, kind: str, values: Mapping[str, Any]) -> None:
-        line = json.dumps({"kind": kind, **values}, allow_nan=False)
+        line = json.dumps({"kind": kind, **values}, allow_nan=False).encode() + b"\n"
         with self._path.open("ab", buffering=0) as file:
-            file.write(line.encode() + b"\n")
+            end = file.seek(0, os.SEEK_END)
+            if file.write(line) < len(line):
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def remove_torn_line(path: Path) -> None:

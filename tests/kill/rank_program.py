@@ -1,8 +1,8 @@
 """The program of a rank: trains `run.toml` into `out`, reports progress, and kills when told to.
 
 `DTRAIN_KILL` holds the JSON of a `Kill` (`harness.py`), or nothing. The rank `killer` kills at the
-given file call inside a save or after the last update, or some time after training has begun.
-Rank 0 appends its progress to `progress.jsonl`, and the killer what it is about to kill to `kills.jsonl`.
+given file call inside a save or after the last update, or some time after training has begun. It
+appends what it is about to kill to `kills.jsonl`, and rank 0 its progress to `progress.jsonl`.
 """
 
 from __future__ import annotations
