@@ -32,8 +32,11 @@ ORPHAN_LIMIT_S = 10.0
 NAP_S = 0.004
 """Seconds that a rank sleeps after every update, so that kills hit at different updates."""
 
-CALLS = {"save": 60, "end": 4}
+CALLS = {"save": 150, "end": 4}
 """Calls among which the one of a kill is drawn: those of about one save, and of the end."""
+
+NAMING_CALLS = 18
+"""The same for calls that write no data, such as the renames of a save."""
 
 REFUSALS = (2, 3, 5)
 """Exit codes of a start that is refused: run file or folder, data, checkpoint."""
@@ -71,6 +74,8 @@ class Kill:
         The time after which it kills.
     call : int
         Number of the file call before which it kills, counted over saves.
+    counts_writes : bool
+        Whether calls that write data are counted.
     torn : bool
         Whether that call, if it writes, writes half of its data.
     wait_s : float
@@ -83,6 +88,7 @@ class Kill:
     killer: int = 0
     delay_s: float = 0.0
     call: int = 0
+    counts_writes: bool = True
     torn: bool = False
     wait_s: float = 0.0
 
@@ -143,6 +149,7 @@ def draw_kills(rng: random.Random, count: int) -> list[Kill]:
 
 
 def _draw_kill(rng: random.Random, phase: str) -> Kill:
+    counts_writes = phase != "save" or rng.random() < 0.5
     longest = {"start": 1.0, "train": 0.15}.get(phase, 0.0)
     return Kill(
         target=rng.choice(TARGETS),
@@ -150,7 +157,8 @@ def _draw_kill(rng: random.Random, phase: str) -> Kill:
         number=rng.randrange(12),
         killer=0 if phase == "end" else rng.randrange(12),
         delay_s=rng.uniform(0.0, longest),
-        call=rng.randrange(CALLS.get(phase, 1)),
+        call=rng.randrange(CALLS.get(phase, 1) if counts_writes else NAMING_CALLS),
+        counts_writes=counts_writes,
         torn=rng.random() < 0.5,
         wait_s=rng.choice([0.0, 0.02, 0.3]),
     )
