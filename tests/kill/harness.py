@@ -26,6 +26,15 @@ from tests.process import carriers, command, sweep
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).with_name("rank_program.py")
 
+NODE_NAMES = """
+import os, platform
+
+if "OMPI_COMM_WORLD_RANK" in os.environ:
+    node = int(os.environ["OMPI_COMM_WORLD_RANK"]) // int(os.environ["DTRAIN_KILL_STAGES"])
+    platform.node = lambda: f"node-{node}"
+"""
+"""`sitecustomize` of cases with several nodes: each replica is on one of its own."""
+
 ORPHAN_LIMIT_S = 10.0
 """Seconds after a kill after which no process of the run may be left."""
 
@@ -186,6 +195,8 @@ def write_files(case: Case, folder: Path) -> None:
     (folder / "run.toml").write_text(case.run_file)
     blobs = ROOT / "tests" / "system" / "user" / "blobs.py"
     (folder / "blobs.py").write_text(blobs.read_text())
+    if case.nodes:
+        (folder / "sitecustomize.py").write_text(NODE_NAMES)
 
 
 class Part:
@@ -223,14 +234,17 @@ class Part:
         """Kill so many times, then let the run finish; return the counts."""
         planned = draw_kills(self._rng, kills)
         for number in range(kills + 5):
-            layout = self.case.layouts[number // 2 % len(self.case.layouts)]
-            self.counts.layout_changes += number > 0 and number % 2 == 0
+            layout, before = self._layout(number), self._layout(max(0, number - 1))
+            self.counts.layout_changes += layout != before
             if self._attempt(layout, planned.pop(0) if planned else None):
                 self._compare()
                 break
         else:
             self._note("the run did not finish")
         return self.counts
+
+    def _layout(self, number: int) -> Layout:
+        return self.case.layouts[number // 2 % len(self.case.layouts)]
 
     def _attempt(self, layout: Layout, planned: Kill | None) -> bool:
         """Start the run once; return whether it has finished."""
@@ -254,14 +268,13 @@ class Part:
         names = ("OMPI_", "PMI", "PRTE_", "SLURM_")
         environ = {k: v for k, v in os.environ.items() if not k.startswith(names)}
         environ.pop("PYTHONDONTWRITEBYTECODE", None)
-        environ |= dict([self._mark.split("=")]) | {"PYTHONPATH": str(ROOT)}
+        environ |= dict([self._mark.split("=")]) | {"PYTHONPATH": f"{ROOT}:{self.folder}"}
         environ["DTRAIN_KILL"] = ""
         if planned is not None:
             writers = self.case.writers(layout) if planned.phase == "save" else layout.ranks
             killer = {"killer": planned.killer % writers}
             environ["DTRAIN_KILL"] = json.dumps(asdict(planned) | killer)
         environ["DTRAIN_KILL_STAGES"] = str(layout.stages)
-        environ["DTRAIN_KILL_NODES"] = str(int(self.case.nodes))
         environ["DTRAIN_KILL_NAP_S"] = str(NAP_S)
         words = ["-m", "dtrain", "run", str(PROGRAM), "--ranks", str(layout.ranks)]
         with (self.folder / "output.txt").open("ab") as output:
@@ -366,6 +379,8 @@ class Part:
                 expected.get(key, {"kind": key[0]})
             ):
                 texts.append(f"{key} of attempt {record['attempt']} differs: {values(record)}")
+        if (ours["bytes_inter_node"] > 0) != self.case.nodes:
+            texts.append(f"{ours['bytes_inter_node']} bytes between nodes")
         if ours["attempts"] > self.counts.starts:
             texts.append(f"{ours['attempts']} attempts of {self.counts.starts} starts")
         return texts

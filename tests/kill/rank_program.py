@@ -9,25 +9,21 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import dtrain
+from dtrain.checkpoint import files
+from tests.kill.processes import find_targets, kill, parent
+
 RANK = int(os.environ["OMPI_COMM_WORLD_RANK"])
 STAGES = os.environ["DTRAIN_KILL_STAGES"]
 NAP_S = float(os.environ["DTRAIN_KILL_NAP_S"])
 KILL = json.loads(os.environ.get("DTRAIN_KILL") or "{}")
 IS_KILLER = bool(KILL) and KILL["killer"] == RANK
-
-if os.environ["DTRAIN_KILL_NODES"] == "1":
-    platform.node = lambda: f"node-{RANK // int(STAGES)}"
-
-import dtrain  # noqa: E402
-from dtrain.checkpoint import files  # noqa: E402
-from tests.kill.processes import find_targets, kill, parent  # noqa: E402
 
 
 def append(name: str, record: dict[str, Any]) -> None:
