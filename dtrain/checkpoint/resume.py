@@ -69,6 +69,7 @@ CHANGEABLE_KEYS = (
     "checkpoint.best",
     "stop.",
     "ema.evaluate",
+    "timeouts.",
 )
 
 
