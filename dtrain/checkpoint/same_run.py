@@ -37,6 +37,7 @@ CHANGEABLE_KEYS = (
     "checkpoint.best",
     "stop.",
     "ema.evaluate",
+    "timeouts.",
 )
 
 

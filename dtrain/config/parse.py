@@ -24,6 +24,7 @@ from dtrain.config.sections import (
     RunSection,
     Stop,
     StrategyChoice,
+    Timeouts,
 )
 from dtrain.config.strategies import read_strategy
 from dtrain.config.validate import validate_run
@@ -34,7 +35,7 @@ from dtrain.user_code import GivenArray, register_arrays, register_object, regis
 
 SECTIONS = (
     *("data", "task", "model", "mesh", "partition", "objective", "schedule", "sync"),
-    *("optimizer", "lr", "checkpoint", "evaluate", "log", "stop", "ema"),
+    *("optimizer", "lr", "checkpoint", "evaluate", "log", "stop", "ema", "timeouts"),
 )
 """The tables of a run file."""
 
@@ -143,6 +144,7 @@ def parse_run(table: Mapping[str, Any], path: Path, overrides: Sequence[str] = (
         optimizer_rest=rest,
         stop=from_table(Stop, sections["stop"], "[stop] ") if "stop" in table else None,
         ema=from_table(Ema, sections["ema"], "[ema] ") if "ema" in table else None,
+        timeouts=from_table(Timeouts, sections["timeouts"], "[timeouts] "),
     )
     validate_run(run)
     return run
