@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 from dtrain.comm.backends import mpi
-from dtrain.comm.communicator import Comm
+from dtrain.comm.node_topology import NodeTopology
 
-comm = Comm(mpi.world_backend())
-if comm.rank == 0:
-    print(json.dumps([len(set(comm.hosts)), comm.topology.node_numbers]))
+world = mpi.world_backend()
+if world.rank == 0:
+    topology = NodeTopology(world.nodes, world.rank)
+    print(json.dumps([len(set(world.hosts)), topology.node_numbers]))
