@@ -76,8 +76,8 @@ from dtrain.monitoring.metric_values import (
 from dtrain.monitoring.monitor import Monitor
 from dtrain.monitoring.start_log import StartLog
 from dtrain.monitoring.summary import make_summary
+from dtrain.planning.placement_warnings import placement_warnings
 from dtrain.planning.plan import Plan
-from dtrain.planning.warnings import placement_warnings
 from dtrain.rank_process import defer_stop_signals, end_at_signals, init
 from dtrain.run import Run
 from dtrain.schedules.segments import Segment
@@ -277,7 +277,8 @@ class Session:
             job.engine.trace = start_trace(job, comm, out, self._totals)
         copied_blocks = job.copied_blocks if point.checkpoint is None else []
         layers = layer_notes(plan, job.engine.blocks, job.train_loader, comm)
-        notes += placement_warnings(plan, comm.hosts) + data_path_notes(point.run_table, plan.run)
+        notes += placement_warnings(plan, comm.topology.node_numbers, comm.hosts)
+        notes += data_path_notes(point.run_table, plan.run)
         notes += damage_notes(point)
         notes += source_notes(point.fingerprint, self._fingerprint["source"])
         self._listen(point)
