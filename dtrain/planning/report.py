@@ -106,9 +106,10 @@ def _placement_warnings(plan: Plan, cost_file: CostFile | None) -> list[str]:
 def _size_lines(plan: Plan) -> list[str]:
     mesh, settings, length = plan.layout.mesh, plan.run.settings, plan.training_length
     micro_batches = pluralise(settings.micro_batches, "micro-batch", "micro-batches")
+    shares = f", shares {' '.join(map(str, mesh.shares))}" if mesh.shares else ""
     return [
         f"{pluralise(mesh.ranks, 'rank')} = {pluralise(mesh.replicas, 'replica')} x "
-        f"{pluralise(mesh.stages, 'stage')}, {mesh.placement}",
+        f"{pluralise(mesh.stages, 'stage')}, {mesh.placement}{shares}",
         f"{pluralise(length.total_updates, 'update')}, {length.updates_per_epoch:,} per epoch; "
         f"{pluralise(settings.batch_size, 'sample')} per update in {micro_batches} per replica",
     ]

@@ -94,7 +94,7 @@ def _warn_small_batches(plan: Plan) -> Iterator[str]:
     rows = min((len(micro) for batch in batches for micro in batch.micro_batch_indices), default=0)
     if not _batch_norm_names(plan.layout) or rows >= MIN_NORM_SAMPLES:
         return
-    enough = MIN_NORM_SAMPLES * replicas * splitter.micro_batches
+    enough = splitter.sufficient_batch(MIN_NORM_SAMPLES * splitter.micro_batches)
     fewer = ""
     if splitter.micro_batches > 1:
         fewer = f", or fewer than micro-batches = {splitter.micro_batches}"
@@ -181,15 +181,15 @@ def _warn_empty_replicas(plan: Plan) -> Iterator[str]:
         yield (
             f"{first} of {replicas} replicas have no samples in any update of "
             f"{min(splitter.batch_size, size)} samples and only cost time: set batch-size = "
-            f"{replicas * splitter.min_rows} or more, or start fewer replicas"
+            f"{splitter.sufficient_batch(splitter.min_rows)} or more, or start fewer replicas"
         )
     elif last:
         rest = size - (updates - 1) * splitter.batch_size
         yield (
             f"{last} of {replicas} replicas have no samples in the last of {updates} updates of an "
             f"epoch, which has {rest} of {splitter.batch_size} samples: choose a batch-size that "
-            f"leaves at least {replicas * splitter.min_rows} of {size:,} samples, or start fewer "
-            "replicas"
+            f"leaves at least {splitter.sufficient_batch(splitter.min_rows)} of {size:,} samples, "
+            "or start fewer replicas"
         )
 
 

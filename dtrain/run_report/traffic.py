@@ -51,6 +51,7 @@ def _message_bytes(plan: RunPlan, nodes: list[str], samples: int) -> list[Traffi
     mesh, rows = plan.mesh, plan.rows_per_micro_batch
     if mesh is None or not rows or len(nodes) != mesh.ranks:
         return None
+    shares = mesh.shares or (1,) * mesh.replicas
     sizes: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for message in plan.messages:
         if not message.is_sent or max(message.source_stage, message.target_stage) >= mesh.stages:
@@ -58,6 +59,6 @@ def _message_bytes(plan: RunPlan, nodes: list[str], samples: int) -> list[Traffi
         for replica in range(mesh.replicas):
             ends = message.source_stage, message.target_stage
             source, target = (nodes[mesh.rank(replica, stage)] for stage in ends)
-            size = message.size / rows * samples / mesh.replicas
+            size = message.size / rows * samples * shares[replica] / sum(shares)
             sizes[message.route][source != target] += size
     return [Traffic(route, round(a), round(b)) for route, (a, b) in sizes.items()]
