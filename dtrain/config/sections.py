@@ -161,10 +161,14 @@ class Mesh:
         Ranks along the model; replicas = ranks / stages. Left out: all ranks.
     placement : "stages-in-node" or "replicas-in-node"
         The axis whose ranks share a node.
+    shares : tuple of int, optional
+        One number for each replica, in proportion to its speed: its part of the samples of an
+        update. Left out: equal parts.
     """
 
     stages: int | None = None
     placement: Literal["stages-in-node", "replicas-in-node"] = "stages-in-node"
+    shares: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

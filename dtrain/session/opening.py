@@ -24,8 +24,8 @@ from dtrain.monitoring.machine_peak import measured_peak
 from dtrain.monitoring.monitor import Monitor
 from dtrain.monitoring.run_totals import RunTotals
 from dtrain.monitoring.start_log import StartLog
+from dtrain.planning.placement_warnings import placement_warnings
 from dtrain.planning.plan import Plan
-from dtrain.planning.warnings import placement_warnings
 from dtrain.schema import Table
 from dtrain.session.folder_lock import FolderLock
 from dtrain.session.hang_watch import HangWatch
@@ -234,7 +234,7 @@ def _start_message(
     plan, point = job.plan, checked.point
     notes = [
         *checked.notes,
-        *placement_warnings(plan, comm.hosts),
+        *placement_warnings(plan, comm.topology.node_numbers, comm.hosts),
         *data_path_notes(point.run_table, plan.run),
         *damage_notes(point),
         *source_notes(point.fingerprint, fingerprint["source"]),
