@@ -19,6 +19,7 @@ from dtrain.block.lr_schedule import LRFunction, LRSchedule
 from dtrain.config.parse import SECTIONS, parse_run, read_resolved_run, read_run
 from dtrain.config.run import RUN_FILE_HEADER, RunConfig
 from dtrain.config.sections import Checkpoint, Ema, Evaluate, Log, Mesh, Partition, Stop, Timeouts
+from dtrain.config.sweep import read_sweep
 from dtrain.data.dataset import DatasetSplits
 from dtrain.errors import ConfigError
 from dtrain.object_names import script_file
@@ -196,6 +197,19 @@ class Run:
         path = Path(path)
         config = read_resolved_run(path, set) if _is_resolved(path) else read_run(path, set)
         return cls.from_config(config)
+
+    @classmethod
+    def read_sweep(cls, path: str | Path, set: Sequence[str] = ()) -> dict[str, Run]:
+        """Return the runs of a run file with a table `[sweep]`, by the names of their folders.
+
+        Parameters
+        ----------
+        set : sequence of str
+            ``KEY=VALUE`` as in `read`, for all runs; a key of the sweep that is set leaves it.
+        """
+        path = Path(path)
+        runs = read_sweep(path, set)
+        return {run.name: cls.read(path, [*set, *run.settings]) for run in runs}
 
     @classmethod
     def from_config(cls, config: RunConfig) -> Run:

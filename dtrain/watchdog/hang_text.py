@@ -48,7 +48,7 @@ def hang_error(hang: Hang, own: Position, folder: Path, names: Sequence[str]) ->
     limit = f"[timeouts] {section} = {own.limit_s:g} s has passed: " if section else ""
     advice = (
         f"{limit}all ranks end; start the same command again to resume from the last checkpoint, "
-        f"or set a longer limit; the ranks' last events and stacks are in {folder} (`dtrain flight`)"
+        f"or set a longer limit; last events and stacks are in {folder} (`dtrain flight`)"
     )
     if hang.is_deadlock:
         return HangError("hang.deadlock", f"the run cannot go on: {causes}; {advice}")
