@@ -71,12 +71,15 @@ def acquire(folder: Path) -> Owner:
     """
     owner = _this_process()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.is_dir():
+            files.make_folder(folder)
         # Linked into place when it is written, so that no reader finds half of it.
         draft = folder / f".{OWNER_FILE}-{owner['host']}-{owner['process']}"
-        files.write_file(draft, json.dumps(owner))
+        files.write_file(draft, json.dumps(owner), sync=True)
         try:
-            return _claim(folder, draft, owner)
+            claimed = _claim(folder, draft, owner)
+            files.fsync(folder)  # from now on the folder is a run folder, after a power cut too
+            return claimed
         finally:
             files.calls.unlink(draft)
     except OSError as error:

@@ -182,11 +182,24 @@ def _commit(part: Path, final: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest and rename the folder, in the place of an older one of that name."""
     write_manifest(part, manifest)
     files.fsync(part)
-    replaced = _set_aside(final) if final.exists() else None
-    files.calls.rename(part, final)
+    replaced = _replace(part, final) if final.exists() else files.calls.rename(part, final)
     files.fsync(final.parent)
     if replaced is not None:
         files.delete_folder(replaced)
+
+
+def _replace(part: Path, final: Path) -> Path:
+    """Put a checkpoint in the place of one of the same update; return the new path of that one.
+
+    Where the file system cannot exchange names, that update has no checkpoint for an instant.
+    """
+    try:
+        files.calls.exchange(part, final)
+        return part
+    except OSError:
+        replaced = _set_aside(final)
+        files.calls.rename(part, final)
+        return replaced
 
 
 def _remove(folder: Path) -> None:
