@@ -21,6 +21,13 @@ from typing import Any
 from dtrain.checkpoint.files import replace_file
 from dtrain.checkpoint.ownership import Owner, acquire, release
 
+CHECKPOINT_FOLDER = "checkpoints"
+
+
+BEST_FOLDER = "best"
+"""Folder inside it that holds the best evaluated weights; no run resumes from them."""
+
+
 FLIGHT_FOLDER = "flight"
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dtrain.callbacks import callback_keys
 from dtrain.checkpoint import store
-from dtrain.checkpoint.resume import BEST_FOLDER, CHECKPOINT_FOLDER
+from dtrain.checkpoint.run_folder import BEST_FOLDER, CHECKPOINT_FOLDER
 from dtrain.data.statistics.standardise import Standardised
 from dtrain.session.evaluator import Evaluator
 from dtrain.session.folder_lock import FolderLock

@@ -14,15 +14,9 @@ from pathlib import Path
 from dtrain.build import RankJob, build_rank, check_same_layout, make_plan_together, set_threads
 from dtrain.callbacks import Callback, Ema, all_callbacks, with_callback_keys
 from dtrain.checkpoint import run_folder
-from dtrain.checkpoint.resume import (
-    ResumePoint,
-    check_same_model,
-    damage_notes,
-    data_path_notes,
-    find_resume_point,
-    source_hashes,
-    source_notes,
-)
+from dtrain.checkpoint.resume import ResumePoint, damage_notes, find_resume_point
+from dtrain.checkpoint.same_run import data_path_notes
+from dtrain.checkpoint.saved_fingerprint import check_same_model, source_hashes, source_notes
 from dtrain.comm.agree import all_or_none
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
@@ -30,10 +24,11 @@ from dtrain.monitoring.machine_peak import measured_peak
 from dtrain.monitoring.monitor import Monitor
 from dtrain.monitoring.run_totals import RunTotals
 from dtrain.monitoring.start_log import StartLog
+from dtrain.planning.placement_warnings import placement_warnings
 from dtrain.planning.plan import Plan
-from dtrain.planning.warnings import placement_warnings
 from dtrain.schema import Table
 from dtrain.session.folder_lock import FolderLock
+from dtrain.session.hang_watch import HangWatch
 from dtrain.session.job_limit import JobLimit
 from dtrain.session.layer_notes import layer_notes
 from dtrain.session.measured_cuts import settle_cuts
@@ -115,12 +110,13 @@ def open_run(
     callbacks: Sequence[Callback],
     comm: Comm,
     lock: FolderLock,
+    watch: HangWatch,
     resources: ExitStack,
 ) -> OpenRun:
     """Lock the folder, build this rank and restore the newest checkpoint. Collective over `comm`.
 
-    `lock` is that of the run folder `out`; `resources` receives what has to be closed, even by a
-    start that fails. `resume` is that of `Session`.
+    `lock` is that of the run folder `out`, `watch` that of this rank; `resources` receives what has
+    to be closed, even by a start that fails. `resume` is that of `Session`.
 
     Raises
     ------
@@ -138,6 +134,7 @@ def open_run(
     resources.callback(lock.release)
     attempt = lock.acquire(resume, point)
     comm.flight.set_folder(out / run_folder.FLIGHT_FOLDER)
+    watch.use_run_folder(checked.plan.layout.mesh)
     with log.step("building the blocks"):
         job = _build(checked.plan, comm, resources)
     all_or_none(comm, lambda: check_same_model(point.fingerprint, job.model_fingerprint))
@@ -237,7 +234,7 @@ def _start_message(
     plan, point = job.plan, checked.point
     notes = [
         *checked.notes,
-        *placement_warnings(plan, comm.hosts),
+        *placement_warnings(plan, comm.topology.node_numbers, comm.hosts),
         *data_path_notes(point.run_table, plan.run),
         *damage_notes(point),
         *source_notes(point.fingerprint, fingerprint["source"]),

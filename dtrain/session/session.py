@@ -43,6 +43,7 @@ from dtrain.session.end_requests import EndRequests
 from dtrain.session.evaluator import Evaluator
 from dtrain.session.failure import report_failure
 from dtrain.session.folder_lock import FolderLock
+from dtrain.session.hang_watch import HangWatch
 from dtrain.session.opening import OpenRun, open_run
 from dtrain.session.segment_training import SegmentTraining
 from dtrain.user_code import refuse_during_import
@@ -111,6 +112,7 @@ class Session:
         self._resources = ExitStack()
         self._opened: OpenRun | None = None
         self._summary: dict[str, Any] | None = None
+        self._has_trained = False
 
     # ---- start and end
 
@@ -148,8 +150,17 @@ class Session:
 
     def _open(self) -> None:
         comm, requests = self.comm, self._requests
+        watch = HangWatch(comm, self._given.timeouts, self.out, self._lock)
+        self._resources.callback(watch.close)
         self._opened = run = open_run(
-            self._given, self.out, self._resume, self.callbacks, comm, self._lock, self._resources
+            self._given,
+            self.out,
+            self._resume,
+            self.callbacks,
+            comm,
+            self._lock,
+            watch,
+            self._resources,
         )
         self.callbacks = run.callbacks
         _RUNS[self.out.resolve()] = run.job.plan.run
@@ -162,6 +173,7 @@ class Session:
         requests.listen(comm, run.job, run.monitor.note, run.limit, run.totals.update)
         run.show_start()
         self._notify("start")
+        comm.flight.enter("collective")
 
     @property
     def _run(self) -> OpenRun:
@@ -307,7 +319,11 @@ class Session:
         A run that was stopped early yields fewer.
         """
         clock, monitor = self._requests.clock, self._run.monitor
+        self.comm.flight.enter("update" if self._has_trained else "first-update")
         for update in self._training.updates(segment):
+            if not self._has_trained:
+                self._has_trained = True
+                self.comm.flight.enter("update")
             monitor.show(update)
             if clock is not None:
                 clock.note_update(update)
@@ -318,6 +334,7 @@ class Session:
     def finish(self, segment: Segment) -> None:
         """End a segment: syncs settle, and the records of all ranks are added up."""
         finished = self._training.finish(segment)
+        self.comm.flight.enter("collective")
         if finished is None:  # it ended early
             self._write_running_summary()
             return
@@ -349,7 +366,8 @@ class Session:
         self._training.refuse_open("evaluate")
         totals, start = self._run.totals, time.perf_counter()
         totals.evaluation_pending = False
-        totals.test, totals.evaluations = self._evaluator.test()
+        with self.comm.flight.in_section("evaluation"):
+            totals.test, totals.evaluations = self._evaluator.test()
         totals.tested = totals.update
         totals.tick()
         totals.add_history_test()
@@ -367,7 +385,8 @@ class Session:
         self._training.refuse_open("save")
         self._run.totals.tick()
         start = time.perf_counter()
-        self._checkpoints.save()
+        with self.comm.flight.in_section("checkpoint"):
+            self._checkpoints.save()
         save_s = time.perf_counter() - start
         self._run.monitor.end_save(save_s)
         if self._requests.clock is not None:
@@ -378,7 +397,8 @@ class Session:
     def save_best(self) -> None:
         """Keep the evaluated weights in ``checkpoints/best``, in the place of earlier ones."""
         self._training.refuse_open("save_best")
-        self._checkpoints.save_best()
+        with self.comm.flight.in_section("checkpoint"):
+            self._checkpoints.save_best()
 
     def digest(self) -> str:
         """Return the SHA-256 of the evaluated model."""

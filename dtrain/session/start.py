@@ -25,12 +25,9 @@ from dtrain.callbacks import (
 from dtrain.checkpoint import run_folder, store
 from dtrain.checkpoint.files import replace_file
 from dtrain.checkpoint.manifest import Manifest, read_manifest
-from dtrain.checkpoint.resume import (
-    ResumePoint,
-    check_same_run,
-    check_saved_data,
-    data_path_changes,
-)
+from dtrain.checkpoint.resume import ResumePoint
+from dtrain.checkpoint.same_run import check_same_run, data_path_changes
+from dtrain.checkpoint.saved_fingerprint import check_saved_data
 from dtrain.comm.agree import all_or_none
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
