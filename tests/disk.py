@@ -207,6 +207,11 @@ class RecordingCalls(FileCalls):
         change.apply(self._now, False)
         self.changes.append(change)
 
+    def inside_writes(self, count: int) -> bool:
+        """Return whether the calls before and after a crash both write data to a file."""
+        around = self.changes[max(0, count - 1) : count + 1]
+        return len(around) == 2 and all(change.kind == "data" for change in around)
+
     def crash(self, count: int, mode: Mode, seed: int = 0) -> dict[str, bytes | None]:
         """Return what is on the disk after a crash behind `count` calls: content by path."""
         rng, state, synced = random.Random(seed), State(), set[Node]()

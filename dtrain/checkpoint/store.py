@@ -71,8 +71,7 @@ def save(
     part = final.with_name(final.name + PARTIAL_SUFFIX)
     if control.rank == 0:
         with _convert_write_errors(part):
-            for remains in folder.glob(f"update-*{PARTIAL_SUFFIX}"):
-                files.delete_folder(remains)
+            remove_partial(folder)
             files.make_folder(part)
     control.allgather_object("made")
     with _convert_write_errors(part):
@@ -87,6 +86,18 @@ def save(
             for old in others[: max(0, len(others) - keep + 1)]:
                 _remove(old)
     control.allgather_object("done")
+
+
+def remove_partial(folder: Path) -> None:
+    """Delete what a run that was killed left of checkpoints that it wrote or deleted.
+
+    Raises
+    ------
+    OSError
+        A part of it cannot be deleted.
+    """
+    for remains in folder.glob(f"update-*{PARTIAL_SUFFIX}"):
+        files.delete_folder(remains)
 
 
 def collect_tensors(
