@@ -219,9 +219,10 @@ def _remove(folder: Path) -> None:
 
 
 def _set_aside(folder: Path) -> Path:
-    """Mark a checkpoint as incomplete by its name; return the new path."""
+    """Mark a checkpoint as incomplete by its name, also after a power cut; return the new path."""
     removed = folder.with_name(folder.name + ".old" + PARTIAL_SUFFIX)
     files.calls.rename(folder, removed)
+    files.fsync(folder.parent)
     return removed
 
 
