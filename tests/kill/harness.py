@@ -183,7 +183,7 @@ def undisturbed(case: Case, folder: Path) -> Path:
     config = read_run(folder / "run.toml", [f"mesh.stages={layout.stages}"])
     ranks = range(layout.ranks)
     hosts = [f"node-{rank // layout.stages if case.nodes else 0}" for rank in ranks]
-    run_ranks(layout.ranks, lambda comm: train(config, comm, out), hosts=hosts)
+    run_ranks(layout.ranks, lambda comm: train(config, comm, out), hosts=hosts, timeout_s=600)
     summary = read_json(out / "summary.json")
     assert case.nodes == (summary["bytes_inter_node"] > 0)
     return out
@@ -289,10 +289,14 @@ class Part:
             )
 
     def _kill_from_outside(self, child: subprocess.Popen[bytes], planned: Kill) -> float | None:
-        """Kill after a while, unless the run has ended by then; return when."""
+        """Kill after a while, but before training has begun; return when.
+
+        None: the run has ended by then.
+        """
         deadline = time.time() + self.start_s * planned.delay_s
         while True:
-            time.sleep(max(0.0, deadline - time.time()))
+            while time.time() < deadline and not (self.folder / "progress.jsonl").exists():
+                time.sleep(0.01)
             targets = find_targets(planned.target, child.pid, planned.number)
             if child.poll() is not None:
                 return None
