@@ -71,8 +71,7 @@ def save(
     part = final.with_name(final.name + PARTIAL_SUFFIX)
     if control.rank == 0:
         with _convert_write_errors(part):
-            for remains in folder.glob(f"update-*{PARTIAL_SUFFIX}"):
-                files.delete_folder(remains)
+            remove_partial(folder)
             files.make_folder(part)
     control.allgather_object("made")
     with _convert_write_errors(part):
@@ -87,6 +86,18 @@ def save(
             for old in others[: max(0, len(others) - keep + 1)]:
                 _remove(old)
     control.allgather_object("done")
+
+
+def remove_partial(folder: Path) -> None:
+    """Delete what a run that was killed left of checkpoints that it wrote or deleted.
+
+    Raises
+    ------
+    OSError
+        A part of it cannot be deleted.
+    """
+    for remains in folder.glob(f"update-*{PARTIAL_SUFFIX}"):
+        files.delete_folder(remains)
 
 
 def collect_tensors(
@@ -182,11 +193,24 @@ def _commit(part: Path, final: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest and rename the folder, in the place of an older one of that name."""
     write_manifest(part, manifest)
     files.fsync(part)
-    replaced = _set_aside(final) if final.exists() else None
-    files.calls.rename(part, final)
+    replaced = _replace(part, final) if final.exists() else files.calls.rename(part, final)
     files.fsync(final.parent)
     if replaced is not None:
         files.delete_folder(replaced)
+
+
+def _replace(part: Path, final: Path) -> Path:
+    """Put a checkpoint in the place of one of the same update; return the new path of that one.
+
+    Where the file system cannot exchange names, that update has no checkpoint for an instant.
+    """
+    try:
+        files.calls.exchange(part, final)
+        return part
+    except OSError:
+        replaced = _set_aside(final)
+        files.calls.rename(part, final)
+        return replaced
 
 
 def _remove(folder: Path) -> None:
@@ -195,9 +219,10 @@ def _remove(folder: Path) -> None:
 
 
 def _set_aside(folder: Path) -> Path:
-    """Mark a checkpoint as incomplete by its name; return the new path."""
+    """Mark a checkpoint as incomplete by its name, also after a power cut; return the new path."""
     removed = folder.with_name(folder.name + ".old" + PARTIAL_SUFFIX)
     files.calls.rename(folder, removed)
+    files.fsync(folder.parent)
     return removed
 
 
