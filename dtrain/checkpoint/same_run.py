@@ -38,6 +38,7 @@ CHANGEABLE_KEYS = (
     "checkpoint.best",
     "stop.",
     "ema.evaluate",
+    "timeouts.",
 )
 
 

@@ -28,6 +28,7 @@ import h5py
 import torch
 from torch import Tensor
 
+from dtrain.checkpoint import files
 from dtrain.checkpoint.files import open_plain_file
 from dtrain.errors import CheckpointError
 
@@ -189,12 +190,15 @@ def write_parts(
     size = 0
     thread.start()
     try:
-        with open(path, "wb", buffering=0) as file:
+        descriptor = files.calls.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        try:
             for part in _split(parts):
                 check()
-                _write_all(file, part)
+                files.write_all(descriptor, part)
                 size += len(part)
-            os.fsync(file.fileno())
+            files.calls.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except BaseException:
         stopped.append(True)
         raise
@@ -297,13 +301,6 @@ def _as_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a tensor in C order; a copy only where its memory has another order."""
     plain = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
     return plain.numpy().data
-
-
-def _write_all(file: io.FileIO, data: memoryview) -> None:
-    """Write all of `data`; one write of the kernel may take a part of it."""
-    rest = data
-    while rest:
-        rest = rest[file.write(rest) :]
 
 
 def _split(parts: Sequence[Any]) -> Iterator[memoryview]:

@@ -24,10 +24,11 @@ from dtrain.monitoring.machine_peak import measured_peak
 from dtrain.monitoring.monitor import Monitor
 from dtrain.monitoring.run_totals import RunTotals
 from dtrain.monitoring.start_log import StartLog
+from dtrain.planning.placement_warnings import placement_warnings
 from dtrain.planning.plan import Plan
-from dtrain.planning.warnings import placement_warnings
 from dtrain.schema import Table
 from dtrain.session.folder_lock import FolderLock
+from dtrain.session.hang_watch import HangWatch
 from dtrain.session.job_limit import JobLimit
 from dtrain.session.layer_notes import layer_notes
 from dtrain.session.measured_cuts import settle_cuts
@@ -109,12 +110,13 @@ def open_run(
     callbacks: Sequence[Callback],
     comm: Comm,
     lock: FolderLock,
+    watch: HangWatch,
     resources: ExitStack,
 ) -> OpenRun:
     """Lock the folder, build this rank and restore the newest checkpoint. Collective over `comm`.
 
-    `lock` is that of the run folder `out`; `resources` receives what has to be closed, even by a
-    start that fails. `resume` is that of `Session`.
+    `lock` is that of the run folder `out`, `watch` that of this rank; `resources` receives what has
+    to be closed, even by a start that fails. `resume` is that of `Session`.
 
     Raises
     ------
@@ -132,6 +134,7 @@ def open_run(
     resources.callback(lock.release)
     attempt = lock.acquire(resume, point)
     comm.flight.set_folder(out / run_folder.FLIGHT_FOLDER)
+    watch.use_run_folder(checked.plan.layout.mesh)
     with log.step("building the blocks"):
         job = _build(checked.plan, comm, resources)
     all_or_none(comm, lambda: check_same_model(point.fingerprint, job.model_fingerprint))
@@ -231,7 +234,7 @@ def _start_message(
     plan, point = job.plan, checked.point
     notes = [
         *checked.notes,
-        *placement_warnings(plan, comm.hosts),
+        *placement_warnings(plan, comm.topology.node_numbers, comm.hosts),
         *data_path_notes(point.run_table, plan.run),
         *damage_notes(point),
         *source_notes(point.fingerprint, fingerprint["source"]),

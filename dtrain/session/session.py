@@ -43,6 +43,7 @@ from dtrain.session.end_requests import EndRequests
 from dtrain.session.evaluator import Evaluator
 from dtrain.session.failure import report_failure
 from dtrain.session.folder_lock import FolderLock
+from dtrain.session.hang_watch import HangWatch
 from dtrain.session.opening import OpenRun, open_run
 from dtrain.session.segment_training import SegmentTraining
 from dtrain.user_code import refuse_during_import
@@ -112,6 +113,7 @@ class Session:
         self._saves = ExitStack()
         self._opened: OpenRun | None = None
         self._summary: dict[str, Any] | None = None
+        self._has_trained = False
 
     # ---- start and end
 
@@ -149,8 +151,17 @@ class Session:
 
     def _open(self) -> None:
         comm, requests = self.comm, self._requests
+        watch = HangWatch(comm, self._given.timeouts, self.out, self._lock)
+        self._resources.callback(watch.close)
         self._opened = run = open_run(
-            self._given, self.out, self._resume, self.callbacks, comm, self._lock, self._resources
+            self._given,
+            self.out,
+            self._resume,
+            self.callbacks,
+            comm,
+            self._lock,
+            watch,
+            self._resources,
         )
         self.callbacks = run.callbacks
         _RUNS[self.out.resolve()] = run.job.plan.run
@@ -164,6 +175,7 @@ class Session:
         requests.listen(comm, run.job, run.monitor.note, run.limit, run.totals.update)
         run.show_start()
         self._notify("start")
+        comm.flight.enter("collective")
 
     @property
     def _run(self) -> OpenRun:
@@ -174,7 +186,8 @@ class Session:
         """Reach the end of the segment, then write the summary with the model's digest."""
         if self._training.segment is not None:
             self.finish(self._training.segment)
-        self._checkpoints.finish()
+        with self.comm.flight.in_section("checkpoint"):
+            self._checkpoints.finish()
         self._requests.end(self.update)
         self._notify("end")
         self._run.monitor.finish(self._finished_summary())
@@ -311,7 +324,11 @@ class Session:
         A run that was stopped early yields fewer.
         """
         clock, monitor = self._requests.clock, self._run.monitor
+        self.comm.flight.enter("update" if self._has_trained else "first-update")
         for update in self._training.updates(segment):
+            if not self._has_trained:
+                self._has_trained = True
+                self.comm.flight.enter("update")
             monitor.show(update)
             if clock is not None:
                 clock.note_update(update)
@@ -323,6 +340,7 @@ class Session:
     def finish(self, segment: Segment) -> None:
         """End a segment: syncs settle, and the records of all ranks are added up."""
         finished = self._training.finish(segment)
+        self.comm.flight.enter("collective")
         if finished is None:  # it ended early
             self._write_running_summary()
             return
@@ -354,7 +372,8 @@ class Session:
         self._training.refuse_open("evaluate")
         totals, start = self._run.totals, time.perf_counter()
         totals.evaluation_pending = False
-        totals.test, totals.evaluations = self._evaluator.test()
+        with self.comm.flight.in_section("evaluation"):
+            totals.test, totals.evaluations = self._evaluator.test()
         totals.tested = totals.update
         totals.tick()
         totals.add_history_test()
@@ -372,7 +391,8 @@ class Session:
         self._training.refuse_open("save")
         self._run.totals.tick()
         start = time.perf_counter()
-        self._checkpoints.save(at_once=self.interrupted)
+        with self.comm.flight.in_section("checkpoint"):
+            self._checkpoints.save(at_once=self.interrupted)
         save_s = time.perf_counter() - start
         self._run.monitor.end_save(save_s, self._checkpoints.is_asynchronous)
         if self._requests.clock is not None:
@@ -384,7 +404,8 @@ class Session:
     def save_best(self) -> None:
         """Keep the evaluated weights in ``checkpoints/best``, in the place of earlier ones."""
         self._training.refuse_open("save_best")
-        self._checkpoints.save_best()
+        with self.comm.flight.in_section("checkpoint"):
+            self._checkpoints.save_best()
 
     def digest(self) -> str:
         """Return the SHA-256 of the evaluated model."""
