@@ -32,7 +32,7 @@ from dtrain.build import (
     set_threads,
 )
 from dtrain.checkpoint.manifest import Manifest
-from dtrain.checkpoint.resume import load_newest, newest_checkpoint
+from dtrain.checkpoint.newest_checkpoint import load_newest, newest_checkpoint
 from dtrain.checkpoint.store import load_blocks
 from dtrain.comm.agree import all_or_none
 from dtrain.comm.communicator import Comm

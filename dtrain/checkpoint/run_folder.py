@@ -18,8 +18,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dtrain.checkpoint.files import replacing
+from dtrain.checkpoint.files import replace_file
 from dtrain.checkpoint.ownership import Owner, acquire, release
+
+CHECKPOINT_FOLDER = "checkpoints"
+
+
+BEST_FOLDER = "best"
+"""Folder inside it that holds the best evaluated weights; no run resumes from them."""
+
 
 FLIGHT_FOLDER = "flight"
 
@@ -49,9 +56,8 @@ def archive(folder: Path, name: str, attempt: int) -> None:
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """Write `summary.json`, whole or not at all."""
-    with replacing(folder / "summary.json") as draft:
-        text = json.dumps(summary, indent=2, allow_nan=False)
-        draft.write_text(text + "\n", encoding="utf-8")
+    text = json.dumps(summary, indent=2, allow_nan=False)
+    replace_file(folder / "summary.json", text + "\n")
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:

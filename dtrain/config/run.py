@@ -27,6 +27,7 @@ from dtrain.config.sections import (
     RunSection,
     Stop,
     StrategyChoice,
+    Timeouts,
 )
 from dtrain.config.strategies import NamedStrategy, name_strategy
 from dtrain.object_names import object_name
@@ -82,6 +83,7 @@ class RunConfig:
     optimizer_rest: StrategyChoice | None = None
     stop: Stop | None = None
     ema: Ema | None = None
+    timeouts: Timeouts = field(default_factory=Timeouts)
 
     def __post_init__(self) -> None:
         """Name the strategies that were given as plain instances."""
@@ -159,6 +161,8 @@ class RunConfig:
             "evaluate": self.evaluate.to_table(),
             "log": self.log.to_table(),
         }
+        if timeouts := self.timeouts.to_table():
+            tables["timeouts"] = timeouts
         for name, section in (("stop", self.stop), ("ema", self.ema)):
             if section is not None:
                 tables[name] = to_table(section)
