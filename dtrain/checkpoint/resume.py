@@ -34,7 +34,7 @@ from dtrain.comm.agree import broadcast_object
 from dtrain.comm.backends.single import SingleBackend
 from dtrain.comm.communicator import Comm
 from dtrain.config.renamed_keys import translate_old_keys
-from dtrain.config.run import RunConfig
+from dtrain.config.run import RUN_FILE_HEADER, RunConfig
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.schema import Table, flatten_table, toml_text
 
@@ -93,6 +93,14 @@ SOURCE_SECTIONS = ("data", "model", "objective", "schedule", "sync", "optimizer"
 
 OWN_FILES = (f".{OWNER_FILE}*", "job.sh", ".job.sh-*", "slurm-*.log", ".requeues", "flight*")
 """Files of a job script, and those that a start leaves which ends before it trains."""
+
+
+FIRST_FILES = ("run.toml", "plan.txt", "data-statistics.json")
+"""Files that a start writes before `summary.json`; beside a run.toml of ours they are ours."""
+
+
+DRAFTS = tuple(f".{name}-*" for name in (*FIRST_FILES, "summary.json"))
+"""Files that `replacing` leaves where a process is killed."""
 
 
 RUN_FOLDER_FILES = {"summary.json", CHECKPOINT_FOLDER, OWNER_FILE}
@@ -215,7 +223,9 @@ def find_checkpoint(
         The manifest of the checkpoint is damaged; with `damaged`, no checkpoint is whole.
     """
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    names -= {name for name in names if fnmatch_any(name, OWN_FILES)}
+    names -= {name for name in names if fnmatch_any(name, (*OWN_FILES, *DRAFTS))}
+    if not names & (RUN_FOLDER_FILES - {OWNER_FILE}) and is_resolved_run(out / "run.toml"):
+        names -= {*FIRST_FILES}  # of a start that ended before it trained
     if resume == "never" and names - {OWNER_FILE}:
         raise ConfigError(
             "run-folder.not-empty",
@@ -240,6 +250,15 @@ def find_checkpoint(
             f"--resume {resume}: there is no complete checkpoint in {resume}",
         )
     return manifest
+
+
+def is_resolved_run(path: Path) -> bool:
+    """Return whether a file is the resolved run that a start wrote, and no run file of a user."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return file.readline().startswith(RUN_FILE_HEADER.partition("{")[0])
+    except (OSError, ValueError):
+        return False
 
 
 def fnmatch_any(name: str, patterns: Iterable[str]) -> bool:

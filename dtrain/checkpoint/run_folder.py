@@ -20,6 +20,7 @@ from typing import Any
 
 from dtrain.checkpoint.files import replacing
 from dtrain.checkpoint.ownership import Owner, acquire, release
+from dtrain.errors import CheckpointError
 
 FLIGHT_FOLDER = "flight"
 
@@ -47,11 +48,28 @@ def archive(folder: Path, name: str, attempt: int) -> None:
             (folder / name).rename(archived)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file of the run folder, whole or not at all.
+
+    Raises
+    ------
+    CheckpointError
+        It cannot be written: the disk is full, for example.
+    """
+    try:
+        with replacing(path) as draft:
+            draft.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(
+            "run-folder.write-failed",
+            f"cannot write {path}: {error.strerror or error}; free space and start the same "
+            "command again: it resumes from the last checkpoint, if there is one",
+        ) from error
+
+
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Write `summary.json`, whole or not at all."""
-    with replacing(folder / "summary.json") as draft:
-        text = json.dumps(summary, indent=2, allow_nan=False)
-        draft.write_text(text + "\n", encoding="utf-8")
+    """Write `summary.json`, whole or not at all; errors are those of `write_text`."""
+    write_text(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
@@ -78,6 +96,6 @@ def release_unfinished(
     if not release(folder, owner):
         return False
     if summary is not None:
-        with suppress(OSError):
+        with suppress(OSError, CheckpointError):
             write_summary(folder, summary | {"status": status, "error": reason, "error_key": key})
     return True

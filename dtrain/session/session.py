@@ -271,8 +271,7 @@ class Session:
         self._totals.attempt = attempt
         self._peak_flops = measured_peak(job.engine.engine_spec.device, plan.layout.dtype)
         self._progress = Monitor(plan, comm, out, self._totals, recorder)
-        if comm.rank == 0:
-            write_plan(plan, self._totals, out)
+        all_or_none(comm, lambda: None if comm.rank else write_plan(plan, self._totals, out))
         if plan.run.settings.trace:
             job.engine.trace = start_trace(job, comm, out, self._totals)
         copied_blocks = job.copied_blocks if point.checkpoint is None else []

@@ -35,7 +35,7 @@ from dtrain.checkpoint.resume import (
 from dtrain.comm.agree import all_or_none
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
-from dtrain.data.statistics.kept_statistics import write_kept
+from dtrain.data.statistics.kept_statistics import STATISTICS_FILE, kept_text
 from dtrain.data.statistics.shared_statistics import share_statistics, use_kept_statistics
 from dtrain.data.statistics.standardise import find_standardised
 from dtrain.engine.trace import TRACE_FILE, Trace
@@ -187,12 +187,13 @@ def _restore_ema(manifest: Manifest, ema: Ema, blocks: Mapping[int, Block]) -> N
 
 def write_plan(plan: Plan, totals: RunTotals, out: Path) -> None:
     """Write the resolved run, its plan, the statistics of its data and a first summary, once every
-    rank accepted the run."""
-    (out / "run.toml").write_text(plan.run.to_text(), encoding="utf-8")
-    (out / "plan.txt").write_text(report.plan_text(plan), encoding="utf-8")
+    rank accepted the run. Errors are those of `run_folder.write_text`."""
+    texts = {"run.toml": plan.run.to_text(), "plan.txt": report.plan_text(plan)}
     standardised = find_standardised(plan.data.train)
     if standardised is not None and standardised.training.is_computed:
-        write_kept(out, standardised.training)
+        texts[STATISTICS_FILE] = kept_text(standardised.training)
+    for name, text in texts.items():
+        run_folder.write_text(out / name, text)
     run_folder.write_summary(out, make_summary(plan, totals, "running"))
 
 
