@@ -59,6 +59,7 @@ CHANGEABLE_KEYS = (
     "data.workers",
     "mesh.",
     "log.",
+    "numerics.",
     "partition.recompute",
     "partition.places",
     "evaluate.every",

@@ -269,6 +269,8 @@ class Session:
         self._attach_ema()
         self._totals, merged_replicas = restore_run(job, point, self.callbacks, self._ema)
         self._totals.attempt = attempt
+        if job.engine.update_step.skips is not None:
+            job.engine.update_step.skips.restore(self._totals.skips)
         self._peak_flops = measured_peak(job.engine.engine_spec.device, plan.layout.dtype)
         self._progress = Monitor(plan, comm, out, self._totals, recorder)
         all_or_none(comm, lambda: None if comm.rank else write_plan(plan, self._totals, out))
