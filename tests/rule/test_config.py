@@ -22,6 +22,7 @@ from dtrain.config.sections import (
     Evaluate,
     Log,
     Mesh,
+    Numerics,
     OptimizerSection,
     Partition,
     RunSection,
@@ -285,6 +286,7 @@ def test_the_guide_lists_every_key_with_its_default() -> None:
         "[log] ": Log,
         "[stop] ": Stop,
         "[ema] ": Ema,
+        "[numerics] ": Numerics,
     }
     defaults = {
         f"{section}{kebab(field.name)}": "" if field.default is None else toml_text(field.default)
