@@ -22,7 +22,7 @@ import torch
 from dtrain.block.block import Block
 from dtrain.block.complex_tensors import real_view
 from dtrain.block.device import keep_freed_memory, select_device
-from dtrain.checkpoint.resume import OTHER_INPUTS, STRUCTURE
+from dtrain.checkpoint.saved_fingerprint import OTHER_INPUTS, STRUCTURE
 from dtrain.comm.agree import all_or_none
 from dtrain.comm.buffers import describe_tensor
 from dtrain.comm.communicator import Comm

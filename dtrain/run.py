@@ -18,7 +18,18 @@ from torch import nn
 from dtrain.block.lr_schedule import LRFunction, LRSchedule
 from dtrain.config.parse import SECTIONS, parse_run, read_resolved_run, read_run
 from dtrain.config.run import RUN_FILE_HEADER, RunConfig
-from dtrain.config.sections import Checkpoint, Ema, Evaluate, Log, Mesh, Numerics, Partition, Stop
+from dtrain.config.sections import (
+    Checkpoint,
+    Ema,
+    Evaluate,
+    Log,
+    Mesh,
+    Numerics,
+    Partition,
+    Stop,
+    Timeouts,
+)
+from dtrain.config.sweep import read_sweep
 from dtrain.data.dataset import DatasetSplits
 from dtrain.errors import ConfigError
 from dtrain.object_names import script_file
@@ -69,7 +80,7 @@ class Optimizer:
 
 
 PLAIN_SECTIONS = (
-    *("mesh", "partition", "checkpoint", "evaluate", "log", "stop", "ema", "numerics"),
+    *("mesh", "partition", "checkpoint", "evaluate", "log", "stop", "ema", "timeouts", "numerics"),
 )
 """Sections that name no strategy."""
 
@@ -118,6 +129,8 @@ class Run:
         Early stopping and averaged weights; `dtrain.callbacks` has them as objects.
     numerics : table, optional
         Losses that are not finite, and the comparison of replicas.
+    timeouts : table, optional
+        Seconds without progress after which a run that cannot go on ends.
     segment : int
         Updates between two pipeline flushes; 0: the checkpoint interval, else the epoch.
     seed : int
@@ -156,6 +169,7 @@ class Run:
     stop: Stop | RunTable | None = None
     ema: Ema | RunTable | None = None
     numerics: Numerics | RunTable | None = None
+    timeouts: Timeouts | RunTable | None = None
     seed: int = 0
     dtype: Literal["float32", "float64"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -204,6 +218,19 @@ class Run:
         return cls.from_config(config)
 
     @classmethod
+    def read_sweep(cls, path: str | Path, set: Sequence[str] = ()) -> dict[str, Run]:
+        """Return the runs of a run file with a table `[sweep]`, by the names of their folders.
+
+        Parameters
+        ----------
+        set : sequence of str
+            ``KEY=VALUE`` as in `read`, for all runs; a key of the sweep that is set leaves it.
+        """
+        path = Path(path)
+        runs = read_sweep(path, set)
+        return {run.name: cls.read(path, [*set, *run.settings]) for run in runs}
+
+    @classmethod
     def from_config(cls, config: RunConfig) -> Run:
         """Return the run of a checked one."""
         table = {key.replace("-", "_"): value for key, value in config.to_table().items()}
@@ -234,7 +261,9 @@ def _section_table(key: str, value: Any) -> Table:
         return {kebab(str(name)): item for name, item in value.items()}
     if isinstance(value, str):
         return {"loss": value} if key == "task" else {"name": value}
-    if isinstance(value, (Mesh, Partition, Checkpoint, Evaluate, Log, Stop, Ema, Numerics)):
+    if isinstance(
+        value, (Mesh, Partition, Checkpoint, Evaluate, Log, Stop, Ema, Timeouts, Numerics)
+    ):
         defaults = to_table(type(value)())
         return {name: v for name, v in to_table(value).items() if v != defaults.get(name)}
     if key in (*PLAIN_SECTIONS, "optimizer"):

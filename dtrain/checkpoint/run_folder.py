@@ -18,9 +18,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dtrain.checkpoint.files import replacing
+from dtrain.checkpoint.files import replace_file
 from dtrain.checkpoint.ownership import Owner, acquire, release
 from dtrain.errors import CheckpointError
+
+CHECKPOINT_FOLDER = "checkpoints"
+
+
+BEST_FOLDER = "best"
+"""Folder inside it that holds the best evaluated weights; no run resumes from them."""
+
 
 FLIGHT_FOLDER = "flight"
 
@@ -57,8 +64,7 @@ def write_text(path: Path, text: str) -> None:
         It cannot be written: the disk is full, for example.
     """
     try:
-        with replacing(path) as draft:
-            draft.write_text(text, encoding="utf-8")
+        replace_file(path, text)
     except OSError as error:
         raise CheckpointError(
             "run-folder.write-failed",

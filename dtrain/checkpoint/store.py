@@ -18,7 +18,6 @@ tensors whichever rank wrote them. Nothing is ever unpickled.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import Any
 from torch import Tensor
 
 from dtrain.block.block import Block
-from dtrain.checkpoint.files import fsync
+from dtrain.checkpoint import files
 from dtrain.checkpoint.manifest import PARTIAL_SUFFIX, Manifest, checkpoint_names
 from dtrain.checkpoint.manifest_file import write_manifest
 from dtrain.checkpoint.shard import write_shard
@@ -73,8 +72,8 @@ def save(
     if control.rank == 0:
         with _convert_write_errors(part):
             for remains in folder.glob(f"update-*{PARTIAL_SUFFIX}"):
-                _delete(remains)
-            part.mkdir(parents=True)
+                files.delete_folder(remains)
+            files.make_folder(part)
     control.allgather_object("made")
     with _convert_write_errors(part):
         row = write_shard(part / f"{shard}.h5", tensors) if tensors else None
@@ -182,26 +181,24 @@ def _optimizer_state(manifest: Manifest, block: Block, root: str) -> dict[str, T
 def _commit(part: Path, final: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest and rename the folder, in the place of an older one of that name."""
     write_manifest(part, manifest)
-    fsync(part)
-    if final.exists():
-        _remove(final)
-    part.rename(final)
-    fsync(final.parent)
+    files.fsync(part)
+    replaced = _set_aside(final) if final.exists() else None
+    files.calls.rename(part, final)
+    files.fsync(final.parent)
+    if replaced is not None:
+        files.delete_folder(replaced)
 
 
 def _remove(folder: Path) -> None:
     """Remove a checkpoint, marked as incomplete first, in case the process dies meanwhile."""
+    files.delete_folder(_set_aside(folder))
+
+
+def _set_aside(folder: Path) -> Path:
+    """Mark a checkpoint as incomplete by its name; return the new path."""
     removed = folder.with_name(folder.name + ".old" + PARTIAL_SUFFIX)
-    folder.rename(removed)
-    _delete(removed)
-
-
-def _delete(folder: Path) -> None:
-    """Delete a folder; of a link to a folder, the link alone."""
-    if folder.is_symlink():
-        folder.unlink()
-    else:
-        shutil.rmtree(folder)
+    files.calls.rename(folder, removed)
+    return removed
 
 
 @contextmanager

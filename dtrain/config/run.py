@@ -28,6 +28,7 @@ from dtrain.config.sections import (
     RunSection,
     Stop,
     StrategyChoice,
+    Timeouts,
 )
 from dtrain.config.strategies import NamedStrategy, name_strategy
 from dtrain.object_names import object_name
@@ -84,6 +85,7 @@ class RunConfig:
     stop: Stop | None = None
     ema: Ema | None = None
     numerics: Numerics = field(default_factory=Numerics)
+    timeouts: Timeouts = field(default_factory=Timeouts)
 
     def __post_init__(self) -> None:
         """Name the strategies that were given as plain instances."""
@@ -161,6 +163,8 @@ class RunConfig:
             "evaluate": self.evaluate.to_table(),
             "log": self.log.to_table(),
         }
+        if timeouts := self.timeouts.to_table():
+            tables["timeouts"] = timeouts
         for name, section in (("stop", self.stop), ("ema", self.ema)):
             if section is not None:
                 tables[name] = to_table(section)
@@ -208,9 +212,9 @@ class RunConfig:
         if stages is None:  # all ranks, but no more than there are blocks
             stages = min(ranks, self.partition.chosen_blocks or ranks)
             if stages == ranks:
-                return self
+                return self._fit_shares(1)
         elif ranks % stages == 0:
-            return self
+            return self._fit_shares(ranks // stages)
         fitting = max(n for n in range(1, min(stages, ranks) + 1) if ranks % n == 0)
         partition = self.partition
         if partition.explicit_cuts is None:
@@ -221,7 +225,14 @@ class RunConfig:
             self.schedule.instance.check_places(partition.places)
             partition = dataclasses.replace(partition, places=None)
         mesh = dataclasses.replace(self.mesh, stages=fitting)
-        return dataclasses.replace(self, mesh=mesh, partition=partition)
+        fitted = dataclasses.replace(self, mesh=mesh, partition=partition)
+        return fitted._fit_shares(ranks // fitting)
+
+    def _fit_shares(self, replicas: int) -> RunConfig:
+        """Return this run without shares, if they are those of another number of replicas."""
+        if len(self.mesh.shares or ()) in (0, replicas):
+            return self
+        return dataclasses.replace(self, mesh=dataclasses.replace(self.mesh, shares=None))
 
     def with_cuts(self, names: Sequence[int | str]) -> RunConfig:
         """Return this run with explicit cuts before these layers."""

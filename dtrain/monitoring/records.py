@@ -43,11 +43,12 @@ class RunRecords:
     def start(
         self, copied_blocks: Sequence[int], layer_notes: Sequence[str], notes: Sequence[str]
     ) -> None:
-        """Record a start, with hosts and versions."""
+        """Record a start, with hosts, nodes and versions."""
         self._record(
             "run",
             ranks=self.comm.size,
             hosts=list(self.comm.hosts),
+            nodes=self.comm.topology.node_numbers,
             versions=f"dtrain {version('dtrain')}, {library_versions(self.comm)}",
             job=ownership.slurm_job_id(),
             resolved=self.plan.run.to_table(),

@@ -22,16 +22,11 @@ from dtrain.callbacks import (
     RateOnPlateau,
     callback_keys,
 )
-from dtrain.checkpoint import ownership, run_folder, store
+from dtrain.checkpoint import run_folder, store
 from dtrain.checkpoint.manifest import Manifest, read_manifest
-from dtrain.checkpoint.resume import (
-    ResumePoint,
-    check_same_run,
-    check_saved_data,
-    data_path_changes,
-    find_checkpoint,
-    set_damaged_aside,
-)
+from dtrain.checkpoint.resume import ResumePoint
+from dtrain.checkpoint.same_run import check_same_run, data_path_changes
+from dtrain.checkpoint.saved_fingerprint import check_saved_data
 from dtrain.comm.agree import all_or_none
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
@@ -39,7 +34,7 @@ from dtrain.data.statistics.kept_statistics import STATISTICS_FILE, kept_text
 from dtrain.data.statistics.shared_statistics import share_statistics, use_kept_statistics
 from dtrain.data.statistics.standardise import find_standardised
 from dtrain.engine.trace import TRACE_FILE, Trace
-from dtrain.errors import ConfigError, DtrainError
+from dtrain.errors import ConfigError
 from dtrain.monitoring.metric_values import check_metric_name, metric_names
 from dtrain.monitoring.run_totals import RunTotals
 from dtrain.monitoring.start_log import StartLog
@@ -114,27 +109,6 @@ def read_data(
         release_freed_memory()
         notes += memory_notes(plan, comm)
     return fingerprint, notes
-
-
-def acquire_folder(out: Path, resume: str, point: ResumePoint) -> tuple[ownership.Owner, int]:
-    """Lock the run folder; return its owner and the number of this attempt."""
-    if resume == "fresh":
-        run_folder.set_aside(out)
-    owner = ownership.acquire(out)
-    try:
-        newest = ResumePoint.from_manifest(find_checkpoint(out, resume, dict(point.damaged)))
-        if newest.checkpoint != point.checkpoint:
-            raise ConfigError(
-                "run-folder.changed",
-                f"another run has just written into {out}: start this run again",
-            )
-        set_damaged_aside(out, point)
-    except DtrainError:
-        ownership.release(out, owner)
-        raise
-    attempts = (run_folder.read_summary(out) or {}).get("attempts", 0)
-    run_folder.archive(out, run_folder.FLIGHT_FOLDER, attempts)
-    return owner, attempts + 1
 
 
 def check_metrics(callbacks: Sequence[Callback], plan: Plan) -> None:

@@ -14,7 +14,7 @@ from dtrain.checkpoint import run_folder
 from dtrain.checkpoint.resume import find_checkpoint
 from dtrain.comm.backends.threads import run_ranks
 from dtrain.errors import CheckpointError, ConfigError, Interrupted
-from dtrain.session import session
+from dtrain.session import opening
 from dtrain.training import train
 from tests import tiny
 from tests.harness import train_in_threads
@@ -45,7 +45,7 @@ def kill(out: Path, copy: Path) -> None:
 
 def fail_in(place: str, error: BaseException, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the start of a run raise an error: in its build, or as it writes a file."""
-    build, replacing = session.build_rank, run_folder.replacing
+    build, replace_file = opening.build_rank, run_folder.replace_file
 
     def failing_build(plan: Any, comm: Any) -> Any:
         if comm.rank == 0:
@@ -53,16 +53,16 @@ def fail_in(place: str, error: BaseException, copy: Path, monkeypatch: pytest.Mo
             raise error
         return build(plan, comm)
 
-    def failing_write(path: Path) -> Any:
+    def failing_write(path: Path, content: str) -> None:
         if path.name == place:
             kill(path.parent, copy)
             raise error
-        return replacing(path)
+        replace_file(path, content)
 
     if place == "build":
-        monkeypatch.setattr(session, "build_rank", failing_build)
+        monkeypatch.setattr(opening, "build_rank", failing_build)
     else:
-        monkeypatch.setattr(run_folder, "replacing", failing_write)
+        monkeypatch.setattr(run_folder, "replace_file", failing_write)
 
 
 @pytest.fixture(scope="module")
