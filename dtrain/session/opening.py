@@ -141,8 +141,6 @@ def open_run(
     ema = _attach_ema(checked.callbacks, job)
     totals, merged_replicas = restore_run(job, point, checked.callbacks, ema)
     totals.attempt = attempt
-    if job.engine.update_step.skips is not None:
-        job.engine.update_step.skips.restore(totals.skips)
     peak_flops = measured_peak(job.engine.engine_spec.device, job.plan.layout.dtype)
     monitor = Monitor(job.plan, comm, out, totals, recorder)
     resources.callback(monitor.stop)

@@ -147,7 +147,10 @@ def restore_run(
                 callback.restore(states[key])
         if ema is not None:
             _restore_ema(manifest, ema, engine.blocks)
-        return RunTotals.from_state(manifest.state), 0 if same else manifest.replicas
+        totals = RunTotals.from_state(manifest.state)
+        if engine.update_step.skips is not None:
+            engine.update_step.skips.restore(totals.skips)
+        return totals, 0 if same else manifest.replicas
 
     return all_or_none(job.groups.control, restore_rank)
 
