@@ -79,7 +79,7 @@ REMARKS = {
     "[stop]": "Without this table no run stops early.",
     "[ema]": "Without this table no weights are averaged.",
     "[sweep]": (
-        "Each key is a key of the run, with a list of values, or `\"A..B\"` for whole numbers; all "
+        'Each key is a key of the run, with a list of values, or `"A..B"` for whole numbers; all '
         "combinations are trained."
     ),
 }
