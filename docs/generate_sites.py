@@ -48,9 +48,8 @@ def overview_lines() -> list[str]:
     lines = ["| profile | machine | tested |", "|---|---|---|"]
     for name in site_names():
         profile = load_toml(SITES / f"{name}.toml", "site profile")
-        lines.append(
-            f"| [{name}](sites/{name}.md) | {profile['description']} | {profile['tested']} |"
-        )
+        cells = f"[{name}](sites/{name}.md)", profile["description"], profile["tested"]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

@@ -417,7 +417,7 @@ def test_the_kinds_of_traffic_add_up_to_the_counted_bytes(local: Path) -> None:
         ("activation", activations, 0),
         (AVERAGES, 0, total - activations),
     }
-    edit_records(local, lambda r: r.get("hosts") and r.update(hosts=["a", "b", "a", "b"]))
+    edit_records(local, lambda r: r.get("hosts") and r.update(nodes=[0, 1, 0, 1]))
     assert [kind.kind for kind in traffic_by_kind(read_run_record(local))] == [ALL]
     (local / "plan.txt").unlink()
     assert traffic_by_kind(read_run_record(local)) == [(ALL, activations, total - activations)]
