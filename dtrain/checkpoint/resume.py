@@ -91,7 +91,10 @@ SOURCE_SECTIONS = ("data", "model", "objective", "schedule", "sync", "optimizer"
 """Sections of a run that may name a module of the user."""
 
 
-OWN_FILES = (f".{OWNER_FILE}*", "job.sh", ".job.sh-*", "slurm-*.log", ".requeues", "flight*")
+OWN_FILES = (
+    *(f".{OWNER_FILE}*", "flight*"),
+    *("job.sh", ".job.sh-*", "job.log", "slurm-*.log", ".requeues"),
+)
 """Files of a job script, and those that a start leaves which ends before it trains."""
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from dtrain.slurm.site import Site
 
-TEMPLATE = "job.sh.jinja"
+TEMPLATES = {"slurm": "job.sh.jinja", "none": "local.sh.jinja"}
+"""By the scheduler of the site."""
 
 
 REQUEUE_BUDGET = 3
-"""Times in a row that a job may be requeued without a further update."""
+"""Starts in a row without a further update after which a job is not started again."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class SlurmJob:
     nodes, ranks_per_node, cpus_per_rank : int
         Resources.
     minutes : int
-        Time limit.
+        Time limit of one start; 0: none.
     account, partition : str
         "": not given.
     array_key : str
@@ -99,7 +100,7 @@ def render_script(job: SlurmJob, site: Site) -> str:
     )
     environment.filters["quote"] = lambda value: shlex.quote(str(value))
     hours, minutes = divmod(job.minutes, 60)
-    return environment.get_template(TEMPLATE).render(
+    return environment.get_template(TEMPLATES[site.scheduler]).render(
         job=job,
         site=site,
         lead=min(site.signal_lead_s, 20 * job.minutes),  # a third of a short limit
