@@ -54,6 +54,7 @@ SECTIONS: Tables = (
     ("[stop]", sections.Stop, "[training](training.md#stop-early)"),
     ("[ema]", sections.Ema, "[training](training.md#average-the-weights)"),
     ("[log]", sections.Log, "[monitoring](monitoring.md)"),
+    ("[timeouts]", sections.Timeouts, "[faults](faults.md#a-run-that-hangs)"),
 )
 """The tables of a run file, with the class of the keys that every strategy has, and the page."""
 

@@ -64,6 +64,8 @@ def _submit(options: argparse.Namespace) -> int:
         return 0
     job = done.job
     folders = [job.out_of(value) for value in job.array_values] or [job.out]
+    if job.array_settings:  # a sweep
+        folders = [job.out.parent]
     for note in done.notes:
         print(f"note    {note}")
     limit = f", {job.minutes} minutes" if job.minutes else ""

@@ -96,6 +96,11 @@ def init() -> Comm:
     return _world
 
 
+def is_rank_of(comm: Comm) -> bool:
+    """Return whether this process is one rank of `comm`; else its ranks are threads."""
+    return comm is _world
+
+
 def writes_files() -> bool:
     """Return whether this process writes files that are the same on all ranks: rank 0 does, and a
     process in which `init` was not called."""

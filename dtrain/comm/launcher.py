@@ -136,6 +136,16 @@ def detect_launcher(environ: Mapping[str, str]) -> Launch | None:
     return None
 
 
+def job_name(environ: Mapping[str, str]) -> str:
+    """Return a name that all ranks of this start have, and no other start of them; fit for files.
+
+    It needs no message: launchers give their ranks such a name.
+    """
+    names = ("PMIX_NAMESPACE", "PMI_JOBID", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    text = "-".join(environ[name] for name in names if name in environ) or str(os.getpid())
+    return "".join(letter if letter.isalnum() or letter in "-." else "-" for letter in text)
+
+
 def _is_srun_pmi2(environ: Mapping[str, str]) -> bool:
     """Return whether `srun --mpi=pmi2` has set the PMI variables."""
     step = f"{environ.get('SLURM_JOB_ID', '')}.{environ.get('SLURM_STEP_ID', '')}"

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import dtrain
-from dtrain.checkpoint.resume import source_hashes
+from dtrain.checkpoint.saved_fingerprint import source_hashes
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
 from dtrain.errors import ConfigError

@@ -22,24 +22,20 @@ from dtrain.callbacks import (
     RateOnPlateau,
     callback_keys,
 )
-from dtrain.checkpoint import ownership, run_folder, store
+from dtrain.checkpoint import run_folder, store
 from dtrain.checkpoint.manifest import Manifest, read_manifest
-from dtrain.checkpoint.resume import (
-    ResumePoint,
-    check_same_run,
-    check_saved_data,
-    data_path_changes,
-    find_checkpoint,
-    set_damaged_aside,
-)
+from dtrain.checkpoint.resume import ResumePoint
+from dtrain.checkpoint.same_run import check_same_run, data_path_changes
+from dtrain.checkpoint.saved_fingerprint import check_saved_data
 from dtrain.comm.agree import all_or_none
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
 from dtrain.data.statistics.kept_statistics import write_kept
 from dtrain.data.statistics.shared_statistics import share_statistics, use_kept_statistics
 from dtrain.data.statistics.standardise import find_standardised
+from dtrain.engine.engine import segments_are_free
 from dtrain.engine.trace import TRACE_FILE, Trace
-from dtrain.errors import ConfigError, DtrainError
+from dtrain.errors import ConfigError
 from dtrain.monitoring.metric_values import check_metric_name, metric_names
 from dtrain.monitoring.run_totals import RunTotals
 from dtrain.monitoring.start_log import StartLog
@@ -61,7 +57,9 @@ def check_resume(out: Path, point: ResumePoint, plan: Plan, data_fingerprint: Ta
     """Refuse settings or data that are not those of the checkpoint, if there is one."""
     is_trained = point.updates >= plan.training_length.total_updates
     knows_data = "data" in point.fingerprint
-    check_same_run(out, point.run_table, plan.run, is_trained, knows_data)
+    layout = plan.layout
+    is_free = segments_are_free(layout.objective, layout.schedule, layout.routes)
+    check_same_run(out, point.run_table, plan.run, is_trained, knows_data, is_free)
     changes = data_path_changes(point.run_table, plan.run)
     check_saved_data(point.fingerprint, data_fingerprint, changes)
 
@@ -116,27 +114,6 @@ def read_data(
     return fingerprint, notes
 
 
-def acquire_folder(out: Path, resume: str, point: ResumePoint) -> tuple[ownership.Owner, int]:
-    """Lock the run folder; return its owner and the number of this attempt."""
-    if resume == "fresh":
-        run_folder.set_aside(out)
-    owner = ownership.acquire(out)
-    try:
-        newest = ResumePoint.from_manifest(find_checkpoint(out, resume, dict(point.damaged)))
-        if newest.checkpoint != point.checkpoint:
-            raise ConfigError(
-                "run-folder.changed",
-                f"another run has just written into {out}: start this run again",
-            )
-        set_damaged_aside(out, point)
-    except DtrainError:
-        ownership.release(out, owner)
-        raise
-    attempts = (run_folder.read_summary(out) or {}).get("attempts", 0)
-    run_folder.archive(out, run_folder.FLIGHT_FOLDER, attempts)
-    return owner, attempts + 1
-
-
 def check_metrics(callbacks: Sequence[Callback], plan: Plan) -> None:
     """Refuse callbacks whose metric the run does not measure."""
     run = plan.run
@@ -188,8 +165,8 @@ def _restore_ema(manifest: Manifest, ema: Ema, blocks: Mapping[int, Block]) -> N
 def write_plan(plan: Plan, totals: RunTotals, out: Path) -> None:
     """Write the resolved run, its plan, the statistics of its data and a first summary, once every
     rank accepted the run."""
-    (out / "run.toml").write_text(plan.run.to_text(), encoding="utf-8")
-    (out / "plan.txt").write_text(report.plan_text(plan), encoding="utf-8")
+    run_folder.write_record(out, "run.toml", plan.run.to_text())
+    run_folder.write_record(out, "plan.txt", report.plan_text(plan))
     standardised = find_standardised(plan.data.train)
     if standardised is not None and standardised.training.is_computed:
         write_kept(out, standardised.training)

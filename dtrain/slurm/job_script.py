@@ -43,7 +43,9 @@ class SlurmJob:
     array_key : str
         Dotted key that the tasks of an array set; "": no array.
     array_values : tuple of str
-        The value of each task.
+        The value of each task; in a sweep the name of its run.
+    array_settings : tuple of tuple of str
+        ``KEY=VALUE`` of each task, in a sweep.
     after : str
         A dependency of `sbatch --dependency`; "": none.
     container : str
@@ -65,6 +67,7 @@ class SlurmJob:
     partition: str = ""
     array_key: str = ""
     array_values: tuple[str, ...] = ()
+    array_settings: tuple[tuple[str, ...], ...] = ()
     after: str = ""
     container: str = ""
     environment_archive: str = ""
@@ -73,6 +76,18 @@ class SlurmJob:
     def ranks(self) -> int:
         """Ranks on all nodes."""
         return self.nodes * self.ranks_per_node
+
+    @property
+    def task_settings(self) -> tuple[tuple[str, ...], ...]:
+        """``KEY=VALUE`` of each task of an array."""
+        return self.array_settings or tuple(
+            (f"{self.array_key}={value}",) for value in self.array_values
+        )
+
+    @property
+    def table(self) -> Path:
+        """The table of a sweep, as CSV."""
+        return self.out.parent / "sweep.csv"
 
     def out_of(self, value: str) -> Path:
         """Return the run folder of a task of an array."""
@@ -107,6 +122,7 @@ def render_script(job: SlurmJob, site: Site) -> str:
         time=f"{hours:02}:{minutes:02}:00",
         log=_log_pattern(job),
         budget=REQUEUE_BUDGET,
+        sets=lambda settings: shlex.join(word for text in settings for word in ("--set", text)),
     )
 
 

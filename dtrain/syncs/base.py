@@ -169,6 +169,11 @@ class SyncTraits:
     state_diverges: bool = False
 
     @property
+    def weighs_samples(self) -> bool:
+        """Whether a replica with more samples counts more: means are over samples."""
+        return not self.replicas_diverge or (self.state_diverges and not self.replaces_optimizer)
+
+    @property
     def keeps_weights_equal(self) -> bool:
         """Whether all replicas hold the same parameters after each update, of fixed shapes."""
         return not self.reparametrises and (not self.replicas_diverge or self.state_diverges)

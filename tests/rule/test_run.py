@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from dtrain.checkpoint import ownership, run_folder
-from dtrain.checkpoint.resume import check_same_run, find_checkpoint
+from dtrain.checkpoint.resume import find_checkpoint
+from dtrain.checkpoint.same_run import check_same_run
 from dtrain.comm.backends.single import SingleBackend
 from dtrain.comm.communicator import Comm
 from dtrain.data.sampler import BatchSplitter
