@@ -39,6 +39,7 @@ CHANGEABLE_KEYS = (
     "stop.",
     "ema.evaluate",
     "timeouts.",
+    "numerics.",
 )
 
 

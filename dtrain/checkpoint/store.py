@@ -264,7 +264,11 @@ def _commit(part: Path, final: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest and rename the folder, in the place of an older one of that name."""
     write_manifest(part, manifest)
     files.fsync(part)
-    replaced = _replace(part, final) if final.exists() else files.calls.rename(part, final)
+    replaced = None
+    if final.exists():
+        replaced = _replace(part, final)
+    else:
+        files.calls.rename(part, final)
     files.fsync(final.parent)
     if replaced is not None:
         files.delete_folder(replaced)
