@@ -150,7 +150,14 @@ def test_a_job_that_has_saved_is_requeued_while_it_makes_progress(tmp_path: Path
     for code in (0, 1, 2, 5, 127, 130):
         ended, log = run_script(text, tmp_path, code)
         assert (ended, "scontrol" in log) == (code, False)
-    ends = [(75, "stopped"), (6, "failed"), (137, "running"), (14, "running"), (143, "failed")]
+    ends = [
+        (75, "stopped"),
+        (6, "failed"),
+        (7, "failed"),
+        (137, "running"),
+        (14, "running"),
+        (143, "failed"),
+    ]
     for updates, (code, status) in enumerate(ends, start=10):
         (out / "summary.json").write_text(
             f'{{\n  "status": "{status}",\n  "updates": {updates}\n}}'

@@ -72,9 +72,9 @@ def case(function: Case) -> Case:
 
 @case
 def time_limit(bench: Bench) -> None:
-    """The generic profile with the shortest limit of Slurm, from a login node without MPI."""
+    """The generic profile with a limit of two minutes, from a login node without MPI."""
     out, pace = bench.folder / "generic", bench.pace("generic")
-    words = ["submit", bench.run_file, "--nodes", "4", "--ranks-per-node", "1", "--time", "1"]
+    words = ["submit", bench.run_file, "--nodes", "4", "--ranks-per-node", "1", "--time", "2"]
     words += ["--out", out, "--set", f"model.pace={pace}"]
     out_text = submit_command([sys.executable, "-c", WITHOUT_MPI, *words], cwd=ROOT)
     number = re.search(r"^job +(\d+):", out_text, re.MULTILINE)
