@@ -122,6 +122,11 @@ def test_a_script_asks_for_the_ranks_of_the_plan() -> None:
     wanted |= {"time": "02:30:00", "account": "acc", "requeue": "", "open-mode": "append"}
     wanted |= {"signal": f"USR1@{site.signal_lead_s}", "partition": "booster", "gres": "gpu:4"}
     assert found.items() >= wanted.items()
+    text = render_script(job(account="acc", container="/i.sif"), site)
+    for words in ("--kill-on-bad-exit=1", "--mpi=pspmix", "--ntasks=12", "--cpu-bind=cores"):
+        assert re.search(f"^srun .*(\n .*)*{words}", text, re.MULTILINE)
+    assert "(apptainer exec --nv /i.sif" in text
+    assert "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK\n" in text
     short = directives(render_script(job(minutes=2), site))
     assert short["signal"] == "USR1@40"
 

@@ -13,6 +13,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -131,6 +132,8 @@ class Bench:
 
     Attributes
     ----------
+    cases : dict of str to Future
+        The cases that were started.
     others_ended : threading.Event
         Set when no case is left but those that wait for this.
     closed : threading.Event
@@ -141,6 +144,7 @@ class Bench:
         self.cluster = cluster
         self.folder = folder
         self.run_file = write_run(folder, RUN, "paced")
+        self.cases: dict[str, Future[None]] = {}
         self.others_ended, self.closed = threading.Event(), threading.Event()
         self._lock = threading.Lock()  # dtrain runs in one thread of this process at a time
         self._asking = threading.Lock()
