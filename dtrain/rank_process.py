@@ -15,6 +15,7 @@ flight record.
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import signal
@@ -94,6 +95,7 @@ def init() -> Comm:
         _world = world()  # MPI comes before torch
         if in_main_thread:
             _install_signal_handlers(_world)
+            atexit.register(_ignore_user_signals)
             os.register_at_fork(after_in_child=_leave_rank)
     return _world
 
@@ -286,6 +288,12 @@ def _ignore_stop_signals() -> None:
     if threading.current_thread() is threading.main_thread():
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+
+
+def _ignore_user_signals() -> None:
+    """Let the signal before a time limit not end a rank that is about to leave with its code."""
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _handle(number: int, handler: Callable[[int, FrameType | None], object]) -> None:

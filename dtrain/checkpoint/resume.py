@@ -27,7 +27,10 @@ from dtrain.config.run import RUN_FILE_HEADER
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.schema import Table
 
-OWN_FILES = (f".{OWNER_FILE}*", "job.sh", ".job.sh-*", "slurm-*.log", ".requeues", "flight*")
+OWN_FILES = (
+    *(f".{OWNER_FILE}*", "flight*"),
+    *("job.sh", ".job.sh-*", "job.log", "slurm-*.log", ".requeues"),
+)
 """Files of a job script, and those that a start leaves which ends before it trains."""
 
 
