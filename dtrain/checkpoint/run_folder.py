@@ -39,7 +39,7 @@ BEST_FOLDER = "best"
 FLIGHT_FOLDER = "flight"
 
 
-RECORDS = ("summary.json", "run.toml", "plan.txt")
+RECORDS = ("summary.json", "run.toml", "plan.txt", "data-statistics.json")
 """Files that are replaced as a whole."""
 
 
