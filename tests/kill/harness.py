@@ -20,7 +20,7 @@ from typing import Any
 from dtrain.comm.backends.threads import run_ranks
 from dtrain.config.parse import read_run
 from dtrain.training import train
-from tests.kill.cases import INTERVAL, Case, Layout
+from tests.kill.cases import Case, Layout
 from tests.kill.processes import TARGETS, find_targets, kill
 from tests.process import carriers, command, sweep
 
@@ -369,7 +369,7 @@ class Part:
         first = progress[0]["update"]
         lost = self._trained - first
         self.counts.max_lost = max(self.counts.max_lost, lost)
-        if lost > INTERVAL:
+        if lost > self.case.max_lost:
             self._note(f"{self._trained} updates were trained, and the restart has {first}")
         updates = [record for record in progress if record["event"] == "update"]
         self._trained = max([first, *(record["update"] for record in updates)])
