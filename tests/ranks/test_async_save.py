@@ -17,6 +17,7 @@ import pytest
 
 from dtrain.callbacks import Event
 from dtrain.checkpoint import files, shard, store
+from dtrain.checkpoint.inspection import list_checkpoints
 from dtrain.checkpoint.manifest import checkpoint_names
 from dtrain.comm.backends.threads import run_ranks
 from dtrain.config.run import RunConfig
@@ -195,10 +196,15 @@ def test_the_newest_checkpoint_that_all_nodes_hold_is_resumed(
     monkeypatch.setattr(store, "copy_file", copy)
     with pytest.raises(ZeroDivisionError):
         run_ranks(2, lambda comm: train(run, comm, out, callbacks=[fail]), hosts=hosts)
-    assert checkpoint_names(out / "checkpoints") == ["update-00000002"]
+    names = checkpoint_names(out / "checkpoints")
+    assert names == ["update-00000002"]
     (disk,) = (tmp_path / "scratch" / "disk").iterdir()
     for host in hosts:
         assert checkpoint_names(disk / host) == ["update-00000004", "update-00000006"]
+    local = [f"{host}:update-0000000{update}" for host in hosts for update in (4, 6)]
+    rows = list_checkpoints(out, verify=True)
+    assert [row.name for row in rows if not row.name.endswith(".part")] == [names[0], *local]
+    assert not any(row.is_damaged for row in rows)
     held.clear()
     if accident is not None:
         accident(disk / "b")
