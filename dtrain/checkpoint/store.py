@@ -68,8 +68,7 @@ class NewCheckpoint:
         This method, and the other two, raise a `CheckpointError` if the disk refuses.
         """
         with _convert_write_errors(self.part):
-            for remains in self.folder.glob(f"update-*{PARTIAL_SUFFIX}"):
-                files.delete_folder(remains)
+            remove_partial(self.folder)
             files.make_folder(self.part)
 
     def write_shard(
@@ -176,6 +175,18 @@ def manifest_content(
     return {"run": run_table, "state": state, "fingerprint": fingerprint or {}}
 
 
+def remove_partial(folder: Path) -> None:
+    """Delete what a run that was killed left of checkpoints that it wrote or deleted.
+
+    Raises
+    ------
+    OSError
+        A part of it cannot be deleted.
+    """
+    for remains in folder.glob(f"update-*{PARTIAL_SUFFIX}"):
+        files.delete_folder(remains)
+
+
 def _without_file(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key != "file"}
 
@@ -273,11 +284,28 @@ def _commit(part: Path, final: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest and rename the folder, in the place of an older one of that name."""
     write_manifest(part, manifest)
     files.fsync(part)
-    replaced = _set_aside(final) if final.exists() else None
-    files.calls.rename(part, final)
+    replaced = None
+    if final.exists():
+        replaced = _replace(part, final)
+    else:
+        files.calls.rename(part, final)
     files.fsync(final.parent)
     if replaced is not None:
         files.delete_folder(replaced)
+
+
+def _replace(part: Path, final: Path) -> Path:
+    """Put a checkpoint in the place of one of the same update; return the new path of that one.
+
+    Where the file system cannot exchange names, that update has no checkpoint for an instant.
+    """
+    try:
+        files.calls.exchange(part, final)
+        return part
+    except OSError:
+        replaced = _set_aside(final)
+        files.calls.rename(part, final)
+        return replaced
 
 
 def _remove(folder: Path) -> None:
@@ -286,9 +314,10 @@ def _remove(folder: Path) -> None:
 
 
 def _set_aside(folder: Path) -> Path:
-    """Mark a checkpoint as incomplete by its name; return the new path."""
+    """Mark a checkpoint as incomplete by its name, also after a power cut; return the new path."""
     removed = folder.with_name(folder.name + ".old" + PARTIAL_SUFFIX)
     files.calls.rename(folder, removed)
+    files.fsync(folder.parent)
     return removed
 
 

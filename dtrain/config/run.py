@@ -22,6 +22,7 @@ from dtrain.config.sections import (
     Log,
     Mesh,
     ModelSection,
+    Numerics,
     OptimizerSection,
     Partition,
     RunSection,
@@ -33,6 +34,7 @@ from dtrain.config.strategies import NamedStrategy, name_strategy
 from dtrain.object_names import object_name
 from dtrain.objectives.base import Objective
 from dtrain.partition import check_places
+from dtrain.paths import expand_text
 from dtrain.schedules.base import Schedule
 from dtrain.schema import Table, dump_toml, to_table
 from dtrain.syncs.base import Sync
@@ -83,6 +85,7 @@ class RunConfig:
     optimizer_rest: StrategyChoice | None = None
     stop: Stop | None = None
     ema: Ema | None = None
+    numerics: Numerics = field(default_factory=Numerics)
     timeouts: Timeouts = field(default_factory=Timeouts)
 
     def __post_init__(self) -> None:
@@ -108,7 +111,9 @@ class RunConfig:
     def weights_path(self) -> Path | None:
         """The file with initial weights, None where the run file names none."""
         name = self.model_options.weights
-        return None if name is None else self.folder / name
+        if name is None:
+            return None
+        return self.folder / expand_text(name, "[model] weights =", self.folder)
 
     def open_modules(self) -> frozenset[str]:
         """Return the dotted names of the sub-modules whose parts are layers of their own."""
@@ -166,6 +171,8 @@ class RunConfig:
         for name, section in (("stop", self.stop), ("ema", self.ema)):
             if section is not None:
                 tables[name] = to_table(section)
+        if numerics := self.numerics.to_table():
+            tables["numerics"] = numerics
         if self.optimizer_rest is not None:
             tables["optimizer"] |= {"rest": self.optimizer_rest.to_table()}
         if task := self.task.to_table():  # a run of an earlier version has no such table

@@ -407,6 +407,35 @@ class Log:
 
 
 @dataclass(frozen=True)
+class Numerics:
+    """``[numerics]``: losses and gradients that are not finite, and replicas that differ.
+
+    Attributes
+    ----------
+    non_finite : "stop" or "skip-update"
+        After a loss that is NaN or infinite: end the run with exit code 4, or keep the weights and
+        go on with the next update, after a gradient that is not finite, too.
+    max_skipped : int
+        Updates in a row that may be skipped; one more ends the run with exit code 4.
+    check_replicas : int
+        Updates between two comparisons of the replicas, whose weights must be equal; 0: none.
+    """
+
+    non_finite: Literal["stop", "skip-update"] = "stop"
+    max_skipped: int = 10
+    check_replicas: int = 0
+
+    @property
+    def skip_limit(self) -> int | None:
+        """Updates in a row that may be skipped; None: none is."""
+        return self.max_skipped if self.non_finite == "skip-update" else None
+
+    def to_table(self) -> Table:
+        """Return the keys as a run file has them, without those that change nothing."""
+        return without_defaults(self, "non_finite", "max_skipped", "check_replicas")
+
+
+@dataclass(frozen=True)
 class Timeouts:
     """``[timeouts]``: seconds without progress after which a run that cannot go on ends.
 

@@ -128,6 +128,8 @@ def _check_minima(run: RunConfig) -> None:
         "[evaluate] every-updates": (run.evaluate.every_updates, 0),
         "[stop] patience": (None if run.stop is None else run.stop.patience, 1),
         "[stop] min-delta": (None if run.stop is None else run.stop.min_delta, 0),
+        "[numerics] max-skipped": (run.numerics.max_skipped, 1),
+        "[numerics] check-replicas": (run.numerics.check_replicas, 0),
         "[ema] start": (None if run.ema is None else run.ema.start, 0),
     }
     for key, (value, minimum) in minima.items():

@@ -219,8 +219,7 @@ def _start_records(job: RankJob, totals: RunTotals, out: Path, comm: Comm) -> No
     """Write the plan, and record norms and the timeline where the run has them. Collective."""
     run = job.plan.run
     job.engine.update_step.records_norms = run.log.norms
-    if comm.rank == 0:
-        write_plan(job.plan, totals, out)
+    all_or_none(comm, lambda: None if comm.rank else write_plan(job.plan, totals, out))
     if run.settings.trace:
         job.engine.trace = start_trace(job, comm, out, totals)
 

@@ -34,6 +34,7 @@ from dtrain.config.run import RunConfig
 from dtrain.errors import RankLostError
 from dtrain.monitoring.metric_values import higher_is_better, metric_values
 from dtrain.monitoring.summary import make_summary
+from dtrain.paths import expand_path, expand_text
 from dtrain.planning.plan import Plan
 from dtrain.rank_process import init
 from dtrain.run import Run
@@ -81,7 +82,8 @@ class Session:
         Refuse ranks on which the stages of the run do not fit. Otherwise as many stages are taken
         as fit, and the other ranks are replicas.
     comm : Comm, optional
-        All ranks; default: those of `dtrain.init`.
+        The ranks that train; default: those of `dtrain.init`, or a part of them, as
+        ``dtrain.init().split(color)`` returns it.
 
     Attributes
     ----------
@@ -104,9 +106,9 @@ class Session:
         self.callbacks = tuple(callbacks)
         config = run if isinstance(run, RunConfig) else run.config
         folder = Path("runs") / config.path.stem if out is None else Path(out)
-        self.out = all_or_none(self.comm, lambda: fill_keys(folder, config))
+        self.out = all_or_none(self.comm, lambda: fill_keys(expand_path(folder, "out"), config))
         self._given = config if exact_mesh else config.fit_stages(self.comm.size)
-        self._resume = resume
+        self._resume = all_or_none(self.comm, lambda: expand_text(resume, "resume"))
         self._lock = FolderLock(self.comm, self.out)
         self._requests = EndRequests()
         self._resources = ExitStack()
