@@ -32,6 +32,7 @@ CHANGEABLE_KEYS = (
     "evaluate.every",
     "checkpoint.keep",
     "checkpoint.every-minutes",
+    "checkpoint.asynchronous",
     "checkpoint.signals",
     "checkpoint.stop-before-limit",
     "checkpoint.best",

@@ -23,7 +23,6 @@ from dtrain.callbacks import (
     callback_keys,
 )
 from dtrain.checkpoint import run_folder, store
-from dtrain.checkpoint.files import replace_file
 from dtrain.checkpoint.manifest import Manifest, read_manifest
 from dtrain.checkpoint.resume import ResumePoint
 from dtrain.checkpoint.same_run import check_same_run, data_path_changes
@@ -166,8 +165,8 @@ def _restore_ema(manifest: Manifest, ema: Ema, blocks: Mapping[int, Block]) -> N
 def write_plan(plan: Plan, totals: RunTotals, out: Path) -> None:
     """Write the resolved run, its plan, the statistics of its data and a first summary, once every
     rank accepted the run."""
-    replace_file(out / "run.toml", plan.run.to_text())
-    replace_file(out / "plan.txt", report.plan_text(plan))
+    run_folder.write_record(out, "run.toml", plan.run.to_text())
+    run_folder.write_record(out, "plan.txt", report.plan_text(plan))
     standardised = find_standardised(plan.data.train)
     if standardised is not None and standardised.training.is_computed:
         write_kept(out, standardised.training)
