@@ -17,6 +17,7 @@ import errno
 import json
 import os
 import re
+import secrets
 import socket
 import subprocess
 import sys
@@ -74,7 +75,7 @@ def acquire(folder: Path) -> Owner:
         if not folder.is_dir():
             files.make_folder(folder)
         # Linked into place when it is written, so that no reader finds half of it.
-        draft = folder / f".{OWNER_FILE}-{owner['host']}-{owner['process']}"
+        draft = _own_name(folder)
         if draft.exists():  # of a process of the same number, and maybe linked into place
             files.calls.unlink(draft)
         files.write_file(draft, json.dumps(owner), sync=True)
@@ -214,6 +215,11 @@ def _claim(folder: Path, draft: Path, claimant: Owner) -> Owner:
     )
 
 
+def _own_name(folder: Path) -> Path:
+    """Return a name that no other process uses: containers may have equal names and numbers."""
+    return folder / f".{OWNER_FILE}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
 def _create(draft: Path, path: Path) -> bool:
     """Put a draft in place unless the file exists; return whether this call did."""
     try:
@@ -235,7 +241,7 @@ def _create(draft: Path, path: Path) -> bool:
 
 def _evict(folder: Path, owner: Owner | None) -> None:
     """Remove the file of an owner that is gone, but not that of a faster process."""
-    evicted = folder / f".{OWNER_FILE}-{os.getpid()}"
+    evicted = _own_name(folder)
     try:
         files.calls.rename(folder / OWNER_FILE, evicted)
     except FileNotFoundError:
