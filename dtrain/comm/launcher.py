@@ -29,9 +29,10 @@ from pathlib import Path
 from types import FrameType
 from typing import final
 
+from dtrain.comm.early_signals import WARNINGS, take_remembered
 from dtrain.comm.launcher_output import BannerFilter
 from dtrain.comm.rank_marks import VARIABLE as MARKS_VARIABLE
-from dtrain.comm.rank_marks import Exit, lost_rank, marks_folder
+from dtrain.comm.rank_marks import Exit, lost_rank, marks_folder, ready_ranks
 from dtrain.errors import SAVED_CODE, ConfigError, DtrainError, RankLostError
 
 LAUNCHER_PREFIXES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_", "HYDI_", "HYDRA_", "MPI_LOCAL")
@@ -63,8 +64,17 @@ REPEAT_S = 1.0
 """Seconds in which a signal may come again without a meaning: schedulers send it twice."""
 
 
+OVERSUBSCRIBE = "--oversubscribe"
+"""Option of Open MPI's launcher: more ranks than cores."""
+
+
 PR_SET_PDEATHSIG = 1
 """Number of an operation of `prctl`: the signal that comes when the parent ends."""
+
+
+READY_S, READY_INTERVAL_S = 60.0, 0.1
+"""Time after which a warning is passed on to ranks that are not known to be ready, and between two
+looks at them."""
 
 
 GRACE_S = 10.0
@@ -240,7 +250,7 @@ def start_ranks(ranks: int, argv: Sequence[str], environ: Mapping[str, str]) -> 
             f"--ranks {ranks} needs an mpirun, but {missing_mpirun_cause(launcher)}: "
             f"{missing_mpirun_cure()}",
         )
-    return _run_launcher(launch_command(launcher, ranks, argv), rank_environment(environ))
+    return _run_launcher(launch_command(launcher, ranks, argv), ranks, rank_environment(environ))
 
 
 def launch_text(launch: Launch) -> str:
@@ -266,7 +276,7 @@ def launch_command(launcher: str, ranks: int, argv: Sequence[str]) -> list[str]:
     result = subprocess.run([launcher, "--version"], capture_output=True, text=True, check=False)
     version = result.stdout + result.stderr
     if any(name in version for name in ("Open MPI", "OpenRTE", "PRRTE", "prterun")):
-        options = ["--oversubscribe", "--bind-to", "none", "--host", f"localhost:{ranks}"]
+        options = [OVERSUBSCRIBE, "--bind-to", "none", "--host", f"localhost:{ranks}"]
         return [launcher, *options, "-n", str(ranks), *argv]
     return [launcher, "-n", str(ranks), *argv]
 
@@ -297,7 +307,7 @@ def rank_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return variables | root | {"I_MPI_PIN": "off", "PYTHONUNBUFFERED": "1"}
 
 
-def _run_launcher(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+def _run_launcher(argv: Sequence[str], ranks: int, environ: Mapping[str, str]) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     # In a session of its own, so that a Ctrl-C at the terminal reaches only this process.
@@ -309,18 +319,30 @@ def _run_launcher(argv: Sequence[str], environ: Mapping[str, str]) -> int:
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             start_new_session=True,
-            preexec_fn=_end_with_parent(),
+            preexec_fn=_prepare_launcher(),
         ) as child,
-        _forward_signals(child) as signals,
+        _forward_signals(child, lambda: marks is None or ready_ranks(marks) >= ranks) as signals,
     ):
-        banners = _forward_stderr(child)
+        output = _forward_stderr(child)
         code = child.wait()
-        lost = lost_rank(banners, marks)
-    if signals and code != SAVED_CODE:
+        lost = lost_rank(output.banners, marks)
+    if signals and code not in (0, SAVED_CODE):
         return 128 + signals[0]
-    if code < 0:
-        return _report(killed_launcher(-code))
+    if (number := _killed_by(code, output, argv)) is not None:
+        return _report(killed_launcher(number))
     return code if lost is None else _report(lost_rank_error(lost))
+
+
+def _killed_by(code: int, output: BannerFilter, argv: Sequence[str]) -> int | None:
+    """Return the number of the signal that ended the launcher, None where it ended by itself.
+
+    Open MPI's launcher may be the child of a script, which returns 128 + n; it names every rank
+    that has failed, so it was killed if it names none.
+    """
+    if code < 0:
+        return -code
+    named_rank = output.banners or output.names_killed_rank
+    return code - 128 if code > 128 and not named_rank and OVERSUBSCRIBE in argv else None
 
 
 def killed_launcher(number: int) -> RankLostError:
@@ -348,25 +370,27 @@ def _report(error: DtrainError) -> int:
     return error.code
 
 
-def _end_with_parent() -> Callable[[], None] | None:
-    """Return what a launcher runs before it starts, so that it ends when this process is killed.
+def _prepare_launcher() -> Callable[[], None]:
+    """Return what a launcher runs before it starts.
 
-    None where the system has no such signal.
+    It ends when this process is killed, where the system has a signal for that. A warning that
+    reaches it before it passes signals on is lost and does not end it.
     """
-    if sys.platform != "linux":
-        return None
-    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+    parent = os.getpid()
 
-    def ask() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    def prepare() -> None:
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # SIGUSR1 relays those that end the run
+        if prctl is not None:
+            prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:  # it was killed meanwhile
             os.kill(os.getpid(), signal.SIGTERM)
 
-    return ask
+    return prepare
 
 
-def _forward_stderr(child: subprocess.Popen[bytes]) -> bytes:
-    """Forward the launcher's stderr until it ends; return its banners, which are left out."""
+def _forward_stderr(child: subprocess.Popen[bytes]) -> BannerFilter:
+    """Forward the launcher's stderr without its banners until it ends; return the filter."""
     assert child.stderr is not None
     banner_filter = BannerFilter()
     with open(2, "wb", closefd=False) as stderr:
@@ -374,14 +398,17 @@ def _forward_stderr(child: subprocess.Popen[bytes]) -> bytes:
             stderr.write(banner_filter.feed(data))
             stderr.flush()
         stderr.write(banner_filter.close())
-    return banner_filter.banners
+    return banner_filter
 
 
 @contextmanager
-def _forward_signals(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+def _forward_signals(
+    child: subprocess.Popen[bytes], are_ready: Callable[[], bool]
+) -> Iterator[list[int]]:
     """While inside, pass signals on to the ranks; yield those that are to stop the run.
 
-    The flight signal stops nothing: the ranks write records.
+    The flight signal stops nothing: the ranks write records. A warning waits until `are_ready`,
+    since it would end ranks that have just been started.
     """
     received: list[int] = []
     first_time = math.inf
@@ -389,6 +416,12 @@ def _forward_signals(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
     def kill() -> None:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
+
+    def warn() -> None:
+        deadline = time.monotonic() + READY_S
+        while not are_ready() and time.monotonic() < deadline:
+            time.sleep(READY_INTERVAL_S)
+        child.send_signal(signal.SIGUSR2)
 
     kill_timer = threading.Timer(GRACE_S, kill)
 
@@ -405,12 +438,14 @@ def _forward_signals(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
             if not kill_timer.is_alive():
                 kill_timer.start()
             return
-        child.send_signal(signal.SIGUSR1 if number in ENDING_SIGNALS else signal.SIGUSR2)
+        if number in ENDING_SIGNALS:
+            child.send_signal(signal.SIGUSR1)
+        else:
+            threading.Thread(target=warn, daemon=True).start()
 
-    handlers = {
-        number: signal.signal(number, stop)
-        for number in (*ENDING_SIGNALS, signal.SIGUSR1, signal.SIGUSR2)
-    }
+    handlers = {number: signal.signal(number, stop) for number in (*ENDING_SIGNALS, *WARNINGS)}
+    for number in take_remembered():
+        stop(number, None)
     handlers[signal.SIGURG] = signal.signal(
         signal.SIGURG, lambda number, frame: child.send_signal(number)
     )

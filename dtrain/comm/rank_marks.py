@@ -1,9 +1,10 @@
-"""Marks: by files the parent of `--ranks` learns that a rank has ended inside a session.
+"""Marks: files by which the parent of `--ranks` learns how far its ranks are.
 
 Invariant: standard library only; never raises. A rank that reports an error, or leaves its session
 in order, has removed its mark before it ends.
 
     parent of --ranks   makes a folder, names it in `DTRAIN_RANK_MARKS`, and deletes it at the end
+                        ready-PID appears once a rank takes warnings; until then none is passed on
     rank 3              rank-3 exists from the start of its session to its end
     mpirun              its banner names the first rank that has ended, with its exit code
 """
@@ -48,6 +49,18 @@ def marks_folder() -> Iterator[Path | None]:
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def mark_ready() -> None:
+    """Mark that no warning ends this rank from now on, if the parent wants to know it."""
+    with suppress(OSError):
+        if folder := os.environ.get(VARIABLE):
+            (Path(folder) / f"ready-{os.getpid()}").touch()
+
+
+def ready_ranks(folder: Path) -> int:
+    """Return how many ranks no warning ends."""
+    return len(list(folder.glob("ready-*")))
 
 
 def set_mark(rank: int) -> None:
