@@ -25,15 +25,22 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, final
 
 from dtrain.comm.early_signals import WARNINGS, ignore_warnings, remember, take_remembered
 from dtrain.comm.flight_recorder import FLIGHT_SIGNAL, dump_stacks_on, flush_output, print_error
-from dtrain.comm.launcher import MPIRUN, RELAY_VARIABLE, RELAYED, detect_launcher
-from dtrain.errors import ConfigError, DtrainError, Interrupted, RankLostError
+from dtrain.comm.launcher import (
+    MPIRUN,
+    RELAY_VARIABLE,
+    RELAYED,
+    detect_launcher,
+    start_limit_s,
+)
+from dtrain.comm.rank_marks import IN_START, remove_mark, set_mark
+from dtrain.errors import DtrainError, Interrupted, RankLostError
 
 if TYPE_CHECKING:
     from dtrain.comm.communicator import Comm
@@ -60,10 +67,6 @@ ORPHAN_S = 7.0
 
 RECORD_S = 10.0
 """Seconds after a stop signal after which a rank that still runs writes a flight record."""
-
-
-START_VARIABLE, START_S = "DTRAIN_START_TIMEOUT", 1800.0
-"""Variable with the seconds in which MPI must have started on all ranks, and its default."""
 
 
 _world: Comm | None = None
@@ -116,34 +119,16 @@ def _start_limit() -> Iterator[None]:
     MPI holds the lock of Python while it starts and waits there for every rank, so no thread of
     Python could do it.
     """
-    limit_s = start_limit_s(os.environ)
+    limit_s, launch = start_limit_s(os.environ), detect_launcher(os.environ)
+    rank = 0 if launch is None else launch.rank
+    set_mark(IN_START, rank)
     if limit_s and sys.__stderr__ is not None:
         faulthandler.dump_traceback_later(limit_s, exit=True, file=sys.__stderr__)
     try:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
-
-
-def start_limit_s(environ: Mapping[str, str]) -> float:
-    """Return the seconds in which MPI must have started on all ranks; 0: there is no limit.
-
-    Raises
-    ------
-    ConfigError
-        The variable is no number of seconds.
-    """
-    text = environ.get(START_VARIABLE, "")
-    try:
-        limit_s = float(text) if text else START_S
-    except ValueError:
-        limit_s = math.nan
-    if not 0 <= limit_s < math.inf:
-        raise ConfigError(
-            "launch.start-limit",
-            f"{START_VARIABLE} = {text} must be a number of seconds, at least 0 (0: no limit)",
-        )
-    return limit_s
+        remove_mark(IN_START, rank)
 
 
 def is_rank_of(comm: Comm) -> bool:

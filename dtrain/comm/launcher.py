@@ -31,9 +31,17 @@ from typing import final
 
 from dtrain.comm.early_signals import WARNINGS, take_remembered
 from dtrain.comm.launcher_output import BannerFilter
+from dtrain.comm.rank_marks import (
+    IN_SESSION,
+    IN_START,
+    Exit,
+    first_exit,
+    has_mark,
+    marks_folder,
+    ready_ranks,
+)
 from dtrain.comm.rank_marks import VARIABLE as MARKS_VARIABLE
-from dtrain.comm.rank_marks import Exit, lost_rank, marks_folder, ready_ranks
-from dtrain.errors import SAVED_CODE, ConfigError, DtrainError, RankLostError
+from dtrain.errors import SAVED_CODE, ConfigError, DtrainError, HangError, RankLostError
 
 LAUNCHER_PREFIXES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_", "HYDI_", "HYDRA_", "MPI_LOCAL")
 """Prefixes of the variables that launchers set for their ranks."""
@@ -75,6 +83,10 @@ PR_SET_PDEATHSIG = 1
 READY_S, READY_INTERVAL_S = 60.0, 0.1
 """Time after which a warning is passed on to ranks that are not known to be ready, and between two
 looks at them."""
+
+
+START_VARIABLE, START_S = "DTRAIN_START_TIMEOUT", 1800.0
+"""Variable with the seconds in which MPI must have started on all ranks, and its default."""
 
 
 GRACE_S = 10.0
@@ -146,6 +158,27 @@ def detect_launcher(environ: Mapping[str, str]) -> Launch | None:
             int(local_size) if local_size else None,
         )
     return None
+
+
+def start_limit_s(environ: Mapping[str, str]) -> float:
+    """Return the seconds in which MPI must have started on all ranks; 0: there is no limit.
+
+    Raises
+    ------
+    ConfigError
+        The variable is no number of seconds.
+    """
+    text = environ.get(START_VARIABLE, "")
+    try:
+        limit_s = float(text) if text else START_S
+    except ValueError:
+        limit_s = math.nan
+    if not 0 <= limit_s < math.inf:
+        raise ConfigError(
+            "launch.start-limit",
+            f"{START_VARIABLE} = {text} must be a number of seconds, at least 0 (0: no limit)",
+        )
+    return limit_s
 
 
 def job_name(environ: Mapping[str, str]) -> str:
@@ -308,6 +341,7 @@ def rank_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _run_launcher(argv: Sequence[str], ranks: int, environ: Mapping[str, str]) -> int:
+    began = time.monotonic()
     sys.stdout.flush()
     sys.stderr.flush()
     # In a session of its own, so that a Ctrl-C at the terminal reaches only this process.
@@ -325,12 +359,33 @@ def _run_launcher(argv: Sequence[str], ranks: int, environ: Mapping[str, str]) -
     ):
         output = _forward_stderr(child)
         code = child.wait()
-        lost = lost_rank(output.banners, marks)
+        error = _rank_error(first_exit(output.banners), marks, time.monotonic() - began)
     if signals and code not in (0, SAVED_CODE):
         return 128 + signals[0]
     if (number := _killed_by(code, output, argv)) is not None:
         return _report(killed_launcher(number))
-    return code if lost is None else _report(lost_rank_error(lost))
+    return code if error is None else _report(error)
+
+
+def _rank_error(end: Exit | None, marks: Path | None, run_s: float) -> DtrainError | None:
+    """Return the error of the first rank that has ended, if it could not report one itself."""
+    if end is None:
+        return None
+    if has_mark(marks, IN_SESSION, end.rank):
+        return RankLostError(
+            "rank.exited",
+            f"rank {end.rank} has ended without a message, with exit code {end.code}: user code or "
+            "a library has ended its process, as `os._exit` does; start the same command again to "
+            "resume",
+        )
+    limit_s = start_limit_s(os.environ)
+    if has_mark(marks, IN_START, end.rank) and 0 < limit_s < run_s:
+        return HangError(
+            "hang.start",
+            f"rank {end.rank} has waited {limit_s:g} s in the start of MPI for ranks that do not "
+            f"start: see above whether one has failed; {START_VARIABLE} sets the limit",
+        )
+    return None
 
 
 def _killed_by(code: int, output: BannerFilter, argv: Sequence[str]) -> int | None:
@@ -351,15 +406,6 @@ def killed_launcher(number: int) -> RankLostError:
         "launcher.killed",
         f"the launcher of the ranks was killed by {signal.Signals(number).name}, so the ranks end: "
         "start the same command again to resume",
-    )
-
-
-def lost_rank_error(lost: Exit) -> RankLostError:
-    """Return the error of a rank that has ended inside a session without a report."""
-    return RankLostError(
-        "rank.exited",
-        f"rank {lost.rank} has ended without a message, with exit code {lost.code}: user code or a "
-        "library has ended its process, as `os._exit` does; start the same command again to resume",
     )
 
 

@@ -5,7 +5,7 @@ in order, has removed its mark before it ends.
 
     parent of --ranks   makes a folder, names it in `DTRAIN_RANK_MARKS`, and deletes it at the end
                         ready-PID appears once a rank takes warnings; until then none is passed on
-    rank 3              rank-3 exists from the start of its session to its end
+    rank 3              start-3 exists while MPI starts, session-3 while it is inside a session
     mpirun              its banner names the first rank that has ended, with its exit code
 """
 
@@ -21,6 +21,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 VARIABLE = "DTRAIN_RANK_MARKS"
+
+
+IN_START, IN_SESSION = "start", "session"
+"""Marks of a rank in the start of MPI, and inside a session."""
 
 
 EXITED = re.compile(rb"Process name: \[[^]\n]*,(\d+)\]\s+Exit code:\s+(\d+)")
@@ -63,36 +67,28 @@ def ready_ranks(folder: Path) -> int:
     return len(list(folder.glob("ready-*")))
 
 
-def set_mark(rank: int) -> None:
-    """Mark that a rank is inside a session, if the parent wants to know it."""
+def set_mark(kind: str, rank: int) -> None:
+    """Mark where a rank is, if the parent wants to know it."""
     with suppress(OSError):
         if folder := os.environ.get(VARIABLE):
-            (Path(folder) / f"rank-{rank}").touch()
+            (Path(folder) / f"{kind}-{rank}").touch()
 
 
-def remove_mark(rank: int) -> None:
-    """Mark that a rank is outside of any session."""
+def remove_mark(kind: str, rank: int) -> None:
+    """Mark that a rank is no longer there."""
     with suppress(OSError):
         if folder := os.environ.get(VARIABLE):
-            (Path(folder) / f"rank-{rank}").unlink()
+            (Path(folder) / f"{kind}-{rank}").unlink()
 
 
-def lost_rank(banners: bytes, folder: Path | None) -> Exit | None:
-    """Return the first rank that has ended, if it was inside a session; else None.
+def has_mark(folder: Path | None, kind: str, rank: int) -> bool:
+    """Return whether a rank has this mark."""
+    return folder is not None and (folder / f"{kind}-{rank}").exists()
 
-    Parameters
-    ----------
-    banners : bytes
-        Those of the launcher.
-    folder : Path or None
-        The folder of the marks.
-    """
-    if folder is None:
-        return None
+
+def first_exit(banners: bytes) -> Exit | None:
+    """Return the first rank that has ended, as the banners of the launcher say."""
     if exited := EXITED.search(banners):
-        end = Exit(int(exited[1]), int(exited[2]))
-    elif left := LEFT.search(banners):
-        end = Exit(int(left[1]), 0)
-    else:
-        return None
-    return end if (folder / f"rank-{end.rank}").exists() else None
+        return Exit(int(exited[1]), int(exited[2]))
+    left = LEFT.search(banners)
+    return None if left is None else Exit(int(left[1]), 0)
