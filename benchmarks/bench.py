@@ -127,7 +127,7 @@ class Bench:
         self, start: Callable[[list[str], Path], object], run: Table, subfolder: str = "."
     ) -> RunResult:
         """Train a run file by `start(command, folder)`, which runs a command to its end."""
-        folder = self._write_run(run, subfolder)
+        folder = self.write_run(run, subfolder)
         out = folder / "out"
         shutil.rmtree(out, ignore_errors=True)
         start([*DTRAIN, "train", "run.toml", "--out", "out"], folder)
@@ -139,11 +139,12 @@ class Bench:
 
     def plan(self, run: Table, ranks: int) -> dict[str, Any]:
         """Return the output of `dtrain plan --json`."""
-        self._write_run(run)
+        self.write_run(run)
         command = [*DTRAIN, "plan", "run.toml", "--json", "--ranks", str(ranks)]
         return dict(json.loads(run_program(command, self.folder, 1, capture=True)))
 
-    def _write_run(self, run: Table, subfolder: str = ".") -> Path:
+    def write_run(self, run: Table, subfolder: str = ".") -> Path:
+        """Write `run.toml`, with the user code beside it; return its folder."""
         folder = self.folder / subfolder
         folder.mkdir(exist_ok=True)
         if folder != self.folder:

@@ -35,7 +35,13 @@ def add_command(commands: Commands) -> None:
     add = parser.add_argument
     add("run", type=Path, nargs="?", metavar="RUN.toml", help="the run that a sync is chosen for")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key")
-    add("--out", type=Path, default=Path(), metavar="DIR", help="run folder (default: .)")
+    add(
+        "--out",
+        type=Path,
+        default=Path(),
+        metavar="DIR",
+        help="run folder (default: .); an earlier run in it gives the time of a step",
+    )
     add("--full", action="store_true", help=f"measure the network too, on {FULL_RANKS} ranks")
     add("--ranks", type=int, metavar="N", help="the same on N ranks of this host")
     add("--model-bytes", type=float, metavar="N", help="bytes of parameters to choose a sync for")
@@ -119,8 +125,25 @@ def _advice(options: argparse.Namespace, areas: list[Area]) -> tuple[Advice | No
     if model_bytes is None:
         return None, []
     nodes, rate = int(network.facts["nodes"]), _usual_rate(network)
-    advice = advise(model_bytes, nodes, rate, options.step_seconds)
-    return advice, list(advice_lines(advice, model_bytes, nodes, rate_text(rate)))
+    step_s, origin = _step_seconds(options)
+    advice = advise(model_bytes, nodes, rate, step_s)
+    return advice, [*advice_lines(advice, model_bytes, nodes, rate_text(rate)), *origin]
+
+
+def _step_seconds(options: argparse.Namespace) -> tuple[float | None, list[str]]:
+    """Return the seconds of a step without communication, and a line if an earlier run in the
+    run folder gave them."""
+    if options.step_seconds is not None:
+        return float(options.step_seconds), []
+    try:
+        summary = json.loads((options.out / "summary.json").read_text(encoding="utf-8"))
+        step_s = summary["step_s"]["median"] - summary["wait_s"]["median"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None, []
+    if not step_s > 0:
+        return None, []
+    text = f"{step_s * 1e3:.3g} ms, measured without waits by the run in {options.out}"
+    return step_s, [f"           a step takes {text}"]
 
 
 def _usual_rate(network: Area) -> float:

@@ -64,6 +64,8 @@ def _submit(options: argparse.Namespace) -> int:
         return 0
     job = done.job
     folders = [job.out_of(value) for value in job.array_values] or [job.out]
+    if job.array_settings:  # a sweep
+        folders = [job.out.parent]
     for note in done.notes:
         print(f"note    {note}")
     print(f"job     {done.job_id}: {job.nodes} x {job.ranks_per_node} ranks, {job.minutes} minutes")

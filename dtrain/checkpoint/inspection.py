@@ -22,7 +22,7 @@ from dtrain.checkpoint.manifest import (
     read_manifest,
 )
 from dtrain.checkpoint.manifest_file import MANIFEST_NAME
-from dtrain.checkpoint.resume import BEST_FOLDER, CHECKPOINT_FOLDER
+from dtrain.checkpoint.run_folder import BEST_FOLDER, CHECKPOINT_FOLDER
 from dtrain.checkpoint.shard import dtype_name
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.schema import flatten_table

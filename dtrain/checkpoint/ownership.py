@@ -27,6 +27,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, final
 
+from dtrain.checkpoint import files
 from dtrain.errors import ConfigError
 
 OWNER_FILE = "owner.json"
@@ -70,14 +71,21 @@ def acquire(folder: Path) -> Owner:
     """
     owner = _this_process()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.is_dir():
+            files.make_folder(folder)
         # Linked into place when it is written, so that no reader finds half of it.
         draft = folder / f".{OWNER_FILE}-{owner['host']}-{owner['process']}"
-        draft.write_text(json.dumps(owner), encoding="utf-8")
+        if draft.exists():  # of a process of the same number, and maybe linked into place
+            files.calls.unlink(draft)
+        files.write_file(draft, json.dumps(owner), sync=True)
         try:
-            return _claim(folder, draft, owner)
+            claimed = _claim(folder, draft, owner)
         finally:
-            draft.unlink()
+            with suppress(OSError):  # a later start deletes it
+                files.calls.unlink(draft)
+        with suppress(OSError):  # after a power cut, too, this is known as a run folder
+            files.fsync(folder)
+        return claimed
     except OSError as error:
         raise ConfigError(
             "run-folder.unusable",
@@ -90,7 +98,7 @@ def release(folder: Path, owner: Owner) -> bool:
     if read_owner(folder / OWNER_FILE) != owner:
         return False
     try:
-        (folder / OWNER_FILE).unlink()
+        files.calls.unlink(folder / OWNER_FILE)
     except OSError:  # another rank was faster
         return False
     return True
@@ -209,7 +217,7 @@ def _claim(folder: Path, draft: Path, claimant: Owner) -> Owner:
 def _create(draft: Path, path: Path) -> bool:
     """Put a draft in place unless the file exists; return whether this call did."""
     try:
-        os.link(draft, path)
+        files.calls.link(draft, path)
         return True
     except FileExistsError:
         return False
@@ -229,12 +237,12 @@ def _evict(folder: Path, owner: Owner | None) -> None:
     """Remove the file of an owner that is gone, but not that of a faster process."""
     evicted = folder / f".{OWNER_FILE}-{os.getpid()}"
     try:
-        (folder / OWNER_FILE).rename(evicted)
+        files.calls.rename(folder / OWNER_FILE, evicted)
     except FileNotFoundError:
         return
     if read_owner(evicted) != owner:
         _create(evicted, folder / OWNER_FILE)
-    evicted.unlink()
+    files.calls.unlink(evicted)
 
 
 def _owner_text(owner: Mapping[str, Any]) -> str:

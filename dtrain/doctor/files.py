@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -28,6 +29,14 @@ LITTLE_SPACE = 1 << 30
 """Free bytes below which a checkpoint of a common model may fail."""
 
 
+ANSWER_S = 30.0
+"""Seconds in which a file system must answer; dead ones of a network block for ever."""
+
+
+CLOCK_SKEW_S = 5.0
+"""Skew of the file system's clock above which ages of files mislead."""
+
+
 LOCAL_TYPES = ("tmpfs", "ramfs")
 
 
@@ -44,8 +53,12 @@ class FolderFacts:
         Why atomic rename onto an existing file, hard links, HDF5's locks fail; empty: they work.
     fsync_s : float
         Seconds of writing and fsync of a megabyte, median of three.
+    clock_offset_s : float
+        Clock of the file system minus that of this node, in seconds.
     type : str
         Type of the file system; empty: unknown.
+    answers : bool
+        False: it did not answer in time, and nothing else is known.
     """
 
     folder: str
@@ -56,6 +69,22 @@ class FolderFacts:
     fsync_s: float = 0.0
     free_bytes: int = 0
     type: str = ""
+    clock_offset_s: float = 0.0
+    answers: bool = True
+
+
+def facts_within_limit(folder: Path) -> FolderFacts:
+    """Return `folder_facts`, or that the file system does not answer within `ANSWER_S`.
+
+    The thread that waits for a dead file system cannot be ended; it does not keep the process.
+    """
+    results: list[FolderFacts] = []
+    thread = threading.Thread(
+        target=lambda: results.append(folder_facts(folder)), daemon=True, name="dtrain-doctor-files"
+    )
+    thread.start()
+    thread.join(ANSWER_S)
+    return results[0] if results else FolderFacts(str(folder), answers=False)
 
 
 def folder_facts(folder: Path) -> FolderFacts:
@@ -76,6 +105,7 @@ def folder_facts(folder: Path) -> FolderFacts:
             fsync_s=_time_fsync(trial),
             free_bytes=shutil.disk_usage(place).free,
             type=file_system_type(place),
+            clock_offset_s=_clock_offset(trial),
         )
     except OSError as error:
         return FolderFacts(str(folder), error=error.strerror or str(error))
@@ -119,6 +149,14 @@ def _try_lock(trial: Path) -> str:
     return ""
 
 
+def _clock_offset(trial: Path) -> float:
+    """Return how far the time of a new file lies outside the time in which it was written."""
+    before = time.time()
+    (trial / "now").write_bytes(b".")
+    after, written = time.time(), (trial / "now").stat().st_mtime
+    return min(0.0, written - before) + max(0.0, written - after)
+
+
 def _time_fsync(trial: Path) -> float:
     times = []
     for number in range(3):
@@ -145,6 +183,15 @@ def file_system_type(place: Path, mounts: Path = Path("/proc/self/mounts")) -> s
 
 def check_folder(facts: FolderFacts) -> list[Finding]:
     """Return the findings of a run folder."""
+    if not facts.answers:
+        return [
+            Finding(
+                "files.no-answer",
+                "problem",
+                f"the file system of {facts.folder} does not answer within {ANSWER_S:g} s",
+                "choose another --out, and report the file system (`df` hangs on it too)",
+            )
+        ]
     if facts.error:
         return [
             Finding(
@@ -202,6 +249,16 @@ def _check_speed(facts: FolderFacts) -> list[Finding]:
                 "save less often ([checkpoint] every, every-minutes), or choose a faster --out",
             )
         )
+    if abs(facts.clock_offset_s) > CLOCK_SKEW_S:
+        findings.append(
+            Finding(
+                "files.clock-skew",
+                "note",
+                f"the clock of the file system of {facts.folder} differs by "
+                f"{facts.clock_offset_s:+.1f} s from that of this node: ages of files mislead",
+                "let the administrator start NTP or chrony on the node and on the file server",
+            )
+        )
     if facts.free_bytes < LITTLE_SPACE:
         findings.append(
             Finding(
@@ -242,8 +299,8 @@ def check_visible(folder: Path, hosts: Sequence[str], sees: Sequence[bool]) -> l
 
 def folder_summary(facts: FolderFacts) -> str:
     """Return the line of a run folder."""
-    if facts.error:
-        return f"{facts.folder}: {facts.error}"
+    if facts.error or not facts.answers:
+        return f"{facts.folder}: {facts.error or 'no answer'}"
     works = [
         name
         for name, error in (

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, final
 
+from dtrain.errors import DtrainError
+
 Severity = Literal["ok", "note", "problem"]
 
 
@@ -31,6 +33,12 @@ class Finding:
     severity: Severity
     what: str
     cure: str = ""
+
+
+def finding_of(error: DtrainError) -> Finding:
+    """Return the finding of an error by which dtrain refuses."""
+    what, _, cure = error.message.rpartition(": ")
+    return Finding(error.key, "problem", what or cure, cure if what else "")
 
 
 @final

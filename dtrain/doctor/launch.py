@@ -6,7 +6,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from dtrain.comm import size_mismatch_cause, start_advice
+from dtrain.comm import launch_refusals
+from dtrain.comm.launch_refusals import MPICH, mpi_family, pmi_variables
 from dtrain.comm.launcher import (
     FIRST_SPECIAL_STEP,
     Launch,
@@ -19,33 +20,8 @@ from dtrain.comm.launcher import (
     pty_shell_cause,
     pty_shell_cure,
 )
-from dtrain.doctor.finding import Finding, Severity
+from dtrain.doctor.finding import Finding, Severity, finding_of
 from dtrain.doctor.programs import program_output
-
-OPEN_MPI, MPICH = "Open MPI", "MPICH"
-
-
-FAMILY_SIGNS = {
-    OPEN_MPI: ("open mpi", "openrte", "prrte", "prterun"),
-    MPICH: ("mpich", "hydra", "intel", "mvapich", "psmpi", "parastation"),
-}
-"""Families of libraries and launchers that work with each other, and the words that tell them."""
-
-
-PMI_VARIABLES = (
-    *("PMI_RANK", "PMI_FD", "PMI_JOBID", "PMI_CONTROL_PORT"),
-    *("PMIX_RANK", "PMIX_NAMESPACE", "PALS_RANKID", "PALS_APID"),
-)
-"""Variables that a process manager sets for a task; modules set others with these prefixes."""
-
-
-def mpi_family(text: str) -> str:
-    """Return the family of a library or a launcher by its version text; empty: unknown."""
-    lower = text.lower()
-    families = (
-        name for name, signs in FAMILY_SIGNS.items() if any(sign in lower for sign in signs)
-    )
-    return next(families, "")
 
 
 def check_pty_shell(environ: Mapping[str, str], started_by_shell: bool) -> list[Finding]:
@@ -56,11 +32,6 @@ def check_pty_shell(environ: Mapping[str, str], started_by_shell: bool) -> list[
     severity: Severity = "problem" if launch.size > 1 else "note"
     cure = pty_shell_cure(environ, launch)
     return [Finding("launch.pty-shell", severity, pty_shell_cause(launch), cure)]
-
-
-def pmi_variables(environ: Mapping[str, str]) -> list[str]:
-    """Return the variables by which a process manager reaches a task."""
-    return [name for name in PMI_VARIABLES if name in environ]
 
 
 def check_leftovers(environ: Mapping[str, str]) -> list[Finding]:
@@ -93,21 +64,8 @@ def check_ranks(environ: Mapping[str, str], world_size: int | None, library: str
     nested = _check_nested(environ, launch)
     if nested or launch.size == 1:
         return nested
-    if launch.launcher == "srun":
-        findings = _check_srun_pmi(environ, launch, library)
-        if findings:
-            return findings
-    if world_size is not None and world_size != launch.size:
-        return [
-            Finding(
-                "launch.size-mismatch",
-                "problem",
-                f"{size_mismatch_cause(launch, world_size, library)}: the launcher belongs to "
-                "another MPI",
-                start_advice(launch, find_mpirun(environ)),
-            )
-        ]
-    return []
+    refusal = launch_refusals.wrong_world(environ, launch, world_size, library)
+    return [] if refusal is None else [finding_of(refusal)]
 
 
 def _check_nested(environ: Mapping[str, str], launch: Launch) -> list[Finding]:
@@ -126,32 +84,6 @@ def _check_nested(environ: Mapping[str, str], launch: Launch) -> list[Finding]:
             f"mpirun in the job script without srun",
         )
     ]
-
-
-def _check_srun_pmi(environ: Mapping[str, str], launch: Launch, library: str) -> list[Finding]:
-    """Return the finding of srun tasks without a PMI that the library speaks."""
-    names = pmi_variables(environ)
-    advice = start_advice(launch, None)
-    if not names:
-        return [
-            Finding(
-                "launch.srun-without-pmi",
-                "problem",
-                f"srun started {launch.size} tasks without a process manager (`--mpi=none`): "
-                "every rank finds itself as rank 0 of 1",
-                advice,
-            )
-        ]
-    if mpi_family(library) == OPEN_MPI and not any(name.startswith("PMIX_") for name in names):
-        return [
-            Finding(
-                "launch.srun-wrong-pmi",
-                "problem",
-                f"srun speaks PMI-2 to its tasks, and {library} speaks only PMIx",
-                advice,
-            )
-        ]
-    return []
 
 
 def check_mpirun(environ: Mapping[str, str], library: str) -> list[Finding]:

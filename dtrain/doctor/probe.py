@@ -7,12 +7,20 @@ As a program (`python -m dtrain.doctor.probe`) it starts MPI and prints the fact
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
+from dtrain.doctor.library import (
+    UNKNOWN,
+    binary_interface,
+    gpu_awareness,
+    library_files,
+    load,
+)
 from dtrain.doctor.programs import run_captured
 
 LIMIT_S = 20.0
@@ -37,6 +45,12 @@ class MpiFacts:
         "started"; "missing" (mpi4py loads no library), "failed" (the process ended) or "hangs".
     text : str
         The reason, or the last lines that the process printed.
+    abi : str
+        Binary interface of the library; empty: unknown.
+    files : sequence of str
+        Files of the MPI libraries that are loaded.
+    gpu_aware : str
+        GPUs whose memory the library sends, "none" or "unknown".
     """
 
     outcome: Literal["started", "missing", "failed", "hangs"]
@@ -45,6 +59,9 @@ class MpiFacts:
     thread_level: str = ""
     world_size: int = 0
     text: str = ""
+    abi: str = ""
+    files: Sequence[str] = ()
+    gpu_aware: str = UNKNOWN
 
 
 def probe_mpi(
@@ -72,15 +89,24 @@ def _last_lines(output: str, code: int) -> str:
 
 
 def mpi_facts() -> MpiFacts:
-    """Start MPI in this process and return the facts."""
+    """Start MPI in this process, if it has not started, and return the facts."""
     from importlib.metadata import version
 
     try:
         from dtrain.comm.backends import mpi
     except (ImportError, RuntimeError) as error:
         return MpiFacts("missing", text=str(error).splitlines()[0])
+    files = library_files()
+    library = load(files)
     return MpiFacts(
-        "started", mpi.library_version(), version("mpi4py"), mpi.thread_level(), mpi.world_size()
+        outcome="started",
+        library=mpi.library_version(),
+        mpi4py=version("mpi4py"),
+        thread_level=mpi.thread_level(),
+        world_size=mpi.world_size(),
+        abi=binary_interface(library),
+        files=files,
+        gpu_aware=gpu_awareness(library, os.environ),
     )
 
 

@@ -14,15 +14,9 @@ from pathlib import Path
 from dtrain.build import RankJob, build_rank, check_same_layout, make_plan_together, set_threads
 from dtrain.callbacks import Callback, Ema, all_callbacks, with_callback_keys
 from dtrain.checkpoint import run_folder
-from dtrain.checkpoint.resume import (
-    ResumePoint,
-    check_same_model,
-    damage_notes,
-    data_path_notes,
-    find_resume_point,
-    source_hashes,
-    source_notes,
-)
+from dtrain.checkpoint.resume import ResumePoint, damage_notes, find_resume_point
+from dtrain.checkpoint.same_run import data_path_notes
+from dtrain.checkpoint.saved_fingerprint import check_same_model, source_hashes, source_notes
 from dtrain.comm.agree import all_or_none
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
@@ -30,8 +24,8 @@ from dtrain.monitoring.machine_peak import measured_peak
 from dtrain.monitoring.monitor import Monitor
 from dtrain.monitoring.run_totals import RunTotals
 from dtrain.monitoring.start_log import StartLog
+from dtrain.planning.placement_warnings import placement_warnings
 from dtrain.planning.plan import Plan
-from dtrain.planning.warnings import placement_warnings
 from dtrain.schema import Table
 from dtrain.session.folder_lock import FolderLock
 from dtrain.session.hang_watch import HangWatch
@@ -221,8 +215,7 @@ def _start_records(job: RankJob, totals: RunTotals, out: Path, comm: Comm) -> No
     """Write the plan, and record norms and the timeline where the run has them. Collective."""
     run = job.plan.run
     job.engine.update_step.records_norms = run.log.norms
-    if comm.rank == 0:
-        write_plan(job.plan, totals, out)
+    all_or_none(comm, lambda: None if comm.rank else write_plan(job.plan, totals, out))
     if run.settings.trace:
         job.engine.trace = start_trace(job, comm, out, totals)
 
@@ -240,7 +233,7 @@ def _start_message(
     plan, point = job.plan, checked.point
     notes = [
         *checked.notes,
-        *placement_warnings(plan, comm.hosts),
+        *placement_warnings(plan, comm.topology.node_numbers, comm.hosts),
         *data_path_notes(point.run_table, plan.run),
         *damage_notes(point),
         *source_notes(point.fingerprint, fingerprint["source"]),

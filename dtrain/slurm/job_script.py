@@ -42,7 +42,9 @@ class SlurmJob:
     array_key : str
         Dotted key that the tasks of an array set; "": no array.
     array_values : tuple of str
-        The value of each task.
+        The value of each task; in a sweep the name of its run.
+    array_settings : tuple of tuple of str
+        ``KEY=VALUE`` of each task, in a sweep.
     after : str
         A dependency of `sbatch --dependency`; "": none.
     container : str
@@ -64,6 +66,7 @@ class SlurmJob:
     partition: str = ""
     array_key: str = ""
     array_values: tuple[str, ...] = ()
+    array_settings: tuple[tuple[str, ...], ...] = ()
     after: str = ""
     container: str = ""
     environment_archive: str = ""
@@ -72,6 +75,11 @@ class SlurmJob:
     def ranks(self) -> int:
         """Ranks on all nodes."""
         return self.nodes * self.ranks_per_node
+
+    @property
+    def table(self) -> Path:
+        """The table of a sweep, as CSV."""
+        return self.out.parent / "sweep.csv"
 
     def out_of(self, value: str) -> Path:
         """Return the run folder of a task of an array."""

@@ -25,6 +25,7 @@ from dtrain.planning.memory_plan import MemoryPlan
 from dtrain.planning.plan import Plan, make_plan
 from dtrain.slurm.job_script import SlurmJob, render_script
 from dtrain.slurm.site import Site, read_site
+from dtrain.slurm.sweep import array_of_sweep, sweep_of_job
 
 SCRIPT_NAME = "job.sh"
 
@@ -113,11 +114,15 @@ def submit(run_file: Path, options: SubmitOptions) -> Submission:
     """
     site = read_site(options.site)
     key, values = parse_array(options.array)
+    sweep = sweep_of_job(run_file, options.settings, options.array, options.out)
     own = list(options.settings)
     tasks = [[*own, f"{key}={value}"] for value in values] or [own]
+    tasks = [[*own, *run.settings] for run in sweep] or tasks
     runs = [read_run(run_file, task) for task in tasks]  # every key is checked before one queues
     job = _make_job(run_file, runs[0], site, options)
-    notes = check_job(job, site, make_plan(runs[0], job.ranks))
+    job = array_of_sweep(job, sweep, runs[0], options.out) if sweep else job
+    plans = [make_plan(run, job.ranks) for run in runs]
+    notes = tuple(dict.fromkeys(n for plan in plans for n in check_job(job, site, plan)))
     text = render_script(job, site)
     if options.dry_run:
         return Submission(job, None, text, None, notes)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "dtrain"
 FLAT = (
     *("errors", "rng", "schema", "object_names"),
-    *("fingerprint", "user_code", "partition", "mesh", "eager_torch"),
+    *("fingerprint", "user_code", "partition", "mesh", "paths", "eager_torch"),
 )
 IMPORTS: dict[str, tuple[str, ...]] = {
     "errors": (),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dtrain import comm
-from dtrain.comm import launcher, size_mismatch_message
+from dtrain.comm import launch_refusals, launcher
 from dtrain.comm.launcher import Launch, detect_launcher
 from dtrain.comm.launcher_output import BannerFilter
 from dtrain.errors import ConfigError
@@ -120,13 +120,16 @@ def test_ranks_that_cannot_start_are_refused(ranks: int, environ: dict[str, str]
 
 
 def test_a_size_mismatch_names_both_sizes_and_a_command() -> None:
-    srun = size_mismatch_message(Launch("srun", 2, 0, None), 1, "Open MPI v5", None)
-    for fact in ("2 ranks", "Open MPI v5", "1 rank", "`srun --mpi=pmix -n 2 ...`"):
-        assert fact in srun
+    environ = {"DTRAIN_MPIRUN": "/v/bin/mpirun"}
     mpiexec = Launch("an mpiexec", 3, 0, None)
-    message = size_mismatch_message(mpiexec, 1, "Open MPI v5", "/v/bin/mpirun")
-    assert "`/v/bin/mpirun -n 3 ...`" in message
-    assert "`dtrain train RUN.toml --ranks 3`" in message
+    refusal = launch_refusals.wrong_world(environ, mpiexec, 1, "Open MPI v5")
+    assert refusal is not None
+    assert refusal.key == "launch.size-mismatch"
+    for fact in ("3 ranks", "1 rank", "`/v/bin/mpirun -n 3 ...`", "train RUN.toml --ranks 3`"):
+        assert fact in refusal.message
+    srun = launch_refusals.wrong_world({}, Launch("srun", 2, 0, None), 1, "Open MPI v5")
+    assert srun is not None
+    assert "`srun --mpi=pmix -n 2 ...`" in srun.message
 
 
 RULE = b"-" * 74 + b"\n"
@@ -208,5 +211,5 @@ def test_a_world_that_differs_from_the_launchers_is_refused_once(rank: int) -> N
     """`srun --mpi=none -n2` starts two worlds of one rank each: only rank 0 prints an error."""
     process = python(MISMATCH, SLURM_STEP_NUM_TASKS="2", SLURM_PROCID=str(rank))
     assert process.returncode == ConfigError.code
-    assert process.stdout == ("" if rank else "launch.size-mismatch\n")
+    assert process.stdout == ("" if rank else "launch.srun-without-pmi\n")
     assert not process.stderr

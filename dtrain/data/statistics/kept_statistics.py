@@ -57,16 +57,15 @@ def read_kept(folder: Path, training: TrainingStatistics) -> list[Any] | None:
     return [record["mean"], record["std"]]
 
 
-def write_kept(folder: Path, training: TrainingStatistics) -> None:
-    """Write the moments, which must be known, into a run folder."""
+def kept_text(training: TrainingStatistics) -> str:
+    """Return the text of `STATISTICS_FILE` in a run folder; the moments must be known."""
     mean, deviation = to_lists(training.moments)
     record = {
         "mean": mean,
         "std": deviation,
         "data": data_identity(training.dataset, training.axis),
     }
-    text = json.dumps(record, indent=1, allow_nan=False)
-    (folder / STATISTICS_FILE).write_text(text + "\n", encoding="utf-8")
+    return json.dumps(record, indent=1, allow_nan=False) + "\n"
 
 
 def to_lists(moments: Moments) -> list[Any]:
