@@ -20,6 +20,7 @@ from typing import Any
 
 from dtrain.checkpoint.files import replace_file
 from dtrain.checkpoint.ownership import Owner, acquire, release
+from dtrain.checkpoint.safe_files import read_json
 from dtrain.errors import CheckpointError
 
 CHECKPOINT_FOLDER = "checkpoints"
@@ -80,11 +81,7 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
     """Return the content of `summary.json`, None where there is none."""
-    try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return summary if isinstance(summary, dict) else None
+    return read_json(folder, "summary.json") or None
 
 
 def release_unfinished(
