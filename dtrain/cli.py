@@ -19,6 +19,7 @@ import dtrain
 from dtrain import cli_checkpoint, cli_data, cli_doctor, cli_run_folders, cli_submit, cli_sweep
 from dtrain.comm.launcher import detect_launcher, start_ranks
 from dtrain.errors import ConfigError, DtrainError
+from dtrain.paths import expand_options
 
 if TYPE_CHECKING:
     from dtrain.comm.communicator import Comm
@@ -32,6 +33,10 @@ ArgvBuilder = Callable[[argparse.Namespace], list[str]]
 
 RankWork = Callable[[argparse.Namespace, "Comm"], int | None]
 """Returns an exit code where it is not 0."""
+
+
+PATH_TEXTS = ("resume", "data", "site", "container", "environment_archive")
+"""Options that are texts, and may be paths: `$VAR` and `~` are replaced in all paths."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(own_words)
     options.arguments = script_words
     try:
+        expand_options(options, PATH_TEXTS)
         code: int = options.command(options)
         return code
     except DtrainError as error:

@@ -61,6 +61,10 @@ RECORD_S = 10.0
 _world: Comm | None = None
 
 
+_launcher: int | None = None
+"""The process that started this rank; None: no launcher did."""
+
+
 _previous_handlers: dict[int, Any] = {}
 """The handlers before those of a rank, by signal."""
 
@@ -236,11 +240,27 @@ def _install_signal_handlers(comm: Comm) -> None:
     _handle(signal.SIGCONT, note_continue)
     threading.Thread(target=_signals.watch, args=(comm,), daemon=True, name="dtrain-stop").start()
     if detect_launcher(os.environ) is not None:
-        words = (comm, os.getppid())
+        global _launcher
+        _launcher = os.getppid()
+        words = (comm, _launcher)
         threading.Thread(
             target=_watch_launcher, args=words, daemon=True, name="dtrain-parent"
         ).start()
     comm.flight.dump_on_signal(FLIGHT_SIGNAL)
+
+
+def launcher_loss() -> RankLostError | None:
+    """Return the error of a rank whose launcher was killed, None where it was not.
+
+    Output of such a rank fails, so its first error may be another one.
+    """
+    if _launcher is None or os.getppid() == _launcher:
+        return None
+    return RankLostError(
+        "launcher.lost",
+        "the launcher of the ranks (mpirun or srun) was killed: start the same command again to "
+        "resume",
+    )
 
 
 def _watch_launcher(comm: Comm, parent: int) -> None:
@@ -250,6 +270,10 @@ def _watch_launcher(comm: Comm, parent: int) -> None:
     """
     while os.getppid() == parent:
         time.sleep(PARENT_INTERVAL_S)
+    with suppress(OSError):  # output goes to the launcher, and would fail
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
     if comm.flight.folder is not None:
         comm.flight.dump("The launcher was killed", None)
     os.kill(os.getpid(), signal.SIGTERM)

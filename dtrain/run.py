@@ -34,6 +34,7 @@ from dtrain.data.dataset import DatasetSplits
 from dtrain.errors import ConfigError
 from dtrain.object_names import script_file
 from dtrain.objectives.base import Objective
+from dtrain.paths import expand_path
 from dtrain.schedules.base import Schedule
 from dtrain.schema import Table, kebab, to_table
 from dtrain.syncs.base import Sync
@@ -213,7 +214,7 @@ class Run:
         set : sequence of str
             ``KEY=VALUE`` with keys of run files, as in ``--set optimizer.lr=0.01``.
         """
-        path = Path(path)
+        path = expand_path(path, "path")
         config = read_resolved_run(path, set) if _is_resolved(path) else read_run(path, set)
         return cls.from_config(config)
 

@@ -6,6 +6,7 @@ a run between any two of them, or let any of them fail.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import os
@@ -14,6 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+"""Arguments of `renameat2`, from Linux's headers."""
 
 
 class FileCalls:
@@ -38,6 +42,21 @@ class FileCalls:
     def rename(self, source: Path, target: Path) -> None:
         """Rename a file or folder, over a file that is there."""
         os.replace(source, target)
+
+    def exchange(self, one: Path, other: Path) -> None:
+        """Exchange two names at once.
+
+        Raises
+        ------
+        OSError
+            The system or the file system cannot do it, for example.
+        """
+        paths = os.fsencode(one), os.fsencode(other)
+        rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        if rename is None:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        if rename(AT_FDCWD, paths[0], AT_FDCWD, paths[1], RENAME_EXCHANGE):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(one))
 
     def link(self, source: Path, target: Path) -> None:
         """Give a file a second name."""
@@ -103,7 +122,7 @@ def replace_file(path: Path, content: bytes | str) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, each of which survives a power cut."""
+    """Make a folder that is not there, and those above it; each survives a power cut."""
     if not path.parent.is_dir():
         make_folder(path.parent)
     calls.mkdir(path)

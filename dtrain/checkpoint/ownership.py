@@ -74,14 +74,21 @@ def acquire(folder: Path) -> Owner:
     """
     owner = _this_process()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.is_dir():
+            files.make_folder(folder)
         # Linked into place when it is written, so that no reader finds half of it.
         draft = folder / f".{OWNER_FILE}-{owner['host']}-{owner['process']}"
-        files.write_file(draft, json.dumps(owner))
-        try:
-            return _claim(folder, draft, owner)
-        finally:
+        if draft.exists():  # of a process of the same number, and maybe linked into place
             files.calls.unlink(draft)
+        files.write_file(draft, json.dumps(owner), sync=True)
+        try:
+            claimed = _claim(folder, draft, owner)
+        finally:
+            with suppress(OSError):  # a later start deletes it
+                files.calls.unlink(draft)
+        with suppress(OSError):  # after a power cut, too, this is known as a run folder
+            files.fsync(folder)
+        return claimed
     except OSError as error:
         raise ConfigError(
             "run-folder.unusable",

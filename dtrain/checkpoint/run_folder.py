@@ -18,8 +18,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dtrain.checkpoint.files import replace_file
-from dtrain.checkpoint.ownership import Owner, acquire, release
+from dtrain.checkpoint import files
+from dtrain.checkpoint.ownership import (
+    OWNER_FILE,
+    Owner,
+    acquire,
+    owner_is_gone,
+    read_owner,
+    release,
+)
 from dtrain.checkpoint.safe_files import read_json
 from dtrain.errors import CheckpointError
 
@@ -31,6 +38,10 @@ BEST_FOLDER = "best"
 
 
 FLIGHT_FOLDER = "flight"
+
+
+RECORDS = ("summary.json", "run.toml", "plan.txt", "data-statistics.json")
+"""Files that are replaced as a whole."""
 
 
 def set_aside(folder: Path) -> None:
@@ -56,7 +67,18 @@ def archive(folder: Path, name: str, attempt: int) -> None:
             (folder / name).rename(archived)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Write `summary.json`, whole or not at all.
+
+    Raises
+    ------
+    CheckpointError
+        It cannot be written.
+    """
+    write_record(folder, "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+
+
+def write_record(folder: Path, name: str, text: str) -> None:
     """Write a file of the run folder, whole or not at all.
 
     Raises
@@ -65,18 +87,28 @@ def write_text(path: Path, text: str) -> None:
         It cannot be written: the disk is full, for example.
     """
     try:
-        replace_file(path, text)
+        files.replace_file(folder / name, text)
     except OSError as error:
         raise CheckpointError(
             "run-folder.write-failed",
-            f"cannot write {path}: {error.strerror or error}; free space and start the same "
-            "command again: it resumes from the last checkpoint, if there is one",
+            f"cannot write {folder / name}: {error.strerror}; the checkpoints are complete: free "
+            "space and start the same command again",
         ) from error
 
 
-def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Write `summary.json`, whole or not at all; errors are those of `write_text`."""
-    write_text(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+def remove_drafts(folder: Path) -> None:
+    """Delete what killed runs left of files that they were writing; never raise.
+
+    The folder is locked by this process. Drafts of the owner file may belong to others that run.
+    """
+    for path in folder.glob(".*-*"):
+        name = path.name[1:].rpartition("-")[0]
+        is_left = name in RECORDS
+        if path.name.startswith(f".{OWNER_FILE}-"):
+            is_left = owner_is_gone(read_owner(path) or {})
+        with suppress(OSError):  # the run matters more
+            if is_left:
+                files.calls.unlink(path)
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
@@ -99,6 +131,6 @@ def release_unfinished(
     if not release(folder, owner):
         return False
     if summary is not None:
-        with suppress(OSError, CheckpointError):
+        with suppress(CheckpointError):
             write_summary(folder, summary | {"status": status, "error": reason, "error_key": key})
     return True

@@ -32,6 +32,7 @@ CHANGEABLE_KEYS = (
     "evaluate.every",
     "checkpoint.keep",
     "checkpoint.every-minutes",
+    "checkpoint.asynchronous",
     "checkpoint.signals",
     "checkpoint.stop-before-limit",
     "checkpoint.best",
@@ -46,6 +47,10 @@ FLUSH_KEY = "evaluate.every-updates"
 """It sets where the pipeline is flushed, so it stays as it is."""
 
 
+INTERVAL_KEY = "checkpoint.every"
+"""It sets the segments, so it may change only where these decide nothing."""
+
+
 LENGTH_KEYS = ("epochs", "updates")
 
 
@@ -55,6 +60,7 @@ def check_same_run(
     run: RunConfig,
     fully_trained: bool = False,
     data_paths_may_differ: bool = False,
+    segments_are_free: bool = False,
 ) -> None:
     """Refuse a run that is not the one of the checkpoint, or would overwrite its own run file.
 
@@ -67,6 +73,8 @@ def check_same_run(
         whatever rate.
     data_paths_may_differ : bool
         Whether paths of `[data]` may differ, since `check_saved_data` compares the data.
+    segments_are_free : bool
+        Whether the interval between checkpoints, which sets the segments, may differ.
 
     Raises
     ------
@@ -82,6 +90,8 @@ def check_same_run(
         return
     changes = _changes(saved_table, run)
     paths = data_path_changes(saved_table, run) if data_paths_may_differ else {}
+    if segments_are_free:
+        changes.pop(INTERVAL_KEY, None)
     forbidden = [
         text
         for key, text in changes.items()

@@ -29,6 +29,10 @@ OTHER_INPUTS = "further inputs"
 """The part of a fingerprint for the further inputs of samples, where there are some."""
 
 
+COMPARED_SAMPLES = 32
+"""Samples of each split that a fingerprint describes."""
+
+
 SOURCE_SECTIONS = ("data", "model", "objective", "schedule", "sync", "optimizer")
 """Sections of a run that may name a module of the user."""
 
@@ -101,12 +105,28 @@ def check_saved_data(
         if part == OTHER_INPUTS and part not in old:  # an earlier version has written it
             continue
         if not _is_same(old.get(part), value):
-            change = "" if isinstance(value, list) else f" (was {old.get(part)}, is {value})"
+            change = f" (was {old.get(part)}, is {value})"
+            if isinstance(value, list):
+                is_of_splits = part == "inputs"
+                change = _differing_split(current, old.get(part), value) if is_of_splits else ""
             raise ConfigError(
                 "resume.data-changed",
                 f"cannot resume: the data have changed since the checkpoint: {part}{change}{paths};"
                 " put them back, or choose another --out",
             )
+
+
+def _differing_split(current: Mapping[str, Any], old: Any, new: list[float]) -> str:
+    """Return " of the test split" for the first split whose samples differ, "" if none is known."""
+    if not isinstance(old, list) or len(old) != len(new):
+        return ""
+    position = next(i for i, pair in enumerate(zip(old, new, strict=True)) if not _is_close(*pair))
+    for part, text in current.items():
+        if part.endswith(" split"):  # "50 samples of ..."
+            position -= min(COMPARED_SAMPLES, int(text.split()[0]))
+            if position < 0:
+                return f" of the {part}"
+    return ""
 
 
 def source_hashes(run: RunConfig) -> dict[str, str]:
@@ -159,8 +179,8 @@ def _is_same(old: Any, new: Any) -> bool:
     """Return whether two parts of a fingerprint are equal, numbers up to rounding."""
     if not isinstance(new, list):
         return bool(old == new)
-    return (
-        isinstance(old, list)
-        and len(old) == len(new)
-        and np.allclose(old, new, rtol=1e-4, atol=1e-6, equal_nan=True)
-    )
+    return isinstance(old, list) and len(old) == len(new) and _is_close(old, new)
+
+
+def _is_close(old: Any, new: Any) -> bool:
+    return bool(np.allclose(old, new, rtol=1e-4, atol=1e-6, equal_nan=True))

@@ -22,7 +22,7 @@ import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -30,7 +30,9 @@ from types import FrameType
 from typing import final
 
 from dtrain.comm.launcher_output import BannerFilter
-from dtrain.errors import SAVED_CODE, ConfigError
+from dtrain.comm.rank_marks import VARIABLE as MARKS_VARIABLE
+from dtrain.comm.rank_marks import Exit, lost_rank, marks_folder
+from dtrain.errors import SAVED_CODE, ConfigError, DtrainError, RankLostError
 
 LAUNCHER_PREFIXES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_", "HYDI_", "HYDRA_", "MPI_LOCAL")
 """Prefixes of the variables that launchers set for their ranks."""
@@ -300,9 +302,10 @@ def _run_launcher(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     sys.stderr.flush()
     # In a session of its own, so that a Ctrl-C at the terminal reaches only this process.
     with (
+        marks_folder() as marks,
         subprocess.Popen(
             argv,
-            env=dict(environ),
+            env={**environ, **({} if marks is None else {MARKS_VARIABLE: str(marks)})},
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             start_new_session=True,
@@ -310,11 +313,39 @@ def _run_launcher(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         ) as child,
         _forward_signals(child) as signals,
     ):
-        _forward_stderr(child)
+        banners = _forward_stderr(child)
         code = child.wait()
+        lost = lost_rank(banners, marks)
     if signals and code != SAVED_CODE:
         return 128 + signals[0]
-    return code if code >= 0 else 128 - code
+    if code < 0:
+        return _report(killed_launcher(-code))
+    return code if lost is None else _report(lost_rank_error(lost))
+
+
+def killed_launcher(number: int) -> RankLostError:
+    """Return the error of a launcher that a signal has ended; its ranks end, too."""
+    return RankLostError(
+        "launcher.killed",
+        f"the launcher of the ranks was killed by {signal.Signals(number).name}, so the ranks end: "
+        "start the same command again to resume",
+    )
+
+
+def lost_rank_error(lost: Exit) -> RankLostError:
+    """Return the error of a rank that has ended inside a session without a report."""
+    return RankLostError(
+        "rank.exited",
+        f"rank {lost.rank} has ended without a message, with exit code {lost.code}: user code or a "
+        "library has ended its process, as `os._exit` does; start the same command again to resume",
+    )
+
+
+def _report(error: DtrainError) -> int:
+    """Print an error of the ranks; return its exit code."""
+    with suppress(OSError):
+        os.write(2, f"dtrain: {error.text_with_key()}\n".encode())
+    return error.code
 
 
 def _end_with_parent() -> Callable[[], None] | None:
@@ -334,8 +365,8 @@ def _end_with_parent() -> Callable[[], None] | None:
     return ask
 
 
-def _forward_stderr(child: subprocess.Popen[bytes]) -> None:
-    """Forward the launcher's stderr, without its banners, until it ends."""
+def _forward_stderr(child: subprocess.Popen[bytes]) -> bytes:
+    """Forward the launcher's stderr until it ends; return its banners, which are left out."""
     assert child.stderr is not None
     banner_filter = BannerFilter()
     with open(2, "wb", closefd=False) as stderr:
@@ -343,6 +374,7 @@ def _forward_stderr(child: subprocess.Popen[bytes]) -> None:
             stderr.write(banner_filter.feed(data))
             stderr.flush()
         stderr.write(banner_filter.close())
+    return banner_filter.banners
 
 
 @contextmanager

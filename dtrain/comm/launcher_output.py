@@ -32,9 +32,16 @@ a signal killed is not among them: no rank prints that."""
 
 @final
 class BannerFilter:
-    """Filters a stream that is read in pieces."""
+    """Filters a stream that is read in pieces.
+
+    Attributes
+    ----------
+    banners : bytes
+        The lines that were dropped.
+    """
 
     def __init__(self) -> None:
+        self.banners = b""
         self._buffer = b""
         self._at_line_start = True  # whether the next byte begins a line
         self._in_banner = False
@@ -62,6 +69,7 @@ class BannerFilter:
         if not end:
             return None
         self._in_banner = not RULE_LINE.fullmatch(line + end)
+        self.banners += line + end
         self._buffer = rest
         return b""
 

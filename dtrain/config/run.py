@@ -34,6 +34,7 @@ from dtrain.config.strategies import NamedStrategy, name_strategy
 from dtrain.object_names import object_name
 from dtrain.objectives.base import Objective
 from dtrain.partition import check_places
+from dtrain.paths import expand_text
 from dtrain.schedules.base import Schedule
 from dtrain.schema import Table, dump_toml, to_table
 from dtrain.syncs.base import Sync
@@ -110,7 +111,9 @@ class RunConfig:
     def weights_path(self) -> Path | None:
         """The file with initial weights, None where the run file names none."""
         name = self.model_options.weights
-        return None if name is None else self.folder / name
+        if name is None:
+            return None
+        return self.folder / expand_text(name, "[model] weights =", self.folder)
 
     def open_modules(self) -> frozenset[str]:
         """Return the dotted names of the sub-modules whose parts are layers of their own."""

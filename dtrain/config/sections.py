@@ -280,6 +280,8 @@ class Checkpoint:
         It never changes what is trained.
     keep : int
         Complete checkpoints that remain.
+    asynchronous : bool
+        Copy the tensors to memory and write them behind the training.
     best : str, optional
         The metric whose best evaluation is kept beside them, in ``checkpoints/best``.
     signals : tuple of str
@@ -291,13 +293,16 @@ class Checkpoint:
     every: int = 0
     every_minutes: float = 0.0
     keep: int = 2
+    asynchronous: bool = False
     best: str | None = None
     signals: tuple[str, ...] = STOP_SIGNALS
     stop_before_limit: Literal["auto"] | bool = "auto"
 
     def to_table(self) -> Table:
         """Return the keys as a run file has them, without those that change nothing."""
-        return without_defaults(self, "every_minutes", "signals", "stop_before_limit")
+        return without_defaults(
+            self, "every_minutes", "asynchronous", "signals", "stop_before_limit"
+        )
 
 
 @dataclass(frozen=True)

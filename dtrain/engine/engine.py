@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 
 import numpy as np
@@ -47,7 +47,8 @@ from dtrain.mesh import RankPosition
 from dtrain.objectives.base import Objective, input_gradient_blocks
 from dtrain.objectives.forward import backward_pairs, forward_micro_batch
 from dtrain.objectives.messages import reads_samples
-from dtrain.schedules.actions import Action
+from dtrain.schedules.actions import Action, Route
+from dtrain.schedules.base import Schedule
 from dtrain.syncs.base import Sync
 
 MicroBatchKey = tuple[int, int, int]
@@ -56,6 +57,18 @@ MicroBatchKey = tuple[int, int, int]
 
 PRESENT_WEIGHTS = nullcontext()
 """The context in which a block without weight versions computes."""
+
+
+def segments_are_free(objective: Objective, schedule: Schedule, routes: Iterable[Route]) -> bool:
+    """Return whether segments of any length train the same bits.
+
+    Not where feedback is delayed, since the end of a segment drains it, nor where heads are solved,
+    or given values of other blocks, at the end of a segment.
+    """
+    closes_sums = objective.accumulated_buffers or objective.broadcast_buffers
+    solves = type(objective).solve is not Objective.solve
+    is_late = schedule.asynchronous or any(route.lag for route in routes)
+    return not (closes_sums or solves or is_late)
 
 
 class Engine:
@@ -125,16 +138,8 @@ class Engine:
     @property
     def may_end_early(self) -> bool:
         """Whether a segment that ends after any of its updates, and one that begins there, train
-        the same bits as one segment.
-
-        Not where feedback is delayed, since the end of a segment drains it, nor where heads are
-        solved, or given values of other blocks, at the end of a segment.
-        """
-        objective = self.objective
-        closes_sums = objective.accumulated_buffers or objective.broadcast_buffers
-        solves = type(objective).solve is not Objective.solve
-        is_late = self.engine_spec.schedule.asynchronous or self.max_lag > 0
-        return not (closes_sums or solves or is_late)
+        the same bits as one segment."""
+        return segments_are_free(self.objective, self.engine_spec.schedule, self.router.routes)
 
     def run(
         self,

@@ -100,10 +100,10 @@ class Monitor:
             self._records.end_evaluation(eval_s)
             self._console.end_evaluation()
 
-    def end_save(self, save_s: float) -> None:
-        """Record a checkpoint that took `save_s` seconds."""
+    def end_save(self, save_s: float, asynchronous: bool = False) -> None:
+        """Record a checkpoint for which the training stood still for `save_s` seconds."""
         if self.enabled:
-            self._records.end_save(save_s)
+            self._records.end_save(save_s, asynchronous)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Pass the summary to the trackers, and print the result."""

@@ -72,9 +72,10 @@ class RunRecords:
             **speed_figures(self.plan, totals.rate, totals.latest),
         )
 
-    def end_save(self, save_s: float) -> None:
-        """Record a checkpoint that took `save_s` seconds."""
-        self._record("checkpoint", save_s=save_s)
+    def end_save(self, save_s: float, asynchronous: bool) -> None:
+        """Record a checkpoint for which the training stood still for `save_s` seconds."""
+        how = {"asynchronous": True} if asynchronous else {}
+        self._record("checkpoint", save_s=save_s, **how)
 
     def end_evaluation(self, eval_s: float) -> None:
         """Record an evaluation that took `eval_s` seconds."""

@@ -5,7 +5,9 @@ be compared.
 
 ::
 
-    rank    parameters | gradients | optimizer | sync | versions | live | messages
+    rank    parameters | gradients | optimizer | sync | versions | live | messages | checkpoint
+                                                  |      |         |      |          `- copies for
+                                                  |      |         |      |    asynchronous saves
                                                   |      |         |      `- posted receives,
                                                   |      |         |         sends in flight
                                                   |      |         `- x, y, saved tensors
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property, partial
 from typing import Any, NamedTuple, final
 
@@ -82,6 +84,8 @@ class RankMemory:
         update.
     messages : int
         Posted receives, and sends in flight.
+    checkpoint : int
+        Copies of what an asynchronous checkpoint saves, from the first one on.
     """
 
     parameters: int
@@ -91,12 +95,13 @@ class RankMemory:
     versions: int
     live: int
     messages: int
+    checkpoint: int = 0
 
     @property
     def peak(self) -> int:
         """The sum of all parts."""
         memory = self.parameters + self.gradients + self.optimizer + self.sync
-        return memory + self.versions + self.live + self.messages
+        return memory + self.versions + self.live + self.messages + self.checkpoint
 
 
 class ReplicaRows(NamedTuple):
@@ -158,7 +163,10 @@ class MemoryPlan:
         mesh = self.layout.mesh
         rows = [replica_rows(self.plan, replica) for replica in range(mesh.replicas)]
         coords = map(mesh.coords, range(mesh.ranks))
-        return [self._stage_memory(rows[replica])[stage] for replica, stage in coords]
+        return [
+            self._with_checkpoint(self._stage_memory(rows[replica])[stage], replica)
+            for replica, stage in coords
+        ]
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """Return the planned memory of every rank as plain values."""
@@ -171,6 +179,16 @@ class MemoryPlan:
             position = {"rank": rank, "replica": replica, "stage": stage}
             rows.append(position | sizes | {"peak_bytes": memory.peak})
         return rows
+
+    def _with_checkpoint(self, memory: RankMemory, replica: int) -> RankMemory:
+        """Add the copies that a rank of this replica keeps for asynchronous checkpoints."""
+        traits, run = self.plan.run.sync.instance.traits(), self.plan.run
+        if not run.checkpoint.asynchronous or (replica and not traits.replicas_diverge):
+            return memory
+        keeps_own = traits.replicas_diverge or traits.reparametrises
+        weights = (replica == 0) + keeps_own
+        own = weights * memory.parameters + memory.optimizer + memory.sync
+        return replace(memory, checkpoint=own)
 
     # ---- stages
 

@@ -179,8 +179,11 @@ def _not_sent(message: dict[str, Any]) -> str:
 
 def _memory_lines(memory: Sequence[dict[str, Any]]) -> list[str]:
     """Return one line per stage, of the replica that needs most."""
-    parts = ("parameters", "gradients", "optimizer", "sync", "versions", "live", "messages", "peak")
-    header = ("stage", *parts[:5], "live activations", "messages", "total")
+    parts = ["parameters", "gradients", "optimizer", "sync", "versions", "live", "messages"]
+    parts += ["checkpoint"] if any(rank["checkpoint_bytes"] for rank in memory) else []
+    parts.append("peak")
+    titles = {"live": "live activations", "peak": "total"}
+    header = ("stage", *(titles.get(part, part) for part in parts))
     stages: dict[int, dict[str, Any]] = {}
     for rank in memory:
         largest = stages.get(rank["stage"], rank)

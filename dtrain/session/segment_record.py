@@ -12,12 +12,11 @@ import torch
 
 from dtrain.block.optimizer import squared_norm
 from dtrain.build import RankJob
-from dtrain.callbacks import Ema
 from dtrain.engine.skipped_updates import skip_records
 
 
 def segment_record(
-    job: RankJob, bytes_before: tuple[int, int], ema: Ema | None, peak_flops: float | None
+    job: RankJob, bytes_before: tuple[int, int], kept_bytes: int, peak_flops: float | None
 ) -> dict[str, Any]:
     """Return what this rank measured in a segment, as plain values.
 
@@ -25,8 +24,8 @@ def segment_record(
     ----------
     bytes_before : tuple of int
         Bytes that this rank had sent inside and between nodes before the segment.
-    ema : Ema or None
-        The averaged weights.
+    kept_bytes : int
+        Memory of the averaged weights and of copies for checkpoints.
     peak_flops : float or None
         Measured peak of the machine, in operations per second.
     """
@@ -38,7 +37,7 @@ def segment_record(
         "bytes_intra_node": traffic.bytes_intra - bytes_before[0],
         "bytes_inter_node": traffic.bytes_inter - bytes_before[1],
         "peak_live": engine.peak_live,
-        "peak_bytes": engine.peak_bytes() + (0 if ema is None else ema.nbytes),
+        "peak_bytes": engine.peak_bytes() + kept_bytes,
         "rss_bytes": _rss_bytes(),
         "memory_bytes": _memory_bytes(engine.engine_spec.device),
         "peak_flops": peak_flops,

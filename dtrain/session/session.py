@@ -34,6 +34,7 @@ from dtrain.config.run import RunConfig
 from dtrain.errors import RankLostError
 from dtrain.monitoring.metric_values import higher_is_better, metric_values
 from dtrain.monitoring.summary import make_summary
+from dtrain.paths import expand_path, expand_text
 from dtrain.planning.plan import Plan
 from dtrain.rank_process import init
 from dtrain.run import Run
@@ -81,7 +82,8 @@ class Session:
         Refuse ranks on which the stages of the run do not fit. Otherwise as many stages are taken
         as fit, and the other ranks are replicas.
     comm : Comm, optional
-        All ranks; default: those of `dtrain.init`.
+        The ranks that train; default: those of `dtrain.init`, or a part of them, as
+        ``dtrain.init().split(color)`` returns it.
 
     Attributes
     ----------
@@ -104,12 +106,13 @@ class Session:
         self.callbacks = tuple(callbacks)
         config = run if isinstance(run, RunConfig) else run.config
         folder = Path("runs") / config.path.stem if out is None else Path(out)
-        self.out = all_or_none(self.comm, lambda: fill_keys(folder, config))
+        self.out = all_or_none(self.comm, lambda: fill_keys(expand_path(folder, "out"), config))
         self._given = config if exact_mesh else config.fit_stages(self.comm.size)
-        self._resume = resume
+        self._resume = all_or_none(self.comm, lambda: expand_text(resume, "resume"))
         self._lock = FolderLock(self.comm, self.out)
         self._requests = EndRequests()
         self._resources = ExitStack()
+        self._saves = ExitStack()
         self._opened: OpenRun | None = None
         self._summary: dict[str, Any] | None = None
         self._has_trained = False
@@ -166,8 +169,9 @@ class Session:
         _RUNS[self.out.resolve()] = run.job.plan.run
         self._evaluator = Evaluator(run.job, run.ema, comm)
         self._checkpoints = CheckpointWriter(run, self._lock, self._evaluator)
+        self._saves.callback(self._checkpoints.discard)
         self._training = SegmentTraining(
-            run, requests, self._save_if_requested, self._evaluator.forget
+            run, requests, self._checkpoints, self._save_if_requested, self._evaluator.forget
         )
         self._resources.callback(requests.close)
         requests.listen(comm, run.job, run.monitor.note, run.limit, run.totals.update)
@@ -184,6 +188,8 @@ class Session:
         """Reach the end of the segment, then write the summary with the model's digest."""
         if self._training.segment is not None:
             self.finish(self._training.segment)
+        with self.comm.flight.in_section("checkpoint"):
+            self._checkpoints.finish()
         self._requests.end(self.update)
         self._notify("end")
         self._run.monitor.finish(self._finished_summary())
@@ -209,6 +215,7 @@ class Session:
     def _close(self, error: BaseException | None) -> None:
         """Record a failure, release the folder, and leave the terminal as it was."""
         with self._resources:
+            self._saves.close()
             if error is not None:
                 report_failure(error, self.comm, self.out, self._lock.owner)
             if isinstance(error, SystemExit) and self.comm.size > 1:  # the other ranks go on
@@ -235,7 +242,7 @@ class Session:
 
     @property
     def saved_update(self) -> int:
-        """Updates that the newest checkpoint of the run holds."""
+        """Updates that the newest checkpoint of the run holds, or the one that is being written."""
         return self._checkpoints.saved_update
 
     @property
@@ -327,6 +334,7 @@ class Session:
             monitor.show(update)
             if clock is not None:
                 clock.note_update(update)
+            self._checkpoints.poll()
             if self.callbacks:
                 self._notify("update", update + 1)
             yield update
@@ -386,11 +394,12 @@ class Session:
         self._run.totals.tick()
         start = time.perf_counter()
         with self.comm.flight.in_section("checkpoint"):
-            self._checkpoints.save()
+            self._checkpoints.save(at_once=self.interrupted)
         save_s = time.perf_counter() - start
-        self._run.monitor.end_save(save_s)
+        self._run.monitor.end_save(save_s, self._checkpoints.is_asynchronous)
         if self._requests.clock is not None:
-            self._requests.clock.note_save(save_s)
+            write_s = self._checkpoints.write_s if self._checkpoints.is_asynchronous else save_s
+            self._requests.clock.note_save(write_s)
         self._write_running_summary()
         self._notify("checkpoint")
 

@@ -33,6 +33,7 @@ from dtrain.config.run import RunConfig
 from dtrain.data.statistics.kept_statistics import STATISTICS_FILE, kept_text
 from dtrain.data.statistics.shared_statistics import share_statistics, use_kept_statistics
 from dtrain.data.statistics.standardise import find_standardised
+from dtrain.engine.engine import segments_are_free
 from dtrain.engine.trace import TRACE_FILE, Trace
 from dtrain.errors import ConfigError
 from dtrain.monitoring.metric_values import check_metric_name, metric_names
@@ -56,7 +57,9 @@ def check_resume(out: Path, point: ResumePoint, plan: Plan, data_fingerprint: Ta
     """Refuse settings or data that are not those of the checkpoint, if there is one."""
     is_trained = point.updates >= plan.training_length.total_updates
     knows_data = "data" in point.fingerprint
-    check_same_run(out, point.run_table, plan.run, is_trained, knows_data)
+    layout = plan.layout
+    is_free = segments_are_free(layout.objective, layout.schedule, layout.routes)
+    check_same_run(out, point.run_table, plan.run, is_trained, knows_data, is_free)
     changes = data_path_changes(point.run_table, plan.run)
     check_saved_data(point.fingerprint, data_fingerprint, changes)
 
@@ -164,13 +167,13 @@ def _restore_ema(manifest: Manifest, ema: Ema, blocks: Mapping[int, Block]) -> N
 
 def write_plan(plan: Plan, totals: RunTotals, out: Path) -> None:
     """Write the resolved run, its plan, the statistics of its data and a first summary, once every
-    rank accepted the run. Errors are those of `run_folder.write_text`."""
+    rank accepted the run. Errors are those of `run_folder.write_record`."""
     texts = {"run.toml": plan.run.to_text(), "plan.txt": report.plan_text(plan)}
     standardised = find_standardised(plan.data.train)
     if standardised is not None and standardised.training.is_computed:
         texts[STATISTICS_FILE] = kept_text(standardised.training)
     for name, text in texts.items():
-        run_folder.write_text(out / name, text)
+        run_folder.write_record(out, name, text)
     run_folder.write_summary(out, make_summary(plan, totals, "running"))
 
 

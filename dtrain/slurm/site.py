@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.errors import ConfigError, unknown_name
+from dtrain.paths import expand_path
 from dtrain.schema import from_table, load_toml
 
 SITES = Path(__file__).parent / "sites"
@@ -98,7 +99,7 @@ def read_site(name: str) -> Site:
     ConfigError
         There is no such profile, or it is not valid.
     """
-    path = Path(name).expanduser()
+    path = expand_path(name, "--site")
     if path.suffix != ".toml":
         path = SITES / f"{name}.toml"
         if name not in site_names():

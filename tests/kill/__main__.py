@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=300, metavar="N", help="default: 300")
     options = parser.parse_args()
     parts: list[dict[str, Any]] = []
-    for number, index in itertools.product(itertools.count(), range(len(CASES))):
+    for number, index in (divmod(part, len(CASES)) for part in itertools.count()):
         if sum(len(part["kills"]) for part in parts) >= options.kills:
             break
         parts.append(_part(index, number))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 HEAD = """
 seed = 5
-epochs = 10
+epochs = 15
 batch-size = 128
 micro-batches = {micro_batches}
 threads = 1
@@ -25,7 +25,7 @@ every = 2
 name = "adam"
 lr = 2e-3
 """
-"""120 updates; checkpoints after 4, 8 and 12 updates of an epoch."""
+"""180 updates; checkpoints after 4, 8 and 12 updates of an epoch."""
 
 INTERVAL = 4
 """Updates between two checkpoints."""

@@ -5,6 +5,7 @@ Invariant: the random numbers of a part follow from its case and number, which a
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -38,7 +39,7 @@ if "OMPI_COMM_WORLD_RANK" in os.environ:
 ORPHAN_LIMIT_S = 10.0
 """Seconds after a kill after which no process of the run may be left."""
 
-NAP_S = 0.004
+NAP_S = 0.003
 """Seconds that a rank sleeps after every update, so that kills hit at different updates."""
 
 CALLS = {"save": 150, "end": 4}
@@ -154,14 +155,16 @@ def draw_kills(rng: random.Random, count: int) -> list[Kill]:
     others = [phase for phase in phases if phase != "end"]
     rng.shuffle(others)
     phases = others + [phase for phase in phases if phase == "end"]
-    return [_draw_kill(rng, phase) for phase in phases]
+    first = rng.randrange(len(TARGETS))
+    targets = itertools.islice(itertools.cycle(TARGETS), first, None)
+    return [_draw_kill(rng, phase, target) for phase, target in zip(phases, targets, strict=False)]
 
 
-def _draw_kill(rng: random.Random, phase: str) -> Kill:
+def _draw_kill(rng: random.Random, phase: str, target: str) -> Kill:
     counts_writes = phase != "save" or rng.random() < 0.5
-    longest = {"start": 1.0, "train": 0.15}.get(phase, 0.0)
+    longest = {"start": 1.0, "train": 0.1}.get(phase, 0.0)
     return Kill(
-        target=rng.choice(TARGETS),
+        target=target,
         phase=phase,
         number=rng.randrange(12),
         killer=0 if phase == "end" else rng.randrange(12),
@@ -183,7 +186,7 @@ def undisturbed(case: Case, folder: Path) -> Path:
     config = read_run(folder / "run.toml", [f"mesh.stages={layout.stages}"])
     ranks = range(layout.ranks)
     hosts = [f"node-{rank // layout.stages if case.nodes else 0}" for rank in ranks]
-    run_ranks(layout.ranks, lambda comm: train(config, comm, out), hosts=hosts)
+    run_ranks(layout.ranks, lambda comm: train(config, comm, out), hosts=hosts, timeout_s=600)
     summary = read_json(out / "summary.json")
     assert case.nodes == (summary["bytes_inter_node"] > 0)
     return out
@@ -212,11 +215,14 @@ class Part:
         Seconds after which an attempt counts as hanging.
     start_s : float
         Seconds that a start takes about; kills from outside hit inside them.
+    orphan_limit_s : float
+        Seconds after a kill after which no process may be left.
     """
 
     def __init__(
         self, case: Case, number: int, folder: Path, reference: Path, limit_s: float = 240.0,
         start_s: float = 4.0,
+        orphan_limit_s: float = ORPHAN_LIMIT_S,
     ) -> None:  # fmt: skip
         self.case = case
         self.name = f"{case.name}, part {number}"
@@ -224,6 +230,7 @@ class Part:
         self.reference = reference
         self.limit_s = limit_s
         self.start_s = start_s
+        self.orphan_limit_s = orphan_limit_s
         self.counts = Counts()
         self._rng = random.Random(self.name)
         self._trained = 0
@@ -289,10 +296,14 @@ class Part:
             )
 
     def _kill_from_outside(self, child: subprocess.Popen[bytes], planned: Kill) -> float | None:
-        """Kill after a while, unless the run has ended by then; return when."""
+        """Kill after a while, but before training has begun; return when.
+
+        None: the run has ended by then.
+        """
         deadline = time.time() + self.start_s * planned.delay_s
         while True:
-            time.sleep(max(0.0, deadline - time.time()))
+            while time.time() < deadline and not (self.folder / "progress.jsonl").exists():
+                time.sleep(0.01)
             targets = find_targets(planned.target, child.pid, planned.number)
             if child.poll() is not None:
                 return None
@@ -317,9 +328,9 @@ class Part:
         """Wait until no process is left; kill those that outlive the limit."""
         begun = time.time() if killed_at is None else killed_at
         while left := carriers(self._mark):
-            if time.time() - begun > ORPHAN_LIMIT_S:
+            if time.time() - begun > self.orphan_limit_s:
                 self.counts.orphans += len(left)
-                self._note(f"left after {ORPHAN_LIMIT_S} s: {[command(pid) for pid in left]}")
+                self._note(f"left after {self.orphan_limit_s} s: {[command(pid) for pid in left]}")
                 sweep(self._mark)
                 break
             time.sleep(0.05)

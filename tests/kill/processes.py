@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-TARGETS = ("rank", "rank", "rank", "all", "mpirun", "launcher")
-"""What is killed; one is drawn for each kill."""
+TARGETS = ("rank", "launcher", "all", "rank", "rank", "launcher", "all", "mpirun")
+"""What is killed, in turn. Ranks notice the death of mpirun late, so it is rarer."""
 
 
 def parent(process: int) -> int:

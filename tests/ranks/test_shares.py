@@ -79,7 +79,7 @@ def test_shares_decide_the_speed_alone(
 
 def test_memory_is_planned_by_shares(tmp_path: Path) -> None:
     """Within 10 % on every rank; the plan file says the shares."""
-    mesh = {"stages": 2, "shares": [6, 1]}
+    mesh = {"stages": 2, "shares": [7, 1]}
     partition = {"blocks": 3, "balance": "layers"}
     run = make_run("resnet", "backprop", "1f1b", mesh=mesh, partition=partition)
     plan = make_plan(run, 4)

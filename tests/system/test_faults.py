@@ -140,20 +140,6 @@ def test_forked_processes_of_a_user_are_no_ranks(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "flight").exists()
 
 
-def test_a_killed_rank_ends_the_job_and_the_same_command_resumes(run: Path) -> None:
-    """The digest is that of an uninterrupted run on one stage."""
-    environ = {"DTRAIN_TEST_DIED": str(run.parent / "died")}
-    ended = start(command(run, "dying"), limit_s=60, env=os.environ | environ, cwd=ROOT)
-    assert (run.parent / "died").exists()
-    assert ended.code != 0
-    assert (ended.late, ended.left) == (False, ())
-    assert summary(run)["status"] in ("running", "stopped")  # by what the launcher sends
-    train(run, run.parent / "out", 2, "model.name=faults:dying", env=environ)
-    train_here(run, "straight", "dying")
-    assert summary(run)["digest"] == summary(run, "straight")["digest"]
-    assert (summary(run)["attempts"], summary(run, "straight")["attempts"]) == (2, 1)
-
-
 def test_a_full_disk_is_named_and_ends_the_job(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank's files must be shorter than a shard, once a checkpoint is complete; with space again
     the run resumes."""

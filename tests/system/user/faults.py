@@ -36,19 +36,6 @@ class Leaving(nn.Linear):
         return super().forward(input)
 
 
-class Dying(nn.Linear):
-    """Kills its process in training batch 30, once: `DTRAIN_TEST_DIED` names the file that shows
-    that it has."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        self.batches = getattr(self, "batches", 0) + self.training
-        mark = os.environ.get("DTRAIN_TEST_DIED")
-        if mark and self.batches == 30 and not Path(mark).exists():
-            Path(mark).touch()
-            os.kill(os.getpid(), 9)
-        return super().forward(input)
-
-
 class Slow(nn.Linear):
     """Takes 50 ms."""
 
@@ -76,10 +63,6 @@ def raising() -> nn.Sequential:
 
 def leaving() -> nn.Sequential:
     return _net(Leaving)
-
-
-def dying() -> nn.Sequential:
-    return _net(Dying)
 
 
 def slow() -> nn.Sequential:
