@@ -21,6 +21,10 @@ from tests.kill.processes import find_targets, kill, parent
 
 RANK = int(os.environ["OMPI_COMM_WORLD_RANK"])
 MPIRUN = os.getppid()
+LAUNCHER = parent(MPIRUN)
+ORPHAN_NAP_S = 0.3
+"""Seconds by which each update takes longer once mpirun or its parent is dead, so that the run does
+not reach its end before the limit."""
 STAGES = os.environ["DTRAIN_KILL_STAGES"]
 NAP_S = float(os.environ["DTRAIN_KILL_NAP_S"])
 KILL = json.loads(os.environ.get("DTRAIN_KILL") or "{}")
@@ -36,8 +40,7 @@ def append(name: str, record: dict[str, Any]) -> None:
 
 def strike(call: str = "") -> None:
     """Kill what `KILL` names."""
-    launcher = parent(MPIRUN)
-    targets = find_targets(KILL["target"], launcher, KILL["number"])
+    targets = find_targets(KILL["target"], LAUNCHER, KILL["number"])
     append("kills.jsonl", {"time": time.time(), "call": call, "targets": len(targets)})
     kill(targets, last=os.getpid())
 
@@ -58,7 +61,7 @@ class CountingCalls(files.FileCalls):
     def _count(self, name: str, path: str | Path | int, data: memoryview | None = None) -> None:
         if isinstance(path, int):
             path = os.readlink(f"/proc/self/fd/{path}")
-        if self.folder not in str(path) or not (KILL["counts_writes"] or data is None):
+        if self.folder not in str(path):
             return
         self.left -= 1
         if self.left == -1:
@@ -116,8 +119,8 @@ def report(session: dtrain.Session, event: dtrain.Event) -> None:
         timer.start()
     if IS_KILLER and (KILL["phase"], event.kind) == ("end", "end"):
         files.calls = CountingCalls("")
-    if event.kind == "update":  # without its mpirun, a rank may go on for a second
-        time.sleep(NAP_S if os.getppid() == MPIRUN else 0.3)
+    if event.kind == "update":
+        time.sleep(NAP_S if (os.getppid(), parent(MPIRUN)) == (MPIRUN, LAUNCHER) else ORPHAN_NAP_S)
 
 
 def main() -> None:
