@@ -315,7 +315,8 @@ def _write_script(job: SlurmJob, text: str) -> Path:
         path = folder / name
         with replacing(path) as draft:
             draft.write_text(text, encoding="utf-8")
-            draft.chmod(0o755)
+            mode = draft.stat().st_mode
+            draft.chmod(mode | (mode & 0o444) >> 2)  # whoever may read it may run it
     except OSError as error:
         raise ConfigError(
             "submit.unwritable", f"cannot write the job script into {folder}: {error.strerror}"
