@@ -17,6 +17,7 @@ from dtrain.objectives.mono_forward import MonoForward
 from dtrain.planning.placement_warnings import placement_warnings
 from dtrain.planning.plan import Plan, make_plan
 from dtrain.planning.warnings import plan_warnings
+from dtrain.schema import dump_toml
 from dtrain.training import train
 from tests import tiny
 
@@ -208,6 +209,27 @@ def test_ranks_that_cross_nodes_against_the_placement(
     for text in ("distribution=block", "a multiple of 2 ranks", *PLACEMENTS):
         cure = "".join(lines).rpartition("; ")[2]
         assert (text in cure) == (text in (cures or ())), lines
+
+
+def test_plans_of_nodes_warn_before_a_run_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a costs file, and before a job is submitted: three ranks of a node, two stages."""
+    table = tiny.TABLE | {"mesh": {"stages": 2}}
+    (tmp_path / "run.toml").write_text(dump_toml(table))
+    (tmp_path / "costs.toml").write_text(
+        "multiply-adds-per-s = 1e9\nranks-per-node = 3\n"
+        "[links.intra-node]\nbytes-per-s = 1e9\n[links.inter-node]\nbytes-per-s = 1e9\n"
+    )
+    job = ["--site", "workstation", "--nodes", "2", "--ranks-per-node", "3", "--dry-run"]
+    for words in (
+        ["plan", "--ranks", "6", "--costs", str(tmp_path / "costs.toml")],
+        ["submit", *job, "--out", str(tmp_path / "out")],
+    ):
+        command, *options = words
+        assert main([command, str(tmp_path / "run.toml"), *options]) == 0
+        printed = capsys.readouterr()
+        assert "a multiple of 2 ranks" in printed.out + printed.err, words
 
 
 @pytest.mark.parametrize(
