@@ -162,12 +162,14 @@ def train(
     resume: str = "auto",
     callbacks: Sequence[Callback] = (),
     exact_mesh: bool = False,
+    comm: Comm | None = None,
 ) -> Result:
-    """Train a run into a folder, or resume from its newest checkpoint. Collective over all ranks.
+    """Train a run into a folder, or resume from its newest checkpoint. Collective over all ranks,
+    or over those of `comm`.
 
     Parameters
     ----------
-    out, resume, callbacks, exact_mesh
+    out, resume, callbacks, exact_mesh, comm
         As in `Session`.
 
     Raises
@@ -175,7 +177,9 @@ def train(
     DtrainError
         The run does not fit its data or the ranks, or the training failed.
     """
-    session = Session(run, out, resume=resume, callbacks=callbacks, exact_mesh=exact_mesh)
+    session = Session(
+        run, out, resume=resume, callbacks=callbacks, exact_mesh=exact_mesh, comm=comm
+    )
     train_session(session)
     return Result(session.rank, session.out, session.summary(), session.history)
 

@@ -259,6 +259,8 @@ def _engine_spec(plan: Plan, device: torch.device) -> EngineSpec:
         wire_format=layout.wire_format,
         ties=layout.ties,
         task=layout.task,
+        max_skipped=run.numerics.skip_limit,
+        check_replicas=run.numerics.check_replicas,
     )
 
 

@@ -18,7 +18,17 @@ from torch import nn
 from dtrain.block.lr_schedule import LRFunction, LRSchedule
 from dtrain.config.parse import SECTIONS, parse_run, read_resolved_run, read_run
 from dtrain.config.run import RUN_FILE_HEADER, RunConfig
-from dtrain.config.sections import Checkpoint, Ema, Evaluate, Log, Mesh, Partition, Stop, Timeouts
+from dtrain.config.sections import (
+    Checkpoint,
+    Ema,
+    Evaluate,
+    Log,
+    Mesh,
+    Numerics,
+    Partition,
+    Stop,
+    Timeouts,
+)
 from dtrain.config.sweep import read_sweep
 from dtrain.data.dataset import DatasetSplits
 from dtrain.errors import ConfigError
@@ -70,6 +80,12 @@ class Optimizer:
         return {"name": self.name} | values
 
 
+PLAIN_SECTIONS = (
+    *("mesh", "partition", "checkpoint", "evaluate", "log", "stop", "ema", "timeouts", "numerics"),
+)
+"""Sections that name no strategy."""
+
+
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Run:
@@ -112,6 +128,8 @@ class Run:
         Parts of a replica's samples of an update, computed one after the other.
     stop, ema : table, optional
         Early stopping and averaged weights; `dtrain.callbacks` has them as objects.
+    numerics : table, optional
+        Losses that are not finite, and the comparison of replicas.
     timeouts : table, optional
         Seconds without progress after which a run that cannot go on ends.
     segment : int
@@ -151,6 +169,7 @@ class Run:
     log: Log | RunTable | None = None
     stop: Stop | RunTable | None = None
     ema: Ema | RunTable | None = None
+    numerics: Numerics | RunTable | None = None
     timeouts: Timeouts | RunTable | None = None
     seed: int = 0
     dtype: Literal["float32", "float64"] = "float32"
@@ -243,20 +262,12 @@ def _section_table(key: str, value: Any) -> Table:
         return {kebab(str(name)): item for name, item in value.items()}
     if isinstance(value, str):
         return {"loss": value} if key == "task" else {"name": value}
-    if isinstance(value, (Mesh, Partition, Checkpoint, Evaluate, Log, Stop, Ema, Timeouts)):
+    if isinstance(
+        value, (Mesh, Partition, Checkpoint, Evaluate, Log, Stop, Ema, Timeouts, Numerics)
+    ):
         defaults = to_table(type(value)())
         return {name: v for name, v in to_table(value).items() if v != defaults.get(name)}
-    if key in (
-        "mesh",
-        "partition",
-        "checkpoint",
-        "evaluate",
-        "log",
-        "stop",
-        "ema",
-        "timeouts",
-        "optimizer",
-    ):
+    if key in (*PLAIN_SECTIONS, "optimizer"):
         raise ConfigError(
             "run.wrong-section",
             f"{key} = {value!r}: give dtrain.{key.capitalize()}(...) or a dict of the keys of "

@@ -49,6 +49,9 @@ WRITING_S = 0.5
 SQUEUE_LIMIT_S = 10.0
 
 
+MAX_OWNER_BYTES = 2**16
+
+
 LIVE_STATES = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT")
 
 
@@ -170,10 +173,11 @@ class Heartbeat:
 def read_owner(path: Path) -> Owner | None:
     """Return the content of an owner file, None where there is none that is whole."""
     try:
-        owner = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        owner = json.loads(files.read_plain_file(path, MAX_OWNER_BYTES))
+    except (OSError, ValueError, RecursionError):
         return None
-    return owner if isinstance(owner, dict) else None
+    is_legal = isinstance(owner, dict) and isinstance(owner.get("process", 0), int)
+    return owner if is_legal else None
 
 
 def owner_is_gone(owner: Mapping[str, Any]) -> bool:
@@ -285,7 +289,7 @@ def _is_gone(owner: Owner, claimant: Owner, path: Path, draft: Path) -> bool:
         return has_ended
     word = _scheduler_says_gone(owner)
     interval = owner.get("heartbeat_s")
-    if word is None and isinstance(interval, int | float):
+    if word is None and isinstance(interval, int | float) and 0 < interval < float("inf"):
         word = _has_stopped(path, draft, float(interval), LIMIT_BEATS)
     if word:
         text = f"dtrain: the owner of {path.parent} ({_owner_text(owner)}) is gone: taken over"

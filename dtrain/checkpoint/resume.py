@@ -20,14 +20,22 @@ from dtrain.checkpoint.manifest import (
     read_manifest,
 )
 from dtrain.checkpoint.ownership import OWNER_FILE
-from dtrain.checkpoint.run_folder import CHECKPOINT_FOLDER
+from dtrain.checkpoint.run_folder import CHECKPOINT_FOLDER, RECORDS
 from dtrain.comm.agree import broadcast_object
 from dtrain.comm.communicator import Comm
+from dtrain.config.run import RUN_FILE_HEADER
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.schema import Table
 
-OWN_FILES = (f".{OWNER_FILE}*", "job.sh", ".job.sh-*", "slurm-*.log", ".requeues", "flight*")
+OWN_FILES = (
+    *(f".{OWNER_FILE}*", "flight*"),
+    *("job.sh", ".job.sh-*", "job.log", "slurm-*.log", ".requeues"),
+)
 """Files of a job script, and those that a start leaves which ends before it trains."""
+
+
+DRAFTS = tuple(f".{name}-*" for name in RECORDS)
+"""Files that are left where a process is killed while it writes."""
 
 
 RUN_FOLDER_FILES = {"summary.json", CHECKPOINT_FOLDER, OWNER_FILE}
@@ -150,7 +158,9 @@ def find_checkpoint(
         The manifest of the checkpoint is damaged; with `damaged`, no checkpoint is whole.
     """
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    names -= {name for name in names if fnmatch_any(name, OWN_FILES)}
+    names -= {name for name in names if fnmatch_any(name, (*OWN_FILES, *DRAFTS))}
+    if not names & (RUN_FOLDER_FILES - {OWNER_FILE}) and is_resolved_run(out / "run.toml"):
+        names -= {*RECORDS}  # of a start that ended before it trained
     if resume == "never" and names - {OWNER_FILE}:
         raise ConfigError(
             "run-folder.not-empty",
@@ -175,6 +185,15 @@ def find_checkpoint(
             f"--resume {resume}: there is no complete checkpoint in {resume}",
         )
     return manifest
+
+
+def is_resolved_run(path: Path) -> bool:
+    """Return whether a file is the resolved run that a start wrote, and no run file of a user."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return file.readline().startswith(RUN_FILE_HEADER.partition("{")[0])
+    except (OSError, ValueError):
+        return False
 
 
 def fnmatch_any(name: str, patterns: Iterable[str]) -> bool:

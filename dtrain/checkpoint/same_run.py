@@ -33,12 +33,14 @@ CHANGEABLE_KEYS = (
     "checkpoint.keep",
     "checkpoint.every-minutes",
     "checkpoint.asynchronous",
+    "checkpoint.local",
     "checkpoint.signals",
     "checkpoint.stop-before-limit",
     "checkpoint.best",
     "stop.",
     "ema.evaluate",
     "timeouts.",
+    "numerics.",
 )
 
 

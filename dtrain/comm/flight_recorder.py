@@ -311,7 +311,7 @@ def dump_stacks_on(signal_number: int) -> None:
 def print_error(message: str) -> None:
     """Print to stderr; never raise, so that a full disk hides no later message or action."""
     with suppress(OSError, ValueError):
-        print(message, file=sys.stderr, flush=True)
+        print(f"{message}\n", end="", file=sys.stderr, flush=True)  # one write, so one line
 
 
 def flush_output() -> None:

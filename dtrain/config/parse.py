@@ -19,6 +19,7 @@ from dtrain.config.sections import (
     Log,
     Mesh,
     ModelSection,
+    Numerics,
     OptimizerSection,
     Partition,
     RunSection,
@@ -36,7 +37,7 @@ from dtrain.user_code import GivenArray, register_arrays, register_object, regis
 
 SECTIONS = (
     *("data", "task", "model", "mesh", "partition", "objective", "schedule", "sync"),
-    *("optimizer", "lr", "checkpoint", "evaluate", "log", "stop", "ema", "timeouts"),
+    *("optimizer", "lr", "checkpoint", "evaluate", "log", "stop", "ema", "timeouts", "numerics"),
 )
 """The tables of a run file."""
 
@@ -146,6 +147,7 @@ def parse_run(table: Mapping[str, Any], path: Path, overrides: Sequence[str] = (
         optimizer_rest=rest,
         stop=from_table(Stop, sections["stop"], "[stop] ") if "stop" in table else None,
         ema=from_table(Ema, sections["ema"], "[ema] ") if "ema" in table else None,
+        numerics=from_table(Numerics, sections["numerics"], "[numerics] "),
         timeouts=from_table(Timeouts, sections["timeouts"], "[timeouts] "),
     )
     validate_run(run)

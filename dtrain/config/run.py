@@ -22,6 +22,7 @@ from dtrain.config.sections import (
     Log,
     Mesh,
     ModelSection,
+    Numerics,
     OptimizerSection,
     Partition,
     RunSection,
@@ -84,6 +85,7 @@ class RunConfig:
     optimizer_rest: StrategyChoice | None = None
     stop: Stop | None = None
     ema: Ema | None = None
+    numerics: Numerics = field(default_factory=Numerics)
     timeouts: Timeouts = field(default_factory=Timeouts)
 
     def __post_init__(self) -> None:
@@ -169,6 +171,8 @@ class RunConfig:
         for name, section in (("stop", self.stop), ("ema", self.ema)):
             if section is not None:
                 tables[name] = to_table(section)
+        if numerics := self.numerics.to_table():
+            tables["numerics"] = numerics
         if self.optimizer_rest is not None:
             tables["optimizer"] |= {"rest": self.optimizer_rest.to_table()}
         if task := self.task.to_table():  # a run of an earlier version has no such table

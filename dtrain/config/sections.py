@@ -282,6 +282,9 @@ class Checkpoint:
         Complete checkpoints that remain.
     asynchronous : bool
         Copy the tensors to memory and write them behind the training.
+    local : str, optional
+        Folder on a disk of each node, with environment variables: checkpoints are written there,
+        and copied from there behind the training.
     best : str, optional
         The metric whose best evaluation is kept beside them, in ``checkpoints/best``.
     signals : tuple of str
@@ -294,6 +297,7 @@ class Checkpoint:
     every_minutes: float = 0.0
     keep: int = 2
     asynchronous: bool = False
+    local: str | None = None
     best: str | None = None
     signals: tuple[str, ...] = STOP_SIGNALS
     stop_before_limit: Literal["auto"] | bool = "auto"
@@ -400,6 +404,35 @@ class Log:
         ]
         norms = {"norms": True} if self.norms else {}
         return {"every-s": self.every_s} | norms | ({"trackers": names} if names else {})
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """``[numerics]``: losses and gradients that are not finite, and replicas that differ.
+
+    Attributes
+    ----------
+    non_finite : "stop" or "skip-update"
+        After a loss that is NaN or infinite: end the run with exit code 4, or keep the weights and
+        go on with the next update, after a gradient that is not finite, too.
+    max_skipped : int
+        Updates in a row that may be skipped; one more ends the run with exit code 4.
+    check_replicas : int
+        Updates between two comparisons of the replicas, whose weights must be equal; 0: none.
+    """
+
+    non_finite: Literal["stop", "skip-update"] = "stop"
+    max_skipped: int = 10
+    check_replicas: int = 0
+
+    @property
+    def skip_limit(self) -> int | None:
+        """Updates in a row that may be skipped; None: none is."""
+        return self.max_skipped if self.non_finite == "skip-update" else None
+
+    def to_table(self) -> Table:
+        """Return the keys as a run file has them, without those that change nothing."""
+        return without_defaults(self, "non_finite", "max_skipped", "check_replicas")
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ def validate_run(run: RunConfig) -> None:
     _check_labels(run)
     _check_ema(run)
     _check_signals(run)
+    _check_local_checkpoints(run)
 
 
 def _optimizers(run: RunConfig) -> list[StrategyChoice]:
@@ -127,6 +128,8 @@ def _check_minima(run: RunConfig) -> None:
         "[evaluate] every-updates": (run.evaluate.every_updates, 0),
         "[stop] patience": (None if run.stop is None else run.stop.patience, 1),
         "[stop] min-delta": (None if run.stop is None else run.stop.min_delta, 0),
+        "[numerics] max-skipped": (run.numerics.max_skipped, 1),
+        "[numerics] check-replicas": (run.numerics.check_replicas, 0),
         "[ema] start": (None if run.ema is None else run.ema.start, 0),
     }
     for key, (value, minimum) in minima.items():
@@ -166,6 +169,16 @@ def _check_validation(run: RunConfig) -> None:
         raise ConfigError(
             "data.validation-no-share",
             f"[data] validation = {share} must be at least 0 and less than 1, or a path",
+        )
+
+
+def _check_local_checkpoints(run: RunConfig) -> None:
+    """Refuse two ways of saving behind the training at once."""
+    if run.checkpoint.asynchronous and run.checkpoint.local is not None:
+        raise ConfigError(
+            "checkpoint.two-ways",
+            "[checkpoint] asynchronous = true copies to memory, and local to a disk of the node: "
+            "leave one of them out",
         )
 
 

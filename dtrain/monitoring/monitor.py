@@ -89,6 +89,10 @@ class Monitor:
         """Record the end of a segment."""
         if self.enabled:
             self._records.end_segment()
+            for row in first_per_update(self.totals.latest.get("skipped", ())):
+                self._console.note(
+                    f"update {row['update']} of block {row['block']} is skipped: {row['text']}"
+                )
 
     def end_evaluation(self, eval_s: float) -> None:
         """Record and print an evaluation that took `eval_s` seconds."""
@@ -115,3 +119,8 @@ class Monitor:
             thread = Thread(target=self._recorder.close, daemon=True)
             thread.start()
             thread.join(CLOSE_S)  # a slow tracker must not keep the job from ending
+
+
+def first_per_update(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the first of the rows of each update."""
+    return [*{row["update"]: row for row in reversed(rows)}.values()][::-1]

@@ -15,6 +15,7 @@ from dtrain.comm.communicator import Comm
 from dtrain.monitoring.figures import speed_figures
 from dtrain.monitoring.progress import library_versions
 from dtrain.monitoring.run_totals import RunTotals
+from dtrain.monitoring.summary import skipped_updates
 from dtrain.planning.plan import Plan
 from dtrain.tracking.recorder import Recorder
 
@@ -65,6 +66,7 @@ class RunRecords:
             samples_per_s=totals.rate,
             samples=totals.samples,
             **totals.metric_means(),
+            **({"skipped_updates": skipped_updates(totals)} if totals.skips else {}),
             **totals.latest,
             slowest_host=self.comm.hosts[totals.latest["slowest_rank"]],
             **speed_figures(self.plan, totals.rate, totals.latest),

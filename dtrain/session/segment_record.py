@@ -12,6 +12,7 @@ import torch
 
 from dtrain.block.optimizer import squared_norm
 from dtrain.build import RankJob
+from dtrain.engine.skipped_updates import skip_records
 
 
 def segment_record(
@@ -42,6 +43,7 @@ def segment_record(
         "peak_flops": peak_flops,
         "weights": _low_rank_stats(job),
         "block_values": _block_values(job),
+        **_skip_values(job),
     }
 
 
@@ -69,6 +71,15 @@ def _block_values(job: RankJob) -> dict[int, dict[str, float]]:
             values[index]["gradient_norm"] = step.gradient_norms.get(index, 0.0)
             values[index]["weight_norm"] = squared_norm(weights) ** 0.5
     return values
+
+
+def _skip_values(job: RankJob) -> dict[str, Any]:
+    """Return the skipped updates of this rank's blocks, and why it skipped those of the segment."""
+    skips = job.engine.update_step.skips
+    return {
+        "skips": {} if skips is None else skips.state(),
+        "skip_reasons": [] if skips is None else skip_records(skips.reasons),
+    }
 
 
 def _rss_bytes() -> int:

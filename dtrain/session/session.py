@@ -82,7 +82,8 @@ class Session:
         Refuse ranks on which the stages of the run do not fit. Otherwise as many stages are taken
         as fit, and the other ranks are replicas.
     comm : Comm, optional
-        All ranks; default: those of `dtrain.init`.
+        The ranks that train; default: those of `dtrain.init`, or a part of them, as
+        ``dtrain.init().split(color)`` returns it.
 
     Attributes
     ----------

@@ -30,7 +30,7 @@ from dtrain.checkpoint.saved_fingerprint import check_saved_data
 from dtrain.comm.agree import all_or_none
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
-from dtrain.data.statistics.kept_statistics import write_kept
+from dtrain.data.statistics.kept_statistics import STATISTICS_FILE, kept_text
 from dtrain.data.statistics.shared_statistics import share_statistics, use_kept_statistics
 from dtrain.data.statistics.standardise import find_standardised
 from dtrain.engine.engine import segments_are_free
@@ -150,7 +150,10 @@ def restore_run(
                 callback.restore(states[key])
         if ema is not None:
             _restore_ema(manifest, ema, engine.blocks)
-        return RunTotals.from_state(manifest.state), 0 if same else manifest.replicas
+        totals = RunTotals.from_state(manifest.state)
+        if engine.update_step.skips is not None:
+            engine.update_step.skips.restore(totals.skips)
+        return totals, 0 if same else manifest.replicas
 
     return all_or_none(job.groups.control, restore_rank)
 
@@ -164,12 +167,13 @@ def _restore_ema(manifest: Manifest, ema: Ema, blocks: Mapping[int, Block]) -> N
 
 def write_plan(plan: Plan, totals: RunTotals, out: Path) -> None:
     """Write the resolved run, its plan, the statistics of its data and a first summary, once every
-    rank accepted the run."""
-    run_folder.write_record(out, "run.toml", plan.run.to_text())
-    run_folder.write_record(out, "plan.txt", report.plan_text(plan))
+    rank accepted the run. Errors are those of `run_folder.write_record`."""
+    texts = {"run.toml": plan.run.to_text(), "plan.txt": report.plan_text(plan)}
     standardised = find_standardised(plan.data.train)
     if standardised is not None and standardised.training.is_computed:
-        write_kept(out, standardised.training)
+        texts[STATISTICS_FILE] = kept_text(standardised.training)
+    for name, text in texts.items():
+        run_folder.write_record(out, name, text)
     run_folder.write_summary(out, make_summary(plan, totals, "running"))
 
 

@@ -243,6 +243,14 @@ class Sync(Strategy, ABC):
             Rows of this replica over the rows of all replicas, in this update.
         """
 
+    def before_skipped_update(self, clock: UpdateClock) -> None:
+        """Prepare for an update in which no replica takes a step, in place of `before_update`.
+
+        Called where a loss or a gradient is not finite; `after_update` follows. By default
+        `before_update` without gradients.
+        """
+        self.before_update([], 0.0, clock)
+
     @cached_property
     def reducer(self) -> GradientReducer:
         """The bucketed all-reduce of the block's gradients."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from dtrain.comm.flight_recorder import format_ranks
 from dtrain.errors import DtrainError, HangError, RankLostError
 from dtrain.watchdog.observer import Hang
 from dtrain.watchdog.positions import Position
+from dtrain.watchdog.process_state import GONE
 
 MAX_SHOWN = 4
 """Culprits and waits that a message shows one by one."""
@@ -19,19 +21,23 @@ STACK_LINES = 16
 """Lines of a stack on the screen: eight calls."""
 
 
-GONE = "has ended"
+@dataclass(frozen=True)
+class Ranks:
+    """What is known about all ranks.
+
+    Attributes
+    ----------
+    names : sequence of str
+        "rank 3 of 4 on n017" of every rank.
+    states : mapping of int to str
+        States of the processes of silent ranks, as far as they are known.
+    """
+
+    names: Sequence[str]
+    states: Mapping[int, str]
 
 
-STATES = {
-    "T": "is stopped, by SIGSTOP or a debugger",
-    "t": "is stopped by a debugger",
-    "D": "is inside a system call that does not return (a file system or a device)",
-    "Z": GONE,
-}
-"""What a state of /proc says about the process of a silent rank."""
-
-
-def hang_error(hang: Hang, own: Position, folder: Path, names: Sequence[str]) -> DtrainError:
+def hang_error(hang: Hang, own: Position, folder: Path, ranks: Ranks) -> DtrainError:
     """Return the error of a run that cannot go on.
 
     Parameters
@@ -40,29 +46,29 @@ def hang_error(hang: Hang, own: Position, folder: Path, names: Sequence[str]) ->
         That of the rank that reports.
     folder : Path
         Where the flight records are.
-    names : sequence of str
-        "rank 3 of 4 on n017" of every rank.
+    ranks : Ranks
+        Names and states.
     """
-    causes, first = "; ".join(_cause_texts(hang, own, names)), hang.culprits[0]
+    causes, first = "; ".join(_cause_texts(hang, own, ranks)), hang.culprits[0]
     section = _section(hang, own)
     limit = f"[timeouts] {section} = {own.limit_s:g} s has passed: " if section else ""
     advice = (
         f"{limit}all ranks end; start the same command again to resume from the last checkpoint, "
-        f"or set a longer limit; last events and stacks are in {folder} (`dtrain flight`)"
+        f"or set a longer limit; last events and stacks of the ranks: {folder} (`dtrain flight`)"
     )
     if hang.is_deadlock:
         return HangError("hang.deadlock", f"the run cannot go on: {causes}; {advice}")
     if first not in hang.silent:
         return HangError("hang.no-progress", f"the run cannot go on: {causes}; {advice}")
-    if _process_state(hang, first, own, names) == GONE:
+    if ranks.states.get(first) == GONE:
         return RankLostError("rank.gone", f"a rank is lost: {causes}; {advice}")
     return HangError("hang.no-answer", f"the run cannot go on: {causes}; {advice}")
 
 
-def slow_note(hang: Hang, own: Position, names: Sequence[str]) -> str:
+def slow_note(hang: Hang, own: Position, ranks: Ranks) -> str:
     """Return the note on ranks that others have waited for; the run goes on."""
     return (
-        f"dtrain: note: {'; '.join(_cause_texts(hang, own, names))}; the run ends with code "
+        f"dtrain: note: {'; '.join(_cause_texts(hang, own, ranks))}; the run ends with code "
         f"{HangError.code} if nothing moves for {own.limit_s:g} s ([timeouts] {own.section})"
     )
 
@@ -78,7 +84,7 @@ def culprit_stack(hang: Hang, folder: Path) -> str:
     return ""
 
 
-def _cause_texts(hang: Hang, own: Position, names: Sequence[str]) -> Iterator[str]:
+def _cause_texts(hang: Hang, own: Position, ranks: Ranks) -> Iterator[str]:
     """Yield a text per culprit, and one on the ranks that wait."""
     if hang.is_deadlock:
         yield (
@@ -86,35 +92,30 @@ def _cause_texts(hang: Hang, own: Position, names: Sequence[str]) -> Iterator[st
             "network does not deliver"
         )
     for rank in hang.culprits[:MAX_SHOWN]:
-        yield _culprit_text(hang, rank, own, names)
+        yield _culprit_text(hang, rank, own, ranks)
     if (more := len(hang.culprits) - MAX_SHOWN) > 0:
         yield f"and {more} more ranks"
     if hang.is_deadlock:
         return
     if blocked := hang.blocked[hang.culprits[0]]:
-        wait = "waits" if blocked == 1 else "wait"
-        yield (
-            f"{blocked} of the other {len(names) - 1} ranks {wait} for rank {hang.culprits[0]}"
-            + _first_wait(hang)
-        )
+        wait, others = "waits" if blocked == 1 else "wait", len(ranks.names) - 1
+        waiting = f"{blocked} of the other {others} ranks {wait} for rank {hang.culprits[0]}"
+        yield waiting + _first_wait(hang)
 
 
-def _culprit_text(hang: Hang, rank: int, own: Position, names: Sequence[str]) -> str:
+def _culprit_text(hang: Hang, rank: int, own: Position, ranks: Ranks) -> str:
     """Return a text on one culprit."""
     position = hang.positions.get(rank)
     if position is None or rank in hang.silent:
-        state = _process_state(hang, rank, own, names)
-        process = "" if position is None else f", process {position.process},"
-        return f"{names[rank]}{process} {state}{_work_text(position)}"
+        state = ranks.states.get(rank, "does not answer")
+        return f"{ranks.names[rank]} {state}{_work_text(position)}"
     if position.what is not None:
-        return f"{names[rank]} has waited {position.still_s:.0f} s for {position.what}"
+        return f"{ranks.names[rank]} has waited {position.still_s:.0f} s for {position.what}"
     place = f", at {position.place}" if position.place else ""
     if position.still_s < own.still_s / 2:
-        return f"{names[rank]} is slow: it makes progress{_work_text(position)}{place}"
-    return (
-        f"{names[rank]} has made no progress for {position.still_s:.0f} s{_work_text(position)}"
-        f"{place}"
-    )
+        return f"{ranks.names[rank]} is slow: it makes progress{_work_text(position)}{place}"
+    work = f"{_work_text(position)}{place}"
+    return f"{ranks.names[rank]} has made no progress for {position.still_s:.0f} s{work}"
 
 
 def _work_text(position: Position | None) -> str:
@@ -140,19 +141,6 @@ def _section(hang: Hang, own: Position) -> str | None:
         if rank in hang.positions and rank not in hang.silent:
             return hang.positions[rank].section
     return own.section
-
-
-def _process_state(hang: Hang, rank: int, own: Position, names: Sequence[str]) -> str:
-    """Return what is known about the process of a silent rank; of one on another host, nothing."""
-    position, hosts = hang.positions.get(rank), [name.partition(" on ")[2] for name in names]
-    is_here = hosts[rank].partition(" ")[0] == hosts[own.rank].partition(" ")[0]
-    if position is None or not is_here or not Path("/proc/self/stat").exists():
-        return "does not answer"
-    try:
-        stat = Path(f"/proc/{position.process}/stat").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return GONE
-    return STATES.get(stat.rpartition(")")[2].split()[0], "does not answer")
 
 
 def _ranks_text(ranks: Sequence[int]) -> str:

@@ -24,10 +24,11 @@ from typing import final
 
 from dtrain.comm.flight_recorder import FlightRecorder, format_ranks, innermost_line, print_error
 from dtrain.errors import DtrainError, HangError
-from dtrain.watchdog.hang_text import culprit_stack, hang_error, slow_note
+from dtrain.watchdog.hang_text import Ranks, culprit_stack, hang_error, slow_note
 from dtrain.watchdog.limits import Limits, Pulse
 from dtrain.watchdog.observer import Hang, Observer
 from dtrain.watchdog.positions import Position, PositionFiles
+from dtrain.watchdog.process_state import silent_states
 
 ALARM_SHARE = 0.5
 """Share of a limit after which a rank raises the alarm."""
@@ -71,6 +72,8 @@ class Watchdog:
         The events, waits and section of this rank.
     names : sequence of str
         "rank 3 of 4 on n017" of every rank.
+    hosts : sequence of str
+        The host of every rank.
     limits : Limits
         The limits of the sections.
     folder : Path
@@ -83,7 +86,7 @@ class Watchdog:
     Attributes
     ----------
     folder : Path
-        May be changed while the watchdog runs.
+        The folder of the files now.
     thread_id : int
         The thread whose stack is shown.
     """
@@ -92,15 +95,18 @@ class Watchdog:
         self,
         flight: FlightRecorder,
         names: Sequence[str],
+        hosts: Sequence[str],
         limits: Limits,
         folder: Path,
         on_hang: Callable[[DtrainError], None],
         end_process: Callable[[int], object] = os._exit,
     ) -> None:
         self.folder = folder
+        self._run_folder: Path | None = None
         self.thread_id = threading.get_ident()
         self._flight = flight
         self._names = names
+        self._hosts = hosts
         self._limits = limits
         self._on_hang = on_hang
         self._end_process = end_process
@@ -121,6 +127,10 @@ class Watchdog:
     def stop(self) -> None:
         """End the threads soon; neither acts from now on."""
         self._stopped.set()
+
+    def use_run_folder(self, folder: Path, flight_folder: Path) -> None:
+        """Write into the run folder from now on: it is locked."""
+        self._run_folder, self.folder = folder, flight_folder
 
     # ---- the pulse
 
@@ -201,7 +211,8 @@ class Watchdog:
         has_news = self._observer.watched_s(now) > 3 * self._limits.tick_s
         if self._raised and has_news and not self._noted and self._notes < MAX_NOTES:
             self._noted, self._notes = True, self._notes + 1
-            print_error(slow_note(self._observer.suspects(now, silent_s), own, self._names))
+            suspects = self._observer.suspects(now, silent_s)
+            print_error(slow_note(suspects, own, self._ranks(suspects)))
         hang = self._observer.hang(now, silent_s)
         if hang is not None and files.claim_verdict():
             self._report(files, hang, own)
@@ -220,7 +231,13 @@ class Watchdog:
         if stack := culprit_stack(hang, folder):
             print_error(stack)
         if not self._stopped.is_set():
-            self._on_hang(hang_error(hang, own, folder, self._names))
+            self._on_hang(hang_error(hang, own, folder, self._ranks(hang)))
+
+    def _ranks(self, hang: Hang) -> Ranks:
+        """Return names and states of the ranks."""
+        folder = self._run_folder
+        states = silent_states(hang.silent, self._hosts, self._flight.rank, folder)
+        return Ranks(self._names, states)
 
     def _obey(self, files: PositionFiles) -> None:
         """Write the record of this rank; end it if the job does not end."""

@@ -47,7 +47,7 @@ IMPORTS: dict[str, tuple[str, ...]] = {
         *(*FLAT, "schedules", "comm", "data", "block", "objectives", "syncs", "config"),
         *("checkpoint", "planning", "build", "evaluation"),
     ),
-    "watchdog": (*FLAT, "comm", "monitoring.wait_graph"),
+    "watchdog": (*FLAT, "comm", "monitoring"),
     "run_report": (*FLAT, "checkpoint", "planning.formatting", "rank_process"),
     "doctor": (*FLAT, "comm"),
     "slurm": (*FLAT, "checkpoint", "config", "planning"),

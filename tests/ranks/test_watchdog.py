@@ -52,6 +52,7 @@ class Ranks:
             Watchdog(
                 flight,
                 names,
+                [f"n{rank}" for rank in range(3)],
                 Limits({"update": self.limit_s}),
                 self.folder,
                 self.report,

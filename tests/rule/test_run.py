@@ -98,7 +98,7 @@ def test_a_full_disk_does_not_hide_how_a_run_ended(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run_folder, "write_summary", full)
+    monkeypatch.setattr(run_folder.files, "replace_file", full)
     assert run_folder.release_unfinished(tmp_path, owner, "failed", "the loss is nan")
     assert not (tmp_path / "owner.json").exists()
     assert not run_folder.release_unfinished(tmp_path, owner, "failed", "another")
