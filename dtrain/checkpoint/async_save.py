@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Generic, TypeVar, final
 
 import numpy as np
@@ -145,6 +146,11 @@ class AsyncSaver:
         """Bytes of the copies that this rank keeps."""
         return self._snapshot.nbytes
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is pending on this rank; on rank 0, whether all is committed."""
+        return self._pending is None
+
     def begin(
         self,
         checkpoint: NewCheckpoint,
@@ -164,24 +170,64 @@ class AsyncSaver:
             On a rank on which the save before has failed.
         """
         self.finish()
+        copies = self._snapshot.take(tensors)
+        layout = self._snapshot.layout
+
+        def write(check: Callable[[], None]) -> dict[str, Any] | None:
+            return checkpoint.write_shard(shard, copies, layout, check) if copies else None
+
+        name = (f"{shard}.h5", list(tensors)) if tensors else None
+        self._start(checkpoint, name, write, content, keep)
+
+    def begin_copy(
+        self,
+        checkpoint: NewCheckpoint,
+        source: Path,
+        row: dict[str, Any] | None,
+        content: Mapping[str, Any],
+        keep: int,
+    ) -> None:
+        """Begin to copy a checkpoint from node-local disks; first wait for the save before.
+
+        Collective over all ranks; errors as `begin`.
+
+        Parameters
+        ----------
+        source : Path
+            The checkpoint on this node.
+        row : dict or None
+            The row of this rank's shard, if it has one.
+        """
+        self.finish()
+
+        def write(check: Callable[[], None]) -> dict[str, Any] | None:
+            if row is None:
+                return None
+            return checkpoint.copy_shard(source / row["file"], row, check)
+
+        name = None if row is None else (row["file"], row["keys"])
+        self._start(checkpoint, name, write, content, keep)
+
+    def _start(
+        self,
+        checkpoint: NewCheckpoint,
+        name: tuple[str, list[str]] | None,
+        write: Callable[[Callable[[], None]], dict[str, Any] | None],
+        content: Mapping[str, Any],
+        keep: int,
+    ) -> None:
+        """Start the writer of this rank; `name` is that of its shard, with the keys."""
         if self._comm.rank == 0:
             checkpoint.make_folder()
-        names = self._comm.allgather_object([f"{shard}.h5", list(tensors)] if tensors else None)
-        copies = self._snapshot.take(tensors)
+        names = self._comm.allgather_object(name)
         self._unconfirmed = True
-        self._pending = PendingSave(self._comm, names)
-        pending, layout = self._pending, self._snapshot.layout
-
-        def write() -> dict[str, Any] | None:
-            if not copies:
-                return None
-            return checkpoint.write_shard(shard, copies, layout, pending.check)
+        self._pending = pending = PendingSave(self._comm, names)
 
         def commit(rows: Sequence[dict[str, Any] | None]) -> None:
             self._check_owner()
             checkpoint.commit(content, rows, keep)
 
-        pending.start(write, commit)
+        pending.start(lambda: write(pending.check), commit)
 
     def poll(self) -> None:
         """Advance the pending save, if there is one; never wait. Local.

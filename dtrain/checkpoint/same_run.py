@@ -33,6 +33,7 @@ CHANGEABLE_KEYS = (
     "checkpoint.keep",
     "checkpoint.every-minutes",
     "checkpoint.asynchronous",
+    "checkpoint.local",
     "checkpoint.signals",
     "checkpoint.stop-before-limit",
     "checkpoint.best",

@@ -207,6 +207,22 @@ def write_parts(
     return size, digest.hexdigest()
 
 
+def copy_file(source: Path, target: Path, check: Callable[[], None]) -> str:
+    """Copy a file and sync the copy; return its SHA-256. `check` is that of `write_shard`."""
+    digest = sha256()
+    descriptor = files.calls.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    try:
+        with open_plain_file(source) as file:
+            while part := file.read(PART_BYTES):
+                check()
+                digest.update(part)
+                files.write_all(descriptor, part)
+        files.calls.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return digest.hexdigest()
+
+
 @contextmanager
 def open_shard(path: Path) -> Iterator[h5py.File]:
     """Open a shard for reading.

@@ -30,7 +30,7 @@ from dtrain.block.block import Block
 from dtrain.checkpoint import files
 from dtrain.checkpoint.manifest import PARTIAL_SUFFIX, Manifest, checkpoint_names
 from dtrain.checkpoint.manifest_file import write_manifest
-from dtrain.checkpoint.shard import ShardLayout, write_shard
+from dtrain.checkpoint.shard import ShardLayout, copy_file, write_shard
 from dtrain.comm.communicator import Comm
 from dtrain.errors import CheckpointError
 from dtrain.syncs.base import Sync
@@ -81,6 +81,26 @@ class NewCheckpoint:
         """Write one shard and return its row for the manifest. Parameters: see `write_shard`."""
         with _convert_write_errors(self.part):
             return write_shard(self.part / f"{shard}.h5", tensors, layout, check)
+
+    def copy_shard(
+        self, source: Path, row: dict[str, Any], check: Callable[[], None] = lambda: None
+    ) -> dict[str, Any]:
+        """Copy a shard from another disk and return its row, which is `row`.
+
+        Raises
+        ------
+        CheckpointError
+            The shard is damaged, too.
+        """
+        with _convert_write_errors(self.part):
+            digest = copy_file(source, self.part / source.name, check)
+        if digest != row["sha256"]:
+            raise CheckpointError(
+                "checkpoint.shard-damaged",
+                f"{source} is damaged (its hash is not that of the manifest): the checkpoint "
+                "before it is complete",
+            )
+        return row
 
     def commit(
         self, content: Mapping[str, Any], rows: Iterable[dict[str, Any] | None], keep: int

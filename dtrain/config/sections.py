@@ -282,6 +282,9 @@ class Checkpoint:
         Complete checkpoints that remain.
     asynchronous : bool
         Copy the tensors to memory and write them behind the training.
+    local : str, optional
+        Folder on a disk of each node, with environment variables: checkpoints are written there,
+        and copied from there behind the training.
     best : str, optional
         The metric whose best evaluation is kept beside them, in ``checkpoints/best``.
     signals : tuple of str
@@ -294,6 +297,7 @@ class Checkpoint:
     every_minutes: float = 0.0
     keep: int = 2
     asynchronous: bool = False
+    local: str | None = None
     best: str | None = None
     signals: tuple[str, ...] = STOP_SIGNALS
     stop_before_limit: Literal["auto"] | bool = "auto"

@@ -42,6 +42,7 @@ def validate_run(run: RunConfig) -> None:
     _check_labels(run)
     _check_ema(run)
     _check_signals(run)
+    _check_local_checkpoints(run)
 
 
 def _optimizers(run: RunConfig) -> list[StrategyChoice]:
@@ -168,6 +169,16 @@ def _check_validation(run: RunConfig) -> None:
         raise ConfigError(
             "data.validation-no-share",
             f"[data] validation = {share} must be at least 0 and less than 1, or a path",
+        )
+
+
+def _check_local_checkpoints(run: RunConfig) -> None:
+    """Refuse two ways of saving behind the training at once."""
+    if run.checkpoint.asynchronous and run.checkpoint.local is not None:
+        raise ConfigError(
+            "checkpoint.two-ways",
+            "[checkpoint] asynchronous = true copies to memory, and local to a disk of the node: "
+            "leave one of them out",
         )
 
 

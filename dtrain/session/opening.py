@@ -14,6 +14,7 @@ from pathlib import Path
 from dtrain.build import RankJob, build_rank, check_same_layout, make_plan_together, set_threads
 from dtrain.callbacks import Callback, Ema, all_callbacks, with_callback_keys
 from dtrain.checkpoint import run_folder
+from dtrain.checkpoint.local_level import recover
 from dtrain.checkpoint.resume import ResumePoint, damage_notes, find_resume_point
 from dtrain.checkpoint.same_run import data_path_notes
 from dtrain.checkpoint.saved_fingerprint import check_same_model, source_hashes, source_notes
@@ -177,6 +178,8 @@ def _check_run(
     check_same_program(given, comm)
     share_module(given.model.target, comm)
     threads = set_threads(given, comm)
+    level, keep = given.checkpoint.local, given.checkpoint.keep
+    recovered = recover(comm, out, level, keep) if level is not None and resume == "auto" else []
     point = find_resume_point(comm, out, resume)
     run = all_or_none(comm, lambda: with_callback_keys(given, callbacks))
     run = settle_cuts(run.with_checkpoint_blocks(point.run_table), comm)
@@ -190,6 +193,7 @@ def _check_run(
     all_or_none(comm, lambda: check_resume(out, point, plan, data_fingerprint))
     if resume == "fresh":
         all_or_none(comm, lambda: check_weights_stay(out, plan.run))
+    notes += recovered
     return CheckedRun(plan, point, every_callback, data_fingerprint, notes, threads)
 
 
