@@ -15,12 +15,16 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from dtrain.checkpoint.files import FileCalls
+
+T = TypeVar("T")
 
 Mode = Literal["killed", "torn", "synced", "names", "data", "removals", "random"]
 
@@ -71,6 +75,17 @@ class State:
                 yield from self.files(child, f"{path}{name}/")
 
 
+def locked(call: Callable[..., T]) -> Callable[..., T]:
+    """Let one thread at a time make and record a call."""
+
+    @wraps(call)
+    def guarded(calls: RecordingCalls, *words: Any) -> T:
+        with calls.lock:
+            return call(calls, *words)
+
+    return guarded
+
+
 class RecordingCalls(FileCalls):
     """Makes the calls, and records those below a folder.
 
@@ -86,7 +101,9 @@ class RecordingCalls(FileCalls):
         self._tree = _read_tree(self.root)
         self._now = State()
         self._open: dict[int, Node] = {}
+        self.lock = threading.RLock()  # shards may be written by threads
 
+    @locked
     def open(self, path: str | Path, flags: int) -> int:
         """Open a file for writing."""
         descriptor = super().open(path, flags)
@@ -100,6 +117,7 @@ class RecordingCalls(FileCalls):
         self._open[descriptor] = node
         return descriptor
 
+    @locked
     def write(self, descriptor: int, data: memoryview) -> int:
         """Write to a file."""
         start, content = os.lseek(descriptor, 0, os.SEEK_CUR), bytes(data)
@@ -114,17 +132,20 @@ class RecordingCalls(FileCalls):
         self._record(Change(node, "data", apply))
         return written
 
+    @locked
     def truncate(self, descriptor: int, size: int) -> None:
         """Change the length of a file."""
         super().truncate(descriptor, size)
         self._cut(self._open[descriptor], size)
 
+    @locked
     def fsync(self, descriptor: int) -> None:
         """Sync a file or folder."""
         super().fsync(descriptor)
         node = self._find(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
         self._record(Change(node, "sync", lambda state, torn: None))
 
+    @locked
     def rename(self, source: Path, target: Path) -> None:
         """Rename a file or folder."""
         super().rename(source, target)
@@ -140,6 +161,7 @@ class RecordingCalls(FileCalls):
 
         self._record(Change(folder, "removal", apply))
 
+    @locked
     def exchange(self, one: Path, other: Path) -> None:
         """Exchange two names."""
         super().exchange(one, other)
@@ -152,21 +174,25 @@ class RecordingCalls(FileCalls):
 
         self._record(Change(folder, "removal", apply))
 
+    @locked
     def link(self, source: Path, target: Path) -> None:
         """Give a file a second name."""
         super().link(source, target)
         self._put(*self._place(target), self._find(source))
 
+    @locked
     def unlink(self, path: Path) -> None:
         """Remove a name."""
         super().unlink(path)
         self._remove(path)
 
+    @locked
     def mkdir(self, path: Path) -> None:
         """Make a folder."""
         super().mkdir(path)
         self._put(*self._place(path), Node(names={}))
 
+    @locked
     def rmdir(self, path: Path) -> None:
         """Remove an empty folder."""
         super().rmdir(path)

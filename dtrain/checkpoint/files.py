@@ -125,7 +125,11 @@ def make_folder(path: Path) -> None:
     """Make a folder that is not there, and those above it; each survives a power cut."""
     if not path.parent.is_dir():
         make_folder(path.parent)
-    calls.mkdir(path)
+    try:
+        calls.mkdir(path)
+    except FileExistsError:
+        if not path.is_dir():  # else another process was faster
+            raise
     fsync(path.parent)
 
 

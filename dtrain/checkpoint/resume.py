@@ -20,23 +20,22 @@ from dtrain.checkpoint.manifest import (
     read_manifest,
 )
 from dtrain.checkpoint.ownership import OWNER_FILE
-from dtrain.checkpoint.run_folder import CHECKPOINT_FOLDER
+from dtrain.checkpoint.run_folder import CHECKPOINT_FOLDER, RECORDS
 from dtrain.comm.agree import broadcast_object
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RUN_FILE_HEADER
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.schema import Table
 
-OWN_FILES = (f".{OWNER_FILE}*", "job.sh", ".job.sh-*", "slurm-*.log", ".requeues", "flight*")
+OWN_FILES = (
+    *(f".{OWNER_FILE}*", "flight*"),
+    *("job.sh", ".job.sh-*", "job.log", "slurm-*.log", ".requeues"),
+)
 """Files of a job script, and those that a start leaves which ends before it trains."""
 
 
-FIRST_FILES = ("run.toml", "plan.txt", "data-statistics.json")
-"""Files that a start writes before `summary.json`; beside a run.toml of ours they are ours."""
-
-
-DRAFTS = tuple(f".{name}-*" for name in (*FIRST_FILES, "summary.json"))
-"""Files that `replacing` leaves where a process is killed."""
+DRAFTS = tuple(f".{name}-*" for name in RECORDS)
+"""Files that are left where a process is killed while it writes."""
 
 
 RUN_FOLDER_FILES = {"summary.json", CHECKPOINT_FOLDER, OWNER_FILE}
@@ -161,7 +160,7 @@ def find_checkpoint(
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
     names -= {name for name in names if fnmatch_any(name, (*OWN_FILES, *DRAFTS))}
     if not names & (RUN_FOLDER_FILES - {OWNER_FILE}) and is_resolved_run(out / "run.toml"):
-        names -= {*FIRST_FILES}  # of a start that ended before it trained
+        names -= {*RECORDS}  # of a start that ended before it trained
     if resume == "never" and names - {OWNER_FILE}:
         raise ConfigError(
             "run-folder.not-empty",

@@ -27,6 +27,7 @@ from dtrain.checkpoint.ownership import (
     read_owner,
     release,
 )
+from dtrain.checkpoint.safe_files import read_json
 from dtrain.errors import CheckpointError
 
 CHECKPOINT_FOLDER = "checkpoints"
@@ -112,11 +113,7 @@ def remove_drafts(folder: Path) -> None:
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
     """Return the content of `summary.json`, None where there is none."""
-    try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return summary if isinstance(summary, dict) else None
+    return read_json(folder, "summary.json") or None
 
 
 def release_unfinished(

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from dtrain.comm import launch_refusals
+from dtrain.comm.flight_recorder import print_error
 from dtrain.comm.launcher import (
     Launch,
     detect_launcher,
@@ -27,6 +28,13 @@ from dtrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from dtrain.comm.communicator import Comm
+
+START_CPU_S = 1.8
+"""CPU seconds in which a rank starts; more than a second of them belong to the import of torch."""
+
+
+SLOW_START_S = 10.0
+"""Seconds of a start that is announced, since a rank prints nothing before its imports."""
 
 
 def world() -> Comm:
@@ -60,6 +68,8 @@ def _single_rank() -> Comm:
 
 def _launched_ranks(launch: Launch) -> Comm:
     """Return the group of all ranks of a launcher. Collective over all ranks."""
+    if (text := slow_start_text(launch, os.cpu_count() or 1)) and launch.rank == 0:
+        print_error(text)
     try:
         from dtrain.comm.backends import mpi
     except (ImportError, RuntimeError) as error:
@@ -97,6 +107,23 @@ def _without_collector() -> Iterator[None]:
         gc.freeze()
     finally:
         gc.enable()
+
+
+def slow_start_text(launch: Launch, cores: int) -> str:
+    """Return the line about ranks that share few cores and start slowly; empty: they do not.
+
+    Parameters
+    ----------
+    cores : int
+        Cores of this host.
+    """
+    start_s = (launch.local_size or 0) * START_CPU_S / cores
+    if start_s < SLOW_START_S:
+        return ""
+    return (
+        f"dtrain: {launch.local_size} ranks start on {cores} cores, which takes about "
+        f"{start_s:.0f} s"
+    )
 
 
 def _on_rank_zero(launch: Launch, error: ConfigError) -> BaseException:

@@ -1,10 +1,11 @@
-"""Marks: by files the parent of `--ranks` learns that a rank has ended inside a session.
+"""Marks: files by which the parent of `--ranks` learns how far its ranks are.
 
 Invariant: standard library only; never raises. A rank that reports an error, or leaves its session
 in order, has removed its mark before it ends.
 
     parent of --ranks   makes a folder, names it in `DTRAIN_RANK_MARKS`, and deletes it at the end
-    rank 3              rank-3 exists from the start of its session to its end
+                        ready-PID appears once a rank takes warnings; until then none is passed on
+    rank 3              start-3 exists while MPI starts, session-3 while it is inside a session
     mpirun              its banner names the first rank that has ended, with its exit code
 """
 
@@ -20,6 +21,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 VARIABLE = "DTRAIN_RANK_MARKS"
+
+
+IN_START, IN_SESSION = "start", "session"
+"""Marks of a rank in the start of MPI, and inside a session."""
 
 
 EXITED = re.compile(rb"Process name: \[[^]\n]*,(\d+)\]\s+Exit code:\s+(\d+)")
@@ -50,36 +55,40 @@ def marks_folder() -> Iterator[Path | None]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def set_mark(rank: int) -> None:
-    """Mark that a rank is inside a session, if the parent wants to know it."""
+def mark_ready() -> None:
+    """Mark that no warning ends this rank from now on, if the parent wants to know it."""
     with suppress(OSError):
         if folder := os.environ.get(VARIABLE):
-            (Path(folder) / f"rank-{rank}").touch()
+            (Path(folder) / f"ready-{os.getpid()}").touch()
 
 
-def remove_mark(rank: int) -> None:
-    """Mark that a rank is outside of any session."""
+def ready_ranks(folder: Path) -> int:
+    """Return how many ranks no warning ends."""
+    return len(list(folder.glob("ready-*")))
+
+
+def set_mark(kind: str, rank: int) -> None:
+    """Mark where a rank is, if the parent wants to know it."""
     with suppress(OSError):
         if folder := os.environ.get(VARIABLE):
-            (Path(folder) / f"rank-{rank}").unlink()
+            (Path(folder) / f"{kind}-{rank}").touch()
 
 
-def lost_rank(banners: bytes, folder: Path | None) -> Exit | None:
-    """Return the first rank that has ended, if it was inside a session; else None.
+def remove_mark(kind: str, rank: int) -> None:
+    """Mark that a rank is no longer there."""
+    with suppress(OSError):
+        if folder := os.environ.get(VARIABLE):
+            (Path(folder) / f"{kind}-{rank}").unlink()
 
-    Parameters
-    ----------
-    banners : bytes
-        Those of the launcher.
-    folder : Path or None
-        The folder of the marks.
-    """
-    if folder is None:
-        return None
+
+def has_mark(folder: Path | None, kind: str, rank: int) -> bool:
+    """Return whether a rank has this mark."""
+    return folder is not None and (folder / f"{kind}-{rank}").exists()
+
+
+def first_exit(banners: bytes) -> Exit | None:
+    """Return the first rank that has ended, as the banners of the launcher say."""
     if exited := EXITED.search(banners):
-        end = Exit(int(exited[1]), int(exited[2]))
-    elif left := LEFT.search(banners):
-        end = Exit(int(left[1]), 0)
-    else:
-        return None
-    return end if (folder / f"rank-{end.rank}").exists() else None
+        return Exit(int(exited[1]), int(exited[2]))
+    left = LEFT.search(banners)
+    return None if left is None else Exit(int(left[1]), 0)

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import final
 
 from dtrain.checkpoint.run_folder import FLIGHT_FOLDER, read_summary
+from dtrain.checkpoint.safe_files import read_inside
 from dtrain.errors import ConfigError
-from dtrain.monitoring.flight_records import FlightRecord, read_records
+from dtrain.monitoring.flight_records import MAX_RECORD_BYTES, FlightRecord, read_records
 from dtrain.monitoring.wait_graph import WaitGraph
 
 STALE_S = 60.0
@@ -70,7 +71,7 @@ class HangAnalysis:
         earlier: Mapping[int, FlightRecord] | None = None,
         stuck_s: float = STUCK_S,
     ) -> None:
-        records = list(read_records(folder / FLIGHT_FOLDER))
+        records = list(read_records(folder))
         status = (read_summary(folder) or {}).get("status")
         if not records and status in ("finished", "stopped"):
             raise ConfigError(
@@ -144,10 +145,11 @@ class HangAnalysis:
         """Return whether the record of a rank is that of a failure."""
         return rank in self.current_records and bool(self.current_records[rank].fields["failed"])
 
-    def stacks_path(self, rank: int) -> Path | None:
-        """Return the file with a rank's stacks, None where it is missing or empty."""
-        path = self.folder / FLIGHT_FOLDER / f"rank-{rank:05d}.stacks"
-        return path if path.is_file() and path.stat().st_size else None
+    def stacks(self, rank: int) -> tuple[Path, str] | None:
+        """Return the file with a rank's stacks and its text, None where it is missing or empty."""
+        name = f"{FLIGHT_FOLDER}/rank-{rank:05d}.stacks"
+        text = read_inside(self.folder, name, MAX_RECORD_BYTES, tail=True)
+        return (self.folder / name, text) if text else None
 
 
 def _has_moved(before: FlightRecord, after: FlightRecord) -> bool:

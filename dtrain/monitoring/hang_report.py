@@ -78,7 +78,7 @@ def _read_twice(folder: Path) -> dict[int, FlightRecord]:
     if not processes:
         return {}
     answered = request_records(folder, processes)
-    records = {record.rank: record for record in read_records(folder / FLIGHT_FOLDER)}
+    records = {record.rank: record for record in read_records(folder)}
     time.sleep(READING_INTERVAL_S)
     request_records(folder, processes)
     return {rank: record for rank, record in records.items() if rank in answered}
@@ -135,9 +135,10 @@ def _root_line(analysis: HangAnalysis, rank: int, names: _RankNames) -> str:
 
 def _silent_rank_text(analysis: HangAnalysis, rank: int) -> str:
     """Return the text of a rank without a current record."""
-    stacks = analysis.stacks_path(rank)
+    stacks = analysis.stacks(rank)
     if stacks is not None:
-        return f"inside compiled code, {_innermost_frame(stacks)} ({stacks})"
+        path, text = stacks
+        return f"inside compiled code, {_innermost_frame(text)} ({path})"
     if rank in analysis.stale_records:
         record = analysis.stale_records[rank]
         return (
@@ -150,9 +151,9 @@ def _silent_rank_text(analysis: HangAnalysis, rank: int) -> str:
     return "ended, or not signalled; it has no record"
 
 
-def _innermost_frame(stacks: Path) -> str:
+def _innermost_frame(stacks: str) -> str:
     """Return the innermost line of the thread that handled the latest request."""
-    lines = [line.strip() for line in stacks.read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in stacks.splitlines()]
     starts = [number for number, line in enumerate(lines) if line.startswith("Current thread")]
     thread = lines[starts[-1] :] if starts else lines
     return next((line for line in thread if line.startswith("File ")), "no Python code")
@@ -220,7 +221,7 @@ def _advice(analysis: HangAnalysis, rank: int, names: _RankNames) -> str:
             f"look at {place} (stack in {record.path}) and ask again in a minute: if the rank is "
             "still there, that code does not return"
         )
-    if analysis.stacks_path(rank) is not None:
+    if analysis.stacks(rank) is not None:
         return (
             f"check devices and file systems of {host}; end the job and start it again, without "
             "that host if it hangs there again"

@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any, final
 
 from dtrain.checkpoint.ownership import OWNER_FILE, owner_is_gone
-from dtrain.errors import ConfigError
-from dtrain.run_report.plan_file import RunPlan, parse_plan
-from dtrain.run_report.safe_files import (
+from dtrain.checkpoint.safe_files import (
     MAX_BYTES,
     Table,
     as_count,
@@ -30,6 +28,8 @@ from dtrain.run_report.safe_files import (
     read_json_lines,
     read_toml,
 )
+from dtrain.errors import ConfigError
+from dtrain.run_report.plan_file import RunPlan, parse_plan
 
 RUN_FILES = ("summary.json", "metrics.jsonl", OWNER_FILE)
 """A run folder has at least one of these."""

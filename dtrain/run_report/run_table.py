@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, final
 
 from dtrain.checkpoint.files import replacing
+from dtrain.checkpoint.safe_files import as_number, as_numbers, as_table, as_text
 from dtrain.errors import ConfigError, unknown_name
 from dtrain.planning.formatting import align_columns, pluralise
 from dtrain.run_report.run_record import (
@@ -22,7 +23,6 @@ from dtrain.run_report.run_record import (
     differing_settings,
     read_run_record,
 )
-from dtrain.run_report.safe_files import as_number, as_numbers, as_table, as_text
 from dtrain.run_report.texts import UNKNOWN, distinct_names, duration_text, metric_text
 
 METRICS_BYTES = 2**20

@@ -14,7 +14,7 @@ from dtrain.checkpoint import run_folder
 from dtrain.comm.communicator import Comm
 from dtrain.comm.flight_recorder import flush_output, print_error
 from dtrain.comm.launcher import job_name
-from dtrain.comm.rank_marks import remove_mark, set_mark
+from dtrain.comm.rank_marks import IN_SESSION, remove_mark, set_mark
 from dtrain.config.sections import Timeouts
 from dtrain.errors import DtrainError
 from dtrain.mesh import RankMesh
@@ -53,7 +53,7 @@ class HangWatch:
         folder = out.parent / f".{out.name}.{job_name(os.environ)}"
         limits = Limits(timeouts.by_section() if is_rank_of(comm) else {})
         self._watchdog = Watchdog(comm.flight, self._names, comm.hosts, limits, folder, self._end)
-        set_mark(comm.rank)
+        set_mark(IN_SESSION, comm.rank)
         comm.flight.enter("start")
         self._watchdog.start()
 
@@ -66,7 +66,7 @@ class HangWatch:
 
     def close(self) -> None:
         """End the watch."""
-        remove_mark(self._comm.rank)
+        remove_mark(IN_SESSION, self._comm.rank)
         self._comm.flight.enter(None)
         self._watchdog.stop()
 
@@ -75,7 +75,7 @@ class HangWatch:
         timer = threading.Timer(ABORT_S, os._exit, [error.code])
         timer.daemon = True
         timer.start()
-        remove_mark(self._comm.rank)
+        remove_mark(IN_SESSION, self._comm.rank)
         print_error(f"dtrain: {error.text_with_key()}")
         owner = self._lock.owner
         if owner is not None:

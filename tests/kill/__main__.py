@@ -72,7 +72,8 @@ def publish_record(parts: Sequence[dict[str, Any]]) -> None:
         **{f"kills_{phase}": count for phase, count in sorted(phases.items())},
         **{f"kills_of_{target}": count for target, count in sorted(targets.items())},
         **{name: sum(part[name] for part in parts) for name in SUMS},
-        "max_lost_updates": max(part["max_lost"] for part in parts),
+        "max_lost_updates": _max_lost(parts, asynchronous=False),
+        "max_lost_updates_asynchronous": _max_lost(parts, asynchronous=True),
         "checkpoint_interval": INTERVAL,
         "max_seconds_to_the_last_end": max(part["gone_s"] for part in parts),
         "restart_over_fresh_start": _restart_ratio(parts),
@@ -83,6 +84,12 @@ def publish_record(parts: Sequence[dict[str, Any]]) -> None:
         commits=dict(Counter(part["commit"] for part in parts for _ in part["kills"])),
         cases=dict(Counter(part["case"] for part in parts for _ in part["kills"])),
     )  # fmt: skip
+
+
+def _max_lost(parts: Sequence[dict[str, Any]], asynchronous: bool) -> int:
+    """Return the largest number of updates that a kill has cost."""
+    names = [case.name for case in CASES if case.asynchronous == asynchronous]
+    return max((part["max_lost"] for part in parts if part["case"] in names), default=0)
 
 
 def _restart_ratio(parts: Sequence[dict[str, Any]]) -> float:

@@ -19,6 +19,7 @@ widths = [19, 17, 13]
 blocks = 3
 [checkpoint]
 every = 4
+asynchronous = {asynchronous}
 [evaluate]
 every = 2
 [optimizer]
@@ -64,6 +65,8 @@ class Case:
         Whether every replica saves a shard of its own.
     nodes : bool
         Whether each replica is on a node of its own, as the sync sees it.
+    asynchronous : bool
+        Whether checkpoints are written behind the training.
     """
 
     name: str
@@ -72,11 +75,19 @@ class Case:
     replicas_diverge: bool = False
     nodes: bool = False
     micro_batches: int = 3
+    asynchronous: bool = False
+
+    @property
+    def max_lost(self) -> int:
+        """The number of updates that a kill may cost; an asynchronous save may be pending."""
+        return 2 * INTERVAL if self.asynchronous else INTERVAL
 
     @property
     def run_file(self) -> str:
         """The text of the run file, without stages."""
-        return HEAD.format(micro_batches=self.micro_batches) + self.text
+        asynchronous = str(self.asynchronous).lower()
+        head = HEAD.format(micro_batches=self.micro_batches, asynchronous=asynchronous)
+        return head + self.text
 
     def writers(self, layout: Layout) -> int:
         """Return the number of ranks that write shards; they are the first ones."""

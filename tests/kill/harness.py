@@ -20,7 +20,7 @@ from typing import Any
 from dtrain.comm.backends.threads import run_ranks
 from dtrain.config.parse import read_run
 from dtrain.training import train
-from tests.kill.cases import INTERVAL, Case, Layout
+from tests.kill.cases import Case, Layout
 from tests.kill.processes import TARGETS, find_targets, kill
 from tests.process import carriers, command, sweep
 
@@ -28,13 +28,20 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).with_name("rank_program.py")
 
 NODE_NAMES = """
-import os, platform
+import os, pathlib, platform
 
 if "OMPI_COMM_WORLD_RANK" in os.environ:
     node = int(os.environ["OMPI_COMM_WORLD_RANK"]) // int(os.environ["DTRAIN_KILL_STAGES"])
+    read_text = pathlib.Path.read_text
+
+    def read_own_text(path, *words, **options):
+        text = read_text(path, *words, **options)
+        return f"node-{node}-{text}" if path.name == "boot_id" else text
+
     platform.node = lambda: f"node-{node}"
+    pathlib.Path.read_text = read_own_text
 """
-"""`sitecustomize` of cases with several nodes: each replica is on one of its own."""
+"""`sitecustomize` of cases with several nodes: each replica is on one with a kernel of its own."""
 
 ORPHAN_LIMIT_S = 10.0
 """Seconds after a kill after which no process of the run may be left."""
@@ -111,6 +118,8 @@ class Counts:
     ----------
     kills : list of str
         Phase and target of each kill that hit, as "save: rank".
+    missed : list of str
+        Kills that the end of the run, or of the killer, forestalled.
     refused, hangs, orphans, failures : int
         Starts that were refused, attempts that reached their limit, processes that were left after
         `ORPHAN_LIMIT_S`, attempts that failed without a kill.
@@ -128,6 +137,7 @@ class Counts:
     """
 
     kills: list[str] = field(default_factory=list)
+    missed: list[str] = field(default_factory=list)
     starts: int = 0
     layout_changes: int = 0
     refused: int = 0
@@ -348,6 +358,8 @@ class Part:
         elif code != 0:
             self.counts.failures += 1
             self._note(f"ended with code {code} and was not killed")
+        elif planned is not None:
+            self.counts.missed.append(str(planned))
 
     def _note_progress(self, layout: Layout, started: float) -> None:
         """Count what an attempt trained, and what was lost before it."""
@@ -357,7 +369,7 @@ class Part:
         first = progress[0]["update"]
         lost = self._trained - first
         self.counts.max_lost = max(self.counts.max_lost, lost)
-        if lost > INTERVAL:
+        if lost > self.case.max_lost:
             self._note(f"{self._trained} updates were trained, and the restart has {first}")
         updates = [record for record in progress if record["event"] == "update"]
         self._trained = max([first, *(record["update"] for record in updates)])
@@ -391,7 +403,7 @@ class Part:
             ):
                 texts.append(f"{key} of attempt {record['attempt']} differs: {values(record)}")
         if (ours["bytes_inter_node"] > 0) != self.case.nodes:
-            texts.append(f"{ours['bytes_inter_node']} bytes between nodes")
+            texts.append(f"{ours['bytes_inter_node']} bytes were sent between nodes")
         if ours["attempts"] > self.counts.starts:
             texts.append(f"{ours['attempts']} attempts of {self.counts.starts} starts")
         return texts

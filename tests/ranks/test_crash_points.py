@@ -34,11 +34,11 @@ from tests import tiny
 from tests.disk import POWER_CUTS, Folder, Mode, RecordingCalls
 
 
-def short_run() -> RunConfig:
+def short_run(asynchronous: bool = False) -> RunConfig:
     """Return a run of three epochs with four updates each, and few tensors."""
     return tiny.run(
         epochs=3, model__widths=[5], partition__blocks=2, optimizer={"name": "sgd", "lr": 0.1},
-        checkpoint={"best": "accuracy"},
+        checkpoint={"best": "accuracy", "asynchronous": asynchronous},
     )  # fmt: skip
 
 
@@ -60,22 +60,24 @@ class Recorded:
     ----------
     saved : list of (int, int)
         Calls after each save had returned, and its updates.
+    pending : int
+        Saves that may not be complete when they return.
     """
 
     out: Path
     disk: RecordingCalls
     saved: list[tuple[int, int]]
     summary: dict[str, Any]
+    pending: int
 
     def certain_update(self, calls: int) -> int:
-        """Return the updates of the newest checkpoint whose save had returned."""
-        return max((update for count, update in self.saved if count <= calls), default=0)
+        """Return the updates of the newest checkpoint that was certainly complete."""
+        saved = [update for count, update in self.saved if count <= calls]
+        return [0, *saved[: len(saved) - self.pending]][-1]
 
 
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+def record(out: Path, asynchronous: bool) -> Recorded:
     """Record a run of two stages, which saves its second checkpoint twice."""
-    out = tmp_path_factory.mktemp("recorded") / "out"
     out.mkdir()
     disk, saved, twice = RecordingCalls(out), list[tuple[int, int]](), list[int]()
 
@@ -90,9 +92,15 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "calls", disk)
-        run = short_run()
+        run = short_run(asynchronous)
         summary = run_ranks(2, lambda comm: train(run, comm, out, callbacks=[note]))[0]
-    return Recorded(out, disk, saved, summary)
+    return Recorded(out, disk, saved, summary, int(asynchronous))
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    """Record a run."""
+    return record(tmp_path_factory.mktemp("recorded") / "out", asynchronous=False)
 
 
 def crashes(disk: RecordingCalls) -> Iterator[tuple[int, Mode, dict[str, bytes | None]]]:
@@ -124,9 +132,11 @@ def names_below(folder: Path) -> set[str]:
     return paths - {"data-statistics.json"}
 
 
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["synchronous", "asynchronous"])
 def test_every_crash_leaves_a_whole_checkpoint_and_a_folder_that_resumes(
-    recorded: Recorded, tmp_path: Path
+    asynchronous: bool, tmp_path: Path
 ) -> None:
+    recorded = record(tmp_path / "recorded", asynchronous)
     comm, folder = Comm(SingleBackend()), Folder(tmp_path / "out")
     for count, mode, state in crashes(recorded.disk):
         where = f"call {count}, {mode}"

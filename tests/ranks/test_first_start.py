@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dtrain.checkpoint import run_folder
+from dtrain.checkpoint import files
 from dtrain.checkpoint.resume import find_checkpoint
 from dtrain.comm.backends.threads import run_ranks
 from dtrain.errors import CheckpointError, ConfigError, Interrupted
@@ -45,7 +45,7 @@ def kill(out: Path, copy: Path) -> None:
 
 def fail_in(place: str, error: BaseException, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the start of a run raise an error: in its build, or as it writes a file."""
-    build, replace_file = opening.build_rank, run_folder.replace_file
+    build, replace_file = opening.build_rank, files.replace_file
 
     def failing_build(plan: Any, comm: Any) -> Any:
         if comm.rank == 0:
@@ -62,7 +62,7 @@ def fail_in(place: str, error: BaseException, copy: Path, monkeypatch: pytest.Mo
     if place == "build":
         monkeypatch.setattr(opening, "build_rank", failing_build)
     else:
-        monkeypatch.setattr(run_folder, "replace_file", failing_write)
+        monkeypatch.setattr(files, "replace_file", failing_write)
 
 
 @pytest.fixture(scope="module")

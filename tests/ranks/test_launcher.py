@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dtrain import comm
-from dtrain.comm import launch_refusals, launcher
+from dtrain.comm import launch_refusals, launcher, slow_start_text
 from dtrain.comm.launcher import Launch, detect_launcher
 from dtrain.comm.launcher_output import BannerFilter
 from dtrain.errors import ConfigError
@@ -130,6 +130,14 @@ def test_a_size_mismatch_names_both_sizes_and_a_command() -> None:
     srun = launch_refusals.wrong_world({}, Launch("srun", 2, 0, None), 1, "Open MPI v5")
     assert srun is not None
     assert "`srun --mpi=pmix -n 2 ...`" in srun.message
+
+
+def test_a_start_of_many_ranks_on_few_cores_is_announced() -> None:
+    def text(local_size: int | None, cores: int) -> str:
+        return slow_start_text(Launch("mpirun", 64, 0, local_size), cores)
+
+    assert "40 ranks" in text(40, 2)
+    assert text(40, 64) == text(4, 2) == text(None, 2) == ""
 
 
 RULE = b"-" * 74 + b"\n"

@@ -6,7 +6,7 @@ one channel match in order, as in MPI. It has no lock: at most one rank runs at 
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Hashable
 from typing import final
 
@@ -43,31 +43,54 @@ class Matcher:
 
     def __init__(self) -> None:
         self.event_count = 0
-        self._sends: defaultdict[Hashable, deque[PendingTransfer]] = defaultdict(deque)
-        self._receives: defaultdict[Hashable, deque[PendingTransfer]] = defaultdict(deque)
+        self._sends = _Queues()
+        self._receives = _Queues()
 
     def post_send(self, channel: Hashable, data: Bytes) -> PendingTransfer:
         """Post a send on a channel (group, source, destination, tag)."""
         send = PendingTransfer(data)
         self.event_count += 1
-        receives = self._receives[channel]
-        while receives and receives[0].cancelled:
-            receives.popleft()
-        if receives:
-            _deliver(channel, send, receives.popleft())
+        receive = self._receives.pop(channel)
+        while receive is not None and receive.cancelled:
+            receive = self._receives.pop(channel)
+        if receive is None:
+            self._sends.append(channel, send)
         else:
-            self._sends[channel].append(send)
+            _deliver(channel, send, receive)
         return send
 
     def post_recv(self, channel: Hashable, data: Bytes) -> PendingTransfer:
         """Post a receive on a channel."""
         receive = PendingTransfer(data)
         self.event_count += 1
-        if sends := self._sends[channel]:
-            _deliver(channel, sends.popleft(), receive)
+        send = self._sends.pop(channel)
+        if send is None:
+            self._receives.append(channel, receive)
         else:
-            self._receives[channel].append(receive)
+            _deliver(channel, send, receive)
         return receive
+
+
+@final
+class _Queues:
+    """Queues by channel; an empty one is deleted, since collectives have channels of their own."""
+
+    def __init__(self) -> None:
+        self._queues: dict[Hashable, deque[PendingTransfer]] = {}
+
+    def append(self, channel: Hashable, transfer: PendingTransfer) -> None:
+        """Add a transfer to the end of a queue."""
+        self._queues.setdefault(channel, deque()).append(transfer)
+
+    def pop(self, channel: Hashable) -> PendingTransfer | None:
+        """Remove the first transfer of a queue and return it; None: the queue is empty."""
+        queue = self._queues.get(channel)
+        if queue is None:
+            return None
+        first = queue.popleft()
+        if not queue:
+            del self._queues[channel]
+        return first
 
 
 def _deliver(channel: Hashable, send: PendingTransfer, receive: PendingTransfer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import sys
 import time
 from pathlib import Path
@@ -11,6 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+import dtrain
+from dtrain.checkpoint import store
 
 LIMIT_BYTES = 8192
 """More than a summary, less than a shard."""
@@ -33,6 +37,21 @@ class Leaving(nn.Linear):
         self.batches = getattr(self, "batches", 0) + self.training
         if self.batches == 3:
             sys.exit(0)
+        return super().forward(input)
+
+
+class Hanging(nn.Linear):
+    """Hangs in training batch 40, or in the save after it, as `DTRAIN_TEST_HANG` says."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.batches = getattr(self, "batches", 0) + self.training
+        how = os.environ.get("DTRAIN_TEST_HANG") if self.batches == 40 else None
+        if how == "sleep":
+            time.sleep(1000)
+        elif how == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif how == "save":
+            store.save = lambda *_: time.sleep(1000)  # type: ignore[assignment]
         return super().forward(input)
 
 
@@ -63,6 +82,12 @@ def raising() -> nn.Sequential:
 
 def leaving() -> nn.Sequential:
     return _net(Leaving)
+
+
+def hanging() -> nn.Sequential:
+    if os.environ.get("DTRAIN_TEST_HANG") == "start" and dtrain.init().rank:
+        time.sleep(1000)
+    return _net(Hanging)
 
 
 def slow() -> nn.Sequential:
