@@ -58,26 +58,27 @@ class CountingCalls(files.FileCalls):
         self.left = KILL["call"]
         self.folder = folder
 
-    def _count(self, name: str, path: str | Path | int, data: memoryview | None = None) -> None:
+    def _count(self, name: str, path: str | Path | int, data: memoryview | None = None) -> int:
+        """Count a call, and kill if it is the one; return the bytes that a torn write has done."""
+        written, descriptor = 0, path
         if isinstance(path, int):
             path = os.readlink(f"/proc/self/fd/{path}")
         if self.folder not in str(path):
-            return
+            return written
         self.left -= 1
         if self.left == -1:
-            if data is not None and KILL["torn"] and isinstance(path, str):
-                os.write(self._descriptor, data[: len(data) // 2])
+            if data is not None and KILL["torn"] and isinstance(descriptor, int):
+                written = os.write(descriptor, data[: len(data) // 2])
             strike(name)
             time.sleep(KILL["wait_s"])  # another process was killed: this one may go on
+        return written
 
     def open(self, path: str | Path, flags: int) -> int:
         self._count("open", path)
         return super().open(path, flags)
 
     def write(self, descriptor: int, data: memoryview) -> int:
-        self._descriptor = descriptor
-        self._count("write", descriptor, data)
-        return super().write(descriptor, data)
+        return self._count("write", descriptor, data) or super().write(descriptor, data)
 
     def truncate(self, descriptor: int, size: int) -> None:
         self._count("truncate", descriptor)
