@@ -78,6 +78,7 @@ check: $(READY)
 docs: $(READY)
 	@$(VENV)/python -c 'import furo, myst_parser, sphinx' 2>/dev/null || $(PIP_INSTALL) -e '.[docs]'
 	@$(VENV)/python docs/generate_reference.py
+	@$(VENV)/python docs/generate_sites.py
 	@$(VENV)/python docs/pictures.py
 	@$(VENV)/python -m sphinx -q -W --keep-going -b html docs docs/_build
 	@echo "the site: $(CURDIR)/docs/_build/index.html"

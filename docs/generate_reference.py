@@ -54,6 +54,8 @@ SECTIONS: Tables = (
     ("[stop]", sections.Stop, "[training](training.md#stop-early)"),
     ("[ema]", sections.Ema, "[training](training.md#average-the-weights)"),
     ("[log]", sections.Log, "[monitoring](monitoring.md)"),
+    ("[timeouts]", sections.Timeouts, "[faults](faults.md#a-run-that-hangs)"),
+    ("[sweep]", None, "[sweeps](sweeps.md)"),
 )
 """The tables of a run file, with the class of the keys that every strategy has, and the page."""
 
@@ -76,6 +78,10 @@ REMARKS = {
     "[log]": f"Names of trackers: {', '.join(f'`{name}`' for name in TRACKERS)}.",
     "[stop]": "Without this table no run stops early.",
     "[ema]": "Without this table no weights are averaged.",
+    "[sweep]": (
+        'Each key is a key of the run, with a list of values, or `"A..B"` for whole numbers; all '
+        "combinations are trained."
+    ),
 }
 
 WITHOUT_MEMBERS = ("Task",)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dtrain import callbacks, data, objectives, schedules, syncs, testing
     from dtrain.api import Metrics, Result, RunPlan, evaluate, export, plan, predict, train
-    from dtrain.config.sections import Checkpoint, Evaluate, Log, Mesh, Partition, Stop
+    from dtrain.config.sections import Checkpoint, Evaluate, Log, Mesh, Numerics, Partition, Stop
     from dtrain.errors import (
         CheckpointError,
         ConfigError,
@@ -50,7 +50,8 @@ _HOMES = {
     **dict.fromkeys(("Metrics", "Result", "RunPlan"), "dtrain.api"),
     **dict.fromkeys(("evaluate", "export", "plan", "predict", "train"), "dtrain.api"),
     **dict.fromkeys(
-        ("Checkpoint", "Evaluate", "Log", "Mesh", "Partition", "Stop"), "dtrain.config.sections"
+        ("Checkpoint", "Evaluate", "Log", "Mesh", "Numerics", "Partition", "Stop"),
+        "dtrain.config.sections",
     ),
     **dict.fromkeys(
         (
@@ -86,6 +87,7 @@ __all__ = [
     "Mesh",
     "Metrics",
     "NumericalError",
+    "Numerics",
     "Optimizer",
     "Partition",
     "RankLostError",

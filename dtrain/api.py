@@ -19,6 +19,7 @@ from dtrain.comm.backends.single import SingleBackend
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
 from dtrain.evaluation import SplitName, evaluate_run
+from dtrain.paths import expand_path, expand_text
 from dtrain.planning import report as plan_report
 from dtrain.planning.cost_file import CostFile, read_cost_file
 from dtrain.planning.plan import Plan, make_plan
@@ -148,7 +149,7 @@ def plan(
     DtrainError
         Data, model, mesh, partition or schedule do not fit each other.
     """
-    cost_file = None if costs is None else read_cost_file(Path(costs))
+    cost_file = None if costs is None else read_cost_file(expand_path(costs, "costs"))
     config = run.config if exact_mesh else run.config.fit_stages(ranks)
     config = settle_cuts(config, Comm(SingleBackend()), ranks)
     return RunPlan(make_plan(config, ranks), cost_file)
@@ -161,12 +162,14 @@ def train(
     resume: str = "auto",
     callbacks: Sequence[Callback] = (),
     exact_mesh: bool = False,
+    comm: Comm | None = None,
 ) -> Result:
-    """Train a run into a folder, or resume from its newest checkpoint. Collective over all ranks.
+    """Train a run into a folder, or resume from its newest checkpoint. Collective over all ranks,
+    or over those of `comm`.
 
     Parameters
     ----------
-    out, resume, callbacks, exact_mesh
+    out, resume, callbacks, exact_mesh, comm
         As in `Session`.
 
     Raises
@@ -174,7 +177,9 @@ def train(
     DtrainError
         The run does not fit its data or the ranks, or the training failed.
     """
-    session = Session(run, out, resume=resume, callbacks=callbacks, exact_mesh=exact_mesh)
+    session = Session(
+        run, out, resume=resume, callbacks=callbacks, exact_mesh=exact_mesh, comm=comm
+    )
     train_session(session)
     return Result(session.rank, session.out, session.summary(), session.history)
 
@@ -209,7 +214,7 @@ def evaluate(
     DtrainError
         There is no run, no checkpoint, or a key may not be set.
     """
-    path = Path(folder)
+    path = expand_path(folder, "folder")
     return Metrics(evaluate_run(path, init(), split, set, _config(run, path), best, ema))
 
 
@@ -247,7 +252,8 @@ def predict(
     DtrainError
         There is no run or no checkpoint, or the samples do not fit the model.
     """
-    path, file = Path(folder), None if out is None else Path(out)
+    path, file = expand_path(folder, "folder"), None if out is None else expand_path(out, "out")
+    data = expand_text(data, "data") if isinstance(data, str) else data
     return predict_run(path, init(), data, file, set, _config(run, path))
 
 
@@ -270,7 +276,9 @@ def export(
     take the weights that `[checkpoint] best` has kept, and the averaged ones.
     """
     flags = heads, factors, with_normalisation, best, ema
-    return _export(Path(folder), Path(out), *flags, write_files=writes_files())
+    return _export(
+        expand_path(folder, "folder"), expand_path(out, "out"), *flags, write_files=writes_files()
+    )
 
 
 def read_together(path: Path, overrides: Sequence[str], comm: Comm) -> Run:

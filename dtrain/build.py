@@ -22,7 +22,7 @@ import torch
 from dtrain.block.block import Block
 from dtrain.block.complex_tensors import real_view
 from dtrain.block.device import keep_freed_memory, select_device
-from dtrain.checkpoint.resume import OTHER_INPUTS, STRUCTURE
+from dtrain.checkpoint.saved_fingerprint import COMPARED_SAMPLES, OTHER_INPUTS, STRUCTURE
 from dtrain.comm.agree import all_or_none
 from dtrain.comm.buffers import describe_tensor
 from dtrain.comm.communicator import Comm
@@ -259,6 +259,8 @@ def _engine_spec(plan: Plan, device: torch.device) -> EngineSpec:
         wire_format=layout.wire_format,
         ties=layout.ties,
         task=layout.task,
+        max_skipped=run.numerics.skip_limit,
+        check_replicas=run.numerics.check_replicas,
     )
 
 
@@ -372,7 +374,7 @@ def _fingerprint(plan: Plan, rank: int) -> tuple[str, str | None, dict[str, list
     labels, inputs = blake2b(), blake2b()
     numbers, other_numbers = list[float](), list[float]()
     for split in plan.data.by_name().values():
-        indices = np.unique(np.linspace(0, split.size - 1, 32).astype(np.int64))
+        indices = np.unique(np.linspace(0, split.size - 1, COMPARED_SAMPLES).astype(np.int64))
         labels.update(str((split.size, split.shape, split.classes)).encode())
         labels.update(split.targets(indices).numpy().tobytes())
         if is_reader:

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import dtrain
-from dtrain import cli_checkpoint, cli_data, cli_doctor, cli_run_folders, cli_submit
+from dtrain import cli_checkpoint, cli_data, cli_doctor, cli_run_folders, cli_submit, cli_sweep
 from dtrain.comm.launcher import detect_launcher, start_ranks
 from dtrain.errors import ConfigError, DtrainError
+from dtrain.paths import expand_options
 
 if TYPE_CHECKING:
     from dtrain.comm.communicator import Comm
@@ -30,7 +31,12 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 ArgvBuilder = Callable[[argparse.Namespace], list[str]]
 
 
-RankWork = Callable[[argparse.Namespace, "Comm"], None]
+RankWork = Callable[[argparse.Namespace, "Comm"], int | None]
+"""Returns an exit code where it is not 0."""
+
+
+PATH_TEXTS = ("resume", "data", "site", "container", "environment_archive")
+"""Options that are texts, and may be paths: `$VAR` and `~` are replaced in all paths."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(own_words)
     options.arguments = script_words
     try:
+        expand_options(options, PATH_TEXTS)
         code: int = options.command(options)
         return code
     except DtrainError as error:
@@ -99,7 +106,8 @@ def _add_rank_commands(commands: Commands) -> None:
         "--out",
         type=Path,
         metavar="DIR",
-        help="run folder (default: runs/<run file>); {seed}, {optimizer.lr} are keys of the run",
+        help="run folder (default: runs/<run file>); {seed}, {optimizer.lr} are keys of the run; "
+        "for several runs of a sweep: the folder of all",
     )
     start = train.add_mutually_exclusive_group()
     start.add_argument(
@@ -117,6 +125,7 @@ def _add_rank_commands(commands: Commands) -> None:
         help="checkpoint to resume from (default: auto)",
     )
     _add_rank_arguments(train, _train_argv, _train)
+    train.set_defaults(command=_train_on_ranks)
 
     script = commands.add_parser(
         "run",
@@ -241,6 +250,16 @@ def _run_on_ranks(options: argparse.Namespace) -> int:
     return start_ranks(options.ranks, argv, os.environ)
 
 
+def _train_on_ranks(options: argparse.Namespace) -> int:
+    """Train a run, or all runs of a sweep, on the ranks of a launcher or on new ones."""
+    if options.ranks is not None:
+        from dtrain.config.sweep import read_sweep
+
+        if runs := read_sweep(options.run, options.set, options.out):
+            return cli_sweep.train_on_new_ranks(options, runs, _run_on_ranks)
+    return _run_on_ranks(options)
+
+
 def _train_argv(options: argparse.Namespace) -> list[str]:
     """Return the command line of a rank that trains."""
     argv = ["train", str(options.run), *_overrides_argv(options)]
@@ -276,22 +295,27 @@ def _run_rank(options: argparse.Namespace) -> int:
 
     comm = dtrain.init()  # MPI comes before torch
     try:
-        options.work(options, comm)
+        code: int | None = options.work(options, comm)
     except SystemExit:
         raise
     except BaseException as error:
         return report_error(error, comm)
-    return 0
+    return code or 0
 
 
-def _train(options: argparse.Namespace, comm: Comm) -> None:
+def _train(options: argparse.Namespace, comm: Comm) -> int | None:
     """Train, as one rank."""
     from dtrain.api import read_together
+    from dtrain.comm.agree import all_or_none
+    from dtrain.config.sweep import read_sweep
 
+    if runs := all_or_none(comm, lambda: read_sweep(options.run, options.set, options.out)):
+        return cli_sweep.train_in_turn(options, runs, comm)
     run = read_together(options.run, options.set, comm)
     _check_launcher(run.config.stages, comm.size, options.run)
     out = options.out or Path("runs") / options.run.stem
     dtrain.train(run, out, resume=options.resume, exact_mesh=True)
+    return None
 
 
 def _run_script(options: argparse.Namespace, comm: Comm) -> None:

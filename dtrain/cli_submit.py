@@ -24,7 +24,7 @@ def add_command(commands: Commands) -> None:
     add("run_file", type=Path, metavar="RUN.toml", help="run file")
     add("--site", default="generic", help="profile of the site, or a TOML file of your own")
     add("--nodes", type=int, default=1, metavar="N", help="number of nodes (default: 1)")
-    add("--time", metavar="T", help="time limit as of sbatch: 30, 2:00:00, 1-12 (default: 1:00:00)")
+    add("--time", metavar="T", help="time limit of one start: 30, 2:00:00, 1-12 (default: 1:00:00)")
     add("--out", type=Path, metavar="DIR", help="run folder (default: runs/<run file>)")
     add(
         "--set",
@@ -64,9 +64,12 @@ def _submit(options: argparse.Namespace) -> int:
         return 0
     job = done.job
     folders = [job.out_of(value) for value in job.array_values] or [job.out]
+    if job.array_settings:  # a sweep
+        folders = [job.out.parent]
     for note in done.notes:
         print(f"note    {note}")
-    print(f"job     {done.job_id}: {job.nodes} x {job.ranks_per_node} ranks, {job.minutes} minutes")
+    limit = f", {job.minutes} minutes" if job.minutes else ""
+    print(f"job     {done.job_id}: {job.nodes} x {job.ranks_per_node} ranks{limit}")
     for folder in folders:
         print(f"folder  {folder}")
     print(f"script  {done.script}")

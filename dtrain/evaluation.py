@@ -32,14 +32,14 @@ from dtrain.build import (
     set_threads,
 )
 from dtrain.checkpoint.manifest import Manifest
-from dtrain.checkpoint.resume import load_newest, newest_checkpoint
+from dtrain.checkpoint.newest_checkpoint import load_newest, newest_checkpoint
 from dtrain.checkpoint.store import load_blocks
 from dtrain.comm.agree import all_or_none
 from dtrain.comm.communicator import Comm
 from dtrain.config.parse import read_resolved_run
 from dtrain.config.run import RunConfig
 from dtrain.data.reading.loader import Loader
-from dtrain.data.sampler import BatchSplitter, Indices, even_ranges
+from dtrain.data.sampler import BatchSplitter, Indices, even_ranges, shared_ranges
 from dtrain.data.statistics.shared_statistics import use_kept_statistics
 from dtrain.data.statistics.standardise import Standardised
 from dtrain.errors import ConfigError
@@ -80,7 +80,8 @@ def evaluate_weights(
     """
     engine, control, position = job.engine, job.groups.control, job.position
     batches = evaluation_batches(loader.dataset.size, batch_splitter)
-    own_range = even_ranges(len(batches), position.mesh.replicas)[position.replica]
+    shares = position.mesh.shares or (1,) * position.mesh.replicas
+    own_range = shared_ranges(len(batches), shares)[position.replica]
     with control.without_counting(), ExitStack() as swapped:
         for index, block in engine.blocks.items():
             swapped.enter_context(block.swap_tensors(eval_weights[index]))
@@ -151,7 +152,9 @@ def evaluate_run(
     totals = RunTotals.from_state(manifest.state)
     loader = _loader(job, split)
     eval_weights = {index: block.tensors() for index, block in job.engine.blocks.items()}
-    batch_splitter = replace(plan.batch_splitter, replicas=_replicas(totals))
+    batch_splitter = replace(
+        plan.batch_splitter, replicas=_replicas(totals), shares=_shares(manifest)
+    )
     metrics = evaluate_weights(job, eval_weights, loader, batch_splitter)
     place = {"folder": str(folder.resolve()), "checkpoint": manifest.folder.name}
     result = {"split": split, "samples": loader.dataset.size}
@@ -269,7 +272,13 @@ def _fit_stages(run: RunConfig, ranks: int) -> RunConfig:
     """Return the run on as many stages as ranks and blocks allow; the rest are replicas."""
     blocks, partition = run.partition.chosen_blocks or 1, replace(run.partition, places=None)
     stages = max(n for n in range(1, min(ranks, blocks) + 1) if ranks % n == 0)
-    return replace(run, mesh=replace(run.mesh, stages=stages), partition=partition)
+    mesh = replace(run.mesh, stages=stages, shares=None)
+    return replace(run, mesh=mesh, partition=partition)
+
+
+def _shares(manifest: Manifest) -> tuple[int, ...]:
+    """Return the shares of the replicas that trained the checkpoint."""
+    return tuple(manifest.run_table.get("mesh", {}).get("shares", ()))
 
 
 def _replicas(totals: RunTotals) -> int:

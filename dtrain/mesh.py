@@ -76,16 +76,19 @@ class RankMesh:
         Ranks along each axis, both at least 1.
     placement : str
         The axis with consecutive ranks: "stages-in-node" or "replicas-in-node".
+    shares : tuple of int
+        Parts of an update that the replicas have, in proportion; empty: equal ones.
 
     Raises
     ------
     ConfigError
-        An axis has no ranks, or the placement is unknown.
+        An axis has no ranks, the placement is unknown, or there is not one share for each replica.
     """
 
     replicas: int
     stages: int
     placement: str = "stages-in-node"
+    shares: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.replicas < 1 or self.stages < 1:
@@ -96,10 +99,16 @@ class RankMesh:
             )
         if self.placement not in PLACEMENTS:
             raise unknown_name("mesh placement", self.placement, PLACEMENTS)
+        if self.shares and len(self.shares) != self.replicas:
+            raise _shares_error(self)
 
     @classmethod
     def for_ranks(
-        cls, ranks: int, stages: int | None = None, placement: str = PLACEMENTS[0]
+        cls,
+        ranks: int,
+        stages: int | None = None,
+        placement: str = PLACEMENTS[0],
+        shares: tuple[int, ...] = (),
     ) -> RankMesh:
         """Return the mesh that uses all `ranks`; without `stages`, every rank is a stage.
 
@@ -117,7 +126,7 @@ class RankMesh:
             )
         if ranks % stages:
             raise _indivisible_error(ranks, stages)
-        return cls(ranks // stages, stages, placement)
+        return cls(ranks // stages, stages, placement, shares)
 
     @property
     def ranks(self) -> int:
@@ -139,6 +148,17 @@ class RankMesh:
         if self.placement == "stages-in-node":
             return replica * self.stages + stage
         return stage * self.replicas + replica
+
+
+def _shares_error(mesh: RankMesh) -> ConfigError:
+    """Return the error for shares that are not one for each replica."""
+    count, noun = len(mesh.shares), "replica" if mesh.replicas == 1 else "replicas"
+    return ConfigError(
+        "mesh.shares-length",
+        f"[mesh] shares = {list(mesh.shares)} has {count} {'number' if count == 1 else 'numbers'} "
+        f"for {mesh.replicas} {noun} (ranks / stages): give one for each replica, start "
+        f"{count * mesh.stages} ranks, or leave out shares",
+    )
 
 
 def _indivisible_error(ranks: int, stages: int) -> ConfigError:

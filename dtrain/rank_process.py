@@ -4,7 +4,8 @@ Invariant: a rank that fails ends the job, whether the command line or a user's 
 An error that all ranks raise is printed once. Signals have their handlers here and nowhere else:
 
     signal                  before training    in training
-    SIGTERM, SIGUSR1 and 2  ends the job       sets a flag; the run saves and ends with code 75
+    SIGUSR1 and 2           is remembered      sets a flag; the run saves and ends with code 75
+    SIGTERM                 ends the job       the same
     SIGINT                  ends the job       the same; a second one ends the job
     SIGCONT, then SIGTERM   ends the job       ends the job, under mpirun, which kills it next
     SIGURG                  writes a flight record; without a handler it does nothing
@@ -15,6 +16,8 @@ flight record.
 
 from __future__ import annotations
 
+import atexit
+import faulthandler
 import math
 import os
 import signal
@@ -22,13 +25,21 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, final
 
+from dtrain.comm.early_signals import WARNINGS, ignore_warnings, remember, take_remembered
 from dtrain.comm.flight_recorder import FLIGHT_SIGNAL, dump_stacks_on, flush_output, print_error
-from dtrain.comm.launcher import MPIRUN, RELAY_VARIABLE, RELAYED, detect_launcher
+from dtrain.comm.launcher import (
+    MPIRUN,
+    RELAY_VARIABLE,
+    RELAYED,
+    detect_launcher,
+    start_limit_s,
+)
+from dtrain.comm.rank_marks import IN_START, remove_mark, set_mark
 from dtrain.errors import DtrainError, Interrupted, RankLostError
 
 if TYPE_CHECKING:
@@ -61,6 +72,10 @@ RECORD_S = 10.0
 _world: Comm | None = None
 
 
+_launcher: int | None = None
+"""The process that started this rank; None: no launcher did."""
+
+
 _previous_handlers: dict[int, Any] = {}
 """The handlers before those of a rank, by signal."""
 
@@ -75,7 +90,8 @@ def init() -> Comm:
     Raises
     ------
     ConfigError
-        No MPI library can be loaded, or it found another number of ranks than were started.
+        No MPI library can be loaded, or it found another number of ranks than were started; or
+        `DTRAIN_START_TIMEOUT` is no number.
     """
     global _world
     if _world is None:
@@ -84,14 +100,40 @@ def init() -> Comm:
         in_main_thread = threading.current_thread() is threading.main_thread()
         if in_main_thread:
             dump_stacks_on(FLIGHT_SIGNAL)
-            for number in STOP_SIGNALS[2:]:  # by default the launcher would print a banner
-                _handle(number, lambda number, frame: os._exit(128 + number))
+            for number in WARNINGS:
+                _handle(number, _before_training)
+            atexit.register(ignore_warnings)
             sys.excepthook = _end_of_script
-        _world = world()  # MPI comes before torch
+        with _start_limit():
+            _world = world()  # MPI comes before torch
         if in_main_thread:
             _install_signal_handlers(_world)
             os.register_at_fork(after_in_child=_leave_rank)
     return _world
+
+
+@contextmanager
+def _start_limit() -> Iterator[None]:
+    """End this process with its stack, and with code 1, if the start of MPI exceeds its limit.
+
+    MPI holds the lock of Python while it starts and waits there for every rank, so no thread of
+    Python could do it.
+    """
+    limit_s, launch = start_limit_s(os.environ), detect_launcher(os.environ)
+    rank = 0 if launch is None else launch.rank
+    set_mark(IN_START, rank)
+    if limit_s and sys.__stderr__ is not None:
+        faulthandler.dump_traceback_later(limit_s, exit=True, file=sys.__stderr__)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        remove_mark(IN_START, rank)
+
+
+def is_rank_of(comm: Comm) -> bool:
+    """Return whether this process is one rank of `comm`; else its ranks are threads."""
+    return comm is _world
 
 
 def writes_files() -> bool:
@@ -199,6 +241,21 @@ def defer_stop_signals(request: Callable[[int], None], names: Sequence[str]) -> 
     numbers = (signal.SIGINT, *(signal.Signals[f"SIG{name}"] for name in names))
     _signals.first = None
     _signals.numbers, _signals.request = numbers, request
+    for number in take_remembered():
+        os.kill(os.getpid(), number)
+
+
+def _meaning(number: int) -> int:
+    """Return the signal that a rank acts on, by the one that it gets."""
+    relayed = RELAYED if RELAY_VARIABLE in os.environ else {}
+    return relayed.get(signal.Signals(number), number)
+
+
+def _before_training(number: int, frame: FrameType | None) -> None:
+    """Remember a warning; end at what mpirun has passed on for SIGTERM."""
+    if _meaning(number) not in WARNINGS:
+        os._exit(128 + number)  # by default the launcher would print a banner
+    remember(number)
 
 
 def end_at_signals() -> None:
@@ -211,11 +268,13 @@ def _install_signal_handlers(comm: Comm) -> None:
 
     The exception unlocks the run folder on its way out.
     """
-    relayed = RELAYED if RELAY_VARIABLE in os.environ else {}
 
     def stop(received: int, frame: FrameType | None) -> None:
-        number = relayed.get(signal.Signals(received), received)
+        number = _meaning(received)
         if _signals.defers(number):
+            return
+        if _signals.request is None and number in WARNINGS:
+            remember(received)
             return
         _ignore_stop_signals()  # launchers send it twice
         interrupted = Interrupted.by_signal(number, quiet=comm.rank > 0)
@@ -231,11 +290,27 @@ def _install_signal_handlers(comm: Comm) -> None:
     _handle(signal.SIGCONT, note_continue)
     threading.Thread(target=_signals.watch, args=(comm,), daemon=True, name="dtrain-stop").start()
     if detect_launcher(os.environ) is not None:
-        words = (comm, os.getppid())
+        global _launcher
+        _launcher = os.getppid()
+        words = (comm, _launcher)
         threading.Thread(
             target=_watch_launcher, args=words, daemon=True, name="dtrain-parent"
         ).start()
     comm.flight.dump_on_signal(FLIGHT_SIGNAL)
+
+
+def launcher_loss() -> RankLostError | None:
+    """Return the error of a rank whose launcher was killed, None where it was not.
+
+    Output of such a rank fails, so its first error may be another one.
+    """
+    if _launcher is None or os.getppid() == _launcher:
+        return None
+    return RankLostError(
+        "launcher.lost",
+        "the launcher of the ranks (mpirun or srun) was killed: start the same command again to "
+        "resume",
+    )
 
 
 def _watch_launcher(comm: Comm, parent: int) -> None:
@@ -245,6 +320,10 @@ def _watch_launcher(comm: Comm, parent: int) -> None:
     """
     while os.getppid() == parent:
         time.sleep(PARENT_INTERVAL_S)
+    with suppress(OSError):  # output goes to the launcher, and would fail
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
     if comm.flight.folder is not None:
         comm.flight.dump("The launcher was killed", None)
     os.kill(os.getpid(), signal.SIGTERM)

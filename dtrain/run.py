@@ -18,11 +18,23 @@ from torch import nn
 from dtrain.block.lr_schedule import LRFunction, LRSchedule
 from dtrain.config.parse import SECTIONS, parse_run, read_resolved_run, read_run
 from dtrain.config.run import RUN_FILE_HEADER, RunConfig
-from dtrain.config.sections import Checkpoint, Ema, Evaluate, Log, Mesh, Partition, Stop
+from dtrain.config.sections import (
+    Checkpoint,
+    Ema,
+    Evaluate,
+    Log,
+    Mesh,
+    Numerics,
+    Partition,
+    Stop,
+    Timeouts,
+)
+from dtrain.config.sweep import read_sweep
 from dtrain.data.dataset import DatasetSplits
 from dtrain.errors import ConfigError
 from dtrain.object_names import script_file
 from dtrain.objectives.base import Objective
+from dtrain.paths import expand_path
 from dtrain.schedules.base import Schedule
 from dtrain.schema import Table, kebab, to_table
 from dtrain.syncs.base import Sync
@@ -68,6 +80,12 @@ class Optimizer:
         return {"name": self.name} | values
 
 
+PLAIN_SECTIONS = (
+    *("mesh", "partition", "checkpoint", "evaluate", "log", "stop", "ema", "timeouts", "numerics"),
+)
+"""Sections that name no strategy."""
+
+
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Run:
@@ -110,6 +128,10 @@ class Run:
         Parts of a replica's samples of an update, computed one after the other.
     stop, ema : table, optional
         Early stopping and averaged weights; `dtrain.callbacks` has them as objects.
+    numerics : table, optional
+        Losses that are not finite, and the comparison of replicas.
+    timeouts : table, optional
+        Seconds without progress after which a run that cannot go on ends.
     segment : int
         Updates between two pipeline flushes; 0: the checkpoint interval, else the epoch.
     seed : int
@@ -147,6 +169,8 @@ class Run:
     log: Log | RunTable | None = None
     stop: Stop | RunTable | None = None
     ema: Ema | RunTable | None = None
+    numerics: Numerics | RunTable | None = None
+    timeouts: Timeouts | RunTable | None = None
     seed: int = 0
     dtype: Literal["float32", "float64"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -190,9 +214,22 @@ class Run:
         set : sequence of str
             ``KEY=VALUE`` with keys of run files, as in ``--set optimizer.lr=0.01``.
         """
-        path = Path(path)
+        path = expand_path(path, "path")
         config = read_resolved_run(path, set) if _is_resolved(path) else read_run(path, set)
         return cls.from_config(config)
+
+    @classmethod
+    def read_sweep(cls, path: str | Path, set: Sequence[str] = ()) -> dict[str, Run]:
+        """Return the runs of a run file with a table `[sweep]`, by the names of their folders.
+
+        Parameters
+        ----------
+        set : sequence of str
+            ``KEY=VALUE`` as in `read`, for all runs; a key of the sweep that is set leaves it.
+        """
+        path = Path(path)
+        runs = read_sweep(path, set)
+        return {run.name: cls.read(path, [*set, *run.settings]) for run in runs}
 
     @classmethod
     def from_config(cls, config: RunConfig) -> Run:
@@ -225,10 +262,12 @@ def _section_table(key: str, value: Any) -> Table:
         return {kebab(str(name)): item for name, item in value.items()}
     if isinstance(value, str):
         return {"loss": value} if key == "task" else {"name": value}
-    if isinstance(value, (Mesh, Partition, Checkpoint, Evaluate, Log, Stop, Ema)):
+    if isinstance(
+        value, (Mesh, Partition, Checkpoint, Evaluate, Log, Stop, Ema, Timeouts, Numerics)
+    ):
         defaults = to_table(type(value)())
         return {name: v for name, v in to_table(value).items() if v != defaults.get(name)}
-    if key in ("mesh", "partition", "checkpoint", "evaluate", "log", "stop", "ema", "optimizer"):
+    if key in (*PLAIN_SECTIONS, "optimizer"):
         raise ConfigError(
             "run.wrong-section",
             f"{key} = {value!r}: give dtrain.{key.capitalize()}(...) or a dict of the keys of "

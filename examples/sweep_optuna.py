@@ -1,6 +1,6 @@
 """A sweep with Optuna (pip install optuna): all ranks train each trial, rank 0 alone asks for it.
 
-dtrain run examples/sweep_optuna.py --ranks 2
+dtrain run examples/sweep_optuna.py --ranks 2    # jobs that start it in one folder share the study
 """
 
 import sys
@@ -32,7 +32,7 @@ def make_run(lr, width):
 def open_study():
     from optuna import create_study, storages
 
-    Path("runs").mkdir(exist_ok=True)  # the journal keeps the trials: a second start adds some
+    Path("runs").mkdir(exist_ok=True)  # the journal keeps the trials: another start adds some
     storage = storages.JournalStorage(storages.journal.JournalFileBackend("runs/sweep.journal"))
     return create_study(
         study_name="digits", storage=storage, direction="maximize", load_if_exists=True

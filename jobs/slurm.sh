@@ -1,18 +1,19 @@
 #!/bin/bash
-# Train one run file under Slurm:
+# Train one run file on CPU nodes under Slurm; saves before the time limit, requeues and resumes:
 #     sbatch jobs/slurm.sh RUN.toml [more arguments of dtrain train]
 # Options of sbatch override the lines below, for example
 #     sbatch --nodes=4 --ntasks=16 --time=08:00:00 jobs/slurm.sh jobs/cifar10.toml
-# Resubmit the same command with the same --out to resume from the last checkpoint. Exit code 75
-# means that a signal or the time limit stopped the run, and that it has saved.
+# Submit the same command again to resume from the last checkpoint.
 # To diagnose a hang: scancel --signal=URG JOB; dtrain flight RUN_FOLDER  (docs/faults.md)
 #
-# Your site may require further options, here or on the command line:
-#     --account, --partition, --time, --gres (GPUs per node)
+# Your site may require further options, here or on the command line: --account, --partition
 #SBATCH --job-name=dtrain
 #SBATCH --nodes=1
 #SBATCH --ntasks=3
 #SBATCH --cpus-per-task=1
+#SBATCH --time=01:00:00
+#SBATCH --signal=USR1@180
+#SBATCH --requeue
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
 set -euo pipefail
@@ -35,4 +36,11 @@ export PMIX_MCA_psec=${PMIX_MCA_psec:-native}
 
 # Without --kill-on-bad-exit the other ranks wait for a dead rank forever. Open MPI needs pmix,
 # MPICH and Intel MPI need pmi2; `srun --mpi=list` prints the types that this Slurm supports.
-exec srun --mpi="${DTRAIN_PMI:-pmix}" --kill-on-bad-exit=1 "$DTRAIN" train "$@"
+code=0
+srun --mpi="${DTRAIN_PMI:-pmix}" --kill-on-bad-exit=1 "$DTRAIN" train "$@" || code=$?
+
+# 75: the run has saved. RESTARTS bounds the starts; `dtrain submit` counts those without progress.
+if [[ $code -eq 75 && ${SLURM_RESTART_COUNT:-0} -lt ${RESTARTS:-100} ]]; then
+    scontrol requeue "$SLURM_JOB_ID" && exit 0
+fi
+exit "$code"

@@ -24,7 +24,7 @@ from torch import Tensor
 from dtrain.block.parameters import is_head_name
 from dtrain.checkpoint.files import replacing
 from dtrain.checkpoint.manifest import Manifest
-from dtrain.checkpoint.resume import load_newest
+from dtrain.checkpoint.newest_checkpoint import load_newest
 from dtrain.checkpoint.shard import dtype_name
 from dtrain.comm.backends.single import SingleBackend
 from dtrain.comm.communicator import Comm

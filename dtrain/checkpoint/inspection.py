@@ -6,7 +6,9 @@ Invariant: nothing is written, and nothing of a damaged file is shown.
 from __future__ import annotations
 
 import time
+import tomllib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dtrain.checkpoint.local_level import host_folders
 from dtrain.checkpoint.manifest import (
     PARTIAL_SUFFIX,
     Manifest,
@@ -22,7 +25,8 @@ from dtrain.checkpoint.manifest import (
     read_manifest,
 )
 from dtrain.checkpoint.manifest_file import MANIFEST_NAME
-from dtrain.checkpoint.resume import BEST_FOLDER, CHECKPOINT_FOLDER
+from dtrain.checkpoint.ownership import OWNER_FILE
+from dtrain.checkpoint.run_folder import BEST_FOLDER, CHECKPOINT_FOLDER
 from dtrain.checkpoint.shard import dtype_name
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.schema import flatten_table
@@ -63,7 +67,8 @@ class CheckpointRow:
 
 
 def list_checkpoints(folder: Path, verify: bool = False) -> list[CheckpointRow]:
-    """Return the checkpoints of a run, the oldest first, then the best one.
+    """Return the checkpoints of a run, the oldest first, then the best one, and those that the
+    disk of this node holds (``HOST:update-N``, with the shards that are there).
 
     Parameters
     ----------
@@ -88,9 +93,17 @@ def list_checkpoints(folder: Path, verify: bool = False) -> list[CheckpointRow]:
     best = root / BEST_FOLDER
     paths += [best / name for name in checkpoint_names(best)] if best.is_dir() else []
     rows = [_describe(path, str(path.relative_to(root)), verify) for path in paths]
-    return rows + [
-        CheckpointRow(path.name, None, None, 0, _size(path), "incomplete: it was never finished")
+    reason = "it was never finished"
+    if (folder / OWNER_FILE).exists():  # it may belong to an asynchronous save
+        reason = "it is being written, or was never finished"
+    rows += [
+        CheckpointRow(path.name, None, None, 0, _size(path), f"incomplete: {reason}")
         for path in sorted(root.glob(f"update-*{PARTIAL_SUFFIX}"))
+    ]
+    return rows + [
+        _describe(place / name, f"{place.name}:{name}", verify, is_local=True)
+        for place in _local_folders(folder)
+        for name in checkpoint_names(place)
     ]
 
 
@@ -114,19 +127,31 @@ def rows_text(rows: list[CheckpointRow]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _describe(path: Path, name: str, verify: bool) -> CheckpointRow:
+def _local_folders(folder: Path) -> list[Path]:
+    """Return the node-local folders of a run that this machine sees."""
+    with suppress(OSError, ValueError):
+        table = tomllib.loads((folder / "run.toml").read_text(encoding="utf-8"))
+        setting = table.get("checkpoint", {}).get("local")
+        return host_folders(setting, folder) if isinstance(setting, str) else []
+    return []
+
+
+def _describe(path: Path, name: str, verify: bool, is_local: bool = False) -> CheckpointRow:
+    """Return the row of a checkpoint; one on a node-local disk may lack shards of other nodes."""
     size = _size(path)
     try:
         manifest = read_manifest(path)
-        if verify:
-            for shard in sorted(manifest.hashes):
-                manifest.check_shard(shard)
-        problem = None if verify else _missing_shard(manifest)
+        shards = sorted(manifest.hashes)
+        if is_local:
+            shards = [shard for shard in shards if (path / shard).is_file()]
+        for shard in shards if verify else ():
+            manifest.check_shard(shard)
+        problem = None if verify or is_local else _missing_shard(manifest)
     except CheckpointError as error:
         return CheckpointRow(name, None, None, 0, size, error.message)
     saved = (path / MANIFEST_NAME).stat().st_mtime
     update = int(manifest.state["update"])
-    return CheckpointRow(name, update, saved, len(manifest.hashes), size, problem)
+    return CheckpointRow(name, update, saved, len(shards), size, problem)
 
 
 def _missing_shard(manifest: Manifest) -> str | None:

@@ -12,7 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from dtrain.checkpoint.files import fsync, read_plain_file
+from dtrain.checkpoint.files import read_plain_file, write_file
 from dtrain.errors import CheckpointError
 
 MANIFEST_NAME = "manifest.json"
@@ -51,8 +51,7 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     """
     plain = json.loads(json.dumps(content))  # a tuple becomes a list, as a reader finds it
     path = folder / MANIFEST_NAME
-    path.write_text(json.dumps({HASH_KEY: content_hash(plain), **plain}), encoding="utf-8")
-    fsync(path)
+    write_file(path, json.dumps({HASH_KEY: content_hash(plain), **plain}), sync=True)
 
 
 def read_manifest_content(folder: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import errno
 import json
 import os
 import re
+import secrets
 import socket
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, final
 
+from dtrain.checkpoint import files
 from dtrain.errors import ConfigError
 
 OWNER_FILE = "owner.json"
@@ -45,6 +47,9 @@ WRITING_S = 0.5
 
 
 SQUEUE_LIMIT_S = 10.0
+
+
+MAX_OWNER_BYTES = 2**16
 
 
 LIVE_STATES = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT")
@@ -70,14 +75,21 @@ def acquire(folder: Path) -> Owner:
     """
     owner = _this_process()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.is_dir():
+            files.make_folder(folder)
         # Linked into place when it is written, so that no reader finds half of it.
-        draft = folder / f".{OWNER_FILE}-{owner['host']}-{owner['process']}"
-        draft.write_text(json.dumps(owner), encoding="utf-8")
+        draft = _own_name(folder)
+        if draft.exists():  # of a process of the same number, and maybe linked into place
+            files.calls.unlink(draft)
+        files.write_file(draft, json.dumps(owner), sync=True)
         try:
-            return _claim(folder, draft, owner)
+            claimed = _claim(folder, draft, owner)
         finally:
-            draft.unlink()
+            with suppress(OSError):  # a later start deletes it
+                files.calls.unlink(draft)
+        with suppress(OSError):  # after a power cut, too, this is known as a run folder
+            files.fsync(folder)
+        return claimed
     except OSError as error:
         raise ConfigError(
             "run-folder.unusable",
@@ -90,7 +102,7 @@ def release(folder: Path, owner: Owner) -> bool:
     if read_owner(folder / OWNER_FILE) != owner:
         return False
     try:
-        (folder / OWNER_FILE).unlink()
+        files.calls.unlink(folder / OWNER_FILE)
     except OSError:  # another rank was faster
         return False
     return True
@@ -163,10 +175,11 @@ class Heartbeat:
 def read_owner(path: Path) -> Owner | None:
     """Return the content of an owner file, None where there is none that is whole."""
     try:
-        owner = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        owner = json.loads(files.read_plain_file(path, MAX_OWNER_BYTES))
+    except (OSError, ValueError, RecursionError):
         return None
-    return owner if isinstance(owner, dict) else None
+    is_legal = isinstance(owner, dict) and isinstance(owner.get("process", 0), int)
+    return owner if is_legal else None
 
 
 def owner_is_gone(owner: Mapping[str, Any]) -> bool:
@@ -206,10 +219,15 @@ def _claim(folder: Path, draft: Path, claimant: Owner) -> Owner:
     )
 
 
+def _own_name(folder: Path) -> Path:
+    """Return a name that no other process uses: containers may have equal names and numbers."""
+    return folder / f".{OWNER_FILE}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
 def _create(draft: Path, path: Path) -> bool:
     """Put a draft in place unless the file exists; return whether this call did."""
     try:
-        os.link(draft, path)
+        files.calls.link(draft, path)
         return True
     except FileExistsError:
         return False
@@ -227,14 +245,14 @@ def _create(draft: Path, path: Path) -> bool:
 
 def _evict(folder: Path, owner: Owner | None) -> None:
     """Remove the file of an owner that is gone, but not that of a faster process."""
-    evicted = folder / f".{OWNER_FILE}-{os.getpid()}"
+    evicted = _own_name(folder)
     try:
-        (folder / OWNER_FILE).rename(evicted)
+        files.calls.rename(folder / OWNER_FILE, evicted)
     except FileNotFoundError:
         return
     if read_owner(evicted) != owner:
         _create(evicted, folder / OWNER_FILE)
-    evicted.unlink()
+    files.calls.unlink(evicted)
 
 
 def _owner_text(owner: Mapping[str, Any]) -> str:
@@ -273,7 +291,7 @@ def _is_gone(owner: Owner, claimant: Owner, path: Path, draft: Path) -> bool:
         return has_ended
     word = _scheduler_says_gone(owner)
     interval = owner.get("heartbeat_s")
-    if word is None and isinstance(interval, int | float):
+    if word is None and isinstance(interval, int | float) and 0 < interval < float("inf"):
         word = _has_stopped(path, draft, float(interval), LIMIT_BEATS)
     if word:
         text = f"dtrain: the owner of {path.parent} ({_owner_text(owner)}) is gone: taken over"

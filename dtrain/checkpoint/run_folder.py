@@ -18,10 +18,30 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dtrain.checkpoint.files import replacing
-from dtrain.checkpoint.ownership import Owner, acquire, release
+from dtrain.checkpoint import files
+from dtrain.checkpoint.ownership import (
+    OWNER_FILE,
+    Owner,
+    acquire,
+    owner_is_gone,
+    read_owner,
+    release,
+)
+from dtrain.checkpoint.safe_files import read_json
+from dtrain.errors import CheckpointError
+
+CHECKPOINT_FOLDER = "checkpoints"
+
+
+BEST_FOLDER = "best"
+"""Folder inside it that holds the best evaluated weights; no run resumes from them."""
+
 
 FLIGHT_FOLDER = "flight"
+
+
+RECORDS = ("summary.json", "run.toml", "plan.txt", "data-statistics.json")
+"""Files that are replaced as a whole."""
 
 
 def set_aside(folder: Path) -> None:
@@ -48,19 +68,52 @@ def archive(folder: Path, name: str, attempt: int) -> None:
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Write `summary.json`, whole or not at all."""
-    with replacing(folder / "summary.json") as draft:
-        text = json.dumps(summary, indent=2, allow_nan=False)
-        draft.write_text(text + "\n", encoding="utf-8")
+    """Write `summary.json`, whole or not at all.
+
+    Raises
+    ------
+    CheckpointError
+        It cannot be written.
+    """
+    write_record(folder, "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+
+
+def write_record(folder: Path, name: str, text: str) -> None:
+    """Write a file of the run folder, whole or not at all.
+
+    Raises
+    ------
+    CheckpointError
+        It cannot be written: the disk is full, for example.
+    """
+    try:
+        files.replace_file(folder / name, text)
+    except OSError as error:
+        raise CheckpointError(
+            "run-folder.write-failed",
+            f"cannot write {folder / name}: {error.strerror}; the checkpoints are complete: free "
+            "space and start the same command again",
+        ) from error
+
+
+def remove_drafts(folder: Path) -> None:
+    """Delete what killed runs left of files that they were writing; never raise.
+
+    The folder is locked by this process. Drafts of the owner file may belong to others that run.
+    """
+    for path in folder.glob(".*-*"):
+        name = path.name[1:].rpartition("-")[0]
+        is_left = name in RECORDS
+        if path.name.startswith(f".{OWNER_FILE}-"):
+            is_left = owner_is_gone(read_owner(path) or {})
+        with suppress(OSError):  # the run matters more
+            if is_left:
+                files.calls.unlink(path)
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
     """Return the content of `summary.json`, None where there is none."""
-    try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return summary if isinstance(summary, dict) else None
+    return read_json(folder, "summary.json") or None
 
 
 def release_unfinished(
@@ -78,6 +131,6 @@ def release_unfinished(
     if not release(folder, owner):
         return False
     if summary is not None:
-        with suppress(OSError):
+        with suppress(CheckpointError):
             write_summary(folder, summary | {"status": status, "error": reason, "error_key": key})
     return True

@@ -18,22 +18,111 @@ tensors whichever rank wrote them. Nothing is ever unpickled.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 from torch import Tensor
 
 from dtrain.block.block import Block
-from dtrain.checkpoint.files import fsync
+from dtrain.checkpoint import files
 from dtrain.checkpoint.manifest import PARTIAL_SUFFIX, Manifest, checkpoint_names
 from dtrain.checkpoint.manifest_file import write_manifest
-from dtrain.checkpoint.shard import write_shard
+from dtrain.checkpoint.shard import ShardLayout, copy_file, write_shard
 from dtrain.comm.communicator import Comm
 from dtrain.errors import CheckpointError
 from dtrain.syncs.base import Sync
+
+
+@final
+@dataclass(frozen=True)
+class NewCheckpoint:
+    """A checkpoint that is being written.
+
+    Attributes
+    ----------
+    folder : Path
+        The folder of the run's checkpoints; the same path on all ranks.
+    update : int
+        Updates that it holds.
+    """
+
+    folder: Path
+    update: int
+
+    @property
+    def final(self) -> Path:
+        """Its path once it is complete."""
+        return self.folder / f"update-{self.update:08d}"
+
+    @property
+    def part(self) -> Path:
+        """Its path until then."""
+        return self.final.with_name(self.final.name + PARTIAL_SUFFIX)
+
+    def make_folder(self) -> None:
+        """Make its folder, on rank 0, and delete what unfinished saves have left.
+
+        This method, and the other two, raise a `CheckpointError` if the disk refuses.
+        """
+        with _convert_write_errors(self.part):
+            remove_partial(self.folder)
+            files.make_folder(self.part)
+
+    def write_shard(
+        self,
+        shard: str,
+        tensors: Mapping[str, Tensor],
+        layout: ShardLayout | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> dict[str, Any]:
+        """Write one shard and return its row for the manifest. Parameters: see `write_shard`."""
+        with _convert_write_errors(self.part):
+            return write_shard(self.part / f"{shard}.h5", tensors, layout, check)
+
+    def copy_shard(
+        self, source: Path, row: dict[str, Any], check: Callable[[], None] = lambda: None
+    ) -> dict[str, Any]:
+        """Copy a shard from another disk and return its row, which is `row`.
+
+        Raises
+        ------
+        CheckpointError
+            The shard is damaged, too.
+        """
+        with _convert_write_errors(self.part):
+            digest = copy_file(source, self.part / source.name, check)
+        if digest != row["sha256"]:
+            raise CheckpointError(
+                "checkpoint.shard-damaged",
+                f"{source} is damaged (its hash is not that of the manifest): the checkpoint "
+                "before it is complete",
+            )
+        return row
+
+    def commit(
+        self, content: Mapping[str, Any], rows: Iterable[dict[str, Any] | None], keep: int
+    ) -> None:
+        """Write the manifest, rename the folder, and delete old checkpoints, on rank 0.
+
+        Parameters
+        ----------
+        content : mapping
+            The manifest without its shards.
+        rows : iterable of dict or None
+            The rows of all shards.
+        keep : int
+            Number of complete checkpoints that remain, this one included.
+        """
+        shards = {row["file"]: _without_file(row) for row in rows if row is not None}
+        with _convert_write_errors(self.part):
+            _commit(self.part, self.final, {**content, "shards": shards})
+            names = checkpoint_names(self.folder)
+            others = [self.folder / name for name in names if name != self.final.name]
+            for old in others[: max(0, len(others) - keep + 1)]:
+                _remove(old)
 
 
 def save(
@@ -68,26 +157,38 @@ def save(
     CheckpointError
         On a rank that cannot write: the disk is full, for example.
     """
-    final = folder / f"update-{state['update']:08d}"
-    part = final.with_name(final.name + PARTIAL_SUFFIX)
+    checkpoint = NewCheckpoint(folder, state["update"])
     if control.rank == 0:
-        with _convert_write_errors(part):
-            for remains in folder.glob(f"update-*{PARTIAL_SUFFIX}"):
-                _delete(remains)
-            part.mkdir(parents=True)
+        checkpoint.make_folder()
     control.allgather_object("made")
-    with _convert_write_errors(part):
-        row = write_shard(part / f"{shard}.h5", tensors) if tensors else None
+    row = checkpoint.write_shard(shard, tensors) if tensors else None
     rows = control.allgather_object(row)
     if control.rank == 0:
-        shards = {row.pop("file"): row for row in rows if row is not None}
-        with _convert_write_errors(part):
-            manifest = {"run": run_table, "state": state, "fingerprint": fingerprint or {}}
-            _commit(part, final, manifest | {"shards": shards})
-            others = [folder / name for name in checkpoint_names(folder) if name != final.name]
-            for old in others[: max(0, len(others) - keep + 1)]:
-                _remove(old)
+        checkpoint.commit(manifest_content(run_table, state, fingerprint), rows, keep)
     control.allgather_object("done")
+
+
+def manifest_content(
+    run_table: dict[str, Any], state: dict[str, Any], fingerprint: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Return the content of a manifest without its shards."""
+    return {"run": run_table, "state": state, "fingerprint": fingerprint or {}}
+
+
+def remove_partial(folder: Path) -> None:
+    """Delete what a run that was killed left of checkpoints that it wrote or deleted.
+
+    Raises
+    ------
+    OSError
+        A part of it cannot be deleted.
+    """
+    for remains in folder.glob(f"update-*{PARTIAL_SUFFIX}"):
+        files.delete_folder(remains)
+
+
+def _without_file(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key != "file"}
 
 
 def collect_tensors(
@@ -182,26 +283,42 @@ def _optimizer_state(manifest: Manifest, block: Block, root: str) -> dict[str, T
 def _commit(part: Path, final: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest and rename the folder, in the place of an older one of that name."""
     write_manifest(part, manifest)
-    fsync(part)
+    files.fsync(part)
+    replaced = None
     if final.exists():
-        _remove(final)
-    part.rename(final)
-    fsync(final.parent)
+        replaced = _replace(part, final)
+    else:
+        files.calls.rename(part, final)
+    files.fsync(final.parent)
+    if replaced is not None:
+        files.delete_folder(replaced)
+
+
+def _replace(part: Path, final: Path) -> Path:
+    """Put a checkpoint in the place of one of the same update; return the new path of that one.
+
+    Where the file system cannot exchange names, that update has no checkpoint for an instant.
+    """
+    try:
+        files.calls.exchange(part, final)
+        return part
+    except OSError:
+        replaced = _set_aside(final)
+        files.calls.rename(part, final)
+        return replaced
 
 
 def _remove(folder: Path) -> None:
     """Remove a checkpoint, marked as incomplete first, in case the process dies meanwhile."""
+    files.delete_folder(_set_aside(folder))
+
+
+def _set_aside(folder: Path) -> Path:
+    """Mark a checkpoint as incomplete by its name, also after a power cut; return the new path."""
     removed = folder.with_name(folder.name + ".old" + PARTIAL_SUFFIX)
-    folder.rename(removed)
-    _delete(removed)
-
-
-def _delete(folder: Path) -> None:
-    """Delete a folder; of a link to a folder, the link alone."""
-    if folder.is_symlink():
-        folder.unlink()
-    else:
-        shutil.rmtree(folder)
+    files.calls.rename(folder, removed)
+    files.fsync(folder.parent)
+    return removed
 
 
 @contextmanager

@@ -56,7 +56,9 @@ class Comm:
     rank, size : int
         Position in the group, and number of its ranks.
     hosts : tuple of str
-        Host of each rank of the group.
+        Host of each rank of the group, for people.
+    nodes : tuple of hashable
+        Node of each rank of the group: ranks of one node share memory.
     library : str
         Name and version of the library that moves the bytes.
     topology : NodeTopology
@@ -82,7 +84,7 @@ class Comm:
         context: CommContext | None = None,
     ) -> None:
         self.rank, self.size = backend.rank, backend.size
-        self.hosts = backend.hosts
+        self.hosts, self.nodes = backend.hosts, backend.nodes
         self.library = backend.library
         self.name = name
         self.credits = credits

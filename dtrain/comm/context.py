@@ -6,7 +6,6 @@ is in flight in any group.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,10 +24,6 @@ WaitSpan = tuple[float, float, str]
 
 DEBUG_TIMEOUT_S = 60.0
 """Time that all ranks have to call a collective in debug mode."""
-
-
-SLOW_WAIT_S = 300.0
-"""A wait that lasts longer writes a flight record, once, and continues."""
 
 
 class Sends(Protocol):
@@ -184,7 +179,7 @@ class CommContext:
             After `timeout_s`; as `Deadlock` where no rank can continue (threads and single only).
         """
         start, turn = time.perf_counter(), 0
-        open_waits, alarm = self.flight.open_waits, start + SLOW_WAIT_S
+        open_waits = self.flight.open_waits
         open_waits.append((start, description, peers))
         try:
             while not is_done():
@@ -198,9 +193,6 @@ class CommContext:
                         f"rank {backend.rank} of {backend.size} waited {timeout_s:g} s for "
                         f"{description}",
                     )
-                if now > alarm:
-                    alarm = math.inf
-                    self.flight.warn_slow_wait(SLOW_WAIT_S, description)
                 backend.idle(turn, description)
                 turn += 1
         finally:

@@ -23,7 +23,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -112,6 +112,8 @@ class FlightRecorder:
         Each yields the messages in flight and the posted receives of some groups.
     folder : Path or None
         Folder of the file that `dump` writes; None: `dump` writes to stderr.
+    section : str or None
+        The part of the run that this rank is in: "start", "update", ...; None: outside of a run.
     """
 
     def __init__(
@@ -124,7 +126,8 @@ class FlightRecorder:
         self.open_waits: list[OpenWait] = []
         self.pending_sources: list[Callable[[], Iterable[Pending]]] = []
         self.folder: Path | None = None
-        self._failure_recorded = False
+        self.section: str | None = None
+        self._is_final = False
         self._signal: int | None = None
         self._stack_file: TextIO | None = None
         self._events: deque[tuple[float, str, tuple[object, ...]]] = deque(maxlen=MAX_EVENTS)
@@ -132,6 +135,33 @@ class FlightRecorder:
     def note(self, kind: str, *facts: object) -> None:
         """Record an event; `facts` must not change later, since they are formatted later."""
         self._events.append((time.perf_counter(), kind, facts))
+
+    def enter(self, section: str | None) -> None:
+        """Begin a section of the run."""
+        self.section = section
+        self.note("section", section)
+
+    @contextmanager
+    def in_section(self, section: str) -> Iterator[None]:
+        """Run the body in a section, and return to the one before it."""
+        previous = self.section
+        self.enter(section)
+        try:
+            yield
+        finally:
+            self.enter(previous)
+
+    def last_event_s(self) -> float:
+        """Return the time of the last event, by `time.perf_counter`; any thread may call it."""
+        try:
+            return self._events[-1][0]
+        except IndexError:
+            return 0.0
+
+    def last_action(self) -> tuple[object, ...]:
+        """Return the facts of the last action, empty where there is none."""
+        events = list(self._events)
+        return next((facts for _, kind, facts in reversed(events) if kind == "action"), ())
 
     def dump_on_signal(self, signal_number: int) -> None:
         """Write a record on this signal, from now on. Main thread only."""
@@ -197,15 +227,23 @@ class FlightRecorder:
         ]
         return "\n".join([head, record, "", *lines, ""])
 
-    def dump(self, reason: str = "requested", stack_source: StackSource = None) -> None:
+    def dump(
+        self,
+        reason: str = "requested",
+        stack_source: StackSource = None,
+        *,
+        is_final: bool = False,
+    ) -> None:
         """Write `text` to `rank-NNNNN.txt` in `folder`, or to stderr; never raise.
 
-        The file appears complete or not at all, and replaces an older one. The record of a failure
-        is not replaced by that of the signal with which other ranks then end this one.
+        The file appears complete or not at all, and replaces an older one. The record of a failure,
+        and one that `is_final`, is not replaced by that of the signal with which other ranks then
+        end this one.
         """
-        if self._failure_recorded and not isinstance(stack_source, BaseException):
+        has_failed = isinstance(stack_source, BaseException)
+        if self._is_final and not has_failed:
             return
-        self._failure_recorded = isinstance(stack_source, BaseException)
+        self._is_final = has_failed or is_final
         try:
             text = self.text(reason, stack_source)
             if self.folder is None:
@@ -218,25 +256,12 @@ class FlightRecorder:
         except Exception as error:  # a record that fails must not end the run
             print_error(f"dtrain: no flight record of {self.name}: {error}")
 
-    def warn_slow_wait(self, seconds: float, description: str) -> None:
-        """Write a record, and rank 0 a warning, if `folder` is set; the wait continues."""
-        if self.folder is None:
-            return
-        self.dump(f"no message for {seconds:g} s", sys._getframe(1))
-        if self.rank == 0:
-            print_error(
-                f"dtrain: {self.name} has waited {seconds:g} s for {description} and continues to "
-                f"wait: see {self._path('txt')}; `dtrain flight {self.folder.parent}` shows "
-                "which rank waits for which, docs/comm.md how to get a record of every rank"
-            )
-
     def _path(self, suffix: str) -> Path:
         assert self.folder is not None
         return self.folder / f"rank-{self.rank:05d}.{suffix}"
 
     def _record(self, now: float, reason: str, stack_source: StackSource) -> Record:
-        events = list(self._events)
-        action = next((facts for _, kind, facts in reversed(events) if kind == "action"), ())
+        action, last_s = self.last_action(), self.last_event_s()
         start, description, peers = self.open_waits[-1] if self.open_waits else (None, None, ())
         return Record(
             rank=self.rank,
@@ -250,8 +275,8 @@ class FlightRecorder:
             wait_s=None if start is None else round(now - start, 3),
             what=description,
             peers=format_ranks(peers),
-            idle_s=round(now - events[-1][0] if events else 0.0, 3),
-            place=_innermost_line(stack_source),
+            idle_s=round(now - last_s if last_s else 0.0, 3),
+            place=innermost_line(stack_source),
         )
 
     def _current_lines(self, now: float, has_failed: bool) -> Iterator[str]:
@@ -286,7 +311,7 @@ def dump_stacks_on(signal_number: int) -> None:
 def print_error(message: str) -> None:
     """Print to stderr; never raise, so that a full disk hides no later message or action."""
     with suppress(OSError, ValueError):
-        print(message, file=sys.stderr, flush=True)
+        print(f"{message}\n", end="", file=sys.stderr, flush=True)  # one write, so one line
 
 
 def flush_output() -> None:
@@ -322,15 +347,21 @@ def _stack_lines(stack_source: StackSource) -> Iterator[str]:
     yield from "".join(lines).splitlines()
 
 
-def _innermost_line(stack_source: StackSource) -> str | None:
-    """Return file, line and function of the innermost frame outside libraries."""
+def innermost_line(stack_source: StackSource) -> str | None:
+    """Return file, line and function of the innermost frame outside libraries; read no file."""
     if stack_source is None:
         return None
+    frames: list[tuple[FrameType, int]]
     if isinstance(stack_source, BaseException):
-        stack = traceback.extract_tb(stack_source.__traceback__)
+        frames = list(traceback.walk_tb(stack_source.__traceback__))[::-1]
     else:
-        stack = traceback.extract_stack(stack_source)
-    if not stack:
+        frames = list(traceback.walk_stack(stack_source))
+    if not frames:
         return None
-    frames = [frame for frame in stack if "site-packages" not in frame.filename] or stack
-    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name}"
+    own = (entry for entry in frames if not _is_library(entry[0].f_code.co_filename))
+    frame, line = next(own, frames[0])
+    return f"{Path(frame.f_code.co_filename).name}:{line} in {frame.f_code.co_name}"
+
+
+def _is_library(filename: str) -> bool:
+    return "site-packages" in filename

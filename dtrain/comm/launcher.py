@@ -22,15 +22,26 @@ import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import FrameType
 from typing import final
 
+from dtrain.comm.early_signals import WARNINGS, take_remembered
 from dtrain.comm.launcher_output import BannerFilter
-from dtrain.errors import SAVED_CODE, ConfigError
+from dtrain.comm.rank_marks import (
+    IN_SESSION,
+    IN_START,
+    Exit,
+    first_exit,
+    has_mark,
+    marks_folder,
+    ready_ranks,
+)
+from dtrain.comm.rank_marks import VARIABLE as MARKS_VARIABLE
+from dtrain.errors import SAVED_CODE, ConfigError, DtrainError, HangError, RankLostError
 
 LAUNCHER_PREFIXES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_", "HYDI_", "HYDRA_", "MPI_LOCAL")
 """Prefixes of the variables that launchers set for their ranks."""
@@ -61,8 +72,21 @@ REPEAT_S = 1.0
 """Seconds in which a signal may come again without a meaning: schedulers send it twice."""
 
 
+OVERSUBSCRIBE = "--oversubscribe"
+"""Option of Open MPI's launcher: more ranks than cores."""
+
+
 PR_SET_PDEATHSIG = 1
 """Number of an operation of `prctl`: the signal that comes when the parent ends."""
+
+
+READY_S, READY_INTERVAL_S = 60.0, 0.1
+"""Time after which a warning is passed on to ranks that are not known to be ready, and between two
+looks at them."""
+
+
+START_VARIABLE, START_S = "DTRAIN_START_TIMEOUT", 1800.0
+"""Variable with the seconds in which MPI must have started on all ranks, and its default."""
 
 
 GRACE_S = 10.0
@@ -134,6 +158,37 @@ def detect_launcher(environ: Mapping[str, str]) -> Launch | None:
             int(local_size) if local_size else None,
         )
     return None
+
+
+def start_limit_s(environ: Mapping[str, str]) -> float:
+    """Return the seconds in which MPI must have started on all ranks; 0: there is no limit.
+
+    Raises
+    ------
+    ConfigError
+        The variable is no number of seconds.
+    """
+    text = environ.get(START_VARIABLE, "")
+    try:
+        limit_s = float(text) if text else START_S
+    except ValueError:
+        limit_s = math.nan
+    if not 0 <= limit_s < math.inf:
+        raise ConfigError(
+            "launch.start-limit",
+            f"{START_VARIABLE} = {text} must be a number of seconds, at least 0 (0: no limit)",
+        )
+    return limit_s
+
+
+def job_name(environ: Mapping[str, str]) -> str:
+    """Return a name that all ranks of this start have, and no other start of them; fit for files.
+
+    It needs no message: launchers give their ranks such a name.
+    """
+    names = ("PMIX_NAMESPACE", "PMI_JOBID", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    text = "-".join(environ[name] for name in names if name in environ) or str(os.getpid())
+    return "".join(letter if letter.isalnum() or letter in "-." else "-" for letter in text)
 
 
 def _is_srun_pmi2(environ: Mapping[str, str]) -> bool:
@@ -228,7 +283,7 @@ def start_ranks(ranks: int, argv: Sequence[str], environ: Mapping[str, str]) -> 
             f"--ranks {ranks} needs an mpirun, but {missing_mpirun_cause(launcher)}: "
             f"{missing_mpirun_cure()}",
         )
-    return _run_launcher(launch_command(launcher, ranks, argv), rank_environment(environ))
+    return _run_launcher(launch_command(launcher, ranks, argv), ranks, rank_environment(environ))
 
 
 def launch_text(launch: Launch) -> str:
@@ -254,7 +309,7 @@ def launch_command(launcher: str, ranks: int, argv: Sequence[str]) -> list[str]:
     result = subprocess.run([launcher, "--version"], capture_output=True, text=True, check=False)
     version = result.stdout + result.stderr
     if any(name in version for name in ("Open MPI", "OpenRTE", "PRRTE", "prterun")):
-        options = ["--oversubscribe", "--bind-to", "none", "--host", f"localhost:{ranks}"]
+        options = [OVERSUBSCRIBE, "--bind-to", "none", "--host", f"localhost:{ranks}"]
         return [launcher, *options, "-n", str(ranks), *argv]
     return [launcher, "-n", str(ranks), *argv]
 
@@ -285,47 +340,103 @@ def rank_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return variables | root | {"I_MPI_PIN": "off", "PYTHONUNBUFFERED": "1"}
 
 
-def _run_launcher(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+def _run_launcher(argv: Sequence[str], ranks: int, environ: Mapping[str, str]) -> int:
+    began = time.monotonic()
     sys.stdout.flush()
     sys.stderr.flush()
     # In a session of its own, so that a Ctrl-C at the terminal reaches only this process.
     with (
+        marks_folder() as marks,
         subprocess.Popen(
             argv,
-            env=dict(environ),
+            env={**environ, **({} if marks is None else {MARKS_VARIABLE: str(marks)})},
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             start_new_session=True,
-            preexec_fn=_end_with_parent(),
+            preexec_fn=_prepare_launcher(),
         ) as child,
-        _forward_signals(child) as signals,
+        _forward_signals(child, lambda: marks is None or ready_ranks(marks) >= ranks) as signals,
     ):
-        _forward_stderr(child)
+        output = _forward_stderr(child)
         code = child.wait()
-    if signals and code != SAVED_CODE:
+        error = _rank_error(first_exit(output.banners), marks, time.monotonic() - began)
+    if signals and code not in (0, SAVED_CODE):
         return 128 + signals[0]
-    return code if code >= 0 else 128 - code
+    if (number := _killed_by(code, output, argv)) is not None:
+        return _report(killed_launcher(number))
+    return code if error is None else _report(error)
 
 
-def _end_with_parent() -> Callable[[], None] | None:
-    """Return what a launcher runs before it starts, so that it ends when this process is killed.
-
-    None where the system has no such signal.
-    """
-    if sys.platform != "linux":
+def _rank_error(end: Exit | None, marks: Path | None, run_s: float) -> DtrainError | None:
+    """Return the error of the first rank that has ended, if it could not report one itself."""
+    if end is None:
         return None
-    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+    if has_mark(marks, IN_SESSION, end.rank):
+        return RankLostError(
+            "rank.exited",
+            f"rank {end.rank} has ended without a message, with exit code {end.code}: user code or "
+            "a library has ended its process, as `os._exit` does; start the same command again to "
+            "resume",
+        )
+    limit_s = start_limit_s(os.environ)
+    if has_mark(marks, IN_START, end.rank) and 0 < limit_s < run_s:
+        return HangError(
+            "hang.start",
+            f"rank {end.rank} has waited {limit_s:g} s in the start of MPI for ranks that do not "
+            f"start: see above whether one has failed; {START_VARIABLE} sets the limit",
+        )
+    return None
 
-    def ask() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+def _killed_by(code: int, output: BannerFilter, argv: Sequence[str]) -> int | None:
+    """Return the number of the signal that ended the launcher, None where it ended by itself.
+
+    Open MPI's launcher may be the child of a script, which returns 128 + n; it names every rank
+    that has failed, so it was killed if it names none.
+    """
+    if code < 0:
+        return -code
+    named_rank = output.banners or output.names_killed_rank
+    return code - 128 if code > 128 and not named_rank and OVERSUBSCRIBE in argv else None
+
+
+def killed_launcher(number: int) -> RankLostError:
+    """Return the error of a launcher that a signal has ended; its ranks end, too."""
+    return RankLostError(
+        "launcher.killed",
+        f"the launcher of the ranks was killed by {signal.Signals(number).name}, so the ranks end: "
+        "start the same command again to resume",
+    )
+
+
+def _report(error: DtrainError) -> int:
+    """Print an error of the ranks; return its exit code."""
+    with suppress(OSError):
+        os.write(2, f"dtrain: {error.text_with_key()}\n".encode())
+    return error.code
+
+
+def _prepare_launcher() -> Callable[[], None]:
+    """Return what a launcher runs before it starts.
+
+    It ends when this process is killed, where the system has a signal for that. A warning that
+    reaches it before it passes signals on is lost and does not end it.
+    """
+    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+    parent = os.getpid()
+
+    def prepare() -> None:
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # SIGUSR1 relays those that end the run
+        if prctl is not None:
+            prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:  # it was killed meanwhile
             os.kill(os.getpid(), signal.SIGTERM)
 
-    return ask
+    return prepare
 
 
-def _forward_stderr(child: subprocess.Popen[bytes]) -> None:
-    """Forward the launcher's stderr, without its banners, until it ends."""
+def _forward_stderr(child: subprocess.Popen[bytes]) -> BannerFilter:
+    """Forward the launcher's stderr without its banners until it ends; return the filter."""
     assert child.stderr is not None
     banner_filter = BannerFilter()
     with open(2, "wb", closefd=False) as stderr:
@@ -333,13 +444,17 @@ def _forward_stderr(child: subprocess.Popen[bytes]) -> None:
             stderr.write(banner_filter.feed(data))
             stderr.flush()
         stderr.write(banner_filter.close())
+    return banner_filter
 
 
 @contextmanager
-def _forward_signals(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+def _forward_signals(
+    child: subprocess.Popen[bytes], are_ready: Callable[[], bool]
+) -> Iterator[list[int]]:
     """While inside, pass signals on to the ranks; yield those that are to stop the run.
 
-    The flight signal stops nothing: the ranks write records.
+    The flight signal stops nothing: the ranks write records. A warning waits until `are_ready`,
+    since it would end ranks that have just been started.
     """
     received: list[int] = []
     first_time = math.inf
@@ -347,6 +462,12 @@ def _forward_signals(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
     def kill() -> None:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
+
+    def warn() -> None:
+        deadline = time.monotonic() + READY_S
+        while not are_ready() and time.monotonic() < deadline:
+            time.sleep(READY_INTERVAL_S)
+        child.send_signal(signal.SIGUSR2)
 
     kill_timer = threading.Timer(GRACE_S, kill)
 
@@ -363,12 +484,14 @@ def _forward_signals(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
             if not kill_timer.is_alive():
                 kill_timer.start()
             return
-        child.send_signal(signal.SIGUSR1 if number in ENDING_SIGNALS else signal.SIGUSR2)
+        if number in ENDING_SIGNALS:
+            child.send_signal(signal.SIGUSR1)
+        else:
+            threading.Thread(target=warn, daemon=True).start()
 
-    handlers = {
-        number: signal.signal(number, stop)
-        for number in (*ENDING_SIGNALS, signal.SIGUSR1, signal.SIGUSR2)
-    }
+    handlers = {number: signal.signal(number, stop) for number in (*ENDING_SIGNALS, *WARNINGS)}
+    for number in take_remembered():
+        stop(number, None)
     handlers[signal.SIGURG] = signal.signal(
         signal.SIGURG, lambda number, frame: child.send_signal(number)
     )

@@ -30,11 +30,25 @@ BANNER_STARTS = (
 a signal killed is not among them: no rank prints that."""
 
 
+KILLED_STARTS = (b"prterun noticed that process rank", b"mpirun noticed that process rank")
+"""First words of the banner about a rank that a signal has ended, which is not dropped."""
+
+
 @final
 class BannerFilter:
-    """Filters a stream that is read in pieces."""
+    """Filters a stream that is read in pieces.
+
+    Attributes
+    ----------
+    banners : bytes
+        The lines that were dropped.
+    names_killed_rank : bool
+        Whether a banner named a rank that a signal has ended.
+    """
 
     def __init__(self) -> None:
+        self.banners = b""
+        self.names_killed_rank = False
         self._buffer = b""
         self._at_line_start = True  # whether the next byte begins a line
         self._in_banner = False
@@ -62,6 +76,7 @@ class BannerFilter:
         if not end:
             return None
         self._in_banner = not RULE_LINE.fullmatch(line + end)
+        self.banners += line + end
         self._buffer = rest
         return b""
 
@@ -85,5 +100,8 @@ class BannerFilter:
             return b""
         if any(start_of_banner.startswith(after) for start_of_banner in BANNER_STARTS):
             return None
+        if any(start_of_banner.startswith(after) for start_of_banner in KILLED_STARTS):
+            return None
+        self.names_killed_rank |= after.startswith(KILLED_STARTS)
         rule, self._buffer = self._buffer[:start], after
         return rule

@@ -1,6 +1,6 @@
 """NodeTopology: the ranks of a group by node, and which of them reduces a piece of a mean.
 
-Pure arithmetic; the only place that groups ranks by host.
+Pure arithmetic; the only place that groups ranks by node.
 
 Invariant: for each piece exactly one rank of each node, its leader, exchanges data with other
 nodes. The leader of the owner node owns the piece. In a round of pieces each node is the owner in
@@ -26,8 +26,8 @@ class NodeTopology:
 
     Parameters
     ----------
-    hosts : sequence of hashable
-        Name of each rank's host.
+    nodes : sequence of hashable
+        Node of each rank.
     rank : int
         This rank.
 
@@ -37,6 +37,8 @@ class NodeTopology:
         Ranks of each node, ascending; nodes in order of their first ranks.
     node_index : int
         Index of this rank's node.
+    node_numbers : list of int
+        Index of the node of each rank.
     node_ranks : list of int
         Ranks of this rank's node, ascending.
     node_peers : list of int
@@ -50,19 +52,21 @@ class NodeTopology:
         equally many ranks; otherwise as evenly as one round allows.
     """
 
-    def __init__(self, hosts: Sequence[Hashable], rank: int) -> None:
-        ranks_by_host: dict[Hashable, list[int]] = {}
-        for other, host in enumerate(hosts):
-            ranks_by_host.setdefault(host, []).append(other)
+    def __init__(self, nodes: Sequence[Hashable], rank: int) -> None:
+        ranks_by_node: dict[Hashable, list[int]] = {}
+        for other, node in enumerate(nodes):
+            ranks_by_node.setdefault(node, []).append(other)
         self.rank = rank
-        self.nodes = list(ranks_by_host.values())
-        self.node_ranks = ranks_by_host[hosts[rank]]
+        self.nodes = list(ranks_by_node.values())
+        self.node_ranks = ranks_by_node[nodes[rank]]
         self.node_index = self.nodes.index(self.node_ranks)
         self.local_rank = self.node_ranks.index(rank)
         self.node_sizes = [len(ranks) for ranks in self.nodes]
         self.node_peers = [other for other in self.node_ranks if other != rank]
         self.pieces_per_round = len(self.nodes) * max(self.node_sizes)
-        self._is_local = [host == hosts[rank] for host in hosts]
+        numbers = {node: number for number, node in enumerate(ranks_by_node)}
+        self.node_numbers = [numbers[node] for node in nodes]
+        self._is_local = [node == nodes[rank] for node in nodes]
 
     def is_local(self, rank: int) -> bool:
         """Return whether a rank is on this rank's node."""

@@ -51,7 +51,7 @@ class Transport:
         self.chunk_bytes = chunk_bytes
         self.name = name
         self.rank, self.size = backend.rank, backend.size
-        self.topology = NodeTopology(backend.hosts, backend.rank)
+        self.topology = NodeTopology(backend.nodes, backend.rank)
 
     def other_ranks(self) -> list[int]:
         """Return all ranks of the group but this one."""
@@ -94,7 +94,7 @@ class TrafficCounter:
     Attributes
     ----------
     bytes_intra, bytes_inter : int
-        To ranks of the same host (this rank included), to ranks of other hosts.
+        To ranks of the same node (this rank included), to ranks of other nodes.
     enabled : bool
         Whether sends that start now are counted.
     message_bytes, peak_message_bytes : int

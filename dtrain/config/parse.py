@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dtrain.config.overrides import override_key
 from dtrain.config.renamed_keys import refuse_old_keys, translate_old_keys
 from dtrain.config.run import RUN_FILE_HEADER, RunConfig
 from dtrain.config.sections import (
@@ -19,13 +19,16 @@ from dtrain.config.sections import (
     Log,
     Mesh,
     ModelSection,
+    Numerics,
     OptimizerSection,
     Partition,
     RunSection,
     Stop,
     StrategyChoice,
+    Timeouts,
 )
 from dtrain.config.strategies import read_strategy
+from dtrain.config.sweep import SWEEP, refuse_sweep
 from dtrain.config.validate import validate_run
 from dtrain.errors import ConfigError, DtrainError
 from dtrain.schema import Table, from_table, kebab, load_toml, snake, strategy_name
@@ -34,7 +37,7 @@ from dtrain.user_code import GivenArray, register_arrays, register_object, regis
 
 SECTIONS = (
     *("data", "task", "model", "mesh", "partition", "objective", "schedule", "sync"),
-    *("optimizer", "lr", "checkpoint", "evaluate", "log", "stop", "ema"),
+    *("optimizer", "lr", "checkpoint", "evaluate", "log", "stop", "ema", "timeouts", "numerics"),
 )
 """The tables of a run file."""
 
@@ -85,6 +88,7 @@ def _parse_with_overrides(
     for override in overrides:
         override_key(table, override)
     try:
+        refuse_sweep(table.pop(SWEEP, {}), overrides)
         return parse_run(table, source, overrides)
     except DtrainError as error:
         raise error.with_prefix(str(path)) from error
@@ -123,7 +127,7 @@ def parse_run(table: Mapping[str, Any], path: Path, overrides: Sequence[str] = (
     run = RunConfig(
         path=path,
         overrides=tuple(overrides),
-        settings=from_table(RunSection, settings, "", other_keys=SECTIONS),
+        settings=from_table(RunSection, settings, "", other_keys=(*SECTIONS, SWEEP)),
         data=from_table(DataSection, data_keys, "[data] "),
         dataset=_choice(dataset, "data"),
         model=_choice(model, "model"),
@@ -143,6 +147,8 @@ def parse_run(table: Mapping[str, Any], path: Path, overrides: Sequence[str] = (
         optimizer_rest=rest,
         stop=from_table(Stop, sections["stop"], "[stop] ") if "stop" in table else None,
         ema=from_table(Ema, sections["ema"], "[ema] ") if "ema" in table else None,
+        numerics=from_table(Numerics, sections["numerics"], "[numerics] "),
+        timeouts=from_table(Timeouts, sections["timeouts"], "[timeouts] "),
     )
     validate_run(run)
     return run
@@ -241,25 +247,3 @@ def _optimizer_options(table: Table) -> OptimizerSection:
             "to the largest norm, or leave out clip-over",
         )
     return options
-
-
-def override_key(table: Table, override: str) -> None:
-    """Apply one ``KEY=VALUE`` to the nested tables; a value that is no TOML is a text."""
-    path, equals, value = override.partition("=")
-    *sections, key = path.strip().split(".")
-    if not equals or not key:
-        raise ConfigError(
-            "override.malformed",
-            f"--set {override}: write KEY=VALUE, as in --set optimizer.lr=0.01",
-        )
-    for name in sections:
-        table = table.setdefault(name, {})
-        if not isinstance(table, dict):
-            raise ConfigError(
-                "override.no-table",
-                f"--set {override}: '{name}' is not a table: name a key of a table",
-            )
-    try:
-        table[key] = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        table[key] = value

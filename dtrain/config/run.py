@@ -22,16 +22,19 @@ from dtrain.config.sections import (
     Log,
     Mesh,
     ModelSection,
+    Numerics,
     OptimizerSection,
     Partition,
     RunSection,
     Stop,
     StrategyChoice,
+    Timeouts,
 )
 from dtrain.config.strategies import NamedStrategy, name_strategy
 from dtrain.object_names import object_name
 from dtrain.objectives.base import Objective
 from dtrain.partition import check_places
+from dtrain.paths import expand_text
 from dtrain.schedules.base import Schedule
 from dtrain.schema import Table, dump_toml, to_table
 from dtrain.syncs.base import Sync
@@ -82,6 +85,8 @@ class RunConfig:
     optimizer_rest: StrategyChoice | None = None
     stop: Stop | None = None
     ema: Ema | None = None
+    numerics: Numerics = field(default_factory=Numerics)
+    timeouts: Timeouts = field(default_factory=Timeouts)
 
     def __post_init__(self) -> None:
         """Name the strategies that were given as plain instances."""
@@ -106,7 +111,9 @@ class RunConfig:
     def weights_path(self) -> Path | None:
         """The file with initial weights, None where the run file names none."""
         name = self.model_options.weights
-        return None if name is None else self.folder / name
+        if name is None:
+            return None
+        return self.folder / expand_text(name, "[model] weights =", self.folder)
 
     def open_modules(self) -> frozenset[str]:
         """Return the dotted names of the sub-modules whose parts are layers of their own."""
@@ -159,9 +166,13 @@ class RunConfig:
             "evaluate": self.evaluate.to_table(),
             "log": self.log.to_table(),
         }
+        if timeouts := self.timeouts.to_table():
+            tables["timeouts"] = timeouts
         for name, section in (("stop", self.stop), ("ema", self.ema)):
             if section is not None:
                 tables[name] = to_table(section)
+        if numerics := self.numerics.to_table():
+            tables["numerics"] = numerics
         if self.optimizer_rest is not None:
             tables["optimizer"] |= {"rest": self.optimizer_rest.to_table()}
         if task := self.task.to_table():  # a run of an earlier version has no such table
@@ -204,9 +215,9 @@ class RunConfig:
         if stages is None:  # all ranks, but no more than there are blocks
             stages = min(ranks, self.partition.chosen_blocks or ranks)
             if stages == ranks:
-                return self
+                return self._fit_shares(1)
         elif ranks % stages == 0:
-            return self
+            return self._fit_shares(ranks // stages)
         fitting = max(n for n in range(1, min(stages, ranks) + 1) if ranks % n == 0)
         partition = self.partition
         if partition.explicit_cuts is None:
@@ -217,7 +228,14 @@ class RunConfig:
             self.schedule.instance.check_places(partition.places)
             partition = dataclasses.replace(partition, places=None)
         mesh = dataclasses.replace(self.mesh, stages=fitting)
-        return dataclasses.replace(self, mesh=mesh, partition=partition)
+        fitted = dataclasses.replace(self, mesh=mesh, partition=partition)
+        return fitted._fit_shares(ranks // fitting)
+
+    def _fit_shares(self, replicas: int) -> RunConfig:
+        """Return this run without shares, if they are those of another number of replicas."""
+        if len(self.mesh.shares or ()) in (0, replicas):
+            return self
+        return dataclasses.replace(self, mesh=dataclasses.replace(self.mesh, shares=None))
 
     def with_cuts(self, names: Sequence[int | str]) -> RunConfig:
         """Return this run with explicit cuts before these layers."""

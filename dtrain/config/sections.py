@@ -6,11 +6,12 @@ own table, beside `name`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from dtrain.errors import unknown_name
+from dtrain.errors import ConfigError, unknown_name
 from dtrain.object_names import object_name
 from dtrain.schema import Table, kebab, to_table
 from dtrain.tracking import TRACKERS
@@ -160,10 +161,14 @@ class Mesh:
         Ranks along the model; replicas = ranks / stages. Left out: all ranks.
     placement : "stages-in-node" or "replicas-in-node"
         The axis whose ranks share a node.
+    shares : tuple of int, optional
+        One number for each replica, in proportion to its speed: its part of the samples of an
+        update. Left out: equal parts.
     """
 
     stages: int | None = None
     placement: Literal["stages-in-node", "replicas-in-node"] = "stages-in-node"
+    shares: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -275,6 +280,11 @@ class Checkpoint:
         It never changes what is trained.
     keep : int
         Complete checkpoints that remain.
+    asynchronous : bool
+        Copy the tensors to memory and write them behind the training.
+    local : str, optional
+        Folder on a disk of each node, with environment variables: checkpoints are written there,
+        and copied from there behind the training.
     best : str, optional
         The metric whose best evaluation is kept beside them, in ``checkpoints/best``.
     signals : tuple of str
@@ -286,13 +296,17 @@ class Checkpoint:
     every: int = 0
     every_minutes: float = 0.0
     keep: int = 2
+    asynchronous: bool = False
+    local: str | None = None
     best: str | None = None
     signals: tuple[str, ...] = STOP_SIGNALS
     stop_before_limit: Literal["auto"] | bool = "auto"
 
     def to_table(self) -> Table:
         """Return the keys as a run file has them, without those that change nothing."""
-        return without_defaults(self, "every_minutes", "signals", "stop_before_limit")
+        return without_defaults(
+            self, "every_minutes", "asynchronous", "signals", "stop_before_limit"
+        )
 
 
 @dataclass(frozen=True)
@@ -390,6 +404,85 @@ class Log:
         ]
         norms = {"norms": True} if self.norms else {}
         return {"every-s": self.every_s} | norms | ({"trackers": names} if names else {})
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """``[numerics]``: losses and gradients that are not finite, and replicas that differ.
+
+    Attributes
+    ----------
+    non_finite : "stop" or "skip-update"
+        After a loss that is NaN or infinite: end the run with exit code 4, or keep the weights and
+        go on with the next update, after a gradient that is not finite, too.
+    max_skipped : int
+        Updates in a row that may be skipped; one more ends the run with exit code 4.
+    check_replicas : int
+        Updates between two comparisons of the replicas, whose weights must be equal; 0: none.
+    """
+
+    non_finite: Literal["stop", "skip-update"] = "stop"
+    max_skipped: int = 10
+    check_replicas: int = 0
+
+    @property
+    def skip_limit(self) -> int | None:
+        """Updates in a row that may be skipped; None: none is."""
+        return self.max_skipped if self.non_finite == "skip-update" else None
+
+    def to_table(self) -> Table:
+        """Return the keys as a run file has them, without those that change nothing."""
+        return without_defaults(self, "non_finite", "max_skipped", "check_replicas")
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """``[timeouts]``: seconds without progress after which a run that cannot go on ends.
+
+    The exit code is 6. A limit is at least ten times the longest pause that the run has had in the
+    section; 0: no limit. A rank that makes progress, however slowly, ends no run.
+
+    Attributes
+    ----------
+    start : float
+        Checking the run, reading data, building blocks and loading a checkpoint.
+    first_update : float
+        The first update of a start.
+    update : float
+        All other updates.
+    collective : float
+        Agreements and records of all ranks, callbacks, and the end of the run.
+    evaluation : float
+        An evaluation.
+    checkpoint : float
+        Writing a checkpoint.
+    """
+
+    start: float = 3600.0
+    first_update: float = 3600.0
+    update: float = 600.0
+    collective: float = 1800.0
+    evaluation: float = 1800.0
+    checkpoint: float = 1800.0
+
+    def __post_init__(self) -> None:
+        """Refuse negative limits and those that are no numbers."""
+        for each in fields(self):
+            seconds = getattr(self, each.name)
+            if not 0 <= seconds < math.inf:
+                raise ConfigError(
+                    "timeouts.out-of-range",
+                    f"[timeouts] {kebab(each.name)} = {seconds} must be a number of seconds, at "
+                    "least 0 (0: no limit)",
+                )
+
+    def to_table(self) -> Table:
+        """Return the keys as a run file has them, without those that have the default."""
+        return without_defaults(self, *(each.name for each in fields(self)))
+
+    def by_section(self) -> dict[str, float]:
+        """Return the limits by the names of the keys."""
+        return {kebab(each.name): getattr(self, each.name) for each in fields(self)}
 
 
 @dataclass(frozen=True)

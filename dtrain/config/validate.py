@@ -37,10 +37,12 @@ def validate_run(run: RunConfig) -> None:
     _check_lr_scaling(run)
     _check_schedule_and_sync(run)
     _check_validation(run)
+    _check_shares(run)
     _check_channels(run)
     _check_labels(run)
     _check_ema(run)
     _check_signals(run)
+    _check_local_checkpoints(run)
 
 
 def _optimizers(run: RunConfig) -> list[StrategyChoice]:
@@ -126,6 +128,8 @@ def _check_minima(run: RunConfig) -> None:
         "[evaluate] every-updates": (run.evaluate.every_updates, 0),
         "[stop] patience": (None if run.stop is None else run.stop.patience, 1),
         "[stop] min-delta": (None if run.stop is None else run.stop.min_delta, 0),
+        "[numerics] max-skipped": (run.numerics.max_skipped, 1),
+        "[numerics] check-replicas": (run.numerics.check_replicas, 0),
         "[ema] start": (None if run.ema is None else run.ema.start, 0),
     }
     for key, (value, minimum) in minima.items():
@@ -140,6 +144,24 @@ def _check_minima(run: RunConfig) -> None:
         )
 
 
+def _check_shares(run: RunConfig) -> None:
+    """Refuse shares of replicas that are not positive, and a sync that would ignore them."""
+    shares = run.mesh.shares
+    if shares is not None and min(shares, default=0) < 1:
+        raise ConfigError(
+            "mesh.share-too-small",
+            f"[mesh] shares = {list(shares)}: give one number for each replica, at least 1, in "
+            "proportion to its speed",
+        )
+    if len(set(shares or ())) > 1 and not run.sync.instance.traits().weighs_samples:
+        raise ConfigError(
+            "mesh.shares-sync",
+            f"[mesh] shares = {list(shares or ())}, but the sync '{run.sync.name}' counts every "
+            "replica alike, however many samples it has: leave out shares, or set [sync] name = "
+            '"every-step", whose means are over samples',
+        )
+
+
 def _check_validation(run: RunConfig) -> None:
     """Refuse a share of the training split that is none."""
     share = run.data.validation
@@ -147,6 +169,16 @@ def _check_validation(run: RunConfig) -> None:
         raise ConfigError(
             "data.validation-no-share",
             f"[data] validation = {share} must be at least 0 and less than 1, or a path",
+        )
+
+
+def _check_local_checkpoints(run: RunConfig) -> None:
+    """Refuse two ways of saving behind the training at once."""
+    if run.checkpoint.asynchronous and run.checkpoint.local is not None:
+        raise ConfigError(
+            "checkpoint.two-ways",
+            "[checkpoint] asynchronous = true copies to memory, and local to a disk of the node: "
+            "leave one of them out",
         )
 
 

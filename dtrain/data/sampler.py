@@ -5,6 +5,7 @@
     epoch          7 2 9 0 4 | 1 8 3 6 5 | 11 10    updates of batch-size samples, the last short
     replicas       7 2 9  0 4                       contiguous, sizes differ by at most one
     micro-batches  7 2|9  0|4                       the same, within a replica's samples
+    shares 4 and 1 7 2 9 0  4                       replicas of unequal speed
 
 With a sampler the epoch has as many draws as samples, with repetitions; a sample is drawn in
 proportion to its weight. The draws are systematic: equal steps along the sums of the weights::
@@ -25,8 +26,9 @@ not its methods.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -127,6 +129,42 @@ def even_ranges(count: int, n: int) -> tuple[range, ...]:
     return tuple(range(*pair) for pair in pairwise(starts))
 
 
+def shared_ranges(count: int, shares: Sequence[int], min_rows: int = 1) -> tuple[range, ...]:
+    """Split `count` samples into contiguous ranges whose lengths are in proportion to `shares`.
+
+    Each length is the exact part, rounded down; the samples that are left go one by one to the
+    largest remainders, the earlier one of equals. Equal shares give `even_ranges`.
+
+    Parameters
+    ----------
+    min_rows : int
+        Fewest samples of a range that is not empty. While there is a shorter one, the shortest of
+        these, the last of equals, stays empty, and the others share its samples.
+    """
+    filled = list(range(len(shares)))
+    while True:
+        lengths = _lengths(count, [shares[index] for index in filled])
+        short = [length for length in lengths if 0 < length < min_rows]
+        if not short or max(lengths) == count:
+            break
+        del filled[max(i for i, length in enumerate(lengths) if length == min(short))]
+    by_index = dict(zip(filled, lengths, strict=True))
+    starts = accumulate((by_index.get(index, 0) for index in range(len(shares))), initial=0)
+    return tuple(range(*pair) for pair in pairwise(starts))
+
+
+def _lengths(count: int, shares: Sequence[int]) -> list[int]:
+    """Return parts of `count` in proportion to shares, by largest remainders."""
+    total = sum(shares)
+    parts = [divmod(count * share, total) for share in shares]
+    left = count - sum(length for length, _ in parts)
+    order = sorted(range(len(shares)), key=lambda index: -parts[index][1])
+    lengths = [length for length, _ in parts]
+    for index in order[:left]:
+        lengths[index] += 1
+    return lengths
+
+
 def updates_per_epoch(size: int, batch_size: int) -> int:
     """Return the number of updates of an epoch; the last one may be short and is not dropped."""
     return -(-size // batch_size)
@@ -191,23 +229,38 @@ class BatchSplitter:
         Fewest samples of a micro-batch or replica that is not empty. It is 2 for models with batch
         statistics, which one sample does not have: that sample joins its neighbours, and a later
         micro-batch or replica stays empty.
+    shares : tuple of int
+        Parts of an update that the replicas have, in proportion; empty: equal ones.
     """
 
     batch_size: int
     replicas: int
     micro_batches: int
     min_rows: int = 1
+    shares: tuple[int, ...] = ()
 
     @property
     def largest_micro_batch(self) -> int:
         """Number of samples of the largest micro-batch."""
-        replica = self._ranges(self.batch_size, self.replicas)[0]
-        return len(self._ranges(len(replica), self.micro_batches)[0])
+        ranges = self._replica_ranges(self.batch_size)
+        rows = set(map(len, ranges if self.shares else ranges[:1]))
+        return max(len(self._ranges(count, self.micro_batches)[0]) for count in rows)
+
+    def sufficient_batch(self, rows: int) -> int:
+        """Return a number of samples of which every replica has at least `rows`."""
+        if not self.shares:
+            return rows * self.replicas
+        return -(-rows * sum(self.shares) // min(self.shares))
+
+    def part(self, count: int, replica: int) -> int:
+        """Return the part of `count` samples that a replica has, rounded up."""
+        share = self.shares[replica] if self.shares else 1
+        return -(-count * share // (sum(self.shares) or self.replicas))
 
     def batch(self, order: Indices, update: int, replica: int) -> Batch:
         """Return the samples of `replica` in the update at position `update` of an epoch."""
         samples = order[update * self.batch_size : (update + 1) * self.batch_size]
-        replica_ranges = self._ranges(len(samples), self.replicas)
+        replica_ranges = self._replica_ranges(len(samples))
         start = replica_ranges[replica].start
         local = _slice(samples, replica_ranges[replica])
         micro_batches = tuple(
@@ -226,7 +279,7 @@ class BatchSplitter:
             Updates of an epoch, the last one excluded.
         """
         updates = [
-            self._ranges(min(self.batch_size, samples - update * self.batch_size), self.replicas)
+            self._replica_ranges(min(self.batch_size, samples - update * self.batch_size))
             for update in range(start, stop)
         ]
         return [
@@ -236,6 +289,12 @@ class BatchSplitter:
 
     def _count_nonempty(self, count: int) -> int:
         return sum(len(rows) > 0 for rows in self._ranges(count, self.micro_batches))
+
+    def _replica_ranges(self, count: int) -> tuple[range, ...]:
+        """Return the samples of each replica."""
+        if self.shares:
+            return shared_ranges(count, self.shares, self.min_rows)
+        return self._ranges(count, self.replicas)
 
     def _ranges(self, count: int, n: int) -> tuple[range, ...]:
         """Return `n` ranges, of which as many are filled as can have `min_rows` samples each."""

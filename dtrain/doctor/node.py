@@ -257,8 +257,8 @@ def check_host_names(ranks: Sequence[NodeFacts]) -> list[Finding]:
         Finding(
             "node.same-host-name",
             "problem",
-            f"{len(kernels)} different nodes are named {host}: dtrain groups ranks by name, and "
-            "would take them for one node",
+            f"{len(kernels)} different nodes are named {host}: logs, hang reports and the owner of "
+            "a run folder do not tell them apart",
             "give each node or container its own host name (`--hostname`)",
         )
         for host, kernels in boots.items()

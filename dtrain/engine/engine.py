@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,21 +30,25 @@ from dtrain.block.split_backward import SplitBackward
 from dtrain.block.weight_versions import WeightVersions
 from dtrain.comm.early_end import EarlyEnd
 from dtrain.comm.groups import ProcessGroups
+from dtrain.data.checks.value_check import check_finite
+from dtrain.data.dataset import Dataset
 from dtrain.data.reading.loader import Loader
 from dtrain.data.sampler import Batch
 from dtrain.engine.closed_form import ClosedFormSolver
 from dtrain.engine.metrics import MetricSums
 from dtrain.engine.router import MessageRouter
+from dtrain.engine.skipped_updates import SkipReason
 from dtrain.engine.spec import EngineSpec
 from dtrain.engine.tied_parameters import DelayedSums, SameUpdateSums, TiedParameters
 from dtrain.engine.trace import Trace
 from dtrain.engine.update import BatchUpdate, UpdateStep
-from dtrain.errors import NumericalError
+from dtrain.errors import DataError, DtrainError, NumericalError
 from dtrain.mesh import RankPosition
 from dtrain.objectives.base import Objective, input_gradient_blocks
 from dtrain.objectives.forward import backward_pairs, forward_micro_batch
 from dtrain.objectives.messages import reads_samples
-from dtrain.schedules.actions import Action
+from dtrain.schedules.actions import Action, Route
+from dtrain.schedules.base import Schedule
 from dtrain.syncs.base import Sync
 
 MicroBatchKey = tuple[int, int, int]
@@ -52,6 +57,18 @@ MicroBatchKey = tuple[int, int, int]
 
 PRESENT_WEIGHTS = nullcontext()
 """The context in which a block without weight versions computes."""
+
+
+def segments_are_free(objective: Objective, schedule: Schedule, routes: Iterable[Route]) -> bool:
+    """Return whether segments of any length train the same bits.
+
+    Not where feedback is delayed, since the end of a segment drains it, nor where heads are solved,
+    or given values of other blocks, at the end of a segment.
+    """
+    closes_sums = objective.accumulated_buffers or objective.broadcast_buffers
+    solves = type(objective).solve is not Objective.solve
+    is_late = schedule.asynchronous or any(route.lag for route in routes)
+    return not (closes_sums or solves or is_late)
 
 
 class Engine:
@@ -107,6 +124,7 @@ class Engine:
         )
         self.metric_sums = MetricSums()
         self.updates: list[BatchUpdate] = []
+        self._dataset: Dataset | None = None
         self.trace: Trace | None = None
         self.needs_input_gradient = input_gradient_blocks(self.router.routes)
         self.needs_samples = {
@@ -120,16 +138,8 @@ class Engine:
     @property
     def may_end_early(self) -> bool:
         """Whether a segment that ends after any of its updates, and one that begins there, train
-        the same bits as one segment.
-
-        Not where feedback is delayed, since the end of a segment drains it, nor where heads are
-        solved, or given values of other blocks, at the end of a segment.
-        """
-        objective = self.objective
-        closes_sums = objective.accumulated_buffers or objective.broadcast_buffers
-        solves = type(objective).solve is not Objective.solve
-        is_late = self.engine_spec.schedule.asynchronous or self.max_lag > 0
-        return not (closes_sums or solves or is_late)
+        the same bits as one segment."""
+        return segments_are_free(self.objective, self.engine_spec.schedule, self.router.routes)
 
     def run(
         self,
@@ -156,6 +166,8 @@ class Engine:
         if earlier_sums is not None:
             self.metric_sums.continue_from(earlier_sums)
         previous_sums = self.closed_form.clear()
+        if self.update_step.skips is not None:
+            self.update_step.skips.start_segment()
         control, last_block = self.groups.control, max(self.blocks)
         try:
             for action in plan:
@@ -223,6 +235,7 @@ class Engine:
                 self.position.stage, self.position.place, sizes, self.router.routes
             )
         )
+        self._dataset = loader.dataset
         self.updates = self.update_step.start_segment(batches, loader.dataset, first_update, epoch)
         self.metric_sums = MetricSums(
             rows=sum(update.local_rows for update in self.updates),
@@ -370,18 +383,47 @@ class Engine:
         return micro_batch
 
     def _add_metrics(self, index: int, micro_batch: MicroBatch) -> None:
-        """Add the loss and the metrics of a micro-batch; refuse a loss that is not finite."""
+        """Add the loss and the metrics of a micro-batch; refuse, or skip, a loss that is not
+        finite."""
         rows, count = len(micro_batch.targets), micro_batch.count
+        skips = self.update_step.skips
         if micro_batch.loss is not None:
             loss = float(micro_batch.loss)
-            if not math.isfinite(loss):
-                advice = "lower [optimizer] lr, or set clip"
-                raise NumericalError(
-                    "training.loss-not-finite", f"the loss of block {index} is {loss}: {advice}"
-                )
-            self.metric_sums.add_loss(index, loss * count, count)
+            if math.isfinite(loss):
+                self.metric_sums.add_loss(index, loss * count, count)
+            else:
+                error = self._loss_error(index, loss, micro_batch)
+                if skips is None:
+                    raise error
+                text = error.message.partition(":")[0]
+                skips.note(SkipReason(micro_batch.rng_key[0], index, "loss", text))
+                self.metric_sums.leave_out(index, count)
         for name, mean in micro_batch.metrics.items():
-            self.metric_sums.add_metric(index, name, float(mean) * rows)
+            value = float(mean)
+            if skips is None or math.isfinite(value):
+                self.metric_sums.add_metric(index, name, value * rows)
+
+    def _loss_error(self, index: int, loss: float, micro_batch: MicroBatch) -> DtrainError:
+        """Return the error of a loss that is not finite: of the data, if those are the cause."""
+        assert self._dataset is not None
+        rows = np.sort(micro_batch.indices.cpu().numpy())
+        try:
+            check_finite(self._dataset, "train", rows, math.inf)
+        except DataError as error:
+            return error
+        except (DtrainError, OSError):  # this rank cannot read inputs
+            pass
+        samples = micro_batch.samples
+        if samples is not None and not bool(real_view(samples).isfinite().all()):
+            return DataError(
+                "data.augmented-not-finite",
+                f"an augmented sample is not finite, but the stored one is (samples {rows[0]} to "
+                f"{rows[-1]} of the train split): correct the function of [data] augment",
+            )
+        return NumericalError(
+            "training.loss-not-finite",
+            f"the loss of block {index} is {loss}: lower [optimizer] lr, or set clip",
+        )
 
     def _release(self, action: Action, micro_batch: MicroBatch) -> None:
         """Forget a micro-batch whose backward is done."""

@@ -74,6 +74,7 @@ class Evaluator:
         self.router = MessageRouter(
             "predict", engine_spec.objective, engine_spec.block_specs, position, groups
         )
+        self._flight = groups.control.flight
         self.needs_samples = {
             b
             for b in blocks
@@ -127,6 +128,7 @@ class Evaluator:
         )
         try:
             for action in plan:
+                self._flight.note("predict", action)
                 with self.position.error_context(action, "evaluation"):
                     yield action.micro, self._predict(action, loader, index_batches[action.micro])
         finally:

@@ -20,6 +20,8 @@ class MetricSums:
         Samples, or counted positions, by which a mean loss divides.
     loss, loss_counts : dict of int to float
         Sum of the losses, and the number of samples or positions in it.
+    left_out : dict of int to float
+        Number of the samples or positions whose loss is not finite and is in no sum.
     positions : int
         Counted positions of class labels.
     correct : dict of int to int
@@ -40,6 +42,7 @@ class MetricSums:
     loss_weight: float = 0.0
     loss: dict[int, float] = field(default_factory=dict)
     loss_counts: dict[int, float] = field(default_factory=dict)
+    left_out: dict[int, float] = field(default_factory=dict)
     positions: int = 0
     correct: dict[int, int] = field(default_factory=dict)
     vote_correct: int = 0
@@ -53,6 +56,10 @@ class MetricSums:
         """Add a sum of losses of a block over `count` samples or positions."""
         self.loss[block] = self.loss.get(block, 0.0) + total
         self.loss_counts[block] = self.loss_counts.get(block, 0.0) + count
+
+    def leave_out(self, block: int, count: float) -> None:
+        """Count samples or positions of a block whose loss is in no sum."""
+        self.left_out[block] = self.left_out.get(block, 0.0) + count
 
     def continue_from(self, earlier: MetricSums) -> None:
         """Start the sums of losses and metrics at those of an earlier part of the segment.

@@ -44,6 +44,11 @@ class EngineSpec:
         The copies of every parameter that several blocks hold, in the order of the blocks.
     task : Task
         Loss, targets and metrics.
+    max_skipped : int or None
+        Updates in a row that may be skipped since a loss or a gradient is not finite; None: a loss
+        that is not finite ends the run.
+    check_replicas : int
+        Updates between two comparisons of the replicas; 0: they are not compared.
     """
 
     objective: Objective
@@ -58,3 +63,5 @@ class EngineSpec:
     wire_format: WireFormat
     ties: Ties = ()
     task: Task = DEFAULT_TASK
+    max_skipped: int | None = None
+    check_replicas: int = 0

@@ -6,9 +6,9 @@ squared norms are added block by block in order, so the norm is the same on any 
 ::
 
     last backward: the all-reduce of gradients that are complete begins
-    learning rate -> averaged gradients, sync.before_update -> clip -> optimizer step
+    finite? -> learning rate -> averaged gradients, sync.before_update -> clip -> optimizer step
                                                                              |
-                     objective.after_update <- equal replicas? (debug) <- sync.after_update
+                            objective.after_update <- equal replicas? <- sync.after_update
 
     over the model: the squared norms of all blocks are gathered over the stages of the replica
 """
@@ -27,11 +27,13 @@ from dtrain.block.weight_versions import WeightVersions
 from dtrain.comm.groups import ProcessGroups
 from dtrain.data.dataset import Dataset
 from dtrain.data.sampler import Batch
+from dtrain.engine.skipped_updates import SkippedUpdates
 from dtrain.engine.spec import EngineSpec
 from dtrain.engine.tied_parameters import TiedParameters
+from dtrain.objectives.base import input_gradient_blocks
 from dtrain.schedules.actions import Action
 from dtrain.syncs.base import Sync, UpdateClock
-from dtrain.syncs.replica_check import check_replicas_equal
+from dtrain.syncs.replica_check import check_replicas_equal, check_replicas_quickly
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,8 @@ class UpdateStep:
         Factor of the learning rates of the updates of later segments.
     after_update : callable, optional
         Called with a block and the number of the update that it has just had.
+    skips : SkippedUpdates or None
+        The updates that are skipped; None: none is.
     records_norms : bool
         Whether `gradient_norms` is wanted.
     gradient_norms : dict of int to float
@@ -112,6 +116,7 @@ class UpdateStep:
         self.groups = groups
         self.first_block = min(blocks)
         self.checks_replicas = groups.control.context.debug_mode
+        self.skips = self._skipped_updates()
         self.gradient_norm = 0.0
         self.overlaps_reduction = False
         self.lr_scale = 1.0
@@ -120,6 +125,17 @@ class UpdateStep:
         self.records_norms = False
         self._last_update = -1
         self._clocks: dict[int, UpdateClock] = {}
+        self._next_checks: dict[int, int] = {}
+
+    def _skipped_updates(self) -> SkippedUpdates | None:
+        """Return the updates that are skipped. Collective over all ranks."""
+        spec = self.engine_spec
+        if spec.max_skipped is None:
+            return None
+        routes = spec.objective.routes(len(spec.block_specs), "train")
+        couples = self.reduces_all_blocks or bool(input_gradient_blocks(routes))
+        shares = couples and spec.schedule.flushes
+        return SkippedUpdates(self.blocks, self.syncs, shares, self.groups, spec.max_skipped)
 
     def start_segment(
         self, batches: Sequence[Batch], dataset: Dataset, first_update: int, epoch: int
@@ -132,7 +148,8 @@ class UpdateStep:
         self._last_update = first_update + len(batches) - 1
         equal = len(self.blocks) == 1 or all(len(set(batch.replica_rows)) == 1 for batch in batches)
         whole = not self.engine_spec.schedule.splits_backward
-        self.overlaps_reduction = equal and whole and self.groups.replicas.size > 1
+        has_replicas = self.groups.replicas.size > 1
+        self.overlaps_reduction = equal and whole and has_replicas and self.skips is None
         if self.tied is not None:
             self.tied.start_segment(len(batches))
         return [
@@ -187,6 +204,9 @@ class UpdateStep:
         block, sync = self.blocks[index], self.syncs[index]
         clock = self._clocks.pop(index, None) or self._make_clock(index, update)
         block.set_lr_factor(update.lr_factor * sync.lr_factor(clock))
+        if self.skips is not None and self.skips.decide(index, update.number):
+            self._skip(action, self.skips, clock)
+            return
         if self.reduces_all_blocks:
             if index == self.first_block:
                 self._reduce_all_blocks(action, update)
@@ -207,11 +227,37 @@ class UpdateStep:
         elif takes_step:
             block.update(optimizer_step)
         sync.after_update(clock)
-        if self.checks_replicas and sync.in_sync:
-            check_replicas_equal(block, sync.replicas, update.number)
+        self._check_replicas(index, update.number)
         spec.objective.after_update(spec.block_specs[index], block, received)
+        if self.skips is not None:
+            self.skips.keep_buffers(index)
         if self.after_update is not None:
             self.after_update(block, update.number)
+
+    def _skip(self, action: Action, skips: SkippedUpdates, clock: UpdateClock) -> None:
+        """Advance a block by one update without a step; nothing but the clock of its sync moves."""
+        index = action.block
+        block, sync = self.blocks[index], self.syncs[index]
+        block.drop_gradients(block.trainable_parameters)
+        skips.restore_buffers(index)
+        sync.before_skipped_update(clock)
+        if index in self.weight_versions:
+            self.weight_versions[index].step(action.update, takes_step=False)
+        sync.after_update(clock)
+        self._check_replicas(index, clock.update)
+
+    def _check_replicas(self, index: int, update: int) -> None:
+        """Compare the replicas of a block if that is due and they must be equal now."""
+        sync, interval = self.syncs[index], self.engine_spec.check_replicas
+        if not sync.in_sync:
+            return
+        if self.checks_replicas:
+            check_replicas_equal(self.blocks[index], sync.replicas, update)
+        elif interval and update + 1 >= self._next_checks.setdefault(
+            index, (update // interval + 1) * interval
+        ):
+            self._next_checks[index] = ((update + 1) // interval + 1) * interval
+            check_replicas_quickly(self.blocks[index], sync.replicas, update)
 
     def _make_clock(self, index: int, update: BatchUpdate) -> UpdateClock:
         length, base_lr = self.engine_spec.training_length, self.blocks[index].base_lr

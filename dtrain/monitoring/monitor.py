@@ -89,6 +89,10 @@ class Monitor:
         """Record the end of a segment."""
         if self.enabled:
             self._records.end_segment()
+            for row in first_per_update(self.totals.latest.get("skipped", ())):
+                self._console.note(
+                    f"update {row['update']} of block {row['block']} is skipped: {row['text']}"
+                )
 
     def end_evaluation(self, eval_s: float) -> None:
         """Record and print an evaluation that took `eval_s` seconds."""
@@ -96,10 +100,10 @@ class Monitor:
             self._records.end_evaluation(eval_s)
             self._console.end_evaluation()
 
-    def end_save(self, save_s: float) -> None:
-        """Record a checkpoint that took `save_s` seconds."""
+    def end_save(self, save_s: float, asynchronous: bool = False) -> None:
+        """Record a checkpoint for which the training stood still for `save_s` seconds."""
         if self.enabled:
-            self._records.end_save(save_s)
+            self._records.end_save(save_s, asynchronous)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Pass the summary to the trackers, and print the result."""
@@ -115,3 +119,8 @@ class Monitor:
             thread = Thread(target=self._recorder.close, daemon=True)
             thread.start()
             thread.join(CLOSE_S)  # a slow tracker must not keep the job from ending
+
+
+def first_per_update(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the first of the rows of each update."""
+    return [*{row["update"]: row for row in reversed(rows)}.values()][::-1]

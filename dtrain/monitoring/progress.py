@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dtrain.checkpoint.resume import length_dependent_parts
+from dtrain.checkpoint.same_run import length_dependent_parts
 from dtrain.comm.communicator import Comm
 from dtrain.comm.launcher import TERMINAL_VARIABLE, detect_launcher
 from dtrain.monitoring.run_totals import RunTotals

@@ -15,6 +15,7 @@ from dtrain.comm.communicator import Comm
 from dtrain.monitoring.figures import speed_figures
 from dtrain.monitoring.progress import library_versions
 from dtrain.monitoring.run_totals import RunTotals
+from dtrain.monitoring.summary import skipped_updates
 from dtrain.planning.plan import Plan
 from dtrain.tracking.recorder import Recorder
 
@@ -42,11 +43,12 @@ class RunRecords:
     def start(
         self, copied_blocks: Sequence[int], layer_notes: Sequence[str], notes: Sequence[str]
     ) -> None:
-        """Record a start, with hosts and versions."""
+        """Record a start, with hosts, nodes and versions."""
         self._record(
             "run",
             ranks=self.comm.size,
             hosts=list(self.comm.hosts),
+            nodes=self.comm.topology.node_numbers,
             versions=f"dtrain {version('dtrain')}, {library_versions(self.comm)}",
             job=ownership.slurm_job_id(),
             resolved=self.plan.run.to_table(),
@@ -64,14 +66,16 @@ class RunRecords:
             samples_per_s=totals.rate,
             samples=totals.samples,
             **totals.metric_means(),
+            **({"skipped_updates": skipped_updates(totals)} if totals.skips else {}),
             **totals.latest,
             slowest_host=self.comm.hosts[totals.latest["slowest_rank"]],
             **speed_figures(self.plan, totals.rate, totals.latest),
         )
 
-    def end_save(self, save_s: float) -> None:
-        """Record a checkpoint that took `save_s` seconds."""
-        self._record("checkpoint", save_s=save_s)
+    def end_save(self, save_s: float, asynchronous: bool) -> None:
+        """Record a checkpoint for which the training stood still for `save_s` seconds."""
+        how = {"asynchronous": True} if asynchronous else {}
+        self._record("checkpoint", save_s=save_s, **how)
 
     def end_evaluation(self, eval_s: float) -> None:
         """Record an evaluation that took `eval_s` seconds."""

@@ -22,6 +22,10 @@ UNFINISHED_SUMS = ("loss", "loss_counts", "metrics")
 """Fields of `MetricSums` that are added in the order of the samples."""
 
 
+MAX_SKIPPED = 20
+"""Skipped updates of a segment that are recorded with their reasons."""
+
+
 RankRecord = Mapping[str, Any]
 """Counters of one rank over one segment or one evaluation."""
 
@@ -60,6 +64,11 @@ class RunTotals:
     rows, loss_weight : float
         Samples of the current epoch so far, and the number by which mean losses divide: the
         samples, or their counted positions.
+    left_out : list of float
+        The samples or positions in `loss_weight` whose loss is not finite and not in `loss`, per
+        block; empty without such.
+    skips : dict of str to list of int
+        Skipped updates of each block, in all and since the last step, if the run may skip some.
     busy_s, stage_s : list of float
         Seconds without waits, and all seconds, per stage, summed over replicas.
     peak_live : list of int
@@ -97,6 +106,8 @@ class RunTotals:
     figures: dict[str, list[float | None]] = field(default_factory=dict)
     rows: int = 0
     loss_weight: float = 0.0
+    left_out: list[float] = field(default_factory=list)
+    skips: dict[str, list[int]] = field(default_factory=dict)
     busy_s: list[float] = field(default_factory=list)
     stage_s: list[float] = field(default_factory=list)
     peak_live: list[int] = field(default_factory=list)
@@ -143,7 +154,7 @@ class RunTotals:
         self.update = segment.stop
         if segment.offset == 0 or len(self.loss) != blocks:
             self.loss, self.figures = [None] * blocks, {}
-            self.rows, self.loss_weight = 0, 0.0
+            self.rows, self.loss_weight, self.left_out = 0, 0.0, []
         if len(self.busy_s) != stages:
             self.busy_s, self.stage_s = [0.0] * stages, [0.0] * stages
         self.peak_live = [0] * stages
@@ -168,6 +179,7 @@ class RunTotals:
             **slowest_rank(records),
             **rank_figures(records, updates),
             **block_values(records, blocks),
+            **_skip_values(records),
         }
 
     def _add_record(self, record: RankRecord) -> None:
@@ -176,6 +188,10 @@ class RunTotals:
             self.rows += record["rows"]
             self.loss_weight += record["loss_weight"]
             self.samples += record["rows"]
+        for block, count in record["left_out"].items():
+            self.left_out = self.left_out or [0.0] * len(self.loss)
+            self.left_out[int(block)] += count
+        self.skips |= {str(block): counts for block, counts in record["skips"].items()}
         self.busy_s[stage] += record["busy_s"]
         self.stage_s[stage] += record["wall_s"]
         self.peak_live[stage] = max(self.peak_live[stage], record["peak_live"])
@@ -223,7 +239,11 @@ class RunTotals:
         for sums in self.unfinished.values():
             for block, value in sums["loss"].items():
                 totals[int(block)] = (totals[int(block)] or 0.0) + value
-        return [None if total is None else total / weight for total in totals]
+        weights = [weight - left_out for left_out in self.left_out] or [weight] * len(totals)
+        return [
+            None if total is None or not block_weight else total / block_weight
+            for total, block_weight in zip(totals, weights, strict=True)
+        ]
 
     def metric_means(self) -> dict[str, list[float | None]]:
         """Return the means of the objective's other metrics in the current epoch, by name and
@@ -282,6 +302,13 @@ def block_values(records: Sequence[RankRecord], blocks: int) -> dict[str, list[f
         name: [value if math.isfinite(value) else None for value in row]
         for name, row in values.items()
     }
+
+
+def _skip_values(records: Sequence[RankRecord]) -> dict[str, Any]:
+    """Return the skipped updates of a segment with their reasons; nothing without such."""
+    skipped = [row for record in records for row in record["skip_reasons"]]
+    skipped.sort(key=lambda row: (row["update"], row["kind"] != "loss", row["block"]))
+    return {"skipped": skipped[:MAX_SKIPPED]} if skipped else {}
 
 
 def slowest_rank(records: Sequence[RankRecord]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class StartLog:
     def __init__(self, comm: Comm) -> None:
         self.enabled = comm.rank == 0
         self._hosts = comm.hosts
+        self._flight = comm.flight
         self._lock = Lock()
         self._has_head = False
 
@@ -66,6 +67,7 @@ class StartLog:
         description : str
             The work as a participle: "reading data".
         """
+        self._flight.note("start", description)
         if not self.enabled:
             yield
             return

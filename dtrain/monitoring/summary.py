@@ -87,6 +87,7 @@ def make_summary(
         **totals.evaluations,
         "bytes_intra_node": totals.bytes_intra_node,
         "bytes_inter_node": totals.bytes_inter_node,
+        **({"skipped_updates": skipped_updates(totals)} if totals.skips else {}),
         **low_rank_savings(totals.weights),
         "utilisation": _values_or_none(
             [busy / wall if wall else None for busy, wall in seconds], stages
@@ -98,6 +99,11 @@ def make_summary(
         "digest": digest,
         **({"class_labels": list(labels)} if labels else {}),
     }
+
+
+def skipped_updates(totals: RunTotals) -> list[int]:
+    """Return the number of updates that each block has skipped."""
+    return [counts[0] for _, counts in sorted(totals.skips.items(), key=lambda row: int(row[0]))]
 
 
 def low_rank_savings(weights: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -85,8 +85,7 @@ def plan_data_memory(plan: Plan) -> DataMemory:
     for array in arrays:
         sizes["node" if array in held else array.place] += array.source.nbytes
     on_disk = {a.split for a in arrays if a not in held and a.place == "disk"}
-    settings = plan.run.settings
-    rows = -(-settings.batch_size // (plan.layout.mesh.replicas * settings.micro_batches))
+    rows = plan.batch_splitter.largest_micro_batch
     piece = sum(
         FILE_CACHE_BYTES
         + read_ahead_bytes(split, rows, plan.layout.dtype, workers=plan.run.data.workers)

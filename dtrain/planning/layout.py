@@ -206,7 +206,8 @@ def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: 
         The mesh, the partition or the schedule does not fit.
     """
     _check_stages(run, ranks)
-    mesh = RankMesh.for_ranks(ranks, run.stages, run.mesh.placement)
+    shares = run.mesh.shares or ()
+    mesh = RankMesh.for_ranks(ranks, run.stages, run.mesh.placement, shares)
     objective, schedule = run.objective.instance, run.schedule.instance
     block_costs = make_block_costs(run, model, data_spec)
     layer_specs = block_costs.layer_specs
@@ -487,6 +488,7 @@ def describe(layout: Layout, rows: int) -> dict[str, Any]:
         "replicas": layout.mesh.replicas,
         "stages": layout.mesh.stages,
         "placement": layout.mesh.placement,
+        "shares": list(layout.mesh.shares),
         "cuts": list(layout.cuts),
         "place": list(layout.place),
         "blocks": [

@@ -5,7 +5,9 @@ be compared.
 
 ::
 
-    rank    parameters | gradients | optimizer | sync | versions | live | messages
+    rank    parameters | gradients | optimizer | sync | versions | live | messages | checkpoint
+                                                  |      |         |      |          `- copies for
+                                                  |      |         |      |    asynchronous saves
                                                   |      |         |      `- posted receives,
                                                   |      |         |         sends in flight
                                                   |      |         `- x, y, saved tensors
@@ -17,9 +19,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property, partial
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
@@ -82,6 +84,8 @@ class RankMemory:
         update.
     messages : int
         Posted receives, and sends in flight.
+    checkpoint : int
+        Copies of what an asynchronous checkpoint saves, from the first one on.
     """
 
     parameters: int
@@ -91,19 +95,42 @@ class RankMemory:
     versions: int
     live: int
     messages: int
+    checkpoint: int = 0
 
     @property
     def peak(self) -> int:
         """The sum of all parts."""
         memory = self.parameters + self.gradients + self.optimizer + self.sync
-        return memory + self.versions + self.live + self.messages
+        return memory + self.versions + self.live + self.messages + self.checkpoint
 
 
-def largest_micro_batch(plan: Plan, replica: int) -> int:
-    """Return the samples in a replica's largest micro-batch."""
-    size = min(plan.batch_splitter.batch_size, plan.data.train.size)
-    batch = plan.batch_splitter.batch(np.arange(size), 0, replica)
-    return max(map(len, batch.micro_batch_indices), default=0)
+class ReplicaRows(NamedTuple):
+    """Numbers of samples on which the memory of a replica depends.
+
+    Attributes
+    ----------
+    update, micro_batch : int
+        Samples of an update, and of its largest micro-batch.
+    evaluated : int
+        Micro-batches of the largest split that is evaluated.
+    """
+
+    update: int
+    micro_batch: int
+    evaluated: int
+
+
+def replica_rows(plan: Plan, replica: int) -> ReplicaRows:
+    """Return the numbers of samples on which the memory of a replica depends."""
+    splitter, splits = plan.batch_splitter, plan.data.by_name().items()
+    size = min(splitter.batch_size, plan.data.train.size)
+    batch = splitter.batch(np.arange(size), 0, replica)
+    evaluated = max(split.size for name, split in splits if name != "train")
+    return ReplicaRows(
+        update=splitter.part(size, replica),
+        micro_batch=max(map(len, batch.micro_batch_indices), default=0),
+        evaluated=math.ceil(splitter.part(evaluated, replica) / splitter.largest_micro_batch),
+    )
 
 
 def message_sizes(plan: Plan, rows: int, mode: ExecutionMode = "train") -> list[int]:
@@ -134,9 +161,12 @@ class MemoryPlan:
     def rank_memory(self) -> list[RankMemory]:
         """Return the planned memory of every rank, in rank order."""
         mesh = self.layout.mesh
-        rows = [largest_micro_batch(self.plan, replica) for replica in range(mesh.replicas)]
+        rows = [replica_rows(self.plan, replica) for replica in range(mesh.replicas)]
         coords = map(mesh.coords, range(mesh.ranks))
-        return [self._stage_memory(rows[replica])[stage] for replica, stage in coords]
+        return [
+            self._with_checkpoint(self._stage_memory(rows[replica])[stage], replica)
+            for replica, stage in coords
+        ]
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """Return the planned memory of every rank as plain values."""
@@ -150,11 +180,21 @@ class MemoryPlan:
             rows.append(position | sizes | {"peak_bytes": memory.peak})
         return rows
 
+    def _with_checkpoint(self, memory: RankMemory, replica: int) -> RankMemory:
+        """Add the copies that a rank of this replica keeps for asynchronous checkpoints."""
+        traits, run = self.plan.run.sync.instance.traits(), self.plan.run
+        if not run.checkpoint.asynchronous or (replica and not traits.replicas_diverge):
+            return memory
+        keeps_own = traits.replicas_diverge or traits.reparametrises
+        weights = (replica == 0) + keeps_own
+        own = weights * memory.parameters + memory.optimizer + memory.sync
+        return replace(memory, checkpoint=own)
+
     # ---- stages
 
-    def _sum_stages(self, rows: int) -> list[RankMemory]:
-        """Return the memory of every stage, for micro-batches of `rows` samples."""
-        blocks = dict(enumerate(self.block_memory(rows)))
+    def _sum_stages(self, rows: ReplicaRows) -> list[RankMemory]:
+        """Return the memory of every stage of a replica."""
+        blocks = dict(enumerate(self.block_memory(rows.micro_batch)))
         timeline, traits = self.plan.proof.timeline, self.plan.run.sync.instance.traits()
         copies_kept = traits.parameter_copies + (self.plan.run.ema is not None)
         policy = self.layout.schedule.policy(self.layout.place, self.layout.routes)
@@ -175,7 +215,8 @@ class MemoryPlan:
                     optimizer=0 if traits.keeps_no_optimizer_state else optimizer,
                     sync=copies_kept * gradients,
                     versions=sum(n * blocks[b].gradients for b, n in copies.items()),
-                    live=peak_live_bytes(actions, blocks) + self._head_cache_bytes(stage),
+                    live=peak_live_bytes(actions, blocks)
+                    + rows.update * self._head_cache_bytes(stage),
                     messages=message_bytes,
                 )
             )
@@ -192,16 +233,14 @@ class MemoryPlan:
         )
 
     def _head_cache_bytes(self, stage: int) -> int:
-        """Return the bytes that the heads of a stage cache from update to update."""
-        plan, specs = self.plan, self.layout.block_specs
-        samples = min(plan.batch_splitter.batch_size, plan.data.train.size)
-        rows = -(-samples // self.layout.mesh.replicas)
-        return rows * sum(
+        """Return the bytes per sample that the heads of a stage cache from update to update."""
+        specs = self.layout.block_specs
+        return sum(
             self.layout.objective.cached_bytes_per_sample(specs[b])
             for b in self.layout.blocks_of_stage(stage)
         )
 
-    def _message_bytes(self, rows: int) -> list[int]:
+    def _message_bytes(self, rows: ReplicaRows) -> list[int]:
         """Return the message bytes of every stage: the larger of training and evaluation."""
         plan, place = self.plan, self.layout.place
         late = self.layout.late_messages()
@@ -209,16 +248,13 @@ class MemoryPlan:
             plan.proof.timeline,
             place,
             (*self.layout.routes, *(route for route, _ in late)),
-            [*message_sizes(plan, rows), *(size for _, size in late)],
+            [*message_sizes(plan, rows.micro_batch), *(size for _, size in late)],
             update_bytes=() if late else self._exchanged_bytes(),
         )
         largest = plan.batch_splitter.largest_micro_batch
-        splits = plan.data.by_name().items()
-        evaluated = max(split.size for name, split in splits if name != "train")
-        count = math.ceil(evaluated / plan.layout.mesh.replicas / largest)
         forwards = [
             Span(stage, micro + block, micro + block + 1, Action("F", block, 0, micro))
-            for micro in range(min(count, len(place) + EXTRA_MICRO_BATCHES))
+            for micro in range(min(rows.evaluated, len(place) + EXTRA_MICRO_BATCHES))
             for block, stage in enumerate(place)
         ]
         routes = all_routes(self.layout.objective, self.layout.block_specs, "predict")

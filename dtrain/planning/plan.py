@@ -213,7 +213,10 @@ def _split_batches(run: RunConfig, layout: Layout, samples: int) -> BatchSplitte
     settings, coupling_layers = run.settings, layout.coupling_layers
     batch_size = settings.batch_size
     min_rows = 2 if coupling_layers else 1
-    splitter = BatchSplitter(batch_size, layout.mesh.replicas, settings.micro_batches, min_rows)
+    mesh = layout.mesh
+    splitter = BatchSplitter(
+        batch_size, mesh.replicas, settings.micro_batches, min_rows, mesh.shares
+    )
     last_batch = (samples - 1) % batch_size + 1
     if last_batch < splitter.min_rows:
         raise ConfigError(

@@ -14,6 +14,7 @@ from dtrain.planning.data_memory import data_lines, data_warnings, plan_data_mem
 from dtrain.planning.formatting import align_columns, percent, pluralise
 from dtrain.planning.layout import describe
 from dtrain.planning.memory_plan import MemoryPlan
+from dtrain.planning.placement_warnings import placement_warnings
 from dtrain.planning.plan import Plan
 from dtrain.planning.time_estimate import estimate_time, estimate_timeline
 from dtrain.planning.warnings import plan_warnings
@@ -81,7 +82,11 @@ def plan_table(plan: Plan, cost_file: CostFile | None = None) -> dict[str, Any]:
         "bubble": proof.bubble,
         "memory": memory,
         "data": data.to_dict(),
-        "cautions": [*plan_warnings(plan), *data_warnings(plan, data, peak)],
+        "cautions": [
+            *plan_warnings(plan),
+            *_placement_warnings(plan, cost_file),
+            *data_warnings(plan, data, peak),
+        ],
         "run": plan.run.to_table(),
     }
     if cost_file is not None:
@@ -89,12 +94,22 @@ def plan_table(plan: Plan, cost_file: CostFile | None = None) -> dict[str, Any]:
     return table
 
 
+def _placement_warnings(plan: Plan, cost_file: CostFile | None) -> list[str]:
+    """Return the warnings on nodes of as many consecutive ranks as a costs file says."""
+    ranks = None if cost_file is None else cost_file.rank_speed.ranks_per_node
+    if ranks is None:
+        return []
+    nodes = [rank // ranks for rank in range(plan.layout.mesh.ranks)]
+    return placement_warnings(plan, nodes, [f"node {node}" for node in nodes])
+
+
 def _size_lines(plan: Plan) -> list[str]:
     mesh, settings, length = plan.layout.mesh, plan.run.settings, plan.training_length
     micro_batches = pluralise(settings.micro_batches, "micro-batch", "micro-batches")
+    shares = f", shares {' '.join(map(str, mesh.shares))}" if mesh.shares else ""
     return [
         f"{pluralise(mesh.ranks, 'rank')} = {pluralise(mesh.replicas, 'replica')} x "
-        f"{pluralise(mesh.stages, 'stage')}, {mesh.placement}",
+        f"{pluralise(mesh.stages, 'stage')}, {mesh.placement}{shares}",
         f"{pluralise(length.total_updates, 'update')}, {length.updates_per_epoch:,} per epoch; "
         f"{pluralise(settings.batch_size, 'sample')} per update in {micro_batches} per replica",
     ]
@@ -164,8 +179,11 @@ def _not_sent(message: dict[str, Any]) -> str:
 
 def _memory_lines(memory: Sequence[dict[str, Any]]) -> list[str]:
     """Return one line per stage, of the replica that needs most."""
-    parts = ("parameters", "gradients", "optimizer", "sync", "versions", "live", "messages", "peak")
-    header = ("stage", *parts[:5], "live activations", "messages", "total")
+    parts = ["parameters", "gradients", "optimizer", "sync", "versions", "live", "messages"]
+    parts += ["checkpoint"] if any(rank["checkpoint_bytes"] for rank in memory) else []
+    parts.append("peak")
+    titles = {"live": "live activations", "peak": "total"}
+    header = ("stage", *(titles.get(part, part) for part in parts))
     stages: dict[int, dict[str, Any]] = {}
     for rank in memory:
         largest = stages.get(rank["stage"], rank)

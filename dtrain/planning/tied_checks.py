@@ -69,6 +69,12 @@ def _check_schedule(run: RunConfig, where: str, cycles: UpdateCycles | None) -> 
             f"{where}, but '{run.schedule.name}' updates blocks at different times, which depend "
             f'on the number of ranks: set schedule.name = "1f1b" or "fill-drain", {CURE}',
         )
+    if not schedule.flushes and run.numerics.skip_limit is not None:
+        raise ConfigError(
+            "model.tied-skip",
+            f"{where}, but '{run.schedule.name}' adds gradients of several updates, of which "
+            f'[numerics] non-finite may skip one: set schedule.name = "1f1b", {CURE}',
+        )
     requirements = schedule.optimizer_requirements()
     if requirements:
         raise ConfigError(

@@ -7,7 +7,6 @@ none stops a run.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -95,7 +94,7 @@ def _warn_small_batches(plan: Plan) -> Iterator[str]:
     rows = min((len(micro) for batch in batches for micro in batch.micro_batch_indices), default=0)
     if not _batch_norm_names(plan.layout) or rows >= MIN_NORM_SAMPLES:
         return
-    enough = MIN_NORM_SAMPLES * replicas * splitter.micro_batches
+    enough = splitter.sufficient_batch(MIN_NORM_SAMPLES * splitter.micro_batches)
     fewer = ""
     if splitter.micro_batches > 1:
         fewer = f", or fewer than micro-batches = {splitter.micro_batches}"
@@ -182,15 +181,15 @@ def _warn_empty_replicas(plan: Plan) -> Iterator[str]:
         yield (
             f"{first} of {replicas} replicas have no samples in any update of "
             f"{min(splitter.batch_size, size)} samples and only cost time: set batch-size = "
-            f"{replicas * splitter.min_rows} or more, or start fewer replicas"
+            f"{splitter.sufficient_batch(splitter.min_rows)} or more, or start fewer replicas"
         )
     elif last:
         rest = size - (updates - 1) * splitter.batch_size
         yield (
             f"{last} of {replicas} replicas have no samples in the last of {updates} updates of an "
             f"epoch, which has {rest} of {splitter.batch_size} samples: choose a batch-size that "
-            f"leaves at least {replicas * splitter.min_rows} of {size:,} samples, or start fewer "
-            "replicas"
+            f"leaves at least {splitter.sufficient_batch(splitter.min_rows)} of {size:,} samples, "
+            "or start fewer replicas"
         )
 
 
@@ -229,40 +228,6 @@ def _warn_uneven_blocks(plan: Plan) -> Iterator[str]:
         f"{noun} have {listed}{more} of the multiply-adds, the smallest {percent(min(shares))} and "
         f"the largest {percent(max(shares))}: {loss}; {cure}"
     )
-
-
-def placement_warnings(plan: Plan, hosts: Sequence[str]) -> list[str]:
-    """Return the warnings of a plan on the hosts of its ranks, each in one line."""
-    return list(_warn_daso_hosts(plan, hosts))
-
-
-def _warn_daso_hosts(plan: Plan, hosts: Sequence[str]) -> Iterator[str]:
-    """Warn of DASO whose replicas of a block are on one host, or each alone on its host."""
-    layout, mesh = plan.layout, plan.layout.mesh
-    if plan.run.sync.name != "daso" or mesh.replicas < 2:
-        return
-    hosts_of_stages = [
-        Counter(hosts[mesh.rank(replica, stage)] for replica in range(mesh.replicas))
-        for stage in range(mesh.stages)
-    ]
-    if all(len(counts) == 1 for counts in hosts_of_stages):
-        yield (
-            f"the sync 'daso' with all {mesh.replicas} replicas of a block on one host is "
-            "'every-step': its means between hosts never happen, and the host sends all gradients "
-            'in every update; set [sync] name = "every-step", or start on several hosts'
-        )
-    elif all(max(counts.values()) == 1 for counts in hosts_of_stages):
-        parameters = sum(b.parameters + b.head_parameters for b in layout.block_layouts)
-        size = parameters * layout.dtype.itemsize
-        cure = "use fewer stages than ranks of a host"
-        if mesh.placement == "stages-in-node":
-            cure = f'set [mesh] placement = "replicas-in-node", or {cure}'
-        yield (
-            f"the sync 'daso' has each of {mesh.replicas} replicas of a block on a host of its "
-            "own: no mean stays inside a host, and all weights "
-            f"({2 * (mesh.replicas - 1) * size / 1e6:,.3g} MB per mean) are sent between hosts; "
-            f"{cure}"
-        )
 
 
 def _head_fraction(block: BlockLayout) -> float:

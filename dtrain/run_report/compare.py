@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dtrain.checkpoint.safe_files import as_text
 from dtrain.planning.formatting import align_columns
 from dtrain.run_report.run_record import RunRecord, differing_settings, read_run_record
-from dtrain.run_report.safe_files import as_text
 from dtrain.run_report.texts import (
     UNKNOWN,
     bytes_text,

@@ -11,13 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple, final
 
+from dtrain.checkpoint.safe_files import as_count
 from dtrain.errors import ConfigError
 from dtrain.planning.formatting import pluralise
 from dtrain.rank_process import writes_files
 from dtrain.run_report.charts import missing_extra, require_matplotlib, save_figure
 from dtrain.run_report.page_parts import Chart, Runs, Section
 from dtrain.run_report.run_record import RunRecord, read_run_record
-from dtrain.run_report.safe_files import as_count
 from dtrain.run_report.sections import make_sections, overview_charts
 from dtrain.run_report.strategy_notes import strategy_note
 from dtrain.run_report.texts import (

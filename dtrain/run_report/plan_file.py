@@ -88,7 +88,8 @@ class RunPlan:
         """Samples of the largest micro-batch, 0 where that is not known."""
         if self.mesh is None or not self.batch_size:
             return 0
-        rows = -(-self.batch_size // self.mesh.replicas)
+        shares = self.mesh.shares or (1,) * self.mesh.replicas
+        rows = -(-self.batch_size * max(shares) // sum(shares))
         return -(-rows // max(self.micro_batches, 1))
 
 
@@ -126,9 +127,16 @@ def _int(text: str) -> int:
 
 
 def _mesh(text: str) -> RankMesh | None:
-    match = re.match(r"[\d,]+ ranks? = ([\d,]{1,9}) replicas? x ([\d,]{1,9}) stages?, (\S+)", text)
+    match = re.match(
+        r"[\d,]+ ranks? = ([\d,]{1,9}) replicas? x ([\d,]{1,9}) stages?, ([\w-]+)"
+        r"(?:, shares ([\d ]+))?",
+        text,
+    )
+    if match is None:
+        return None
     try:
-        return None if match is None else RankMesh(_int(match[1]), _int(match[2]), match[3])
+        shares = tuple(map(int, (match[4] or "").split()))
+        return RankMesh(_int(match[1]), _int(match[2]), match[3], shares)
     except Exception:  # a damaged file
         return None
 

@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any, final
 
 from dtrain.checkpoint.ownership import OWNER_FILE, owner_is_gone
-from dtrain.errors import ConfigError
-from dtrain.run_report.plan_file import RunPlan, parse_plan
-from dtrain.run_report.safe_files import (
+from dtrain.checkpoint.safe_files import (
     MAX_BYTES,
     Table,
     as_count,
@@ -30,6 +28,8 @@ from dtrain.run_report.safe_files import (
     read_json_lines,
     read_toml,
 )
+from dtrain.errors import ConfigError
+from dtrain.run_report.plan_file import RunPlan, parse_plan
 
 RUN_FILES = ("summary.json", "metrics.jsonl", OWNER_FILE)
 """A run folder has at least one of these."""
@@ -38,7 +38,7 @@ RUN_FILES = ("summary.json", "metrics.jsonl", OWNER_FILE)
 STATUSES = ("finished", "running", "stopped", "failed")
 
 
-NOT_METRICS = ("loss", "kind", "hosts", "copied_blocks", "layer_notes", "lr")
+NOT_METRICS = ("loss", "kind", "hosts", "nodes", "copied_blocks", "layer_notes", "lr")
 """Keys of a record that are no metrics of blocks."""
 
 
@@ -107,6 +107,12 @@ class RunRecord:
     def start_record(self) -> Table:
         """The record of the latest start."""
         return next((r for r in reversed(self.records) if r.get("kind") == "run"), {})
+
+    @property
+    def nodes(self) -> list[str]:
+        """The node of each rank, of the last start; the host where that is all that is known."""
+        nodes = self.start_record.get("nodes")
+        return [str(node) for node in nodes] if isinstance(nodes, list) else self.hosts
 
     @property
     def hosts(self) -> list[str]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from dtrain.checkpoint.safe_files import Table, as_number, as_table, as_text
 from dtrain.planning.formatting import pluralise
 from dtrain.run_report import charts
 from dtrain.run_report.page_parts import MAX_ROWS, Chart, Runs, Section, TableView, is_long
 from dtrain.run_report.plan_file import DrawnAction
 from dtrain.run_report.resource_sections import memory_section, traffic_section, waiting_section
 from dtrain.run_report.run_record import RunRecord, differing_settings, flatten
-from dtrain.run_report.safe_files import Table, as_number, as_table, as_text
 from dtrain.run_report.texts import (
     UNKNOWN,
     absence_text,

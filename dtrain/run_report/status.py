@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dtrain.checkpoint.safe_files import Table, as_count, as_number, as_numbers, as_text
 from dtrain.planning.formatting import percent, pluralise
 from dtrain.run_report.run_record import RunRecord, read_checkpoints, read_run_record
-from dtrain.run_report.safe_files import Table, as_count, as_number, as_numbers, as_text
 from dtrain.run_report.texts import (
     STATUS_TITLES,
     count_text,

@@ -13,8 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, final
 
-from dtrain.run_report.plan_file import DrawnAction
-from dtrain.run_report.safe_files import (
+from dtrain.checkpoint.safe_files import (
     Table,
     as_count,
     as_number,
@@ -22,6 +21,7 @@ from dtrain.run_report.safe_files import (
     as_text,
     read_json_lines,
 )
+from dtrain.run_report.plan_file import DrawnAction
 
 TRACE_FILE = "trace.json"
 

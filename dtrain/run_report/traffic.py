@@ -34,7 +34,7 @@ def traffic_by_kind(run: RunRecord) -> list[Traffic]:
     if intra is None or inter is None:
         return []
     total = Traffic(ALL, int(intra), int(inter))
-    messages = _message_bytes(run.plan, run.hosts, run.count("samples"))
+    messages = _message_bytes(run.plan, run.nodes, run.count("samples"))
     if messages is None:
         return [total]
     rest_intra = total.intra_node - sum(kind.intra_node for kind in messages)
@@ -46,18 +46,19 @@ def traffic_by_kind(run: RunRecord) -> list[Traffic]:
     return [kind for kind in kinds if kind.intra_node or kind.inter_node]
 
 
-def _message_bytes(plan: RunPlan, hosts: list[str], samples: int) -> list[Traffic] | None:
+def _message_bytes(plan: RunPlan, nodes: list[str], samples: int) -> list[Traffic] | None:
     """Return the planned bytes of messages by route; None where plan and ranks do not fit."""
     mesh, rows = plan.mesh, plan.rows_per_micro_batch
-    if mesh is None or not rows or len(hosts) != mesh.ranks:
+    if mesh is None or not rows or len(nodes) != mesh.ranks:
         return None
+    shares = mesh.shares or (1,) * mesh.replicas
     sizes: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for message in plan.messages:
         if not message.is_sent or max(message.source_stage, message.target_stage) >= mesh.stages:
             continue
         for replica in range(mesh.replicas):
             ends = message.source_stage, message.target_stage
-            source, target = (hosts[mesh.rank(replica, stage)] for stage in ends)
-            size = message.size / rows * samples / mesh.replicas
+            source, target = (nodes[mesh.rank(replica, stage)] for stage in ends)
+            size = message.size / rows * samples * shares[replica] / sum(shares)
             sizes[message.route][source != target] += size
     return [Traffic(route, round(a), round(b)) for route, (a, b) in sizes.items()]

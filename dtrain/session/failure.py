@@ -13,6 +13,7 @@ from dtrain.checkpoint import run_folder
 from dtrain.checkpoint.ownership import Owner
 from dtrain.comm.communicator import Comm
 from dtrain.errors import DtrainError, Interrupted, add_location, one_line
+from dtrain.rank_process import launcher_loss
 
 REPORT_DELAY_S = 2.0
 """Seconds by which a rank that fails after another one delays its report."""
@@ -38,8 +39,10 @@ def report_failure(error: BaseException, comm: Comm, out: Path, owner: Owner | N
     is_first = comm.rank == 0
     if owner is not None:
         status = "stopped" if is_stopped else "failed"
-        key = error.key if isinstance(error, (DtrainError, Interrupted)) else None
-        is_first = run_folder.release_unfinished(out, owner, status, one_line(error), key)
+        loss = None if isinstance(error, DtrainError) else launcher_loss()
+        cause = loss or error
+        key = cause.key if isinstance(cause, (DtrainError, Interrupted)) else None
+        is_first = run_folder.release_unfinished(out, owner, status, one_line(cause), key)
     comm.flight.close()
     if isinstance(error, Interrupted):
         error.quiet = not is_first

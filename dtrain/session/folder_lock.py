@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import final
 
 from dtrain.checkpoint import ownership, run_folder
 from dtrain.checkpoint.resume import ResumePoint, find_checkpoint, set_damaged_aside
+from dtrain.checkpoint.run_folder import BEST_FOLDER, CHECKPOINT_FOLDER
+from dtrain.checkpoint.store import remove_partial
 from dtrain.comm.agree import all_or_none, broadcast_object
 from dtrain.comm.communicator import Comm
 from dtrain.errors import ConfigError, DtrainError
@@ -74,6 +77,10 @@ def _acquire(out: Path, resume: str, point: ResumePoint) -> tuple[ownership.Owne
     except DtrainError:
         ownership.release(out, owner)
         raise
+    run_folder.remove_drafts(out)
+    for folder in (out / CHECKPOINT_FOLDER, out / CHECKPOINT_FOLDER / BEST_FOLDER):
+        with suppress(OSError):  # the next save tries again
+            remove_partial(folder)
     attempts = (run_folder.read_summary(out) or {}).get("attempts", 0)
     run_folder.archive(out, run_folder.FLIGHT_FOLDER, attempts)
     return owner, attempts + 1

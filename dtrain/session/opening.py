@@ -14,15 +14,10 @@ from pathlib import Path
 from dtrain.build import RankJob, build_rank, check_same_layout, make_plan_together, set_threads
 from dtrain.callbacks import Callback, Ema, all_callbacks, with_callback_keys
 from dtrain.checkpoint import run_folder
-from dtrain.checkpoint.resume import (
-    ResumePoint,
-    check_same_model,
-    damage_notes,
-    data_path_notes,
-    find_resume_point,
-    source_hashes,
-    source_notes,
-)
+from dtrain.checkpoint.local_level import recover
+from dtrain.checkpoint.resume import ResumePoint, damage_notes, find_resume_point
+from dtrain.checkpoint.same_run import data_path_notes
+from dtrain.checkpoint.saved_fingerprint import check_same_model, source_hashes, source_notes
 from dtrain.comm.agree import all_or_none
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
@@ -30,10 +25,11 @@ from dtrain.monitoring.machine_peak import measured_peak
 from dtrain.monitoring.monitor import Monitor
 from dtrain.monitoring.run_totals import RunTotals
 from dtrain.monitoring.start_log import StartLog
+from dtrain.planning.placement_warnings import placement_warnings
 from dtrain.planning.plan import Plan
-from dtrain.planning.warnings import placement_warnings
 from dtrain.schema import Table
 from dtrain.session.folder_lock import FolderLock
+from dtrain.session.hang_watch import HangWatch
 from dtrain.session.job_limit import JobLimit
 from dtrain.session.layer_notes import layer_notes
 from dtrain.session.measured_cuts import settle_cuts
@@ -115,12 +111,13 @@ def open_run(
     callbacks: Sequence[Callback],
     comm: Comm,
     lock: FolderLock,
+    watch: HangWatch,
     resources: ExitStack,
 ) -> OpenRun:
     """Lock the folder, build this rank and restore the newest checkpoint. Collective over `comm`.
 
-    `lock` is that of the run folder `out`; `resources` receives what has to be closed, even by a
-    start that fails. `resume` is that of `Session`.
+    `lock` is that of the run folder `out`, `watch` that of this rank; `resources` receives what has
+    to be closed, even by a start that fails. `resume` is that of `Session`.
 
     Raises
     ------
@@ -138,6 +135,7 @@ def open_run(
     resources.callback(lock.release)
     attempt = lock.acquire(resume, point)
     comm.flight.set_folder(out / run_folder.FLIGHT_FOLDER)
+    watch.use_run_folder(checked.plan.layout.mesh)
     with log.step("building the blocks"):
         job = _build(checked.plan, comm, resources)
     all_or_none(comm, lambda: check_same_model(point.fingerprint, job.model_fingerprint))
@@ -180,6 +178,8 @@ def _check_run(
     check_same_program(given, comm)
     share_module(given.model.target, comm)
     threads = set_threads(given, comm)
+    level, keep = given.checkpoint.local, given.checkpoint.keep
+    recovered = recover(comm, out, level, keep) if level is not None and resume == "auto" else []
     point = find_resume_point(comm, out, resume)
     run = all_or_none(comm, lambda: with_callback_keys(given, callbacks))
     run = settle_cuts(run.with_checkpoint_blocks(point.run_table), comm)
@@ -193,6 +193,7 @@ def _check_run(
     all_or_none(comm, lambda: check_resume(out, point, plan, data_fingerprint))
     if resume == "fresh":
         all_or_none(comm, lambda: check_weights_stay(out, plan.run))
+    notes += recovered
     return CheckedRun(plan, point, every_callback, data_fingerprint, notes, threads)
 
 
@@ -218,8 +219,7 @@ def _start_records(job: RankJob, totals: RunTotals, out: Path, comm: Comm) -> No
     """Write the plan, and record norms and the timeline where the run has them. Collective."""
     run = job.plan.run
     job.engine.update_step.records_norms = run.log.norms
-    if comm.rank == 0:
-        write_plan(job.plan, totals, out)
+    all_or_none(comm, lambda: None if comm.rank else write_plan(job.plan, totals, out))
     if run.settings.trace:
         job.engine.trace = start_trace(job, comm, out, totals)
 
@@ -237,7 +237,7 @@ def _start_message(
     plan, point = job.plan, checked.point
     notes = [
         *checked.notes,
-        *placement_warnings(plan, comm.hosts),
+        *placement_warnings(plan, comm.topology.node_numbers, comm.hosts),
         *data_path_notes(point.run_table, plan.run),
         *damage_notes(point),
         *source_notes(point.fingerprint, fingerprint["source"]),

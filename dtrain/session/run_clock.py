@@ -117,9 +117,16 @@ class RunClock:
             self._said_request = True
             self._say_where_it_stops(update)
 
-    def note_save(self, save_s: float) -> None:
-        """Record the time of a checkpoint; the next one by the clock is counted from now."""
-        self._save_s, self._first_save_s = save_s, save_s
+    def note_save(self, save_s: float | None) -> None:
+        """Record the time of a checkpoint; the next one by the clock is counted from now.
+
+        Parameters
+        ----------
+        save_s : float or None
+            None: it is being written, and none has been measured yet.
+        """
+        if save_s is not None:
+            self._save_s = self._first_save_s = save_s
         self._restart(time.monotonic())
         self._next_save = time.monotonic() + self._interval_s
 

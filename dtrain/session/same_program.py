@@ -1,4 +1,4 @@
-"""All ranks run the same thing: run file, user's code, versions and dtrain's own code.
+"""All ranks run the same thing: run file, user's code, versions, environment and dtrain's own code.
 
 Invariant: it is compared before the first collective that depends on the run, so that a stale file
 on one node is named and nothing hangs.
@@ -6,6 +6,7 @@ on one node is named and nothing hangs.
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 from functools import cache
@@ -17,17 +18,24 @@ import numpy as np
 import torch
 
 import dtrain
-from dtrain.checkpoint.resume import source_hashes
+from dtrain.checkpoint.saved_fingerprint import source_hashes
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
 from dtrain.errors import ConfigError
 from dtrain.schema import flatten_table
 
+VARIABLES = (
+    *("CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"),
+    *("MKL_CBWR", "ONEDNN_DEFAULT_FPMATH_MODE", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"),
+)
+"""Variables of the environment that change the numbers that torch computes."""
+
+
 ADDRESS = re.compile(" at 0x[0-9a-f]+")
 
 
 def check_same_program(run: RunConfig, comm: Comm) -> None:
-    """Verify that all ranks have the same run and the same versions. Collective over `comm`.
+    """Verify that all ranks have the same run, versions and environment. Collective over `comm`.
 
     Raises
     ------
@@ -35,7 +43,7 @@ def check_same_program(run: RunConfig, comm: Comm) -> None:
         On all ranks; it names a rank and the first key that differs.
     """
     rows = {key: ADDRESS.sub("", repr(value)) for key, value in flatten_table(run.to_table())}
-    _compare(rows | _versions(), comm)
+    _compare(rows | _versions() | _environment(), comm)
 
 
 def check_same_source(run: RunConfig, comm: Comm) -> None:
@@ -76,6 +84,10 @@ def _versions() -> dict[str, Any]:
         "version of numpy": np.__version__,
         "code of dtrain": _own_code(),
     }
+
+
+def _environment() -> dict[str, str]:
+    return {f"environment variable {name}": os.environ.get(name, "absent") for name in VARIABLES}
 
 
 @cache

@@ -12,11 +12,11 @@ import torch
 
 from dtrain.block.optimizer import squared_norm
 from dtrain.build import RankJob
-from dtrain.callbacks import Ema
+from dtrain.engine.skipped_updates import skip_records
 
 
 def segment_record(
-    job: RankJob, bytes_before: tuple[int, int], ema: Ema | None, peak_flops: float | None
+    job: RankJob, bytes_before: tuple[int, int], kept_bytes: int, peak_flops: float | None
 ) -> dict[str, Any]:
     """Return what this rank measured in a segment, as plain values.
 
@@ -24,8 +24,8 @@ def segment_record(
     ----------
     bytes_before : tuple of int
         Bytes that this rank had sent inside and between nodes before the segment.
-    ema : Ema or None
-        The averaged weights.
+    kept_bytes : int
+        Memory of the averaged weights and of copies for checkpoints.
     peak_flops : float or None
         Measured peak of the machine, in operations per second.
     """
@@ -37,12 +37,13 @@ def segment_record(
         "bytes_intra_node": traffic.bytes_intra - bytes_before[0],
         "bytes_inter_node": traffic.bytes_inter - bytes_before[1],
         "peak_live": engine.peak_live,
-        "peak_bytes": engine.peak_bytes() + (0 if ema is None else ema.nbytes),
+        "peak_bytes": engine.peak_bytes() + kept_bytes,
         "rss_bytes": _rss_bytes(),
         "memory_bytes": _memory_bytes(engine.engine_spec.device),
         "peak_flops": peak_flops,
         "weights": _low_rank_stats(job),
         "block_values": _block_values(job),
+        **_skip_values(job),
     }
 
 
@@ -70,6 +71,15 @@ def _block_values(job: RankJob) -> dict[int, dict[str, float]]:
             values[index]["gradient_norm"] = step.gradient_norms.get(index, 0.0)
             values[index]["weight_norm"] = squared_norm(weights) ** 0.5
     return values
+
+
+def _skip_values(job: RankJob) -> dict[str, Any]:
+    """Return the skipped updates of this rank's blocks, and why it skipped those of the segment."""
+    skips = job.engine.update_step.skips
+    return {
+        "skips": {} if skips is None else skips.state(),
+        "skip_reasons": [] if skips is None else skip_records(skips.reasons),
+    }
 
 
 def _rss_bytes() -> int:

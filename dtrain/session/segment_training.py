@@ -13,6 +13,7 @@ from typing import final
 from dtrain.engine.metrics import MetricSums
 from dtrain.errors import ConfigError
 from dtrain.schedules.segments import Segment
+from dtrain.session.checkpoint_writer import CheckpointWriter
 from dtrain.session.end_requests import EndRequests
 from dtrain.session.opening import OpenRun
 from dtrain.session.segment_record import segment_record
@@ -28,6 +29,8 @@ class SegmentTraining:
         The run.
     requests : EndRequests
         What the ranks are asked for.
+    checkpoints : CheckpointWriter
+        Its memory is part of the records.
     save_if_requested : callable
         Saves, between two parts of a segment.
     before_part : callable
@@ -43,11 +46,13 @@ class SegmentTraining:
         self,
         run: OpenRun,
         requests: EndRequests,
+        checkpoints: CheckpointWriter,
         save_if_requested: Callable[[], None],
         before_part: Callable[[], None],
     ) -> None:
         self._run = run
         self._requests = requests
+        self._checkpoints = checkpoints
         self._save_if_requested = save_if_requested
         self._before_part = before_part
         self.segment: Segment | None = None
@@ -167,7 +172,8 @@ class SegmentTraining:
             )
         for sync in job.engine.syncs.values():
             sync.finish_pending()
-        record = segment_record(job, self._bytes_before, run.ema, run.peak_flops)
+        kept_bytes = self._checkpoints.nbytes + (0 if run.ema is None else run.ema.nbytes)
+        record = segment_record(job, self._bytes_before, kept_bytes, run.peak_flops)
         request = early_end.announce(segment.stop)
         rows = job.groups.control.allgather_object([record, request])
         run.totals.add_segment(

@@ -34,6 +34,7 @@ from dtrain.config.run import RunConfig
 from dtrain.errors import RankLostError
 from dtrain.monitoring.metric_values import higher_is_better, metric_values
 from dtrain.monitoring.summary import make_summary
+from dtrain.paths import expand_path, expand_text
 from dtrain.planning.plan import Plan
 from dtrain.rank_process import init
 from dtrain.run import Run
@@ -43,6 +44,7 @@ from dtrain.session.end_requests import EndRequests
 from dtrain.session.evaluator import Evaluator
 from dtrain.session.failure import report_failure
 from dtrain.session.folder_lock import FolderLock
+from dtrain.session.hang_watch import HangWatch
 from dtrain.session.opening import OpenRun, open_run
 from dtrain.session.segment_training import SegmentTraining
 from dtrain.user_code import refuse_during_import
@@ -80,7 +82,8 @@ class Session:
         Refuse ranks on which the stages of the run do not fit. Otherwise as many stages are taken
         as fit, and the other ranks are replicas.
     comm : Comm, optional
-        All ranks; default: those of `dtrain.init`.
+        The ranks that train; default: those of `dtrain.init`, or a part of them, as
+        ``dtrain.init().split(color)`` returns it.
 
     Attributes
     ----------
@@ -103,14 +106,16 @@ class Session:
         self.callbacks = tuple(callbacks)
         config = run if isinstance(run, RunConfig) else run.config
         folder = Path("runs") / config.path.stem if out is None else Path(out)
-        self.out = all_or_none(self.comm, lambda: fill_keys(folder, config))
+        self.out = all_or_none(self.comm, lambda: fill_keys(expand_path(folder, "out"), config))
         self._given = config if exact_mesh else config.fit_stages(self.comm.size)
-        self._resume = resume
+        self._resume = all_or_none(self.comm, lambda: expand_text(resume, "resume"))
         self._lock = FolderLock(self.comm, self.out)
         self._requests = EndRequests()
         self._resources = ExitStack()
+        self._saves = ExitStack()
         self._opened: OpenRun | None = None
         self._summary: dict[str, Any] | None = None
+        self._has_trained = False
 
     # ---- start and end
 
@@ -148,20 +153,31 @@ class Session:
 
     def _open(self) -> None:
         comm, requests = self.comm, self._requests
+        watch = HangWatch(comm, self._given.timeouts, self.out, self._lock)
+        self._resources.callback(watch.close)
         self._opened = run = open_run(
-            self._given, self.out, self._resume, self.callbacks, comm, self._lock, self._resources
+            self._given,
+            self.out,
+            self._resume,
+            self.callbacks,
+            comm,
+            self._lock,
+            watch,
+            self._resources,
         )
         self.callbacks = run.callbacks
         _RUNS[self.out.resolve()] = run.job.plan.run
         self._evaluator = Evaluator(run.job, run.ema, comm)
         self._checkpoints = CheckpointWriter(run, self._lock, self._evaluator)
+        self._saves.callback(self._checkpoints.discard)
         self._training = SegmentTraining(
-            run, requests, self._save_if_requested, self._evaluator.forget
+            run, requests, self._checkpoints, self._save_if_requested, self._evaluator.forget
         )
         self._resources.callback(requests.close)
         requests.listen(comm, run.job, run.monitor.note, run.limit, run.totals.update)
         run.show_start()
         self._notify("start")
+        comm.flight.enter("collective")
 
     @property
     def _run(self) -> OpenRun:
@@ -172,6 +188,8 @@ class Session:
         """Reach the end of the segment, then write the summary with the model's digest."""
         if self._training.segment is not None:
             self.finish(self._training.segment)
+        with self.comm.flight.in_section("checkpoint"):
+            self._checkpoints.finish()
         self._requests.end(self.update)
         self._notify("end")
         self._run.monitor.finish(self._finished_summary())
@@ -197,6 +215,7 @@ class Session:
     def _close(self, error: BaseException | None) -> None:
         """Record a failure, release the folder, and leave the terminal as it was."""
         with self._resources:
+            self._saves.close()
             if error is not None:
                 report_failure(error, self.comm, self.out, self._lock.owner)
             if isinstance(error, SystemExit) and self.comm.size > 1:  # the other ranks go on
@@ -223,7 +242,7 @@ class Session:
 
     @property
     def saved_update(self) -> int:
-        """Updates that the newest checkpoint of the run holds."""
+        """Updates that the newest checkpoint of the run holds, or the one that is being written."""
         return self._checkpoints.saved_update
 
     @property
@@ -307,10 +326,15 @@ class Session:
         A run that was stopped early yields fewer.
         """
         clock, monitor = self._requests.clock, self._run.monitor
+        self.comm.flight.enter("update" if self._has_trained else "first-update")
         for update in self._training.updates(segment):
+            if not self._has_trained:
+                self._has_trained = True
+                self.comm.flight.enter("update")
             monitor.show(update)
             if clock is not None:
                 clock.note_update(update)
+            self._checkpoints.poll()
             if self.callbacks:
                 self._notify("update", update + 1)
             yield update
@@ -318,6 +342,7 @@ class Session:
     def finish(self, segment: Segment) -> None:
         """End a segment: syncs settle, and the records of all ranks are added up."""
         finished = self._training.finish(segment)
+        self.comm.flight.enter("collective")
         if finished is None:  # it ended early
             self._write_running_summary()
             return
@@ -349,7 +374,8 @@ class Session:
         self._training.refuse_open("evaluate")
         totals, start = self._run.totals, time.perf_counter()
         totals.evaluation_pending = False
-        totals.test, totals.evaluations = self._evaluator.test()
+        with self.comm.flight.in_section("evaluation"):
+            totals.test, totals.evaluations = self._evaluator.test()
         totals.tested = totals.update
         totals.tick()
         totals.add_history_test()
@@ -367,18 +393,21 @@ class Session:
         self._training.refuse_open("save")
         self._run.totals.tick()
         start = time.perf_counter()
-        self._checkpoints.save()
+        with self.comm.flight.in_section("checkpoint"):
+            self._checkpoints.save(at_once=self.interrupted)
         save_s = time.perf_counter() - start
-        self._run.monitor.end_save(save_s)
+        self._run.monitor.end_save(save_s, self._checkpoints.is_asynchronous)
         if self._requests.clock is not None:
-            self._requests.clock.note_save(save_s)
+            write_s = self._checkpoints.write_s if self._checkpoints.is_asynchronous else save_s
+            self._requests.clock.note_save(write_s)
         self._write_running_summary()
         self._notify("checkpoint")
 
     def save_best(self) -> None:
         """Keep the evaluated weights in ``checkpoints/best``, in the place of earlier ones."""
         self._training.refuse_open("save_best")
-        self._checkpoints.save_best()
+        with self.comm.flight.in_section("checkpoint"):
+            self._checkpoints.save_best()
 
     def digest(self) -> str:
         """Return the SHA-256 of the evaluated model."""

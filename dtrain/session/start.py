@@ -24,18 +24,16 @@ from dtrain.callbacks import (
 )
 from dtrain.checkpoint import run_folder, store
 from dtrain.checkpoint.manifest import Manifest, read_manifest
-from dtrain.checkpoint.resume import (
-    ResumePoint,
-    check_same_run,
-    check_saved_data,
-    data_path_changes,
-)
+from dtrain.checkpoint.resume import ResumePoint
+from dtrain.checkpoint.same_run import check_same_run, data_path_changes
+from dtrain.checkpoint.saved_fingerprint import check_saved_data
 from dtrain.comm.agree import all_or_none
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
-from dtrain.data.statistics.kept_statistics import write_kept
+from dtrain.data.statistics.kept_statistics import STATISTICS_FILE, kept_text
 from dtrain.data.statistics.shared_statistics import share_statistics, use_kept_statistics
 from dtrain.data.statistics.standardise import find_standardised
+from dtrain.engine.engine import segments_are_free
 from dtrain.engine.trace import TRACE_FILE, Trace
 from dtrain.errors import ConfigError
 from dtrain.monitoring.metric_values import check_metric_name, metric_names
@@ -59,7 +57,9 @@ def check_resume(out: Path, point: ResumePoint, plan: Plan, data_fingerprint: Ta
     """Refuse settings or data that are not those of the checkpoint, if there is one."""
     is_trained = point.updates >= plan.training_length.total_updates
     knows_data = "data" in point.fingerprint
-    check_same_run(out, point.run_table, plan.run, is_trained, knows_data)
+    layout = plan.layout
+    is_free = segments_are_free(layout.objective, layout.schedule, layout.routes)
+    check_same_run(out, point.run_table, plan.run, is_trained, knows_data, is_free)
     changes = data_path_changes(point.run_table, plan.run)
     check_saved_data(point.fingerprint, data_fingerprint, changes)
 
@@ -150,7 +150,10 @@ def restore_run(
                 callback.restore(states[key])
         if ema is not None:
             _restore_ema(manifest, ema, engine.blocks)
-        return RunTotals.from_state(manifest.state), 0 if same else manifest.replicas
+        totals = RunTotals.from_state(manifest.state)
+        if engine.update_step.skips is not None:
+            engine.update_step.skips.restore(totals.skips)
+        return totals, 0 if same else manifest.replicas
 
     return all_or_none(job.groups.control, restore_rank)
 
@@ -164,12 +167,13 @@ def _restore_ema(manifest: Manifest, ema: Ema, blocks: Mapping[int, Block]) -> N
 
 def write_plan(plan: Plan, totals: RunTotals, out: Path) -> None:
     """Write the resolved run, its plan, the statistics of its data and a first summary, once every
-    rank accepted the run."""
-    (out / "run.toml").write_text(plan.run.to_text(), encoding="utf-8")
-    (out / "plan.txt").write_text(report.plan_text(plan), encoding="utf-8")
+    rank accepted the run. Errors are those of `run_folder.write_record`."""
+    texts = {"run.toml": plan.run.to_text(), "plan.txt": report.plan_text(plan)}
     standardised = find_standardised(plan.data.train)
     if standardised is not None and standardised.training.is_computed:
-        write_kept(out, standardised.training)
+        texts[STATISTICS_FILE] = kept_text(standardised.training)
+    for name, text in texts.items():
+        run_folder.write_record(out, name, text)
     run_folder.write_summary(out, make_summary(plan, totals, "running"))
 
 

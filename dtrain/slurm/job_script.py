@@ -11,11 +11,12 @@ from pathlib import Path
 
 from dtrain.slurm.site import Site
 
-TEMPLATE = "job.sh.jinja"
+TEMPLATES = {"slurm": "job.sh.jinja", "none": "local.sh.jinja"}
+"""By the scheduler of the site."""
 
 
 REQUEUE_BUDGET = 3
-"""Times in a row that a job may be requeued without a further update."""
+"""Starts in a row without a further update after which a job is not started again."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,15 @@ class SlurmJob:
     nodes, ranks_per_node, cpus_per_rank : int
         Resources.
     minutes : int
-        Time limit.
+        Time limit of one start; 0: none.
     account, partition : str
         "": not given.
     array_key : str
         Dotted key that the tasks of an array set; "": no array.
     array_values : tuple of str
-        The value of each task.
+        The value of each task; in a sweep the name of its run.
+    array_settings : tuple of tuple of str
+        ``KEY=VALUE`` of each task, in a sweep.
     after : str
         A dependency of `sbatch --dependency`; "": none.
     container : str
@@ -64,6 +67,7 @@ class SlurmJob:
     partition: str = ""
     array_key: str = ""
     array_values: tuple[str, ...] = ()
+    array_settings: tuple[tuple[str, ...], ...] = ()
     after: str = ""
     container: str = ""
     environment_archive: str = ""
@@ -72,6 +76,18 @@ class SlurmJob:
     def ranks(self) -> int:
         """Ranks on all nodes."""
         return self.nodes * self.ranks_per_node
+
+    @property
+    def task_settings(self) -> tuple[tuple[str, ...], ...]:
+        """``KEY=VALUE`` of each task of an array."""
+        return self.array_settings or tuple(
+            (f"{self.array_key}={value}",) for value in self.array_values
+        )
+
+    @property
+    def table(self) -> Path:
+        """The table of a sweep, as CSV."""
+        return self.out.parent / "sweep.csv"
 
     def out_of(self, value: str) -> Path:
         """Return the run folder of a task of an array."""
@@ -99,13 +115,14 @@ def render_script(job: SlurmJob, site: Site) -> str:
     )
     environment.filters["quote"] = lambda value: shlex.quote(str(value))
     hours, minutes = divmod(job.minutes, 60)
-    return environment.get_template(TEMPLATE).render(
+    return environment.get_template(TEMPLATES[site.scheduler]).render(
         job=job,
         site=site,
         lead=min(site.signal_lead_s, 20 * job.minutes),  # a third of a short limit
         time=f"{hours:02}:{minutes:02}:00",
         log=_log_pattern(job),
         budget=REQUEUE_BUDGET,
+        sets=lambda settings: shlex.join(word for text in settings for word in ("--set", text)),
     )
 
 

@@ -5,14 +5,19 @@ A profile is a TOML file. Those of `sites/` come with dtrain; a path names a use
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dtrain.errors import ConfigError, unknown_name
+from dtrain.paths import expand_path
 from dtrain.schema import from_table, load_toml
 
 SITES = Path(__file__).parent / "sites"
+
+
+SCHEDULERS = ("slurm", "none")
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Site:
     tested : str
         What of this profile was tested, and where.
     cores_per_node : int
-        Cores that a job may use on a node.
+        Cores that a job may use on a node; 0: all of this machine, without a scheduler only.
     memory_per_node_gb : float
         Memory that a job may use on a node, in 10^9 bytes; 0: unknown.
     gpus_per_node : int
@@ -53,6 +58,8 @@ class Site:
         Value of `srun --mpi`; "": no such option.
     srun : tuple of str
         Further options of `srun`: binding, GPUs.
+    scheduler : str
+        "slurm", or "none": the job runs on this machine, and its script starts it again.
     signal_lead_s : int
         Seconds before the time limit at which Slurm sends the signal to save.
     node_disk : str
@@ -75,14 +82,27 @@ class Site:
     environment: dict[str, Any] = field(default_factory=dict)
     mpi: str = "pmix"
     srun: tuple[str, ...] = ()
+    scheduler: str = "slurm"
     signal_lead_s: int = 180
     node_disk: str = "/tmp"
 
     def __post_init__(self) -> None:
-        if self.cores_per_node < 1:
+        if self.scheduler not in SCHEDULERS:
+            raise unknown_name("scheduler", self.scheduler, SCHEDULERS)
+        if self.cores_per_node < self.has_slurm:
             raise ConfigError(
                 "site.cores", f"cores-per-node = {self.cores_per_node}: give a number from 1"
             )
+
+    @property
+    def has_slurm(self) -> bool:
+        """Whether Slurm starts the jobs."""
+        return self.scheduler == "slurm"
+
+    @property
+    def cores(self) -> int:
+        """Cores that a job may use on a node."""
+        return self.cores_per_node or len(os.sched_getaffinity(0))
 
 
 def site_names() -> list[str]:
@@ -98,7 +118,7 @@ def read_site(name: str) -> Site:
     ConfigError
         There is no such profile, or it is not valid.
     """
-    path = Path(name).expanduser()
+    path = expand_path(name, "--site")
     if path.suffix != ".toml":
         path = SITES / f"{name}.toml"
         if name not in site_names():

@@ -25,6 +25,7 @@ from dtrain.planning.memory_plan import MemoryPlan
 from dtrain.planning.plan import Plan, make_plan
 from dtrain.slurm.job_script import SlurmJob, render_script
 from dtrain.slurm.site import Site, read_site
+from dtrain.slurm.sweep import array_of_sweep, sweep_of_job
 
 SCRIPT_NAME = "job.sh"
 
@@ -45,7 +46,7 @@ class Submission:
     text : str
         The script.
     job_id : str or None
-        Slurm's number; None in a dry run.
+        Slurm's number, without a scheduler that of the process; None in a dry run.
     notes : tuple of str
         What the user should know.
     """
@@ -68,7 +69,8 @@ class SubmitOptions:
     nodes : int
         Number of nodes.
     time : str, optional
-        Limit as Slurm writes it: "30" (minutes), "2:00:00", "1-12". Default: one hour.
+        Limit of one start as Slurm writes it: "30" (minutes), "2:00:00", "1-12". Default: one hour,
+        without a scheduler none.
     out : Path, optional
         Run folder; default `runs/` and the name of the run file. In an array the values of its key
         are added, unless `out` holds the key in braces.
@@ -113,16 +115,21 @@ def submit(run_file: Path, options: SubmitOptions) -> Submission:
     """
     site = read_site(options.site)
     key, values = parse_array(options.array)
+    sweep = sweep_of_job(run_file, options.settings, options.array, options.out)
     own = list(options.settings)
     tasks = [[*own, f"{key}={value}"] for value in values] or [own]
+    tasks = [[*own, *run.settings] for run in sweep] or tasks
     runs = [read_run(run_file, task) for task in tasks]  # every key is checked before one queues
     job = _make_job(run_file, runs[0], site, options)
-    notes = check_job(job, site, make_plan(runs[0], job.ranks))
+    job = array_of_sweep(job, sweep, runs[0], options.out) if sweep else job
+    plans = [make_plan(run, job.ranks) for run in runs]
+    notes = tuple(dict.fromkeys(n for plan in plans for n in check_job(job, site, plan)))
     text = render_script(job, site)
     if options.dry_run:
         return Submission(job, None, text, None, notes)
     script = _write_script(job, text)
-    return Submission(job, script, text, _sbatch(script), notes)
+    job_id = _sbatch(script) if site.has_slurm else _start(script)
+    return Submission(job, script, text, job_id, notes)
 
 
 def _make_job(run_file: Path, run: RunConfig, site: Site, options: SubmitOptions) -> SlurmJob:
@@ -136,8 +143,8 @@ def _make_job(run_file: Path, run: RunConfig, site: Site, options: SubmitOptions
         settings=tuple(options.settings),
         nodes=options.nodes,
         ranks_per_node=per_node,
-        cpus_per_rank=max(1, site.cores_per_node // per_node),
-        minutes=parse_minutes(options.time),
+        cpus_per_rank=max(1, site.cores // per_node),
+        minutes=parse_minutes(options.time, DEFAULT_MINUTES if site.has_slurm else 0),
         account=options.account,
         partition=options.partition,
         array_key=key,
@@ -156,6 +163,13 @@ def check_job(job: SlurmJob, site: Site, plan: Plan) -> tuple[str, ...]:
     ConfigError
         It names the first thing that does not fit, with the cure.
     """
+    for_slurm = job.account or job.partition or job.after or job.environment_archive
+    if not site.has_slurm and (job.nodes > 1 or for_slurm):
+        raise ConfigError(
+            "submit.no-scheduler",
+            f"{site.description}: leave --nodes, --account, --partition, --after and --environment "
+            "out, or name a --site with Slurm",
+        )
     if site.account_required and not job.account:
         raise ConfigError(
             "submit.account", f"{site.description} needs an account: add --account PROJECT"
@@ -172,6 +186,13 @@ def check_job(job: SlurmJob, site: Site, plan: Plan) -> tuple[str, ...]:
             f"{job.ranks_per_node} ranks per node share {site.gpus_per_node} GPUs: start at most "
             f"{site.gpus_per_node} ranks per node",
         )
+    interval = plan.run.checkpoint.every_minutes
+    if job.minutes and interval >= job.minutes:
+        raise ConfigError(
+            "submit.checkpoint-interval",
+            f"[checkpoint] every-minutes = {interval:g}, and the job ends after {job.minutes}: set "
+            "fewer minutes, or ask for more --time",
+        )
     _check_memory(job, site, plan)
     notes = []
     if site.tested.startswith("rendered"):
@@ -185,8 +206,8 @@ def check_job(job: SlurmJob, site: Site, plan: Plan) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def parse_minutes(text: str | None) -> int:
-    """Return the minutes of a time limit as Slurm writes it, rounded up.
+def parse_minutes(text: str | None, default: int = DEFAULT_MINUTES) -> int:
+    """Return the minutes of a time limit as Slurm writes it, rounded up; without text, `default`.
 
     Raises
     ------
@@ -194,7 +215,7 @@ def parse_minutes(text: str | None) -> int:
         The text is no time.
     """
     if text is None:
-        return DEFAULT_MINUTES
+        return default
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
     if match is None:
         raise ConfigError(
@@ -294,7 +315,8 @@ def _write_script(job: SlurmJob, text: str) -> Path:
         path = folder / name
         with replacing(path) as draft:
             draft.write_text(text, encoding="utf-8")
-            draft.chmod(0o755)
+            mode = draft.stat().st_mode
+            draft.chmod(mode | (mode & 0o444) >> 2)  # whoever may read it may run it
     except OSError as error:
         raise ConfigError(
             "submit.unwritable", f"cannot write the job script into {folder}: {error.strerror}"
@@ -317,3 +339,19 @@ def _sbatch(script: Path) -> str:
         reason = " ".join((result.stderr or result.stdout).split())
         raise ConfigError("submit.refused", f"sbatch refuses {script}: {reason}")
     return result.stdout.strip().partition(";")[0]
+
+
+def _start(script: Path) -> str:
+    """Start a script on this machine, apart from this terminal; return the number of the process.
+
+    Its output is appended to a file beside it.
+    """
+    with script.with_suffix(".log").open("ab") as log:
+        child = subprocess.Popen(
+            [str(script)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    return str(child.pid)

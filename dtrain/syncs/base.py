@@ -169,6 +169,11 @@ class SyncTraits:
     state_diverges: bool = False
 
     @property
+    def weighs_samples(self) -> bool:
+        """Whether a replica with more samples counts more: means are over samples."""
+        return not self.replicas_diverge or (self.state_diverges and not self.replaces_optimizer)
+
+    @property
     def keeps_weights_equal(self) -> bool:
         """Whether all replicas hold the same parameters after each update, of fixed shapes."""
         return not self.reparametrises and (not self.replicas_diverge or self.state_diverges)
@@ -237,6 +242,14 @@ class Sync(Strategy, ABC):
         weight : float
             Rows of this replica over the rows of all replicas, in this update.
         """
+
+    def before_skipped_update(self, clock: UpdateClock) -> None:
+        """Prepare for an update in which no replica takes a step, in place of `before_update`.
+
+        Called where a loss or a gradient is not finite; `after_update` follows. By default
+        `before_update` without gradients.
+        """
+        self.before_update([], 0.0, clock)
 
     @cached_property
     def reducer(self) -> GradientReducer:

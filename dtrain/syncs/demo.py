@@ -109,9 +109,9 @@ class DeMo(LocalUpdates):
 
     def before_update(self, gradients: Sequence[Tensor], weight: float, clock: UpdateClock) -> None:
         """Replace the gradients by the signs of the mean coefficients. Collective over replicas."""
-        named = self.block.name_gradients(gradients)
-        if not named:
+        if not gradients:
             return
+        named = self.block.name_gradients(gradients)
         sent = []
         for name, gradient in named.items():
             momentum = self._momenta.setdefault(name, torch.zeros_like(gradient))

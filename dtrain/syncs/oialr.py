@@ -128,7 +128,7 @@ class OIALR(SynchronousSync):
         names = self.weights.factorizable_weights(include_first=not self.keep_first)
         self._matrix_names = [name for name in names if self._is_worth_factorizing(name)]
         self._initial_ranks = {name: self._initial_rank(name) for name in self._matrix_names}
-        self._ledger = TrafficLedger(self.weights, replicas.hosts)
+        self._ledger = TrafficLedger(self.weights, replicas.nodes)
 
     def _is_worth_factorizing(self, name: str) -> bool:
         """Return whether a matrix is square enough; a convolution always is."""

@@ -65,6 +65,11 @@ class Warmup(Wrapper):
         if not self.in_warmup(clock):
             super().before_update(gradients, weight, clock)
 
+    def before_skipped_update(self, clock: UpdateClock) -> None:
+        """Call the inner sync after the warm-up."""
+        if not self.in_warmup(clock):
+            super().before_skipped_update(clock)
+
     def lr_factor(self, clock: UpdateClock) -> float:
         """Return 1 in the warm-up."""
         return 1.0 if self.in_warmup(clock) else super().lr_factor(clock)

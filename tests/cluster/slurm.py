@@ -12,9 +12,11 @@ import subprocess
 import time
 from pathlib import Path
 
+from dtrain.slurm.site import read_site, site_names
 from tests.cluster import net
 
 PORT, HOST_PORT = 16817, 17001
+GPUS = 8
 
 
 class Lacking(Exception):
@@ -24,13 +26,17 @@ class Lacking(Exception):
 # SchedulerParameters: a waiting job starts within a second of another's end, not within minutes.
 # TmpFS per host: otherwise the PMIx plugins of several slurmd collide in one folder.
 # linuxproc, task/none: no cgroups, since a container may lack them.
+# cred_expire: a requeued job starts after so many seconds (Slurm's default: 120).
+# SlurmdTimeout: a host whose slurmd is silent for so long is down (Slurm's default: 300).
+# Features, GPUs and partitions are those of `dtrain/slurm/sites`, so that sbatch accepts jobs of
+# all sites; the GPUs and most CPUs exist in this file alone.
 CONFIGURATION = """\
 ClusterName=dtrain
 SlurmctldHost={name}({gateway})
 SlurmctldPort={port}
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge/socket
+AuthInfo=socket={folder}/munge/socket,cred_expire=8
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
 TmpFS={folder}/tmp/%n
@@ -48,10 +54,20 @@ ReturnToService=2
 MpiDefault=pmix
 JobRequeue=1
 KillWait=5
+SlurmdTimeout=20
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+GresTypes=gpu
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=10 State=UP
+PartitionName=idle-time Nodes=ALL PriorityTier=1 GraceTime=20 State=UP
+{partitions}
 """
-NODE = "NodeName=n{k} NodeHostname=n{k} NodeAddr={address} Port={port} CPUs=2 RealMemory=4000"
+NODE = (
+    "NodeName=n{k} NodeHostname=n{k} NodeAddr={address} Port={port} CPUs=128 RealMemory=500000 "
+    "Feature=gpu,nvme Gres=gpu:{gpus}"
+)
+PARTITION = "PartitionName={name} Nodes=ALL PriorityTier=10 State=UP"
 
 
 def taken() -> list[str]:
@@ -68,12 +84,17 @@ def taken() -> list[str]:
 def configuration(folder: Path, hosts: int) -> str:
     """Return the text of slurm.conf."""
     nodes = [
-        NODE.format(k=host, address=net.address(host), port=HOST_PORT)
+        NODE.format(k=host, address=net.address(host), port=HOST_PORT, gpus=GPUS)
         for host in range(1, hosts + 1)
     ]
-    name = socket.gethostname().split(".")[0]
+    partitions = {read_site(name).partition for name in site_names()} - {""}
     return CONFIGURATION.format(
-        name=name, gateway=net.GATEWAY, port=PORT, folder=folder, nodes="\n".join(nodes)
+        name=socket.gethostname().split(".")[0],
+        gateway=net.GATEWAY,
+        port=PORT,
+        folder=folder,
+        nodes="\n".join(nodes),
+        partitions="\n".join(PARTITION.format(name=name) for name in sorted(partitions)),
     )
 
 
@@ -89,6 +110,9 @@ def start(folder: Path, hosts: int) -> None:
     conf = folder / "slurm.conf"
     conf.write_text(configuration(folder, hosts))
     (folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
+    for gpu in range(GPUS):  # slurmd counts the devices
+        (folder / f"gpu{gpu}").symlink_to("/dev/null")
+    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-{GPUS - 1}]\n")
     start_munge(folder / "munge")
     net.call("slurmctld", "-f", str(conf))
     for host, name in enumerate(names, start=1):
@@ -125,7 +149,7 @@ def settle(conf: Path, hosts: int, limit_s: float = 30.0) -> None:
 def host_states(conf: Path) -> list[str]:
     """Return the state of every host, such as "idle" or "down*"; empty if slurmctld fails."""
     result = subprocess.run(
-        ("sinfo", "--noheader", "--Node", "--format=%T"),
+        ("sinfo", "--noheader", "--partition=main", "--Node", "--format=%T"),
         env=os.environ | {"SLURM_CONF": str(conf)},
         capture_output=True,
         text=True,

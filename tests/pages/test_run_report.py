@@ -36,15 +36,18 @@ from dtrain.run_report.compare import compare_runs, comparison_text
 from dtrain.run_report.page import report
 from dtrain.run_report.plan_file import parse_plan
 from dtrain.run_report.run_record import make_history, read_run_record
+from dtrain.run_report.run_table import is_higher_better, read_run_table, write_csv
 from dtrain.run_report.sections import make_sections
 from dtrain.run_report.status import run_status, status_text
 from dtrain.run_report.trace_file import read_measured_update
 from dtrain.run_report.traffic import ALL, AVERAGES, traffic_by_kind
 from dtrain.schedules import SCHEDULES
 from dtrain.syncs import SYNCS
+from dtrain.tasks.metrics import METRICS
 from tests import tiny
 from tests.conftest import ROOT
 from tests.docs_reader import python_blocks
+from tests.refusals import refuses
 
 RECORDED = Path(__file__).parent / "run_folders"
 FILES = ("summary.json", "metrics.jsonl", "run.toml", "plan.txt", "trace.json")
@@ -414,7 +417,7 @@ def test_the_kinds_of_traffic_add_up_to_the_counted_bytes(local: Path) -> None:
         ("activation", activations, 0),
         (AVERAGES, 0, total - activations),
     }
-    edit_records(local, lambda r: r.get("hosts") and r.update(hosts=["a", "b", "a", "b"]))
+    edit_records(local, lambda r: r.get("hosts") and r.update(nodes=[0, 1, 0, 1]))
     assert [kind.kind for kind in traffic_by_kind(read_run_record(local))] == [ALL]
     (local / "plan.txt").unlink()
     assert traffic_by_kind(read_run_record(local)) == [(ALL, activations, total - activations)]
@@ -484,6 +487,50 @@ def test_status_and_compare_load_neither_torch_nor_mpi() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ended.stdout.splitlines()[-1] == "[]"
+
+
+# ---- several runs in one table
+
+
+def test_the_best_of_several_runs_comes_first_and_none_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Failed and waiting runs have rows; a folder that was set aside has none."""
+    sweep, accuracies = tmp_path / "sweep", {"a": 0.7, "b": 0.9, "b.old-1": 1.0}
+    for name, accuracy in accuracies.items():
+        shutil.copytree(RECORDED / "local", sweep / name)
+        edit(sweep / name, metrics={"accuracy": accuracy}, test_loss=accuracy)
+    (sweep / "seed=3").mkdir()
+    (sweep / "broken").mkdir()
+    (sweep / "broken" / "summary.json").write_text(
+        '{"status": "failed", "error_key": "data.missing"}'
+    )
+    assert cli.main(["compare", str(sweep), "--csv", str(sweep / "t.csv")]) == 0
+    printed = capsys.readouterr().out
+    lines = (sweep / "t.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["run", "b", "a", "broken", "seed=3"]
+    assert [line.split(",")[1] for line in lines[3:]] == ["failed", "not started"]
+    assert "data.missing" in lines[3]
+    assert "data.missing" in printed
+    rows = {name: printed.index(f"\n{name} ") for name in ("b", "a", "broken", "seed=3")}
+    assert sorted(rows, key=lambda name: rows[name]) == [*rows]
+    assert cli.main(["compare", str(sweep), "--sort", "test_loss", "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert [row["run"] for row in table[:2]] == ["a", "b"]
+    pair = [str(sweep / "a"), str(RECORDED / "pipeline")]
+    assert cli.main(["compare", *pair, str(sweep / "b"), "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert {row["settings"]["objective.name"] for row in table} == {"backprop", "mono-forward"}
+    with refuses(ConfigError, "compare.unknown-value"):
+        read_run_table([sweep], "accuracy")
+    with refuses(ConfigError, "compare.unwritable"):
+        write_csv(read_run_table([sweep]), sweep / "absent" / "t.csv")
+
+
+def test_the_direction_of_a_metric_is_that_of_the_task() -> None:
+    for name, metric in METRICS.items():
+        assert is_higher_better(f"test_{name}") == metric().higher_is_better, name
+    assert not is_higher_better("validation_loss")
 
 
 # ---- compare

@@ -24,14 +24,16 @@ import pytest
 import torch
 
 import dtrain
+from dtrain.config.overrides import override_key
 from dtrain.config.parse import SECTIONS, parse_run
+from dtrain.config.sweep import SWEEP, sweep_runs
 from dtrain.planning.cost_file import read_cost_file
 from dtrain.planning.plan import make_plan
 from tests.system.programs import run_in_process
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = sorted([*DOCS.glob("*.md"), *DOCS.glob("sites/*.md")])
 LINKED = [*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md"))]
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```", re.M | re.S)
 
@@ -69,11 +71,12 @@ def test_every_relative_link_resolves(page: Path) -> None:
 def test_every_page_is_in_the_table_of_contents() -> None:
     listed = {
         line
-        for block in re.findall(r"```\{toctree\}(.*?)```", (DOCS / "index.md").read_text(), re.S)
+        for page in PAGES
+        for block in re.findall(r"```\{toctree\}(.*?)```", page.read_text(), re.S)
         for line in block.split("\n")
         if line and not line.startswith(":")
     }
-    assert listed == {page.stem for page in PAGES} - {"index"}
+    assert listed == {str(page.relative_to(DOCS).with_suffix("")) for page in PAGES} - {"index"}
 
 
 def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
@@ -107,7 +110,8 @@ def script(name: str) -> ModuleType:
 
 
 @pytest.mark.parametrize(
-    ("name", "function"), [("generate_reference", "pages"), ("pictures", "pictures")]
+    ("name", "function"),
+    [("generate_reference", "pages"), ("generate_sites", "pages"), ("pictures", "pictures")],
 )
 def test_a_written_file_is_that_of_the_code(
     name: str, function: str, monkeypatch: pytest.MonkeyPatch
@@ -122,7 +126,7 @@ def test_a_written_file_is_that_of_the_code(
 
 def test_the_reference_has_every_table_and_a_meaning_of_every_key() -> None:
     text = (DOCS / "reference-run-file.md").read_text(encoding="utf-8")
-    assert sorted(re.findall(r"^## `\[(\w+)\]`$", text, re.M)) == sorted(SECTIONS)
+    assert sorted(re.findall(r"^## `\[(\w+)\]`$", text, re.M)) == sorted([*SECTIONS, SWEEP])
     rows = re.findall(r"^\| `[\w-]+` \|.*$", text, re.M)
     assert len(rows) > 100
     assert [row for row in rows if re.search(r"\|\s*\|$", row)] == []
@@ -249,6 +253,9 @@ def test_every_run_file_is_legal(page: Path, tmp_path: Path) -> None:
         for section in {*table} & {*BASE} & {*SECTIONS}:
             if "name" not in table[section]:
                 table[section] = BASE[section] | table[section]
+        settings = sweep_runs(table.pop(SWEEP, {}), ())
+        for override in settings[0].settings if settings else ():
+            override_key(table, override)
         run = parse_run(base | table, path)
         if page.name not in ONLY_PARSED and run.weights_path is None:
             assert make_plan(run, run.mesh.stages or run.partition.chosen_blocks or 1)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "dtrain"
 FLAT = (
     *("errors", "rng", "schema", "object_names"),
-    *("fingerprint", "user_code", "partition", "mesh", "eager_torch"),
+    *("fingerprint", "user_code", "partition", "mesh", "paths", "eager_torch"),
 )
 IMPORTS: dict[str, tuple[str, ...]] = {
     "errors": (),
@@ -47,6 +47,7 @@ IMPORTS: dict[str, tuple[str, ...]] = {
         *(*FLAT, "schedules", "comm", "data", "block", "objectives", "syncs", "config"),
         *("checkpoint", "planning", "build", "evaluation"),
     ),
+    "watchdog": (*FLAT, "comm", "monitoring"),
     "run_report": (*FLAT, "checkpoint", "planning.formatting", "rank_process"),
     "doctor": (*FLAT, "comm"),
     "slurm": (*FLAT, "checkpoint", "config", "planning"),

@@ -12,7 +12,7 @@ import random
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -52,7 +52,7 @@ class ObservedBackend(Backend):
 
     def __init__(self, inner: Backend, observers: list[Callable[[], object]] | None = None) -> None:
         self.rank, self.size, self.hosts = inner.rank, inner.size, inner.hosts
-        self.world_ranks, self.library = inner.world_ranks, inner.library
+        self.nodes, self.world_ranks, self.library = inner.nodes, inner.world_ranks, inner.library
         self.inner = inner
         self.observers: list[Callable[[], object]] = [] if observers is None else observers
 
@@ -130,14 +130,14 @@ def weights(size: int) -> list[float]:
     return [2.0 * (rank + 1) / (size * (size + 1)) for rank in range(size)]
 
 
-def exact(parts: Sequence[Tensor], scales: Sequence[float], hosts: Sequence[str]) -> Tensor:
+def exact(parts: Sequence[Tensor], scales: Sequence[float], nodes: Sequence[Hashable]) -> Tensor:
     """Return the exact bits of a mean: each product and sum rounded, in rank order within nodes,
     then in node order."""
     dtype = torch.float64 if parts[0].dtype == torch.float64 else torch.float32
-    sums: dict[str, Tensor] = {}
-    for part, scale, host in zip(parts, scales, hosts, strict=True):
+    sums: dict[Hashable, Tensor] = {}
+    for part, scale, node in zip(parts, scales, nodes, strict=True):
         term = part.to(dtype) * scale
-        sums[host] = sums[host] + term if host in sums else term
+        sums[node] = sums[node] + term if node in sums else term
     result, *rest = sums.values()
     for node_sum in rest:
         result = result + node_sum
@@ -490,7 +490,7 @@ def mean_has_exactly_the_documented_bits(comm: Comm) -> None:
         mine = [part.clone() for part in parts[comm.rank]]
         comm.mean_(mine, scales[comm.rank])
         for number, tensor in enumerate(mine):
-            mean = exact([part[number] for part in parts], scales, comm.hosts)
+            mean = exact([part[number] for part in parts], scales, comm.nodes)
             assert bits(tensor) == bits(mean), (dtype, number)
 
 
@@ -706,14 +706,14 @@ def split_orders_by_key_then_rank(comm: Comm) -> None:
     twin.flush()
 
 
-def nodes_follow_hosts(comm: Comm) -> None:
-    """Nodes are numbered by first appearance; `split_by_node` joins the ranks of one host."""
+def nodes_are_numbered(comm: Comm) -> None:
+    """Nodes are numbered by first appearance; `split_by_node` joins the ranks of one node."""
     local = comm.split_by_node()
-    assert set(local.hosts) == {comm.hosts[comm.rank]}
-    assert local.size == comm.hosts.count(comm.hosts[comm.rank])
+    assert set(local.nodes) == {comm.nodes[comm.rank]}
+    assert local.size == comm.nodes.count(comm.nodes[comm.rank])
     assert local.rank == comm.topology.local_rank
     assert (local.node_index, local.node_count) == (0, 1)
-    assert comm.node_count == len(set(comm.hosts))
+    assert comm.node_count == len(set(comm.nodes))
     assert comm.allgather_object(comm.node_index)[0] == 0
 
 
@@ -984,7 +984,7 @@ CASES: list[Callable[[Comm], None]] = [
     errors_are_raised_on_all_ranks_or_none,
     broadcast_objects_come_from_rank_zero,
     split_orders_by_key_then_rank,
-    nodes_follow_hosts,
+    nodes_are_numbered,
     memory_of_a_node_is_one,
     memory_of_a_node_is_given_to_all_or_none,
     waits_end_with_a_name,

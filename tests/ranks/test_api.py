@@ -14,7 +14,7 @@ from torch import nn
 
 import dtrain
 from dtrain.checkpoint.export import load_state_dict
-from dtrain.checkpoint.resume import newest_checkpoint
+from dtrain.checkpoint.newest_checkpoint import newest_checkpoint
 from dtrain.comm.backends.threads import run_ranks
 from dtrain.comm.communicator import Comm
 from dtrain.errors import ConfigError

@@ -11,12 +11,8 @@ import pytest
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dtrain.checkpoint.resume import (
-    STRUCTURE,
-    check_same_model,
-    check_same_run,
-    check_saved_data,
-)
+from dtrain.checkpoint.same_run import check_same_run
+from dtrain.checkpoint.saved_fingerprint import STRUCTURE, check_same_model, check_saved_data
 from dtrain.comm.backends.threads import run_ranks
 from dtrain.config.run import RunConfig
 from dtrain.errors import ConfigError

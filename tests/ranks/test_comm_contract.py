@@ -427,7 +427,10 @@ def test_sizes_must_agree() -> None:
         comm.isend(torch.ones(2), 0, 1)
 
 
-def test_traffic_is_counted_by_whether_it_leaves_the_host() -> None:
+@pytest.mark.parametrize("hosts", ["aba", "aaa", "abc"])
+def test_traffic_is_counted_by_whether_it_leaves_the_node(hosts: str) -> None:
+    """Two nodes may have one name, and one node two names."""
+
     def work(comm: Comm) -> tuple[int, int]:
         for source in range(comm.size):
             comm.post_recv(source, 1, [((5,), torch.float32)])
@@ -438,7 +441,9 @@ def test_traffic_is_counted_by_whether_it_leaves_the_host() -> None:
         comm.flush()
         return comm.traffic.bytes_intra, comm.traffic.bytes_inter
 
-    assert threads.run_ranks(3, work, hosts=["a", "b", "a"]) == [(40, 20), (20, 40), (40, 20)]
+    nodes = None if hosts == "aba" else [7, 8, 7]
+    sent = threads.run_ranks(3, work, hosts=list(hosts), nodes=nodes)
+    assert sent == [(40, 20), (20, 40), (40, 20)]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dtrain.checkpoint.resume import check_same_run
+from dtrain.checkpoint.same_run import check_same_run
 from dtrain.comm.backends.threads import run_ranks
 from dtrain.config.run import RunConfig
 from dtrain.errors import ConfigError, DataError, DtrainError

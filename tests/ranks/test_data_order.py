@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 import dtrain
-from dtrain.checkpoint.resume import source_hashes
+from dtrain.checkpoint.saved_fingerprint import source_hashes
 from dtrain.config.run import RunConfig
 from dtrain.data.dataset import Dataset, DatasetSplits
 from dtrain.errors import ConfigError, DataError

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-from dtrain.comm import context
 from dtrain.comm.backends import threads
 from dtrain.comm.backends.base import Deadlock
 from dtrain.comm.backends.single import SingleBackend
@@ -244,29 +243,6 @@ def test_a_split_is_a_wait() -> None:
     threads.run_ranks(2, work)
     assert records[0]["peers"] == "0-1"
     assert "world" in records[0]["what"]
-
-
-def test_a_long_wait_writes_a_record_once_and_goes_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(context, "SLOW_WAIT_S", 0.05)
-
-    def work(comm: Comm) -> None:
-        comm.flight.folder = tmp_path / "flight"
-        end = time.perf_counter() + (0.2 if comm.rank == 2 else 0.0)
-        while time.perf_counter() < end:
-            linger(comm)
-        comm.allgather_object(None)
-
-    threads.run_ranks(3, work)
-    texts = [(tmp_path / "flight" / f"rank-0000{rank}.txt").read_text() for rank in range(2)]
-    assert all(json_record(text)["why"] == "no message for 0.05 s" for text in texts)
-    assert "waits for 0.0" in texts[0]
-    err = capsys.readouterr().err
-    assert err.count("dtrain: ") == 1
-    assert "rank 0 of 3 on localhost has waited 0.05 s for " in err
-    assert str(tmp_path / "flight" / "rank-00000.txt") in err
-    assert f"`dtrain flight {tmp_path}`" in err
 
 
 def test_output_that_fails_raises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,8 +108,8 @@ def run(net: str, schedule: str = "1f1b", **changes: Any) -> Any:
 
 CASES = [
     (net, schedule)
-    for net in NETS
-    for schedule in SCHEDULES
+    for number, net in enumerate(NETS)
+    for schedule in some([*SCHEDULES], number, 2)
     if (net not in TIED or schedule in ("1f1b", "pipelined", "pipedream"))
     and (net not in COMPLEX or SCHEDULES[schedule]["objective__name"] == "backprop")
 ]
@@ -117,7 +117,7 @@ CASES = [
 
 @pytest.mark.parametrize(("net", "schedule"), CASES)
 def test_any_number_of_stages_trains_the_same_bits(net: str, schedule: str, tmp_path: Path) -> None:
-    number = [*NETS].index(net) + [*SCHEDULES].index(schedule)
+    number = [*NETS].index(net) // 2
     digests = {
         train_in_threads(run(net, schedule), tmp_path / str(stages), stages=stages)["digest"]
         for stages in (1, *some((2, 3), number, 2))
@@ -132,7 +132,7 @@ def test_micro_batches_and_replicas_change_nothing(net: str, tmp_path: Path) -> 
     assert_close_model(tmp_path / "whole", tmp_path / "parts")
 
 
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("net", some([*NETS], 0, 2))
 def test_a_resumed_run_equals_an_uninterrupted_one(net: str, tmp_path: Path) -> None:
     train_in_threads(run(net), tmp_path / "whole", stages=3)
     train_in_threads(run(net), tmp_path / "broken", stages=2)

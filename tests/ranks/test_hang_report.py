@@ -19,7 +19,9 @@ from dtrain.cli import main
 from dtrain.comm.flight_recorder import RECORD_KEYS, FlightRecorder, format_ranks
 from dtrain.errors import ConfigError
 from dtrain.monitoring.flight_request import find_processes
-from dtrain.monitoring.hang_report import HangAnalysis, hang_report, parse_ranks
+from dtrain.monitoring.hang_analysis import HangAnalysis
+from dtrain.monitoring.hang_report import hang_report
+from dtrain.monitoring.wait_graph import parse_ranks
 from tests.conftest import ROOT
 from tests.refusals import refuses
 
@@ -91,6 +93,8 @@ def hang(tmp_path_factory: pytest.TempPathFactory) -> WriteHang:
 def test_of_512_ranks_the_one_that_waits_for_none_is_named(tmp_path: Path, hang: WriteHang) -> None:
     hang(tmp_path, 217)
     write_record(tmp_path, 217, idle_s=611.0, place="nets.py:14 in forward")
+    late_clock = {"unix_s": time.time() + 90}
+    write_record(tmp_path, 511, **wait_fields("(8, 16) float32 from rank 1", 510), **late_clock)
     lines = hang_report(tmp_path)
     assert "(SIGUSR1): 512 of 512 ranks answered" in lines[0]
     running = "running    rank 217 on n027: F9.0 of update 117 for 611 s, at nets.py:14 in forward"
@@ -124,7 +128,8 @@ def write_nothing(out: Path) -> tuple[str, str]:
 
 def write_stale(out: Path) -> tuple[str, str]:
     """Write the record of an earlier request."""
-    write_record(out, 300, unix_s=time.time() - 3600)
+    write_record(out, 300)
+    os.utime(out / "flight" / "rank-00300.txt", (time.time() - 3600,) * 2)
     line = "no answer  rank 300 on n037: ended, or inside compiled code; its last record is of "
     return line, "check whether the rank still runs on n037"
 

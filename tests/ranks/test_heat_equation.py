@@ -15,7 +15,7 @@ def test_a_surrogate_of_the_heat_equation_is_learnt(
     objective: str, bound: float, tmp_path: Path
 ) -> None:
     run = tiny.run(
-        epochs=12,
+        epochs=6,
         batch_size=32,
         micro_batches=1,
         dtype="float32",

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from dtrain.block.block import Block
 from dtrain.comm.backends.base import Bytes, Request
@@ -20,9 +21,10 @@ from dtrain.syncs import SYNCS
 from dtrain.syncs.base import Sync, UpdateClock
 from dtrain.syncs.every_step import EveryStep
 from dtrain.syncs.local_sgd import LocalSGD
-from dtrain.syncs.replica_check import check_replicas_equal, checksum
+from dtrain.syncs.replica_check import bit_sum, check_replicas_equal, checksum
 from tests import tiny
 from tests.ranks.sync_runs import UPDATES, sync_run, train_on
+from tests.refusals import refuses
 
 FAULTY_UPDATE = 5
 """After this update of a run one replica changes a weight."""
@@ -69,7 +71,9 @@ def test_a_resumed_run_may_switch_it_on(tmp_path: Path) -> None:
     assert (resumed["digest"], resumed["attempts"]) == (whole["digest"], 2)
 
 
-def plant_fault(kind: type[Sync], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def plant_fault(
+    kind: type[Sync], name: str, monkeypatch: pytest.MonkeyPatch, at: int = FAULTY_UPDATE
+) -> None:
     """Make the last replica of a parameter's block change it after one update."""
     after_update: Callable[[Any, UpdateClock], None] = kind.after_update
 
@@ -77,7 +81,7 @@ def plant_fault(kind: type[Sync], name: str, monkeypatch: pytest.MonkeyPatch) ->
         after_update(self, clock)
         is_last = self.replicas.rank == self.replicas.size - 1
         tensors = self.block.tensors()
-        if is_last and clock.update == FAULTY_UPDATE and name in tensors:
+        if is_last and clock.update == at and name in tensors:
             with torch.no_grad():
                 tensors[name].view(-1)[-1] += 1e-9
 
@@ -131,6 +135,25 @@ def test_checksums_cover_every_bit() -> None:
     assert checksum(tensor.t()) == checksum(tensor.t().contiguous())
 
 
+def test_a_sum_of_bits_changes_with_every_bit() -> None:
+    """Of parameters of an odd number of bytes, complex ones, empty ones and of none."""
+    layer, seen = nn.Linear(3, 5, dtype=torch.bfloat16), set()
+    layer.register_parameter("phase", nn.Parameter(torch.ones(3, dtype=torch.complex64)))
+    layer.register_parameter("none", nn.Parameter(torch.ones(0)))
+    block = Block(0, {"fc": layer}, None, lambda _: None)  # type: ignore[arg-type, return-value]
+    before = bit_sum(block)
+    for parameter in block.parameters.values():
+        bits = parameter.detach().view(-1).view(torch.uint8) if parameter.numel() else []
+        for index in range(len(bits)):
+            for bit in range(8):
+                bits[index] ^= 1 << bit
+                seen.add(bit_sum(block))
+                bits[index] ^= 1 << bit
+    assert before == bit_sum(block)
+    assert before not in seen
+    assert bit_sum(Block(0, {"act": nn.ReLU()}, None, lambda _: None)) == 0  # type: ignore[arg-type, return-value]
+
+
 def test_without_debug_a_collective_sends_no_more_messages() -> None:
     def count_messages(debug: bool) -> int:
         counts: list[int] = []
@@ -162,3 +185,27 @@ def test_a_mismatch_names_the_first_tensor_that_differs() -> None:
     assert texts == (f"{place} with {ours.tensors[1]}", "it with no tensor 1")
     later = ours._replace(number=4)
     assert ours.describe_mismatch(later, "g") == (place, "mean_ (collective 4 of g)")
+
+
+@pytest.mark.parametrize(("sync", "found"), [("every-step", 6), ("local-sgd", 8)])
+def test_a_check_every_few_updates_names_block_and_ranks(
+    sync: str, found: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the first update that is due and at which the sync keeps replicas equal; a resumed run
+    counts from the start of the run. Without a fault it changes nothing."""
+    kind = {"every-step": EveryStep, "local-sgd": LocalSGD}[sync]
+    fields = {"every": 4} if sync == "local-sgd" else {}
+    checked = {"numerics": {"check-replicas": 3}}
+    results = [
+        train_on(sync_run(sync, sync=fields, **changes), tmp_path / f"{len(changes)}", "aab")
+        for changes in ({}, checked)
+    ]
+    assert results[0]["digest"] == results[1]["digest"]
+    assert results[0]["bytes_inter_node"] == results[1]["bytes_inter_node"]
+    plant_fault(kind, "fc2.weight", monkeypatch, at=3 if sync == "every-step" else 7)
+    with refuses(NumericalError, "sync.replicas-differ") as caught:
+        train_on(sync_run(sync, sync=fields, **checked), tmp_path / "out", "aab")
+    message = caught.value.message
+    for fact in ("'fc2.weight'", "replica 2 (rank 2 on b)", "replica 0 (rank 0 on a)", "block 1"):
+        assert fact in message
+    assert f"after update {found - 1} " in message

@@ -41,7 +41,7 @@ def test_a_stale_run_file_on_one_rank_is_named(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("part", ["_versions", "source_hashes"])
+@pytest.mark.parametrize("part", ["_versions", "source_hashes", "_environment"])
 def test_another_version_or_text_on_one_rank_is_named(
     part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

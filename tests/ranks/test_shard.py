@@ -22,7 +22,15 @@ from tests import tiny
 from tests.process import start
 from tests.refusals import refuses
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool)
+DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.bool,
+    torch.complex64,
+)
 LIMITS = (50, 5_000, 100_000, 200_000)
 LIMITED = """
 import gc, os, resource, sys

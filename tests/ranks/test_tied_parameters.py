@@ -181,6 +181,7 @@ def test_bytes_and_memory_are_those_of_the_plan(schedule: str, stages: int, tmp_
         ("model.tied-schedule", {"objective__name": "local-head"}),
         ("model.tied-delays", {"schedule__prediction": "velocity"}),
         ("model.tied-delays", {"schedule__compensation": "spike"}),
+        ("model.tied-skip", {"numerics": {"non-finite": "skip-update"}}),
         ("model.tied-diverging-sync", {"sync": {"name": "local-sgd"}}),
         ("model.tied-sync", {"sync": {"name": "terngrad"}}),
         ("model.tied-clip", {"optimizer__clip": 1.0}),

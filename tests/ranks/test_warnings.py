@@ -11,10 +11,12 @@ import pytest
 from dtrain.cli import main
 from dtrain.comm.backends.single import SingleBackend
 from dtrain.comm.communicator import Comm
+from dtrain.mesh import PLACEMENTS
 from dtrain.objectives.local_head import LocalHead
 from dtrain.objectives.mono_forward import MonoForward
+from dtrain.planning.placement_warnings import placement_warnings
 from dtrain.planning.plan import Plan, make_plan
-from dtrain.planning.warnings import placement_warnings, plan_warnings
+from dtrain.planning.warnings import plan_warnings
 from dtrain.training import train
 from tests import tiny
 
@@ -182,19 +184,44 @@ def test_blocks_of_very_unequal_costs(stages: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("placement", "hosts", "text"),
+    ("placement", "nodes", "stages", "cures"),
     [
-        ("stages-in-node", "aabb", "a host of its own"),
-        ("replicas-in-node", "aabb", "on one host"),
-        ("stages-in-node", "aaaa", "on one host"),
+        ("stages-in-node", "aabb", 2, None),
+        ("stages-in-node", "aaabbbcc", 4, None),  # more stages than ranks of a node
+        ("stages-in-node", "abab", 1, None),
+        ("stages-in-node", "abab", 2, ["distribution=block", "replicas-in-node"]),
+        ("stages-in-node", "abab", 4, ["distribution=block"]),
+        ("stages-in-node", "aaabbb", 2, ["a multiple of 2 ranks"]),
+        ("replicas-in-node", "abab", 2, ["distribution=block", "stages-in-node"]),
+        ("replicas-in-node", "aabb", 2, None),
+        ("replicas-in-node", "aaab", 2, ["a multiple of 2 ranks"]),
+    ],
+)
+def test_ranks_that_cross_nodes_against_the_placement(
+    placement: str, nodes: str, stages: int, cures: list[str] | None
+) -> None:
+    """By a cyclic distribution or uneven nodes; the warning has what to type, and nothing else."""
+    mesh = {"stages": stages, "placement": placement}
+    plan = make_tiny_plan(len(nodes), mesh=mesh, partition__blocks=4)
+    lines = placement_warnings(plan, list(map("abc".index, nodes)), list(nodes))
+    assert len(lines) == (cures is not None)
+    for text in ("distribution=block", "a multiple of 2 ranks", *PLACEMENTS):
+        cure = "".join(lines).rpartition("; ")[2]
+        assert (text in cure) == (text in (cures or ())), lines
+
+
+@pytest.mark.parametrize(
+    ("placement", "nodes", "text"),
+    [
+        ("stages-in-node", "aabb", "a node of its own"),
+        ("replicas-in-node", "aabb", "on one node"),
+        ("stages-in-node", "aaaa", "on one node"),
         ("stages-in-node", "aaaabbbb", None),
     ],
 )
-def test_daso_on_hosts_that_do_not_suit_it(placement: str, hosts: str, text: str | None) -> None:
+def test_daso_on_nodes_that_do_not_suit_it(placement: str, nodes: str, text: str | None) -> None:
     changes: dict[str, Any] = {"sync": {"name": "daso"}, "epochs": 9}
-    plan = make_tiny_plan(len(hosts), mesh={"stages": 2, "placement": placement}, **changes)
-    lines = placement_warnings(plan, list(hosts))
+    plan = make_tiny_plan(len(nodes), mesh={"stages": 2, "placement": placement}, **changes)
+    lines = placement_warnings(plan, list(map("abc".index, nodes)), list(nodes))
     assert len(lines) == (text is not None)
     assert all(str(text) in line for line in lines)
-    plain = make_tiny_plan(len(hosts), mesh={"stages": 2, "placement": placement})
-    assert placement_warnings(plain, list(hosts)) == []

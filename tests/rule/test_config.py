@@ -22,6 +22,7 @@ from dtrain.config.sections import (
     Evaluate,
     Log,
     Mesh,
+    Numerics,
     OptimizerSection,
     Partition,
     RunSection,
@@ -35,92 +36,6 @@ from tests import tiny
 from tests.conftest import ROOT
 from tests.ranks.test_course import halving
 from tests.refusals import refuses
-
-UNKNOWN, TYPE, SMALL = "run-file.unknown-key", "run-file.wrong-type", "run-file.number-too-small"
-WRONG: list[tuple[str, Any, str]] = [
-    ("batchsize", 3, UNKNOWN),
-    ("batch_size", 0, SMALL),
-    ("batch_size", "many", TYPE),
-    ("batch_size", True, TYPE),
-    ("micro_batches", 0, SMALL),
-    ("updates", 5, "run-file.length"),
-    ("epochs", None, "run-file.length"),
-    ("dtype", "float16", TYPE),
-    ("device", "gpu", TYPE),
-    ("threads", 0, SMALL),
-    ("model", "mlp", "run-file.no-table"),
-    ("model", {}, "run-file.name-missing"),
-    ("data__shuffle", "some", TYPE),
-    ("mesh__stages", 0, SMALL),
-    ("mesh__placement", "node", TYPE),
-    ("partition__balance", "flop", TYPE),
-    ("partition__cuts", [1, 2.5], TYPE),
-    ("partition__cuts", [1], "partition.cuts-exclude-blocks"),
-    ("partition", {"cuts": [1], "balance": "flops"}, "partition.cuts-exclude-balance"),
-    ("objective__name", "mono_forward", "objective.unknown"),
-    ("objective__depth", 3, UNKNOWN),
-    ("schedule__name", "1fb1", "schedule.unknown"),
-    ("sync__name", "always", "sync.unknown"),
-    ("sync__every", 3, UNKNOWN),
-    ("optimizer__name", "adamax2", "optimizer.unknown"),
-    ("optimizer__momentum", 0.9, UNKNOWN),
-    ("optimizer__clip", -1.0, "optimizer.clip-out-of-range"),
-    ("optimizer__clip", float("nan"), "optimizer.clip-out-of-range"),
-    ("optimizer__clip", float("inf"), "optimizer.clip-out-of-range"),
-    ("optimizer__clip", "1", "run-file.quoted-number"),
-    ("optimizer__clip_over", "model", "optimizer.clip-over-without-clip"),
-    ("optimizer", {"name": "sgd", "clip": 1, "clip-over": "all"}, TYPE),
-    ("optimizer", {"name": "sgd", "clip_over": "block"}, "run-file.underscore"),
-    ("optimizer", {"name": "sgd", "scale-from": -1}, "optimizer.scale-from-negative"),
-    ("optimizer", {"name": "sgd", "scale-from": 8}, "optimizer.scale-from-needs-momentum"),
-    ("lr__name", "cosin", "lr.unknown"),
-    ("lr__final", 0.1, UNKNOWN),
-    ("lr", "cosine", "run-file.no-table"),
-    ("sync", {"name": "int8", "inner": {"name": "x"}}, "sync.unknown"),
-    ("sync", {"name": "int8", "inner": {"evry": 1}}, UNKNOWN),
-    ("sync", {"name": "warmup", "inner": "daso"}, TYPE),
-    ("seed", 2**64, "run-file.seed-too-large"),
-    ("checkpoint__keep", 0, SMALL),
-    ("evaluate__every", 0, SMALL),
-    ("evaluate__every_updates", -1, SMALL),
-    ("evaluate", {"every": 1, "every-updates": 5}, "evaluate.two-intervals"),
-    ("stop__patience", 0, SMALL),
-    ("stop__min_delta", -0.1, SMALL),
-    ("stop__metrics", "loss", UNKNOWN),
-    ("ema__decay", 1.0, "ema.decay-out-of-range"),
-    ("ema__start", -1, SMALL),
-    ("data__validation", 1.0, "data.validation-no-share"),
-    ("data__validation", -0.1, "data.validation-no-share"),
-    ("data__validation", True, TYPE),
-    ("lr__name", "tests.tiny:samples2", "user-code.no-function"),
-    ("log__every_s", "often", TYPE),
-]
-OUT_OF_RANGE: list[tuple[str, Any]] = [
-    ("optimizer__betas", [0.9]),
-    ("lr__warmup_updates", -1),
-    ("lr", {"name": "cosine", "final": 1.5}),
-    ("lr", {"name": "step"}),
-    ("lr", {"name": "step", "every-epochs": 2, "epochs": [3]}),
-    ("lr", {"name": "step", "epochs": [0]}),
-    ("lr", {"name": "step", "every-epochs": -1}),
-    ("lr", {"name": "step", "every-epochs": 1, "gamma": -0.1}),
-    ("sync", {"name": "local-sgd", "every": 0}),
-    ("sync", {"name": "local-sgd", "warmup-updates": -1}),
-]
-"""Values that the strategies themselves refuse."""
-
-
-@pytest.mark.parametrize(("name", "value", "key"), WRONG)
-def test_what_is_wrong_is_refused(name: str, value: Any, key: str) -> None:
-    with refuses(ConfigError, key):
-        tiny.run(**{name: value})
-
-
-@pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE)
-def test_strategies_refuse_values_out_of_range(name: str, value: Any) -> None:
-    with pytest.raises(ConfigError):
-        tiny.run(**{name: value})
-
 
 SYNONYM_TABLES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"schedule": {"name": "gpipe"}}, {"schedule": {"name": "fill-drain"}}),
@@ -285,6 +200,7 @@ def test_the_guide_lists_every_key_with_its_default() -> None:
         "[log] ": Log,
         "[stop] ": Stop,
         "[ema] ": Ema,
+        "[numerics] ": Numerics,
     }
     defaults = {
         f"{section}{kebab(field.name)}": "" if field.default is None else toml_text(field.default)

@@ -27,7 +27,7 @@ from dtrain.block.lr_schedule import (
     StepLR,
 )
 from dtrain.callbacks import Event, RateOnPlateau
-from dtrain.checkpoint.resume import check_same_run
+from dtrain.checkpoint.same_run import check_same_run
 from dtrain.errors import ConfigError
 from tests import tiny
 from tests.refusals import refuses

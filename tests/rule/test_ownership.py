@@ -246,6 +246,32 @@ def test_a_container_of_the_same_host_name_is_no_dead_process(tmp_path: Path) ->
     heartbeat.stop()
 
 
+def test_containers_with_equal_names_and_process_numbers_lock_a_folder_once(
+    tmp_path: Path,
+) -> None:
+    """Threads of one process have equal names, too; none disturbs the claim of another."""
+    for attempt in range(20):
+        barrier, answers = threading.Barrier(4), list[str]()
+
+        def claim(folder: Path, barrier: threading.Barrier, answers: list[str]) -> None:
+            barrier.wait()
+            try:
+                ownership.acquire(folder)
+                answers.append("locked")
+            except ConfigError as error:
+                answers.append(error.key)
+
+        folder = tmp_path / str(attempt)
+        threads = [
+            threading.Thread(target=claim, args=(folder, barrier, answers)) for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(answers) == ["locked"] + ["run-folder.locked"] * 3
+
+
 def test_a_file_system_without_hard_links_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from dtrain.checkpoint import ownership, run_folder
-from dtrain.checkpoint.resume import check_same_run, find_checkpoint
+from dtrain.checkpoint.resume import find_checkpoint
+from dtrain.checkpoint.same_run import check_same_run
 from dtrain.comm.backends.single import SingleBackend
 from dtrain.comm.communicator import Comm
 from dtrain.data.sampler import BatchSplitter
@@ -97,7 +98,7 @@ def test_a_full_disk_does_not_hide_how_a_run_ended(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run_folder, "write_summary", full)
+    monkeypatch.setattr(run_folder.files, "replace_file", full)
     assert run_folder.release_unfinished(tmp_path, owner, "failed", "the loss is nan")
     assert not (tmp_path / "owner.json").exists()
     assert not run_folder.release_unfinished(tmp_path, owner, "failed", "another")

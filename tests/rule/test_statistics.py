@@ -25,8 +25,8 @@ from dtrain.data.statistics.exact_sums import exact_sums
 from dtrain.data.statistics.kept_statistics import (
     STATISTICS_FILE,
     from_lists,
+    kept_text,
     read_kept,
-    write_kept,
 )
 from dtrain.data.statistics.shared_statistics import PassProgress
 from dtrain.data.statistics.standardise import TrainingStatistics, find_standardised, standardise
@@ -361,7 +361,7 @@ def test_kept_statistics_are_used_for_their_data_alone(dtype: str, tmp_path: Pat
     training = TrainingStatistics(dataset(x))
     assert read_kept(tmp_path, training) is None
     assert training.moments is training.moments
-    write_kept(tmp_path, training)
+    (tmp_path / STATISTICS_FILE).write_text(kept_text(training))
     again = TrainingStatistics(dataset(x.copy()))
     kept = read_kept(tmp_path, again)
     assert kept is not None

@@ -18,6 +18,7 @@ from dtrain.schema import dump_toml
 from dtrain.slurm.job_script import SlurmJob, render_script
 from dtrain.slurm.site import read_site, site_names
 from dtrain.slurm.submit import SubmitOptions, parse_array, parse_minutes, submit
+from tests.conftest import ROOT
 from tests.refusals import refuses
 
 RUN: dict[str, Any] = {
@@ -94,12 +95,16 @@ SHELLCHECK = shutil.which("shellcheck") or shutil.which(
 )
 
 
+EVERY_VARIANT = [(site, variant) for site in ("lumi", "workstation") for variant in VARIANTS]
+
+
 @pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
 def test_shellcheck_finds_nothing(tmp_path: Path) -> None:
     paths = []
-    for site, variant in [*((site, "plain") for site in SITES), *(("lumi", v) for v in VARIANTS)]:
+    for site, variant in [*((site, "plain") for site in SITES), *EVERY_VARIANT]:
         paths.append(tmp_path / f"{site}-{variant}.sh")
         paths[-1].write_text(render_script(job(**VARIANTS[variant]), read_site(site)))
+    paths += (ROOT / "jobs").glob("*.sh")
     words = [str(SHELLCHECK), "--shell=bash", *map(str, paths)]
     result = subprocess.run(words, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout
@@ -117,6 +122,11 @@ def test_a_script_asks_for_the_ranks_of_the_plan() -> None:
     wanted |= {"time": "02:30:00", "account": "acc", "requeue": "", "open-mode": "append"}
     wanted |= {"signal": f"USR1@{site.signal_lead_s}", "partition": "booster", "gres": "gpu:4"}
     assert found.items() >= wanted.items()
+    text = render_script(job(account="acc", container="/i.sif"), site)
+    for words in ("--kill-on-bad-exit=1", "--mpi=pspmix", "--ntasks=12", "--cpu-bind=cores"):
+        assert re.search(f"^srun .*(\n .*)*{words}", text, re.MULTILINE)
+    assert "(apptainer exec --nv /i.sif" in text
+    assert "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK\n" in text
     short = directives(render_script(job(minutes=2), site))
     assert short["signal"] == "USR1@40"
 
@@ -142,14 +152,27 @@ def run_script(text: str, folder: Path, code: int, **environment: str) -> tuple[
 def test_a_job_that_has_saved_is_requeued_while_it_makes_progress(tmp_path: Path) -> None:
     out = tmp_path / "out"
     text = render_script(job(out=out), read_site("generic"))
-    for code in (0, 1, 2, 5):
+    for code in (0, 1, 2, 5, 127, 130):
         ended, log = run_script(text, tmp_path, code)
         assert (ended, "scontrol" in log) == (code, False)
-    for updates in (10, 20):
-        (out / "summary.json").write_text(f'{{\n  "status": "stopped",\n  "updates": {updates}\n}}')
-        ended, log = run_script(text, tmp_path, 75)
-        assert ended == 0
-        assert log.endswith("scontrol requeue 77\n")
+    ends = [
+        (75, "stopped"),
+        (6, "failed"),
+        (7, "failed"),
+        (137, "running"),
+        (14, "running"),
+        (143, "failed"),
+    ]
+    for updates, (code, status) in enumerate(ends, start=10):
+        (out / "summary.json").write_text(
+            f'{{\n  "status": "{status}",\n  "updates": {updates}\n}}'
+        )
+        ended, log = run_script(text, tmp_path, code)
+        is_failed = code == 143
+        assert ended == (code if is_failed else 0)
+        assert log.endswith("scontrol requeue 77\n") != is_failed
+    (out / "summary.json").write_text('{\n  "updates": 20\n}')
+    assert run_script(text, tmp_path, 75)[0] == 0
     results = [run_script(text, tmp_path, 75) for _ in range(3)]
     assert [code for code, _ in results] == [0, 0, 75]
     assert "scontrol" not in results[-1][1]
@@ -167,6 +190,27 @@ def test_the_tasks_of_an_array_have_their_own_folder_and_value(tmp_path: Path) -
     assert code == 0
     assert f"--out {tmp_path}/net-a b --set seed=1 --set data.name=my set --set seed=a b" in log
     assert log.endswith("scontrol requeue 70_1\n")
+
+
+def test_a_machine_without_a_scheduler_starts_a_run_again_itself(tmp_path: Path) -> None:
+    """One task of an array after the other; each stops once and is then done."""
+    program = tmp_path / "dtrain"
+    program.write_text(
+        f'#!/bin/bash\necho "$*" >> {tmp_path}/log\n'
+        f'[[ -e $6/stopped ]] && exit 0\ntouch "$6/stopped"\nexit 75\n'
+    )
+    program.chmod(0o755)
+    array = {"array_key": "seed", "array_values": ("4", "a b"), "out": tmp_path / "net-{value}"}
+    site = read_site("workstation")
+    (tmp_path / "job.sh").write_text(render_script(job(dtrain=str(program), **array), site))
+    result = subprocess.run(["bash", str(tmp_path / "job.sh")], check=False)
+    assert result.returncode == 0
+    lines = (tmp_path / "log").read_text().splitlines()
+    words = (
+        "train /home/me/it's.toml --ranks 12 --out {}/net-{} --set seed=1 --set data.name=my set"
+    )
+    tasks = [f"{words.format(tmp_path, value)} --set seed={value}" for value in ("4", "a b")]
+    assert lines == [tasks[0], tasks[0], tasks[1], tasks[1]]
 
 
 def test_a_dry_run_prints_the_script_and_writes_nothing(
@@ -219,6 +263,12 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "gpus": ({"gpus-per-node": 1}, {"ranks_per_node": 2}, "submit.gpus"),
     "memory": ({"memory-per-node-gb": 0.5}, {}, "submit.memory"),
     "gpu memory": ({"gpus-per-node": 2, "gpu-memory-gb": 1e-6}, {}, "submit.gpu-memory"),
+    "checkpoint interval": (
+        *({}, {"settings": ["checkpoint.every-minutes=60"], "time": "60"}),
+        "submit.checkpoint-interval",
+    ),
+    "scheduler": ({"scheduler": "pbs"}, {}, "scheduler.unknown"),
+    "no scheduler": ({"scheduler": "none"}, {"nodes": 2}, "submit.no-scheduler"),
     "site key": ({"gpu": 1}, {}, "run-file.unknown-key"),
     "no cores": ({"cores-per-node": 0}, {}, "site.cores"),
 }

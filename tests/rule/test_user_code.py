@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from dtrain.checkpoint.resume import check_same_run
+from dtrain.checkpoint.same_run import check_same_run
 from dtrain.config.run import RunConfig
 from dtrain.errors import ConfigError
 from dtrain.fingerprint import fingerprint

@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.conftest import ROOT
 from tests.process import start
 
-UNFINISHED = {"PENDING", "RUNNING", "CONFIGURING", "COMPLETING"}
+UNFINISHED = {"PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED"}
 
 
 def submit(options: Sequence[str], words: Sequence[str], env: Mapping[str, str], cwd: Path) -> str:

@@ -25,6 +25,7 @@ FOLDERS = {
         f"pipelined/{name}" for name in ("1f1b", "pipelined", "pipelined-predicted")
     ),
     "sweep_optuna": (),
+    "sweep_propulate": (),
 }
 """The run folders of the examples that have not exactly one of their own name."""
 SIX = ("own_model", "own_partition", "own_objective", "own_sync", "own_loop", "fine_tuning")
@@ -45,8 +46,9 @@ def test_the_examples_run_under_one_mpirun(
         for folder in FOLDERS.get(name, (name,)):
             ended_run = summary(tmp_path / "runs" / folder)
             assert (ended_run["status"], ended_run["ranks"]) == ("finished", ranks), name
-    sweeps = [*(tmp_path / "runs" / "sweep").glob("*/summary.json")]
-    assert bool(sweeps) == bool(find_spec("optuna") and "sweep_optuna" in names)
+    for package, folder in (("optuna", "sweep"), ("propulate", "propulate")):
+        sweeps = [*(tmp_path / "runs" / folder).glob("*/summary.json")]
+        assert bool(sweeps) == bool(find_spec(package) and f"sweep_{package}" in names)
     for file in ("report.html", "local.png"):
         assert (tmp_path / "runs" / "notebook" / file).exists() == ("notebook" in names)
 

@@ -8,15 +8,16 @@ import re
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dtrain.errors import SAVED_CODE, CheckpointError, ConfigError, RankLostError
+from dtrain.errors import SAVED_CODE, CheckpointError, ConfigError, HangError, RankLostError
 from tests import outcome
 from tests.conftest import ROOT
-from tests.process import start, sweep
+from tests.process import Ended, start, sweep
 from tests.system.programs import (
     run_in_process,
     train,
@@ -41,6 +42,16 @@ cuts = [2]
 name = "adam"
 [log]
 every-s = 1
+"""
+
+
+TIMEOUTS = """
+[timeouts]
+start = 0
+first-update = 0
+update = 10
+collective = 0
+checkpoint = 10
 """
 
 
@@ -140,18 +151,48 @@ def test_forked_processes_of_a_user_are_no_ranks(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "flight").exists()
 
 
-def test_a_killed_rank_ends_the_job_and_the_same_command_resumes(run: Path) -> None:
-    """The digest is that of an uninterrupted run on one stage."""
-    environ = {"DTRAIN_TEST_DIED": str(run.parent / "died")}
-    ended = start(command(run, "dying"), limit_s=60, env=os.environ | environ, cwd=ROOT)
-    assert (run.parent / "died").exists()
-    assert ended.code != 0
-    assert (ended.late, ended.left) == (False, ())
-    assert summary(run)["status"] in ("running", "stopped")  # by what the launcher sends
-    train(run, run.parent / "out", 2, "model.name=faults:dying", env=environ)
-    train_here(run, "straight", "dying")
-    assert summary(run)["digest"] == summary(run, "straight")["digest"]
-    assert (summary(run)["attempts"], summary(run, "straight")["attempts"]) == (2, 1)
+HANGS = {
+    "sleep": ("hang.no-progress", "section 'update'", "in forward"),
+    "stop": ("hang.no-answer", "is stopped", "rank 0 for "),
+    "save": ("hang.no-progress", "section 'checkpoint'", "at faults.py:"),
+    "start": ("hang.no-progress", "section 'start'"),
+}
+"""By hang: the key of the error, and parts of its message."""
+
+
+def test_a_run_that_cannot_go_on_ends_names_the_cause_and_resumes(run: Path) -> None:
+    """Rank 1 hangs in user code, in a save and in the start, or is stopped; all at the same time.
+
+    All ranks are gone, each that answers has left its record, and the checkpoint is whole.
+    """
+    run.write_text(f"{run.read_text()}{TIMEOUTS}")
+
+    def end(how: str) -> Ended:
+        environ = os.environ | {"DTRAIN_TEST_HANG": how}
+        sets = ["timeouts.start=12"] if how == "start" else []
+        return start(command(run, "hanging", *sets, out=how), limit_s=200, env=environ, cwd=ROOT)
+
+    with ThreadPoolExecutor() as pool:
+        runs = dict(zip(HANGS, pool.map(end, HANGS), strict=True))
+    for how, ended in runs.items():
+        assert (ended.late, ended.code, ended.left) == (False, HangError.code, ()), ended.err
+        (line,) = (line for line in ended.err.splitlines() if f"[{HANGS[how][0]}]" in line)
+        assert "rank 1 of 2 on " in line
+        assert all(part in line for part in HANGS[how]), line
+        if how == "start":
+            assert not (run.parent / how).exists()
+            continue
+        assert (summary(run, how)["status"], summary(run, how)["error_key"]) == (
+            "failed",
+            HANGS[how][0],
+        )
+        assert not (run.parent / how / "owner.json").exists()
+        records = list((run.parent / how / "flight").glob("rank-*.txt"))
+        assert len(records) == 2
+    train_here(run, "sleep", "hanging")
+    train_here(run, "straight", "hanging")
+    assert summary(run, "sleep")["digest"] == summary(run, "straight")["digest"]
+    assert (summary(run, "sleep")["attempts"], summary(run, "sleep")["updates"]) == (2, 58)
 
 
 def test_a_full_disk_is_named_and_ends_the_job(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

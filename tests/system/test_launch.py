@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dtrain.errors import DtrainError, HangError, RankLostError
 from tests.process import Ended, start, sweep
 from tests.system.programs import wait_until_gone
 
@@ -22,16 +23,25 @@ sys.exit(start_ranks(int(sys.argv[1]), [sys.executable, *sys.argv[2:]], os.envir
 
 # Without torch, which takes every rank a second to import.
 WORKER = """
-import sys, time
+import os, sys, time
+from dtrain.comm.rank_marks import IN_SESSION, set_mark
+if sys.argv[1] == "late":  # MPI starts without a rank
+    if os.environ["OMPI_COMM_WORLD_RANK"] == "1":
+        time.sleep(60)
+    from dtrain.rank_process import init
+    init()
 from mpi4py import MPI
 comm, mode = MPI.COMM_WORLD, sys.argv[1]
 comm.barrier()
+if mode in ("exit", "mpirun") and comm.rank == 1:
+    set_mark(IN_SESSION, comm.rank)
+    os._exit(3) if mode == "exit" else os.kill(os.getppid(), 9)
 if mode == "abort" and comm.rank == 1:
     print("rank 1 aborts", file=sys.stderr, flush=True)
     comm.Abort(4)
 if mode == "wait" and comm.rank == 0:
     print("waiting", flush=True)
-if mode in ("abort", "wait"):
+if mode in ("abort", "wait", "exit", "mpirun"):
     time.sleep(60)
 print("rank", comm.rank, "of", comm.size)
 sys.exit(int(mode))
@@ -62,6 +72,26 @@ def test_an_abort_ends_all_with_its_code(tmp_path: Path, root: dict[str, str]) -
     ended = ranks(tmp_path, 3, "abort", root)
     assert (ended.code, ended.err) == (4, "rank 1 aborts\n")
     assert not ended.left
+
+
+@pytest.mark.parametrize(
+    ("mode", "error", "key"),
+    [
+        ("exit", RankLostError, "rank.exited"),
+        ("mpirun", RankLostError, "launcher.killed"),
+        ("late", HangError, "hang.start"),
+    ],
+)
+def test_an_end_that_no_rank_reports_is_named(
+    mode: str, error: type[DtrainError], key: str, tmp_path: Path, root: dict[str, str]
+) -> None:
+    """A rank leaves its session by `os._exit`, mpirun is killed, or a rank never starts MPI."""
+    ended = ranks(tmp_path, 3, mode, root | {"DTRAIN_START_TIMEOUT": "2" if mode == "late" else ""})
+    assert (ended.code, ended.late) == (error.code, False)
+    assert not ended.left or mode == "mpirun"  # these ranks do not look for their launcher
+    (line,) = (line for line in ended.err.splitlines() if line.startswith("dtrain: "))
+    assert f"[{key}]" in line
+    assert "exit code 3" in line or mode != "exit"
 
 
 def test_ranks_start_inside_a_job_step(tmp_path: Path, root: dict[str, str]) -> None:

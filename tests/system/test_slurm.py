@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.config.parse import read_run
-from dtrain.errors import SAVED_CODE, ConfigError
+from dtrain.errors import ConfigError
 from tests.cluster import Cluster
 from tests.conftest import ROOT
 from tests.hang import wait_for, write_hanging_run
@@ -21,7 +20,6 @@ from tests.harness import train_in_threads
 from tests.need import lack
 from tests.outcome import summary
 from tests.process import Ended, start, sweep
-from tests.system.jobs import submit, wait_for_job
 from tests.system.on_ranks import read_results, write_commands
 from tests.system.programs import DTRAIN, RUN, write_run
 from tests.system.test_api import FOLDERS, SCRIPTS
@@ -63,21 +61,6 @@ def test_four_hosts_train_as_one_host_does(cluster: Cluster, tmp_path: Path) -> 
     assert here["digest"] == there["digest"]
     assert here["bytes_inter_node"] == there["bytes_intra_node"] == 0
     assert here["bytes_intra_node"] == there["bytes_inter_node"] > 4 * 2e6 * 4 * 2
-
-
-def test_the_job_script_trains_and_resumes(cluster: Cluster, tmp_path: Path) -> None:
-    write_run(tmp_path, SMALL)
-    options = ["--nodes=2", "--ntasks=2", f"--output={tmp_path}/job.log"]
-    env = cluster.env | {"DTRAIN": str(Path(sys.executable).with_name("dtrain"))}
-    for updates in (4, 6):
-        words = ["run.toml", "--set", f"updates={updates}"]
-        job = submit(options, words, env, tmp_path)
-        state, _ = wait_for_job(job, env)
-        assert state == "COMPLETED", (tmp_path / "job.log").read_text()
-    assert "Sorry" not in (tmp_path / "job.log").read_text()  # Open MPI's help texts
-    result = summary(tmp_path / "runs" / "run")
-    assert (result["updates"], result["attempts"], result["stages"]) == (6, 2, 2)
-    assert result["bytes_inter_node"] > result["bytes_intra_node"] == 0
 
 
 @pytest.fixture
@@ -127,32 +110,6 @@ def test_ranks_under_srun_report_their_waits_and_end_when_cancelled(
     assert "Traceback" not in err
     assert summary(tmp_path / "out")["status"] == "stopped"
     assert not (tmp_path / "out" / "owner.json").exists()
-
-
-@pytest.mark.parametrize("name", ["USR1", "TERM"])
-def test_a_step_that_is_told_to_stop_saves_and_returns_75(
-    name: str, cluster: Cluster, tmp_path: Path
-) -> None:
-    """Although `--kill-on-bad-exit` ends the ranks that leave later."""
-    text = RUN.replace("epochs = 1", "updates = 100000") + "[log]\nevery-s = 0.1\n"
-    words = ["srun", "--mpi=pmix", "--kill-on-bad-exit=1", "-N4", "-n4", *DTRAIN, "train"]
-    words += [str(write_run(tmp_path, text)), "--out", str(tmp_path / "out")]
-    mark = f"DTRAIN_MARK={os.getpid()}stop"
-    environ = cluster.env | dict([mark.split("=")])
-    child = subprocess.Popen(words, env=environ, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    try:
-        assert child.stdout is not None
-        assert any(" update " in line for line in child.stdout)
-        job = start(["squeue", "--noheader", "-o%i"], env=cluster.env).out.strip()
-        assert start(["scancel", f"--signal={name}", job], env=cluster.env).code == 0
-        out, _ = child.communicate(timeout=30)
-        assert child.returncode == SAVED_CODE
-        result = summary(tmp_path / "out")
-        assert (result["status"], result["stop_reason"]) == ("stopped", f"stopped by SIG{name}")
-        assert f"{result['updates']:,}" in out.splitlines()[-1]
-    finally:
-        sweep(mark)
-        child.wait()
 
 
 def assert_refused_with_commands(ended: Ended, out: Path, *commands: str) -> None:

@@ -15,7 +15,7 @@ backend; a backend knows only bytes. So `threads` and `single` cannot behave dif
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import NoReturn, final
 
 import numpy as np
@@ -87,7 +87,10 @@ class Backend(ABC):
     rank, size : int
         Position in the group, and number of its ranks.
     hosts : tuple of str
-        Host of each rank of the group.
+        Host of each rank of the group, for people.
+    nodes : tuple of hashable
+        Node of each rank of the group: ranks of one node share memory. Two nodes may have the same
+        host name, and containers on one node different ones.
     world_ranks : tuple of int
         Rank in the world of each rank of the group.
     library : str
@@ -97,6 +100,7 @@ class Backend(ABC):
     rank: int
     size: int
     hosts: tuple[str, ...]
+    nodes: tuple[Hashable, ...]
     world_ranks: tuple[int, ...]
     library: str
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from pathlib import Path
 from typing import NoReturn, final
 
 import mpi4py
@@ -32,11 +33,15 @@ After a millisecond a short sleep costs the wait nothing, and other processes ge
 """
 
 
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+"""A text of its own for each start of a kernel, which all containers of a node have in common."""
+
+
 MIN_SLEEP_S, MAX_SLEEP_S = 50e-6, 200e-6
 
 
 FIELD_BYTES = 1024
-"""Bytes that a rank sends with its host's name and the mask of its cores."""
+"""Bytes that a rank sends with its host's name, its node and the mask of its cores."""
 
 
 @final
@@ -78,8 +83,8 @@ class MpiBackend(Backend):
     ----------
     comm : MPI.Intracomm
         Nothing else may use it.
-    hosts : sequence of str
-        Host of each of its ranks.
+    hosts, nodes : sequence of str, and of int
+        Host and node of each of its ranks.
     oversubscribed : bool
         Whether this host has more ranks than cores, so that waits must sleep.
     world_ranks : sequence of int, optional
@@ -90,11 +95,12 @@ class MpiBackend(Backend):
         self,
         comm: MPI.Intracomm,
         hosts: Sequence[str],
+        nodes: Sequence[Hashable],
         oversubscribed: bool,
         world_ranks: Sequence[int] | None = None,
     ) -> None:
         self.rank, self.size = comm.rank, comm.size
-        self.hosts = tuple(hosts)
+        self.hosts, self.nodes = tuple(hosts), tuple(nodes)
         self.library = library_version()
         self.world_ranks = tuple(range(comm.size) if world_ranks is None else world_ranks)
         self._comm = comm
@@ -120,8 +126,9 @@ class MpiBackend(Backend):
             child.Get_group(), list(range(child.size)), self._comm.Get_group()
         )
         hosts = [self.hosts[rank] for rank in ranks]
+        nodes = [self.nodes[rank] for rank in ranks]
         world_ranks = [self.world_ranks[rank] for rank in ranks]
-        return MpiBackend(child, hosts, self._oversubscribed, world_ranks)
+        return MpiBackend(child, hosts, nodes, self._oversubscribed, world_ranks)
 
     def abort(self, code: int) -> NoReturn:
         """End all ranks (`MPI_Abort`)."""
@@ -159,18 +166,35 @@ def world_backend() -> MpiBackend:
     _barrier(MPI.COMM_WORLD, oversubscribed=True)
     comm = MPI.Intracomm(MPI.COMM_WORLD.Dup())
     fields = np.zeros((comm.size, FIELD_BYTES), dtype=np.uint8)
-    own_field = f"{platform.node()} {_core_mask():x}".encode()
+    own_field = f"{platform.node()} {_node_key(comm)} {_core_mask():x}".encode()
     fields[comm.rank, : len(own_field)] = np.frombuffer(own_field, dtype=np.uint8)
     _poll_until_complete(
         comm.Iallgather(MPI.IN_PLACE, [fields, FIELD_BYTES, MPI.BYTE]), oversubscribed=True
     )
-    pairs = [field.tobytes().rstrip(b"\0").decode().split() for field in fields]
-    hosts = [host for host, _ in pairs]
-    node_ranks = NodeTopology(hosts, comm.rank).node_ranks
+    rows = [field.tobytes().rstrip(b"\0").decode().split() for field in fields]
+    hosts, nodes = [host for host, _, _ in rows], [node for _, node, _ in rows]
+    node_ranks = NodeTopology(nodes, comm.rank).node_ranks
     cores = 0
     for rank in node_ranks:
-        cores |= int(pairs[rank][1], 16)
-    return MpiBackend(comm, hosts, len(node_ranks) > cores.bit_count())
+        cores |= int(rows[rank][2], 16)
+    return MpiBackend(comm, hosts, nodes, len(node_ranks) > cores.bit_count())
+
+
+def _node_key(comm: MPI.Intracomm) -> str:
+    """Return a text that the ranks of this node have in common. Collective over `comm`.
+
+    MPI says which ranks share memory, by its first rank. Some libraries go by the host name where
+    the launcher tells them nothing, so the key names the running kernel, too.
+    """
+    _barrier(comm, oversubscribed=True)
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    first = MPI.Group.Translate_ranks(node.Get_group(), [0], comm.Get_group())[0]
+    node.Free()
+    try:
+        kernel = BOOT_ID.read_text(encoding="ascii").strip()
+    except OSError:
+        kernel = ""
+    return f"{first}-{kernel}"
 
 
 def _core_mask() -> int:

@@ -24,7 +24,7 @@ class SingleBackend(Backend):
 
     def __init__(self, matcher: Matcher | None = None, group: Hashable = ()) -> None:
         self.rank, self.size = 0, 1
-        self.hosts, self.world_ranks = (platform.node(),), (0,)
+        self.hosts, self.nodes, self.world_ranks = (platform.node(),), (0,), (0,)
         self.library = "no MPI"
         self._matcher = matcher or Matcher()
         self._group = group

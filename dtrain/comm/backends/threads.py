@@ -113,10 +113,11 @@ class ThreadBackend(Backend):
         members: Sequence[int],
         world_rank: int,
         hosts: Sequence[str],
+        nodes: Sequence[Hashable],
         group: Hashable = (),
     ) -> None:
         self.rank, self.size = members.index(world_rank), len(members)
-        self.hosts, self.world_ranks = tuple(hosts), tuple(members)
+        self.hosts, self.nodes, self.world_ranks = tuple(hosts), tuple(nodes), tuple(members)
         self.library = "threads"
         self._scheduler = scheduler
         self._world_rank = world_rank
@@ -148,8 +149,9 @@ class ThreadBackend(Backend):
         ranks = sorted((k, rank) for rank, (c, k) in requests.items() if c == color)
         members = [self.world_ranks[rank] for _, rank in ranks]
         hosts = [self.hosts[rank] for _, rank in ranks]
+        nodes = [self.nodes[rank] for _, rank in ranks]
         group = (self._group, self._split_count, color)
-        return ThreadBackend(self._scheduler, members, self._world_rank, hosts, group)
+        return ThreadBackend(self._scheduler, members, self._world_rank, hosts, nodes, group)
 
     def abort(self, code: int) -> NoReturn:
         """End all ranks; `run_ranks` raises `SystemExit(code)`."""
@@ -162,6 +164,7 @@ def run_ranks(
     *,
     seed: int = 0,
     hosts: Sequence[str] | None = None,
+    nodes: Sequence[Hashable] | None = None,
     timeout_s: float = 60.0,
 ) -> list[T]:
     """Run `function` on n ranks in this process and return their results in rank order.
@@ -176,6 +179,8 @@ def run_ranks(
         Chooses which rank runs next at every wait.
     hosts : sequence of str, optional
         A made-up host per rank; default: all on one.
+    nodes : sequence of hashable, optional
+        A made-up node per rank; default: one for each host.
     timeout_s : float
         Seconds in which all ranks must end.
 
@@ -190,13 +195,14 @@ def run_ranks(
     """
     scheduler = ThreadScheduler(ranks, seed)
     host_names = tuple(hosts) if hosts is not None else ("localhost",) * ranks
+    node_names = host_names if nodes is None else tuple(nodes)
     results: dict[int, T] = {}
 
     def run_rank(rank: int) -> None:
         error: BaseException | None = None
         try:
             scheduler.wait_turn(rank)
-            backend = ThreadBackend(scheduler, range(ranks), rank, host_names)
+            backend = ThreadBackend(scheduler, range(ranks), rank, host_names, node_names)
             results[rank] = function(Comm(backend))
         except BaseException as caught:
             error = caught

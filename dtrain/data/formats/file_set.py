@@ -15,7 +15,6 @@ Invariant: shapes and targets are known when a set is open; samples are read on 
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import typing
 from abc import ABC, abstractmethod
@@ -31,6 +30,7 @@ from dtrain.data.dataset import DatasetSplits, check_splits
 from dtrain.data.hold_out import hold_out_part
 from dtrain.data.source_dataset import SplitSources, check_arrays, make_split, make_splits
 from dtrain.errors import ConfigError, DataError
+from dtrain.paths import expand_text
 from dtrain.schema import convert, kebab
 from dtrain.tasks.task import DEFAULT_TASK, Task
 
@@ -213,15 +213,8 @@ def expand_paths(paths: Paths, folder: Path, key: str) -> tuple[Path, ...]:
 
 
 def _expand(text: str, folder: Path, key: str) -> list[Path]:
-    expanded = os.path.expandvars(text)
-    unset = re.search(r"\$(\w+|\{\w+\})", expanded)
-    if unset is not None and not (folder / expanded).exists():
-        raise ConfigError(
-            "data.variable-unset",
-            f'[data] {key} = "{text}": the environment variable {unset[1].strip("{}")} is not set: '
-            "set it, or write the path",
-        )
-    path = folder / Path(expanded).expanduser()
+    expanded = expand_text(text, f"[data] {key} =", folder, "data.variable-unset")
+    path = folder / expanded
     if not re.search(r"[*?[]", expanded) or path.exists():
         return [path]
     matches = [Path(match) for match in glob(str(path), recursive=True)]

@@ -47,26 +47,38 @@ def read_kept(folder: Path, training: TrainingStatistics) -> list[Any] | None:
 
     Some samples are read where there is a file.
     """
+    path = folder / STATISTICS_FILE
     try:
-        record = json.loads((folder / STATISTICS_FILE).read_text(encoding="utf-8"))
-        is_complete = isinstance(record, dict) and {"mean", "std", "data"} <= record.keys()
-    except (OSError, ValueError):
+        if path.is_symlink() or not path.is_file():  # a pipe would wait for its writer
+            return None
+        record = json.loads(path.read_text(encoding="utf-8"))
+        lists = [record["mean"], record["std"]]
+        is_whole = record["checksum"] == _checksum(lists)
+        moments = from_lists(lists)
+    except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError):
         return None
-    if not is_complete or record["data"] != data_identity(training.dataset, training.axis):
+    channels = (training.dataset.shape[training.axis],)
+    is_whole &= all(part.shape == channels and np.isfinite(part).all() for part in moments)
+    if not is_whole or record["data"] != data_identity(training.dataset, training.axis):
         return None
-    return [record["mean"], record["std"]]
+    return lists
 
 
-def write_kept(folder: Path, training: TrainingStatistics) -> None:
-    """Write the moments, which must be known, into a run folder."""
+def kept_text(training: TrainingStatistics) -> str:
+    """Return the text of `STATISTICS_FILE` in a run folder; the moments must be known."""
     mean, deviation = to_lists(training.moments)
     record = {
         "mean": mean,
         "std": deviation,
+        "checksum": _checksum([mean, deviation]),
         "data": data_identity(training.dataset, training.axis),
     }
-    text = json.dumps(record, indent=1, allow_nan=False)
-    (folder / STATISTICS_FILE).write_text(text + "\n", encoding="utf-8")
+    return json.dumps(record, indent=1, allow_nan=False) + "\n"
+
+
+def _checksum(lists: list[Any]) -> str:
+    """Return a hash of the numbers: a changed one would train another model."""
+    return blake2b(json.dumps(lists).encode(), digest_size=16).hexdigest()
 
 
 def to_lists(moments: Moments) -> list[Any]:

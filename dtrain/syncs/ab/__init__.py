@@ -142,7 +142,7 @@ class AB(LocalUpdates):
         self.trains_a = self._groups.trains_a(group)
         self._group = replicas.split(group, name=f"group {group}")
         self._node_group = replicas.split_by_node()
-        self._ledger = TrafficLedger(self.weights, replicas.hosts)
+        self._ledger = TrafficLedger(self.weights, replicas.nodes)
 
     def phases(self, clock: UpdateClock) -> Phases:
         """Return the lengths of the phases; those left out follow from the length of the run."""

@@ -9,7 +9,7 @@ factor is that of its matrix by the chain rule. A core that shrinks loses the st
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
 from typing import final
 
 import torch
@@ -211,14 +211,16 @@ class TrafficLedger:
     ----------
     weights : BlockParameters
         Before any of its matrices is factorized.
-    hosts : sequence of str
-        The host of each replica.
+    nodes : sequence of hashable
+        The node of each replica.
     """
 
-    def __init__(self, weights: BlockParameters, hosts: Sequence[str]) -> None:
-        nodes = NodeTopology(hosts, 0).nodes
-        nodes = [[rank] for rank in nodes[0]] if len(nodes) == 1 else nodes
-        self._node_of_replica = {rank: node for node, ranks in enumerate(nodes) for rank in ranks}
+    def __init__(self, weights: BlockParameters, nodes: Sequence[Hashable]) -> None:
+        replicas = NodeTopology(nodes, 0).nodes
+        replicas = [[rank] for rank in replicas[0]] if len(replicas) == 1 else replicas
+        self._node_of_replica = {
+            rank: node for node, ranks in enumerate(replicas) for rank in ranks
+        }
         self._weights = weights
         self._ranks: dict[str, int] = {}
         self._updates = 0

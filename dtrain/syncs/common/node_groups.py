@@ -38,7 +38,7 @@ class NodeGroups:
     """
 
     def __init__(self, replicas: Comm) -> None:
-        self.topology = NodeTopology(replicas.hosts, replicas.rank)
+        self.topology = NodeTopology(replicas.nodes, replicas.rank)
         self.node_group = replicas.split_by_node()
 
     @property
@@ -110,7 +110,7 @@ class NodeLeaders:
         self.leader_group: Comm | None = leader_group if leader else None
         if not leader:
             leader_group.close()
-        self.node_sizes = [len(ranks) for ranks in NodeTopology(group.hosts, group.rank).nodes]
+        self.node_sizes = [len(ranks) for ranks in NodeTopology(group.nodes, group.rank).nodes]
 
     def allgather_bytes(self, data: Tensor) -> list[Tensor]:
         """Return the bytes (uint8) of all ranks, by node, then by rank. Collective over the group.

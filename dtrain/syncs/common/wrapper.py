@@ -88,6 +88,9 @@ class Wrapper(Sync):
     def before_update(self, gradients: Sequence[Tensor], weight: float, clock: UpdateClock) -> None:
         self.inner_sync.before_update(gradients, weight, clock)
 
+    def before_skipped_update(self, clock: UpdateClock) -> None:
+        self.inner_sync.before_skipped_update(clock)
+
     def lr_factor(self, clock: UpdateClock) -> float:
         return self.inner_sync.lr_factor(clock)
 

@@ -162,7 +162,7 @@ class DASO(LocalUpdates):
     def before_update(self, gradients: Sequence[Tensor], weight: float, clock: UpdateClock) -> None:
         """Average downcast gradients; copy the weights from which deltas are counted."""
         if self.is_blocking(clock):
-            if self._downcasts:
+            if self._downcasts and gradients:
                 self._average_downcast(gradients, clock)
         elif self.in_sync:
             self._async_mean.save_base_weights()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import sys
 import time
 from pathlib import Path
@@ -11,6 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+import dtrain
+from dtrain.checkpoint import store
 
 LIMIT_BYTES = 8192
 """More than a summary, less than a shard."""
@@ -36,16 +40,18 @@ class Leaving(nn.Linear):
         return super().forward(input)
 
 
-class Dying(nn.Linear):
-    """Kills its process in training batch 30, once: `DTRAIN_TEST_DIED` names the file that shows
-    that it has."""
+class Hanging(nn.Linear):
+    """Hangs in training batch 40, or in the save after it, as `DTRAIN_TEST_HANG` says."""
 
     def forward(self, input: Tensor) -> Tensor:
         self.batches = getattr(self, "batches", 0) + self.training
-        mark = os.environ.get("DTRAIN_TEST_DIED")
-        if mark and self.batches == 30 and not Path(mark).exists():
-            Path(mark).touch()
-            os.kill(os.getpid(), 9)
+        how = os.environ.get("DTRAIN_TEST_HANG") if self.batches == 40 else None
+        if how == "sleep":
+            time.sleep(1000)
+        elif how == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif how == "save":
+            store.save = lambda *_: time.sleep(1000)  # type: ignore[assignment]
         return super().forward(input)
 
 
@@ -78,8 +84,10 @@ def leaving() -> nn.Sequential:
     return _net(Leaving)
 
 
-def dying() -> nn.Sequential:
-    return _net(Dying)
+def hanging() -> nn.Sequential:
+    if os.environ.get("DTRAIN_TEST_HANG") == "start" and dtrain.init().rank:
+        time.sleep(1000)
+    return _net(Hanging)
 
 
 def slow() -> nn.Sequential:

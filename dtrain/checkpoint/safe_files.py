@@ -61,13 +61,13 @@ def read_inside(folder: Path, name: str, limit: int = MAX_BYTES, *, tail: bool =
 
 def read_json(folder: Path, name: str) -> Table:
     """Return the object in a JSON file, empty where there is none."""
-    return _parse_json(read_inside(folder, name))
+    return parse_json(read_inside(folder, name))
 
 
 def read_json_lines(folder: Path, name: str, limit: int = MAX_BYTES) -> Iterator[Table]:
     """Yield the objects of a file that has one per line; a comma may follow each."""
     for line in read_inside(folder, name, limit, tail=True).split("\n"):
-        if table := _parse_json(line.strip().rstrip(",")):
+        if table := parse_json(line.strip().rstrip(",")):
             yield table
 
 
@@ -79,7 +79,8 @@ def read_toml(folder: Path, name: str) -> Table:
         return {}
 
 
-def _parse_json(text: str) -> Table:
+def parse_json(text: str) -> Table:
+    """Return the object of a JSON text, empty for anything else."""
     try:
         value = json.loads(text, parse_constant=lambda _: None)
     except (ValueError, RecursionError):
