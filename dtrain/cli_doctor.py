@@ -159,7 +159,7 @@ def _step_seconds(options: argparse.Namespace) -> tuple[float | None, list[str]]
 def _usual_rate(network: Area) -> float:
     """Return the lowest rate between nodes, which a ring waits for; else that inside the node."""
     links: list[dict[str, Any]] = network.facts["links"]
-    between = [link for link in links if link["hosts"][0] != link["hosts"][1]]
+    between = [link for link in links if link["is_between_nodes"]]
     return float(min(link["bytes_per_s"] for link in between or links))
 
 
