@@ -7,7 +7,7 @@
 # PYTHON and MPI are remembered in .venv until they are given again.
 # Written for POSIX sh and GNU make 3.81, which is what macOS has.
 
-.PHONY: help install demo docs licences test test-full check FORCE
+.PHONY: help install demo docs licences test test-full large check FORCE
 .NOTPARALLEL:
 # Modules of a site set these; pip must see what is in .venv and nothing else.
 unexport PYTHONPATH PYTHONHOME
@@ -63,6 +63,10 @@ demo: $(READY)
 test: $(READY)
 	$(BESIDE) tests/plan tests/rule tests/pages tests/ranks tests/witness
 	$(VENV)/python -m pytest tests/system
+
+# Messages, means and shards above 2^31 bytes: 6 GB of memory, 3 GB of disk.
+large: $(READY)
+	DTRAIN_LARGE=1 $(VENV)/python -m pytest tests/system/test_large_messages.py
 
 # All combinations of objectives, schedules and syncs; `make test` has a pairwise cover of them.
 test-full: $(READY)

@@ -113,7 +113,7 @@ def _print_report(options: argparse.Namespace, areas: list[Area]) -> int:
 
 def _advice(options: argparse.Namespace, areas: list[Area]) -> tuple[Advice | None, list[str]]:
     """Return the sync for the measured network, and its words; None: nothing to choose for."""
-    from dtrain.doctor.advice import advice_lines, advise
+    from dtrain.doctor.advice import HANDLING_S_PER_BYTE, advice_lines, advise
     from dtrain.doctor.network import rate_text
 
     network = next((area for area in areas if area.name == "network" and area.facts), None)
@@ -126,8 +126,18 @@ def _advice(options: argparse.Namespace, areas: list[Area]) -> tuple[Advice | No
         return None, []
     nodes, rate = int(network.facts["nodes"]), _usual_rate(network)
     step_s, origin = _step_seconds(options)
-    advice = advise(model_bytes, nodes, rate, step_s)
+    handling = HANDLING_S_PER_BYTE if _cores_handle_messages(areas, network) else 0.0
+    advice = advise(model_bytes, nodes, rate, step_s, handling)
     return advice, [*advice_lines(advice, model_bytes, nodes, rate_text(rate)), *origin]
+
+
+def _cores_handle_messages(areas: list[Area], network: Area) -> bool:
+    """Return whether the cores that compute also send: by TCP, on nodes without GPUs."""
+    ranks: list[dict[str, Any]] = next(
+        (area.facts["ranks"] for area in areas if area.name == "node"), []
+    )
+    has_gpus = any(rank["gpus"] for rank in ranks)
+    return not has_gpus and network.facts["transports"].get("between nodes") == "tcp"
 
 
 def _step_seconds(options: argparse.Namespace) -> tuple[float | None, list[str]]:
@@ -149,7 +159,7 @@ def _step_seconds(options: argparse.Namespace) -> tuple[float | None, list[str]]
 def _usual_rate(network: Area) -> float:
     """Return the lowest rate between nodes, which a ring waits for; else that inside the node."""
     links: list[dict[str, Any]] = network.facts["links"]
-    between = [link for link in links if link["hosts"][0] != link["hosts"][1]]
+    between = [link for link in links if link["is_between_nodes"]]
     return float(min(link["bytes_per_s"] for link in between or links))
 
 

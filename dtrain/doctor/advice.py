@@ -34,6 +34,15 @@ PARTS = {
 """Part of the bytes of `every-step` that a sync sends per update, with its default keys."""
 
 
+HANDLING_S_PER_BYTE = 2e-9
+"""Seconds in which a core sends and adds a byte of a mean over TCP, measured without a limit of the
+link (benchmarks/slow_link.py) on nodes whose cores all compute."""
+
+
+HANDLING = {"daso": 2.0, "int8": 5.7}
+"""Work per byte that is sent, over that of `every-step`: a copy and a merge; the codec."""
+
+
 HIDDEN = ("daso",)
 """Syncs whose means between nodes overlap with whole steps."""
 
@@ -65,7 +74,11 @@ class Advice:
 
 
 def advise(
-    model_bytes: float, nodes: int, bytes_per_s: float, compute_s: float | None = None
+    model_bytes: float,
+    nodes: int,
+    bytes_per_s: float,
+    compute_s: float | None = None,
+    handling_s_per_byte: float = 0.0,
 ) -> Advice:
     """Return the sync for a model on several nodes.
 
@@ -79,6 +92,8 @@ def advise(
         Measured rate between nodes.
     compute_s : float, optional
         Seconds of a step without communication.
+    handling_s_per_byte : float
+        Seconds in which a computing core handles a byte of a mean; 0: others do it.
     """
     mean_s = 2 * (nodes - 1) / nodes * model_bytes / bytes_per_s
     if nodes == 1:
@@ -88,7 +103,11 @@ def advise(
         return Advice(mean_s, None, None, {}, "the time of a step is unknown")
     steps = mean_s / compute_s
     sync, reason = _row(steps)
-    step_s = {name: _step_s(name, mean_s, compute_s) for name in PARTS}
+    work_s = 2 * (nodes - 1) / nodes * model_bytes * handling_s_per_byte
+    step_s = {
+        name: _step_s(name, mean_s, compute_s) + PARTS[name] * HANDLING.get(name, 1.0) * work_s
+        for name in PARTS
+    }
     return Advice(mean_s, steps, sync, step_s, reason)
 
 
@@ -108,10 +127,7 @@ def _row(steps: float) -> tuple[str, str]:
 
 
 def _step_s(name: str, mean_s: float, compute_s: float) -> float:
-    """Return the estimated seconds of a step.
-
-    The codec of `int8` is taken to cost the time that the overlap saves.
-    """
+    """Return the estimated seconds of a step, without the work of the cores for messages."""
     part = PARTS[name] * mean_s
     if name in HIDDEN:
         return max(compute_s, part)

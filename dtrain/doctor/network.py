@@ -47,6 +47,8 @@ class Link:
 
     Attributes
     ----------
+    is_between_nodes : bool
+        Whether its ends are on different nodes.
     latency_s : float
         Half of the fastest round trip of a small message.
     bytes_per_s : float
@@ -56,29 +58,33 @@ class Link:
     first: int
     second: int
     hosts: Sequence[str]
+    is_between_nodes: bool
     latency_s: float
     bytes_per_s: float
 
-    @property
-    def is_between_nodes(self) -> bool:
-        """Return whether its ends are on different hosts."""
-        return self.hosts[0] != self.hosts[1]
 
+def ring_pairs(nodes: Sequence[int], limit: int = MAX_PAIRS) -> list[tuple[int, int]]:
+    """Return the pairs of neighbours of a ring that are measured, those between nodes first.
 
-def ring_pairs(hosts: Sequence[str], limit: int = MAX_PAIRS) -> list[tuple[int, int]]:
-    """Return the pairs of neighbours of a ring that are measured, those between nodes first."""
-    size = len(hosts)
+    Parameters
+    ----------
+    nodes : sequence of int
+        Node of each rank.
+    """
+    size = len(nodes)
     if size < 2:
         return []
     pairs = [(rank, (rank + 1) % size) for rank in range(size if size > 2 else 1)]
-    pairs.sort(key=lambda pair: hosts[pair[0]] == hosts[pair[1]])
+    pairs.sort(key=lambda pair: nodes[pair[0]] == nodes[pair[1]])
     return pairs[:limit]
 
 
 def measure_links(comm: Comm) -> list[Link]:
     """Return the links of the ring, the same on all ranks. Collective over the group."""
     links = []
-    for first, second in ring_pairs(comm.hosts):
+    numbers = {rank: node for node, ranks in enumerate(comm.topology.nodes) for rank in ranks}
+    nodes = [numbers[rank] for rank in range(comm.size)]
+    for first, second in ring_pairs(nodes):
         result = None
         if comm.rank == first:
             result = _measure_as_sender(comm, second)
@@ -86,7 +92,8 @@ def measure_links(comm: Comm) -> list[Link]:
             _answer(comm, first)
         latency_s, rate = comm.allgather_object(result)[first]
         hosts = (comm.hosts[first], comm.hosts[second])
-        links.append(Link(first, second, hosts, latency_s, rate))
+        apart = nodes[first] != nodes[second]
+        links.append(Link(first, second, hosts, apart, latency_s, rate))
     return links
 
 

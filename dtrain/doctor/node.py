@@ -256,9 +256,9 @@ def check_host_names(ranks: Sequence[NodeFacts]) -> list[Finding]:
     return [
         Finding(
             "node.same-host-name",
-            "problem",
-            f"{len(kernels)} different nodes are named {host}: logs, hang reports and the owner of "
-            "a run folder do not tell them apart",
+            "note",
+            f"{len(kernels)} different nodes are named {host}: dtrain groups ranks by what shares "
+            "memory, but its log and `dtrain flight` name hosts",
             "give each node or container its own host name (`--hostname`)",
         )
         for host, kernels in boots.items()

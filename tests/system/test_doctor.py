@@ -42,7 +42,8 @@ def test_two_own_ranks_measure_their_link(clean: dict[str, str], tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("rate", "bits_per_s", "sync"), [("1gbit", 1e9, "daso"), ("100mbit", 1e8, "local-sgd")]
+    ("rate", "bits_per_s", "sync"),
+    [("1gbit", 1e9, "daso"), ("300mbit", 3e8, "local-sgd"), ("100mbit", 1e8, "local-sgd")],
 )
 def test_figures_of_a_shaped_link(
     rate: str, bits_per_s: float, sync: str, cluster: Cluster, tmp_path: Path
