@@ -54,6 +54,7 @@ SECTIONS: Tables = (
     ("[stop]", sections.Stop, "[training](training.md#stop-early)"),
     ("[ema]", sections.Ema, "[training](training.md#average-the-weights)"),
     ("[log]", sections.Log, "[monitoring](monitoring.md)"),
+    ("[numerics]", sections.Numerics, "[training](training.md#losses-that-are-not-finite)"),
     ("[timeouts]", sections.Timeouts, "[faults](faults.md#a-run-that-hangs)"),
     ("[sweep]", None, "[sweeps](sweeps.md)"),
 )

@@ -67,7 +67,7 @@ def _status(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace) -> int:
     """Print the differences of two runs, or the table of several ones."""
     from dtrain.run_report.compare import compare_runs, comparison_text
-    from dtrain.run_report.run_table import expand_folders, read_run_table, write_csv
+    from dtrain.run_report.run_table import expand_folders, read_run_table, write_run_table
 
     is_table = options.sort is not None or options.csv is not None
     if (
@@ -80,9 +80,10 @@ def _compare(options: argparse.Namespace) -> int:
         else:
             print(comparison_text(*options.folders), end="")
         return 0
-    table = read_run_table(options.folders, options.sort)
-    if options.csv is not None:
-        write_csv(table, options.csv)
+    if options.csv is None:
+        table = read_run_table(options.folders, options.sort)
+    else:
+        table = write_run_table(options.folders, options.csv, options.sort)
     _print_table(table, options.json)
     return 0
 

@@ -6,6 +6,7 @@ Invariant: it imports no MPI and works on a login node.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TypeAlias
 
@@ -59,6 +60,8 @@ def _submit(options: argparse.Namespace) -> int:
 
     words = {field.name: getattr(options, field.name) for field in fields(SubmitOptions)}
     done = submit(options.run_file, SubmitOptions(**words))
+    for note in done.notes:  # a script that is printed may be piped
+        print(f"note    {note}", file=sys.stderr if options.dry_run else sys.stdout)
     if options.dry_run:
         print(done.text, end="")
         return 0
@@ -66,8 +69,6 @@ def _submit(options: argparse.Namespace) -> int:
     folders = [job.out_of(value) for value in job.array_values] or [job.out]
     if job.array_settings:  # a sweep
         folders = [job.out.parent]
-    for note in done.notes:
-        print(f"note    {note}")
     limit = f", {job.minutes} minutes" if job.minutes else ""
     print(f"job     {done.job_id}: {job.nodes} x {job.ranks_per_node} ranks{limit}")
     for folder in folders:

@@ -145,9 +145,9 @@ def _print_head(number: int, runs: Sequence[SweepRun], remark: str = "") -> None
 
 def _write_table(folder: Path) -> None:
     """Write the table of the runs so far into the folder of a sweep."""
-    from dtrain.run_report.run_table import CSV_NAME, read_run_table, write_csv
+    from dtrain.run_report.run_table import CSV_NAME, write_run_table
 
-    write_csv(read_run_table([folder]), folder / CSV_NAME)
+    write_run_table([folder], folder / CSV_NAME)
 
 
 def _print_table(folder: Path) -> None:

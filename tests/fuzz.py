@@ -248,7 +248,10 @@ class Fuzzer:
 
     def _note_open(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self.listens and event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
-            path = os.path.realpath(os.fsdecode(arguments[0]))
+            path = os.fsdecode(arguments[0])
+            if arguments[2] & os.O_NOFOLLOW:  # a link is refused
+                path = os.path.join(os.path.realpath(os.path.dirname(path)), "-")
+            path = os.path.realpath(path)
             if path.startswith(str(self.outside)):
                 self.opened.append(path)
 
@@ -352,8 +355,13 @@ def fuzzer(reports: float = REPORTS) -> Iterator[Fuzzer]:
 
 def run_trials(numbers: range | list[int], seed: int, reports: float = REPORTS) -> list[Trial]:
     """Run trials, a share of which write a report; return those that found something."""
+    found = []
     with fuzzer(reports) as fuzz:
-        return [trial for number in numbers for trial in fuzz.run(number, seed)]
+        for number in numbers:
+            for trial in fuzz.run(number, seed):
+                found.append(trial)
+                print(f"--- trial {number}: {trial.command} after {trial.change}\n{trial.problem}")
+    return found
 
 
 def run_program() -> int:
@@ -366,8 +374,6 @@ def run_program() -> int:
     start = time.perf_counter()
     numbers = options.only or range(options.count)
     found = run_trials(numbers, options.seed)
-    for trial in found[:40]:
-        print(f"--- trial {trial.number}: {trial.command} after {trial.change}\n{trial.problem}")
     kinds = Counter(trial.problem.strip().splitlines()[-1][:100] for trial in found)
     for kind, count in kinds.most_common():
         print(f"{count:6}  {kind}")

@@ -111,7 +111,54 @@ def main() -> int:
     return int(any(outcome != "fails" for outcome in outcomes))
 
 
-MUTATIONS: tuple[Mutation, ...] = ()
+CRASH_POINTS = "tests/ranks/test_crash_points.py::"
+
+MUTATIONS: tuple[Mutation, ...] = (
+    Mutation(
+        "dtrain/checkpoint/store.py",
+        "    files.fsync(part)\n",
+        "",
+        CRASH_POINTS + "test_every_crash_leaves_a_whole_checkpoint_and_a_folder_that_resumes",
+    ),
+    Mutation(
+        "dtrain/checkpoint/store.py",
+        "files.calls.exchange(part, final)",
+        "raise OSError",
+        CRASH_POINTS + "test_every_crash_leaves_a_whole_checkpoint_and_a_folder_that_resumes",
+    ),
+    Mutation(
+        "dtrain/session/folder_lock.py",
+        "            remove_partial(folder)\n",
+        "            pass\n",
+        CRASH_POINTS + "test_crashed_runs_end_as_the_undisturbed_one_and_leave_nothing_behind",
+    ),
+    Mutation(
+        "dtrain/checkpoint/store.py",
+        "except OSError as error:",
+        "except FileNotFoundError as error:",
+        CRASH_POINTS
+        + "test_every_failing_call_of_a_save_is_reported_and_leaves_a_whole_checkpoint",
+    ),
+    Mutation(
+        "dtrain/checkpoint/run_folder.py",
+        "except OSError as error:",
+        "except FileNotFoundError as error:",
+        CRASH_POINTS + "test_a_run_whose_records_cannot_be_written_ends_with_an_error_of_its_own",
+    ),
+    Mutation(
+        "dtrain/tracking/metrics_file.py",
+        "file.truncate(position)",
+        "pass",
+        "tests/rule/test_tracking.py::test_a_torn_line_of_metrics_is_removed",
+    ),
+    Mutation(
+        "dtrain/comm/launcher.py",
+        "prctl(PR_SET_PDEATHSIG, signal.SIGTERM)",
+        "pass",
+        "tests/system/test_kill.py::"
+        "test_a_killed_run_loses_at_most_one_interval_and_ends_as_the_undisturbed_one",
+    ),
+)
 """At least one for each promise."""
 
 

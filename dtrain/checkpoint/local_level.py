@@ -100,6 +100,7 @@ class LocalLevel:
         if self._leads and self.folder.is_dir():
             with suppress(OSError):
                 files.delete_folder(self.folder)
+                files.calls.rmdir(self.folder.parent)
 
 
 def recover(comm: Comm, out: Path, setting: str, keep: int) -> list[str]:

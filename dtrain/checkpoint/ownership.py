@@ -79,8 +79,6 @@ def acquire(folder: Path) -> Owner:
             files.make_folder(folder)
         # Linked into place when it is written, so that no reader finds half of it.
         draft = _own_name(folder)
-        if draft.exists():  # of a process of the same number, and maybe linked into place
-            files.calls.unlink(draft)
         files.write_file(draft, json.dumps(owner), sync=True)
         try:
             claimed = _claim(folder, draft, owner)

@@ -69,7 +69,9 @@ class NewCheckpoint:
         """
         with _convert_write_errors(self.part):
             remove_partial(self.folder)
-            files.make_folder(self.part)
+            if not self.folder.is_dir():
+                files.make_folder(self.folder)
+            files.calls.mkdir(self.part)  # its name survives a power cut with the commit
 
     def write_shard(
         self,

@@ -20,7 +20,6 @@ import os
 import signal
 import sys
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -29,6 +28,8 @@ from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import TextIO, TypedDict, final
+
+from dtrain.comm.stacks import StackSource, innermost_line, stack_lines, thread_lines
 
 FLIGHT_SIGNAL = signal.SIGURG
 """Signal on which a rank writes its record. A process without a handler ignores it, and launchers
@@ -85,10 +86,6 @@ class Record(TypedDict):
 
 
 RECORD_KEYS = tuple(Record.__annotations__)
-
-
-StackSource = FrameType | BaseException | None
-"""A frame or an exception: both have a stack."""
 
 
 @final
@@ -223,7 +220,7 @@ class FlightRecorder:
         lines = [
             *self._current_lines(now, isinstance(stack_source, BaseException)),
             *self._event_lines(now),
-            *_stack_lines(stack_source),
+            *stack_lines(stack_source),
         ]
         return "\n".join([head, record, "", *lines, ""])
 
@@ -246,6 +243,8 @@ class FlightRecorder:
         self._is_final = has_failed or is_final
         try:
             text = self.text(reason, stack_source)
+            if isinstance(stack_source, FrameType) and is_final:
+                text += "\n".join(thread_lines(stack_source))
             if self.folder is None:
                 print(text, file=sys.stderr, flush=True)
                 return
@@ -333,35 +332,3 @@ def format_ranks(ranks: Iterable[int]) -> str:
 
 def _format_fact(fact: object) -> str:
     return f"{fact:.6f} s" if isinstance(fact, float) else str(fact)
-
-
-def _stack_lines(stack_source: StackSource) -> Iterator[str]:
-    if stack_source is None:
-        return
-    yield ""
-    yield "stack"
-    if isinstance(stack_source, BaseException):
-        lines = traceback.format_exception(stack_source)
-    else:
-        lines = traceback.format_stack(stack_source)
-    yield from "".join(lines).splitlines()
-
-
-def innermost_line(stack_source: StackSource) -> str | None:
-    """Return file, line and function of the innermost frame outside libraries; read no file."""
-    if stack_source is None:
-        return None
-    frames: list[tuple[FrameType, int]]
-    if isinstance(stack_source, BaseException):
-        frames = list(traceback.walk_tb(stack_source.__traceback__))[::-1]
-    else:
-        frames = list(traceback.walk_stack(stack_source))
-    if not frames:
-        return None
-    own = (entry for entry in frames if not _is_library(entry[0].f_code.co_filename))
-    frame, line = next(own, frames[0])
-    return f"{Path(frame.f_code.co_filename).name}:{line} in {frame.f_code.co_name}"
-
-
-def _is_library(filename: str) -> bool:
-    return "site-packages" in filename

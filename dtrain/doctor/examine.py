@@ -126,8 +126,8 @@ def _node_area(
 ) -> Area:
     """Return the area of the nodes of these ranks."""
     findings = list(further)
-    for name in dict.fromkeys((rank.host, rank.boot) for rank in ranks):
-        here = [rank for rank in ranks if (rank.host, rank.boot) == name]
+    for node_key in dict.fromkeys((rank.host, rank.boot) for rank in ranks):
+        here = [rank for rank in ranks if (rank.host, rank.boot) == node_key]
         findings += node.check_cores(here, environ, ranks_here)
         findings += node.check_gpus(here, environ, ranks_here)
     findings += node.check_host_names(ranks)

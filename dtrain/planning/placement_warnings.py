@@ -39,6 +39,12 @@ def placement_warnings(plan: Plan, nodes: Sequence[int], names: Sequence[str]) -
     return [*_warn_crossings(mesh, nodes, names), *_warn_daso_nodes(plan, nodes)]
 
 
+def planned_warnings(plan: Plan, ranks_per_node: int) -> list[str]:
+    """Return the warnings of a plan on nodes that are filled with consecutive ranks."""
+    nodes = [rank // ranks_per_node for rank in range(plan.layout.mesh.ranks)]
+    return placement_warnings(plan, nodes, [f"node {node}" for node in nodes])
+
+
 def _warn_crossings(mesh: RankMesh, nodes: Sequence[int], names: Sequence[str]) -> Iterator[str]:
     """Warn of replicas whose stages, or of stages whose replicas, are on too many nodes."""
     groups = _groups(mesh, mesh.placement)

@@ -14,7 +14,7 @@ from dtrain.planning.data_memory import data_lines, data_warnings, plan_data_mem
 from dtrain.planning.formatting import align_columns, percent, pluralise
 from dtrain.planning.layout import describe
 from dtrain.planning.memory_plan import MemoryPlan
-from dtrain.planning.placement_warnings import placement_warnings
+from dtrain.planning.placement_warnings import planned_warnings
 from dtrain.planning.plan import Plan
 from dtrain.planning.time_estimate import estimate_time, estimate_timeline
 from dtrain.planning.warnings import plan_warnings
@@ -72,6 +72,7 @@ def plan_table(plan: Plan, cost_file: CostFile | None = None) -> dict[str, Any]:
     memory_plan = MemoryPlan(plan)
     data, memory = plan_data_memory(plan), memory_plan.to_dicts()
     peak = max(row["peak_bytes"] for row in memory)
+    ranks_per_node = None if cost_file is None else cost_file.rank_speed.ranks_per_node
     proof, rows = plan.proof, plan.batch_splitter.largest_micro_batch
     table = describe(plan.layout, rows) | {
         "updates": plan.training_length.total_updates,
@@ -84,7 +85,7 @@ def plan_table(plan: Plan, cost_file: CostFile | None = None) -> dict[str, Any]:
         "data": data.to_dict(),
         "cautions": [
             *plan_warnings(plan),
-            *_placement_warnings(plan, cost_file),
+            *(planned_warnings(plan, ranks_per_node) if ranks_per_node else []),
             *data_warnings(plan, data, peak),
         ],
         "run": plan.run.to_table(),
@@ -92,15 +93,6 @@ def plan_table(plan: Plan, cost_file: CostFile | None = None) -> dict[str, Any]:
     if cost_file is not None:
         table["prediction"] = estimate_time(plan, cost_file, memory_plan)
     return table
-
-
-def _placement_warnings(plan: Plan, cost_file: CostFile | None) -> list[str]:
-    """Return the warnings on nodes of as many consecutive ranks as a costs file says."""
-    ranks = None if cost_file is None else cost_file.rank_speed.ranks_per_node
-    if ranks is None:
-        return []
-    nodes = [rank // ranks for rank in range(plan.layout.mesh.ranks)]
-    return placement_warnings(plan, nodes, [f"node {node}" for node in nodes])
 
 
 def _size_lines(plan: Plan) -> list[str]:

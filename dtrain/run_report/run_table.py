@@ -56,6 +56,10 @@ COUNTS = {
 WAITING = "not started"
 
 
+MAX_WRITES = 5
+"""Times that a table is written whose runs change meanwhile."""
+
+
 @final
 @dataclass(frozen=True)
 class RunRow:
@@ -257,14 +261,28 @@ def _value_text(name: str, value: float | None) -> str:
     return duration_text(value) if name == "wall_s" else metric_text(name, value)
 
 
-def write_csv(table: RunTable, path: Path) -> None:
-    """Write a table as CSV; an earlier one is replaced whole.
+def write_run_table(folders: Sequence[Path], path: Path, sort: str | None = None) -> RunTable:
+    """Write the table of runs as CSV, and return it.
+
+    Several tasks of an array may write it at the same time. Each reads the runs again after it has
+    written, so the file that stays is that of the latest state.
 
     Raises
     ------
     ConfigError
-        The file cannot be written.
+        As `read_run_table`, or the file cannot be written.
     """
+    table = read_run_table(folders, sort)
+    for _ in range(MAX_WRITES):
+        _write_csv(table, path)
+        before, table = table, read_run_table(folders, sort)
+        if table == before:
+            break
+    return table
+
+
+def _write_csv(table: RunTable, path: Path) -> None:
+    """Write a table as CSV; an earlier one is replaced whole."""
     keys, columns = table.setting_keys(), table.columns()
     try:
         with replacing(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:

@@ -49,7 +49,7 @@ class SlurmJob:
     after : str
         A dependency of `sbatch --dependency`; "": none.
     container : str
-        Path of an Apptainer image in which the ranks run; "": none.
+        Path of an Apptainer image in which the ranks run, with its own `dtrain`; "": none.
     environment_archive : str
         A packed environment (tar), broadcast to the disks of the nodes; "": none.
     """

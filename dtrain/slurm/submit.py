@@ -22,6 +22,7 @@ from dtrain.config.run import RunConfig
 from dtrain.errors import ConfigError
 from dtrain.planning.data_memory import PROCESS_BYTES
 from dtrain.planning.memory_plan import MemoryPlan
+from dtrain.planning.placement_warnings import planned_warnings
 from dtrain.planning.plan import Plan, make_plan
 from dtrain.slurm.job_script import SlurmJob, render_script
 from dtrain.slurm.site import Site, read_site
@@ -203,7 +204,7 @@ def check_job(job: SlurmJob, site: Site, plan: Plan) -> tuple[str, ...]:
             "the run has one epoch and no [checkpoint] every: a job that ends inside it saves at "
             "its signal only"
         )
-    return tuple(notes)
+    return (*notes, *planned_warnings(plan, job.ranks_per_node))
 
 
 def parse_minutes(text: str | None, default: int = DEFAULT_MINUTES) -> int:

@@ -78,9 +78,13 @@ def culprit_stack(hang: Hang, folder: Path) -> str:
     rank = hang.culprits[0]
     with suppress(OSError, ValueError):
         text = (folder / f"rank-{rank:05d}.txt").read_text(encoding="utf-8")
-        lines = text.partition("\nstack\n")[2].rstrip().splitlines()
+        stack, _, others = text.partition("\nstack\n")[2].partition("\nstack of thread ")
+        lines = stack.rstrip().splitlines()[-STACK_LINES:]
+        if lines and others:  # that of a thread which reads samples
+            name, *other = others.partition("\nstack of thread ")[0].rstrip().splitlines()
+            lines = [*lines, f"its thread {name}:", *other[-STACK_LINES:]]
         if lines and rank not in hang.silent:
-            return "\n".join([f"stack of rank {rank}, innermost last:", *lines[-STACK_LINES:]])
+            return "\n".join([f"stack of rank {rank}, innermost last:", *lines])
     return ""
 
 

@@ -22,7 +22,8 @@ from pathlib import Path
 from types import FrameType
 from typing import final
 
-from dtrain.comm.flight_recorder import FlightRecorder, format_ranks, innermost_line, print_error
+from dtrain.comm.flight_recorder import FlightRecorder, format_ranks, print_error
+from dtrain.comm.stacks import user_line
 from dtrain.errors import DtrainError, HangError
 from dtrain.watchdog.hang_text import Ranks, culprit_stack, hang_error, slow_note
 from dtrain.watchdog.limits import Limits, Pulse
@@ -280,7 +281,7 @@ class Watchdog:
             action=str(action[0]) if action else None,
             what=description,
             peers=format_ranks(peers),
-            place=None if waits else innermost_line(self._frame()),
+            place=None if waits else user_line(self._frame()),
         )
         if recorded:
             position = replace(position, recorded=True)

@@ -113,7 +113,13 @@ CASES = (
         '[objective]\nname = "backprop"\n[schedule]\nname = "1f1b"\n',
         REPLICATED,
     ),
-    Case("backprop, pipelined, prediction", PREDICTED, (Layout(2), Layout(3)), micro_batches=1),
+    Case(
+        "backprop, pipelined, prediction, asynchronous checkpoints",
+        PREDICTED,
+        (Layout(2), Layout(3)),
+        micro_batches=1,
+        asynchronous=True,
+    ),
     Case(
         "daso",
         '[objective]\nname = "backprop"\n[sync]\nname = "daso"\nmax-global-skips = 4\n',

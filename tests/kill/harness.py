@@ -49,11 +49,11 @@ ORPHAN_LIMIT_S = 10.0
 NAP_S = 0.003
 """Seconds that a rank sleeps after every update, so that kills hit at different updates."""
 
-CALLS = {"save": 150, "end": 4}
-"""Calls among which the one of a kill is drawn: those of about one save, and of the end."""
+CALLS = {"save": 17, "end": 4}
+"""Calls of rank 0 among which the one of a kill is drawn: those of a save, and of the end."""
 
-NAMING_CALLS = 18
-"""The same for calls that write no data, such as the renames of a save."""
+SHARD_CALLS = 3
+"""Calls of the other ranks in a save."""
 
 REFUSALS = (2, 3, 5)
 """Exit codes of a start that is refused: run file or folder, data, checkpoint."""
@@ -91,8 +91,6 @@ class Kill:
         The time after which it kills.
     call : int
         Number of the file call before which it kills, counted over saves.
-    counts_writes : bool
-        Whether calls that write data are counted.
     torn : bool
         Whether that call, if it writes, writes half of its data.
     wait_s : float
@@ -105,7 +103,6 @@ class Kill:
     killer: int = 0
     delay_s: float = 0.0
     call: int = 0
-    counts_writes: bool = True
     torn: bool = False
     wait_s: float = 0.0
 
@@ -171,7 +168,6 @@ def draw_kills(rng: random.Random, count: int) -> list[Kill]:
 
 
 def _draw_kill(rng: random.Random, phase: str, target: str) -> Kill:
-    counts_writes = phase != "save" or rng.random() < 0.5
     longest = {"start": 1.0, "train": 0.1}.get(phase, 0.0)
     return Kill(
         target=target,
@@ -179,8 +175,7 @@ def _draw_kill(rng: random.Random, phase: str, target: str) -> Kill:
         number=rng.randrange(12),
         killer=0 if phase == "end" else rng.randrange(12),
         delay_s=rng.uniform(0.0, longest),
-        call=rng.randrange(CALLS.get(phase, 1) if counts_writes else NAMING_CALLS),
-        counts_writes=counts_writes,
+        call=rng.randrange(CALLS.get(phase, 1)),
         torn=rng.random() < 0.5,
         wait_s=rng.choice([0.0, 0.02, 0.3]),
     )
@@ -289,8 +284,10 @@ class Part:
         environ["DTRAIN_KILL"] = ""
         if planned is not None:
             writers = self.case.writers(layout) if planned.phase == "save" else layout.ranks
-            killer = {"killer": planned.killer % writers}
-            environ["DTRAIN_KILL"] = json.dumps(asdict(planned) | killer)
+            killer = planned.killer % writers
+            call = planned.call % SHARD_CALLS if killer else planned.call
+            changes = {"killer": killer, "call": call}
+            environ["DTRAIN_KILL"] = json.dumps(asdict(planned) | changes)
         environ["DTRAIN_KILL_STAGES"] = str(layout.stages)
         environ["DTRAIN_KILL_NAP_S"] = str(NAP_S)
         words = ["-m", "dtrain", "run", str(PROGRAM), "--ranks", str(layout.ranks)]

@@ -21,6 +21,10 @@ from tests.kill.processes import find_targets, kill, parent
 
 RANK = int(os.environ["OMPI_COMM_WORLD_RANK"])
 MPIRUN = os.getppid()
+LAUNCHER = parent(MPIRUN)
+ORPHAN_NAP_S = 0.3
+"""Seconds by which each update takes longer once mpirun or its parent is dead, so that the run does
+not reach its end before the limit."""
 STAGES = os.environ["DTRAIN_KILL_STAGES"]
 NAP_S = float(os.environ["DTRAIN_KILL_NAP_S"])
 KILL = json.loads(os.environ.get("DTRAIN_KILL") or "{}")
@@ -36,8 +40,7 @@ def append(name: str, record: dict[str, Any]) -> None:
 
 def strike(call: str = "") -> None:
     """Kill what `KILL` names."""
-    launcher = parent(MPIRUN)
-    targets = find_targets(KILL["target"], launcher, KILL["number"])
+    targets = find_targets(KILL["target"], LAUNCHER, KILL["number"])
     append("kills.jsonl", {"time": time.time(), "call": call, "targets": len(targets)})
     kill(targets, last=os.getpid())
 
@@ -55,26 +58,27 @@ class CountingCalls(files.FileCalls):
         self.left = KILL["call"]
         self.folder = folder
 
-    def _count(self, name: str, path: str | Path | int, data: memoryview | None = None) -> None:
+    def _count(self, name: str, path: str | Path | int, data: memoryview | None = None) -> int:
+        """Count a call, and kill if it is the one; return the bytes that a torn write has done."""
+        written, descriptor = 0, path
         if isinstance(path, int):
             path = os.readlink(f"/proc/self/fd/{path}")
-        if self.folder not in str(path) or not (KILL["counts_writes"] or data is None):
-            return
+        if self.folder not in str(path):
+            return written
         self.left -= 1
         if self.left == -1:
-            if data is not None and KILL["torn"] and isinstance(path, str):
-                os.write(self._descriptor, data[: len(data) // 2])
+            if data is not None and KILL["torn"] and isinstance(descriptor, int):
+                written = os.write(descriptor, data[: len(data) // 2])
             strike(name)
             time.sleep(KILL["wait_s"])  # another process was killed: this one may go on
+        return written
 
     def open(self, path: str | Path, flags: int) -> int:
         self._count("open", path)
         return super().open(path, flags)
 
     def write(self, descriptor: int, data: memoryview) -> int:
-        self._descriptor = descriptor
-        self._count("write", descriptor, data)
-        return super().write(descriptor, data)
+        return self._count("write", descriptor, data) or super().write(descriptor, data)
 
     def truncate(self, descriptor: int, size: int) -> None:
         self._count("truncate", descriptor)
@@ -116,8 +120,8 @@ def report(session: dtrain.Session, event: dtrain.Event) -> None:
         timer.start()
     if IS_KILLER and (KILL["phase"], event.kind) == ("end", "end"):
         files.calls = CountingCalls("")
-    if event.kind == "update":  # without its mpirun, a rank may go on for a second
-        time.sleep(NAP_S if os.getppid() == MPIRUN else 0.3)
+    if event.kind == "update":
+        time.sleep(NAP_S if (os.getppid(), parent(MPIRUN)) == (MPIRUN, LAUNCHER) else ORPHAN_NAP_S)
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ from dtrain.run_report.compare import compare_runs, comparison_text
 from dtrain.run_report.page import report
 from dtrain.run_report.plan_file import parse_plan
 from dtrain.run_report.run_record import make_history, read_run_record
-from dtrain.run_report.run_table import is_higher_better, read_run_table, write_csv
+from dtrain.run_report.run_table import is_higher_better, read_run_table, write_run_table
 from dtrain.run_report.sections import make_sections
 from dtrain.run_report.status import run_status, status_text
 from dtrain.run_report.trace_file import read_measured_update
@@ -524,7 +524,7 @@ def test_the_best_of_several_runs_comes_first_and_none_is_left_out(
     with refuses(ConfigError, "compare.unknown-value"):
         read_run_table([sweep], "accuracy")
     with refuses(ConfigError, "compare.unwritable"):
-        write_csv(read_run_table([sweep]), sweep / "absent" / "t.csv")
+        write_run_table([sweep], sweep / "absent" / "t.csv")
 
 
 def test_the_direction_of_a_metric_is_that_of_the_task() -> None:

@@ -258,7 +258,8 @@ def test_every_run_file_is_legal(page: Path, tmp_path: Path) -> None:
             override_key(table, override)
         run = parse_run(base | table, path)
         if page.name not in ONLY_PARSED and run.weights_path is None:
-            assert make_plan(run, run.mesh.stages or run.partition.chosen_blocks or 1)
+            stages = run.mesh.stages or run.partition.chosen_blocks or 1
+            assert make_plan(run, stages * len(run.mesh.shares or (1,)))
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)

@@ -110,7 +110,9 @@ def test_shares_that_are_refused(shares: list[int], sync: str, key: str | None) 
     """From a run file, and from Python, where a script may run on other ranks."""
     changes = {"mesh": {"stages": 2, "shares": shares}, "sync": {"name": sync}}
     if key is None:
-        make_plan(tiny.run(**changes), 6)
+        run = tiny.run(**changes)
+        assert make_plan(run.fit_stages(6), 6).layout.mesh.shares == tuple(shares)
+        assert make_plan(run.fit_stages(4), 4).layout.mesh.shares == ()
     else:
         with refuses(ConfigError, key):
             make_plan(tiny.run(**changes), 6)

@@ -10,6 +10,7 @@ import pytest
 
 from dtrain.cli import main
 from dtrain.comm.backends.single import SingleBackend
+from dtrain.comm.backends.threads import run_ranks
 from dtrain.comm.communicator import Comm
 from dtrain.mesh import PLACEMENTS
 from dtrain.objectives.local_head import LocalHead
@@ -17,6 +18,7 @@ from dtrain.objectives.mono_forward import MonoForward
 from dtrain.planning.placement_warnings import placement_warnings
 from dtrain.planning.plan import Plan, make_plan
 from dtrain.planning.warnings import plan_warnings
+from dtrain.schema import dump_toml
 from dtrain.training import train
 from tests import tiny
 
@@ -208,6 +210,40 @@ def test_ranks_that_cross_nodes_against_the_placement(
     for text in ("distribution=block", "a multiple of 2 ranks", *PLACEMENTS):
         cure = "".join(lines).rpartition("; ")[2]
         assert (text in cure) == (text in (cures or ())), lines
+
+
+def test_a_start_says_and_records_what_crosses_nodes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As all notes: in the output, and in the record of the start. Host names may be equal."""
+    run = tiny.run(mesh__stages=2, epochs=1)
+    nodes = [0, 1, 0, 1]
+    run_ranks(4, lambda comm: train(run, comm, tmp_path), hosts=["a"] * 4, nodes=nodes)
+    record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert record["nodes"] == nodes
+    (note,) = (note for note in record["notes"] if "distribution=block" in note)
+    assert note in capsys.readouterr().out
+
+
+def test_plans_of_nodes_warn_before_a_run_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a costs file, and before a job is submitted: three ranks of a node, two stages."""
+    table = tiny.TABLE | {"mesh": {"stages": 2}}
+    (tmp_path / "run.toml").write_text(dump_toml(table))
+    (tmp_path / "costs.toml").write_text(
+        "multiply-adds-per-s = 1e9\nranks-per-node = 3\n"
+        "[links.intra-node]\nbytes-per-s = 1e9\n[links.inter-node]\nbytes-per-s = 1e9\n"
+    )
+    job = ["--site", "generic", "--nodes", "2", "--ranks-per-node", "3", "--dry-run"]
+    for words in (
+        ["plan", "--ranks", "6", "--costs", str(tmp_path / "costs.toml")],
+        ["submit", *job, "--out", str(tmp_path / "out")],
+    ):
+        command, *options = words
+        assert main([command, str(tmp_path / "run.toml"), *options]) == 0
+        printed = capsys.readouterr()
+        assert "a multiple of 2 ranks" in printed.out + printed.err, words
 
 
 @pytest.mark.parametrize(

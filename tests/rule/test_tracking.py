@@ -17,6 +17,7 @@ from dtrain.errors import ConfigError
 from dtrain.schema import Table
 from dtrain.tracking import TRACKERS
 from dtrain.tracking.base import RunFacts, Tracker, scalars
+from dtrain.tracking.metrics_file import MetricsFile
 from dtrain.tracking.recorder import Recorder, make_trackers
 from tests import tiny
 from tests.conftest import ROOT
@@ -233,3 +234,16 @@ def test_a_new_column_widens_a_csv_file(tmp_path: Path) -> None:
         first, second = csv.DictReader(file)
     assert (first["loss/1"], first["added"]) == ("2.5", "")
     assert (second["loss/1"], second["added"]) == ("1.5", "7.0")
+
+
+def test_a_torn_line_of_metrics_is_removed(tmp_path: Path) -> None:
+    """A run that was killed, or whose disk was full, left half of a record."""
+    path = tmp_path / "metrics.jsonl"
+    whole = "".join(f'{{"update": {update}}}\n' for update in range(10_000))
+    for text in (whole, whole + '{"kind": "tra', '{"kind"', "x" * 200_000, whole + "x" * 200_000):
+        path.write_text(text)
+        file = MetricsFile()
+        file.start({}, RunFacts(tmp_path, "run", 1, 0))
+        file.record("train", {"update": 5})
+        kept = whole if text.startswith(whole) else ""
+        assert path.read_text() == kept + '{"kind": "train", "update": 5}\n'

@@ -315,18 +315,16 @@ def running(turn: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Be
 
 def test_slurm_accepts_the_scripts_of_all_sites(running: Bench, tmp_path: Path) -> None:
     """As they are: the cluster has the partitions, features and GPUs of the sites."""
-    scripts = sorted((ROOT / "jobs").glob("*.sh"))
-    scripts = [path for path in scripts if "#SBATCH" in path.read_text()]
+    scripts = [path for path in (ROOT / "jobs").glob("*.sh") if "#SBATCH" in path.read_text()]
     assert len(scripts) == 3
     for name in SITES:
-        site, account = read_site(name), {"account": "acc"}
-        for variant, facts in VARIANTS.items():
-            facts = facts | account | {"ranks_per_node": max(site.gpus_per_node, 1)}
-            facts |= {"partition": "", "after": "", "cpus_per_rank": 7, "minutes": 150}
+        site = read_site(name)
+        ranks = max(site.gpus_per_node, 1)
+        facts = {"account": "acc", "ranks_per_node": ranks, "cpus_per_rank": site.cores // ranks}
+        for variant in VARIANTS if site.has_slurm else ():
+            job = job_on_site(**(VARIANTS[variant] | facts | {"partition": "", "after": ""}))
             scripts.append(tmp_path / f"{name}-{variant}.sh")
-            scripts[-1].write_text(render_script(job_on_site(**facts), site))
-        if not site.has_slurm:
-            del scripts[-len(VARIANTS) :]
+            scripts[-1].write_text(render_script(job, site))
     refused = []
     for path in scripts:
         ended = start(["sbatch", "--test-only", path, "run.toml"], env=running.cluster.env)

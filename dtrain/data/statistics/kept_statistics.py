@@ -52,14 +52,14 @@ def read_kept(folder: Path, training: TrainingStatistics) -> list[Any] | None:
         if path.is_symlink() or not path.is_file():  # a pipe would wait for its writer
             return None
         record = json.loads(path.read_text(encoding="utf-8"))
-        lists = [record["mean"], record["std"]]
+        lists, identity = [record["mean"], record["std"]], record["data"]
         is_whole = record["checksum"] == _checksum(lists)
         moments = from_lists(lists)
     except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError):
         return None
     channels = (training.dataset.shape[training.axis],)
     is_whole &= all(part.shape == channels and np.isfinite(part).all() for part in moments)
-    if not is_whole or record["data"] != data_identity(training.dataset, training.axis):
+    if not is_whole or identity != data_identity(training.dataset, training.axis):
         return None
     return lists
 
