@@ -315,6 +315,13 @@ def dtrain_path() -> str:
 
 
 def bench_environment(cluster: Cluster, folder: Path) -> dict[str, str]:
-    """Return the variables that submitted jobs inherit: this source, and stand-ins on PATH."""
+    """Return the variables that submitted jobs inherit: this source, and a stand-in of Apptainer.
+
+    An image has a `dtrain` of its own, here the one beside this Python. The stand-in is
+    written before a thread starts a process, which would hold the file open for a moment.
+    """
+    image = Path(dtrain_path()).parent
+    body = f'echo "$*" >> {folder}/apptainer.log; shift 2; PATH={image}:$PATH; exec "$@"'
+    program(folder / "bin", "apptainer", body)
     path = f"{folder / 'bin'}:{cluster.env['PATH']}"
     return {"SLURM_CONF": cluster.env["SLURM_CONF"], "PYTHONPATH": str(ROOT), "PATH": path}
