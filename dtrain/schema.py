@@ -127,7 +127,7 @@ def load_toml(path: Path, description: str) -> Table:
         raise ConfigError(
             "toml.unreadable", f"cannot read the {description} {path}: {error.strerror}"
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError("toml.invalid", f"{path} is not valid TOML: {error}") from error
 
 

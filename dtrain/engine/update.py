@@ -253,11 +253,12 @@ class UpdateStep:
             return
         if self.checks_replicas:
             check_replicas_equal(self.blocks[index], sync.replicas, update)
-        elif interval and update + 1 >= self._next_checks.setdefault(
-            index, (update // interval + 1) * interval
-        ):
-            self._next_checks[index] = ((update + 1) // interval + 1) * interval
-            check_replicas_quickly(self.blocks[index], sync.replicas, update)
+        elif interval:
+            done, last = update + 1, self.engine_spec.training_length.total_updates
+            due = self._next_checks.setdefault(index, (update // interval + 1) * interval)
+            if done >= due or done == last:
+                self._next_checks[index] = (done // interval + 1) * interval
+                check_replicas_quickly(self.blocks[index], sync.replicas, update)
 
     def _make_clock(self, index: int, update: BatchUpdate) -> UpdateClock:
         length, base_lr = self.engine_spec.training_length, self.blocks[index].base_lr

@@ -187,22 +187,25 @@ def test_a_mismatch_names_the_first_tensor_that_differs() -> None:
     assert ours.describe_mismatch(later, "g") == (place, "mean_ (collective 4 of g)")
 
 
-@pytest.mark.parametrize(("sync", "found"), [("every-step", 6), ("local-sgd", 8)])
+@pytest.mark.parametrize(
+    ("sync", "every", "fault", "found"),
+    [("every-step", 3, 3, 6), ("every-step", 100, 3, 8), ("local-sgd", 3, 7, 8)],
+)
 def test_a_check_every_few_updates_names_block_and_ranks(
-    sync: str, found: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sync: str, every: int, fault: int, found: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the first update that is due and at which the sync keeps replicas equal; a resumed run
-    counts from the start of the run. Without a fault it changes nothing."""
+    """At the first update that is due and at which the sync keeps replicas equal, and after the
+    last one. Without a fault it changes nothing."""
     kind = {"every-step": EveryStep, "local-sgd": LocalSGD}[sync]
     fields = {"every": 4} if sync == "local-sgd" else {}
-    checked = {"numerics": {"check-replicas": 3}}
+    checked = {"numerics": {"check-replicas": every}}
     results = [
         train_on(sync_run(sync, sync=fields, **changes), tmp_path / f"{len(changes)}", "aab")
         for changes in ({}, checked)
     ]
     assert results[0]["digest"] == results[1]["digest"]
     assert results[0]["bytes_inter_node"] == results[1]["bytes_inter_node"]
-    plant_fault(kind, "fc2.weight", monkeypatch, at=3 if sync == "every-step" else 7)
+    plant_fault(kind, "fc2.weight", monkeypatch, at=fault)
     with refuses(NumericalError, "sync.replicas-differ") as caught:
         train_on(sync_run(sync, sync=fields, **checked), tmp_path / "out", "aab")
     message = caught.value.message

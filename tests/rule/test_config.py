@@ -234,7 +234,7 @@ def test_overrides_are_toml_or_text(tmp_path: Path) -> None:
         assert caught.value.key.startswith("override.")
 
 
-@pytest.mark.parametrize("content", [b"seed = \n", b"\xff"])
+@pytest.mark.parametrize("content", [b"seed = \n", b"\xff", b"seed = " + b"[" * 50_000])
 def test_a_file_that_is_no_toml_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_bytes(content)
