@@ -1,8 +1,8 @@
 """Growth of memory, open files, threads and requests of 4 ranks over 50,000 updates.
 
-`ratio` = resident memory of all ranks after the last update over that after a fifth of the updates,
-the larger of the two runs; 1 means no growth. `spread` = the difference of the two. The peer is the
-same run after a fifth of its updates.
+`ratio` = resident memory of all ranks after the last update over that after three fifths of the
+updates, the larger of the two runs; 1 means no growth. `spread` = the difference of the two. The
+peer is the same run after three fifths of its updates.
 
 Set-up: net 64-32-32-10, random inputs in memory, 16 samples per update, 2 stages x 2 replicas, an
 evaluation and a checkpoint every 1,000 updates, of which two are kept. The runs: `backprop` with
@@ -84,8 +84,8 @@ def main() -> None:
 
 
 def early_update(updates: int) -> int:
-    """Return the update after which a run has warmed up: a fifth, at the end of a segment."""
-    return max(SEGMENT, updates // 5)
+    """Return the update after which growth counts: three fifths, at the end of a segment."""
+    return max(SEGMENT, updates * 3 // 5)
 
 
 def summed(ranks: list[list[dict[str, float]]], update: int) -> dict[str, float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         expand_options(options, PATH_TEXTS)
         code: int = options.command(options)
+        sys.stdout.flush()
         return code
     except DtrainError as error:
         print(f"dtrain: {error.text_with_key()}", file=sys.stderr)
@@ -63,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dtrain: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 def _split_script_words(words: list[str]) -> tuple[list[str], list[str]]:

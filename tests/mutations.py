@@ -111,9 +111,181 @@ def main() -> int:
     return int(any(outcome != "fails" for outcome in outcomes))
 
 
+EARLY_END = "tests/ranks/test_early_end.py::"
+DAMAGE = "tests/ranks/test_damage.py::"
+OWNERSHIP = "tests/rule/test_ownership.py::"
+WATCHDOG = "tests/ranks/test_watchdog.py::"
+SUBMIT = "tests/rule/test_submit.py::"
+SAFETY = "tests/ranks/test_safety.py::"
 CRASH_POINTS = "tests/ranks/test_crash_points.py::"
 
 MUTATIONS: tuple[Mutation, ...] = (
+    Mutation(
+        "dtrain/comm/call_order.py",
+        "if calls[rank] != calls[0]:",
+        "if False:",
+        SAFETY + "test_a_replica_that_averages_other_tensors_is_named",
+    ),
+    Mutation(
+        "dtrain/comm/transport.py",
+        "return self.backend.irecv(data, source, tag)",
+        "return self.backend.irecv(data, source, 0)",
+        "tests/ranks/test_comm_contract.py::test_threads_in_other_orders",
+    ),
+    Mutation(
+        "dtrain/checkpoint/store.py",
+        "            block.load_optimizer_state(_optimizer_state(manifest, block, own_root))\n",
+        "",
+        EARLY_END + "test_a_run_stopped_at_any_update_and_resumed_is_the_undisturbed_one",
+    ),
+    Mutation(
+        "dtrain/checkpoint/store.py",
+        "tensors[key].copy_(tensor)",
+        "pass",
+        "tests/ranks/test_layouts.py::test_a_run_resumes_on_another_layout_as_if_it_had_stayed",
+    ),
+    Mutation(
+        "dtrain/comm/early_end.py",
+        "update = max([self._begun, *(update for update, _ in answers)])",
+        "update = self._begun",
+        EARLY_END + "test_all_ranks_decide_for_one_update_that_none_has_passed",
+    ),
+    Mutation(
+        "dtrain/session/run_clock.py",
+        "return max(lead_s, LEAST_LEAD_S)",
+        "return 0.0",
+        "tests/rule/test_run_clock.py::"
+        "test_a_run_stops_while_a_stretch_a_save_and_an_evaluation_fit",
+    ),
+    Mutation(
+        "dtrain/schedules/segments.py",
+        "                offset,\n                start,",
+        "                0,\n                start,",
+        EARLY_END + "test_the_rest_of_a_segment_may_be_trained_on_other_ranks",
+    ),
+    Mutation(
+        "dtrain/checkpoint/manifest_file.py",
+        "content[HASH_KEY] == content_hash(content)",
+        "True",
+        DAMAGE + "test_every_flipped_bit_of_a_manifest_is_named",
+    ),
+    Mutation(
+        "dtrain/checkpoint/manifest.py",
+        "is_intact = file_sha256(path) == self.hashes[name]",
+        "is_intact = True",
+        DAMAGE + "test_a_resumed_run_takes_the_checkpoint_before_a_damaged_one",
+    ),
+    Mutation(
+        "dtrain/checkpoint/shard.py",
+        "if not isinstance(group.get(name, getlink=True), h5py.HardLink):",
+        "if False:",
+        DAMAGE + "test_a_shard_whose_hash_fits_reads_no_other_file",
+    ),
+    Mutation(
+        "dtrain/checkpoint/manifest.py",
+        "filter(CHECKPOINT_NAME.fullmatch, names)",
+        "filter(CHECKPOINT_NAME.match, names)",
+        DAMAGE + "test_copies_of_checkpoints_are_neither_taken_nor_deleted",
+    ),
+    Mutation(
+        "dtrain/checkpoint/same_run.py",
+        "flatten_table(translate_old_keys(saved_table))",
+        "flatten_table(saved_table)",
+        "tests/ranks/test_evaluate.py::"
+        "test_a_run_folder_of_an_earlier_version_is_evaluated_and_resumed",
+    ),
+    Mutation(
+        "dtrain/checkpoint/ownership.py",
+        "files.calls.link(draft, path)",
+        "files.calls.rename(draft, path)",
+        OWNERSHIP + "test_one_of_many_processes_locks_a_folder",
+    ),
+    Mutation(
+        "dtrain/checkpoint/ownership.py",
+        "    if has_ended is not None:\n        return has_ended\n",
+        "",
+        OWNERSHIP + "test_a_folder_whose_owner_is_gone_is_taken_over",
+    ),
+    Mutation(
+        "dtrain/checkpoint/ownership.py",
+        "    if current != owner:",
+        "    if False:",
+        OWNERSHIP + "test_a_run_that_lost_its_folder_writes_nothing_more",
+    ),
+    Mutation(
+        "dtrain/rank_process.py",
+        "            sys.excepthook = _end_of_script\n",
+        "",
+        "tests/system/test_faults.py::"
+        "test_user_code_that_raises_ends_the_job_with_its_traceback_first",
+    ),
+    Mutation(
+        "dtrain/session/hang_watch.py",
+        "timeouts.by_section() if is_rank_of(comm) else {}",
+        "{}",
+        "tests/system/test_faults.py::"
+        "test_a_run_that_cannot_go_on_ends_names_the_cause_and_resumes",
+    ),
+    Mutation(
+        "dtrain/watchdog/observer.py",
+        "return position.still_s + (now - seen_s) > position.limit_s",
+        "return False",
+        WATCHDOG + "test_a_hang_ends_with_one_report_of_its_cause",
+    ),
+    Mutation(
+        "dtrain/watchdog/limits.py",
+        "        if event_s != self._event_s:",
+        "        if self._event_s == 0.0:",
+        WATCHDOG + "test_a_rank_that_makes_progress_or_has_no_limit_ends_nothing",
+    ),
+    Mutation(
+        "dtrain/watchdog/limits.py",
+        "if was_stopped or self._sampled_s is None:",
+        "if self._sampled_s is None:",
+        WATCHDOG + "test_limits_grow_with_the_pauses_of_this_run_and_own_stops_do_not_count",
+    ),
+    Mutation(
+        "dtrain/comm/launcher.py",
+        '"rank.exited",',
+        '"rank.unknown",',
+        "tests/system/test_launch.py::test_an_end_that_no_rank_reports_is_named",
+    ),
+    Mutation(
+        "dtrain/comm/early_signals.py",
+        "    _remembered.append(number)\n",
+        "    pass\n",
+        "tests/system/test_stop.py::test_a_second_ctrl_c_or_a_signal_left_out_ends_a_run_at_once",
+    ),
+    Mutation(
+        "dtrain/schedules/simulator.py",
+        'raise PlanError("plan.deadlock", self._deadlock_text())',
+        "return",
+        "tests/plan/test_verify.py::test_a_deadlock_is_spelt_out",
+    ),
+    Mutation(
+        "dtrain/slurm/setup.sh.jinja",
+        "if [[ $idle -ge {{ budget }} ]]; then",
+        "if false; then",
+        SUBMIT + "test_a_job_that_has_saved_is_requeued_while_it_makes_progress",
+    ),
+    Mutation(
+        "dtrain/slurm/job.sh.jinja",
+        "esac\n",
+        "\n",
+        SUBMIT + "test_every_script_is_legal_bash",
+    ),
+    Mutation(
+        "dtrain/session/same_program.py",
+        "if len(set(comm.allgather_object(own_hash))) == 1:",
+        "if True:",
+        "tests/ranks/test_same_program.py::test_a_stale_run_file_on_one_rank_is_named",
+    ),
+    Mutation(
+        "dtrain/syncs/replica_check.py",
+        "return blake2b(flat.numpy().data, digest_size=CHECKSUM_BYTES).hexdigest()",
+        'return ""',
+        SAFETY + "test_a_replica_that_differs_is_named_at_once",
+    ),
     Mutation(
         "dtrain/checkpoint/store.py",
         "    files.fsync(part)\n",

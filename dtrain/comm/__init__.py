@@ -29,7 +29,7 @@ from dtrain.errors import ConfigError
 if TYPE_CHECKING:
     from dtrain.comm.communicator import Comm
 
-START_CPU_S = 1.8
+START_CPU_S = 1.5
 """CPU seconds in which a rank starts; more than a second of them belong to the import of torch."""
 
 

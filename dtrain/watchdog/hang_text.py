@@ -92,8 +92,8 @@ def _cause_texts(hang: Hang, own: Position, ranks: Ranks) -> Iterator[str]:
     """Yield a text per culprit, and one on the ranks that wait."""
     if hang.is_deadlock:
         yield (
-            f"{_ranks_text(hang.culprits)} wait only for each other, or for messages that the "
-            "network does not deliver"
+            f"{_ranks_text(hang.culprits)} wait only for each other: they call different "
+            "collectives (`debug = true` names these), or the network loses messages"
         )
     for rank in hang.culprits[:MAX_SHOWN]:
         yield _culprit_text(hang, rank, own, ranks)

@@ -55,7 +55,8 @@ def count(session: Any) -> dict[str, int]:
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_grows_with_the_number_of_updates(kind: str, tmp_path: Path) -> None:
-    """One object per update and rank would be 1,200 more at the end."""
+    """One object per update and rank would be 1,200 more at the end. Ranks are not at one place
+    when rank 0 counts, which is 100 objects now and then."""
     run = tiny.run(
         **KINDS[kind],
         mesh={"stages": 2},
@@ -78,5 +79,5 @@ def test_nothing_grows_with_the_number_of_updates(kind: str, tmp_path: Path) -> 
     assert last["requests"] <= first["requests"]
     assert last["files"] <= first["files"]
     assert last["threads"] <= first["threads"]
-    assert last["tensors"] <= first["tensors"] + 20
+    assert last["tensors"] <= first["tensors"] + 100
     assert last["objects"] <= first["objects"] + 400
