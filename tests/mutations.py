@@ -118,9 +118,28 @@ WATCHDOG = "tests/ranks/test_watchdog.py::"
 SUBMIT = "tests/rule/test_submit.py::"
 SAFETY = "tests/ranks/test_safety.py::"
 SKIPS = "tests/ranks/test_skipped_updates.py::"
+ASYNC_SAVE = "tests/ranks/test_async_save.py::"
 CRASH_POINTS = "tests/ranks/test_crash_points.py::"
 
 MUTATIONS: tuple[Mutation, ...] = (
+    Mutation(
+        "dtrain/checkpoint/async_save.py",
+        "self._copies[key].copy_(tensor.detach())",
+        "self._copies[key].copy_(tensor.detach().mul(2))",
+        ASYNC_SAVE + "test_they_have_the_bits_of_synchronous_ones",
+    ),
+    Mutation(
+        "dtrain/checkpoint/async_save.py",
+        "            self._pending.wait()\n",
+        "",
+        ASYNC_SAVE + "test_a_stopped_run_waits_for_the_pending_one_and_saves",
+    ),
+    Mutation(
+        "dtrain/checkpoint/local_level.py",
+        'return sources if sources.keys() == set(first["shards"]) else {}',
+        "return sources",
+        ASYNC_SAVE + "test_the_newest_checkpoint_that_all_nodes_hold_is_resumed",
+    ),
     Mutation(
         "dtrain/comm/call_order.py",
         "if calls[rank] != calls[0]:",
