@@ -43,7 +43,7 @@ def test_four_hosts_train_as_one_host_does(cluster: Cluster, tmp_path: Path) -> 
         key: ["run", EXAMPLES / f"{name}.py", "--", "--quick"] for key, name in examples.items()
     }
     srun = ["srun", "--mpi=pmix", "-N4", "-n4", *write_commands(tmp_path, commands)]
-    ended = start(srun, env=cluster.env, limit_s=240, cwd=tmp_path)
+    ended = start(srun, env=cluster.env, limit_s=280, cwd=tmp_path)
     assert ended.code == 0, ended.err
     results = read_results(tmp_path, 4)
     for key in examples:
