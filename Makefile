@@ -7,7 +7,7 @@
 # PYTHON and MPI are remembered in .venv until they are given again.
 # Written for POSIX sh and GNU make 3.81, which is what macOS has.
 
-.PHONY: help install demo docs licences test test-full large check FORCE
+.PHONY: help install demo docs licences test test-full large kill soak fuzz mutations check FORCE
 .NOTPARALLEL:
 # Modules of a site set these; pip must see what is in .venv and nothing else.
 unexport PYTHONPATH PYTHONHOME
@@ -48,6 +48,7 @@ help:
 	@echo "make demo      trains 4 MPI ranks on handwritten digits, in under a minute"
 	@echo "make test      every test; what lacks Slurm, root or data is skipped with its reason"
 	@echo "make check     format, lint, types and the fast tests"
+	@echo "make kill, large, soak, fuzz, mutations, test-full: long tests, see the Makefile"
 	@echo "make docs      builds the documentation site into docs/_build; warnings are errors"
 	@echo "make licences  lists the licences of all dependencies; fails on one of the GPL family"
 	@echo "Options: PYTHON=python3.12  MPI=wheel|site  PIP_ARGS='...' (see the top of the Makefile)"
@@ -64,9 +65,25 @@ test: $(READY)
 	$(BESIDE) tests/plan tests/rule tests/pages tests/ranks tests/witness
 	$(VENV)/python -m pytest tests/system
 
+# Kills runs at random until 300 kills have hit; writes benchmarks/records/kill.json; half an hour.
+kill: $(READY)
+	$(VENV)/python -m tests.kill
+
 # Messages, means and shards above 2^31 bytes: 6 GB of memory, 3 GB of disk.
 large: $(READY)
 	DTRAIN_LARGE=1 $(VENV)/python -m pytest tests/system/test_large_messages.py
+
+# Memory, files and threads of 4 ranks over 50,000 updates; writes benchmarks/records/soak.json.
+soak: $(READY)
+	$(VENV)/python benchmarks/soak.py
+
+# 10,000 hostile run folders: no command may fail or reach outside of them.
+fuzz: $(READY)
+	$(VENV)/python -m tests.fuzz --count 10000
+
+# Breaks each promise of docs/reliability.md in a copy of the repository; its test has to fail.
+mutations: $(READY)
+	$(VENV)/python -m tests.mutations
 
 # All combinations of objectives, schedules and syncs; `make test` has a pairwise cover of them.
 test-full: $(READY)

@@ -8,7 +8,7 @@ Set-up: net 64-32-32-10, random inputs in memory, 16 samples per update, 2 stage
 evaluation and a checkpoint every 1,000 updates, of which two are kept. The runs: `backprop` with
 `1f1b` and `every-step`, 50,000 updates; `mono-forward` with `stream` and `local-sgd`, 10,000. Every
 1,000 updates each rank reads its resident memory, open files, threads, Python objects, and its
-messages in flight. `rank_growth_mb` is the growth of the rank that grows most.
+messages in flight. `rank_growth_mb` is the growth of the rank that grows most; `samples` are sums.
 
     python benchmarks/soak.py [--quick]
 
@@ -64,22 +64,22 @@ def main() -> None:
 
     quick = parse_quick(__doc__)
     bench, ours, peer = Bench("soak", quick), dict[str, float](), dict[str, float]()
-    ratios, rows, grown = list[float](), dict[str, Any](), dict[str, float]()
+    ratios, grown, samples = list[float](), dict[str, float](), dict[str, Any]()
     for name, changes in RUNS.items():
         updates = changes["updates"] // (10 if quick else 1)
         run = bench.write_run(BASE | changes | {"updates": updates}, name) / "run.toml"
         measure = partial(run_on_ranks, RANKS, __file__, "--rank", run)
-        rows[name] = bench.cached(name, measure)
-        early, late = (summed(rows[name]["ranks"], at) for at in (early_update(updates), updates))
+        ranks = bench.cached(name, measure)["ranks"]
+        early, late = (summed(ranks, at) for at in (early_update(updates), updates))
         peer |= {f"{name}_{key}": value for key, value in early.items()}
         ours |= {f"{name}_{key}": value for key, value in late.items()}
-        grown[name] = max(
-            growth(rank, early_update(updates), updates) for rank in rows[name]["ranks"]
-        )
+        grown[name] = max(growth(rank, early_update(updates), updates) for rank in ranks)
+        steps = range(SEGMENT, updates + 1, 5 * SEGMENT)
+        samples[name] = {step: summed(ranks, step) for step in steps}
         ratios.append(late["resident_mb"] / early["resident_mb"])
     publish(
         "soak", "measured", ours, peer, max(ratios), max(ratios) - min(ratios),
-        quick=quick, rank_growth_mb=grown, samples=rows,
+        quick=quick, rank_growth_mb=grown, samples=samples,
     )  # fmt: skip
 
 

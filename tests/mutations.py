@@ -117,9 +117,29 @@ OWNERSHIP = "tests/rule/test_ownership.py::"
 WATCHDOG = "tests/ranks/test_watchdog.py::"
 SUBMIT = "tests/rule/test_submit.py::"
 SAFETY = "tests/ranks/test_safety.py::"
+SKIPS = "tests/ranks/test_skipped_updates.py::"
+ASYNC_SAVE = "tests/ranks/test_async_save.py::"
 CRASH_POINTS = "tests/ranks/test_crash_points.py::"
 
 MUTATIONS: tuple[Mutation, ...] = (
+    Mutation(
+        "dtrain/checkpoint/async_save.py",
+        "self._copies[key].copy_(tensor.detach())",
+        "self._copies[key].copy_(tensor.detach().mul(2))",
+        ASYNC_SAVE + "test_they_have_the_bits_of_synchronous_ones",
+    ),
+    Mutation(
+        "dtrain/checkpoint/async_save.py",
+        "            self._pending.wait()\n",
+        "",
+        ASYNC_SAVE + "test_a_stopped_run_waits_for_the_pending_one_and_saves",
+    ),
+    Mutation(
+        "dtrain/checkpoint/local_level.py",
+        'return sources if sources.keys() == set(first["shards"]) else {}',
+        "return sources",
+        ASYNC_SAVE + "test_the_newest_checkpoint_that_all_nodes_hold_is_resumed",
+    ),
     Mutation(
         "dtrain/comm/call_order.py",
         "if calls[rank] != calls[0]:",
@@ -329,6 +349,60 @@ MUTATIONS: tuple[Mutation, ...] = (
         "pass",
         "tests/system/test_kill.py::"
         "test_a_killed_run_loses_at_most_one_interval_and_ends_as_the_undisturbed_one",
+    ),
+    Mutation(
+        "dtrain/engine/update.py",
+        "check_replicas_quickly(self.blocks[index], sync.replicas, update)",
+        "pass",
+        SAFETY + "test_a_check_every_few_updates_names_block_and_ranks",
+    ),
+    Mutation(
+        "dtrain/engine/skipped_updates.py",
+        "return flag if comm.size == 1 else any(comm.allgather_object(flag))",
+        "return flag",
+        SKIPS + "test_replicas_skip_together_under_every_sync",
+    ),
+    Mutation(
+        "dtrain/engine/skipped_updates.py",
+        "buffers[name].data.copy_(copy)",
+        "pass",
+        SKIPS + "test_a_shared_update_is_skipped_by_all_blocks",
+    ),
+    Mutation(
+        "dtrain/engine/engine.py",
+        'check_finite(self._dataset, "train", rows, math.inf)',
+        "pass",
+        SKIPS + "test_a_loss_that_the_data_spoil_is_blamed_on_them",
+    ),
+    Mutation(
+        "dtrain/comm/agree.py",
+        "    comm.raise_together(error)\n",
+        "    if error is not None:\n        raise error\n",
+        "tests/ranks/test_refusals.py::test_all_ranks_refuse_together",
+    ),
+    Mutation(
+        "dtrain/checkpoint/resume.py",
+        "names -= {*RECORDS}",
+        "names -= set()",
+        "tests/ranks/test_first_start.py::test_the_same_command_starts_anew",
+    ),
+    Mutation(
+        "dtrain/checkpoint/safe_files.py",
+        "if not path.is_relative_to(root):",
+        "if False:",
+        "tests/ranks/test_hostile_folders.py::test_changed_files_end_in_no_traceback_and_no_hang",
+    ),
+    Mutation(
+        "dtrain/models/pretrained.py",
+        "weights_only=True",
+        "weights_only=False",
+        "tests/plan/test_architecture.py::test_every_module_keeps_the_rules",
+    ),
+    Mutation(
+        "dtrain/checkpoint/files.py",
+        "flags | os.O_CLOEXEC, 0o666)",
+        "flags | os.O_CLOEXEC, 0o600)",
+        "tests/ranks/test_hostile_folders.py::test_written_files_follow_the_umask",
     ),
 )
 """At least one for each promise."""

@@ -76,8 +76,9 @@ def _check_run_folder(folder: Path) -> None:
             "run-folder.missing",
             f"there is no run folder {folder}: give the one that `dtrain train` printed",
         )
-    if not (folder / "run.toml").is_file():
+    path = folder / "run.toml"
+    if path.is_symlink() or not path.is_file():
         raise ConfigError(
             "run-folder.no-run-file",
-            f"{folder} has no run.toml: give a run folder that `dtrain train` printed",
+            f"{folder} has no run.toml of its own: give a run folder that `dtrain train` printed",
         )

@@ -254,6 +254,8 @@ def read_tensor(shard: h5py.File, key: str) -> Tensor:
     """
     dataset = find_dataset(shard, key)
     tensor = torch.as_tensor(dataset[()])
+    if dataset.dtype != "uint16":  # reading a damaged text may not end in the library of HDF5
+        return tensor
     return tensor.view(torch.bfloat16) if dataset.attrs["dtype"] == "bfloat16" else tensor
 
 

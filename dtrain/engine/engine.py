@@ -406,15 +406,15 @@ class Engine:
     def _loss_error(self, index: int, loss: float, micro_batch: MicroBatch) -> DtrainError:
         """Return the error of a loss that is not finite: of the data, if those are the cause."""
         assert self._dataset is not None
-        rows = np.sort(micro_batch.indices.cpu().numpy())
+        rows = np.unique(micro_batch.indices.cpu().numpy())
         try:
             check_finite(self._dataset, "train", rows, math.inf)
-        except DataError as error:
-            return error
-        except (DtrainError, OSError):  # this rank cannot read inputs
-            pass
-        samples = micro_batch.samples
-        if samples is not None and not bool(real_view(samples).isfinite().all()):
+        except (DtrainError, OSError) as error:
+            if isinstance(error, DataError) and error.key == "data.not-finite":
+                return error  # else this rank cannot read inputs
+        same = [m for m in self.micro_batches.values() if m.rng_key == micro_batch.rng_key]
+        read = [real_view(m.samples) for m in same if m.samples is not None]
+        if not all(bool(samples.isfinite().all()) for samples in read):
             return DataError(
                 "data.augmented-not-finite",
                 f"an augmented sample is not finite, but the stored one is (samples {rows[0]} to "

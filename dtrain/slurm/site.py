@@ -58,6 +58,8 @@ class Site:
         Value of `srun --mpi`; "": no such option.
     srun : tuple of str
         Further options of `srun`: binding, GPUs.
+    container : tuple of str
+        Options of `apptainer exec` on this machine.
     scheduler : str
         "slurm", or "none": the job runs on this machine, and its script starts it again.
     signal_lead_s : int
@@ -82,6 +84,7 @@ class Site:
     environment: dict[str, Any] = field(default_factory=dict)
     mpi: str = "pmix"
     srun: tuple[str, ...] = ()
+    container: tuple[str, ...] = ()
     scheduler: str = "slurm"
     signal_lead_s: int = 180
     node_disk: str = "/tmp"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dtrain.errors import NumericalError
+from dtrain.errors import DataError, NumericalError
 from dtrain.objectives import OBJECTIVES
 from dtrain.syncs import SYNCS
 from tests import tiny
@@ -195,3 +195,47 @@ def test_too_many_in_a_row_end_the_run(objective: str, tmp_path: Path) -> None:
         trained(tmp_path, "loss", 2, 2, **changes)
     assert "update 2" in caught.value.message
     assert caught.value.code == 4
+
+
+def spoilt() -> Any:
+    """Return samples of which one of the last is not finite."""
+    x, y, x_test, y_test = tiny.samples()
+    x[43, 1, 3] = torch.nan
+    return x, y, x_test, y_test
+
+
+def overflowing(sample: Tensor, index: int, epoch: int, generator: torch.Generator) -> Tensor:
+    """Return a sample that is not finite, for one index."""
+    return sample * torch.inf if index == 43 else sample
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "words"),
+    [
+        ({"data__name": f"{__name__}:spoilt"}, "data.not-finite", ["sample 43", "channel 1"]),
+        ({"data__augment": f"{__name__}:overflowing"}, "data.augmented-not-finite", ["augment"]),
+    ],
+)
+@pytest.mark.parametrize("objective", ["backprop", "mono-forward"])
+def test_a_loss_that_the_data_spoil_is_blamed_on_them(
+    objective: str,
+    change: dict[str, str],
+    key: str,
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The check at the start had no time for the sample. A stage that does not read inputs in
+    training finds it, too; the ranks alone that read inputs know those of an augmentation."""
+    monkeypatch.setattr("dtrain.session.data_notes.CHECK_S", 0.0)
+    is_read = key == "data.not-finite" or objective == "mono-forward"
+    stages = 2 if is_read else 1
+    changes = {"objective__name": objective, "numerics": {}, "partition__cuts": [2]}
+    with refuses(DataError, key) as caught:
+        trained(tmp_path / "stop", "plain", stages, **changes | change)
+    assert all(word in caught.value.message for word in words)
+    changes["numerics"] = {"non-finite": "skip-update"}
+    result = trained(tmp_path / "skip", "plain", stages, **changes | change)
+    assert max(result["skipped_updates"]) == 2
+    records = (tmp_path / "skip" / "metrics.jsonl").read_text()
+    assert words[0] in records
