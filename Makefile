@@ -7,7 +7,7 @@
 # PYTHON and MPI are remembered in .venv until they are given again.
 # Written for POSIX sh and GNU make 3.81, which is what macOS has.
 
-.PHONY: help install demo docs licences test test-full large kill soak fuzz mutations check FORCE
+.PHONY: help install demo docs licences test test-full test-slurm large kill soak fuzz mutations check FORCE
 .NOTPARALLEL:
 # Modules of a site set these; pip must see what is in .venv and nothing else.
 unexport PYTHONPATH PYTHONHOME
@@ -60,14 +60,18 @@ demo: $(READY)
 	@rm -rf runs/demo
 	@$(VENV)/dtrain train jobs/demo.toml --ranks 4 --out runs/demo
 
-# What starts no programs goes side by side on two cores; whole programs have the machine alone.
+# Whole programs run two modules at a time; one process runs all that use the Slurm hosts.
 test: $(READY)
 	$(BESIDE) tests/plan tests/rule tests/pages tests/ranks tests/witness
-	$(VENV)/python -m pytest tests/system
+	$(VENV)/python -m pytest -q -n 2 --dist loadgroup tests/system
 
 # Kills runs at random until 300 kills have hit; writes benchmarks/records/kill.json; half an hour.
 kill: $(READY)
 	$(VENV)/python -m tests.kill
+
+# All disturbances of jobs on four Slurm hosts; `make test` has the shorter ones.
+test-slurm: $(READY)
+	DTRAIN_FULL=1 $(VENV)/python -m pytest tests/system/test_slurm_jobs.py
 
 # Messages, means and shards above 2^31 bytes: 6 GB of memory, 3 GB of disk.
 large: $(READY)

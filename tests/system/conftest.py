@@ -47,6 +47,15 @@ REFUSED_CHANGES = {
 LAUNCHERS = ("OMPI_", "PMI", "PRTE_", "SLURM_", "MPI_LOCAL", "HYDRA_", "MPIR_")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a module in one process, and all of the cluster, under `-n 2`."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            uses_cluster = "turn" in getattr(item, "fixturenames", ())
+            name = "cluster" if uses_cluster else item.path.stem
+            item.add_marker(pytest.mark.xdist_group(name))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cached_bytecode() -> Iterator[None]:
     """Let programs write bytecode: otherwise every rank compiles dtrain again."""
