@@ -47,8 +47,12 @@ REFUSED_CHANGES = {
 LAUNCHERS = ("OMPI_", "PMI", "PRTE_", "SLURM_", "MPI_LOCAL", "HYDRA_", "MPIR_")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a module in one process, and all of the cluster, under `-n 2`."""
+    """Keep the tests of a module in one process, and all of the cluster, under `-n 2`.
+
+    xdist reads the groups in the same hook, hence first.
+    """
     for item in items:
         if Path(__file__).parent in item.path.parents:
             uses_cluster = "turn" in getattr(item, "fixturenames", ())
