@@ -396,8 +396,10 @@ def _killed_by(code: int, output: BannerFilter, argv: Sequence[str]) -> int | No
     """
     if code < 0:
         return -code
+    if code - 128 not in signal.valid_signals():  # a launcher's own codes go up to 255
+        return None
     named_rank = output.banners or output.names_killed_rank
-    return code - 128 if code > 128 and not named_rank and OVERSUBSCRIBE in argv else None
+    return code - 128 if not named_rank and OVERSUBSCRIBE in argv else None
 
 
 def killed_launcher(number: int) -> RankLostError:

@@ -14,7 +14,7 @@ from dtrain import comm
 from dtrain.comm import launch_refusals, launcher, slow_start_text
 from dtrain.comm.launcher import Launch, detect_launcher
 from dtrain.comm.launcher_output import BannerFilter
-from dtrain.errors import ConfigError
+from dtrain.errors import ConfigError, RankLostError
 from tests.refusals import refuses
 
 OMPI = {
@@ -66,6 +66,18 @@ def test_a_shell_of_srun_pty_is_refused_as_a_rank(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(launcher, "is_started_by_shell", lambda: False)
     with refuses(ConfigError, "launch.nested"):
         launcher.start_ranks(2, ["true"], SRUN | {"DTRAIN_MPIRUN": "/none"})
+
+
+@pytest.mark.parametrize(("code", "expected"), [(213, 213), (137, RankLostError.code), (3, 3)])
+def test_a_launcher_that_fails_by_itself_was_not_killed(
+    code: int, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Open MPI's launcher has codes up to 255; 128 + n is a signal where there is one."""
+    mpirun = tmp_path / "mpirun"
+    mpirun.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo "Open MPI" && exit\nexit {code}\n')
+    mpirun.chmod(0o755)
+    monkeypatch.setattr(launcher, "find_mpirun", lambda environ: str(mpirun))
+    assert launcher.start_ranks(1, ["true"], {"PATH": os.environ["PATH"]}) == expected
 
 
 def test_ranks_get_a_clean_environment() -> None:
