@@ -47,17 +47,10 @@ REFUSED_CHANGES = {
 LAUNCHERS = ("OMPI_", "PMI", "PRTE_", "SLURM_", "MPI_LOCAL", "HYDRA_", "MPIR_")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a module in one process, and all of the cluster, under `-n 2`.
-
-    xdist reads the groups in the same hook, hence first.
-    """
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            uses_cluster = "turn" in getattr(item, "fixturenames", ())
-            name = "cluster" if uses_cluster else item.path.stem
-            item.add_marker(pytest.mark.xdist_group(name))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark the tests of the cluster: one process at a time may use it."""
+    if "turn" in getattr(item, "fixturenames", ()) or item.path.stem == "test_cluster":
+        item.add_marker(pytest.mark.cluster)
 
 
 @pytest.fixture(scope="session", autouse=True)
