@@ -172,8 +172,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "dtrain/comm/early_end.py",
-        "update = max([self._begun, *(update for update, _ in answers)])",
-        "update = self._begun",
+        "return update < self._decision[0]",
+        "return True",
         EARLY_END + "test_all_ranks_decide_for_one_update_that_none_has_passed",
     ),
     Mutation(
@@ -228,8 +228,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "dtrain/checkpoint/ownership.py",
-        "    if has_ended is not None:\n        return has_ended\n",
-        "",
+        'return since is None or since != owner.get("since")',
+        "return False",
         OWNERSHIP + "test_a_folder_whose_owner_is_gone_is_taken_over",
     ),
     Mutation(
