@@ -239,8 +239,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         OWNERSHIP + "test_a_run_that_lost_its_folder_writes_nothing_more",
     ),
     Mutation(
-        "dtrain/rank_process.py",
-        "            sys.excepthook = _end_of_script\n",
+        "dtrain/session/failure.py",
+        '        add_location(error, f"[{comm.flight.name}]")\n',
         "",
         "tests/system/test_faults.py::"
         "test_user_code_that_raises_ends_the_job_with_its_traceback_first",
