@@ -1,7 +1,7 @@
 """`dtrain train` of a run file with a table `[sweep]`: its runs one after the other, then a table.
 
 Invariant: all runs are checked and planned before the first one starts. A run that fails does not
-end the sweep, as long as its ranks can go on.
+end the sweep, as long as its ranks run.
 
 ::
 

@@ -131,7 +131,7 @@ class Run:
     numerics : table, optional
         Losses that are not finite, and the comparison of replicas.
     timeouts : table, optional
-        Seconds without progress after which a run that cannot go on ends.
+        Seconds without progress after which a hanging run ends.
     segment : int
         Updates between two pipeline flushes; 0: the checkpoint interval, else the epoch.
     seed : int

@@ -249,8 +249,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "dtrain/session/hang_watch.py",
         "timeouts.by_section() if is_rank_of(comm) else {}",
         "{}",
-        "tests/system/test_faults.py::"
-        "test_a_run_that_cannot_go_on_ends_names_the_cause_and_resumes",
+        "tests/system/test_faults.py::test_a_run_that_hangs_names_the_cause_and_resumes",
     ),
     Mutation(
         "dtrain/watchdog/observer.py",

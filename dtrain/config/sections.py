@@ -414,7 +414,7 @@ class Numerics:
     ----------
     non_finite : "stop" or "skip-update"
         After a loss that is NaN or infinite: end the run with exit code 4, or keep the weights and
-        go on with the next update, after a gradient that is not finite, too.
+        continue with the next update; the same for a gradient that is not finite.
     max_skipped : int
         Updates in a row that may be skipped; one more ends the run with exit code 4.
     check_replicas : int
@@ -437,7 +437,7 @@ class Numerics:
 
 @dataclass(frozen=True)
 class Timeouts:
-    """``[timeouts]``: seconds without progress after which a run that cannot go on ends.
+    """``[timeouts]``: seconds without progress after which a hanging run ends.
 
     The exit code is 6. A limit is at least ten times the longest pause that the run has had in the
     section; 0: no limit. A rank that makes progress, however slowly, ends no run.

@@ -1,4 +1,4 @@
-"""HangWatch: the watchdog of a session, and the end of a run that cannot go on.
+"""HangWatch: the watchdog of a session, and the end of a run that hangs.
 
 Invariant: only a rank that is a process of its own has one, since it ends its process.
 """

@@ -1,1 +1,1 @@
-"""The watchdog of a rank: ends a run that cannot go on."""
+"""The watchdog of a rank: ends a run that hangs."""

@@ -1,4 +1,4 @@
-"""The error of a run that cannot go on, and the note on a rank that is slow."""
+"""The error of a run that hangs, and the note on a rank that is slow."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Ranks:
 
 
 def hang_error(hang: Hang, own: Position, folder: Path, ranks: Ranks) -> DtrainError:
-    """Return the error of a run that cannot go on.
+    """Return the error of a run that hangs.
 
     Parameters
     ----------
@@ -57,12 +57,12 @@ def hang_error(hang: Hang, own: Position, folder: Path, ranks: Ranks) -> DtrainE
         f"or set a longer limit; last events and stacks of the ranks: {folder} (`dtrain flight`)"
     )
     if hang.is_deadlock:
-        return HangError("hang.deadlock", f"the run cannot go on: {causes}; {advice}")
+        return HangError("hang.deadlock", f"the run hangs: {causes}; {advice}")
     if first not in hang.silent:
-        return HangError("hang.no-progress", f"the run cannot go on: {causes}; {advice}")
+        return HangError("hang.no-progress", f"the run hangs: {causes}; {advice}")
     if ranks.states.get(first) == GONE:
         return RankLostError("rank.gone", f"a rank is lost: {causes}; {advice}")
-    return HangError("hang.no-answer", f"the run cannot go on: {causes}; {advice}")
+    return HangError("hang.no-answer", f"the run hangs: {causes}; {advice}")
 
 
 def slow_note(hang: Hang, own: Position, ranks: Ranks) -> str:

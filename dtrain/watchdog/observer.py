@@ -1,4 +1,4 @@
-"""Observer: decides by the positions of all ranks whether a run can go on.
+"""Observer: decides by the positions of all ranks whether a run hangs.
 
 Invariant: pure in the positions and in the clock of this rank. A run in which any rank has events,
 or waits for a rank that is within its limit, goes on.
@@ -24,7 +24,7 @@ from dtrain.watchdog.positions import Position
 @final
 @dataclass(frozen=True)
 class Hang:
-    """The ranks of a run that cannot go on, or may soon be unable to.
+    """The ranks of a run that hangs, or may hang soon.
 
     Attributes
     ----------
@@ -107,7 +107,7 @@ class Observer:
         return Hang(positions, silent, culprits, blocked, not roots)
 
     def hang(self, now: float, silent_s: float) -> Hang | None:
-        """Return the hang if the run cannot go on."""
+        """Return the hang, None if the run makes progress."""
         suspects = self.suspects(now, silent_s)
         if not self._is_over(self._rank, now):
             return None

@@ -7,7 +7,7 @@ file: each rank only looks whether the file `alarm` exists.
 
     flight/alarm                  a rank has been without an event for half of its limit
     flight/rank-00003.position    one JSON object per rank, written at every look
-    flight/verdict                the first rank that finds that the run cannot go on creates it
+    flight/verdict                created by the first rank that detects a hang
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class PositionFiles:
         return self._create(self._verdict)
 
     def has_verdict(self) -> bool:
-        """Return whether a rank has found that the run cannot go on."""
+        """Return whether a rank has detected a hang."""
         return self._verdict.exists()
 
     def publish(self, position: Position) -> None:

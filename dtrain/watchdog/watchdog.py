@@ -1,4 +1,4 @@
-"""Watchdog: two threads of a rank that end a run which cannot go on.
+"""Watchdog: two threads of a rank that end a hanging run.
 
 Invariant: neither thread communicates through MPI or changes what is trained. The decision is that
 of an `Observer`, from the positions of all ranks. One rank reports it and ends the job; the others
@@ -250,7 +250,7 @@ class Watchdog:
         """Write the flight record, which no later one replaces, and say so."""
         if self._flight.folder is None:
             self._flight.folder = self.folder  # before the run folder is locked
-        self._flight.dump("the run cannot go on", self._frame(), is_final=True)
+        self._flight.dump("the run hangs", self._frame(), is_final=True)
         self._publish(files, time.perf_counter(), recorded=True)
 
     def _withdraw(self, files: PositionFiles) -> None:

@@ -1,4 +1,4 @@
-"""The watchdog: a run that cannot go on ends and names the cause; a slow run is never ended.
+"""The watchdog: a run that hangs ends and names the cause; a slow run is never ended.
 
 Ranks are flight recorders of this process whose last events and waits a case sets; each has a
 watchdog of its own. The cases of one table run at the same time, since they only wait.

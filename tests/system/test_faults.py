@@ -160,7 +160,7 @@ HANGS = {
 """By hang: the key of the error, and parts of its message."""
 
 
-def test_a_run_that_cannot_go_on_ends_names_the_cause_and_resumes(run: Path) -> None:
+def test_a_run_that_hangs_names_the_cause_and_resumes(run: Path) -> None:
     """Rank 1 hangs in user code, in a save and in the start, or is stopped; all at the same time.
 
     All ranks are gone, each that answers has left its record, and the checkpoint is whole.
