@@ -109,8 +109,8 @@ def _check_runs(
 
     alone, plans = Comm(SingleBackend()), []
     for run in runs:
-        config = read_run(options.run, [*options.set, *run.settings])
         try:
+            config = read_run(options.run, [*options.set, *run.settings])
             plans.append(make_plan(settle_cuts(config, alone, ranks), ranks))
         except DtrainError as error:
             raise error.with_prefix(run.name) from error

@@ -191,7 +191,8 @@ def _progress_line(state: Table) -> str:
 
 def _pace_line(state: Table) -> str:
     pace, rate = state["updates_per_s"], state["samples_per_s"]
-    parts = [] if pace is None else [f"{number_text(pace, 3)} updates/s"]
+    pace_text = count_text if (pace or 0) >= 1000 else number_text
+    parts = [] if pace is None else [f"{pace_text(pace)} updates/s"]
     parts += [] if rate is None else [f"{count_text(rate)} samples/s in training"]
     return ", ".join(parts)
 
