@@ -79,6 +79,8 @@ def time_limit(bench: Bench) -> None:
     number = re.search(r"^job +(\d+):", out_text, re.MULTILINE)
     assert number is not None
     job = Job(number[1], out, pace)
+    bench.wait_until_it_trains(job)
+    set_pace(job.pace, VERY_SLOW_S)
     bench.wait(lambda: "saved at" in job.log(), job)
     assert summary(out)["stop_reason"] in ("stopped by SIGUSR1", "the time limit of the job")
     bench.assert_finished(job, replicas=2, lost=1)
@@ -171,9 +173,11 @@ def link_down(bench: Bench) -> None:
     """A node loses its link: the job goes on, or is requeued where Slurm gives the node up."""
     job = bench.submit("link", bench.site("--nodelist=n3,n4"))
     bench.wait_until_it_trains(job)
-    if FULL:  # all jobs of the node are ended
-        set_pace(job.pace, VERY_SLOW_S)
-        bench.others_ended.wait()
+    set_pace(job.pace, VERY_SLOW_S)
+    if FULL:
+        bench.others_ended.wait()  # all jobs of the node are ended
+    else:
+        wait([bench.cases["time_limit"]])  # it cannot start while the link is down
     host_link(4, "down")
     try:
         time.sleep(LINK_DOWN_S)
