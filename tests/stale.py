@@ -31,6 +31,7 @@ class DelayedTraining:
     delays: Sequence[int]
     gaps: Sequence[int] = ()
     stash: bool = False
+    replay: bool = False
     lag: int | None = None
     prediction: str = "none"
     horizon: float = 1.0
@@ -78,6 +79,8 @@ def train(
             for b in reversed(range(len(histories))):
                 forward_weights, inputs = forwards[b]
                 weights = _backward_weights(histories[b], settings, b, u, forward_weights)
+                if settings.replay:
+                    _, inputs = run_modules(histories[b].modules, weights, inputs[0])
                 cotangent, gradients = backward(histories[b].modules, weights, inputs, cotangent)
                 sums[b] = [total + g for total, g in zip(sums[b], gradients, strict=True)]
         for b, history in enumerate(histories):

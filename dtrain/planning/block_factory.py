@@ -102,7 +102,7 @@ def assemble_block(
     head: nn.Module | None,
 ) -> Block:
     """Return the block of these layers and this head."""
-    objective, recompute = layout.objective, run.partition.recompute
+    objective = layout.objective
     block_layout = layout.block_layouts[index]
     frozen_modules = (
         layers.values()
@@ -118,7 +118,7 @@ def assemble_block(
         run.optimizer_settings(),
         seed=run.settings.seed,
         detach_every=objective.detach_every,
-        recompute=recompute if isinstance(recompute, bool) else index in recompute,
+        recompute=block_layout.recompute,
         model_ends=(index == 0, index + 1 == len(layout.block_layouts)),
         program=layout.program(index),
         first_copies={

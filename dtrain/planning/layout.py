@@ -217,7 +217,7 @@ def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: 
     _check_block_numbers(run, len(layers))
     _check_clip(run, schedule)
     graph = _used_graph(model, layer_specs)
-    blocks = _block_layouts(block_costs, layers, run.partition)
+    blocks = _block_layouts(block_costs, layers, run.partition, schedule.recomputes)
     if graph is not None:
         blocks = _add_flows(graph, layer_specs, blocks)
         _check_in_place(layer_specs, layers)
@@ -408,7 +408,7 @@ def _check_clip(run: RunConfig, schedule: Schedule) -> None:
 
 
 def _block_layouts(
-    block_costs: BlockCosts, layers: Sequence[range], section: Partition
+    block_costs: BlockCosts, layers: Sequence[range], section: Partition, recomputes: bool
 ) -> tuple[BlockLayout, ...]:
     """Return the blocks. The last is made first, since a spec holds the next block's output."""
     blocks: list[BlockLayout] = []
@@ -418,7 +418,7 @@ def _block_layouts(
         frozen = section.is_frozen(index, len(layers))
         spec = dataclasses.replace(block.spec, frozen=frozen)
         chosen = section.recompute
-        recompute = chosen if isinstance(chosen, bool) else index in chosen
+        recompute = recomputes or (chosen if isinstance(chosen, bool) else index in chosen)
         blocks.append(dataclasses.replace(block, spec=spec, frozen=frozen, recompute=recompute))
     return tuple(reversed(blocks))
 

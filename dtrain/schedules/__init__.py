@@ -7,6 +7,7 @@ from dtrain.schedules.actions import Action, Point, Route
 from dtrain.schedules.asynchronous import AsyncSchedule
 from dtrain.schedules.base import Schedule
 from dtrain.schedules.drained import Drained
+from dtrain.schedules.features_replay import FeaturesReplay
 from dtrain.schedules.fold import Fold
 from dtrain.schedules.gpipe_1f1b import FillDrain, Flush, OneFOneB
 from dtrain.schedules.interleaved import Interleaved
@@ -20,6 +21,7 @@ __all__ = [
     "Action",
     "AsyncSchedule",
     "Drained",
+    "FeaturesReplay",
     "FillDrain",
     "Flush",
     "Fold",
@@ -45,4 +47,5 @@ SCHEDULES: dict[str, type[Schedule]] = {
     "pipelined": Pipelined,
     "pipedream": PipeDream,
     "pipedream-2bw": PipeDream2BW,
+    "features-replay": FeaturesReplay,
 }

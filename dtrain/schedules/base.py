@@ -38,6 +38,9 @@ class Schedule(Strategy, ABC):
     splits_backward: ClassVar[bool] = False
     """Whether plans have `I` and `W` instead of `B`."""
 
+    recomputes: ClassVar[bool] = False
+    """Whether backwards compute their forwards again, as with ``[partition] recompute = true``."""
+
     flushes: ClassVar[bool] = False
     """Whether a rank runs all backwards of an update before its first `U` of that update, so that
     the gradients of the whole model are available together (to clip their norm)."""

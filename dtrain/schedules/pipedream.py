@@ -34,7 +34,7 @@ PERIOD = 2
 
 
 @dataclass(frozen=True)
-class _LinearPipeline(Schedule):
+class LinearPipeline(Schedule):
     """A schedule for routes that go forward through all blocks and back again."""
 
     unsupported_routes: ClassVar[str] = (
@@ -64,7 +64,7 @@ class _LinearPipeline(Schedule):
 
 @final
 @dataclass(frozen=True)
-class PipeDream(_LinearPipeline, AsyncSchedule):
+class PipeDream(LinearPipeline, AsyncSchedule):
     """PipeDream with weight stashing: K-b versions of block b; a forward uses the newest.
 
     Attributes
@@ -104,7 +104,7 @@ class PipeDream(_LinearPipeline, AsyncSchedule):
 
 @final
 @dataclass(frozen=True)
-class PipeDream2BW(_LinearPipeline):
+class PipeDream2BW(LinearPipeline):
     """PipeDream-2BW: accumulate the gradients of an update's micro-batches, one update late.
 
     w(t+1) = w(t) - step of the gradient at w(t-1), in every block: two versions of the weights.

@@ -9,6 +9,7 @@ from dtrain.partition import assign_stages
 from dtrain.schedules.actions import Action
 from dtrain.schedules.base import Schedule
 from dtrain.schedules.cost_model import unit_costs
+from dtrain.schedules.features_replay import FeaturesReplay
 from dtrain.schedules.forecast import forecast
 from dtrain.schedules.pipedream import PipeDream, PipeDream2BW
 from dtrain.schedules.pipelined import Pipelined
@@ -77,6 +78,9 @@ def test_pipedream(blocks: int) -> None:
     assert versions(PipeDream(), blocks, ones(blocks)) == [1 + delay for delay in delays]
     assert versions(PipeDream(vertical_sync=True), blocks, ones(blocks)) == [blocks] * blocks
     assert versions(PipeDream(weights="current"), blocks, ones(blocks)) == [1] * blocks
+    replay = verify_schedule(FeaturesReplay(), range(blocks), [ones(blocks)], backprop(blocks))
+    assert (replay.staleness, replay.peak_live) == (tuple(delays), tuple(d + 1 for d in delays))
+    assert versions(FeaturesReplay(), blocks, ones(blocks)) == [1] * blocks
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)

@@ -90,6 +90,7 @@ CASES: dict[str, tuple[dict[str, Any], DelayedTraining]] = {
         {"name": "pipedream", "compensation": "spike"},
         DelayedTraining(PIPEDREAM, stash=True, spike_compensation=True),
     ),
+    "replay": ({"name": "features-replay"}, DelayedTraining(PIPEDREAM, replay=True)),
     "2bw": ({"name": "pipedream-2bw"}, DelayedTraining([1] * BLOCKS, stash=True, lag=1)),
 }
 
@@ -206,6 +207,7 @@ def test_both_linear_predictions_agree_but_not_with_spike_compensation(tmp_path:
             {"name": "pipedream", "vertical-sync": True, "weights": "current"},
             "schedule.vertical-sync-with-other-weights",
         ),
+        ({"name": "features-replay", "weights": "stash"}, "schedule.replay-with-stash"),
     ],
 )
 def test_contradicting_fields_are_refused(fields: dict[str, Any], key: str) -> None:
@@ -245,6 +247,7 @@ def test_one_block_trains_as_sgd_does(tmp_path: Path) -> None:
     """Without a delay every mitigation is the identity, bit for bit."""
     one_block: dict[str, Any] = {"partition": {"blocks": 1}, "mesh__stages": 1}
     cases = ["plain", "velocity", "coasting", "spike", "both", "all", "pipedream", "vertical sync"]
+    cases.append("replay")
     digests = {
         train_in_threads(make_run(case, "mlp", 1, **one_block), tmp_path / case, 1)["digest"]
         for case in cases
