@@ -4,20 +4,23 @@ torch imports its compiler, or the symbolic shapes of it, in functions that also
 
 * functions under `_disable_dynamo` import `torch._dynamo` at their first call, so that the compiler
   skips them: more than a second on each rank;
-* `torch.autograd` imports sympy to compare shapes with unknown sizes: a quarter of a second.
+* `torch.autograd` imports sympy to compare shapes with unknown sizes: a quarter of a second;
+* `torch.autograd.forward_ad` compiles formulas that few operations need: a second or more.
 
 Nothing is compiled before somebody imports the compiler, so until then there is nothing to skip.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import graph
+from torch.autograd import forward_ad, graph
 
 DISABLED = "__dynamo_disable"
 """Attribute in which torch keeps the function that it calls in the place of the wrapped one."""
@@ -25,6 +28,9 @@ DISABLED = "__dynamo_disable"
 
 PLAIN_TENSORS = (Tensor, nn.Parameter)
 """Types of tensors without code of their own in the backward."""
+
+
+_make_dual: Callable[..., Any] | None = getattr(torch._VF, "_make_dual", None)
 
 
 _run_engine: Callable[..., Any] | None = getattr(graph, "_engine_run_backward", None)
@@ -93,6 +99,26 @@ def gradients(
         accumulate_grad=False,
     )
     return result
+
+
+def make_dual(tensor: Tensor, tangent: Tensor) -> Tensor:
+    """Return a tensor with a tangent, as `torch.autograd.forward_ad.make_dual` does.
+
+    An operation whose formula has not been compiled raises NotImplementedError: see
+    `load_forward_formulas`.
+    """
+    level = getattr(forward_ad, "_current_level", None)
+    if _make_dual is None or not isinstance(level, int):
+        return forward_ad.make_dual(tensor, tangent)
+    dual: Tensor = _make_dual(tensor, tangent, level=level)
+    return dual
+
+
+def load_forward_formulas() -> None:
+    """Compile the formulas of forward-mode differentiation that torch has in Python."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 
 def _agree(tensors: Sequence[Tensor], cotangents: Sequence[Tensor]) -> bool:

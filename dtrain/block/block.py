@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from typing import Literal, Protocol
 
 import torch
@@ -219,6 +220,18 @@ class Block(BlockParameters):
         buffers = self._swap_buffers(micro_batch.saved_buffers)
         self._run_layers(micro_batch)
         self._swap_buffers(buffers)
+
+    def repeat_forward(self, micro_batch: MicroBatch) -> MicroBatch:
+        """Run the layers once more on the same input, from the same buffers, with the same random
+        numbers; return a new record. The buffers keep their present values."""
+        again = copy(micro_batch)
+        buffers = micro_batch.saved_buffers or self._copy_layer_buffers()
+        previous = self._swap_buffers({name: data.clone() for name, data in buffers.items()})
+        try:
+            self._run_layers(again)
+        finally:
+            self._swap_buffers(previous)
+        return again
 
     def _run_layers(self, micro_batch: MicroBatch) -> None:
         self.layer_outputs, self.taps = {}, {}

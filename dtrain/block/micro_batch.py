@@ -49,8 +49,17 @@ class RowRandom(NamedTuple):
         generator=g))``.
         """
         assert self.total_rows, "only micro-batches of training have random numbers"
-        generator = Generator().manual_seed(derive_seed(self.seed, name, self.block, self.update))
-        return make(self.total_rows, generator)[self.first_row : self.first_row + self.local_rows]
+        numbers = make(self.total_rows, self._generator(name))
+        return numbers[self.first_row : self.first_row + self.local_rows]
+
+    def generate_shared(self, name: str, make: Callable[[Generator], Tensor]) -> Tensor:
+        """Return ``make(generator)``, on the CPU: the same in all micro-batches of the update, and
+        in all replicas."""
+        assert self.total_rows, "only micro-batches of training have random numbers"
+        return make(self._generator(name))
+
+    def _generator(self, name: str) -> Generator:
+        return Generator().manual_seed(derive_seed(self.seed, name, self.block, self.update))
 
 
 NO_ROW_RANDOM = RowRandom(0, 0, 0, 0, 0, 0)

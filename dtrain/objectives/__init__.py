@@ -27,6 +27,7 @@ from dtrain.objectives.dni import Dni
 from dtrain.objectives.drtp import Drtp
 from dtrain.objectives.f3 import F3
 from dtrain.objectives.forward_forward import ForwardForward
+from dtrain.objectives.forward_gradient import ForwardGradient
 from dtrain.objectives.infopro import InfoPro
 from dtrain.objectives.layer_collaboration import LayerCollaboration
 from dtrain.objectives.lls import Lls, LlsM, LlsMxM
@@ -36,6 +37,7 @@ from dtrain.objectives.mono_forward import MonoForward
 from dtrain.objectives.pepita import Pepita
 from dtrain.objectives.scalable_ff import ScalableFf
 from dtrain.objectives.tpsgd import TpSgd
+from dtrain.objectives.ulr import Ulr
 
 __all__ = [
     "F3",
@@ -51,6 +53,7 @@ __all__ = [
     "DownstreamLayer",
     "Drtp",
     "ForwardForward",
+    "ForwardGradient",
     "Goodness",
     "InfoPro",
     "LayerCollaboration",
@@ -67,6 +70,7 @@ __all__ = [
     "Reconstruction",
     "ScalableFf",
     "TpSgd",
+    "Ulr",
     "backward_routes",
     "forward_routes",
     "loss_pair",
@@ -85,6 +89,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "drtp": Drtp,
     "f3": F3,
     "forward-forward": ForwardForward,
+    "forward-gradient": ForwardGradient,
     "infopro": InfoPro,
     "layer-collaboration": LayerCollaboration,
     "lls": Lls,
@@ -96,4 +101,5 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "pepita": Pepita,
     "scalable-ff": ScalableFf,
     "tpsgd": TpSgd,
+    "ulr": Ulr,
 }

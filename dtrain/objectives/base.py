@@ -71,6 +71,9 @@ class Objective(Strategy, ABC):
         all other blocks, rounded to the dtype of each block's output.
     needs_raw_samples : bool
         Whether ``micro_batch.raw_samples`` is read: the samples before standardisation, in 0 ... 1.
+    recomputes : bool
+        Whether `backward_pairs` runs the layers again (`Block.repeat_forward`), so that a block
+        keeps only input, output and buffers of a forward.
     sends_gradients_back : bool
         Whether blocks learn from the true gradients of all later blocks, so that gradients of skips
         are sent back, too; elsewhere skips are detached.
@@ -82,6 +85,7 @@ class Objective(Strategy, ABC):
     accumulated_buffers: ClassVar[tuple[str, ...]] = ()
     broadcast_buffers: ClassVar[tuple[str, ...]] = ()
     needs_raw_samples: ClassVar[bool] = False
+    recomputes: ClassVar[bool] = False
     sends_gradients_back: ClassVar[bool] = False
     takes_complex_outputs: ClassVar[bool] = False
 
@@ -152,6 +156,10 @@ class Objective(Strategy, ABC):
     def replacement_layers(self, spec: BlockSpec) -> NamedFactories | None:
         """Return pairs (name, factory) of layers that replace the model's own, or None."""
         return None
+
+    def check_layers(self, layers: Mapping[str, nn.Module]) -> None:
+        """Raise a `ConfigError` for layers of the model that the method cannot train; called at
+        plan time with those of all blocks, on the meta device."""
 
     def frozen_modules(
         self, spec: BlockSpec, layers: Mapping[str, nn.Module]
@@ -253,7 +261,7 @@ class Objective(Strategy, ABC):
 
     def needs_graph(self, spec: BlockSpec, pass_: int) -> bool:
         """Whether autograd records this forward pass of a micro-batch."""
-        return True
+        return not self.recomputes
 
     def make_input(self, spec: BlockSpec, block: Block, micro_batch: MicroBatch) -> Tensor:
         """Return the input (rows, ...) of the block's first layer: the received activation, or the

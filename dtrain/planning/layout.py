@@ -15,6 +15,7 @@ from itertools import permutations
 from typing import Any
 
 import torch
+from torch import nn
 
 from dtrain import partition
 from dtrain.comm.wire_format import WireFormat
@@ -24,7 +25,7 @@ from dtrain.errors import ConfigError
 from dtrain.mesh import RankMesh
 from dtrain.models.flow import BlockFlow, BlockProgram, block_flows
 from dtrain.models.graph import ModelGraph, chain_graph
-from dtrain.models.layers import FactoryLayers, LayerStack
+from dtrain.models.layers import FactoryLayers, LayerStack, merge_layers
 from dtrain.models.shape_inference import LayerProfile, infer_layers
 from dtrain.models.ties import Ties, find_ties
 from dtrain.objectives.base import ExecutionMode, Objective, input_gradient_blocks
@@ -216,8 +217,12 @@ def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: 
     _check_cuts(layer_specs, layers, objective)
     _check_block_numbers(run, len(layers))
     _check_clip(run, schedule)
+    if type(objective).check_layers is not Objective.check_layers:
+        objective.check_layers(_meta_modules(model, DTYPES[run.settings.dtype]))
     graph = _used_graph(model, layer_specs)
-    blocks = _block_layouts(block_costs, layers, run.partition, schedule.recomputes)
+    blocks = _block_layouts(
+        block_costs, layers, run.partition, schedule.recomputes or objective.recomputes
+    )
     if graph is not None:
         blocks = _add_flows(graph, layer_specs, blocks)
         _check_in_place(layer_specs, layers)
@@ -253,6 +258,11 @@ def make_block_costs(run: RunConfig, model: LayerStack, data_spec: BlockSpec) ->
     _check_outputs(layer_specs, data_spec)
     data_spec = dataclasses.replace(data_spec, prediction_shape=layer_specs[-1].output_shape)
     return BlockCosts(layer_specs, objective, model, data_spec, run.settings.seed)
+
+
+def _meta_modules(model: LayerStack, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """Return the modules of a model by name, on the meta device; without those that cannot be."""
+    return merge_layers(modules for modules in model.meta_layers(dtype) if modules is not None)
 
 
 def _used_graph(model: LayerStack, layer_specs: Sequence[LayerProfile]) -> ModelGraph | None:

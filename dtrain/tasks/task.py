@@ -403,6 +403,17 @@ class Task:
             return self._loss.weighted(output, target, weights)
         return self._loss(output, target)
 
+    def sample_losses(
+        self, output: Tensor, target: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
+        """Return the loss of each sample (rows,), times its weight where samples have weights. The
+        mean loss is their sum over the `count`."""
+        output = self._classes_first(output)
+        if self.kind != "classes":
+            target = self._comparable(output, target)
+        losses = self._loss.sample_losses(output, target)
+        return losses if weights is None else losses * weights.to(losses.dtype)
+
     def loss_sum(self, output: Tensor, target: Tensor) -> tuple[float, float]:
         """Return the sum of the losses, and the number by which a mean divides it."""
         loss, count = self._loss, self.count(target)

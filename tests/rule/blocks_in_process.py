@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.block.block import Block
-from dtrain.block.micro_batch import MicroBatch
+from dtrain.block.micro_batch import MicroBatch, RowRandom
 from dtrain.objectives.base import Objective
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.rng import seeded
@@ -55,6 +55,7 @@ def train_micro_batch(
     y: Tensor,
     loss_scale: float = 1.0,
     indices: Tensor | None = None,
+    update: int = 0,
 ) -> list[MicroBatch]:
     """Add the gradients of one micro-batch to all blocks; return the micro-batch of each block."""
     routes = objective.routes(len(blocks), "train")
@@ -81,7 +82,8 @@ def train_micro_batch(
             received=messages[point],
             samples=None if point.block else x,
             indices=torch.arange(len(x)) if indices is None else indices,
-            rng_key=(0, 0, 0),
+            row_random=RowRandom(0, point.block, update, len(x), 0, len(x)),
+            rng_key=(update, 0, 0),
         )
 
     for pass_ in range(count_forward_passes(routes)):

@@ -27,12 +27,12 @@ def check_lag(lag: int) -> None:
         )
 
 
-def check_scale(scale: float, default: float) -> None:
+def check_scale(scale: float, default: float, key: str = "scale") -> None:
     """Reject a factor that is not a finite number above 0."""
     if not 0 < scale < math.inf:
         raise ConfigError(
             "objective.scale-not-positive",
-            f"[objective] scale = {scale} must be above 0 (default {default})",
+            f"[objective] {key} = {scale} must be above 0 (default {default})",
         )
 
 
