@@ -16,7 +16,7 @@ import importlib
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -109,9 +109,15 @@ def make_dual(tensor: Tensor, tangent: Tensor) -> Tensor:
     """
     level = getattr(forward_ad, "_current_level", None)
     if _make_dual is None or not isinstance(level, int):
-        return forward_ad.make_dual(tensor, tangent)
+        return cast(Tensor, forward_ad.make_dual(tensor, tangent))  # type: ignore[no-untyped-call]
     dual: Tensor = _make_dual(tensor, tangent, level=level)
     return dual
+
+
+def unpack_dual(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the values and the tangent of a tensor, None where it has no tangent."""
+    primal, tangent = forward_ad.unpack_dual(tensor)  # type: ignore[no-untyped-call]
+    return primal, tangent
 
 
 def load_forward_formulas() -> None:

@@ -25,6 +25,7 @@ from dtrain.objectives.deep_supervision import DeepSupervision
 from dtrain.objectives.dfa import Dfa
 from dtrain.objectives.dni import Dni
 from dtrain.objectives.drtp import Drtp
+from dtrain.objectives.dual_propagation import DualPropagation
 from dtrain.objectives.f3 import F3
 from dtrain.objectives.forward_forward import ForwardForward
 from dtrain.objectives.forward_gradient import ForwardGradient
@@ -35,6 +36,7 @@ from dtrain.objectives.local_head import LocalHead
 from dtrain.objectives.man import Man
 from dtrain.objectives.mono_forward import MonoForward
 from dtrain.objectives.pepita import Pepita
+from dtrain.objectives.pfa import Pfa
 from dtrain.objectives.scalable_ff import ScalableFf
 from dtrain.objectives.tpsgd import TpSgd
 from dtrain.objectives.ulr import Ulr
@@ -52,6 +54,7 @@ __all__ = [
     "Dni",
     "DownstreamLayer",
     "Drtp",
+    "DualPropagation",
     "ForwardForward",
     "ForwardGradient",
     "Goodness",
@@ -66,6 +69,7 @@ __all__ = [
     "NetworkHead",
     "Objective",
     "Pepita",
+    "Pfa",
     "RandomFeedback",
     "Reconstruction",
     "ScalableFf",
@@ -87,6 +91,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "deep-supervision": DeepSupervision,
     "dni": Dni,
     "drtp": Drtp,
+    "dual-propagation": DualPropagation,
     "f3": F3,
     "forward-forward": ForwardForward,
     "forward-gradient": ForwardGradient,
@@ -99,6 +104,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "man": Man,
     "mono-forward": MonoForward,
     "pepita": Pepita,
+    "pfa": Pfa,
     "scalable-ff": ScalableFf,
     "tpsgd": TpSgd,
     "ulr": Ulr,

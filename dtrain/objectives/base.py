@@ -97,6 +97,11 @@ class Objective(Strategy, ABC):
         return "stream"
 
     @property
+    def needs_layers(self) -> bool:
+        """Whether ``spec.layers`` is read; else it is empty."""
+        return False
+
+    @property
     def needs_downstream_layers(self) -> bool:
         """Whether ``spec.last_layer`` and ``spec.downstream_layers`` are read; else both are
         empty."""
@@ -157,9 +162,12 @@ class Objective(Strategy, ABC):
         """Return pairs (name, factory) of layers that replace the model's own, or None."""
         return None
 
-    def check_layers(self, layers: Mapping[str, nn.Module]) -> None:
-        """Raise a `ConfigError` for layers of the model that the method cannot train; called at
-        plan time with those of all blocks, on the meta device."""
+    def check_layers(self, layers: Mapping[str, nn.Module], is_chain: bool) -> None:
+        """Raise a `ConfigError` for layers of the model that the method cannot train.
+
+        It is called at plan time, with the modules of all blocks on the meta device, without those
+        that cannot be there. `is_chain` says whether the model runs them in order, one by one.
+        """
 
     def frozen_modules(
         self, spec: BlockSpec, layers: Mapping[str, nn.Module]

@@ -19,7 +19,7 @@ from dtrain.tasks.task import DEFAULT_TASK, Task
 
 @dataclass(frozen=True)
 class DownstreamLayer:
-    """A layer of the model after a block, or the block's last one.
+    """A layer of the model after a block, or one of the block's own.
 
     Attributes
     ----------
@@ -70,6 +70,9 @@ class BlockSpec:
         Shape of the model's output; None where it is ``(classes,)``.
     task : Task
         Loss, targets and metrics of the run.
+    layers : tuple of DownstreamLayer
+        The layers of the block, if the objective `needs_layers`; while cuts are being balanced only
+        the last one.
     last_layer : DownstreamLayer or None
         The block's last layer, if the objective `needs_downstream_layers`.
     downstream_layers : tuple of DownstreamLayer
@@ -100,6 +103,7 @@ class BlockSpec:
     frozen: bool = False
     prediction_shape: tuple[int, ...] | None = None
     task: Task = DEFAULT_TASK
+    layers: tuple[DownstreamLayer, ...] = ()
     last_layer: DownstreamLayer | None = None
     downstream_layers: tuple[DownstreamLayer, ...] = ()
     integer_samples: bool = False

@@ -69,10 +69,10 @@ class ForwardGradient(PerturbedHead):
         """Return 2 for each perturbation: values and tangents."""
         return 2 * self.perturbations
 
-    def check_layers(self, layers: Mapping[str, nn.Module]) -> None:
+    def check_layers(self, layers: Mapping[str, nn.Module], is_chain: bool) -> None:
         """Refuse nested parameters, where activations are perturbed."""
         if self.perturb == "activations":
-            super().check_layers(layers)
+            super().check_layers(layers, is_chain)
 
     def loss_changes(
         self, forward: PerturbedForward, noise: Mapping[str, Tensor], micro_batch: MicroBatch
@@ -83,7 +83,7 @@ class ForwardGradient(PerturbedHead):
             v = noise.get(name)
             if v is None:
                 return z
-            primal, tangent = forward_ad.unpack_dual(z)
+            primal, tangent = eager_torch.unpack_dual(z)
             return eager_torch.make_dual(primal, v if tangent is None else tangent + v)
 
         with forward_ad.dual_level():
@@ -162,13 +162,13 @@ def sum_of(noises: list[dict[str, Tensor]], name: str, factors: Tensor) -> Tenso
 def derivatives(output: Tensor, micro_batch: MicroBatch) -> Tensor:
     """Return the derivative (rows,) of each sample's own loss, given a prediction (rows, ...) with
     its tangent."""
-    primal, tangent = forward_ad.unpack_dual(output)
+    primal, tangent = eager_torch.unpack_dual(output)
     if tangent is None:
         return primal.new_zeros(len(primal))
     gradient = micro_batch.task.output_gradient(
         primal.detach(), micro_batch.targets, micro_batch.weights
     )
-    return (tangent * gradient).flatten(1).sum(1) if tangent.dim() > 1 else tangent * gradient
+    return (tangent * gradient).view(len(primal), -1).sum(1)
 
 
 def _with_tangents(forward: PerturbedForward, replace: Callable[[str, Tensor], Tensor]) -> Tensor:

@@ -88,7 +88,8 @@ class BlockCosts:
         layer."""
         first, last = self.layer_specs[i], self.layer_specs[j - 1]
         following = self.layer_specs[j].output_shape if j < len(self.layer_specs) else ()
-        copied = self._downstream_layers(j - 1) if self.objective.needs_downstream_layers else ()
+        own = self._described_layers(i, j) if self.objective.needs_layers else ()
+        copied = self._described_layers(j - 1) if self.objective.needs_downstream_layers else ()
         return replace(
             self.data_spec,
             index=block,
@@ -98,13 +99,14 @@ class BlockCosts:
             dtype=last.dtype,
             next_output_shape=following,
             feature_shape=last.input_shape,
+            layers=own,
             last_layer=copied[0] if copied else None,
             downstream_layers=copied[1:],
         )
 
-    def _downstream_layers(self, j: int) -> tuple[DownstreamLayer, ...]:
-        """Return layers j and later, each with a factory of its copy."""
-        layers = enumerate(self.layer_specs[j:], start=j)
+    def _described_layers(self, i: int, j: int | None = None) -> tuple[DownstreamLayer, ...]:
+        """Return layers ``i .. j-1``, or i and later, each with a factory of its copy."""
+        layers = enumerate(self.layer_specs[i:j], start=i)
         dtype = self.layer_specs[0].dtype
         return tuple(
             DownstreamLayer(
@@ -133,6 +135,7 @@ class BlockCosts:
     def _provisional_head(self, j: int) -> tuple[BlockSpec, LayerProfile | None]:
         """Return spec and head of a block that ends before layer j, wherever it starts."""
         spec = self.block_spec(1 if j == len(self.layer_specs) else 0, 2, 0, j)
+        spec = replace(spec, layers=spec.layers[-1:])
         try:
             return spec, self.head_spec(spec)
         except ConfigError as error:

@@ -217,9 +217,10 @@ def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: 
     _check_cuts(layer_specs, layers, objective)
     _check_block_numbers(run, len(layers))
     _check_clip(run, schedule)
-    if type(objective).check_layers is not Objective.check_layers:
-        objective.check_layers(_meta_modules(model, DTYPES[run.settings.dtype]))
     graph = _used_graph(model, layer_specs)
+    if type(objective).check_layers is not Objective.check_layers:
+        modules = _meta_modules(model, DTYPES[run.settings.dtype])
+        objective.check_layers(modules, is_chain=graph is None)
     blocks = _block_layouts(
         block_costs, layers, run.partition, schedule.recomputes or objective.recomputes
     )

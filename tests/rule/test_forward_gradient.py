@@ -152,7 +152,10 @@ def test_estimates_are_unbiased_on_a_quadratic(objective: PerturbedHead) -> None
 def test_small_noise_measures_the_derivative(batch: tuple[Tensor, Tensor]) -> None:
     """Both objectives draw the same noise."""
     results = []
-    for objective in (ForwardGradient(perturbations=2), Ulr(perturbations=2, noise=1e-4, antithetic=True)):
+    for objective in (
+        ForwardGradient(perturbations=2),
+        Ulr(perturbations=2, noise=1e-4, antithetic=True),
+    ):
         spec, block, micro_batch = first_block(objective, make_net(5, 7, 3), *batch)
         results.append(estimates(objective, spec, block, micro_batch))
     torch.testing.assert_close(*results, rtol=0, atol=1e-7)

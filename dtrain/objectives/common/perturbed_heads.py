@@ -96,7 +96,7 @@ class PerturbedHead(NetworkHead):
                 f"[objective] perturbations = {self.perturbations} must be at least 1",
             )
 
-    def check_layers(self, layers: Mapping[str, nn.Module]) -> None:
+    def check_layers(self, layers: Mapping[str, nn.Module], is_chain: bool) -> None:
         """Refuse modules with parameters inside another one with parameters: the output of the
         inner one is cut off from the outer one's parameters."""
         nested = inner_leaf(layers)
