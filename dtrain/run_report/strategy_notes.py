@@ -10,8 +10,10 @@ OBJECTIVES = {
     "dfa": "Each block learns from the error of the last block, through a fixed random matrix.",
     "dni": "Each block learns from a prediction of its gradient, so it does not wait for it.",
     "drtp": "The label chooses a fixed random direction, in which each block is pushed.",
+    "dual-propagation": "Gradients flow back; differences take the place of slopes.",
     "f3": "Each block learns from the error one epoch before, through a fixed random matrix.",
     "forward-forward": "Each block learns high activity for right labels and low for wrong ones.",
+    "forward-gradient": "Each block learns from derivatives along random directions.",
     "infopro": "Each block learns to classify and to keep the information of the sample.",
     "layer-collaboration": "As forward-forward, with the activity of all blocks.",
     "lls": "Each block learns to resemble fixed waves, one for each class.",
@@ -21,8 +23,10 @@ OBJECTIVES = {
     "man": "As infopro, behind a moving average of the next layer.",
     "mono-forward": "Each block has a linear output and a loss of its own; nothing is sent back.",
     "pepita": "Each block learns from the change of its output when the error changes the input.",
+    "pfa": "Gradients flow back through learnt feedback, which does not read the weights.",
     "scalable-ff": "Each block learns high activity in the channels of the true class.",
     "tpsgd": "The label chooses a fixed random target, which the output of each block approaches.",
+    "ulr": "Each block learns from the changes of a loss under noise in its activations.",
 }
 
 

@@ -34,8 +34,10 @@ RUNS = [
     ("deep-supervision", "pipedream-2bw", "warmup"),
     ("dni", "fill-drain", "every-step"),
     ("drtp", "stream", "every-step"),
+    ("dual-propagation", "features-replay", "every-step"),
     ("f3", "drained", "every-step"),
     ("forward-forward", "fill-drain", "every-step"),
+    ("forward-gradient", "stream", "every-step"),
     ("infopro", "drained", "ab"),
     ("layer-collaboration", "1f1b", "daso"),
     ("lls", "stream", "int8"),
@@ -45,8 +47,10 @@ RUNS = [
     ("man", "fill-drain", "local-sgd"),
     ("mono-forward", "stream", "daso"),
     ("pepita", "drained", "every-step"),
+    ("pfa", "1f1b", "every-step"),
     ("scalable-ff", "interleaved", "only-large"),
     ("tpsgd", "pipelined", "qsr"),
+    ("ulr", "stream", "every-step"),
 ]
 """Objective, schedule and sync of each run, all with their default fields."""
 
@@ -58,7 +62,7 @@ ACCURACIES = {"drtp": 0.5, "forward-forward": 0.6, "infopro": 0.7}
 BATCH_SIZES = {"drtp": 32, "forward-forward": 32}
 """Batch sizes other than 64: these two need more updates."""
 
-LAST_BLOCK_ONLY = ("backprop", "dfa", "pepita")
+LAST_BLOCK_ONLY = ("backprop", "dfa", "dual-propagation", "pepita", "pfa")
 """Objectives without a loss in inner blocks."""
 
 FIXED_LAYERS = ("cafo",)

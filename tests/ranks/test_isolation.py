@@ -28,6 +28,10 @@ OWN = {
     "forward-forward": "the last block learns by goodness, and the head is a probe",
     "layer-collaboration": "the last block learns by goodness, and the head is a probe",
     "scalable-ff": "the last block learns by goodness, and the head is a probe",
+    "forward-gradient": "the last block learns by estimates of its gradient",
+    "ulr": "the last block learns by estimates of its gradient",
+    "dual-propagation": "activations have differences in place of derivatives, in every block",
+    "pfa": "feedback takes the place of the weights, in every block",
 }
 """Objectives with which one block is no ordinary backpropagation."""
 

@@ -244,6 +244,8 @@ SENT = {
     # Numbers in all, over samples, updates (four an epoch) or epochs; boundaries of 13 and 11.
     "backprop": 2 * 24 * ROWS,
     "deep-supervision": 2 * 24 * ROWS,
+    "dual-propagation": 2 * 24 * ROWS,
+    "pfa": 2 * 24 * ROWS,
     "dfa": (24 + 2 * 3) * ROWS,  # the error, to two blocks
     "pepita": (2 * 24 + 3) * ROWS,  # two passes, the error to the first block
     "forward-forward": 3 * 24 * ROWS,  # positives, negatives, neutral

@@ -36,6 +36,9 @@ OPTIMIZERS: list[dict[str, Any]] = [
     {"name": "sgd", "lr": 1e-3, "momentum": 0.9},
     {"name": "adam", "lr": 1e-3},
 ]
+MODEL_OF = {"dual-propagation": "mlp"}
+"""The models of objectives that refuse the others."""
+
 GRIDS = [(1, 1, False), (2, 1, False), (3, 1, False), (2, 2, False), (1, 2, True), (3, 1, True)]
 """Stages, replicas, recompute."""
 
@@ -86,7 +89,7 @@ def make_run(model: str, objective: str, schedule: str, **changes: Any) -> RunCo
 PAIRS = [pair for pair in pairs() if pair[1] not in ("interleaved", "fold")]
 """test_places.py has these two, with as many blocks as make a loop and a V."""
 CASES = [
-    (*pair, list(MODELS)[(i + j) % 4], OPTIMIZERS[(i + 2 * j) % 3], *grid)
+    (*pair, MODEL_OF.get(pair[0], list(MODELS)[(i + j) % 4]), OPTIMIZERS[(i + 2 * j) % 3], *grid)
     for (i, pair), (j, grid) in itertools.product(enumerate(PAIRS), enumerate(GRIDS))
     if pair in (("mono-forward", "stream"), ("backprop", "1f1b"))
     or (
