@@ -54,7 +54,7 @@ class ForwardGradient(PerturbedHead):
     Parameters
     ----------
     perturb : str
-        "activations", or "parameters".
+        Where the noise is: "activations" (of modules with parameters), or "parameters".
     """
 
     perturb: Literal["activations", "parameters"] = "activations"

@@ -102,9 +102,13 @@ def cell_plan(objective: str, schedule: str, stages: int, replicas: int, micros:
     """Return the plan of a cell, with the blocks of the objective's base plan."""
     base, run = base_plan(objective), cell_run(objective, schedule, stages, micros)
     kind, count = run.schedule.instance, run.settings.micro_batches
-    place = kind.assign_stages([block.cost for block in base.layout.block_layouts], stages)
+    blocks = tuple(
+        replace(block, recompute=block.recompute or kind.recomputes)
+        for block in base.layout.block_layouts
+    )
+    place = kind.assign_stages([block.cost for block in blocks], stages)
     mesh = RankMesh.for_ranks(stages * replicas, stages, run.mesh.placement)
-    layout = replace(base.layout, mesh=mesh, schedule=kind, place=place)
+    layout = replace(base.layout, mesh=mesh, schedule=kind, place=place, block_layouts=blocks)
     splitter = replace(base.batch_splitter, replicas=replicas, micro_batches=count)
     return replace(base, run=run.resolve(3, stages), layout=layout, batch_splitter=splitter)
 
