@@ -123,6 +123,18 @@ def assert_laws(
     return one
 
 
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"name": "forward-gradient", "perturb": "parameters", "perturbations": 2},
+        {"name": "ulr", "antithetic": True, "distribution": "signs"},
+    ],
+)
+def test_perturbations_belong_to_the_update(objective: dict[str, Any], tmp_path: Path) -> None:
+    """Laws 1 and 3 with noise in weights and with pairs; `test_product` has the defaults."""
+    assert_laws(tmp_path, objective=objective, epochs=1)
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "cosine": {"lr": RATES["cosine"][0]},
     "step, clip of blocks": {
