@@ -15,7 +15,8 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -118,6 +119,17 @@ def unpack_dual(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return the values and the tangent of a tensor, None where it has no tangent."""
     primal, tangent = forward_ad.unpack_dual(tensor)  # type: ignore[no-untyped-call]
     return primal, tangent
+
+
+@contextmanager
+def without_onednn() -> Iterator[None]:
+    """Run torch's own kernels on a CPU in place of those of oneDNN, some of which lack tangents."""
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
 
 
 def load_forward_formulas() -> None:

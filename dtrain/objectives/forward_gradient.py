@@ -28,6 +28,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dtrain import eager_torch
 from dtrain.block.block import BackwardPair, Block
@@ -172,16 +173,22 @@ def derivatives(output: Tensor, micro_batch: MicroBatch) -> Tensor:
 
 
 def _with_tangents(forward: PerturbedForward, replace: Callable[[str, Tensor], Tensor]) -> Tensor:
-    """Run a forward that carries tangents; refuse an operation that cannot."""
-    try:
-        return forward(replace)
-    except NotImplementedError:
-        eager_torch.load_forward_formulas()
-    try:
-        return forward(replace)
-    except NotImplementedError as error:
-        raise ConfigError(
-            "objective.no-forward-mode",
-            f"block {forward.spec.index} has an operation without forward-mode differentiation "
-            f'({str(error).partition(".")[0]}): set objective.name = "ulr", which needs none',
-        ) from error
+    """Run a forward that carries tangents; refuse an operation that cannot.
+
+    Attention and recurrent layers run kernels that can: fused ones have no forward mode.
+    """
+    with sdpa_kernel(SDPBackend.MATH):
+        try:
+            return forward(replace)
+        except NotImplementedError:
+            eager_torch.load_forward_formulas()
+        try:
+            with eager_torch.without_onednn():
+                return forward(replace)
+        except NotImplementedError as error:
+            raise ConfigError(
+                "objective.no-forward-mode",
+                f"block {forward.spec.index} has an operation without forward-mode "
+                f"differentiation ({str(error).partition('.')[0]}): set objective.name = "
+                '"ulr", which needs none',
+            ) from error

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from dtrain.block.block import Block
 from dtrain.block.leaf_calls import leaf_modules
@@ -211,6 +211,65 @@ def test_the_last_layer_and_heads_learn_exact_gradients(
         cross_entropy(nn.Sequential(*net[1])(h[0]), batch[1]), net[1][0].weight
     )[0]
     assert not torch.allclose(estimate, exact, rtol=0.1)
+
+
+class Steps(torch.autograd.Function):
+    """Steps, without a derivative."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return (4 * x).round()
+
+
+class Stepped(nn.Module):
+    """The layer of these steps."""
+
+    out_features = 7
+
+    def forward(self, input: Tensor) -> Tensor:
+        steps: Tensor = Steps.apply(input)
+        return steps
+
+
+def test_likelihood_ratios_need_no_derivative(batch: tuple[Tensor, Tensor]) -> None:
+    """On a mean over many equal rows, which the noise smooths; forward gradients refuse steps."""
+    layers: list[nn.Module] = [make_net(5, 7)[0], Stepped(), nn.Identity()]
+    x, y = batch[0][:1].expand(20_000, 5), batch[1][:1].expand(20_000)
+    objective = Ulr(noise=0.5, antithetic=True)
+    spec, block, micro_batch = first_block(objective, layers, x, y)
+    steps = estimates(objective, spec, block, micro_batch).mean(0)
+    smooth = first_block(objective, [layers[0], Fourfold(), nn.Identity()], x, y)
+    expected = sample_gradients(*smooth[1:])[0]
+    assert float(torch.cosine_similarity(steps, expected, 0)) > 0.7
+    with refuses(ConfigError, "objective.no-forward-mode"):
+        estimates(ForwardGradient(), *first_block(ForwardGradient(), layers, x[:2], y[:2]))
+
+
+class Fourfold(Stepped):
+    """The line through the steps."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 4 * input
+
+
+class Attention(Stepped):
+    """Attention of a sample's numbers to each other."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        q = input[:, None, :, None]
+        return scaled_dot_product_attention(q, q, q).flatten(1)
+
+
+def test_attention_has_tangents(batch: tuple[Tensor, Tensor]) -> None:
+    """Its fused kernel has none."""
+    layers: list[nn.Module] = [make_net(5, 7)[0], Attention(), nn.Identity()]
+    objective = ForwardGradient()
+    spec, block, micro_batch = first_block(objective, layers, *batch)
+    forward = PerturbedForward(objective, spec, block, micro_batch, leaf_modules(block.layers))
+    v = torch.ones(6, 7, dtype=D)
+    change = objective.loss_changes(forward, {"l00": v}, micro_batch)
+    expected = sample_gradients(block, micro_batch).sum(1)
+    torch.testing.assert_close(change, expected, rtol=1e-9, atol=1e-14)
 
 
 @pytest.mark.parametrize("name", ["forward-gradient", "ulr"])
