@@ -16,11 +16,12 @@ import importlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, _compile, nn
 from torch.autograd import forward_ad, graph
 
 DISABLED = "__dynamo_disable"
@@ -100,6 +101,32 @@ def gradients(
         accumulate_grad=False,
     )
     return result
+
+
+def dual_level() -> AbstractContextManager[Any]:
+    """Return a level of `torch.autograd.forward_ad`: inside it tensors may have tangents.
+
+    Tangents of zero run functions of `torch._refs`, which are under `_disable_dynamo`.
+    """
+    _defer_references()
+    return forward_ad.dual_level()
+
+
+@cache
+def _defer_references() -> None:
+    """Let the functions of `torch._refs` run as they are: see `defer_dynamo`."""
+    for function in list(vars(getattr(torch, "_refs", None) or object).values()):
+        while callable(function) and hasattr(function, "__wrapped__"):
+            code, cells = (
+                getattr(function, "__code__", None),
+                getattr(function, "__closure__", None),
+            )
+            if code is not None and code.co_filename == _compile.__file__ and cells:
+                # Its `__wrapped__` may be another function than the one that it calls.
+                called = dict(zip(code.co_freevars, cells, strict=True))["fn"].cell_contents
+                if not hasattr(called, DISABLED):
+                    setattr(called, DISABLED, _deferred(called, function))
+            function = function.__wrapped__
 
 
 def make_dual(tensor: Tensor, tangent: Tensor) -> Tensor:

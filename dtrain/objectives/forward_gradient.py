@@ -27,7 +27,6 @@ from typing import Literal, final
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dtrain import eager_torch
@@ -87,7 +86,7 @@ class ForwardGradient(PerturbedHead):
             primal, tangent = eager_torch.unpack_dual(z)
             return eager_torch.make_dual(primal, v if tangent is None else tangent + v)
 
-        with forward_ad.dual_level():
+        with eager_torch.dual_level():
             return derivatives(_with_tangents(forward, add_tangent), micro_batch)
 
     def backward_pairs(
@@ -120,7 +119,7 @@ class ForwardGradient(PerturbedHead):
                 for name, parameter in parameters.items()
             }
             tangents = {id(parameters[name]): v for name, v in noise.items()}
-            with forward_ad.dual_level(), parameter_tangents(block, tangents):
+            with eager_torch.dual_level(), parameter_tangents(block, tangents):
                 output = _with_tangents(forward, lambda _name, z: z)
                 changes.append(derivatives(output, micro_batch))
             noises.append(noise)

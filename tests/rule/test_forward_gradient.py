@@ -98,8 +98,8 @@ def test_the_sum_over_a_basis_is_the_gradient(batch: tuple[Tensor, Tensor]) -> N
 def test_the_second_moment_and_the_recorded_variance(distribution: str, factor: float) -> None:
     """E |g|^2 = (n + 2) |grad|^2, n = 320; of signs n |grad|^2. Equal rows have their own noise."""
     with seeded("row"):
-        x = torch.randn(1, 5, dtype=D).expand(4000, 5)
-    y, layers = torch.zeros(4000, dtype=torch.int64), make_net(5, 200, 120)
+        x = torch.randn(1, 5, dtype=D).expand(2000, 5)
+    y, layers = torch.zeros(2000, dtype=torch.int64), make_net(5, 200, 120)
     square = {}
     for number in (1, 4):
         objective = ForwardGradient(distribution=distribution, perturbations=number)  # type: ignore[arg-type]
@@ -108,22 +108,22 @@ def test_the_second_moment_and_the_recorded_variance(distribution: str, factor: 
         exact = float(sample_gradients(block, micro_batch)[0].square().sum())
         square[number] = float(micro_batch.metrics[SQUARE]) / exact
         variance = float(micro_batch.metrics[VARIANCE]) / exact
-    assert square[1] == pytest.approx(factor, rel=0.05)
-    assert square[4] == pytest.approx(1 + (factor - 1) / 4, rel=0.05)
-    assert variance == pytest.approx((factor - 1) / 4, rel=0.05)
+    assert square[1] == pytest.approx(factor, rel=0.08)
+    assert square[4] == pytest.approx(1 + (factor - 1) / 4, rel=0.08)
+    assert variance == pytest.approx((factor - 1) / 4, rel=0.08)
 
 
 def test_the_cosine_of_the_mean_of_several() -> None:
     """About sqrt(K / (K + n + 1))."""
     with seeded("row"):
         x = torch.randn(1, 5, dtype=D).expand(300, 5)
-    objective = ForwardGradient(perturbations=180)
+    objective = ForwardGradient(perturbations=60)
     spec, block, micro_batch = first_block(
-        objective, make_net(5, 60), x, torch.zeros(300, dtype=torch.int64)
+        objective, make_net(5, 20), x, torch.zeros(300, dtype=torch.int64)
     )
     gradients = sample_gradients(block, micro_batch)
     cosine = torch.cosine_similarity(estimates(objective, spec, block, micro_batch), gradients)
-    assert float(cosine.mean()) == pytest.approx(math.sqrt(180 / (180 + 60 + 1)), rel=0.02)
+    assert float(cosine.mean()) == pytest.approx(math.sqrt(60 / (60 + 20 + 1)), rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_the_cosine_of_the_mean_of_several() -> None:
 )
 def test_estimates_are_unbiased_on_a_quadratic(objective: PerturbedHead) -> None:
     """A linear layer, a linear head and squared errors, whatever the size of the noise."""
-    rows = 100_000
+    rows = 40_000
     with seeded("row"):
         x, target = torch.randn(1, 5, dtype=D), torch.randn(1, 4, dtype=D)
     layers = [*make_net(5, 16)[:1], nn.Identity()]
@@ -234,7 +234,7 @@ class Stepped(nn.Module):
 def test_likelihood_ratios_need_no_derivative(batch: tuple[Tensor, Tensor]) -> None:
     """On a mean over many equal rows, which the noise smooths; forward gradients refuse steps."""
     layers: list[nn.Module] = [make_net(5, 7)[0], Stepped(), nn.Identity()]
-    x, y = batch[0][:1].expand(20_000, 5), batch[1][:1].expand(20_000)
+    x, y = batch[0][:1].expand(5000, 5), batch[1][:1].expand(5000)
     objective = Ulr(noise=0.5, antithetic=True)
     spec, block, micro_batch = first_block(objective, layers, x, y)
     steps = estimates(objective, spec, block, micro_batch).mean(0)
