@@ -170,7 +170,7 @@ def test_the_product_learns_what_the_weights_learn(batch: tuple[Tensor, Tensor])
     [
         (
             {"name": "dual-propagation"},
-            {"name": "cnn", "widths": [[4], [4]]},
+            {"name": "tests.tiny:normalised"},
             "objective.module-without-difference",
         ),
         (
@@ -188,9 +188,7 @@ def test_the_product_learns_what_the_weights_learn(batch: tuple[Tensor, Tensor])
 def test_models_without_a_rule_are_refused_at_plan_time(
     objective: dict[str, Any], model: dict[str, Any], key: str
 ) -> None:
-    data = {"name": "tests.pictures:samples"} if model["name"] == "cnn" else {}
-    changes = {"data": data} if data else {}
-    run = tiny.run(objective=objective, model=model, partition={"blocks": 2}, **changes)
+    run = tiny.run(objective=objective, model=model, partition={"blocks": 2})
     with refuses(ConfigError, key):
         make_plan(run, 1)
 
