@@ -54,7 +54,7 @@ class ForwardGradient(PerturbedHead):
     Parameters
     ----------
     perturb : str
-        Where the noise is: "activations" (of modules with parameters), or "parameters".
+        The noise is added to "activations" (of modules with parameters) or to "parameters".
     """
 
     perturb: Literal["activations", "parameters"] = "activations"

@@ -13,9 +13,9 @@ Three blocks, an update after every micro-batch; R is the replayed forward::
     block 1            F         F      RB U    F      RB U
     block 2                 F   RB U     F     RB U     F
 
-The paper's forwards pass all blocks in one step, and its backwards run at the same time. Here the
-forwards are pipelined, too: block b runs a forward when the first K-1-b updates after it are still
-to come, so every forward, replay and gradient uses the paper's versions of the weights.
+The paper's forwards pass all blocks in one step, and its backwards run at the same time. Here
+forwards are pipelined, too. Between a forward and its own update block b has K-1-b other updates,
+as in the paper, so forwards, replays and gradients use the paper's versions of the weights.
 
 Source: Huo, Gu and Huang 2018, "Training Neural Networks Using Features Replay", arXiv 1807.04511.
 """
