@@ -59,9 +59,12 @@ SYNCS = {
 
 MODELS = {
     "cnn": "Convolutions in a row.",
+    "lstm": "Recurrent layers over the steps of a sequence.",
     "mlp": "Fully connected layers in a row.",
     "resnet": "Convolutions with shortcuts.",
     "transformer": "Layers of attention over the steps of a sequence.",
+    "unet": "Convolutions at resolutions that halve and double again, with skips between them.",
+    "vit": "Layers of attention over the patches of an image.",
 }
 
 
