@@ -74,6 +74,8 @@ DATASETS = {
     "hdf5": "Samples from HDF5 files.",
     "idx": "Images from IDX files.",
     "npz": "Samples from files of numpy.",
+    "series": "Windows of a series, and the steps after each.",
+    "text": "Windows of a text, and the next token of each of their tokens.",
 }
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import h5py
+import numpy as np
 import pytest
 import torch
 
@@ -108,3 +110,26 @@ def test_planned_memory_is_counted_memory(case: str, tmp_path: Path) -> None:
     counted = [max(of_rank) for of_rank in zip(*peaks, strict=True)]
     for rank, counted_bytes in zip(planned, counted, strict=True):
         assert abs(rank.peak / counted_bytes - 1) < 0.1, (planned, counted)
+
+
+@pytest.mark.parametrize("name", ["text", "series"])
+def test_windows_are_read_alike_on_any_ranks(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a mapped file does not fit in memory, and is read in groups of rows."""
+    numbers = np.random.default_rng(0).integers(97, 103, (120, 2))
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["tokens"], file["x"] = numbers.ravel().astype(np.uint8), numbers / 100
+        file.attrs["classes"] = list(map(str, range(103)))
+    data = {"name": name, "train": str(tmp_path / "a.h5"), "test": 0.2, "length": 5}
+    task = {} if name == "text" else {"loss": "mse"}
+    changes = {"data": data | {"shuffle": "chunks"}, "task": task}
+    config = run("characters", partition={"blocks": 2}, **changes)
+    digests = [train_in_threads(config, tmp_path / "1")["digest"]]
+    digests += [train_in_threads(config, tmp_path / "2", stages=2)["digest"]]
+    for module in ("formats.mapped_source", "source_dataset"):
+        monkeypatch.setattr(f"dtrain.data.{module}.fits_in_memory", lambda _: False)
+    digests += [train_in_threads(config, tmp_path / "disk", stages=2)["digest"]]
+    assert len(set(digests)) == 1
+    train_in_threads(config, tmp_path / "replicas", replicas=2)
+    assert_close_model(tmp_path / "disk", tmp_path / "replicas")
