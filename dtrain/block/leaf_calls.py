@@ -50,18 +50,6 @@ def own_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [*module.parameters(recurse=False), *parameters]
 
 
-def inner_leaf(layers: Mapping[str, nn.Module]) -> tuple[str, str] | None:
-    """Return the names of a leaf module and of one inside it; None where no leaf holds another."""
-    names = list(leaf_modules(layers))
-    for name in names:
-        inner = [
-            other for other in names if other != name and other.startswith(name and f"{name}.")
-        ]
-        if inner:
-            return name, inner[0]
-    return None
-
-
 @contextmanager
 def replaced_outputs(modules: Mapping[str, nn.Module], replace: ReplaceOutput) -> Iterator[None]:
     """Give the outputs of modules to `replace` while the body runs forwards.

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dtrain import eager_torch
@@ -68,11 +68,6 @@ class ForwardGradient(PerturbedHead):
     def extra_forwards(self) -> int:
         """Return 2 for each perturbation: values and tangents."""
         return 2 * self.perturbations
-
-    def check_layers(self, layers: Mapping[str, nn.Module], is_chain: bool) -> None:
-        """Refuse nested parameters, where activations are perturbed."""
-        if self.perturb == "activations":
-            super().check_layers(layers, is_chain)
 
     def loss_changes(
         self, forward: PerturbedForward, noise: Mapping[str, Tensor], micro_batch: MicroBatch

@@ -38,6 +38,8 @@ from dtrain.block.micro_batch import MicroBatch
 from dtrain.errors import ConfigError
 from dtrain.models.image_layers import PooledLinear
 from dtrain.models.mlp import Dense
+from dtrain.models.sequence_layers import SequenceEmbedding
+from dtrain.models.vit import PatchEmbedding
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.common.repeated_forward import RepeatedForward
 
@@ -49,6 +51,7 @@ MATRIX_MODULES = (nn.Linear, Dense, PooledLinear, *CONVOLUTIONS)
 EXACT_MODULES = (
     nn.modules.batchnorm._NormBase,
     *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU, nn.Embedding),
+    *(SequenceEmbedding, PatchEmbedding),
 )
 """Modules with parameters whose derivative mixes no units by weights, or is not sent back."""
 

@@ -23,7 +23,6 @@ from dtrain.objectives.common.perturbed_heads import (
 )
 from dtrain.objectives.forward_gradient import ForwardGradient
 from dtrain.objectives.ulr import Ulr
-from dtrain.planning.plan import make_plan
 from dtrain.rng import seeded
 from dtrain.tasks.task import Task
 from tests import tiny
@@ -276,28 +275,48 @@ def test_attention_has_tangents(batch: tuple[Tensor, Tensor]) -> None:
 def test_impossible_settings_are_refused_at_plan_time(name: str) -> None:
     with refuses(ConfigError, "objective.perturbations-too-few"):
         tiny.run(objective={"name": name, "perturbations": 0})
-    nested = {"name": "tests.rule.test_forward_gradient:nested"}
-    run = tiny.run(objective__name=name, model=nested, partition={"blocks": 2})
-    with refuses(ConfigError, "objective.nested-parameters"):
-        make_plan(run, 1)
-    if name == "forward-gradient":
-        make_plan(tiny.run(objective={"name": name, "perturb": "parameters"}, model=nested), 1)
-    else:
+    if name == "ulr":
         with refuses(ConfigError, "objective.scale-not-positive"):
             tiny.run(objective={"name": name, "noise": 0.0})
 
 
-class Scaled(nn.Module):
-    """A module with a parameter of its own around a linear layer."""
+class Framed(nn.Module):
+    """A module with parameters of its own before and behind a linear layer."""
+
+    out_features = 5
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear, self.factor = nn.Linear(10, 10), nn.Parameter(torch.ones(()))
+        self.linear = nn.Linear(7, 5)
+        self.scale, self.shift = (nn.Parameter(torch.randn(size)) for size in (7, 5))
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.linear(input) * self.factor
+        return self.linear(input * self.scale) + self.shift
 
 
-def nested() -> nn.Sequential:
-    """Return a net with such a module."""
-    return nn.Sequential(nn.Flatten(), Scaled(), nn.ReLU(), nn.Linear(10, 10), nn.Linear(10, 3))
+def test_a_basis_gives_every_weight_its_gradient(
+    batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a module around another one, too."""
+    with seeded("framed"):
+        layers = [make_net(5, 7)[0], nn.Tanh(), Framed().to(D), nn.Tanh()]
+    first: dict[str, int] = {}
+
+    def draw(_self: object, _batch: object, number: int, name: str, z: Tensor) -> Tensor:
+        first.setdefault(name, sum((7, 5, 5)[: len(first)]))
+        basis = torch.eye(17, dtype=D)[number, first[name] : first[name] + z.shape[1]]
+        return math.sqrt(17) * basis.expand_as(z)
+
+    monkeypatch.setattr(ForwardGradient, "draw", draw)
+    objective = ForwardGradient(perturbations=17)
+    blocks = build_blocks(objective, [layers, [nn.Linear(5, 4).to(D)]], batch[0], 4)
+    spec, block = blocks[0]
+    rows = RowRandom(0, 0, 0, 6, 0, 6)
+    micro_batch = MicroBatch(targets=batch[1], x=batch[0], row_random=rows, rng_key=(0, 0, 0))
+    block.run_forward(micro_batch, needs_graph=False)
+    block.backward(objective.backward_pairs(spec, block, micro_batch))
+    assert block.head is not None
+    loss = cross_entropy(block.head(nn.Sequential(*layers)(batch[0])), batch[1])
+    exact = torch.autograd.grad(loss, block.trainable_parameters)
+    ours = [parameter.grad for parameter in block.trainable_parameters]
+    torch.testing.assert_close(ours, list(exact), rtol=1e-10, atol=1e-15)

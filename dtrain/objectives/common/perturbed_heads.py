@@ -11,7 +11,8 @@
 
 The perturbed tensors are the outputs of all modules with trained parameters (for `mlp`: the
 pre-activations). A module learns from the estimate at its own output and from its own input, so no
-gradient passes from module to module. The head, and the last module of the model where the
+gradient passes from module to module; that of a module around others passes to the next perturbed
+output. The head, and the last module of the model where the
 prediction is its output, learn from their exact gradients: those are local.
 
 Invariant: noise is drawn for the whole update under (seed, block, update, perturbation, module) and
@@ -30,7 +31,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from dtrain.block.block import BackwardPair, Block
-from dtrain.block.leaf_calls import inner_leaf, leaf_modules, replaced_outputs
+from dtrain.block.leaf_calls import leaf_modules, replaced_outputs
 from dtrain.block.micro_batch import MicroBatch
 from dtrain.errors import ConfigError
 from dtrain.objectives.base import loss_pair, output_error
@@ -94,17 +95,6 @@ class PerturbedHead(NetworkHead):
             raise ConfigError(
                 "objective.perturbations-too-few",
                 f"[objective] perturbations = {self.perturbations} must be at least 1",
-            )
-
-    def check_layers(self, layers: Mapping[str, nn.Module], is_chain: bool) -> None:
-        """Refuse modules with parameters inside another one with parameters: the output of the
-        inner one is cut off from the outer one's parameters."""
-        nested = inner_leaf(layers)
-        if nested is not None:
-            raise ConfigError(
-                "objective.nested-parameters",
-                f"module '{nested[0]}' has parameters of its own and contains '{nested[1]}', so "
-                f"noise in activations cannot reach all of them: {self.cure}",
             )
 
     @property
