@@ -518,6 +518,8 @@ def _message_rows(layout: Layout, rows: int) -> Iterator[dict[str, Any]]:
         ends = route.source.block, route.target.block
         is_sent = layout.place[ends[0]] != layout.place[ends[1]]
         per = "update" if route.once_per_update else "micro-batch"
+        if route.every > 1:
+            per = f"{route.every} updates"
         yield _message_row(layout, route.name, ends, size, is_sent, per)
 
 

@@ -138,7 +138,7 @@ def _warn_costly_heads(layout: Layout) -> Iterator[str]:
         f"{worst.head_parameters:,} parameters and {worst.head_cost:,} multiply-adds per sample, "
         f"the layers {worst.parameters:,} and {layers:,}; its scores are {scores:,} bytes per "
         f"sample, the output of the block {outputs:,}: cut fewer and larger blocks, use "
-        "'local-head' with head = \"decoder\", private-layers = 0 and output = \"shared\", which "
+        '\'local-head\' with head = "decoder", private-layers = 0 and output = "shared", which '
         "trains no matrix of its own, or use 'backprop'"
     )
 
