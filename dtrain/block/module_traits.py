@@ -20,7 +20,7 @@ DETERMINISTIC_MODULES = (
     nn.modules.pooling._MaxPoolNd,
     nn.modules.pooling._AvgPoolNd,
     nn.modules.pooling._AdaptiveAvgPoolNd,
-    *(nn.LayerNorm, nn.GroupNorm, nn.Flatten, nn.Identity),
+    *(nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.Flatten, nn.Identity),
     *(nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.Hardtanh),
 )
 """Modules that never use random numbers, so that their layers are not seeded."""

@@ -61,6 +61,7 @@ MODELS = {
     "cnn": "Convolutions in a row.",
     "mlp": "Fully connected layers in a row.",
     "resnet": "Convolutions with shortcuts.",
+    "transformer": "Layers of attention over the steps of a sequence.",
 }
 
 
