@@ -4,9 +4,9 @@
 each at its best number of micro-batches; the median of the pairs, above 1 ours is faster. `spread`
 = its range. One round before the pairs chooses the best numbers.
 
-Set-up: 2 ranks, one thread each; a causal transformer of 8.0 million parameters (10 layers of width
-256, 8 heads), batch 16 x 128 characters of 96, fused Adam on both sides; both sides run the same
-layers, five on each stage. Further figures:
+Set-up: 2 ranks, one thread each; a causal transformer of 8.0 million parameters (8 layers of width
+288, 8 heads), batch 16 x 128 characters of 96, fused Adam on both sides; both sides run the same
+layers, four on each stage. Further figures:
 
     ratio_local          `local-head` with `stream` over the peer: the head of block 0 is a norm and
                          a matrix, as the model's own; its best micro-batches
@@ -34,8 +34,8 @@ from record import publish
 from dtrain.schema import Table
 
 RANKS, BATCH, LENGTH, VOCABULARY = 2, 16, 128, 96
-WIDTH, DEPTH, HEADS = 256, 10, 8
-OURS, FLUSH, THEIRS = (1, 2, 4, 8), (2, 4, 8), (2, 4, 8)
+WIDTH, DEPTH, HEADS = 288, 8, 8
+OURS, FLUSH, THEIRS = (1, 2, 4, 8), (2, 4, 8, 16), (2, 4, 8, 16)
 DECODER: Table = {"name": "local-head", "head": "decoder", "private-layers": 0}
 LOCAL: tuple[Table, str] = (DECODER, "stream")
 GLOBAL: tuple[Table, str] = ({"name": "backprop"}, "1f1b")
