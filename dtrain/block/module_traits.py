@@ -69,4 +69,5 @@ def first_replica_buffers(module: nn.Module) -> Sequence[str]:
 def _is_deterministic(module: nn.Module) -> bool:
     from_torch = type(module).forward.__module__.startswith("torch.nn.modules.")
     is_known = from_torch and isinstance(module, (*DETERMINISTIC_MODULES, nn.Sequential))
+    is_known |= from_torch and isinstance(module, nn.RNNBase) and not module.dropout
     return is_known or getattr(module, "uses_rng", True) is False

@@ -18,18 +18,24 @@ from torch import nn
 from dtrain.errors import unknown_name
 from dtrain.models.cnn import Cnn
 from dtrain.models.layers import LayerStack, as_layers
+from dtrain.models.lstm import Lstm
 from dtrain.models.mlp import Mlp
 from dtrain.models.output_spec import OutputModel, OutputSpec
 from dtrain.models.resnet import ResNet
 from dtrain.models.transformer import Transformer
+from dtrain.models.unet import UNet
+from dtrain.models.vit import Vit
 from dtrain.schema import convert, kebab
 from dtrain.user_code import PATTERN, bind_arguments, import_object
 
-MODELS: dict[str, type[Cnn | Mlp | ResNet | Transformer]] = {
+MODELS: dict[str, type[Cnn | Mlp | ResNet] | type[Lstm | Transformer | UNet | Vit]] = {
     "cnn": Cnn,
+    "lstm": Lstm,
     "mlp": Mlp,
     "resnet": ResNet,
     "transformer": Transformer,
+    "unet": UNet,
+    "vit": Vit,
 }
 
 

@@ -132,7 +132,7 @@ class SequenceEmbedding(nn.Module):
         return y
 
 
-Pool = Literal["last", "mean"]
+Pool = Literal["last", "mean", "first"]
 
 
 @final
@@ -152,8 +152,8 @@ class SequenceHead(nn.Module):
         The output.
     norm : str or None
         The norm; None for none.
-    pool : "last" or "mean"
-        The last step, or the mean over all steps, for one output per sample.
+    pool : "last", "mean" or "first"
+        The last step, the mean over all steps, or the first one, for one output per sample.
     bias : bool
         Whether the linear layer has a bias.
     """
@@ -172,7 +172,8 @@ class SequenceHead(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Return the output (n, ...)."""
         if self.output.class_axis is None:
-            input = input[:, -1] if self.pool == "last" else input.mean(1)
+            step = {"first": 0, "last": -1}.get(self.pool)
+            input = input.mean(1) if step is None else input[:, step]
         scores: Tensor = self.linear(self.norm(input))
         if self.output.class_axis is None:
             return scores.view(len(scores), *self.output.shape)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,15 @@ def is_small(modules: Iterable[nn.Module], shape: tuple[int, ...], rows: int = 1
                 positions = elements // part.in_features
             macs += parameter.numel() * max(1, positions)
     return macs * rows <= MAX_MACS and elements * rows <= MAX_ELEMENTS
+
+
+def has_hidden_memory(layers: Mapping[str, nn.Module], head: nn.Module | None) -> bool:
+    """Return whether the backward of a module needs memory whose size only a real run shows: that
+    of oneDNN, which computes LSTMs in float32."""
+    modules = [part for layer in (*layers.values(), head) if layer for part in layer.modules()]
+    return any(
+        isinstance(part, nn.LSTM) and part.weight_hh_l0.dtype == torch.float32 for part in modules
+    )
 
 
 def zeros_on_cpu(module: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ from dtrain.models.sequence_layers import SequenceHead
 from dtrain.models.shape_inference import LayerProfile, profile_module
 from dtrain.models.small_modules import PLAIN_CLASSES, is_small, zeros_on_cpu
 from dtrain.models.transformer_layers import LayerOptions, TransformerLayer
+from dtrain.models.vit import PatchEmbedding
 from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.block_spec import BlockSpec
 
@@ -54,6 +55,7 @@ def sequence_layers() -> list[tuple[str, nn.Module, tuple[int, ...]]]:
     return [
         ("transformer layer", TransformerLayer(options), (7, 16)),
         ("sequence head", SequenceHead(16, output, "layer", "last"), (7, 16)),
+        ("patches", PatchEmbedding(3, 4, 4, 6, True, 0.0), (3, 8, 8)),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Models of sequences: the papers' functions in plain operations, counts, refused settings."""
+"""Models that follow their targets: the functions of the papers, counts, refused settings."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dtrain.block.block import Block
+from dtrain.block.module_traits import may_use_rng
 from dtrain.errors import ConfigError
 from dtrain.models import load_model
 from dtrain.models.layers import LayerStack
 from dtrain.models.output_spec import OutputSpec
 from dtrain.models.shape_inference import infer_layers
+from dtrain.models.unet import UNet
 from tests.refusals import refuses
 
 D = torch.float64
@@ -142,8 +144,84 @@ def test_a_tied_head_is_the_embedding() -> None:
     assert dict(model.tied_names) == {"head.linear.weight": "embed.tokens.weight"}
 
 
+def test_an_lstm_is_the_recurrence() -> None:
+    """Gates i, f, g, o; c = f c + i g; h = o tanh(c), layer after layer."""
+    tokens = torch.randint(0, TOKENS, (3, STEPS), generator=torch.Generator().manual_seed(0))
+    model = module(net("lstm", widths=[5, 6], embedding=4))
+    assert next(iter(model.state_dict())) == "embed.tokens.weight"
+    state = model.state_dict()
+    x = state["embed.tokens.weight"][tokens]
+    for name, width in (("lstm1.lstm", 5), ("lstm2.lstm", 6)):
+        h = c = x.new_zeros(3, width)
+        states = []
+        for step in range(STEPS):
+            sums = state[f"{name}.bias_ih_l0"] + state[f"{name}.bias_hh_l0"]
+            sums = sums + x[:, step] @ state[f"{name}.weight_ih_l0"].T
+            i, f, g, o = (sums + h @ state[f"{name}.weight_hh_l0"].T).chunk(4, 1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+            states.append(h)
+        x = torch.stack(states, 1)
+    expected = x @ state["head.linear.weight"].T + state["head.linear.bias"]
+    torch.testing.assert_close(model(tokens), expected.transpose(1, 2))
+
+    series = module(net("lstm", (STEPS, 3), OutputSpec((4, 2)), widths=[5]))
+    x = torch.randn(3, STEPS, 3, dtype=D)
+    last = series.lstm1(x)[:, -1]
+    torch.testing.assert_close(series(x), series.head.linear(last).view(3, 4, 2))
+
+
+@pytest.mark.parametrize("pool", ["mean", "token"])
+def test_a_vision_transformer_reads_patches(pool: str) -> None:
+    fields = {"patch": 2, "depth": 1, "width": 16, "pool": pool}
+    model = module(net("vit", (3, 4, 6), OutputSpec((5,)), **fields))
+    images = torch.randn(2, 3, 4, 6, dtype=D)
+    rows = [images[:, :, i : i + 2, j : j + 2] for i in (0, 2) for j in (0, 2, 4)]
+    weight = model.patches.project.weight.flatten(1)
+    x = torch.stack([row.flatten(1) @ weight.T for row in rows], 1) + model.patches.project.bias
+    if pool == "token":
+        x = torch.cat([model.patches.token.expand(2, 1, 16), x], 1)
+    x = model.layer1(x + model.patches.positions)
+    x = x[:, 0] if pool == "token" else x.mean(1)
+    expected = model.head.linear(model.head.norm(x))
+    torch.testing.assert_close(model(images), expected)
+    assert not model.layer1.attention.causal
+
+
+@pytest.mark.parametrize("axis", [0, -1])
+def test_a_unet_is_the_papers_function(axis: int) -> None:
+    shape = (5, 8, 4) if axis == 0 else (8, 4, 5)
+    model = net("unet", (3, 8, 4), OutputSpec(shape, axis), widths=[4, 6, 8], norm="none")
+    assert model.names == ("down1", "down2", "middle", "up2", "up1", "head")
+    layers = model.build(range(6), 0, D)
+
+    def twice(name: str, x: Tensor) -> Tensor:
+        for number in (1, 2):
+            layer = layers[name].get_submodule(f"conv{number}")
+            x = functional.conv2d(x, layer.weight, layer.bias, padding=1).relu()
+        return x
+
+    def grow(name: str, x: Tensor, skip: Tensor) -> Tensor:
+        layer = layers[name].grow
+        x = functional.conv_transpose2d(x, layer.weight, layer.bias, stride=2)
+        return twice(name, torch.cat([skip, x], 1))
+
+    x = torch.randn(2, 3, 8, 4, dtype=D)
+    first = twice("down1", x)
+    second = twice("down2", functional.max_pool2d(first, 2))
+    y = grow("up2", twice("middle", functional.max_pool2d(second, 2)), second)
+    scores = functional.conv2d(grow("up1", y, first), *layers["head"].linear.parameters())
+    kind = UNet((4, 6, 8), "none").layers((3, 8, 4), OutputSpec(shape, axis)).double()
+    kind.load_state_dict(
+        {f"{n}.{k}": v for n, m in layers.items() for k, v in m.state_dict().items()}
+    )
+    torch.testing.assert_close(kind(x), scores if axis == 0 else scores.movedim(1, -1))
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.5])
 def test_only_dropout_draws_random_numbers(rate: float) -> None:
+    lstm = net("lstm", widths=[4], dropout=rate).build(range(3), 0, torch.float32)
+    assert [may_use_rng(layer) for layer in lstm.values()] == [rate > 0, rate > 0, False]
     layers = net("transformer", dropout=rate).build(range(4), 0, torch.float32)
     block = Block(0, layers, None, lambda parameters: torch.optim.SGD(parameters, 0.1))
     assert set(block.rng_layers) == ({"embed", "layer1", "layer2"} if rate else set())
@@ -168,3 +246,28 @@ def test_only_dropout_draws_random_numbers(rate: float) -> None:
 def test_settings_that_cannot_work_are_refused(fields: dict[str, Any], key: str) -> None:
     with refuses(ConfigError, key):
         net("transformer", **fields)
+
+
+IMAGE, CLASS = (3, 8, 8), OutputSpec((5,))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "output", "fields", "key"),
+    [
+        ("lstm", (STEPS,), NEXT_TOKEN, {"widths": []}, "model.lstm-widths"),
+        ("lstm", (STEPS,), NEXT_TOKEN, {"widths": [0]}, "model.lstm-widths"),
+        ("lstm", (STEPS,), CLASS, {}, "model.no-vocabulary"),
+        ("vit", IMAGE, CLASS, {"patch": 3}, "model.patch-indivisible"),
+        ("vit", IMAGE, OutputSpec((5, 8, 8), 0), {}, "model.vit-positions"),
+        ("vit", (STEPS,), CLASS, {}, "model.needs-images"),
+        ("unet", IMAGE, OutputSpec((5, 8, 8), 0), {"widths": [4]}, "model.unet-widths"),
+        ("unet", (3, 6, 8), OutputSpec((5, 6, 8), 0), {}, "model.unet-size"),
+        ("unet", IMAGE, CLASS, {}, "model.unet-output"),
+        ("unet", IMAGE, OutputSpec((1, 4, 4)), {}, "model.unet-output"),
+    ],
+)
+def test_other_settings_that_cannot_work_are_refused(
+    name: str, shape: tuple[int, ...], output: OutputSpec, fields: dict[str, Any], key: str
+) -> None:
+    with refuses(ConfigError, key):
+        net(name, shape, output, **fields)
