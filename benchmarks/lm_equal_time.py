@@ -13,7 +13,8 @@ number of updates follows; `train_s` is the time that they took.
 
 `curves` has, by label and seed, [seconds, loss] at 20 points. `figures` has the mean loss at the
 end of each label, `peer` that of `1f1b`. `rows` has updates, times, and the loss by seed. `blocks`
-has the loss after equal numbers of tokens with 2, 4 and 8 blocks, one seed.
+has the loss after equal numbers of tokens with 2, 4 and 8 blocks of as many layers, one seed;
+the two blocks of the first table have equal costs, heads included.
 
     python benchmarks/lm_equal_time.py [--minutes 20] [--seeds 3] [--updates 600] [--quick]
 
@@ -41,7 +42,7 @@ from dtrain.objectives import OBJECTIVES
 from dtrain.schema import Table
 
 BATCH, LENGTH, TESTS, POINTS = 16, 128, 256, 20
-BLOCKS = (2, 4, 8)
+DEPTH, BLOCKS = 8, (2, 4, 8)
 
 ADAM: Table = {"name": "adam", "lr": 1e-3}
 NADAM: Table = {"name": "nadam", "lr": 1e-3, "betas": [0.99, 0.999]}
@@ -202,6 +203,7 @@ def loss_by_blocks(bench: Bench, settings: Settings) -> dict[str, dict[str, floa
     def measure(method: Method, blocks: int, name: str) -> Row:
         updates, interval = settings.updates, max(1, settings.updates // 4)
         run = make_run(method, blocks, 0, updates, interval, settings)
+        run |= {"partition": {"cuts": [*range(1 + DEPTH // blocks, 1 + DEPTH, DEPTH // blocks)]}}
         result = bench.train(run, 1, subfolder=name)
         return {"loss": result.eval_records[-1]["test_loss"]}
 
@@ -237,7 +239,7 @@ def make_run(
         "task": {"classes-last": True},
         "model": {
             "name": "transformer",
-            "depth": 8,
+            "depth": DEPTH,
             "width": settings.width,
             "heads": 8,
         },
