@@ -36,9 +36,12 @@ OPTIMIZERS: list[dict[str, Any]] = [
     {"name": "sgd", "lr": 1e-3, "momentum": 0.9},
     {"name": "adam", "lr": 1e-3},
 ]
-MODEL_OF = {"dual-propagation": "mlp", "forward-forward": "mlp"}
-"""The models of an objective that refuses others, and of one whose messages have three rows for a
-sample: of a residual net one message is 12 % of the memory of a rank."""
+MODEL_OF = {"dual-propagation": "mlp"}
+"""The models of objectives that refuse the others."""
+
+LARGE_MESSAGES = [("forward-forward", "stream"), ("forward-forward", "drained")]
+"""Messages with three rows for a sample: on three stages one of them, which the plan takes to be in
+flight and timing decides, is more than a tenth of the memory of a rank."""
 
 GRIDS = [(1, 1, False), (2, 1, False), (3, 1, False), (2, 2, False), (1, 2, True), (3, 1, True)]
 """Stages, replicas, recompute."""
@@ -95,6 +98,7 @@ CASES = [
     if pair in (("mono-forward", "stream"), ("backprop", "1f1b"))
     or (
         j == i % 6
+        and not (pair in LARGE_MESSAGES and grid[0] == 3)
         and (pair[0] in tiny.PATTERNS or pair[1] == OBJECTIVES[pair[0]]().default_schedule)
     )
 ]
