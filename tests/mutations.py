@@ -197,7 +197,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "dtrain/checkpoint/manifest.py",
-        "is_intact = file_sha256(path) == self.hashes[name]",
+        "is_intact = hash_file(path) == self.hashes[name]",
         "is_intact = True",
         DAMAGE + "test_a_resumed_run_takes_the_checkpoint_before_a_damaged_one",
     ),
