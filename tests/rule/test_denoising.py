@@ -138,9 +138,9 @@ def test_an_inlet_returns_the_shape_of_the_block(
     stem: tuple[int, ...], block: tuple[int, ...], code: tuple[int, ...]
 ) -> None:
     """A code of a position changes the features of that position alone; samples do not mix."""
-    inlet = Inlet(nn.Unflatten(1, stem), fit_shape(stem, block, 1), stem, False, code, block, 7)
+    inlet = Inlet(nn.Unflatten(1, stem), fit_shape(stem, block, 1), stem, False, code, block, 3)
     inlet.stem = nn.Identity()
-    x = torch.randn(2, math.prod(stem) + math.prod(code) + 7)
+    x = torch.randn(2, math.prod(stem) + math.prod(code) + 3)
     first = inlet(x)
     assert first.shape == (2, *block)
     x[0, math.prod(stem) + 1] += 1.0  # a number of the first position's code

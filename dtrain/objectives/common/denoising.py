@@ -13,7 +13,7 @@ A block is the user's layers of that block behind an inlet::
 
     x --> stem_b --> fit_b --> normalise --*(1 + scale)--+ shift--> layers of the block --> outlet
                                               ^            ^
-    noisy code, noise level --> linear -------'------------'
+    noisy code, noise level --> perceptron ---'------------'
 
 `stem_b` is the block's own copy of the model's *first layer*; its initial weights are those of the
 model. `fit_b` is a linear layer or a 1x1 convolution where the stem's output has not the shape that
@@ -55,11 +55,12 @@ STATE = "state"
 STATE_DTYPE = torch.float64
 
 
-LEVEL_FREQUENCIES = 3
-
-
-LEVEL_FEATURES = 1 + 2 * LEVEL_FREQUENCIES
+LEVEL_FEATURES = 3
 """Numbers by which the inlet reads a noise level."""
+
+
+MAX_HIDDEN = 128
+"""Largest hidden width of an inlet's perceptron."""
 
 
 STEM_SHARE = 0.5
@@ -325,7 +326,7 @@ class Denoising(Objective):
         assert micro_batch.samples is not None
         inlet = next(iter(block.layers.values()))
         assert isinstance(inlet, Inlet)
-        rows, dtype = len(state), inlet.condition.weight.dtype
+        rows, dtype = len(state), inlet.dtype
         parts = [micro_batch.samples.reshape(rows, -1), state.reshape(rows, -1)]
         if self.has_levels:
             levels = torch.as_tensor(level, dtype=STATE_DTYPE, device=state.device)
@@ -367,8 +368,18 @@ class Inlet(nn.Module):
         self.integers = integers
         self.channels_first = len(shape) > 2
         features = shape[0] if self.channels_first else shape[-1]
-        self.condition = nn.Linear(code_shape[-1] + level_features, 2 * features)
+        hidden = min(features, MAX_HIDDEN)
+        self.condition = nn.Sequential(
+            nn.Linear(code_shape[-1] + level_features, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, 2 * features),
+        )
         self.uses_rng = False  # of this module; those of the stem say it themselves
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its inputs."""
+        return next(self.condition.parameters()).dtype
 
     def forward(self, input: Tensor) -> Tensor:
         """Return features (rows, *shape) of inputs (rows, numbers)."""
@@ -454,10 +465,13 @@ def fit_shape(stem: tuple[int, ...], shape: tuple[int, ...], block: int) -> nn.M
 
 
 def embed_levels(levels: Tensor) -> Tensor:
-    """Return noise levels (rows,) with sines and cosines of them, (rows, LEVEL_FEATURES)."""
-    powers = torch.arange(LEVEL_FREQUENCIES, dtype=levels.dtype, device=levels.device)
-    angles = math.pi * levels[:, None] * 2.0**powers
-    return torch.cat([levels[:, None], angles.sin(), angles.cos()], 1)
+    """Return noise levels (rows,) with a slow sine and cosine, (rows, LEVEL_FEATURES).
+
+    Predictions start at levels that are hardly ever drawn in training, to which faster waves would
+    not extrapolate.
+    """
+    angles = math.pi / 2 * levels
+    return torch.stack([levels, angles.sin(), angles.cos()], 1)
 
 
 def _positions(shape: tuple[int, ...]) -> tuple[int, ...]:
