@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from itertools import accumulate
 
 import torch
 from torch import nn
 
 from dtrain.errors import ConfigError
-from dtrain.models.layers import LayerStack, cast_module
+from dtrain.models.layers import LayerCopy, LayerStack, cast_module
 from dtrain.models.shape_inference import LayerProfile, profile_module
 from dtrain.objectives.base import Objective, input_gradient_blocks
 from dtrain.objectives.block_spec import BlockSpec, DownstreamLayer
@@ -114,7 +114,7 @@ class BlockCosts:
                 spec.name,
                 spec.output_shape,
                 spec.parameters,
-                partial(self.model.rebuild_layer, index, self.seed, dtype),
+                LayerCopy(self.model, index, self.seed, dtype),
             )
             for index, spec in layers
         )

@@ -19,7 +19,7 @@ from dtrain.comm.communicator import Comm
 from dtrain.errors import ConfigError
 from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.block_spec import BlockSpec
-from dtrain.objectives.common.denoising import Inlet, fit_shape
+from dtrain.objectives.common.denoising_inlet import Inlet
 from dtrain.objectives.forward import forward_micro_batch
 from dtrain.objectives.noprop import signal_levels
 from dtrain.planning.plan import make_plan
@@ -138,8 +138,7 @@ def test_an_inlet_returns_the_shape_of_the_block(
     stem: tuple[int, ...], block: tuple[int, ...], code: tuple[int, ...]
 ) -> None:
     """A code of a position changes the features of that position alone; samples do not mix."""
-    inlet = Inlet(nn.Unflatten(1, stem), fit_shape(stem, block, 1), stem, False, code, block, 3)
-    inlet.stem = nn.Identity()
+    inlet = Inlet(nn.Identity, stem, stem, False, code, block, 3)
     x = torch.randn(2, math.prod(stem) + math.prod(code) + 3)
     first = inlet(x)
     assert first.shape == (2, *block)

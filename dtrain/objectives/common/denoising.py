@@ -9,16 +9,10 @@ blocks::
 
     prediction   noise --> block 0 --z--> block 1 --z--> block 2 --> scores      each reads x, too
 
-A block is the user's layers of that block behind an inlet::
-
-    x --> stem_b --> fit_b --> normalise --*(1 + scale)--+ shift--> layers of the block --> outlet
-                                              ^            ^
-    noisy code, noise level --> perceptron ---'------------'
-
-`stem_b` is the block's own copy of the model's *first layer*; its initial weights are those of the
-model. `fit_b` is a linear layer or a 1x1 convolution where the stem's output has not the shape that
-the block's layers take. Normalisation, scale and shift are AdaLN (Peebles and Xie 2023, arXiv
-2212.09748). The outlet of the last block is the model's own head, elsewhere a linear layer.
+A block is the user's layers of that block, between an inlet and an outlet. The inlet reads the
+sample by the block's own copy of the model's *first layer*, whose initial weights are those of the
+model; see `denoising_inlet`. The outlet of the last block is the model's own head, elsewhere a
+linear layer.
 
 Invariant: noise belongs to (seed, block, update, sample) in training and to (seed, block, sample)
 in prediction, so it depends neither on the ranks nor on the cut into micro-batches.
@@ -28,14 +22,13 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, final
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn.functional import layer_norm
 
 from dtrain.block.block import Block
 from dtrain.block.micro_batch import MicroBatch
@@ -44,6 +37,13 @@ from dtrain.models.layers import NamedFactories
 from dtrain.objectives.base import ExecutionMode, MessageSpec, Objective, forward_routes
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.common import head_networks, prediction_heads
+from dtrain.objectives.common.denoising_inlet import (
+    LEVEL_FEATURES,
+    Inlet,
+    can_fit,
+    embed_levels,
+    positions_of,
+)
 from dtrain.rng import derive_seed
 from dtrain.schedules.actions import Route
 from dtrain.tasks.task import Task
@@ -53,14 +53,6 @@ STATE = "state"
 
 
 STATE_DTYPE = torch.float64
-
-
-LEVEL_FEATURES = 3
-"""Numbers by which the inlet reads a noise level."""
-
-
-MAX_HIDDEN = 128
-"""Largest hidden width of an inlet's perceptron."""
 
 
 STEM_SHARE = 0.5
@@ -223,19 +215,18 @@ class Denoising(Objective):
     # ---- the parts of a block
 
     def replacement_layers(self, spec: BlockSpec) -> NamedFactories:
-        """Return the inlet and the block's own layers; the inlet of block 0 has the first one."""
-        own = spec.own_layers[0 if spec.index else 1 :]
-        inlet = ("inlet", partial(self.make_inlet, spec))
-        return [inlet, *((layer.name, layer.make) for layer in own)]
-
-    def make_inlet(self, spec: BlockSpec) -> Inlet:
-        """Return the inlet of a block.
+        """Return the inlet and the block's own layers; the inlet of block 0 has the first one.
 
         Raises
         ------
         ConfigError
             Samples are complex, or the shapes of stem, block and targets do not fit.
         """
+        own = spec.own_layers[0 if spec.index else 1 :]
+        return [("inlet", self._inlet(spec)), *((layer.name, layer.make) for layer in own)]
+
+    def _inlet(self, spec: BlockSpec) -> Callable[[], Inlet]:
+        """Return the factory of a block's inlet."""
         stem = spec.first_layer
         assert stem is not None
         if spec.complex_samples:
@@ -246,16 +237,25 @@ class Denoising(Objective):
             )
         shape = spec.input_shape if spec.index else stem.output_shape
         positions = spec.task.target_spec.shape
-        if positions and positions != _positions(shape):
+        if positions and positions != positions_of(shape):
             raise ConfigError(
                 "objective.positions-differ",
                 f"block {spec.index} takes {shape} for a sample, and the labels have the "
                 f"positions {positions}: a noisy label needs a position of its own; cut where "
                 'they are equal, or set [objective] name = "backprop"',
             )
-        return Inlet(
-            stem.make(),
-            fit_shape(stem.output_shape, shape, spec.index),
+        if not can_fit(stem.output_shape, shape):
+            raise ConfigError(
+                "objective.stem-does-not-fit",
+                f"block {spec.index} takes {shape} for a sample, and the first layer, which every "
+                f"block copies to read the samples, returns {stem.output_shape}: cut where the "
+                "shapes are equal, or give the first layer that output, or set [objective] name = "
+                '"backprop"',
+            )
+        return partial(
+            Inlet,
+            stem.make,
+            stem.output_shape,
             spec.sample_shape,
             spec.integer_samples,
             self.code_shape(spec),
@@ -335,81 +335,6 @@ class Denoising(Objective):
 
 
 @final
-class Inlet(nn.Module):
-    """The first layer of a block: reads a sample, its noisy code and the noise level.
-
-    Parameters
-    ----------
-    stem : nn.Module
-        From samples (rows, *sample_shape) to features.
-    fit : nn.Module or None
-        From the stem's features to those that the block takes.
-    integers : bool
-        Whether samples are integers; they pass through a row of real numbers.
-    code_shape, shape : tuple of int
-        Of a sample: its noisy code (*P, d), and the features that the block takes.
-    level_features : int
-        Numbers of the noise level.
-    """
-
-    def __init__(
-        self,
-        stem: nn.Module,
-        fit: nn.Module | None,
-        sample_shape: tuple[int, ...],
-        integers: bool,
-        code_shape: tuple[int, ...],
-        shape: tuple[int, ...],
-        level_features: int,
-    ) -> None:
-        super().__init__()
-        self.stem, self.fit = stem, fit
-        self.sample_shape, self.code_shape, self.shape = sample_shape, code_shape, shape
-        self.integers = integers
-        self.channels_first = len(shape) > 2
-        features = shape[0] if self.channels_first else shape[-1]
-        hidden = min(features, MAX_HIDDEN)
-        self.condition = nn.Sequential(
-            nn.Linear(code_shape[-1] + level_features, hidden),
-            nn.SiLU(),
-            nn.Linear(hidden, 2 * features),
-        )
-        self.uses_rng = False  # of this module; those of the stem say it themselves
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of its inputs."""
-        return next(self.condition.parameters()).dtype
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return features (rows, *shape) of inputs (rows, numbers)."""
-        rows, numbers, codes = len(input), math.prod(self.sample_shape), math.prod(self.code_shape)
-        x = input[:, :numbers].reshape(rows, *self.sample_shape)
-        h: Tensor = self.stem(x.round().long() if self.integers else x)
-        if self.fit is not None:
-            h = self.fit(h)
-        normalised = layer_norm(h, self.shape if self.channels_first else self.shape[-1:])
-        code = input[:, numbers : numbers + codes].reshape(rows, *self.code_shape)
-        level = input[:, numbers + codes :]
-        positions = self.code_shape[:-1]
-        level = level.view(rows, *(1 for _ in positions), -1).expand(rows, *positions, -1)
-        factors: Tensor = self.condition(torch.cat([code, level], -1))
-        factors = self._spread(factors)
-        scale, shift = factors.chunk(2, 1 if self.channels_first else -1)
-        return normalised * (1 + scale) + shift
-
-    def _spread(self, factors: Tensor) -> Tensor:
-        """Return factors (rows, *P, 2 features) with the dimensions of the features."""
-        missing = len(self.shape) + 1 - factors.dim()
-        rows, numbers = factors.shape[0], factors.shape[-1]
-        if missing and self.channels_first:
-            return factors.view(rows, numbers, *(1 for _ in range(missing)))
-        if missing:
-            return factors.view(rows, *(1 for _ in range(missing)), numbers)
-        return factors.movedim(-1, 1) if self.channels_first else factors
-
-
-@final
 class DenoiserHead(nn.Module):
     """The outlet of a block, and the classifier of the last state."""
 
@@ -431,49 +356,3 @@ def outlet_of(block: Block, output: Tensor) -> Tensor:
         return output
     result: Tensor = block.head(output)
     return result
-
-
-def fit_shape(stem: tuple[int, ...], shape: tuple[int, ...], block: int) -> nn.Module | None:
-    """Return a module from a stem's output to the shape that a block takes; None where both agree.
-
-    ::
-
-        (anything)  -> (w,)          linear
-        (L, w)      -> (L, v)        linear per position
-        (c, *P)     -> (k, *Q)       convolution 1x1, mean to Q pixels      images
-
-    Raises
-    ------
-    ConfigError
-        There is no such module.
-    """
-    if stem == shape:
-        return None
-    if len(shape) == 1:
-        return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(stem), *shape))
-    if len(stem) == len(shape) == 2 and stem[0] == shape[0]:
-        return nn.Linear(stem[1], shape[1])
-    if len(stem) == len(shape) == 3:
-        resize = nn.AdaptiveAvgPool2d((shape[1], shape[2]))
-        return nn.Sequential(nn.Conv2d(stem[0], shape[0], 1), resize)
-    raise ConfigError(
-        "objective.stem-does-not-fit",
-        f"block {block} takes {shape} for a sample, and the first layer, which every block copies "
-        f"to read the samples, returns {stem}: cut where the shapes are equal, or give the first "
-        'layer that output, or set [objective] name = "backprop"',
-    )
-
-
-def embed_levels(levels: Tensor) -> Tensor:
-    """Return noise levels (rows,) with a slow sine and cosine, (rows, LEVEL_FEATURES).
-
-    Predictions start at levels that are hardly ever drawn in training, to which faster waves would
-    not extrapolate.
-    """
-    angles = math.pi / 2 * levels
-    return torch.stack([levels, angles.sin(), angles.cos()], 1)
-
-
-def _positions(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the positions of features: (c, *P) with more than two dimensions, else (*P, w)."""
-    return shape[1:] if len(shape) > 2 else shape[:-1]
