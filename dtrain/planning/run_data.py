@@ -39,6 +39,7 @@ def describe_run_data(run: RunConfig, values: bool = False) -> Table:
     """
     splits, _, spec = load_run(run)
     train, settings = splits.train, run.settings
+    is_normalised = run.data.normalise and not spec.integer_samples
     updates = updates_per_epoch(train.size, settings.batch_size)
     length = TrainingLength.from_settings(
         updates,
@@ -70,9 +71,9 @@ def describe_run_data(run: RunConfig, values: bool = False) -> Table:
         },
         "classes": train.classes,
         "class_names": _class_names(train),
-        "normalise": run.data.normalise,
-        "statistics": _statistics_source(train) if run.data.normalise else None,
-        "channels": _channels(run, train) if run.data.normalise else None,
+        "normalise": is_normalised,
+        "statistics": _statistics_source(train) if is_normalised else None,
+        "channels": _channels(run, train) if is_normalised else None,
         "shuffle": run.data.shuffle,
         "sampler": value_text(run.data.sampler),
         "augment": value_text(run.data.augment),

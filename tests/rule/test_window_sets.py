@@ -150,16 +150,18 @@ def test_windows_of_a_series_are_those_of_the_table(folder: Path, name: str) -> 
     assert splits.train.target_shape == (2, 3)
 
 
+@pytest.mark.parametrize("is_list", [False, True])
 @pytest.mark.parametrize("name", ["a.csv", "a.h5"])
-def test_columns_of_a_series_are_chosen(folder: Path, name: str) -> None:
+def test_columns_of_a_series_are_chosen(folder: Path, name: str, is_list: bool) -> None:
     values = write_series(folder, name)
-    named = {"features": ("load", "sun"), "target": "wind"}
-    numbered = {"features": (0, 2), "target": (1,)}
+    named = {"features": ("load", "sun"), "target": ("wind",) if is_list else "wind"}
+    numbered = {"features": (0, 2), "target": (1,) if is_list else 1}
     columns = named if name == "a.csv" else numbered
     splits = load(folder, "series", MSE, train=name, length=5, stride=4, test=0.25, **columns)
     x, y = rows(splits.train)
     assert np.array_equal(x, [values[i : i + 5, [0, 2]] for i in range(0, 40, 4)])
-    assert np.array_equal(y, [values[i + 5 : i + 6, [1]] for i in range(0, 40, 4)])
+    column: Any = [1] if is_list else 1
+    assert np.array_equal(y, [values[i + 5 : i + 6, column] for i in range(0, 40, 4)])
 
 
 def test_channels_of_a_series_are_standardised(folder: Path) -> None:

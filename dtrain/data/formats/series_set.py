@@ -18,8 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import final
 
-import numpy as np
-
 from dtrain.data.array_source import ArraySource, LazySource, MemorySource
 from dtrain.data.conversion import Array
 from dtrain.data.formats.csv_table import Columns, Layout, is_number, read_layout, read_table
@@ -46,7 +44,8 @@ class Series(WindowSet):
     features : optional
         Columns of the samples, by name or number. Default: all columns of numbers.
     target : optional
-        Column of the targets, or a list of them. Default: those of the samples.
+        Column of the targets, (horizon,), or a list of them, (horizon, columns). Default: those of
+        the samples.
     delimiter : optional
         Of a table; default: as in `csv`.
     x : str
@@ -85,13 +84,20 @@ class Series(WindowSet):
         table = read_table(layout, Columns(tuple(names), ()), has_texts=False).features
         places = {column: place for place, column in enumerate(names)}
 
-        def source(columns: Sequence[int]) -> ArraySource:
+        def source(columns: Sequence[int]) -> Array:
             chosen = [places[column] for column in columns]
-            is_whole = chosen == list(range(table.shape[1]))
-            return MemorySource(table if is_whole else table[:, chosen].copy(), str(path))
+            return table if chosen == list(range(table.shape[1])) else table[:, chosen].copy()
 
-        x = source(features)
-        return StepArrays(x, x if targets == features else source(targets))
+        x = MemorySource(source(features), str(path))
+        if targets == features and not self._is_single:
+            return StepArrays(x, x)
+        y = source(targets)
+        return StepArrays(x, MemorySource(y[:, 0] if self._is_single else y, str(path)))
+
+    @property
+    def _is_single(self) -> bool:
+        """Whether the target is one column and no list of them."""
+        return isinstance(self.target, str | int)
 
     @property
     def _targets(self) -> tuple[Column, ...]:
@@ -119,7 +125,9 @@ class Series(WindowSet):
         features = self._numbers(self.features, steps, "features")
         targets = self._numbers(self._targets or None, steps, "target") or features
         x = _choose(steps, features)
-        return StepArrays(x, x if targets == features else _choose(steps, targets))
+        if targets == features and not self._is_single:
+            return StepArrays(x, x)
+        return StepArrays(x, _choose(steps, targets, self._is_single))
 
     def _numbers(
         self, columns: Sequence[Column] | None, steps: ArraySource, key: str
@@ -135,13 +143,14 @@ class Series(WindowSet):
         return tuple(int(column) % steps.shape[1] for column in columns or ())
 
 
-def _choose(steps: ArraySource, columns: tuple[int, ...]) -> ArraySource:
-    """Return some columns of an array, all where none is named."""
+def _choose(steps: ArraySource, columns: tuple[int, ...], is_single: bool = False) -> ArraySource:
+    """Return some columns of an array, all where none is named, (T,) if `is_single`."""
     if not columns:
         return steps
-    load = partial(_read_columns, steps, columns)
-    return LazySource((len(steps), len(columns)), steps.dtype, load, steps.location)
+    shape = (len(steps),) if is_single else (len(steps), len(columns))
+    load = partial(_read_columns, steps, columns, shape)
+    return LazySource(shape, steps.dtype, load, steps.location)
 
 
-def _read_columns(steps: ArraySource, columns: tuple[int, ...]) -> Array:
-    return np.ascontiguousarray(steps.read_range(0, len(steps))[:, list(columns)])
+def _read_columns(steps: ArraySource, columns: tuple[int, ...], shape: tuple[int, ...]) -> Array:
+    return steps.read_range(0, len(steps))[:, list(columns)].reshape(shape)

@@ -122,7 +122,7 @@ class WindowSet(FileSet):
             split: self._windows(split, paths["train"], steps, steps_of_split)
             for split, steps_of_split in _hold_out_ends(total, held_out).items()
         }
-        for split in paths.keys() - {"train"}:
+        for split in [name for name in paths if name != "train"]:
             total = sum(len(steps[path].inputs) for path in paths[split])
             parts[split] = self._windows(split, paths[split], steps, range(total))
         return parts
