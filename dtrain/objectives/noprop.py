@@ -32,6 +32,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, final
 
+import torch
 from torch import Tensor, nn
 
 from dtrain.block.block import BackwardPair, Block
@@ -143,8 +144,12 @@ class Noprop(Denoising):
     def build_head(self, block: BlockSpec) -> nn.Module:
         """Return the outlet, to class scores or with "flow" to velocities, and in the last block
         the classifier."""
-        width = self.code_width(block)
-        classifier = nn.Linear(width, block.classes) if block.is_last else None
+        width, classifier = self.code_width(block), None
+        if block.is_last:  # it starts with the codes, so that it is right about clean states
+            classifier = nn.Linear(width, block.classes)
+            with torch.no_grad():
+                classifier.weight.copy_(self.codes(block))
+                classifier.bias.zero_()
         if self.form == "flow":
             return DenoiserHead(head_networks.greedy(block.output_shape, width), classifier)
         return DenoiserHead(None if block.is_last else self.class_outlet(block), classifier)

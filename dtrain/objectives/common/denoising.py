@@ -25,7 +25,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Generator, Tensor, nn
@@ -164,12 +164,13 @@ class Denoising(Objective):
     def codes(self, spec: BlockSpec) -> Tensor:
         """Return the code of each class, (C, d) in float64, the same in all blocks and runs."""
         classes, width = spec.classes, self.code_width(spec)
+        here: Any = {"dtype": STATE_DTYPE, "device": "cpu"}  # on meta a head has no numbers
         if self.width:
             generator = Generator().manual_seed(derive_seed("codes", classes, width))
-            table = torch.randn(classes, width, generator=generator, dtype=STATE_DTYPE)
+            table = torch.randn(classes, width, generator=generator, **here)
             table = table / table.norm(dim=1, keepdim=True)
         else:
-            table = torch.eye(classes, dtype=STATE_DTYPE)
+            table = torch.eye(classes, **here)
         return table * self.code_length(width)
 
     def clean_codes(self, spec: BlockSpec, micro_batch: MicroBatch) -> Tensor:
