@@ -186,10 +186,24 @@ class Complex(nn.Module):
 
 
 def complex_net() -> nn.Sequential:
+    """Return a net for complex samples."""
     return nn.Sequential(Complex(), nn.Linear(20, 6), nn.Linear(6, 3))
 
 
+class Residual(nn.Module):
+    """A net that is no chain of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.head((h + self.second(h)).flatten(1))
+
+
 def tied() -> nn.Sequential:
+    """Return a net with a weight in two blocks."""
     net = nn.Sequential(nn.Flatten(), nn.Linear(10, 10), nn.Linear(10, 10), nn.Linear(10, 3))
     net[2].weight = net[1].weight  # type: ignore[union-attr, unused-ignore]
     return net
@@ -200,6 +214,7 @@ def tied() -> nn.Sequential:
     ("data", "net", "cut", "key"),
     [
         ("samples", "images_after_vectors", 2, "objective.stem-does-not-fit"),
+        ("samples", "Residual", 1, "objective.needs-chain"),
         ("samples", "tied", 2, "objective.ties-replaced"),
         ("complex_samples", "complex_net", 1, "objective.complex-samples"),
         ("pixels", "coarse", 2, "objective.positions-differ"),
@@ -212,6 +227,12 @@ def test_what_does_not_fit_is_refused_at_plan_time(
     changes = {"data__name": f"{module}:{data}", "model": {"name": f"{__name__}:{net}"}}
     with refuses(ConfigError, key):
         make_plan(tiny.run(objective__name=name, partition={"cuts": [cut]}, **changes), 1)
+
+
+def test_weights_of_the_model_are_refused() -> None:
+    model = {"name": "mlp", "widths": [9, 7, 6], "weights": "weights.pt"}
+    with refuses(ConfigError, "objective.weights-replaced"):
+        make_plan(tiny.run(objective__name="noprop", model=model), 1)
 
 
 @pytest.mark.parametrize(
