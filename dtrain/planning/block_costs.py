@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate
 
 import torch
@@ -24,6 +24,14 @@ from dtrain.rng import fixed_random_numbers
 
 _PROFILES: StructureCache[LayerProfile] = StructureCache()
 """Specs of heads by structure, input shape and dtype."""
+
+
+UNFIT_HEADS = (
+    "task.head-positions",
+    "objective.decoder-shape",
+    "objective.decoder-without-layers",
+)
+"""Keys of the errors of a head that does not fit where a block ends."""
 
 
 class BlockCosts:
@@ -115,6 +123,7 @@ class BlockCosts:
                 spec.output_shape,
                 spec.parameters,
                 LayerCopy(self.model, index, self.seed, dtype),
+                partial(self.model.rebuild_layer, index, dtype=dtype),
             )
             for index, spec in layers
         )
@@ -139,7 +148,7 @@ class BlockCosts:
         try:
             return spec, self.head_spec(spec)
         except ConfigError as error:
-            if error.key != "task.head-positions":
+            if error.key not in UNFIT_HEADS:
                 raise
             return spec, None  # a trial: a block may end elsewhere
 
