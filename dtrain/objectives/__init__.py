@@ -18,11 +18,13 @@ from dtrain.objectives.block_spec import BlockSpec, DownstreamLayer
 from dtrain.objectives.cafo import Cafo
 from dtrain.objectives.ccl import Ccl
 from dtrain.objectives.common.aux_heads import AuxHead, NetworkHead
+from dtrain.objectives.common.denoising import Denoising
 from dtrain.objectives.common.goodness import Goodness
 from dtrain.objectives.common.random_feedback import RandomFeedback
 from dtrain.objectives.common.reconstruction import Reconstruction
 from dtrain.objectives.deep_supervision import DeepSupervision
 from dtrain.objectives.dfa import Dfa
+from dtrain.objectives.diffusion_blocks import DiffusionBlocks
 from dtrain.objectives.dni import Dni
 from dtrain.objectives.drtp import Drtp
 from dtrain.objectives.f3 import F3
@@ -33,6 +35,7 @@ from dtrain.objectives.lls import Lls, LlsM, LlsMxM
 from dtrain.objectives.local_head import LocalHead
 from dtrain.objectives.man import Man
 from dtrain.objectives.mono_forward import MonoForward
+from dtrain.objectives.noprop import Noprop
 from dtrain.objectives.pepita import Pepita
 from dtrain.objectives.scalable_ff import ScalableFf
 from dtrain.objectives.tpsgd import TpSgd
@@ -46,7 +49,9 @@ __all__ = [
     "Cafo",
     "Ccl",
     "DeepSupervision",
+    "Denoising",
     "Dfa",
+    "DiffusionBlocks",
     "Dni",
     "DownstreamLayer",
     "Drtp",
@@ -61,6 +66,7 @@ __all__ = [
     "Man",
     "MonoForward",
     "NetworkHead",
+    "Noprop",
     "Objective",
     "Pepita",
     "RandomFeedback",
@@ -80,6 +86,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "cafo": Cafo,
     "ccl": Ccl,
     "dfa": Dfa,
+    "diffusion-blocks": DiffusionBlocks,
     "deep-supervision": DeepSupervision,
     "dni": Dni,
     "drtp": Drtp,
@@ -93,6 +100,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "local-head": LocalHead,
     "man": Man,
     "mono-forward": MonoForward,
+    "noprop": Noprop,
     "pepita": Pepita,
     "scalable-ff": ScalableFf,
     "tpsgd": TpSgd,

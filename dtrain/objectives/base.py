@@ -74,6 +74,9 @@ class Objective(Strategy, ABC):
     sends_gradients_back : bool
         Whether blocks learn from the true gradients of all later blocks, so that gradients of skips
         are sent back, too; elsewhere skips are detached.
+    needs_block_layers : bool
+        Whether ``spec.first_layer`` and ``spec.own_layers`` are read; else they are empty. Such an
+        objective replaces the layers of every block.
     takes_complex_outputs : bool
         Whether the output of a block that is not the last may be complex.
     """
@@ -83,6 +86,7 @@ class Objective(Strategy, ABC):
     broadcast_buffers: ClassVar[tuple[str, ...]] = ()
     needs_raw_samples: ClassVar[bool] = False
     sends_gradients_back: ClassVar[bool] = False
+    needs_block_layers: ClassVar[bool] = False
     takes_complex_outputs: ClassVar[bool] = False
 
     # ---- 1. properties of the method

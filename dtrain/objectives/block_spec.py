@@ -19,7 +19,7 @@ from dtrain.tasks.task import DEFAULT_TASK, Task
 
 @dataclass(frozen=True)
 class DownstreamLayer:
-    """A layer of the model after a block, or the block's last one.
+    """A layer of the model that an objective may copy: after a block, in it, or the first one.
 
     Attributes
     ----------
@@ -77,6 +77,10 @@ class BlockSpec:
         The block's last layer, if the objective `needs_downstream_layers`.
     downstream_layers : tuple of DownstreamLayer
         All layers after the block, if the objective `needs_downstream_layers`.
+    first_layer : DownstreamLayer or None
+        The model's first layer, if the objective `needs_block_layers`.
+    own_layers : tuple of DownstreamLayer
+        The block's layers in the model, if the objective `needs_block_layers`.
     integer_samples : bool
         Whether samples are integers (int64), which the model takes as they are: tokens, say.
     complex_samples : bool
@@ -105,6 +109,8 @@ class BlockSpec:
     task: Task = DEFAULT_TASK
     last_layer: DownstreamLayer | None = None
     downstream_layers: tuple[DownstreamLayer, ...] = ()
+    first_layer: DownstreamLayer | None = None
+    own_layers: tuple[DownstreamLayer, ...] = ()
     integer_samples: bool = False
     complex_samples: bool = False
     other_inputs: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()

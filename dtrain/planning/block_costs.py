@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dtrain.errors import ConfigError
-from dtrain.models.layers import LayerStack, cast_module
+from dtrain.models.layers import LayerCopy, LayerStack, cast_module
 from dtrain.models.shape_inference import LayerProfile, profile_module
 from dtrain.objectives.base import Objective, input_gradient_blocks
 from dtrain.objectives.block_spec import BlockSpec, DownstreamLayer
@@ -96,7 +96,8 @@ class BlockCosts:
         layer."""
         first, last = self.layer_specs[i], self.layer_specs[j - 1]
         following = self.layer_specs[j].output_shape if j < len(self.layer_specs) else ()
-        copied = self._downstream_layers(j - 1) if self.objective.needs_downstream_layers else ()
+        needs_later = self.objective.needs_downstream_layers
+        copied = self._copied_layers(j - 1, len(self.layer_specs)) if needs_later else ()
         return replace(
             self.data_spec,
             index=block,
@@ -106,20 +107,22 @@ class BlockCosts:
             dtype=last.dtype,
             next_output_shape=following,
             feature_shape=last.input_shape,
+            first_layer=self._copied_layers(0, 1)[0] if self.objective.needs_block_layers else None,
+            own_layers=self._copied_layers(i, j) if self.objective.needs_block_layers else (),
             last_layer=copied[0] if copied else None,
             downstream_layers=copied[1:],
         )
 
-    def _downstream_layers(self, j: int) -> tuple[DownstreamLayer, ...]:
-        """Return layers j and later, each with a factory of its copy."""
-        layers = enumerate(self.layer_specs[j:], start=j)
+    def _copied_layers(self, i: int, j: int) -> tuple[DownstreamLayer, ...]:
+        """Return layers ``i .. j-1``, each with a factory of its copy."""
+        layers = enumerate(self.layer_specs[i:j], start=i)
         dtype = self.layer_specs[0].dtype
         return tuple(
             DownstreamLayer(
                 spec.name,
                 spec.output_shape,
                 spec.parameters,
-                partial(self.model.rebuild_layer, index, self.seed, dtype),
+                LayerCopy(self.model, index, self.seed, dtype),
                 partial(self.model.rebuild_layer, index, dtype=dtype),
             )
             for index, spec in layers

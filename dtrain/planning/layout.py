@@ -84,7 +84,7 @@ class BlockLayout:
     head_parameters: int
     cost: int
     head_cost: int = 0
-    replacement_layers: LayerStack | None = None
+    replacement_layers: LayerStack | None = dataclasses.field(default=None, compare=False)
     couples_samples: bool = False
     frozen: bool = False
     recompute: bool = False
@@ -220,6 +220,8 @@ def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: 
     _check_block_numbers(run, len(layers))
     _check_clip(run, schedule)
     graph = _used_graph(model, layer_specs)
+    if graph is not None and objective.needs_block_layers:
+        raise _needs_chain()
     blocks = _block_layouts(block_costs, layers, run.partition)
     if graph is not None:
         blocks = _add_flows(graph, layer_specs, blocks)
@@ -227,6 +229,12 @@ def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: 
     routes = all_routes(objective, [block.spec for block in blocks], "train")
     schedule.check_routes(routes)
     ties = find_ties(model, layers, DTYPES[run.settings.dtype])
+    if ties and objective.needs_block_layers:
+        raise ConfigError(
+            "objective.ties-replaced",
+            f"'{ties[0].copies[0].name}' and '{ties[0].copies[1].name}' are one parameter, and "
+            f"'{run.objective.name}' gives every block layers of its own: give both their own",
+        )
     cycles = None
     if ties and not schedule.flushes:
         cycles = schedule.update_cycles(len(blocks), routes)
@@ -294,11 +302,7 @@ def _add_flows(
     """Return the blocks with the tensors that enter and leave them."""
     for block in blocks:
         if block.replacement_layers is not None:
-            raise ConfigError(
-                "objective.needs-chain",
-                "this objective replaces the layers of a block, which must then be a chain of "
-                "modules: return an nn.Sequential, or choose another objective",
-            )
+            raise _needs_chain()
     flows = block_flows(graph, layer_specs, [block.layers for block in blocks])
     return tuple(
         dataclasses.replace(
@@ -309,6 +313,15 @@ def _add_flows(
             ),
         )
         for block, flow in zip(blocks, flows, strict=True)
+    )
+
+
+def _needs_chain() -> ConfigError:
+    """Return the error of a model whose layers cannot be replaced."""
+    return ConfigError(
+        "objective.needs-chain",
+        "this objective replaces the layers of a block, which must then be a chain of modules: "
+        "return an nn.Sequential, or choose another objective",
     )
 
 
@@ -439,7 +452,9 @@ def _block_layout(
     replacement, model = objective.replacement_layers(spec), None
     if replacement is not None:
         names, factories = zip(*replacement, strict=True)
-        model = FactoryLayers(tuple(f"blocks{index}-{name}" for name in names), factories)
+        own = {layer.name for layer in spec.own_layers}  # they keep their names
+        names = tuple(name if name in own else f"blocks{index}-{name}" for name in names)
+        model = FactoryLayers(names, factories)
         layer_specs = _infer_layers(model, objective.block_input_shape(spec), dtype)
         last = layer_specs[-1]
         spec = dataclasses.replace(spec, output_shape=last.output_shape, dtype=last.dtype)

@@ -211,6 +211,12 @@ def _check_objective(run: RunConfig, task: Task) -> None:
             f"has targets of shape {task.target_spec.shape} that are {task.kind}: set "
             '[objective] name = "backprop" or "local-head"',
         )
+    if run.weights_path is not None and run.objective.instance.needs_block_layers:
+        raise ConfigError(
+            "objective.weights-replaced",
+            f"[objective] '{run.objective.name}' gives every block layers of its own, for which "
+            f"{run.weights_path.name} has no weights: leave out [model] weights",
+        )
     if task.target_spec.weighted and not run.objective.instance.takes_sample_weights():
         raise ConfigError(
             "data.weights-objective",

@@ -27,12 +27,12 @@ def check_lag(lag: int) -> None:
         )
 
 
-def check_scale(scale: float, default: float) -> None:
+def check_scale(scale: float, default: float, key: str = "scale") -> None:
     """Reject a factor that is not a finite number above 0."""
     if not 0 < scale < math.inf:
         raise ConfigError(
             "objective.scale-not-positive",
-            f"[objective] scale = {scale} must be above 0 (default {default})",
+            f"[objective] {key} = {scale} must be above 0 (default {default})",
         )
 
 
@@ -42,4 +42,12 @@ def check_temperature(temperature: float) -> None:
         raise ConfigError(
             "objective.temperature-not-positive",
             f"[objective] temperature = {temperature} must be above 0",
+        )
+
+
+def check_steps(steps: int) -> None:
+    """Reject a prediction without a step."""
+    if steps < 1:
+        raise ConfigError(
+            "objective.steps-too-few", f"[objective] steps = {steps} must be at least 1"
         )
