@@ -20,6 +20,7 @@ from dtrain.data.formats.file_set import FileSet, Paths
 from dtrain.data.formats.hdf5_set import Hdf5
 from dtrain.data.formats.idx_set import Idx
 from dtrain.data.formats.npz_set import Npz
+from dtrain.data.formats.planetoid_set import Planetoid
 from dtrain.data.hold_out import hold_out
 from dtrain.data.label_map import with_compact_labels
 from dtrain.data.sample_weights import WeightedArrays
@@ -32,12 +33,13 @@ from dtrain.schema import kebab, toml_text, unknown_key
 from dtrain.tasks.task import DEFAULT_TASK, LabelNumbering, Task
 from dtrain.user_code import PATTERN, bind_arguments, import_object
 
-DATASETS: dict[str, type[Digits | FileSet]] = {
+DATASETS: dict[str, type[Digits | FileSet | Planetoid]] = {
     "digits": Digits,
     "hdf5": Hdf5,
     "npz": Npz,
     "csv": Csv,
     "idx": Idx,
+    "planetoid": Planetoid,
 }
 
 
@@ -126,6 +128,19 @@ def idx(train: AnyPath | Sequence[AnyPath], test: TestFiles = None, **keys: Any)
         `augment`, `validation`, ...
     """
     return _file_set("idx", train, test, keys)
+
+
+def planetoid(file: AnyPath, **keys: Any) -> DataTable:
+    """Return a citation graph of Planetoid, as `dtrain data import` wrote it.
+
+    Parameters
+    ----------
+    file : path
+        Relative paths start in the folder of the script.
+    keys
+        Other keys of `[data]`, with underscores: `scale_nodes`, `shuffle`, ...
+    """
+    return {"name": "planetoid", "file": str(file), **keys}
 
 
 def _file_set(

@@ -15,15 +15,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from dtrain.errors import unknown_name
+from dtrain.errors import ConfigError, unknown_name
 from dtrain.models.cnn import Cnn
+from dtrain.models.graph_nets import Gcn, GraphNetwork, Sage
 from dtrain.models.layers import LayerStack, as_layers
 from dtrain.models.mlp import Mlp
 from dtrain.models.resnet import ResNet
+from dtrain.node_graph import NodeGraph
 from dtrain.schema import convert, kebab
 from dtrain.user_code import PATTERN, bind_arguments, import_object
 
-MODELS: dict[str, type[Cnn | Mlp | ResNet]] = {"cnn": Cnn, "mlp": Mlp, "resnet": ResNet}
+MODELS: dict[str, type[Cnn | Mlp | ResNet | GraphNetwork]] = {
+    "cnn": Cnn,
+    "mlp": Mlp,
+    "resnet": ResNet,
+    "gcn": Gcn,
+    "sage": Sage,
+}
 
 
 def load_model(
@@ -35,6 +43,7 @@ def load_model(
     inputs: int = 1,
     open_names: Collection[str] = (),
     target: Any = None,
+    graph: NodeGraph | None = None,
 ) -> LayerStack:
     """Make the model that a run file's `[model]` table names; no layer is built yet.
 
@@ -57,12 +66,15 @@ def load_model(
     target : function, nn.Module or list of (str, factory), optional
         The model itself, where it was given in Python. Of a module every build takes a copy, with
         its present weights.
+    graph : NodeGraph, optional
+        The graph whose nodes are the samples. A user's function receives it as `graph`, if it has
+        that argument.
 
     Raises
     ------
     ConfigError
         Unknown name, key or function; a value of another type than the key's; a function that
-        returns no legal model.
+        returns no legal model; a graph network for samples that are no nodes.
     """
     if ":" in name or target is not None:
         function = import_object(name, folder, "model") if target is None else target
@@ -70,13 +82,27 @@ def load_model(
             function = partial(_copy_module, function)
         elif isinstance(function, list | tuple):
             function = partial(list, function)
-        context = {"shape": shape, "classes": classes}
+        context: dict[str, object] = {"shape": shape, "classes": classes}
+        if graph is not None:
+            context["graph"] = graph
         return as_layers(
             partial(function, **bind_arguments("[model]", function, fields, context)),
             name,
             inputs,
             open_names,
         )
+    return _own_model(name, fields, shape, classes, inputs, graph)
+
+
+def _own_model(
+    name: str,
+    fields: Mapping[str, object],
+    shape: tuple[int, ...],
+    classes: int,
+    inputs: int,
+    graph: NodeGraph | None,
+) -> LayerStack:
+    """Return a model of `MODELS`."""
     if name not in MODELS:
         raise unknown_name("model", name, [*MODELS, PATTERN])
     kind = MODELS[name]
@@ -85,7 +111,16 @@ def load_model(
         key: convert(value, hints[key], f"[model] {kebab(key)}")
         for key, value in bind_arguments("[model]", kind, fields).items()
     }
-    return as_layers(partial(kind(**arguments).layers, shape, classes), name)
+    network = kind(**arguments)
+    if not isinstance(network, GraphNetwork):
+        return as_layers(partial(network.layers, shape, classes), name)
+    if graph is None:
+        raise ConfigError(
+            "model.needs-graph",
+            f'[model] name = "{name}" needs data whose samples are the nodes of a graph: set '
+            '[data] name = "planetoid", or choose another model',
+        )
+    return as_layers(partial(network.module, shape, classes, graph), name, inputs)
 
 
 def _copy_module(module: nn.Module) -> nn.Module:

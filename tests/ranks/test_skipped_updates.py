@@ -181,8 +181,10 @@ def test_nothing_that_is_not_finite_stays(objective: str, tmp_path: Path) -> Non
         out = tmp_path / str(len(schedule))
         result = trained(out, "loss", 3, **named, **schedule)
         assert finite(out)
-        # scalable-ff trains on pictures of labels only, in which no sample is marked.
-        assert max(result["skipped_updates"]) >= (objective != "scalable-ff")
+        # scalable-ff trains on pictures of labels only, in which no sample is marked; forward-gnn
+        # normalises samples between blocks, after which the layer does not know the mark.
+        is_marked = objective not in ("scalable-ff", "forward-gnn")
+        assert max(result["skipped_updates"]) >= is_marked
         assert result["test_loss"] is not None
 
 

@@ -431,7 +431,7 @@ def test_targets_that_do_not_fit_are_refused(
 
 NEED_LABELS = (
     *("ccl", "drtp", "forward-forward", "layer-collaboration", "lls", "lls-m", "lls-mxm"),
-    *("scalable-ff", "tpsgd"),
+    *("forward-gnn", "scalable-ff", "tpsgd"),
 )
 
 

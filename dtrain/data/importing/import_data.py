@@ -1,7 +1,8 @@
 """Import data of other formats into HDF5 files of the layout that `hdf5` reads.
 
-Invariant: a source is read piece by piece, nothing in it is unpickled or extracted to disk, and a
-file under its final name is complete. The same source gives the same files.
+Invariant: a source is read piece by piece, nothing in it is extracted to disk, and a file under its
+final name is complete. The same source gives the same files. Nothing is unpickled, but for the
+files of Planetoid, by an unpickler that knows arrays and lists alone.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from dtrain.data.importing.idx_stream import is_idx, open_idx_folder, open_idx_s
 from dtrain.data.importing.image_files import Fit
 from dtrain.data.importing.image_set import open_images
 from dtrain.data.importing.numpy_stream import open_npz, stream_npy
+from dtrain.data.importing.planetoid_files import PlanetoidFiles, is_planetoid
 from dtrain.errors import ConfigError, DataError
 
 NPY_MAGIC, ZIP_MAGIC = b"\x93NUMPY", b"PK\x03\x04"
@@ -84,8 +86,8 @@ def import_data(source: Path, out: Path, options: ImportOptions = NO_OPTIONS) ->
     Parameters
     ----------
     source : Path
-        A folder of class folders or a tar of one; `.npz`, `.npy`, `.csv` or IDX; or a folder with
-        the IDX files of MNIST.
+        A folder of class folders or a tar of one; `.npz`, `.npy`, `.csv` or IDX; a folder with
+        the IDX files of MNIST; or a folder with the files of a Planetoid graph, or one of these.
     out : Path
         The file to write. A source with a training and a test split gives `OUT.h5` and
         `OUT-test.h5`.
@@ -94,7 +96,7 @@ def import_data(source: Path, out: Path, options: ImportOptions = NO_OPTIONS) ->
     -------
     list of Path
         Written files: x (N, ...), y (N, ...), and attributes mean and std of the training split;
-        classes where they have names.
+        classes where they have names. For a graph also edges (E, 2), and the nodes of the splits.
 
     Raises
     ------
@@ -111,7 +113,8 @@ def import_data(source: Path, out: Path, options: ImportOptions = NO_OPTIONS) ->
         require_writable(paths[-1])
     with atomic_files(paths) as files:
         opened.write(files)
-        add_statistics(files)
+        if not isinstance(opened, PlanetoidFiles):  # its features are scaled node by node
+            add_statistics(files)
     return paths
 
 
@@ -171,6 +174,9 @@ def _open(source: Path, options: ImportOptions) -> _Source:
             "import.fit-without-size",
             f"--fit {options.fit} needs a size: give --size HEIGHTxWIDTH",
         )
+    if is_planetoid(source):
+        options.refuse("a Planetoid graph", "split", "size", "x", "y", "target")
+        return PlanetoidFiles(source)
     arrays = open_arrays(source, options) if source.exists() else None
     if arrays is not None:
         options.refuse("no set of images", "size")
