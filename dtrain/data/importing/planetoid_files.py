@@ -143,7 +143,7 @@ class PlanetoidFiles:
             fit the others.
         """
         try:
-            arrays, classes = self._read()
+            arrays = self._read()
         except DataError:
             raise
         except Exception as error:  # of any kind: the files are damaged or do not fit
@@ -154,10 +154,9 @@ class PlanetoidFiles:
             ) from error
         for name, array in arrays.items():
             create_rows(files[0], name, array.shape, array.dtype)[...] = array
-        files[0].attrs["classes"] = classes
 
-    def _read(self) -> tuple[dict[str, Array], int]:
-        """Return the arrays of the file by name, and the number of classes."""
+    def _read(self) -> dict[str, Array]:
+        """Return the arrays of the file by name."""
         test = np.array((self._folder / f"{self._prefix}test.index").read_text().split(), np.int64)
         first, nodes = int(test.min()), int(test.max()) + 1
         x, y = (np.concatenate([self._rows(f"all{k}"), self._rows(f"t{k}")]) for k in "xy")
@@ -181,7 +180,7 @@ class PlanetoidFiles:
             "train": np.arange(train),
             "validation": np.arange(train, min(train + VALIDATION_NODES, first)),
             "test": np.sort(test),
-        }, y.shape[1]
+        }
 
     def _rows(self, part: str) -> Array:
         """Return the array (rows, columns) of one file."""
