@@ -1,8 +1,8 @@
 """Import data of other formats into HDF5 files of the layout that `hdf5` reads.
 
 Invariant: a source is read piece by piece, nothing in it is extracted to disk, and a file under its
-final name is complete. The same source gives the same files. Nothing is unpickled, but for the
-files of Planetoid, by an unpickler that knows arrays and lists alone.
+final name is complete. The same source gives the same files. Nothing is unpickled, except the files
+of Planetoid, by an unpickler that is restricted to arrays and lists.
 """
 
 from __future__ import annotations
