@@ -3,8 +3,8 @@ and `test.index` (Yang, Cohen and Salakhutdinov 2016, "Revisiting Semi-Supervise
 Graph Embeddings").
 
 Seven of them are pickles of Python 2. The unpickler is restricted to numpy's arrays, SciPy's
-matrices in compressed rows, and a defaultdict of lists. A matrix is rebuilt from its parts, so SciPy
-need not be installed.
+matrices in compressed rows, and a defaultdict of lists. A matrix is rebuilt from its parts, so
+SciPy need not be installed.
 
 The public split: the training nodes are the rows of `x`, the 500 that follow are for validation,
 and `test.index` has the number of the node of each row of `tx`. A number between the smallest and
