@@ -59,9 +59,9 @@ def promises() -> dict[str, list[str]]:
 
 
 def run_tests(folder: Path, test: str) -> subprocess.CompletedProcess[str]:
-    """Run a test in a copy of the repository."""
+    """Run a test in a copy of the repository; programs that it starts import the copy, too."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", test]
-    environ = os.environ | {"DTRAIN_DATA": str(data_folder())}
+    environ = os.environ | {"DTRAIN_DATA": str(data_folder()), "PYTHONPATH": str(folder)}
     return subprocess.run(
         command, cwd=folder, env=environ, capture_output=True, text=True, timeout=LIMIT_S
     )

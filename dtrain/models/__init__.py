@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,29 @@ from dtrain.errors import ConfigError, unknown_name
 from dtrain.models.cnn import Cnn
 from dtrain.models.graph_nets import Gcn, GraphNetwork, Sage
 from dtrain.models.layers import LayerStack, as_layers
+from dtrain.models.lstm import Lstm
 from dtrain.models.mlp import Mlp
+from dtrain.models.output_spec import OutputModel, OutputSpec
 from dtrain.models.resnet import ResNet
+from dtrain.models.transformer import Transformer
+from dtrain.models.unet import UNet
+from dtrain.models.vit import Vit
 from dtrain.node_graph import NodeGraph
 from dtrain.schema import convert, kebab
 from dtrain.user_code import PATTERN, bind_arguments, import_object
 
-MODELS: dict[str, type[Cnn | Mlp | ResNet | GraphNetwork]] = {
+MODELS: dict[
+    str, type[Cnn | Mlp | ResNet] | type[Lstm | Transformer | UNet | Vit] | type[GraphNetwork]
+] = {
     "cnn": Cnn,
+    "gcn": Gcn,
+    "lstm": Lstm,
     "mlp": Mlp,
     "resnet": ResNet,
-    "gcn": Gcn,
     "sage": Sage,
+    "transformer": Transformer,
+    "unet": UNet,
+    "vit": Vit,
 }
 
 
@@ -43,6 +54,7 @@ def load_model(
     inputs: int = 1,
     open_names: Collection[str] = (),
     target: Any = None,
+    output: OutputSpec | None = None,
     graph: NodeGraph | None = None,
 ) -> LayerStack:
     """Make the model that a run file's `[model]` table names; no layer is built yet.
@@ -66,6 +78,9 @@ def load_model(
     target : function, nn.Module or list of (str, factory), optional
         The model itself, where it was given in Python. Of a module every build takes a copy, with
         its present weights.
+    output : OutputSpec, optional
+        The output that the task needs, by default (classes,). A model of dtrain whose head follows
+        the targets reads it.
     graph : NodeGraph, optional
         The graph whose nodes are the samples. A user's function receives it as `graph`, if it has
         that argument.
@@ -77,11 +92,7 @@ def load_model(
         returns no legal model; a graph network for samples that are no nodes.
     """
     if ":" in name or target is not None:
-        function = import_object(name, folder, "model") if target is None else target
-        if isinstance(function, nn.Module):
-            function = partial(_copy_module, function)
-        elif isinstance(function, list | tuple):
-            function = partial(list, function)
+        function = _user_function(name, folder, target)
         context: dict[str, object] = {"shape": shape, "classes": classes}
         if graph is not None:
             context["graph"] = graph
@@ -91,36 +102,48 @@ def load_model(
             inputs,
             open_names,
         )
-    return _own_model(name, fields, shape, classes, inputs, graph)
+    if name not in MODELS:
+        raise unknown_name("model", name, [*MODELS, PATTERN])
+    return _load_own(name, fields, shape, classes, output or OutputSpec((classes,)), graph)
 
 
-def _own_model(
+def _user_function(name: str, folder: Path, target: Any) -> Callable[..., object]:
+    """Return the function that makes a user's model, which `target` is where it is given."""
+    function: Any = import_object(name, folder, "model") if target is None else target
+    if isinstance(function, nn.Module):
+        return partial(_copy_module, function)
+    if isinstance(function, list | tuple):
+        return partial(list, function)
+    return function  # type: ignore[no-any-return]
+
+
+def _load_own(
     name: str,
     fields: Mapping[str, object],
     shape: tuple[int, ...],
     classes: int,
-    inputs: int,
+    output: OutputSpec,
     graph: NodeGraph | None,
 ) -> LayerStack:
-    """Return a model of `MODELS`."""
-    if name not in MODELS:
-        raise unknown_name("model", name, [*MODELS, PATTERN])
+    """Make a model of `MODELS`."""
     kind = MODELS[name]
     hints = typing.get_type_hints(kind)
     arguments = {
         key: convert(value, hints[key], f"[model] {kebab(key)}")
         for key, value in bind_arguments("[model]", kind, fields).items()
     }
-    network = kind(**arguments)
-    if not isinstance(network, GraphNetwork):
-        return as_layers(partial(network.layers, shape, classes), name)
-    if graph is None:
-        raise ConfigError(
-            "model.needs-graph",
-            f'[model] name = "{name}" needs data whose samples are the nodes of a graph: set '
-            '[data] name = "planetoid", or choose another model',
-        )
-    return as_layers(partial(network.module, shape, classes, graph), name, inputs)
+    model = kind(**arguments)
+    if isinstance(model, GraphNetwork):
+        if graph is None:
+            raise ConfigError(
+                "model.needs-graph",
+                f'[model] name = "{name}" needs data whose samples are the nodes of a graph: set '
+                '[data] name = "planetoid", or choose another model',
+            )
+        return as_layers(partial(model.module, shape, classes, graph), name, inputs=2)
+    if isinstance(model, OutputModel):
+        return as_layers(partial(model.layers, shape, output), name)
+    return as_layers(partial(model.layers, shape, classes), name)
 
 
 def _copy_module(module: nn.Module) -> nn.Module:

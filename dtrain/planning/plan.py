@@ -27,6 +27,7 @@ from dtrain.errors import ConfigError
 from dtrain.models import load_model
 from dtrain.models.integer_inputs import takes_integers
 from dtrain.models.layers import LayerStack
+from dtrain.models.output_spec import OutputSpec
 from dtrain.models.pretrained import check_pretrained
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.planning.graph_checks import check_graph
@@ -155,6 +156,7 @@ def _load_model(run: RunConfig, train: Dataset, task: Task) -> tuple[LayerStack,
         open_names=run.open_modules(),
         target=run.model.target,
         graph=train.graph,
+        output=_output_spec(task, outputs),
     )
     for name in run.model_options.open:
         if not any(layer.startswith(f"{name}.") for layer in model.names):
@@ -177,6 +179,16 @@ def _load_model(run: RunConfig, train: Dataset, task: Task) -> tuple[LayerStack,
         complex_samples=train.input_dtype.is_complex,
         graph_nodes=0 if train.graph is None else train.graph.nodes,
     )
+
+
+def _output_spec(task: Task, outputs: int) -> OutputSpec:
+    """Return the output that a task needs of a model, for one sample."""
+    shape = task.expected_output_shape()
+    if shape is None:  # a user's loss
+        shape = (outputs,) if task.has_classes else task.target_spec.shape
+    if not task.has_classes or not task.has_positions or len(shape) < 2:
+        return OutputSpec(shape)
+    return OutputSpec(shape, -1 if task.classes_last else 0)
 
 
 def _check_augment(run: RunConfig, train: Dataset, task: Task) -> None:

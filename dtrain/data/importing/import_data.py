@@ -20,6 +20,7 @@ from dtrain.data.formats.hdf5_writer import (
     require_writable,
     write_pieces,
 )
+from dtrain.data.formats.text_set import Tokens
 from dtrain.data.importing.array_stream import StreamedSplit, check_split, shorten
 from dtrain.data.importing.csv_stream import is_csv, open_csv
 from dtrain.data.importing.idx_stream import is_idx, open_idx_folder, open_idx_split, stream_idx
@@ -27,6 +28,7 @@ from dtrain.data.importing.image_files import Fit
 from dtrain.data.importing.image_set import open_images
 from dtrain.data.importing.numpy_stream import open_npz, stream_npy
 from dtrain.data.importing.planetoid_files import PlanetoidFiles, is_planetoid
+from dtrain.data.importing.text_stream import TextFile, is_text
 from dtrain.errors import ConfigError, DataError
 
 NPY_MAGIC, ZIP_MAGIC = b"\x93NUMPY", b"PK\x03\x04"
@@ -58,6 +60,8 @@ class ImportOptions:
         Names of the arrays in a `.npz` file; `y` is the file of the targets for `.npy` and IDX.
     target : str, optional
         Column of the targets in a table: its name, or its number from 0.
+    tokens : "bytes" or "characters", optional
+        The tokens of a text, by default bytes.
     """
 
     split: str | None = None
@@ -66,6 +70,7 @@ class ImportOptions:
     x: str | None = None
     y: str | None = None
     target: str | None = None
+    tokens: Tokens | None = None
 
     def refuse(self, kind: str, *names: str) -> None:
         """Refuse options that a source of this kind does not take."""
@@ -86,8 +91,9 @@ def import_data(source: Path, out: Path, options: ImportOptions = NO_OPTIONS) ->
     Parameters
     ----------
     source : Path
-        A folder of class folders or a tar of one; `.npz`, `.npy`, `.csv` or IDX; a folder with
-        the IDX files of MNIST; or a folder with the files of a Planetoid graph, or one of these.
+        A folder of class folders or a tar of one; `.npz`, `.npy`, `.csv` or IDX; a folder with the
+        IDX files of MNIST; a text, `.txt`; or a folder with the files of a Planetoid graph, or one
+        of these.
     out : Path
         The file to write. A source with a training and a test split gives `OUT.h5` and
         `OUT-test.h5`.
@@ -96,7 +102,8 @@ def import_data(source: Path, out: Path, options: ImportOptions = NO_OPTIONS) ->
     -------
     list of Path
         Written files: x (N, ...), y (N, ...), and attributes mean and std of the training split;
-        classes where they have names. For a graph also edges (E, 2), and the nodes of the splits.
+        classes where they have names. Of a text: tokens (n,) and classes. Of a graph: x, y, edges
+        (E, 2), and the nodes of each split.
 
     Raises
     ------
@@ -113,7 +120,7 @@ def import_data(source: Path, out: Path, options: ImportOptions = NO_OPTIONS) ->
         require_writable(paths[-1])
     with atomic_files(paths) as files:
         opened.write(files)
-        if not isinstance(opened, PlanetoidFiles):  # its features are scaled node by node
+        if not isinstance(opened, TextFile | PlanetoidFiles):  # nodes are scaled one by one
             add_statistics(files)
     return paths
 
@@ -174,6 +181,10 @@ def _open(source: Path, options: ImportOptions) -> _Source:
             "import.fit-without-size",
             f"--fit {options.fit} needs a size: give --size HEIGHTxWIDTH",
         )
+    if is_text(source):
+        options.refuse("a text", "split", "size", "x", "y", "target")
+        return TextFile(source, options.tokens or "bytes")
+    options.refuse("no text", "tokens")
     if is_planetoid(source):
         options.refuse("a Planetoid graph", "split", "size", "x", "y", "target")
         return PlanetoidFiles(source)
