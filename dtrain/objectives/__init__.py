@@ -29,6 +29,7 @@ from dtrain.objectives.dni import Dni
 from dtrain.objectives.drtp import Drtp
 from dtrain.objectives.f3 import F3
 from dtrain.objectives.forward_forward import ForwardForward
+from dtrain.objectives.forward_gnn import ForwardGnn
 from dtrain.objectives.infopro import InfoPro
 from dtrain.objectives.layer_collaboration import LayerCollaboration
 from dtrain.objectives.lls import Lls, LlsM, LlsMxM
@@ -56,6 +57,7 @@ __all__ = [
     "DownstreamLayer",
     "Drtp",
     "ForwardForward",
+    "ForwardGnn",
     "Goodness",
     "InfoPro",
     "LayerCollaboration",
@@ -92,6 +94,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "drtp": Drtp,
     "f3": F3,
     "forward-forward": ForwardForward,
+    "forward-gnn": ForwardGnn,
     "infopro": InfoPro,
     "layer-collaboration": LayerCollaboration,
     "lls": Lls,

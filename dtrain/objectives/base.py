@@ -217,6 +217,13 @@ class Objective(Strategy, ABC):
         """
         return forward_routes(blocks)
 
+    def message_rows(self, spec: BlockSpec, rows: int) -> int:
+        """Return the rows of activations, gradients and skips of a micro-batch of `rows` samples.
+
+        They are more where `make_input` of block 0 adds some.
+        """
+        return rows
+
     def make_message(self, route: Route, block: Block, micro_batch: MicroBatch | None) -> Tensor:
         """Return the tensor to send on `route` after the action in which it starts.
 
@@ -246,7 +253,7 @@ class Objective(Strategy, ABC):
         assert has_known_shape, f"{route}: the objective must define message_spec"
         # An activation and its gradient have the shape of the earlier block's output.
         earlier = specs[min(route.source.block, route.target.block)]
-        return (rows, *earlier.output_shape), earlier.dtype
+        return (self.message_rows(earlier, rows), *earlier.output_shape), earlier.dtype
 
     # ---- 4. training and prediction
 

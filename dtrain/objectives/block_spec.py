@@ -91,6 +91,9 @@ class BlockSpec:
         Tensors that the block reads beside the output of the block before.
     data_inputs : tuple of int
         Positions of the inputs of a sample that the block reads beside the first one in block 0.
+    graph_nodes : int
+        Number of nodes, where the samples are the nodes of a graph and their second input is their
+        number; else 0. Virtual nodes of the classes have the numbers that follow.
     """
 
     index: int
@@ -116,6 +119,7 @@ class BlockSpec:
     other_inputs: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
     skip_inputs: tuple[SkipInput, ...] = ()
     data_inputs: tuple[int, ...] = ()
+    graph_nodes: int = 0
 
     def sample_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return the dtype of samples in a run whose real numbers have `dtype`."""

@@ -67,6 +67,7 @@ def message_spec(
             name = route.name.removeprefix(SKIP) if prefix == SKIP else _tensor_name(route)
             skips = specs[reader.block].skip_inputs
             tensor = next(skip.tensor for skip in skips if skip.tensor.name == name)
+            rows = objective.message_rows(specs[reader.block], rows)
             return tensor.shape(rows), tensor.dtype
     return objective.message_spec(route, specs, rows)
 

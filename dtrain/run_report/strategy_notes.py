@@ -13,6 +13,7 @@ OBJECTIVES = {
     "drtp": "The label chooses a fixed random direction, in which each block is pushed.",
     "f3": "Each block learns from the error one epoch before, through a fixed random matrix.",
     "forward-forward": "Each block learns high activity for right labels and low for wrong ones.",
+    "forward-gnn": "Each block compares nodes with a virtual node per class; nothing is sent back.",
     "infopro": "Each block learns to classify and to keep the information of the sample.",
     "layer-collaboration": "As forward-forward, with the activity of all blocks.",
     "lls": "Each block learns to resemble fixed waves, one for each class.",

@@ -247,6 +247,8 @@ SENT = {
     "dfa": (24 + 2 * 3) * ROWS,  # the error, to two blocks
     "pepita": (2 * 24 + 3) * ROWS,  # two passes, the error to the first block
     "forward-forward": 3 * 24 * ROWS,  # positives, negatives, neutral
+    # Three virtual nodes in every micro-batch: ten per epoch and replica.
+    "forward-gnn": 24 * (ROWS + 3 * 2 * 2 * 10),
     "layer-collaboration": (3 * 24 + 2 * 2 + 2 * 2) * ROWS,  # sums so far, the total
     "diffusion-blocks": 0,
     "noprop": 0,

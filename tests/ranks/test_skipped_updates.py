@@ -22,7 +22,7 @@ MARK = 30.0
 """The last number of a marked sample, which the layer `Marked` knows by it in any scale."""
 
 
-UNMARKED = ("scalable-ff", "diffusion-blocks", "noprop")
+UNMARKED = ("scalable-ff", "diffusion-blocks", "forward-gnn", "noprop")
 """Objectives under which no block sees the mark: pictures of labels, and normalised features."""
 
 

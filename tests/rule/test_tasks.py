@@ -430,7 +430,7 @@ def test_targets_that_do_not_fit_are_refused(
 
 
 NEED_LABELS = (
-    *("ccl", "diffusion-blocks", "drtp", "forward-forward", "layer-collaboration"),
+    *("ccl", "diffusion-blocks", "drtp", "forward-forward", "forward-gnn", "layer-collaboration"),
     *("lls", "lls-m", "lls-mxm", "noprop", "scalable-ff", "tpsgd"),
 )
 
