@@ -214,7 +214,10 @@ class Engine:
                 self.update_step.step(action, update, received)
                 if self.counts_after_updates:
                     self._count_after_update()
-        self.router.send(action, self.blocks[action.block], micro_batch)
+        block = self.blocks[action.block]
+        self.router.send(action, block, micro_batch)
+        if micro_batch is not None and action.kind == "F" and not block.keeps_forward:
+            self.saved_tensors.release_forward(micro_batch, keep_input=not block.rebuilds_input)
 
     def _drop_updates(self, trained: int) -> None:
         """Forget the updates of the segment after its first `trained`, if it has ended early."""
@@ -445,7 +448,8 @@ class Engine:
     def _stop_counting(self, index: int) -> None:
         """Stop counting saved tensors if update `index` of the segment needed the most memory."""
         largest = self.updates[index].local_rows == self.largest_update_rows
-        if largest and index >= self.max_lag:  # all routes carry messages by then
+        # All routes carry messages by then, and no forward is without its backward.
+        if largest and index >= self.max_lag and not self.micro_batches:
             self.saved_tensors.stop_counting()
 
     def _model_tensors(self) -> Iterator[Tensor]:

@@ -20,10 +20,16 @@ from dtrain.models.cnn import Cnn
 from dtrain.models.layers import LayerStack, as_layers
 from dtrain.models.mlp import Mlp
 from dtrain.models.resnet import ResNet
+from dtrain.models.revnet import RevNet
 from dtrain.schema import convert, kebab
 from dtrain.user_code import PATTERN, bind_arguments, import_object
 
-MODELS: dict[str, type[Cnn | Mlp | ResNet]] = {"cnn": Cnn, "mlp": Mlp, "resnet": ResNet}
+MODELS: dict[str, type[Cnn | Mlp | ResNet | RevNet]] = {
+    "cnn": Cnn,
+    "mlp": Mlp,
+    "resnet": ResNet,
+    "revnet": RevNet,
+}
 
 
 def load_model(

@@ -84,6 +84,8 @@ class BlockSpec:
         Tensors that the block reads beside the output of the block before.
     data_inputs : tuple of int
         Positions of the inputs of a sample that the block reads beside the first one in block 0.
+    rebuilds_input : bool
+        Whether the block rebuilds its input from its output, which the next block returns.
     """
 
     index: int
@@ -107,6 +109,7 @@ class BlockSpec:
     other_inputs: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
     skip_inputs: tuple[SkipInput, ...] = ()
     data_inputs: tuple[int, ...] = ()
+    rebuilds_input: bool = False
 
     def sample_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return the dtype of samples in a run whose real numbers have `dtype`."""

@@ -71,6 +71,9 @@ class BlockLayout:
         Whether the layers keep their initial weights.
     recompute : bool
         Whether the backward recomputes what the block's interior saved.
+    keeps_forward : bool
+        Whether a forward that is recomputed keeps its output; otherwise the input alone, and
+        nothing where the block rebuilds its input.
     flow : BlockFlow or None
         The tensors that enter and leave the block; None where the layers are a chain.
     """
@@ -85,6 +88,7 @@ class BlockLayout:
     couples_samples: bool = False
     frozen: bool = False
     recompute: bool = False
+    keeps_forward: bool = True
     flow: BlockFlow | None = None
 
 
@@ -221,6 +225,8 @@ def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: 
     if graph is not None:
         blocks = _add_flows(graph, layer_specs, blocks)
         _check_in_place(layer_specs, layers)
+    if schedule.rebuilds_inputs:
+        blocks = _rebuild_inputs(run, blocks)
     routes = all_routes(objective, [block.spec for block in blocks], "train")
     schedule.check_routes(routes)
     ties = find_ties(model, layers, DTYPES[run.settings.dtype])
@@ -307,6 +313,30 @@ def _add_flows(
         )
         for block, flow in zip(blocks, flows, strict=True)
     )
+
+
+def _rebuild_inputs(run: RunConfig, blocks: Sequence[BlockLayout]) -> tuple[BlockLayout, ...]:
+    """Return the blocks of a schedule that keeps no activations.
+
+    The last block runs its backward right after its forward, so it keeps its graph.
+    """
+    changed = []
+    for block in blocks[:-1]:
+        rebuilds = (
+            block.flow is None
+            and block.replacement_layers is None
+            and all(spec.reversible for spec in block.layer_specs)
+        )
+        if rebuilds and run.partition.activation_compression != "exact":
+            raise ConfigError(
+                "schedule.rebuilds-from-compressed",
+                f"[partition] activation-compression rounds the output of block "
+                f"{block.spec.index}, from which '{run.schedule.name}' rebuilds its input: leave "
+                "out activation-compression",
+            )
+        spec = dataclasses.replace(block.spec, rebuilds_input=rebuilds)
+        changed.append(dataclasses.replace(block, spec=spec, recompute=True, keeps_forward=False))
+    return (*changed, blocks[-1])
 
 
 def _infer_layers(

@@ -287,7 +287,10 @@ class MemoryPlan:
             layout.dtype,
             layout.objective,
             layout.schedule.splits_backward,
-            tuple((b.spec, b.layers, b.replacement_layers is None, b.recompute) for b in blocks),
+            tuple(
+                (b.spec, b.layers, b.replacement_layers is None, b.recompute, b.keeps_forward)
+                for b in blocks
+            ),
             repr(run.optimizer_settings()),
             layout.ties,
             run.settings.seed,  # of a block that is run for real

@@ -34,6 +34,7 @@ SCHEDULES = {
     "pipelined": "Stages do not wait for each other; gradients arrive some updates late.",
     "pipedream": "As 1f1b without a pause between updates; gradients arrive some updates late.",
     "pipedream-2bw": "As pipedream, with two versions of the weights.",
+    "petra": "As pipelined; reversible blocks rebuild their inputs and keep no activations.",
     "interleaved": "As 1f1b, with several smaller blocks per stage, so that stages wait less.",
     "fold": "Blocks go down the stages and back: the first stage holds the last block, too.",
 }
@@ -61,6 +62,7 @@ MODELS = {
     "cnn": "Convolutions in a row.",
     "mlp": "Fully connected layers in a row.",
     "resnet": "Convolutions with shortcuts.",
+    "revnet": "Convolutions with two streams, whose units are reversible.",
 }
 
 

@@ -10,6 +10,7 @@ from dtrain.schedules.drained import Drained
 from dtrain.schedules.fold import Fold
 from dtrain.schedules.gpipe_1f1b import FillDrain, Flush, OneFOneB
 from dtrain.schedules.interleaved import Interleaved
+from dtrain.schedules.petra import Petra
 from dtrain.schedules.pipedream import PipeDream, PipeDream2BW
 from dtrain.schedules.pipelined import Pipelined
 from dtrain.schedules.stream import Stream
@@ -25,6 +26,7 @@ __all__ = [
     "Fold",
     "Interleaved",
     "OneFOneB",
+    "Petra",
     "PipeDream",
     "PipeDream2BW",
     "Pipelined",
@@ -45,4 +47,5 @@ SCHEDULES: dict[str, type[Schedule]] = {
     "pipelined": Pipelined,
     "pipedream": PipeDream,
     "pipedream-2bw": PipeDream2BW,
+    "petra": Petra,
 }
