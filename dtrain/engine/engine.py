@@ -36,6 +36,7 @@ from dtrain.data.reading.loader import Loader
 from dtrain.data.sampler import Batch
 from dtrain.engine.closed_form import ClosedFormSolver
 from dtrain.engine.metrics import MetricSums
+from dtrain.engine.replay_router import ReplayRouter
 from dtrain.engine.router import MessageRouter
 from dtrain.engine.skipped_updates import SkipReason
 from dtrain.engine.spec import EngineSpec
@@ -49,6 +50,7 @@ from dtrain.objectives.forward import backward_pairs, forward_micro_batch
 from dtrain.objectives.messages import reads_samples
 from dtrain.schedules.actions import Action, Route
 from dtrain.schedules.base import Schedule
+from dtrain.schedules.stream_replay import StreamReplay
 from dtrain.syncs.base import Sync
 
 MicroBatchKey = tuple[int, int, int]
@@ -63,12 +65,12 @@ def segments_are_free(objective: Objective, schedule: Schedule, routes: Iterable
     """Return whether segments of any length train the same bits.
 
     Not where feedback is delayed, since the end of a segment drains it, nor where heads are solved,
-    or given values of other blocks, at the end of a segment.
+    or given values of other blocks, at the end of a segment, nor where late inputs are replayed.
     """
     closes_sums = objective.accumulated_buffers or objective.broadcast_buffers
     solves = type(objective).solve is not Objective.solve
     is_late = schedule.asynchronous or any(route.lag for route in routes)
-    return not (closes_sums or solves or is_late)
+    return not (closes_sums or solves or is_late or isinstance(schedule, StreamReplay))
 
 
 class Engine:
@@ -101,9 +103,7 @@ class Engine:
         self.engine_spec = engine_spec
         self.objective = engine_spec.objective
         self.block_specs = engine_spec.block_specs
-        self.router = MessageRouter(
-            "train", self.objective, self.block_specs, position, groups, engine_spec.wire_format
-        )
+        self.router = self._make_router()
         self.closed_form = ClosedFormSolver(
             blocks, self.objective, self.block_specs, groups, position.place[-1]
         )
@@ -115,6 +115,7 @@ class Engine:
         self.micro_batches: dict[MicroBatchKey, MicroBatch] = {}
         self.peak_live = 0
         self.peak_cached_bytes = 0
+        self.peak_replay_bytes = 0
         self.largest_update_rows = 0
         self.reparametrisations = 0
         self.max_lag = max((route.lag for route in self.router.routes), default=0)
@@ -191,12 +192,14 @@ class Engine:
                     yield update.number
         finally:
             loader.close()
+        self.router.end_sends()
         if early_end is not None:
             self._drop_updates(early_end.end_of(first_update + len(batches)) - first_update)
         self.update_step.finish_segment()
         self.closed_form.solve(previous_sums)
         self._check_finite()
         self.router.close()
+        self.peak_replay_bytes = max(self.peak_replay_bytes, self.router.kept_bytes)
         self.metric_sums.wall_s = time.perf_counter() - start
         self.metric_sums.busy_s = self.metric_sums.wall_s - (control.wait_s - waited)
 
@@ -263,6 +266,14 @@ class Engine:
         )
         return plan
 
+    def _make_router(self) -> MessageRouter:
+        """Return the router of training."""
+        spec = self.engine_spec
+        others = self.objective, self.block_specs, self.position, self.groups
+        if isinstance(spec.schedule, StreamReplay):
+            return ReplayRouter("train", *others, schedule=spec.schedule)
+        return MessageRouter("train", *others, spec.wire_format)
+
     def _tied_parameters(self) -> TiedParameters | None:
         """Return the parameters with copies in several blocks. Collective over the stages."""
         ties = self.engine_spec.ties
@@ -326,9 +337,15 @@ class Engine:
         loader: Loader,
     ) -> MicroBatch:
         """Return a micro-batch before its first pass: messages, data, labels, random numbers."""
-        batch, device = update.batch, self.engine_spec.device
-        indices = batch.micro_batch_indices[action.micro]
-        start = batch.first_row + sum(map(len, batch.micro_batch_indices[: action.micro]))
+        device = self.engine_spec.device
+        origin, micro = self.router.source_of(action)
+        source = self.updates[origin]
+        batch = source.batch
+        indices = batch.micro_batch_indices[micro]
+        start = batch.first_row + sum(map(len, batch.micro_batch_indices[:micro]))
+        if isinstance(self.router, ReplayRouter):
+            late = len(indices) * max(0, action.update - origin)
+            self.metric_sums.add_metric(action.block, "staleness", late)
         samples = raw_samples = None
         others: tuple[Tensor, ...] = ()
         if action.block in self.needs_samples:
@@ -352,8 +369,8 @@ class Engine:
             row_random=RowRandom(
                 self.engine_spec.seed,
                 action.block,
-                update.number,
-                update.total_rows,
+                source.number,
+                source.total_rows,
                 start,
                 len(indices),
             ),
@@ -486,6 +503,7 @@ class Engine:
             trainable = sum(parameter.nbytes for parameter in block.trainable_parameters)
             copies = self.syncs[index].traits().parameter_copies
             total += (1 + copies) * trainable  # 1: the gradient
+        total += self.peak_replay_bytes
         total += sum(versions.peak_bytes for versions in self.weight_versions.values())
         total += 0 if self.update_step.tied is None else self.update_step.tied.peak_bytes
         return (

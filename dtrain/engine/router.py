@@ -234,6 +234,18 @@ class MessageRouter:
                 tensor = self.objective.make_message(link.route, block, micro_batch)
             link.send(tensor, 0 if micro_batch is None else len(micro_batch.targets))
 
+    def source_of(self, action: Action) -> tuple[int, int]:
+        """Return update and micro-batch of the input of a forward: those of the action."""
+        return action.update, action.micro
+
+    def end_sends(self) -> None:
+        """Do nothing: both ends know all messages of a segment."""
+
+    @property
+    def kept_bytes(self) -> int:
+        """The bytes of messages that are kept after they were used: none."""
+        return 0
+
     def cancel(self) -> None:
         """Forget the declared messages of a segment that ends early: no rank sends them."""
         for link in self.links.values():

@@ -29,13 +29,14 @@ from dtrain.models.shape_inference import LayerProfile, infer_layers
 from dtrain.models.ties import Ties, find_ties
 from dtrain.objectives.base import ExecutionMode, Objective, input_gradient_blocks
 from dtrain.objectives.block_spec import BlockSpec
-from dtrain.objectives.messages import all_routes, message_spec
+from dtrain.objectives.messages import all_routes, message_spec, reads_samples
 from dtrain.planning.block_costs import BlockCosts, total_macs
 from dtrain.planning.cut_choice import choose_cuts, may_end_block
 from dtrain.planning.structure_cache import StructureCache, layers_key
 from dtrain.planning.tied_checks import check_ties
 from dtrain.schedules.actions import Route
 from dtrain.schedules.base import Schedule
+from dtrain.schedules.stream_replay import StreamReplay
 from dtrain.schedules.update_lags import TIED_GRADIENT, UpdateCycles, tied_routes
 from dtrain.schedules.verify import ScheduleReport, verify_schedule
 from dtrain.tasks.task import Task
@@ -229,6 +230,8 @@ def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: 
         blocks = _rebuild_inputs(run, blocks)
     routes = all_routes(objective, [block.spec for block in blocks], "train")
     schedule.check_routes(routes)
+    if isinstance(schedule, StreamReplay):
+        _check_replay(run, [block.spec for block in blocks])
     ties = find_ties(model, layers, DTYPES[run.settings.dtype])
     cycles = None
     if ties and not schedule.flushes:
@@ -313,6 +316,23 @@ def _add_flows(
         )
         for block, flow in zip(blocks, flows, strict=True)
     )
+
+
+def _check_replay(run: RunConfig, specs: Sequence[BlockSpec]) -> None:
+    """Refuse a replay of inputs without the samples that belong to them, or of rounded inputs."""
+    objective = run.objective.instance
+    if any(reads_samples(objective, spec, "train") for spec in specs[1:]):
+        raise ConfigError(
+            "schedule.replay-needs-samples",
+            f"'{run.objective.name}' needs the samples in later blocks, and 'stream-replay' has "
+            'only their activations there: set schedule.name = "stream"',
+        )
+    if run.partition.activation_compression != "exact":
+        raise ConfigError(
+            "schedule.replay-compressed",
+            "'stream-replay' sends activations as they are: leave out [partition] "
+            "activation-compression",
+        )
 
 
 def _rebuild_inputs(run: RunConfig, blocks: Sequence[BlockLayout]) -> tuple[BlockLayout, ...]:

@@ -28,6 +28,7 @@ OBJECTIVES = {
 
 SCHEDULES = {
     "stream": "Outputs flow forward; no stage waits for the backward of another.",
+    "stream-replay": "As stream; a rank replays earlier inputs where the next one is late.",
     "fill-drain": "All forwards of an update come first, then all backwards (GPipe).",
     "1f1b": "Each stage alternates between one forward and one backward.",
     "drained": "An update ends on all stages before the next one begins.",

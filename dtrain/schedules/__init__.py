@@ -14,6 +14,7 @@ from dtrain.schedules.petra import Petra
 from dtrain.schedules.pipedream import PipeDream, PipeDream2BW
 from dtrain.schedules.pipelined import Pipelined
 from dtrain.schedules.stream import Stream
+from dtrain.schedules.stream_replay import StreamReplay
 from dtrain.schedules.weight_policy import WeightPolicy
 
 __all__ = [
@@ -34,11 +35,13 @@ __all__ = [
     "Route",
     "Schedule",
     "Stream",
+    "StreamReplay",
     "WeightPolicy",
 ]
 
 SCHEDULES: dict[str, type[Schedule]] = {
     "stream": Stream,
+    "stream-replay": StreamReplay,
     "fill-drain": FillDrain,
     "1f1b": OneFOneB,
     "interleaved": Interleaved,
