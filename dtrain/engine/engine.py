@@ -221,6 +221,10 @@ class Engine:
         self.router.send(action, block, micro_batch)
         if micro_batch is not None and action.kind == "F" and not block.keeps_forward:
             self.saved_tensors.release_forward(micro_batch, keep_input=not block.rebuilds_input)
+        if micro_batch is not None and action.kind == "F":
+            for name, value in self.router.forward_metrics(action).items():
+                rows = len(micro_batch.targets)
+                self.metric_sums.add_metric(action.block, name, value * rows)
 
     def _drop_updates(self, trained: int) -> None:
         """Forget the updates of the segment after its first `trained`, if it has ended early."""
@@ -343,9 +347,6 @@ class Engine:
         batch = source.batch
         indices = batch.micro_batch_indices[micro]
         start = batch.first_row + sum(map(len, batch.micro_batch_indices[:micro]))
-        if isinstance(self.router, ReplayRouter):
-            late = len(indices) * max(0, action.update - origin)
-            self.metric_sums.add_metric(action.block, "staleness", late)
         samples = raw_samples = None
         others: tuple[Tensor, ...] = ()
         if action.block in self.needs_samples:

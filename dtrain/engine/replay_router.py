@@ -26,11 +26,6 @@ class ReplayRouter(MessageRouter):
     ----------
     schedule : StreamReplay
         Size of the buffers, and patience.
-
-    Attributes
-    ----------
-    left_out : set of (int, int, int)
-        Block, update and micro-batch of the outputs of the segment that were not sent.
     """
 
     def __init__(self, *arguments: Any, schedule: StreamReplay) -> None:
@@ -39,7 +34,7 @@ class ReplayRouter(MessageRouter):
         self._senders: dict[int, ReplaySender] = {}
         self._receivers: dict[int, ReplayReceiver] = {}
         self._sources: dict[tuple[int, int, int], Source] = {}
-        self.left_out: set[tuple[int, int, int]] = set()
+        self._left_out: set[tuple[int, int, int]] = set()
 
     def open(
         self,
@@ -50,7 +45,7 @@ class ReplayRouter(MessageRouter):
         """Open the boundaries of a segment; messages are as large as its largest micro-batch."""
         place, stage, comm = self.position.place, self.position.stage, self.groups.forward
         self.messages = MessageTable(self.routes, place, stage, micro_batches)
-        self._sources, self.left_out = {}, set()
+        self._sources, self._left_out = {}, set()
         self.links, self._senders, self._receivers = {}, {}, {}
         largest = max(
             (row_count(u, m) for u, count in enumerate(micro_batches) for m in range(count)),
@@ -103,11 +98,20 @@ class ReplayRouter(MessageRouter):
         (index,) = self.messages.outgoing(action)
         tensor = self.objective.make_message(self.routes[index], block, micro_batch)
         if not sender.send(tensor, self._sources[action.key]):
-            self.left_out.add(action.key)
+            self._left_out.add(action.key)
 
     def source_of(self, action: Action) -> tuple[int, int]:
         """Return update and micro-batch of the input that a forward has received."""
         return self._sources[action.key]
+
+    def forward_metrics(self, action: Action) -> dict[str, float]:
+        """Return the updates by which the input is old, and 1 for an output that was left out."""
+        metrics = {}
+        if action.block in self._receivers:
+            metrics["staleness"] = max(0.0, action.update - self._sources[action.key].update)
+        if action.block in self._senders:
+            metrics["left_out"] = float(action.key in self._left_out)
+        return metrics
 
     def end_sends(self) -> None:
         """Tell the next ranks that the segment has no more outputs."""

@@ -238,6 +238,10 @@ class MessageRouter:
         """Return update and micro-batch of the input of a forward: those of the action."""
         return action.update, action.micro
 
+    def forward_metrics(self, action: Action) -> dict[str, float]:
+        """Return what is recorded of the messages of a forward: nothing."""
+        return {}
+
     def end_sends(self) -> None:
         """Do nothing: both ends know all messages of a segment."""
 
