@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import dtrain
 from dtrain import cli_checkpoint, cli_data, cli_doctor, cli_run_folders, cli_submit, cli_sweep
-from dtrain.comm.launcher import detect_launcher, start_ranks
+from dtrain.comm.launcher import start_ranks
+from dtrain.comm.launcher_detection import detect_launcher
 from dtrain.errors import ConfigError, DtrainError
 from dtrain.paths import expand_options
 

@@ -26,14 +26,14 @@ def add_commands(commands: Commands) -> None:
 
 def _add_import(verbs: Commands) -> None:
     parser = verbs.add_parser(
-        "import", help="images, .npz, .npy, .csv or IDX files to HDF5 files that runs read"
+        "import", help="images, .npz, .npy, .csv, IDX or .txt files to HDF5 files that runs read"
     )
     parser.add_argument(
         "source",
         type=Path,
         metavar="SRC",
         help="folder of class folders or a tar of one, .npz, .npy, .csv, an IDX file or a folder "
-        "of MNIST's four",
+        "of MNIST's four, or a text (.txt)",
     )
     parser.add_argument("out", type=Path, metavar="OUT.h5")
     parser.add_argument("--split", metavar="NAME", help="import only this split")
@@ -44,6 +44,11 @@ def _add_import(verbs: Commands) -> None:
         "--fit",
         choices=("resize", "crop"),
         help="resize the shorter side and crop the centre (default), or only crop",
+    )
+    parser.add_argument(
+        "--tokens",
+        choices=("bytes", "characters"),
+        help="tokens of a text (default: bytes)",
     )
     _add_array_names(parser, "array of the targets in .npz; their file for .npy and IDX")
     parser.set_defaults(command=_import)
@@ -128,7 +133,7 @@ def _import(options: argparse.Namespace) -> int:
     """Convert a data set to HDF5 and print the paths of the files."""
     from dtrain.data.importing.import_data import ImportOptions, import_data
 
-    keys = ("split", "size", "fit", "x", "y", "target")
+    keys = ("split", "size", "fit", "x", "y", "target", "tokens")
     chosen = ImportOptions(**{key: getattr(options, key) for key in keys})
     for path in import_data(options.source, options.out, chosen):
         print(path)

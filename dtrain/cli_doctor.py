@@ -53,10 +53,10 @@ def add_command(commands: Commands) -> None:
 
 def _doctor(options: argparse.Namespace) -> int:
     """Examine this process or its ranks; print the report."""
-    from dtrain.comm import launcher
+    from dtrain.comm import launcher_detection
     from dtrain.doctor import examine
 
-    by_shell = launcher.is_started_by_shell()
+    by_shell = launcher_detection.is_started_by_shell()
     if examine.is_one_of_several_ranks(os.environ, by_shell):
         return _examine_as_rank(options)
     ranks = options.ranks or (FULL_RANKS if options.full else None)
@@ -68,7 +68,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _examine_as_rank(options: argparse.Namespace) -> int:
     """Examine all ranks, as one of them; rank 0 prints."""
-    from dtrain.comm.launcher import detect_launcher
+    from dtrain.comm.launcher_detection import detect_launcher
     from dtrain.doctor import examine
     from dtrain.doctor.finding import Area, has_problem
     from dtrain.errors import ConfigError

@@ -32,13 +32,8 @@ from typing import TYPE_CHECKING, Any, final
 
 from dtrain.comm.early_signals import WARNINGS, ignore_warnings, remember, take_remembered
 from dtrain.comm.flight_recorder import FLIGHT_SIGNAL, dump_stacks_on, flush_output, print_error
-from dtrain.comm.launcher import (
-    MPIRUN,
-    RELAY_VARIABLE,
-    RELAYED,
-    detect_launcher,
-    start_limit_s,
-)
+from dtrain.comm.launcher import RELAY_VARIABLE, RELAYED
+from dtrain.comm.launcher_detection import MPIRUN, detect_launcher, start_limit_s
 from dtrain.comm.rank_marks import IN_START, remove_mark, set_mark
 from dtrain.errors import DtrainError, Interrupted, RankLostError
 

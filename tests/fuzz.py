@@ -27,8 +27,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dtrain.checkpoint.files import file_sha256
 from dtrain.checkpoint.manifest_file import write_manifest
+from dtrain.checkpoint.shard_file import SHARD_HASH, hash_file
 from dtrain.cli import main
 from dtrain.comm.backends.single import SingleBackend
 from dtrain.comm.communicator import Comm
@@ -166,7 +166,7 @@ def fix_hashes(folder: Path, rng: random.Random) -> None:
         content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         content.pop("sha256", None)
         for name, shard in content["shards"].items():
-            shard["sha256"] = file_sha256(folder / name)
+            shard[SHARD_HASH] = hash_file(folder / name)
             shard["bytes"] = (folder / name).stat().st_size
         write_manifest(folder, content)
 

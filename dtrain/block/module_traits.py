@@ -20,7 +20,7 @@ DETERMINISTIC_MODULES = (
     nn.modules.pooling._MaxPoolNd,
     nn.modules.pooling._AvgPoolNd,
     nn.modules.pooling._AdaptiveAvgPoolNd,
-    *(nn.LayerNorm, nn.GroupNorm, nn.Flatten, nn.Identity),
+    *(nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.Flatten, nn.Identity),
     *(nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.Hardtanh),
 )
 """Modules that never use random numbers, so that their layers are not seeded."""
@@ -69,4 +69,5 @@ def first_replica_buffers(module: nn.Module) -> Sequence[str]:
 def _is_deterministic(module: nn.Module) -> bool:
     from_torch = type(module).forward.__module__.startswith("torch.nn.modules.")
     is_known = from_torch and isinstance(module, (*DETERMINISTIC_MODULES, nn.Sequential))
+    is_known |= from_torch and isinstance(module, nn.RNNBase) and not module.dropout
     return is_known or getattr(module, "uses_rng", True) is False

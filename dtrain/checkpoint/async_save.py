@@ -14,38 +14,25 @@ are sent by the main threads alone, and none of them is waited for while the run
 
 from __future__ import annotations
 
-import os
 import struct
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, Generic, TypeVar, final
+from typing import Any, final
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from dtrain.checkpoint.shard import ShardLayout, tensor_specs
+from dtrain.checkpoint.background_work import DISCARD_S, BackgroundWork
+from dtrain.checkpoint.shard import ShardImage
+from dtrain.checkpoint.shard_file import HASH_BYTES, SHARD_HASH
 from dtrain.checkpoint.store import NewCheckpoint
 from dtrain.comm.backends.base import PointToPointRequest
 from dtrain.comm.communicator import Comm
 
-T = TypeVar("T")
-
-
-NICENESS = 10
-"""Of the threads that write: training has the cores first."""
-
-
-DISCARD_S = 5.0
-"""Seconds that a run that fails waits for the end of a write; the disk may not answer."""
-
-
-ROW = struct.Struct("<Q32s")
-"""Bytes and SHA-256 of a shard, as ranks send them."""
+ROW = struct.Struct(f"<Q{HASH_BYTES}s")
+"""Bytes and hash of a shard, as ranks send them."""
 
 
 ROW_TAG = 0
@@ -53,67 +40,6 @@ ROW_TAG = 0
 
 class SaveDiscarded(Exception):
     """The writer ends, since the run has failed."""
-
-
-@final
-class Snapshot:
-    """Copies of the tensors of one rank, in memory that later copies use again.
-
-    Attributes
-    ----------
-    layout : ShardLayout or None
-        That of the shard of these tensors.
-    """
-
-    def __init__(self) -> None:
-        self.layout: ShardLayout | None = None
-        self._copies: dict[str, Tensor] = {}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the copies."""
-        return sum(tensor.nbytes for tensor in self._copies.values())
-
-    def take(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copy tensors to memory of the host and return the copies."""
-        specs = tensor_specs(tensors)
-        if self.layout is None or list(self.layout.specs.items()) != list(specs.items()):
-            pinned = any(tensor.is_cuda for tensor in tensors.values())
-            self._copies = {
-                key: torch.empty(shape, dtype=dtype, pin_memory=pinned)
-                for key, (shape, dtype) in specs.items()
-            }
-            self.layout = ShardLayout.of(specs)
-        for key, tensor in tensors.items():
-            self._copies[key].copy_(tensor.detach())
-        return self._copies
-
-
-@final
-class BackgroundWork(threading.Thread, Generic[T]):
-    """Work in a thread of low priority, which keeps its result or its error."""
-
-    def __init__(self, name: str, work: Callable[[], T]) -> None:
-        super().__init__(name=name, daemon=True)
-        self._work = work
-        self._results: list[T] = []
-        self._error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        """Do the work."""
-        _lower_priority()
-        try:
-            self._results.append(self._work())
-        except BaseException as error:  # raised by `result`
-            self._error = error
-
-    def result(self) -> T:
-        """Wait for the end of the work; return its result or raise its error."""
-        self.join()
-        if self._error is not None:
-            raise self._error
-        return self._results[0]
 
 
 @final
@@ -136,7 +62,7 @@ class AsyncSaver:
     def __init__(self, comm: Comm, check_owner: Callable[[], None]) -> None:
         self._comm = comm.dup("checkpoints")
         self._check_owner = check_owner
-        self._snapshot = Snapshot()
+        self._image = ShardImage()
         self._pending: PendingSave | None = None
         self._unconfirmed = False
         self.write_s: float | None = None
@@ -144,7 +70,7 @@ class AsyncSaver:
     @property
     def nbytes(self) -> int:
         """Bytes of the copies that this rank keeps."""
-        return self._snapshot.nbytes
+        return self._image.nbytes
 
     @property
     def is_idle(self) -> bool:
@@ -170,11 +96,11 @@ class AsyncSaver:
             On a rank on which the save before has failed.
         """
         self.finish()
-        copies = self._snapshot.take(tensors)
-        layout = self._snapshot.layout
+        if tensors:
+            self._image.fill(tensors)
 
         def write(check: Callable[[], None]) -> dict[str, Any] | None:
-            return checkpoint.write_shard(shard, copies, layout, check) if copies else None
+            return checkpoint.write_image(shard, self._image, check) if tensors else None
 
         name = (f"{shard}.h5", list(tensors)) if tensors else None
         self._start(checkpoint, name, write, content, keep)
@@ -316,7 +242,7 @@ class PendingSave:
         if row is None:
             return True
         if not self._requests:
-            data = ROW.pack(row["bytes"], bytes.fromhex(row["sha256"]))
+            data = ROW.pack(row["bytes"], bytes.fromhex(row[SHARD_HASH]))
             self._messages[0] = np.frombuffer(data, dtype=np.uint8).copy()
             self._requests[0] = self._comm.transport.isend(
                 self._messages[0], 0, ROW_TAG, count_bytes=False
@@ -340,7 +266,7 @@ class PendingSave:
         if name is None:
             return None
         size, digest = ROW.unpack(self._messages[rank].tobytes())
-        return {"file": name[0], "bytes": size, "sha256": digest.hex(), "keys": name[1]}
+        return {"file": name[0], "bytes": size, SHARD_HASH: digest.hex(), "keys": name[1]}
 
     def wait(self) -> None:
         """Wait until this rank has finished."""
@@ -362,10 +288,3 @@ class PendingSave:
             for request in self._requests.values():
                 if not request.test():
                     request.cancel()
-
-
-def _lower_priority() -> None:
-    """Let this thread run when others leave a core free; on Linux a thread has its own priority."""
-    if sys.platform == "linux":
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import hashlib
 import os
 import stat
 from collections.abc import Iterator
@@ -178,18 +177,6 @@ def fsync(path: Path) -> None:
         calls.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a plain file.
-
-    Raises
-    ------
-    OSError
-        The file is missing, or no plain file.
-    """
-    with open_plain_file(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_plain_file(path: Path, limit: int) -> bytes:

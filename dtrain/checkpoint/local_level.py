@@ -30,6 +30,7 @@ from dtrain.checkpoint import files, ownership
 from dtrain.checkpoint.manifest import checkpoint_names, read_manifest
 from dtrain.checkpoint.manifest_file import MANIFEST_NAME, read_manifest_content
 from dtrain.checkpoint.run_folder import CHECKPOINT_FOLDER
+from dtrain.checkpoint.shard_file import hash_file
 from dtrain.checkpoint.store import NewCheckpoint, manifest_content
 from dtrain.comm.agree import all_or_none, broadcast_object
 from dtrain.comm.communicator import Comm
@@ -160,7 +161,7 @@ def offered(folder: Path, newest: int) -> Offers:
         with suppress(CheckpointError, OSError):
             shards = read_manifest(folder / name).hashes
             present = [shard for shard in shards if (folder / name / shard).is_file()]
-            digest = files.file_sha256(folder / name / MANIFEST_NAME)
+            digest = hash_file(folder / name / MANIFEST_NAME)
             if _update(name) > newest:
                 offers[name] = {"manifest": digest, "shards": [*shards], "present": present}
     return offers

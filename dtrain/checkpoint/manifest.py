@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from dtrain.checkpoint.files import file_sha256
 from dtrain.checkpoint.manifest_file import CHECKPOINT_NAME, read_manifest_content
 from dtrain.checkpoint.shard import find_dataset, open_shard, read_tensor
+from dtrain.checkpoint.shard_file import SHARD_HASH, hash_file
 from dtrain.comm.agree import all_or_none, broadcast_object
 from dtrain.comm.backends.single import SingleBackend
 from dtrain.comm.buffers import describe_tensor
@@ -162,7 +162,7 @@ class Manifest:
         path = self.folder / name
         reason = "its hash is not that of the manifest"
         try:
-            is_intact = file_sha256(path) == self.hashes[name]
+            is_intact = hash_file(path) == self.hashes[name]
         except OSError as error:
             is_intact, reason = False, str(error)
         if not is_intact:
@@ -251,6 +251,6 @@ def read_manifest(folder: Path) -> Manifest:
     content = read_manifest_content(folder)
     shards = content["shards"]
     files = {key: name for name, shard in shards.items() for key in shard["keys"]}
-    hashes = {name: shard["sha256"] for name, shard in shards.items()}
+    hashes = {name: shard[SHARD_HASH] for name, shard in shards.items()}
     fingerprint = content.get("fingerprint", {})
     return Manifest(folder, content["run"], content["state"], files, hashes, fingerprint)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.checkpoint.files import read_plain_file, write_file
+from dtrain.checkpoint.shard_file import HASH_BYTES, SHARD_HASH
 from dtrain.errors import CheckpointError
 
 MANIFEST_NAME = "manifest.json"
@@ -28,7 +29,7 @@ HASH_KEY = "sha256"
 REQUIRED_KEYS, OPTIONAL_KEYS = {"run", "state", "shards"}, {"fingerprint", HASH_KEY}
 
 
-SHARD_KEYS = {"bytes", "sha256", "keys"}
+SHARD_KEYS = {"bytes", SHARD_HASH, "keys"}
 
 
 CHECKPOINT_NAME = re.compile(r"update-(\d{8,})")
@@ -38,7 +39,7 @@ CHECKPOINT_NAME = re.compile(r"update-(\d{8,})")
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.h5")
 
 
-SHA256 = re.compile(r"[0-9a-f]{64}")
+HASH = re.compile(f"[0-9a-f]{{{2 * HASH_BYTES}}}")
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
@@ -115,8 +116,8 @@ def _check_shards(shards: dict[str, Any]) -> None:
     for name, shard in shards.items():
         _require(SHARD_NAME.fullmatch(name) is not None, f"'{name}' is no name of a shard")
         _require(isinstance(shard, dict) and set(shard) == SHARD_KEYS, f"'{name}' has other keys")
-        digest, keys = shard["sha256"], shard["keys"]
-        is_hash = isinstance(digest, str) and SHA256.fullmatch(digest) is not None
+        digest, keys = shard[SHARD_HASH], shard["keys"]
+        is_hash = isinstance(digest, str) and HASH.fullmatch(digest) is not None
         _require(is_hash, f"'{name}' has no hash")
         _require(isinstance(keys, list) and all(map(_is_key, keys)), f"'{name}' has illegal keys")
         is_new = len(set(keys)) == len(keys) and seen.isdisjoint(keys)

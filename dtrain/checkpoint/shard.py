@@ -1,14 +1,11 @@
 """Shards: the tensors of one rank in one HDF5 file; a failed write raises an error.
 
 Invariant: HDF5 lays out a shard in memory and never writes to the disk, since its library may crash
-the process when a write fails. The hash is that of the tensors in memory, so it finds a byte that
-was written wrongly.
+the process when a write fails.
 
 ::
 
     layout (kept by later saves)     header | fc1.weight | header | fc1.bias | ...
-    one thread                       writes the parts in order, then syncs
-    another thread                   hashes the same parts
 """
 
 from __future__ import annotations
@@ -16,29 +13,20 @@ from __future__ import annotations
 import io
 import mmap
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
+from functools import lru_cache
 from pathlib import Path
-from threading import Thread
 from typing import Any, final
 
 import h5py
 import torch
 from torch import Tensor
 
-from dtrain.checkpoint import files
 from dtrain.checkpoint.files import open_plain_file
+from dtrain.checkpoint.shard_file import ALIGNMENT, SHARD_HASH, write_file_of_parts
 from dtrain.errors import CheckpointError
-
-PART_BYTES = 1 << 24
-"""Bytes that are written or hashed at once."""
-
-
-JOINED_BYTES = 1 << 20
-"""Smaller parts are joined up to about this size."""
-
 
 IMAGE_BYTES, IMAGE_BYTES_PER_KEY = 1 << 20, 1 << 16
 """Address space for the headers of a shard; untouched pages of it take no memory."""
@@ -119,108 +107,130 @@ class ShardLayout:
     order: tuple[str, ...]
     headers: tuple[bytes, ...]
 
-    @staticmethod
-    def of(specs: Mapping[str, TensorSpec]) -> ShardLayout:
-        """Return the layout for tensors of these shapes and dtypes."""
-        sizes = {key: _size_bytes(*spec) for key, spec in specs.items()}
-        image = SparseImage(sum(sizes.values()) + IMAGE_BYTES + len(specs) * IMAGE_BYTES_PER_KEY)
-        offsets = {}
-        with h5py.File(image, "w") as shard:
-            for key, (shape, dtype) in specs.items():
-                dataset = _create_dataset(shard, key, shape, dtype)
-                if sizes[key]:
-                    offsets[key] = dataset.id.get_offset()
-        order = sorted(offsets, key=offsets.__getitem__)
-        starts = [0, *(offsets[key] + sizes[key] for key in order)]
-        ends = [*(offsets[key] for key in order), image.size]
-        headers = map(image.bytes_between, starts, ends)
-        return ShardLayout(dict(specs), tuple(order), tuple(headers))
+    @property
+    def nbytes(self) -> int:
+        """Length of the file."""
+        return sum(map(len, self.headers)) + sum(
+            _size_bytes(*self.specs[key]) for key in self.order
+        )
+
+    def parts(self, tensors: Mapping[str, Tensor]) -> Iterator[Any]:
+        """Yield the bytes of the file."""
+        yield self.headers[0]
+        for key, header in zip(self.order, self.headers[1:], strict=True):
+            yield _as_bytes(tensors[key])
+            yield header
+
+    def row(self, name: str, digest: str) -> dict[str, Any]:
+        """Return the row of the manifest for a shard of this layout."""
+        return {"file": name, "bytes": self.nbytes, SHARD_HASH: digest, "keys": list(self.specs)}
 
 
-def tensor_specs(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
-    """Return shape and dtype of tensors, by key."""
-    return {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+def layout_of(tensors: Mapping[str, Tensor]) -> ShardLayout:
+    """Return the layout of the shard of these tensors."""
+    return _layout(
+        tuple((key, (tuple(tensor.shape), tensor.dtype)) for key, tensor in tensors.items())
+    )
+
+
+@lru_cache(maxsize=8)
+def _layout(specs: tuple[tuple[str, TensorSpec], ...]) -> ShardLayout:
+    sizes = {key: _size_bytes(*spec) for key, spec in specs}
+    image = SparseImage(sum(sizes.values()) + IMAGE_BYTES + len(specs) * IMAGE_BYTES_PER_KEY)
+    offsets = {}
+    with h5py.File(image, "w") as shard:
+        for key, (shape, dtype) in specs:
+            dataset = _create_dataset(shard, key, shape, dtype)
+            if sizes[key]:
+                offsets[key] = dataset.id.get_offset()
+    order = sorted(offsets, key=offsets.__getitem__)
+    starts = [0, *(offsets[key] + sizes[key] for key in order)]
+    ends = [*(offsets[key] for key in order), image.size]
+    headers = map(image.bytes_between, starts, ends)
+    return ShardLayout(dict(specs), tuple(order), tuple(headers))
 
 
 def write_shard(
     path: Path,
     tensors: Mapping[str, Tensor],
-    layout: ShardLayout | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Write one shard, sync it, and return its row for the manifest: file, bytes, sha256, keys.
+    """Write one shard, sync it, and return its row for the manifest: file, bytes, hash, keys.
 
     Parameters
     ----------
-    layout : ShardLayout, optional
-        That of an earlier shard with the same specs.
     check : callable
-        Called between two parts; an error that it raises ends the work.
+        Called between two writes; an error that it raises ends the work.
 
     Raises
     ------
     OSError
         The first error of the disk.
     """
-    layout = layout or ShardLayout.of(tensor_specs(tensors))
-    arrays = {key: _as_bytes(tensors[key]) for key in layout.order}
-    parts: list[Any] = [layout.headers[0]]
-    for key, header in zip(layout.order, layout.headers[1:], strict=True):
-        parts += [arrays[key], header]
-    size, digest = write_parts(path, parts, check)
-    return {"file": path.name, "bytes": size, "sha256": digest, "keys": list(tensors)}
+    layout = layout_of(tensors)
+    digest = write_file_of_parts(path, layout.parts(tensors), layout.nbytes, check)
+    return layout.row(path.name, digest)
 
 
-def write_parts(
-    path: Path, parts: Sequence[Any], check: Callable[[], None] = lambda: None
-) -> tuple[int, str]:
-    """Write a new file of these parts and sync it; return its bytes and its SHA-256.
+def write_image(
+    path: Path, image: ShardImage, check: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """Write an image as a shard. Parameters, errors and result are those of `write_shard`."""
+    assert image.layout is not None
+    digest = write_file_of_parts(path, [image.data], image.layout.nbytes, check)
+    return image.layout.row(path.name, digest)
 
-    Another thread hashes the parts meanwhile.
+
+@final
+class ShardImage:
+    """A whole shard in aligned memory that later ones use again.
+
+    Attributes
+    ----------
+    layout : ShardLayout or None
+        None before the first one.
     """
-    digest, stopped = sha256(), list[bool]()
 
-    def hash_parts() -> None:
-        for part in _split(parts):
-            if stopped:
-                return
-            digest.update(part)
+    def __init__(self) -> None:
+        self.layout: ShardLayout | None = None
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._places: dict[str, Tensor] = {}
 
-    thread = Thread(target=hash_parts, name="dtrain-hash", daemon=True)
-    size = 0
-    thread.start()
-    try:
-        descriptor = files.calls.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        try:
-            for part in _split(parts):
-                check()
-                files.write_all(descriptor, part)
-                size += len(part)
-            files.calls.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except BaseException:
-        stopped.append(True)
-        raise
-    finally:
-        thread.join()
-    return size, digest.hexdigest()
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copies; the headers between them take a few kilobytes more."""
+        return sum(place.nbytes for place in self._places.values())
 
+    @property
+    def data(self) -> memoryview:
+        """The bytes of the shard."""
+        return self._bytes().numpy().data
 
-def copy_file(source: Path, target: Path, check: Callable[[], None]) -> str:
-    """Copy a file and sync the copy; return its SHA-256. `check` is that of `write_shard`."""
-    digest = sha256()
-    descriptor = files.calls.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    try:
-        with open_plain_file(source) as file:
-            while part := file.read(PART_BYTES):
-                check()
-                digest.update(part)
-                files.write_all(descriptor, part)
-        files.calls.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return digest.hexdigest()
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy tensors to memory of the host."""
+        layout = layout_of(tensors)
+        if layout is not self.layout:
+            self._lay_out(layout, any(tensor.is_cuda for tensor in tensors.values()))
+        for key, place in self._places.items():
+            place.copy_(tensors[key].detach().contiguous().view(-1).view(torch.uint8))
+
+    def _lay_out(self, layout: ShardLayout, pinned: bool) -> None:
+        """Allocate memory, pinned for copies from a GPU, and write the headers into it."""
+        self._memory = torch.empty(layout.nbytes + ALIGNMENT, dtype=torch.uint8, pin_memory=pinned)
+        self.layout, self._places = layout, {}
+        start, image = 0, self._bytes()
+        for key, header in zip((*layout.order, None), layout.headers, strict=True):
+            end = start + len(header)
+            image[start:end] = torch.tensor(list(header), dtype=torch.uint8)
+            start = end
+            if key is not None:
+                end += _size_bytes(*layout.specs[key])
+                self._places[key], start = image[start:end], end
+
+    def _bytes(self) -> Tensor:
+        start = -self._memory.data_ptr() % ALIGNMENT
+        assert self.layout is not None
+        return self._memory[start : start + self.layout.nbytes]
 
 
 @contextmanager
@@ -319,20 +329,3 @@ def _as_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a tensor in C order; a copy only where its memory has another order."""
     plain = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
     return plain.numpy().data
-
-
-def _split(parts: Sequence[Any]) -> Iterator[memoryview]:
-    """Yield the parts in pieces that are neither very small nor very large."""
-    joined = bytearray()
-    for part in parts:
-        view = memoryview(part)
-        if len(joined) + len(view) <= JOINED_BYTES:
-            joined += view
-            continue
-        if joined:
-            yield memoryview(bytes(joined))
-            joined.clear()
-        for start in range(0, len(view), PART_BYTES):
-            yield view[start : start + PART_BYTES]
-    if joined:
-        yield memoryview(bytes(joined))

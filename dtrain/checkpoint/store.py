@@ -9,7 +9,7 @@ tensors whichever rank wrote them. Nothing is ever unpickled.
     checkpoints/
       update-00000072/
         manifest.json            update, run table, counters, fingerprint of model and data;
-                                 file, bytes, sha256 and keys per shard
+                                 file, bytes, hash and keys per shard
         replica-0-stage-0.h5     model/fc1.weight            evaluated and exported
                                  statistics/mean             of the training inputs, by channel
                                  replica/0/optimizer/fc1.weight/exp_avg
@@ -30,7 +30,8 @@ from dtrain.block.block import Block
 from dtrain.checkpoint import files
 from dtrain.checkpoint.manifest import PARTIAL_SUFFIX, Manifest, checkpoint_names
 from dtrain.checkpoint.manifest_file import write_manifest
-from dtrain.checkpoint.shard import ShardLayout, copy_file, write_shard
+from dtrain.checkpoint.shard import ShardImage, write_image, write_shard
+from dtrain.checkpoint.shard_file import SHARD_HASH, copy_file
 from dtrain.comm.communicator import Comm
 from dtrain.errors import CheckpointError
 from dtrain.syncs.base import Sync
@@ -77,12 +78,18 @@ class NewCheckpoint:
         self,
         shard: str,
         tensors: Mapping[str, Tensor],
-        layout: ShardLayout | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> dict[str, Any]:
         """Write one shard and return its row for the manifest. Parameters: see `write_shard`."""
         with _convert_write_errors(self.part):
-            return write_shard(self.part / f"{shard}.h5", tensors, layout, check)
+            return write_shard(self.part / f"{shard}.h5", tensors, check)
+
+    def write_image(
+        self, shard: str, image: ShardImage, check: Callable[[], None] = lambda: None
+    ) -> dict[str, Any]:
+        """Write one shard that is in memory; else as `write_shard`."""
+        with _convert_write_errors(self.part):
+            return write_image(self.part / f"{shard}.h5", image, check)
 
     def copy_shard(
         self, source: Path, row: dict[str, Any], check: Callable[[], None] = lambda: None
@@ -96,7 +103,7 @@ class NewCheckpoint:
         """
         with _convert_write_errors(self.part):
             digest = copy_file(source, self.part / source.name, check)
-        if digest != row["sha256"]:
+        if digest != row[SHARD_HASH]:
             raise CheckpointError(
                 "checkpoint.shard-damaged",
                 f"{source} is damaged (its hash is not that of the manifest): the checkpoint "
@@ -105,9 +112,13 @@ class NewCheckpoint:
         return row
 
     def commit(
-        self, content: Mapping[str, Any], rows: Iterable[dict[str, Any] | None], keep: int
+        self,
+        content: Mapping[str, Any],
+        rows: Iterable[dict[str, Any] | None],
+        keep: int,
+        delete: Callable[[Path], None] = files.delete_folder,
     ) -> None:
-        """Write the manifest, rename the folder, and delete old checkpoints, on rank 0.
+        """Write the manifest, rename the folder, and remove old checkpoints, on rank 0.
 
         Parameters
         ----------
@@ -117,6 +128,8 @@ class NewCheckpoint:
             The rows of all shards.
         keep : int
             Number of complete checkpoints that remain, this one included.
+        delete : callable
+            Deletes the folder of an old checkpoint, now or later; it is one no more.
         """
         shards = {row["file"]: _without_file(row) for row in rows if row is not None}
         with _convert_write_errors(self.part):
@@ -124,7 +137,7 @@ class NewCheckpoint:
             names = checkpoint_names(self.folder)
             others = [self.folder / name for name in names if name != self.final.name]
             for old in others[: max(0, len(others) - keep + 1)]:
-                _remove(old)
+                delete(_set_aside(old))
 
 
 def save(
@@ -136,6 +149,7 @@ def save(
     control: Comm,
     keep: int,
     fingerprint: dict[str, Any] | None = None,
+    delete: Callable[[Path], None] = files.delete_folder,
 ) -> None:
     """Write one checkpoint. Collective over `control`.
 
@@ -153,6 +167,8 @@ def save(
         Number of complete checkpoints that remain, this one included.
     fingerprint : dict, optional
         What identifies model and data, for the manifest; that of rank 0 is written.
+    delete : callable
+        See `NewCheckpoint.commit`.
 
     Raises
     ------
@@ -166,7 +182,7 @@ def save(
     row = checkpoint.write_shard(shard, tensors) if tensors else None
     rows = control.allgather_object(row)
     if control.rank == 0:
-        checkpoint.commit(manifest_content(run_table, state, fingerprint), rows, keep)
+        checkpoint.commit(manifest_content(run_table, state, fingerprint), rows, keep, delete)
     control.allgather_object("done")
 
 
@@ -308,11 +324,6 @@ def _replace(part: Path, final: Path) -> Path:
         replaced = _set_aside(final)
         files.calls.rename(part, final)
         return replaced
-
-
-def _remove(folder: Path) -> None:
-    """Remove a checkpoint, marked as incomplete first, in case the process dies meanwhile."""
-    files.delete_folder(_set_aside(folder))
 
 
 def _set_aside(folder: Path) -> Path:

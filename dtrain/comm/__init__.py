@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from dtrain.comm import launch_refusals
 from dtrain.comm.flight_recorder import print_error
-from dtrain.comm.launcher import (
+from dtrain.comm.launcher_detection import (
     Launch,
     detect_launcher,
     is_pty_shell,

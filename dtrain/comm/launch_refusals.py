@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from dtrain.comm.launcher import Launch, find_mpirun
+from dtrain.comm.launcher import find_mpirun
+from dtrain.comm.launcher_detection import Launch
 from dtrain.errors import ConfigError
 
 OPEN_MPI, MPICH = "Open MPI", "MPICH"

@@ -20,6 +20,9 @@ from dtrain.data.formats.file_set import FileSet, Paths
 from dtrain.data.formats.hdf5_set import Hdf5
 from dtrain.data.formats.idx_set import Idx
 from dtrain.data.formats.npz_set import Npz
+from dtrain.data.formats.series_set import Series
+from dtrain.data.formats.text_set import Text
+from dtrain.data.formats.window_set import WindowSet
 from dtrain.data.hold_out import hold_out
 from dtrain.data.label_map import with_compact_labels
 from dtrain.data.sample_weights import WeightedArrays
@@ -38,6 +41,8 @@ DATASETS: dict[str, type[Digits | FileSet]] = {
     "npz": Npz,
     "csv": Csv,
     "idx": Idx,
+    "text": Text,
+    "series": Series,
 }
 
 
@@ -126,6 +131,34 @@ def idx(train: AnyPath | Sequence[AnyPath], test: TestFiles = None, **keys: Any)
         `augment`, `validation`, ...
     """
     return _file_set("idx", train, test, keys)
+
+
+def text(train: AnyPath | Sequence[AnyPath], test: TestFiles = None, **keys: Any) -> DataTable:
+    """Return a data set of windows of a text, with the next token of each of their tokens.
+
+    Parameters
+    ----------
+    train, test
+        Texts, or files of tokens by `dtrain data import`. A share is the end of the training text.
+    keys
+        Other keys of `[data]`, with underscores: `length`, `stride`, `tokens`, `shuffle`,
+        `validation`, ...
+    """
+    return _file_set("text", train, test, keys)
+
+
+def series(train: AnyPath | Sequence[AnyPath], test: TestFiles = None, **keys: Any) -> DataTable:
+    """Return a data set of windows of a series, with the steps after each.
+
+    Parameters
+    ----------
+    train, test
+        Tables or HDF5 files. A share is the end of the training series.
+    keys
+        Other keys of `[data]`, with underscores: `length`, `horizon`, `stride`, `features`,
+        `target`, `normalise`, `shuffle`, `validation`, ...
+    """
+    return _file_set("series", train, test, keys)
 
 
 def _file_set(
@@ -233,13 +266,17 @@ def load_data(
         The data are missing, damaged or do not fit each other.
     """
     task = task.with_labels(labels)
-    files = validation if isinstance(validation, str | tuple) else None
-    splits = _open(name, fields, folder, task, target, files)
+    kind = None if target is not None else DATASETS.get(name)
+    holds_windows = kind is not None and issubclass(kind, WindowSet)
+    share = 0.0 if isinstance(validation, str | tuple) else float(validation)
+    given = None if not validation or (share and not holds_windows) else validation
+    splits = _open(name, fields, folder, task, target, given)
     if labels == "compact":
         splits = with_compact_labels(splits, task, f"data '{name}'")
-    if isinstance(validation, float | int) and validation:
-        splits = hold_out(splits, validation, seed, task)
-    splits = standardise(splits, channels) if normalise else splits
+    if share and not holds_windows:
+        splits = hold_out(splits, share, seed, task)
+    axis = "last" if kind is Series and channels == "first" else channels  # steps are first
+    splits = standardise(splits, axis) if normalise else splits
     return splits.with_input_targets() if task.target == "input" else splits
 
 
@@ -249,12 +286,16 @@ def _open(
     folder: Path,
     task: Task,
     target: Any,
-    validation: Paths | None,
+    validation: Paths | float | None,
 ) -> DatasetSplits:
-    """Return the splits; `validation` are files for the validation split."""
+    """Return the splits; `validation` are files for the validation split, or the share of it for
+    windows."""
     kind = None if ":" in name or target is not None else DATASETS.get(name)
     if kind is not None and issubclass(kind, FileSet):
         files = kind(**bind_arguments("[data]", kind, fields, common_keys=COMMON_KEYS))
+        if isinstance(files, WindowSet):
+            return files.open(folder, task, validation)
+        assert not isinstance(validation, float)
         return files.open(folder, task, validation)
     if validation is not None:
         sets = [name for name, kind in DATASETS.items() if issubclass(kind, FileSet)]
@@ -308,7 +349,10 @@ def open_samples(
         The file is damaged, or lacks the samples.
     """
     kind = _file_kind(path)
-    if DATASETS.get(name) is kind:
+    own = DATASETS.get(name)
+    if own is not None and issubclass(own, WindowSet):
+        kind = own
+    if own is kind:
         files = kind(**bind_arguments("[data]", kind, fields, common_keys=COMMON_KEYS))
         return files.open_samples(path, folder, task)
     return read_samples(path) if kind is Csv else kind(str(path)).open_samples(path, folder, task)

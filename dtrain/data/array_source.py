@@ -61,6 +61,8 @@ class ArraySource(ABC):
         Whether all rows are read into memory on first need.
     is_mapped : bool
         Whether rows lie in a mapped file, whose pages all ranks of a node share.
+    repeats : bool
+        Whether rows share memory, so that they take less of it than `nbytes`.
     """
 
     shape: tuple[int, ...]
@@ -72,6 +74,7 @@ class ArraySource(ABC):
     by_item: bool = False
     is_lazy: bool = False
     is_mapped: bool = False
+    repeats: bool = False
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -85,6 +88,11 @@ class ArraySource(ABC):
     def nbytes(self) -> int:
         """Bytes of all rows when they are read."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that the rows take where they are."""
+        return self.nbytes
 
     @property
     def row_bytes(self) -> int:
@@ -227,6 +235,11 @@ class ConcatenatedSource(ArraySource):
         self.in_memory = all(part.in_memory for part in parts)
         self.is_lazy = any(part.is_lazy for part in parts)
         self.is_mapped = all(part.is_mapped for part in parts)
+        self.repeats = any(part.repeats for part in parts)
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(part.stored_bytes for part in self.parts)
 
     def close(self) -> None:
         for part in self.parts:

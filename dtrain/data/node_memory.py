@@ -146,7 +146,7 @@ def choose_held(arrays: Sequence[StoredArray], available: int, owned: bool) -> l
 
 def _is_candidate(array: StoredArray, owned: bool) -> bool:
     source = array.source
-    if source.is_mapped or source.by_item or array.place == "node":
+    if source.is_mapped or source.by_item or source.repeats or array.place == "node":
         return False
     if not source.in_memory:
         return True

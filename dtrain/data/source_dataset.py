@@ -365,7 +365,7 @@ def _scan_targets(scan: TargetScan, targets: ArraySource) -> ArraySource:
     targets = _in_memory_if_it_fits(targets)
     if targets.by_item:  # they are checked when they are read
         return targets
-    if targets.in_memory:
+    if targets.in_memory and not targets.repeats:
         scan.add(targets.read_range(0, len(targets)))
         return targets
     for start in range(0, len(targets), SAMPLES_PER_READ):

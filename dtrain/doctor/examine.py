@@ -17,14 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtrain.comm.launch_refusals import pmi_variables, start_advice
-from dtrain.comm.launcher import (
-    Launch,
-    detect_launcher,
-    find_mpirun,
-    is_pty_shell,
-    rank_environment,
-    start_ranks,
-)
+from dtrain.comm.launcher import find_mpirun, rank_environment, start_ranks
+from dtrain.comm.launcher_detection import Launch, detect_launcher, is_pty_shell
 from dtrain.doctor import files, launch, mpi, node
 from dtrain.doctor.finding import Area, Finding, area_from_table, finding_of, report_text
 from dtrain.doctor.library import library_files

@@ -8,15 +8,13 @@ from pathlib import Path
 
 from dtrain.comm import launch_refusals
 from dtrain.comm.launch_refusals import MPICH, mpi_family, pmi_variables
-from dtrain.comm.launcher import (
+from dtrain.comm.launcher import find_mpirun, missing_mpirun_cause, missing_mpirun_cure
+from dtrain.comm.launcher_detection import (
     FIRST_SPECIAL_STEP,
     Launch,
     detect_launcher,
-    find_mpirun,
     is_pty_shell,
     launch_text,
-    missing_mpirun_cause,
-    missing_mpirun_cure,
     pty_shell_cause,
     pty_shell_cure,
 )

@@ -18,17 +18,26 @@ from torch import nn
 from dtrain.errors import unknown_name
 from dtrain.models.cnn import Cnn
 from dtrain.models.layers import LayerStack, as_layers
+from dtrain.models.lstm import Lstm
 from dtrain.models.mlp import Mlp
+from dtrain.models.output_spec import OutputModel, OutputSpec
 from dtrain.models.resnet import ResNet
 from dtrain.models.revnet import RevNet
+from dtrain.models.transformer import Transformer
+from dtrain.models.unet import UNet
+from dtrain.models.vit import Vit
 from dtrain.schema import convert, kebab
 from dtrain.user_code import PATTERN, bind_arguments, import_object
 
-MODELS: dict[str, type[Cnn | Mlp | ResNet | RevNet]] = {
+MODELS: dict[str, type[Cnn | Mlp | ResNet | RevNet] | type[Lstm | Transformer | UNet | Vit]] = {
     "cnn": Cnn,
+    "lstm": Lstm,
     "mlp": Mlp,
     "resnet": ResNet,
     "revnet": RevNet,
+    "transformer": Transformer,
+    "unet": UNet,
+    "vit": Vit,
 }
 
 
@@ -41,6 +50,7 @@ def load_model(
     inputs: int = 1,
     open_names: Collection[str] = (),
     target: Any = None,
+    output: OutputSpec | None = None,
 ) -> LayerStack:
     """Make the model that a run file's `[model]` table names; no layer is built yet.
 
@@ -63,6 +73,9 @@ def load_model(
     target : function, nn.Module or list of (str, factory), optional
         The model itself, where it was given in Python. Of a module every build takes a copy, with
         its present weights.
+    output : OutputSpec, optional
+        The output that the task needs, by default (classes,). A model of dtrain whose head follows
+        the targets reads it.
 
     Raises
     ------
@@ -85,13 +98,27 @@ def load_model(
         )
     if name not in MODELS:
         raise unknown_name("model", name, [*MODELS, PATTERN])
+    return _load_own(name, fields, shape, classes, output or OutputSpec((classes,)))
+
+
+def _load_own(
+    name: str,
+    fields: Mapping[str, object],
+    shape: tuple[int, ...],
+    classes: int,
+    output: OutputSpec,
+) -> LayerStack:
+    """Make a model of `MODELS`."""
     kind = MODELS[name]
     hints = typing.get_type_hints(kind)
     arguments = {
         key: convert(value, hints[key], f"[model] {kebab(key)}")
         for key, value in bind_arguments("[model]", kind, fields).items()
     }
-    return as_layers(partial(kind(**arguments).layers, shape, classes), name)
+    model = kind(**arguments)
+    if isinstance(model, OutputModel):
+        return as_layers(partial(model.layers, shape, output), name)
+    return as_layers(partial(model.layers, shape, classes), name)
 
 
 def _copy_module(module: nn.Module) -> nn.Module:

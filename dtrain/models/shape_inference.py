@@ -54,6 +54,26 @@ COUNTER_MODE: Any = getattr(flop_counter, "_FlopCounterMode", FlopCounterMode)
 """The dispatch mode of torch's flop counter."""
 
 
+def _attention_flops(q: Sequence[int], k: Sequence[int], *_others: object, **_keys: object) -> int:
+    """Return the flops of q k^T and of the product with v, for shapes (n, heads, steps, width)."""
+    rows, heads, steps, width = q
+    return 4 * rows * heads * steps * k[-2] * width
+
+
+def _attention_backward_flops(
+    _gradient: Sequence[int], q: Sequence[int], k: Sequence[int], *_others: object, **_keys: object
+) -> int:
+    """Return the flops of the gradients of both products."""
+    return 2 * _attention_flops(q, k)
+
+
+ATTENTION_FLOPS: dict[Any, Any] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+"""Operations that torch's flop counter does not know, with their flops."""
+
+
 defer_dynamo(COUNTER_MODE.__torch_dispatch__)
 
 
@@ -349,7 +369,7 @@ def _raised_by_torch(error: Exception) -> bool:
 
 def count_macs(function: Callable[[], object]) -> tuple[object, int]:
     """Call a function; return its result and its multiply-adds per sample."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
         result = function()
     return result, counter.get_total_flops() // (2 * SAMPLES)
 

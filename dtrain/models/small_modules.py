@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ PLAIN_CLASSES: frozenset[type[nn.Module]] = frozenset(
     {
         *(nn.Sequential, nn.Identity, nn.Flatten, nn.Unflatten, nn.Linear, nn.Dropout),
         *(nn.Conv1d, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm),
+        *(nn.RMSNorm, nn.Embedding),
         *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d),
         *(nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.ELU, nn.Tanh, nn.Sigmoid, nn.Softplus),
     }
@@ -49,6 +50,15 @@ def is_small(modules: Iterable[nn.Module], shape: tuple[int, ...], rows: int = 1
                 positions = elements // part.in_features
             macs += parameter.numel() * max(1, positions)
     return macs * rows <= MAX_MACS and elements * rows <= MAX_ELEMENTS
+
+
+def has_hidden_memory(layers: Mapping[str, nn.Module], head: nn.Module | None) -> bool:
+    """Return whether the backward of a module needs memory whose size only a real run shows: that
+    of oneDNN, which computes LSTMs in float32."""
+    modules = [part for layer in (*layers.values(), head) if layer for part in layer.modules()]
+    return any(
+        isinstance(part, nn.LSTM) and part.weight_hh_l0.dtype == torch.float32 for part in modules
+    )
 
 
 def zeros_on_cpu(module: nn.Module) -> nn.Module:

@@ -19,7 +19,8 @@ import torch
 
 from dtrain.checkpoint.same_run import length_dependent_parts
 from dtrain.comm.communicator import Comm
-from dtrain.comm.launcher import TERMINAL_VARIABLE, detect_launcher
+from dtrain.comm.launcher import TERMINAL_VARIABLE
+from dtrain.comm.launcher_detection import detect_launcher
 from dtrain.monitoring.run_totals import RunTotals
 from dtrain.monitoring.summary import metric_text
 from dtrain.planning.data_memory import plan_data_memory

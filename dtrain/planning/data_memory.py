@@ -83,7 +83,7 @@ def plan_data_memory(plan: Plan) -> DataMemory:
     )
     sizes = dict.fromkeys(("node", "rank", "mapped", "disk"), 0)
     for array in arrays:
-        sizes["node" if array in held else array.place] += array.source.nbytes
+        sizes["node" if array in held else array.place] += array.source.stored_bytes
     on_disk = {a.split for a in arrays if a not in held and a.place == "disk"}
     rows = plan.batch_splitter.largest_micro_batch
     piece = sum(

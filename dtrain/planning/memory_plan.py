@@ -30,7 +30,7 @@ from torch import nn
 from dtrain.block.block import Block
 from dtrain.block.split_backward import SplitBackward
 from dtrain.models.layers import merge_layers
-from dtrain.models.small_modules import MAX_MACS, is_small
+from dtrain.models.small_modules import MAX_MACS, has_hidden_memory, is_small
 from dtrain.objectives.base import ExecutionMode
 from dtrain.objectives.messages import all_routes
 from dtrain.planning.block_costs import build_meta_head
@@ -316,6 +316,8 @@ class MemoryPlan:
 
     def _measure_block(self, index: int, rows: int) -> BlockMemory:
         layout, parts = self.layout, self._meta_parts(index)
+        if parts is not None and has_hidden_memory(*parts):
+            parts = None
         return measure_block_memory(
             partial(self._real_block, index),
             None if parts is None else partial(self._fake_block, index, *parts),

@@ -27,6 +27,7 @@ from dtrain.errors import ConfigError
 from dtrain.models import load_model
 from dtrain.models.integer_inputs import takes_integers
 from dtrain.models.layers import LayerStack
+from dtrain.models.output_spec import OutputSpec
 from dtrain.models.pretrained import check_pretrained
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.planning.initial_weights import open_weights
@@ -152,6 +153,7 @@ def _load_model(run: RunConfig, train: Dataset, task: Task) -> tuple[LayerStack,
         inputs=1 + len(train.other_inputs),
         open_names=run.open_modules(),
         target=run.model.target,
+        output=_output_spec(task, outputs),
     )
     for name in run.model_options.open:
         if not any(layer.startswith(f"{name}.") for layer in model.names):
@@ -173,6 +175,16 @@ def _load_model(run: RunConfig, train: Dataset, task: Task) -> tuple[LayerStack,
         integer_samples=integers,
         complex_samples=train.input_dtype.is_complex,
     )
+
+
+def _output_spec(task: Task, outputs: int) -> OutputSpec:
+    """Return the output that a task needs of a model, for one sample."""
+    shape = task.expected_output_shape()
+    if shape is None:  # a user's loss
+        shape = (outputs,) if task.has_classes else task.target_spec.shape
+    if not task.has_classes or not task.has_positions or len(shape) < 2:
+        return OutputSpec(shape)
+    return OutputSpec(shape, -1 if task.classes_last else 0)
 
 
 def _check_augment(run: RunConfig, train: Dataset, task: Task) -> None:

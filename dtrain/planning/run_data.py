@@ -13,7 +13,7 @@ from dtrain.data.conversion import Array
 from dtrain.data.dataset import SAMPLES_PER_READ, Dataset
 from dtrain.data.sampler import updates_per_epoch
 from dtrain.data.source_dataset import SourceDataset
-from dtrain.data.statistics.standardise import unstandardised
+from dtrain.data.statistics.standardise import Standardised, unstandardised
 from dtrain.data.tools.file_description import count_not_finite, describe_targets
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.planning.layout import DTYPES
@@ -39,6 +39,7 @@ def describe_run_data(run: RunConfig, values: bool = False) -> Table:
     """
     splits, _, spec = load_run(run)
     train, settings = splits.train, run.settings
+    is_normalised = run.data.normalise and not spec.integer_samples
     updates = updates_per_epoch(train.size, settings.batch_size)
     length = TrainingLength.from_settings(
         updates,
@@ -70,9 +71,9 @@ def describe_run_data(run: RunConfig, values: bool = False) -> Table:
         },
         "classes": train.classes,
         "class_names": _class_names(train),
-        "normalise": run.data.normalise,
-        "statistics": _statistics_source(train) if run.data.normalise else None,
-        "channels": run.data.channels if run.data.normalise else None,
+        "normalise": is_normalised,
+        "statistics": _statistics_source(train) if is_normalised else None,
+        "channels": _channels(run, train) if is_normalised else None,
         "shuffle": run.data.shuffle,
         "sampler": value_text(run.data.sampler),
         "augment": value_text(run.data.augment),
@@ -123,6 +124,14 @@ def _input_dtype(run: RunConfig, train: Dataset, spec: BlockSpec) -> torch.dtype
 
 def _statistics_source(train: Dataset) -> str:
     return "computed" if unstandardised(train).given_moments is None else "given"
+
+
+def _channels(run: RunConfig, train: Dataset) -> str | int:
+    """Return the axis of the channels, which is the last one of a series unless a key says
+    otherwise."""
+    axis = train.channel_axis if isinstance(train, Standardised) else 0
+    is_last = axis == len(train.shape) - 1 > 0
+    return "last" if run.data.channels == "first" and is_last else run.data.channels
 
 
 def _class_names(train: Dataset) -> list[str] | None:

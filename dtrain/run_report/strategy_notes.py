@@ -61,9 +61,13 @@ SYNCS = {
 
 MODELS = {
     "cnn": "Convolutions in a row.",
+    "lstm": "Recurrent layers over the steps of a sequence.",
     "mlp": "Fully connected layers in a row.",
     "resnet": "Convolutions with shortcuts.",
     "revnet": "Convolutions with two streams, whose units are reversible.",
+    "transformer": "Layers of attention over the steps of a sequence.",
+    "unet": "Convolutions at resolutions that halve and double again, with skips between them.",
+    "vit": "Layers of attention over the patches of an image.",
 }
 
 
@@ -73,6 +77,8 @@ DATASETS = {
     "hdf5": "Samples from HDF5 files.",
     "idx": "Images from IDX files.",
     "npz": "Samples from files of numpy.",
+    "series": "Windows of a series, and the steps after each.",
+    "text": "Windows of a text, and the next token of each of their tokens.",
 }
 
 

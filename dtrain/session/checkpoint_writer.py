@@ -11,6 +11,7 @@ from torch import Tensor
 from dtrain.callbacks import callback_keys
 from dtrain.checkpoint import store
 from dtrain.checkpoint.async_save import AsyncSaver
+from dtrain.checkpoint.background_work import BackgroundRemoval
 from dtrain.checkpoint.local_level import LocalLevel
 from dtrain.checkpoint.run_folder import BEST_FOLDER, CHECKPOINT_FOLDER
 from dtrain.data.statistics.standardise import Standardised
@@ -59,6 +60,7 @@ class CheckpointWriter:
         self._evaluator = evaluator
         self.saved_update = run.restored_update
         settings, control = run.job.plan.run.checkpoint, run.job.groups.control
+        self._removal = BackgroundRemoval()
         self._saver: AsyncSaver | None = None
         self._local: LocalLevel | None = None
         self._uncopied: LocalSave | None = None
@@ -89,6 +91,7 @@ class CheckpointWriter:
 
     def finish(self) -> None:
         """Wait until the run folder has all checkpoints, and clear the node-local disks."""
+        self._removal.finish()
         self._copy_newest()
         if self._saver is not None:
             self._saver.finish()
@@ -97,6 +100,7 @@ class CheckpointWriter:
 
     def discard(self) -> None:
         """End an asynchronous save that is not complete, since the run has failed. Local."""
+        self._removal.discard()
         if self._saver is not None:
             self._saver.discard()
 
@@ -151,7 +155,9 @@ class CheckpointWriter:
     def _write(self, folder: Path, tensors: dict[str, Tensor], keep: int) -> None:
         """Write tensors, averaged weights and states into a checkpoint; keep `keep` of them."""
         self._lock.check()
+        self._removal.finish()
         run, job = self._run, self._run.job
+        old: list[Path] = []
         store.save(
             folder,
             self._shard(),
@@ -161,7 +167,9 @@ class CheckpointWriter:
             job.groups.control,
             keep,
             run.fingerprint,
+            old.append,
         )
+        self._removal.start(old)
 
     def _shard(self) -> str:
         position = self._run.job.position

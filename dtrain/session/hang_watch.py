@@ -13,7 +13,7 @@ from typing import final
 from dtrain.checkpoint import run_folder
 from dtrain.comm.communicator import Comm
 from dtrain.comm.flight_recorder import flush_output, print_error
-from dtrain.comm.launcher import job_name
+from dtrain.comm.launcher_detection import job_name
 from dtrain.comm.rank_marks import IN_SESSION, remove_mark, set_mark
 from dtrain.config.sections import Timeouts
 from dtrain.errors import DtrainError

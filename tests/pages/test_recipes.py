@@ -19,10 +19,11 @@ EXTRAS = ("demo", "export", "images", "plots", "report", "terminal")
 
 Versions = dict[str, tuple[int, ...]]
 
-CONDA = {"torch": "pytorch"}
+CONDA = {"torch": "pytorch", "xxhash": "python-xxhash"}
 EASYBUILD = {
     **{"torch": "pytorch", "numpy": "scipy-bundle", "jinja2": "python-bundle-pypi"},
     "rich": "python-bundle-pypi",
+    "xxhash": "python-xxhash",
 }
 """Names of packages that a tool calls otherwise."""
 

@@ -228,6 +228,9 @@ def write_data(folder: Path) -> None:
             file[f"{split}/images"], file[f"{split}/labels"] = x, y
     rows = [f"{i}.5,{i},species {i % 3}" for i in range(30)]
     (folder / "iris.csv").write_text("\n".join(["length,width,species", *rows]))
+    (folder / "shakespeare.txt").write_text("To be, or not to be, that is the question. " * 40)
+    hours = [f"day {i // 24},{i % 24}.5,{i % 7}.5" for i in range(400)]
+    (folder / "load.csv").write_text("\n".join(["date,load,temperature", *hours]))
 
 
 @pytest.mark.usefixtures("user_modules")

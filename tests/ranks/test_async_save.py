@@ -77,15 +77,15 @@ def test_they_have_the_bits_of_synchronous_ones(sync: str, tmp_path: Path) -> No
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     """Return a set: the checkpoint of an update in it is not written."""
-    updates, write_parts = set[int](), shard.write_parts
+    updates, write_file = set[int](), shard.write_file_of_parts
 
-    def write(path: Path, parts: Any, check: Callable[[], None]) -> tuple[int, str]:
+    def write(path: Path, parts: Any, size: int, check: Callable[[], None]) -> str:
         while int(path.parent.stem[7:]) in updates:
             check()
             time.sleep(0.01)
-        return write_parts(path, parts, check)
+        return write_file(path, parts, size, check)
 
-    monkeypatch.setattr(shard, "write_parts", write)
+    monkeypatch.setattr(shard, "write_file_of_parts", write)
     return updates
 
 
@@ -130,17 +130,17 @@ def test_a_run_that_fails_discards_the_pending_one(held: set[int], tmp_path: Pat
 def test_a_full_disk_ends_the_run_and_the_checkpoint_before_is_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_parts = shard.write_parts
+    write_file = shard.write_file_of_parts
 
-    def write(path: Path, *arguments: Any) -> tuple[int, str]:
+    def write(path: Path, *arguments: Any) -> str:
         if path.parent.name == "update-00000004.part" and path.name == "replica-0-stage-1.h5":
             path.write_bytes(b"half")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write_parts(path, *arguments)
+        return write_file(path, *arguments)
 
     run = run_of(True, mesh__stages=2)
     with monkeypatch.context() as patch:
-        patch.setattr(shard, "write_parts", write)
+        patch.setattr(shard, "write_file_of_parts", write)
         with refuses(CheckpointError, "checkpoint.write-failed") as caught:
             train_in_threads(run, tmp_path / "parts", 2)
     assert caught.value.code == CheckpointError.code

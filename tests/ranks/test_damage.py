@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from dtrain.checkpoint.export import load_state_dict
-from dtrain.checkpoint.files import file_sha256
 from dtrain.checkpoint.manifest import checkpoint_names, read_manifest
+from dtrain.checkpoint.shard_file import SHARD_HASH, hash_file
 from dtrain.cli import main
 from dtrain.errors import CheckpointError
 from tests import tiny
@@ -122,7 +122,7 @@ EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
     "update as text": lambda content: content["state"].update(update="8"),
     "a path": leave_the_folder,
     "a key twice": double_a_key,
-    "no hash": lambda content: content["shards"][SHARD].update(sha256=None),
+    "no hash": lambda content: content["shards"][SHARD].update({SHARD_HASH: None}),
     "unknown key": lambda content: content.update(extra=1),
     "no run": lambda content: content.pop("run"),
     "keys as text": lambda content: content["shards"][SHARD].update(keys="model/a"),
@@ -183,8 +183,10 @@ def test_a_shard_whose_hash_fits_reads_no_other_file(
         change(shard, key, tmp_path)
         if change in (external_storage, virtual, text):
             shard[key].attrs["dtype"] = dtype
-    digest = file_sha256(path)
-    edit_manifest(path.parent, lambda content: content["shards"][SHARD].update(sha256=digest))
+    digest = hash_file(path)
+    edit_manifest(
+        path.parent, lambda content: content["shards"][SHARD].update({SHARD_HASH: digest})
+    )
     with refuses(CheckpointError, "checkpoint.shard-unreadable") as caught:
         load_state_dict(run_folder)
     assert key in caught.value.message

@@ -12,7 +12,7 @@ import pytest
 
 from dtrain import comm
 from dtrain.comm import launch_refusals, launcher, slow_start_text
-from dtrain.comm.launcher import Launch, detect_launcher
+from dtrain.comm.launcher_detection import Launch, detect_launcher
 from dtrain.comm.launcher_output import BannerFilter
 from dtrain.errors import ConfigError, RankLostError
 from tests.refusals import refuses

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +15,10 @@ import h5py
 import pytest
 import torch
 
-from dtrain.checkpoint.shard import read_tensor, write_shard
+from dtrain.checkpoint import files, shard_file
+from dtrain.checkpoint.files import FileCalls
+from dtrain.checkpoint.shard import ShardImage, read_tensor, write_image, write_shard
+from dtrain.checkpoint.shard_file import DIRECT_BYTES, SHARD_HASH, copy_file, hash_file
 from dtrain.comm.backends import threads
 from dtrain.comm.backends.single import SingleBackend
 from dtrain.comm.communicator import Comm
@@ -71,6 +77,69 @@ def test_a_shard_holds_every_dtype(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "shard.h5", "r") as shard:
         for key, tensor in tensors.items():
             torch.testing.assert_close(read_tensor(shard, key), tensor, rtol=0, atol=0)
+
+
+class PickyCalls(FileCalls):
+    """Refuses or shortens direct writes."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.direct, self.buffered = kind, 0, 0
+
+    def write(self, descriptor: int, data: memoryview) -> int:
+        """Write to a file."""
+        direct = bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)
+        self.direct, self.buffered = self.direct + direct, self.buffered + (not direct)
+        if self.kind == "refused" and direct:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        if self.kind == "short":
+            data = data[: max(1, len(data) // 2 + 1)] if not direct else data[: len(data) // 2]
+        if self.kind == "torn" and self.direct == 1:
+            data = memoryview(bytes(data[: len(data) // 2 + 7]))
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, 0)  # as a disk that is nearly full may do it
+        return super().write(descriptor, data)
+
+
+@pytest.mark.parametrize("kind", ["plain", "short", "torn", "refused"])
+@pytest.mark.parametrize("extra", [0, 1, 4095, 12_345])
+def test_direct_writes_give_the_bytes_of_buffered_ones(
+    kind: str, extra: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the buffer, and as an image that needs none."""
+    generator = torch.Generator().manual_seed(extra)
+    tensors = {
+        "model/a": torch.rand(333, generator=generator),
+        "model/b": torch.rand(1_100_000, generator=generator),
+        "model/c": torch.randint(256, (DIRECT_BYTES + extra,), generator=generator).byte(),
+    }
+    monkeypatch.setattr(shard_file, "is_on_local_disk", lambda folder: False)
+    expected = write_shard(tmp_path / "shard.h5", tensors)
+    content = (tmp_path / "shard.h5").read_bytes()
+    assert hash_file(tmp_path / "shard.h5") == expected[SHARD_HASH]
+    monkeypatch.setattr(shard_file, "is_on_local_disk", lambda folder: True)
+    picky = PickyCalls(kind)
+    monkeypatch.setattr(files, "calls", picky)
+    assert write_shard(tmp_path / "shard.h5", tensors) == expected
+    assert (tmp_path / "shard.h5").read_bytes() == content
+    image = ShardImage()
+    image.fill(tensors)
+    assert write_image(tmp_path / "shard.h5", image) == expected
+    assert (tmp_path / "shard.h5").read_bytes() == content
+    assert picky.direct > 0 or not has_direct_writes(tmp_path)
+    assert copy_file(tmp_path / "shard.h5", tmp_path / "copy.h5", lambda: None) == hash_file(
+        tmp_path / "copy.h5"
+    )
+
+
+def has_direct_writes(folder: Path) -> bool:
+    """Return whether a file system takes direct writes."""
+    descriptor = os.open(folder / "trial", os.O_WRONLY | os.O_CREAT)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_DIRECT)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def test_replicas_without_tensors_to_save_write_no_shard(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from dtrain import cli
-from dtrain.comm import launcher
+from dtrain.comm import launcher_detection
 from dtrain.comm.backends.threads import run_ranks
 from dtrain.comm.communicator import Comm
 from dtrain.doctor import examine, files, launch, library, mpi, network, node
@@ -534,7 +534,7 @@ def report(
 
     def run(facts: MpiFacts, environ: Mapping[str, str], *argv: str) -> tuple[int, dict[str, Any]]:
         monkeypatch.setattr(examine, "probe_mpi", lambda environ: facts)
-        monkeypatch.setattr(launcher, "is_started_by_shell", lambda: True)
+        monkeypatch.setattr(launcher_detection, "is_started_by_shell", lambda: True)
         for name in [name for name in os.environ if name.startswith("SLURM_")]:
             monkeypatch.delenv(name)
         for name, value in environ.items():

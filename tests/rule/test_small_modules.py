@@ -8,9 +8,13 @@ from torch import nn
 
 from dtrain.models.cnn import Cnn
 from dtrain.models.mlp import Mlp
+from dtrain.models.output_spec import OutputSpec
 from dtrain.models.resnet import ResNet
-from dtrain.models.shape_inference import profile_module
+from dtrain.models.sequence_layers import SequenceHead
+from dtrain.models.shape_inference import LayerProfile, profile_module
 from dtrain.models.small_modules import PLAIN_CLASSES, is_small, zeros_on_cpu
+from dtrain.models.transformer_layers import LayerOptions, TransformerLayer
+from dtrain.models.vit import PatchEmbedding
 from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.block_spec import BlockSpec
 
@@ -26,6 +30,8 @@ PLAIN: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "conv": (nn.Conv2d(8, 4, 3, padding=1, groups=2), IMAGE),
     "conv1": (nn.Conv1d(8, 4, 3, stride=2), (8, 9)),
     "norms": (nn.Sequential(nn.BatchNorm2d(8), nn.GroupNorm(2, 8), nn.LayerNorm(6)), IMAGE),
+    "rms": (nn.RMSNorm(6), IMAGE),
+    "embedding": (nn.Embedding(9, 5), (7,)),
     "norm1": (nn.Sequential(nn.BatchNorm1d(8), nn.Identity(), nn.Dropout(0.5)), (8, 9)),
     "pools": (nn.Sequential(nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1)), IMAGE),
     "activations": (
@@ -42,6 +48,17 @@ class OwnLinear(nn.Linear):
     """A user's subclass, whose forward may be another one."""
 
 
+def sequence_layers() -> list[tuple[str, nn.Module, tuple[int, ...]]]:
+    """Return layers of the models of sequences with the shape of a sample."""
+    options = LayerOptions(16, 4, 2, 24, "rms", rotary=True)
+    output = OutputSpec((5, 7), 0)
+    return [
+        ("transformer layer", TransformerLayer(options), (7, 16)),
+        ("sequence head", SequenceHead(16, output, "layer", "last"), (7, 16)),
+        ("patches", PatchEmbedding(3, 4, 4, 6, True, 0.0), (3, 8, 8)),
+    ]
+
+
 def cases() -> list[tuple[str, nn.Module, tuple[int, ...]]]:
     """Return modules on the meta device with the shape of a sample."""
     with torch.device("meta"):
@@ -52,6 +69,7 @@ def cases() -> list[tuple[str, nn.Module, tuple[int, ...]]]:
                 layer = make()
                 found.append((f"{model_name} {name}", layer, shape))
                 shape = profile_module(layer, shape, torch.float32).output_shape
+        found += [(name, layer.to("meta"), shape) for name, layer, shape in sequence_layers()]
         for name in ("local-head", "infopro", "deep-supervision"):
             objective = OBJECTIVES[name]()
             spec = BlockSpec(0, 3, (3, 8, 8), (16, 4, 4), torch.float32, 10, (3, 8, 8))
@@ -69,11 +87,16 @@ def test_every_plain_class_is_measured() -> None:
 
 def test_the_spec_is_that_of_the_meta_device(monkeypatch: pytest.MonkeyPatch) -> None:
     found = cases()
-    ours = [profile_module(module, shape, torch.float32, name) for name, module, shape in found]
+
+    def profile(name: str, module: nn.Module, shape: tuple[int, ...]) -> LayerProfile:
+        dtype = torch.int64 if name == "embedding" else torch.float32
+        return profile_module(module, shape, dtype, name)
+
+    ours = [profile(*case) for case in found]
     assert all(is_small([module], shape) for _, module, shape in found)
     monkeypatch.setattr("dtrain.models.shape_inference.is_small", lambda *_: False)
     for spec, (name, module, shape) in zip(ours, found, strict=True):
-        assert spec == profile_module(module, shape, torch.float32, name), name
+        assert spec == profile(name, module, shape), name
         assert all(tensor.is_meta for tensor in module.parameters()), name
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from dtrain.errors import SAVED_CODE
+from dtrain.errors import SAVED_CODE, HangError
 from dtrain.slurm.job_script import REQUEUE_BUDGET, render_script
 from dtrain.slurm.site import read_site
 from tests import cluster as hosts
@@ -161,11 +161,29 @@ def killed_rank(bench: Bench) -> None:
     """SIGKILL of one rank: the job starts again, and takes its own folder over."""
     job = bench.submit("killed", bench.site("--exclude=n4"))
     bench.wait_until_it_trains(job, CHECKPOINT + 2)
+    signal_rank(job, 1, signal.SIGKILL)
+    bench.assert_finished(job, lost=CHECKPOINT)
+
+
+@case
+def stopped_rank(bench: Bench) -> None:
+    """SIGSTOP of one rank: the run ends as one that hangs, and the job starts again."""
+    sections = "update", "collective", "evaluation", "checkpoint"
+    limits = [f"timeouts.{section}=20" for section in sections]
+    job = bench.submit("stopped", bench.site("--exclude=n4"), *limits)
+    bench.wait_until_it_trains(job, CHECKPOINT + 2)
+    signal_rank(job, 1, signal.SIGSTOP)
+    bench.wait(lambda: bench.state(job.number)["Restarts"] != "0", job)
+    assert f"code {HangError.code} " in job.log()
+    bench.assert_finished(job, lost=CHECKPOINT)
+
+
+def signal_rank(job: Job, rank: int, number: int) -> None:
+    """Send a signal to one rank of a job."""
     for pid in carriers(f"SLURM_JOB_ID={job.number}"):
         with suppress(OSError):
-            if b"SLURM_PROCID=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                os.kill(pid, signal.SIGKILL)
-    bench.assert_finished(job, lost=CHECKPOINT)
+            if b"SLURM_PROCID=%d" % rank in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                os.kill(pid, number)
 
 
 @case

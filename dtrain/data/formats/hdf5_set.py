@@ -62,7 +62,7 @@ class Hdf5(NamedArraySet):
         part = super().open_split(path, names, needs_targets)
         with open_hdf5(path) as file:
             moments = _read_moments(file, part.inputs[0].shape[1:], path)
-            return dataclasses.replace(part, class_names=_class_names(file), moments=moments)
+            return dataclasses.replace(part, class_names=read_class_names(file), moments=moments)
 
 
 def open_split(path: Path, task: Task = DEFAULT_TASK) -> SplitSources:
@@ -77,7 +77,7 @@ def open_split(path: Path, task: Task = DEFAULT_TASK) -> SplitSources:
     return Hdf5(str(path)).open_split(path, names, needs_targets=task.target == "data")
 
 
-def _class_names(file: h5py.File) -> tuple[str, ...]:
+def read_class_names(file: h5py.File) -> tuple[str, ...]:
     """Return the classes' names; numbers where the file has only their count, () without it."""
     names = np.asarray(file.attrs.get("classes", ()))
     if names.ndim == 0 and names.dtype.kind in "iu":

@@ -19,12 +19,14 @@ from dtrain.data.formats.hdf5_writer import (
     require_writable,
     write_pieces,
 )
+from dtrain.data.formats.text_set import Tokens
 from dtrain.data.importing.array_stream import StreamedSplit, check_split, shorten
 from dtrain.data.importing.csv_stream import is_csv, open_csv
 from dtrain.data.importing.idx_stream import is_idx, open_idx_folder, open_idx_split, stream_idx
 from dtrain.data.importing.image_files import Fit
 from dtrain.data.importing.image_set import open_images
 from dtrain.data.importing.numpy_stream import open_npz, stream_npy
+from dtrain.data.importing.text_stream import TextFile, is_text
 from dtrain.errors import ConfigError, DataError
 
 NPY_MAGIC, ZIP_MAGIC = b"\x93NUMPY", b"PK\x03\x04"
@@ -56,6 +58,8 @@ class ImportOptions:
         Names of the arrays in a `.npz` file; `y` is the file of the targets for `.npy` and IDX.
     target : str, optional
         Column of the targets in a table: its name, or its number from 0.
+    tokens : "bytes" or "characters", optional
+        The tokens of a text, by default bytes.
     """
 
     split: str | None = None
@@ -64,6 +68,7 @@ class ImportOptions:
     x: str | None = None
     y: str | None = None
     target: str | None = None
+    tokens: Tokens | None = None
 
     def refuse(self, kind: str, *names: str) -> None:
         """Refuse options that a source of this kind does not take."""
@@ -84,8 +89,8 @@ def import_data(source: Path, out: Path, options: ImportOptions = NO_OPTIONS) ->
     Parameters
     ----------
     source : Path
-        A folder of class folders or a tar of one; `.npz`, `.npy`, `.csv` or IDX; or a folder with
-        the IDX files of MNIST.
+        A folder of class folders or a tar of one; `.npz`, `.npy`, `.csv` or IDX; a folder with the
+        IDX files of MNIST; or a text, `.txt`.
     out : Path
         The file to write. A source with a training and a test split gives `OUT.h5` and
         `OUT-test.h5`.
@@ -94,7 +99,7 @@ def import_data(source: Path, out: Path, options: ImportOptions = NO_OPTIONS) ->
     -------
     list of Path
         Written files: x (N, ...), y (N, ...), and attributes mean and std of the training split;
-        classes where they have names.
+        classes where they have names. Of a text: tokens (n,) and classes.
 
     Raises
     ------
@@ -111,7 +116,8 @@ def import_data(source: Path, out: Path, options: ImportOptions = NO_OPTIONS) ->
         require_writable(paths[-1])
     with atomic_files(paths) as files:
         opened.write(files)
-        add_statistics(files)
+        if not isinstance(opened, TextFile):
+            add_statistics(files)
     return paths
 
 
@@ -171,6 +177,10 @@ def _open(source: Path, options: ImportOptions) -> _Source:
             "import.fit-without-size",
             f"--fit {options.fit} needs a size: give --size HEIGHTxWIDTH",
         )
+    if is_text(source):
+        options.refuse("a text", "split", "size", "x", "y", "target")
+        return TextFile(source, options.tokens or "bytes")
+    options.refuse("no text", "tokens")
     arrays = open_arrays(source, options) if source.exists() else None
     if arrays is not None:
         options.refuse("no set of images", "size")

@@ -15,13 +15,19 @@ import numpy as np
 
 from dtrain.data.conversion import Array
 from dtrain.data.formats.hdf5_pieces import open_for_pieces, read_pieces
+from dtrain.data.formats.text_set import BYTE_NAMES, TOKENS, open_bytes
 from dtrain.data.importing.array_stream import ArrayStream, StreamedSplit, name_text
 from dtrain.data.importing.import_data import NO_OPTIONS, ImportOptions, open_arrays
 from dtrain.data.importing.numpy_stream import npz_arrays, stream_npy
+from dtrain.data.importing.text_stream import is_text
 from dtrain.errors import DataError
 
 MAX_VALUES = 100_000
 """More different labels are not counted one by one."""
+
+
+TEXT_BYTES = 1 << 24
+"""Bytes of a text that are counted at once."""
 
 
 HDF5_SUFFIXES = (".h5", ".hdf5")
@@ -49,7 +55,7 @@ def describe_file(path: Path, options: ImportOptions = NO_OPTIONS, values: bool 
         return _describe_arrays(path, options, values)
     with open_for_pieces(path) as file:
         datasets = _datasets(file)
-        labels = options.y or "y"
+        labels = options.y or (TOKENS if TOKENS in datasets and "y" not in datasets else "y")
         table: Table = {"file": str(path), "file_bytes": path.stat().st_size}
         table["arrays"] = [_describe_dataset(name, rows, values) for name, rows in datasets.items()]
         table["class_names"] = _class_names(file)
@@ -178,6 +184,8 @@ def _describe_arrays(path: Path, options: ImportOptions, values: bool) -> Table:
     table: Table = {"file": str(path), "class_names": None, "targets": {}, "statistics": None}
     if path.is_file():
         table["file_bytes"] = path.stat().st_size
+    if is_text(path):
+        return table | _describe_text(path)
     arrays, splits = _open_arrays(path, options)
     table["arrays"] = [
         _describe_array(name, array.shape, array.dtype)
@@ -190,6 +198,17 @@ def _describe_arrays(path: Path, options: ImportOptions, values: bool) -> Table:
             table["targets"][f"y of {split.name}"] = targets
             table["class_names"] = list(split.classes) or table["class_names"]
     return table
+
+
+def _describe_text(path: Path) -> Table:
+    """Return the bytes of a text, as a run reads it that is told nothing else."""
+    source = open_bytes(path)
+    pieces = (source.read_range(i, i + TEXT_BYTES) for i in range(0, len(source), TEXT_BYTES))
+    return {
+        "arrays": [_describe_array("bytes", source.shape, source.dtype)],
+        "class_names": list(BYTE_NAMES),
+        "targets": {"bytes": describe_targets(pieces)},
+    }
 
 
 def _open_arrays(

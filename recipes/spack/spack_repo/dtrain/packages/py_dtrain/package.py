@@ -34,6 +34,7 @@ class PyDtrain(PythonPackage):
     depends_on("py-mpi4py@4.0:", type=("build", "run"))
     depends_on("py-numpy", type=("build", "run"))
     depends_on("py-torch@2.4:", type=("build", "run"))
+    depends_on("py-xxhash", type=("build", "run"))
     depends_on("py-scikit-learn", when="+demo", type="run")
     depends_on("py-safetensors", when="+export", type="run")
     depends_on("py-pillow", when="+images", type="run")
