@@ -14,6 +14,7 @@ unexport PYTHONPATH PYTHONHOME
 
 VENV = .venv/bin
 BESIDE = $(VENV)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
+PROGRAMS = $(VENV)/python -m pytest -q -n 2 --dist loadfile
 READY = .venv/ready
 CHOICE = .venv/choice.mk
 
@@ -60,12 +61,12 @@ demo: $(READY)
 	@rm -rf runs/demo
 	@$(VENV)/dtrain train jobs/demo.toml --ranks 4 --out runs/demo
 
-# Jobs on the Slurm hosts wait most of their time, so other whole programs run beside them.
+# Jobs on the Slurm hosts wait most of their time, so all other tests run beside them.
 test: $(READY)
-	$(BESIDE) tests/plan tests/rule tests/pages tests/ranks tests/witness
 	@$(VENV)/python -m pytest -q -m cluster tests/system > .venv/cluster.log 2>&1 & hosts=$$!; \
-	$(VENV)/python -m pytest -q -m 'not cluster' tests/system; others=$$?; \
-	wait $$hosts; hosts=$$?; cat .venv/cluster.log; exit $$((others || hosts))
+	$(BESIDE) tests/plan tests/rule tests/pages tests/ranks tests/witness; ranks=$$?; \
+	$(PROGRAMS) -m 'not cluster' tests/system; programs=$$?; \
+	wait $$hosts; hosts=$$?; cat .venv/cluster.log; exit $$((ranks || programs || hosts))
 
 # Kills runs at random until 300 kills have hit; writes benchmarks/records/kill.json; half an hour.
 kill: $(READY)

@@ -157,7 +157,45 @@ def _draw_scatter(axis: Axes, rows: Mapping[str, Any], rate: str, peer: float) -
     axis.spines[["top", "right"]].set_visible(False)
 
 
-DRAWINGS = {"objectives_cifar10": draw_objectives, "slow_link_accuracy": draw_links}
+def draw_equal_time(record: Path, out: Path) -> None:
+    """Draw the validation losses of `lm_equal_time` over minutes, and after equal tokens.
+
+    A line is the mean over the seeds, its band their range; `1f1b` is grey.
+    """
+    data = json.loads(record.read_text(encoding="utf-8"))
+    mpl.rcParams["svg.hashsalt"] = "dtrain"
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
+    for number, (label, seeds) in enumerate(data["curves"].items()):
+        colour = BASE if label == "1f1b" else f"C{number}"
+        _draw_loss_curve(left, label, seeds, colour)
+        table = data["blocks"][label]
+        right.plot([*table], [*table.values()], "o-", color=colour, markersize=4, lw=1)
+    left.set_xlabel("minutes of training, two ranks", fontsize=8)
+    left.set_ylabel("validation loss", fontsize=8)
+    right.set_xlabel(f"blocks ({data['block_updates']:,} updates each)", fontsize=8)
+    left.legend(fontsize=7)
+    for axis in (left, right):
+        axis.tick_params(labelsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out, metadata={"Date": None})
+
+
+def _draw_loss_curve(axis: Axes, label: str, seeds: Any, colour: str) -> None:
+    """Draw the curves [seconds, loss] of all seeds of a label, point by point."""
+    points = [list(zip(*curves, strict=True)) for curves in zip(*seeds, strict=True)]
+    minutes = [sum(seconds) / len(seconds) / 60 for seconds, _ in points]
+    losses = [loss for _, loss in points]
+    axis.plot(minutes, [sum(loss) / len(loss) for loss in losses], color=colour, label=label, lw=1)
+    low, high = ([end(loss) for loss in losses] for end in (min, max))
+    axis.fill_between(minutes, low, high, color=colour, alpha=0.2, lw=0)
+
+
+DRAWINGS = {
+    "objectives_cifar10": draw_objectives,
+    "slow_link_accuracy": draw_links,
+    "lm_equal_time": draw_equal_time,
+}
 
 if __name__ == "__main__":
     for name, draw in DRAWINGS.items():

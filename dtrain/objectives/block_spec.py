@@ -31,12 +31,15 @@ class DownstreamLayer:
         Number of elements of its parameters.
     make : callable
         Makes the layer anew, with the initial weights that it has in this run.
+    draw : callable
+        Makes the layer anew, with the initial weights of another seed.
     """
 
     name: str
     output_shape: tuple[int, ...]
     parameters: int
     make: Callable[[], nn.Module] = field(compare=False, repr=False)
+    draw: Callable[[int], nn.Module] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -25,23 +25,29 @@ by sqrt(max d). Here each block draws its own matrix and divides by sqrt(d_k) (`
 are equal if all widths are; otherwise narrow layers have smaller cotangents in TinyDFA. The uniform
 distribution in [-1, 1) is the one of its code.
 
+Where a target has positions, one matrix from all outputs to the whole flat block output is the
+default: (P C, P d) numbers with P positions. With `per-position` the error of each position goes to
+that position alone, through one matrix (C, d): the form of the papers' transformers, whose error is
+one per token.
+
 Invariant: a block's cotangent depends on the last block's error and on its own matrix alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from dtrain import eager_torch
 from dtrain.block.block import BackwardPair, Block
 from dtrain.block.micro_batch import MicroBatch
+from dtrain.errors import ConfigError
 from dtrain.objectives.base import (
     ERROR,
     GRADIENT,
@@ -50,7 +56,9 @@ from dtrain.objectives.base import (
     output_error,
 )
 from dtrain.objectives.block_spec import BlockSpec
+from dtrain.objectives.common.prediction_heads import PositionLayout, position_layout
 from dtrain.objectives.common.random_feedback import (
+    FixedMatrix,
     MatrixKind,
     RandomFeedback,
     convolution_warnings,
@@ -59,6 +67,10 @@ from dtrain.schedules.actions import Point, Route
 from dtrain.tasks.task import Task
 
 TRUE_GRADIENT, ANGLE = "true gradient of x", "alignment_deg"
+
+
+MAX_MATRIX_NUMBERS = 2**22
+"""Numbers of a matrix over all positions from which a plan warns of it: 16 MiB in float32."""
 
 
 @final
@@ -74,6 +86,8 @@ class Dfa(RandomFeedback):
         Whether the cotangent of a block with d outputs is divided by sqrt(d).
     angles : bool
         Whether the angles between cotangents and true gradients are recorded.
+    per_position : bool
+        Whether the error of each position is sent to that position alone.
     """
 
     default_schedule: ClassVar[str] = "pipelined"
@@ -81,6 +95,14 @@ class Dfa(RandomFeedback):
     feedback: MatrixKind = "uniform"
     normalised: bool = True
     angles: bool = False
+    per_position: bool = False
+
+    def build_head(self, block: BlockSpec) -> nn.Module:
+        """Return the matrix of an earlier block; per position from C outputs to d channels."""
+        if not self.per_position:
+            return super().build_head(block)
+        layout = _checked_layout(block)
+        return FixedMatrix(self.feedback, layout.outputs, layout.channels)
 
     def serves(self, task: Task) -> None:
         """Return None: every differentiable loss is served."""
@@ -120,7 +142,11 @@ class Dfa(RandomFeedback):
         self, spec: BlockSpec, micro_batch: MicroBatch, matrix: Tensor
     ) -> BackwardPair:
         """Return the output with the cotangent e B."""
-        cotangent = micro_batch.received[ERROR].to(matrix.dtype) @ matrix
+        error = micro_batch.received[ERROR].to(matrix.dtype)
+        if self.per_position:
+            cotangent = _project_positions(spec, error, matrix).flatten(1)
+        else:
+            cotangent = error @ matrix
         if self.angles:
             gradient = micro_batch.received[GRADIENT].flatten(1)
             micro_batch.metrics[ANGLE] = mean_angle_deg(cotangent, gradient)
@@ -131,9 +157,52 @@ class Dfa(RandomFeedback):
         return micro_batch.y, cotangent.view_as(micro_batch.y)
 
     def warnings(self, specs: Sequence[BlockSpec], rows: int) -> list[str]:
-        """Warn of convolutions."""
+        """Warn of convolutions, and of large matrices over all positions."""
         reason = "DFA is known to fail on convolutions, which may be too narrow to align"
-        return convolution_warnings("dfa", specs, reason)
+        return [*convolution_warnings("dfa", specs, reason), *self._matrix_warnings(specs)]
+
+    def _matrix_warnings(self, specs: Sequence[BlockSpec]) -> Iterator[str]:
+        """Warn of the largest matrix from the outputs of all positions to all of a block."""
+        widths = [math.prod(spec.output_shape) for spec in specs if not spec.is_last]
+        numbers = max(widths, default=0) * specs[0].scores_width
+        if specs[0].has_positions and not self.per_position and numbers > MAX_MATRIX_NUMBERS:
+            yield (
+                f"the feedback matrix of block {widths.index(max(widths))} has {numbers:,} numbers "
+                f"({specs[0].scores_width:,} outputs x {max(widths):,}), since it joins all "
+                "positions: set per-position = true for one small matrix for every position"
+            )
+
+
+def _checked_layout(spec: BlockSpec) -> PositionLayout:
+    """Return the layout of a block whose positions are those of the prediction.
+
+    Raises
+    ------
+    ConfigError
+        There are no positions, or others.
+    """
+    if not spec.has_positions:
+        raise ConfigError(
+            "objective.no-positions",
+            "[objective] per-position = true needs a target with positions, but the model predicts "
+            f"{spec.scores_shape} for a sample: leave it out",
+        )
+    layout = position_layout(spec)
+    if layout.resized:
+        raise ConfigError(
+            "task.head-positions",
+            f"block {spec.index} returns {spec.output_shape} for a sample, and the model predicts "
+            f"{spec.scores_shape}: per-position = true needs the same positions; cut where they "
+            "are equal, or leave it out",
+        )
+    return layout
+
+
+def _project_positions(spec: BlockSpec, error: Tensor, matrix: Tensor) -> Tensor:
+    """Return e_p B at each position p, in the shape of the block's output (rows, ...)."""
+    layout = position_layout(spec)
+    outputs = error.view(-1, *spec.scores_shape).movedim(layout.target, -1)
+    return (outputs @ matrix).movedim(-1, layout.source)
 
 
 def mean_angle_deg(left: Tensor, right: Tensor) -> Tensor:

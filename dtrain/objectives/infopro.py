@@ -76,7 +76,7 @@ class InfoPro(Reconstruction):
         pooling.check_limit(self.features)
 
     def serves(self, task: Task) -> str | None:
-        """Return None, unless samples count by weight, or a contrastive loss needs labels."""
+        """Return None, unless a contrastive loss needs labels."""
         return super().serves(task) if self.loss == "ce" else needs_labels(task)
 
     def feature_path(self, spec: BlockSpec) -> tuple[nn.Module, tuple[int, ...]]:

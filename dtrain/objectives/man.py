@@ -42,20 +42,16 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.block.block import Block
-from dtrain.block.low_rank import merged_parameters
 from dtrain.block.micro_batch import MicroBatch
 from dtrain.errors import ConfigError
 from dtrain.objectives.base import ExecutionMode, MessageSpec, backward_routes
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.common.field_checks import check_lag
+from dtrain.objectives.common.layer_weights import NO_PARAMETERS, flat_parameters, split_like
 from dtrain.objectives.common.reconstruction import Reconstruction, ReconstructionHead
 from dtrain.schedules.actions import Route
 
 LAYER = "layer"
-
-
-NO_PARAMETERS = torch.empty(0, dtype=torch.float32)
-"""The message of a layer without parameters."""
 
 
 @final
@@ -177,16 +173,9 @@ class EmaPair(nn.Module):
     @torch.no_grad()
     def update_ema(self, theta: Tensor, momentum: float) -> None:
         """Average the flat parameters `theta` (parameters,) of the copied layer into the EMA."""
-        parameters = list(self.slow.parameters())
-        parts = torch.split(theta, [parameter.numel() for parameter in parameters])
-        for parameter, new in zip(parameters, parts, strict=True):
-            parameter.mul_(momentum).add_(new.view_as(parameter), alpha=1 - momentum)
-
-
-def flat_parameters(layer: nn.Module) -> Tensor:
-    """Return all parameters of a layer as one vector, in new memory."""
-    parts = [parameter.flatten() for parameter in merged_parameters(layer)]
-    return torch.cat(parts) if parts else NO_PARAMETERS
+        parts = split_like(theta, self.slow)
+        for parameter, new in zip(self.slow.parameters(), parts, strict=True):
+            parameter.mul_(momentum).add_(new, alpha=1 - momentum)
 
 
 def _redraw_weights(layer: nn.Module) -> None:

@@ -26,6 +26,14 @@ _PROFILES: StructureCache[LayerProfile] = StructureCache()
 """Specs of heads by structure, input shape and dtype."""
 
 
+UNFIT_HEADS = (
+    "task.head-positions",
+    "objective.decoder-shape",
+    "objective.decoder-without-layers",
+)
+"""Keys of the errors of a head that does not fit where a block ends."""
+
+
 class BlockCosts:
     """Costs of a block of layers ``i .. j-1``, for one sample.
 
@@ -112,6 +120,7 @@ class BlockCosts:
                 spec.output_shape,
                 spec.parameters,
                 partial(self.model.rebuild_layer, index, self.seed, dtype),
+                partial(self.model.rebuild_layer, index, dtype=dtype),
             )
             for index, spec in layers
         )
@@ -136,7 +145,7 @@ class BlockCosts:
         try:
             return spec, self.head_spec(spec)
         except ConfigError as error:
-            if error.key != "task.head-positions":
+            if error.key not in UNFIT_HEADS:
                 raise
             return spec, None  # a trial: a block may end elsewhere
 

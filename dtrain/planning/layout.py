@@ -63,6 +63,8 @@ class BlockLayout:
         Parameter elements of the layers, and of the local head.
     cost : int
         Multiply-adds of one sample, forward and backward, local head included.
+    head_cost : int
+        Those of the local head.
     replacement_layers : LayerStack or None
         Layers of the objective that replace those of the model.
     couples_samples : bool
@@ -85,6 +87,7 @@ class BlockLayout:
     parameters: int
     head_parameters: int
     cost: int
+    head_cost: int = 0
     replacement_layers: LayerStack | None = None
     couples_samples: bool = False
     frozen: bool = False
@@ -500,6 +503,7 @@ def _block_layout(
         parameters=parameters,
         head_parameters=head.parameters if head else 0,
         cost=macs * objective.forward_passes(spec) + total_macs(head),
+        head_cost=total_macs(head),
         replacement_layers=model,
         couples_samples=objective.couples_samples(spec)
         or (head is not None and head.couples_samples),
@@ -564,6 +568,8 @@ def _message_rows(layout: Layout, rows: int) -> Iterator[dict[str, Any]]:
         ends = route.source.block, route.target.block
         is_sent = layout.place[ends[0]] != layout.place[ends[1]]
         per = "update" if route.once_per_update else "micro-batch"
+        if route.every > 1:
+            per = f"{route.every} updates"
         yield _message_row(layout, route.name, ends, size, is_sent, per)
 
 

@@ -48,6 +48,7 @@ def plan_warnings(plan: Plan) -> list[str]:
         *_warn_coupled_samples(layout),
         *_warn_small_batches(plan),
         *_warn_many_blocks(plan),
+        *_warn_costly_heads(layout),
         *_warn_large_heads(layout),
         *_warn_replaced_optimizer(plan),
         *_warn_one_micro_batch(plan),
@@ -120,12 +121,44 @@ def _warn_many_blocks(plan: Plan) -> Iterator[str]:
         )
 
 
+def _warn_costly_heads(layout: Layout) -> Iterator[str]:
+    """Warn of heads over a vocabulary that cost more than the layers of their blocks."""
+    blocks = [block for block in layout.block_layouts if _has_costly_head(block)]
+    if not blocks:
+        return
+    worst = max(blocks, key=lambda block: block.head_cost)
+    spec, layers = worst.spec, worst.cost - worst.head_cost
+    scores, outputs = (
+        math.prod(shape) * spec.dtype.itemsize for shape in (spec.scores_shape, spec.output_shape)
+    )
+    numbers = ", ".join(str(block.spec.index) for block in blocks[:MAX_LISTED_NAMES])
+    more = f", ... ({len(blocks)} of them)" if len(blocks) > MAX_LISTED_NAMES else ""
+    noun = "block" if len(blocks) == 1 else "blocks"
+    yield (
+        f"a head over {spec.classes:,} classes at each position costs more than the layers of its "
+        f"block ({noun} {numbers}{more}): in block {spec.index} the head has "
+        f"{worst.head_parameters:,} parameters and {worst.head_cost:,} multiply-adds per sample, "
+        f"the layers {worst.parameters:,} and {layers:,}; its scores are {scores:,} bytes per "
+        f"sample, the output of the block {outputs:,}: cut fewer and larger blocks, use "
+        '\'local-head\' with head = "decoder", private-layers = 0 and output = "shared", which '
+        "trains no matrix of its own, or use 'backprop'"
+    )
+
+
+def _has_costly_head(block: BlockLayout) -> bool:
+    """Return whether a head over a vocabulary costs more than the layers of its block."""
+    has_vocabulary = block.spec.has_positions and block.spec.task.has_classes
+    is_larger = block.head_parameters > block.parameters
+    return has_vocabulary and (is_larger or 2 * block.head_cost > block.cost)
+
+
 def _warn_large_heads(layout: Layout) -> Iterator[str]:
     """Warn of heads that are large compared with their blocks."""
     blocks = [
         block
         for block in layout.block_layouts
         if block.head_parameters > LARGE_HEAD_FRACTION * block.parameters
+        and not _has_costly_head(block)
     ]
     if not blocks:
         return

@@ -17,7 +17,7 @@ OBJECTIVES = {
     "lls": "Each block learns to resemble fixed waves, one for each class.",
     "lls-m": "As lls, with a trained factor for each class.",
     "lls-mxm": "As lls, with a trained matrix between classes.",
-    "local-head": "Each block has a small network and a loss of its own; nothing is sent back.",
+    "local-head": "Each block has a small network and a loss of its own; no gradient is sent back.",
     "man": "As infopro, behind a moving average of the next layer.",
     "mono-forward": "Each block has a linear output and a loss of its own; nothing is sent back.",
     "pepita": "Each block learns from the change of its output when the error changes the input.",

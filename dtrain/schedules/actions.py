@@ -100,6 +100,9 @@ class Route(NamedTuple):
     window : int
         Receives that are posted at a time, 0 for the number that follows from the lag: see
         `MessageTable.window`.
+    every : int
+        Updates from one message to the next: those of updates 0, `every`, 2 `every` ... of the
+        segment are sent.
     """
 
     source: Point
@@ -108,6 +111,7 @@ class Route(NamedTuple):
     lag: int = 0
     once: bool = False
     window: int = 0
+    every: int = 1
 
     @property
     def once_per_update(self) -> bool:
@@ -123,4 +127,5 @@ class Route(NamedTuple):
 
     def __str__(self) -> str:
         lag = f" (lag {self.lag})" if self.lag else ""
-        return f"{self.name} {self.source} -> {self.target}{lag}"
+        every = f" (every {self.every} updates)" if self.every > 1 else ""
+        return f"{self.name} {self.source} -> {self.target}{lag}{every}"

@@ -49,16 +49,13 @@ def peak_message_bytes(
     in_flight = _InFlight(place, routes, micro_batches, payload, credits, update_bytes)
     waiting: list[Span] = []
     for span in spans:
-        # An update takes no time, so an action may need a message of the same moment.
-        blocked: list[Span] = []
-        for candidate in (*waiting, span):
-            is_behind = any(candidate.stage == other.stage for other in blocked)
-            if is_behind or not in_flight.ready(candidate.stage, candidate.action):
-                blocked.append(candidate)
-            else:
-                in_flight.run_action(candidate.stage, candidate.action)
+        waiting = in_flight.run_ready([*waiting, span])
+    while waiting:
+        blocked = in_flight.run_ready(waiting)
+        assert len(blocked) < len(waiting), (
+            f"no action sends the messages that {blocked[0].action} receives"
+        )
         waiting = blocked
-    assert not waiting, f"no action sends the messages that {waiting[0].action} receives"
     return in_flight.peak_bytes()
 
 
@@ -114,6 +111,20 @@ class _InFlight:
             messages.is_local(route) or self._sender_knowledge[route]
             for route in messages.incoming(action)
         )
+
+    def run_ready(self, spans: Sequence[Span]) -> list[Span]:
+        """Run the actions of spans in their order, and return those that have to wait.
+
+        An update takes no time, so an action may need a message of the same moment.
+        """
+        blocked: list[Span] = []
+        for span in spans:
+            is_behind = any(span.stage == other.stage for other in blocked)
+            if is_behind or not self.ready(span.stage, span.action):
+                blocked.append(span)
+            else:
+                self.run_action(span.stage, span.action)
+        return blocked
 
     def run_action(self, stage: int, action: Action) -> None:
         """Receive and send the messages of an action."""

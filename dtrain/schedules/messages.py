@@ -66,7 +66,9 @@ class MessageTable:
         self._outgoing = _routes_by_point(
             [route.source for route in routes], self._source_stages, stage
         )
-        self._always_sent = not any(route.lag or route.once_per_update for route in routes)
+        self._always_sent = not any(
+            route.lag or route.once_per_update or route.every > 1 for route in routes
+        )
         largest = max(self._micro_batches, default=0)
         loops = not is_ascending(place)
         self._windows = tuple(
@@ -74,7 +76,7 @@ class MessageTable:
             or r.blocks_passed
             + (1 if r.blocks_passed and loops else 0)
             + 1
-            + r.lag * (1 if r.once_per_update else largest)
+            + -(-r.lag // r.every) * (1 if r.once_per_update else largest)
             for r in routes
         )
 
@@ -130,15 +132,18 @@ class MessageTable:
 
     def _has_source(self, route: int, action: Action) -> bool:
         """Return whether the action exists from which a route would enter `action`."""
-        is_first = action.micro <= 0 or not self._routes[route].once_per_update
-        return is_first and self._exists(*self.source_micro_batch(route, action))
+        row = self._routes[route]
+        is_first = action.micro <= 0 or not row.once_per_update
+        update, micro = self.source_micro_batch(route, action)
+        return is_first and update % row.every == 0 and self._exists(update, micro)
 
     def _has_target(self, route: int, action: Action) -> bool:
         """Return whether the action exists to which a route would leave `action`."""
         row = self._routes[route]
         micro = -1 if row.target.kind == "U" else 0 if row.once_per_update else action.micro
         is_first = action.micro <= 0 or not row.once_per_update
-        return is_first and self._exists(action.update + row.lag, micro)
+        is_sent = is_first and action.update % row.every == 0
+        return is_sent and self._exists(action.update + row.lag, micro)
 
     def _exists(self, update: int, micro: int) -> bool:
         """Return whether the segment has a micro-batch; -1, a `U`, exists in empty updates too."""

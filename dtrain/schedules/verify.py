@@ -7,7 +7,8 @@ A prefix of the segment is proved. It begins with at least three updates that fi
 twice (2 x stages micro-batches, or 4 x blocks if a route flows back), and with as many updates more
 as twice the longest lag. The first update of every further kind follows (a kind is the micro-batch
 counts of all replicas). Plans repeat update by update and no channel holds more than its posted
-receives, so the rest of the segment repeats the prefix.
+receives, so the rest of the segment repeats the prefix. A route with a period above its lag is
+proved with a shorter one, which has as many messages in flight.
 """
 
 from __future__ import annotations
@@ -111,6 +112,7 @@ def verify_schedule(
         The plans do not fit: a fault of the schedule.
     """
     schedule.check_routes(routes)
+    routes = [route._replace(every=min(route.every, route.lag + 1)) for route in routes]
     every_route = (*routes, *tied_routes)
     replicas = distinct_replicas(_prefix(micro_batches, *_prefix_length(place, every_route)))
     return _prove(segment_plans(schedule, place, replicas, routes), replicas, place, every_route)

@@ -421,10 +421,14 @@ class Task:
         """Return the normaliser, or the number of rows; with the weights (rows,) of samples the
         weighted sum of either."""
         if weights is not None:
-            parts = self._loss.sample_normalisers(targets) if self.counts_positions else None
+            parts = self.sample_counts(targets)
             return float(weights.sum() if parts is None else (weights * parts).sum())
         count = self._loss.normaliser(targets) if self.counts_positions else None
         return float(len(targets)) if count is None else float(count)
+
+    def sample_counts(self, targets: Tensor) -> Tensor | None:
+        """Return the part (rows,) of each sample in the normaliser, None where all count alike."""
+        return self._loss.sample_normalisers(targets) if self.counts_positions else None
 
     def output_gradient(
         self, output: Tensor, target: Tensor, weights: Tensor | None = None

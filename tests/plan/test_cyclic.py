@@ -14,7 +14,8 @@ from dtrain.partition import assign_stages
 from dtrain.schedules.actions import Action, Point, Route
 from dtrain.schedules.cyclic import cyclic_order, feeds_back
 from dtrain.schedules.messages import MessageTable, count_forward_passes
-from dtrain.schedules.verify import PlanError, ScheduleReport, verify_plans
+from dtrain.schedules.stream import Stream
+from dtrain.schedules.verify import PlanError, ScheduleReport, verify_plans, verify_schedule
 from tests.harness import pairwise
 from tests.plan.test_schedules import LAYOUTS, Routing, backprop, local
 from tests.refusals import refuses
@@ -52,7 +53,16 @@ def updated_weights(blocks: int) -> list[Route]:
     return local(blocks) + [Route(Point(b, "U"), Point(b + 1, "U"), "w") for b in range(blocks - 1)]
 
 
-ROUTINGS = [local, backprop, broadcast, two_passes, codes, lagged, updated_weights]
+def refreshed(blocks: int) -> list[Route]:
+    """Return the routes of weights of the last block that every other update sends to all others,
+    late enough for a stream."""
+    last = Point(blocks - 1, "U")
+    return local(blocks) + [
+        Route(last, Point(b, "U"), "w", blocks - b, every=2) for b in range(blocks - 1)
+    ]
+
+
+ROUTINGS = [local, backprop, broadcast, two_passes, codes, lagged, updated_weights, refreshed]
 MICRO_BATCHES = [[1] * 6, [3, 3, 3], [2, 2, 1], [0, 1, 1, 0], [3, 0, 2, 1], [0]]
 
 
@@ -155,7 +165,7 @@ def test_a_circle_is_refused_with_the_least_lag() -> None:
 
 
 def test_feedback_is_recognised() -> None:
-    assert [feeds_back(routing(3)) for routing in ROUTINGS] == [False, *[True] * 6]
+    assert [feeds_back(routing(3)) for routing in ROUTINGS] == [False, *[True] * 7]
     assert feeds_back([Route(Point(0, "B"), Point(1, "F"), "updated")])
     assert not feeds_back([Route(Point(1, "F"), Point(1, "F", 1), "own")])
 
@@ -175,6 +185,8 @@ def test_passes_are_counted_from_the_routes() -> None:
         (Route(Point(1, "U"), Point(0, "F"), "w", 2), "2.0<0.-1 4.0<2.-1"),
         (Route(Point(0, "F"), Point(1, "U"), "f"), "0.-1<0.0 1.-1<1.0 2.-1<2.0 4.-1<4.0"),
         (Route(Point(0, "U"), Point(1, "U"), "w", 3), "3.-1<0.-1 4.-1<1.-1"),
+        (Route(Point(0, "U"), Point(1, "U"), "w", 1, every=2), "1.-1<0.-1 3.-1<2.-1"),
+        (Route(Point(1, "U"), Point(0, "U"), "w", 2, every=3), "2.-1<0.-1"),
     ],
 )
 def test_messages_exist_if_both_ends_do(route: Route, expected: str) -> None:
@@ -209,6 +221,17 @@ def test_a_lag_needs_a_larger_window() -> None:
     once = [route._replace(once=True) for route in routes]
     assert MessageTable(once, (0, 1), 0, micro_batches).window(1) == 2
     prove((0, 1), micro_batches, routes)
+    rare = [route._replace(once=True, lag=5, every=2) for route in routes]
+    assert MessageTable(rare, (0, 1), 0, micro_batches).window(1) == 4
+
+
+def test_a_long_period_costs_no_longer_proof() -> None:
+    routes, sizes = refreshed(3), [[2] * 4000]
+    one, other = (
+        verify_schedule(Stream(), (0, 1, 2), sizes, [r._replace(every=every) for r in routes])
+        for every in (4, 10**6)
+    )
+    assert one == other
 
 
 def test_a_window_of_one_deadlocks_under_a_lag(monkeypatch: pytest.MonkeyPatch) -> None:

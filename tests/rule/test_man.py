@@ -23,8 +23,9 @@ from dtrain.models import load_model
 from dtrain.models.layers import as_layers
 from dtrain.models.shape_inference import infer_layers
 from dtrain.objectives.block_spec import BlockSpec
+from dtrain.objectives.common.layer_weights import flat_parameters
 from dtrain.objectives.common.reconstruction import ReconstructionHead
-from dtrain.objectives.man import LAYER, EmaPair, Man, flat_parameters
+from dtrain.objectives.man import LAYER, EmaPair, Man
 from dtrain.planning.block_costs import BlockCosts, total_macs
 from dtrain.planning.plan import make_plan
 from dtrain.rng import seeded

@@ -323,7 +323,7 @@ def test_the_example_of_the_docs(folder: Path) -> None:
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     docs = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
     code, *_ = re.findall(r"^```python\n(.*?)^```", docs, re.M | re.S)
-    [toml] = re.findall(r"^```toml\n(.*?)^```", docs, re.M | re.S)
+    toml, *_ = re.findall(r"^```toml\n(.*?)^```", docs, re.M | re.S)
     (folder / "mynet.py").write_text(code)
     layout = make_plan(parse_run(tomllib.loads(toml), folder / "run.toml"), 2).layout
     assert [block.layers for block in layout.block_layouts] == [range(2), range(2, 4)]

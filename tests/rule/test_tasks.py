@@ -484,7 +484,7 @@ def test_a_head_per_position_needs_the_positions_of_the_prediction() -> None:
     spec = BlockSpec(0, 2, (), (96,), REAL, 3, prediction_shape=(3, 4, 4), task=task)
     with refuses(ConfigError, "task.head-positions"):
         LocalHead().build_head(spec)
-    with refuses(ConfigError, "task.head-not-per-position"):
+    with refuses(ConfigError, "task.head-positions"):
         LocalHead(head="dgl").build_head(spec)
 
 

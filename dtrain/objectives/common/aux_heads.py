@@ -162,10 +162,11 @@ class NetworkHead(AuxHead):
 
     def build_head(self, block: BlockSpec) -> nn.Module:
         """Return the network that `head` names, for the block's output; where predictions have
-        positions, a linear map per position."""
-        if block.has_positions:
-            prediction_heads.check_greedy(self.head)
+        positions, for each position."""
+        if block.has_positions and self.head == "greedy":
             return prediction_heads.per_position(block)
+        if block.has_positions:
+            return prediction_heads.network_per_position(block, self._network)
         return prediction_heads.flat(block, self._network(block))
 
     def _network(self, spec: BlockSpec) -> nn.Module:

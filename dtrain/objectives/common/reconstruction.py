@@ -12,6 +12,10 @@ Both lambdas change linearly from `lambda-first` in block 0 to `lambda-last` in 
 two blocks only the first is used. A part whose lambda is 0 is not built. The last block learns the
 cross-entropy of the model's own head, so one block is ordinary backpropagation.
 
+A sample counts in the reconstruction as it does in the loss: by its counted positions, where
+positions are ignored or classes have weights. The tokens of a language model, whose targets are
+tokens at the same positions, are rebuilt as classes.
+
 Invariant: every earlier block that decodes reads the samples itself, so the activations are those
 of the model alone.
 """
@@ -27,20 +31,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import (
     binary_cross_entropy_with_logits,
+    cross_entropy,
     interpolate,
     mse_loss,
 )
 
 from dtrain.block.block import BackwardPair, Block
 from dtrain.block.micro_batch import MicroBatch
-from dtrain.errors import ConfigError
+from dtrain.errors import ConfigError, DataError
 from dtrain.models.image_layers import Norm, channels_last, conv, norm
 from dtrain.objectives.base import (
     ExecutionMode,
     Objective,
     forward_routes,
     loss_pair,
-    needs_means_over_samples,
     scaled_loss_pair,
     vote_routes,
 )
@@ -99,8 +103,8 @@ class Reconstruction(Objective):
                 )
 
     def serves(self, task: Task) -> str | None:
-        """Return None, unless samples count by weight: the reconstruction is a mean over rows."""
-        return needs_means_over_samples(task)
+        """Return None: every differentiable loss is served."""
+        return None
 
     @property
     def scales_to_many_blocks(self) -> bool:
@@ -136,15 +140,28 @@ class Reconstruction(Objective):
         (path, shape), norm_args = self.feature_path(block), (self.norm, self.groups)
         width, head = self.head_width(block), None
         if lambda2 and block.has_positions:
-            prediction_heads.check_greedy(self.head)
-            head = prediction_heads.per_position(replace(block, output_shape=shape))
+            head = self._head_per_position(replace(block, output_shape=shape))
         elif lambda2 and self.head == "greedy":
             head = prediction_heads.flat(block, head_networks.greedy(shape, width))
         elif lambda2:
             network = head_networks.one_convolution(shape, width, *norm_args)
             head = prediction_heads.flat(block, network)
-        return ReconstructionHead(
-            path, head, make_decoder(shape, block.sample_shape, *norm_args) if lambda1 else None
+        decoder = None
+        if lambda1 and rebuilds_tokens(block):
+            decoder = prediction_heads.per_position(replace(block, output_shape=shape))
+        elif lambda1:
+            decoder = make_decoder(shape, block.sample_shape, *norm_args)
+        return ReconstructionHead(path, head, decoder)
+
+    def _head_per_position(self, spec: BlockSpec) -> nn.Module:
+        """Return the classifier of the features of each position."""
+        if self.head == "greedy":
+            return prediction_heads.per_position(spec)
+        return prediction_heads.network_per_position(
+            spec,
+            lambda one: head_networks.one_convolution(
+                one.output_shape, one.classes, self.norm, self.groups
+            ),
         )
 
     def routes(self, blocks: int, mode: ExecutionMode) -> tuple[Route, ...]:
@@ -170,7 +187,8 @@ class Reconstruction(Objective):
             micro_batch.metrics[name] = loss.detach()
             terms.append(lambda2 * loss)
         if block.head.decoder is not None:
-            loss = reconstruction_loss(block.head.decoder, features, micro_batch)
+            decoded = block.head.decoder(features)
+            loss = reconstruction_loss(decoded, micro_batch, rebuilds_tokens(spec))
             micro_batch.metrics["reconstruction"] = loss.detach()
             terms.append(lambda1 * loss)
         return [scaled_loss_pair(micro_batch, torch.stack(terms).sum())]
@@ -245,15 +263,56 @@ def make_decoder(
     return nn.Sequential(nn.Flatten(), linear, nn.Unflatten(1, sample_shape))
 
 
-def reconstruction_loss(decoder: nn.Module, features: Tensor, micro_batch: MicroBatch) -> Tensor:
-    """Return the loss () of the decoded features (rows, ...): a mean over values and rows.
+def rebuilds_tokens(spec: BlockSpec) -> bool:
+    """Return whether samples are rebuilt as classes: tokens whose targets are tokens at the same
+    positions."""
+    has_token_targets = spec.task.kind == "classes" and spec.has_positions
+    same_positions = spec.task.target_spec.shape == spec.sample_shape
+    return spec.integer_samples and has_token_targets and same_positions
 
-    It is the cross-entropy of each value with the raw sample in 0 ... 1, augmented as the input
-    was, or the squared error to the standardised sample if the value range is unknown. The sigmoid
-    is part of the loss, where it cannot overflow.
+
+def reconstruction_loss(decoded: Tensor, micro_batch: MicroBatch, tokens: bool) -> Tensor:
+    """Return the loss () of decoded features (rows, ...): a mean over values and rows, each row
+    weighted as in the task's loss.
+
+    It is the cross-entropy of each token, or of each value with the raw sample in 0 ... 1,
+    augmented as the input was, or the squared error to the standardised sample if the value range
+    is unknown. The sigmoid is part of the loss, where it cannot overflow.
     """
-    decoded: Tensor = decoder(features)
-    if micro_batch.raw_samples is not None:
-        return binary_cross_entropy_with_logits(decoded, micro_batch.raw_samples.to(decoded.dtype))
-    assert micro_batch.samples is not None
-    return mse_loss(decoded, micro_batch.samples.to(decoded.dtype))
+    samples, raw_samples = micro_batch.samples, micro_batch.raw_samples
+    assert samples is not None
+    counts = micro_batch.task.sample_counts(micro_batch.targets)
+    reduction = "mean" if counts is None else "none"
+    if tokens:
+        if micro_batch.task.classes_last:
+            decoded = decoded.movedim(-1, 1)
+        _check_tokens(samples, decoded.shape[1])
+        losses = cross_entropy(decoded, samples, reduction=reduction)
+    elif raw_samples is not None:
+        raw = raw_samples.to(decoded.dtype)
+        losses = binary_cross_entropy_with_logits(decoded, raw, reduction=reduction)
+    else:
+        losses = mse_loss(decoded, samples.to(decoded.dtype), reduction=reduction)
+    if counts is None:
+        return losses
+    counts = counts.to(decoded)
+    total = counts.sum().clamp(min=torch.finfo(decoded.dtype).tiny)
+    return (counts * losses.flatten(1).mean(1)).sum() / total
+
+
+def _check_tokens(tokens: Tensor, classes: int) -> None:
+    """Refuse a token that is not a class.
+
+    Raises
+    ------
+    DataError
+        A token is `classes` or more.
+    """
+    largest = int(tokens.max())
+    if largest >= classes:
+        raise DataError(
+            "objective.token-out-of-range",
+            f"a sample has the token {largest}, but its targets have {classes} classes, 0 to "
+            f"{classes - 1}: number both alike, or rebuild no samples with [objective] "
+            "lambda-first = [0.0, 1.0] and lambda-last = [0.0, 1.0]",
+        )
