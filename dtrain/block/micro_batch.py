@@ -203,6 +203,14 @@ class MicroBatch:
         weights."""
         return self.task.mean_loss(output, self.targets, self.weights)
 
+    def release_forward(self, keep_input: bool) -> None:
+        """Drop the outputs of the forward, which is computed again, and the input unless it is
+        kept."""
+        self.y = NO_TENSOR
+        self.skip_outputs, self.layer_outputs, self.taps = {}, {}, {}
+        if not keep_input:
+            self.x, self.samples = NO_TENSOR, None
+
     def next_pass(self, received: dict[str, Tensor]) -> MicroBatch:
         """Return the record of the next forward pass of the same samples."""
         return MicroBatch(

@@ -23,6 +23,7 @@ from dtrain.models.lstm import Lstm
 from dtrain.models.mlp import Mlp
 from dtrain.models.output_spec import OutputModel, OutputSpec
 from dtrain.models.resnet import ResNet
+from dtrain.models.revnet import RevNet
 from dtrain.models.transformer import Transformer
 from dtrain.models.unet import UNet
 from dtrain.models.vit import Vit
@@ -31,7 +32,8 @@ from dtrain.schema import convert, kebab
 from dtrain.user_code import PATTERN, bind_arguments, import_object
 
 MODELS: dict[
-    str, type[Cnn | Mlp | ResNet] | type[Lstm | Transformer | UNet | Vit] | type[GraphNetwork]
+    str,
+    type[Cnn | Mlp | ResNet | RevNet] | type[Lstm | Transformer | UNet | Vit] | type[GraphNetwork],
 ] = {
     "cnn": Cnn,
     "gcn": Gcn,
@@ -39,6 +41,7 @@ MODELS: dict[
     "mlp": Mlp,
     "resnet": ResNet,
     "sage": Sage,
+    "revnet": RevNet,
     "transformer": Transformer,
     "unet": UNet,
     "vit": Vit,

@@ -94,6 +94,8 @@ class BlockSpec:
     graph_nodes : int
         Number of nodes, where the samples are the nodes of a graph and their second input is their
         number; else 0. Virtual nodes of the classes have the numbers that follow.
+    rebuilds_input : bool
+        Whether the block rebuilds its input from its output, which the next block returns.
     """
 
     index: int
@@ -120,6 +122,7 @@ class BlockSpec:
     skip_inputs: tuple[SkipInput, ...] = ()
     data_inputs: tuple[int, ...] = ()
     graph_nodes: int = 0
+    rebuilds_input: bool = False
 
     def sample_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return the dtype of samples in a run whose real numbers have `dtype`."""

@@ -102,7 +102,7 @@ def assemble_block(
     head: nn.Module | None,
 ) -> Block:
     """Return the block of these layers and this head."""
-    objective, recompute = layout.objective, run.partition.recompute
+    objective = layout.objective
     block_layout = layout.block_layouts[index]
     frozen_modules = (
         layers.values()
@@ -118,7 +118,7 @@ def assemble_block(
         run.optimizer_settings(),
         seed=run.settings.seed,
         detach_every=objective.detach_every,
-        recompute=recompute if isinstance(recompute, bool) else index in recompute,
+        recompute=block_layout.recompute,
         model_ends=(index == 0, index + 1 == len(layout.block_layouts)),
         program=layout.program(index),
         first_copies={
@@ -127,6 +127,8 @@ def assemble_block(
             for copy in tie.copies[1:]
             if copy.block == index
         },
+        keeps_forward=block_layout.keeps_forward,
+        rebuilds_input=block_layout.spec.rebuilds_input,
     )
     block.may_skip_parameters |= not type(objective).__module__.startswith("dtrain.")
     return block

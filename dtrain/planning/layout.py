@@ -29,13 +29,14 @@ from dtrain.models.shape_inference import LayerProfile, infer_layers
 from dtrain.models.ties import Ties, find_ties
 from dtrain.objectives.base import ExecutionMode, Objective, input_gradient_blocks
 from dtrain.objectives.block_spec import BlockSpec
-from dtrain.objectives.messages import all_routes, message_spec
+from dtrain.objectives.messages import all_routes, message_spec, reads_samples
 from dtrain.planning.block_costs import BlockCosts, total_macs
 from dtrain.planning.cut_choice import choose_cuts, may_end_block
 from dtrain.planning.structure_cache import StructureCache, layers_key
 from dtrain.planning.tied_checks import check_ties
 from dtrain.schedules.actions import Route
 from dtrain.schedules.base import Schedule
+from dtrain.schedules.stream_replay import StreamReplay
 from dtrain.schedules.update_lags import TIED_GRADIENT, UpdateCycles, tied_routes
 from dtrain.schedules.verify import ScheduleReport, verify_schedule
 from dtrain.tasks.task import Task
@@ -73,6 +74,9 @@ class BlockLayout:
         Whether the layers keep their initial weights.
     recompute : bool
         Whether the backward recomputes what the block's interior saved.
+    keeps_forward : bool
+        Whether a forward that is recomputed keeps its output; otherwise the input alone, and
+        nothing where the block rebuilds its input.
     flow : BlockFlow or None
         The tensors that enter and leave the block; None where the layers are a chain.
     """
@@ -88,6 +92,7 @@ class BlockLayout:
     couples_samples: bool = False
     frozen: bool = False
     recompute: bool = False
+    keeps_forward: bool = True
     flow: BlockFlow | None = None
 
 
@@ -226,8 +231,12 @@ def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: 
     if graph is not None:
         blocks = _add_flows(graph, layer_specs, blocks)
         _check_in_place(layer_specs, layers)
+    if schedule.rebuilds_inputs:
+        blocks = _rebuild_inputs(run, blocks)
     routes = all_routes(objective, [block.spec for block in blocks], "train")
     schedule.check_routes(routes)
+    if isinstance(schedule, StreamReplay):
+        _check_replay(run, [block.spec for block in blocks])
     ties = find_ties(model, layers, DTYPES[run.settings.dtype])
     if ties and objective.needs_block_layers:
         raise ConfigError(
@@ -323,6 +332,47 @@ def _needs_chain() -> ConfigError:
         "this objective replaces the layers of a block, which must then be a chain of modules: "
         "return an nn.Sequential, or choose another objective",
     )
+
+
+def _check_replay(run: RunConfig, specs: Sequence[BlockSpec]) -> None:
+    """Refuse a replay of inputs without the samples that belong to them, or of rounded inputs."""
+    objective = run.objective.instance
+    if any(reads_samples(objective, spec, "train") for spec in specs[1:]):
+        raise ConfigError(
+            "schedule.replay-needs-samples",
+            f"'{run.objective.name}' needs the samples in later blocks, and 'stream-replay' has "
+            'only their activations there: set schedule.name = "stream"',
+        )
+    if run.partition.activation_compression != "exact":
+        raise ConfigError(
+            "schedule.replay-compressed",
+            "'stream-replay' sends activations as they are: leave out [partition] "
+            "activation-compression",
+        )
+
+
+def _rebuild_inputs(run: RunConfig, blocks: Sequence[BlockLayout]) -> tuple[BlockLayout, ...]:
+    """Return the blocks of a schedule that keeps no activations.
+
+    The last block runs its backward right after its forward, so it keeps its graph.
+    """
+    changed = []
+    for block in blocks[:-1]:
+        rebuilds = (
+            block.flow is None
+            and block.replacement_layers is None
+            and all(spec.reversible for spec in block.layer_specs)
+        )
+        if rebuilds and run.partition.activation_compression != "exact":
+            raise ConfigError(
+                "schedule.rebuilds-from-compressed",
+                f"[partition] activation-compression rounds the output of block "
+                f"{block.spec.index}, from which '{run.schedule.name}' rebuilds its input: leave "
+                "out activation-compression",
+            )
+        spec = dataclasses.replace(block.spec, rebuilds_input=rebuilds)
+        changed.append(dataclasses.replace(block, spec=spec, recompute=True, keeps_forward=False))
+    return (*changed, blocks[-1])
 
 
 def _infer_layers(

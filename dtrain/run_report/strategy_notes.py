@@ -31,12 +31,14 @@ OBJECTIVES = {
 
 SCHEDULES = {
     "stream": "Outputs flow forward; no stage waits for the backward of another.",
+    "stream-replay": "As stream; a rank replays earlier inputs where the next one is late.",
     "fill-drain": "All forwards of an update come first, then all backwards (GPipe).",
     "1f1b": "Each stage alternates between one forward and one backward.",
     "drained": "An update ends on all stages before the next one begins.",
     "pipelined": "Stages do not wait for each other; gradients arrive some updates late.",
     "pipedream": "As 1f1b without a pause between updates; gradients arrive some updates late.",
     "pipedream-2bw": "As pipedream, with two versions of the weights.",
+    "petra": "As pipelined; reversible blocks rebuild their inputs and keep no activations.",
     "interleaved": "As 1f1b, with several smaller blocks per stage, so that stages wait less.",
     "fold": "Blocks go down the stages and back: the first stage holds the last block, too.",
 }
@@ -65,6 +67,7 @@ MODELS = {
     "lstm": "Recurrent layers over the steps of a sequence.",
     "mlp": "Fully connected layers in a row.",
     "resnet": "Convolutions with shortcuts.",
+    "revnet": "Convolutions with two streams, whose units are reversible.",
     "transformer": "Layers of attention over the steps of a sequence.",
     "unet": "Convolutions at resolutions that halve and double again, with skips between them.",
     "vit": "Layers of attention over the patches of an image.",

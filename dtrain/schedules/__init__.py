@@ -10,9 +10,11 @@ from dtrain.schedules.drained import Drained
 from dtrain.schedules.fold import Fold
 from dtrain.schedules.gpipe_1f1b import FillDrain, Flush, OneFOneB
 from dtrain.schedules.interleaved import Interleaved
+from dtrain.schedules.petra import Petra
 from dtrain.schedules.pipedream import PipeDream, PipeDream2BW
 from dtrain.schedules.pipelined import Pipelined
 from dtrain.schedules.stream import Stream
+from dtrain.schedules.stream_replay import StreamReplay
 from dtrain.schedules.weight_policy import WeightPolicy
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "Fold",
     "Interleaved",
     "OneFOneB",
+    "Petra",
     "PipeDream",
     "PipeDream2BW",
     "Pipelined",
@@ -32,11 +35,13 @@ __all__ = [
     "Route",
     "Schedule",
     "Stream",
+    "StreamReplay",
     "WeightPolicy",
 ]
 
 SCHEDULES: dict[str, type[Schedule]] = {
     "stream": Stream,
+    "stream-replay": StreamReplay,
     "fill-drain": FillDrain,
     "1f1b": OneFOneB,
     "interleaved": Interleaved,
@@ -45,4 +50,5 @@ SCHEDULES: dict[str, type[Schedule]] = {
     "pipelined": Pipelined,
     "pipedream": PipeDream,
     "pipedream-2bw": PipeDream2BW,
+    "petra": Petra,
 }
