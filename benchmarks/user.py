@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import zlib
+from functools import partial
 from typing import Any, final
 
 import h5py
@@ -195,3 +196,50 @@ class SlowDisk(Dataset):
 def slow_disk(samples: int, width: int, read_ms: float) -> DatasetSplits:
     """Return a training split on a slow disk, and a test split of 64 samples."""
     return DatasetSplits(SlowDisk(samples, width, read_ms), SlowDisk(64, width, 0.0))
+
+
+def late_stages(width: int, seconds: float, late: int, late_s: float, every: int) -> Layers:
+    """Return four layers, each of which sleeps in a forward of training and notes the time.
+
+    Layer `late` sleeps `late_s` more in every `every`-th forward.
+    """
+    outputs = [width, width, width, 10]
+    return [
+        (
+            f"stage{number}",
+            partial(Noted, width, size, number, seconds, late_s if number == late else 0.0, every),
+        )
+        for number, size in enumerate(outputs)
+    ]
+
+
+@final
+class Noted(nn.Linear):
+    """A linear layer that sleeps, and appends the time of each forward of training to a file."""
+
+    uses_rng = False
+
+    def __init__(
+        self, inputs: int, outputs: int, number: int, seconds: float, late_s: float, every: int
+    ) -> None:
+        super().__init__(inputs, outputs)
+        self._number = number
+        self._seconds = seconds
+        self._late_s = late_s
+        self._every = every
+        self._forwards = 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return x W^T + b."""
+        if self.training and input.device.type == "cpu" and not is_fake(input):
+            self._forwards += 1
+            late_s = 0.0 if self._forwards % self._every else self._late_s
+            time.sleep(self._seconds + late_s)
+            with open(f"times-{self._number}.txt", "a", encoding="utf-8") as file:
+                file.write(f"{time.time()}\n")
+        return super().forward(input)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Return whether a tensor has no memory: it plans the run."""
+    return type(tensor).__name__ == "FakeTensor"

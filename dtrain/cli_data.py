@@ -26,14 +26,15 @@ def add_commands(commands: Commands) -> None:
 
 def _add_import(verbs: Commands) -> None:
     parser = verbs.add_parser(
-        "import", help="images, .npz, .npy, .csv, IDX or .txt files to HDF5 files that runs read"
+        "import",
+        help="images, .npz, .npy, .csv, IDX, .txt or Planetoid files to HDF5 files that runs read",
     )
     parser.add_argument(
         "source",
         type=Path,
         metavar="SRC",
         help="folder of class folders or a tar of one, .npz, .npy, .csv, an IDX file or a folder "
-        "of MNIST's four, or a text (.txt)",
+        "of MNIST's four, a text (.txt), or a folder of Planetoid's eight",
     )
     parser.add_argument("out", type=Path, metavar="OUT.h5")
     parser.add_argument("--split", metavar="NAME", help="import only this split")

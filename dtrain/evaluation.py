@@ -80,6 +80,8 @@ def evaluate_weights(
     """
     engine, control, position = job.engine, job.groups.control, job.position
     batches = evaluation_batches(loader.dataset.size, batch_splitter)
+    if loader.dataset.graph is not None:  # a node needs the others
+        batches = [np.arange(loader.dataset.size)]
     shares = position.mesh.shares or (1,) * position.mesh.replicas
     own_range = shared_ranges(len(batches), shares)[position.replica]
     with control.without_counting(), ExitStack() as swapped:

@@ -97,6 +97,8 @@ def _outputs(job: RankJob, dataset: Dataset) -> Iterator[Tensor]:
     """Yield the outputs in the order of the samples, on rank 0. Collective over all ranks."""
     settings = job.plan.run.settings
     rows = -(-settings.batch_size // settings.micro_batches)
+    if dataset.graph is not None:
+        rows = dataset.size
     batches = [np.arange(i, min(i + rows, dataset.size)) for i in range(0, dataset.size, rows)]
     replicas = job.position.mesh.replicas
     loader = Loader(dataset, job.plan.layout.dtype)

@@ -26,7 +26,9 @@ from dtrain.comm.backends.threads import run_ranks
 from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
 from dtrain.objectives import OBJECTIVES
+from dtrain.objectives.block_spec import BlockSpec
 from dtrain.schedules import SCHEDULES
+from dtrain.schedules.stream_replay import StreamReplay
 from dtrain.syncs import SYNCS
 from dtrain.training import train
 from tests.outcome import close, model
@@ -68,9 +70,13 @@ def train_in_threads(
 
 @cache
 def is_legal(objective: str, schedule: str) -> bool:
-    """Return whether a schedule runs every route of an objective."""
-    routes = OBJECTIVES[objective]().routes(3, "train")
-    return SCHEDULES[schedule]().supports_all(routes)
+    """Return whether a schedule runs every route of an objective, with the data that it needs."""
+    kind = OBJECTIVES[objective]()
+    if SCHEDULES[schedule] is StreamReplay:
+        inner = BlockSpec(1, 3, (4,), (4,), torch.float32, 2)
+        if kind.needs_samples(inner, "train"):
+            return False
+    return SCHEDULES[schedule]().supports_all(kind.routes(3, "train"))
 
 
 def pairs() -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Change manifests of checkpoints as an earlier version, or a moment later, would have them."""
+"""Change manifests of checkpoints, with hashes that fit."""
 
 from __future__ import annotations
 

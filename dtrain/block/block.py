@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn, optim
@@ -83,6 +83,13 @@ class Program(Protocol):
         """
 
 
+class Reversible(Protocol):
+    """A layer whose input follows from its output."""
+
+    def inverse(self, output: Tensor) -> Tensor:
+        """Return the input of which the layer makes `output`."""
+
+
 class Block(BlockParameters):
     """Layers, head and optimizer of one block.
 
@@ -104,6 +111,11 @@ class Block(BlockParameters):
     recompute : bool
         Keep only the input and output of a forward, and compute the rest again in the backward
         (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
+    keeps_forward : bool
+        Whether a forward that is recomputed keeps its output, and its buffers; otherwise it keeps
+        the input alone, and is recomputed with the buffers of that time.
+    rebuilds_input : bool
+        Whether not even the input is kept; see `rebuild_input`.
     model_ends : (bool, bool)
         Whether the block holds the first layer of the model, and the last.
     program : Program, optional
@@ -135,6 +147,8 @@ class Block(BlockParameters):
         model_ends: tuple[bool, bool] = (False, False),
         program: Program | None = None,
         first_copies: Mapping[str, tuple[str, str]] | None = None,
+        keeps_forward: bool = True,
+        rebuilds_input: bool = False,
     ) -> None:
         self.index = index
         self.layers = dict(layers)
@@ -145,6 +159,8 @@ class Block(BlockParameters):
         self.seed = seed
         self.detach_every = detach_every
         self.recompute = recompute
+        self.keeps_forward = keeps_forward
+        self.rebuilds_input = rebuilds_input
         self.rng_layers = {name for name, layer in self.layers.items() if may_use_rng(layer)}
         self.head_uses_rng = head is not None and may_use_rng(head)
         self.inplace_layers = {name for name, layer in self.layers.items() if works_in_place(layer)}
@@ -206,7 +222,7 @@ class Block(BlockParameters):
 
         With `needs_graph` autograd records it, unless the forward will be recomputed.
         """
-        if self.recompute:
+        if self.recompute and self.keeps_forward:
             micro_batch.saved_buffers = self._copy_layer_buffers()
         with torch.set_grad_enabled(needs_graph and not self.recompute):
             self._run_layers(micro_batch)
@@ -215,8 +231,11 @@ class Block(BlockParameters):
     def recompute_forward(self, micro_batch: MicroBatch) -> None:
         """Compute a forward again, with its graph: the same bits, from the buffers of its time.
 
-        The buffers themselves (batch statistics) keep their present values.
+        A block that does not keep its forwards uses its present buffers. The buffers themselves
+        (batch statistics) keep their present values.
         """
+        if not self.keeps_forward:
+            micro_batch.saved_buffers = self._copy_layer_buffers()
         buffers = self._swap_buffers(micro_batch.saved_buffers)
         self._run_layers(micro_batch)
         self._swap_buffers(buffers)
@@ -232,6 +251,20 @@ class Block(BlockParameters):
         finally:
             self._swap_buffers(previous)
         return again
+
+    @torch.no_grad()
+    def rebuild_input(self, output: Tensor, rng_key: tuple[int, ...]) -> Tensor:
+        """Return the input (rows, ...) of which the layers, as they are now, make `output`.
+
+        All layers are `Reversible`. The buffers keep their present values.
+        """
+        buffers = self._swap_buffers(self._copy_layer_buffers())
+        for name, layer in reversed(self.layers.items()):
+            uses_rng, device = name in self.rng_layers, output.device
+            with seeded(self.seed, name, *rng_key, device=device) if uses_rng else nullcontext():
+                output = cast(Reversible, layer).inverse(output)
+        self._swap_buffers(buffers)
+        return output
 
     def _run_layers(self, micro_batch: MicroBatch) -> None:
         self.layer_outputs, self.taps = {}, {}

@@ -1,7 +1,8 @@
 """One micro-batch in one block: its inputs, and the results of the block's forward and backward.
 
 Invariant: the random numbers of an objective depend on (seed, block, update) and on the sample's
-row in the update; splitting the update into micro-batches or replicas does not change them.
+row in the update, in prediction on (seed, block) and the sample; splitting into micro-batches or
+replicas does not change them.
 
 ::
 
@@ -20,9 +21,12 @@ from torch import Generator, Tensor, nn
 from dtrain.rng import derive_seed
 from dtrain.tasks.task import DEFAULT_TASK, Task
 
+SAMPLES_PER_DRAW = 64
+"""Samples that share a generator in prediction."""
+
 
 class RowRandom(NamedTuple):
-    """Random numbers for some rows of one update.
+    """Random numbers for some rows of one update, or in prediction for some samples of a split.
 
     Attributes
     ----------
@@ -32,6 +36,8 @@ class RowRandom(NamedTuple):
         Samples of the update, over all replicas.
     first_row, local_rows : int
         The rows of this micro-batch: their start and their number.
+    samples : Tensor or None
+        In prediction the positions of the samples in the split, (rows,) int64.
     """
 
     seed: int
@@ -40,15 +46,23 @@ class RowRandom(NamedTuple):
     total_rows: int
     first_row: int
     local_rows: int
+    samples: Tensor | None = None
+
+    @staticmethod
+    def of_samples(seed: int, block: int, samples: Tensor) -> RowRandom:
+        """Return the random numbers of a prediction; `samples` are positions (rows,) int64."""
+        return RowRandom(seed, block, 0, 0, 0, len(samples), samples)
 
     def generate(self, name: str, make: Callable[[int, Generator], Tensor]) -> Tensor:
         """Return this micro-batch's rows of ``make(total_rows, generator)``, on the CPU.
 
-        `make` returns a tensor with the samples first. It is called for the whole update, and the
-        result is sliced: ``row_random.generate("noise", lambda n, g: torch.randn(n, 10,
-        generator=g))``.
+        `make` returns a tensor with the samples first. It is called for the whole update, or in
+        prediction for groups of samples, and the result is sliced:
+        ``row_random.generate("noise", lambda n, g: torch.randn(n, 10, generator=g))``.
         """
-        assert self.total_rows, "only micro-batches of training have random numbers"
+        if self.samples is not None:
+            return self._generate_for_samples(name, make, self.samples)
+        assert self.total_rows, "this micro-batch has no random numbers"
         numbers = make(self.total_rows, self._generator(name))
         return numbers[self.first_row : self.first_row + self.local_rows]
 
@@ -60,6 +74,17 @@ class RowRandom(NamedTuple):
 
     def _generator(self, name: str) -> Generator:
         return Generator().manual_seed(derive_seed(self.seed, name, self.block, self.update))
+
+    def _generate_for_samples(
+        self, name: str, make: Callable[[int, Generator], Tensor], samples: Tensor
+    ) -> Tensor:
+        """Return the rows of samples, of draws for groups of consecutive ones."""
+        groups, positions = torch.unique(samples // SAMPLES_PER_DRAW, return_inverse=True)
+        draws = []
+        for group in groups.tolist():
+            seed = derive_seed(self.seed, name, "prediction", self.block, group)
+            draws.append(make(SAMPLES_PER_DRAW, Generator().manual_seed(seed)))
+        return torch.cat(draws)[positions * SAMPLES_PER_DRAW + samples % SAMPLES_PER_DRAW]
 
 
 NO_ROW_RANDOM = RowRandom(0, 0, 0, 0, 0, 0)
@@ -186,6 +211,14 @@ class MicroBatch:
         """Return the task's loss () of a prediction (rows, ...), weighted where samples have
         weights."""
         return self.task.mean_loss(output, self.targets, self.weights)
+
+    def release_forward(self, keep_input: bool) -> None:
+        """Drop the outputs of the forward, which is computed again, and the input unless it is
+        kept."""
+        self.y = NO_TENSOR
+        self.skip_outputs, self.layer_outputs, self.taps = {}, {}, {}
+        if not keep_input:
+            self.x, self.samples = NO_TENSOR, None
 
     def next_pass(self, received: dict[str, Tensor]) -> MicroBatch:
         """Return the record of the next forward pass of the same samples."""

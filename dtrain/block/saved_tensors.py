@@ -105,6 +105,12 @@ class SavedTensors:
                 self._count(micro_batch, tensor)
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
+    def release_forward(self, micro_batch: MicroBatch, keep_input: bool) -> None:
+        """Drop what a forward without a graph holds, except for its input if that is kept."""
+        self.drop(micro_batch)
+        micro_batch.release_forward(keep_input)
+        self.add_micro_batch(micro_batch)
+
     def register_stand_in(self, tensor: Tensor, parameter: Tensor) -> None:
         """Treat the memory of `tensor` as that of `parameter` from now on."""
         self.storage_owners[_storage_id(tensor)] = parameter

@@ -23,10 +23,10 @@ MAX_BYTES = 2**30
 
 
 HASH_KEY = "sha256"
-"""Key of the hash over the rest of the manifest; manifests of earlier versions have none."""
+"""Key of the hash over the rest of the manifest."""
 
 
-REQUIRED_KEYS, OPTIONAL_KEYS = {"run", "state", "shards"}, {"fingerprint", HASH_KEY}
+REQUIRED_KEYS, OPTIONAL_KEYS = {"run", "state", "shards", HASH_KEY}, {"fingerprint"}
 
 
 SHARD_KEYS = {"bytes", SHARD_HASH, "keys"}
@@ -68,7 +68,7 @@ def read_manifest_content(folder: Path) -> dict[str, Any]:
         text = read_plain_file(path, MAX_BYTES).decode()
         content = json.loads(text, object_pairs_hook=_unique_keys)
         _check_schema(content, folder)
-        _require(HASH_KEY not in content or text == json.dumps(content), "its text was changed")
+        _require(text == json.dumps(content), "its text was changed")
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             "checkpoint.manifest-damaged",
@@ -99,8 +99,7 @@ def _check_schema(content: Any, folder: Path) -> None:
     _require(keys >= REQUIRED_KEYS, f"it lacks {sorted(REQUIRED_KEYS - keys)}")
     unknown = keys - REQUIRED_KEYS - OPTIONAL_KEYS
     _require(not unknown, f"it has unknown keys {sorted(unknown)}")
-    if HASH_KEY in content:
-        _require(content[HASH_KEY] == content_hash(content), "its hash is not that of its content")
+    _require(content[HASH_KEY] == content_hash(content), "its hash is not that of its content")
     for key in keys - {HASH_KEY}:
         _require(isinstance(content[key], dict), f"'{key}' is no table")
     update = content["state"].get("update")

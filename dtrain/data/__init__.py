@@ -20,6 +20,7 @@ from dtrain.data.formats.file_set import FileSet, Paths
 from dtrain.data.formats.hdf5_set import Hdf5
 from dtrain.data.formats.idx_set import Idx
 from dtrain.data.formats.npz_set import Npz
+from dtrain.data.formats.planetoid_set import Planetoid
 from dtrain.data.formats.series_set import Series
 from dtrain.data.formats.text_set import Text
 from dtrain.data.formats.window_set import WindowSet
@@ -35,12 +36,13 @@ from dtrain.schema import kebab, toml_text, unknown_key
 from dtrain.tasks.task import DEFAULT_TASK, LabelNumbering, Task
 from dtrain.user_code import PATTERN, bind_arguments, import_object
 
-DATASETS: dict[str, type[Digits | FileSet]] = {
+DATASETS: dict[str, type[Digits | FileSet | Planetoid]] = {
     "digits": Digits,
     "hdf5": Hdf5,
     "npz": Npz,
     "csv": Csv,
     "idx": Idx,
+    "planetoid": Planetoid,
     "text": Text,
     "series": Series,
 }
@@ -131,6 +133,19 @@ def idx(train: AnyPath | Sequence[AnyPath], test: TestFiles = None, **keys: Any)
         `augment`, `validation`, ...
     """
     return _file_set("idx", train, test, keys)
+
+
+def planetoid(file: AnyPath, **keys: Any) -> DataTable:
+    """Return a citation graph of Planetoid, as `dtrain data import` wrote it.
+
+    Parameters
+    ----------
+    file : path
+        Relative paths start in the folder of the script.
+    keys
+        Other keys of `[data]`, with underscores: `scale_nodes`, `shuffle`, ...
+    """
+    return {"name": "planetoid", "file": str(file), **keys}
 
 
 def text(train: AnyPath | Sequence[AnyPath], test: TestFiles = None, **keys: Any) -> DataTable:

@@ -21,6 +21,7 @@ from dtrain.data.conversion import Array, stores_integers
 from dtrain.data.sampler import Indices
 from dtrain.data.shuffle_windows import StoredPieces
 from dtrain.errors import DataError
+from dtrain.node_graph import NodeGraph
 
 Moments = tuple[NDArray[Any], NDArray[np.float64]]
 """Mean and standard deviation per channel, each (channels,); float64, the mean of complex inputs
@@ -68,6 +69,8 @@ class Dataset(ABC):
         Weights of the samples in the training loss, (size,) float64; None: all count alike.
     stored_pieces : StoredPieces or None
         How the samples are stored in files; None: in memory, or in an unknown way.
+    graph : NodeGraph or None
+        The graph whose nodes are the samples, of every split; None: samples have no edges.
     """
 
     size: int
@@ -81,6 +84,7 @@ class Dataset(ABC):
     class_labels: tuple[Label, ...] = ()
     sample_weights: NDArray[np.float64] | None = None
     stored_pieces: StoredPieces | None = None
+    graph: NodeGraph | None = None
 
     @property
     def source_size(self) -> int:
@@ -246,6 +250,7 @@ class DatasetView(Dataset):
         self.class_labels = dataset.class_labels
         self.sample_weights = dataset.sample_weights
         self.stored_pieces = dataset.stored_pieces
+        self.graph = dataset.graph
         self._dataset = dataset
 
     @property

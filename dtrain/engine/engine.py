@@ -36,6 +36,7 @@ from dtrain.data.reading.loader import Loader
 from dtrain.data.sampler import Batch
 from dtrain.engine.closed_form import ClosedFormSolver
 from dtrain.engine.metrics import MetricSums
+from dtrain.engine.replay_router import ReplayRouter
 from dtrain.engine.router import MessageRouter
 from dtrain.engine.skipped_updates import SkipReason
 from dtrain.engine.spec import EngineSpec
@@ -49,6 +50,7 @@ from dtrain.objectives.forward import backward_pairs, forward_micro_batch
 from dtrain.objectives.messages import reads_samples
 from dtrain.schedules.actions import Action, Route
 from dtrain.schedules.base import Schedule
+from dtrain.schedules.stream_replay import StreamReplay
 from dtrain.syncs.base import Sync
 
 MicroBatchKey = tuple[int, int, int]
@@ -63,12 +65,12 @@ def segments_are_free(objective: Objective, schedule: Schedule, routes: Iterable
     """Return whether segments of any length train the same bits.
 
     Not where feedback is delayed, since the end of a segment drains it, nor where heads are solved,
-    or given values of other blocks, at the end of a segment.
+    or given values of other blocks, at the end of a segment, nor where late inputs are replayed.
     """
     closes_sums = objective.accumulated_buffers or objective.broadcast_buffers
     solves = type(objective).solve is not Objective.solve
     is_late = schedule.asynchronous or any(route.lag for route in routes)
-    return not (closes_sums or solves or is_late)
+    return not (closes_sums or solves or is_late or isinstance(schedule, StreamReplay))
 
 
 class Engine:
@@ -101,9 +103,7 @@ class Engine:
         self.engine_spec = engine_spec
         self.objective = engine_spec.objective
         self.block_specs = engine_spec.block_specs
-        self.router = MessageRouter(
-            "train", self.objective, self.block_specs, position, groups, engine_spec.wire_format
-        )
+        self.router = self._make_router()
         self.closed_form = ClosedFormSolver(
             blocks, self.objective, self.block_specs, groups, position.place[-1]
         )
@@ -115,6 +115,7 @@ class Engine:
         self.micro_batches: dict[MicroBatchKey, MicroBatch] = {}
         self.peak_live = 0
         self.peak_cached_bytes = 0
+        self.peak_replay_bytes = 0
         self.largest_update_rows = 0
         self.reparametrisations = 0
         self.max_lag = max((route.lag for route in self.router.routes), default=0)
@@ -191,12 +192,14 @@ class Engine:
                     yield update.number
         finally:
             loader.close()
+        self.router.end_sends()
         if early_end is not None:
             self._drop_updates(early_end.end_of(first_update + len(batches)) - first_update)
         self.update_step.finish_segment()
         self.closed_form.solve(previous_sums)
         self._check_finite()
         self.router.close()
+        self.peak_replay_bytes = max(self.peak_replay_bytes, self.router.kept_bytes)
         self.metric_sums.wall_s = time.perf_counter() - start
         self.metric_sums.busy_s = self.metric_sums.wall_s - (control.wait_s - waited)
 
@@ -214,7 +217,14 @@ class Engine:
                 self.update_step.step(action, update, received)
                 if self.counts_after_updates:
                     self._count_after_update()
-        self.router.send(action, self.blocks[action.block], micro_batch)
+        block = self.blocks[action.block]
+        self.router.send(action, block, micro_batch)
+        if micro_batch is not None and action.kind == "F" and not block.keeps_forward:
+            self.saved_tensors.release_forward(micro_batch, keep_input=not block.rebuilds_input)
+        if micro_batch is not None and action.kind == "F":
+            for name, value in self.router.forward_metrics(action).items():
+                rows = len(micro_batch.targets)
+                self.metric_sums.add_metric(action.block, name, value * rows)
 
     def _drop_updates(self, trained: int) -> None:
         """Forget the updates of the segment after its first `trained`, if it has ended early."""
@@ -259,6 +269,14 @@ class Engine:
             epoch,
         )
         return plan
+
+    def _make_router(self) -> MessageRouter:
+        """Return the router of training."""
+        spec = self.engine_spec
+        others = self.objective, self.block_specs, self.position, self.groups
+        if isinstance(spec.schedule, StreamReplay):
+            return ReplayRouter("train", *others, schedule=spec.schedule)
+        return MessageRouter("train", *others, spec.wire_format)
 
     def _tied_parameters(self) -> TiedParameters | None:
         """Return the parameters with copies in several blocks. Collective over the stages."""
@@ -323,9 +341,12 @@ class Engine:
         loader: Loader,
     ) -> MicroBatch:
         """Return a micro-batch before its first pass: messages, data, labels, random numbers."""
-        batch, device = update.batch, self.engine_spec.device
-        indices = batch.micro_batch_indices[action.micro]
-        start = batch.first_row + sum(map(len, batch.micro_batch_indices[: action.micro]))
+        device = self.engine_spec.device
+        origin, micro = self.router.source_of(action)
+        source = self.updates[origin]
+        batch = source.batch
+        indices = batch.micro_batch_indices[micro]
+        start = batch.first_row + sum(map(len, batch.micro_batch_indices[:micro]))
         samples = raw_samples = None
         others: tuple[Tensor, ...] = ()
         if action.block in self.needs_samples:
@@ -349,8 +370,8 @@ class Engine:
             row_random=RowRandom(
                 self.engine_spec.seed,
                 action.block,
-                update.number,
-                update.total_rows,
+                source.number,
+                source.total_rows,
                 start,
                 len(indices),
             ),
@@ -445,7 +466,8 @@ class Engine:
     def _stop_counting(self, index: int) -> None:
         """Stop counting saved tensors if update `index` of the segment needed the most memory."""
         largest = self.updates[index].local_rows == self.largest_update_rows
-        if largest and index >= self.max_lag:  # all routes carry messages by then
+        # All routes carry messages by then, and no forward is without its backward.
+        if largest and index >= self.max_lag and not self.micro_batches:
             self.saved_tensors.stop_counting()
 
     def _model_tensors(self) -> Iterator[Tensor]:
@@ -482,6 +504,7 @@ class Engine:
             trainable = sum(parameter.nbytes for parameter in block.trainable_parameters)
             copies = self.syncs[index].traits().parameter_copies
             total += (1 + copies) * trainable  # 1: the gradient
+        total += self.peak_replay_bytes
         total += sum(versions.peak_bytes for versions in self.weight_versions.values())
         total += 0 if self.update_step.tied is None else self.update_step.tied.peak_bytes
         return (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dtrain.block.block import Block
-from dtrain.block.micro_batch import MicroBatch
+from dtrain.block.micro_batch import MicroBatch, RowRandom
 from dtrain.comm.groups import ProcessGroups
 from dtrain.data.reading.loader import Loader
 from dtrain.data.sampler import Indices
@@ -141,7 +141,9 @@ class Evaluator:
         spec, device = self.engine_spec.block_specs[action.block], self.engine_spec.device
         targets, received = loader.dataset.targets(indices).to(device), self.router.receive(action)
         task = self.engine_spec.task
-        micro_batch = MicroBatch(targets=targets, task=task, received=received)
+        samples = torch.from_numpy(indices)
+        random = RowRandom.of_samples(self.engine_spec.seed, action.block, samples)
+        micro_batch = MicroBatch(targets=targets, task=task, received=received, row_random=random)
         if action.block in self.needs_samples:
             micro_batch.samples = loader.read().to(device)
             others = loader.read_other_inputs(indices)

@@ -29,8 +29,13 @@ from dtrain.comm.wire_format import EXACT, WireFormat
 from dtrain.mesh import RankPosition
 from dtrain.objectives.base import ExecutionMode, Objective
 from dtrain.objectives.block_spec import BlockSpec
-from dtrain.objectives.messages import all_routes, message_spec, skip_message
-from dtrain.schedules.actions import SKIP_PREFIX, Action, Kind, Point, Route
+from dtrain.objectives.messages import (
+    all_routes,
+    is_of_layers,
+    layer_message,
+    message_spec,
+)
+from dtrain.schedules.actions import Action, Kind, Point, Route
 from dtrain.schedules.messages import MessageTable
 
 
@@ -96,7 +101,7 @@ class Link:
     ) -> None:
         self.route = route
         self.once_per_update = route.once_per_update
-        self.is_skip = route.name.startswith(SKIP_PREFIX)
+        self.is_of_layers = is_of_layers(route)
         self.spec = spec
         self.wire_format = wire_format
         self._senders = cycle(senders)
@@ -223,11 +228,27 @@ class MessageRouter:
             return
         for index in self.messages.outgoing(action):
             link = self.links[index]
-            if link.is_skip:
-                tensor = skip_message(link.route, micro_batch)
+            if link.is_of_layers:
+                tensor = layer_message(link.route, micro_batch)
             else:
                 tensor = self.objective.make_message(link.route, block, micro_batch)
             link.send(tensor, 0 if micro_batch is None else len(micro_batch.targets))
+
+    def source_of(self, action: Action) -> tuple[int, int]:
+        """Return update and micro-batch of the input of a forward: those of the action."""
+        return action.update, action.micro
+
+    def forward_metrics(self, action: Action) -> dict[str, float]:
+        """Return what is recorded of the messages of a forward: nothing."""
+        return {}
+
+    def end_sends(self) -> None:
+        """Do nothing: both ends know all messages of a segment."""
+
+    @property
+    def kept_bytes(self) -> int:
+        """The bytes of messages that are kept after they were used: none."""
+        return 0
 
     def cancel(self) -> None:
         """Forget the declared messages of a segment that ends early: no rank sends them."""

@@ -9,7 +9,7 @@ Invariant: no forward pass here draws random numbers or writes to its input.
 
 from __future__ import annotations
 
-from typing import Literal, final
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +99,6 @@ def image_shape(model: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
     return shape
 
 
-@final
 class Convolution(nn.Module):
     """3x3 convolution, norm, ReLU, and 2x2 max pooling if `pool`."""
 
@@ -119,7 +118,6 @@ class Convolution(nn.Module):
         return max_pool2d(output, 2) if self.pool else output
 
 
-@final
 class PooledLinear(nn.Linear):
     """Global average pooling and a linear layer: (n, inputs, H, W) to (n, outputs)."""
 

@@ -128,6 +128,39 @@ class LayerStack(ABC):
 
 
 @final
+@dataclass(frozen=True, eq=False)
+class LayerCopy:
+    """A factory of a copy of a model's layer, with the initial weights that it has in a run.
+
+    Copies are equal where their structure is known and equal; else they cannot be hashed.
+    """
+
+    model: LayerStack = field(repr=False)
+    index: int
+    seed: int
+    dtype: torch.dtype
+
+    def __call__(self) -> nn.Module:
+        return self.model.rebuild_layer(self.index, self.seed, self.dtype)
+
+    @property
+    def structure(self) -> Hashable:
+        """A key that copies of equal structure share; None where it is unknown."""
+        key = self.model.structure_key(self.index)
+        return None if key is None else (key, self.dtype)
+
+    def __eq__(self, other: object) -> bool:
+        if self is other or not isinstance(other, LayerCopy):
+            return self is other
+        return self.structure is not None and self.structure == other.structure
+
+    def __hash__(self) -> int:
+        if self.structure is None:
+            raise TypeError("the structure of the layer is unknown")
+        return hash(self.structure)
+
+
+@final
 @dataclass(frozen=True)
 class FactoryLayers(LayerStack):
     """Layers that are each made by a factory of their own."""
@@ -136,6 +169,8 @@ class FactoryLayers(LayerStack):
 
     def structure_key(self, index: int) -> Hashable:
         factory = self.factories[index]
+        if isinstance(factory, LayerCopy):
+            return factory.structure
         if not isinstance(factory, partial) or not isinstance(factory.func, type):
             return None
         key = factory.func, factory.args, tuple(factory.keywords.items())

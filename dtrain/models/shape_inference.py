@@ -38,6 +38,7 @@ from dtrain.models.graph import (
     has_gradient,
 )
 from dtrain.models.layers import LayerStack, require_unshared
+from dtrain.models.reversible import Reversible
 from dtrain.models.saved_bytes import NOTHING_SAVED, SavedBytes, record_saved, summarise_saved
 from dtrain.models.small_modules import is_small, zeros_on_cpu
 from dtrain.rng import fixed_random_numbers
@@ -112,6 +113,8 @@ class LayerProfile:
         Where the model is a graph: those of `reads` on which the layer works in place.
     saved : SavedBytes
         Tensors that the layer keeps for its backward.
+    reversible : bool
+        Whether the layer is a `Reversible`, so that its input follows from its output.
     """
 
     name: str
@@ -129,6 +132,7 @@ class LayerProfile:
     main_value: str = ""
     overwrites: tuple[str, ...] = ()
     saved: SavedBytes = NOTHING_SAVED
+    reversible: bool = False
 
 
 def infer_layers(
@@ -242,6 +246,7 @@ def profile_module(
                 isinstance(module, nn.modules.batchnorm._BatchNorm) for module in layer.modules()
             ),
             skippable_macs=all_macs - backward_macs(output, weights),
+            reversible=isinstance(layer, Reversible),
             saved=summarise_saved(sizes, _tensors(layer), [given], [output], SAMPLES),
         )
 

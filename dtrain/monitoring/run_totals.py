@@ -133,7 +133,6 @@ class RunTotals:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> RunTotals:
         """Return the totals of a checkpoint, whose state may hold other facts of the run, too."""
-        state = {"loss_weight": state["rows"], **state}  # older ones have no weight
         names = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in state.items() if name in names})
 

@@ -18,16 +18,19 @@ from dtrain.objectives.block_spec import BlockSpec, DownstreamLayer
 from dtrain.objectives.cafo import Cafo
 from dtrain.objectives.ccl import Ccl
 from dtrain.objectives.common.aux_heads import AuxHead, NetworkHead
+from dtrain.objectives.common.denoising import Denoising
 from dtrain.objectives.common.goodness import Goodness
 from dtrain.objectives.common.random_feedback import RandomFeedback
 from dtrain.objectives.common.reconstruction import Reconstruction
 from dtrain.objectives.deep_supervision import DeepSupervision
 from dtrain.objectives.dfa import Dfa
+from dtrain.objectives.diffusion_blocks import DiffusionBlocks
 from dtrain.objectives.dni import Dni
 from dtrain.objectives.drtp import Drtp
 from dtrain.objectives.dual_propagation import DualPropagation
 from dtrain.objectives.f3 import F3
 from dtrain.objectives.forward_forward import ForwardForward
+from dtrain.objectives.forward_gnn import ForwardGnn
 from dtrain.objectives.forward_gradient import ForwardGradient
 from dtrain.objectives.infopro import InfoPro
 from dtrain.objectives.layer_collaboration import LayerCollaboration
@@ -35,6 +38,7 @@ from dtrain.objectives.lls import Lls, LlsM, LlsMxM
 from dtrain.objectives.local_head import LocalHead
 from dtrain.objectives.man import Man
 from dtrain.objectives.mono_forward import MonoForward
+from dtrain.objectives.noprop import Noprop
 from dtrain.objectives.pepita import Pepita
 from dtrain.objectives.pfa import Pfa
 from dtrain.objectives.scalable_ff import ScalableFf
@@ -50,12 +54,15 @@ __all__ = [
     "Cafo",
     "Ccl",
     "DeepSupervision",
+    "Denoising",
     "Dfa",
+    "DiffusionBlocks",
     "Dni",
     "DownstreamLayer",
     "Drtp",
     "DualPropagation",
     "ForwardForward",
+    "ForwardGnn",
     "ForwardGradient",
     "Goodness",
     "InfoPro",
@@ -67,6 +74,7 @@ __all__ = [
     "Man",
     "MonoForward",
     "NetworkHead",
+    "Noprop",
     "Objective",
     "Pepita",
     "Pfa",
@@ -88,6 +96,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "cafo": Cafo,
     "ccl": Ccl,
     "dfa": Dfa,
+    "diffusion-blocks": DiffusionBlocks,
     "deep-supervision": DeepSupervision,
     "dni": Dni,
     "drtp": Drtp,
@@ -95,6 +104,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "f3": F3,
     "forward-forward": ForwardForward,
     "forward-gradient": ForwardGradient,
+    "forward-gnn": ForwardGnn,
     "infopro": InfoPro,
     "layer-collaboration": LayerCollaboration,
     "lls": Lls,
@@ -103,6 +113,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "local-head": LocalHead,
     "man": Man,
     "mono-forward": MonoForward,
+    "noprop": Noprop,
     "pepita": Pepita,
     "pfa": Pfa,
     "scalable-ff": ScalableFf,

@@ -77,6 +77,9 @@ class Objective(Strategy, ABC):
     sends_gradients_back : bool
         Whether blocks learn from the true gradients of all later blocks, so that gradients of skips
         are sent back, too; elsewhere skips are detached.
+    needs_block_layers : bool
+        Whether ``spec.first_layer`` and ``spec.own_layers`` are read; else they are empty. Such an
+        objective replaces the layers of every block.
     takes_complex_outputs : bool
         Whether the output of a block that is not the last may be complex.
     """
@@ -87,6 +90,7 @@ class Objective(Strategy, ABC):
     needs_raw_samples: ClassVar[bool] = False
     recomputes: ClassVar[bool] = False
     sends_gradients_back: ClassVar[bool] = False
+    needs_block_layers: ClassVar[bool] = False
     takes_complex_outputs: ClassVar[bool] = False
 
     # ---- 1. properties of the method
@@ -98,7 +102,7 @@ class Objective(Strategy, ABC):
 
     @property
     def needs_layers(self) -> bool:
-        """Whether ``spec.layers`` is read; else it is empty."""
+        """Whether the shapes of ``spec.own_layers`` are read; else it may be empty."""
         return False
 
     @property
@@ -229,6 +233,13 @@ class Objective(Strategy, ABC):
         """
         return forward_routes(blocks)
 
+    def message_rows(self, spec: BlockSpec, rows: int) -> int:
+        """Return the rows of activations, gradients and skips of a micro-batch of `rows` samples.
+
+        They are more where `make_input` of block 0 adds some.
+        """
+        return rows
+
     def make_message(self, route: Route, block: Block, micro_batch: MicroBatch | None) -> Tensor:
         """Return the tensor to send on `route` after the action in which it starts.
 
@@ -258,7 +269,7 @@ class Objective(Strategy, ABC):
         assert has_known_shape, f"{route}: the objective must define message_spec"
         # An activation and its gradient have the shape of the earlier block's output.
         earlier = specs[min(route.source.block, route.target.block)]
-        return (rows, *earlier.output_shape), earlier.dtype
+        return (self.message_rows(earlier, rows), *earlier.output_shape), earlier.dtype
 
     # ---- 4. training and prediction
 

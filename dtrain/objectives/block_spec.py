@@ -19,7 +19,7 @@ from dtrain.tasks.task import DEFAULT_TASK, Task
 
 @dataclass(frozen=True)
 class DownstreamLayer:
-    """A layer of the model after a block, or one of the block's own.
+    """A layer of the model that an objective may copy: after a block, in it, or the first one.
 
     Attributes
     ----------
@@ -73,13 +73,15 @@ class BlockSpec:
         Shape of the model's output; None where it is ``(classes,)``.
     task : Task
         Loss, targets and metrics of the run.
-    layers : tuple of DownstreamLayer
-        The layers of the block, if the objective `needs_layers`; while cuts are being balanced only
-        the last one.
     last_layer : DownstreamLayer or None
         The block's last layer, if the objective `needs_downstream_layers`.
     downstream_layers : tuple of DownstreamLayer
         All layers after the block, if the objective `needs_downstream_layers`.
+    first_layer : DownstreamLayer or None
+        The model's first layer, if the objective `needs_block_layers`.
+    own_layers : tuple of DownstreamLayer
+        The block's layers in the model, if the objective `needs_block_layers`, or `needs_layers`:
+        then only the last one while cuts are being balanced.
     integer_samples : bool
         Whether samples are integers (int64), which the model takes as they are: tokens, say.
     complex_samples : bool
@@ -90,6 +92,11 @@ class BlockSpec:
         Tensors that the block reads beside the output of the block before.
     data_inputs : tuple of int
         Positions of the inputs of a sample that the block reads beside the first one in block 0.
+    graph_nodes : int
+        Number of nodes, where the samples are the nodes of a graph and their second input is their
+        number; else 0. Virtual nodes of the classes have the numbers that follow.
+    rebuilds_input : bool
+        Whether the block rebuilds its input from its output, which the next block returns.
     """
 
     index: int
@@ -106,14 +113,17 @@ class BlockSpec:
     frozen: bool = False
     prediction_shape: tuple[int, ...] | None = None
     task: Task = DEFAULT_TASK
-    layers: tuple[DownstreamLayer, ...] = ()
     last_layer: DownstreamLayer | None = None
     downstream_layers: tuple[DownstreamLayer, ...] = ()
+    first_layer: DownstreamLayer | None = None
+    own_layers: tuple[DownstreamLayer, ...] = ()
     integer_samples: bool = False
     complex_samples: bool = False
     other_inputs: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
     skip_inputs: tuple[SkipInput, ...] = ()
     data_inputs: tuple[int, ...] = ()
+    graph_nodes: int = 0
+    rebuilds_input: bool = False
 
     def sample_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return the dtype of samples in a run whose real numbers have `dtype`."""

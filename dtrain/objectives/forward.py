@@ -4,6 +4,8 @@
 
     F   forward_micro_batch     make_input -> x -- layers --> y
     B   backward_pairs          (the forwards once more -->) objective.backward_pairs
+
+A block that rebuilds its input does so before the forwards are computed once more.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from dtrain.block.saved_tensors import SavedTensors
 from dtrain.models.graph import has_gradient
 from dtrain.objectives.base import Objective
 from dtrain.objectives.block_spec import BlockSpec
-from dtrain.objectives.messages import SKIP, skip_pairs
+from dtrain.objectives.messages import RETURNED, SKIP, skip_pairs
 
 
 def forward_micro_batch(
@@ -64,6 +66,8 @@ def backward_pairs(
     saved_tensors: SavedTensors,
 ) -> list[BackwardPair]:
     """Return the objective's pairs (tensor, cotangent); recompute the forwards if configured."""
+    if block.rebuilds_input:
+        _rebuild_input(spec, block, micro_batch)
     if block.recompute:
         _recompute_forwards(objective, spec, block, micro_batch, saved_tensors)
     with saved_tensors.record(micro_batch), block.head_rng(micro_batch):
@@ -78,6 +82,13 @@ def _skip_inputs(block: Block, micro_batch: MicroBatch) -> dict[str, Tensor]:
     if block.inplace_layers:  # a leaf must not be written to
         skips = {name: tensor.clone() for name, tensor in skips.items()}
     return skips
+
+
+def _rebuild_input(spec: BlockSpec, block: Block, micro_batch: MicroBatch) -> None:
+    """Set the input of a micro-batch from the output that the next block has returned."""
+    output = micro_batch.received.pop(RETURNED)
+    micro_batch.x = block.rebuild_input(output, micro_batch.rng_key)
+    micro_batch.x.requires_grad_(spec.index > 0)  # the samples have no gradient
 
 
 def _recompute_forwards(

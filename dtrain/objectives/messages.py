@@ -8,6 +8,8 @@ gradient goes straight back where the objective sends gradients back; elsewhere 
     block 0  --activation-->  block 1  --activation-->  block 2
        `------------------------skip------------------------^      F
        ^--------------------skip-gradient-------------------'      B, with `sends_gradients_back`
+
+    block 0  <--returned-activation--  block 1      B, where block 0 rebuilds its input
 """
 
 from __future__ import annotations
@@ -27,11 +29,15 @@ from dtrain.schedules.actions import SKIP_PREFIX, Point, Route
 SKIP, SKIP_GRADIENT = f"{SKIP_PREFIX}:", f"{SKIP_PREFIX}-gradient:"
 """Prefixes of route names; the name of the tensor follows."""
 
+RETURNED = "returned-activation"
+"""Name of the routes on which a block returns its input to a block that rebuilds its own."""
+
 
 def all_routes(
     objective: Objective, specs: Sequence[BlockSpec], mode: ExecutionMode
 ) -> tuple[Route, ...]:
-    """Return the routes of the objective and those of the skips, in this order."""
+    """Return the routes of the objective, those of the skips and those of returned activations, in
+    this order."""
     routes = objective.routes(len(specs), mode)
     skips = [(skip, spec.index) for spec in specs for skip in spec.skip_inputs]
     passes = sorted({0, *(r.target.pass_ for r in routes if r.target.kind == "F")})
@@ -45,12 +51,24 @@ def all_routes(
         for skip, block in skips
         if mode == "train" and objective.sends_gradients_back and has_gradient(skip.tensor.dtype)
     ]
-    return (*routes, *forward, *back)
+    returned = [
+        Route(Point(spec.index + 1, "B"), Point(spec.index, "B"), RETURNED)
+        for spec in specs
+        if mode == "train" and spec.rebuilds_input
+    ]
+    return (*routes, *forward, *back, *returned)
 
 
-def skip_message(route: Route, micro_batch: MicroBatch | None) -> Tensor:
-    """Return the tensor to send on the route of a skip, or of its gradient."""
+def is_of_layers(route: Route) -> bool:
+    """Return whether the message of a route is a tensor of the layers, whatever the objective."""
+    return route.name == RETURNED or route.name.startswith(SKIP_PREFIX)
+
+
+def layer_message(route: Route, micro_batch: MicroBatch | None) -> Tensor:
+    """Return the tensor to send on a route of the layers: a skip, its gradient, or the input."""
     assert micro_batch is not None
+    if route.name == RETURNED:
+        return micro_batch.x.detach()
     if route.name.startswith(SKIP):
         return micro_batch.skip_outputs[route.name.removeprefix(SKIP)].detach()
     skip = micro_batch.skip_inputs[_tensor_name(route)]
@@ -67,7 +85,11 @@ def message_spec(
             name = route.name.removeprefix(SKIP) if prefix == SKIP else _tensor_name(route)
             skips = specs[reader.block].skip_inputs
             tensor = next(skip.tensor for skip in skips if skip.tensor.name == name)
+            rows = objective.message_rows(specs[reader.block], rows)
             return tensor.shape(rows), tensor.dtype
+    if route.name == RETURNED:
+        spec = specs[route.target.block]
+        return (rows, *spec.output_shape), spec.dtype
     return objective.message_spec(route, specs, rows)
 
 

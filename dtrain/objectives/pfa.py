@@ -115,7 +115,7 @@ class Pfa(RepeatedForward):
         """Return the modules of a block that send a gradient back, by dotted name, on the meta
         device."""
         with torch.device("meta"):
-            layers = {layer.name: layer.make() for layer in spec.layers}
+            layers = {layer.name: layer.make() for layer in spec.own_layers}
         names = list(matrix_modules(layers).items())
         return dict(names[spec.index == 0 :])
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dtrain.errors import ConfigError
-from dtrain.models.layers import LayerStack, cast_module
+from dtrain.models.layers import LayerCopy, LayerStack, cast_module
 from dtrain.models.shape_inference import LayerProfile, profile_module
 from dtrain.objectives.base import Objective, input_gradient_blocks
 from dtrain.objectives.block_spec import BlockSpec, DownstreamLayer
@@ -96,8 +96,9 @@ class BlockCosts:
         layer."""
         first, last = self.layer_specs[i], self.layer_specs[j - 1]
         following = self.layer_specs[j].output_shape if j < len(self.layer_specs) else ()
-        own = self._described_layers(i, j) if self.objective.needs_layers else ()
-        copied = self._described_layers(j - 1) if self.objective.needs_downstream_layers else ()
+        needs_later = self.objective.needs_downstream_layers
+        copied = self._copied_layers(j - 1, len(self.layer_specs)) if needs_later else ()
+        needs_own = self.objective.needs_block_layers or self.objective.needs_layers
         return replace(
             self.data_spec,
             index=block,
@@ -107,13 +108,14 @@ class BlockCosts:
             dtype=last.dtype,
             next_output_shape=following,
             feature_shape=last.input_shape,
-            layers=own,
+            first_layer=self._copied_layers(0, 1)[0] if self.objective.needs_block_layers else None,
+            own_layers=self._copied_layers(i, j) if needs_own else (),
             last_layer=copied[0] if copied else None,
             downstream_layers=copied[1:],
         )
 
-    def _described_layers(self, i: int, j: int | None = None) -> tuple[DownstreamLayer, ...]:
-        """Return layers ``i .. j-1``, or i and later, each with a factory of its copy."""
+    def _copied_layers(self, i: int, j: int) -> tuple[DownstreamLayer, ...]:
+        """Return layers ``i .. j-1``, each with a factory of its copy."""
         layers = enumerate(self.layer_specs[i:j], start=i)
         dtype = self.layer_specs[0].dtype
         return tuple(
@@ -121,7 +123,7 @@ class BlockCosts:
                 spec.name,
                 spec.output_shape,
                 spec.parameters,
-                partial(self.model.rebuild_layer, index, self.seed, dtype),
+                LayerCopy(self.model, index, self.seed, dtype),
                 partial(self.model.rebuild_layer, index, dtype=dtype),
             )
             for index, spec in layers
@@ -144,7 +146,8 @@ class BlockCosts:
     def _provisional_head(self, j: int) -> tuple[BlockSpec, LayerProfile | None]:
         """Return spec and head of a block that ends before layer j, wherever it starts."""
         spec = self.block_spec(1 if j == len(self.layer_specs) else 0, 2, 0, j)
-        spec = replace(spec, layers=spec.layers[-1:])
+        if self.objective.needs_layers:
+            spec = replace(spec, own_layers=spec.own_layers[-1:])
         try:
             return spec, self.head_spec(spec)
         except ConfigError as error:

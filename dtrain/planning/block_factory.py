@@ -127,6 +127,8 @@ def assemble_block(
             for copy in tie.copies[1:]
             if copy.block == index
         },
+        keeps_forward=block_layout.keeps_forward,
+        rebuilds_input=block_layout.spec.rebuilds_input,
     )
     block.may_skip_parameters |= not type(objective).__module__.startswith("dtrain.")
     return block

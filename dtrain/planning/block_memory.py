@@ -11,8 +11,9 @@ extrapolated.
 
     parameters | gradients | optimizer       all the time
     F   + activations                        of one micro-batch: x, y, what autograd saves
+          - released                         what is computed again, under `petra`
     B         + backward                     the head; with recomputation the interior once more
-    B ends:   - both
+    B ends:   - all
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ BlockFactory = Callable[[], Block]
 
 Measure = Callable[[BlockFactory, int], tuple[Block, tuple[int, ...]]]
 """Returns a new block, and the bytes that each forward and the backward of one micro-batch of so
-many rows add."""
+many rows add, and those that are freed in between."""
 
 
 _OPTIMIZER_BYTES: StructureCache[int] = StructureCache()
@@ -84,6 +85,8 @@ class BlockMemory:
         Added by the backward of a micro-batch until its end.
     later_passes : tuple of int
         The part of `activations` that each forward after the first one adds.
+    released : int
+        The part of `activations` that is freed after the forward, and needed again in the backward.
     """
 
     parameters: int
@@ -92,6 +95,7 @@ class BlockMemory:
     activations: int
     backward: int
     later_passes: tuple[int, ...] = ()
+    released: int = 0
 
 
 def measure_block_memory(
@@ -131,7 +135,7 @@ def measure_block_memory(
         else:
             fake = None if make_fake is None else _measure_fake(measure, make_fake, rows)
             measured = fake or _extrapolate(measure, make_real, rows)
-        block, (*passes, backward) = measured
+        block, (*passes, backward, released) = measured
         return BlockMemory(
             parameters=_nbytes(block.tensors().values()),
             gradients=_nbytes(block.trainable_parameters),
@@ -139,6 +143,7 @@ def measure_block_memory(
             activations=sum(passes),
             backward=backward,
             later_passes=tuple(passes[1:]),
+            released=released,
         )
 
 
@@ -169,7 +174,8 @@ def _measure_block(
     make: BlockFactory,
     rows: int,
 ) -> tuple[Block, tuple[int, ...]]:
-    """Return a new block, and the bytes that forwards and backward of one micro-batch add."""
+    """Return a new block, and the bytes that forwards and backward of one micro-batch add, and
+    those that are freed in between."""
     with torch.enable_grad():
         block = make()
         with without_compiling(block.roots.values()):
@@ -227,7 +233,8 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
 def _measure_passes(
     block: Block, objective: Objective, block_specs: Sequence[BlockSpec], index: int, rows: int
 ) -> tuple[int, ...]:
-    """Return the bytes that each forward and the backward of one micro-batch add."""
+    """Return the bytes that each forward and the backward of one micro-batch add, and those that
+    are freed in between."""
     spec, routes = block_specs[index], all_routes(objective, block_specs, "train")
     block.register_taps(objective.taps(block))
     saved = SavedTensors([*block.parameters.values(), *block.buffers.values()])
@@ -242,10 +249,13 @@ def _measure_passes(
             micro_batch.received = received
         forward_micro_batch(objective, spec, block, micro_batch, sends_gradient, saved)
         peaks.append(saved.peak_bytes)
+    if not block.keeps_forward:
+        saved.release_forward(micro_batch, keep_input=not block.rebuilds_input)
+    released = peaks[-1] - saved.live_bytes if not block.keeps_forward else 0
     received = _received_zeros(objective, routes, block_specs, Point(index, "B"), rows)
     micro_batch.received = {**micro_batch.received, **received}
     backward_pairs(objective, spec, block, micro_batch, saved)
-    return tuple(b - a for a, b in pairwise([*peaks, saved.peak_bytes]))
+    return (*(b - a for a, b in pairwise([*peaks, saved.peak_bytes])), released)
 
 
 def _zero_micro_batch(block: Block, objective: Objective, spec: BlockSpec, rows: int) -> MicroBatch:
@@ -304,9 +314,10 @@ def peak_live_bytes(actions: Iterable[Action], blocks: Mapping[int, BlockMemory]
             case "F":
                 live += memory.activations - sum(memory.later_passes)
                 peak = max(peak, live)
+                live -= memory.released
             case "B":
-                peak = max(peak, live + memory.backward)
-                live -= memory.activations
+                peak = max(peak, live + memory.released + memory.backward)
+                live -= memory.activations - memory.released
             case "I":
                 live += memory.backward
                 peak = max(peak, live)

@@ -30,13 +30,14 @@ from dtrain.models.shape_inference import LayerProfile, infer_layers
 from dtrain.models.ties import Ties, find_ties
 from dtrain.objectives.base import ExecutionMode, Objective, input_gradient_blocks
 from dtrain.objectives.block_spec import BlockSpec
-from dtrain.objectives.messages import all_routes, message_spec
+from dtrain.objectives.messages import all_routes, message_spec, reads_samples
 from dtrain.planning.block_costs import BlockCosts, total_macs
 from dtrain.planning.cut_choice import choose_cuts, may_end_block
 from dtrain.planning.structure_cache import StructureCache, layers_key
 from dtrain.planning.tied_checks import check_ties
 from dtrain.schedules.actions import Route
 from dtrain.schedules.base import Schedule
+from dtrain.schedules.stream_replay import StreamReplay
 from dtrain.schedules.update_lags import TIED_GRADIENT, UpdateCycles, tied_routes
 from dtrain.schedules.verify import ScheduleReport, verify_schedule
 from dtrain.tasks.task import Task
@@ -74,6 +75,9 @@ class BlockLayout:
         Whether the layers keep their initial weights.
     recompute : bool
         Whether the backward recomputes what the block's interior saved.
+    keeps_forward : bool
+        Whether a forward that is recomputed keeps its output; otherwise the input alone, and
+        nothing where the block rebuilds its input.
     flow : BlockFlow or None
         The tensors that enter and leave the block; None where the layers are a chain.
     """
@@ -85,10 +89,11 @@ class BlockLayout:
     head_parameters: int
     cost: int
     head_cost: int = 0
-    replacement_layers: LayerStack | None = None
+    replacement_layers: LayerStack | None = dataclasses.field(default=None, compare=False)
     couples_samples: bool = False
     frozen: bool = False
     recompute: bool = False
+    keeps_forward: bool = True
     flow: BlockFlow | None = None
 
 
@@ -221,18 +226,21 @@ def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: 
     _check_block_numbers(run, len(layers))
     _check_clip(run, schedule)
     graph = _used_graph(model, layer_specs)
-    if type(objective).check_layers is not Objective.check_layers:
-        modules = _meta_modules(model, DTYPES[run.settings.dtype])
-        objective.check_layers(modules, is_chain=graph is None)
+    _check_layers(run, model, is_chain=graph is None)
     blocks = _block_layouts(
         block_costs, layers, run.partition, schedule.recomputes or objective.recomputes
     )
     if graph is not None:
         blocks = _add_flows(graph, layer_specs, blocks)
         _check_in_place(layer_specs, layers)
+    if schedule.rebuilds_inputs:
+        blocks = _rebuild_inputs(run, blocks)
     routes = all_routes(objective, [block.spec for block in blocks], "train")
     schedule.check_routes(routes)
+    if isinstance(schedule, StreamReplay):
+        _check_replay(run, [block.spec for block in blocks])
     ties = find_ties(model, layers, DTYPES[run.settings.dtype])
+    _check_replaced_ties(run, ties)
     cycles = None
     if ties and not schedule.flushes:
         cycles = schedule.update_cycles(len(blocks), routes)
@@ -262,6 +270,25 @@ def make_block_costs(run: RunConfig, model: LayerStack, data_spec: BlockSpec) ->
     _check_outputs(layer_specs, data_spec)
     data_spec = dataclasses.replace(data_spec, prediction_shape=layer_specs[-1].output_shape)
     return BlockCosts(layer_specs, objective, model, data_spec, run.settings.seed)
+
+
+def _check_layers(run: RunConfig, model: LayerStack, is_chain: bool) -> None:
+    """Refuse a model that the objective cannot train."""
+    objective = run.objective.instance
+    if not is_chain and objective.needs_block_layers:
+        raise _needs_chain()
+    if type(objective).check_layers is not Objective.check_layers:
+        objective.check_layers(_meta_modules(model, DTYPES[run.settings.dtype]), is_chain)
+
+
+def _check_replaced_ties(run: RunConfig, ties: Ties) -> None:
+    """Refuse shared parameters in layers that the objective makes anew for every block."""
+    if ties and run.objective.instance.needs_block_layers:
+        raise ConfigError(
+            "objective.ties-replaced",
+            f"'{ties[0].copies[0].name}' and '{ties[0].copies[1].name}' are one parameter, and "
+            f"'{run.objective.name}' gives every block layers of its own: give both their own",
+        )
 
 
 def _meta_modules(model: LayerStack, dtype: torch.dtype) -> dict[str, nn.Module]:
@@ -305,11 +332,7 @@ def _add_flows(
     """Return the blocks with the tensors that enter and leave them."""
     for block in blocks:
         if block.replacement_layers is not None:
-            raise ConfigError(
-                "objective.needs-chain",
-                "this objective replaces the layers of a block, which must then be a chain of "
-                "modules: return an nn.Sequential, or choose another objective",
-            )
+            raise _needs_chain()
     flows = block_flows(graph, layer_specs, [block.layers for block in blocks])
     return tuple(
         dataclasses.replace(
@@ -321,6 +344,56 @@ def _add_flows(
         )
         for block, flow in zip(blocks, flows, strict=True)
     )
+
+
+def _needs_chain() -> ConfigError:
+    """Return the error of a model whose layers cannot be replaced."""
+    return ConfigError(
+        "objective.needs-chain",
+        "this objective replaces the layers of a block, which must then be a chain of modules: "
+        "return an nn.Sequential, or choose another objective",
+    )
+
+
+def _check_replay(run: RunConfig, specs: Sequence[BlockSpec]) -> None:
+    """Refuse a replay of inputs without the samples that belong to them, or of rounded inputs."""
+    objective = run.objective.instance
+    if any(reads_samples(objective, spec, "train") for spec in specs[1:]):
+        raise ConfigError(
+            "schedule.replay-needs-samples",
+            f"'{run.objective.name}' needs the samples in later blocks, and 'stream-replay' has "
+            'only their activations there: set schedule.name = "stream"',
+        )
+    if run.partition.activation_compression != "exact":
+        raise ConfigError(
+            "schedule.replay-compressed",
+            "'stream-replay' sends activations as they are: leave out [partition] "
+            "activation-compression",
+        )
+
+
+def _rebuild_inputs(run: RunConfig, blocks: Sequence[BlockLayout]) -> tuple[BlockLayout, ...]:
+    """Return the blocks of a schedule that keeps no activations.
+
+    The last block runs its backward right after its forward, so it keeps its graph.
+    """
+    changed = []
+    for block in blocks[:-1]:
+        rebuilds = (
+            block.flow is None
+            and block.replacement_layers is None
+            and all(spec.reversible for spec in block.layer_specs)
+        )
+        if rebuilds and run.partition.activation_compression != "exact":
+            raise ConfigError(
+                "schedule.rebuilds-from-compressed",
+                f"[partition] activation-compression rounds the output of block "
+                f"{block.spec.index}, from which '{run.schedule.name}' rebuilds its input: leave "
+                "out activation-compression",
+            )
+        spec = dataclasses.replace(block.spec, rebuilds_input=rebuilds)
+        changed.append(dataclasses.replace(block, spec=spec, recompute=True, keeps_forward=False))
+    return (*changed, blocks[-1])
 
 
 def _infer_layers(
@@ -450,7 +523,9 @@ def _block_layout(
     replacement, model = objective.replacement_layers(spec), None
     if replacement is not None:
         names, factories = zip(*replacement, strict=True)
-        model = FactoryLayers(tuple(f"blocks{index}-{name}" for name in names), factories)
+        own = {layer.name for layer in spec.own_layers}  # they keep their names
+        names = tuple(name if name in own else f"blocks{index}-{name}" for name in names)
+        model = FactoryLayers(names, factories)
         layer_specs = _infer_layers(model, objective.block_input_shape(spec), dtype)
         last = layer_specs[-1]
         spec = dataclasses.replace(spec, output_shape=last.output_shape, dtype=last.dtype)

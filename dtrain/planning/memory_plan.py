@@ -50,6 +50,7 @@ from dtrain.planning.structure_cache import StructureCache, layers_key
 from dtrain.schedules.actions import Action
 from dtrain.schedules.message_memory import peak_message_bytes
 from dtrain.schedules.simulator import Span
+from dtrain.schedules.stream_replay import StreamReplay
 from dtrain.schedules.update_lags import peak_kept_gradients
 from dtrain.schedules.weight_policy import peak_weight_copies
 
@@ -217,7 +218,7 @@ class MemoryPlan:
                     versions=sum(n * blocks[b].gradients for b, n in copies.items()),
                     live=peak_live_bytes(actions, blocks)
                     + rows.update * self._head_cache_bytes(stage),
-                    messages=message_bytes,
+                    messages=message_bytes + self._replay_bytes(stage, rows),
                 )
             )
         return stages
@@ -262,6 +263,18 @@ class MemoryPlan:
         predict = peak_message_bytes(forwards, place, routes, sizes)
         return [max(pair) for pair in zip(train, predict, strict=True)]
 
+    def _replay_bytes(self, stage: int, rows: ReplicaRows) -> int:
+        """Return the bytes of the inputs that a stage keeps to replay them."""
+        layout = self.layout
+        if not isinstance(layout.schedule, StreamReplay):
+            return 0
+        sizes = zip(layout.routes, message_sizes(self.plan, rows.micro_batch), strict=True)
+        return layout.schedule.buffer * sum(
+            size
+            for route, size in sizes
+            if layout.place[route.target.block] == stage != layout.place[route.source.block]
+        )
+
     def _exchanged_bytes(self) -> list[int]:
         """Return per stage the bytes of the gradients of tied parameters that it sends and receives
         in an update, all at once."""
@@ -287,7 +300,10 @@ class MemoryPlan:
             layout.dtype,
             layout.objective,
             layout.schedule.splits_backward,
-            tuple((b.spec, b.layers, b.replacement_layers is None, b.recompute) for b in blocks),
+            tuple(
+                (b.spec, b.layers, b.replacement_layers is None, b.recompute, b.keeps_forward)
+                for b in blocks
+            ),
             repr(run.optimizer_settings()),
             layout.ties,
             run.settings.seed,  # of a block that is run for real

@@ -30,6 +30,7 @@ from dtrain.models.layers import LayerStack
 from dtrain.models.output_spec import OutputSpec
 from dtrain.models.pretrained import check_pretrained
 from dtrain.objectives.block_spec import BlockSpec
+from dtrain.planning.graph_checks import check_graph
 from dtrain.planning.initial_weights import open_weights
 from dtrain.planning.layout import DTYPES, Layout, make_layout
 from dtrain.schedules.segments import TrainingLength
@@ -90,6 +91,7 @@ def make_plan(run: RunConfig, ranks: int) -> Plan:
     samples, model, data_spec = load_run(run)
     train = samples.train
     layout = make_layout(run, model, data_spec, ranks)
+    check_graph(run, samples, layout.mesh.replicas)
     settings = run.settings
     length = TrainingLength.from_settings(
         updates_per_epoch(train.size, settings.batch_size),
@@ -153,6 +155,7 @@ def _load_model(run: RunConfig, train: Dataset, task: Task) -> tuple[LayerStack,
         inputs=1 + len(train.other_inputs),
         open_names=run.open_modules(),
         target=run.model.target,
+        graph=train.graph,
         output=_output_spec(task, outputs),
     )
     for name in run.model_options.open:
@@ -174,6 +177,7 @@ def _load_model(run: RunConfig, train: Dataset, task: Task) -> tuple[LayerStack,
         other_inputs=others,
         integer_samples=integers,
         complex_samples=train.input_dtype.is_complex,
+        graph_nodes=0 if train.graph is None else train.graph.nodes,
     )
 
 
@@ -210,6 +214,12 @@ def _check_objective(run: RunConfig, task: Task) -> None:
             f"[objective] '{run.objective.name}' {reason}, but [task] loss = \"{task.loss_name}\" "
             f"has targets of shape {task.target_spec.shape} that are {task.kind}: set "
             '[objective] name = "backprop" or "local-head"',
+        )
+    if run.weights_path is not None and run.objective.instance.needs_block_layers:
+        raise ConfigError(
+            "objective.weights-replaced",
+            f"[objective] '{run.objective.name}' gives every block layers of its own, for which "
+            f"{run.weights_path.name} has no weights: leave out [model] weights",
         )
     if task.target_spec.weighted and not run.objective.instance.takes_sample_weights():
         raise ConfigError(

@@ -151,7 +151,7 @@ class _RunCosts:
         """Return the seconds of one block. The head runs in the backward, forward included."""
         forward, input_gradient, weight_gradient = self._layer_seconds(block)
         head = self._head_seconds(block)
-        recomputed = forward if block.recompute else 0.0
+        recomputed = forward * (block.recompute + block.spec.rebuilds_input)
         return BlockCost(
             forward_s=self.rows * forward,
             input_gradient_s=self.rows

@@ -15,6 +15,7 @@ from dtrain.objectives.base import input_gradient_blocks
 from dtrain.planning.formatting import percent
 from dtrain.planning.layout import BlockLayout, Layout
 from dtrain.planning.plan import Plan
+from dtrain.schedules.stream_replay import StreamReplay
 
 SAFE_BLOCKS = 4
 """Number of blocks that most objectives can train."""
@@ -51,6 +52,7 @@ def plan_warnings(plan: Plan) -> list[str]:
         *_warn_large_heads(layout),
         *_warn_replaced_optimizer(plan),
         *_warn_one_micro_batch(plan),
+        *_warn_versions(plan),
         *_warn_empty_replicas(plan),
         *_warn_uneven_blocks(plan),
         *layout.objective.warnings(layout.block_specs, rows),
@@ -180,6 +182,21 @@ def _warn_replaced_optimizer(plan: Plan) -> Iterator[str]:
         yield (
             f"the sync '{run.sync.name}' has its own update rule: [optimizer] "
             f"'{run.optimizer.name}' only sets the learning rate and the weight decay"
+        )
+
+
+def _warn_versions(plan: Plan) -> Iterator[str]:
+    """Warn of results that depend on more than the run file."""
+    schedule, micro_batches = plan.layout.schedule, plan.batch_splitter.micro_batches
+    if schedule.delays_count_micro_batches and micro_batches > 1:
+        yield (
+            f"'{plan.run.schedule.name}' updates weights between the micro-batches of an update: "
+            "results depend on the numbers of micro-batches and replicas; keep both to compare runs"
+        )
+    if isinstance(schedule, StreamReplay) and plan.layout.mesh.stages > 1:
+        yield (
+            f"ranks that wait longer than patience-s = {schedule.patience_s:g} train on earlier "
+            "inputs: such a run cannot be reproduced"
         )
 
 

@@ -11,9 +11,11 @@ from dtrain.schedules.features_replay import FeaturesReplay
 from dtrain.schedules.fold import Fold
 from dtrain.schedules.gpipe_1f1b import FillDrain, Flush, OneFOneB
 from dtrain.schedules.interleaved import Interleaved
+from dtrain.schedules.petra import Petra
 from dtrain.schedules.pipedream import PipeDream, PipeDream2BW
 from dtrain.schedules.pipelined import Pipelined
 from dtrain.schedules.stream import Stream
+from dtrain.schedules.stream_replay import StreamReplay
 from dtrain.schedules.weight_policy import WeightPolicy
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "Fold",
     "Interleaved",
     "OneFOneB",
+    "Petra",
     "PipeDream",
     "PipeDream2BW",
     "Pipelined",
@@ -34,11 +37,13 @@ __all__ = [
     "Route",
     "Schedule",
     "Stream",
+    "StreamReplay",
     "WeightPolicy",
 ]
 
 SCHEDULES: dict[str, type[Schedule]] = {
     "stream": Stream,
+    "stream-replay": StreamReplay,
     "fill-drain": FillDrain,
     "1f1b": OneFOneB,
     "interleaved": Interleaved,
@@ -48,4 +53,5 @@ SCHEDULES: dict[str, type[Schedule]] = {
     "pipedream": PipeDream,
     "pipedream-2bw": PipeDream2BW,
     "features-replay": FeaturesReplay,
+    "petra": Petra,
 }

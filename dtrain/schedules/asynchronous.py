@@ -51,6 +51,7 @@ class AsyncSchedule(Schedule):
     """
 
     asynchronous: ClassVar[bool] = True
+    delays_count_micro_batches: ClassVar[bool] = True
     name: ClassVar[str]
     period: ClassVar[int] = 1
     weights: Literal["current", "stash"] = "current"

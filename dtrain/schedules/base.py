@@ -35,11 +35,20 @@ class Schedule(Strategy, ABC):
     asynchronous: ClassVar[bool] = False
     """Whether a block may be updated between the forward and the backward of a micro-batch."""
 
+    delays_count_micro_batches: ClassVar[bool] = False
+    """Whether micro-batches of one update may train with different versions of the weights, so that
+    the result depends on the numbers of micro-batches and replicas."""
+
     splits_backward: ClassVar[bool] = False
     """Whether plans have `I` and `W` instead of `B`."""
 
     recomputes: ClassVar[bool] = False
     """Whether backwards compute their forwards again, as with ``[partition] recompute = true``."""
+
+    rebuilds_inputs: ClassVar[bool] = False
+    """Whether blocks keep no activations from forward to backward: a reversible block rebuilds its
+    input from its output, which the next block returns; others keep their input and compute the
+    forward again."""
 
     flushes: ClassVar[bool] = False
     """Whether a rank runs all backwards of an update before its first `U` of that update, so that

@@ -27,7 +27,8 @@ from typing import ClassVar, final
 
 from dtrain.errors import ConfigError
 from dtrain.schedules.asynchronous import AsyncSchedule
-from dtrain.schedules.pipedream import PERIOD, LinearPipeline
+from dtrain.schedules.linear_pipeline import LinearPipeline
+from dtrain.schedules.pipedream import PERIOD
 
 
 @final

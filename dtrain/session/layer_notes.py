@@ -39,7 +39,7 @@ def layer_notes(
     settings = plan.run.settings
     parts = settings.micro_batches > 1 or plan.layout.mesh.replicas > 1
     notes = []
-    if coupled:
+    if coupled and plan.data.train.graph is None:
         notes.append(
             f"layer {_listed(coupled)}: a sample's output depends on the other samples of its "
             "micro-batch (attention over the wrong dimension, or statistics of the batch?); "

@@ -172,7 +172,10 @@ class _Subject:
 
     @cached_property
     def micro_batches(self) -> int:
-        """Micro-batches of an update in the small runs: three, or one where three are refused."""
+        """Micro-batches of an update in the small runs: three, or one where three are refused, or
+        where the samples of an update depend on their micro-batch."""
+        if self.schedule.delays_count_micro_batches:
+            return 1
         try:
             make_plan(self.make_run(self.objectives[0], 3), 1)
         except ConfigError:

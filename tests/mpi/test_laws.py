@@ -13,7 +13,6 @@ from dtrain.comm.communicator import Comm
 from dtrain.config.run import RunConfig
 from dtrain.objectives import OBJECTIVES
 from dtrain.schedules import SCHEDULES
-from dtrain.schedules.asynchronous import AsyncSchedule
 from dtrain.syncs import SYNCS
 from dtrain.training import train
 from tests import tiny
@@ -58,7 +57,7 @@ def run_of(
     """Return the tiny run with these strategies; batches of 16 leave a last one of 2 samples."""
     kind = SCHEDULES[schedule or OBJECTIVES[objective]().default_schedule]
     return tiny.run(
-        micro_batches=1 if issubclass(kind, AsyncSchedule) else 3,  # some update after each
+        micro_batches=1 if kind.delays_count_micro_batches else 3,  # some update after each
         mesh__stages=stages,
         objective__name=objective,
         schedule={"name": schedule} if schedule else {},

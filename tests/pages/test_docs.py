@@ -57,6 +57,8 @@ TASKS = {
     "no counted positions": ("counted",),
     "one prediction per sample": ("counted", "positions"),
     "classes per sample": ("values", "positions"),
+    "classes": ("values",),
+    "classes, all alike": ("counted", "values"),
     "labels": ("counted", "values", "positions"),
 }
 """The words of the column "tasks": kinds of task that an objective does not serve."""

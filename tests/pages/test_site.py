@@ -29,6 +29,7 @@ from dtrain.config.parse import SECTIONS, parse_run
 from dtrain.config.sweep import SWEEP, sweep_runs
 from dtrain.planning.cost_file import read_cost_file
 from dtrain.planning.plan import make_plan
+from tests.small_graph import write_graph
 from tests.system.programs import run_in_process
 
 ROOT = Path(__file__).parents[2]
@@ -226,6 +227,7 @@ def write_data(folder: Path) -> None:
     with h5py.File(folder / "all.h5", "w") as file:
         for split in ("train", "test"):
             file[f"{split}/images"], file[f"{split}/labels"] = x, y
+    write_graph(folder / "cora.h5")
     rows = [f"{i}.5,{i},species {i % 3}" for i in range(30)]
     (folder / "iris.csv").write_text("\n".join(["length,width,species", *rows]))
     (folder / "shakespeare.txt").write_text("To be, or not to be, that is the question. " * 40)

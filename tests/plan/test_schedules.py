@@ -41,8 +41,8 @@ CELLS: list[tuple[str, Routing]] = [
     for routes in (local, backprop, votes)
     # Delays count blocks, not ranks: test_asynchronous.py holds the numbers.
     if not SCHEDULES[name].asynchronous
-    and not (name in ("stream", "drained", "fold") and routes is backprop)
-    and not (name in ("interleaved", "fold") and routes is votes)
+    and not (name in ("stream", "stream-replay", "drained", "fold") and routes is backprop)
+    and not (name in ("stream-replay", "interleaved", "fold") and routes is votes)
 ]
 MICRO_BATCHES = [
     [[1]],
@@ -77,7 +77,7 @@ def test_plans_are_proved(name: str, routes: Routing, number: int) -> None:
         if name in ("interleaved", "fold") and blocks > stages:
             continue  # test_places.py holds their numbers
         one_live = [1] * stages
-        forward = dict.fromkeys(("stream", "drained", "fold"), one_live)
+        forward = dict.fromkeys(("stream", "stream-replay", "drained", "fold"), one_live)
         live = {**forward, "fill-drain": [largest] * stages}.get(
             name, [stages - stage for stage in range(stages)]
         )

@@ -106,6 +106,15 @@ def test_a_manifest_that_is_no_plain_file_is_named(
         load_state_dict(run_folder)
 
 
+def test_a_manifest_without_its_hash_is_refused(run_folder: Path) -> None:
+    path = newest(run_folder) / "manifest.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    del content["sha256"]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with refuses(CheckpointError, "checkpoint.manifest-damaged"):
+        load_state_dict(run_folder)
+
+
 def leave_the_folder(content: dict[str, Any]) -> None:
     shards = content["shards"]
     shards[f"../update-00000004/{SHARD}"] = shards.pop(SHARD)

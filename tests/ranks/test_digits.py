@@ -18,7 +18,6 @@ from dtrain.objectives import OBJECTIVES
 from dtrain.planning.block_factory import make_block
 from dtrain.planning.plan import make_plan
 from dtrain.schedules import SCHEDULES
-from dtrain.schedules.asynchronous import AsyncSchedule
 from dtrain.syncs import SYNCS
 from tests.harness import train_in_threads
 from tests.outcome import model
@@ -32,6 +31,7 @@ RUNS = [
     ("ccl", "fold", "diloco"),
     ("dfa", "pipedream", "powersgd"),
     ("deep-supervision", "pipedream-2bw", "warmup"),
+    ("diffusion-blocks", "stream", "every-step"),
     ("dni", "fill-drain", "every-step"),
     ("drtp", "stream", "every-step"),
     ("dual-propagation", "features-replay", "every-step"),
@@ -46,6 +46,7 @@ RUNS = [
     ("local-head", "stream", "oialr"),
     ("man", "fill-drain", "local-sgd"),
     ("mono-forward", "stream", "daso"),
+    ("noprop", "stream", "every-step"),
     ("pepita", "drained", "every-step"),
     ("pfa", "1f1b", "every-step"),
     ("scalable-ff", "interleaved", "only-large"),
@@ -151,7 +152,7 @@ def digits_run(objective: str, schedule: str, sync: str, folder: Path) -> RunCon
     table: dict[str, Any] = {
         "epochs": epochs,
         "batch-size": BATCH_SIZES.get(objective, 64),
-        "micro-batches": 1 if issubclass(SCHEDULES[schedule], AsyncSchedule) else 2,
+        "micro-batches": 1 if SCHEDULES[schedule].delays_count_micro_batches else 2,
         "threads": 1,
         "data": {"name": "digits"},
         "model": {"name": "mlp", "widths": [61, 47, 53]},

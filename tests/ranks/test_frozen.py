@@ -17,7 +17,6 @@ from dtrain.planning.memory_plan import MemoryPlan
 from dtrain.planning.plan import make_plan
 from dtrain.planning.report import plan_table, plan_text
 from dtrain.schedules import SCHEDULES
-from dtrain.schedules.asynchronous import AsyncSchedule
 from dtrain.syncs import SYNCS
 from tests import tiny
 from tests.harness import pairs, train_in_threads
@@ -30,7 +29,7 @@ NORMAL = {"model": {"name": "tests.tiny:normalised"}, "micro_batches": 1}
 
 def block_run(objective: str, schedule: str, **changes: Any) -> RunConfig:
     """Return a run of a single epoch; what updates at once gets one micro-batch."""
-    micros = 1 if issubclass(SCHEDULES[schedule], AsyncSchedule) else 2
+    micros = 1 if SCHEDULES[schedule].delays_count_micro_batches else 2
     named = {"objective__name": objective, "schedule__name": schedule, "micro_batches": micros}
     return tiny.run(**{"epochs": 1, "mesh__stages": 2} | named | changes)
 

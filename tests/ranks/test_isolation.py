@@ -25,8 +25,10 @@ from tests import tiny
 
 OWN = {
     "cafo": "layers keep their initial weights, and the head is solved",
+    "diffusion-blocks": "every block learns from samples and noisy labels, behind an inlet",
     "forward-forward": "the last block learns by goodness, and the head is a probe",
     "layer-collaboration": "the last block learns by goodness, and the head is a probe",
+    "noprop": "every block learns from samples and noisy labels, behind an inlet",
     "scalable-ff": "the last block learns by goodness, and the head is a probe",
     "forward-gradient": "the last block learns by estimates of its gradient",
     "ulr": "the last block learns by estimates of its gradient",
@@ -87,7 +89,9 @@ def differs_from_backprop(objective: str) -> bool:
     train_epoch(job)
     ours = job.engine.blocks[0].parameters
     theirs = {f"{n}.{p}": t for n, layer in layers.items() for p, t in layer.named_parameters()}
-    return any(not torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    return any(
+        name not in ours or not torch.equal(ours[name], tensor) for name, tensor in theirs.items()
+    )
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

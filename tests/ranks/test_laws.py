@@ -249,7 +249,11 @@ SENT = {
     "dfa": (24 + 2 * 3) * ROWS,  # the error, to two blocks
     "pepita": (2 * 24 + 3) * ROWS,  # two passes, the error to the first block
     "forward-forward": 3 * 24 * ROWS,  # positives, negatives, neutral
+    # Three virtual nodes in every micro-batch: ten per epoch and replica.
+    "forward-gnn": 24 * (ROWS + 3 * 2 * 2 * 10),
     "layer-collaboration": (3 * 24 + 2 * 2 + 2 * 2) * ROWS,  # sums so far, the total
+    "diffusion-blocks": 0,
+    "noprop": 0,
     # Two updates late: two of four updates an epoch are received, in both replicas.
     "man": 24 * ROWS + 2 * 2 * 2 * (13 * 11 + 11 + 11 * 7 + 7),  # first layers of blocks 1 and 2
     "ccl": 24 * ROWS + 2 * 2 * 2 * 3 * 11,  # codes of block 1; the next ones are one-hot

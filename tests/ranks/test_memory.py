@@ -19,7 +19,6 @@ from dtrain.objectives import OBJECTIVES
 from dtrain.planning.memory_plan import MemoryPlan
 from dtrain.planning.plan import make_plan
 from dtrain.schedules import SCHEDULES
-from dtrain.schedules.asynchronous import AsyncSchedule
 from tests import tiny
 from tests.harness import pairs, train_in_threads
 from tests.ranks.test_graph_models import run as graph_run
@@ -75,7 +74,7 @@ def make_run(model: str, objective: str, schedule: str, **changes: Any) -> RunCo
     # Where micro-batches of several updates are live together, the plan takes all for full ones,
     # and counts two messages of a route as in flight: so here all are full, and small, and two
     # epochs let the ranks come that far apart.
-    if issubclass(SCHEDULES[schedule], AsyncSchedule):
+    if SCHEDULES[schedule].delays_count_micro_batches:
         sizes = {"batch_size": 16, "micro_batches": 1, "epochs": 2}
     else:
         sizes = {"batch_size": 32, "micro_batches": 4, "epochs": 1}

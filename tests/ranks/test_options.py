@@ -19,7 +19,6 @@ from dtrain.errors import ConfigError
 from dtrain.models import load_model
 from dtrain.objectives import OBJECTIVES
 from dtrain.schedules import SCHEDULES
-from dtrain.schedules.asynchronous import AsyncSchedule
 from tests import pictures, tiny
 from tests.harness import FULL, assert_close_model, train_in_threads
 from tests.outcome import break_off, model
@@ -259,7 +258,7 @@ def test_augmented_images_keep_the_laws(objective: str, tmp_path: Path) -> None:
 def test_networks_for_images_keep_the_laws(objective: str, norm: str, tmp_path: Path) -> None:
     """Batch statistics couple samples: over stages the same bits, all else is no promise."""
     kind = SCHEDULES[OBJECTIVES[objective]().default_schedule]
-    micros = 1 if issubclass(kind, AsyncSchedule) else 3  # some update after each
+    micros = 1 if kind.delays_count_micro_batches else 3  # some update after each
     changes: dict[str, Any] = {
         "objective": {"name": objective},
         "epochs": 1,
@@ -312,7 +311,7 @@ def test_accumulated_gradients_are_those_of_the_batch(
     schedule: str, micros: int, tmp_path: Path
 ) -> None:
     """One rank, parts of one sample at the least: a plain loop over whole batches."""
-    objective = "mono-forward" if schedule == "stream" else "backprop"
+    objective = "mono-forward" if schedule.startswith("stream") else "backprop"
     changes = {"objective__name": objective, "schedule__name": schedule, "optimizer": SGD}
     train_in_threads(tiny.run(**changes, micro_batches=micros), tmp_path / "parts")
     if objective == "backprop":

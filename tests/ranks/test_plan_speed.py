@@ -12,7 +12,6 @@ from dtrain.partition import balanced_cuts, imbalance, layer_ranges
 from dtrain.planning.plan import make_plan
 from dtrain.planning.report import plan_text
 from dtrain.schedules import SCHEDULES
-from dtrain.schedules.asynchronous import AsyncSchedule
 from dtrain.schedules.verify import verify_schedule
 from tests import tiny
 from tests.plan.test_schedules import backprop, local
@@ -44,8 +43,8 @@ def test_60_layers_on_4096_ranks(objective: str, schedule: str) -> None:
 def test_large_meshes_are_checked_in_time(name: str) -> None:
     """64 stages within two seconds; fewer stages in a quadratically smaller time."""
     stages = 48 if name == "1f1b" else 32
-    routes = local(stages) if name == "stream" else backprop(stages)
-    micros = 1 if issubclass(SCHEDULES[name], AsyncSchedule) else stages
+    routes = local(stages) if name.startswith("stream") else backprop(stages)
+    micros = 1 if SCHEDULES[name].delays_count_micro_batches else stages
     micro_batches = [[micros] * 390 + [micros - (replica > 20)] for replica in range(64)]
     start = time.process_time()
     verify_schedule(SCHEDULES[name](), range(stages), micro_batches, routes)

@@ -34,7 +34,6 @@ from dtrain.mesh import RankMesh
 from dtrain.objectives import OBJECTIVES
 from dtrain.planning.plan import Plan, make_plan
 from dtrain.schedules import SCHEDULES
-from dtrain.schedules.asynchronous import AsyncSchedule
 from dtrain.syncs import SYNCS
 from dtrain.syncs.base import SyncTraits
 from dtrain.syncs.common.wrapper import Wrapper
@@ -85,23 +84,23 @@ def traits_of(name: str) -> SyncTraits:
 def cell_run(objective: str, schedule: str, stages: int, micros: int) -> RunConfig:
     """Return the run of a cell, whatever its sync."""
     named = {"objective__name": objective, "schedule__name": schedule}
-    micros = (
-        1 if issubclass(SCHEDULES[schedule], AsyncSchedule) else micros
-    )  # it updates after each
+    if SCHEDULES[schedule].delays_count_micro_batches:
+        micros = 1
     return tiny.run(**NET, **named, micro_batches=micros, mesh__stages=stages)
 
 
 @cache
-def base_plan(objective: str) -> Plan:
-    """Return a plan of an objective, whose blocks and costs are those of all its cells."""
-    return make_plan(cell_run(objective, FIRST[objective], 1, 1), 1)
+def base_plan(objective: str, schedule: str) -> Plan:
+    """Return a plan of an objective, whose blocks and costs are those of many of its cells."""
+    return make_plan(cell_run(objective, schedule, 1, 1), 1)
 
 
 @cache
 def cell_plan(objective: str, schedule: str, stages: int, replicas: int, micros: int) -> Plan:
     """Return the plan of a cell, with the blocks of the objective's base plan."""
-    base, run = base_plan(objective), cell_run(objective, schedule, stages, micros)
+    run = cell_run(objective, schedule, stages, micros)
     kind, count = run.schedule.instance, run.settings.micro_batches
+    base = base_plan(objective, schedule if kind.rebuilds_inputs else FIRST[objective])
     blocks = tuple(
         replace(block, recompute=block.recompute or kind.recomputes)
         for block in base.layout.block_layouts

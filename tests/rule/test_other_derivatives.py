@@ -57,7 +57,7 @@ def build(objective: Objective, net: Net, x: Tensor) -> Blocks:
         layers = tuple(
             DownstreamLayer(n, (), 0, lambda m=m: m) for n, m in zip(names, part, strict=True)
         )
-        known = BlockSpec(**{**vars(spec), "layers": layers})
+        known = BlockSpec(**{**vars(spec), "own_layers": layers})
         with seeded("heads", spec.index):
             head = objective.make_head(known)
         blocks.append((known, Block(spec.index, block.layers, head and head.to(D), sgd)))

@@ -430,8 +430,8 @@ def test_targets_that_do_not_fit_are_refused(
 
 
 NEED_LABELS = (
-    *("ccl", "drtp", "forward-forward", "layer-collaboration", "lls", "lls-m", "lls-mxm"),
-    *("scalable-ff", "tpsgd"),
+    *("ccl", "diffusion-blocks", "drtp", "forward-forward", "forward-gnn", "layer-collaboration"),
+    *("lls", "lls-m", "lls-mxm", "noprop", "scalable-ff", "tpsgd"),
 )
 
 

@@ -19,6 +19,7 @@ from dtrain.models import load_model
 from dtrain.objectives import OBJECTIVES
 from dtrain.objectives.cafo import Cafo
 from dtrain.objectives.ccl import Ccl
+from dtrain.objectives.noprop import Noprop
 from dtrain.objectives.pepita import Pepita
 from dtrain.schedules import SCHEDULES
 from dtrain.schedules.drained import Drained
@@ -26,9 +27,8 @@ from dtrain.training import train
 from tests import tiny
 from tests.outcome import close, model
 from tests.refusals import refuses
-from tests.witness.noprop import NoProp
 
-WITNESSES = {"pepita": Pepita, "cafo": Cafo, "noprop": NoProp, "ccl": Ccl}
+WITNESSES = {"pepita": Pepita, "cafo": Cafo, "noprop": Noprop, "ccl": Ccl}
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,8 @@ from dtrain.schedules.base import Schedule
 from dtrain.schedules.cost_model import BlockCost, CostModel
 from dtrain.schedules.forecast import forecast
 from dtrain.schedules.pipelined import Pipelined
+from dtrain.schedules.stream import Stream
+from dtrain.schedules.stream_replay import StreamReplay
 from dtrain.schedules.verify import ScheduleReport, verify_schedule
 from tests.plan.test_cyclic import broadcast, codes, lagged, two_passes
 from tests.plan.test_schedules import LAYOUTS, MICRO_BATCHES, Routing, backprop
@@ -51,7 +53,8 @@ def test_witnesses_are_proved(schedule: Schedule, micro_batches: list[list[int]]
 def test_class_attributes_describe_the_plans(schedule: Schedule) -> None:
     place = schedule.assign_stages([1] * 6, 3)
     micro_batches = [1, 1] if isinstance(schedule, AsyncSchedule) else [6, 5]
-    routes = backprop(6) if type(schedule) is not SCHEDULES["stream"] else backprop(6)[:5]
+    streams = isinstance(schedule, Stream | StreamReplay)
+    routes = backprop(6)[:5] if streams else backprop(6)
     plans = [list(schedule.plan(stage, place, micro_batches, routes)) for stage in range(3)]
     kinds = {action.kind for plan in plans for action in plan}
     assert kinds == set(SPLIT_KINDS if schedule.splits_backward else UNSPLIT_KINDS)

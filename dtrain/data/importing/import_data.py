@@ -1,7 +1,8 @@
 """Import data of other formats into HDF5 files of the layout that `hdf5` reads.
 
-Invariant: a source is read piece by piece, nothing in it is unpickled or extracted to disk, and a
-file under its final name is complete. The same source gives the same files.
+Invariant: a source is read piece by piece, nothing in it is extracted to disk, and a file under its
+final name is complete. The same source gives the same files. Nothing is unpickled, except the files
+of Planetoid, by an unpickler that is restricted to arrays and lists.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from dtrain.data.importing.idx_stream import is_idx, open_idx_folder, open_idx_s
 from dtrain.data.importing.image_files import Fit
 from dtrain.data.importing.image_set import open_images
 from dtrain.data.importing.numpy_stream import open_npz, stream_npy
+from dtrain.data.importing.planetoid_files import PlanetoidFiles, is_planetoid
 from dtrain.data.importing.text_stream import TextFile, is_text
 from dtrain.errors import ConfigError, DataError
 
@@ -90,7 +92,8 @@ def import_data(source: Path, out: Path, options: ImportOptions = NO_OPTIONS) ->
     ----------
     source : Path
         A folder of class folders or a tar of one; `.npz`, `.npy`, `.csv` or IDX; a folder with the
-        IDX files of MNIST; or a text, `.txt`.
+        IDX files of MNIST; a text, `.txt`; or a folder with the files of a Planetoid graph, or one
+        of these.
     out : Path
         The file to write. A source with a training and a test split gives `OUT.h5` and
         `OUT-test.h5`.
@@ -99,7 +102,8 @@ def import_data(source: Path, out: Path, options: ImportOptions = NO_OPTIONS) ->
     -------
     list of Path
         Written files: x (N, ...), y (N, ...), and attributes mean and std of the training split;
-        classes where they have names. Of a text: tokens (n,) and classes.
+        classes where they have names. Of a text: tokens (n,) and classes. Of a graph: x, y, edges
+        (E, 2), and the nodes of each split.
 
     Raises
     ------
@@ -116,7 +120,7 @@ def import_data(source: Path, out: Path, options: ImportOptions = NO_OPTIONS) ->
         require_writable(paths[-1])
     with atomic_files(paths) as files:
         opened.write(files)
-        if not isinstance(opened, TextFile):
+        if not isinstance(opened, TextFile | PlanetoidFiles):  # nodes are scaled one by one
             add_statistics(files)
     return paths
 
@@ -181,6 +185,9 @@ def _open(source: Path, options: ImportOptions) -> _Source:
         options.refuse("a text", "split", "size", "x", "y", "target")
         return TextFile(source, options.tokens or "bytes")
     options.refuse("no text", "tokens")
+    if is_planetoid(source):
+        options.refuse("a Planetoid graph", "split", "size", "x", "y", "target")
+        return PlanetoidFiles(source)
     arrays = open_arrays(source, options) if source.exists() else None
     if arrays is not None:
         options.refuse("no set of images", "size")

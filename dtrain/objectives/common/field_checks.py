@@ -43,3 +43,11 @@ def check_temperature(temperature: float) -> None:
             "objective.temperature-not-positive",
             f"[objective] temperature = {temperature} must be above 0",
         )
+
+
+def check_steps(steps: int) -> None:
+    """Reject a prediction without a step."""
+    if steps < 1:
+        raise ConfigError(
+            "objective.steps-too-few", f"[objective] steps = {steps} must be at least 1"
+        )

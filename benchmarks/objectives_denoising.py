@@ -1,0 +1,213 @@
+"""Accuracy and compute of the objectives without messages, over random features and backprop.
+
+`ratio` = accuracy of `noprop` on digits over that of CaFo, random features with solved heads, with
+the same seed, the median; `spread` = its range.
+
+Set-up, three seeds each:
+
+* `digits`: MLP 64-64-64-64 in three blocks, Adam 1e-3, batch 32, 20 epochs.
+* `cifar10`: MLP 3072-1000-1000-1000 in three blocks, Adam 1e-3, batch 128, 5 epochs of all images.
+
+`noprop` and `diffusion-blocks` read the sample in every block by a copy of the net's first layer,
+so they have more parameters and multiply-adds than the same net under backpropagation: see
+`train_multiply_adds`. "x 3 epochs" is the paper's rule for DiffusionBlocks, as many times the
+epochs as there are blocks. Baselines: `backprop` on the same net, `frozen` (random features with
+trained linear heads; the last block is trained) and `cafo` (all blocks are random, heads are
+solved).
+
+`figures` has the mean test accuracy (0-1) of every cell, `peer` that of backpropagation. `cells`
+has accuracies by seed, mean, standard error, the paired differences to backpropagation and to CaFo
+with their standard errors and an `order` if a difference exceeds two of them; and the compute of
+one sample: `train_forwards` and `predict_forwards`, passes through each block;
+`train_multiply_adds`, forward and backward, in one epoch; `train_compute`, the multiply-adds of the
+whole training over those of backpropagation. `bytes` are counted on three ranks, between blocks.
+
+    python benchmarks/objectives_denoising.py [--quick]
+
+Label: measured. Time: starts of 35 minutes; each prints how many cells are left. `--quick`: one
+seed, 2 epochs of digits, one of 2,000 images.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from statistics import mean, median
+from typing import Any, final
+
+from bench import Bench, cifar_paths, exit_if_incomplete, parse_quick, spread
+from objectives_cifar10 import (
+    BUDGET_S,
+    SEEDS,
+    paired_difference,
+    run_jobs,
+    standard_error,
+)
+from record import publish
+
+from dtrain.config.parse import parse_run
+from dtrain.planning.plan import make_plan
+from dtrain.schema import Table
+
+BLOCKS, FLOW_STEPS = 3, 10
+FORM: Table = {"name": "noprop", "form": "flow"}
+SQUARES: Table = {"name": "diffusion-blocks", "loss": "squared-error"}
+CELLS: dict[str, tuple[Table, int, bool]] = {
+    # label: objective, factor of the epochs, whether inner blocks are frozen
+    "backprop": ({"name": "backprop"}, 1, False),
+    "frozen": ({"name": "mono-forward"}, 1, True),
+    "cafo": ({"name": "cafo"}, 1, False),
+    "noprop": ({"name": "noprop"}, 1, False),
+    "noprop flow": (FORM, 1, False),
+    f"noprop flow {FLOW_STEPS} steps": (FORM | {"steps": FLOW_STEPS}, 1, False),
+    "diffusion-blocks": ({"name": "diffusion-blocks"}, 1, False),
+    "diffusion-blocks squared-error": (SQUARES, 1, False),
+    f"diffusion-blocks squared-error x {BLOCKS} epochs": (SQUARES, BLOCKS, False),
+}
+DIGITS: Table = {
+    "epochs": 20,
+    "batch-size": 32,
+    "data": {"name": "digits"},
+    "model": {"name": "mlp", "widths": [64, 64, 64]},
+}
+
+Row = dict[str, Any]
+
+
+@final
+@dataclass(frozen=True)
+class Cell:
+    """One run file, its label, and the passes of a sample through a block."""
+
+    label: str
+    seed: int
+    run: Table
+    predict_forwards: int
+
+    @property
+    def name(self) -> str:
+        """The name of its cached results."""
+        return f"{self.label.replace(' ', '-')}-{self.seed}"
+
+    def measure(self, bench: Bench) -> Row:
+        """Train to the end on one rank."""
+        summary = bench.train(self.run, 1, subfolder=self.name).summary
+        return {"test_accuracy": summary["test_accuracy"]}
+
+    def measure_bytes(self, bench: Bench) -> Row:
+        """Train three updates on three ranks; return the bytes that were sent for a sample."""
+        short = {key: value for key, value in self.run.items() if key != "epochs"}
+        run = short | {"updates": BLOCKS, "mesh": {"stages": BLOCKS}}
+        summary = bench.train(run, BLOCKS, subfolder=f"bytes-{self.name}").summary
+        sent = summary["bytes_intra_node"] + summary["bytes_inter_node"]
+        return {"bytes": sent / summary["samples"]}
+
+    def multiply_adds(self, bench: Bench) -> int:
+        """Return those of a sample in training, forward and backward, in all blocks."""
+        plan = make_plan(parse_run(self.run, bench.folder), 1)
+        return sum(block.cost for block in plan.layout.block_layouts)
+
+
+def main() -> None:
+    """Train the cells that are missing; publish the record when none is."""
+    quick = parse_quick(__doc__)
+    bench, paths = Bench("objectives_denoising", quick), cifar_paths()
+    seeds = range(1 if quick else SEEDS)
+    cells = [
+        *(cell for seed in seeds for cell in make_cells("digits", digits(quick), seed)),
+        *(cell for seed in seeds for cell in make_cells("cifar10", cifar10(paths, quick), seed)),
+    ]
+    first = [cell for cell in cells if cell.seed == 0]
+    jobs = [(cell.name, partial(cell.measure, bench)) for cell in cells]
+    jobs += [(f"bytes-{cell.name}", partial(cell.measure_bytes, bench)) for cell in first]
+    results = run_jobs(bench, jobs, 2, time.monotonic() + BUDGET_S)
+    exit_if_incomplete(len(jobs) - len(results))
+    rows = {cell.label: summarise(cell, results, seeds, bench) for cell in first}
+    for label, row in rows.items():
+        add_comparisons(rows, label, row)
+    ours, random = (rows[f"digits {name}"]["seeds"] for name in ("noprop", "cafo"))
+    ratios = [a / b for a, b in zip(ours, random, strict=True)]
+    publish(
+        "objectives_denoising",
+        "measured",
+        {label: row["test_accuracy"] for label, row in rows.items()},
+        {label: rows[base_label(label, "backprop")]["test_accuracy"] for label in rows},
+        median(ratios),
+        spread(ratios) if len(ratios) > 1 else None,
+        quick=quick,
+        cells=rows,
+    )
+
+
+def digits(quick: bool) -> Table:
+    """Return the keys of the run files of digits that all cells share."""
+    return DIGITS | ({"epochs": 2} if quick else {})
+
+
+def cifar10(paths: tuple[str, str], quick: bool) -> Table:
+    """Return the keys of the run files of CIFAR-10 that all cells share."""
+    train, test = paths
+    data: Table = {"name": "hdf5", "train": train, "test": test}
+    if quick:
+        data = {"name": "user:subset", "train": train, "test": test, "rows": 2000, "tests": 500}
+    return {
+        "epochs": 1 if quick else 5,
+        "batch-size": 128,
+        "data": data,
+        "model": {"name": "mlp", "widths": [1000, 1000, 1000]},
+    }
+
+
+def make_cells(name: str, shared: Table, seed: int) -> Iterator[Cell]:
+    """Yield the cells of one data set and seed."""
+    for label, (objective, factor, frozen) in CELLS.items():
+        epochs = factor * int(shared["epochs"])
+        run: Table = shared | {
+            "seed": seed,
+            "epochs": epochs,
+            "partition": {"cuts": [1, 2], "frozen": frozen},
+            "objective": objective,
+            "optimizer": {"name": "adam", "lr": 1e-3},
+            "evaluate": {"every": epochs},
+        }
+        yield Cell(f"{name} {label}", seed, run, int(objective.get("steps", 1)))
+
+
+def summarise(cell: Cell, results: dict[str, Row], seeds: range, bench: Bench) -> Row:
+    """Return mean and standard error of one label over the seeds, and its compute."""
+    names = [Cell(cell.label, seed, {}, 0).name for seed in seeds]
+    values = [float(results[name]["test_accuracy"]) for name in names]
+    return {
+        "test_accuracy": mean(values),
+        "standard_error": standard_error(values),
+        "seeds": values,
+        "train_forwards": 1,
+        "predict_forwards": cell.predict_forwards,
+        "train_multiply_adds": cell.multiply_adds(bench),
+        "epochs": cell.run["epochs"],
+        "bytes": results[f"bytes-{cell.name}"]["bytes"],
+    }
+
+
+def add_comparisons(rows: dict[str, Row], label: str, row: Row) -> None:
+    """Add the differences of a row to backpropagation and CaFo, and its relative compute."""
+    backprop = rows[base_label(label, "backprop")]
+    row["train_compute"] = (
+        row["train_multiply_adds"]
+        * row["epochs"]
+        / (backprop["train_multiply_adds"] * backprop["epochs"])
+    )
+    for name in ("backprop", "cafo"):
+        difference = paired_difference(row["seeds"], rows[base_label(label, name)]["seeds"])
+        row[f"beside_{name}"] = difference
+
+
+def base_label(label: str, name: str) -> str:
+    """Return the label of a baseline on the same data."""
+    return f"{label.partition(' ')[0]} {name}"
+
+
+if __name__ == "__main__":
+    main()
