@@ -44,7 +44,7 @@ from dtrain.errors import ConfigError, DataError
 from dtrain.mesh import RankPosition
 from dtrain.objectives.messages import reads_samples
 from dtrain.planning.block_factory import make_blocks
-from dtrain.planning.layout import layout_rows
+from dtrain.planning.layout_table import layout_rows
 from dtrain.planning.plan import Plan, make_plan
 from dtrain.syncs.replica_check import checksum
 

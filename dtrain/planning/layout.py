@@ -11,8 +11,6 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import permutations
-from typing import Any
 
 import torch
 from torch import nn
@@ -30,15 +28,16 @@ from dtrain.models.shape_inference import LayerProfile, infer_layers
 from dtrain.models.ties import Ties, find_ties
 from dtrain.objectives.base import ExecutionMode, Objective, input_gradient_blocks
 from dtrain.objectives.block_spec import BlockSpec
-from dtrain.objectives.messages import all_routes, message_spec, reads_samples
+from dtrain.objectives.messages import all_routes, message_spec
+from dtrain.planning import layout_checks as checks
 from dtrain.planning.block_costs import BlockCosts, total_macs
-from dtrain.planning.cut_choice import choose_cuts, may_end_block
+from dtrain.planning.cut_choice import choose_cuts
 from dtrain.planning.structure_cache import StructureCache, layers_key
 from dtrain.planning.tied_checks import check_ties
 from dtrain.schedules.actions import Route
 from dtrain.schedules.base import Schedule
 from dtrain.schedules.stream_replay import StreamReplay
-from dtrain.schedules.update_lags import TIED_GRADIENT, UpdateCycles, tied_routes
+from dtrain.schedules.update_lags import UpdateCycles, tied_routes
 from dtrain.schedules.verify import ScheduleReport, verify_schedule
 from dtrain.tasks.task import Task
 
@@ -214,7 +213,7 @@ def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: 
     ConfigError
         The mesh, the partition or the schedule does not fit.
     """
-    _check_stages(run, ranks)
+    checks.check_stages(run, ranks)
     shares = run.mesh.shares or ()
     mesh = RankMesh.for_ranks(ranks, run.stages, run.mesh.placement, shares)
     objective, schedule = run.objective.instance, run.schedule.instance
@@ -222,9 +221,9 @@ def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: 
     layer_specs = block_costs.layer_specs
     cuts = choose_cuts(run, block_costs, mesh.stages)
     layers = partition.layer_ranges(len(layer_specs), cuts)
-    _check_cuts(layer_specs, layers, objective)
-    _check_block_numbers(run, len(layers))
-    _check_clip(run, schedule)
+    checks.check_cuts(layer_specs, layers, objective)
+    checks.check_block_numbers(run, len(layers))
+    checks.check_clip(run, schedule)
     graph = _used_graph(model, layer_specs)
     _check_layers(run, model, is_chain=graph is None)
     blocks = _block_layouts(
@@ -232,13 +231,13 @@ def make_layout(run: RunConfig, model: LayerStack, data_spec: BlockSpec, ranks: 
     )
     if graph is not None:
         blocks = _add_flows(graph, layer_specs, blocks)
-        _check_in_place(layer_specs, layers)
+        checks.check_in_place(layer_specs, layers)
     if schedule.rebuilds_inputs:
         blocks = _rebuild_inputs(run, blocks)
     routes = all_routes(objective, [block.spec for block in blocks], "train")
     schedule.check_routes(routes)
     if isinstance(schedule, StreamReplay):
-        _check_replay(run, [block.spec for block in blocks])
+        checks.check_replay(run, [block.spec for block in blocks])
     ties = find_ties(model, layers, DTYPES[run.settings.dtype])
     _check_replaced_ties(run, ties)
     cycles = None
@@ -267,7 +266,7 @@ def make_block_costs(run: RunConfig, model: LayerStack, data_spec: BlockSpec) ->
     shape = objective.model_input_shape(data_spec.sample_shape, data_spec.classes)
     input_dtype = data_spec.sample_dtype(dtype)
     layer_specs = _infer_layers(model, shape, dtype, input_dtype, data_spec.other_inputs)
-    _check_outputs(layer_specs, data_spec)
+    checks.check_outputs(layer_specs, data_spec)
     data_spec = dataclasses.replace(data_spec, prediction_shape=layer_specs[-1].output_shape)
     return BlockCosts(layer_specs, objective, model, data_spec, run.settings.seed)
 
@@ -276,7 +275,7 @@ def _check_layers(run: RunConfig, model: LayerStack, is_chain: bool) -> None:
     """Refuse a model that the objective cannot train."""
     objective = run.objective.instance
     if not is_chain and objective.needs_block_layers:
-        raise _needs_chain()
+        raise checks.chain_error()
     if type(objective).check_layers is not Objective.check_layers:
         objective.check_layers(_meta_modules(model, DTYPES[run.settings.dtype]), is_chain)
 
@@ -303,36 +302,13 @@ def _used_graph(model: LayerStack, layer_specs: Sequence[LayerProfile]) -> Model
     return model.graph or chain_graph(model.names)
 
 
-def _check_in_place(layer_specs: Sequence[LayerProfile], layers: Sequence[range]) -> None:
-    """Refuse a layer that overwrites a tensor of an earlier block that a later block reads, too.
-
-    It would overwrite its block's copy alone.
-    """
-    owners = {
-        value.node: block
-        for block, indices in enumerate(layers)
-        for index in indices
-        for value in layer_specs[index].writes
-    }
-    for block, indices in enumerate(layers):
-        later = {name for spec in layer_specs[indices.stop :] for name in spec.reads}
-        for index in indices:
-            spec = layer_specs[index]
-            if any(owners.get(n, -1) != block and n in later for n in spec.overwrites):
-                raise ConfigError(
-                    "model.in-place-skip",
-                    f"layer '{spec.name}' works in place on a tensor of an earlier block that a "
-                    f"later block reads, too: set inplace=False, or cut elsewhere",
-                )
-
-
 def _add_flows(
     graph: ModelGraph, layer_specs: Sequence[LayerProfile], blocks: Sequence[BlockLayout]
 ) -> tuple[BlockLayout, ...]:
     """Return the blocks with the tensors that enter and leave them."""
     for block in blocks:
         if block.replacement_layers is not None:
-            raise _needs_chain()
+            raise checks.chain_error()
     flows = block_flows(graph, layer_specs, [block.layers for block in blocks])
     return tuple(
         dataclasses.replace(
@@ -344,32 +320,6 @@ def _add_flows(
         )
         for block, flow in zip(blocks, flows, strict=True)
     )
-
-
-def _needs_chain() -> ConfigError:
-    """Return the error of a model whose layers cannot be replaced."""
-    return ConfigError(
-        "objective.needs-chain",
-        "this objective replaces the layers of a block, which must then be a chain of modules: "
-        "return an nn.Sequential, or choose another objective",
-    )
-
-
-def _check_replay(run: RunConfig, specs: Sequence[BlockSpec]) -> None:
-    """Refuse a replay of inputs without the samples that belong to them, or of rounded inputs."""
-    objective = run.objective.instance
-    if any(reads_samples(objective, spec, "train") for spec in specs[1:]):
-        raise ConfigError(
-            "schedule.replay-needs-samples",
-            f"'{run.objective.name}' needs the samples in later blocks, and 'stream-replay' has "
-            'only their activations there: set schedule.name = "stream"',
-        )
-    if run.partition.activation_compression != "exact":
-        raise ConfigError(
-            "schedule.replay-compressed",
-            "'stream-replay' sends activations as they are: leave out [partition] "
-            "activation-compression",
-        )
 
 
 def _rebuild_inputs(run: RunConfig, blocks: Sequence[BlockLayout]) -> tuple[BlockLayout, ...]:
@@ -411,53 +361,6 @@ def _infer_layers(
     )
 
 
-def _check_outputs(layer_specs: Sequence[LayerProfile], data_spec: BlockSpec) -> None:
-    """Refuse a model whose outputs are not real, or not those of the task: for class labels, one
-    number per class."""
-    last, classes, task = layer_specs[-1], data_spec.classes, data_spec.task
-    if task.class_per_sample and last.output_shape != (classes,):
-        raise ConfigError(
-            "model.outputs-not-classes",
-            f"layer '{last.name}' returns {last.output_shape} for a sample, but the data has "
-            f"{classes} classes: end the model with {classes} outputs",
-        )
-    if not last.dtype.is_floating_point:
-        raise ConfigError(
-            "model.layer-not-real",
-            f"layer '{last.name}' returns {last.dtype}: the model must return real numbers",
-        )
-    task.check_output(last.output_shape, last.dtype)
-
-
-def _check_cuts(
-    layer_specs: Sequence[LayerProfile], layers: Sequence[range], objective: Objective
-) -> None:
-    """Refuse a cut behind a layer whose output gives the objective nothing to learn from."""
-    for indices in layers:
-        spec = layer_specs[indices.stop - 1]
-        if may_end_block(spec, objective) or (spec.writes and not spec.main_value):
-            continue  # the second is refused with the flow of the blocks
-        cure = "cut behind a layer that returns real numbers"
-        if spec.dtype.is_complex:
-            cure += ', or set objective.name = "backprop"'
-        raise ConfigError(
-            "partition.cut-not-real",
-            f"layer '{spec.name}' returns {spec.dtype}, so no block can end there: {cure}",
-        )
-
-
-def _check_stages(run: RunConfig, ranks: int) -> None:
-    if run.stages is None and run.partition.chosen_blocks is None:
-        return
-    stages, blocks = run.stages or ranks, run.partition.chosen_blocks
-    if blocks is not None and blocks < stages:
-        raise ConfigError(
-            "partition.fewer-blocks-than-stages",
-            f"{blocks} blocks cannot fill {stages} stages: set [mesh] stages = {blocks} or less, "
-            f"or [partition] blocks = {stages} or more",
-        )
-
-
 def _choose_places(
     run: RunConfig, schedule: Schedule, blocks: Sequence[BlockLayout], stages: int
 ) -> tuple[int, ...]:
@@ -468,30 +371,6 @@ def _choose_places(
     partition.check_places(places, len(blocks), stages)
     schedule.check_places(places)
     return tuple(places)
-
-
-def _check_block_numbers(run: RunConfig, blocks: int) -> None:
-    """Refuse keys that name a block which does not exist."""
-    for key, numbers in run.partition.blocks_by_key().items():
-        for block in numbers:
-            if not 0 <= block < blocks:
-                raise ConfigError(
-                    "partition.unknown-block",
-                    f"[partition] {key} names block {block}, but there are {blocks} "
-                    f"(0 to {blocks - 1}): name one of those",
-                )
-
-
-def _check_clip(run: RunConfig, schedule: Schedule) -> None:
-    """Refuse a clip over the model where no action has the gradients of all blocks."""
-    options = run.optimizer_options
-    if options.clip and options.clip_over == "model" and not schedule.flushes:
-        raise ConfigError(
-            "optimizer.clip-over-schedule",
-            f'[optimizer] clip-over = "model" needs the whole gradient before any update, and '
-            f"'{run.schedule.name}' updates block by block: set clip-over = \"block\", or "
-            'schedule.name = "1f1b" or "fill-drain"',
-        )
 
 
 def _block_layouts(
@@ -544,95 +423,3 @@ def _block_layout(
         couples_samples=objective.couples_samples(spec)
         or (head is not None and head.couples_samples),
     )
-
-
-def layout_rows(layout: Layout) -> dict[str, str]:
-    """Return everything in which the layouts of all ranks must agree, as text by description."""
-    mesh = layout.mesh
-    rows = {
-        "the mesh": f"{mesh.stages} stages x {mesh.replicas} replicas, {mesh.placement}",
-        "the objective": repr(layout.objective),
-        "the schedule": repr(layout.schedule),
-        "the number of layers": str(len(layout.layer_specs)),
-    }
-    for number, spec in enumerate(layout.layer_specs):
-        rows[f"layer {number}"] = (
-            f"'{spec.name}' from {spec.input_shape} to {spec.output_shape} {spec.dtype} with "
-            f"{spec.parameters} parameters"
-        )
-    rows["the cuts"] = str(list(layout.cuts))
-    rows["the stages of the blocks"] = str(list(layout.place))
-    for block in layout.block_layouts:
-        rows[f"block {block.spec.index}"] = (
-            f"layers {[spec.name for spec in block.layer_specs]} with "
-            f"{block.parameters + block.head_parameters} parameters"
-        )
-    return rows
-
-
-def describe(layout: Layout, rows: int) -> dict[str, Any]:
-    """Return the layout as plain values, with messages for micro-batches of `rows` samples, and
-    those of an update."""
-    return {
-        "ranks": layout.mesh.ranks,
-        "replicas": layout.mesh.replicas,
-        "stages": layout.mesh.stages,
-        "placement": layout.mesh.placement,
-        "shares": list(layout.mesh.shares),
-        "cuts": list(layout.cuts),
-        "place": list(layout.place),
-        "blocks": [
-            {
-                "block": block.spec.index,
-                "stage": layout.place[block.spec.index],
-                "layers": [layout.layer_specs[i].name for i in block.layers],
-                "parameters": block.parameters,
-                "head_parameters": block.head_parameters,
-                "multiply_adds": block.cost,
-                "frozen": block.frozen,
-            }
-            for block in layout.block_layouts
-        ],
-        "imbalance": partition.imbalance(layout.stage_costs()),
-        "messages": [*_message_rows(layout, rows), *_tied_rows(layout)],
-    }
-
-
-def _message_rows(layout: Layout, rows: int) -> Iterator[dict[str, Any]]:
-    """Yield the messages of a micro-batch of `rows` samples as plain values."""
-    for route, size in layout.messages(rows):
-        ends = route.source.block, route.target.block
-        is_sent = layout.place[ends[0]] != layout.place[ends[1]]
-        per = "update" if route.once_per_update else "micro-batch"
-        if route.every > 1:
-            per = f"{route.every} updates"
-        yield _message_row(layout, route.name, ends, size, is_sent, per)
-
-
-def _tied_rows(layout: Layout) -> Iterator[dict[str, Any]]:
-    """Yield the messages of tied parameters as plain values: from every copy to every other one.
-
-    A rank with several copies receives the gradient of another rank once.
-    """
-    for tie in layout.ties:
-        name = f"{TIED_GRADIENT}:{tie.copies[0].name}"
-        routes = tied_routes(tie.blocks, layout.place, layout.tied_cycles)
-        sent = {(route.source.block, route.target.block) for route in routes}
-        for ends in permutations(tie.blocks, 2):
-            yield _message_row(layout, name, ends, tie.nbytes, ends in sent, "update")
-
-
-def _message_row(
-    layout: Layout, name: str, ends: tuple[int, int], size: int, is_sent: bool, per: str
-) -> dict[str, Any]:
-    source, target = ends
-    return {
-        "route": name,
-        "from_block": source,
-        "from_stage": layout.place[source],
-        "to_block": target,
-        "to_stage": layout.place[target],
-        "bytes": size,
-        "per": per,
-        "wire": is_sent,
-    }

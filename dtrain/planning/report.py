@@ -12,7 +12,7 @@ from dtrain.partition import is_ascending
 from dtrain.planning.cost_file import CostFile
 from dtrain.planning.data_memory import data_lines, data_warnings, plan_data_memory
 from dtrain.planning.formatting import align_columns, percent, pluralise
-from dtrain.planning.layout import describe
+from dtrain.planning.layout_table import describe
 from dtrain.planning.memory_plan import MemoryPlan
 from dtrain.planning.placement_warnings import planned_warnings
 from dtrain.planning.plan import Plan
