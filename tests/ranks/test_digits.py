@@ -1,4 +1,4 @@
-"""The digits: their split, and 20 runs in which every objective, schedule and sync trains them."""
+"""The digits: their split, and runs in which every objective, schedule and sync trains them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not i
 model_selection = pytest.importorskip("sklearn.model_selection")
 
 RUNS = [
-    ("backprop", "1f1b", "never"),
+    ("backprop", "petra", "never"),
     ("cafo", "fill-drain", "every-step"),
     ("ccl", "fold", "diloco"),
     ("dfa", "pipedream", "powersgd"),
@@ -37,6 +37,7 @@ RUNS = [
     ("dual-propagation", "features-replay", "every-step"),
     ("f3", "drained", "every-step"),
     ("forward-forward", "fill-drain", "every-step"),
+    ("forward-gnn", "stream-replay", "every-step"),
     ("forward-gradient", "stream", "every-step"),
     ("infopro", "drained", "ab"),
     ("layer-collaboration", "1f1b", "daso"),
