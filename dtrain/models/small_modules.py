@@ -55,7 +55,9 @@ def is_small(modules: Iterable[nn.Module], shape: tuple[int, ...], rows: int = 1
 def has_hidden_memory(layers: Mapping[str, nn.Module], head: nn.Module | None) -> bool:
     """Return whether the backward of a module needs memory whose size only a real run shows: that
     of oneDNN, which computes LSTMs in float32."""
-    modules = [part for layer in (*layers.values(), head) if layer for part in layer.modules()]
+    modules = [
+        part for layer in (*layers.values(), head) if layer is not None for part in layer.modules()
+    ]
     return any(
         isinstance(part, nn.LSTM) and part.weight_hh_l0.dtype == torch.float32 for part in modules
     )

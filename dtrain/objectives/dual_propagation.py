@@ -82,6 +82,10 @@ class DualPropagation(RepeatedForward):
                 f"[objective] beta = {self.beta} must be above 0, as 0.1",
             )
 
+    def takes_sample_weights(self) -> bool:
+        """No: a weight would change the nudge, and with it the error of the difference."""
+        return False
+
     def check_layers(self, layers: Mapping[str, nn.Module], is_chain: bool) -> None:
         """Refuse modules that are neither linear nor functions of single elements, and forwards
         outside modules."""

@@ -24,7 +24,12 @@ from tests.refusals import refuses
 
 ARRAYS = tiny.samples()
 WEIGHTS = np.random.default_rng(5).integers(0, 4, 50).astype(np.float64)
-WEIGHTED = ("backprop", "local-head", "mono-forward", "deep-supervision", "lls", "dfa", "cafo")
+WEIGHTED = (
+    *("backprop", "local-head", "mono-forward", "deep-supervision", "lls", "dfa", "cafo"),
+    *("pfa", "forward-gnn"),
+)
+NOISY = ("diffusion-blocks", "forward-gradient", "ulr")
+"""Objectives that take weights, but whose repeated samples have noise of their own."""
 
 
 def noise(sample: Tensor, index: int, epoch: int, generator: Generator) -> Tensor:
@@ -118,7 +123,7 @@ def test_other_weights_are_refused_on_resume(tmp_path: Path) -> None:
         train_in_threads(weighted(WEIGHTS[::-1], epochs=2), tmp_path)
 
 
-@pytest.mark.parametrize("objective", WEIGHTED)
+@pytest.mark.parametrize("objective", [*WEIGHTED, *NOISY])
 def test_equal_weights_change_nothing(objective: str, tmp_path: Path) -> None:
     changes = drained(objective)
     plain = train_in_threads(weighted(None, **changes), tmp_path / "plain", stages=3)
@@ -226,7 +231,7 @@ def test_a_sampler_that_differs_between_ranks_is_refused(tmp_path: Path) -> None
 
 
 def test_every_other_objective_refuses_weights() -> None:
-    for name in sorted(set(OBJECTIVES) - {*WEIGHTED, "lls-m", "lls-mxm"} | {"cafo"}):
+    for name in sorted(set(OBJECTIVES) - {*WEIGHTED, *NOISY, "lls-m", "lls-mxm"} | {"cafo"}):
         with refuses(ConfigError, "data.weights-objective"):
             make_plan(weighted(objective={"name": name}), 1)
 

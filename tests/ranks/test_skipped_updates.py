@@ -35,6 +35,10 @@ class NotFinite(torch.autograd.Function):
         return x * torch.nan if part == "loss" else x.clone()
 
     @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return tangent * torch.nan
+
+    @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0] * torch.nan, None
 
@@ -176,9 +180,12 @@ def test_replicas_skip_together_under_every_sync(sync: str, tmp_path: Path) -> N
     assert result["test_loss"] is not None
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", sorted({*OBJECTIVES} - {"dual-propagation"}))
 def test_nothing_that_is_not_finite_stays(objective: str, tmp_path: Path) -> None:
-    """Neither in weights nor in state of heads; under a schedule with late gradients, too."""
+    """Neither in weights nor in state of heads; under a schedule with late gradients, too.
+
+    `dual-propagation` takes no layer of a user, so none that returns NaN.
+    """
     named = {"objective__name": objective, "micro_batches": 1, "epochs": 1}
     is_late = objective in tiny.PATTERNS and is_legal(objective, "pipelined")
     for schedule in [{}, {"schedule__name": "pipelined"}][: 1 + is_late]:
