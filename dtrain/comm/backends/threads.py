@@ -69,9 +69,11 @@ class ThreadScheduler:
             raise RankLostError("comm.rank-failed", f"rank {rank} ends: another rank failed")
 
     def pass_turn(self) -> None:
-        """Give the turn to a live rank."""
+        """Give the turn to a live rank, one of those that waited least since the last event."""
         if self.live_ranks:
-            self._turn_semaphores[self._random.choice(self.live_ranks)].release()
+            least = min(self._idle_turns[rank] for rank in self.live_ranks)
+            ready = [rank for rank in self.live_ranks if self._idle_turns[rank] == least]
+            self._turn_semaphores[self._random.choice(ready)].release()
 
     def idle(self, rank: int, description: str) -> None:
         """Pass the turn on and wait for the next one."""
