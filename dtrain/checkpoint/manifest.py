@@ -47,7 +47,7 @@ class Manifest:
     files : dict of str to str
         The shard of every key.
     hashes : dict of str to str
-        SHA-256 of every shard.
+        Hash of every shard.
     fingerprint : dict
         What identifies model and data; empty in checkpoints of earlier versions.
     """

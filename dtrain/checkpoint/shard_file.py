@@ -45,7 +45,7 @@ ALIGNMENT = 4096
 
 
 LOCAL_TYPES = ("ext4", "xfs")
-"""File systems of local disks that take direct writes; what a network prefers, nobody measured."""
+"""File systems of local disks that take direct writes; those over a network were not measured."""
 
 
 SHARD_HASH, HASH_BYTES = "xxh3", 16

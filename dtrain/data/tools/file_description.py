@@ -201,7 +201,7 @@ def _describe_arrays(path: Path, options: ImportOptions, values: bool) -> Table:
 
 
 def _describe_text(path: Path) -> Table:
-    """Return the bytes of a text, as a run reads it that is told nothing else."""
+    """Describe the bytes of a text, as a run reads it by default."""
     source = open_bytes(path)
     pieces = (source.read_range(i, i + TEXT_BYTES) for i in range(0, len(source), TEXT_BYTES))
     return {

@@ -309,7 +309,7 @@ class Denoising(Objective):
         return self._side_by_side(block, micro_batch, *state)
 
     def predict(self, spec: BlockSpec, block: Block, micro_batch: MicroBatch) -> Tensor:
-        """Return the class scores of this block; the state goes on to the next one."""
+        """Return the class scores of this block; the next block gets the state."""
         state, scores = micro_batch.received[STATE], micro_batch.y
         for step in range(self.prediction_steps):
             if step:
