@@ -16,6 +16,9 @@ layers, four on each stage. Further figures:
     work_factor          our backprop's seconds on one rank over those of `local-head`
     parallel_factor      `ratio_local` over `work_factor`: the saved waiting time
     compute_share        the peer's: seconds of its slowest stage alone over those of its step
+    matmul_gflops        one thread's rate in the largest matrix product of a layer, float32
+    most_ratio_local     `ratio_local` if both ranks ran all multiply-adds of `local-head` at that
+                         rate and never waited: no program on these cores exceeds it
 
     python benchmarks/lm_step.py [--quick]
 
@@ -24,13 +27,17 @@ Label: measured.
 
 from __future__ import annotations
 
+import time
 from statistics import median
 from typing import Any
 
+import torch
 from bench import Bench, alternate, medians, parse_quick, run_peer, spread
 from pipeline_step import best_micros
 from record import publish
 
+from dtrain.config.parse import parse_run
+from dtrain.planning.plan import make_plan
 from dtrain.schema import Table
 
 RANKS, BATCH, LENGTH, VOCABULARY = 2, 16, 128, 96
@@ -82,6 +89,9 @@ def main() -> None:
     figures |= {"micros_1f1b": flush, "micros_local": local}
     del figures["ratio"]
     peer_figures = medians(peer_rows) | {"micros": other}
+    rate = bench.cached("matmul", lambda: {"gflops": matmul_gflops()})["gflops"]
+    most = RANKS * rate * 1e9 / token_flops(bench, make_run(LOCAL, local, steps))
+    figures |= {"matmul_gflops": rate, "most_ratio_local": most / peer_figures["tokens_per_s"]}
     bounds = {"ratio": 1.0, "ratio_local": 1.5}
     publish(
         "lm_step", "measured", figures, peer_figures, median(ratios), spread(ratios),
@@ -101,6 +111,24 @@ def pair_ratios(ours: Row, theirs: Row, flush: int) -> Row:
         "parallel_factor": ratio / work,
         "compute_share": theirs["compute_s"] / theirs["step_s"],
     }
+
+
+def matmul_gflops(repetitions: int = 50) -> float:
+    """Return the best rate of one thread in a product of (tokens, width) with (width, 4 width)."""
+    torch.set_num_threads(1)
+    left, right = torch.randn(BATCH * LENGTH, WIDTH), torch.randn(WIDTH, 4 * WIDTH)
+    seconds = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        torch.mm(left, right)
+        seconds.append(time.perf_counter() - start)
+    return 2 * left.numel() * 4 * WIDTH / min(seconds) / 1e9
+
+
+def token_flops(bench: Bench, run: Table) -> float:
+    """Return the floating-point operations of a token in training, two per multiply-add."""
+    plan = make_plan(parse_run(run, bench.folder), RANKS)
+    return 2 * sum(block.cost for block in plan.layout.block_layouts) / LENGTH
 
 
 def make_run(method: tuple[Table, str], micros: int, steps: int) -> Table:

@@ -41,24 +41,6 @@ def tokens(rows: int, steps: int, tokens: int, tests: int = 16) -> tuple[Any, An
     return parts[0], parts[1], parts[2], parts[3]
 
 
-def characters(path: str, steps: int, tests: int) -> tuple[Any, Any, Any, Any]:
-    """Return the characters of a text as tokens (windows, steps), and the next one of each step.
-
-    Windows do not overlap; the last tenth of the text has `tests` of them, evenly spread.
-    """
-    with open(path, "rb") as file:
-        text = np.frombuffer(file.read(), np.uint8)
-    tokens = np.searchsorted(np.unique(text), text).astype(np.uint8)
-    cut = len(tokens) - len(tokens) // 10
-    starts = np.arange(0, cut - steps, steps)
-    test_starts = np.linspace(cut, len(tokens) - steps - 1, tests).astype(np.int64)
-    parts = []
-    for first in (starts, test_starts):
-        windows = tokens[first[:, None] + np.arange(steps + 1)]
-        parts += [windows[:, :-1], windows[:, 1:].astype(np.int64)]
-    return parts[0], parts[1], parts[2], parts[3]
-
-
 def subset(train: str, test: str, rows: int, tests: int) -> tuple[Any, Any, Any, Any]:
     """Return a random subset of two HDF5 files, bytes as bytes.
 
