@@ -6,21 +6,22 @@ range.
 
 Set-up: tinyshakespeare, 128 characters per sample, the last 3 % for validation (261 samples); 16
 samples per update; a causal transformer of 8.0 million parameters (8 layers of width 288, 8 heads)
-in two blocks on two ranks of one thread; learning rate 1e-3 after a warm-up; Adam, unless the label
-says otherwise. `1f1b` has the faster of 4 and 8 micro-batches. The time is that of training alone,
-without the start and the evaluations: a calibration gives the seconds of an update, from which the
-number of updates follows; `train_s` is the time that they took.
+in two blocks of equal cost, heads included, on two ranks of one thread; learning rate 1e-3 after a
+warm-up; Adam, unless the label says otherwise. `1f1b` has the faster of 4 and 8 micro-batches. The
+time is that of training alone, without the start and the evaluations: a calibration gives the
+seconds of an update, from which the number of updates follows; `train_s` is the time that they
+took.
 
-`curves` has, by label and seed, [seconds, loss] at 20 points. `figures` has the mean loss at the
-end of each label, `peer` that of `1f1b`. `rows` has updates, times, and the loss by seed. `blocks`
-has the loss after equal numbers of tokens with 2, 4 and 8 blocks of as many layers, one seed;
-the two blocks of the first table have equal costs, heads included.
+`seeds` has one entry per seed, all labels of which are measured in one start: its commit and
+machine, and by label the updates, `train_s`, the loss at the end and the curve, [seconds, loss] at
+20 points. `figures` has the mean loss at the end of each label, `peer` that of `1f1b`.
 
-    python benchmarks/lm_equal_time.py [--minutes 20] [--seeds 3] [--updates 300] [--quick]
+    python benchmarks/lm_equal_time.py [--minutes 20] [--seeds 3] [--quick]
 
-Label: measured. Time: about (7 labels x seeds x minutes), and an hour for `blocks`. Each finished
-run is kept: start the script again to continue. Reads `tinyshakespeare.txt` from ``DTRAIN_DATA``
-(default ``../shared/data``). `--quick`: a small net, one seed, seconds in place of minutes.
+Label: measured. Time: about 2 h 30 min per seed (7 labels x minutes). The record is written after
+each seed, and a start measures only the seeds that it lacks; within a seed each finished run is
+kept. Reads `tinyshakespeare.txt` from ``DTRAIN_DATA`` (default ``../shared/data``). `--quick`: a
+small net, one seed, seconds in place of minutes.
 """
 
 from __future__ import annotations
@@ -35,14 +36,11 @@ from statistics import mean, median
 from typing import Any, final
 
 from bench import Bench, RunResult, spread
-from objectives_cifar10 import run_jobs
-from record import ROOT, publish
+from record import ROOT, commit, machine, publish, read
 
-from dtrain.objectives import OBJECTIVES
 from dtrain.schema import Table
 
-BATCH, LENGTH, TEST, POINTS = 16, 128, 0.03, 20
-DEPTH, BLOCKS = 8, (2, 4, 8)
+BATCH, DEPTH = 16, 8
 
 ADAM: Table = {"name": "adam", "lr": 1e-3}
 NADAM: Table = {"name": "nadam", "lr": 1e-3, "betas": [0.99, 0.999]}
@@ -74,60 +72,48 @@ METHODS = {
     ),
     "pipedream, NAdam 0.99": Method(BACKPROP, {"name": "pipedream"}, NADAM),
     **{f"local-head {layers}": decoder(layers) for layers in (0, 1, 2)},
+    "diffusion-blocks": Method({"name": "diffusion-blocks"}, {"name": "stream"}, ADAM),
 }
-if "diffusion-blocks" in OBJECTIVES:
-    METHODS["diffusion-blocks"] = Method({"name": "diffusion-blocks"}, {"name": "stream"}, ADAM)
 
 
 @final
 @dataclass(frozen=True)
 class Settings:
-    """Minutes, seeds and points of the first table, updates of the second, and sizes.
+    """Minutes of each run, number of seeds, points of a curve, and sizes.
 
     A calibration has three segments of `calibration` updates, of which the first warms up.
     """
 
-    minutes: float
-    seeds: int
-    updates: int
-    points: int = POINTS
+    minutes: float = 20.0
+    seeds: int = 3
+    points: int = 20
     calibration: int = 8
     width: int = 288
-    length: int = LENGTH
-    test: float = TEST
+    length: int = 128
+    test: float = 0.03
     quick: bool = False
 
 
+QUICK = Settings(0.01, 1, 2, 2, 32, 16, 0.001, quick=True)
+
+
 def main() -> None:
-    """Train what is missing; publish the record."""
+    """Measure the seeds that the record lacks; publish it after each."""
     settings = parse_settings()
     bench = Bench("lm_equal_time", settings.quick)
-    paces = {
-        label: bench.cached(f"pace {label}", partial(calibrate, bench, method, settings))
-        for label, method in METHODS.items()
-    }
-    cells = [(label, seed) for seed in range(settings.seeds) for label in METHODS]
-    results = {
-        (label, seed): bench.cached(
-            f"{label} {settings.minutes:g} {seed}",
-            partial(train_for_time, bench, label, seed, paces[label], settings),
-        )
-        for label, seed in cells
-    }
-    rows = {
-        label: summarise([results[label, seed] for seed in range(settings.seeds)])
-        for label in METHODS
-    }
-    blocks = loss_by_blocks(bench, settings)
-    pairs = zip(rows["local-head 1"]["losses"], rows["1f1b"]["losses"], strict=True)
-    ratios = [ours / theirs for ours, theirs in pairs]
-    figures = {label: row["loss"] for label, row in rows.items()}
-    curves = {label: row.pop("curves") for label, row in rows.items()}
-    publish(
-        "lm_equal_time", "measured", figures, dict.fromkeys(figures, figures["1f1b"]),
-        median(ratios), spread(ratios), quick=settings.quick, minutes=settings.minutes, rows=rows,
-        blocks=blocks, block_updates=settings.updates, curves=curves,
-    )  # fmt: skip
+    record = None if settings.quick else read("lm_equal_time")
+    seeds: list[Row] = record["seeds"] if record and record["minutes"] == settings.minutes else []
+    for seed in range(len(seeds), settings.seeds):
+        seeds.append(measure_seed(bench, seed, settings))
+        losses = {label: [entry["rows"][label]["loss"] for entry in seeds] for label in METHODS}
+        pairs = zip(losses["local-head 1"], losses["1f1b"], strict=True)
+        ratios = [ours / theirs for ours, theirs in pairs]
+        figures = {label: mean(values) for label, values in losses.items()}
+        publish(
+            "lm_equal_time", "measured", figures, dict.fromkeys(figures, figures["1f1b"]),
+            median(ratios), spread(ratios) if len(ratios) > 1 else None, quick=settings.quick,
+            minutes=settings.minutes, seeds=seeds,
+        )  # fmt: skip
 
 
 def parse_settings() -> Settings:
@@ -135,13 +121,26 @@ def parse_settings() -> Settings:
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("--minutes", type=float, default=20.0, help="of training of each run")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--updates", type=int, default=300, help="of each run of `blocks`")
+    parser.add_argument("--seeds", type=int, default=3, help="that the record shall have")
     parser.add_argument("--quick", action="store_true", help="a small net, writes no record")
     given = parser.parse_args()
-    if given.quick:
-        return Settings(0.01, 1, 4, 2, 2, 32, 16, 0.001, quick=True)
-    return Settings(given.minutes, given.seeds, given.updates)
+    return QUICK if given.quick else Settings(given.minutes, given.seeds)
+
+
+def measure_seed(bench: Bench, seed: int, settings: Settings) -> Row:
+    """Train every label for the same time with one seed."""
+
+    def measure(label: str) -> Row:
+        name = f"{label} {settings.minutes:g}"
+        pace = bench.cached(f"pace {name}", partial(calibrate, bench, METHODS[label], settings))
+        train = partial(train_for_time, bench, label, seed, pace, settings)
+        return bench.cached(f"{name} {seed}", train)
+
+    return {
+        "commit": commit(),
+        "machine": machine(),
+        "rows": {label: measure(label) for label in METHODS},
+    }
 
 
 def calibrate(bench: Bench, method: Method, settings: Settings) -> Row:
@@ -181,47 +180,6 @@ def loss_curve(result: RunResult) -> list[tuple[float, float]]:
         total += segment_s
         seconds[end] = total
     return [(seconds[row["update"]], row["test_loss"]) for row in result.eval_records]
-
-
-def summarise(results: list[Row]) -> Row:
-    """Return the means over the seeds of one label."""
-    return {
-        "loss": mean(row["loss"] for row in results),
-        "losses": [row["loss"] for row in results],
-        "updates": [row["updates"] for row in results],
-        "train_s": [row["train_s"] for row in results],
-        "curves": [row["curve"] for row in results],
-    }
-
-
-def loss_by_blocks(bench: Bench, settings: Settings) -> dict[str, dict[str, float]]:
-    """Return the validation loss after equal tokens, by label and number of blocks.
-
-    One rank trains all blocks, since the layout does not change the trained model.
-    """
-
-    def measure(method: Method, blocks: int, name: str) -> Row:
-        updates, interval = settings.updates, max(1, settings.updates // 4)
-        run = make_run(method, blocks, 0, updates, interval, settings)
-        run |= {"partition": {"cuts": [*range(1 + DEPTH // blocks, 1 + DEPTH, DEPTH // blocks)]}}
-        result = bench.train(run, 1, subfolder=name)
-        return {"loss": result.eval_records[-1]["test_loss"]}
-
-    cells = {
-        f"blocks {label} {blocks} {settings.updates}": (label, blocks)
-        for blocks in BLOCKS
-        for label in METHODS
-        if label != "1f1b" or blocks == BLOCKS[0]  # the same gradients with any number of blocks
-    }
-    jobs = [
-        (name, partial(measure, METHODS[label], blocks, name.replace(" ", "-")))
-        for name, (label, blocks) in cells.items()
-    ]
-    results = run_jobs(bench, jobs, 2, until=float("inf"))
-    table: dict[str, dict[str, float]] = {label: {} for label in METHODS}
-    for name, (label, blocks) in cells.items():
-        table[label][str(blocks)] = results[name]["loss"]
-    return table
 
 
 def make_run(

@@ -158,22 +158,25 @@ def _draw_scatter(axis: Axes, rows: Mapping[str, Any], rate: str, peer: float) -
 
 
 def draw_equal_time(record: Path, out: Path) -> None:
-    """Draw the validation losses of `lm_equal_time` over minutes, and after equal tokens.
+    """Draw the validation losses of `lm_equal_time` over minutes, and those of `lm_blocks`.
 
     A line is the mean over the seeds, its band their range; `1f1b` is grey.
     """
-    data = json.loads(record.read_text(encoding="utf-8"))
+    seeds = json.loads(record.read_text(encoding="utf-8"))["seeds"]
+    blocks = json.loads(record.with_name("lm_blocks.json").read_text(encoding="utf-8"))
     mpl.rcParams["svg.hashsalt"] = "dtrain"
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
-    for number, (label, seeds) in enumerate(data["curves"].items()):
+    for number, label in enumerate(seeds[0]["rows"]):
         colour = BASE if label == "1f1b" else f"C{number}"
-        _draw_loss_curve(left, label, seeds, colour)
-        table = data["blocks"][label]
-        right.plot([*table], [*table.values()], "o-", color=colour, markersize=4, lw=1)
+        _draw_loss_curve(left, label, [seed["rows"][label]["curve"] for seed in seeds], colour)
+        cells = [(key, loss) for key, loss in blocks["figures"].items() if key.startswith(label)]
+        numbers = [key.rpartition(" ")[2] for key, _ in cells]
+        losses = [loss for _, loss in cells]
+        right.plot(numbers, losses, "o-", color=colour, markersize=4, lw=1)
     left.set_xlabel("minutes of training, two ranks", fontsize=8)
     left.set_ylabel("validation loss", fontsize=8)
-    right.set_xlabel(f"blocks ({data['block_updates']:,} updates each)", fontsize=8)
+    right.set_xlabel(f"blocks ({blocks['updates']:,} updates each)", fontsize=8)
     left.legend(fontsize=7)
     for axis in (left, right):
         axis.tick_params(labelsize=7)
@@ -182,7 +185,7 @@ def draw_equal_time(record: Path, out: Path) -> None:
 
 
 def _draw_loss_curve(axis: Axes, label: str, seeds: Any, colour: str) -> None:
-    """Draw the curves [seconds, loss] of all seeds of a label, point by point."""
+    """Draw the mean and the range of the curves [seconds, loss] of all seeds of a label."""
     points = [list(zip(*curves, strict=True)) for curves in zip(*seeds, strict=True)]
     minutes = [sum(seconds) / len(seconds) / 60 for seconds, _ in points]
     losses = [loss for _, loss in points]

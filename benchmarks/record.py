@@ -47,7 +47,7 @@ def publish(
         "name": name,
         "label": label,
         "commit": commit(),
-        "machine": _machine(),
+        "machine": machine(),
         "figures": dict(figures),
         "peer": dict(peer),
         "ratio": ratio,
@@ -55,10 +55,20 @@ def publish(
         **details,
     }
     if not quick:
-        path = ROOT / "benchmarks" / "records" / f"{name}.json"
+        path = _path(name)
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(record))
+
+
+def read(name: str) -> dict[str, Any] | None:
+    """Return the committed record of a benchmark; None if there is none."""
+    path = _path(name)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _path(name: str) -> Path:
+    return ROOT / "benchmarks" / "records" / f"{name}.json"
 
 
 def commit() -> str:
@@ -78,7 +88,7 @@ def commit() -> str:
     return git("rev-parse", "HEAD") + ("-changed" if changed else "")
 
 
-def _machine() -> str:
+def machine() -> str:
     """Return processor, cores, system and versions, without the host's name."""
     model = platform.machine()
     try:
