@@ -12,7 +12,8 @@
 # Modules of a site set these; pip must see what is in .venv and nothing else.
 unexport PYTHONPATH PYTHONHOME
 # Without compiled files every rank of every test compiles the package anew: a quarter of a second.
-unexport PYTHONDONTWRITEBYTECODE
+# The streams of users are buffered.
+unexport PYTHONDONTWRITEBYTECODE PYTHONUNBUFFERED
 
 VENV = .venv/bin
 BESIDE = $(VENV)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal

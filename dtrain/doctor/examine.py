@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -166,6 +167,7 @@ def captured_output() -> Iterator[list[str]]:
         try:
             yield texts
         finally:
+            ctypes.CDLL(None).fflush(None)  # MPI prints through a buffer of the C library
             os.dup2(saved, 1)
             os.close(saved)
             file.seek(0)

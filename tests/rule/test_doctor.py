@@ -160,6 +160,24 @@ def test_a_rank_that_hangs_or_is_ended_by_mpi_leaves_a_text(
     assert (done.returncode, done.stderr) == (code, text)
 
 
+CAPTURED = """
+import ctypes, sys
+from dtrain.doctor.examine import captured_output
+with captured_output() as texts:
+    ctypes.CDLL(None).puts(b"table of MPI")
+print("report")
+assert texts == ["table of MPI\\n"], texts
+"""
+
+
+def test_output_of_a_library_stays_out_of_the_report() -> None:
+    """Also with a buffer of the C library, which is full or empty when the process ends."""
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", CAPTURED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, cwd=ROOT, env=env)
+    assert (done.stdout, done.stderr) == ("report\n", "")
+
+
 # ---- launchers
 
 

@@ -269,7 +269,14 @@ def array_of_seeds(bench: Bench) -> None:
 @case
 def no_progress(bench: Bench) -> None:
     """A packed environment on the disks of three nodes; its dtrain stops and gets no further."""
-    body = f'echo "$0 on $(hostname)"; exit {SAVED_CODE}'
+    ranks, together = 6, bench.folder / "together"
+    together.mkdir()
+    body = f"""
+        echo "$0 on $(hostname)"
+        start=${{SLURM_RESTART_COUNT:-0}}
+        touch {together}/$start-$SLURM_PROCID
+        until [ $(ls {together} | grep -c "^$start-") = {ranks} ]; do sleep 0.1; done
+        exit {SAVED_CODE}"""  # the first code that is not 0 ends all ranks
     stand_in = program(bench.folder / "packed", "dtrain", body)
     archive = bench.folder / "environment.tar"
     with tarfile.open(archive, "w") as tar:
@@ -279,7 +286,7 @@ def no_progress(bench: Bench) -> None:
     assert bench.wait_for_end(job.number) == ("FAILED", SAVED_CODE), job.log()
     copies = re.findall(r"^(/tmp/\S+/bin/dtrain on n\d)$", job.log(), re.M)
     assert len(set(copies)) == 3
-    assert len(copies) == 6 * (REQUEUE_BUDGET + 1)
+    assert len(copies) == ranks * (REQUEUE_BUDGET + 1)
     assert not Path(copies[0].split("/bin/")[0]).exists()
 
 
