@@ -14,14 +14,14 @@ took.
 
 `seeds` has one entry per seed, all labels of which are measured in one start: its commit and
 machine, and by label the updates, `train_s`, the loss at the end and the curve, [seconds, loss] at
-20 points. `figures` has the mean loss at the end of each label, `peer` that of `1f1b`.
+10 points. `figures` has the mean loss at the end of each label, `peer` that of `1f1b`.
 
     python benchmarks/lm_equal_time.py [--minutes 20] [--seeds 3] [--quick]
 
-Label: measured. Time: about 2 h 30 min per seed (7 labels x minutes). The record is written after
-each seed, and a start measures only the seeds that it lacks; within a seed each finished run is
-kept. Reads `tinyshakespeare.txt` from ``DTRAIN_DATA`` (default ``../shared/data``). `--quick`: a
-small net, one seed, seconds in place of minutes.
+Label: measured. Time: about 2 h 35 min per seed (7 labels x minutes, and evaluations). The record
+is written after each seed, and a start measures only the seeds that it lacks; within a seed each
+finished run is kept. Reads `tinyshakespeare.txt` from ``DTRAIN_DATA`` (default
+``../shared/data``). `--quick`: a small net, one seed, seconds in place of minutes.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Settings:
 
     minutes: float = 20.0
     seeds: int = 3
-    points: int = 20
+    points: int = 10
     calibration: int = 8
     width: int = 288
     length: int = 128
