@@ -54,7 +54,8 @@ SplitName = Literal["train", "test", "validation"]
 
 
 OVERRIDABLE_KEYS = ("device", "threads", "task.metrics")
-"""Keys that an evaluation may change, beside those of [data]: none of them changes the weights."""
+"""Keys that an evaluation may change, beside those of [data] and the `prediction_fields` of the
+objective: none of them changes the weights."""
 
 
 def evaluation_weights(job: RankJob) -> EvalWeights:
@@ -132,7 +133,8 @@ def evaluate_run(
     split : str
         "test", "train" or "validation"; samples are read in order, without augmentation.
     overrides : sequence of str
-        ``KEY=VALUE``: keys of [data], `device` or `threads`.
+        ``KEY=VALUE``: keys of [data], `device`, `threads`, `task.metrics`, or fields of the
+        objective that change predictions alone.
     run : RunConfig, optional
         In place of the folder's `run.toml`, where that names objects that cannot be imported.
     best : bool
@@ -256,18 +258,26 @@ def _use_saved_statistics(manifest: Manifest, job: RankJob) -> None:
 
 def _read_run(folder: Path, overrides: Sequence[str], run: RunConfig | None) -> RunConfig:
     """Return the resolved run of a folder, with the overrides that an evaluation may have."""
-    for override in overrides:
-        key = override.partition("=")[0].strip()
-        if not key.startswith("data.") and key not in OVERRIDABLE_KEYS:
-            raise ConfigError(
-                "evaluate.override",
-                f"--set {override} would change the trained model: set only data.*, "
-                f"{' or '.join(OVERRIDABLE_KEYS)}",
-            )
     run_table = newest_checkpoint(folder).run_table
     if run is not None and not overrides:
         return run.with_checkpoint_blocks(run_table)
-    return read_resolved_run(folder / "run.toml", overrides)
+    trained = read_resolved_run(folder / "run.toml")
+    for override in overrides:
+        _check_override(override, trained)
+    return read_resolved_run(folder / "run.toml", overrides) if overrides else trained
+
+
+def _check_override(override: str, run: RunConfig) -> None:
+    """Reject a key that changes the weights."""
+    fields = {field.replace("_", "-") for field in run.objective.instance.prediction_fields}
+    keys = (*OVERRIDABLE_KEYS, *sorted(f"objective.{field}" for field in fields))
+    key = override.partition("=")[0].strip()
+    if not key.startswith("data.") and key not in keys:
+        raise ConfigError(
+            "evaluate.override",
+            f"--set {override} would change the trained model: set only data.*, "
+            f"{' or '.join(keys)}",
+        )
 
 
 def _fit_stages(run: RunConfig, ranks: int) -> RunConfig:

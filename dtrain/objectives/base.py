@@ -82,6 +82,8 @@ class Objective(Strategy, ABC):
         objective replaces the layers of every block.
     takes_complex_outputs : bool
         Whether the output of a block that is not the last may be complex.
+    prediction_fields : tuple of str
+        Fields that change predictions and no weights, so an evaluation may set them.
     """
 
     detach_every: ClassVar[DetachEvery] = "block"
@@ -92,6 +94,7 @@ class Objective(Strategy, ABC):
     sends_gradients_back: ClassVar[bool] = False
     needs_block_layers: ClassVar[bool] = False
     takes_complex_outputs: ClassVar[bool] = False
+    prediction_fields: ClassVar[tuple[str, ...]] = ()
 
     # ---- 1. properties of the method
 

@@ -242,7 +242,13 @@ class DiffusionBlocks(Denoising):
         return state * scales.input, scales.noise
 
     def advance(
-        self, spec: BlockSpec, block: Block, micro_batch: MicroBatch, state: Tensor, step: int
+        self,
+        spec: BlockSpec,
+        block: Block,
+        micro_batch: MicroBatch,
+        state: Tensor,
+        step: int,
+        chain: int,
     ) -> tuple[Tensor, Tensor]:
         """Return the state after an Euler step, and the block's class scores, or the products of
         the codes and its estimate."""

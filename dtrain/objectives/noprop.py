@@ -41,7 +41,12 @@ from dtrain.errors import ConfigError
 from dtrain.objectives.base import scaled_loss_pair
 from dtrain.objectives.block_spec import BlockSpec
 from dtrain.objectives.common import head_networks
-from dtrain.objectives.common.denoising import DenoiserHead, Denoising, outlet_of
+from dtrain.objectives.common.denoising import (
+    DenoiserHead,
+    Denoising,
+    chain_noise,
+    outlet_of,
+)
 from dtrain.objectives.common.field_checks import check_scale, check_steps
 from dtrain.tasks.task import Task
 
@@ -231,7 +236,13 @@ class Noprop(Denoising):
         return state, (spec.index + step / self.steps) / spec.blocks
 
     def advance(
-        self, spec: BlockSpec, block: Block, micro_batch: MicroBatch, state: Tensor, step: int
+        self,
+        spec: BlockSpec,
+        block: Block,
+        micro_batch: MicroBatch,
+        state: Tensor,
+        step: int,
+        chain: int,
     ) -> tuple[Tensor, Tensor]:
         """Return z_t, or with "flow" the state after an Euler step, and class scores.
 
@@ -245,10 +256,10 @@ class Noprop(Denoising):
             scores = (state + (1 - time) * velocity) @ self.codes(spec).to(state.device).T
             state = state + velocity / (spec.blocks * self.steps)
         else:
-            chain, scores = self.chain_step(spec), output
-            noise = self.draw_noise(spec, micro_batch, "step")
-            mean = chain.code * self.expected_code(spec, output) + chain.state * state
-            state = mean + math.sqrt(chain.variance) * noise
+            place, scores = self.chain_step(spec), output
+            noise = self.draw_noise(spec, micro_batch, chain_noise("step", chain))
+            mean = place.code * self.expected_code(spec, output) + place.state * state
+            state = mean + math.sqrt(place.variance) * noise
         return state, self._classify(spec, block, state) if spec.is_last else scores
 
 

@@ -138,6 +138,22 @@ def test_the_training_split_and_other_data(tmp_path: Path) -> None:
         evaluated(tmp_path, 1, "test", ["optimizer.lr=1"])
 
 
+def test_fields_of_predictions_are_set_after_training(tmp_path: Path) -> None:
+    """Several chains of NoProp predict as a run that had them, on any number of ranks."""
+    changes: dict[str, Any] = {"partition": {"cuts": [1, 2]}}
+    for folder, chains in (("one", 1), ("three", 3)):
+        objective = {"name": "noprop", "chains": chains}
+        train_in_threads(tiny.run(objective=objective, **changes), tmp_path / folder, 1)
+    one, three = evaluated(tmp_path / "one"), evaluated(tmp_path / "three")
+    assert one["loss"] != three["loss"]
+    for ranks in (1, 3):
+        again = evaluated(tmp_path / "one", ranks, "test", ["objective.chains=3"])
+        assert again["loss"] == three["loss"]
+        assert again["accuracy_per_block"] == three["accuracy_per_block"]
+    with refuses(ConfigError, "evaluate.override"):
+        evaluated(tmp_path / "one", 1, "test", ["objective.width=4"])
+
+
 def test_a_training_run_is_evaluated_at_its_newest_checkpoint(tmp_path: Path) -> None:
     train_in_threads(tiny.run(), tmp_path, 1)
     owner = ownership.acquire(tmp_path)

@@ -67,6 +67,71 @@ def draw(micro_batch: MicroBatch, name: str, *shape: int, uniform: bool = False)
     return micro_batch.row_random.generate(name, lambda n, g: make(n, *shape, generator=g, dtype=D))
 
 
+# ---- prediction
+
+
+CHAINS = [
+    {"name": "noprop"},
+    {"name": "noprop", "form": "flow", "steps": 2},
+    {"name": "diffusion-blocks", "steps": 2},
+    {"name": "diffusion-blocks", "loss": "squared-error"},
+]
+
+
+@pytest.mark.parametrize("objective", CHAINS)
+def test_several_chains_predict_the_mean_of_their_probabilities(objective: dict[str, Any]) -> None:
+    """The first is the only chain of chains = 1, and the others differ from it by their noise."""
+    one, two, three = (predict(objective | {"chains": chains}) for chains in (1, 2, 3))
+    second = 2 * two.exp() - one.softmax(1)
+    torch.testing.assert_close(second.sum(1), torch.ones(ROWS, dtype=D))
+    assert (second - one.softmax(1)).abs().max() > 1e-7
+    third = 3 * three.exp() - 2 * two.exp()
+    torch.testing.assert_close(third.sum(1), torch.ones(ROWS, dtype=D))
+    assert (third - second).abs().max() > 1e-7
+
+
+def test_no_noise_of_a_prediction_serves_two_chains() -> None:
+    draws: list[tuple[int, str]] = []
+    predict({"name": "noprop", "chains": 3}, draws)
+    assert len(draws) == len(set(draws)) == 3 + 3 * 3  # a start, and a step of each block
+
+
+class Recorded(RowRandom):
+    """Random numbers that note the block and the name of every draw in `draws`."""
+
+    draws: list[tuple[int, str]]
+
+    def generate(self, name: str, make: Any) -> Tensor:
+        """Note the name, and draw."""
+        self.draws.append((self.block, name))
+        return super().generate(name, make)
+
+
+def predict(objective: dict[str, Any], draws: list[tuple[int, str]] | None = None) -> Tensor:
+    """Return the scores (ROWS, 3) of the last block for random samples."""
+    job = build_job(objective)
+    samples = torch.randn(ROWS, 2, 5, generator=torch.Generator().manual_seed(1), dtype=D)
+    received: dict[str, Tensor] = {}
+    for index, spec in enumerate(job.plan.layout.block_specs):
+        row_random = Recorded(3, index, 0, ROWS, 0, ROWS)
+        row_random.draws = [] if draws is None else draws
+        micro_batch = MicroBatch(
+            targets=torch.zeros(ROWS, dtype=torch.int64),
+            samples=samples,
+            row_random=row_random,
+            task=job.plan.layout.task,
+            training=False,
+        )
+        micro_batch.received |= received
+        block = job.engine.blocks[index]
+        with torch.no_grad():
+            forward_micro_batch(job.engine.objective, spec, block, micro_batch)
+            block.run_forward(micro_batch)
+            scores = job.engine.objective.predict(spec, block, micro_batch)
+        received = micro_batch.received
+    return scores
+
+
 # ---- losses
 
 

@@ -67,19 +67,29 @@ class Denoising(Objective):
     ----------
     width : int
         Numbers of a code: 0 for one-hot codes, else fixed random codes of that width.
+    chains : int
+        Chains of a sample in prediction, each with noise of its own. The prediction is the mean of
+        their class probabilities, where one chain draws a sample of them.
 
     Raises
     ------
     ConfigError
-        `width` is negative or 1.
+        `width` is negative or 1, or `chains` is below 1.
     """
 
     needs_block_layers: ClassVar[bool] = True
     default_schedule: ClassVar[str] = "stream"
+    prediction_fields: ClassVar[tuple[str, ...]] = ("chains", "steps")
 
     width: int = 0
+    chains: int = 1
 
     def __post_init__(self) -> None:
+        if self.chains < 1:
+            raise ConfigError(
+                "objective.chains-too-few",
+                f"[objective] chains = {self.chains} must be at least 1",
+            )
         if self.width < 0 or self.width == 1:
             raise ConfigError(
                 "objective.width-too-small",
@@ -120,10 +130,16 @@ class Denoising(Objective):
 
     @abstractmethod
     def advance(
-        self, spec: BlockSpec, block: Block, micro_batch: MicroBatch, state: Tensor, step: int
+        self,
+        spec: BlockSpec,
+        block: Block,
+        micro_batch: MicroBatch,
+        state: Tensor,
+        step: int,
+        chain: int,
     ) -> tuple[Tensor, Tensor]:
-        """Return the state (rows, *P, d) after a step of a prediction, and the class scores
-        (rows, ...) of the block; ``micro_batch.y`` is its output in this step."""
+        """Return the state (rows, *P, d) after a step of a chain, and the class scores (rows, ...)
+        of the block; ``micro_batch.y`` is its output in this step."""
 
     # ---- properties
 
@@ -291,8 +307,8 @@ class Denoising(Objective):
         return micro_batch.received[STATE]
 
     def message_spec(self, route: Route, specs: Sequence[BlockSpec], rows: int) -> MessageSpec:
-        """Return the shape (rows, *P, d) of the state."""
-        return (rows, *self.code_shape(specs[0])), STATE_DTYPE
+        """Return the shape (rows, chains, *P, d) of the states."""
+        return (rows, self.chains, *self.code_shape(specs[0])), STATE_DTYPE
 
     def needs_samples(self, spec: BlockSpec, mode: ExecutionMode) -> bool:
         """True: every block reads the samples."""
@@ -303,22 +319,38 @@ class Denoising(Objective):
         if micro_batch.training:
             return self._side_by_side(block, micro_batch, *self.training_input(spec, micro_batch))
         if STATE not in micro_batch.received:
-            noise = self.draw_noise(spec, micro_batch, "start")
-            micro_batch.received[STATE] = self.start(noise)
-        state = self.prediction_input(spec, micro_batch.received[STATE], 0)
+            names = [chain_noise("start", chain) for chain in range(self.chains)]
+            states = [self.start(self.draw_noise(spec, micro_batch, name)) for name in names]
+            micro_batch.received[STATE] = torch.stack(states, 1)
+        state = self.prediction_input(spec, micro_batch.received[STATE][:, 0], 0)
         return self._side_by_side(block, micro_batch, *state)
 
     def predict(self, spec: BlockSpec, block: Block, micro_batch: MicroBatch) -> Tensor:
-        """Return the class scores of this block; the next block gets the state."""
-        state, scores = micro_batch.received[STATE], micro_batch.y
+        """Return the class scores of this block, for several chains the logarithm of their mean
+        probabilities; the next block gets the states."""
+        ends = [
+            self._run_chain(spec, block, micro_batch, state, chain)
+            for chain, state in enumerate(micro_batch.received[STATE].unbind(1))
+        ]
+        micro_batch.received[STATE] = torch.stack([state for state, _ in ends], 1)
+        if self.chains == 1:
+            return ends[0][1]
+        logs = [self.classes_last(spec, scores).log_softmax(-1) for _, scores in ends]
+        return self.as_scores(spec, torch.stack(logs).logsumexp(0) - math.log(self.chains))
+
+    def _run_chain(
+        self, spec: BlockSpec, block: Block, micro_batch: MicroBatch, state: Tensor, chain: int
+    ) -> tuple[Tensor, Tensor]:
+        """Run the steps of one chain, the first of which has run for chain 0; return its state
+        (rows, *P, d) and class scores."""
+        scores = micro_batch.y
         for step in range(self.prediction_steps):
-            if step:
+            if step or chain:
                 read = self.prediction_input(spec, state, step)
                 x = self._side_by_side(block, micro_batch, *read)
                 micro_batch.y = block.forward(x, micro_batch.rng_key)
-            state, scores = self.advance(spec, block, micro_batch, state, step)
-        micro_batch.received[STATE] = state
-        return scores
+            state, scores = self.advance(spec, block, micro_batch, state, step, chain)
+        return state, scores
 
     def _side_by_side(
         self, block: Block, micro_batch: MicroBatch, state: Tensor, level: Tensor | float
@@ -349,6 +381,11 @@ class DenoiserHead(nn.Module):
         """Return what the outlet makes of a block's output (rows, ...)."""
         output: Tensor = y if self.outlet is None else self.outlet(y)
         return output
+
+
+def chain_noise(name: str, chain: int) -> str:
+    """Return the name of the noise of a chain."""
+    return f"{name} {chain}" if chain else name
 
 
 def outlet_of(block: Block, output: Tensor) -> Tensor:
