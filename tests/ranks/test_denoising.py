@@ -50,7 +50,7 @@ def language_model() -> list[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "objective", [{"name": "noprop"}, {"name": "diffusion-blocks", "width": 8}]
+    "objective", [{"name": "noprop"}, {"name": "diffusion-blocks", "width": 8, "chains": 3}]
 )
 def test_the_next_token_is_learnt_by_blocks_that_send_nothing(
     objective: dict[str, Any], tmp_path: Path
