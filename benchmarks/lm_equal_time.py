@@ -12,7 +12,7 @@ warm-up; Adam, unless the label says otherwise. `1f1b` has the faster of 4 and 8
 start and the evaluations: a calibration gives the seconds of an update, from which the number of
 updates follows; `train_s` is the time that they took.
 
-`seeds` has one entry per seed, all labels of which are measured in one start: its commit and
+`seeds` has one entry per seed, all labels of which are measured at one commit: that commit, the
 machine, and by label the updates, `train_s`, the loss at the end and the curve, [seconds, loss] at
 10 points. `figures` has the mean loss at the end of each label, `peer` that of `1f1b`.
 

@@ -14,7 +14,8 @@ median over seeds; `spread` = its range. The bound is a difference of 2 points.
   ranks have reversible blocks alone, in four and in ten blocks. `figures` has bytes per rank of
   live micro-batches (planned) and at the peak (counted), with the number of micro-batches in
   flight. `peer` has those of `pipelined`.
-* Traffic: bytes per sample of `petra` and `pipelined`.
+* Traffic: bytes per sample of `petra` and `pipelined`. `samples_per_s` says nothing of speed, since
+  four ranks share two cores.
 
     python benchmarks/petra_cifar10.py [--quick]
 

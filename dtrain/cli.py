@@ -143,7 +143,7 @@ def _add_rank_commands(commands: Commands) -> None:
 
     evaluate = commands.add_parser("evaluate", help="test the newest checkpoint of a run")
     evaluate.add_argument("folder", type=Path, metavar="DIR", help="run folder")
-    _add_overrides(evaluate, "other data: data.test=FILE.h5")
+    _add_overrides(evaluate, "other data or prediction: data.test=FILE.h5, objective.chains=16")
     evaluate.add_argument(
         "--split",
         default="test",
@@ -165,7 +165,7 @@ def _add_predict(commands: Commands) -> None:
         help="file of HDF5, .npz, .npy, .csv or IDX; or train or test: a split of the run",
     )
     predict.add_argument("out", type=Path, metavar="OUT.h5")
-    _add_overrides(predict, "other data: data.test=FILE.h5")
+    _add_overrides(predict, "other data or prediction: data.test=FILE.h5, objective.chains=16")
     _add_rank_arguments(predict, _predict_argv, _predict)
 
 
