@@ -11,12 +11,15 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from dtrain.comm.launcher import SESSION_FOLDER_VARIABLE
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,29 @@ def start(
     """Run a program to its end, or to its limit, and return how it ended.
 
     `env` is its whole environment (None: this process's). Its processes may end up to `grace_s`
-    seconds later before they count as left behind.
+    seconds later before they count as left behind. An mpirun of Open MPI gets a parent of its own
+    for its session folder, since it cannot start where a killed one with its process id left one.
     """
     mark = f"DTRAIN_MARK={uuid.uuid4().hex}"
-    marked = dict(os.environ if env is None else env) | dict([mark.split("=")])
+    with tempfile.TemporaryDirectory(prefix="dtrain-test-", ignore_cleanup_errors=True) as folder:
+        session = {SESSION_FOLDER_VARIABLE: folder}
+        marked = session | dict(os.environ if env is None else env) | dict([mark.split("=")])
+        return _run(argv, mark, marked, cwd, limit_s, grace_s)
+
+
+def _run(
+    argv: Sequence[str | Path],
+    mark: str,
+    environ: Mapping[str, str],
+    cwd: Path | None,
+    limit_s: float,
+    grace_s: float,
+) -> Ended:
+    """Run a program whose environment has `mark`."""
     began, late = time.monotonic(), False
     child = subprocess.Popen(
         [str(word) for word in argv],
-        env=marked,
+        env=environ,
         cwd=cwd,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -74,6 +74,13 @@ REPEAT_S = 1.0
 """Seconds in which a signal may come again without a meaning: schedulers send it twice."""
 
 
+SESSION_FOLDER_VARIABLE = "PRTE_MCA_prte_tmpdir_base"
+"""Names the parent of the session folder of Open MPI's mpirun.
+
+The session folder is `ompi.<PID>`. One in /tmp that a killed mpirun has left makes a later mpirun
+with the same process id fail at its start, so each start gets a parent of its own."""
+
+
 OVERSUBSCRIBE = "--oversubscribe"
 """Option of Open MPI's launcher: more ranks than cores."""
 
@@ -208,7 +215,7 @@ def _run_launcher(argv: Sequence[str], ranks: int, environ: Mapping[str, str]) -
         marks_folder() as marks,
         subprocess.Popen(
             argv,
-            env={**environ, **({} if marks is None else {MARKS_VARIABLE: str(marks)})},
+            env={**environ, **_folder_variables(marks)},
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             start_new_session=True,
@@ -224,6 +231,13 @@ def _run_launcher(argv: Sequence[str], ranks: int, environ: Mapping[str, str]) -
     if (number := _killed_by(code, output, argv)) is not None:
         return _report(killed_launcher(number))
     return code if error is None else _report(error)
+
+
+def _folder_variables(marks: Path | None) -> dict[str, str]:
+    """Return the variables that name the folder of this start; it is deleted at the end."""
+    return (
+        {} if marks is None else {MARKS_VARIABLE: str(marks), SESSION_FOLDER_VARIABLE: str(marks)}
+    )
 
 
 def _rank_error(end: Exit | None, marks: Path | None, run_s: float) -> DtrainError | None:

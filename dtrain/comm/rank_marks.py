@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -47,7 +48,9 @@ def marks_folder() -> Iterator[Path | None]:
     """Make the folder of the marks; None: there is no space for one."""
     folder = None
     with suppress(OSError):
-        folder = Path(tempfile.mkdtemp(prefix="dtrain-ranks-"))
+        # macOS's own TMPDIR is too long for the names of Open MPI's sockets, which come here, too.
+        parent = "/tmp" if sys.platform == "darwin" else None
+        folder = Path(tempfile.mkdtemp(prefix="dtrain-ranks-", dir=parent))
     try:
         yield folder
     finally:

@@ -94,6 +94,22 @@ def test_an_end_that_no_rank_reports_is_named(
     assert "exit code 3" in line or mode != "exit"
 
 
+def test_the_session_folder_of_a_killed_launcher_hinders_no_start(
+    tmp_path: Path, root: dict[str, str], mpirun: str
+) -> None:
+    """Open MPI names the folder by its process id, which the system gives out again."""
+    again = tmp_path / "mpirun"
+    again.write_text(f"""#!/bin/sh
+mkdir "$TMPDIR/ompi.$$"
+touch "$TMPDIR/ompi.$$/pmix.$(hostname).tool" "$TMPDIR/ompi.$$/pmix.$(hostname).tool.$$"
+exec {mpirun} "$@"
+""")
+    again.chmod(0o755)
+    environ = root | {"TMPDIR": str(tmp_path), "DTRAIN_MPIRUN": str(again)}
+    ended = ranks(tmp_path, 2, "0", environ)
+    assert (ended.code, ended.err) == (0, "")
+
+
 def test_ranks_start_inside_a_job_step(tmp_path: Path, root: dict[str, str]) -> None:
     """An interactive shell on a compute node is a step of one rank; its variables are removed."""
     step = {
