@@ -12,23 +12,24 @@ warm-up; Adam, unless the label says otherwise. `1f1b` has the faster of 4 and 8
 start and the evaluations: a calibration gives the seconds of an update, from which the number of
 updates follows; `train_s` is the time that they took.
 
-`seeds` has one entry per seed, all labels of which are measured at one commit: that commit, the
-machine, and by label the updates, `train_s`, the loss at the end and the curve, [seconds, loss] at
-10 points. `figures` has the mean loss at the end of each label, `peer` that of `1f1b`.
+`runs` has one entry per seed and label: its commit and machine, the updates, `train_s`, the loss at
+the end and the curve, [seconds, loss] at 10 points. All runs of a seed have the same processor.
+`figures` has the mean loss at the end of each label over its runs, `peer` that of `1f1b`; `missing`
+counts the runs that the record lacks.
 
     python benchmarks/lm_equal_time.py [--minutes 20] [--seeds 3] [--quick]
 
 Label: measured. Time: about 2 h 35 min per seed (7 labels x minutes, and evaluations). The record
-is written after each seed, and a start measures only the seeds that it lacks; within a seed each
-finished run is kept. Reads `tinyshakespeare.txt` from ``DTRAIN_DATA`` (default
-``../shared/data``). `--quick`: a small net, one seed, seconds in place of minutes.
+is written after each run, and a start measures only the runs that it lacks. Reads
+`tinyshakespeare.txt` from ``DTRAIN_DATA`` (default ``../shared/data``). `--quick`: a small net, one
+seed, seconds in place of minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -67,11 +68,13 @@ def decoder(layers: int) -> Method:
 
 METHODS = {
     "1f1b": Method(BACKPROP, {"name": "1f1b"}, ADAM, (4, 8)),
+    "local-head 1": decoder(1),
     "pipelined, predicted": Method(
         BACKPROP, {"name": "pipelined", "prediction": "optimizer"}, ADAM
     ),
     "pipedream, NAdam 0.99": Method(BACKPROP, {"name": "pipedream"}, NADAM),
-    **{f"local-head {layers}": decoder(layers) for layers in (0, 1, 2)},
+    "local-head 0": decoder(0),
+    "local-head 2": decoder(2),
     "diffusion-blocks": Method({"name": "diffusion-blocks", "chains": 4}, {"name": "stream"}, ADAM),
 }
 
@@ -98,22 +101,52 @@ QUICK = Settings(0.01, 1, 2, 2, 32, 16, 0.001, quick=True)
 
 
 def main() -> None:
-    """Measure the seeds that the record lacks; publish it after each."""
+    """Measure the runs that the record lacks; publish it after each."""
     settings = parse_settings()
     bench = Bench("lm_equal_time", settings.quick)
-    record = None if settings.quick else read("lm_equal_time")
-    seeds: list[Row] = record["seeds"] if record and record["minutes"] == settings.minutes else []
-    for seed in range(len(seeds), settings.seeds):
-        seeds.append(measure_seed(bench, seed, settings))
-        losses = {label: [entry["rows"][label]["loss"] for entry in seeds] for label in METHODS}
-        pairs = zip(losses["local-head 1"], losses["1f1b"], strict=True)
-        ratios = [ours / theirs for ours, theirs in pairs]
+    wanted = [(seed, label) for seed in range(settings.seeds) for label in METHODS]
+    runs = [] if settings.quick else kept_runs(settings.minutes)
+    for seed, label in wanted[len(runs) :]:
+        pace = bench.cached(f"pace {label}", partial(calibrate, bench, METHODS[label], settings))
+        row = train_for_time(bench, label, seed, pace, settings)
+        runs.append({"seed": seed, "label": label, "commit": commit(), "machine": machine()} | row)
+        losses = losses_by_label(runs)
+        pairs = zip(losses["1f1b"], losses.get("local-head 1", []), strict=False)
+        ratios = [ours / theirs for theirs, ours in pairs]
         figures = {label: mean(values) for label, values in losses.items()}
-        publish(
-            "lm_equal_time", "measured", figures, dict.fromkeys(figures, figures["1f1b"]),
-            median(ratios), spread(ratios) if len(ratios) > 1 else None, quick=settings.quick,
-            minutes=settings.minutes, seeds=seeds,
-        )  # fmt: skip
+        if ratios:
+            publish(
+                "lm_equal_time", "measured", figures, dict.fromkeys(figures, figures["1f1b"]),
+                median(ratios), spread(ratios) if len(ratios) > 1 else None, quick=settings.quick,
+                minutes=settings.minutes, missing=len(wanted) - len(runs), runs=runs,
+            )  # fmt: skip
+
+
+def kept_runs(minutes: float) -> list[Row]:
+    """Return the runs of the record, in order.
+
+    Those of an unfinished seed on another processor are not among them: equal times of two
+    processors are not equal.
+    """
+    record = read("lm_equal_time")
+    runs: list[Row] = record["runs"] if record and record["minutes"] == minutes else []
+    unfinished = len(runs) % len(METHODS)
+    if unfinished and processor(runs[-1]["machine"]) != processor(machine()):
+        return runs[:-unfinished]
+    return runs
+
+
+def processor(name: str) -> str:
+    """Return the processor and the number of cores in the name of a machine."""
+    return name.partition(" cores")[0]
+
+
+def losses_by_label(runs: Sequence[Row]) -> dict[str, list[float]]:
+    """Return the losses at the end, in the order of the seeds."""
+    return {
+        label: [run["loss"] for run in runs if run["label"] == label]
+        for label in dict.fromkeys(run["label"] for run in runs)
+    }
 
 
 def parse_settings() -> Settings:
@@ -125,22 +158,6 @@ def parse_settings() -> Settings:
     parser.add_argument("--quick", action="store_true", help="a small net, writes no record")
     given = parser.parse_args()
     return QUICK if given.quick else Settings(given.minutes, given.seeds)
-
-
-def measure_seed(bench: Bench, seed: int, settings: Settings) -> Row:
-    """Train every label for the same time with one seed."""
-
-    def measure(label: str) -> Row:
-        name = f"{label} {settings.minutes:g}"
-        pace = bench.cached(f"pace {name}", partial(calibrate, bench, METHODS[label], settings))
-        train = partial(train_for_time, bench, label, seed, pace, settings)
-        return bench.cached(f"{name} {seed}", train)
-
-    return {
-        "commit": commit(),
-        "machine": machine(),
-        "rows": {label: measure(label) for label in METHODS},
-    }
 
 
 def calibrate(bench: Bench, method: Method, settings: Settings) -> Row:

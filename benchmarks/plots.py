@@ -162,14 +162,15 @@ def draw_equal_time(record: Path, out: Path) -> None:
 
     A line is the mean over the seeds, its band their range; `1f1b` is grey.
     """
-    seeds = json.loads(record.read_text(encoding="utf-8"))["seeds"]
+    runs = json.loads(record.read_text(encoding="utf-8"))["runs"]
     blocks = json.loads(record.with_name("lm_blocks.json").read_text(encoding="utf-8"))
     mpl.rcParams["svg.hashsalt"] = "dtrain"
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
-    for number, label in enumerate(seeds[0]["rows"]):
+    for number, label in enumerate(dict.fromkeys(run["label"] for run in runs)):
         colour = BASE if label == "1f1b" else f"C{number}"
-        _draw_loss_curve(left, label, [seed["rows"][label]["curve"] for seed in seeds], colour)
+        curves = [run["curve"] for run in runs if run["label"] == label]
+        _draw_loss_curve(left, label, curves, colour)
         cells = [(key, loss) for key, loss in blocks["figures"].items() if key.startswith(label)]
         numbers = [key.rpartition(" ")[2] for key, _ in cells]
         losses = [loss for _, loss in cells]
